@@ -1,0 +1,39 @@
+"""latentflow: point it at a folder of images and get a latent flow-matching generator."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .autoencoder import load_autoencoder as load_autoencoder
+    from .diffusers_border import register_with_diffusers as register_with_diffusers
+    from .models import DiT as DiT
+    from .models import UNet as UNet
+    from .pipeline import LatentFlowPipeline as LatentFlowPipeline
+    from .training import fit as fit
+
+__version__ = "0.1.0"
+
+# Public name -> module that owns it. Imported on first use, so that the mathematics (`latentflow.flow`) and
+# `latentflow --help` do not pay for diffusers and transformers.
+_OWNERS = {
+    "LatentFlowPipeline": ".pipeline",
+    "DiT": ".models",
+    "UNet": ".models",
+    "load_autoencoder": ".autoencoder",
+    "fit": ".training",
+    "register_with_diffusers": ".diffusers_border",
+}
+
+__all__ = sorted(_OWNERS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OWNERS:
+        raise AttributeError(f"module 'latentflow' has no attribute '{name}'")
+    return getattr(importlib.import_module(_OWNERS[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_OWNERS])
