@@ -1,0 +1,28 @@
+"""The mathematics of flow matching: paths, couplings, predictions, times, objectives, solvers, guidance.
+
+Conventions: t = 0 is noise (x0), t = 1 is data (x1), x_t = alpha(t) x1 + sigma(t) x0, velocity = d x_t / dt.
+"""
+
+from __future__ import annotations
+
+from .couplings import COUPLINGS as COUPLINGS
+from .couplings import Coupling as Coupling
+from .couplings import Independent as Independent
+from .guidance import guide as guide
+from .guidance import guide_batched as guide_batched
+from .objectives import OBJECTIVES as OBJECTIVES
+from .objectives import flow_matching_loss as flow_matching_loss
+from .paths import PATHS as PATHS
+from .paths import CondOT as CondOT
+from .paths import Path as Path
+from .paths import PathSample as PathSample
+from .predictions import PREDICTIONS as PREDICTIONS
+from .predictions import convert as convert
+from .solvers import SOLVERS as SOLVERS
+from .solvers import Solver as Solver
+from .solvers import integrate as integrate
+from .solvers import runge_kutta as runge_kutta
+from .tensors import Velocity as Velocity
+from .times import TIME_DENSITIES as TIME_DENSITIES
+from .times import sample_times as sample_times
+from .times import time_grid as time_grid

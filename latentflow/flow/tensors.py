@@ -1,0 +1,52 @@
+"""What the whole of ``flow`` shares about tensors: how t broadcasts, and in which precision the maths runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+#: dx/dt at (x, t): x is (B, ...), t a scalar tensor or (B,), the result is shaped like x.
+Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The precision to calculate in: that of the tensors, but never below float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
+    """``t`` shaped so that it broadcasts along the rows of ``x`` and along nothing else.
+
+    The only place that broadcasts t: a bare (B,) would broadcast along the last dimension of x, silently wrong
+    whenever B equals the width.
+
+    Args:
+        t: a scalar or (B,), in [0, 1].
+        x: (B, ...).
+
+    Returns:
+        () or (B, 1, ..., 1), in t's precision (at least float32; float64 for a Python number), on t's device.
+
+    Raises:
+        ValueError: t has another shape, lies outside [0, 1] or is NaN.
+    """
+    t = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+    t = t.to(compute_dtype(t))
+    if t.ndim and t.shape != x.shape[:1]:
+        raise ValueError(
+            f"t has shape {tuple(t.shape)} but x has shape {tuple(x.shape)}: "
+            f"pass a scalar t or one t per row, shape ({x.shape[0] if x.ndim else 1},)"
+        )
+    # `not inside` rather than `outside`, so that NaN is refused too.
+    if not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(
+            f"t must lie in [0, 1] (t = 0 is noise, t = 1 is data) but spans "
+            f"[{t.min().item():g}, {t.max().item():g}]; divide timesteps by their count, or clamp t"
+        )
+    return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
