@@ -1,0 +1,402 @@
+"""The command line: `latentflow <command>` and what its programs share (flags, config files, errors).
+
+A program is a file in `train/` or `pipelines/` with a `main(argv=None)`. It reads its flags with
+:func:`parse` and ends in ``if __name__ == "__main__": run(main)``. Nothing here imports torch, so that `latentflow --help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import enum
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from . import __version__
+from .errors import UserError, nearest, unknown
+
+C = TypeVar("C")
+
+# ----------------------------------------------------------------------------------------------------
+# Flags and config files
+# ----------------------------------------------------------------------------------------------------
+
+
+def parse(
+    config_class: type[C],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> C:
+    """Fill a frozen keyword-only dataclass from flags, a YAML file (``--config``) and a ``--preset``.
+
+    Defaults < preset < config file < flags. Nested dataclasses are sections: their fields become plain flags,
+    and a config file may write them flat or under the section's name, with ``-`` or ``_``. The docstring below
+    a field is its help. ``Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]`` makes a
+    positional, ``Annotated[str, tyro.conf.arg(aliases=["-o"])]`` a short name.
+
+    Args:
+        config_class: the dataclass to build.
+        argv: the arguments after the program's name; ``sys.argv[1:]`` if None.
+        prog: the name shown in the help, e.g. ``"latentflow train"``.
+        description: the help's first words; the dataclass' docstring if empty.
+        presets: name -> values, keyed as a config file is.
+
+    Raises:
+        UserError: a key or value of the config file or the preset is wrong; the file and the nearest key are
+            named.
+        SystemExit: a flag is wrong (tyro names the nearest and exits with 2), or the help was asked for.
+    """
+    import tyro
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    presets = presets or {}
+    values: dict[str, Any] = {}
+    if (name := _peek(args, "preset")) is not None:
+        if name not in presets:
+            raise unknown("preset", name, presets) if presets else UserError(f"{prog} has no presets")
+        values |= _checked(config_class, presets[name], f"preset '{name}'")
+    if (file := _peek(args, "config")) is not None:
+        values |= _checked(config_class, _read_yaml(Path(file)), file)
+    program, default = _program(config_class, _defaults(config_class, values), list(presets))
+    parsed = tyro.cli(
+        program,
+        args=args,
+        prog=prog,
+        description=description or config_class.__doc__ or "",
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+    settings: C = parsed.settings
+    return settings
+
+
+def write_config(config: Any, path: str | os.PathLike[str]) -> None:
+    """Write a dataclass as flat YAML that :func:`parse` reads back to an equal dataclass."""
+    import yaml
+
+    values = {field.key: _plain(field.of(config)) for field in _fields(type(config))}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """One leaf of a config: ``path`` leads to it through the sections, ``key`` is its flag without dashes."""
+
+    key: str
+    path: tuple[str, ...]
+    hint: Any
+
+    def of(self, config: Any) -> Any:
+        for name in self.path:
+            config = getattr(config, name)
+        return config
+
+
+def _fields(config_class: type, path: tuple[str, ...] = ()) -> list[_Field]:
+    """The leaves of a dataclass, sections flattened, in order."""
+    hints = get_type_hints(config_class, include_extras=True)
+    leaves: list[_Field] = []
+    for field in dataclasses.fields(config_class):
+        bare, extras = _strip(hints[field.name])
+        here = (*path, field.name)
+        if dataclasses.is_dataclass(bare) and isinstance(bare, type):
+            leaves += _fields(bare, here)
+        elif field.init:
+            renamed = next((e.name for e in extras if isinstance(getattr(e, "name", None), str)), None)
+            leaves.append(_Field(_normal(renamed or field.name), here, bare))
+    return leaves
+
+
+def _strip(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type hint without its ``Annotated`` wrapping, and what was in the wrapping."""
+    if get_origin(hint) is Annotated:
+        bare, *extras = get_args(hint)
+        return bare, tuple(extras)
+    return hint, ()
+
+
+def _normal(key: Any) -> str:
+    return str(key).strip("-").replace("-", "_").strip("_")
+
+
+def _peek(args: Sequence[str], flag: str) -> str | None:
+    """The last value of ``--flag VALUE`` or ``--flag=VALUE``, before the real parser sees ``args``."""
+    found = None
+    for i, arg in enumerate(args):
+        if arg == f"--{flag}" and i + 1 < len(args):
+            found = args[i + 1]
+        elif arg.startswith(f"--{flag}="):
+            found = arg.partition("=")[2]
+    return found
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"config file not found: {path}", "Give --config the path of a YAML file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML", str(error)) from error
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} must hold 'key: value' lines, not a {type(values).__name__}")
+    return values
+
+
+def _checked(config_class: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keys made flat and known, values made of their field's type. Returns field key -> value."""
+    leaves = {leaf.key: leaf for leaf in _fields(config_class)}
+    sections = {_normal(name) for leaf in leaves.values() for name in leaf.path[:-1]}
+    checked: dict[str, Any] = {}
+
+    def visit(items: Mapping[Any, Any], section: str | None) -> None:
+        for raw_key, value in items.items():
+            key = _normal(raw_key)
+            if key in leaves and (section is None or section in map(_normal, leaves[key].path[:-1])):
+                if key in checked:
+                    raise UserError(f"{where}: '{raw_key}' is given twice", "Keep one of them.")
+                checked[key] = _convert(leaves[key], value, f"{where}: {raw_key}")
+            elif key in sections and isinstance(value, Mapping):
+                visit(value, key)
+            else:
+                raise _unknown_key(raw_key, where, section, [*leaves, *sections])
+
+    visit(values, None)
+    return checked
+
+
+def _unknown_key(key: Any, where: str, section: str | None, known: list[str]) -> UserError:
+    guess = nearest(_normal(key), known)
+    place = f"{where}: unknown key '{key}'" + (f" in section '{section}'" if section else "")
+    return UserError(place, f"Did you mean '{guess}'?" if guess else f"Known keys: {', '.join(known)}")
+
+
+def _convert(field: _Field, value: Any, where: str) -> Any:
+    """A YAML value as the field's type, by the same rules as a flag's text."""
+    import tyro
+
+    if isinstance(value, str) and field.hint in (str, str | None):
+        return value  # also the text "None", which as a flag means None
+    positional: Any = tyro.conf.Positional
+    leaf = dataclasses.make_dataclass("Leaf", [("value", positional[field.hint])])
+    try:
+        parsed: Any = tyro.cli(leaf, args=["--", *_tokens(value)], console_outputs=False)
+    except SystemExit:
+        expected = field.hint.__name__ if isinstance(field.hint, type) else str(field.hint)
+        raise UserError(f"{where}: {value!r} is not a valid value", f"Expected: {expected}") from None
+    return parsed.value
+
+
+def _tokens(value: Any) -> list[str]:
+    """A plain value as the words that a user would type after the flag."""
+    if isinstance(value, Mapping):
+        return [word for pair in value.items() for item in pair for word in _tokens(item)]
+    if isinstance(value, list | tuple):
+        return [word for item in value for word in _tokens(item)]
+    return [str(value)]
+
+
+def _plain(value: Any) -> Any:
+    """A field's value in YAML's own types."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _defaults(config_class: type[C], values: Mapping[str, Any], path: tuple[str, ...] = ()) -> C:
+    """An instance that carries the defaults with ``values`` over them; what has no default is marked missing.
+
+    It is filled without ``__init__``: a ``__post_init__`` that validates must see the final values only.
+    """
+    import tyro
+
+    keys = {leaf.path: leaf.key for leaf in _fields(config_class, path)}
+    hints = get_type_hints(config_class, include_extras=True)
+    instance = object.__new__(config_class)
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        bare, _ = _strip(hints[field.name])
+        here = (*path, field.name)
+        default: Any = tyro.MISSING
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if dataclasses.is_dataclass(bare) and isinstance(bare, type):
+            given = None if default is tyro.MISSING else default
+            default = _section(bare, given, values, here)
+        elif keys.get(here) in values:
+            default = values[keys[here]]
+        object.__setattr__(instance, field.name, default)
+    return instance
+
+
+def _section(section_class: type, given: Any, values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """A section's defaults: the class' own, what the outer class gives, then ``values``."""
+    leaves = _fields(section_class, path)
+    outer: dict[str, Any] = {}
+    if given is not None:
+        outer = {
+            leaf.key: dataclasses.replace(leaf, path=leaf.path[len(path) :]).of(given) for leaf in leaves
+        }
+    return _defaults(section_class, {**outer, **values}, path)
+
+
+def _program(config_class: type, settings: Any, presets: list[str]) -> tuple[type, Any]:
+    """The config with the flags that every program has, as one dataclass for tyro, and its defaults."""
+    import tyro
+
+    off = tyro.conf.FlagCreatePairsOff
+    config_help = "YAML file whose keys are the names of these flags. Flags win over it."
+    preset_help = "A named set of values. The config file and flags win over it."
+    debug_help = "Show the whole traceback of an error."
+    fields: list[tuple[str, Any, Any]] = [
+        ("settings", Annotated[config_class, tyro.conf.arg(name="")], dataclasses.field()),
+        (
+            "config",
+            Annotated[str | None, tyro.conf.arg(help=config_help, metavar="FILE")],
+            dataclasses.field(default=None),
+        ),
+    ]
+    if presets:
+        choice = Annotated[Literal[tuple(presets)] | None, tyro.conf.arg(help=preset_help)]  # type: ignore[valid-type]
+        fields.append(("preset", choice, dataclasses.field(default=None)))
+    fields.append(
+        ("debug", Annotated[off[bool], tyro.conf.arg(help=debug_help)], dataclasses.field(default=False))
+    )
+    program = dataclasses.make_dataclass("Program", fields, kw_only=True, frozen=True)
+    return program, program(settings=settings)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Running a program
+# ----------------------------------------------------------------------------------------------------
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main`` and turn what users cause into a few lines on stderr and an exit status.
+
+    A ``UserError`` or a file that cannot be read or written exits with 2, Ctrl-C with 130. Everything else is
+    a defect and keeps its traceback, as all of them do under ``--debug``.
+    """
+    debug = "--debug" in sys.argv
+    try:
+        main()
+    except BrokenPipeError:  # the reader of our output has left (`latentflow --help | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"Error: {_message(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _message(error: UserError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
+
+
+# ----------------------------------------------------------------------------------------------------
+# latentflow <command>
+# ----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """The `latentflow` command: find the program of that name and run it with the remaining arguments."""
+    run(_dispatch)
+
+
+def _dispatch() -> None:
+    args = sys.argv[1:]
+    while args and args[0] == "--debug":
+        args = args[1:]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview(programs()))
+    elif args[0] in ("-V", "--version"):
+        print(f"latentflow {__version__}")
+    else:
+        found = programs()
+        if args[0] not in found:
+            raise unknown("command", args[0], found)
+        _execute(found[args[0]], sys.argv, args[0])
+
+
+def _execute(program: Path, argv: list[str], command: str) -> None:
+    rest = list(argv[1:])
+    rest.remove(command)
+    sys.argv = [str(program), *rest]
+    runpy.run_path(str(program), run_name="__main__")
+
+
+def programs() -> dict[str, Path]:
+    """Command -> program file. `train/flow.py` is the command `train`; the others are named as their file."""
+    found: dict[str, Path] = {}
+    root = _programs_root()
+    for folder in ("train", "pipelines"):
+        for file in sorted((root / folder).glob("*.py")):
+            if file.stem.startswith("_"):
+                continue
+            command = "train" if (folder, file.stem) == ("train", "flow") else file.stem.replace("_", "-")
+            found[command] = file
+    order = ["train", *(command for command in found if command != "train")]
+    return {command: found[command] for command in order if command in found}
+
+
+def _programs_root() -> Path:
+    """`latentflow/programs` in an installed wheel; the repository's root in a clone."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "programs"
+    root = shipped if shipped.is_dir() else package.parent
+    if not any((root / folder).is_dir() for folder in ("train", "pipelines")):
+        raise UserError(f"no programs found in {root}", "Install latentflow again: pip install latentflow")
+    return root
+
+
+def _overview(found: Mapping[str, Path]) -> str:
+    width = max(map(len, found), default=0)
+    lines = [f"  {command:<{width}}  {_summary(file)}" for command, file in found.items()]
+    return "\n".join(
+        [
+            "usage: latentflow <command> [arguments]",
+            "",
+            "Latent flow matching: from a folder of images to a generator.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`latentflow <command> --help` lists a command's flags; `latentflow --version` the version.",
+        ]
+    )
+
+
+def _summary(file: Path) -> str:
+    """The first line of a program's docstring, read without running it."""
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+if __name__ == "__main__":
+    main()

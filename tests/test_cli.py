@@ -1,0 +1,262 @@
+"""Flags, config files, presets, errors and the `latentflow` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from latentflow import __version__, cli
+from latentflow.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimiser:
+    """How the weights move."""
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A program's settings."""
+
+    data: tyro.conf.Positional[str]
+    """A folder of images."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Where results go."""
+    count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    class_name: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    ema: bool = True
+    device: Literal["cpu", "cuda"] = "cpu"
+    cache: Path | None = None
+    shift: float | None = None
+    names: tuple[str, ...] = ()
+    optimiser: Optimiser = Optimiser(learning_rate=2e-3)
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"count must be at least 1, not {self.count}")
+
+
+PRESETS = {"tiny": {"count": 2, "optimiser": {"learning-rate": 0.5}}, "bad": {"cuont": 2}}
+
+
+def parse(*argv: str) -> Settings:
+    return cli.parse(Settings, argv, prog="latentflow example", presets=PRESETS)
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "config.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_flags_are_flat_and_take_both_dashes_and_underscores() -> None:
+    flags = "pictures -o out -n 3 --learning_rate 0.1 --betas 0.5 0.6 --class hat --no-ema --names a b"
+    assert parse(*flags.split()) == Settings(
+        data="pictures",
+        output="out",
+        count=3,
+        class_name="hat",
+        ema=False,
+        names=("a", "b"),
+        optimiser=Optimiser(learning_rate=0.1, betas=(0.5, 0.6)),
+    )
+    assert parse("pictures", "--learning-rate", "0.1") == parse("pictures", "--learning_rate=0.1")
+
+
+def test_an_outer_default_of_a_section_is_kept() -> None:
+    assert parse("pictures") == Settings(data="pictures")
+    assert parse("pictures").optimiser.learning_rate == 2e-3
+
+
+def test_precedence_is_defaults_preset_config_flags(tmp_path: Path) -> None:
+    config = write(tmp_path, "learning-rate: 0.7\n")
+    assert parse("d", "--preset", "tiny").optimiser.learning_rate == 0.5
+    assert parse("d", "--preset", "tiny").count == 2
+    both = parse("d", "--preset", "tiny", "--config", config)
+    assert (both.count, both.optimiser.learning_rate) == (2, 0.7)
+    assert parse("d", f"--config={config}", "--learning-rate", "0.9").optimiser.learning_rate == 0.9
+    assert parse("--learning-rate", "0.9", "d", "--config", config).optimiser.learning_rate == 0.9
+
+
+@pytest.mark.parametrize(
+    "text", ["learning_rate: 0.1\nbetas: [0, 1]", "optimiser: {learning-rate: 1e-1, betas: [0.0, 1.0]}"]
+)
+def test_config_may_be_flat_or_by_section(tmp_path: Path, text: str) -> None:
+    settings = parse("d", "--config", write(tmp_path, text))
+    assert settings.optimiser == Optimiser(learning_rate=0.1, betas=(0.0, 1.0))
+
+
+def test_config_may_hold_the_positional_and_a_flag_may_replace_it(tmp_path: Path) -> None:
+    config = write(tmp_path, "data: from-file\nnames: [x, y]\n")
+    assert parse("--config", config).data == "from-file"
+    assert parse("--config", config, "from-flag").data == "from-flag"
+    assert parse("--config", config, "--names", "z").names == ("z",)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(data="None"),
+        Settings(data="--odd", output="a: b # c", class_name="emoji 🍎"),
+        Settings(data="d", shift=-1.5, cache=Path("/a b"), device="cuda", ema=False),
+        Settings(data="d", names=("a", "--b", "3", "a b"), shift=1e-05),
+        Settings(data="d", optimiser=Optimiser(learning_rate=1 / 3, betas=(-0.1, 1e-12))),
+    ],
+)
+def test_write_config_round_trips(tmp_path: Path, settings: Settings) -> None:
+    file = tmp_path / "written.yaml"
+    cli.write_config(settings, file)
+    assert parse("--config", str(file)) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: 1", ["config.yaml", "learning_rat", "learning_rate"]),
+        ("optimiser: {beta: [0, 1]}", ["config.yaml", "optimiser", "betas"]),
+        ("count: many", ["config.yaml", "count", "many", "int"]),
+        ("device: gpu", ["config.yaml", "device", "gpu", "cuda"]),
+        ("learning_rate: 1\nlearning-rate: 2", ["config.yaml", "twice"]),
+        ("optimiser: 3", ["config.yaml", "optimiser"]),
+        ("- a\n- b", ["config.yaml", "key: value"]),
+        ("a: [", ["config.yaml", "YAML"]),
+    ],
+)
+def test_a_wrong_config_names_the_file_and_the_remedy(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse("d", "--config", write(tmp_path, text))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_missing_config_and_an_unknown_preset_are_user_errors() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        parse("d", "--config", "nowhere.yaml")
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        parse("d", "--preset", "tinny")
+    with pytest.raises(UserError, match="Did you mean 'count'"):
+        parse("d", "--preset", "bad")
+
+
+def test_validation_sees_final_values_only(tmp_path: Path) -> None:
+    config = write(tmp_path, "count: 0")
+    assert parse("d", "--config", config, "-n", "1").count == 1
+    with pytest.raises(UserError, match="at least 1"):
+        parse("d", "--config", config)
+
+
+def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse("d", "--learning-rat", "3")
+    assert exit_.value.code == 2
+    assert "--learning-rate" in capsys.readouterr().err
+
+
+def test_help_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for words in [
+        "A program's settings.",
+        "A folder of images.",
+        "--config",
+        "--preset",
+        "tiny",
+        "-o",
+        "--debug",
+    ]:
+        assert words in text
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("no images in here", "Give a folder."), 2, "Error: no images in here\nGive a folder."),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.png"),
+            2,
+            "Error: No such file or directory: a.png",
+        ),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+    ],
+)
+def test_run_is_short_and_debug_is_long(
+    error: BaseException,
+    code: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(lambda: _raise(error))
+    assert exit_.value.code == code
+    assert capsys.readouterr().err.strip() == words
+
+    monkeypatch.setattr(sys, "argv", ["program", "--debug"])
+    with pytest.raises(SystemExit):
+        cli.run(lambda: _raise(error))
+    assert ("Traceback" in capsys.readouterr().err) == (code == 2)
+
+
+def test_run_leaves_defects_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: _raise(ZeroDivisionError()))
+
+
+def latentflow(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "latentflow.cli", *args],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_overview_lists_every_program_without_importing_torch() -> None:
+    code = "import sys; from latentflow import cli; sys.argv = ['latentflow', '--help']; cli.main(); " + (
+        "assert not {'torch', 'tyro', 'diffusers', 'yaml'} & set(sys.modules)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 5  # well under one second on an idle machine
+    for command, file in cli.programs().items():
+        summary = cli._summary(file)
+        assert summary, f"{file} has no docstring"
+        assert f"{command} " in done.stdout
+        assert summary in done.stdout
+
+
+def test_version_and_unknown_command() -> None:
+    assert latentflow("--version").stdout == f"latentflow {__version__}\n"
+    done = latentflow("evalaute")
+    assert done.returncode == 2
+    assert "did you mean 'evaluate'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dispatch_runs_the_program_with_the_rest_of_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "flow.py").write_text('"""Train."""\nimport sys\nprint(__name__, sys.argv[1:])\n')
+    monkeypatch.setattr(cli, "_programs_root", lambda: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["latentflow", "--debug", "train", "train", "-o", "x"])
+    cli.main()
+    assert capsys.readouterr().out == "__main__ ['--debug', 'train', '-o', 'x']\n"
