@@ -1,0 +1,103 @@
+"""One picture with its caption or class, and a whole set of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+Kind = Literal["text", "class", "unconditional"]
+
+
+@dataclass(frozen=True)
+class Example(ABC):
+    """One picture. ``name`` is unique in its source; ``text`` and ``label`` are None where unknown."""
+
+    name: str
+    text: str | None = None
+    label: str | None = None
+
+    @abstractmethod
+    def open(self) -> Image.Image:
+        """The picture as it was made, in any mode and size (``read_image`` prepares it for a network)."""
+
+    @abstractmethod
+    def content_key(self) -> str:
+        """Hexadecimal hash of what the picture shows: another picture under the same name has another key."""
+
+
+@dataclass(frozen=True)
+class FileExample(Example):
+    """A picture in a file; its key is the hash of the file's bytes."""
+
+    path: Path = field(kw_only=True)
+
+    def open(self) -> Image.Image:
+        return Image.open(self.path)
+
+    def content_key(self) -> str:
+        state = self.path.stat()
+        return _hash_file(self.path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _hash_file(path: Path, size: int, modified: int) -> str:
+    # Size and time only save hashing the same file twice in one process: an edit in place changes them.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of pictures and what a model of them is conditioned on.
+
+    Attributes:
+        name: what the user called it.
+        examples: in a fixed order (by name).
+        kind: "text" (every ``text`` is a string), "class" (every ``label`` is in ``classes``) or
+            "unconditional".
+        classes: class names in order of their ids; empty unless ``kind`` is "class".
+        notes: what was inferred or left out, one line each, to be printed before training.
+        root: the folder, None for a procedural set. Nothing is ever written below it.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    kind: Kind
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    root: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def captions(self) -> list[str]:
+        """The caption of every example ("" where there is none)."""
+        return [example.text or "" for example in self.examples]
+
+    def class_ids(self) -> list[int]:
+        """The class id of every example; only for ``kind`` "class"."""
+        ids = {name: index for index, name in enumerate(self.classes)}
+        return [ids[example.label or ""] for example in self.examples]
+
+    def content_keys(self) -> list[str]:
+        return [example.content_key() for example in self.examples]
+
+    def fingerprint(self) -> str:
+        """Hash of all pictures, captions and classes, whatever their names and order: tells changed data."""
+        rows = sorted(f"{e.content_key()}\0{e.text}\0{e.label}" for e in self.examples)
+        return hashlib.sha256("\n".join([self.kind, *self.classes, *rows]).encode()).hexdigest()
+
+    def subset(self, indices: list[int]) -> Source:
+        """The examples at ``indices``, with the same classes."""
+        return dataclasses.replace(self, examples=tuple(self.examples[i] for i in indices))
+
+    def noted(self, *notes: str) -> Source:
+        """The same set with more notes."""
+        return dataclasses.replace(self, notes=(*self.notes, *notes))
