@@ -1,7 +1,7 @@
 """Couplings: how source rows are paired with data rows before a path joins them.
 
-A new coupling is one class with this ``__call__``, and one line in ``COUPLINGS``. The data and its condition stay put;
-only the source rows move.
+A new coupling is one class with this ``__call__``, and one line in ``COUPLINGS``. The data and its condition
+stay put; only the source rows move.
 """
 
 from __future__ import annotations

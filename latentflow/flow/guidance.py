@@ -1,8 +1,8 @@
-"""Guidance: velocities in, a guided velocity out. Order of arguments everywhere: conditional, then unconditional.
+"""Guidance: velocities in, a guided velocity out. The order is always: conditional, then unconditional.
 
-Two forms of one rule. ``guide`` takes two velocities and evaluates them one after the other. ``guide_batched`` takes one
-velocity over a doubled batch, which is faster on an accelerator; it doubles x (and t) and splits the result itself, so
-the order is decided here and nowhere else: first half conditional, second half unconditional::
+Two forms of one rule. ``guide`` takes two velocities and evaluates them one after the other.
+``guide_batched`` takes one velocity over a doubled batch, which is faster on an accelerator; it doubles x (and
+t) and splits the result itself, so the order is decided here alone: first conditional, then unconditional::
 
     both = Condition.cat(cond, cond.unconditional())
     velocity = guide_batched(lambda x, t: model(x, t, both), lambda x, t: model(x, t, cond), scale=4.0)
@@ -26,13 +26,14 @@ def guide(
     """Classifier-free guidance, v = v_uncond + scale (v_cond - v_uncond).
 
     Ho & Salimans 2022 (arXiv:2207.12598), eq. 6 with scale = 1 + w; limited to an interval of t as in
-    Kynkaanniemi et al. 2024 (arXiv:2404.07724), eq. 5. A weaker model in the place of ``unconditional`` is
+    Kynkaanniemi et al. 2024 (arXiv:2404.07724). A weaker model in the place of ``unconditional`` is
     autoguidance (arXiv:2406.02507).
 
     Args:
         conditional, unconditional: velocities (x, t) -> dx/dt.
-        scale: 1 is the plain conditional velocity, and costs one evaluation; more follows the condition harder.
-        interval: guide where low <= t <= high (t = 0 noise, t = 1 data); elsewhere only ``conditional`` is evaluated.
+        scale: 1 is the plain conditional velocity at one evaluation; more follows the condition harder.
+        interval: (low, high) in t (t = 0 noise, t = 1 data): guide where low <= t <= high; elsewhere only
+            ``conditional`` is evaluated.
 
     Raises:
         UserError: scale is not finite, or the interval is not 0 <= low <= high <= 1.
@@ -46,8 +47,8 @@ def guide_batched(
     """``guide`` with one evaluation per guided call instead of two.
 
     Args:
-        batched: velocity over 2B rows: the first B rows under the condition, the last B rows without it. It is called
-            with x twice over, and a (B,) t twice over; a scalar t is passed as it is.
+        batched: velocity over 2B rows: the first B rows under the condition, the last B without it. It is
+            called with x twice over, and a (B,) t twice over; a scalar t is passed as it is.
         conditional: velocity over B rows, evaluated alone at scale 1 or outside the interval.
         scale, interval: as in ``guide``.
 
@@ -72,9 +73,7 @@ def _guided(
     if not abs(scale) < float("inf"):
         raise UserError(f"guidance scale {scale}", "Use a finite number; 1 is off, 2 to 7 are usual.")
     if not 0.0 <= low <= high <= 1.0:
-        raise UserError(
-            f"guidance interval ({low}, {high})", "Use 0 <= low <= high <= 1 (t = 0 noise, t = 1 data)."
-        )
+        raise UserError(f"guidance interval ({low}, {high})", "Use 0 <= low <= high <= 1 (t = 1 is data).")
     if scale == 1.0:
         return conditional
 

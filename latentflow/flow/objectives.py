@@ -14,8 +14,9 @@ from .tensors import compute_dtype
 def flow_matching_loss(prediction: Tensor, sample: PathSample, *, direction_weight: float = 0.0) -> Tensor:
     """||u(x_t, t) - dx_t/dt||^2, averaged over everything but the rows.
 
-    Lipman et al. 2022 (arXiv:2210.02747), eq. 9. ``direction_weight`` adds 1 - cos(u, dx_t/dt), the cosine over
-    channels: Yao et al. 2025 (arXiv:2501.01423), sec. 4.2, who weigh it with 1.
+    Lipman et al. 2022 (arXiv:2210.02747), eq. 9. ``direction_weight`` times 1 - cos(u, dx_t/dt), the cosine
+    over channels, averaged over positions, is added: Yao et al. 2024 (FasterDiT, arXiv:2410.10356), also in
+    LightningDiT (arXiv:2501.01423).
 
     Args:
         prediction: the network's velocity, (B, C, ...), at ``sample.xt`` and ``sample.t``.

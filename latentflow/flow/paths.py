@@ -94,8 +94,8 @@ class Path(ABC):
 class CondOT(Path):
     """The straight, conditional optimal-transport path: alpha = t, sigma = 1 - (1 - sigma_min) t.
 
-    Lipman et al. 2022 (arXiv:2210.02747), eq. 20-22; with ``sigma_min`` = 0 it is the rectified flow of Liu et al. 2022
-    (arXiv:2209.03003), eq. 1, whose velocity is x1 - x0.
+    Lipman et al. 2022 (arXiv:2210.02747), eq. 20-22; with ``sigma_min`` = 0 it is the rectified flow of
+    Liu et al. 2022 (arXiv:2209.03003), eq. 1, whose velocity is x1 - x0.
 
     Raises:
         ValueError: ``sigma_min`` is not in [0, 1).

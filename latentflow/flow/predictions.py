@@ -1,9 +1,12 @@
-"""What a network may predict - velocity, data, noise or score - and how each turns into the others, on any path.
+"""What a network may predict - velocity, data, noise, score - and how each turns into the others on any path.
 
-Everything goes through the two ends of the path, x1 (data) and x0 (noise). From x_t = a x1 + s x0 and v = a' x1 + s' x0
-follow both ends, without a division by a or s: x1 = (s' x_t - s v) / D and x0 = (a v - a' x_t) / D with D = a s' - a' s,
-which is -1 on the straight path. The score of a Gaussian source is -x0 / s (Lipman et al. 2022, arXiv:2210.02747, app. C;
-Albergo et al. 2023, arXiv:2303.08797, eq. 2.14).
+Everything goes through the two ends of the path, x1 (data) and x0 (noise). With a = alpha and s = sigma,
+
+    x_t = a x1 + s x0,  v = a' x1 + s' x0
+    give  x1 = (s' x_t - s v) / D,  x0 = (a v - a' x_t) / D,  D = a s' - a' s,
+
+without a division by a or s; D is -1 on the straight path. The score is -x0 / s, for x0 the posterior mean of
+a standard normal source. Ma et al. 2024 (SiT, arXiv:2401.08740), sec. 2, has the velocity -> score formula.
 """
 
 from __future__ import annotations
@@ -31,14 +34,11 @@ def convert(value: Tensor, xt: Tensor, t: Tensor | float, path: Path, source: st
 
     Raises:
         UserError: unknown kind (the nearest is suggested).
-        ValueError: shapes differ; t has a wrong shape or range; or ``source`` does not determine ``target`` at t (the
-            score of a path that ends in sigma = 0 at t = 1, the data from the noise at t = 0).
+        ValueError: shapes differ; t has a wrong shape or range; or ``source`` does not determine ``target``
+            at t (the score where sigma = 0, at t = 1; the data from the noise, at t = 0).
     """
-    noise, data, result = (
-        lookup(_NOISE, source, "prediction"),
-        _DATA[source],
-        lookup(_RESULT, target, "prediction"),
-    )
+    noise, data = lookup(_NOISE, source, "prediction"), lookup(_DATA, source, "prediction")
+    result = lookup(_RESULT, target, "prediction")
     if value.shape != xt.shape:
         raise ValueError(f"the prediction has shape {tuple(value.shape)} but xt has shape {tuple(xt.shape)}")
     if source == target:
@@ -52,21 +52,19 @@ def convert(value: Tensor, xt: Tensor, t: Tensor | float, path: Path, source: st
 def _divide(numerator: Tensor, denominator: Tensor, name: str) -> Tensor:
     if bool((denominator == 0).any()):
         raise ValueError(
-            f"this conversion divides by {name}, which is 0 at the given t: what was asked for is not determined there. "
+            f"this conversion divides by {name}, which is 0 at the given t: the result is not determined. "
             "Keep t away from that end of the path, or convert from the velocity"
         )
     return numerator / denominator
 
 
-def _determinant(c: Coefficients) -> Tensor:
-    return c.alpha * c.d_sigma - c.d_alpha * c.sigma
+def _divide_by_determinant(numerator: Tensor, c: Coefficients) -> Tensor:
+    return _divide(numerator, c.alpha * c.d_sigma - c.d_alpha * c.sigma, "alpha sigma' - alpha' sigma")
 
 
 # prediction -> the noise x0 that it implies
 _NOISE: dict[str, Callable[[Tensor, Tensor, Coefficients], Tensor]] = {
-    "velocity": lambda v, x, c: _divide(
-        c.alpha * v - c.d_alpha * x, _determinant(c), "alpha sigma' - alpha' sigma"
-    ),
+    "velocity": lambda v, x, c: _divide_by_determinant(c.alpha * v - c.d_alpha * x, c),
     "data": lambda x1, x, c: _divide(x - c.alpha * x1, c.sigma, "sigma"),
     "noise": lambda x0, x, c: x0,
     "score": lambda score, x, c: -c.sigma * score,
@@ -74,9 +72,7 @@ _NOISE: dict[str, Callable[[Tensor, Tensor, Coefficients], Tensor]] = {
 
 # prediction -> the data x1 that it implies
 _DATA: dict[str, Callable[[Tensor, Tensor, Coefficients], Tensor]] = {
-    "velocity": lambda v, x, c: _divide(
-        c.d_sigma * x - c.sigma * v, _determinant(c), "alpha sigma' - alpha' sigma"
-    ),
+    "velocity": lambda v, x, c: _divide_by_determinant(c.d_sigma * x - c.sigma * v, c),
     "data": lambda x1, x, c: x1,
     "noise": lambda x0, x, c: _divide(x - c.sigma * x0, c.alpha, "alpha"),
     "score": lambda score, x, c: _divide(x + c.sigma**2 * score, c.alpha, "alpha"),

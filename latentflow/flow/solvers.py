@@ -1,7 +1,8 @@
 """Solvers: one step from t to t_next, and the one loop ``integrate`` that takes the steps.
 
-A new Runge-Kutta method is one tableau in ``SOLVERS``. Any other method is one function ``start(options) -> step``, called
-once per integration: what it closes over is its memory (a multistep history, a generator for noise).
+A new Runge-Kutta method is one tableau in ``SOLVERS``. Any other method is one function
+``start(options) -> step``, called once per integration: what it closes over is its memory (a multistep history,
+a generator for noise).
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ class Solver:
 def runge_kutta(
     order: int, nodes: Sequence[float], matrix: Sequence[Sequence[float]], weights: Sequence[float]
 ) -> Solver:
-    """The explicit Runge-Kutta method of a Butcher tableau: k_i = f(x + h sum_j a_ij k_j, t + c_i h), x + h sum_i b_i k_i."""
+    """A Butcher tableau as a step: x + h sum_i b_i k_i with k_i = f(x + h sum_j a_ij k_j, t + c_i h)."""
 
     def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
         h = t_next - t
         slopes: list[Tensor] = []
         for node, row in zip(nodes, matrix, strict=True):
-            # This form gives t and t_next exactly at the nodes 0 and 1, so rounding never steps out of [0, 1].
+            # In this form nodes 0 and 1 are t and t_next exactly: rounding never steps out of [0, 1].
             slopes.append(field(_combine(x, h, row, slopes), (1.0 - node) * t + node * t_next))
         return _combine(x, h, weights, slopes)
 
@@ -71,10 +72,10 @@ def _combine(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Ten
 
 
 def _dormand_prince(options: SolverOptions) -> Step:
-    """Dormand & Prince 1980, by torchdiffeq: as many inner steps as the tolerances ask for, landing on t_next.
+    """Dormand & Prince 1980, by torchdiffeq: as many inner steps as the tolerances ask for.
 
-    The error is the root mean square over the whole batch, so a row's result may depend, within the tolerance, on
-    the rows beside it.
+    It lands on t_next and evaluates nothing beyond. The error is the root mean square over the whole batch, so
+    a row's result may depend, within the tolerance, on the rows beside it.
     """
     from torchdiffeq import odeint  # imported here: it brings scipy with it
 
@@ -97,9 +98,11 @@ def _dormand_prince(options: SolverOptions) -> Step:
                 rightwards, x, ends, rtol=options.rtol, atol=options.atol, method="dopri5", options=inner
             )[-1]
         except AssertionError as error:  # torchdiffeq's way to say that the step size underflowed
+            if "underflow in dt" not in str(error):
+                raise
             raise UserError(
-                f"dopri5 cannot meet rtol={options.rtol:g}, atol={options.atol:g} between t = {t:g} and t = {t_next:g}",
-                "Use larger tolerances, float32 in place of half precision, or a fixed-step solver such as 'heun'.",
+                f"dopri5 cannot meet rtol {options.rtol:g}, atol {options.atol:g} between t = {t:g}, {t_next:g}",
+                "Use larger tolerances, float32 in place of half precision, or a fixed-step solver ('heun').",
             ) from error
         first_step = max(accepted)
         return x
@@ -136,11 +139,11 @@ def integrate(
     """Follow dx/dt = velocity(x, t) from ``times[0]`` to ``times[-1]``.
 
     Args:
-        velocity: (x, t) -> dx/dt. It gets x in the given dtype and t as a scalar float64 tensor, and is evaluated
-            only within [times[0], times[-1]].
-        x: (B, ...) at times[0], floating point. Half precision is summed up in float32 between the evaluations.
-        times: N + 1 times make N steps; strictly increasing (noise to data) or decreasing (data to noise) in [0, 1].
-            An adaptive solver lands on each of them, so [0, 1] is its cheapest grid.
+        velocity: (x, t) -> dx/dt. It gets x in the given dtype and t as a scalar float64 tensor, and is
+            evaluated only within [times[0], times[-1]].
+        x: (B, ...) at times[0], floating point. Half precision is summed up in float32 between evaluations.
+        times: N + 1 times make N steps; strictly increasing (noise to data) or decreasing (data to noise), in
+            [0, 1]. An adaptive solver lands on each of them, so [0, 1] is its cheapest grid.
         solver: a key of ``SOLVERS``.
         rtol, atol: tolerances of the adaptive solvers.
         callback: called after each step with (step index, t reached, x); a tensor that it returns replaces x.
@@ -151,7 +154,7 @@ def integrate(
         x at times[-1], in the dtype of x. Differentiable.
 
     Raises:
-        UserError: unknown solver (the nearest is suggested); values that are not finite (step and t are named).
+        UserError: unknown solver (the nearest is suggested); values not finite (step and t are named).
         ValueError: times or shapes that make no sense.
     """
     step = lookup(SOLVERS, solver, "solver").start(SolverOptions(rtol=rtol, atol=atol, generator=generator))
@@ -186,7 +189,7 @@ def _checked_times(times: Tensor | Sequence[float]) -> list[float]:
     gaps = grid.diff()
     if not (bool((gaps > 0).all()) or bool((gaps < 0).all())):
         raise ValueError(
-            f"times must strictly increase or strictly decrease, but are {_brief(grid)}: remove repeats and sort"
+            f"times must strictly increase or strictly decrease, but are {_brief(grid)}: sort, remove repeats"
         )
     values: list[float] = grid.tolist()
     return values
@@ -198,7 +201,7 @@ def _brief(grid: Tensor) -> str:
 
 
 def _checked_field(velocity: Velocity, dtype: torch.dtype, where: str) -> Field:
-    """``velocity`` called in the network's ``dtype``, its result in the state's precision, and held to be sound."""
+    """``velocity`` called in the network's ``dtype``, its result checked and in the state's precision."""
 
     def field(x: Tensor, t: float) -> Tensor:
         value = velocity(x.to(dtype), _scalar(t, x.device))
@@ -216,7 +219,7 @@ def _checked_field(velocity: Velocity, dtype: torch.dtype, where: str) -> Field:
 def _require_shape(value: Tensor, like: Tensor, what: str) -> None:
     if value.shape != like.shape:
         raise ValueError(
-            f"{what} returned shape {tuple(value.shape)} for x of shape {tuple(like.shape)}: they must be equal"
+            f"{what} returned shape {tuple(value.shape)}, but must keep the shape of x, {tuple(like.shape)}"
         )
 
 

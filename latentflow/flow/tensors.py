@@ -1,4 +1,4 @@
-"""What the whole of ``flow`` shares about tensors: how t broadcasts, and in which precision the maths runs."""
+"""What the whole of ``flow`` shares about tensors: how t broadcasts, and which precision the maths has."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
     """``t`` shaped so that it broadcasts along the rows of ``x`` and along nothing else.
 
-    The only place that broadcasts t: a bare (B,) would broadcast along the last dimension of x, silently wrong
-    whenever B equals the width.
+    The only place that broadcasts t: a bare (B,) would broadcast along the last dimension of x, silently
+    wrong whenever B equals the width.
 
     Args:
         t: a scalar or (B,), in [0, 1].

@@ -21,8 +21,8 @@ def uniform(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """t with logit(t) ~ N(mean, std^2): most training in the middle of the path.
 
-    Esser et al. 2024 (arXiv:2403.03206), eq. 19. Their t = 1 is noise, so their mean m is -m here: a positive ``mean``
-    leans towards the data (t = 1).
+    Esser et al. 2024 (arXiv:2403.03206), eq. 19. Their t = 1 is noise, so their mean m is -m here: a positive
+    ``mean`` leans towards the data (t = 1).
     """
     if not std > 0.0:
         raise UserError(f"std of the logit-normal density is {std}", "Use a positive number; 1 is usual.")
@@ -38,8 +38,8 @@ TIME_DENSITIES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 def sample_times(name: str, u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Training times of the density ``name``, by its quantile function at the uniform numbers ``u``.
 
-    The caller draws ``u``, so that each sample's t may come from its own seed (and stratified or low-discrepancy
-    numbers work unchanged).
+    The caller draws ``u``, so that each sample's t may come from its own seed (and stratified or
+    low-discrepancy numbers work unchanged).
 
     Args:
         name: a key of ``TIME_DENSITIES``.
@@ -74,9 +74,7 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
     if steps < 1:
         raise UserError(f"{steps} sampling steps", "Use at least 1; 20 to 50 are usual.")
     if not 0.0 < shift < float("inf"):
-        raise UserError(
-            f"time shift {shift}", "Use a positive number; 1 is the uniform grid, 3 suits 1024 px images."
-        )
+        raise UserError(f"time shift {shift}", "Use a positive number; 1 is the uniform grid.")
     t = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
     # 1 - sigma' written in t: no cancellation, and exactly 0 and 1 at the ends.
     return t / (t + shift * (1.0 - t))
