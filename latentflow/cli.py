@@ -1,8 +1,8 @@
 """The command line: `latentflow <command>` and what its programs share (flags, config files, errors).
 
 A program is a file in `train/` or `pipelines/` with a `main(argv=None)`. It reads its flags with
-:func:`parse` and ends in ``if __name__ == "__main__": run(main)``. Nothing here imports torch, so that `latentflow --help`
-answers at once.
+:func:`parse` and ends in ``if __name__ == "__main__": run(main)``. Nothing here imports torch, so that
+`latentflow --help` answers at once.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def parse(
     """Fill a frozen keyword-only dataclass from flags, a YAML file (``--config``) and a ``--preset``.
 
     Defaults < preset < config file < flags. Nested dataclasses are sections: their fields become plain flags,
-    and a config file may write them flat or under the section's name, with ``-`` or ``_``. The docstring below
-    a field is its help. ``Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]`` makes a
+    and a config file may write them flat or under the section's name, with ``-`` or ``_``. The docstring
+    below a field is its help. ``Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]`` makes a
     positional, ``Annotated[str, tyro.conf.arg(aliases=["-o"])]`` a short name.
 
     Args:

@@ -1,0 +1,38 @@
+"""How close a reconstruction is to its original."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+
+def psnr(images: Tensor, originals: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, (B,); infinite for an exact copy.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        originals: of the same shape.
+    """
+    pairs = zip(_unit(images), _unit(originals), strict=True)
+    return torch.stack(
+        [peak_signal_noise_ratio(image, original, data_range=1.0) for image, original in pairs]
+    )
+
+
+def ssim(images: Tensor, originals: Tensor) -> Tensor:
+    """Structural similarity of each image, (B,), at most 1 (Wang et al. 2004, 11-pixel Gaussian window).
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1], at least 11 pixels a side.
+        originals: of the same shape.
+    """
+    value = structural_similarity_index_measure(
+        _unit(images), _unit(originals), data_range=1.0, reduction="none"
+    )
+    assert isinstance(value, Tensor)
+    return value.reshape(-1)
+
+
+def _unit(images: Tensor) -> Tensor:
+    return (images.detach().float().clamp(-1, 1) + 1) / 2
