@@ -1,0 +1,22 @@
+"""Velocity networks, all called ``model(x, t, cond)``, and the text encoders that feed them."""
+
+from __future__ import annotations
+
+from .condition import Condition
+from .dit import DiT
+from .presets import DIT_PRESETS, dit_config
+from .text import encode_text, load_text_encoder, small_text_encoder, train_tokenizer
+
+MODELS: dict[str, type[DiT]] = {"dit": DiT}
+
+__all__ = [
+    "DIT_PRESETS",
+    "MODELS",
+    "Condition",
+    "DiT",
+    "dit_config",
+    "encode_text",
+    "load_text_encoder",
+    "small_text_encoder",
+    "train_tokenizer",
+]

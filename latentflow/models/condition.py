@@ -1,0 +1,92 @@
+"""What a velocity network is told besides the noisy latent and the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """The condition of a batch; every field is optional, B is the same in all of them.
+
+    Attributes:
+        class_labels: (B,) int64, in [0, num_classes).
+        text: (B, L, D) token embeddings of a text encoder.
+        text_mask: (B, L) bool, True = token, False = padding. None = every position is a token.
+        channels: (B, C', H, W), placed beside the channels of the latent (masks, masked images, ...).
+        drop: (B,) bool. True = the class and the text of this row are replaced, inside the network, by its
+            learned null (classifier-free guidance, arXiv:2207.12598). ``channels`` are never dropped.
+    """
+
+    class_labels: Tensor | None = None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    channels: Tensor | None = None
+    drop: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B, or 0 when nothing is set."""
+        return next((value.shape[0] for value in self._tensors().values()), 0)
+
+    def unconditional(self) -> Condition:
+        """The same condition with every row dropped."""
+        given = next(iter(self._tensors().values()), None)
+        if given is None:
+            return self
+        return replace(self, drop=torch.ones(given.shape[0], dtype=torch.bool, device=given.device))
+
+    @staticmethod
+    def cat(a: Condition, b: Condition) -> Condition:
+        """The rows of ``a``, then those of ``b``; the shorter text is padded (and masked) to the longer.
+
+        Raises:
+            ValueError: one of the two has class labels, text or channels, the other has not.
+        """
+        for name in ("class_labels", "text", "channels"):
+            if (getattr(a, name) is None) != (getattr(b, name) is None):
+                raise ValueError(
+                    f"only one of the two conditions has {name}: give it to both, "
+                    "with drop=True for the rows that shall not see it"
+                )
+        length = max((c.text.shape[1] for c in (a, b) if c.text is not None), default=0)
+        a, b = a._padded(length), b._padded(length)
+        if a.drop is not None or b.drop is not None:
+            a, b = a._with_drop(), b._with_drop()
+        pairs = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(Condition)}
+        return Condition(**{name: None if x is None else torch.cat([x, y]) for name, (x, y) in pairs.items()})
+
+    def repeat_interleave(self, n: int) -> Condition:
+        """Every row ``n`` times, copies of one row next to one another: (B * n, ...)."""
+        return self._map(lambda value: value.repeat_interleave(n, dim=0))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """Moved to ``device``; ``dtype`` applies to the floating-point fields only."""
+        return self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        return Condition(**{name: function(value) for name, value in self._tensors().items()})
+
+    def _padded(self, length: int) -> Condition:
+        if self.text is None:
+            return self
+        mask = self.text_mask
+        if mask is None:
+            mask = torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
+        missing = length - self.text.shape[1]
+        return replace(self, text=F.pad(self.text, (0, 0, 0, missing)), text_mask=F.pad(mask, (0, missing)))
+
+    def _with_drop(self) -> Condition:
+        if self.drop is not None:
+            return self
+        device = next(iter(self._tensors().values())).device
+        return replace(self, drop=torch.zeros(self.batch_size, dtype=torch.bool, device=device))

@@ -1,0 +1,201 @@
+"""`DiT`: a diffusion transformer that predicts velocities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from diffusers import ModelMixin  # as a name of this module: diffusers' loader looks for it here
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from ..errors import UserError, lookup
+from .blocks import MLPS, NORMS, DiTBlock, FinalLayer
+from .condition import Condition
+from .embeddings import LabelEmbed, PatchEmbed, TextEmbed, TimeEmbed, rope_table, sincos_table, times_of_rows
+from .embeddings import unpatchify as unpatchify_tokens
+from .inputs import check_inputs
+
+POSITIONS = ("rope", "sincos")
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Diffusion transformer with adaLN-zero (arXiv:2212.09748), for any rectangular latent.
+
+    The default is the modern block (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries
+    and keys. ``norm="layer", activation="gelu", position="sincos", qk_norm=False, time_scale=1.0`` is SiT
+    (arXiv:2401.08740), parameter by parameter and name by name; see `DIT_PRESETS`.
+
+    Args:
+        in_channels: channels of the latent, and of the velocity.
+        out_channels: channels that the network computes; those beyond ``in_channels`` (SiT's learned sigma)
+            are not returned. None = ``in_channels``.
+        patch_size: side of the square of latent pixels that is one token.
+        width, depth, heads: of the transformer.
+        mlp_ratio: hidden width of the feed-forward part over ``width`` (SwiGLU takes two thirds of it).
+        norm: "rms" or "layer".
+        activation: "swiglu" or "gelu".
+        position: "sincos" = the fixed table, added to the tokens; "rope" = that and rotary attention.
+        qk_norm: normalise queries and keys (keeps training stable at high learning rates).
+        num_classes: None = no class embedding.
+        text_dim: features of the text encoder's tokens; None = no text.
+        condition_channels: channels beside the latent's; their weights start at zero.
+        registers: learned tokens that attend and are dropped at the end (arXiv:2309.16588).
+        time_scale: t in [0, 1] is multiplied by it before its Fourier features are taken.
+        sample_size: side, or (height, width), of the latents it was trained on; other sizes work as well.
+
+    Raises:
+        UserError: the configuration contradicts itself, or names something unknown.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        in_channels: int = 16,
+        out_channels: int | None = None,
+        patch_size: int = 1,
+        width: int = 256,
+        depth: int = 8,
+        heads: int = 4,
+        mlp_ratio: float = 4.0,
+        norm: str = "rms",
+        activation: str = "swiglu",
+        position: str = "rope",
+        qk_norm: bool = True,
+        num_classes: int | None = None,
+        text_dim: int | None = None,
+        condition_channels: int = 0,
+        registers: int = 0,
+        time_scale: float = 1000.0,
+        sample_size: int | Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        check_shape(in_channels, out_channels, width, heads, position)
+        lookup(MLPS, activation, "activation")
+        norm_function = lookup(NORMS, norm, "norm")
+        self.patch_size = patch_size
+        self.heads = heads
+        self.position = position
+        self.condition_channels = condition_channels
+        self.gradient_checkpointing = False
+
+        self.x_embedder = PatchEmbed(in_channels, condition_channels, width, patch_size)
+        self.t_embedder = TimeEmbed(width, time_scale)
+        self.y_embedder = LabelEmbed(num_classes, width) if num_classes is not None else None
+        self.text_embedder = TextEmbed(text_dim, width) if text_dim is not None else None
+        self.register_tokens = nn.Parameter(torch.randn(registers, width) * 0.02) if registers else None
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, heads, mlp_ratio, norm_function, activation, qk_norm, text_dim is not None)
+            for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(width, patch_size**2 * (out_channels or in_channels), norm_function)
+        # SiT keeps its fixed table among the parameters, without gradient. So do we where it is SiT's, of one
+        # size: the same 132 keys and the same count. Everywhere else it is computed, and never saved.
+        self.grid = None
+        self.pos_embed = None
+        if position == "sincos" and sample_size is not None:
+            self.grid = tuple(side // patch_size for side in sides(sample_size))
+            self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width), requires_grad=False)
+            with torch.no_grad():
+                self.pos_embed.copy_(sincos_table(*self.grid, width, torch.device("cpu")))
+
+    def forward(
+        self, x: Tensor, t: Tensor | float, cond: Condition | None = None, return_dict: bool = False
+    ) -> Tensor | Transformer2DModelOutput:
+        """The velocity at ``x`` and time ``t``.
+
+        Args:
+            x: (B, in_channels, H, W) noisy latent; H and W are multiples of ``patch_size``.
+            t: in [0, 1], 0 = noise, 1 = data; a scalar or (B,).
+            cond: None = every row is the learned null.
+            return_dict: return diffusers' `Transformer2DModelOutput` instead of the tensor.
+
+        Returns:
+            (B, in_channels, H, W), in the type of ``x``.
+
+        Raises:
+            ValueError: shapes that do not fit, or a condition that the network was not built for.
+        """
+        cond = cond or Condition()
+        check_inputs(self.config, x, cond, multiple=self.patch_size)
+        patch, batch = self.patch_size, x.shape[0]
+        height, width = x.shape[2] // patch, x.shape[3] // patch
+
+        c, text, text_mask = self._embed_condition(times_of_rows(t, batch, x.device), cond)
+        tokens = self._embed_latent(x, cond.channels, height, width)
+        rope = self._rope(height, width, tokens)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, c, rope, text, text_mask)
+            else:
+                tokens = block(tokens, c, rope, text, text_mask)
+        if self.register_tokens is not None:
+            tokens = tokens[:, len(self.register_tokens) :]
+        features = self.final_layer(tokens, c)
+        velocity = unpatchify_tokens(features, patch, height, width)[:, : x.shape[1]].to(x.dtype)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else velocity
+
+    def _embed_condition(self, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """-> the adaLN vector (B, D), the text tokens (B, L, D) and their mask (B, L)."""
+        drop = torch.zeros(t.shape, dtype=torch.bool, device=t.device) if cond.drop is None else cond.drop
+        c: Tensor = self.t_embedder(t)
+        if self.y_embedder is not None:
+            c = c + self.y_embedder(cond.class_labels, drop)
+        if self.text_embedder is None:
+            return c, None, None
+        text, mask, pooled = self.text_embedder(cond.text, cond.text_mask, drop)
+        return c + pooled, text, mask
+
+    def _embed_latent(self, x: Tensor, channels: Tensor | None, height: int, width: int) -> Tensor:
+        """-> (B, registers + height * width, D)."""
+        x = x.to(self.x_embedder.proj.weight.dtype)
+        if self.condition_channels:
+            if channels is None:
+                channels = x.new_zeros(x.shape[0], self.condition_channels, *x.shape[2:])
+            x = torch.cat([x, channels.to(x.dtype)], dim=1)
+        tokens: Tensor = self.x_embedder(x)
+        tokens = tokens + self._positions(height, width, tokens)
+        if self.register_tokens is not None:
+            registers = self.register_tokens.to(tokens.dtype).expand(x.shape[0], -1, -1)
+            tokens = torch.cat([registers, tokens], dim=1)
+        return tokens
+
+    def _positions(self, height: int, width: int, tokens: Tensor) -> Tensor:
+        if self.pos_embed is not None and self.grid == (height, width):
+            return self.pos_embed.to(tokens.dtype)
+        return sincos_table(height, width, tokens.shape[-1], tokens.device).to(tokens.dtype)
+
+    def _rope(self, height: int, width: int, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.position != "rope":
+            return None
+        registers = tokens.shape[1] - height * width
+        head_dim = tokens.shape[-1] // self.heads
+        return rope_table(height, width, head_dim, registers, tokens.device, tokens.dtype)
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """A side, or (height, width), as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def check_shape(in_channels: int, out_channels: int | None, width: int, heads: int, position: str) -> None:
+    """Refuse what could not be built, or would fail in the first step."""
+    lookup({name: name for name in POSITIONS}, position, "position")
+    step = heads * 4 if position == "rope" else heads * 4 // (2 if heads % 2 == 0 else 1)
+    if out_channels is not None and out_channels < in_channels:
+        raise UserError(
+            f"out_channels {out_channels} is less than in_channels {in_channels}",
+            "Leave out_channels empty, or give at least in_channels.",
+        )
+    if width % step:
+        raise UserError(
+            f"width {width} cannot be divided among {heads} heads with position '{position}'",
+            f"Use a multiple of {step}: {max(1, width // step) * step} or {(width // step + 1) * step}.",
+        )

@@ -1,0 +1,45 @@
+"""The check that every velocity network makes before it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .condition import Condition
+
+
+def check_inputs(config: Any, x: Tensor, cond: Condition, multiple: int = 1) -> None:
+    """Compare a call with the network's ``config``. Shapes only, nothing that waits for the device.
+
+    Raises:
+        ValueError: names the value and the remedy.
+    """
+    if x.ndim != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: this network takes (B, {config.in_channels}, H, W); for another "
+            "number of channels, make one with in_channels="
+        )
+    batch, _, height, width = x.shape
+    if height % multiple or width % multiple:
+        raise ValueError(f"a latent of {height}x{width} does not divide into patches of {multiple}: pad it")
+    needs = {"class_labels": "num_classes", "text": "text_dim", "channels": "condition_channels"}
+    for name, key in needs.items():
+        if getattr(cond, name) is not None and not getattr(config, key):
+            raise ValueError(f"the condition has {name}, but the network has no {key}: leave {name} out")
+    expected = {
+        "class_labels": (batch,),
+        "drop": (batch,),
+        "text": (batch, None, config.text_dim),
+        "text_mask": (batch, None if cond.text is None else cond.text.shape[1]),
+        "channels": (batch, config.condition_channels, height, width),
+    }
+    for name, shape in expected.items():
+        value = getattr(cond, name)
+        if value is None:
+            continue
+        if value.ndim != len(shape) or any(
+            b not in (None, a) for a, b in zip(value.shape, shape, strict=True)
+        ):
+            wanted = ", ".join("any" if side is None else str(side) for side in shape)
+            raise ValueError(f"the condition's {name} has shape {tuple(value.shape)}: it must be ({wanted})")

@@ -1,0 +1,56 @@
+"""Configurations of `DiT` by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import lookup
+
+
+def _sit(width: int, depth: int, heads: int) -> dict[str, Any]:
+    """SiT (arXiv:2401.08740, table 1) with patches of 2 as released: ImageNet-256, 4 x 32 x 32 latents."""
+    return {
+        "in_channels": 4,
+        "out_channels": 8,  # the upper half is the learned sigma of DiT, which SiT computes and ignores
+        "patch_size": 2,
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "mlp_ratio": 4.0,
+        "norm": "layer",
+        "activation": "gelu",
+        "position": "sincos",
+        "qk_norm": False,
+        "num_classes": 1000,
+        "time_scale": 1.0,
+        "sample_size": 32,
+    }
+
+
+def _modern(width: int, depth: int, heads: int) -> dict[str, Any]:
+    """The default block, one latent pixel per token; for the latents of small autoencoders."""
+    return {"width": width, "depth": depth, "heads": heads}
+
+
+DIT_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _modern(192, 6, 3),
+    "small": _modern(256, 8, 4),
+    "S": _sit(384, 12, 6),
+    "B": _sit(768, 12, 12),
+    "L": _sit(1024, 24, 16),
+    "XL": _sit(1152, 28, 16),
+}
+
+
+def dit_config(preset: str, **changes: Any) -> dict[str, Any]:
+    """The arguments of `DiT` for a preset on other data: ``DiT(**dit_config("B", in_channels=16))``.
+
+    Other ``in_channels`` also drop the preset's ``out_channels``, unless ``changes`` give them.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    config = dict(lookup(DIT_PRESETS, preset, "preset"))
+    if changes.get("in_channels", config.get("in_channels")) != config.get("in_channels"):
+        config.pop("out_channels", None)
+    return config | changes

@@ -1,0 +1,174 @@
+"""Captions -> token embeddings: a small tokenizer and encoder trained on the data, or one of transformers."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SiglipTextModel,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+from ..errors import UserError
+
+PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[START]"
+
+
+def train_tokenizer(
+    captions: Iterable[str], max_length: int = 32, vocab_size: int = 30_000
+) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary is the words and punctuation marks of ``captions``, lower-case.
+
+    Words beyond ``vocab_size`` (the rarest) and unseen words are spelled in known beginnings and single
+    characters (WordPiece); a word with a character never seen is [UNK]. Every text begins with [START], so
+    that none is empty. The same captions in any order give the same tokenizer.
+
+    Raises:
+        UserError: the captions hold no word.
+    """
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word for text in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
+    )
+    if not words:
+        raise UserError("the captions hold no word to train a tokenizer on", "Give captions with words.")
+    characters = sorted({character for word in words for character in word})
+    spelling = [*characters, *(f"##{character}" for character in characters)]
+    # dict.fromkeys: each once, the first place counts.
+    by_frequency = sorted(words, key=lambda word: (-words[word], word))
+    room = max(0, vocab_size - 3 - len(spelling))
+    vocabulary = list(dict.fromkeys([PAD, UNKNOWN, START, *spelling, *by_frequency[:room]]))
+
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab={word: index for index, word in enumerate(vocabulary)}, unk_token=UNKNOWN)
+    )
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A", special_tokens=[(START, vocabulary.index(START))]
+    )
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        bos_token=START,
+        model_max_length=max_length,
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def small_text_encoder(
+    tokenizer: PreTrainedTokenizerFast, width: int = 256, depth: int = 2, heads: int = 4
+) -> PreTrainedModel:
+    """A small encoder with random weights, to be trained along with the velocity network.
+
+    T5's encoder (arXiv:1910.10683), because it starts well: normalised before every layer, so it needs no
+    warm-up of its own; word embeddings of unit variance, so that words are told apart from the first step; a
+    last norm, so that what the velocity network receives has one scale all along. No dropout: the same text,
+    the same embedding.
+
+    Raises:
+        UserError: ``width`` is not a multiple of ``heads``.
+    """
+    if width % heads:
+        raise UserError(f"text width {width} is not a multiple of {heads} heads", "Change one of the two.")
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=2 * width,
+        num_layers=depth,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=64,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    return T5EncoderModel(config)
+
+
+# Models of images and text, of which only the text half is wanted.
+_TEXT_HALVES: dict[str, Any] = {"clip": CLIPTextModel, "siglip": SiglipTextModel}
+
+
+def load_text_encoder(name_or_path: str | Path) -> tuple[Any, PreTrainedModel]:
+    """The tokenizer and the encoder of a transformers model (CLIP, T5, BERT, ...), by hub id or folder.
+
+    A diffusers pipeline folder, with ``tokenizer/`` and ``text_encoder/`` inside, works as well. The encoder
+    is in evaluation mode, in float32.
+
+    Raises:
+        UserError: it cannot be found, or is no text model.
+    """
+    name = str(name_or_path)
+    parts: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    if (Path(name) / "text_encoder").is_dir():
+        parts = ({"subfolder": "tokenizer"}, {"subfolder": "text_encoder"})
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **parts[0])
+        config = AutoConfig.from_pretrained(name, **parts[1])
+        if config.model_type in _TEXT_HALVES:
+            family = _TEXT_HALVES[config.model_type]
+        else:
+            known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+            family = AutoModelForTextEncoding if known else AutoModel
+        encoder = family.from_pretrained(name, dtype=torch.float32, **parts[1])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the text encoder '{name}' could not be loaded: {str(error).splitlines()[0]}",
+            "Give a transformers model: a folder, or a hub id. Without a network, download it where there is "
+            f"one (`hf download {name}`) and give that folder, or leave the option out to train a small one.",
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, encoder.eval()
+
+
+def encode_text(
+    tokenizer: Any, encoder: PreTrainedModel, prompts: list[str], max_length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token embeddings (B, L, D) and their mask (B, L), True = token; L is that of the longest prompt.
+
+    Gradients flow into ``encoder`` unless the caller forbids it. A prompt longer than ``max_length`` (None =
+    what the tokenizer and the encoder can take) is cut, with a warning.
+    """
+    limit = max_length or _longest(tokenizer, encoder)
+    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    cut = _cut(tokenizer, prompts, limit) if tokens["input_ids"].shape[1] == limit else 0
+    if cut:
+        warnings.warn(f"{cut} of {len(prompts)} prompts exceed {limit} tokens and were cut", stacklevel=2)
+    ids, mask = tokens["input_ids"].to(encoder.device), tokens["attention_mask"].to(encoder.device)
+    embeddings: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return embeddings, mask.bool()
+
+
+def _longest(tokenizer: Any, encoder: PreTrainedModel) -> int:
+    positions = getattr(encoder.config, "max_position_embeddings", None) or 512
+    return int(min(tokenizer.model_max_length, positions))
+
+
+def _cut(tokenizer: Any, prompts: list[str], limit: int) -> int:
+    """How many prompts have more than ``limit`` tokens."""
+    return sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False)["input_ids"])
