@@ -76,7 +76,7 @@ class DiT(ModelMixin, ConfigMixin):
         time_scale: float = 1000.0,
         sample_size: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         check_shape(in_channels, out_channels, width, heads, position)
         lookup(MLPS, activation, "activation")
         norm_function = lookup(NORMS, norm, "norm")
