@@ -1,0 +1,17 @@
+"""Autoencoders: loading any of diffusers', normalised latents, and the losses that train our own."""
+
+from __future__ import annotations
+
+from .build import AutoencoderConfig as AutoencoderConfig
+from .build import build_autoencoder as build_autoencoder
+from .latents import Autoencoder as Autoencoder
+from .latents import decode as decode
+from .latents import denormalise as denormalise
+from .latents import downscale_factor as downscale_factor
+from .latents import encode as encode
+from .latents import has_statistics as has_statistics
+from .latents import latent_channels as latent_channels
+from .latents import measure_statistics as measure_statistics
+from .latents import normalise as normalise
+from .latents import posterior as posterior
+from .load import load_autoencoder as load_autoencoder

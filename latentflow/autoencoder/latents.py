@@ -1,0 +1,135 @@
+"""The border between images, raw latents and the normalised latents that the flow sees.
+
+diffusers writes a checkpoint's scaling in one of two ways, both read here: ``(raw - latents_mean) * scaling_factor /
+latents_std`` per channel, or ``(raw - shift_factor) * scaling_factor``. Autoencoders trained or measured by us carry
+the first, with ``scaling_factor = 1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+# Any of diffusers' autoencoder classes; they share no base class that declares encode, decode and config.
+Autoencoder: TypeAlias = Any
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
+
+
+def latent_channels(vae: Autoencoder) -> int:
+    """Number of channels C of the latents."""
+    return int(vae.config.latent_channels)
+
+
+def downscale_factor(vae: Autoencoder) -> int:
+    """Pixels per latent cell along one side."""
+    config = vae.config
+    for name in ("block_out_channels", "encoder_block_out_channels"):
+        if config.get(name):
+            return int(2 ** (len(config[name]) - 1))
+    raise ValueError(f"{type(vae).__name__} has neither block_out_channels nor encoder_block_out_channels in its config")
+
+
+def has_statistics(vae: Autoencoder) -> bool:
+    """Whether the checkpoint carries per-channel latent statistics."""
+    return vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+
+
+def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Raw latents of images.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        Mean and standard deviation, each (B, C, h, w) float32; the deviation is None for a deterministic autoencoder.
+    """
+    encoded = vae.encode(images.to(_device(vae), _compute_dtype(vae)))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+    raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return raw.float(), None
+
+
+def normalise(vae: Autoencoder, raw: Tensor) -> Tensor:
+    """Raw latents (B, C, h, w) -> latents, by the checkpoint's own statistics."""
+    shift, scale = _shift_and_scale(vae, raw)
+    return (raw - shift) * scale
+
+
+def denormalise(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) -> raw latents; the inverse of `normalise`."""
+    shift, scale = _shift_and_scale(vae, latents)
+    return latents / scale + shift
+
+
+def encode(vae: Autoencoder, images: Tensor, *, generator: Generators | None = None) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32.
+
+    Without a generator the posterior's mean is taken; with one (or one for each image) a sample is drawn from it.
+    """
+    mean, std = posterior(vae, images)
+    if generator is not None and std is not None:
+        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        per_draw = mean.shape[0] // len(generators)
+        noise = torch.cat(
+            [torch.randn(per_draw, *mean.shape[1:], generator=one, device=one.device) for one in generators]
+        )
+        mean = mean + std * noise.to(mean)
+    return normalise(vae, mean)
+
+
+def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1] (not clipped)."""
+    raw = denormalise(vae, latents.float())
+    images: Tensor = vae.decode(raw.to(_device(vae), _compute_dtype(vae)), return_dict=False)[0]
+    return images.float()
+
+
+@torch.no_grad()
+def measure_statistics(vae: Autoencoder, batches: Iterable[Tensor]) -> None:
+    """Measure the per-channel mean and standard deviation of raw latents and store them in the autoencoder's config.
+
+    Args:
+        batches: image batches (B, 3, H, W) in [-1, 1]; a few hundred images suffice.
+
+    Raises:
+        ValueError: no image was given, or the latents are not finite.
+    """
+    count, total, squares = 0, torch.zeros(latent_channels(vae)).double(), torch.zeros(latent_channels(vae)).double()
+    for images in batches:
+        mean, std = posterior(vae, images)
+        mean = mean.double().cpu()
+        second = mean.square() if std is None else mean.square() + std.double().cpu().square()
+        count += mean[:, 0].numel()
+        total += mean.sum((0, 2, 3))
+        squares += second.sum((0, 2, 3))
+    if not count or not torch.isfinite(squares).all():
+        raise ValueError("latent statistics need at least one image and finite latents; check the autoencoder's output")
+    centre = total / count
+    deviation = (squares / count - centre.square()).clamp_min(1e-12).sqrt()
+    vae.register_to_config(
+        latents_mean=centre.tolist(), latents_std=deviation.tolist(), scaling_factor=1.0, shift_factor=None
+    )
+
+
+def _shift_and_scale(vae: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
+    config = vae.config
+    factor = float(config.get("scaling_factor") or 1.0)
+    if has_statistics(vae):
+        shift, scale = torch.tensor(config["latents_mean"]), factor / torch.tensor(config["latents_std"])
+    else:
+        shift, scale = torch.tensor([float(config.get("shift_factor") or 0.0)]), torch.tensor([factor])
+    return shift.view(1, -1, 1, 1).to(like), scale.view(1, -1, 1, 1).to(like)
+
+
+def _device(vae: Autoencoder) -> torch.device:
+    parameter: Tensor = next(vae.parameters())
+    return parameter.device
+
+
+def _compute_dtype(vae: Autoencoder) -> torch.dtype:
+    parameter: Tensor = next(vae.parameters())
+    return parameter.dtype

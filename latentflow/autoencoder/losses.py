@@ -1,0 +1,65 @@
+"""Losses of autoencoder training beside L1: LPIPS, and a PatchGAN with the hinge loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+class PatchDiscriminator(nn.Module):
+    """Scores overlapping patches as real (high) or reconstructed (low): Isola et al. 2017 (arXiv:1611.07004).
+
+    Images (B, 3, H, W) -> (B, 1, H / 8 or so, W / 8 or so).
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        widths = (width, 2 * width, 4 * width)
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for inputs, outputs in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.GroupNorm(8, outputs), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.layers(images)
+        return scores
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's hinge loss of scores of any shape; scalar. Lim and Ye 2017 (arXiv:1705.02894), eq. 6."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """The factor that gives both losses gradients of one size at the last layer; scalar, at most 1e4.
+
+    Esser et al. 2021 (arXiv:2012.09841), eq. 7.
+    """
+    wanted = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0].norm()
+    given = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].norm()
+    return (wanted / (given + 1e-6)).clamp(0, 1e4).detach()
+
+
+def perceptual_loss() -> nn.Module:
+    """LPIPS (Zhang et al. 2018) on VGG features, frozen: (images, images) in [-1, 1] -> (B, 1, 1, 1).
+
+    Raises:
+        UserError: the package or its VGG weights cannot be had; nothing is trained without saying so.
+    """
+    try:
+        import lpips
+    except ImportError as error:
+        raise UserError(
+            "--perceptual-weight needs the package lpips", 'pip install "latentflow[lpips]", or set it to 0.'
+        ) from error
+    try:
+        network: nn.Module = lpips.LPIPS(net="vgg", verbose=False)
+    except OSError as error:  # torchvision downloads VGG's weights on first use
+        raise UserError(
+            f"the VGG weights that LPIPS stands on cannot be downloaded: {error}",
+            "Put vgg16-397923af.pth into torch's hub checkpoint folder, or set --perceptual-weight 0.",
+        ) from error
+    return network.requires_grad_(False).eval()

@@ -1,0 +1,197 @@
+"""Training an autoencoder: L1, KL where it has a posterior, LPIPS and a PatchGAN by choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from ..autoencoder import Autoencoder, AutoencoderConfig, build_autoencoder, decode, encode, load_autoencoder
+from ..autoencoder import measure_statistics
+from ..autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss, perceptual_loss
+from ..data import Source, cached_pixels, pixels_to_images, to_pil
+from ..metrics import psnr, ssim
+from .config import LoopConfig
+from .images import PixelData
+from .loop import Callbacks, fit
+from .order import SampleRandom
+
+log = logging.getLogger(__name__)
+
+_STATISTICS_IMAGES = 1024
+
+
+class AutoencoderStage(nn.Module):
+    """The loss of the autoencoder: ``{"images": (B, 3, H, W), "numbers": draws}`` -> ``{"loss", "l1", ...}``."""
+
+    def __init__(
+        self, vae: Autoencoder, config: AutoencoderConfig, seed: int, discriminator: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.vae = vae
+        self._config, self._seed = config, seed
+        # In a tuple, so that neither is a submodule: the discriminator has its own player, LPIPS is frozen.
+        self._others = (discriminator, perceptual_loss() if config.perceptual_weight else None)
+        self.pairs: tuple[Tensor, Tensor] | None = None  # (images, reconstructions) for the discriminator
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        images = batch["images"].contiguous(memory_format=torch.channels_last)
+        reconstruction, kl = self._reconstruct(images, batch["numbers"])
+        reconstruction = reconstruction.float()
+        per_sample = (reconstruction - images).abs().flatten(1).mean(1)
+        loss = l1 = per_sample.mean()
+        values = {"l1": l1.detach(), "per_sample": per_sample.detach()}
+        if kl is not None:
+            values["kl"] = kl.detach() / images[0].numel()
+            loss = loss + self._config.kl_weight * kl / images[0].numel()
+        discriminator, lpips = self._others
+        if lpips is not None:
+            perceptual = lpips.to(images.device)(reconstruction, images).mean()
+            values["lpips"] = perceptual.detach()
+            loss = loss + self._config.perceptual_weight * perceptual
+        if discriminator is not None and self.training and self._adversarial(batch):
+            self.pairs = (images, reconstruction.detach())
+            adversarial = -_frozen(discriminator, reconstruction).mean()
+            weight = adaptive_weight(loss, adversarial, _last_layer(self.vae))
+            loss = loss + self._config.adversarial_weight * weight * adversarial
+            values["adversarial"] = adversarial.detach()
+        return values | {"loss": loss}
+
+    def _reconstruct(self, images: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor | None]:
+        """-> reconstruction, and the KL divergence to N(0, I) in nats per image (None if deterministic)."""
+        encoded = self.vae.encode(images)
+        if not hasattr(encoded, "latent_dist"):
+            return self.vae.decode(encoded.latent).sample, None
+        posterior = encoded.latent_dist
+        noise = SampleRandom(self._seed, numbers, images.device).normal(posterior.mean.shape[1:])
+        reconstruction: Tensor = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        return reconstruction, posterior.kl().mean()
+
+    def _adversarial(self, batch: dict[str, Any]) -> bool:
+        return bool(batch["numbers"][0] >= self._config.adversarial_start * self._config.autoencoder_batch_size)
+
+
+class DiscriminatorStage(nn.Module):
+    """The discriminator's loss on the images and reconstructions that the autoencoder's step just made."""
+
+    def __init__(self, discriminator: nn.Module, autoencoder: AutoencoderStage) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self._autoencoder = (autoencoder,)  # in a tuple: not a submodule
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        pairs = self._autoencoder[0].pairs
+        if pairs is None:
+            return {}
+        images, reconstructions = pairs
+        loss = hinge_loss(self.discriminator(images), self.discriminator(reconstructions))
+        return {"loss": loss, "discriminator": loss.detach()}
+
+
+def train_autoencoder(
+    train: Source,
+    validation: Source,
+    config: AutoencoderConfig,
+    loop: LoopConfig,
+    output: Path,
+    *,
+    resolution: int,
+    background: str,
+    flips: bool,
+    resume_line: str = "",
+) -> Autoencoder | None:
+    """Train (or go on training) an autoencoder in ``output``; its best weights end in ``output / "autoencoder"``.
+
+    Args:
+        train, validation: pictures to learn from, and held-out ones for PSNR and SSIM (may be empty).
+        config: what to train. loop: how; the ``autoencoder_*`` settings replace its steps, batch and learning rate.
+
+    Returns:
+        The autoencoder with the averaged weights and measured latent statistics; None if a signal stopped the run.
+    """
+    loop = autoencoder_loop(config, loop)
+    torch.manual_seed(loop.seed)
+    vae = build_autoencoder(config, resolution).to(memory_format=torch.channels_last)
+    discriminator = PatchDiscriminator() if config.adversarial_weight else None
+    stage = AutoencoderStage(vae, config, loop.seed, discriminator)
+    players: dict[str, nn.Module] = {"autoencoder": stage}
+    if discriminator is not None:
+        players["discriminator"] = DiscriminatorStage(discriminator, stage)
+    pixels = cached_pixels(train, resolution, background)
+    held_out = pixels_to_images(cached_pixels(validation, resolution, background)[:256]) if len(validation) else None
+    shown = held_out if held_out is not None else pixels_to_images(pixels[:16])
+
+    def validate() -> dict[str, float]:
+        assert held_out is not None
+        reconstruction = torch.cat(list(_reconstructions(vae, held_out)))
+        figures = {"psnr": float(psnr(reconstruction, held_out).mean())}
+        if resolution >= 11:
+            figures["ssim"] = float(ssim(reconstruction, held_out).mean())
+        return figures
+
+    def export() -> None:
+        sample = pixels_to_images(pixels[torch.linspace(0, len(pixels) - 1, min(len(pixels), _STATISTICS_IMAGES)).long()])
+        measure_statistics(vae, sample.split(64))
+        vae.save_pretrained(output / "autoencoder")
+
+    finished = fit(
+        players,
+        PixelData(train, pixels, flips=flips),
+        loop,
+        output,
+        callbacks=Callbacks(
+            validate=validate if held_out is not None else None,
+            preview=lambda: reconstruction_grid(vae, shown[:16]),
+            export=export,
+        ),
+        description={"autoencoder": dataclasses.asdict(config), "resolution": resolution, "data": train.fingerprint()},
+        resume_line=resume_line,
+    )
+    return load_autoencoder(output / "autoencoder") if finished else None
+
+
+def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:
+    """The loop's settings for the autoencoder."""
+    return dataclasses.replace(
+        loop,
+        max_train_steps=config.autoencoder_steps,
+        train_batch_size=config.autoencoder_batch_size,
+        gradient_accumulation_steps=1,
+        learning_rate=config.autoencoder_learning_rate,
+        optimizer=config.autoencoder_optimizer,
+        lr_scheduler="linear",
+        lr_decay_share=0.7,
+    )
+
+
+def reconstruction_grid(vae: Autoencoder, images: Tensor) -> Image.Image:
+    """Originals above their reconstructions, up to 16 pairs: (B, 3, H, W) in [-1, 1] -> picture."""
+    rows = torch.cat([images, torch.cat(list(_reconstructions(vae, images)))])
+    return to_pil(make_grid(rows.clamp(-1, 1), nrow=len(images), padding=2, pad_value=1.0))
+
+
+def _reconstructions(vae: Autoencoder, images: Tensor) -> Iterator[Tensor]:
+    """Posterior means decoded, in batches, on the CPU."""
+    with torch.no_grad():
+        for batch in images.split(32):
+            yield decode(vae, encode(vae, batch)).cpu()
+
+
+def _frozen(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The module's output, with gradients to the inputs but not to its weights."""
+    weights = {name: one.detach() for name, one in module.named_parameters()}
+    output: Tensor = torch.func.functional_call(module, weights, (inputs,))
+    return output
+
+
+def _last_layer(vae: Autoencoder) -> Tensor:
+    convolutions = [module for module in vae.decoder.modules() if isinstance(module, nn.Conv2d)]
+    weight: Tensor = convolutions[-1].weight
+    return weight

@@ -1,0 +1,62 @@
+"""Settings of the training loop. Names follow diffusers' training scripts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """The training loop: optimiser, schedule, precision, checkpoints and reports."""
+
+    max_train_steps: int = 20_000
+    """Optimiser steps in all; a resumed run counts on from where it stopped."""
+    train_batch_size: int = 64
+    """Samples in one forward pass of one process."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes for one optimiser step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the decay after the warm-up: none, or down to zero at max_train_steps."""
+    lr_decay_share: float = 1.0
+    """Share of the run, at its end, over which the learning rate decays."""
+    lr_warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon (orthogonalised momentum for the matrices, AdamW for the rest)."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay."""
+    adam_beta2: float = 0.95
+    """AdamW's second decay."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 switches clipping off."""
+    ema_decay: float = 0.999
+    """Decay of the weight average, reached gradually: min(ema_decay, (1 + step) / (10 + step))."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Autocast precision; weights stay in float32. fp16 needs a GPU."""
+    compile: bool = False
+    """torch.compile the networks (minutes of warm-up; worth it on long runs)."""
+    seed: int = 0
+    """Decides weights, data order, noise and times."""
+    num_workers: int = 0
+    """Processes that load data; cached latents need none."""
+    checkpointing_steps: int = 1000
+    """Steps between checkpoints."""
+    checkpoints_total_limit: int = 2
+    """Checkpoints kept; older ones of this run are removed."""
+    validation_steps: int = 500
+    """Steps between validations; 0 for none."""
+    preview_steps: int = 1000
+    """Steps between preview pictures; 0 for none."""
+    log_steps: int = 10
+    """Steps between lines of metrics.jsonl."""
+    report_to: Literal["none", "tensorboard"] = "none"
+    """Also write TensorBoard event files (extra `tensorboard`)."""
+    max_nonfinite_steps: int = 10
+    """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    allow_changes: bool = False
+    """Resume although the data or the architecture changed (the difference is printed)."""

@@ -1,0 +1,47 @@
+"""Lines for people: on the terminal and in the run's train.log."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+class _Terminal(logging.Handler):
+    """Writes above a running progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def log_to(folder: Path) -> logging.Logger:
+    """The logger of all our modules, writing to the terminal and to ``folder / "train.log"``.
+
+    Of several processes only the main one writes.
+    """
+    from accelerate import PartialState
+
+    logger = logging.getLogger("latentflow")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = False
+    if not PartialState().is_main_process:
+        logger.addHandler(logging.NullHandler())
+        return logger
+    logger.setLevel(logging.INFO)
+    file = logging.FileHandler(folder / "train.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(file)
+    logger.addHandler(_Terminal())
+    return logger
+
+
+def resume_line(command: str, argv: Sequence[str] | None) -> str:
+    """The command line that started this program, for the message that says how to resume it."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return shlex.join(["latentflow", command, *arguments])

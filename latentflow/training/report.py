@@ -1,0 +1,144 @@
+"""What a run says while it runs: a progress line, train.log, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Reports of one process; silent except on the main one.
+
+    Args:
+        folder: the run folder.
+        first_step, last_step: the range that this process will run.
+        samples_per_epoch: size of the data set.
+        report_to: "none" or "tensorboard".
+        active: False on every process but the main one.
+    """
+
+    def __init__(
+        self, folder: Path, first_step: int, last_step: int, *, samples_per_epoch: int, report_to: str, active: bool
+    ) -> None:
+        self._active = active
+        self._last_step = last_step
+        self._samples_per_epoch = samples_per_epoch
+        self._smoothed: float | None = None
+        self._extra: dict[str, float] = {}
+        self._mark = (time.perf_counter(), 0)
+        self._samples = 0
+        self._metrics = (folder / "metrics.jsonl").open("a") if active else None
+        self._board = _tensorboard(folder) if active and report_to == "tensorboard" else None
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=last_step, initial=first_step, disable=not (active and terminal), unit="step", dynamic_ncols=True
+        )
+        self._lines = active and not terminal
+        self._last_line = 0.0
+
+    def step(self, step: int, samples: int) -> None:
+        """Count one finished step (1-based) of ``samples`` samples over all processes."""
+        self._samples += samples
+        self._bar.update(1)
+
+    def metrics(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
+        """Record training metrics of a step."""
+        if not self._active:
+            return
+        loss = values["loss"]
+        self._smoothed = loss if self._smoothed is None else 0.95 * self._smoothed + 0.05 * loss
+        now = time.perf_counter()
+        elapsed, done = now - self._mark[0], self._samples - self._mark[1]
+        rate = done / elapsed if elapsed > 0 else 0.0
+        self._mark = (now, self._samples)
+        self._write(step, values | {"images_per_second": rate, "memory_gib": memory_gib()})
+        per_step = self._samples_per_step(step, samples_seen)
+        eta = (self._last_step - step) * per_step / rate if rate else 0.0
+        parts = {
+            "epoch": f"{samples_seen / self._samples_per_epoch:.1f}",
+            "loss": f"{self._smoothed:.4f}",
+            **{name: f"{value:.4f}" for name, value in self._extra.items()},
+            "lr": f"{values['lr']:.1e}",
+            "img/s": f"{rate:.0f}",
+            "mem": f"{memory_gib():.1f}G",
+            "ETA": _duration(eta),
+        }
+        self._bar.set_postfix(parts, refresh=False)
+        if self._lines and now - self._last_line > 5:
+            self._last_line = now
+            line = "  ".join(f"{name} {value}" for name, value in parts.items())
+            print(f"step {step}/{self._last_step}  {line}", file=sys.stderr, flush=True)
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Record validation figures; they stay in the progress line."""
+        if self._active:
+            self._extra = {f"val_{name}": value for name, value in values.items()}
+            self._write(step, self._extra)
+            self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in self._extra.items()))
+
+    def picture(self, step: int, image: Any) -> None:
+        """Show a preview picture (PIL) in TensorBoard; its file is the caller's."""
+        if self._board is not None:
+            import numpy as np
+
+            self._board.add_image("preview", np.asarray(image), step, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        """A line for people: on the terminal above the bar, and in train.log."""
+        if self._active:
+            log.info(text)
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _samples_per_step(self, step: int, samples_seen: int) -> float:
+        return samples_seen / max(1, step)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        assert self._metrics is not None
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **rounded}) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+
+def memory_gib() -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak / (2**30 if sys.platform == "darwin" else 2**20))
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "--report-to tensorboard needs the package tensorboard", 'pip install "latentflow[tensorboard]"'
+        ) from error
+    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds // 60) % 60, int(seconds // 3600)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds) % 60:02d}s"

@@ -1,0 +1,63 @@
+"""Train an autoencoder on a folder of images: `latentflow autoencoder DATA -o runs/autoencoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from latentflow.autoencoder import AutoencoderConfig
+from latentflow.cli import parse, run, write_config
+from latentflow.data import find_source, readable, split
+from latentflow.data.config import DataConfig
+from latentflow.training import LoopConfig, log_to, resume_line
+from latentflow.training.autoencoder import train_autoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train an autoencoder; the same line again resumes."""
+
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """Run folder; the result is its subfolder `autoencoder`."""
+    data: DataConfig
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    loop: LoopConfig = LoopConfig()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train an autoencoder."""
+    config = parse(Config, argv, prog="latentflow autoencoder")
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    log = log_to(output)
+
+    # ---- data ----
+    source = readable(find_source(config.data.data, condition="none"))
+    for note in source.notes:
+        log.info(note)
+    training, validation = split(source, config.data.validation, config.loop.seed)
+    log.info(f"{len(training)} pictures to train on, {len(validation)} held out")
+
+    # ---- training ----
+    write_config(config, output / "config.yaml")
+    vae = train_autoencoder(
+        source.subset(training),
+        source.subset(validation),
+        config.autoencoder,
+        config.loop,
+        output,
+        resolution=config.data.resolution,
+        background=config.data.background,
+        flips=config.data.random_flip,
+        resume_line=resume_line("autoencoder", argv),
+    )
+    if vae is not None:
+        log.info(f"done: {output / 'autoencoder'}")
+
+
+if __name__ == "__main__":
+    run(main)
