@@ -1,0 +1,153 @@
+"""The one module that knows diffusers' conventions.
+
+Theirs: ``sigma = 1 - t`` (sigma = 1 is noise), ``timestep = 1000 sigma``, ``model_output = -velocity``.
+Everything else in latentflow speaks of t in [0, 1] with t = 1 the data, and of the velocity dx/dt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+# Multistep schedulers take log(1 - sigma): the first sigma stays this far from 1.
+LARGEST_LOG_SIGMA = 1.0 - 1e-6
+
+
+def to_timestep(t: Tensor) -> Tensor:
+    """Our time t as diffusers' timestep, 1000 (1 - t), in the dtype of ``t``."""
+    return 1000.0 * (1.0 - t)
+
+
+def times_from_sigmas(sigmas: Sequence[float]) -> Tensor:
+    """Our grid for diffusers' ``sigmas``: N values, the final 0 implied, are N + 1 float64 times up to 1.
+
+    Raises:
+        UserError: ``sigmas`` is empty, leaves (0, 1] or does not decrease.
+    """
+    return 1.0 - torch.tensor([*_checked(sigmas), 0.0], dtype=torch.float64)
+
+
+def _checked(sigmas: Sequence[float]) -> list[float]:
+    values = [float(sigma) for sigma in sigmas]
+    if len(values) > 1 and values[-1] == 0.0:
+        values.pop()  # the final 0 may be written or left out
+    falling = all(high > low for high, low in pairwise(values))
+    if not values or not falling or values[0] > 1.0 or values[-1] <= 0.0:
+        raise UserError(
+            f"sigmas = {values} is no grid from noise (1) to data (0)",
+            "Pass values that decrease within (0, 1], such as [1.0, 0.75, 0.5]; the final 0 is implied.",
+        )
+    return values
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a diffusers scheduler that cannot step a flow.
+
+    Raises:
+        UserError: it does not read the network's output as a velocity, or needs a shift that we cannot know.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    if not (name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"):
+        raise UserError(
+            f"the scheduler {name} takes prediction_type={config.get('prediction_type')!r}, not a velocity",
+            f"Use a FlowMatch... scheduler or, where it has them, {name}.from_config(pipe.scheduler.config, "
+            "prediction_type='flow_prediction', use_flow_sigmas=True); pipe.scheduler = None: our solvers.",
+        )
+    if not name.startswith("FlowMatch") and not config.get("use_flow_sigmas", False):
+        raise UserError(
+            f"the scheduler {name} predicts a flow, but on the noise levels of a diffusion",
+            f"Build it as {name}(prediction_type='flow_prediction', use_flow_sigmas=True).",
+        )
+    if config.get("use_dynamic_shifting", False):
+        raise UserError(
+            f"the scheduler {name} shifts by the resolution (use_dynamic_shifting=True)",
+            "Set use_dynamic_shifting=False and choose a fixed shift.",
+        )
+
+
+def set_grid(
+    scheduler: Any, steps: int, sigmas: Sequence[float] | None = None, device: torch.device | None = None
+) -> None:
+    """Give a diffusers flow scheduler ``steps`` steps from sigma 1 to 0, or the grid ``sigmas``; its own
+    shift applies.
+
+    FlowMatch schedulers spend their last step on 0.001 -> 0 unless told the grid, so they get 1, 1 - 1/N,
+    ..., 1/N; the multistep ones keep their own grid. ``sigmas`` is honoured also where ``set_timesteps``
+    does not take it.
+    """
+    check_scheduler(scheduler)
+    if sigmas is None and not type(scheduler).__name__.startswith("FlowMatch"):
+        scheduler.set_timesteps(steps, device=device)
+    else:
+        grid = np.linspace(1.0, 1.0 / steps, steps) if sigmas is None else np.array(_checked(sigmas))
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(sigmas=grid, device=device)
+        else:
+            scheduler.set_timesteps(len(grid), device=device)
+            _overwrite_grid(scheduler, grid, device)
+    # Count the steps rather than look them up by timestep, which some schedulers round to an integer.
+    scheduler.set_begin_index(0)
+
+
+def _overwrite_grid(scheduler: Any, grid: np.ndarray[Any, Any], device: torch.device | None) -> None:
+    config = scheduler.config
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    sigmas = torch.tensor(shift * grid / (1.0 + (shift - 1.0) * grid), dtype=torch.float64)
+    if hasattr(scheduler, "state_in_first_order"):  # Heun visits every level but the first and the last twice
+        sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
+    else:
+        sigmas = sigmas.clamp(max=LARGEST_LOG_SIGMA)
+    scheduler.timesteps = to_timestep(1.0 - sigmas).to(device, torch.float32)
+    scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
+
+
+def integrate_with_scheduler(
+    scheduler: Any,
+    velocity: Velocity,
+    x: Tensor,
+    *,
+    callback: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    progress: Progress = iter,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> Tensor:
+    """Bring ``x`` (B, C, H, W) from noise to data with a diffusers scheduler whose grid ``set_grid`` has set.
+
+    The time of every evaluation is read from the scheduler's float sigmas, not from its timesteps, which
+    several schedulers round to integers. ``callback(i, t, x)`` runs after each scheduler step that began at
+    time t and may return a replacement for x.
+    """
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    for i, timestep in enumerate(progress(scheduler.timesteps)):
+        t = 1.0 - scheduler.sigmas[i].to(torch.float64)
+        x = scheduler.step(-velocity(x, t), timestep, x, return_dict=False, **extra)[0]
+        replacement = callback(i, t, x) if callback is not None else None
+        x = x if replacement is None else replacement
+    return x
+
+
+def register_with_diffusers() -> None:
+    """Let stock ``DiffusionPipeline.from_pretrained(folder)`` and ``AutoPipelineForText2Image`` open our
+    checkpoints.
+
+    diffusers looks a pipeline's class up among its own attributes, and a component's class in modules that
+    are already imported; this puts ours there. Nothing in the checkpoint's folder is executed. Calling it
+    again changes nothing.
+    """
+    import diffusers
+    from diffusers.pipelines import auto_pipeline
+
+    from .pipeline import LatentFlowPipeline  # imports the modules of the networks as well
+
+    setattr(diffusers, "LatentFlowPipeline", LatentFlowPipeline)  # noqa: B010 - mypy refuses the plain form
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["latentflow"] = LatentFlowPipeline

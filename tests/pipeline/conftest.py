@@ -1,0 +1,158 @@
+"""Tiny pipelines; the stub knows the exact velocity of a Gaussian whose mean the condition decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from latentflow.models import Condition, DiT, encode_text, small_text_encoder, train_tokenizer
+from latentflow.pipeline import LatentFlowPipeline
+
+CAPTIONS = ["a red apple", "a small blue hat", "green tree", "big yellow sun over a house"]
+NAMES = {0: "apple", 1: "hat", 2: "tree"}
+
+
+class GaussianFlow(ModelMixin, ConfigMixin):
+    """Exact velocity of x1 ~ N(mean, SPREAD^2 I) on the straight path: it carries x0 to mean + SPREAD x0.
+
+    The mean is the class's row, or the mean over a caption's tokens, or ``null`` for dropped rows. Guidance
+    acts on the mean alone, so a guided flow ends at null + scale (mean - null) + SPREAD x0.
+    """
+
+    SPREAD = 0.5
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 2,
+        sample_size: int = 4,
+        num_classes: int | None = None,
+        text_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.means = nn.Parameter(torch.tensor([[1.0, -1.0], [3.0, 0.5], [-2.0, 2.0]]))
+        self.null = nn.Parameter(torch.tensor([0.25, -0.5]))
+        self.calls: list[tuple[int, float, torch.dtype]] = []  # (rows, t, dtype of x)
+
+    def mean(self, cond: Condition | None, rows: int) -> Tensor:
+        mean = self.null.expand(rows, -1)
+        if cond is not None and cond.class_labels is not None:
+            mean = self.means[cond.class_labels]
+        if cond is not None and cond.text is not None:
+            weight = cond.text_mask[..., None].to(cond.text.dtype)
+            mean = 10.0 * (cond.text[..., :2] * weight).sum(1) / weight.sum(1).clamp_min(1.0)
+        if cond is not None and cond.drop is not None:
+            mean = torch.where(cond.drop[:, None], self.null, mean)
+        return mean
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Condition | None = None, return_dict: bool = False
+    ) -> Tensor:
+        self.calls.append((x.shape[0], float(t.flatten()[0]), x.dtype))
+        m, t = self.mean(cond, x.shape[0])[:, :, None, None], t.view(-1, 1, 1, 1)
+        variance = (t * self.SPREAD) ** 2 + (1 - t) ** 2
+        velocity = m + (t * self.SPREAD**2 - (1 - t)) / variance * (x - t * m)
+        return velocity.to(x.dtype)
+
+    def end(self, mean: Tensor, x0: Tensor) -> Tensor:
+        """Where the exact flow ends."""
+        return mean.view(-1, 2, 1, 1) + self.SPREAD * x0
+
+
+def tiny_vae(**config: Any) -> AutoencoderKL:
+    """2 latent channels, downscale factor 2, statistics that are neither 0 nor 1."""
+    torch.manual_seed(0)
+    statistics = {"latents_mean": [0.3, -0.7], "latents_std": [1.5, 0.4], "scaling_factor": 1.0}
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=2,
+        mid_block_add_attention=False,
+        **{**statistics, **config},
+    )
+    return vae.eval()
+
+
+def tiny_text() -> dict[str, Any]:
+    torch.manual_seed(1)
+    tokenizer = train_tokenizer(CAPTIONS)
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": small_text_encoder(tokenizer, width=16, depth=1, heads=2).eval(),
+    }
+
+
+def awake(network: nn.Module) -> nn.Module:
+    """Random numbers in place of the zeros that a fresh network's output layers start with."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return network.eval()
+
+
+def tiny_dit(**config: Any) -> DiT:
+    return awake(DiT(in_channels=2, width=16, depth=1, heads=2, sample_size=4, **config))
+
+
+@pytest.fixture
+def class_pipe() -> LatentFlowPipeline:
+    return quiet(LatentFlowPipeline(tiny_vae(), GaussianFlow(num_classes=3), id2label=NAMES))
+
+
+@pytest.fixture
+def text_pipe() -> LatentFlowPipeline:
+    return quiet(LatentFlowPipeline(tiny_vae(), GaussianFlow(text_dim=16), **tiny_text()))
+
+
+@pytest.fixture
+def plain_pipe() -> LatentFlowPipeline:
+    return quiet(LatentFlowPipeline(tiny_vae(), GaussianFlow()))
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved caption checkpoint with a real network. Tests may read it, never write to it."""
+    folder = tmp_path_factory.mktemp("dit") / "pipeline"
+    LatentFlowPipeline(tiny_vae(), tiny_dit(text_dim=16), **tiny_text()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved class checkpoint with a real network."""
+    folder = tmp_path_factory.mktemp("classes") / "pipeline"
+    LatentFlowPipeline(tiny_vae(), tiny_dit(num_classes=3), id2label=NAMES).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def x0() -> Callable[[int], Tensor]:
+    """Fixed noise, (n, 2, 4, 4)."""
+    return lambda n: torch.randn(n, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def text_mean() -> Callable[[LatentFlowPipeline, str], Tensor]:
+    """The stub's mean for one caption, encoded alone."""
+
+    def mean(pipe: LatentFlowPipeline, caption: str) -> Tensor:
+        with torch.no_grad():
+            text, mask = encode_text(pipe.tokenizer, pipe.text_encoder, [caption])
+            return pipe.transformer.mean(Condition(text=text, text_mask=mask), 1)[0]
+
+    return mean
+
+
+def quiet(pipe: LatentFlowPipeline) -> LatentFlowPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
