@@ -18,8 +18,8 @@ class _Terminal(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def log_to(folder: Path) -> logging.Logger:
-    """The logger of all our modules, writing to the terminal and to ``folder / "train.log"``.
+def log_to(folder: Path | None) -> logging.Logger:
+    """The logger of all our modules, writing to the terminal and, with a folder, to its ``train.log``.
 
     Of several processes only the main one writes.
     """
@@ -34,9 +34,10 @@ def log_to(folder: Path) -> logging.Logger:
         logger.addHandler(logging.NullHandler())
         return logger
     logger.setLevel(logging.INFO)
-    file = logging.FileHandler(folder / "train.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(file)
+    if folder is not None:
+        file = logging.FileHandler(folder / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(file)
     logger.addHandler(_Terminal())
     return logger
 

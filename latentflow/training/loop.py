@@ -106,6 +106,7 @@ def fit(
     Raises:
         UserError: the checkpoint does not fit the description, or the loss stayed non-finite.
     """
+    Path(output).mkdir(parents=True, exist_ok=True)
     loop = _Loop(players, data, config, Path(output), callbacks or Callbacks(), dict(description or {}))
     return loop.run(resume_line)
 

@@ -58,7 +58,7 @@ class Reporter:
         if not self._active:
             return
         loss = values["loss"]
-        self._smoothed = loss if self._smoothed is None else 0.95 * self._smoothed + 0.05 * loss
+        self._smoothed = loss if self._smoothed is None else 0.9 * self._smoothed + 0.1 * loss
         now = time.perf_counter()
         elapsed, done = now - self._mark[0], self._samples - self._mark[1]
         rate = done / elapsed if elapsed > 0 else 0.0

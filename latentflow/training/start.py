@@ -1,0 +1,158 @@
+"""The networks that a run starts with: new ones, or those of a checkpoint fitted to other data."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..autoencoder import Autoencoder, latent_channels
+from ..data import Source
+from ..errors import UserError
+from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
+from ..models.config import NetworkConfig, TextConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """What is trained and what goes with it.
+
+    Attributes:
+        network: the velocity network.
+        text_encoder, tokenizer: None without captions.
+        trained_text: whether the text encoder is trained along.
+    """
+
+    network: Any
+    text_encoder: PreTrainedModel | None = None
+    tokenizer: Any = None
+    trained_text: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """The architecture as plain values; a resumed run must have the same."""
+        shapes = {name: list(one.shape) for name, one in self.network.named_parameters()}
+        if self.text_encoder is not None and self.trained_text:
+            shapes |= {f"text.{name}": list(one.shape) for name, one in self.text_encoder.named_parameters()}
+        return shapes
+
+
+def new_networks(
+    source: Source, vae: Autoencoder, latent_size: int, network: NetworkConfig, text: TextConfig
+) -> Networks:
+    """Networks with fresh weights for the source's kind of condition.
+
+    Raises:
+        UserError: a setting does not fit (see `DiT` and `UNet`), or the text encoder cannot be loaded.
+    """
+    tokenizer, encoder, trained = None, None, False
+    if source.kind == "text" and text.text_encoder:
+        tokenizer, encoder = load_text_encoder(text.text_encoder)
+    elif source.kind == "text":
+        tokenizer = train_tokenizer(source.captions(), text.text_length)
+        encoder = small_text_encoder(tokenizer, text.text_width, text.text_depth, text.text_heads)
+        trained = True
+    arguments: dict[str, Any] = {
+        "in_channels": latent_channels(vae),
+        "num_classes": len(source.classes) if source.kind == "class" else None,
+        "text_dim": _text_dim(encoder),
+        "sample_size": latent_size,
+    }
+    if network.network == "unet":
+        built: Any = UNet(**arguments)
+    else:
+        names = ("patch_size", "width", "depth", "heads", "norm", "activation", "position", "registers")
+        chosen = {name: getattr(network, name) for name in names if getattr(network, name) is not None}
+        built = DiT(**dit_config(network.network_preset, **arguments, **chosen))
+    return Networks(network=built, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
+
+
+def networks_from(checkpoint: str, source: Source) -> Networks:
+    """A checkpoint's networks, fitted to other data: new classes get new rows, new words new embeddings.
+
+    Args:
+        checkpoint: a pipeline folder.
+        source: what they will be trained on. Rows of classes and words that the checkpoint knows are kept.
+
+    Raises:
+        UserError: the checkpoint cannot be opened, or is conditioned on something else than the source.
+    """
+    from ..pipeline import LatentFlowPipeline
+
+    try:
+        pipe = LatentFlowPipeline.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--init-from {checkpoint}: {str(error).splitlines()[0]}",
+            "Give a pipeline folder, such as runs/cats/pipeline.",
+        ) from error
+    old, config = pipe.transformer, dict(pipe.transformer.config)
+    kinds = {"text": config.get("text_dim") is not None, "class": config.get("num_classes") is not None}
+    if source.kind != "unconditional" and not kinds[source.kind]:
+        raise UserError(
+            f"{checkpoint} is not conditioned on {source.kind}, the data is",
+            "Use --condition none, or a checkpoint of the same kind.",
+        )
+    if source.kind == "class":
+        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+        network = type(old)(**(arguments | {"num_classes": len(source.classes)}))
+        rows = [pipe.labels.get(name) for name in source.classes]
+        _copy_weights(old, network, rows=[*rows, config["num_classes"]])
+    else:
+        network = old
+    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+    trained = encoder is not None and getattr(tokenizer, "bos_token", None) == "[START]"  # one of ours
+    if trained and source.kind == "text":
+        tokenizer, encoder = _extended_text(tokenizer, encoder, source.captions())
+    return Networks(network=network, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
+
+
+@torch.no_grad()
+def _copy_weights(old: nn.Module, new: nn.Module, rows: list[int | None]) -> None:
+    """Copy equal shapes; of tables with other numbers of rows copy ``rows[i]`` of the old to row i of the new."""
+    sources = dict(old.named_parameters())
+    for name, target in new.named_parameters():
+        source = sources[name]
+        if source.shape == target.shape and "embedding_table" not in name and "class_embedding" not in name:
+            target.copy_(source)
+        else:
+            _copy_rows(source, target, rows)
+
+
+def _copy_rows(source: Tensor, target: Tensor, rows: list[int | None]) -> None:
+    for index, row in enumerate(rows):
+        # A class or word never seen starts as the mean of those known: nearer to sense than noise.
+        target[index] = source[row] if row is not None else source.mean(0)
+
+
+@torch.no_grad()
+def _extended_text(tokenizer: Any, encoder: PreTrainedModel, captions: list[str]) -> tuple[Any, PreTrainedModel]:
+    """A tokenizer that knows the old words and those of ``captions``, and the encoder with rows for the new ones."""
+    words = [word for word in tokenizer.get_vocab() if not word.startswith(("[", "##"))]
+    longer = train_tokenizer([*captions, " ".join(words)], tokenizer.model_max_length)
+    known = tokenizer.get_vocab()
+    source = encoder.get_input_embeddings().weight.clone()
+    vocabulary = sorted(longer.get_vocab().items(), key=lambda item: item[1])
+    new_words = [word for word, _ in vocabulary if word not in known]
+    encoder.resize_token_embeddings(len(longer), mean_resizing=False)
+    _copy_rows(source, encoder.get_input_embeddings().weight, [known.get(word) for word, _ in vocabulary])
+    log.info("%d new words join the %d that the checkpoint knows", len(new_words), len(known))
+    return longer, encoder
+
+
+def _text_dim(encoder: PreTrainedModel | None) -> int | None:
+    if encoder is None:
+        return None
+    config = encoder.config
+    return int(getattr(config, "hidden_size", None) or config.d_model)
+
+
+def is_pipeline(folder: str | Path) -> bool:
+    """Whether ``folder`` is a pipeline that `save_pretrained` wrote."""
+    return (Path(folder) / "model_index.json").is_file()

@@ -1,0 +1,171 @@
+"""Train a generator on a folder of images: `latentflow train DATA -o runs/cats`."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from accelerate import PartialState
+
+from latentflow.autoencoder import AutoencoderConfig, downscale_factor
+from latentflow.cli import parse, run, write_config
+from latentflow.data import LatentTable, Source, cached_latents, find_source, readable, split
+from latentflow.data.config import DataConfig
+from latentflow.models.config import NetworkConfig, TextConfig
+from latentflow.pipeline import LatentFlowPipeline
+from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
+from latentflow.training.conditions import condition_rows
+from latentflow.training.flow import FlowConfig, FlowStage, LatentData, validation_loss
+from latentflow.training.plan import estimate_lines, plan_lines
+from latentflow.training.presets import PRESETS
+from latentflow.training.preview import preview_grid
+from latentflow.training.start import networks_from, new_networks
+from latentflow.training.vae import autoencoder_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Turn a folder of images into a diffusers pipeline; the same line again resumes."""
+
+    data: DataConfig
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """Run folder; the result is its subfolder `pipeline`."""
+    init_from: str | None = None
+    """Fine-tune: start from the weights of this pipeline folder."""
+    vae: str | None = None
+    """A pretrained diffusers autoencoder (folder or hub id). Empty: one is trained on the data first."""
+    dry_run: bool = False
+    """Print the plan, the sizes and an estimate of memory and time, and stop."""
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    network: NetworkConfig = NetworkConfig()
+    text: TextConfig = TextConfig()
+    flow: FlowConfig = FlowConfig()
+    loop: LoopConfig = LoopConfig()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a generator on a folder of images."""
+    config = parse(Config, argv, prog="latentflow train", presets=PRESETS)
+    loop, data, output = config.loop, config.data, Path(config.output)
+    again = resume_line("train", argv)
+
+    # ---- data: what is there, what it is conditioned on ----
+    if config.dry_run:
+        log = log_to(None)
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        log = log_to(output)
+    source = readable(find_source(data.data, condition=data.condition, missing_caption=data.missing_caption))
+    training, validation = (source.subset(rows) for rows in split(source, data.validation, loop.seed))
+    for line in plan_lines(source, training, validation, loop):
+        log.info(line)
+    if not config.dry_run and PartialState().is_main_process:
+        write_config(config, output / "config.yaml")
+
+    # ---- autoencoder: given, the checkpoint's, or trained now ----
+    vae = autoencoder_for(
+        config.vae or config.init_from,
+        training,
+        validation,
+        config.autoencoder,
+        loop,
+        output / "autoencoder",
+        data=data,
+        resume_line=again,
+        untrained=config.dry_run,
+    )
+    if vae is None:
+        return  # stopped by a signal; the line that resumes was printed
+
+    # ---- networks ----
+    torch.manual_seed(loop.seed)
+    latent_size = data.resolution // downscale_factor(vae)
+    if config.init_from:
+        networks = networks_from(config.init_from, source)
+    else:
+        networks = new_networks(source, vae, latent_size, config.network, config.text)
+    if config.network.gradient_checkpointing:
+        networks.network.enable_gradient_checkpointing()
+    stage = FlowStage(
+        networks.network, config.flow, loop.seed, networks.text_encoder if networks.trained_text else None
+    )
+    if config.dry_run:
+        for line in estimate_lines(stage, networks, vae, source, loop, latent_size):
+            log.info(line)
+        return
+
+    # ---- latents and conditions, cached ----
+    def latent_data(part: Source) -> LatentData:
+        table = latents(part, vae, data)
+        return LatentData(part, table, condition_rows(part, networks))
+
+    train_data = latent_data(training)
+    held_out = latent_data(validation) if len(validation) else None
+    vae.cpu()
+
+    # ---- training ----
+    device = PartialState().device
+    id2label = dict(enumerate(source.classes)) if source.kind == "class" else None
+
+    def pipeline() -> LatentFlowPipeline:
+        return LatentFlowPipeline(
+            vae=vae,
+            transformer=networks.network,
+            text_encoder=networks.text_encoder,
+            tokenizer=networks.tokenizer,
+            id2label=id2label,
+        )
+
+    def export() -> None:
+        fresh = output / ".pipeline.tmp"
+        pipeline().save_pretrained(fresh)
+        shutil.rmtree(output / "pipeline", ignore_errors=True)  # this run's own, of an earlier export
+        fresh.rename(output / "pipeline")
+
+    if loop.compile:
+        networks.network.compile()
+    finished = fit(
+        {"flow": stage},
+        train_data,
+        loop,
+        output,
+        callbacks=Callbacks(
+            validate=None if held_out is None else lambda: {"loss": validation_loss(stage, held_out, device)},
+            preview=lambda: preview_grid(pipeline(), validation if len(validation) else training, device),
+            export=export,
+        ),
+        description={
+            "network": networks.describe(),
+            "flow": dataclasses.asdict(config.flow),
+            "data": training.fingerprint(),
+            "batch": loop.train_batch_size * loop.gradient_accumulation_steps * PartialState().num_processes,
+            "seed": loop.seed,
+        },
+        resume_line=again,
+    )
+    if finished:
+        log.info(f"done: {output / 'pipeline'}; try it with\n  latentflow generate --checkpoint {output / 'pipeline'}")
+
+
+def latents(part: Source, vae: object, data: DataConfig) -> LatentTable:
+    """The latents of a part of the data, from the cache where they are in it; the main process fills it first."""
+    with PartialState().main_process_first():
+        return cached_latents(
+            part,
+            vae,
+            data.resolution,
+            background=data.background,
+            flips=data.random_flip,
+            device=PartialState().device,
+            progress=PartialState().is_main_process,
+        )
+
+
+if __name__ == "__main__":
+    run(main)
