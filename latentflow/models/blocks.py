@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,51 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+def _inverse_rms(x: Tensor) -> Tensor:
+    """1 / root mean square over the last dimension, kept, in float32."""
+    # Autocast would first copy x to float32; this sums in float32 without the copy.
+    with torch.autocast(x.device.type, enabled=False):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    inverse: Tensor = x.shape[-1] ** 0.5 / (norm + 1e-6)
+    return inverse
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x / rms(x). Its Jacobian is symmetric: one formula serves backward and forward derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * _inverse_rms(x).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _RMSNorm._derivative(ctx.saved_tensors[0], gradient)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return _RMSNorm._derivative(ctx.saved_tensors[0], tangent)
+
+    @staticmethod
+    def _derivative(x: Tensor, v: Tensor) -> Tensor:
+        """v / rms - x <v, x> / (D rms^3)."""
+        inverse = _inverse_rms(x)
+        along = (v * x).sum(dim=-1, keepdim=True, dtype=torch.float32) * inverse**3 / x.shape[-1]
+        return torch.addcmul(v * inverse.to(x.dtype), x, -along.to(x.dtype))
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without weights; the sum of squares is taken in float32."""
-    # torch's own rms_norm has no fused kernel on the CPU, and upcasts the whole input.
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    inverse: Tensor = x.shape[-1] ** 0.5 / (norm + 1e-6)
-    return x * inverse.to(x.dtype)
+    if x.device.type == "cpu":  # where torch has no fused kernel: three times as fast with its derivative
+        out: Tensor = _RMSNorm.apply(x)
+        return out
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
 NORMS: dict[str, Norm] = {"rms": rms_norm, "layer": layer_norm}
@@ -34,6 +74,18 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); ``mask`` (B, L) bool, True = a key that is seen."""
+    if q.device.type != "cpu" or k.shape[-2] > 256:
+        return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+    # On short sequences the CPU's fused kernel is slower than plain matrix products: in bfloat16 2.5 times
+    # forward, 5 times with its gradient (64 tokens).
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    return scores.softmax(dim=-1) @ v
+
+
 class Attention(nn.Module):
     """Self-attention over (B, N, D), by choice with rotary positions and normalised queries and keys."""
 
@@ -42,20 +94,19 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = linear(width, 3 * width)
         self.proj = linear(width, width)
-        # Weights of the RMSNorm of queries and of keys (arXiv:2302.05442), shared by the heads.
-        self.qk_scale = nn.Parameter(torch.ones(2, 1, width // heads)) if qk_norm else None
+        # The weights of queries' and keys' RMSNorm (arXiv:2302.05442), for every head its own.
+        self.qk_scale = nn.Parameter(torch.ones(2 * width)) if qk_norm else None
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, -1)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        qk, v = self.qkv(x).split([2 * width, width], dim=-1)
         if self.qk_scale is not None:
-            qk = rms_norm(qk) * self.qk_scale.to(qk.dtype)
-        qk = qk.flatten(2, 3)
+            qk = rms_norm(qk.unflatten(-1, (2 * self.heads, -1))).flatten(2) * self.qk_scale.to(qk.dtype)
+        qk = qk.unflatten(-1, (2 * self.heads, -1))
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k = qk.transpose(1, 2).chunk(2, dim=1)  # (B, heads, N, head_dim)
-        out = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+        out = attention(q, k, v.unflatten(-1, (self.heads, -1)).transpose(1, 2))
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
         return projected
 
@@ -74,7 +125,7 @@ class CrossAttention(nn.Module):
         batch, tokens, width = x.shape
         q = self.q(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
         k, v = self.kv(text).view(batch, text.shape[1], 2 * self.heads, -1).transpose(1, 2).chunk(2, dim=1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        out = attention(q, k, v, mask)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
         return projected
 

@@ -72,8 +72,7 @@ def rope_table(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the channel pairs (i, i + head_dim / 2) of x (..., N, heads, head_dim) as `rope_table` says."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
