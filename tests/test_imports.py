@@ -1,0 +1,139 @@
+"""Holds the direction of imports, read from the source, and that nothing executes code from a checkpoint."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "latentflow"
+PROGRAMS = sorted(file for folder in ("train", "pipelines") for file in (ROOT / folder).rglob("*.py"))
+MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in file.relative_to(PACKAGE).parts)
+
+# Layers from the bottom; a module may import from its own part and from lower layers. Data lies above models and
+# autoencoder, whose latents and embeddings it caches, and training above the pipeline that draws its previews.
+LEAVES = {"errors", "cli"}
+LAYERS = [{"flow"}, {"models", "autoencoder"}, {"data"}, {"metrics", "pipeline"}, {"training"}]
+
+
+def part(module: str) -> str:
+    """`latentflow.models.dit` -> models; every `pipeline*` and the border to diffusers count as pipeline."""
+    names = module.split(".")
+    name = names[1] if len(names) > 1 else ""
+    return "pipeline" if name.startswith("pipeline") or name == "diffusers_border" else name
+
+
+def module_name(file: Path) -> str:
+    names = list(file.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def imports(file: Path) -> list[tuple[int, str]]:
+    """(line, absolute module) of every import; `from latentflow import x` counts as latentflow.x."""
+    found = []
+    package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                anchor = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*anchor, *([node.module] if node.module else [])])
+            found += (
+                [(node.lineno, f"latentflow.{alias.name}") for alias in node.names]
+                if base == "latentflow"
+                else [(node.lineno, base)]
+            )
+    return found
+
+
+def layer(name: str) -> int | None:
+    return next((i for i, names in enumerate(LAYERS) if name in names), None)
+
+
+def allowed(importer: str, imported: str) -> bool:
+    if importer == imported or imported == "errors":
+        return True
+    if importer in LEAVES:
+        return False
+    if imported == "cli":  # programs only
+        return False
+    here, there = layer(importer), layer(imported)
+    return here is not None and there is not None and there < here
+
+
+def test_the_rules_themselves() -> None:
+    assert allowed("models", "flow")
+    assert allowed("training", "models")
+    assert allowed("flow", "errors")
+    assert not allowed("flow", "models")
+    assert not allowed("data", "training")
+    assert not allowed("models", "data")
+    assert not allowed("pipeline", "training")
+    assert not allowed("errors", "flow")
+    assert part("latentflow.pipeline_inpaint") == "pipeline"
+
+
+def test_every_part_of_the_package_has_a_place() -> None:
+    known = LEAVES.union(*LAYERS)
+    assert {part(module_name(file)) for file in MODULES if part(module_name(file))} <= known
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_downwards(file: Path) -> None:
+    importer = part(module_name(file))
+    if not importer:
+        return  # latentflow/__init__.py hands out names lazily
+    wrong = []
+    for line, module in imports(file):
+        top = module.split(".")[0]
+        if top in ("train", "pipelines"):
+            wrong.append(f"line {line}: {module} is a program")
+        elif top == "latentflow":
+            target = part(module)
+            is_leaf_value = module.count(".") == 1 and target.startswith("__")  # latentflow.__version__
+            if target and not is_leaf_value and not allowed(importer, target):
+                wrong.append(f"line {line}: {importer} must not import {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_programs_import_latentflow_and_nothing_of_one_another(file: Path) -> None:
+    neighbours = {other.stem for other in PROGRAMS} - sys.stdlib_module_names
+    for line, module in imports(file):
+        top = module.split(".")[0]
+        assert top not in neighbours | {"train", "pipelines", "tests"}, f"line {line}: imports {module}"
+
+
+@pytest.mark.parametrize("file", [*MODULES, *PROGRAMS], ids=lambda file: str(file.relative_to(ROOT)))
+def test_nothing_unpickles(file: Path) -> None:
+    """A checkpoint from elsewhere must not be able to run code."""
+    modules = {module.split(".")[0] for _, module in imports(file)}
+    assert not modules & {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            values = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert values.get("weights_only") == "True", (
+                f"line {node.lineno}: torch.load without weights_only"
+            )
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert ast.unparse(node.value) == "False", f"line {node.value.lineno}: trust_remote_code"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("latentflow", ["torch", "diffusers", "transformers", "tyro"]),
+        ("latentflow.cli", ["torch", "diffusers", "transformers", "tyro"]),
+        ("latentflow.flow", ["diffusers", "transformers", "accelerate", "tyro"]),
+    ],
+)
+def test_light_imports_stay_light(module: str, absent: list[str]) -> None:
+    code = f"import sys, {module}; print(*sorted(set({absent!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
