@@ -8,41 +8,72 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentflow.errors import UserError
 
 from .examples import Example, Source
-from .read import parse_colour, read_image, to_pixels
+from .parallel import map_threaded
+from .read import parse_colour, pixels_to_images, read_image, to_pixels
+from .store import Tables, cache_root, load_or_build
 
-T = TypeVar("T")
-R = TypeVar("R")
-log = logging.getLogger(__name__)
+__all__ = ["LatentTable", "TextTable", "cache_root", "cached_latents", "cached_pixels", "cached_text"]
 
-_VERSION = 1  # raise it when the meaning of a table changes
-Tables = dict[str, Tensor]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Resolution = int | tuple[int, int]
 
 
-def cache_root() -> Path:
-    """Where tables are kept: the environment's LATENTFLOW_CACHE, else ~/.cache/latentflow."""
-    return Path(os.environ.get("LATENTFLOW_CACHE") or Path.home() / ".cache" / "latentflow").expanduser()
+@dataclass(frozen=True)
+class LatentTable:
+    """Latents of N pictures as the autoencoder's posteriors, normalised by its own statistics.
+
+    Attributes:
+        mean: (N, F, C, h, w) float32; F = 1, or 2 where the second is the picture mirrored left to right.
+        std: the same shape, or None where the autoencoder gives one latent for a picture.
+    """
+
+    mean: Tensor
+    std: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Embeddings of the different captions among N, and which of them each of the N has.
+
+    Attributes:
+        embeds: (U, L, D).
+        mask: (U, L) bool, True where there is a token.
+        rows: (N,) long, the caption's row in the two.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) and masks (B, L) of the captions at ``indices`` (B,)."""
+        rows = self.rows[indices]
+        return self.embeds[rows], self.mask[rows]
 
 
 def cached_pixels(
-    source: Source, resolution: int | tuple[int, int], background: str = "white", progress: bool = True
+    source: Source, resolution: Resolution, background: str = "white", progress: bool = True
 ) -> Tensor:
     """Every picture of ``source``, prepared by ``read_image``: uint8 (N, 3, H, W), in the source's order.
 
@@ -50,83 +81,148 @@ def cached_pixels(
         UserError: a picture cannot be decoded (run the source through ``readable`` first), or the cache
             would lie inside the data.
     """
-    unique, rows = _unique(source)
+    unique, keys, rows = _unique(source)
 
     def build() -> Tables:
-        read = map_threaded(lambda e: _pixels(e, resolution, background), unique)
-        bar = tqdm(read, total=len(unique), desc="reading pictures", disable=not progress)
-        return {"pixels": torch.stack(list(bar))}
+        return {"pixels": torch.stack(list(_read_all(unique, resolution, background, progress)))}
 
-    description = _transform(resolution, background)
-    pixels = load_or_build("pixels", _keys(unique), description, build, source.root)["pixels"]
-    return pixels if _in_order(rows, len(unique)) else pixels[torch.tensor(rows)]
+    pixels = load_or_build("pixels", keys, _transform(resolution, background), build, source.root)["pixels"]
+    return _take(pixels, rows)
 
 
-def map_threaded(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """``map`` in a few threads, in order (Pillow decodes without the interpreter lock)."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(function, items)
+def cached_latents(
+    source: Source,
+    vae: Any,
+    resolution: Resolution,
+    *,
+    background: str = "white",
+    flips: bool = True,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> LatentTable:
+    """Every picture's latent under a frozen autoencoder, computed once; see ``LatentTable``.
 
-
-def load_or_build(
-    kind: str,
-    keys: list[str],
-    description: dict[str, object],
-    build: Callable[[], Tables],
-    data_root: Path | None = None,
-) -> Tables:
-    """The tables stored for these keys and description; built and stored when there are none or they are bad.
-
-    A cache that cannot be written is reported and done without.
+    Raises:
+        UserError: as for ``cached_pixels``.
     """
-    root = cache_root()
-    if data_root is not None and root.resolve().is_relative_to(data_root.resolve()):
-        raise UserError(
-            f"the cache {root} lies inside the data {data_root}",
-            "Caches never go into the data: set LATENTFLOW_CACHE to another folder.",
-        )
-    content = json.dumps([_VERSION, kind, description, keys], sort_keys=True)
-    path = root / kind / f"{hashlib.sha256(content.encode()).hexdigest()[:40]}.safetensors"
-    if path.exists():
-        try:
-            return _load(path)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            log.warning("the cached %s in %s are damaged (%s): making them again", kind, path, error)
-    tables = build()
-    try:
-        _save(path, tables)
-    except OSError as error:
-        log.warning("the %s could not be cached in %s (%s): going on without", kind, path.parent, error)
-    return tables
+    unique, keys, rows = _unique(source)
+    description = _transform(resolution, background) | {"flips": flips, "autoencoder": fingerprint(vae)}
+
+    def build() -> Tables:
+        vae.to(device)
+        pixels = _read_all(unique, resolution, background, progress)
+        encoded = [_posteriors(vae, batch, flips, device) for batch in _batches(pixels, batch_size)]
+        tables = {"mean": torch.cat([mean for mean, _ in encoded])}
+        stds = [std for _, std in encoded if std is not None]
+        return tables | {"std": torch.cat(stds)} if stds else tables
+
+    tables = load_or_build("latents", keys, description, build, source.root)
+    std = tables.get("std")
+    return LatentTable(_take(tables["mean"], rows), None if std is None else _take(std, rows))
 
 
-def _load(path: Path) -> Tables:
-    with safe_open(path, framework="pt") as file:
-        tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        sums = json.loads((file.metadata() or {})["crc32"])
-    for name, table in tables.items():
-        if _checksum(table) != sums[name]:
-            raise ValueError(f"wrong checksum of '{name}'")
-    return tables
+def cached_text(
+    captions: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: PreTrainedModel,
+    *,
+    max_length: int | None = None,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> TextTable:
+    """Embeddings of captions under a frozen text encoder, each different caption computed once."""
+    from latentflow.models.text import encode_text
+
+    unique = sorted(set(captions))
+    described: dict[str, object] = {
+        "encoder": fingerprint(encoder),
+        "tokenizer": _tokenizer_state(tokenizer),
+        "length": max_length,
+    }
+
+    def build() -> Tables:
+        encoder.to(device)
+        starts = tqdm(range(0, len(unique), batch_size), desc="encoding captions", disable=not progress)
+        with torch.no_grad():
+            parts = [
+                encode_text(tokenizer, encoder, unique[start : start + batch_size], max_length)
+                for start in starts
+            ]
+        length = max(mask.shape[1] for _, mask in parts)
+        embeds = torch.cat([_pad(part.float().cpu(), length) for part, _ in parts])
+        return {"embeds": embeds, "mask": torch.cat([_pad(mask.cpu(), length) for _, mask in parts])}
+
+    tables = load_or_build("text", unique, described, build)
+    order = {text: row for row, text in enumerate(unique)}
+    return TextTable(tables["embeds"], tables["mask"], torch.tensor([order[text] for text in captions]))
 
 
-def _save(path: Path, tables: Tables) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sums = json.dumps({name: _checksum(table) for name, table in tables.items()})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tables, temporary, metadata={"crc32": sums})
-        Path(temporary).replace(path)  # a reader sees the whole file or none
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def fingerprint(network: Any) -> str:
+    """Hash of a network's config and of every bit of its weights."""
+    config = network.config.to_dict() if hasattr(network.config, "to_dict") else dict(network.config)
+    # Where it was loaded from and by which version is not what it computes.
+    plain = {key: value for key, value in config.items() if not key.startswith("_") and "version" not in key}
+    total = hashlib.sha256(json.dumps([type(network).__name__, plain], sort_keys=True, default=str).encode())
+    for name, weight in sorted(network.state_dict().items()):
+        total.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        total.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
-def _checksum(table: Tensor) -> int:
-    return zlib.crc32(table.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    settings = f"{type(tokenizer).__name__} {tokenizer.model_max_length} {tokenizer.special_tokens_map}"
+    return hashlib.sha256(f"{settings} {state}".encode()).hexdigest()
 
 
-def _pixels(example: Example, resolution: int | tuple[int, int], background: str) -> Tensor:
+@torch.no_grad()
+def _posteriors(
+    vae: Any, pixels: Tensor, flips: bool, device: str | torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Normalised mean and std, (B, F, C, h, w), of pixels (B, 3, H, W) uint8 and their mirror images."""
+    from latentflow.autoencoder import normalise, posterior
+
+    images = pixels_to_images(pixels).to(device)
+    means, stds = [], []
+    for view in (images, images.flip(-1)) if flips else (images,):
+        raw, std = posterior(vae, view)
+        raw = raw.float()
+        means.append(normalise(vae, raw).cpu())
+        if std is not None and bool((std > 0).any()):
+            zero = torch.zeros_like(raw)  # normalising is affine: its slope is what scales a deviation
+            stds.append((normalise(vae, std.float()) - normalise(vae, zero)).cpu())
+    return torch.stack(means, 1), torch.stack(stds, 1) if stds else None
+
+
+def _read_all(
+    examples: list[Example], resolution: Resolution, background: str, progress: bool
+) -> Iterator[Tensor]:
+    parse_colour(background)
+    read = map_threaded(partial(_pixels, resolution=resolution, background=background), examples)
+    yield from tqdm(read, total=len(examples), desc="reading pictures", disable=not progress)
+
+
+def _batches(items: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    while batch := list(islice(items, size)):
+        yield torch.stack(batch)
+
+
+def _take(table: Tensor, rows: Tensor) -> Tensor:
+    """``table[rows]``, without a copy where that is the whole table in order."""
+    same = len(rows) == len(table) and bool((rows == torch.arange(len(rows))).all())
+    return table if same else table[rows]
+
+
+def _pad(table: Tensor, length: int) -> Tensor:
+    """(B, L, ...) with zeros up to ``length`` in the second dimension."""
+    padding = table.new_zeros((table.shape[0], length - table.shape[1], *table.shape[2:]))
+    return torch.cat([table, padding], 1)
+
+
+def _pixels(example: Example, resolution: Resolution, background: str) -> Tensor:
     try:
         return to_pixels(read_image(example, resolution, background))
     except UserError:
@@ -137,22 +233,14 @@ def _pixels(example: Example, resolution: int | tuple[int, int], background: str
         ) from error
 
 
-def _transform(resolution: int | tuple[int, int], background: str) -> dict[str, object]:
+def _transform(resolution: Resolution, background: str) -> dict[str, object]:
     size = [resolution, resolution] if isinstance(resolution, int) else list(resolution)
     return {"size": size, "background": parse_colour(background), "resize": "fit-lanczos"}
 
 
-def _unique(source: Source) -> tuple[list[Example], list[int]]:
-    """One example of each content, ordered by key, and for every example of the source its row there."""
+def _unique(source: Source) -> tuple[list[Example], list[str], Tensor]:
+    """One example of each content, ordered by key; the keys; and for every example of the source its row."""
     keys = source.content_keys()
     first = dict(zip(reversed(keys), reversed(source.examples), strict=True))
     order = {key: row for row, key in enumerate(sorted(first))}
-    return [first[key] for key in order], [order[key] for key in keys]
-
-
-def _keys(examples: list[Example]) -> list[str]:
-    return [example.content_key() for example in examples]
-
-
-def _in_order(rows: list[int], total: int) -> bool:
-    return rows == list(range(total))
+    return [first[key] for key in order], list(order), torch.tensor([order[key] for key in keys])

@@ -148,7 +148,7 @@ def _decide(
     if condition == "text" and not has_text:
         raise UserError(
             f"there are no captions in {folder.root} (no metadata with a text column, no .txt files)",
-            "Add metadata.jsonl with file_name and text or a .txt beside each picture, or use --condition none.",
+            "Add metadata.jsonl (file_name, text) or a .txt beside each picture, or use --condition none.",
         )
     if condition == "auto" and metadata is not None and metadata.has_text:
         rest = [("label", has_label), ("sidecar texts", bool(sidecars))]
@@ -227,7 +227,7 @@ def _refuse_contradiction(metadata: Metadata, sidecars: dict[str, str]) -> None:
     ]  # fmt: skip
     if clash:
         raise UserError(
-            f"{metadata.path.name} and the .txt files contradict each other on {len(clash)} pictures: {few(clash)}",
+            f"{metadata.path.name} and the .txt files differ on {len(clash)} pictures: {few(clash)}",
             "Keep one of the two (rename the other), or use --condition class|none.",
         )
 
@@ -262,7 +262,7 @@ def _refuse_wrong_level(folder: Folder) -> None:
     counts = folder.per_subfolder()
     if folder.direct:
         raise UserError(
-            f"{len(folder.direct)} pictures lie in {folder.root} itself, others in its subfolders {_counted(counts)}",
+            f"{len(folder.direct)} pictures lie in {folder.root} itself, others in {_counted(counts)}",
             "Move every picture into the subfolder of its class, or use --condition none for all of them.",
         )
     deep = not any(name.count("/") == 1 for name in folder.images)
@@ -282,7 +282,7 @@ def _refuse_unclassed(folder: Folder) -> None:
     if not folder.per_subfolder():
         raise UserError(
             f"there are no classes in {folder.root}: no subfolders, no metadata with a label column",
-            "Put every picture in a subfolder named like its class, or add metadata.jsonl (file_name, label).",
+            "Put each picture in a subfolder named like its class, or add metadata.jsonl (file_name, label).",
         )
 
 

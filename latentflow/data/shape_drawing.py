@@ -22,7 +22,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 _ARM = 0.36  # half the width of the arms of a cross
 
-# Area of each shape in units of half^2, and how far its centre of mass lies below its centre, in units of half.
+# Area of each shape in units of half^2; how far its centre of mass lies below its centre in units of half.
 AREA = {"circle": np.pi, "square": 4.0, "triangle": 2.0, "cross": 4 * (2 * _ARM - _ARM**2)}
 SINK = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "cross": 0.0}
 

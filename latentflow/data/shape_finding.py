@@ -28,8 +28,8 @@ class Found(Placed):
 def find_objects(image: Image.Image) -> list[Found] | str:
     """The objects on the white ground of a square picture, or what makes it unreadable.
 
-    A colour is the median inside an object, half a width follows from the area under the colour's soft mask, and
-    the shape is the one of the four that overlaps best when it is drawn with that area at the centre of mass.
+    A colour is the median inside an object, half the width follows from the area under that colour's soft
+    mask, and the shape is the one of the four that overlaps best when drawn with that area at its place.
     """
     rgb = np.asarray(image.convert("RGB")).astype(np.float64)
     side = rgb.shape[0]

@@ -1,10 +1,11 @@
 """A procedural captioned data set: coloured shapes on white, and an exact checker of generated pictures.
 
-One object, "a small red circle on the left" (6 colours x 4 shapes x 2 sizes x 5 positions = 240 captions), or two
-of different colours and of middle size, "a red circle left of a blue square" (4 relations, 1,920 captions; "left
-of" and "right of" describe the same pictures). Everything is a fraction of the side, so any resolution works.
+One object, "a small red circle on the left" (6 colours x 4 shapes x 2 sizes x 5 positions = 240 captions), or
+two of different colours and middle size, "a red circle left of a blue square" (4 relations, 1,920 captions,
+of which two describe each picture: "left of" and "right of"). Lengths are shares of the side: any resolution
+works.
 
-Held out from training are 40 single captions and 240 pair captions (``is_held_out``), chosen so that every two
+Held out from training are 40 single captions and 240 pair captions (``is_held_out``), chosen so that any two
 attributes still occur together in training: a model that gets them right has learnt to combine.
 """
 
@@ -99,12 +100,13 @@ def all_specs() -> list[Spec]:
 
 
 def is_held_out(spec: Spec) -> bool:
-    """True for the specs that are never trained on: 1 in 6 single ones, 1 in 8 pictures of two.
+    """True for the specs that are never trained on: 1 in 6 single ones, 1 in 8 pairs.
 
-    A sum of attribute numbers decides, so that the held-out specs are spread evenly over all attributes. A pair
-    and the same pair told the other way round (a left of b, b right of a) fall on the same side.
+    A sum of attribute numbers decides, so that the held-out specs are spread evenly over all attributes. A
+    pair and the same pair told the other way round (a left of b, b right of a) fall on the same side.
     """
-    colours, sizes, positions, relations = map(list, (COLOURS, SIZES, POSITIONS, RELATIONS))
+    colours, sizes = list(COLOURS), list(SIZES)
+    positions, relations = list(POSITIONS), list(RELATIONS)
     if isinstance(spec, Single):
         size, position = sizes.index(spec.size), positions.index(spec.position)
         return (colours.index(spec.colour) + SHAPES.index(spec.shape) + 3 * size + position) % 6 == 0
@@ -145,7 +147,7 @@ def parse(text: str) -> Spec:
         return Pair(two[1], two[2], two[3], two[4], two[5])
     raise UserError(
         f"'{text}' is no caption of shapes",
-        "Write it like 'a small red circle on the left' or 'a red circle left of a blue square' (two colours).",
+        "Write 'a small red circle on the left' or 'a red circle left of a blue square' (two colours).",
     )
 
 
@@ -164,7 +166,7 @@ def layout(spec: Spec) -> list[Placed]:
 def render(spec: Spec, resolution: int, seed: int | None = None) -> tuple[Image.Image, Tensor]:
     """The picture of a spec (square, RGB, antialiased) and the mask of each object, (objects, H, W) bool.
 
-    Each object is moved by up to 1/32 of the side in both directions, drawn from ``seed``; not at all without one.
+    Each object is moved by up to 1/32 of the side in both directions, drawn from ``seed``; not without one.
     """
     generator = None if seed is None else np.random.default_rng(seed)
     items = layout(spec)
@@ -183,10 +185,12 @@ def check(image: Image.Image | Tensor, text: str) -> bool:
 def problem(image: Image.Image | Tensor, text: str) -> str | None:
     """What is wrong with a square picture for this caption; None when it is right.
 
-    All that the caption says is checked: number of objects, colours, shapes, and for one object its size (half
-    width within 20 %) and position (within 0.1 of the side), for two their relation (at least 0.2 of the side
-    apart that way, and less than half of it across). Sizes of 32 px and more can be judged. Blur, noise and
-    compression as of a small autoencoder are tolerated; half-formed, two-coloured and additional objects are not.
+    All that the caption says is checked: number of objects, colours, shapes, and for one object its size
+    (half width within 20 %) and position (within 0.1 of the side), for two the relation (at least 0.2 of the
+    side apart that way, and less than half of it across). For pictures of 32 px and more.
+
+    Measured on every spec: no clean picture is refused, nor one blurred by a Gaussian of 0.9 pixels of 32 or
+    with noise of standard deviation 30 of 255. Half-formed, two-coloured and additional objects are refused.
     """
     spec = parse(text)
     found = find_objects(to_pil(image) if isinstance(image, Tensor) else image)
