@@ -164,12 +164,12 @@ def _checked(config_class: type, values: Mapping[str, Any], where: str) -> dict[
     def visit(items: Mapping[Any, Any], section: str | None) -> None:
         for raw_key, value in items.items():
             key = _normal(raw_key)
-            if key in leaves and (section is None or section in map(_normal, leaves[key].path[:-1])):
+            if key in sections and isinstance(value, Mapping):
+                visit(value, key)
+            elif key in leaves and (section is None or section in map(_normal, leaves[key].path[:-1])):
                 if key in checked:
                     raise UserError(f"{where}: '{raw_key}' is given twice", "Keep one of them.")
                 checked[key] = _convert(leaves[key], value, f"{where}: {raw_key}")
-            elif key in sections and isinstance(value, Mapping):
-                visit(value, key)
             else:
                 raise _unknown_key(raw_key, where, section, [*leaves, *sections])
 

@@ -1,7 +1,7 @@
 """Measure a checkpoint: reconstruction, validation loss, Frechet distance, retrieval, memorisation.
 
     latentflow evaluate runs/cats/pipeline cats -o report.json
-    latentflow evaluate checkpoints/emoji-64 emoji/train --held-out emoji/test -o report.json \\
+    latentflow evaluate checkpoints/emoji-64 emoji/train --test emoji/test -o report.json \\
         --attributes "light skin tone" "medium skin tone" "dark skin tone"
 
 Writes a JSON report and, beside it under the same name, a PNG with generated pictures. Nothing is downloaded,
@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+import yaml
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
@@ -28,11 +29,13 @@ from tqdm.auto import tqdm
 from latentflow import LatentFlowPipeline, metrics
 from latentflow.autoencoder import decode, encode
 from latentflow.cli import parse, run
-from latentflow.data import Source, cached_pixels, find_source, pixels_to_images, split
+from latentflow.data import Source, cached_pixels, find_source, pixels_to_images, readable, split
 from latentflow.data import shapes as shapes_data
+from latentflow.data.config import DataConfig
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, CondOT, flow_matching_loss
 from latentflow.metrics import learned
+from latentflow.training import LoopConfig
 
 RETRIEVAL_SPACE = "pixels-32"
 FRECHET_SPACE = "pixels-16"
@@ -67,20 +70,21 @@ class EvaluateConfig:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
 
-    held_out: str | None = None
-    """Folder of pictures that were not trained on. Without it, the split below is held out of DATA."""
-    validation: float = 0.05
-    """Share of DATA that the training run held out: give the run's own value."""
-    validation_seed: int = 0
-    """Seed of that split: give the run's own value."""
-    condition: Literal["auto", "none", "class", "text"] = "auto"
-    """What DATA's pictures are conditioned on, as in training."""
-    background: str = "white"
-    """Colour behind transparent pictures, as in training."""
+    validation: float | None = None
+    """Share of DATA that the run held out. This and the next three are read from the run's config.yaml where
+    CHECKPOINT lies in a run folder; else they are what `latentflow train` takes by default."""
+    validation_seed: int | None = None
+    """Seed of that run."""
+    condition: Literal["auto", "none", "class", "text"] | None = None
+    """What DATA's pictures are conditioned on."""
+    background: str | None = None
+    """Colour behind transparent pictures."""
+    test: str | None = None
+    """One more folder that was not trained on, whose reconstruction and loss are reported as well."""
 
     attributes: tuple[str, ...] = ()
-    """Words that tell held-out captions apart, such as "light skin tone" "dark skin tone": each such caption
-    is drawn, and the nearest of its real counterparts must have the same attribute."""
+    """Words that tell captions apart, such as "light skin tone" "dark skin tone": every caption of --test
+    (without it: held out) with such words is drawn, and must be nearest to the real one with the same."""
     fid: bool = False
     """Also FID in Inception's feature space (extra `metrics`; downloads weights)."""
     clip: str | None = None
@@ -103,7 +107,7 @@ class Part:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(EvaluateConfig, argv, prog="latentflow evaluate", description=__doc__ or "")
+    config = as_trained(parse(EvaluateConfig, argv, prog="latentflow evaluate", description=__doc__ or ""))
     output = checked_output(config)
     started = time.monotonic()
 
@@ -111,14 +115,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     pipe = LatentFlowPipeline.from_pretrained(config.checkpoint).to(device)
     pipe.set_progress_bar_config(disable=True)
-    train, held_out = read_parts(pipe, config)
+    train, held_out, test = read_parts(pipe, config)
+    unseen = {"held_out": held_out} if test is None else {"held_out": held_out, "test": test}
     print(f"{len(train.images)} training and {len(held_out.images)} held-out pictures")
     asked = choose(train.captions, config.n, config.seed)
 
     # ---------------------------------------------------------------- without drawing: what the networks know
     report: dict[str, Any] = {"settings": dataclasses.asdict(config)}
-    report["reconstruction"] = reconstruction(pipe, held_out, config.batch_size)
-    report["validation_loss"] = validation_loss(pipe, held_out, config)
+    for name, part in unseen.items():
+        report.setdefault("reconstruction", {})[name] = reconstruction(pipe, part, config.batch_size)
+        report.setdefault("validation_loss", {})[name] = validation_loss(pipe, part, config)
 
     # ---------------------------------------------------------------- by drawing
     generated = draw(pipe, asked, train.images.shape[2:], config, "training captions")
@@ -132,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.data == "shapes":
         report["shapes"] = shapes_right(pipe, generated, asked, config)
     if config.attributes:
-        report["attributes"] = attributes_right(pipe, train, held_out, config)
+        report["attributes"] = attributes_right(pipe, train, test or held_out, config)
     if config.fid:
         report["fid"] = learned.inception_fid(generated, train.images, batch_size=config.batch_size)
     if config.clip is not None:
@@ -163,27 +169,47 @@ def checked_output(config: EvaluateConfig) -> Path:
     return output
 
 
-def read_parts(pipe: Any, config: EvaluateConfig) -> tuple[Part, Part]:
-    """The training part and the held-out part, at the checkpoint's resolution."""
-    source = find_source(config.data, condition=config.condition)
-    if config.held_out is not None:
-        train, held_out = source, find_source(config.held_out, condition=config.condition)
-    else:
-        kept, out = split(source, config.validation, config.validation_seed)
-        if not out:
-            raise UserError(
-                f"--validation {config.validation} holds no picture out",
-                "Some figures need pictures that were not trained on: raise it, or give --held-out FOLDER.",
-            )
-        train, held_out = source.subset(kept), source.subset(out)
-    return read_part(pipe, train, config), read_part(pipe, held_out, config)
+def as_trained(config: EvaluateConfig) -> EvaluateConfig:
+    """What is not given is taken from the run that the checkpoint lies in, or from the defaults."""
+    file = Path(config.checkpoint).parent / "config.yaml"
+    run_values: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    values = {
+        "validation": run_values.get("validation", DataConfig.validation),
+        "validation_seed": run_values.get("seed", LoopConfig.seed),
+        "condition": run_values.get("condition", DataConfig.condition),
+        "background": run_values.get("background", DataConfig.background),
+    }
+    return dataclasses.replace(
+        config, **{name: value for name, value in values.items() if getattr(config, name) is None}
+    )
+
+
+def read_parts(pipe: Any, config: EvaluateConfig) -> tuple[Part, Part, Part | None]:
+    """The training part, the held-out part and --test, at the checkpoint's resolution."""
+    assert (
+        config.condition is not None and config.validation is not None and config.validation_seed is not None
+    )
+    source = readable(find_source(config.data, condition=config.condition))
+    kept, out = split(source, config.validation, config.validation_seed)
+    train = read_part(pipe, source.subset(kept), config)
+    test = None
+    if config.test is not None:
+        test = read_part(pipe, readable(find_source(config.test, condition=config.condition)), config)
+    if out:
+        return train, read_part(pipe, source.subset(out), config), test
+    if test is None:
+        raise UserError(
+            f"--validation {config.validation} holds no picture out",
+            "Some figures need pictures that were not trained on: raise it, or give --test FOLDER.",
+        )
+    return train, test, None
 
 
 def read_part(pipe: Any, source: Source, config: EvaluateConfig) -> Part:
     side = pipe.transformer.config.sample_size
     size = (side, side) if isinstance(side, int) else tuple(side)
     height, width = (cells * pipe.vae_scale_factor for cells in size)
-    pixels = cached_pixels(source, (height, width), config.background)
+    pixels = cached_pixels(source, (height, width), config.background or "white")
     captions = (
         [example.label or "" for example in source.examples] if source.kind == "class" else source.captions()
     )
@@ -308,18 +334,16 @@ def shapes_right(pipe: Any, generated: Tensor, asked: list[str], config: Evaluat
     return {"train": share(generated, asked), "held_out": share(drawn, new), "n": len(asked)}
 
 
-def attributes_right(pipe: Any, train: Part, held_out: Part, config: EvaluateConfig) -> dict[str, Any]:
+def attributes_right(pipe: Any, train: Part, unseen: Part, config: EvaluateConfig) -> dict[str, Any]:
     """Share of held-out captions whose picture is nearest to the real counterpart with that attribute."""
-    images = torch.cat([train.images, held_out.images])
-    groups = metrics.attribute_groups(
-        held_out.captions, config.attributes, [*train.captions, *held_out.captions]
-    )
+    images = torch.cat([train.images, unseen.images])
+    groups = metrics.attribute_groups(unseen.captions, config.attributes, [*train.captions, *unseen.captions])
     if not groups:
         raise UserError(
             f"no held-out caption has a counterpart for each of {', '.join(config.attributes)}",
-            "Name all attributes as the captions spell them; --held-out FOLDER gives the captions.",
+            "Name all attributes as the captions spell them; --test FOLDER gives the captions.",
         )
-    asked = [held_out.captions[index] for index, _, _ in groups]
+    asked = [unseen.captions[index] for index, _, _ in groups]
     drawn = draw(pipe, asked, images.shape[2:], config, "held-out captions")
     candidates = torch.stack([images[counterparts] for _, _, counterparts in groups])
     expected = [own for _, own, _ in groups]

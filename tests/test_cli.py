@@ -96,6 +96,22 @@ def test_config_may_be_flat_or_by_section(tmp_path: Path, text: str) -> None:
     assert settings.optimiser == Optimiser(learning_rate=0.1, betas=(0.0, 1.0))
 
 
+def test_a_section_may_bear_the_name_of_its_field(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Data:
+        """Where pictures are."""
+
+        data: tyro.conf.Positional[str]
+        side: int = 64
+
+    program = dataclasses.make_dataclass("Program", [("data", Data)], frozen=True, kw_only=True)
+    expected = program(data=Data(data="cats", side=32))
+    for text in ("data: cats\nside: 32", "data: {data: cats, side: 32}"):
+        assert cli.parse(program, ["--config", write(tmp_path, text)], prog="program") == expected
+    cli.write_config(expected, tmp_path / "written.yaml")
+    assert cli.parse(program, ["--config", str(tmp_path / "written.yaml")], prog="program") == expected
+
+
 def test_config_may_hold_the_positional_and_a_flag_may_replace_it(tmp_path: Path) -> None:
     config = write(tmp_path, "data: from-file\nnames: [x, y]\n")
     assert parse("--config", config).data == "from-file"

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "latentflow"
 PROGRAMS = sorted(file for folder in ("train", "pipelines") for file in (ROOT / folder).rglob("*.py"))
 MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in file.relative_to(PACKAGE).parts)
 
-# Layers from the bottom; a module may import from its own part and from lower layers. Data lies above models and
-# autoencoder, whose latents and embeddings it caches, and training above the pipeline that draws its previews.
+# Layers from the bottom; a module may import from its own part and from lower layers. Data lies above models
+# and autoencoder, whose latents and embeddings it caches; training above the pipeline of its previews.
 LEAVES = {"errors", "cli"}
 LAYERS = [{"flow"}, {"models", "autoencoder"}, {"data"}, {"metrics", "pipeline"}, {"training"}]
 
