@@ -1,7 +1,7 @@
 """Guidance: velocities in, a guided velocity out. The order is always: conditional, then unconditional.
 
 Two forms of one rule. ``guide`` takes two velocities and evaluates them one after the other.
-``guide_batched`` takes one velocity over a doubled batch, which is faster on an accelerator; it doubles x (and
+``guide_batched`` takes one velocity over a doubled batch, faster on an accelerator; it doubles x (and
 t) and splits the result itself, so the order is decided here alone: first conditional, then unconditional::
 
     both = Condition.cat(cond, cond.unconditional())

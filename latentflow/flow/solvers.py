@@ -1,8 +1,8 @@
 """Solvers: one step from t to t_next, and the one loop ``integrate`` that takes the steps.
 
 A new Runge-Kutta method is one tableau in ``SOLVERS``. Any other method is one function
-``start(options) -> step``, called once per integration: what it closes over is its memory (a multistep history,
-a generator for noise).
+``start(options) -> step``, called once per integration: what it closes over is its memory (a multistep
+history, a generator for noise).
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def _combine(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Ten
 def _dormand_prince(options: SolverOptions) -> Step:
     """Dormand & Prince 1980, by torchdiffeq: as many inner steps as the tolerances ask for.
 
-    It lands on t_next and evaluates nothing beyond. The error is the root mean square over the whole batch, so
-    a row's result may depend, within the tolerance, on the rows beside it.
+    It lands on t_next and evaluates nothing beyond. The error is the root mean square over the whole batch,
+    so a row's result may depend, within the tolerance, on the rows beside it.
     """
     from torchdiffeq import odeint  # imported here: it brings scipy with it
 
@@ -101,7 +101,7 @@ def _dormand_prince(options: SolverOptions) -> Step:
             if "underflow in dt" not in str(error):
                 raise
             raise UserError(
-                f"dopri5 cannot meet rtol {options.rtol:g}, atol {options.atol:g} between t = {t:g}, {t_next:g}",
+                f"dopri5 cannot meet rtol {options.rtol:g} and atol {options.atol:g} on [{t:g}, {t_next:g}]",
                 "Use larger tolerances, float32 in place of half precision, or a fixed-step solver ('heun').",
             ) from error
         first_step = max(accepted)

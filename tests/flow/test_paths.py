@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latentflow.flow import COUPLINGS, PATHS, CondOT
+from latentflow.flow.tensors import expand_t
+
+EVERY_PATH = [pytest.param(path(), id=name) for name, path in PATHS.items()] + [
+    pytest.param(CondOT(sigma_min=0.05), id="condot-sigma-min")
+]
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_derivatives_are_those_of_the_schedules(path) -> None:
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    for value, slope in ((path.alpha, path.d_alpha), (path.sigma, path.d_sigma)):
+        difference = (value(t + 1e-6) - value(t - 1e-6)) / 2e-6
+        torch.testing.assert_close(slope(t), difference, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_schedules_are_shaped_like_t_and_finite_at_both_ends(path) -> None:
+    for t in (torch.tensor(0.3), torch.tensor([0.0, 0.5, 1.0]), torch.zeros(2, 1, 1)):
+        for schedule in (path.alpha, path.sigma, path.d_alpha, path.d_sigma):
+            assert schedule(t).shape == t.shape
+            assert schedule(t).dtype == t.dtype
+            assert schedule(t).isfinite().all()
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_sample_starts_at_noise_ends_at_data_and_moves_with_its_velocity(path, draw) -> None:
+    x0, x1 = draw(5, 3), draw(5, 3)
+    torch.testing.assert_close(path.sample(x0, x1, 0.0).xt, x0)
+    end = path.sample(x0, x1, 1.0).xt
+    torch.testing.assert_close(end, x1 + path.sigma(torch.ones((), dtype=torch.float64)) * x0)
+    t, h = torch.linspace(0.1, 0.9, 5, dtype=torch.float64), 1e-6
+    moved = (path.sample(x0, x1, t + h).xt - path.sample(x0, x1, t - h).xt) / (2 * h)
+    torch.testing.assert_close(path.sample(x0, x1, t).velocity, moved, atol=1e-7, rtol=1e-7)
+
+
+def test_straight_path_by_hand() -> None:
+    x0, x1 = torch.tensor([[2.0], [4.0]]), torch.tensor([[10.0], [-4.0]])
+    sample = CondOT().sample(x0, x1, torch.tensor([0.25, 0.5]))
+    assert sample.xt.tolist() == [[4.0], [0.0]]
+    assert sample.velocity.tolist() == [[8.0], [-8.0]]
+    assert sample.x0 is x0
+    assert sample.x1 is x1
+    assert sample.t.tolist() == [0.25, 0.5]
+    assert CondOT(sigma_min=0.5).sample(x0, x1, 0.5).xt.tolist() == [[6.5], [1.0]]  # 0.5 x1 + 0.75 x0
+
+
+def test_t_belongs_to_rows_even_where_batch_equals_width(draw) -> None:
+    x0, x1, t = draw(4, 2, 4, 4), draw(4, 2, 4, 4), torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    together = CondOT(1e-3).sample(x0, x1, t)
+    for row in range(4):
+        alone = CondOT(1e-3).sample(x0[row : row + 1], x1[row : row + 1], float(t[row]))
+        assert torch.equal(together.xt[row : row + 1], alone.xt)
+        assert torch.equal(together.velocity[row : row + 1], alone.velocity)
+
+
+def test_expand_t_shapes() -> None:
+    x = torch.zeros(4, 2, 4, 4)
+    assert expand_t(0.5, x).shape == ()
+    assert expand_t(torch.rand(4), x).shape == (4, 1, 1, 1)
+    assert expand_t(torch.rand(4), torch.zeros(4)).shape == (4,)
+    assert expand_t(torch.rand(4, dtype=torch.float64), x).dtype == torch.float64
+    assert expand_t(torch.rand(4).bfloat16(), x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1), (1, 4), (4, 1, 1, 1), (2, 4)])
+def test_t_of_another_shape_is_refused(shape) -> None:
+    with pytest.raises(ValueError, match=r"shape \(4,\)"):
+        expand_t(torch.full(shape, 0.5), torch.zeros(4, 2, 4, 4))
+
+
+@pytest.mark.parametrize("t", [-0.01, 1.01, 999.0, float("nan"), torch.tensor([0.5, 0.5, 0.5, 2.0])])
+def test_t_outside_the_unit_interval_is_refused(t) -> None:
+    x = torch.zeros(4, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
+        CondOT().sample(x, x, t)
+
+
+def test_ends_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x0 has shape \(1, 2\) but x1 has shape \(3, 2\)"):
+        CondOT().sample(torch.zeros(1, 2), torch.zeros(3, 2), 0.5)
+
+
+@pytest.mark.parametrize("sigma_min", [-0.1, 1.0, 2.0, float("nan")])
+def test_sigma_min_out_of_range_is_refused(sigma_min) -> None:
+    with pytest.raises(ValueError, match="sigma_min"):
+        CondOT(sigma_min=sigma_min)
+
+
+def test_half_precision_is_calculated_in_float32(draw) -> None:
+    x0, x1 = draw(64, 8).bfloat16(), draw(64, 8).bfloat16()
+    t = torch.linspace(0, 1, 64, dtype=torch.float64)
+    half, full = CondOT().sample(x0, x1, t), CondOT().sample(x0.float(), x1.float(), t)
+    assert half.xt.dtype == half.velocity.dtype == torch.bfloat16
+    assert full.xt.dtype == torch.float32  # float64 times do not promote the sample
+    assert torch.equal(half.xt, full.xt.bfloat16())
+    assert torch.equal(half.velocity, full.velocity.bfloat16())
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_a_coupling_only_moves_source_rows(name, draw) -> None:
+    x0, x1 = draw(8, 2), draw(8, 2)
+    paired = COUPLINGS[name]()(x0, x1, condition=None, generator=torch.Generator().manual_seed(0))
+    assert sorted(paired.tolist()) == sorted(x0.tolist())
+
+
+def test_independent_coupling_leaves_the_rows_as_drawn(draw) -> None:
+    x0, x1 = draw(8, 2), draw(8, 2)
+    assert torch.equal(COUPLINGS["independent"]()(x0, x1), x0)
+    with pytest.raises(ValueError, match="4 source rows for 8 data rows"):
+        COUPLINGS["independent"]()(x0[:4], x1)

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentflow.errors import UserError
+from latentflow.flow import SOLVERS, CondOT, Path, integrate, time_grid
+
+FIXED = [name for name, solver in SOLVERS.items() if solver.evaluations is not None]
+ADAPTIVE = [name for name in SOLVERS if name not in FIXED]
+
+
+class Watched:
+    """A velocity that remembers where it was evaluated."""
+
+    def __init__(self, velocity) -> None:
+        self.velocity = velocity
+        self.times: list[float] = []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.times.append(t.item())
+        return self.velocity(x, t)
+
+
+@pytest.fixture
+def velocity(gaussian):
+    """The exact velocity from N(0, 1) to N(1.5, 0.4^2), whose flow maps x0 to 1.5 + 0.4 x0."""
+    return lambda x, t: gaussian.velocity(CondOT(), x, t)
+
+
+@pytest.mark.parametrize("sigma_min", [0.0, 0.1])
+def test_velocity_of_a_gaussian_is_the_closed_form(gaussian, draw, sigma_min) -> None:
+    """Holds the tests' own closed form to the formula of the literature."""
+    path, x, m, c = CondOT(sigma_min), draw(9), 1.5, 0.4
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    a, s, da, ds = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
+    expected = da * m + (da * a * c**2 + ds * s) / (a**2 * c**2 + s**2) * (x - a * m)
+    torch.testing.assert_close(gaussian.velocity(path, x, t), expected)
+
+
+class Circle(Path):
+    """alpha = sin, sigma = cos. The straight path would not do to measure an order by: the midpoint rule's leading
+    error vanishes on it for every Gaussian, so that it converges with order 3."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(t * math.pi / 2)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.cos(t * math.pi / 2)
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return math.pi / 2 * self.sigma(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -math.pi / 2 * self.alpha(t)
+
+
+@pytest.mark.parametrize("solver", FIXED)
+def test_order_of_convergence(gaussian, draw, solver) -> None:
+    x0, coarse, fine = draw(16, 2), 20, 160
+
+    def error(n: int) -> float:
+        x1 = integrate(lambda x, t: gaussian.velocity(Circle(), x, t), x0, time_grid(n), solver)
+        return float((x1 - (1.5 + 0.4 * x0)).abs().max())
+
+    slope = math.log(error(coarse) / error(fine)) / math.log(fine / coarse)
+    assert abs(slope - SOLVERS[solver].order) <= 0.25
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_flow_of_a_gaussian_is_affine(velocity, draw, solver) -> None:
+    x0 = draw(16, 2)
+    x1 = integrate(velocity, x0, time_grid(200), solver)
+    assert (x1 - (1.5 + 0.4 * x0)).abs().max() < {1: 2e-2, 2: 1e-3, 4: 1e-7, 5: 1e-5}[SOLVERS[solver].order]
+
+
+@pytest.mark.parametrize("solver", FIXED)
+def test_a_polynomial_below_the_order_is_exact(solver) -> None:
+    """dx/dt = (k + 1) t^k ends at 1 exactly for k < order: the quadrature conditions of the tableau."""
+    for k in range(SOLVERS[solver].order):
+        end = integrate(
+            lambda x, t, k=k: (k + 1) * t**k * torch.ones_like(x),
+            torch.zeros(1).double(),
+            [0, 0.3, 1],
+            solver,
+        )
+        assert abs(float(end) - 1) < 1e-14
+
+
+@pytest.mark.parametrize("solver", FIXED)
+def test_evaluations_per_step_are_as_declared(velocity, draw, solver) -> None:
+    watched = Watched(velocity)
+    integrate(watched, draw(3, 2), time_grid(7), solver)
+    assert len(watched.times) == 7 * SOLVERS[solver].evaluations
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_constant_velocity_is_exact_on_any_grid(solver, draw) -> None:
+    x0, v = draw(3, 2), draw(3, 2)
+    torch.testing.assert_close(integrate(lambda x, t: v, x0, [0.1, 0.15, 0.9], solver), x0 + 0.8 * v)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "times", [(0.0, 1.0), (1.0, 0.0), (0.1, 0.7), (0.7, 0.3, 0.1), tuple(time_grid(7, 3.0).tolist())]
+)
+def test_nothing_is_evaluated_outside_the_times(velocity, draw, solver, times) -> None:
+    watched = Watched(velocity)
+    integrate(watched, 3 * draw(3, 2), times, solver)
+    assert min(watched.times) >= min(times)
+    assert max(watched.times) <= max(times)
+    assert watched.times[0] == times[0]
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_adaptive_never_steps_outside_even_where_its_first_guess_would(solver, scale) -> None:
+    """A velocity that is tiny at the start invites a huge first step."""
+    watched = Watched(lambda x, t: scale * t**4 * torch.cos(20 * t) + 1e-9 * x)
+    integrate(watched, torch.ones(2, 2).double(), [0.0, 1.0], solver)
+    assert min(watched.times) >= 0
+    assert max(watched.times) <= 1
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE)
+@pytest.mark.parametrize("times", [[0.0, 1.0], [0.0, 0.2, 0.9, 1.0]])
+def test_adaptive_keeps_its_tolerance_and_pays_for_it(velocity, draw, solver, times) -> None:
+    x0, cost = draw(16, 2), []
+    for tolerance in (1e-3, 1e-6, 1e-9):
+        watched = Watched(velocity)
+        x1 = integrate(watched, x0, times, solver, rtol=tolerance, atol=tolerance)
+        assert (x1 - (1.5 + 0.4 * x0)).abs().max() < 30 * tolerance
+        cost.append(len(watched.times))
+    assert cost == sorted(cost)
+    assert cost[0] < 30 * (len(times) - 1)
+    assert cost[0] < cost[-1] < 600
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_backward_inverts_forward(velocity, mixture, draw, solver) -> None:
+    x0, times = draw(8, 2), time_grid(100 if SOLVERS[solver].order > 1 else 1000)
+    there = integrate(velocity, x0, times, solver, rtol=1e-9, atol=1e-9)
+    back = integrate(velocity, there, times.flip(0), solver, rtol=1e-9, atol=1e-9)
+    assert (there - x0).abs().max() > 0.5
+    assert (back - x0).abs().max() < {1: 1e-2, 2: 1e-3, 4: 1e-6, 5: 1e-7}[SOLVERS[solver].order]
+
+
+def test_samples_of_a_mixture_arrive_at_the_mixture(mixture) -> None:
+    """Quantiles of N(0, 1) are carried to the same quantiles of the mixture (a 1-D flow keeps the order)."""
+    u = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    x0 = torch.special.ndtri(u)[:, None]
+    x1 = integrate(lambda x, t: mixture.velocity(CondOT(), x, t), x0, [0, 1], "dopri5", rtol=1e-9, atol=1e-9)
+    cdf = sum(
+        w * torch.special.ndtr((x1[:, 0] - m) / s)
+        for w, m, s in zip(mixture.weights, mixture.means, mixture.stds, strict=True)
+    )
+    torch.testing.assert_close(cdf, u, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_x_keeps_its_dtype_and_the_network_sees_it(velocity, draw, solver, dtype) -> None:
+    seen: set[tuple[torch.dtype, torch.dtype, torch.Size]] = set()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.add((x.dtype, t.dtype, t.shape))
+        return velocity(x.double(), t).to(x.dtype)
+
+    x0 = draw(16, 2)
+    x1 = integrate(network, x0.to(dtype), time_grid(40), solver, rtol=1e-2, atol=1e-2)
+    assert seen == {(dtype, torch.float64, torch.Size([]))}
+    assert x1.dtype == dtype
+    assert (x1.double() - (1.5 + 0.4 * x0.to(dtype).double())).abs().max() < 0.05
+
+
+def test_half_precision_adds_up_in_float32() -> None:
+    """1000 steps of 0.001: summed in bfloat16 the sum would stall far from 1."""
+    end = integrate(lambda x, t: torch.ones_like(x), torch.zeros(1, 1).bfloat16(), time_grid(1000), "euler")
+    assert abs(end.item() - 1) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_step_has_no_more_rounding_than_its_dtype(draw, dtype) -> None:
+    x, v = draw(32).to(dtype)[:, None], draw(32).to(dtype)[:, None]
+    once = integrate(lambda x, t: v, x, [0.0, 1.0], "euler")
+    assert torch.equal(once, (x.float() + v.float()).to(dtype))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gradients_flow_through(solver) -> None:
+    """d/dx0 of x0 e^(w t) is e^w, and d/dw is x0 e^w."""
+    x0 = torch.tensor([[0.7]], dtype=torch.float64, requires_grad=True)
+    w = torch.tensor(-0.5, dtype=torch.float64, requires_grad=True)
+    integrate(lambda x, t: w * x, x0, time_grid(400), solver, rtol=1e-9, atol=1e-9).sum().backward()
+    tolerance = 2e-3 if SOLVERS[solver].order == 1 else 1e-5
+    assert abs(float(x0.grad) - math.exp(-0.5)) < tolerance
+    assert abs(float(w.grad) - 0.7 * math.exp(-0.5)) < tolerance
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_callback_sees_every_time_and_may_replace_x(velocity, draw, solver) -> None:
+    x0, times, seen = draw(3, 2), [0.0, 0.3, 0.6, 1.0], []
+
+    def watch(step: int, t: Tensor, x: Tensor) -> None:
+        seen.append((step, t.item(), x))
+
+    end = integrate(velocity, x0, times, solver, callback=watch)
+    assert [(step, t) for step, t, _ in seen] == [(0, 0.3), (1, 0.6), (2, 1.0)]
+    assert torch.equal(seen[-1][2], end)
+    assert torch.equal(integrate(velocity, x0, times, solver), end)  # watching changes nothing
+    torch.testing.assert_close(integrate(velocity, x0, times[:3], solver), seen[1][2])
+
+    swapped = integrate(velocity, x0, times, solver, callback=lambda i, t, x: seen[1][2] if i == 1 else None)
+    torch.testing.assert_close(swapped, end)
+    assert torch.equal(integrate(velocity, x0, times, solver, callback=lambda i, t, x: x0), x0)
+
+
+def test_a_callback_that_breaks_x_is_named(velocity, draw) -> None:
+    with pytest.raises(ValueError, match=r"the callback returned shape \(2,\)"):
+        integrate(velocity, draw(3, 2), [0, 1], callback=lambda i, t, x: x[0])
+    with pytest.raises(UserError, match="the callback's x after step 1 is not finite"):
+        integrate(velocity, draw(3, 2), [0, 1], callback=lambda i, t, x: x * float("nan"))
+
+
+def test_progress_wraps_the_steps(velocity, draw, capfd) -> None:
+    wrapped: list[int] = []
+
+    def progress(steps):
+        for step in steps:
+            wrapped.append(step)
+            yield step
+
+    expected = integrate(velocity, x := draw(3, 2), time_grid(4))
+    assert torch.equal(integrate(velocity, x, time_grid(4), progress=progress), expected)
+    assert wrapped == [0, 1, 2, 3]
+    assert capfd.readouterr().err == ""
+    assert torch.equal(integrate(velocity, x, time_grid(4), progress=True), expected)
+    assert "4/4" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_name_the_step_and_t(draw, solver, bad) -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(t >= 0.5, bad, 0.0) + 0 * x
+
+    with pytest.raises(
+        UserError, match=r"the velocity at t = 0\.5 in step [23] of 4 is not finite: 6 of 6 values"
+    ):
+        integrate(velocity, draw(3, 2), time_grid(4), solver)
+
+
+def test_a_start_that_is_not_finite_is_not_blamed_on_the_network(velocity) -> None:
+    with pytest.raises(UserError, match=r"the starting x at t = 0 is not finite: 1 of 2"):
+        integrate(velocity, torch.tensor([[1.0], [float("nan")]]), [0, 1])
+
+
+def test_tolerances_that_cannot_be_met_are_named() -> None:
+    """From t = 0.5 the velocity is noise at every scale: the step size underflows."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(t < 0.5, 0.0, 1e30) * torch.sin(1e30 * (x + t))
+
+    x0 = torch.ones(1, 1, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"(?s)dopri5 cannot meet rtol 1e-12.*on \[0, 1\].*larger tolerances"):
+        integrate(velocity, x0, [0, 1], "dopri5", rtol=1e-12, atol=1e-12)
+
+
+def test_an_assertion_of_the_network_is_left_alone() -> None:
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("mine")
+
+    with pytest.raises(AssertionError, match="mine"):
+        integrate(network, torch.ones(1, 1), [0, 1], "dopri5")
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([0.5], "N \\+ 1 times"),
+        ([[0.0, 1.0]], "N \\+ 1 times"),
+        ([0.0, 1.1], "must lie in \\[0, 1\\]"),
+        ([-0.1, 1.0], "must lie in \\[0, 1\\]"),
+        ([1000.0, 0.0], "1000"),
+        ([0.0, float("nan"), 1.0], "must lie in \\[0, 1\\].*nan"),
+        ([0.0, 0.5, 0.5, 1.0], "strictly increase"),
+        ([0.0, 0.6, 0.4, 1.0], "strictly increase.*0.6, 0.4"),
+    ],
+)
+def test_bad_times_are_refused(velocity, times, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        integrate(velocity, torch.ones(1, 1), torch.tensor(times))
+
+
+def test_other_bad_arguments_are_refused(velocity) -> None:
+    with pytest.raises(UserError, match=r"(?s)unknown solver 'huen'.*did you mean 'heun'"):
+        integrate(velocity, torch.ones(1, 1), [0, 1], "huen")
+    with pytest.raises(ValueError, match="int64"):
+        integrate(velocity, torch.ones(1, 1, dtype=torch.int64), [0, 1])
+    with pytest.raises(ValueError, match=r"the velocity returned shape \(1, 2\), but must keep .* \(1, 1\)"):
+        integrate(lambda x, t: torch.ones(1, 2), torch.ones(1, 1), [0, 1])
