@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from .cache import cache_root, cached_pixels
+from .cache import LatentTable, TextTable, cached_latents, cached_pixels, cached_text, fingerprint
+from .check import Report, check_source, readable
 from .examples import Example, FileExample, Source
 from .find import find_source
 from .read import pixels_to_images, read_image, to_pil, to_tensor
 from .splits import split
+from .store import cache_root
 
 __all__ = [
     "Example",
     "FileExample",
+    "LatentTable",
+    "Report",
     "Source",
+    "TextTable",
     "cache_root",
+    "cached_latents",
     "cached_pixels",
+    "cached_text",
+    "check_source",
     "find_source",
+    "fingerprint",
     "pixels_to_images",
     "read_image",
+    "readable",
     "split",
     "to_pil",
     "to_tensor",
