@@ -56,7 +56,7 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         scheduler: Any | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,  # JSON makes the ids strings
     ) -> None:
         super().__init__()
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}

@@ -105,6 +105,18 @@ def tiny_dit(**config: Any) -> DiT:
 
 
 @pytest.fixture
+def assemble() -> Callable[[Any], LatentFlowPipeline]:
+    """A pipeline around a real network, with the other components that its condition needs."""
+
+    def pipeline(network: Any) -> LatentFlowPipeline:
+        text = tiny_text() if network.config.text_dim is not None else {}
+        names = NAMES if network.config.num_classes is not None else None
+        return quiet(LatentFlowPipeline(tiny_vae(), awake(network), id2label=names, **text))
+
+    return pipeline
+
+
+@pytest.fixture
 def class_pipe() -> LatentFlowPipeline:
     return quiet(LatentFlowPipeline(tiny_vae(), GaussianFlow(num_classes=3), id2label=NAMES))
 

@@ -1,0 +1,128 @@
+"""The program `latentflow generate`, run in this process on tiny checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentflow.errors import UserError
+
+Generate = Callable[..., list[Path]]
+
+
+@pytest.fixture(scope="session")
+def program(repository: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "generate_program", repository / "pipelines" / "generate.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the types of its config are looked up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def generate(
+    program: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Generate:
+    """Run it with these arguments in an empty folder; returns the paths that it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> list[Path]:
+        program.main([str(argument) for argument in ("--device", "cpu", "--steps", 1, *arguments)])
+        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_one_prompt_is_one_picture(generate: Generate, dit_folder: Path) -> None:
+    assert generate("red apple", "-o", "apple.png", "--checkpoint", dit_folder) == [Path("apple.png")]
+    assert pixels(Path("apple.png")).shape == (8, 8, 3)
+
+
+def test_a_file_that_exists_is_kept(generate: Generate, dit_folder: Path) -> None:
+    arguments = ("red apple", "-o", "a.png", "--checkpoint", dit_folder)
+    Path("a.png").write_text("mine")
+    assert generate(*arguments) == [Path("a-1.png")]
+    assert generate(*arguments) == [Path("a-2.png")]
+    assert Path("a.png").read_text() == "mine"
+    assert generate(*arguments, "--overwrite") == [Path("a.png")]
+    assert np.array_equal(pixels(Path("a.png")), pixels(Path("a-1.png")))
+
+
+def test_each_picture_has_its_own_seed(generate: Generate, dit_folder: Path) -> None:
+    common = ("--checkpoint", dit_folder, "-o", "a.png")
+    several = generate("red apple", "green tree", "-n", 2, "--seed", 5, *common)
+    assert several == [Path(f"a-{i}.png") for i in (1, 2, 3, 4)]
+    alone = generate("green tree", "--seed", 7, *common)
+    assert np.abs(pixels(several[2]).astype(int) - pixels(alone[0])).max() <= 1
+    assert np.abs(pixels(several[2]).astype(int) - pixels(several[3])).max() > 1
+
+
+def test_grid(generate: Generate, class_folder: Path) -> None:
+    singles = generate("--class", "hat", "2", "-n", 3, "--checkpoint", class_folder)
+    [sheet] = generate(
+        "--class", "hat", "2", "-n", 3, "--grid", "--checkpoint", class_folder, "-o", "grid.png"
+    )
+    expected = np.concatenate([np.concatenate([pixels(p) for p in singles[i : i + 3]], 1) for i in (0, 3)], 0)
+    assert np.array_equal(pixels(sheet), expected)  # a row of three for each class
+
+
+def test_size_and_scale(generate: Generate, dit_folder: Path) -> None:
+    arguments = ("hat", "--width", 12, "--height", 8, "--scale", 4, "--checkpoint", dit_folder)
+    assert Image.open(generate(*arguments)[0]).size == (48, 32)
+
+
+def test_a_run_folder_will_do(generate: Generate, dit_folder: Path) -> None:
+    assert dit_folder.name == "pipeline"
+    assert generate("hat", "--checkpoint", dit_folder.parent) == [Path("out.png")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["hat", "--checkpoint", "CLASSES"],
+            "takes no prompt such as 'hat'\nIt takes --class NAME: apple, hat",
+        ),
+        (["--class", "ht", "--checkpoint", "CLASSES"], "did you mean 'hat'"),
+        (["--checkpoint", "CLASSES"], "nothing says what to draw\nIt takes --class"),
+        (["--class", "hat", "--checkpoint", "CAPTIONS"], "takes no --class\nIt takes a prompt"),
+        (["hat", "--checkpoint", "nowhere/at/all"], "no folder"),
+        (["hat", "-o", "out.pgn", "--checkpoint", "CAPTIONS"], "no picture format '.pgn'"),
+        (["hat", "-n", "0", "--checkpoint", "CAPTIONS"], "-n must be at least 1"),
+        (["hat", "--solver", "huen", "--checkpoint", "CAPTIONS"], "did you mean 'heun'"),
+        (["hat", "--width", "9", "--checkpoint", "CAPTIONS"], "width 9 is not a multiple of 2"),
+    ],
+)
+def test_what_it_refuses(
+    generate: Generate, dit_folder: Path, class_folder: Path, arguments: list[str], message: str
+) -> None:
+    folders = {"CAPTIONS": str(dit_folder), "CLASSES": str(class_folder)}
+    with pytest.raises(UserError, match=message):
+        generate(*[folders.get(argument, argument) for argument in arguments])
+    assert not list(Path().iterdir())
+
+
+def test_without_the_shipped_checkpoint_it_says_what_to_do(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "SHIPPED", tmp_path / "emoji-64")
+    with pytest.raises(UserError, match=r"emoji-64\nGive --checkpoint DIR, or train one"):
+        program.main(["red apple"])

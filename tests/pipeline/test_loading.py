@@ -1,0 +1,202 @@
+"""Saving and loading, with our class and with diffusers' own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import latentflow
+from latentflow.errors import UserError
+from latentflow.models import MODELS
+from latentflow.pipeline import LatentFlowPipeline
+
+SMALL: dict[str, dict[str, Any]] = {
+    "dit": {"width": 16, "depth": 1, "heads": 2},
+    "unet": {"channels": (8, 8), "head_dim": 8, "layers_per_block": 1},
+}
+CALL: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+
+
+def images(pipe: Any, **call: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    condition: dict[str, Any] = {"num_images_per_prompt": 2}
+    if pipe.takes_text:
+        condition = {"prompt": ["a red apple", "green tree"]}
+    elif pipe.takes_classes:
+        condition = {"class_labels": ["hat", 2]}
+    return pipe(**condition, generator=torch.Generator().manual_seed(0), **CALL, **call).images
+
+
+@pytest.fixture(scope="module")
+def captions(dit_folder: Path) -> Any:
+    """The images that the caption checkpoint makes."""
+    return images(LatentFlowPipeline.from_pretrained(dit_folder))
+
+
+def test_the_conditions_matter(captions: Any) -> None:
+    assert np.abs(captions[0] - captions[1]).max() > 0.01  # the tests below compare pictures, not constants
+
+
+@pytest.mark.parametrize("folder", ["dit_folder", "class_folder"])
+def test_round_trip_is_exact(folder: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    first = LatentFlowPipeline.from_pretrained(request.getfixturevalue(folder))
+    first.save_pretrained(tmp_path)
+    second = LatentFlowPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(images(first), images(second))
+    assert second.labels == first.labels
+    configs = [{k: v for k, v in pipe.config.items() if not k.startswith("_")} for pipe in (first, second)]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("folder", ["dit_folder", "class_folder"])
+def test_stock_diffusers_opens_a_checkpoint(folder: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(folder)
+    latentflow.register_with_diffusers()
+    latentflow.register_with_diffusers()
+    expected = images(LatentFlowPipeline.from_pretrained(path))
+    for loader in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
+        pipe = loader.from_pretrained(path)
+        assert type(pipe) is LatentFlowPipeline
+        assert np.array_equal(images(pipe), expected)
+    again = diffusers.AutoPipelineForText2Image.from_pipe(pipe)
+    assert type(again) is LatentFlowPipeline
+    assert np.array_equal(images(again), expected)
+
+
+def test_code_in_the_folder_is_not_run(dit_folder: Path, tmp_path: Path, captions: Any) -> None:
+    folder, trace = tmp_path / "pipeline", tmp_path / "ran"
+    shutil.copytree(dit_folder, folder)
+    for place in ("pipeline.py", "latentflow.py", "LatentFlowPipeline.py"):
+        (folder / place).write_text(f"open({str(trace)!r}, 'w')\nclass LatentFlowPipeline: pass\n")
+    latentflow.register_with_diffusers()
+    assert np.array_equal(images(diffusers.DiffusionPipeline.from_pretrained(folder)), captions)
+    assert np.array_equal(images(LatentFlowPipeline.from_pretrained(folder)), captions)
+    assert not trace.exists()
+
+
+def test_sharded(dit_folder: Path, tmp_path: Path, captions: Any) -> None:
+    LatentFlowPipeline.from_pretrained(dit_folder).save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    assert np.array_equal(images(LatentFlowPipeline.from_pretrained(tmp_path)), captions)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "fp16"), (torch.bfloat16, "bf16")])
+def test_half_precision_variants(
+    dit_folder: Path, tmp_path: Path, captions: Any, dtype: torch.dtype, name: str
+) -> None:
+    half = LatentFlowPipeline.from_pretrained(dit_folder, dtype=dtype)
+    assert {half.transformer.dtype, half.vae.dtype, half.text_encoder.dtype} == {dtype}
+    half.save_pretrained(tmp_path, variant=name)
+    assert list((tmp_path / "transformer").glob(f"*.{name}.safetensors"))
+    loaded = LatentFlowPipeline.from_pretrained(tmp_path, variant=name, dtype=dtype)
+    assert np.array_equal(images(loaded), images(half))
+    widened = images(
+        LatentFlowPipeline.from_pretrained(tmp_path, variant=name)
+    )  # stored in half, run in float32
+    assert np.abs(widened - captions).mean() < 0.02
+    assert np.abs(images(half) - captions).mean() < 0.05
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("condition", [{}, {"text_dim": 16}, {"num_classes": 3}])
+def test_every_network_with_every_condition(
+    name: str, condition: dict[str, int], assemble: Callable[..., LatentFlowPipeline], tmp_path: Path
+) -> None:
+    pipe = assemble(MODELS[name](in_channels=2, sample_size=4, **SMALL[name], **condition))
+    pipe.save_pretrained(tmp_path)
+    loaded = LatentFlowPipeline.from_pretrained(tmp_path)
+    assert type(loaded.transformer) is MODELS[name]
+    assert np.array_equal(images(pipe), images(loaded))
+    assert images(loaded, height=12, width=10).shape == (2, 12, 10, 3)  # 6 x 5 latents: odd sides as well
+
+
+def test_from_pipe_shares_the_components(dit_folder: Path, captions: Any) -> None:
+    pipe = LatentFlowPipeline.from_pretrained(dit_folder)
+    other = LatentFlowPipeline.from_pipe(pipe)
+    assert other.transformer is pipe.transformer
+    assert np.array_equal(images(other), captions)
+
+
+def test_optional_components_stay_away(dit_folder: Path, tmp_path: Path) -> None:
+    pipe = LatentFlowPipeline.from_pretrained(dit_folder, text_encoder=None, tokenizer=None, vae=None)
+    pipe.save_pretrained(tmp_path)
+    loaded = LatentFlowPipeline.from_pretrained(tmp_path)
+    assert loaded.text_encoder is loaded.tokenizer is loaded.vae is loaded.scheduler is None
+    loaded.set_progress_bar_config(disable=True)
+    out = loaded(prompt_embeds=torch.ones(1, 3, 16), output_type="latent", num_inference_steps=1)
+    assert out.images.shape == (1, 2, 4, 4)
+
+
+def test_to_dtype(dit_folder: Path) -> None:
+    pipe = LatentFlowPipeline.from_pretrained(dit_folder).to(torch.bfloat16)
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
+    assert np.isfinite(images(pipe)).all()
+
+
+# ------------------------------------------------------------------ the hub, mocked
+
+
+@pytest.fixture
+def hub(dit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+
+    def snapshot_download(name: str, **kwargs: Any) -> str:
+        calls.append({"name": name, **kwargs})
+        return str(dit_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return calls
+
+
+def test_a_hub_id_is_downloaded_whole_and_without_code(hub: list[dict[str, Any]], captions: Any) -> None:
+    pipe = LatentFlowPipeline.from_pretrained("someone/emoji", revision="v2", token="t")
+    assert np.array_equal(images(pipe), captions)
+    assert [(call["name"], call["revision"], call["token"]) for call in hub] == [("someone/emoji", "v2", "t")]
+    assert not any(pattern.endswith((".py", "*", ".bin", ".pt")) for pattern in hub[0]["allow_patterns"])
+    assert "*.safetensors" in hub[0]["allow_patterns"]
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def snapshot_download(name: str, **kwargs: Any) -> str:
+        raise LocalEntryNotFoundError("offline\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(
+        UserError, match=r"no folder 'someone/emoji', and no hub .*: offline\nCheck the spelling"
+    ):
+        LatentFlowPipeline.from_pretrained("someone/emoji")
+
+
+# ------------------------------------------------------------------ folders that are none
+
+
+def test_a_run_folder_names_the_pipeline_in_it(dit_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(dit_folder, tmp_path / "run" / "pipeline")
+    with pytest.raises(UserError, match=rf"Did you mean '{tmp_path}/run/pipeline'"):
+        LatentFlowPipeline.from_pretrained(tmp_path / "run")
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder"):
+        LatentFlowPipeline.from_pretrained(tmp_path / "nothing" / "here")
+
+
+def test_pickled_weights_are_refused(dit_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(dit_folder, folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(
+        LatentFlowPipeline.from_pretrained(dit_folder).transformer.state_dict(), weights.with_suffix(".bin")
+    )
+    weights.unlink()
+    with pytest.raises((OSError, ValueError)):
+        LatentFlowPipeline.from_pretrained(folder)
