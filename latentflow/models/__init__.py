@@ -6,14 +6,16 @@ from .condition import Condition
 from .dit import DiT
 from .presets import DIT_PRESETS, dit_config
 from .text import encode_text, load_text_encoder, small_text_encoder, train_tokenizer
+from .unet import UNet
 
-MODELS: dict[str, type[DiT]] = {"dit": DiT}
+MODELS: dict[str, type[DiT] | type[UNet]] = {"dit": DiT, "unet": UNet}
 
 __all__ = [
     "DIT_PRESETS",
     "MODELS",
     "Condition",
     "DiT",
+    "UNet",
     "dit_config",
     "encode_text",
     "load_text_encoder",

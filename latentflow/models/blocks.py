@@ -20,10 +20,11 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
-    """1 / root mean square over the last dimension, kept, in float32."""
+    """1 / root mean square over the last dimension, kept, in float32 or better."""
     # Autocast would first copy x to float32; this sums in float32 without the copy.
+    precise = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
     inverse: Tensor = x.shape[-1] ** 0.5 / (norm + 1e-6)
     return inverse
 
@@ -54,7 +55,7 @@ class _RMSNorm(torch.autograd.Function):
     def _derivative(x: Tensor, v: Tensor) -> Tensor:
         """v / rms - x <v, x> / (D rms^3)."""
         inverse = _inverse_rms(x)
-        along = (v * x).sum(dim=-1, keepdim=True, dtype=torch.float32) * inverse**3 / x.shape[-1]
+        along = (v * x).sum(dim=-1, keepdim=True, dtype=inverse.dtype) * inverse**3 / x.shape[-1]
         return torch.addcmul(v * inverse.to(x.dtype), x, -along.to(x.dtype))
 
 

@@ -15,8 +15,17 @@ from torch import Tensor, nn
 from ..errors import UserError, lookup
 from .blocks import MLPS, NORMS, DiTBlock, FinalLayer
 from .condition import Condition
-from .embeddings import LabelEmbed, PatchEmbed, TextEmbed, TimeEmbed, rope_table, sincos_table, times_of_rows
-from .embeddings import unpatchify as unpatchify_tokens
+from .embeddings import (
+    LabelEmbed,
+    PatchEmbed,
+    TextEmbed,
+    TimeEmbed,
+    embed_condition,
+    rope_table,
+    sincos_table,
+    times_of_rows,
+    unpatchify,
+)
 from .inputs import check_inputs
 
 POSITIONS = ("rope", "sincos")
@@ -76,7 +85,7 @@ class DiT(ModelMixin, ConfigMixin):
         time_scale: float = 1000.0,
         sample_size: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         check_shape(in_channels, out_channels, width, heads, position)
         lookup(MLPS, activation, "activation")
         norm_function = lookup(NORMS, norm, "norm")
@@ -128,7 +137,10 @@ class DiT(ModelMixin, ConfigMixin):
         patch, batch = self.patch_size, x.shape[0]
         height, width = x.shape[2] // patch, x.shape[3] // patch
 
-        c, text, text_mask = self._embed_condition(times_of_rows(t, batch, x.device), cond)
+        times = times_of_rows(t, batch, x.device)
+        vector, text, text_mask = embed_condition(self.y_embedder, self.text_embedder, cond, times)
+        c = self.t_embedder(times)
+        c = c if vector is None else c + vector
         tokens = self._embed_latent(x, cond.channels, height, width)
         rope = self._rope(height, width, tokens)
         for block in self.blocks:
@@ -139,19 +151,8 @@ class DiT(ModelMixin, ConfigMixin):
         if self.register_tokens is not None:
             tokens = tokens[:, len(self.register_tokens) :]
         features = self.final_layer(tokens, c)
-        velocity = unpatchify_tokens(features, patch, height, width)[:, : x.shape[1]].to(x.dtype)
+        velocity = unpatchify(features, patch, height, width)[:, : x.shape[1]].to(x.dtype)
         return Transformer2DModelOutput(sample=velocity) if return_dict else velocity
-
-    def _embed_condition(self, t: Tensor, cond: Condition) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """-> the adaLN vector (B, D), the text tokens (B, L, D) and their mask (B, L)."""
-        drop = torch.zeros(t.shape, dtype=torch.bool, device=t.device) if cond.drop is None else cond.drop
-        c: Tensor = self.t_embedder(t)
-        if self.y_embedder is not None:
-            c = c + self.y_embedder(cond.class_labels, drop)
-        if self.text_embedder is None:
-            return c, None, None
-        text, mask, pooled = self.text_embedder(cond.text, cond.text_mask, drop)
-        return c + pooled, text, mask
 
     def _embed_latent(self, x: Tensor, channels: Tensor | None, height: int, width: int) -> Tensor:
         """-> (B, registers + height * width, D)."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .condition import Condition
+
 
 def linear(inputs: int, outputs: int, *, std: float | None = None, zero: bool = False) -> nn.Linear:
     """A linear layer, as DiT initialises it: Xavier-uniform, or normal with ``std``, or zero; bias zero."""
@@ -180,6 +182,18 @@ class TextEmbed(nn.Module):
         weights = mask / mask.sum(dim=1, keepdim=True)  # (B, L)
         pooled = torch.einsum("bl,bld->bd", weights.to(tokens.dtype), tokens)
         return tokens, mask, self.pool(pooled)
+
+
+def embed_condition(
+    labels: LabelEmbed | None, text: TextEmbed | None, cond: Condition, t: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Class and text of a condition for the rows of t (B,): one vector (B, D), text tokens, their mask."""
+    drop = torch.zeros(t.shape, dtype=torch.bool, device=t.device) if cond.drop is None else cond.drop
+    vector = None if labels is None else labels(cond.class_labels, drop)
+    if text is None:
+        return vector, None, None
+    tokens, mask, pooled = text(cond.text, cond.text_mask, drop)
+    return pooled if vector is None else vector + pooled, tokens, mask
 
 
 def times_of_rows(t: Tensor | float, rows: int, device: torch.device) -> Tensor:

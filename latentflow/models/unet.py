@@ -1,0 +1,133 @@
+"""`UNet`: diffusers' U-Nets, called as `DiT` is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    ModelMixin,  # as a name of this module: diffusers' loader looks for it here
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .condition import Condition
+from .embeddings import LabelEmbed, TextEmbed, embed_condition, times_of_rows
+from .inputs import check_inputs
+
+
+class UNet(ModelMixin, ConfigMixin):
+    """A convolutional velocity network, with attention at every resolution but the first.
+
+    Class and text become one vector, added to the time embedding; with text, the attention also looks at its
+    tokens (`UNet2DConditionModel`; without text, `UNet2DModel`).
+
+    Args:
+        in_channels, out_channels, num_classes, text_dim, condition_channels, time_scale, sample_size: as of
+            `DiT`.
+        channels: one number per resolution, each half the previous one; multiples of ``head_dim``.
+        layers_per_block: residual blocks per resolution.
+        head_dim: channels of one attention head.
+
+    Raises:
+        UserError: ``channels`` are not multiples of ``head_dim``, or fewer channels go out than in.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        out_channels: int | None = None,
+        channels: Sequence[int] = (128, 256),
+        layers_per_block: int = 2,
+        head_dim: int = 32,
+        num_classes: int | None = None,
+        text_dim: int | None = None,
+        condition_channels: int = 0,
+        time_scale: float = 1000.0,
+        sample_size: int | Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if any(width % head_dim for width in channels):
+            raise UserError(
+                f"channels {tuple(channels)} are not all multiples of head_dim {head_dim}",
+                "Change one of the two.",
+            )
+        if out_channels is not None and out_channels < in_channels:
+            raise UserError(
+                f"out_channels {out_channels} is less than in_channels {in_channels}",
+                "Leave out_channels empty, or give at least in_channels.",
+            )
+        self.time_scale = time_scale
+        self.condition_channels = condition_channels
+        self.multiple = 2 ** (len(channels) - 1)
+        width = 4 * channels[0]  # of diffusers' time embedding
+        self.y_embedder = LabelEmbed(num_classes, width) if num_classes is not None else None
+        self.text_embedder = TextEmbed(text_dim, width) if text_dim is not None else None
+
+        text = text_dim is not None
+        attention = len(channels) - 1
+        kind = "CrossAttn{}Block2D" if text else "Attn{}Block2D"
+        arguments = {
+            "in_channels": in_channels + condition_channels,
+            "out_channels": out_channels or in_channels,
+            "block_out_channels": tuple(channels),
+            "layers_per_block": layers_per_block,
+            "down_block_types": ("DownBlock2D", *[kind.format("Down")] * attention),
+            "up_block_types": (*[kind.format("Up")] * attention, "UpBlock2D"),
+            "norm_num_groups": math.gcd(
+                32, *channels, *(c // 4 for c in channels)
+            ),  # 4 channels in each at least
+            "resnet_time_scale_shift": "scale_shift",
+            "class_embed_type": "identity" if num_classes is not None or text else None,
+        }
+        if text:  # there, diffusers means the number of heads when it says attention_head_dim
+            heads = tuple(c // head_dim for c in channels)
+            self.unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **arguments)
+        else:
+            self.unet = UNet2DModel(attention_head_dim=head_dim, **arguments)
+        # A new network says zero, as DiT does, and does not see the channels it may have been extended by.
+        nn.init.zeros_(self.unet.conv_out.weight)
+        nn.init.zeros_(self.unet.conv_out.bias)
+        with torch.no_grad():
+            self.unet.conv_in.weight[:, in_channels:] = 0.0
+
+    def forward(
+        self, x: Tensor, t: Tensor | float, cond: Condition | None = None, return_dict: bool = False
+    ) -> Tensor | UNet2DOutput:
+        """The velocity at ``x`` and time ``t``; arguments, result and errors as of `DiT.forward`.
+
+        Sides that the resolutions do not divide are padded with zeros inside, and cut again.
+        """
+        cond = cond or Condition()
+        check_inputs(self.config, x, cond)
+        batch, in_channels, height, width = x.shape
+        times = times_of_rows(t, batch, x.device) * self.time_scale
+        vector, text, mask = embed_condition(self.y_embedder, self.text_embedder, cond, times)
+        latent = self._latent(x, cond.channels)
+        if text is None:
+            (out,) = self.unet(latent, times, class_labels=vector, return_dict=False)
+        else:
+            (out,) = self.unet(
+                latent, times, text, class_labels=vector, encoder_attention_mask=mask, return_dict=False
+            )
+        velocity = out[:, :in_channels, :height, :width].to(x.dtype)
+        return UNet2DOutput(sample=velocity) if return_dict else velocity
+
+    def _latent(self, x: Tensor, channels: Tensor | None) -> Tensor:
+        """-> (B, in_channels + condition_channels, H', W'), sides padded to what the resolutions divide."""
+        height, width = x.shape[2:]
+        x = x.to(self.unet.conv_in.weight.dtype)
+        if self.condition_channels:
+            if channels is None:
+                channels = x.new_zeros(x.shape[0], self.condition_channels, height, width)
+            x = torch.cat([x, channels.to(x.dtype)], dim=1)
+        return F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))
