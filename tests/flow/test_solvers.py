@@ -42,8 +42,8 @@ def test_velocity_of_a_gaussian_is_the_closed_form(gaussian, draw, sigma_min) ->
 
 
 class Circle(Path):
-    """alpha = sin, sigma = cos. The straight path would not do to measure an order by: the midpoint rule's leading
-    error vanishes on it for every Gaussian, so that it converges with order 3."""
+    """alpha = sin, sigma = cos. The straight path would not do to measure an order by: the leading error of the
+    midpoint rule vanishes on it for every Gaussian, so that it converges with order 3."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sin(t * math.pi / 2)
@@ -73,7 +73,7 @@ def test_order_of_convergence(gaussian, draw, solver) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_flow_of_a_gaussian_is_affine(velocity, draw, solver) -> None:
     x0 = draw(16, 2)
-    x1 = integrate(velocity, x0, time_grid(200), solver)
+    x1 = integrate(velocity, x0, time_grid(200 if solver in FIXED else 4), solver)
     assert (x1 - (1.5 + 0.4 * x0)).abs().max() < {1: 2e-2, 2: 1e-3, 4: 1e-7, 5: 1e-5}[SOLVERS[solver].order]
 
 
@@ -140,8 +140,8 @@ def test_adaptive_keeps_its_tolerance_and_pays_for_it(velocity, draw, solver, ti
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_backward_inverts_forward(velocity, mixture, draw, solver) -> None:
-    x0, times = draw(8, 2), time_grid(100 if SOLVERS[solver].order > 1 else 1000)
+def test_backward_inverts_forward(velocity, draw, solver) -> None:
+    x0, times = draw(8, 2), time_grid({1: 1000, 5: 4}.get(SOLVERS[solver].order, 100))
     there = integrate(velocity, x0, times, solver, rtol=1e-9, atol=1e-9)
     back = integrate(velocity, there, times.flip(0), solver, rtol=1e-9, atol=1e-9)
     assert (there - x0).abs().max() > 0.5
@@ -193,8 +193,9 @@ def test_one_step_has_no_more_rounding_than_its_dtype(draw, dtype) -> None:
 def test_gradients_flow_through(solver) -> None:
     """d/dx0 of x0 e^(w t) is e^w, and d/dw is x0 e^w."""
     x0 = torch.tensor([[0.7]], dtype=torch.float64, requires_grad=True)
+    times = time_grid(400 if solver in FIXED else 4)
     w = torch.tensor(-0.5, dtype=torch.float64, requires_grad=True)
-    integrate(lambda x, t: w * x, x0, time_grid(400), solver, rtol=1e-9, atol=1e-9).sum().backward()
+    integrate(lambda x, t: w * x, x0, times, solver, rtol=1e-9, atol=1e-9).sum().backward()
     tolerance = 2e-3 if SOLVERS[solver].order == 1 else 1e-5
     assert abs(float(x0.grad) - math.exp(-0.5)) < tolerance
     assert abs(float(w.grad) - 0.7 * math.exp(-0.5)) < tolerance
