@@ -232,6 +232,7 @@ class _Loop:
             batch_sampler=draws,  # type: ignore[arg-type]  # an iterator of lists of draws is all it needs
             collate_fn=_identity,
             num_workers=self.config.num_workers,
+            generator=torch.Generator(),  # the loader's own seed must not be drawn from the run's random state
             pin_memory=self.accelerator.device.type == "cuda",
         )
         return iter(loader)

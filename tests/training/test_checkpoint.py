@@ -1,0 +1,101 @@
+"""Checkpoints: whole or not at all, verified, with a fallback."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentflow.errors import UserError
+from latentflow.training.checkpoint import (
+    difference,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    save_checkpoint,
+)
+
+
+def state(step: int) -> dict[str, object]:
+    optimizer = {"state": {0: {"step": torch.tensor(3.0), "momentum": torch.randn(4)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    return {"step": step, "weights": {"a.b": torch.randn(3, 2), "n": torch.tensor(5)}, "optimizer": [optimizer], "none": None}
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_round_trip_keeps_values_types_and_integer_keys(tmp_path: Path) -> None:
+    written = state(7)
+    save_checkpoint(tmp_path / "step-000007", written, total_limit=2)
+    assert same(written, load_checkpoint(tmp_path / "step-000007"))
+    assert not any(path.suffix in (".pt", ".bin", ".pkl") for path in tmp_path.rglob("*"))
+
+
+def test_tied_tensors_survive(tmp_path: Path) -> None:
+    shared = torch.randn(4)
+    save_checkpoint(tmp_path / "step-1", {"w": {"a": shared, "b": shared}}, total_limit=1)
+    assert torch.equal(load_checkpoint(tmp_path / "step-1")["w"]["b"], shared)
+
+
+def test_the_oldest_are_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path / f"step-{step:06d}", state(step), total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000003", "step-000004"]
+
+
+def test_a_save_that_was_killed_is_never_seen(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "step-000001", state(1), total_limit=2)
+    torn = tmp_path / ".step-000002.tmp"
+    torn.mkdir()
+    (torn / "weights.safetensors").write_bytes(b"half")
+    loaded = load_latest(tmp_path)
+    assert loaded is not None and loaded["step"] == 1
+    save_checkpoint(tmp_path / "step-000002", state(2), total_limit=2)  # and does not stand in the way
+    assert load_checkpoint(tmp_path / "step-000002")["step"] == 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "json"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_loudly(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path / f"step-{step:06d}", state(step), total_limit=5)
+    file = tmp_path / "step-000002" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (tmp_path / "step-000002" / "state.json").write_text("{")
+    logging.getLogger("latentflow").propagate = True
+    with caplog.at_level(logging.WARNING):
+        loaded = load_latest(tmp_path)
+    assert loaded is not None and loaded["step"] == 1
+    assert "step-000002 is damaged" in caplog.text and "falling back" in caplog.text
+    assert (tmp_path / "step-000002").is_dir()  # nothing of it is removed
+
+
+def test_only_damaged_checkpoints_are_an_error_none_is_not(tmp_path: Path) -> None:
+    assert load_latest(tmp_path) is None
+    save_checkpoint(tmp_path / "step-000001", state(1), total_limit=1)
+    (tmp_path / "step-000001" / "state.json").unlink()
+    with pytest.raises(UserError, match="all 1 checkpoints"):
+        load_latest(tmp_path)
+
+
+def test_difference_names_the_path_and_both_values() -> None:
+    lines = list(difference({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5, "c": 2}, "e": 4}))
+    assert lines == ["a.b: 1 -> 5", "d: 3 -> None", "e: None -> 4"]

@@ -1,0 +1,195 @@
+"""The loop on a linear regression whose answer is known: resume, signals, non-finite losses, accumulation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from latentflow.errors import UserError
+from latentflow.training import Callbacks, LoopConfig, fit, log_to
+from latentflow.training.checkpoint import list_checkpoints
+from latentflow.training.order import Draw, SampleRandom
+
+CONFIG = LoopConfig(
+    max_train_steps=12, train_batch_size=6, learning_rate=0.1, lr_warmup_steps=2, mixed_precision="no", weight_decay=0.0,
+    checkpointing_steps=4, validation_steps=0, preview_steps=0, log_steps=1,
+)  # fmt: skip
+
+
+class Line:
+    """y = 2x + 1 at 20 points."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        x = torch.tensor([[draw.index / 20] for draw in draws])
+        return {"x": x, "y": 2 * x + 1}
+
+    def name(self, index: int) -> str:
+        return f"point {index}"
+
+
+class Regression(nn.Module):
+    """Noise from the draws and dropout from torch's own generator: both must survive a resume."""
+
+    def __init__(self, poison: set[int] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.poison = poison or set()
+        self.interrupt_at: int | None = None
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        noise = SampleRandom(0, batch["numbers"]).normal((1,))
+        error = (self.layers(batch["x"]) - batch["y"] - 0.01 * noise).square().flatten()
+        bad = torch.tensor([number in self.poison for number in batch["numbers"]])
+        error = error + torch.where(bad, float("nan"), 0.0)
+        if self.interrupt_at in batch["numbers"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": error.mean(), "per_sample": error.detach(), "t": torch.zeros(len(error))}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    last = list_checkpoints(folder / "checkpoints")[-1]
+    names = ("flow-weights", "flow-average", "flow-optimizer")
+    return {key: one for name in names for key, one in load_file(last / f"{name}.safetensors").items()}
+
+
+def run(folder: Path, config: LoopConfig = CONFIG, module: nn.Module | None = None, **kwargs: Any) -> bool:
+    return fit({"flow": module or Regression()}, Line(), config, folder, **kwargs)
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys() and len(first) > 8
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    assert run(tmp_path / "whole")
+    stopping = Regression()
+    stopping.interrupt_at = 5 * 6 + 1  # in step 5
+    assert not run(tmp_path / "stopped", module=stopping, resume_line="latentflow train ...")
+    assert [path.name for path in list_checkpoints(tmp_path / "stopped" / "checkpoints")][-1] == "step-000006"
+    assert run(tmp_path / "stopped")
+    assert_equal_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_run_that_died_between_checkpoints_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    class Died(Exception):
+        pass
+
+    class Dying(Regression):
+        def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+            if 7 * 6 in batch["numbers"]:
+                raise Died
+            return super().forward(batch)
+
+    assert run(tmp_path / "whole")
+    with pytest.raises(Died):
+        run(tmp_path / "died", module=Dying())
+    assert run(tmp_path / "died")
+    assert_equal_weights(tmp_path / "whole", tmp_path / "died")
+
+
+def test_accumulation_gives_the_same_update_as_one_large_batch(tmp_path: Path) -> None:
+    class NoDropout(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers[2] = nn.Identity()
+
+    run(tmp_path / "large", module=NoDropout())
+    split = dataclasses.replace(CONFIG, train_batch_size=2, gradient_accumulation_steps=3)
+    run(tmp_path / "split", split, module=NoDropout())
+    first, second = weights(tmp_path / "large"), weights(tmp_path / "split")
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_non_finite_loss_names_the_sample_skips_the_update_and_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "run" / "train.log"
+    log.parent.mkdir()
+    log_to(log.parent)
+    module = Regression(poison={3 * 6 + 2})  # one sample of step 3
+    assert run(tmp_path / "run", dataclasses.replace(CONFIG, max_train_steps=4), module=module)
+    text = log.read_text()
+    assert "step 4" in text and "point " in text and "t = 0.0000" in text and "skipped" in text
+    assert all(torch.isfinite(one).all() for one in module.parameters())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]  # no invented loss for the skipped step
+
+
+def test_a_run_that_stays_non_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    module = Regression(poison=set(range(5 * 6, 10**4)))
+    with pytest.raises(UserError, match="3 updates in a row") as caught:
+        run(tmp_path, dataclasses.replace(CONFIG, max_nonfinite_steps=3), module=module)
+    assert "learning-rate" in caught.value.fix
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-000004"]
+    assert all(torch.isfinite(one).all() for one in weights(tmp_path).values())
+
+
+def test_changed_data_or_architecture_is_refused_with_the_difference_unless_allowed(tmp_path: Path) -> None:
+    assert run(tmp_path, description={"data": "abc", "network": {"depth": 2}})
+    longer = dataclasses.replace(CONFIG, max_train_steps=14)
+    with pytest.raises(UserError, match="network.depth: 2 -> 3"):
+        run(tmp_path, longer, description={"data": "abc", "network": {"depth": 3}})
+    allowed = dataclasses.replace(longer, allow_changes=True)
+    assert run(tmp_path, allowed, description={"data": "abc", "network": {"depth": 3}})
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_in_words(tmp_path: Path) -> None:
+    assert run(tmp_path)
+    with pytest.raises(UserError, match="does not fit the networks"):
+        module = Regression()
+        module.layers[3] = nn.Linear(8, 2)
+        run(tmp_path, dataclasses.replace(CONFIG, max_train_steps=14), module=module)
+
+
+def test_a_reached_target_changes_nothing(tmp_path: Path) -> None:
+    assert run(tmp_path)
+    before = weights(tmp_path)
+    exported: list[int] = []
+    assert run(tmp_path, callbacks=Callbacks(export=lambda: exported.append(1)))
+    assert all(torch.equal(before[key], one) for key, one in weights(tmp_path).items())
+
+
+def test_callbacks_see_the_averaged_weights_and_leave_no_trace(tmp_path: Path) -> None:
+    """Validation and previews draw random numbers and switch modes; the run must not notice."""
+    module, seen = Regression(), []
+
+    def validate() -> dict[str, float]:
+        torch.rand(100)
+        assert not module.layers.training and not torch.is_grad_enabled()
+        seen.append({name: one.detach().clone() for name, one in module.named_parameters()})
+        return {"loss": 1.0}
+
+    watched = dataclasses.replace(CONFIG, validation_steps=3)
+    assert run(tmp_path / "watched", watched, module=module, callbacks=Callbacks(validate=validate))
+    assert run(tmp_path / "plain")
+    assert_equal_weights(tmp_path / "watched", tmp_path / "plain")
+    average = {key.removeprefix("flow-average/"): one for key, one in weights(tmp_path / "plain").items() if "average" in key}
+    assert average and all(torch.equal(seen[-1][name], average[name]) for name in average)
+
+
+def test_fp16_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        run(tmp_path, dataclasses.replace(CONFIG, mixed_precision="fp16"))
+
+
+def test_metrics_hold_what_a_run_is_judged_by(tmp_path: Path) -> None:
+    run(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert {"loss", "lr", "grad_norm", "images_per_second", "memory_gib"} <= rows[-1].keys()

@@ -1,0 +1,207 @@
+"""`latentflow train` as users run it: killed, resumed, on two processes, fine-tuned, and given nonsense."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentflow import LatentFlowPipeline
+
+from .command import ROOT, TINY, environment, train
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(pictures: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """An uninterrupted run of 8 steps, and what it said."""
+    run = tmp_path_factory.mktemp("finished")
+    said = train(cache, pictures, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
+    return run, said
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return {f"{file.name}/{key}": one for file in last.glob("*.safetensors") for key, one in load_file(file).items()}
+
+
+def test_a_run_leaves_what_the_documentation_lists(finished: tuple[Path, str], pictures: Path) -> None:
+    run, said = finished
+    for name in ("config.yaml", "metrics.jsonl", "train.log", "samples/step-000008.png", "pipeline/model_index.json"):
+        assert (run / name).is_file(), name
+    assert "captions from metadata.jsonl" in said  # what was inferred is said before training
+    assert "memorise" in said and "no GPU" in said
+    assert sorted(path.name for path in pictures.iterdir()) == [f"{n:02d}.png" for n in range(12)] + ["metadata.jsonl"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert any("val_loss" in row for row in rows)
+
+
+def test_the_pipeline_generates_from_a_caption(finished: tuple[Path, str]) -> None:
+    pipe = LatentFlowPipeline.from_pretrained(finished[0] / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (16, 16) and image.mode == "RGB"
+
+
+def test_killed_at_a_random_moment_and_started_again_equals_the_uninterrupted_run_bit_for_bit(
+    finished: tuple[Path, str], pictures: Path, cache: Path, tmp_path: Path
+) -> None:
+    line = [pictures, "-o", tmp_path, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2]
+    command = [sys.executable, str(ROOT / "train" / "flow.py"), *map(str, line)]
+    process = subprocess.Popen(command, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics, wanted = tmp_path / "metrics.jsonl", random.Random().randint(1, 6)
+    deadline = time.monotonic() + 240
+    while not (metrics.is_file() and metrics.read_text().count('"loss"') >= wanted) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    train(cache, *line)
+    whole, resumed = tensors(finished[0]), tensors(tmp_path)
+    assert whole.keys() == resumed.keys() and len(whole) > 50
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_config_yaml_reproduces_the_run(finished: tuple[Path, str], cache: Path, tmp_path: Path) -> None:
+    config = finished[0] / "config.yaml"
+    data = next(line.split(": ")[1] for line in config.read_text().splitlines() if line.startswith("data:"))
+    train(cache, data, "--config", config, "-o", tmp_path)
+    whole, again = tensors(finished[0]), tensors(tmp_path)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_sigterm_saves_and_prints_the_line_that_resumes(pictures: Path, cache: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train" / "flow.py"), str(pictures), "-o", str(tmp_path), *TINY]
+    process = subprocess.Popen(
+        [*command, "--max-train-steps", "100000"], env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.is_file() and metrics.read_text().count('"loss"') >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "resume with" in said and f"latentflow train {pictures}" in said
+    assert list((tmp_path / "checkpoints").glob("step-*/state.json"))
+
+
+def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
+    pictures: Path, cache: Path, tmp_path: Path
+) -> None:
+    settings = [*TINY, "--checkpointing-steps", 10, "--mixed-precision", "no", "--validation-steps", 0, "--preview-steps", 0]
+
+    def launch(steps: int) -> None:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+        command += ["--mixed_precision", "no", "--num_machines", "1", "--main_process_port", str(random.randint(20000, 60000))]
+        command += [str(ROOT / "train" / "flow.py"), *map(str, [pictures, "-o", tmp_path / "two", *settings])]
+        command += ["--train-batch-size", "2", "--max-train-steps", str(steps), "--lr-scheduler", "constant"]
+        env = environment(cache) | {"ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout
+
+    # One process trains the autoencoder both times: only the flow is compared.
+    train(cache, pictures, "-o", tmp_path / "one", *settings, "--train-batch-size", 4, "--max-train-steps", 20, "--lr-scheduler", "constant")
+    vae = tmp_path / "one" / "autoencoder" / "autoencoder"
+    settings += ["--vae", vae]
+    launch(10)
+    launch(20)  # resumes at 10
+
+    def losses(run: str) -> list[float]:
+        rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows]
+
+    one, two = losses("one"), losses("two")
+    assert len(one) == len(two) == 20
+    assert two == pytest.approx(one, abs=1e-4)
+
+
+def test_fine_tuning_on_other_words_keeps_what_was_known(finished: tuple[Path, str], cache: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "data").mkdir()
+    for number, text in enumerate(["a purple zebra", "a red circle", "a red zebra", "a blue circle"]):
+        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(tmp_path / "data" / f"{number}.png")
+        (tmp_path / "data" / f"{number}.txt").write_text(text)
+    source = finished[0] / "pipeline"
+    said = train(
+        cache, tmp_path / "data", "-o", tmp_path / "run", *TINY, "--init-from", source, "--max-train-steps", 1,
+        "--learning-rate", 0, "--weight-decay", 0, "--validation", 0,
+    )  # fmt: skip
+    assert "new words" in said
+    before, after = LatentFlowPipeline.from_pretrained(source), LatentFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    for pipe in (before, after):
+        pipe.set_progress_bar_config(disable=True)
+
+    def draw(pipe: LatentFlowPipeline) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a small red circle on the left", num_inference_steps=2, generator=generator, output_type="pt").images
+
+    torch.testing.assert_close(draw(before), draw(after), rtol=0, atol=1e-5)  # known words mean what they meant
+    assert "zebra" in after.tokenizer.get_vocab() and "zebra" not in before.tokenizer.get_vocab()
+
+
+def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(cache: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    def folder(name: str, classes: list[str]) -> Path:
+        for index, label in enumerate(classes):
+            (tmp_path / name / label).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (20, 16), (80 * index, 40 * number, 9)).save(tmp_path / name / label / f"{number}.jpg")
+        return tmp_path / name
+
+    quick = [*TINY, "--max-train-steps", 1, "--validation", 0, "--learning-rate", 0, "--weight-decay", 0]
+    said = train(cache, folder("two", ["cat", "dog"]), "-o", tmp_path / "a", *quick)
+    assert "2 classes: cat, dog" in said
+    train(cache, folder("three", ["ant", "dog", "cat"]), "-o", tmp_path / "b", *quick, "--init-from", tmp_path / "a" / "pipeline")
+    first = LatentFlowPipeline.from_pretrained(tmp_path / "a" / "pipeline")
+    second = LatentFlowPipeline.from_pretrained(tmp_path / "b" / "pipeline")
+    assert list(first.labels) == ["cat", "dog"] and list(second.labels) == ["ant", "cat", "dog"]
+    old, new = (pipe.transformer.y_embedder.embedding_table.weight for pipe in (first, second))
+    assert torch.equal(new[1], old[0]) and torch.equal(new[2], old[1]) and torch.equal(new[3], old[2])  # null last
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resolution", "17"], "--resolution"),
+        (["--learning-rat", "1"], "learning-rate"),
+        (["--path", "conddot"], "did you mean 'condot'"),
+        (["--vae", "/nowhere"], "no autoencoder at '/nowhere'"),
+        (["--text-encoder", "/nowhere"], "could not be loaded"),
+        (["--init-from", "/nowhere"], "/nowhere"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_screen_that_names_the_remedy(
+    flags: list[str], message: str, pictures: Path, cache: Path, tmp_path: Path
+) -> None:
+    said = train(cache, pictures, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *flags, expect=2)
+    assert message in said and "Traceback" not in said and len(said.splitlines()) < 40
+
+
+def test_dry_run_prints_sizes_and_time_and_writes_nothing(pictures: Path, cache: Path, tmp_path: Path) -> None:
+    said = train(cache, pictures, "-o", tmp_path / "run", *TINY, "--dry-run")
+    for word in ("parameters", "memory:", "time:", "epochs"):
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_answers(cache: Path) -> None:
+    said = train(cache, "--help")
+    for flag in ("--resolution", "--max-train-steps", "--learning-rate", "--preset", "--init-from", "--config"):
+        assert flag in said
+    assert os.linesep in said
