@@ -42,7 +42,7 @@ def test_velocity_of_a_gaussian_is_the_closed_form(gaussian, draw, sigma_min) ->
 
 
 class Circle(Path):
-    """alpha = sin, sigma = cos. The straight path would not do to measure an order by: the leading error of the
+    """alpha = sin, sigma = cos. The straight path cannot measure an order: the leading error of the
     midpoint rule vanishes on it for every Gaussian, so that it converges with order 3."""
 
     def alpha(self, t: Tensor) -> Tensor:
