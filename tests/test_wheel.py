@@ -97,6 +97,6 @@ def test_the_command_finds_its_programs(installed: Path, environment: dict[str, 
 
 
 def test_a_tiny_training_runs(installed: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    line = "train shapes --preset tiny --max-train-steps 2 -o run"
+    line = "train shapes --preset tiny --autoencoder-steps 2 --max-train-steps 2 -o run"
     execute(installed / "latentflow", *line.split(), cwd=tmp_path, env=environment)
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import runpy
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 
 from latentflow import DiT, LatentFlowPipeline
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
+from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, downscale_factor, latent_channels
 from latentflow.errors import UserError
 from latentflow.models import small_text_encoder, train_tokenizer
 
@@ -21,8 +24,16 @@ THINGS = ["hat", "shoe"]
 
 
 @pytest.fixture(scope="module")
-def program(repository: Path) -> dict[str, Any]:
-    return runpy.run_path(str(repository / "pipelines" / "evaluate.py"))
+def program(repository: Path) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location(
+        "evaluate_program", repository / "pipelines" / "evaluate.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)  # its dataclasses look their types up there
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +54,24 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    vae = build_autoencoder(AutoencoderConfig(), 32)
-    channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    shape = {"autoencoder_widths": (8, 16), "encoder_layers": (0, 1), "decoder_layers": (1, 1)}
+    vae = build_autoencoder(AutoencoderConfig(latent_channels=4, **shape), 32)
+    channels, side = latent_channels(vae), 32 // downscale_factor(vae)
     tokenizer = train_tokenizer([f"{colour} {thing}" for colour in COLOURS for thing in THINGS])
     encoder = small_text_encoder(tokenizer, width=16, depth=1, heads=2)
-    network = DiT(
-        in_channels=channels, width=16, depth=1, heads=2, text_dim=16, sample_size=32 // factor
-    ).eval()
+    network = DiT(in_channels=channels, width=16, depth=1, heads=2, text_dim=16, sample_size=side).eval()
     folder = tmp_path_factory.mktemp("run") / "pipeline"
     pipe = LatentFlowPipeline(vae.eval(), network, text_encoder=encoder.eval(), tokenizer=tokenizer)
     pipe.save_pretrained(folder)
     return folder
 
 
-def evaluate(program: dict[str, Any], *argv: object) -> None:
-    program["main"]([str(word) for word in argv])
+def evaluate(program: ModuleType, *argv: object) -> None:
+    program.main([str(word) for word in argv])
 
 
 def test_the_report_is_complete_and_repeatable(
-    program: dict[str, Any], pictures: Path, checkpoint: Path, tmp_path: Path
+    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     reports = []
     for name, batch in (("a.json", 4), ("b.json", 3)):
@@ -89,23 +99,23 @@ def flat(value: Any, prefix: str = "") -> dict[str, float]:
     return {prefix: value} if isinstance(value, int | float) else {}
 
 
-def test_a_run_lends_its_settings(program: dict[str, Any], tmp_path: Path) -> None:
-    config = program["EvaluateConfig"](checkpoint=str(tmp_path / "pipeline"), data="d", background="black")
-    defaults = program["as_trained"](config)
+def test_a_run_lends_its_settings(program: ModuleType, tmp_path: Path) -> None:
+    config = program.EvaluateConfig(checkpoint=str(tmp_path / "pipeline"), data="d", background="black")
+    defaults = program.as_trained(config)
     assert (defaults.validation, defaults.condition, defaults.background) == (0.02, "auto", "black")
     (tmp_path / "config.yaml").write_text("validation: 0.3\nseed: 7\nbackground: grey\n")
-    lent = program["as_trained"](config)
+    lent = program.as_trained(config)
     assert (lent.validation, lent.validation_seed, lent.background) == (0.3, 7, "black")
 
 
-def test_captions_come_once_before_one_comes_twice(program: dict[str, Any]) -> None:
-    chosen = program["choose"](["a", "b", "a", "c"], 5, 0)
+def test_captions_come_once_before_one_comes_twice(program: ModuleType) -> None:
+    chosen = program.choose(["a", "b", "a", "c"], 5, 0)
     assert sorted(chosen[:3]) == ["a", "b", "c"]
     assert len(chosen) == 5
 
 
 def test_mistakes_are_told_before_anything_is_computed(
-    program: dict[str, Any], pictures: Path, checkpoint: Path, tmp_path: Path
+    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     report = tmp_path / "report.json"
     report.write_text("{}")
