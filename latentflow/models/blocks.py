@@ -21,11 +21,10 @@ def layer_norm(x: Tensor) -> Tensor:
 
 def _inverse_rms(x: Tensor) -> Tensor:
     """1 / root mean square over the last dimension, kept, in float32 or better."""
-    # Autocast would first copy x to float32; this sums in float32 without the copy.
-    precise = torch.promote_types(x.dtype, torch.float32)
+    # The sum runs in float32 whatever the type of x; autocast would only add a copy of x in float32.
     with torch.autocast(x.device.type, enabled=False):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
-    inverse: Tensor = x.shape[-1] ** 0.5 / (norm + 1e-6)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse: Tensor = x.shape[-1] ** 0.5 / (norm.to(torch.promote_types(x.dtype, torch.float32)) + 1e-6)
     return inverse
 
 
@@ -84,7 +83,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    return scores.softmax(dim=-1) @ v
+    out: Tensor = scores.softmax(dim=-1) @ v
+    return out
 
 
 class Attention(nn.Module):

@@ -31,7 +31,7 @@ from .inputs import check_inputs
 POSITIONS = ("rope", "sincos")
 
 
-class DiT(ModelMixin, ConfigMixin):
+class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Diffusion transformer with adaLN-zero (arXiv:2212.09748), for any rectangular latent.
 
     The default is the modern block (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries

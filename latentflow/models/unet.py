@@ -22,7 +22,7 @@ from .embeddings import LabelEmbed, TextEmbed, embed_condition, times_of_rows
 from .inputs import check_inputs
 
 
-class UNet(ModelMixin, ConfigMixin):
+class UNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A convolutional velocity network, with attention at every resolution but the first.
 
     Class and text become one vector, added to the time embedding; with text, the attention also looks at its
@@ -41,7 +41,7 @@ class UNet(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         in_channels: int = 16,
@@ -83,9 +83,7 @@ class UNet(ModelMixin, ConfigMixin):
             "layers_per_block": layers_per_block,
             "down_block_types": ("DownBlock2D", *[kind.format("Down")] * attention),
             "up_block_types": (*[kind.format("Up")] * attention, "UpBlock2D"),
-            "norm_num_groups": math.gcd(
-                32, *channels, *(c // 4 for c in channels)
-            ),  # 4 channels in each at least
+            "norm_num_groups": math.gcd(32, *channels, *(c // 4 for c in channels)),
             "resnet_time_scale_shift": "scale_shift",
             "class_embed_type": "identity" if num_classes is not None or text else None,
         }

@@ -1,0 +1,132 @@
+"""Captions become the same tokens and embeddings wherever and however often they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+from latentflow.errors import UserError
+from latentflow.models import encode_text, load_text_encoder, small_text_encoder, train_tokenizer
+
+CAPTIONS = ["a red circle left of a blue square", "Waving hand: medium-light skin tone", "a red apple!"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(CAPTIONS, max_length=12)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    return small_text_encoder(tokenizer, width=16, depth=2, heads=2)
+
+
+def test_every_word_and_mark_of_the_captions_is_one_token(tokenizer: Any) -> None:
+    expected = ["waving", "hand", ":", "medium", "-", "light", "skin", "tone"]
+    assert tokenizer.tokenize(CAPTIONS[1]) == expected
+    assert tokenizer.decode(tokenizer("A RED  apple").input_ids, skip_special_tokens=True) == "a red apple"
+
+
+def test_an_unseen_word_is_spelled_from_known_pieces(tokenizer: Any) -> None:
+    assert tokenizer.tokenize("reddish") == ["red", "##d", "##i", "##s", "##h"]
+    assert tokenizer.tokenize("red ☃ apple") == ["red", "[UNK]", "apple"]
+
+
+def test_every_text_begins_with_a_token_even_the_empty_one(tokenizer: Any) -> None:
+    assert tokenizer("").input_ids == tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def test_the_order_of_captions_does_not_matter(tokenizer: Any) -> None:
+    assert train_tokenizer(CAPTIONS[::-1], max_length=12).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_full_vocabulary_keeps_the_frequent_words() -> None:
+    small = train_tokenizer(["ab ab ab ba", "ab aab"], vocab_size=8)  # 3 special, 4 for a and b, one word
+    assert small.tokenize("ab ba") == ["ab", "b", "##a"]
+
+
+def test_a_tokenizer_survives_saving(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "A reddish apple, left of a hand"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.model_max_length == 12
+    assert again.bos_token == tokenizer.bos_token
+
+
+def test_captions_without_a_word_are_refused() -> None:
+    with pytest.raises(UserError, match="hold no word"):
+        train_tokenizer(["", "  "])
+
+
+def test_an_embedding_does_not_depend_on_its_neighbours_in_the_batch(tokenizer: Any, encoder: Any) -> None:
+    alone, _ = encode_text(tokenizer, encoder, ["a red apple!"])
+    together, mask = encode_text(tokenizer, encoder, ["a red apple!", CAPTIONS[0], ""])
+    assert mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [5, 9, 1]
+    torch.testing.assert_close(together[:1, :5], alone, rtol=1e-4, atol=1e-5)
+    assert together.isfinite().all()
+
+
+def test_word_order_matters_and_dropout_does_not(tokenizer: Any, encoder: Any) -> None:
+    encoder.train()
+    first, _ = encode_text(tokenizer, encoder, ["red left of blue"])
+    assert torch.equal(first, encode_text(tokenizer, encoder, ["red left of blue"])[0])
+    swapped, _ = encode_text(tokenizer, encoder, ["blue left of red"])
+    assert not torch.allclose(first.mean(1), swapped.mean(1), atol=1e-3)
+
+
+def test_embeddings_start_at_unit_scale(tokenizer: Any, encoder: Any) -> None:
+    embeddings, mask = encode_text(tokenizer, encoder, CAPTIONS)
+    torch.testing.assert_close(embeddings[mask].square().mean(), torch.tensor(1.0), rtol=1e-3, atol=0.0)
+
+
+def test_gradients_reach_every_weight_of_the_encoder(tokenizer: Any, encoder: Any) -> None:
+    embeddings, mask = encode_text(tokenizer, encoder, CAPTIONS)
+    (embeddings[mask] * torch.linspace(0, 1, 16)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+
+
+def test_a_prompt_that_is_cut_is_said(tokenizer: Any, encoder: Any) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 prompts exceed 4 tokens"):
+        embeddings, _ = encode_text(tokenizer, encoder, ["a red apple", "a red apple!"], max_length=4)
+    assert embeddings.shape[1] == 4
+
+
+def test_a_saved_encoder_loads_with_the_same_embeddings(tokenizer: Any, encoder: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    again = load_text_encoder(tmp_path)
+    assert type(again[1]) is type(encoder)
+    assert torch.equal(encode_text(*again, CAPTIONS)[0], encode_text(tokenizer, encoder, CAPTIONS)[0])
+
+
+def test_a_clip_folder_gives_its_text_half(tokenizer: Any, tmp_path: Path) -> None:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=7,
+    )
+    tokenizer.save_pretrained(tmp_path)
+    CLIPTextModel(config).save_pretrained(tmp_path)
+    loaded_tokenizer, encoder = load_text_encoder(tmp_path)
+    assert isinstance(encoder, CLIPTextModel)
+    assert not encoder.training
+    with pytest.warns(UserWarning, match="exceed 7 tokens"):
+        embeddings, mask = encode_text(loaded_tokenizer, encoder, ["red apple", CAPTIONS[0]])
+    assert embeddings.shape == (2, 7, 16)
+    assert mask.sum(1).tolist() == [3, 7]
+
+
+def test_a_missing_encoder_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="could not be loaded") as raised:
+        load_text_encoder(tmp_path / "nothing-here")
+    assert "hf download" in raised.value.fix
