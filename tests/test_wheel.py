@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("hatchling", reason='needs hatchling: pip install -e ".[test]"')
 
@@ -97,6 +98,11 @@ def test_the_command_finds_its_programs(installed: Path, environment: dict[str, 
 
 
 def test_a_tiny_training_runs(installed: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    line = "train shapes --preset tiny --autoencoder-steps 2 --max-train-steps 2 -o run"
+    for i in range(12):
+        (tmp_path / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (20 * i, 0, 90)).save(tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png")
+    line = (
+        "train pictures --preset tiny --autoencoder-steps 2 --max-train-steps 2 --train-batch-size 4 -o run"
+    )
     execute(installed / "latentflow", *line.split(), cwd=tmp_path, env=environment)
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
