@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentflow.errors import UserError
-from latentflow.models import DIT_PRESETS, DiT, dit_config
+from latentflow.models import DIT_PRESETS, Condition, DiT, dit_config
 from latentflow.models.blocks import SwiGluMlp, attention, rms_norm
 from latentflow.models.embeddings import patchify, rope_table, rotate, sincos_table, unpatchify
 
@@ -102,8 +102,6 @@ def test_the_sit_configuration_computes_what_sit_computes() -> None:
     )
     perturb(model.eval())
     x, t, labels = latents(2, 8, 8), torch.tensor([0.2, 0.9]), torch.tensor([0, 3])
-    from latentflow.models import Condition
-
     cond = Condition(class_labels=torch.tensor([0, 1]), drop=labels == 3)
     torch.testing.assert_close(
         model(x, t, cond), sit(model.state_dict(), x, t, labels, 2), rtol=1e-4, atol=1e-5
