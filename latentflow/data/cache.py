@@ -173,9 +173,11 @@ def fingerprint(network: Any) -> str:
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    state = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for last_call in ("padding", "truncation"):  # the last call's arguments are kept there
+        state.pop(last_call, None)
     settings = f"{type(tokenizer).__name__} {tokenizer.model_max_length} {tokenizer.special_tokens_map}"
-    return hashlib.sha256(f"{settings} {state}".encode()).hexdigest()
+    return hashlib.sha256(f"{settings} {json.dumps(state, sort_keys=True)}".encode()).hexdigest()
 
 
 @torch.no_grad()

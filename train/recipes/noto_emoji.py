@@ -6,16 +6,16 @@
 
 Writes `train/` and `test/`, each with 64-pixel RGBA pictures and a `metadata.jsonl` (file_name, text, group,
 subgroup, skin_tone). `text` is Unicode's name; a code point that the list lacks (digits, letters) has its own
-name in lower case and the group "Other". Bare skin tones and hair styles (the group "Component") are left out.
+name in lower case and the group "Other". Bare skin tones and hair styles (group "Component") are left out.
 `skin_tone` is the one tone of a picture, null where there is none or several.
 
 `test/` holds combinations of a picture and a skin tone that `train/` never shows, while it shows the same
-picture in the four other tones. Pictures that exist in all five are ranked by the SHA-256 of their name without
-the tone; the first 80 give one tone each, the five tones in turn. The same input gives the same folder.
+picture in the four other tones. Pictures that exist in all five are ranked by the SHA-256 of the name without
+its tone; the first 80 give one tone each, the five tones in turn. The same input gives the same folder.
 
 What is known about equality: the folder behind the shipped checkpoint has this layout, these names and texts,
-3,273 + 80 pictures and 16 test pictures of each tone. But its test combinations were drawn by another rule, and
-80 more combinations (16 of each tone) are in neither part. By default this program therefore makes a split of
+3,273 + 80 pictures and 16 test pictures of each tone. But its test combinations were drawn by another rule,
+and 80 more combinations (16 of each tone) are in neither part. By default this program makes a split of
 the same kind, not the same split, and its artwork and names are those of the versions that you fetched.
 `--held-out FILE` (a metadata.jsonl, or one file name a line) puts exactly the named pictures into `test/`.
 """

@@ -1,0 +1,209 @@
+"""Tables are keyed by content and by what made them, survive damage, and stay out of the data."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentflow.data import (
+    Source,
+    cached_latents,
+    cached_pixels,
+    cached_text,
+    find_source,
+    fingerprint,
+    pixels_to_images,
+)
+from latentflow.errors import UserError
+
+from .pictures import noise, save_all
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_all(tmp_path / "data", ["a.png", "b.png", "c.png"])
+    return tmp_path / "data"
+
+
+def pixels(source: Source, resolution: int = 8, background: str = "white") -> torch.Tensor:
+    return cached_pixels(source, resolution, background, progress=False)
+
+
+def tables(cache: Path) -> set[Path]:
+    return set(cache.rglob("*.safetensors"))
+
+
+def test_pixels_are_those_of_the_files_in_the_order_of_the_source(folder: Path, cache: Path) -> None:
+    source = find_source(str(folder))
+    for _ in range(2):  # made, then loaded
+        table = pixels(source)
+        assert table.dtype == torch.uint8 and table.shape == (3, 3, 8, 8)
+        for row, name in zip(table, "abc", strict=True):
+            assert np.array_equal(row.permute(1, 2, 0), np.asarray(Image.open(folder / f"{name}.png")))
+    assert len(tables(cache)) == 1 and not list(cache.rglob("*.tmp"))
+    assert torch.equal(pixels(source.subset([2, 0])), table[[2, 0]])
+
+
+def test_a_copy_under_another_name_shares_the_table(folder: Path, cache: Path) -> None:
+    first = pixels(find_source(str(folder)))
+    (folder / "b.png").rename(folder / "z.png")
+    assert torch.equal(pixels(find_source(str(folder))), first[[0, 2, 1]])
+    assert len(tables(cache)) == 1
+
+
+def test_an_edit_in_place_is_seen(folder: Path, cache: Path) -> None:
+    source = find_source(str(folder))
+    before, told = pixels(source), source.fingerprint()
+    noise(77).save(folder / "b.png")
+    after = pixels(source)
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert np.array_equal(after[1].permute(1, 2, 0), np.asarray(noise(77)))
+    assert source.fingerprint() != told and len(tables(cache)) == 2
+
+
+def test_another_transform_is_another_table(folder: Path, cache: Path) -> None:
+    source = find_source(str(folder))
+    assert pixels(source, 8).shape != pixels(source, 4).shape
+    pixels(source, 8, "black")
+    pixels(source, 8, "#000000")  # the same colour
+    assert len(tables(cache)) == 3
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty"])
+def test_a_damaged_table_is_made_again_and_told(
+    folder: Path, cache: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    source = find_source(str(folder))
+    good = pixels(source).clone()
+    (path,) = tables(cache)
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[-5] ^= 1
+    path.unlink()  # the table above may be mapped from this file
+    path.write_bytes({"torn": data[:-9], "flipped": data, "empty": b""}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(pixels(source), good)
+    assert "damaged" in caplog.text and str(path) in caplog.text
+    caplog.clear()
+    assert torch.equal(pixels(source), good) and not caplog.text
+
+
+def test_never_inside_the_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENTFLOW_CACHE", str(folder / "cache"))
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=r"lies inside the data .*\n.*set LATENTFLOW_CACHE"):
+        pixels(find_source(str(folder)))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        assert pixels(find_source(str(folder))).shape == (3, 3, 8, 8)
+    assert "could not be cached" in caplog.text
+
+
+def test_an_unreadable_picture_is_named(folder: Path, cache: Path) -> None:
+    (folder / "b.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"cannot read b.png"):
+        pixels(find_source(str(folder)))
+
+
+# --- latents ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae() -> torch.nn.Module:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        latents_mean=[0.5, -1.0, 0.0, 2.0],
+        latents_std=[2.0, 0.5, 1.0, 4.0],
+        scaling_factor=1.0,
+    ).eval()
+
+
+def test_latents_and_their_mirror_images(folder: Path, cache: Path, vae: torch.nn.Module) -> None:
+    source = find_source(str(folder))
+    images = pixels_to_images(pixels(source))
+    mean, std = (
+        torch.tensor([0.5, -1.0, 0.0, 2.0])[:, None, None],
+        torch.tensor([2, 0.5, 1, 4])[:, None, None],
+    )
+    for _ in range(2):
+        table = cached_latents(source, vae, 8, batch_size=2, progress=False)
+        assert table.std is not None and table.mean.shape == table.std.shape == (3, 2, 4, 8, 8)
+        for view, batch in enumerate((images, images.flip(-1))):
+            with torch.no_grad():
+                wanted = vae.encode(batch).latent_dist
+            torch.testing.assert_close(table.mean[:, view], (wanted.mean - mean) / std, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(table.std[:, view], wanted.std / std, rtol=1e-4, atol=1e-5)
+    assert len(tables(cache / "latents")) == 1
+
+
+def test_latents_without_mirror_images(folder: Path, cache: Path, vae: torch.nn.Module) -> None:
+    source = find_source(str(folder))
+    both = cached_latents(source, vae, 8, progress=False)
+    one = cached_latents(source.subset([1]), vae, 8, flips=False, progress=False)
+    torch.testing.assert_close(one.mean, both.mean[1:2, :1], rtol=1e-4, atol=1e-5)
+
+
+def test_latents_know_the_weights_and_the_statistics(folder: Path, cache: Path, vae: torch.nn.Module) -> None:
+    before = fingerprint(vae)
+    weight = vae.encoder.conv_in.weight
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += 1e-6
+    changed = fingerprint(vae)
+    with torch.no_grad():
+        weight[0, 0, 0, 0] -= 1e-6
+    assert changed != before
+    told = fingerprint(vae)
+    vae.register_to_config(latents_mean=[0.0] * 4)
+    assert fingerprint(vae) != told
+    vae.register_to_config(latents_mean=[0.5, -1.0, 0.0, 2.0])
+    assert fingerprint(vae) == told
+
+
+# --- text ---------------------------------------------------------------------------------------------
+
+
+def test_text(cache: Path) -> None:
+    from latentflow.models.text import encode_text, small_text_encoder, train_tokenizer
+
+    captions = ["a red circle", "a dot", "a red circle", "a very large blue square on the left"]
+    tokenizer = train_tokenizer(captions)
+    torch.manual_seed(0)
+    encoder = small_text_encoder(tokenizer, width=16, depth=1, heads=2).eval()
+    for _ in range(2):
+        table = cached_text(captions, tokenizer, encoder, batch_size=1, progress=False)
+        assert len(table) == 4 and len(table.embeds) == 3 and table.rows[0] == table.rows[2]
+        embeds, mask = table.batch(torch.arange(4))
+        for row, text in enumerate(captions):
+            with torch.no_grad():
+                alone, tokens = encode_text(tokenizer, encoder, [text])
+            assert mask[row].sum() == tokens.sum()
+            torch.testing.assert_close(embeds[row][mask[row]], alone[0][tokens[0]], rtol=1e-4, atol=1e-5)
+            assert (embeds[row][~mask[row]] == 0).all()
+    assert len(tables(cache)) == 1
+    cached_text(captions[:2], tokenizer, encoder, progress=False)
+    assert len(tables(cache)) == 2
