@@ -128,7 +128,7 @@ class LatentFlowPipeline(FlowPipeline):
         solver: str | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> Any:
         """Draw images.
 
         Args:
@@ -154,6 +154,9 @@ class LatentFlowPipeline(FlowPipeline):
             class_labels: class name(s), id(s) or a mixture.
             guidance_interval: guide only while t is in it (t = 0 noise, t = 1 data).
             solver: a key of ``latentflow.flow.SOLVERS``; default: ``pipe.scheduler`` if set, else heun.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``images``, or the tuple.
 
         Raises:
             UserError: see ``check_inputs``; also unknown solvers, bad grids, values that are not finite.

@@ -111,6 +111,17 @@ def test_two_calls_give_the_same(class_pipe: LatentFlowPipeline, x0: Noise, name
     assert torch.equal(class_pipe(**call).images, class_pipe(**call).images)
 
 
+def test_half_precision_stays_inside_the_network(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
+    class_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    call: dict[str, Any] = {"class_labels": 0, "latents": x0(1), "num_inference_steps": 3}
+    full = class_pipe(**call, output_type="latent").images
+    class_pipe.transformer.to(torch.bfloat16)
+    half = class_pipe(**call, output_type="latent").images
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, half.bfloat16().float())
+    torch.testing.assert_close(half, full, atol=0.1, rtol=0)
+
+
 def test_a_named_solver_wins_over_the_scheduler(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
     call: dict[str, Any] = {"class_labels": 0, "latents": x0(1), "output_type": "latent", "solver": "rk4"}
     ours = class_pipe(**call).images

@@ -95,6 +95,14 @@ def test_embeddings_stand_for_the_text_that_they_encode(text_pipe: LatentFlowPip
     assert torch.equal(text_pipe(**encoded, latents=x0(2), **EULER).images, by_text)
 
 
+@pytest.mark.filterwarnings("ignore:1 of 1 prompts")
+def test_max_sequence_length_cuts_the_prompt(text_pipe: LatentFlowPipeline, x0: Noise) -> None:
+    # The start token and two words.
+    cut = text_pipe("a red apple", max_sequence_length=3, guidance_scale=1.0, latents=x0(1), **EULER).images
+    short = text_pipe("a red", guidance_scale=1.0, latents=x0(1), **EULER).images
+    assert torch.equal(cut, short)
+
+
 def test_an_unconditional_checkpoint_needs_no_condition(plain_pipe: LatentFlowPipeline, x0: Noise) -> None:
     out = plain_pipe(num_images_per_prompt=3, latents=x0(3), **EXACT)
     close(out.images, plain_pipe.transformer.end(plain_pipe.transformer.null, x0(3)))
