@@ -91,7 +91,7 @@ def test_pictures(main: Any, made_up: tuple[str, str], tmp_path: Path) -> None:
         values = np.asarray(image)
     assert (values[:, 7:9] == [0, 100, 200, 255]).all() and (values[:, 0, 3] == 0).all()
     solid = values[values[..., 3] > 128].astype(int)
-    assert np.abs(solid[:, 1:3] - [100, 200]).max() <= 2  # no dark fringe from the clear part
+    assert np.abs(solid[:, 1:3] - [100, 200]).max() <= 4  # but for rounding, no fringe of the clear part
 
 
 def test_the_same_input_gives_the_same_folder(main: Any, made_up: tuple[str, str], tmp_path: Path) -> None:
