@@ -11,7 +11,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from accelerate import PartialState
 
 from latentflow.autoencoder import AutoencoderConfig, downscale_factor
 from latentflow.cli import parse, run, write_config
@@ -23,6 +22,7 @@ from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
 from latentflow.training.conditions import condition_rows
 from latentflow.training.flow import FlowConfig, FlowStage, LatentData, validation_loss
 from latentflow.training.plan import estimate_lines, plan_lines
+from latentflow.training.processes import process_state
 from latentflow.training.presets import PRESETS
 from latentflow.training.preview import preview_grid
 from latentflow.training.start import networks_from, new_networks
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training, validation = (source.subset(rows) for rows in split(source, data.validation, loop.seed))
     for line in plan_lines(source, training, validation, loop):
         log.info(line)
-    if not config.dry_run and PartialState().is_main_process:
+    if not config.dry_run and process_state().is_main_process:
         write_config(config, output / "config.yaml")
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     vae.cpu()
 
     # ---- training ----
-    device = PartialState().device
+    device = process_state().device
     id2label = dict(enumerate(source.classes)) if source.kind == "class" else None
 
     def pipeline() -> LatentFlowPipeline:
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "network": networks.describe(),
             "flow": dataclasses.asdict(config.flow),
             "data": training.fingerprint(),
-            "batch": loop.train_batch_size * loop.gradient_accumulation_steps * PartialState().num_processes,
+            "batch": loop.train_batch_size * loop.gradient_accumulation_steps * process_state().num_processes,
             "seed": loop.seed,
         },
         resume_line=again,
@@ -155,15 +155,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def latents(part: Source, vae: object, data: DataConfig) -> LatentTable:
     """The latents of a part of the data, from the cache where they are in it; the main process fills it first."""
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         return cached_latents(
             part,
             vae,
             data.resolution,
             background=data.background,
             flips=data.random_flip,
-            device=PartialState().device,
-            progress=PartialState().is_main_process,
+            device=process_state().device,
+            progress=process_state().is_main_process,
         )
 
 

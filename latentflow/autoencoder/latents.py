@@ -7,6 +7,7 @@ the first, with ``scaling_factor = 1``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +17,12 @@ from torch import Tensor
 # Any of diffusers' autoencoder classes; they share no base class that declares encode, decode and config.
 Autoencoder: TypeAlias = Any
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
+
+# diffusers keeps config entries that a class does not declare (AutoencoderDC: our latent statistics), and warns of
+# them at every load although nothing is lost.
+logging.getLogger("diffusers.configuration_utils").addFilter(
+    lambda record: "latents_mean" not in record.getMessage()
+)
 
 
 def latent_channels(vae: Autoencoder) -> int:

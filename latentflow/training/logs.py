@@ -23,14 +23,14 @@ def log_to(folder: Path | None) -> logging.Logger:
 
     Of several processes only the main one writes.
     """
-    from accelerate import PartialState
+    from .processes import process_state
 
     logger = logging.getLogger("latentflow")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = False
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         logger.addHandler(logging.NullHandler())
         return logger
     logger.setLevel(logging.INFO)

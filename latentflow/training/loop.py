@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -26,6 +27,7 @@ from .config import LoopConfig
 from .ema import WeightAverage
 from .optimizers import learning_rate, make_optimizers
 from .order import DataOrder, Draw
+from .processes import process_state
 from .report import Reporter
 
 Batch = dict[str, Any]
@@ -122,7 +124,7 @@ class _Loop:
         description: dict[str, Any],
     ) -> None:
         self.config, self.data, self.output, self.callbacks = config, data, output, callbacks
-        self.description = description
+        self.description = json.loads(json.dumps(description))  # as it comes back from a checkpoint
         self.accelerator = _accelerator(config)
         self.main = self.accelerator.is_main_process
         self.players = [_Player(name, one, config, self.accelerator) for name, one in players.items()]
@@ -151,7 +153,7 @@ class _Loop:
         )
         if self.step >= last:
             self.report.say(
-                f"the target, step {last}, is already reached in {self.output}: raise --max-train-steps to go on"
+                f"step {last}, the target, is already reached in {self.output}: nothing to do (a higher target goes on)"
             )
             self.report.close()
             return True
@@ -393,6 +395,7 @@ def _stop_on_signal() -> Iterator[_Stop]:
 def _accelerator(config: LoopConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed-precision fp16 needs a GPU", "Use bf16 (about twice as fast as no on recent CPUs).")
+    process_state()  # before accelerate makes its own
     AcceleratorState._reset_state()  # a process may train an autoencoder and then a flow with other settings
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[kwargs])

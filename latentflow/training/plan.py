@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from ..autoencoder import Autoencoder, latent_channels
@@ -14,6 +13,7 @@ from ..data import Source
 from .config import LoopConfig
 from .flow import FlowStage
 from .order import SampleRandom
+from .processes import process_state
 from .start import Networks
 
 _FEW = 1000
@@ -21,7 +21,7 @@ _FEW = 1000
 
 def plan_lines(source: Source, training: Source, validation: Source, loop: LoopConfig) -> list[str]:
     """The data and the schedule."""
-    state = PartialState()
+    state = process_state()
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * state.num_processes
     epochs = loop.max_train_steps * batch / max(1, len(training))
     lines = [f"{source.name}: {note}" for note in source.notes]
@@ -44,7 +44,7 @@ def estimate_lines(
     stage: FlowStage, networks: Networks, vae: Autoencoder, source: Source, loop: LoopConfig, latent_size: int
 ) -> list[str]:
     """Sizes, memory and time; the time is measured on three steps with random latents."""
-    device = PartialState().device
+    device = process_state().device
     stage = stage.to(device)
     batch = _random_batch(stage, networks, vae, source, loop, latent_size, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=loop.mixed_precision == "bf16")

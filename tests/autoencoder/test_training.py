@@ -1,0 +1,104 @@
+"""Training our own: what is built, each loss against its formula, and a run that learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, has_statistics
+from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss
+from latentflow.data.shapes import train_source
+from latentflow.errors import UserError
+from latentflow.training import LoopConfig
+from latentflow.training.autoencoder import AutoencoderStage, DiscriminatorStage, train_autoencoder
+
+SMALL = AutoencoderConfig(
+    latent_channels=4, autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(1, 1), autoencoder_steps=60,
+    autoencoder_batch_size=8,
+)  # fmt: skip
+CLASSES = ("dc", "kl")
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_size_is_as_configured(kind: Any) -> None:
+    vae = build_autoencoder(dataclasses.replace(SMALL, autoencoder_class=kind), 16)
+    encoded = vae.encode(torch.zeros(1, 3, 16, 16))
+    latent = encoded.latent if kind == "dc" else encoded.latent_dist.mean
+    assert latent.shape == (1, 4, 8, 8)
+    assert vae.decode(latent).sample.shape == (1, 3, 16, 16)
+
+
+def test_a_resolution_that_does_not_divide_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="--resolution 20"):
+        build_autoencoder(dataclasses.replace(SMALL, autoencoder_widths=(8, 8, 16), encoder_layers=(0, 1, 1), decoder_layers=(0, 1, 1)), 21)
+    with pytest.raises(UserError, match="one entry for each resolution"):
+        build_autoencoder(dataclasses.replace(SMALL, encoder_layers=(1,)), 16)
+    with pytest.raises(UserError, match="multiple"):
+        build_autoencoder(dataclasses.replace(SMALL, latent_channels=3), 16)
+
+
+def test_hinge_loss_by_hand() -> None:
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
+    assert float(hinge_loss(real, fake)) == pytest.approx(0.5 * (0.25 + 0.75))
+
+
+def test_adaptive_weight_equalises_the_gradients_at_the_last_layer() -> None:
+    layer = nn.Parameter(torch.tensor([1.0, 2.0]))
+    reconstruction, adversarial = (layer * torch.tensor([3.0, 4.0])).sum(), 0.1 * (layer * torch.tensor([3.0, 4.0])).sum()
+    assert float(adaptive_weight(reconstruction, adversarial, layer)) == pytest.approx(10.0, rel=1e-4)
+
+
+def test_the_kl_term_is_the_closed_form() -> None:
+    config = dataclasses.replace(SMALL, autoencoder_class="kl", kl_weight=0.5)
+    torch.manual_seed(0)
+    vae = build_autoencoder(config, 16)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    values = AutoencoderStage(vae, config, 0)({"images": images, "numbers": [0, 1, 2]})
+    posterior = vae.encode(images).latent_dist
+    closed = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.var.log()).flatten(1).sum(1).mean()
+    assert float(values["kl"]) == pytest.approx(float(closed) / images[0].numel(), rel=1e-4)
+    assert float(values["loss"].detach()) == pytest.approx(float(values["l1"] + 0.5 * values["kl"]), rel=1e-5)
+
+
+def test_the_adversarial_term_starts_when_told_and_never_moves_the_discriminator() -> None:
+    config = dataclasses.replace(SMALL, adversarial_weight=0.1, adversarial_start=2)
+    torch.manual_seed(0)
+    vae, discriminator = build_autoencoder(config, 16), PatchDiscriminator(8)
+    stage = AutoencoderStage(vae, config, 0, discriminator)
+    other = DiscriminatorStage(discriminator, stage)
+    images = torch.rand(8, 3, 16, 16) * 2 - 1
+    early = {"images": images, "numbers": list(range(8))}
+    assert "adversarial" not in stage(early) and other(early) == {}
+    late = {"images": images, "numbers": list(range(16, 24))}
+    values = stage(late)
+    values["loss"].backward()
+    assert "adversarial" in values
+    assert all(one.grad is None for one in discriminator.parameters())
+    assert not [name for name, _ in stage.named_parameters() if "discriminator" in name]
+    vae.zero_grad()
+    other(late)["loss"].backward()
+    assert all(one.grad is not None for one in discriminator.parameters())
+    assert all(one.grad is None for one in vae.parameters())
+
+
+@pytest.mark.parametrize(("kind", "adversarial"), [("dc", 0.0), ("kl", 0.1)])
+def test_a_short_run_learns_reports_held_out_psnr_and_stores_statistics(kind: Any, adversarial: float, tmp_path: Path) -> None:
+    source = train_source()
+    train, validation = source.subset(list(range(0, 400, 4))), source.subset(list(range(1, 60, 4)))
+    config = dataclasses.replace(SMALL, autoencoder_class=kind, adversarial_weight=adversarial, adversarial_start=40)
+    loop = LoopConfig(validation_steps=30, preview_steps=60, lr_warmup_steps=5, ema_decay=0.9, mixed_precision="no")
+    vae = train_autoencoder(train, validation, config, loop, tmp_path, resolution=16, background="white", flips=True)
+    assert vae is not None and has_statistics(vae)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    psnrs = [row["val_psnr"] for row in rows if "val_psnr" in row]
+    assert len(psnrs) == 2 and psnrs[1] > psnrs[0] and psnrs[1] > 12
+    assert all("val_ssim" in row for row in rows if "val_psnr" in row)
+    assert (tmp_path / "samples" / "step-000060.png").is_file()
+    if adversarial:
+        assert any("discriminator" in row for row in rows)
