@@ -107,13 +107,14 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.final_layer = FinalLayer(width, patch_size**2 * (out_channels or in_channels), norm_function)
         # SiT keeps its fixed table among the parameters, without gradient. So do we where it is SiT's, of one
         # size: the same 132 keys and the same count. Everywhere else it is computed, and never saved.
-        self.grid = None
+        self.grid: tuple[int, int] | None = None
         self.pos_embed = None
         if position == "sincos" and sample_size is not None:
-            self.grid = tuple(side // patch_size for side in sides(sample_size))
+            sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+            self.grid = (sides[0] // patch_size, sides[1] // patch_size)
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width), requires_grad=False)
             with torch.no_grad():
-                self.pos_embed.copy_(sincos_table(*self.grid, width, torch.device("cpu")))
+                self.pos_embed.copy_(sincos_table(self.grid[0], self.grid[1], width, torch.device("cpu")))
 
     def forward(
         self, x: Tensor, t: Tensor | float, cond: Condition | None = None, return_dict: bool = False
@@ -179,11 +180,6 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         registers = tokens.shape[1] - height * width
         head_dim = tokens.shape[-1] // self.heads
         return rope_table(height, width, head_dim, registers, tokens.device, tokens.dtype)
-
-
-def sides(size: int | Sequence[int]) -> tuple[int, int]:
-    """A side, or (height, width), as (height, width)."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def check_shape(in_channels: int, out_channels: int | None, width: int, heads: int, position: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,23 +40,39 @@ def _grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor
     return y, x
 
 
-# The tables depend on their arguments only: computed once per grid, shared by all networks, never saved.
-# Normal tensors even when first asked for under inference_mode, so that a training step may use them later.
+Table = TypeVar("Table", bound=Callable[..., Any])
 
 
-@lru_cache(maxsize=64)
+def cached(table: Table) -> Table:
+    """A table that depends on its arguments only: computed once per grid, shared by all networks, never saved.
+
+    A compiler makes the table a constant by itself, and does not look into the cache.
+    """
+    memory = lru_cache(maxsize=64)(table)
+
+    @wraps(table)
+    def function(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return table(*arguments)
+        # Normal tensors even when first asked for under inference_mode: a training step may use them later.
+        with torch.inference_mode(False):
+            return memory(*arguments)
+
+    return cast(Table, function)
+
+
+@cached
 def sincos_table(height: int, width: int, channels: int, device: torch.device) -> Tensor:
     """(height * width, channels) float32: the fixed 2-D sin-cos embedding of DiT (arXiv:2212.09748).
 
     The first half of the channels encodes the column, the second the row, each as [sin | cos].
     """
-    with torch.inference_mode(False):
-        y, x = _grid(height, width, device)
-        column, row = _outer(x, channels // 4, 1e4), _outer(y, channels // 4, 1e4)
-        return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
+    y, x = _grid(height, width, device)
+    column, row = _outer(x, channels // 4, 1e4), _outer(y, channels // 4, 1e4)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
 
 
-@lru_cache(maxsize=64)
+@cached
 def rope_table(
     height: int, width: int, head_dim: int, registers: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -64,12 +82,11 @@ def rope_table(
     for images: with the 10000 of text, most pairs would hardly turn on a small grid. Register tokens stand
     nowhere, and are not turned. ``sin`` carries the signs of `rotate`.
     """
-    with torch.inference_mode(False):
-        y, x = _grid(height, width, device)
-        angles = torch.cat([_outer(y, head_dim // 4, 100.0), _outer(x, head_dim // 4, 100.0)], dim=1)
-        angles = F.pad(angles, (0, 0, registers, 0))[:, None]  # (N, 1, head_dim / 2)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
+    y, x = _grid(height, width, device)
+    angles = torch.cat([_outer(y, head_dim // 4, 100.0), _outer(x, head_dim // 4, 100.0)], dim=1)
+    angles = F.pad(angles, (0, 0, registers, 0))[:, None]  # (N, 1, head_dim / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
