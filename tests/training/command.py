@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+import pytest
+import torch
+
+from latentflow.cli import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,3 +38,28 @@ def train(cache: Path, *arguments: object, expect: int = 0) -> str:
     )
     assert done.returncode == expect, done.stdout
     return done.stdout
+
+
+def call(cache: Path, *arguments: object, expect: int = 0) -> str:
+    """The same in this process: the program's `main` under the command line's error handling. Saves the imports."""
+    spec = importlib.util.spec_from_file_location("train_flow", ROOT / "train" / "flow.py")
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    said = io.StringIO()
+    argv = ["latentflow train", *map(str, arguments)]
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setenv("LATENTFLOW_CACHE", str(cache))
+        patch.setattr(sys, "argv", argv)
+        patch.setitem(sys.modules, "train_flow", program)
+        spec.loader.exec_module(program)
+        torch.set_num_threads(1)  # as `train`: sums in another order would round differently
+        try:
+            run(program.main)
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            torch.set_num_threads(threads)
+    assert code == expect, said.getvalue()
+    return said.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 
 from latentflow import LatentFlowPipeline
 
-from .command import ROOT, TINY, environment, train
+from .command import ROOT, TINY, call, environment, train
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_killed_at_a_random_moment_and_started_again_equals_the_uninterrupted_ru
 def test_config_yaml_reproduces_the_run(finished: tuple[Path, str], cache: Path, tmp_path: Path) -> None:
     config = finished[0] / "config.yaml"
     data = next(line.split(": ")[1] for line in config.read_text().splitlines() if line.startswith("data:"))
-    train(cache, data, "--config", config, "-o", tmp_path)
+    call(cache, data, "--config", config, "-o", tmp_path)
     whole, again = tensors(finished[0]), tensors(tmp_path)
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
@@ -136,7 +135,7 @@ def test_fine_tuning_on_other_words_keeps_what_was_known(finished: tuple[Path, s
         Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(tmp_path / "data" / f"{number}.png")
         (tmp_path / "data" / f"{number}.txt").write_text(text)
     source = finished[0] / "pipeline"
-    said = train(
+    said = call(
         cache, tmp_path / "data", "-o", tmp_path / "run", *TINY, "--init-from", source, "--max-train-steps", 1,
         "--learning-rate", 0, "--weight-decay", 0, "--validation", 0,
     )  # fmt: skip
@@ -164,9 +163,9 @@ def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(cache
         return tmp_path / name
 
     quick = [*TINY, "--max-train-steps", 1, "--validation", 0, "--learning-rate", 0, "--weight-decay", 0]
-    said = train(cache, folder("two", ["cat", "dog"]), "-o", tmp_path / "a", *quick)
+    said = call(cache, folder("two", ["cat", "dog"]), "-o", tmp_path / "a", *quick)
     assert "2 classes: cat, dog" in said
-    train(cache, folder("three", ["ant", "dog", "cat"]), "-o", tmp_path / "b", *quick, "--init-from", tmp_path / "a" / "pipeline")
+    call(cache, folder("three", ["ant", "dog", "cat"]), "-o", tmp_path / "b", *quick, "--init-from", tmp_path / "a" / "pipeline")
     first = LatentFlowPipeline.from_pretrained(tmp_path / "a" / "pipeline")
     second = LatentFlowPipeline.from_pretrained(tmp_path / "b" / "pipeline")
     assert list(first.labels) == ["cat", "dog"] and list(second.labels) == ["ant", "cat", "dog"]
@@ -189,19 +188,23 @@ def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(cache
 def test_bad_input_is_one_screen_that_names_the_remedy(
     flags: list[str], message: str, pictures: Path, cache: Path, tmp_path: Path
 ) -> None:
-    said = train(cache, pictures, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *flags, expect=2)
+    said = call(cache, pictures, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *flags, expect=2)
     assert message in said and "Traceback" not in said and len(said.splitlines()) < 40
 
 
+def test_an_error_of_a_real_process_is_on_stderr_with_status_2(cache: Path, tmp_path: Path) -> None:
+    said = train(cache, tmp_path / "nothing", "-o", tmp_path / "run", expect=2)
+    assert "there is no folder" in said and "Traceback" not in said
+
+
 def test_dry_run_prints_sizes_and_time_and_writes_nothing(pictures: Path, cache: Path, tmp_path: Path) -> None:
-    said = train(cache, pictures, "-o", tmp_path / "run", *TINY, "--dry-run")
+    said = call(cache, pictures, "-o", tmp_path / "run", *TINY, "--dry-run")
     for word in ("parameters", "memory:", "time:", "epochs"):
         assert word in said
     assert not (tmp_path / "run").exists()
 
 
 def test_help_answers(cache: Path) -> None:
-    said = train(cache, "--help")
+    said = call(cache, "--help")
     for flag in ("--resolution", "--max-train-steps", "--learning-rate", "--preset", "--init-from", "--config"):
         assert flag in said
-    assert os.linesep in said
