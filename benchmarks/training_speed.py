@@ -66,7 +66,11 @@ def ours(latents: torch.Tensor, steps: int) -> float:
     data = Timed(source.subset(rows), LatentTable(latents[:, None], None), {})
     data.times = []
     config = LoopConfig(
-        max_train_steps=WARM_UP + steps + 1, train_batch_size=BATCH, validation_steps=0, preview_steps=0, checkpointing_steps=10**9
+        max_train_steps=WARM_UP + steps + 1,
+        train_batch_size=BATCH,
+        validation_steps=0,
+        preview_steps=0,
+        checkpointing_steps=10**9,
     )
     stage = FlowStage(network(), FlowConfig(), seed=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,10 +89,13 @@ def main() -> None:
     latents = torch.randn(2048, CHANNELS, SIDE, SIDE)
     ratios = []
     for turn in range(arguments.rounds):
-        first, second = (bare, ours) if turn % 2 == 0 else (ours, bare)  # neither always has the warmer machine
+        first, second = (
+            (bare, ours) if turn % 2 == 0 else (ours, bare)
+        )  # neither always has the warmer machine
         speeds = {one.__name__: one(latents, arguments.steps) for one in (first, second)}
         ratios.append(speeds["ours"] / speeds["bare"])
-        print(f"round {turn + 1}: bare {speeds['bare']:.1f} img/s, ours {speeds['ours']:.1f} img/s, ratio {ratios[-1]:.3f}")
+        both = f"bare {speeds['bare']:.1f} img/s, ours {speeds['ours']:.1f} img/s"
+        print(f"round {turn + 1}: {both}, ratio {ratios[-1]:.3f}", flush=True)
     ratios.sort()
     print(f"ratio: median {ratios[len(ratios) // 2]:.3f}, range {ratios[0]:.3f} to {ratios[-1]:.3f}")
 

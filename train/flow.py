@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -22,9 +22,9 @@ from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
 from latentflow.training.conditions import condition_rows
 from latentflow.training.flow import FlowConfig, FlowStage, LatentData, validation_loss
 from latentflow.training.plan import estimate_lines, plan_lines
-from latentflow.training.processes import process_state
 from latentflow.training.presets import PRESETS
 from latentflow.training.preview import preview_grid
+from latentflow.training.processes import process_state
 from latentflow.training.start import networks_from, new_networks
 from latentflow.training.vae import autoencoder_for
 
@@ -40,6 +40,8 @@ class Config:
     """Fine-tune: start from the weights of this pipeline folder."""
     vae: str | None = None
     """A pretrained diffusers autoencoder (folder or hub id). Empty: one is trained on the data first."""
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
     dry_run: bool = False
     """Print the plan, the sizes and an estimate of memory and time, and stop."""
     autoencoder: AutoencoderConfig = AutoencoderConfig()
@@ -122,11 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             id2label=id2label,
         )
 
-    def export() -> None:
-        fresh = output / ".pipeline.tmp"
-        pipeline().save_pretrained(fresh)
-        shutil.rmtree(output / "pipeline", ignore_errors=True)  # this run's own, of an earlier export
-        fresh.rename(output / "pipeline")
+    def export(folder: Path) -> None:
+        copy.deepcopy(pipeline()).to(dtype=getattr(torch, config.export_dtype)).save_pretrained(folder)
 
     if loop.compile:
         networks.network.compile()
@@ -139,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             validate=None if held_out is None else lambda: {"loss": validation_loss(stage, held_out, device)},
             preview=lambda: preview_grid(pipeline(), validation if len(validation) else training, device),
             export=export,
+            export_to=output / "pipeline",
         ),
         description={
             "network": networks.describe(),
@@ -150,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         resume_line=again,
     )
     if finished:
-        log.info(f"done: {output / 'pipeline'}; try it with\n  latentflow generate --checkpoint {output / 'pipeline'}")
+        log.info(
+            f"done: {output / 'pipeline'}; try it with\n  latentflow generate --checkpoint {output / 'pipeline'}"
+        )
 
 
 def latents(part: Source, vae: object, data: DataConfig) -> LatentTable:

@@ -26,8 +26,8 @@ class AutoencoderConfig:
     """Residual blocks at each resolution of the encoder; a leading 0 is the space-to-channel stem (dc only)."""
     decoder_layers: tuple[int, ...] = (1, 2, 2, 2)
     """Residual blocks at each resolution of the decoder (kl: the largest number is used everywhere)."""
-    autoencoder_steps: int = 3_000
-    """Optimiser steps."""
+    autoencoder_steps: int | None = None
+    """Optimiser steps. Empty: as many as max_train_steps, but at most 3000."""
     autoencoder_batch_size: int = 16
     """Images per step."""
     autoencoder_learning_rate: float = 2e-3

@@ -36,7 +36,9 @@ def downscale_factor(vae: Autoencoder) -> int:
     for name in ("block_out_channels", "encoder_block_out_channels"):
         if config.get(name):
             return int(2 ** (len(config[name]) - 1))
-    raise ValueError(f"{type(vae).__name__} has neither block_out_channels nor encoder_block_out_channels in its config")
+    raise ValueError(
+        f"{type(vae).__name__} has neither block_out_channels nor encoder_block_out_channels in its config"
+    )
 
 
 def has_statistics(vae: Autoencoder) -> bool:
@@ -105,7 +107,11 @@ def measure_statistics(vae: Autoencoder, batches: Iterable[Tensor]) -> None:
     Raises:
         ValueError: no image was given, or the latents are not finite.
     """
-    count, total, squares = 0, torch.zeros(latent_channels(vae)).double(), torch.zeros(latent_channels(vae)).double()
+    count, total, squares = (
+        0,
+        torch.zeros(latent_channels(vae)).double(),
+        torch.zeros(latent_channels(vae)).double(),
+    )
     for images in batches:
         mean, std = posterior(vae, images)
         mean = mean.double().cpu()
@@ -114,7 +120,9 @@ def measure_statistics(vae: Autoencoder, batches: Iterable[Tensor]) -> None:
         total += mean.sum((0, 2, 3))
         squares += second.sum((0, 2, 3))
     if not count or not torch.isfinite(squares).all():
-        raise ValueError("latent statistics need at least one image and finite latents; check the autoencoder's output")
+        raise ValueError(
+            "latent statistics need at least one image and finite latents; check the autoencoder's output"
+        )
     centre = total / count
     deviation = (squares / count - centre.square()).clamp_min(1e-12).sqrt()
     vae.register_to_config(

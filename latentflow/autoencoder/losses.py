@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = (width, 2 * width, 4 * width)
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.GroupNorm(8, outputs), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, 1, 1))
 
@@ -40,7 +42,8 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     """
     wanted = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0].norm()
     given = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].norm()
-    return (wanted / (given + 1e-6)).clamp(0, 1e4).detach()
+    weight: Tensor = (wanted / (given + 1e-6)).clamp(0, 1e4)
+    return weight.detach()
 
 
 def perceptual_loss() -> nn.Module:

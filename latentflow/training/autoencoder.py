@@ -13,8 +13,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from ..autoencoder import Autoencoder, AutoencoderConfig, build_autoencoder, decode, encode, load_autoencoder
-from ..autoencoder import measure_statistics
+from ..autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    build_autoencoder,
+    decode,
+    encode,
+    load_autoencoder,
+    measure_statistics,
+)
 from ..autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss, perceptual_loss
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..metrics import psnr, ssim
@@ -26,6 +33,7 @@ from .order import SampleRandom
 log = logging.getLogger(__name__)
 
 _STATISTICS_IMAGES = 1024
+_ENOUGH_STEPS = 3000  # 64 px pictures are beyond 33 dB by then
 
 
 class AutoencoderStage(nn.Module):
@@ -75,7 +83,9 @@ class AutoencoderStage(nn.Module):
         return reconstruction, posterior.kl().mean()
 
     def _adversarial(self, batch: dict[str, Any]) -> bool:
-        return bool(batch["numbers"][0] >= self._config.adversarial_start * self._config.autoencoder_batch_size)
+        return bool(
+            batch["numbers"][0] >= self._config.adversarial_start * self._config.autoencoder_batch_size
+        )
 
 
 class DiscriminatorStage(nn.Module):
@@ -125,7 +135,9 @@ def train_autoencoder(
     if discriminator is not None:
         players["discriminator"] = DiscriminatorStage(discriminator, stage)
     pixels = cached_pixels(train, resolution, background)
-    held_out = pixels_to_images(cached_pixels(validation, resolution, background)[:256]) if len(validation) else None
+    held_out = (
+        pixels_to_images(cached_pixels(validation, resolution, background)[:256]) if len(validation) else None
+    )
     shown = held_out if held_out is not None else pixels_to_images(pixels[:16])
 
     def validate() -> dict[str, float]:
@@ -136,10 +148,12 @@ def train_autoencoder(
             figures["ssim"] = float(ssim(reconstruction, held_out).mean())
         return figures
 
-    def export() -> None:
-        sample = pixels_to_images(pixels[torch.linspace(0, len(pixels) - 1, min(len(pixels), _STATISTICS_IMAGES)).long()])
+    def export(folder: Path) -> None:
+        sample = pixels_to_images(
+            pixels[torch.linspace(0, len(pixels) - 1, min(len(pixels), _STATISTICS_IMAGES)).long()]
+        )
         measure_statistics(vae, sample.split(64))
-        vae.save_pretrained(output / "autoencoder")
+        vae.save_pretrained(folder)
 
     finished = fit(
         players,
@@ -150,8 +164,13 @@ def train_autoencoder(
             validate=validate if held_out is not None else None,
             preview=lambda: reconstruction_grid(vae, shown[:16]),
             export=export,
+            export_to=output / "autoencoder",
         ),
-        description={"autoencoder": dataclasses.asdict(config), "resolution": resolution, "data": train.fingerprint()},
+        description={
+            "autoencoder": dataclasses.asdict(config),
+            "resolution": resolution,
+            "data": train.fingerprint(),
+        },
         resume_line=resume_line,
     )
     return load_autoencoder(output / "autoencoder") if finished else None
@@ -161,7 +180,7 @@ def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:
     """The loop's settings for the autoencoder."""
     return dataclasses.replace(
         loop,
-        max_train_steps=config.autoencoder_steps,
+        max_train_steps=config.autoencoder_steps or min(loop.max_train_steps, _ENOUGH_STEPS),
         train_batch_size=config.autoencoder_batch_size,
         gradient_accumulation_steps=1,
         learning_rate=config.autoencoder_learning_rate,

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,28 @@ def save_checkpoint(folder: Path, state: State, *, total_limit: int) -> None:
         tensors: dict[str, Tensor] = {}
         plain[name] = _strip_tensors(value, name, tensors)
         if tensors:
-            save_file({key: one.detach().cpu().contiguous() for key, one in tensors.items()}, temporary / f"{name}.safetensors")
+            save_file(
+                {key: one.detach().cpu().contiguous() for key, one in tensors.items()},
+                temporary / f"{name}.safetensors",
+            )
     hashes = {file.name: _sha256(file) for file in sorted(temporary.glob("*.safetensors"))}
     _write_synced(temporary / "state.json", json.dumps({"state": plain, "sha256": hashes}))
     if folder.exists():
         shutil.rmtree(folder)  # the same step, saved again
-    os.replace(temporary, folder)
+    temporary.rename(folder)
     for old in list_checkpoints(folder.parent)[: -max(1, total_limit)]:
         shutil.rmtree(old)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary folder, and put it in the place of ``folder``, an earlier one of this run."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)  # left by a run that was killed while writing
+    write(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -106,7 +120,9 @@ def _strip_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[path] = value.clone()
         return {_TENSOR: path}
     if isinstance(value, dict):
-        return {"__items__": [[key, _strip_tensors(one, f"{path}/{key}", tensors)] for key, one in value.items()]}
+        return {
+            "__items__": [[key, _strip_tensors(one, f"{path}/{key}", tensors)] for key, one in value.items()]
+        }
     if isinstance(value, (list, tuple)):
         return [_strip_tensors(one, f"{path}/{index}", tensors) for index, one in enumerate(value)]
     return value

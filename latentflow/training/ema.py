@@ -12,13 +12,16 @@ from torch import Tensor, nn
 class WeightAverage:
     """Moving average of a module's trainable parameters, kept in float32 beside them.
 
-    The decay grows as ``min(decay, (1 + step) / (10 + step))``, so that short runs are not ruled by the initial weights.
+    The decay grows as ``min(decay, (1 + step) / (10 + step))``, so that the initial weights do not
+    rule short runs.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self._parameters = {name: one for name, one in module.named_parameters() if one.requires_grad}
-        self.averages: dict[str, Tensor] = {name: one.detach().clone() for name, one in self._parameters.items()}
+        self.averages: dict[str, Tensor] = {
+            name: one.detach().clone() for name, one in self._parameters.items()
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:

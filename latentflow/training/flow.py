@@ -78,7 +78,9 @@ class FlowStage(nn.Module):
     def _condition(self, batch: dict[str, Any], drop: Tensor) -> Condition:
         text, mask = batch.get("text"), batch.get("text_mask")
         if self.text_encoder is not None:
-            length = int(batch["attention_mask"].sum(1).max())  # no work on columns that are padding in all rows
+            length = int(
+                batch["attention_mask"].sum(1).max()
+            )  # no work on columns that are padding in all rows
             ids, mask = batch["input_ids"][:, :length], batch["attention_mask"][:, :length]
             text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             mask = mask.bool()
@@ -119,7 +121,11 @@ def validation_loss(stage: FlowStage, data: LatentData, device: torch.device, ba
 
     The training loss is noise from one t to the next; this one moves only when the network does.
     """
-    draws = [Draw(index, index * _VALIDATION_TIMES + k) for index in range(len(data)) for k in range(_VALIDATION_TIMES)]
+    draws = [
+        Draw(index, index * _VALIDATION_TIMES + k)
+        for index in range(len(data))
+        for k in range(_VALIDATION_TIMES)
+    ]
     total = 0.0
     for start in range(0, len(draws), batch_size):
         part = draws[start : start + batch_size]

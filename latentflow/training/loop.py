@@ -47,11 +47,15 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """What the loop calls, always with the averaged weights in place and on the main process only."""
+    """What the loop calls, always with the averaged weights in place and on the main process only.
+
+    ``export`` fills a folder that becomes ``export_to``, at the end of the run.
+    """
 
     validate: Callable[[], dict[str, float]] | None = None
     preview: Callable[[], Image.Image] | None = None
-    export: Callable[[], None] | None = None
+    export: Callable[[Path], None] | None = None
+    export_to: Path | None = None
 
 
 class _Player:
@@ -138,7 +142,7 @@ class _Loop:
         self.step = 0
         self.skipped_in_a_row = 0
 
-    # ---- the run, top to bottom -------------------------------------------------------------------------------------
+    # ---- the run, top to bottom ----
 
     def run(self, resume_line: str) -> bool:
         self._resume()
@@ -156,6 +160,8 @@ class _Loop:
                 f"step {last}, the target, is already reached in {self.output}: nothing to do (a higher target goes on)"
             )
             self.report.close()
+            if self.callbacks.export_to is not None and not self.callbacks.export_to.exists():
+                self._export()  # the run was killed after its last checkpoint
             return True
         batches = self._batches(last)
         try:
@@ -168,8 +174,7 @@ class _Loop:
                     if stopping and self.step < last:
                         self.report.say(f"stopped at step {self.step}, saved; resume with:\n  {resume_line}")
                         return False
-            with self._averaged():
-                self._call(self.callbacks.export)
+            self._export()
             return True
         finally:
             self.report.close()
@@ -194,7 +199,9 @@ class _Loop:
         values = self._mean_over_processes(values)
         norms = [self._clip(player) for player in self.players]
         values |= {"lr": rate, "grad_norm": norms[0]}
-        scaled = self.accelerator.scaler is not None  # fp16: the scaler deals with overflowing gradients itself
+        scaled = (
+            self.accelerator.scaler is not None
+        )  # fp16: the scaler deals with overflowing gradients itself
         finite = math.isfinite(values["loss"]) and (scaled or all(map(math.isfinite, norms)))
         if finite:
             self.skipped_in_a_row = 0
@@ -225,16 +232,20 @@ class _Loop:
             self._save()
         self.accelerator.wait_for_everyone()
 
-    # ---- parts -------------------------------------------------------------------------------------------------------
+    # ---- parts ----
 
     def _batches(self, last: int) -> Iterator[Batch]:
         draws = self.order.batches(self.step, last, self.accelerator.process_index)
-        loader = DataLoader(
-            _Numbered(self.data),
-            batch_sampler=draws,  # type: ignore[arg-type]  # an iterator of lists of draws is all it needs
-            collate_fn=_identity,
+        numbered: Any = _Numbered(self.data)
+        sampler: Any = draws  # an iterator of lists of draws is all that the loader needs
+        collate: Any = _identity
+        loader: DataLoader[Batch] = DataLoader(
+            numbered,
+            batch_sampler=sampler,
+            collate_fn=collate,
             num_workers=self.config.num_workers,
-            generator=torch.Generator(),  # the loader's own seed must not be drawn from the run's random state
+            # Its own seed must not be drawn from the run's random state.
+            generator=torch.Generator(),
             pin_memory=self.accelerator.device.type == "cuda",
         )
         return iter(loader)
@@ -249,7 +260,8 @@ class _Loop:
         bad = (~torch.isfinite(result["per_sample"])).nonzero().flatten().tolist()
         times = result.get("t")
         return [
-            self.data.name(int(batch["index"][row])) + (f" (t = {float(times[row]):.4f})" if times is not None else "")
+            self.data.name(int(batch["index"][row]))
+            + (f" (t = {float(times[row]):.4f})" if times is not None else "")
             for row in bad
         ]
 
@@ -288,6 +300,13 @@ class _Loop:
         image.save(folder / f"step-{step:06d}.png")
         self.report.picture(step, image)
 
+    def _export(self) -> None:
+        export, folder = self.callbacks.export, self.callbacks.export_to
+        if export is not None and folder is not None:
+            with self._averaged():
+                self._call(lambda: checkpoint.write_folder(folder, export))
+        self.accelerator.wait_for_everyone()
+
     def _call(self, function: Callable[[], Any] | None) -> Any:
         """Call with networks in evaluation mode, without gradients and without touching the run's random state."""
         if function is None or not self.main:
@@ -309,7 +328,7 @@ class _Loop:
                 stack.enter_context(player.average.applied())
             yield
 
-    # ---- saving and resuming ------------------------------------------------------------------------------------------
+    # ---- saving and resuming ----
 
     def _save(self) -> None:
         if self.main:
@@ -394,7 +413,9 @@ def _stop_on_signal() -> Iterator[_Stop]:
 
 def _accelerator(config: LoopConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed-precision fp16 needs a GPU", "Use bf16 (about twice as fast as no on recent CPUs).")
+        raise UserError(
+            "--mixed-precision fp16 needs a GPU", "Use bf16 (about twice as fast as no on recent CPUs)."
+        )
     process_state()  # before accelerate makes its own
     AcceleratorState._reset_state()  # a process may train an autoencoder and then a flow with other settings
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -407,7 +428,8 @@ def _due(step: int, every: int, final: bool) -> bool:
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
     }
 
 

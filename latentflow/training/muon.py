@@ -91,7 +91,9 @@ class Muon(torch.optim.Optimizer):
             for (parameter, _, group), update in zip(members, updates.split(sizes), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * max(shape) ** 0.5
-                parameter.add_(update.reshape(parameter.shape).to(parameter.dtype), alpha=-group["lr"] * scale)
+                parameter.add_(
+                    update.reshape(parameter.shape).to(parameter.dtype), alpha=-group["lr"] * scale
+                )
         return loss
 
     def _momentum_update(self, parameter: nn.Parameter, momentum: float) -> Tensor:

@@ -14,7 +14,18 @@ from .config import LoopConfig
 from .muon import Muon
 
 # Parts of parameter names that mark embeddings and first and last layers: AdamW's, whatever the optimiser.
-_ENDS = ("embed", "shared", "relative", "conv_in", "conv_out", "proj_in", "proj_out", "final", "null", "register")
+_ENDS = (
+    "embed",
+    "shared",
+    "relative",
+    "conv_in",
+    "conv_out",
+    "proj_in",
+    "proj_out",
+    "final",
+    "null",
+    "register",
+)
 
 
 def _adamw(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch.optim.Optimizer]:

@@ -61,19 +61,16 @@ def estimate_lines(
     trained = _count(stage)
     # Weights, gradients, weight average: 4 bytes each; the optimiser 4 (Muon's momentum) or 8 (AdamW).
     state_bytes = trained * (12 + (4 if loop.optimizer == "muon" else 8))
+    hours = step * loop.max_train_steps / 3600
+    encoder = networks.text_encoder
     return [
-        f"autoencoder: {type(vae).__name__}, {_count(vae) / 1e6:.1f} M parameters, latents {latent_channels(vae)} x "
-        f"{latent_size} x {latent_size}",
-        f"network: {type(networks.network).__name__}, {_count(networks.network) / 1e6:.1f} M parameters",
-        *(
-            [f"text encoder: {type(networks.text_encoder).__name__}, {_count(networks.text_encoder) / 1e6:.1f} M parameters"]
-            if networks.text_encoder is not None
-            else []
-        ),
-        f"memory: {state_bytes / 2**30:.2f} GiB for weights, gradients, average and optimiser, and the activations of "
-        f"{loop.train_batch_size} samples",
-        f"time: {step:.2f} s a step, {step * loop.max_train_steps / 3600:.1f} hours in all (measured; the autoencoder's "
-        "training, caching, validation and previews come on top)",
+        f"autoencoder: {_size(vae)}, latents {latent_channels(vae)} x {latent_size} x {latent_size}",
+        f"network: {_size(networks.network)}",
+        *([f"text encoder: {_size(encoder)}"] if encoder is not None else []),
+        f"memory: {state_bytes / 2**30:.2f} GiB for weights, gradients, average and optimiser, and the "
+        f"activations of {loop.train_batch_size} samples",
+        f"time: {step:.2f} s a step, {hours:.1f} hours in all (measured; the autoencoder's training, caching, "
+        "validation and previews come on top)",
     ]
 
 
@@ -92,12 +89,21 @@ def _random_batch(
     if source.kind == "class":
         batch["class_labels"] = torch.zeros(rows, dtype=torch.long, device=device)
     elif source.kind == "text" and networks.trained_text:
-        tokens = networks.tokenizer((source.captions() * rows)[:rows], padding=True, truncation=True, return_tensors="pt")
-        batch["input_ids"], batch["attention_mask"] = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        tokens = networks.tokenizer(
+            (source.captions() * rows)[:rows], padding=True, truncation=True, return_tensors="pt"
+        )
+        batch["input_ids"], batch["attention_mask"] = (
+            tokens["input_ids"].to(device),
+            tokens["attention_mask"].to(device),
+        )
     elif source.kind == "text":
         batch["text"] = torch.zeros(rows, 16, networks.network.config["text_dim"], device=device)
         batch["text_mask"] = torch.ones(rows, 16, dtype=torch.bool, device=device)
     return batch
+
+
+def _size(module: nn.Module) -> str:
+    return f"{type(module).__name__}, {_count(module) / 1e6:.1f} M parameters"
 
 
 def _count(module: nn.Module) -> int:

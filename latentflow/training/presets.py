@@ -28,7 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {
         "resolution": 64,
         "latent_channels": 16,
-        "autoencoder_steps": 3000,
         "network_preset": "small",
         "max_train_steps": 20_000,
         "train_batch_size": 64,

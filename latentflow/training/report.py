@@ -30,7 +30,14 @@ class Reporter:
     """
 
     def __init__(
-        self, folder: Path, first_step: int, last_step: int, *, samples_per_epoch: int, report_to: str, active: bool
+        self,
+        folder: Path,
+        first_step: int,
+        last_step: int,
+        *,
+        samples_per_epoch: int,
+        report_to: str,
+        active: bool,
     ) -> None:
         self._active = active
         self._last_step = last_step
@@ -43,7 +50,11 @@ class Reporter:
         self._board = _tensorboard(folder) if active and report_to == "tensorboard" else None
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=last_step, initial=first_step, disable=not (active and terminal), unit="step", dynamic_ncols=True
+            total=last_step,
+            initial=first_step,
+            disable=not (active and terminal),
+            unit="step",
+            dynamic_ncols=True,
         )
         self._lines = active and not terminal
         self._last_line = 0.0
@@ -86,7 +97,9 @@ class Reporter:
         if self._active:
             self._extra = {f"val_{name}": value for name, value in values.items()}
             self._write(step, self._extra)
-            self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in self._extra.items()))
+            self.say(
+                f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in self._extra.items())
+            )
 
     def picture(self, step: int, image: Any) -> None:
         """Show a preview picture (PIL) in TensorBoard; its file is the caller's."""
@@ -136,7 +149,7 @@ def _tensorboard(folder: Path) -> Any:
         raise UserError(
             "--report-to tensorboard needs the package tensorboard", 'pip install "latentflow[tensorboard]"'
         ) from error
-    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _duration(seconds: float) -> str:

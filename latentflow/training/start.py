@@ -132,7 +132,9 @@ def _copy_rows(source: Tensor, target: Tensor, rows: list[int | None]) -> None:
 
 
 @torch.no_grad()
-def _extended_text(tokenizer: Any, encoder: PreTrainedModel, captions: list[str]) -> tuple[Any, PreTrainedModel]:
+def _extended_text(
+    tokenizer: Any, encoder: PreTrainedModel, captions: list[str]
+) -> tuple[Any, PreTrainedModel]:
     """A tokenizer that knows the old words and those of ``captions``, and the encoder with rows for the new ones."""
     words = [word for word in tokenizer.get_vocab() if not word.startswith(("[", "##"))]
     longer = train_tokenizer([*captions, " ".join(words)], tokenizer.model_max_length)

@@ -39,8 +39,8 @@ def autoencoder_for(
 ) -> Autoencoder | None:
     """The autoencoder of a run, frozen, with latent statistics; None if a signal stopped its training.
 
-    A ``given`` one without per-channel statistics gets them measured on the training pictures. Without one, a new one is
-    trained in ``output`` (only built if ``untrained``).
+    A ``given`` one without per-channel statistics gets them measured on the training pictures. Without one, a new
+    one is trained in ``output`` (only built if ``untrained``).
 
     Raises:
         UserError: the resolution is not divisible by its downscale factor; the nearest valid one is named.
@@ -73,5 +73,7 @@ def autoencoder_for(
     if not has_statistics(vae) and not untrained:
         log.info("autoencoder: measuring its latent statistics on the data")
         some = training.subset(torch.linspace(0, len(training) - 1, min(len(training), 512)).long().tolist())
-        measure_statistics(vae, pixels_to_images(cached_pixels(some, data.resolution, data.background)).split(16))
+        measure_statistics(
+            vae, pixels_to_images(cached_pixels(some, data.resolution, data.background)).split(16)
+        )
     return vae

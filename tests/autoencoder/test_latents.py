@@ -26,7 +26,9 @@ from latentflow.errors import UserError
 def kl(**config: Any) -> AutoencoderKL:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **blocks, **config).eval()
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **blocks, **config
+    ).eval()
 
 
 def dc(**config: Any) -> AutoencoderDC:
@@ -46,13 +48,17 @@ def dc(**config: Any) -> AutoencoderDC:
 def tiny() -> AutoencoderTiny:
     torch.manual_seed(0)
     blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    return AutoencoderTiny(latent_channels=4, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **blocks).eval()
+    return AutoencoderTiny(
+        latent_channels=4, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **blocks
+    ).eval()
 
 
 def vq() -> VQModel:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return VQModel(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, num_vq_embeddings=16, **blocks).eval()
+    return VQModel(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, num_vq_embeddings=16, **blocks
+    ).eval()
 
 
 KINDS = {"kl": kl, "dc": dc, "tiny": tiny, "vq": vq}
@@ -61,7 +67,9 @@ IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_every_class_loads_encodes_decodes_and_keeps_its_measured_statistics(kind: str, tmp_path: Path) -> None:
+def test_every_class_loads_encodes_decodes_and_keeps_its_measured_statistics(
+    kind: str, tmp_path: Path
+) -> None:
     vae = KINDS[kind]()
     measure_statistics(vae, IMAGES.split(4))
     vae.save_pretrained(tmp_path)

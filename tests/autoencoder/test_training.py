@@ -36,7 +36,12 @@ def test_the_size_is_as_configured(kind: Any) -> None:
 
 def test_a_resolution_that_does_not_divide_names_the_nearest() -> None:
     with pytest.raises(UserError, match="--resolution 20"):
-        build_autoencoder(dataclasses.replace(SMALL, autoencoder_widths=(8, 8, 16), encoder_layers=(0, 1, 1), decoder_layers=(0, 1, 1)), 21)
+        build_autoencoder(
+            dataclasses.replace(
+                SMALL, autoencoder_widths=(8, 8, 16), encoder_layers=(0, 1, 1), decoder_layers=(0, 1, 1)
+            ),
+            21,
+        )
     with pytest.raises(UserError, match="one entry for each resolution"):
         build_autoencoder(dataclasses.replace(SMALL, encoder_layers=(1,)), 16)
     with pytest.raises(UserError, match="multiple"):
@@ -50,7 +55,10 @@ def test_hinge_loss_by_hand() -> None:
 
 def test_adaptive_weight_equalises_the_gradients_at_the_last_layer() -> None:
     layer = nn.Parameter(torch.tensor([1.0, 2.0]))
-    reconstruction, adversarial = (layer * torch.tensor([3.0, 4.0])).sum(), 0.1 * (layer * torch.tensor([3.0, 4.0])).sum()
+    reconstruction, adversarial = (
+        (layer * torch.tensor([3.0, 4.0])).sum(),
+        0.1 * (layer * torch.tensor([3.0, 4.0])).sum(),
+    )
     assert float(adaptive_weight(reconstruction, adversarial, layer)) == pytest.approx(10.0, rel=1e-4)
 
 
@@ -61,7 +69,9 @@ def test_the_kl_term_is_the_closed_form() -> None:
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     values = AutoencoderStage(vae, config, 0)({"images": images, "numbers": [0, 1, 2]})
     posterior = vae.encode(images).latent_dist
-    closed = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.var.log()).flatten(1).sum(1).mean()
+    closed = (
+        0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.var.log()).flatten(1).sum(1).mean()
+    )
     assert float(values["kl"]) == pytest.approx(float(closed) / images[0].numel(), rel=1e-4)
     assert float(values["loss"].detach()) == pytest.approx(float(values["l1"] + 0.5 * values["kl"]), rel=1e-5)
 
@@ -88,12 +98,20 @@ def test_the_adversarial_term_starts_when_told_and_never_moves_the_discriminator
 
 
 @pytest.mark.parametrize(("kind", "adversarial"), [("dc", 0.0), ("kl", 0.1)])
-def test_a_short_run_learns_reports_held_out_psnr_and_stores_statistics(kind: Any, adversarial: float, tmp_path: Path) -> None:
+def test_a_short_run_learns_reports_held_out_psnr_and_stores_statistics(
+    kind: Any, adversarial: float, tmp_path: Path
+) -> None:
     source = train_source()
     train, validation = source.subset(list(range(0, 400, 4))), source.subset(list(range(1, 60, 4)))
-    config = dataclasses.replace(SMALL, autoencoder_class=kind, adversarial_weight=adversarial, adversarial_start=40)
-    loop = LoopConfig(validation_steps=30, preview_steps=60, lr_warmup_steps=5, ema_decay=0.9, mixed_precision="no")
-    vae = train_autoencoder(train, validation, config, loop, tmp_path, resolution=16, background="white", flips=True)
+    config = dataclasses.replace(
+        SMALL, autoencoder_class=kind, adversarial_weight=adversarial, adversarial_start=40
+    )
+    loop = LoopConfig(
+        validation_steps=30, preview_steps=60, lr_warmup_steps=5, ema_decay=0.9, mixed_precision="no"
+    )
+    vae = train_autoencoder(
+        train, validation, config, loop, tmp_path, resolution=16, background="white", flips=True
+    )
     assert vae is not None and has_statistics(vae)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     psnrs = [row["val_psnr"] for row in rows if "val_psnr" in row]

@@ -19,8 +19,16 @@ from latentflow.training.checkpoint import (
 
 
 def state(step: int) -> dict[str, object]:
-    optimizer = {"state": {0: {"step": torch.tensor(3.0), "momentum": torch.randn(4)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-    return {"step": step, "weights": {"a.b": torch.randn(3, 2), "n": torch.tensor(5)}, "optimizer": [optimizer], "none": None}
+    optimizer = {
+        "state": {0: {"step": torch.tensor(3.0), "momentum": torch.randn(4)}},
+        "param_groups": [{"lr": 0.1, "params": [0]}],
+    }
+    return {
+        "step": step,
+        "weights": {"a.b": torch.randn(3, 2), "n": torch.tensor(5)},
+        "optimizer": [optimizer],
+        "none": None,
+    }
 
 
 def same(a: object, b: object) -> bool:

@@ -20,8 +20,8 @@ from latentflow.training.checkpoint import list_checkpoints
 from latentflow.training.order import Draw, SampleRandom
 
 CONFIG = LoopConfig(
-    max_train_steps=12, train_batch_size=6, learning_rate=0.1, lr_warmup_steps=2, mixed_precision="no", weight_decay=0.0,
-    checkpointing_steps=4, validation_steps=0, preview_steps=0, log_steps=1,
+    max_train_steps=12, train_batch_size=6, learning_rate=0.1, lr_warmup_steps=2, weight_decay=0.0,
+    mixed_precision="no", checkpointing_steps=4, validation_steps=0, preview_steps=0, log_steps=1,
 )  # fmt: skip
 
 
@@ -75,7 +75,9 @@ def assert_equal_weights(a: Path, b: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path,
+) -> None:
     assert run(tmp_path / "whole")
     stopping = Regression()
     stopping.interrupt_at = 5 * 6 + 1  # in step 5
@@ -86,17 +88,17 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one_bit_
 
 
 def test_a_run_that_died_between_checkpoints_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    class Died(Exception):
+    class DiedError(Exception):
         pass
 
     class Dying(Regression):
         def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
             if 7 * 6 in batch["numbers"]:
-                raise Died
+                raise DiedError
             return super().forward(batch)
 
     assert run(tmp_path / "whole")
-    with pytest.raises(Died):
+    with pytest.raises(DiedError):
         run(tmp_path / "died", module=Dying())
     assert run(tmp_path / "died")
     assert_equal_weights(tmp_path / "whole", tmp_path / "died")
@@ -126,7 +128,11 @@ def test_a_non_finite_loss_names_the_sample_skips_the_update_and_goes_on(tmp_pat
     assert "step 4" in text and "point " in text and "t = 0.0000" in text and "skipped" in text
     assert all(torch.isfinite(one).all() for one in module.parameters())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]  # no invented loss for the skipped step
+    assert [row["step"] for row in rows if "loss" in row] == [
+        1,
+        2,
+        3,
+    ]  # no invented loss for the skipped step
 
 
 def test_a_run_that_stays_non_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -141,7 +147,7 @@ def test_a_run_that_stays_non_finite_stops_and_keeps_the_last_good_checkpoint(tm
 def test_changed_data_or_architecture_is_refused_with_the_difference_unless_allowed(tmp_path: Path) -> None:
     assert run(tmp_path, description={"data": "abc", "network": {"depth": 2}})
     longer = dataclasses.replace(CONFIG, max_train_steps=14)
-    with pytest.raises(UserError, match="network.depth: 2 -> 3"):
+    with pytest.raises(UserError, match=r"network\.depth: 2 -> 3"):
         run(tmp_path, longer, description={"data": "abc", "network": {"depth": 3}})
     allowed = dataclasses.replace(longer, allow_changes=True)
     assert run(tmp_path, allowed, description={"data": "abc", "network": {"depth": 3}})
@@ -158,8 +164,12 @@ def test_a_checkpoint_of_other_shapes_is_refused_in_words(tmp_path: Path) -> Non
 def test_a_reached_target_changes_nothing(tmp_path: Path) -> None:
     assert run(tmp_path)
     before = weights(tmp_path)
-    exported: list[int] = []
-    assert run(tmp_path, callbacks=Callbacks(export=lambda: exported.append(1)))
+    # The export is made if the run died between its last checkpoint and it, and left alone if it is there.
+    assert run(tmp_path, callbacks=Callbacks(export=Path.mkdir, export_to=tmp_path / "result"))
+    assert (tmp_path / "result").is_dir()
+    (tmp_path / "result" / "note").touch()
+    assert run(tmp_path, callbacks=Callbacks(export=Path.mkdir, export_to=tmp_path / "result"))
+    assert (tmp_path / "result" / "note").exists()
     assert all(torch.equal(before[key], one) for key, one in weights(tmp_path).items())
 
 
@@ -177,7 +187,11 @@ def test_callbacks_see_the_averaged_weights_and_leave_no_trace(tmp_path: Path) -
     assert run(tmp_path / "watched", watched, module=module, callbacks=Callbacks(validate=validate))
     assert run(tmp_path / "plain")
     assert_equal_weights(tmp_path / "watched", tmp_path / "plain")
-    average = {key.removeprefix("flow-average/"): one for key, one in weights(tmp_path / "plain").items() if "average" in key}
+    average = {
+        key.removeprefix("flow-average/"): one
+        for key, one in weights(tmp_path / "plain").items()
+        if "average" in key
+    }
     assert average and all(torch.equal(seen[-1][name], average[name]) for name in average)
 
 

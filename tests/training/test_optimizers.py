@@ -55,7 +55,9 @@ def test_optimizers_own_every_parameter_once_and_learn(name: str) -> None:
     network = DiT(in_channels=4, width=32, depth=2, heads=2, num_classes=3)
     config = LoopConfig(optimizer=name, learning_rate=3e-3)
     optimizers = make_optimizers(network, config)
-    owned = [id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]]
+    owned = [
+        id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]
+    ]
     assert sorted(owned) == sorted(id(one) for one in network.parameters() if one.requires_grad)
     x, target = torch.randn(16, 4, 4, 4), torch.randn(16, 4, 4, 4) * 0.1 + 1.0
     losses = []
@@ -70,7 +72,9 @@ def test_optimizers_own_every_parameter_once_and_learn(name: str) -> None:
 
 
 def test_learning_rate_warms_up_and_decays_to_zero() -> None:
-    config = LoopConfig(learning_rate=1.0, lr_warmup_steps=10, max_train_steps=110, lr_scheduler="linear", lr_decay_share=0.5)
+    config = LoopConfig(
+        learning_rate=1.0, lr_warmup_steps=10, max_train_steps=110, lr_scheduler="linear", lr_decay_share=0.5
+    )
     assert [learning_rate(step, config) for step in (0, 4, 9, 30, 54)] == pytest.approx([0.1, 0.5, 1, 1, 1])
     assert learning_rate(55 + 11, config) == pytest.approx(0.8)
     assert learning_rate(110, config) == 0.0

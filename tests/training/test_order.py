@@ -26,7 +26,11 @@ def test_every_epoch_uses_every_sample_exactly_once() -> None:
 
 
 def test_epochs_and_seeds_are_shuffled_differently() -> None:
-    orders = {tuple(i for i, _ in flat(DataOrder(size=20, batch_size=20, seed=seed), e, e + 1)) for seed in (0, 1) for e in (0, 1)}
+    orders = {
+        tuple(i for i, _ in flat(DataOrder(size=20, batch_size=20, seed=seed), e, e + 1))
+        for seed in (0, 1)
+        for e in (0, 1)
+    }
     assert len(orders) == 4
 
 
@@ -38,7 +42,9 @@ def test_resuming_at_any_step_continues_the_same_order() -> None:
 
 
 @pytest.mark.parametrize(("processes", "batch", "accumulation"), [(2, 6, 1), (3, 4, 1), (2, 3, 2), (1, 4, 3)])
-def test_a_step_covers_the_same_samples_whatever_the_processes(processes: int, batch: int, accumulation: int) -> None:
+def test_a_step_covers_the_same_samples_whatever_the_processes(
+    processes: int, batch: int, accumulation: int
+) -> None:
     single = DataOrder(size=31, batch_size=12, seed=5)
     shared = DataOrder(size=31, batch_size=batch, accumulation=accumulation, processes=processes, seed=5)
     for step in range(6):

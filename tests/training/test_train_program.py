@@ -34,16 +34,28 @@ def finished(pictures: Path, cache: Path, tmp_path_factory: pytest.TempPathFacto
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     last = sorted((run / "checkpoints").glob("step-*"))[-1]
-    return {f"{file.name}/{key}": one for file in last.glob("*.safetensors") for key, one in load_file(file).items()}
+    return {
+        f"{file.name}/{key}": one
+        for file in last.glob("*.safetensors")
+        for key, one in load_file(file).items()
+    }
 
 
 def test_a_run_leaves_what_the_documentation_lists(finished: tuple[Path, str], pictures: Path) -> None:
     run, said = finished
-    for name in ("config.yaml", "metrics.jsonl", "train.log", "samples/step-000008.png", "pipeline/model_index.json"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "train.log",
+        "samples/step-000008.png",
+        "pipeline/model_index.json",
+    ):
         assert (run / name).is_file(), name
     assert "captions from metadata.jsonl" in said  # what was inferred is said before training
     assert "memorise" in said and "no GPU" in said
-    assert sorted(path.name for path in pictures.iterdir()) == [f"{n:02d}.png" for n in range(12)] + ["metadata.jsonl"]
+    assert sorted(path.name for path in pictures.iterdir()) == [f"{n:02d}.png" for n in range(12)] + [
+        "metadata.jsonl"
+    ]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
     assert any("val_loss" in row for row in rows)
@@ -61,10 +73,15 @@ def test_killed_at_a_random_moment_and_started_again_equals_the_uninterrupted_ru
 ) -> None:
     line = [pictures, "-o", tmp_path, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2]
     command = [sys.executable, str(ROOT / "train" / "flow.py"), *map(str, line)]
-    process = subprocess.Popen(command, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     metrics, wanted = tmp_path / "metrics.jsonl", random.Random().randint(1, 6)
     deadline = time.monotonic() + 240
-    while not (metrics.is_file() and metrics.read_text().count('"loss"') >= wanted) and time.monotonic() < deadline:
+    while (
+        not (metrics.is_file() and metrics.read_text().count('"loss"') >= wanted)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
@@ -85,10 +102,16 @@ def test_config_yaml_reproduces_the_run(finished: tuple[Path, str], cache: Path,
 def test_sigterm_saves_and_prints_the_line_that_resumes(pictures: Path, cache: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train" / "flow.py"), str(pictures), "-o", str(tmp_path), *TINY]
     process = subprocess.Popen(
-        [*command, "--max-train-steps", "100000"], env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+        [*command, "--max-train-steps", "100000"],
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
-    while not (metrics.is_file() and metrics.read_text().count('"loss"') >= 3) and time.monotonic() < deadline:
+    while (
+        not (metrics.is_file() and metrics.read_text().count('"loss"') >= 3) and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.terminate()
     said, _ = process.communicate(timeout=60)
@@ -100,7 +123,17 @@ def test_sigterm_saves_and_prints_the_line_that_resumes(pictures: Path, cache: P
 def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
     pictures: Path, cache: Path, tmp_path: Path
 ) -> None:
-    settings = [*TINY, "--checkpointing-steps", 10, "--mixed-precision", "no", "--validation-steps", 0, "--preview-steps", 0]
+    settings = [
+        *TINY,
+        "--checkpointing-steps",
+        10,
+        "--mixed-precision",
+        "no",
+        "--validation-steps",
+        0,
+        "--preview-steps",
+        0,
+    ]
 
     def launch(steps: int) -> None:
         # Not `accelerate launch --cpu --num_processes 2`: accelerate 1.15 starts one process there, without a word.
@@ -108,11 +141,25 @@ def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
         command += [str(ROOT / "train" / "flow.py"), *map(str, [pictures, "-o", tmp_path / "two", *settings])]
         command += ["--train-batch-size", "2", "--max-train-steps", str(steps), "--lr-scheduler", "constant"]
         env = environment(cache) | {"ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+        done = subprocess.run(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stdout
 
     # One process trains the autoencoder both times: only the flow is compared.
-    train(cache, pictures, "-o", tmp_path / "one", *settings, "--train-batch-size", 4, "--max-train-steps", 20, "--lr-scheduler", "constant")
+    train(
+        cache,
+        pictures,
+        "-o",
+        tmp_path / "one",
+        *settings,
+        "--train-batch-size",
+        4,
+        "--max-train-steps",
+        20,
+        "--lr-scheduler",
+        "constant",
+    )
     vae = tmp_path / "one" / "autoencoder" / "autoencoder"
     settings += ["--vae", vae]
     launch(10)
@@ -127,7 +174,9 @@ def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
     assert two == pytest.approx(one, abs=1e-4)
 
 
-def test_fine_tuning_on_other_words_keeps_what_was_known(finished: tuple[Path, str], cache: Path, tmp_path: Path) -> None:
+def test_fine_tuning_on_other_words_keeps_what_was_known(
+    finished: tuple[Path, str], cache: Path, tmp_path: Path
+) -> None:
     from PIL import Image
 
     (tmp_path / "data").mkdir()
@@ -140,37 +189,58 @@ def test_fine_tuning_on_other_words_keeps_what_was_known(finished: tuple[Path, s
         "--learning-rate", 0, "--weight-decay", 0, "--validation", 0,
     )  # fmt: skip
     assert "new words" in said
-    before, after = LatentFlowPipeline.from_pretrained(source), LatentFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    before, after = (
+        LatentFlowPipeline.from_pretrained(source),
+        LatentFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline"),
+    )
     for pipe in (before, after):
         pipe.set_progress_bar_config(disable=True)
 
     def draw(pipe: LatentFlowPipeline) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        return pipe("a small red circle on the left", num_inference_steps=2, generator=generator, output_type="pt").images
+        return pipe(
+            "a small red circle on the left", num_inference_steps=2, generator=generator, output_type="pt"
+        ).images
 
-    torch.testing.assert_close(draw(before), draw(after), rtol=0, atol=1e-5)  # known words mean what they meant
+    torch.testing.assert_close(
+        draw(before), draw(after), rtol=0, atol=1e-5
+    )  # known words mean what they meant
     assert "zebra" in after.tokenizer.get_vocab() and "zebra" not in before.tokenizer.get_vocab()
 
 
-def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(cache: Path, tmp_path: Path) -> None:
+def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(
+    cache: Path, tmp_path: Path
+) -> None:
     from PIL import Image
 
     def folder(name: str, classes: list[str]) -> Path:
         for index, label in enumerate(classes):
             (tmp_path / name / label).mkdir(parents=True)
             for number in range(3):
-                Image.new("RGB", (20, 16), (80 * index, 40 * number, 9)).save(tmp_path / name / label / f"{number}.jpg")
+                Image.new("RGB", (20, 16), (80 * index, 40 * number, 9)).save(
+                    tmp_path / name / label / f"{number}.jpg"
+                )
         return tmp_path / name
 
     quick = [*TINY, "--max-train-steps", 1, "--validation", 0, "--learning-rate", 0, "--weight-decay", 0]
     said = call(cache, folder("two", ["cat", "dog"]), "-o", tmp_path / "a", *quick)
     assert "2 classes: cat, dog" in said
-    call(cache, folder("three", ["ant", "dog", "cat"]), "-o", tmp_path / "b", *quick, "--init-from", tmp_path / "a" / "pipeline")
+    call(
+        cache,
+        folder("three", ["ant", "dog", "cat"]),
+        "-o",
+        tmp_path / "b",
+        *quick,
+        "--init-from",
+        tmp_path / "a" / "pipeline",
+    )
     first = LatentFlowPipeline.from_pretrained(tmp_path / "a" / "pipeline")
     second = LatentFlowPipeline.from_pretrained(tmp_path / "b" / "pipeline")
     assert list(first.labels) == ["cat", "dog"] and list(second.labels) == ["ant", "cat", "dog"]
     old, new = (pipe.transformer.y_embedder.embedding_table.weight for pipe in (first, second))
-    assert torch.equal(new[1], old[0]) and torch.equal(new[2], old[1]) and torch.equal(new[3], old[2])  # null last
+    assert (
+        torch.equal(new[1], old[0]) and torch.equal(new[2], old[1]) and torch.equal(new[3], old[2])
+    )  # null last
 
 
 @pytest.mark.parametrize(
@@ -197,7 +267,9 @@ def test_an_error_of_a_real_process_is_on_stderr_with_status_2(cache: Path, tmp_
     assert "there is no folder" in said and "Traceback" not in said
 
 
-def test_dry_run_prints_sizes_and_time_and_writes_nothing(pictures: Path, cache: Path, tmp_path: Path) -> None:
+def test_dry_run_prints_sizes_and_time_and_writes_nothing(
+    pictures: Path, cache: Path, tmp_path: Path
+) -> None:
     said = call(cache, pictures, "-o", tmp_path / "run", *TINY, "--dry-run")
     for word in ("parameters", "memory:", "time:", "epochs"):
         assert word in said
@@ -206,5 +278,12 @@ def test_dry_run_prints_sizes_and_time_and_writes_nothing(pictures: Path, cache:
 
 def test_help_answers(cache: Path) -> None:
     said = call(cache, "--help")
-    for flag in ("--resolution", "--max-train-steps", "--learning-rate", "--preset", "--init-from", "--config"):
+    for flag in (
+        "--resolution",
+        "--max-train-steps",
+        "--learning-rate",
+        "--preset",
+        "--init-from",
+        "--config",
+    ):
         assert flag in said
