@@ -185,7 +185,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
 def check_shape(in_channels: int, out_channels: int | None, width: int, heads: int, position: str) -> None:
     """Refuse what could not be built, or would fail in the first step."""
     lookup({name: name for name in POSITIONS}, position, "position")
-    step = heads * 4 if position == "rope" else heads * 4 // (2 if heads % 2 == 0 else 1)
+    step = heads * 4 if position == "rope" else math.lcm(heads, 4)
     if out_channels is not None and out_channels < in_channels:
         raise UserError(
             f"out_channels {out_channels} is less than in_channels {in_channels}",

@@ -44,7 +44,7 @@ Table = TypeVar("Table", bound=Callable[..., Any])
 
 
 def cached(table: Table) -> Table:
-    """A table that depends on its arguments only: computed once per grid, shared by all networks, never saved.
+    """A table that depends on its arguments only: computed once per grid, shared by networks, never saved.
 
     A compiler makes the table a constant by itself, and does not look into the cache.
     """
