@@ -55,7 +55,7 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         Mean and standard deviation, each (B, C, h, w) float32; the deviation is None for a deterministic autoencoder.
     """
-    encoded = vae.encode(images.to(_device(vae), _compute_dtype(vae)))
+    encoded = vae.encode(_placed(vae, images))
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
     raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent
@@ -93,7 +93,7 @@ def encode(vae: Autoencoder, images: Tensor, *, generator: Generators | None = N
 def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1] (not clipped)."""
     raw = denormalise(vae, latents.float())
-    images: Tensor = vae.decode(raw.to(_device(vae), _compute_dtype(vae)), return_dict=False)[0]
+    images: Tensor = vae.decode(_placed(vae, raw), return_dict=False)[0]
     return images.float()
 
 
@@ -140,11 +140,7 @@ def _shift_and_scale(vae: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
     return shift.view(1, -1, 1, 1).to(like), scale.view(1, -1, 1, 1).to(like)
 
 
-def _device(vae: Autoencoder) -> torch.device:
+def _placed(vae: Autoencoder, value: Tensor) -> Tensor:
+    """Where and how the autoencoder computes. Offloaded weights are on "meta": their hooks move the input."""
     parameter: Tensor = next(vae.parameters())
-    return parameter.device
-
-
-def _compute_dtype(vae: Autoencoder) -> torch.dtype:
-    parameter: Tensor = next(vae.parameters())
-    return parameter.dtype
+    return value.to(None if parameter.device.type == "meta" else parameter.device, parameter.dtype)

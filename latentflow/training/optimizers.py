@@ -13,24 +13,20 @@ from ..errors import lookup
 from .config import LoopConfig
 from .muon import Muon
 
-# Parts of parameter names that mark embeddings and first and last layers: AdamW's, whatever the optimiser.
+# Parts of names that mark what is no inner weight matrix although it has two dimensions or more: embeddings, first and
+# last layers, scales. AdamW's, whatever the optimiser, and never decayed.
 _ENDS = (
-    "embed",
-    "shared",
-    "relative",
-    "conv_in",
-    "conv_out",
-    "proj_in",
-    "proj_out",
-    "final",
-    "null",
-    "register",
-)
+    "embed", "shared", "relative", "conv_in", "conv_out", "proj_in", "proj_out", "final", "null", "register", "scale",
+)  # fmt: skip
+
+
+def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and not any(end in name for end in _ENDS)
 
 
 def _adamw(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch.optim.Optimizer]:
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
+    matrices = [one for name, one in parameters.items() if _is_inner_matrix(name, one)]
+    vectors = [one for name, one in parameters.items() if not _is_inner_matrix(name, one)]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -50,7 +46,7 @@ def _muon(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch
     stacked: dict[int, list[nn.Parameter]] = defaultdict(list)
     rest: dict[str, nn.Parameter] = {}
     for name, parameter in parameters.items():
-        if parameter.ndim >= 2 and not any(end in name for end in _ENDS):
+        if _is_inner_matrix(name, parameter):
             stacked[_parts(name, parameter)].append(parameter)
         else:
             rest[name] = parameter

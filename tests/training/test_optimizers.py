@@ -97,3 +97,17 @@ def test_weight_average_follows_its_formula_and_swaps_back() -> None:
     with average.applied():
         torch.testing.assert_close(module.weight.detach(), expected)
     assert torch.equal(module.weight.detach(), live)
+
+
+def test_muon_takes_inner_matrices_only() -> None:
+    network = DiT(in_channels=4, width=32, depth=1, heads=2, num_classes=3, registers=2)
+    names = {id(one): name for name, one in network.named_parameters()}
+    muon, adamw = make_optimizers(network, LoopConfig(optimizer="muon"))
+    taken = {names[id(one)] for group in muon.param_groups for one in group["params"]}
+    assert taken == {
+        f"blocks.0.{name}.weight"
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+    }
+    parts = {names[id(one)]: group["parts"] for group in muon.param_groups for one in group["params"]}
+    assert parts["blocks.0.attn.qkv.weight"] == 3 and parts["blocks.0.adaLN_modulation.1.weight"] == 6
+    assert all(group["weight_decay"] == 0 for group in adamw.param_groups if group["params"])
