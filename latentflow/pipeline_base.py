@@ -401,6 +401,9 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         if not folder.is_dir() and len(folder.parts) != 2:
             raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
         kwargs.setdefault("use_safetensors", True)
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            # diffusers' models widen half-precision files to float32 by default; transformers' do not.
+            kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

@@ -97,9 +97,9 @@ def test_half_precision_variants(
     assert list((tmp_path / "transformer").glob(f"*.{name}.safetensors"))
     loaded = LatentFlowPipeline.from_pretrained(tmp_path, variant=name, dtype=dtype)
     assert np.array_equal(images(loaded), images(half))
-    widened = images(
-        LatentFlowPipeline.from_pretrained(tmp_path, variant=name)
-    )  # stored in half, run in float32
+    wide = LatentFlowPipeline.from_pretrained(tmp_path, variant=name)  # stored in half, run in float32
+    assert {wide.transformer.dtype, wide.vae.dtype, wide.text_encoder.dtype} == {torch.float32}
+    widened = images(wide)
     assert np.abs(widened - captions).mean() < 0.02
     assert np.abs(images(half) - captions).mean() < 0.05
 
