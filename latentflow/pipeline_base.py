@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -384,6 +385,8 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         # diffusers forgets a component that took the place of None (pipe.scheduler = ...): register it now.
         self.register_modules(**self.components)
         super().save_pretrained(save_directory, *args, **kwargs)
+        for file in [Path(save_directory, self.config_name), *Path(save_directory).glob("*/config.json")]:
+            _forget_origin(file)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -450,3 +453,11 @@ def _repeated(
         return None, None
     mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
     return embeds.to(device).repeat_interleave(times, 0), mask.to(device).repeat_interleave(times, 0)
+
+
+def _forget_origin(file: Path) -> None:
+    """Remove the path that a component was loaded from: it tells strangers about this machine, and nothing else."""
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

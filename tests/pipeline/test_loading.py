@@ -200,3 +200,9 @@ def test_pickled_weights_are_refused(dit_folder: Path, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises((OSError, ValueError)):
         LatentFlowPipeline.from_pretrained(folder)
+
+
+def test_a_saved_folder_does_not_say_where_its_parts_came_from(dit_folder: Path, tmp_path: Path) -> None:
+    LatentFlowPipeline.from_pretrained(dit_folder).save_pretrained(tmp_path)
+    for file in tmp_path.rglob("*.json"):
+        assert str(dit_folder) not in file.read_text(), file

@@ -1,0 +1,79 @@
+"""The checkpoint that the repository ships, and the README's first command as printed there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentflow import LatentFlowPipeline
+from latentflow.data import shapes
+from latentflow.metrics import psnr
+
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def shipped(repository: Path) -> Path:
+    return repository / "checkpoints" / "emoji-64"
+
+
+def test_it_is_small_safe_and_has_a_card(shipped: Path) -> None:
+    files = [path for path in shipped.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40 * MEGABYTE
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".png", ".md"}
+    card = (shipped / "README.md").read_text()
+    for word in ("Noto Emoji", "Apache-2.0", "memorises", "train/recipes/emoji-64.yaml", "PSNR"):
+        assert word in card
+
+
+def test_the_readme_s_first_command_draws_a_red_apple(repository: Path, tmp_path: Path) -> None:
+    readme = (repository / "README.md").read_text()
+    line = re.search(r"^pip install -e \. && latentflow (generate .*?) *(#.*)?$", readme, re.MULTILINE)
+    assert line is not None
+    # The installed command is this module: the environment of the tests may lack the script on its PATH.
+    command = [sys.executable, "-m", "latentflow.cli", *shlex.split(line[1])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    image = np.asarray(Image.open(tmp_path / "apple.png").convert("RGB")).astype(int)
+    assert image.shape == (64, 64, 3)
+    red, green, blue = image.transpose(2, 0, 1)
+    is_red = (red > 150) & (green < 110) & (blue < 110)
+    assert is_red[20:56, 12:52].mean() > 0.5  # an apple's worth of red in the middle
+    corners = image[[0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners > 225).all()  # on white
+
+
+def test_it_loads_in_float32_and_the_same_seed_gives_the_same_picture(shipped: Path) -> None:
+    pipe = LatentFlowPipeline.from_pretrained(shipped)
+    pipe.set_progress_bar_config(disable=True)
+    assert {pipe.vae.dtype, pipe.transformer.dtype, pipe.text_encoder.dtype} == {torch.float32}
+
+    def draw(prompt: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return pipe(prompt, num_inference_steps=4, generator=generator, output_type="pt").images
+
+    first = draw("red heart")
+    assert torch.equal(first, draw("red heart"))
+    assert (first - draw("blue heart")).abs().mean() > 0.02  # the words matter
+
+
+def test_its_autoencoder_copes_with_pictures_of_another_kind(shipped: Path) -> None:
+    pipe = LatentFlowPipeline.from_pretrained(shipped)
+    from latentflow.autoencoder import decode, encode
+
+    specs = shapes.all_specs()[::240]
+    images = torch.stack(
+        [torch.from_numpy(np.array(shapes.render(one, 64)[0])).permute(2, 0, 1) for one in specs]
+    )
+    images = images / 127.5 - 1
+    with torch.no_grad():
+        copies = decode(pipe.vae, encode(pipe.vae, images))
+    assert float(psnr(copies, images).mean()) > 22
