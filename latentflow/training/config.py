@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
@@ -60,3 +62,20 @@ class LoopConfig:
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     allow_changes: bool = False
     """Resume although the data or the architecture changed (the difference is printed)."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1."
+                )
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "ema_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}", "It cannot be negative."
+                )

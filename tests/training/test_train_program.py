@@ -249,6 +249,7 @@ def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(
         (["--resolution", "17"], "--resolution"),
         (["--learning-rat", "1"], "learning-rate"),
         (["--path", "conddot"], "did you mean 'condot'"),
+        (["--max-train-steps", "0"], "--max-train-steps is 0"),
         (["--vae", "/nowhere"], "no autoencoder at '/nowhere'"),
         (["--text-encoder", "/nowhere"], "could not be loaded"),
         (["--init-from", "/nowhere"], "/nowhere"),
@@ -260,6 +261,26 @@ def test_bad_input_is_one_screen_that_names_the_remedy(
 ) -> None:
     said = call(cache, pictures, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *flags, expect=2)
     assert message in said and "Traceback" not in said and len(said.splitlines()) < 40
+
+
+def test_a_u_net_and_an_unconditional_model_train_as_well(
+    pictures: Path, cache: Path, tmp_path: Path
+) -> None:
+    quick = [
+        *TINY,
+        "--max-train-steps",
+        1,
+        "--network",
+        "unet",
+        "--condition",
+        "none",
+        "--gradient-checkpointing",
+    ]
+    call(cache, pictures, "-o", tmp_path, *quick)
+    pipe = LatentFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.transformer).__name__ == "UNet" and not pipe.takes_text
+    assert len(pipe(num_images_per_prompt=2, num_inference_steps=1).images) == 2
 
 
 def test_an_error_of_a_real_process_is_on_stderr_with_status_2(cache: Path, tmp_path: Path) -> None:
