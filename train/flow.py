@@ -125,7 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     def export(folder: Path) -> None:
-        copy.deepcopy(pipeline()).to(dtype=getattr(torch, config.export_dtype)).save_pretrained(folder)
+        result = pipeline()
+        if config.export_dtype != "float32":
+            result = copy.deepcopy(result).to(dtype=getattr(torch, config.export_dtype))
+        result.save_pretrained(folder)
 
     if loop.compile:
         networks.network.compile()

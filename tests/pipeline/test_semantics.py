@@ -55,7 +55,8 @@ def test_each_prompt_makes_its_own_images(
     out = text_pipe(prompts, num_images_per_prompt=2, guidance_scale=1.0, latents=x0(6), **EXACT)
     means = torch.stack([text_mean(text_pipe, prompt) for prompt in prompts]).repeat_interleave(2, 0)
     assert (means[0] - means[2]).abs().max() > 0.1  # else the test could not tell them apart
-    close(out.images, text_pipe.transformer.end(means, x0(6)))
+    # The embeddings are not small, and the solver's error grows with them; prompts differ by far more than this.
+    close(out.images, text_pipe.transformer.end(means, x0(6)), tolerance=1e-3)
 
 
 def test_an_empty_prompt_is_the_null(text_pipe: LatentFlowPipeline, x0: Noise) -> None:
