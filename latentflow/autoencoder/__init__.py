@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .build import AutoencoderConfig as AutoencoderConfig
 from .build import build_autoencoder as build_autoencoder
+from .build import check_resolution as check_resolution
 from .latents import Autoencoder as Autoencoder
 from .latents import decode as decode
 from .latents import denormalise as denormalise

@@ -58,14 +58,22 @@ def build_autoencoder(config: AutoencoderConfig, resolution: int) -> Autoencoder
             f"decoder_layers {len(config.decoder_layers)}",
             "Give one entry for each resolution in all three.",
         )
-    factor = 2 ** (levels - 1)
+    check_resolution(resolution, 2 ** (levels - 1))
+    return _dc(config) if config.autoencoder_class == "dc" else _kl(config, resolution)
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    """Refuse a resolution that an autoencoder with this downscale factor cannot take.
+
+    Raises:
+        UserError: it is not divisible; the nearest valid one is named.
+    """
     if resolution % factor:
         nearest = max(1, round(resolution / factor)) * factor
         raise UserError(
             f"resolution {resolution} is not divisible by the autoencoder's downscale factor {factor}",
             f"Use --resolution {nearest}.",
         )
-    return _dc(config) if config.autoencoder_class == "dc" else _kl(config, resolution)
 
 
 def _dc(config: AutoencoderConfig) -> AutoencoderDC:

@@ -33,10 +33,13 @@ def save_checkpoint(folder: Path, state: State, *, total_limit: int) -> None:
             tensors becomes one safetensors file.
         total_limit: checkpoints kept, at least 1.
     """
-    temporary = folder.parent / f".{folder.name}.tmp"
-    if temporary.exists():
-        shutil.rmtree(temporary)  # left by a run that was killed while saving: ours, and incomplete
-    temporary.mkdir(parents=True)
+    write_folder(folder, lambda temporary: _write_state(temporary, state))
+    for old in list_checkpoints(folder.parent)[: -max(1, total_limit)]:
+        shutil.rmtree(old)
+
+
+def _write_state(folder: Path, state: State) -> None:
+    folder.mkdir(parents=True)
     plain: State = {}
     for name, value in state.items():
         tensors: dict[str, Tensor] = {}
@@ -44,15 +47,10 @@ def save_checkpoint(folder: Path, state: State, *, total_limit: int) -> None:
         if tensors:
             save_file(
                 {key: one.detach().cpu().contiguous() for key, one in tensors.items()},
-                temporary / f"{name}.safetensors",
+                folder / f"{name}.safetensors",
             )
-    hashes = {file.name: _sha256(file) for file in sorted(temporary.glob("*.safetensors"))}
-    _write_synced(temporary / "state.json", json.dumps({"state": plain, "sha256": hashes}))
-    if folder.exists():
-        shutil.rmtree(folder)  # the same step, saved again
-    temporary.rename(folder)
-    for old in list_checkpoints(folder.parent)[: -max(1, total_limit)]:
-        shutil.rmtree(old)
+    hashes = {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    _write_synced(folder / "state.json", json.dumps({"state": plain, "sha256": hashes}))
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -133,7 +131,7 @@ def _restore_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[value[_TENSOR]]
     if isinstance(value, dict) and "__items__" in value:
         return {key: _restore_tensors(one, tensors) for key, one in value["__items__"]}
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # the top level
         return {key: _restore_tensors(one, tensors) for key, one in value.items()}
     if isinstance(value, list):
         return [_restore_tensors(one, tensors) for one in value]

@@ -15,6 +15,7 @@ from ..errors import lookup
 from ..flow import COUPLINGS, OBJECTIVES, PATHS, sample_times
 from ..models import Condition
 from .images import is_flipped
+from .loop import to_device
 from .order import Draw, SampleRandom
 
 _VALIDATION_TIMES = 4  # noises and times per validation picture
@@ -130,6 +131,5 @@ def validation_loss(stage: FlowStage, data: LatentData, device: torch.device, ba
     for start in range(0, len(draws), batch_size):
         part = draws[start : start + batch_size]
         batch = data.__getitems__(part) | {"numbers": [draw.number for draw in part]}
-        batch = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in batch.items()}
-        total += float(stage(batch)["per_sample"].double().sum())
+        total += float(stage(to_device(batch, device))["per_sample"].double().sum())
     return total / len(draws)

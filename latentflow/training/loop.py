@@ -185,7 +185,7 @@ class _Loop:
         suspects: list[str] = []
         micro_steps = self.config.gradient_accumulation_steps
         for micro in range(micro_steps):
-            batch = _to_device(next(batches), self.accelerator.device)
+            batch = to_device(next(batches), self.accelerator.device)
             for player in self.players:
                 with ExitStack() as stack:
                     if micro < micro_steps - 1:
@@ -220,14 +220,13 @@ class _Loop:
     def _after_step(self, values: dict[str, float], stopping: bool) -> None:
         step, config = self.step, self.config
         final = step == config.max_train_steps
-        self.report.step(step, self.order.global_batch)
+        self.report.step(self.order.global_batch)
         if math.isfinite(values["loss"]) and (step % config.log_steps == 0 or final or step == 1):
             self.report.metrics(step, step * self.order.global_batch, values)
-        with self._averaged():
-            if _due(step, config.validation_steps, final) and self.main and self.callbacks.validate:
-                self.report.validation(step, self._call(self.callbacks.validate))
-            if _due(step, config.preview_steps, final) and self.main and self.callbacks.preview:
-                self._preview(step)
+        if self.main and self.callbacks.validate and _due(step, config.validation_steps, final):
+            self.report.validation(step, self._call(self.callbacks.validate))
+        if self.main and self.callbacks.preview and _due(step, config.preview_steps, final):
+            self._preview(step)
         if _due(step, config.checkpointing_steps, final) or stopping:
             self._save()
         self.accelerator.wait_for_everyone()
@@ -303,19 +302,18 @@ class _Loop:
     def _export(self) -> None:
         export, folder = self.callbacks.export, self.callbacks.export_to
         if export is not None and folder is not None:
-            with self._averaged():
-                self._call(lambda: checkpoint.write_folder(folder, export))
+            self._call(lambda: checkpoint.write_folder(folder, export))
         self.accelerator.wait_for_everyone()
 
     def _call(self, function: Callable[[], Any] | None) -> Any:
-        """Call with networks in evaluation mode, without gradients and without touching the run's random state."""
+        """Call with averaged weights, in evaluation mode, without gradients; the run's random state is kept."""
         if function is None or not self.main:
             return None
         modes = [(module, module.training) for player in self.players for module in player.module.modules()]
         for module, _ in modes:
             module.training = False
         try:
-            with torch.random.fork_rng(), torch.no_grad():
+            with self._averaged(), torch.random.fork_rng(), torch.no_grad():
                 return function()
         finally:
             for module, mode in modes:
@@ -426,7 +424,8 @@ def _due(step: int, every: int, final: bool) -> bool:
     return every > 0 and (step % every == 0 or final)
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for key, value in batch.items()

@@ -39,10 +39,6 @@ class DataOrder:
         """Samples per optimiser step over all processes."""
         return self.batch_size * self.accumulation * self.processes
 
-    def epoch(self, step: int) -> float:
-        """Epochs done after ``step`` steps."""
-        return step * self.global_batch / self.size
-
     def batches(self, first_step: int, last_step: int, process: int) -> Iterator[list[Draw]]:
         """The forward passes of one process for the steps ``first_step`` .. ``last_step - 1``, in order.
 

@@ -59,8 +59,8 @@ class Reporter:
         self._lines = active and not terminal
         self._last_line = 0.0
 
-    def step(self, step: int, samples: int) -> None:
-        """Count one finished step (1-based) of ``samples`` samples over all processes."""
+    def step(self, samples: int) -> None:
+        """Count one finished step of ``samples`` samples over all processes."""
         self._samples += samples
         self._bar.update(1)
 
@@ -75,7 +75,7 @@ class Reporter:
         rate = done / elapsed if elapsed > 0 else 0.0
         self._mark = (now, self._samples)
         self._write(step, values | {"images_per_second": rate, "memory_gib": memory_gib()})
-        per_step = self._samples_per_step(step, samples_seen)
+        per_step = samples_seen / step
         eta = (self._last_step - step) * per_step / rate if rate else 0.0
         parts = {
             "epoch": f"{samples_seen / self._samples_per_epoch:.1f}",
@@ -120,9 +120,6 @@ class Reporter:
             self._metrics.close()
         if self._board is not None:
             self._board.close()
-
-    def _samples_per_step(self, step: int, samples_seen: int) -> float:
-        return samples_seen / max(1, step)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         assert self._metrics is not None

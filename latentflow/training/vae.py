@@ -11,6 +11,7 @@ from ..autoencoder import (
     Autoencoder,
     AutoencoderConfig,
     build_autoencoder,
+    check_resolution,
     downscale_factor,
     has_statistics,
     load_autoencoder,
@@ -18,7 +19,6 @@ from ..autoencoder import (
 )
 from ..data import Source, cached_pixels, pixels_to_images
 from ..data.config import DataConfig
-from ..errors import UserError
 from .autoencoder import train_autoencoder
 from .config import LoopConfig
 
@@ -63,13 +63,7 @@ def autoencoder_for(
         )
         return None if vae is None else vae.requires_grad_(False)
     vae = load_autoencoder(given).requires_grad_(False)
-    factor = downscale_factor(vae)
-    if data.resolution % factor:
-        nearest = max(1, round(data.resolution / factor)) * factor
-        raise UserError(
-            f"resolution {data.resolution} is not divisible by the autoencoder's downscale factor {factor}",
-            f"Use --resolution {nearest}.",
-        )
+    check_resolution(data.resolution, downscale_factor(vae))
     if not has_statistics(vae) and not untrained:
         log.info("autoencoder: measuring its latent statistics on the data")
         some = training.subset(torch.linspace(0, len(training) - 1, min(len(training), 512)).long().tolist())
