@@ -20,6 +20,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def time_dtype(device: torch.device) -> torch.dtype:
+    """The precision of a time on ``device``: float64 where there is one."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
 def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
     """``t`` shaped so that it broadcasts along the rows of ``x`` and along nothing else.
 

@@ -1,0 +1,16 @@
+"""Solvers: one step from t to t_next, and the one loop ``integrate`` that takes the steps.
+
+A new Runge-Kutta method is one tableau in ``SOLVERS`` (table.py). Any other method is one function
+``start(options) -> step``, called once per integration: what it closes over is its memory (a multistep
+history, a generator for noise). A method with settings is a factory that returns a ``Solver``.
+"""
+
+from __future__ import annotations
+
+from .base import Field as Field
+from .base import Solver as Solver
+from .base import SolverOptions as SolverOptions
+from .base import Step as Step
+from .integrate import integrate as integrate
+from .runge_kutta import runge_kutta as runge_kutta
+from .table import SOLVERS as SOLVERS

@@ -1,0 +1,46 @@
+"""What a solver is: a step from t to t_next, and what an entry of ``SOLVERS`` says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..paths import Path
+from ..tensors import Velocity
+
+#: The velocity as a solver sees it: (x, t as a Python float) -> dx/dt; checked, in x's own precision.
+Field: TypeAlias = Callable[[Tensor, float], Tensor]
+#: (field, x, t, t_next) -> x at t_next. Evaluates the field only between t and t_next.
+Step: TypeAlias = Callable[[Field, Tensor, float, float], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverOptions:
+    """What a solver may need beyond the velocity."""
+
+    path: Path
+    score: Velocity | None
+    rtol: float
+    atol: float
+    generator: torch.Generator | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """An entry of ``SOLVERS``.
+
+    Attributes:
+        order: global order of convergence (weak order where stochastic); a test holds every entry to it.
+        evaluations: velocity evaluations per step; None where the solver decides.
+        start: makes the step function of one integration; what that closes over is its memory.
+        stochastic: draws noise, from the generator in the options.
+    """
+
+    order: int
+    evaluations: int | None
+    start: Callable[[SolverOptions], Step]
+    stochastic: bool = False

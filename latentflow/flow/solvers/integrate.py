@@ -1,0 +1,146 @@
+"""The one loop that takes a solver's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentflow.errors import UserError, lookup
+
+from ..paths import CondOT, Path
+from ..tensors import Velocity, compute_dtype, time_dtype
+from .base import Field, Solver, SolverOptions
+from .table import SOLVERS
+
+
+def integrate(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor | Sequence[float],
+    solver: str | Solver = "heun",
+    *,
+    path: Path | None = None,
+    score: Velocity | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    callback: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    progress: bool | Callable[[Iterable[int]], Iterable[int]] = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Follow dx/dt = velocity(x, t) from ``times[0]`` to ``times[-1]``.
+
+    Args:
+        velocity: (x, t) -> dx/dt. It gets x in the given dtype and t as a scalar float64 tensor, and is
+            evaluated only within [times[0], times[-1]].
+        x: (B, ...) at times[0], floating point. Half precision is summed up in float32 between evaluations.
+        times: N + 1 times make N steps; strictly increasing (noise to data) or decreasing (data to noise), in
+            [0, 1]. An adaptive solver lands on each of them, so [0, 1] is its cheapest grid.
+        solver: a key of ``SOLVERS``, or a ``Solver`` made by one of the factories behind it.
+        path: the path that the velocity belongs to, for the solvers that need it (exponential, stochastic);
+            default: the straight path, ``CondOT()``.
+        score: (x, t) -> the score, for stochastic solvers where it does not follow from the velocity (a
+            Schrodinger bridge); default: from the same velocity evaluation, through the path.
+        rtol, atol: tolerances of the adaptive solvers.
+        callback: called after each step with (step index, t reached, x); a tensor that it returns replaces x.
+        progress: True for a progress bar, or a function that wraps the iterable of step indices.
+        generator: for solvers that draw noise.
+
+    Returns:
+        x at times[-1], in the dtype of x. Differentiable.
+
+    Raises:
+        UserError: unknown solver (the nearest is suggested); values not finite (step and t are named).
+        ValueError: times or shapes that make no sense.
+    """
+    method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
+    options = SolverOptions(path=path or CondOT(), score=score, rtol=rtol, atol=atol, generator=generator)
+    step = method.start(options)
+    grid = _checked_times(times)
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}: pass a floating-point tensor")
+    _require_finite(x, f"the starting x at t = {grid[0]:g}", "Check where it comes from.")
+    dtype, state = x.dtype, x.to(compute_dtype(x))
+
+    for index in _progress(progress, range(len(grid) - 1)):
+        field = _checked_field(velocity, dtype, f"in step {index + 1} of {len(grid) - 1}")
+        state = step(field, state, grid[index], grid[index + 1])
+        if callback is not None:
+            replacement = callback(index, _scalar(grid[index + 1], x.device), state.to(dtype))
+            if replacement is not None:
+                _require_shape(replacement, state, "the callback")
+                _require_finite(
+                    replacement, f"the callback's x after step {index + 1}", "Check the callback."
+                )
+                state = replacement.to(state)
+    return state.to(dtype)
+
+
+def _checked_times(times: Tensor | Sequence[float]) -> list[float]:
+    grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    if grid.ndim != 1 or len(grid) < 2:
+        raise ValueError(
+            f"times has shape {tuple(grid.shape)}: pass N + 1 times for N >= 1 steps, e.g. time_grid(20)"
+        )
+    if not bool(((grid >= 0) & (grid <= 1)).all()):
+        raise ValueError(f"times must lie in [0, 1] (t = 0 is noise, t = 1 is data), but are {_brief(grid)}")
+    gaps = grid.diff()
+    if not (bool((gaps > 0).all()) or bool((gaps < 0).all())):
+        raise ValueError(
+            f"times must strictly increase or strictly decrease, but are {_brief(grid)}: sort, remove repeats"
+        )
+    values: list[float] = grid.tolist()
+    return values
+
+
+def _brief(grid: Tensor) -> str:
+    values = [f"{value:g}" for value in grid.tolist()]
+    return "[" + ", ".join(values if len(values) <= 12 else [*values[:6], "...", *values[-5:]]) + "]"
+
+
+def _checked_field(velocity: Velocity, dtype: torch.dtype, where: str) -> Field:
+    """``velocity`` called in the network's ``dtype``, its result checked and in the state's precision."""
+
+    def field(x: Tensor, t: float) -> Tensor:
+        value = velocity(x.to(dtype), _scalar(t, x.device))
+        _require_shape(value, x, "the velocity")
+        _require_finite(
+            value,
+            f"the velocity at t = {t:g} {where}",
+            "If the network runs in float16, use bfloat16 or float32; otherwise look at its training log.",
+        )
+        return value.to(x.dtype)
+
+    return field
+
+
+def _require_shape(value: Tensor, like: Tensor, what: str) -> None:
+    if value.shape != like.shape:
+        raise ValueError(
+            f"{what} returned shape {tuple(value.shape)}, but must keep the shape of x, {tuple(like.shape)}"
+        )
+
+
+def _require_finite(value: Tensor, what: str, fix: str) -> None:
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise UserError(f"{what} is not finite: {bad} of {value.numel()} values are NaN or infinite", fix)
+
+
+def _scalar(t: float, device: torch.device) -> Tensor:
+    return torch.tensor(t, dtype=time_dtype(device), device=device)
+
+
+def _progress(
+    progress: bool | Callable[[Iterable[int]], Iterable[int]], steps: Iterable[int]
+) -> Iterable[int]:
+    if callable(progress):
+        return progress(steps)
+    if not progress:
+        return steps
+    from tqdm.auto import tqdm
+
+    bar: Any = tqdm(steps)
+    return bar  # type: ignore[no-any-return]
