@@ -18,6 +18,8 @@ from .paths import Path as Path
 from .paths import PathSample as PathSample
 from .predictions import PREDICTIONS as PREDICTIONS
 from .predictions import convert as convert
+from .rectification import reflow_pairs as reflow_pairs
+from .rectification import straightness as straightness
 from .solvers import SOLVERS as SOLVERS
 from .solvers import Solver as Solver
 from .solvers import integrate as integrate
