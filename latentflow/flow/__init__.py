@@ -20,8 +20,10 @@ from .predictions import PREDICTIONS as PREDICTIONS
 from .predictions import convert as convert
 from .rectification import reflow_pairs as reflow_pairs
 from .rectification import straightness as straightness
+from .solvers import DIFFUSIONS as DIFFUSIONS
 from .solvers import SOLVERS as SOLVERS
 from .solvers import Solver as Solver
+from .solvers import euler_maruyama as euler_maruyama
 from .solvers import integrate as integrate
 from .solvers import runge_kutta as runge_kutta
 from .tensors import Velocity as Velocity

@@ -11,6 +11,9 @@ from .base import Field as Field
 from .base import Solver as Solver
 from .base import SolverOptions as SolverOptions
 from .base import Step as Step
+from .diffusions import DIFFUSIONS as DIFFUSIONS
+from .diffusions import Diffusion as Diffusion
 from .integrate import integrate as integrate
 from .runge_kutta import runge_kutta as runge_kutta
+from .stochastic import euler_maruyama as euler_maruyama
 from .table import SOLVERS as SOLVERS

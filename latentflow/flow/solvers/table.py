@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adaptive import dormand_prince
 from .base import Solver
 from .runge_kutta import runge_kutta
+from .stochastic import euler_maruyama
 
 SOLVERS: dict[str, Solver] = {
     "euler": runge_kutta(1, nodes=[0], matrix=[[]], weights=[1]),
@@ -17,4 +18,5 @@ SOLVERS: dict[str, Solver] = {
         weights=[1 / 6, 1 / 3, 1 / 3, 1 / 6],
     ),
     "dopri5": Solver(order=5, evaluations=None, start=dormand_prince),
+    "euler-maruyama": euler_maruyama(),
 }
