@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from latentflow.errors import UserError
-from latentflow.flow import guide, guide_batched, integrate
+from latentflow.flow import SOLVERS, CondOT, guide, guide_batched, integrate, time_grid
 
 
 class Spy:
@@ -40,8 +41,8 @@ class Spy:
 
 
 FORMS = {
-    "guide": lambda spy, *rest: guide(spy.named("conditional"), spy.named("unconditional"), *rest),
-    "guide_batched": lambda spy, *rest: guide_batched(spy.batched, spy.named("conditional"), *rest),
+    "guide": lambda spy, *a, **k: guide(spy.named("conditional"), spy.named("unconditional"), *a, **k),
+    "guide_batched": lambda spy, *a, **k: guide_batched(spy.batched, spy.named("conditional"), *a, **k),
 }
 
 
@@ -124,3 +125,129 @@ def test_a_scale_that_is_no_number_is_refused(form, scale) -> None:
 def test_an_interval_that_is_none_is_refused(form, interval) -> None:
     with pytest.raises(UserError, match="guidance interval"):
         form(Spy(), 2.0, interval)
+
+
+def test_each_row_has_its_own_scale(form) -> None:
+    spy, scales = Spy(), torch.tensor([1.0, 4.0, 0.0])
+    value = form(spy, scales)(torch.zeros(3, 3, 2), torch.tensor(0.5))  # B == channels
+    assert value[:, 0, 0].tolist() == [5.0, 14.0, 2.0]
+    assert all(len(row.unique()) == 1 for row in value)
+
+
+def test_scales_that_are_all_one_cost_one_evaluation(form) -> None:
+    for scale in (1.0, torch.ones(3), torch.tensor(1.0)):
+        spy = Spy()
+        assert form(spy, scale)(torch.zeros(3, 2), torch.tensor(0.5)).unique() == 5.0
+        assert spy.calls == ["conditional"]
+
+
+def test_rescale_brings_the_std_of_each_row_back_to_the_conditional_ones(draw) -> None:
+    c, u, scales = draw(4, 3, 5), draw(4, 3, 5), torch.tensor([1.0, 2.0, 5.0, -1.0])
+    x, t = torch.zeros_like(c), torch.tensor(0.5)
+    plain = guide(lambda x, t: c, lambda x, t: u, scales)(x, t)
+    full = guide(lambda x, t: c, lambda x, t: u, scales, rescale=1.0)(x, t)
+    half = guide(lambda x, t: c, lambda x, t: u, scales, rescale=0.5)(x, t)
+    assert torch.allclose(full.flatten(1).std(1), c.flatten(1).std(1))
+    assert not torch.allclose(plain.flatten(1).std(1)[1:], c.flatten(1).std(1)[1:], rtol=0.05)
+    # It only scales each row: same direction, and half the way is the mean of both.
+    assert torch.allclose(torch.cosine_similarity(full.flatten(1), plain.flatten(1)), torch.ones(4).double())
+    assert torch.allclose(half, (plain + full) / 2)
+    assert torch.equal(full[0], c[0])  # at scale 1 exactly the conditional
+
+
+def test_rescale_leaves_rows_that_do_not_vary(form) -> None:
+    for shape in ((3, 1), (3, 2, 2), (3,)):
+        assert form(Spy(), 4.0, rescale=0.7)(torch.zeros(shape), torch.tensor(0.5)).unique() == 14.0
+
+
+def test_optimized_scale_takes_the_nearest_multiple_of_the_unconditional(draw) -> None:
+    c, u = draw(4, 3, 5), draw(4, 3, 5)
+    x, t = torch.zeros_like(c), torch.tensor(0.5)
+    guided = guide(lambda x, t: c, lambda x, t: u, 0.0, optimized_scale=True)(x, t)  # s u alone
+    assert torch.allclose(((c - guided) * u).flatten(1).sum(1), torch.zeros(4).double(), atol=1e-12)
+    s = guided / u
+    assert torch.allclose(s, s[:, :1, :1].expand_as(s)) and s.std(0).min() > 0.01  # one number for each row
+    # The unconditional's length cancels: two lengths, one result; at length 0 there is nothing to project on.
+    one, two = (
+        guide(lambda x, t: c, lambda x, t, k=k: k * u, 3.0, optimized_scale=True)(x, t) for k in (1, 7)
+    )
+    assert torch.allclose(one, two) and torch.allclose(one, 3 * c - 2 * guided)
+    zero = guide(lambda x, t: c, lambda x, t: 0 * u, 3.0, optimized_scale=True)(x, t)
+    assert torch.allclose(zero, 3 * c)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_zero_init_stands_still_at_first_without_an_evaluation(form, scale) -> None:
+    spy = Spy()
+    velocity = form(spy, scale, zero_init=0.2)
+    assert not velocity(torch.zeros(2, 3), torch.tensor(0.1)).any() and spy.calls == []
+    value = velocity(torch.zeros(3, 3), torch.tensor([0.1, 0.2, 0.9]))
+    assert value[:, 0].tolist() == [0.0, 2 + 3 * scale, 2 + 3 * scale]
+    # One Euler step of four is left out.
+    assert integrate(velocity, torch.zeros(1, 1), time_grid(4), "euler").item() == 0.75 * (2 + 3 * scale)
+
+
+def test_options_leave_rows_outside_the_interval_exactly_alone(draw) -> None:
+    c, u = draw(3, 8).float(), draw(3, 8).float()
+    options = {"rescale": 0.7, "optimized_scale": True}
+    velocity = guide(lambda x, t: c, lambda x, t: u, torch.tensor([4.0, 4.0, 1.0]), (0.2, 0.8), **options)
+    value = velocity(torch.zeros_like(c), torch.tensor([0.1, 0.5, 0.5]))
+    assert torch.equal(value[[0, 2]], c[[0, 2]]) and not torch.allclose(value[1], c[1], atol=0.1)
+
+
+def guided_between(gaussian, shift: float, scale: float):
+    """To N(1, 0.4^2) and away from N(1 - shift, 0.4^2): with equal variances the guided velocity is that
+    to N(1 + (scale - 1) shift, 0.4^2)."""
+    c, u = (replace(gaussian, means=(mean,), stds=(0.4,)) for mean in (1.0, 1.0 - shift))
+    path = CondOT()
+    return guide(lambda x, t: c.velocity(path, x, t), lambda x, t: u.velocity(path, x, t), scale)
+
+
+@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if not solver.stochastic])
+def test_guidance_goes_through_every_deterministic_solver(gaussian, draw, solver) -> None:
+    x0 = draw(50, 3)
+    adaptive = SOLVERS[solver].evaluations is None
+    steps = 1 if adaptive else {1: 400, 2: 60}.get(SOLVERS[solver].order, 20)
+    x1 = integrate(guided_between(gaussian, 0.5, 3.0), x0, time_grid(steps), solver, rtol=1e-8, atol=1e-8)
+    assert torch.allclose(x1, 2.0 + 0.4 * x0, atol=0.02)
+    assert not torch.allclose(x1, 1.0 + 0.4 * x0, atol=0.5)  # unguided
+
+
+@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if solver.stochastic])
+def test_guidance_goes_through_every_stochastic_solver(gaussian, draw, solver) -> None:
+    x0, generator = draw(20_000, 1), torch.Generator().manual_seed(0)
+    x1 = integrate(guided_between(gaussian, 0.5, 3.0), x0, time_grid(200), solver, generator=generator)
+    # Five standard errors, and the bias of finite steps.
+    assert abs(x1.mean().item() - 2.0) < 5 * 0.4 / 20_000**0.5 + 0.02
+    assert abs(x1.std().item() - 0.4) < 5 * 0.4 / 40_000**0.5 + 0.02
+
+
+def test_autoguidance_with_a_broader_model_sharpens_by_the_closed_form(gaussian, draw) -> None:
+    """N(0, c^2) guided by N(0, b^2): the velocities are x d/dt log std, so x1 = x0 c (c / b)^(scale - 1)."""
+    x0, path = draw(20, 2), CondOT()
+    model, weak = (replace(gaussian, means=(0.0,), stds=(std,)) for std in (0.5, 0.8))
+    velocity = guide(lambda x, t: model.velocity(path, x, t), lambda x, t: weak.velocity(path, x, t), 2.5)
+    x1 = integrate(velocity, x0, [0, 1], "dopri5", rtol=1e-9, atol=1e-9)
+    assert torch.allclose(x1, x0 * 0.5 * (0.5 / 0.8) ** 1.5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": torch.tensor([1.0, float("nan")])}, "guidance scale"),
+        ({"rescale": 1.5}, "guidance rescale 1.5"),
+        ({"rescale": float("nan")}, "guidance rescale"),
+        ({"zero_init": 1.0}, "guidance zero_init 1.0"),
+        ({"zero_init": -0.1}, "guidance zero_init"),
+    ],
+)
+def test_options_out_of_range_are_refused(form, options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        form(Spy(), **{"scale": 2.0, **options})
+
+
+def test_scales_that_do_not_fit_the_rows_are_refused(form) -> None:
+    with pytest.raises(ValueError, match=r"one per row, shape \(B,\)"):
+        form(Spy(), torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"shape \(2,\) for 3 rows"):
+        form(Spy(), torch.tensor([2.0, 3.0]))(torch.zeros(3, 2), torch.tensor(0.5))
