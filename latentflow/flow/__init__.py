@@ -16,6 +16,11 @@ from .paths import PATHS as PATHS
 from .paths import CondOT as CondOT
 from .paths import Path as Path
 from .paths import PathSample as PathSample
+from .paths import Polynomial as Polynomial
+from .paths import SqrtPath as SqrtPath
+from .paths import Trigonometric as Trigonometric
+from .paths import VarianceExploding as VarianceExploding
+from .paths import VariancePreserving as VariancePreserving
 from .predictions import PREDICTIONS as PREDICTIONS
 from .predictions import convert as convert
 from .rectification import reflow_pairs as reflow_pairs

@@ -1,16 +1,29 @@
 """Probability paths x_t = alpha(t) x1 + sigma(t) x0 from noise (t = 0) to data (t = 1).
 
 A new path is one subclass of ``Path`` with four schedules, and one line in ``PATHS``.
+
+The schedules are finite on [0, 1] and so are their derivatives, with two exceptions, both at t = 1: sigma' of
+``VariancePreserving`` and of ``SqrtPath`` is -infinite. At t = 0 the velocity of a ``Polynomial`` of degree > 1
+vanishes and so tells nothing of the data. ``Path.clip`` moves t away from these three ends into
+``Path.interval``; it is the only clipping of t, and ``Path.at`` applies it to the derivatives (never to alpha
+and sigma), so that whatever samples, trains or converts is finite without clipping anything of its own.
+
+The log-SNR, log(alpha^2 / sigma^2), is +infinite at t = 1 but for ``VarianceExploding`` and a ``CondOT`` with
+sigma_min > 0, and -infinite at t = 0 but for ``VariancePreserving`` (-10.05 as it stands) and
+``VarianceExploding``; these two also start with some of the data: alpha(0) = 0.0066 and 1.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from latentflow.errors import UserError
 
 from .tensors import compute_dtype, expand_t
 
@@ -26,7 +39,7 @@ class PathSample(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The four schedules at one t, shaped to multiply (B, ...) tensors."""
+    """The four schedules at one t, shaped to multiply (B, ...) tensors; the derivatives are finite."""
 
     alpha: Tensor
     sigma: Tensor
@@ -35,7 +48,10 @@ class Coefficients(NamedTuple):
 
 
 class Path(ABC):
-    """x_t = alpha(t) x1 + sigma(t) x0. Schedules are elementwise: tensors shaped like t."""
+    """x_t = alpha(t) x1 + sigma(t) x0. Schedules are elementwise: tensors shaped like t, which is in [0, 1]."""
+
+    #: Where the derivatives are finite and the velocity determines the data.
+    interval: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -53,14 +69,44 @@ class Path(ABC):
     def d_sigma(self, t: Tensor) -> Tensor:
         """d sigma / dt."""
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2), increasing in t; infinite where alpha or sigma is 0."""
+        return 2.0 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def d_log_snr(self, t: Tensor) -> Tensor:
+        """d log-SNR / dt; infinite where the log-SNR is."""
+        return 2.0 * (self.d_alpha(t) / self.alpha(t) - self.d_sigma(t) / self.sigma(t))
+
+    def inverse_log_snr(self, value: Tensor) -> Tensor:
+        """The t at which the log-SNR is ``value``; the nearest end where it never is. +-infinity is allowed.
+
+        By bisection, for paths that have no closed form.
+        """
+        low, high = torch.zeros_like(value), torch.ones_like(value)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            below = self.log_snr(middle) < value
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return 0.5 * (low + high)
+
+    def clip(self, t: Tensor) -> Tensor:
+        """``t`` moved into ``interval``: what is not finite at an end of time is taken a little before it."""
+        return t.clamp(*self.interval)
+
     def at(self, t: Tensor | float, x: Tensor) -> Coefficients:
         """The schedules at ``t`` (scalar or (B,), in [0, 1]), ready to multiply ``x`` (B, ...).
 
-        They are evaluated in t's own precision and only then rounded to that of x (at least float32).
+        alpha and sigma are exact, their derivatives those at the clipped t. They are evaluated in t's own
+        precision and only then rounded to that of x (at least float32).
         """
         wide = expand_t(t, x)
-        schedules = (self.alpha(wide), self.sigma(wide), self.d_alpha(wide), self.d_sigma(wide))
+        inner = self.clip(wide)
+        schedules = (self.alpha(wide), self.sigma(wide), self.d_alpha(inner), self.d_sigma(inner))
         return Coefficients(*(value.to(compute_dtype(x)).to(x.device) for value in schedules))
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Where sampling starts, at t = 0: ``noise`` times sigma(0), which is 1 but for variance exploding."""
+        return noise * self.sigma(torch.zeros((), dtype=torch.float64)).item()
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor | float) -> PathSample:
         """The point at ``t`` between the source ``x0`` and the data ``x1``, and its velocity.
@@ -98,14 +144,14 @@ class CondOT(Path):
     Liu et al. 2022 (arXiv:2209.03003), eq. 1, whose velocity is x1 - x0.
 
     Raises:
-        ValueError: ``sigma_min`` is not in [0, 1).
+        UserError: ``sigma_min`` is not in [0, 1).
     """
 
     sigma_min: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sigma_min < 1.0:
-            raise ValueError(f"sigma_min must lie in [0, 1), not {self.sigma_min}; usual values: 0 or 1e-4")
+            raise UserError(f"sigma_min must lie in [0, 1), not {self.sigma_min}", "Usual values: 0 or 1e-4")
 
     def alpha(self, t: Tensor) -> Tensor:
         return t
@@ -119,7 +165,191 @@ class CondOT(Path):
     def d_sigma(self, t: Tensor) -> Tensor:
         return torch.full_like(t, -(1.0 - self.sigma_min))
 
+    def inverse_log_snr(self, value: Tensor) -> Tensor:
+        return (1.0 / ((-0.5 * value).exp() + 1.0 - self.sigma_min)).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class VariancePreserving(Path):
+    """Denoising diffusion in continuous time, alpha^2 + sigma^2 = 1: alpha = exp(-B / 2), sigma^2 = 1 - exp(-B).
+
+    Song et al. 2020 (arXiv:2011.13456), app. C, whose time runs from data to noise: here s = 1 - t and
+    B = beta_min s + (beta_max - beta_min) s^2 / 2, the integral of the linear noise schedule from 0 to s.
+
+    Raises:
+        UserError: not 0 < beta_min <= beta_max < infinity.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    interval: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.beta_min <= self.beta_max < math.inf:
+            raise UserError(
+                f"beta_min and beta_max must be finite with 0 < beta_min <= beta_max, "
+                f"not {self.beta_min} and {self.beta_max}",
+                "Usual values: 0.1 and 20",
+            )
+
+    def _integral(self, t: Tensor) -> Tensor:
+        s = 1.0 - t
+        return s * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * s)
+
+    def _beta(self, t: Tensor) -> Tensor:
+        return self.beta_min + (self.beta_max - self.beta_min) * (1.0 - t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (-0.5 * self._integral(t)).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(-self._integral(t))).sqrt()  # expm1: exact where sigma is small
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return 0.5 * self._beta(t) * self.alpha(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
+
+    def inverse_log_snr(self, value: Tensor) -> Tensor:
+        # exp(B) - 1 = exp(-value); then s from B by the root of the quadratic that does not cancel.
+        integral = torch.logaddexp(-value, torch.zeros_like(value)).clamp(
+            max=0.5 * (self.beta_min + self.beta_max)
+        )
+        slope = 2.0 * (self.beta_max - self.beta_min)
+        s = 2.0 * integral / (self.beta_min + (self.beta_min**2 + slope * integral).sqrt())
+        return (1.0 - s).clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class VarianceExploding(Path):
+    """Noise of geometrically falling level on unscaled data: alpha = 1, sigma = sigma_max^(1-t) sigma_min^t.
+
+    Song et al. 2020 (arXiv:2011.13456), app. C. Sampling starts from sigma_max times the noise: ``Path.start``.
+
+    Raises:
+        UserError: not 0 < sigma_min < sigma_max < infinity.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
+            raise UserError(
+                f"sigma_min and sigma_max must be finite with 0 < sigma_min < sigma_max, "
+                f"not {self.sigma_min} and {self.sigma_max}",
+                "Usual values: 0.01 and 50",
+            )
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_max * (self.sigma_min / self.sigma_max) ** t
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return math.log(self.sigma_min / self.sigma_max) * self.sigma(t)
+
+    def inverse_log_snr(self, value: Tensor) -> Tensor:
+        t = (math.log(self.sigma_max) + 0.5 * value) / math.log(self.sigma_max / self.sigma_min)
+        return t.clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Trigonometric(Path):
+    """A quarter of a circle: alpha = sin(pi t / 2), sigma = cos(pi t / 2).
+
+    Albergo and Vanden-Eijnden 2022 (arXiv:2209.15571), eq. 5; "GVP" in Ma et al. 2024 (arXiv:2401.08740), sec. 2.
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(0.5 * math.pi * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(0.5 * math.pi * (1.0 - t))  # unlike cos, exactly 0 at t = 1
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return 0.5 * math.pi * self.sigma(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -0.5 * math.pi * self.alpha(t)
+
+    def inverse_log_snr(self, value: Tensor) -> Tensor:
+        return (torch.atan((0.5 * value).exp()) / (0.5 * math.pi)).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class Polynomial(Path):
+    """The straight line at another speed: alpha = t^n, sigma = 1 - t^n, for n = ``degree``.
+
+    With more time near the noise the larger n is. The schedule is that of Gat et al. 2024 (arXiv:2407.15595).
+
+    Raises:
+        UserError: ``degree`` is not a finite number >= 1 (below 1 the velocity is infinite at t = 0).
+    """
+
+    degree: float = 2.0
+    interval: ClassVar[tuple[float, float]] = (1e-4, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.degree < math.inf:
+            raise UserError(
+                f"degree must be a finite number of at least 1, not {self.degree}", "Usual values: 2 or 3"
+            )
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t**self.degree
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1.0 - t**self.degree
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return self.degree * t ** (self.degree - 1.0)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -self.d_alpha(t)
+
+    def d_log_snr(self, t: Tensor) -> Tensor:
+        return 2.0 * self.degree / (t * self.sigma(t))  # alpha' / alpha would be 0 / 0 at t = 0
+
+    def inverse_log_snr(self, value: Tensor) -> Tensor:
+        return torch.sigmoid(0.5 * value) ** (1.0 / self.degree)
+
+
+@dataclass(frozen=True)
+class SqrtPath(Path):
+    """A quarter of a circle with alpha growing linearly: alpha = t, sigma = sqrt(1 - t^2).
+
+    The variance-preserving interpolation with the signal as the time. Its velocity is unbounded towards t = 1.
+    """
+
+    interval: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return ((1.0 - t) * (1.0 + t)).sqrt()  # without the cancellation of 1 - t^2
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -t / self.sigma(t)
+
+    def inverse_log_snr(self, value: Tensor) -> Tensor:
+        return torch.sigmoid(value).sqrt()
+
 
 PATHS: dict[str, type[Path]] = {
     "condot": CondOT,
+    "variance-preserving": VariancePreserving,
+    "variance-exploding": VarianceExploding,
+    "trigonometric": Trigonometric,
+    "polynomial": Polynomial,
+    "sqrt": SqrtPath,
 }

@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from latentflow.flow import COUPLINGS, PATHS, CondOT
+from latentflow.flow import (
+    COUPLINGS,
+    PATHS,
+    CondOT,
+    SqrtPath,
+    VariancePreserving,
+)
 from latentflow.flow.tensors import expand_t
 
 EVERY_PATH = [pytest.param(path(), id=name) for name, path in PATHS.items()] + [
@@ -21,22 +29,54 @@ def test_derivatives_are_those_of_the_schedules(path) -> None:
 
 @pytest.mark.parametrize("path", EVERY_PATH)
 def test_schedules_are_shaped_like_t_and_finite_at_both_ends(path) -> None:
-    for t in (torch.tensor(0.3), torch.tensor([0.0, 0.5, 1.0]), torch.zeros(2, 1, 1)):
-        for schedule in (path.alpha, path.sigma, path.d_alpha, path.d_sigma):
-            assert schedule(t).shape == t.shape
-            assert schedule(t).dtype == t.dtype
-            assert schedule(t).isfinite().all()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for t in (torch.tensor(0.3), torch.tensor([0.0, 0.5, 1.0]), torch.zeros(2, 1, 1)):
+            t = t.to(dtype)
+            for schedule in (path.alpha, path.sigma, path.d_alpha, path.d_sigma):
+                value = schedule(t)
+                assert value.shape == t.shape
+                assert value.dtype == t.dtype
+                infinite = schedule == path.d_sigma and isinstance(path, (VariancePreserving, SqrtPath))
+                assert torch.equal(value.isfinite(), ~((t == 1) & infinite))
+                assert not value.isnan().any()
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_alpha_grows_and_sigma_falls_between_the_right_ends(path) -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    assert (path.alpha(t).diff() >= 0).all()
+    assert (path.sigma(t).diff() < 0).all()
+    ends = torch.stack([path.alpha(t[[0, -1]]), path.sigma(t[[0, -1]])], dim=1).tolist()
+    truth = {
+        "CondOT": [[0.0, 1.0], [1.0, getattr(path, "sigma_min", None)]],
+        "VariancePreserving": [[math.exp(-10.05 / 2), math.sqrt(1 - math.exp(-10.05))], [1.0, 0.0]],
+        "VarianceExploding": [[1.0, 50.0], [1.0, 0.01]],
+    }.get(type(path).__name__, [[0.0, 1.0], [1.0, 0.0]])
+    for end, expected in zip(ends, truth, strict=True):
+        assert end == pytest.approx(expected, rel=1e-12, abs=0)  # abs = 0: what is 0 is exactly 0
+    assert torch.equal(path.start(torch.ones(2, 3)), torch.full((2, 3), truth[0][1]))
 
 
 @pytest.mark.parametrize("path", EVERY_PATH)
 def test_sample_starts_at_noise_ends_at_data_and_moves_with_its_velocity(path, draw) -> None:
     x0, x1 = draw(5, 3), draw(5, 3)
-    torch.testing.assert_close(path.sample(x0, x1, 0.0).xt, x0)
-    end = path.sample(x0, x1, 1.0).xt
-    torch.testing.assert_close(end, x1 + path.sigma(torch.ones((), dtype=torch.float64)) * x0)
+    start, end = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    torch.testing.assert_close(path.sample(x0, x1, 0.0).xt, path.start(x0) + path.alpha(start) * x1)
+    torch.testing.assert_close(path.sample(x0, x1, 1.0).xt, x1 + path.sigma(end) * x0)
     t, h = torch.linspace(0.1, 0.9, 5, dtype=torch.float64), 1e-6
     moved = (path.sample(x0, x1, t + h).xt - path.sample(x0, x1, t - h).xt) / (2 * h)
     torch.testing.assert_close(path.sample(x0, x1, t).velocity, moved, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_sample_is_finite_at_both_ends_in_every_dtype(path, dtype, draw) -> None:
+    x0, x1 = draw(2, 3).to(dtype), draw(2, 3).to(dtype)
+    for t in (torch.tensor([0.0, 1.0], dtype=dtype), 0.0, 1.0):
+        sample = path.sample(x0, x1, t)
+        assert sample.xt.dtype == sample.velocity.dtype == dtype
+        assert sample.xt.isfinite().all()
+        assert sample.velocity.isfinite().all()
 
 
 def test_straight_path_by_hand() -> None:
