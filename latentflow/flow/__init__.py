@@ -5,9 +5,16 @@ Conventions: t = 0 is noise (x0), t = 1 is data (x1), x_t = alpha(t) x1 + sigma(
 
 from __future__ import annotations
 
+from .bridges import BridgeSample as BridgeSample
+from .bridges import SchrodingerBridge as SchrodingerBridge
+from .bridges import bridge_matching_loss as bridge_matching_loss
 from .couplings import COUPLINGS as COUPLINGS
+from .couplings import ConditionalOptimalTransport as ConditionalOptimalTransport
 from .couplings import Coupling as Coupling
+from .couplings import DataDependent as DataDependent
 from .couplings import Independent as Independent
+from .couplings import OptimalTransport as OptimalTransport
+from .couplings import Sinkhorn as Sinkhorn
 from .guidance import guide as guide
 from .guidance import guide_batched as guide_batched
 from .objectives import OBJECTIVES as OBJECTIVES
@@ -35,3 +42,5 @@ from .tensors import Velocity as Velocity
 from .times import TIME_DENSITIES as TIME_DENSITIES
 from .times import sample_times as sample_times
 from .times import time_grid as time_grid
+from .transport import assignment as assignment
+from .transport import sinkhorn_plan as sinkhorn_plan

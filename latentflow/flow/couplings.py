@@ -1,16 +1,25 @@
 """Couplings: how source rows are paired with data rows before a path joins them.
 
 A new coupling is one class with this ``__call__``, and one line in ``COUPLINGS``. The data and its condition
-stay put; only the source rows move.
+stay put; only the source rows move. The source may have any distribution.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+from latentflow.errors import lookup
+
+from .tensors import compute_dtype
+from .transport import assignment, sinkhorn_plan, squared_distances
+
+#: (x0, x1, condition, generator) -> the source rows that belong to x1.
+PairedSource: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, torch.Generator | None], Tensor]
 
 
 class Coupling(Protocol):
@@ -23,7 +32,16 @@ class Coupling(Protocol):
         condition: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """(B, ...) source and data -> (B, ...) source."""
+        """(B, ...) source and data -> (B, ...) source.
+
+        Args:
+            x0, x1: (B, ...).
+            condition: (B, ...), what the network is told about each row of x1.
+            generator: decides all that is random.
+
+        Raises:
+            ValueError: x0 and x1 have different numbers of rows, or values that are not finite.
+        """
         ...
 
 
@@ -38,16 +56,219 @@ class Independent:
         condition: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """``x0`` itself.
-
-        Raises:
-            ValueError: x0 and x1 have different numbers of rows.
-        """
-        if x0.shape[0] != x1.shape[0]:
-            raise ValueError(f"{x0.shape[0]} source rows for {x1.shape[0]} data rows: draw one for each")
+        _check_rows(x0, x1)
         return x0
 
 
+@dataclass(frozen=True)
+class OptimalTransport:
+    """The permutation of the source rows with the least total squared distance to the data rows.
+
+    Minibatch optimal transport: Pooladian et al. 2023 (arXiv:2304.14772), Tong et al. 2023 (arXiv:2302.00482).
+    Exact, and every source row is used once. It disregards the condition, and so skews conditional models: there
+    use ``ConditionalOptimalTransport``.
+    """
+
+    def __call__(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        condition: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        _check_rows(x0, x1)
+        return x0[assignment(squared_distances(x0, x1))]
+
+
+@dataclass(frozen=True)
+class Sinkhorn:
+    """Every data row draws its source row from the entropic plan under the squared distance.
+
+    Between optimal transport (regularization -> 0) and the independent coupling (-> infinity). One draw per data
+    row, from its column of the plan, so source rows may repeat (about a third are unused in a batch).
+
+    Args:
+        regularization: the weight of the entropy, > 0.
+        relative: in units of the batch's mean squared distance; otherwise of the squared distance itself, as the
+            Schrodinger bridge needs it (2 sigma^2).
+
+    Raises:
+        ValueError: the regularization is not positive.
+    """
+
+    regularization: float = 0.05
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.regularization > 0:
+            raise ValueError(
+                f"regularization must be positive, not {self.regularization}; for none use the coupling 'ot'"
+            )
+
+    def __call__(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        condition: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        _check_rows(x0, x1)
+        cost = squared_distances(x0, x1).to(compute_dtype(x0, x1))
+        scale = float(cost.mean()) if self.relative else 1.0
+        if scale == 0:  # all rows are equal
+            return x0
+        plan = sinkhorn_plan(cost, self.regularization * scale)
+        return x0[_draw_rows(plan, generator)]
+
+
+@dataclass(frozen=True)
+class ConditionalOptimalTransport:
+    """C2OT: optimal transport that keeps source and condition (nearly) independent.
+
+    Cheng & Schwing 2025 (arXiv:2503.10636). Source row i counts as having the condition of data row i as drawn.
+
+    - Discrete conditions (integer or boolean, (B, ...)): rows move only among rows of equal condition, by exact
+      transport. The source given the condition keeps its distribution exactly.
+    - Continuous conditions (floating, (B, ...)): the cost is |x0_i - x1_j|^2 + w d(c_i, c_j). w is the largest
+      weight at which ``ratio`` of all pairs (i, j), j other than i, cost no more than (i, i).
+    - No condition: plain optimal transport.
+
+    Args:
+        ratio: in (0, 1]; smaller ties rows more firmly to their own condition.
+        distance: d of continuous conditions: "cosine" (1 - cosine, of embeddings) or "euclidean" (of coordinates).
+
+    Raises:
+        UserError: the distance is unknown.
+        ValueError: the ratio is out of range, the condition has another number of rows or NaN, or it is one number
+            a row and the distance is the cosine's.
+    """
+
+    ratio: float = 0.01
+    distance: str = "cosine"
+
+    def __post_init__(self) -> None:
+        lookup(_CONDITION_DISTANCES, self.distance, "distance")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must lie in (0, 1], not {self.ratio}; usual values: 0.005 to 0.1")
+
+    def __call__(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        condition: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        _check_rows(x0, x1)
+        if condition is None:
+            return x0[assignment(squared_distances(x0, x1))]
+        if condition.shape[:1] != x1.shape[:1]:
+            raise ValueError(
+                f"condition of shape {tuple(condition.shape)} for {x1.shape[0]} rows: one per row"
+            )
+        condition = condition.to(x0.device).reshape(len(condition), -1)
+        if not condition.is_floating_point():
+            return x0[_assignment_within(x0, x1, condition)]
+        cost = squared_distances(x0, x1)
+        apart = _CONDITION_DISTANCES[self.distance](condition.to(cost.dtype))
+        return x0[assignment(cost + _condition_weight(cost, apart, self.ratio) * apart)]
+
+
+@dataclass(frozen=True)
+class DataDependent:
+    """The source belongs to the data: x0 ~ p(x0 | x1), as in restoration, inpainting and data-to-data transport.
+
+    Albergo et al. 2023 (arXiv:2310.03725).
+
+    Args:
+        source: (x0, x1, condition, generator) -> the source rows for x1, shaped like x1; for example a degraded x1 plus
+            x0 as noise. Without it the rows as supplied are the pairs, as with the pairs of a reflow.
+    """
+
+    source: PairedSource | None = None
+
+    def __call__(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        condition: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        _check_rows(x0, x1)
+        if self.source is None:
+            return x0
+        paired = self.source(x0, x1, condition, generator)
+        if paired.shape != x1.shape:
+            raise ValueError(
+                f"source returned shape {tuple(paired.shape)} for data of shape {tuple(x1.shape)}: "
+                "return one source row per data row, of the same shape"
+            )
+        return paired
+
+
+def _check_rows(x0: Tensor, x1: Tensor) -> None:
+    if x0.shape[0] != x1.shape[0]:
+        raise ValueError(f"{x0.shape[0]} source rows for {x1.shape[0]} data rows: draw one for each")
+
+
+def _draw_rows(plan: Tensor, generator: torch.Generator | None) -> Tensor:
+    """For every column of the (B, B) plan one row, drawn with the column's probabilities."""
+    device = plan.device if generator is None else generator.device
+    uniform = torch.rand(len(plan), generator=generator, device=device).to(plan)
+    cumulative = plan.T.cumsum(1).contiguous()
+    # right=True: never a row of probability 0.
+    rows = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+    return rows[:, 0].clamp_(max=len(plan) - 1)
+
+
+def _assignment_within(x0: Tensor, x1: Tensor, condition: Tensor) -> Tensor:
+    """Exact assignment (B,) among the rows of equal condition, (B, K)."""
+    label = condition.unique(dim=0, return_inverse=True)[1]
+    order = label.argsort(stable=True)
+    rows = torch.arange(len(label), device=label.device)
+    for group in order.split(label.bincount().tolist()):
+        if len(group) > 1:
+            rows[group] = group[assignment(squared_distances(x0[group], x1[group]))]
+    return rows
+
+
+def _cosine_distances(condition: Tensor) -> Tensor:
+    """1 - cosine between all rows of (B, K), (B, B)."""
+    if condition.shape[1] == 1:
+        raise ValueError(
+            "the cosine between single numbers is 1 or -1, no measure of how far conditions lie apart: "
+            'use distance="euclidean", or integers for labels'
+        )
+    unit = torch.nn.functional.normalize(condition, dim=1)
+    return squared_distances(unit, unit) / 2  # |u - v|^2 = 2 - 2 cosine
+
+
+def _euclidean_distances(condition: Tensor) -> Tensor:
+    """The distances between all rows of (B, K), (B, B)."""
+    return torch.cdist(condition, condition, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _condition_weight(cost: Tensor, apart: Tensor, ratio: float) -> float:
+    """The largest w >= 0 at which cost_ij + w apart_ij <= cost_ii for ``ratio`` of the pairs with j other than i.
+
+    The paper searches for it by halving; but a pair meets the inequality up to w = (cost_ii - cost_ij) / apart_ij, so
+    w is an order statistic of these.
+    """
+    limit = (cost.diagonal()[:, None] - cost) / apart
+    limit = limit.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # 0 / 0: met by every w
+    limit = limit[~torch.eye(len(cost), dtype=torch.bool, device=cost.device)]
+    rank = max(round(ratio * limit.numel()), 1)
+    weight = limit.sort(descending=True).values[rank - 1]
+    # So many conditions are equal that any w would do: then the least that holds all others back.
+    largest = limit[limit.isfinite()].amax() if weight.isinf() else weight
+    return max(float(largest), 0.0)
+
+
+_CONDITION_DISTANCES = {"cosine": _cosine_distances, "euclidean": _euclidean_distances}
+
 COUPLINGS: dict[str, type[Coupling]] = {
     "independent": Independent,
+    "ot": OptimalTransport,
+    "sinkhorn": Sinkhorn,
+    "conditional-ot": ConditionalOptimalTransport,
+    "data-dependent": DataDependent,
 }
