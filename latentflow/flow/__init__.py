@@ -17,6 +17,8 @@ from .couplings import OptimalTransport as OptimalTransport
 from .couplings import Sinkhorn as Sinkhorn
 from .guidance import guide as guide
 from .guidance import guide_batched as guide_batched
+from .likelihood import bits_per_dim as bits_per_dim
+from .likelihood import log_likelihood as log_likelihood
 from .objectives import OBJECTIVES as OBJECTIVES
 from .objectives import flow_matching_loss as flow_matching_loss
 from .paths import PATHS as PATHS

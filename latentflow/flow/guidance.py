@@ -153,7 +153,7 @@ def _zero_until(velocity: Velocity, start: float) -> Velocity:
     def stilled(x: Tensor, t: Tensor) -> Tensor:
         still = expand_t(t, x) < start
         if bool(still.all()):
-            return torch.zeros_like(x)
+            return 0.0 * x  # rather than zeros, so that its divergence can be taken
         return velocity(x, t).masked_fill(still.to(x.device), 0.0)
 
     return stilled

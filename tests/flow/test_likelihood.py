@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latentflow.errors import UserError
+from latentflow.flow import SOLVERS, CondOT, bits_per_dim, guide, log_likelihood, time_grid
+
+PATH = CondOT()
+TIGHT = {"rtol": 1e-8, "atol": 1e-8}
+
+
+def exact_density(mixture, x: Tensor) -> Tensor:
+    """log p_1 of the elementwise product of mixtures, from its definition."""
+    weights, means, stds = (
+        torch.tensor(v, dtype=x.dtype) for v in (mixture.weights, mixture.means, mixture.stds)
+    )
+    density = torch.distributions.Normal(means, stds).log_prob(x[..., None]) + weights.log()
+    return density.logsumexp(-1).flatten(1).sum(1)
+
+
+@pytest.fixture
+def velocity(mixture):
+    return lambda x, t: mixture.velocity(PATH, x, t)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Net(nn.Module):
+    """A velocity with what networks are made of: convolution, norms, attention, an embedding of t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inwards, self.norm = nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.time, self.qkv, self.outwards = nn.Linear(1, 8), nn.Linear(8, 24), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = F.silu(self.norm(self.inwards(x))).flatten(2).mT  # (B, HW, 8)
+        hidden = F.layer_norm(hidden + self.time(t.to(x).reshape(-1, 1, 1)), (8,))
+        q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in self.qkv(hidden).chunk(3, 2))
+        hidden = hidden + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.outwards(hidden).mT.reshape(x.shape)
+
+
+@pytest.fixture
+def net() -> Net:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net()
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (4, 3), (3, 2, 2, 3), (2, 2, 2, 1, 2)])
+def test_density_of_the_mixture_in_any_shape(mixture, velocity, draw, shape) -> None:
+    x1 = 2 * draw(*shape)
+    found = log_likelihood(velocity, x1, **TIGHT)
+    assert found.shape == shape[:1] and found.dtype == torch.float64
+    assert (found - exact_density(mixture, x1)).abs().max() < 1e-5
+    flat = log_likelihood(velocity, x1.flatten(1), **TIGHT)
+    assert torch.allclose(found, flat, atol=1e-9)
+
+
+def test_density_integrates_to_one(velocity) -> None:
+    x1 = torch.linspace(-8, 8, 1601, dtype=torch.float64)[:, None]
+    total = torch.trapezoid(log_likelihood(velocity, x1, **TIGHT).exp(), x1[:, 0])
+    assert total.item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_an_affine_flow_that_mixes_and_turns_the_elements(draw) -> None:
+    """dx/dt = A x: x1 = exp(A) x0, a normal with covariance exp(A) exp(A)^T; the trace alone is not enough."""
+    matrix = torch.tensor([[0.3, -1.0, 0.2], [0.8, -0.5, 0.0], [0.1, 0.4, 0.6]], dtype=torch.float64)
+    end, x1 = torch.linalg.matrix_exp(matrix), draw(5, 3)
+    exact = torch.distributions.MultivariateNormal(torch.zeros(3).double(), end @ end.T).log_prob(x1)
+    assert torch.allclose(log_likelihood(lambda x, t: x @ matrix.T, x1, **TIGHT), exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased_on_a_full_jacobian(draw, probe) -> None:
+    matrix, x1 = draw(4, 4) / 2, draw(1, 4)
+    grid = {"solver": "rk4", "times": time_grid(10).flip(0)}
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return (x @ matrix.T).tanh()
+
+    exact = log_likelihood(velocity, x1, **grid)
+    many = log_likelihood(
+        velocity, x1.expand(20_000, 4), "hutchinson", probe=probe, generator=generator(0), **grid
+    )
+    error = many.std().item() / 20_000**0.5
+    assert 0.001 < error < 0.05
+    assert abs(many.mean().item() - exact.item()) < 4 * error
+
+
+def test_more_probes_have_less_variance(draw) -> None:
+    matrix, x1 = draw(4, 4) / 2, draw(1, 4).expand(4000, 4)
+    stds = [
+        log_likelihood(
+            lambda x, t: x @ matrix.T,
+            x1,
+            "hutchinson",
+            probes=probes,
+            solver="rk4",
+            times=[1, 0],
+            generator=generator(0),
+        ).std()
+        for probes in (1, 9)
+    ]
+    assert (stds[0] / stds[1]).item() == pytest.approx(3.0, rel=0.1)
+
+
+def test_rademacher_is_exact_on_a_diagonal_field(draw) -> None:
+    diagonal, x1 = draw(2, 3), draw(5, 2, 3)
+    exact, estimate, gaussian = (
+        log_likelihood(lambda x, t: x * diagonal, x1, kind, probe=probe, generator=generator(0), **TIGHT)
+        for kind, probe in (("exact", "rademacher"), ("hutchinson", "rademacher"), ("hutchinson", "gaussian"))
+    )
+    assert torch.allclose(estimate, exact, atol=1e-10)
+    assert not torch.allclose(gaussian, exact, atol=0.1)
+
+
+def test_gradient_to_the_data_is_the_score(mixture, velocity, draw) -> None:
+    x1 = (2 * draw(4, 2, 3)).requires_grad_()
+    log_likelihood(velocity, x1, differentiable=True, **TIGHT).sum().backward()
+    score = mixture.score(PATH, x1, torch.tensor(1.0, dtype=torch.float64))
+    assert torch.allclose(x1.grad, score, atol=1e-5)
+
+
+def test_gradient_to_the_parameters_is_the_difference_quotient(draw) -> None:
+    scale, x1 = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), draw(3, 2)
+
+    def density() -> Tensor:
+        return log_likelihood(lambda x, t: (scale * x).sin(), x1, differentiable=True, **TIGHT).sum()
+
+    density().backward()
+    with torch.no_grad():
+        scale += 1e-4
+        above = density()
+        scale -= 2e-4
+        below = density()
+    assert scale.grad.item() == pytest.approx((above - below).item() / 2e-4, rel=1e-5)
+
+
+def test_without_differentiable_nothing_keeps_a_graph(net, draw) -> None:
+    x1 = draw(2, 2, 3, 3).float().requires_grad_()
+    grid = {"solver": "euler", "times": [1.0, 0.5, 0.0]}
+    for kind in ("exact", "hutchinson"):
+        assert not log_likelihood(net, x1, kind, **grid).requires_grad
+        with torch.no_grad():
+            assert log_likelihood(net, x1, kind, **grid).isfinite().all()
+    assert all(p.grad is None for p in net.parameters()) and x1.grad is None
+
+
+def test_divergence_of_a_network_is_the_trace_of_its_jacobian(net, draw) -> None:
+    x1, t = draw(3, 2, 3, 3).float(), torch.tensor(1.0)
+    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda x: net(x[None], t)[0], x) for x in x1])
+    trace = jacobian.reshape(3, 18, 18).diagonal(dim1=1, dim2=2).sum(1)
+    # One Euler step back: log p = log N(x - v) - div.
+    step = log_likelihood(net, x1, solver="euler", times=[1.0, 0.0])
+    normal = torch.distributions.Normal(0.0, 1.0).log_prob(x1 - net(x1, t)).flatten(1).sum(1)
+    assert torch.allclose(normal - step, trace, atol=1e-4)
+    assert trace.abs().min() > 1e-2
+
+
+def test_a_network_with_attention_is_differentiated_twice(net, draw) -> None:
+    x1 = draw(2, 2, 3, 3).float()
+    log_likelihood(net, x1, solver="euler", times=[1, 0], differentiable=True).sum().backward()
+    assert all(p.grad.isfinite().all() for name, p in net.named_parameters() if name != "outwards.bias")
+    assert net.qkv.weight.grad.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["exact", "hutchinson"])
+def test_chunks_change_nothing(net, draw, kind) -> None:
+    x1 = draw(2, 2, 3, 3).float()
+    one, *others = (
+        log_likelihood(
+            net,
+            x1,
+            kind,
+            probes=7,
+            generator=generator(0),
+            chunk_size=size,
+            solver="euler",
+            times=[1, 0.5, 0],
+        )
+        for size in (1, 5, 18, 1000)
+    )
+    assert all(torch.allclose(one, other, atol=1e-4) for other in others)
+
+
+def test_the_generator_decides_the_probes(net, draw) -> None:
+    x1 = draw(2, 2, 3, 3).float()
+    one, two, other = (
+        log_likelihood(net, x1, "hutchinson", generator=generator(seed), solver="euler", times=[1, 0])
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_a_source_of_its_own_and_a_part_of_the_time(draw) -> None:
+    """dx/dt = x from t = 0.25 to 0.75 multiplies by e^(1/2): N(1, 3^2) becomes N(e^(1/2), (3 e^(1/2))^2)."""
+    x1, growth = draw(4, 2), math.exp(0.5)
+    found = log_likelihood(
+        lambda x, t: x,
+        x1,
+        times=[0.75, 0.25],
+        log_source=lambda x: torch.distributions.Normal(1.0, 3.0).log_prob(x).sum(1),
+        **TIGHT,
+    )
+    exact = torch.distributions.Normal(growth, 3 * growth).log_prob(x1).sum(1)
+    assert torch.allclose(found, exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if not solver.stochastic])
+def test_every_deterministic_solver(gaussian, draw, solver) -> None:
+    adaptive = SOLVERS[solver].evaluations is None
+    x1, steps = 1.5 + 0.4 * draw(10, 2), 1 if adaptive else 400 if SOLVERS[solver].order == 1 else 80
+    found = log_likelihood(
+        lambda x, t: gaussian.velocity(PATH, x, t), x1, solver=solver, times=time_grid(steps).flip(0)
+    )
+    assert torch.allclose(found, exact_density(gaussian, x1), atol=0.05)
+
+
+def test_density_of_a_guided_flow(gaussian, draw) -> None:
+    """Equal variances: guidance at 3 away from N(1, 0.4^2) is the flow to N(1.5 + 2 * 0.5, 0.4^2)."""
+    other, x1 = replace(gaussian, means=(1.0,)), 2.5 + draw(5, 2)
+    velocity = guide(lambda x, t: gaussian.velocity(PATH, x, t), lambda x, t: other.velocity(PATH, x, t), 3.0)
+    exact = exact_density(replace(gaussian, means=(2.5,)), x1)
+    assert torch.allclose(log_likelihood(velocity, x1, **TIGHT), exact, atol=1e-6)
+
+
+def test_a_flow_that_stands_still_keeps_the_density(draw) -> None:
+    x1 = draw(3, 2)
+    velocity = guide(lambda x, t: x, lambda x, t: x, 1.0, zero_init=0.5)
+    found = log_likelihood(velocity, x1, solver="rk4", times=[0.4, 0.0])
+    assert torch.allclose(found, torch.distributions.Normal(0.0, 1.0).log_prob(x1).sum(1), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_velocity_sees_the_dtype_and_the_result_is_float32(dtype, draw) -> None:
+    seen: list[torch.dtype] = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return 0.5 * x
+
+    x1 = draw(3, 2).to(dtype)
+    found = log_likelihood(velocity, x1, solver="rk4", times=time_grid(10).flip(0))
+    assert found.dtype == torch.float32 and set(seen) == {dtype}
+    exact = torch.distributions.Normal(0.0, math.exp(0.5)).log_prob(x1.float()).sum(1)
+    assert torch.allclose(found, exact, atol=0.03 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_bits_per_dim_of_a_standard_normal_is_its_entropy(draw) -> None:
+    x1 = draw(20_000, 2, 2, 3)
+    logp = torch.distributions.Normal(0.0, 1.0).log_prob(x1).flatten(1).sum(1)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e)
+    assert bits_per_dim(logp, x1.shape[1:]).mean().item() == pytest.approx(entropy, abs=0.02)
+    assert torch.equal(bits_per_dim(logp, x1.shape[1:]), bits_per_dim(logp, 12))
+    with pytest.raises(ValueError, match="0 dimensions"):
+        bits_per_dim(logp, (2, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"divergence": "exakt"}, UserError, "did you mean 'exact'"),
+        ({"divergence": "hutchinson", "probe": "gausian"}, UserError, "did you mean 'gaussian'"),
+        ({"solver": "dopri"}, UserError, "did you mean 'dopri5'"),
+        ({"probes": 0}, ValueError, "probes is 0"),
+        ({"chunk_size": 0}, ValueError, "chunk_size is 0"),
+        ({"times": (0.0, 1.0)}, ValueError, "pass decreasing times"),
+        ({"x1": torch.zeros(2, 2, dtype=torch.int64)}, ValueError, "torch.int64"),
+        ({"x1": torch.zeros(2)}, ValueError, "floating-point rows"),
+        ({"log_source": lambda x: -x}, ValueError, "sum over the elements"),
+        ({"velocity": lambda x, t: x[:, :1]}, ValueError, "must keep that of x"),
+        ({"velocity": torch.no_grad()(lambda x, t: -x)}, UserError, "no graph"),
+        ({"velocity": lambda x, t: x * torch.nan}, UserError, "not finite"),
+    ],
+)
+def test_bad_input(options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        log_likelihood(**{"velocity": lambda x, t: -x, "x1": torch.zeros(2, 2), **options})
+
+
+def test_stochastic_solvers_are_refused() -> None:
+    for name in [name for name, solver in SOLVERS.items() if solver.stochastic]:
+        with pytest.raises(UserError, match="stochastic"):
+            log_likelihood(lambda x, t: -x, torch.zeros(2, 2), solver=name, times=time_grid(5).flip(0))
