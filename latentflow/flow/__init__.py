@@ -31,6 +31,8 @@ from .paths import Trigonometric as Trigonometric
 from .paths import VarianceExploding as VarianceExploding
 from .paths import VariancePreserving as VariancePreserving
 from .predictions import PREDICTIONS as PREDICTIONS
+from .predictions import as_velocity as as_velocity
+from .predictions import change_path as change_path
 from .predictions import convert as convert
 from .rectification import reflow_pairs as reflow_pairs
 from .rectification import straightness as straightness

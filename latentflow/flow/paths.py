@@ -108,6 +108,10 @@ class Path(ABC):
         """Where sampling starts, at t = 0: ``noise`` times sigma(0), which is 1 but for variance exploding."""
         return noise * self.sigma(torch.zeros((), dtype=torch.float64)).item()
 
+    def scale_input(self, xt: Tensor, t: Tensor | float) -> Tensor:
+        """``xt`` as a network should see it: as it is, or where its scale explodes, divided by that."""
+        return xt
+
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor | float) -> PathSample:
         """The point at ``t`` between the source ``x0`` and the data ``x1``, and its velocity.
 
@@ -258,6 +262,11 @@ class VarianceExploding(Path):
         t = (math.log(self.sigma_max) + 0.5 * value) / math.log(self.sigma_max / self.sigma_min)
         return t.clamp(0.0, 1.0)
 
+    def scale_input(self, xt: Tensor, t: Tensor | float) -> Tensor:
+        """``xt`` over its standard deviation, that of the data being about 1."""
+        sigma = self.at(t, xt).sigma
+        return (xt / (1.0 + sigma**2).sqrt()).to(xt.dtype)
+
 
 @dataclass(frozen=True)
 class Trigonometric(Path):
@@ -327,7 +336,10 @@ class SqrtPath(Path):
     The variance-preserving interpolation with the signal as the time. Its velocity is unbounded towards t = 1.
     """
 
-    interval: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
+    interval: ClassVar[tuple[float, float]] = (
+        0.0,
+        1.0 - 5e-7,
+    )  # alpha / sigma = 1000, as at the end of VariancePreserving
 
     def alpha(self, t: Tensor) -> Tensor:
         return t

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,36 +24,45 @@ class Mixture:
     means: tuple[float, ...]
     stds: tuple[float, ...]
 
-    def ends(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(E[x1 | x_t = x], E[x0 | x_t = x]); t broadcasts against x."""
+    def components(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """(alpha, means, stds^2, residual, variance, log of the joint density), (..., K) or broadcast to it."""
         a, s = path.alpha(t)[..., None], path.sigma(t)[..., None]
         weights, means, stds = (
             torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds)
         )
-        variance = a**2 * stds**2 + s**2  # (..., K)
+        variance = a**2 * stds**2 + s**2
         residual = x[..., None] - a * means
-        share = torch.softmax(weights.log() - 0.5 * variance.log() - 0.5 * residual**2 / variance, dim=-1)
-        data = (share * (means + a * stds**2 * residual / variance)).sum(-1)
-        noise = (share * s * residual / variance).sum(-1)
-        return data, noise
+        log_joint = weights.log() - 0.5 * (residual**2 / variance + (2 * math.pi * variance).log())
+        return a, means, stds**2, residual, variance, log_joint
+
+    def data_and_score(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(E[x1 | x_t = x], d/dx log p_t(x)); t broadcasts against x. Finite wherever x_t has a density."""
+        a, means, variances, residual, variance, log_joint = self.components(path, x, t)
+        share = torch.softmax(log_joint, dim=-1)
+        data = (share * (means + a * variances * residual / variance)).sum(-1)
+        return data, -(share * residual / variance).sum(-1)
+
+    def ends(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(E[x1 | x_t = x], E[x0 | x_t = x]); t broadcasts against x."""
+        data, score = self.data_and_score(path, x, t)
+        return data, -path.sigma(t) * score
+
+    def log_density(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
+        return torch.logsumexp(self.components(path, x, t)[-1], dim=-1)
 
     def score(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
         """d/dx log p_t(x), by autograd through the density, so not through any formula for the ends."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            a, s = path.alpha(t)[..., None], path.sigma(t)[..., None]
-            weights, means, stds = (
-                torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds)
-            )
-            std = (a**2 * stds**2 + s**2).sqrt()
-            logp = torch.logsumexp(
-                weights.log() - std.log() - 0.5 * ((x[..., None] - a * means) / std) ** 2, dim=-1
-            )
-            return torch.autograd.grad(logp.sum(), x)[0]
+            return torch.autograd.grad(self.log_density(path, x, t).sum(), x)[0]
 
     def velocity(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
-        data, noise = self.ends(path, x, t)
-        return path.d_alpha(t) * data + path.d_sigma(t) * noise
+        """alpha' E[x1 | x] + sigma' E[x0 | x], finite at both ends of every path."""
+        data, score = self.data_and_score(path, x, t)
+        a, s, da, ds = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
+        # Where sigma' is infinite, sigma sigma' is not: there alpha^2 + sigma^2 = 1.
+        product = torch.where(ds.isinf(), -a * da, s * ds)
+        return da * data - product * score
 
 
 @pytest.fixture

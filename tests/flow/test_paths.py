@@ -5,11 +5,16 @@ import math
 import pytest
 import torch
 
+from latentflow.errors import UserError
 from latentflow.flow import (
     COUPLINGS,
     PATHS,
     CondOT,
+    Path,
+    Polynomial,
     SqrtPath,
+    Trigonometric,
+    VarianceExploding,
     VariancePreserving,
 )
 from latentflow.flow.tensors import expand_t
@@ -90,13 +95,84 @@ def test_straight_path_by_hand() -> None:
     assert CondOT(sigma_min=0.5).sample(x0, x1, 0.5).xt.tolist() == [[6.5], [1.0]]  # 0.5 x1 + 0.75 x0
 
 
-def test_t_belongs_to_rows_even_where_batch_equals_width(draw) -> None:
-    x0, x1, t = draw(4, 2, 4, 4), draw(4, 2, 4, 4), torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
-    together = CondOT(1e-3).sample(x0, x1, t)
+def test_sqrt_path_by_hand() -> None:
+    half, one = torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([[1.0]], dtype=torch.float64)
+    sample = SqrtPath().sample(half, one, 0.6)
+    assert sample.xt.item() == pytest.approx(1.0, abs=1e-15)
+    assert sample.velocity.item() == pytest.approx(0.625, abs=1e-15)
+
+
+@pytest.mark.parametrize("path", [VariancePreserving(), Trigonometric(), SqrtPath()])
+def test_circular_paths_keep_the_variance(path) -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(
+        path.alpha(t) ** 2 + path.sigma(t) ** 2, torch.ones_like(t), atol=1e-15, rtol=0
+    )
+
+
+def test_variance_preserving_is_the_limit_of_discrete_diffusion() -> None:
+    steps = 200_000
+    kept = (1 - torch.linspace(0.1, 20.0, steps, dtype=torch.float64) / steps).cumprod(0)  # alpha-bar
+    t = 1 - torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    torch.testing.assert_close(VariancePreserving().alpha(t) ** 2, kept, atol=0, rtol=2e-3)
+
+
+def test_variance_exploding_is_geometric() -> None:
+    t = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    sigma = VarianceExploding(sigma_min=0.1, sigma_max=1000.0).sigma(t)
+    torch.testing.assert_close(sigma, torch.tensor([1000.0, 100.0, 10.0, 1.0, 0.1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_log_snr_is_its_definition_and_its_inverse_inverts_it(path) -> None:
+    t = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+    value = path.log_snr(t)
+    torch.testing.assert_close(value, (path.alpha(t) ** 2 / path.sigma(t) ** 2).log(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(path.inverse_log_snr(value), t, atol=1e-9, rtol=0)
+    assert path.inverse_log_snr(value[0].float()).dtype == torch.float32
+    inner = t[50:-50]
+    difference = (path.log_snr(inner + 1e-6) - path.log_snr(inner - 1e-6)) / 2e-6
+    torch.testing.assert_close(path.d_log_snr(inner), difference, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_inverse_log_snr_far_out_and_beyond_the_range(path) -> None:
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    infinity = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
+    for beyond in (infinity, torch.tensor([-1e4, 1e4], dtype=torch.float64), infinity.float()):
+        assert torch.equal(path.inverse_log_snr(beyond), ends.to(beyond.dtype))
+    first, last = path.log_snr(ends).tolist()
+    assert first < last
+    assert (path.d_log_snr(ends) > 0).all()  # +infinity is allowed, NaN is not
+    value = torch.linspace(max(first, -60.0), min(last, 16.0), 200, dtype=torch.float64)
+    torch.testing.assert_close(path.log_snr(path.inverse_log_snr(value)), value, atol=1e-7, rtol=0)
+    bisected = Path.inverse_log_snr(path, value)  # what a path without a closed form has
+    torch.testing.assert_close(path.inverse_log_snr(value), bisected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_derivatives_are_clipped_in_one_place_and_nothing_else_is(path) -> None:
+    x = torch.zeros(3, 2, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    c, inner = path.at(t, x), path.clip(t)
+    assert torch.equal(c.alpha[:, 0], path.alpha(t))
+    assert torch.equal(c.sigma[:, 0], path.sigma(t))
+    assert torch.equal(c.d_alpha[:, 0], path.d_alpha(inner))
+    assert torch.equal(c.d_sigma[:, 0], path.d_sigma(inner))
+    assert (inner - t).abs().max() <= 1e-4
+    assert (inner[1], *path.interval) == (0.5, inner[0], inner[2])
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 2, 4, 4)])
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_t_belongs_to_rows_even_where_batch_equals_width(path, shape, draw) -> None:
+    x0, x1, t = draw(*shape), draw(*shape), torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    together = path.sample(x0, x1, t)
+    assert together.xt.shape == together.velocity.shape == shape
     for row in range(4):
-        alone = CondOT(1e-3).sample(x0[row : row + 1], x1[row : row + 1], float(t[row]))
-        assert torch.equal(together.xt[row : row + 1], alone.xt)
-        assert torch.equal(together.velocity[row : row + 1], alone.velocity)
+        alone = path.sample(x0[row : row + 1], x1[row : row + 1], float(t[row]))
+        torch.testing.assert_close(together.xt[row : row + 1], alone.xt, atol=1e-14, rtol=1e-14)
+        torch.testing.assert_close(together.velocity[row : row + 1], alone.velocity, atol=1e-14, rtol=1e-14)
 
 
 def test_expand_t_shapes() -> None:
@@ -126,20 +202,59 @@ def test_ends_of_different_shapes_are_refused() -> None:
         CondOT().sample(torch.zeros(1, 2), torch.zeros(3, 2), 0.5)
 
 
-@pytest.mark.parametrize("sigma_min", [-0.1, 1.0, 2.0, float("nan")])
-def test_sigma_min_out_of_range_is_refused(sigma_min) -> None:
-    with pytest.raises(ValueError, match="sigma_min"):
-        CondOT(sigma_min=sigma_min)
+NAN, INFINITY = float("nan"), float("inf")
 
 
-def test_half_precision_is_calculated_in_float32(draw) -> None:
-    x0, x1 = draw(64, 8).bfloat16(), draw(64, 8).bfloat16()
+@pytest.mark.parametrize(
+    ("path", "options", "message"),
+    [(CondOT, {"sigma_min": v}, rf"sigma_min must .* not {v}") for v in (-0.1, 1.0, 2.0, NAN)]
+    + [(Polynomial, {"degree": v}, rf"degree must .* not {v}") for v in (0.5, -2.0, NAN, INFINITY)]
+    + [
+        (VariancePreserving, {"beta_min": low, "beta_max": high}, rf"beta_min .* not {low} and {high}")
+        for low, high in ((0.0, 20.0), (-1.0, 20.0), (3.0, 2.0), (0.1, INFINITY), (NAN, 20.0))
+    ]
+    + [
+        (VarianceExploding, {"sigma_min": low, "sigma_max": high}, rf"sigma_min .* not {low} and {high}")
+        for low, high in ((0.0, 50.0), (1.0, 1.0), (2.0, 1.0), (0.01, INFINITY), (NAN, 50.0))
+    ],
+)
+def test_settings_out_of_range_are_refused(path, options, message) -> None:
+    with pytest.raises(UserError, match=rf"{message}\nUsual values"):
+        path(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_half_precision_is_calculated_in_float32(path, dtype, draw) -> None:
+    x0, x1 = draw(64, 8).to(dtype), draw(64, 8).to(dtype)
     t = torch.linspace(0, 1, 64, dtype=torch.float64)
-    half, full = CondOT().sample(x0, x1, t), CondOT().sample(x0.float(), x1.float(), t)
-    assert half.xt.dtype == half.velocity.dtype == torch.bfloat16
+    half, full = path.sample(x0, x1, t), path.sample(x0.float(), x1.float(), t)
+    assert half.xt.dtype == half.velocity.dtype == dtype
     assert full.xt.dtype == torch.float32  # float64 times do not promote the sample
-    assert torch.equal(half.xt, full.xt.bfloat16())
-    assert torch.equal(half.velocity, full.velocity.bfloat16())
+    assert torch.equal(half.xt, full.xt.to(dtype))
+    assert torch.equal(half.velocity, full.velocity.to(dtype))
+
+
+DENSITY_GRID = torch.linspace(-8.0, 8.0, 801, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.35, 0.6, 0.9])
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_continuity_equation(path, t, mixture) -> None:
+    """dp/dt + d(p u)/dx = 0 by central differences; their error is about 1e-8 of the largest dp/dt."""
+    time = torch.tensor(t, dtype=torch.float64)
+    x = DENSITY_GRID * torch.hypot(path.alpha(time), path.sigma(time))
+    h, width = 1e-5, 1e-5 * path.sigma(time)
+
+    def flux(x):
+        return mixture.log_density(path, x, time).exp() * mixture.velocity(path, x, time)
+
+    growth = (mixture.log_density(path, x, time + h).exp() - mixture.log_density(path, x, time - h).exp()) / (
+        2 * h
+    )
+    divergence = (flux(x + width) - flux(x - width)) / (2 * width)
+    scale = growth.abs().max().item()
+    torch.testing.assert_close(growth, -divergence, atol=1e-6 * scale, rtol=0)
 
 
 @pytest.mark.parametrize("name", COUPLINGS)

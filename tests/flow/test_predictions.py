@@ -6,9 +6,25 @@ import pytest
 import torch
 
 from latentflow.errors import UserError
-from latentflow.flow import PREDICTIONS, CondOT, convert
+from latentflow.flow import (
+    PATHS,
+    PREDICTIONS,
+    CondOT,
+    Polynomial,
+    SqrtPath,
+    VariancePreserving,
+    as_velocity,
+    change_path,
+    convert,
+    integrate,
+)
 
-PATHS = [pytest.param(CondOT(), id="condot"), pytest.param(CondOT(sigma_min=0.1), id="sigma-min")]
+NAMED_PATHS = {name: path() for name, path in PATHS.items()} | {"condot-sigma-min": CondOT(sigma_min=0.05)}
+EVERY_PATH = [pytest.param(path, id=name) for name, path in NAMED_PATHS.items()]
+EVERY_PAIR = [
+    pytest.param(old, new, id=f"{first}-to-{second}")
+    for (first, old), (second, new) in itertools.permutations(NAMED_PATHS.items(), 2)
+]
 
 
 def exact(mixture, path, x, t) -> dict[str, torch.Tensor]:
@@ -23,7 +39,7 @@ def exact(mixture, path, x, t) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", EVERY_PATH)
 @pytest.mark.parametrize(("source", "target"), [*itertools.product(PREDICTIONS, PREDICTIONS)])
 def test_conversions_agree_on_a_mixture(mixture, draw, path, source, target) -> None:
     t = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
@@ -34,19 +50,55 @@ def test_conversions_agree_on_a_mixture(mixture, draw, path, source, target) -> 
     )
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("target", ["data", "noise"])
-def test_velocity_gives_both_ends_of_the_path_at_both_ends_of_time(mixture, draw, path, target) -> None:
-    x, t = draw(2, 5), torch.tensor([0.0, 1.0], dtype=torch.float64)
-    truth = exact(mixture, path, x, t)
-    torch.testing.assert_close(convert(truth["velocity"], x, t, path, "velocity", target), truth[target])
+def determined(path, t: float, source: str, target: str) -> bool:
+    """Whether ``source`` at the end ``t`` of the path determines ``target`` there."""
+    end = torch.tensor(t, dtype=torch.float64)
+    if source == target:
+        return True
+    if t == 0.0:
+        needs_alpha = {"noise": ("data", "velocity"), "score": ("data", "velocity")}
+        if isinstance(path, Polynomial) and "velocity" in (source, target):
+            return False  # it vanishes, and is clipped
+        return path.alpha(end) > 0 or target not in needs_alpha.get(source, ())
+    if path.d_sigma(end).isinf() and "velocity" in (source, target):
+        return False  # sigma' E[x0 | x] is infinity times 0
+    return path.sigma(end) > 0 or (source != "data" and target != "score")
 
 
-def test_all_sixteen_are_finite_at_both_ends_where_the_path_keeps_noise_and_data_apart(mixture, draw) -> None:
-    path, x, t = CondOT(sigma_min=0.1), draw(1, 5), torch.tensor([1.0], dtype=torch.float64)
-    truth = exact(mixture, path, x, t)
-    for source, target in itertools.product(PREDICTIONS, PREDICTIONS):
-        torch.testing.assert_close(convert(truth[source], x, t, path, source, target), truth[target])
+@pytest.mark.parametrize("t", [0.0, 1.0])
+@pytest.mark.parametrize("path", EVERY_PATH)
+def test_conversions_agree_at_the_ends_where_they_are_determined(mixture, draw, path, t) -> None:
+    x, time = 2 * draw(3, 5), torch.full((3,), t, dtype=torch.float64)
+    truth = exact(mixture, path, x, time)
+    pairs = [pair for pair in itertools.product(PREDICTIONS, PREDICTIONS) if determined(path, t, *pair)]
+    assert len(pairs) >= 7
+    for source, target in pairs:
+        torch.testing.assert_close(
+            convert(truth[source], x, time, path, source, target), truth[target], atol=1e-8, rtol=1e-8
+        )
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+@pytest.mark.parametrize("t", [0.0, 1.0])
+def test_convert_undoes_sample_at_the_ends(draw, path, t) -> None:
+    """The velocity of ``sample`` holds both ends of the path at every t, clipped derivatives or not."""
+    x0, x1 = draw(3, 5), draw(3, 5)
+    sample = path.sample(x0, x1, t)
+    for target, end in (("data", x1), ("noise", x0)):
+        torch.testing.assert_close(
+            convert(sample.velocity, sample.xt, t, path, "velocity", target), end, atol=1e-8, rtol=1e-8
+        )
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+@pytest.mark.parametrize("source", ["velocity", "noise", "data"])
+def test_the_score_where_sigma_is_0_is_refused(path, source) -> None:
+    x = torch.ones(2, 3)
+    if path.sigma(torch.ones(())) > 0:
+        assert convert(x, x, 1.0, path, source, "score").isfinite().all()
+    else:
+        with pytest.raises(ValueError, match="divides by sigma, which is 0"):
+            convert(x, x, 1.0, path, source, "score")
 
 
 @pytest.mark.parametrize(
@@ -71,15 +123,130 @@ def test_noise_and_score_need_no_data_at_t_0() -> None:
     assert torch.equal(convert(-x, x, 0.0, CondOT(), "score", "noise"), x)
 
 
-def test_half_precision_keeps_its_dtype_and_is_calculated_in_float32(draw) -> None:
-    value, x, t = (
-        draw(4, 4).bfloat16(),
-        draw(4, 4).bfloat16(),
-        torch.rand(4, dtype=torch.float64) * 0.5 + 0.25,
-    )
-    half = convert(value, x, t, CondOT(), "velocity", "score")
-    assert half.dtype == torch.bfloat16
-    assert torch.equal(half, convert(value.float(), x.float(), t, CondOT(), "velocity", "score").bfloat16())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("path", EVERY_PATH)
+@pytest.mark.parametrize(("source", "target"), [*itertools.permutations(PREDICTIONS, 2)])
+def test_half_precision_keeps_its_dtype_and_is_calculated_in_float32(
+    draw, dtype, path, source, target
+) -> None:
+    value, x = draw(4, 4).to(dtype), draw(4, 4).to(dtype)
+    t = torch.linspace(0.25, 0.75, 4, dtype=torch.float64)
+    half = convert(value, x, t, path, source, target)
+    assert half.dtype == dtype
+    assert torch.equal(half, convert(value.float(), x.float(), t, path, source, target).to(dtype))
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+@pytest.mark.parametrize("source", PREDICTIONS)
+def test_a_network_of_any_prediction_is_a_velocity(mixture, draw, path, source) -> None:
+    def network(x, t):
+        return exact(mixture, path, x, t.expand(len(x)))[source]
+
+    x, t = 2 * draw(25, 25), torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    if isinstance(path, Polynomial):
+        t = t.clamp(min=0.04)  # earlier, alpha < 1 / 1000
+    velocity = as_velocity(network, path, source)
+    torch.testing.assert_close(velocity(x, t), mixture.velocity(path, x, t[:, None]), atol=1e-8, rtol=1e-8)
+    row = velocity(x[7:8], t[7])  # a scalar t
+    torch.testing.assert_close(row, mixture.velocity(path, x[7:8], t[7]), atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("path", EVERY_PATH)
+@pytest.mark.parametrize("source", PREDICTIONS)
+def test_a_network_of_any_prediction_samples_from_end_to_end(gaussian, draw, path, source) -> None:
+    """Heun evaluates both ends of time. The exact map is affine: x at 1 = m + c (x at 0 - alpha m) / std."""
+
+    def network(x, t):
+        return exact(gaussian, path, x, t.expand(len(x)))[source]
+
+    start = path.start(draw(4, 3))
+    times = torch.linspace(0, 1, 201, dtype=torch.float64)
+    (mean,), (std,) = gaussian.means, gaussian.stds
+    (a0, a1), (s0, s1) = path.alpha(times[[0, -1]]), path.sigma(times[[0, -1]])
+    moved = torch.hypot(a1 * std, s1) / torch.hypot(a0 * std, s0) * (start - a0 * mean)
+    ended = integrate(as_velocity(network, path, source), start, times, "heun")
+    torch.testing.assert_close(ended, a1 * mean + moved, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("old", "new"), EVERY_PAIR)
+def test_the_changed_velocity_is_that_of_the_new_path(mixture, draw, old, new) -> None:
+    t = torch.linspace(0.1, 0.9, 25, dtype=torch.float64)
+    ends = old.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    t = t[(new.log_snr(t) >= ends[0]) & (new.log_snr(t) <= ends[1])]
+    assert len(t) >= 15
+    x = 2 * draw(len(t), len(t))
+    changed = change_path(lambda x, t: mixture.velocity(old, x, t[:, None]), old, new)
+    torch.testing.assert_close(changed(x, t), mixture.velocity(new, x, t[:, None]), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("old", "new"), EVERY_PAIR)
+def test_the_changed_velocity_is_finite_and_near_the_truth_at_both_ends(mixture, draw, old, new) -> None:
+    changed = change_path(lambda x, t: mixture.velocity(old, x, t[:, None]), old, new)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    x = draw(2, 100)
+    x[0] = new.start(x[0])
+    value, truth = changed(x, t), mixture.velocity(new, x, t[:, None])
+    assert value.isfinite().all()
+    assert changed(x.float(), t.float()).isfinite().all()
+    first, last = old.log_snr(t) - new.log_snr(t)
+    if not first > 0:
+        torch.testing.assert_close(value[0], truth[0], atol=0.02, rtol=0.01)
+    if not last < 0:
+        torch.testing.assert_close(value[1], truth[1], atol=0.02, rtol=0.01)
+
+
+def test_beyond_its_range_the_old_path_answers_at_its_nearest_end() -> None:
+    asked = []
+
+    def velocity(x, t):
+        asked.append((x, t))
+        return x
+
+    x = torch.ones(1, 2, dtype=torch.float64)
+    change_path(velocity, VariancePreserving(), CondOT())(x, torch.zeros(1))
+    change_path(velocity, CondOT(sigma_min=0.5), CondOT())(x, torch.ones(1))
+    assert [t.item() for _, t in asked] == [0.0, 1.0]
+    torch.testing.assert_close(asked[0][0], x)  # both paths have alpha^2 + sigma^2 = 1 there
+    torch.testing.assert_close(asked[1][0], x * 1.25**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 2, 4, 4)])
+def test_a_changed_velocity_calculates_half_precision_in_float32(draw, dtype, shape) -> None:
+    seen = []
+
+    def velocity(x, t):
+        seen.append((x.dtype, x.shape, t.shape))
+        return 3 * x
+
+    x, t = draw(*shape).to(dtype), torch.tensor([0.0, 0.3, 0.6, 1.0], dtype=torch.float64)
+    for changed in (
+        change_path(velocity, CondOT(), SqrtPath()),
+        as_velocity(velocity, VariancePreserving(), "noise"),
+    ):
+        seen.clear()
+        half = changed(x, t)
+        assert seen == [(dtype, shape, t.shape)]
+        assert half.dtype == dtype
+        assert half.shape == shape
+        torch.testing.assert_close(half.float(), changed(x.float(), t), atol=0.05, rtol=0.05)
+        for row in range(4):  # t belongs to rows
+            torch.testing.assert_close(half[row : row + 1], changed(x[row : row + 1], t[row]))
+
+
+def test_ddim_on_variance_preserving_is_euler_on_the_straight_path(mixture, draw) -> None:
+    path, times = VariancePreserving(), torch.linspace(0, 1, 11, dtype=torch.float64)
+    x = draw(4, 6)
+    straight_times = path.alpha(times) / (path.alpha(times) + path.sigma(times))
+    velocity = change_path(lambda x, t: mixture.velocity(path, x, t), path, CondOT())
+    scale = path.alpha(times) + path.sigma(times)
+    euler = integrate(velocity, x / scale[0], straight_times, "euler")
+    for t, t_next in itertools.pairwise(times):
+        data, noise = mixture.ends(path, x, t)
+        x = (
+            path.alpha(t_next) * data + path.sigma(t_next) * noise
+        )  # Song et al. 2020, arXiv:2010.02502, eq. 12
+    torch.testing.assert_close(euler * scale[-1], x, atol=1e-9, rtol=1e-9)
 
 
 def test_bad_arguments_are_named() -> None:
@@ -94,3 +261,15 @@ def test_bad_arguments_are_named() -> None:
         convert(x, x[:, :1], 0.5, CondOT(), "velocity", "data")
     with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
         convert(x, x, 500, CondOT(), "velocity", "data")
+    with pytest.raises(UserError, match=r"(?s)unknown prediction 'epsilon'.*Choices: velocity, data, noise"):
+        as_velocity(lambda x, t: x, CondOT(), "epsilon")
+    for velocity in (
+        as_velocity(lambda x, t: x, CondOT(), "data"),
+        change_path(lambda x, t: x, CondOT(), SqrtPath()),
+    ):
+        with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
+            velocity(x, torch.tensor(1.5))
+        with pytest.raises(ValueError, match=r"t has shape \(3,\) but x has shape \(2, 3\)"):
+            velocity(x, torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match=r"prediction has shape \(2, 1\)"):
+        as_velocity(lambda x, t: x[:, :1], CondOT(), "data")(x, torch.tensor(0.5))
