@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentflow.errors import UserError
-from latentflow.flow import SOLVERS, CondOT, bits_per_dim, guide, log_likelihood, time_grid
+from latentflow.flow import PATHS, SOLVERS, CondOT, bits_per_dim, guide, log_likelihood, time_grid
 
 PATH = CondOT()
 TIGHT = {"rtol": 1e-8, "atol": 1e-8}
@@ -239,6 +239,22 @@ def test_a_flow_that_stands_still_keeps_the_density(draw) -> None:
     velocity = guide(lambda x, t: x, lambda x, t: x, 1.0, zero_init=0.5)
     found = log_likelihood(velocity, x1, solver="rk4", times=[0.4, 0.0])
     assert torch.allclose(found, torch.distributions.Normal(0.0, 1.0).log_prob(x1).sum(1), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_density_on_every_path(mixture, draw, name) -> None:
+    path, x1 = PATHS[name](), 2 * draw(8, 2)
+    start = path.sigma(torch.tensor(0.0, dtype=torch.float64))
+    found = log_likelihood(
+        lambda x, t: mixture.velocity(path, x, t),
+        x1,
+        times=path.interval[::-1],
+        rtol=1e-6,
+        atol=1e-6,
+        log_source=lambda x: torch.distributions.Normal(0.0, start).log_prob(x).sum(1),
+    )
+    # The paths that reach neither end exactly miss by no more than alpha(0), or sigma(1) / std.
+    assert torch.allclose(found, exact_density(mixture, x1), atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
