@@ -38,7 +38,9 @@ from .rectification import reflow_pairs as reflow_pairs
 from .rectification import straightness as straightness
 from .solvers import DIFFUSIONS as DIFFUSIONS
 from .solvers import SOLVERS as SOLVERS
+from .solvers import Counted as Counted
 from .solvers import Solver as Solver
+from .solvers import adams_bashforth as adams_bashforth
 from .solvers import euler_maruyama as euler_maruyama
 from .solvers import integrate as integrate
 from .solvers import runge_kutta as runge_kutta

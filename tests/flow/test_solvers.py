@@ -9,8 +9,11 @@ from torch import Tensor
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, CondOT, Path, integrate, time_grid
 
-FIXED = [name for name, solver in SOLVERS.items() if solver.evaluations is not None]
-ADAPTIVE = [name for name in SOLVERS if name not in FIXED]
+DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.stochastic]
+FIXED = [name for name in DETERMINISTIC if SOLVERS[name].evaluations is not None]
+ADAPTIVE = [name for name in DETERMINISTIC if name not in FIXED]
+MULTISTEP = ["adams-bashforth-2", "adams-bashforth-3", "dpm-solver++2m"]
+ONE_STEP = [name for name in FIXED if name not in MULTISTEP]
 
 
 class Watched:
@@ -58,26 +61,45 @@ class Circle(Path):
         return -math.pi / 2 * self.alpha(t)
 
 
+def cosine_grid(steps: int) -> Tensor:
+    return torch.sin(time_grid(steps) * math.pi / 2) ** 2
+
+
 @pytest.mark.parametrize("solver", FIXED)
-def test_order_of_convergence(gaussian, draw, solver) -> None:
-    x0, coarse, fine = draw(16, 2), 20, 160
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("grid", [time_grid, cosine_grid])
+def test_order_of_convergence(mixture, draw, solver, backward, grid) -> None:
+    """A mixture, since on a Gaussian the errors of the first steps and of the others may cancel. The ends are
+    left out for the exponential solver: its steps in log-SNR do not become small there."""
+    x, (low, high) = draw(32, 2), (0.05, 0.95) if solver == "dpm-solver++2m" else (0.0, 1.0)
 
-    def error(n: int) -> float:
-        x1 = integrate(lambda x, t: gaussian.velocity(Circle(), x, t), x0, time_grid(n), solver)
-        return float((x1 - (1.5 + 0.4 * x0)).abs().max())
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return mixture.velocity(Circle(), x, t)
 
-    slope = math.log(error(coarse) / error(fine)) / math.log(fine / coarse)
+    def times(steps: int) -> Tensor:
+        t = low + (high - low) * grid(steps)
+        return t.flip(0) if backward else t
+
+    exact = integrate(velocity, x, times(1), "dopri5", rtol=1e-11, atol=1e-11)
+
+    def error(steps: int) -> float:
+        end = integrate(velocity, x, times(steps), solver, path=Circle())
+        return float((end - exact).square().mean().sqrt())
+
+    slope = math.log2(error(80) / error(160))
     assert abs(slope - SOLVERS[solver].order) <= 0.25
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_the_flow_of_a_gaussian_is_affine(velocity, draw, solver) -> None:
     x0 = draw(16, 2)
     x1 = integrate(velocity, x0, time_grid(200 if solver in FIXED else 4), solver)
-    assert (x1 - (1.5 + 0.4 * x0)).abs().max() < {1: 2e-2, 2: 1e-3, 4: 1e-7, 5: 1e-5}[SOLVERS[solver].order]
+    assert (x1 - (1.5 + 0.4 * x0)).abs().max() < {1: 2e-2, 2: 1e-3, 3: 1e-5, 4: 1e-7, 5: 1e-5}[
+        SOLVERS[solver].order
+    ]
 
 
-@pytest.mark.parametrize("solver", FIXED)
+@pytest.mark.parametrize("solver", ONE_STEP)
 def test_a_polynomial_below_the_order_is_exact(solver) -> None:
     """dx/dt = (k + 1) t^k ends at 1 exactly for k < order: the quadrature conditions of the tableau."""
     for k in range(SOLVERS[solver].order):
@@ -97,13 +119,13 @@ def test_evaluations_per_step_are_as_declared(velocity, draw, solver) -> None:
     assert len(watched.times) == 7 * SOLVERS[solver].evaluations
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_constant_velocity_is_exact_on_any_grid(solver, draw) -> None:
     x0, v = draw(3, 2), draw(3, 2)
     torch.testing.assert_close(integrate(lambda x, t: v, x0, [0.1, 0.15, 0.9], solver), x0 + 0.8 * v)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize(
     "times", [(0.0, 1.0), (1.0, 0.0), (0.1, 0.7), (0.7, 0.3, 0.1), tuple(time_grid(7, 3.0).tolist())]
 )
@@ -139,13 +161,13 @@ def test_adaptive_keeps_its_tolerance_and_pays_for_it(velocity, draw, solver, ti
     assert cost[0] < cost[-1] < 600
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_backward_inverts_forward(velocity, draw, solver) -> None:
     x0, times = draw(8, 2), time_grid({1: 1000, 5: 4}.get(SOLVERS[solver].order, 100))
     there = integrate(velocity, x0, times, solver, rtol=1e-9, atol=1e-9)
     back = integrate(velocity, there, times.flip(0), solver, rtol=1e-9, atol=1e-9)
     assert (there - x0).abs().max() > 0.5
-    assert (back - x0).abs().max() < {1: 1e-2, 2: 1e-3, 4: 1e-6, 5: 1e-7}[SOLVERS[solver].order]
+    assert (back - x0).abs().max() < {1: 1e-2, 2: 1e-3, 3: 2e-4, 4: 1e-6, 5: 1e-7}[SOLVERS[solver].order]
 
 
 def test_samples_of_a_mixture_arrive_at_the_mixture(mixture) -> None:
@@ -160,7 +182,7 @@ def test_samples_of_a_mixture_arrive_at_the_mixture(mixture) -> None:
     torch.testing.assert_close(cdf, u, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_x_keeps_its_dtype_and_the_network_sees_it(velocity, draw, solver, dtype) -> None:
     seen: set[tuple[torch.dtype, torch.dtype, torch.Size]] = set()
@@ -189,7 +211,7 @@ def test_one_step_has_no_more_rounding_than_its_dtype(draw, dtype) -> None:
     assert torch.equal(once, (x.float() + v.float()).to(dtype))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_gradients_flow_through(solver) -> None:
     """d/dx0 of x0 e^(w t) is e^w, and d/dw is x0 e^w."""
     x0 = torch.tensor([[0.7]], dtype=torch.float64, requires_grad=True)
@@ -201,7 +223,7 @@ def test_gradients_flow_through(solver) -> None:
     assert abs(float(w.grad) - 0.7 * math.exp(-0.5)) < tolerance
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_callback_sees_every_time_and_may_replace_x(velocity, draw, solver) -> None:
     x0, times, seen = draw(3, 2), [0.0, 0.3, 0.6, 1.0], []
 
@@ -242,7 +264,7 @@ def test_progress_wraps_the_steps(velocity, draw, capfd) -> None:
     assert "4/4" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_name_the_step_and_t(draw, solver, bad) -> None:
     def velocity(x: Tensor, t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ history, a generator for noise). A method with settings is a factory that return
 
 from __future__ import annotations
 
+from .base import Counted as Counted
 from .base import Field as Field
 from .base import Solver as Solver
 from .base import SolverOptions as SolverOptions
@@ -14,6 +15,7 @@ from .base import Step as Step
 from .diffusions import DIFFUSIONS as DIFFUSIONS
 from .diffusions import Diffusion as Diffusion
 from .integrate import integrate as integrate
+from .multistep import adams_bashforth as adams_bashforth
 from .runge_kutta import runge_kutta as runge_kutta
 from .stochastic import euler_maruyama as euler_maruyama
 from .table import SOLVERS as SOLVERS

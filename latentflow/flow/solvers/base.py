@@ -18,6 +18,21 @@ Field: TypeAlias = Callable[[Tensor, float], Tensor]
 Step: TypeAlias = Callable[[Field, Tensor, float, float], Tensor]
 
 
+class Counted:
+    """``velocity``, counting its calls in ``evaluations``: the NFE of a sampler.
+
+    A guided velocity counts as one, however often it calls networks inside: to count those, wrap them.
+    """
+
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity = velocity
+        self.evaluations = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.evaluations += 1
+        return self.velocity(x, t)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions:
     """What a solver may need beyond the velocity."""

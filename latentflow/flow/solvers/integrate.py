@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from latentflow.errors import UserError, lookup
 
 from ..paths import CondOT, Path
 from ..tensors import Velocity, compute_dtype, time_dtype
-from .base import Field, Solver, SolverOptions
+from .base import Counted, Field, Solver, SolverOptions
 from .table import SOLVERS
 
 
@@ -45,7 +46,8 @@ def integrate(
             Schrodinger bridge); default: from the same velocity evaluation, through the path.
         rtol, atol: tolerances of the adaptive solvers.
         callback: called after each step with (step index, t reached, x); a tensor that it returns replaces x.
-        progress: True for a progress bar, or a function that wraps the iterable of step indices.
+        progress: True for a progress bar, or a function that wraps the iterable of step indices (``tqdm`` or like
+            it). A bar shows the evaluations done so far (NFE); to have their number, pass ``Counted(velocity)``.
         generator: for solvers that draw noise.
 
     Returns:
@@ -64,9 +66,14 @@ def integrate(
     _require_finite(x, f"the starting x at t = {grid[0]:g}", "Check where it comes from.")
     dtype, state = x.dtype, x.to(compute_dtype(x))
 
-    for index in _progress(progress, range(len(grid) - 1)):
-        field = _checked_field(velocity, dtype, f"in step {index + 1} of {len(grid) - 1}")
+    counted = Counted(velocity)
+    steps = _progress(progress, range(len(grid) - 1))
+    show = getattr(steps, "set_postfix", None)
+    for index in steps:
+        field = _checked_field(counted, dtype, f"in step {index + 1} of {len(grid) - 1}")
         state = step(field, state, grid[index], grid[index + 1])
+        if show is not None:
+            show(evaluations=counted.evaluations, refresh=False)
         if callback is not None:
             replacement = callback(index, _scalar(grid[index + 1], x.device), state.to(dtype))
             if replacement is not None:
@@ -124,13 +131,17 @@ def _require_shape(value: Tensor, like: Tensor, what: str) -> None:
 
 
 def _require_finite(value: Tensor, what: str, fix: str) -> None:
+    # One pass that only reads: a sum is finite unless an element is not, or unless it overflows by itself.
+    if math.isfinite(value.detach().sum()):
+        return
     bad = int((~torch.isfinite(value)).sum())
     if bad:
         raise UserError(f"{what} is not finite: {bad} of {value.numel()} values are NaN or infinite", fix)
 
 
 def _scalar(t: float, device: torch.device) -> Tensor:
-    return torch.tensor(t, dtype=time_dtype(device), device=device)
+    # Filled on the device: a copy to it would wait for all the work queued there.
+    return torch.full((), t, dtype=time_dtype(device), device=device)
 
 
 def _progress(

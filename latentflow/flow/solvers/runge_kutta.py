@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .base import Field, Solver
@@ -19,14 +20,15 @@ def runge_kutta(
         slopes: list[Tensor] = []
         for node, row in zip(nodes, matrix, strict=True):
             # In this form nodes 0 and 1 are t and t_next exactly: rounding never steps out of [0, 1].
-            slopes.append(field(_combine(x, h, row, slopes), (1.0 - node) * t + node * t_next))
-        return _combine(x, h, weights, slopes)
+            slopes.append(field(combine(x, h, row, slopes), (1.0 - node) * t + node * t_next))
+        return combine(x, h, weights, slopes)
 
     return Solver(order=order, evaluations=len(nodes), start=lambda options: step)
 
 
-def _combine(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+def combine(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    """x + h sum_i weights_i slopes_i."""
     for weight, slope in zip(weights, slopes, strict=True):
         if weight:
-            x = x + (h * weight) * slope
+            x = torch.add(x, slope, alpha=h * weight)
     return x

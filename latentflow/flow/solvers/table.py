@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .adaptive import dormand_prince
 from .base import Solver
+from .exponential import dpm_solver_2m
+from .multistep import adams_bashforth
 from .runge_kutta import runge_kutta
 from .stochastic import euler_maruyama
 
@@ -11,12 +13,16 @@ SOLVERS: dict[str, Solver] = {
     "euler": runge_kutta(1, nodes=[0], matrix=[[]], weights=[1]),
     "midpoint": runge_kutta(2, nodes=[0, 1 / 2], matrix=[[], [1 / 2]], weights=[0, 1]),
     "heun": runge_kutta(2, nodes=[0, 1], matrix=[[], [1]], weights=[1 / 2, 1 / 2]),
+    "ralston": runge_kutta(2, nodes=[0, 2 / 3], matrix=[[], [2 / 3]], weights=[1 / 4, 3 / 4]),
     "rk4": runge_kutta(
         4,
         nodes=[0, 1 / 2, 1 / 2, 1],
         matrix=[[], [1 / 2], [0, 1 / 2], [0, 0, 1]],
         weights=[1 / 6, 1 / 3, 1 / 3, 1 / 6],
     ),
+    "adams-bashforth-2": adams_bashforth(2),
+    "adams-bashforth-3": adams_bashforth(3),
+    "dpm-solver++2m": Solver(order=2, evaluations=1, start=dpm_solver_2m),
     "dopri5": Solver(order=5, evaluations=None, start=dormand_prince),
     "euler-maruyama": euler_maruyama(),
 }
