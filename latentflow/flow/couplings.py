@@ -168,6 +168,10 @@ class ConditionalOptimalTransport:
         condition = condition.to(x0.device).reshape(len(condition), -1)
         if not condition.is_floating_point():
             return x0[_assignment_within(x0, x1, condition)]
+        if not bool(condition.isfinite().all()):
+            raise ValueError(
+                "the condition holds NaN or infinite values: no distance between such conditions exists"
+            )
         cost = squared_distances(x0, x1)
         apart = _CONDITION_DISTANCES[self.distance](condition.to(cost.dtype))
         return x0[assignment(cost + _condition_weight(cost, apart, self.ratio) * apart)]
@@ -239,7 +243,10 @@ def _cosine_distances(condition: Tensor) -> Tensor:
             'use distance="euclidean", or integers for labels'
         )
     unit = torch.nn.functional.normalize(condition, dim=1)
-    return squared_distances(unit, unit) / 2  # |u - v|^2 = 2 - 2 cosine
+    apart = squared_distances(unit, unit) / 2  # |u - v|^2 = 2 - 2 cosine
+    return apart.masked_fill_(
+        apart < 64 * torch.finfo(apart.dtype).eps, 0
+    )  # equal conditions, but for rounding
 
 
 def _euclidean_distances(condition: Tensor) -> Tensor:
@@ -256,11 +263,13 @@ def _condition_weight(cost: Tensor, apart: Tensor, ratio: float) -> float:
     limit = (cost.diagonal()[:, None] - cost) / apart
     limit = limit.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # 0 / 0: met by every w
     limit = limit[~torch.eye(len(cost), dtype=torch.bool, device=cost.device)]
-    rank = max(round(ratio * limit.numel()), 1)
-    weight = limit.sort(descending=True).values[rank - 1]
-    # So many conditions are equal that any w would do: then the least that holds all others back.
-    largest = limit[limit.isfinite()].amax() if weight.isinf() else weight
-    return max(float(largest), 0.0)
+    finite = limit[limit.isfinite()]
+    if not len(finite):  # all conditions are equal, or there is but one row: the weight changes nothing
+        return 0.0
+    rank = max(round(ratio * len(limit)), 1)
+    # Where so many conditions are equal that any weight would do: the least that holds all others back.
+    weight = limit.sort(descending=True).values[rank - 1].clamp(max=finite.max())
+    return max(float(weight), 0.0)
 
 
 _CONDITION_DISTANCES = {"cosine": _cosine_distances, "euclidean": _euclidean_distances}

@@ -30,7 +30,7 @@ def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
         (B0, B1), float64 where the device has it; autocast and TF32 do not touch it.
 
     Raises:
-        ValueError: the rows have different shapes.
+        ValueError: the rows have different shapes, or hold values that are not finite.
     """
     if x0.shape[1:] != x1.shape[1:]:
         raise ValueError(
@@ -41,14 +41,16 @@ def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
     wide = time_dtype(x0.device)
     # Elsewhere float32 products may be TF32, which is too coarse for an exact optimum.
     precision = compute_dtype(x0, x1) if on_cpu else wide
-    a, b = x0.flatten(1).to(precision), x1.flatten(1).to(precision)
+    a, b = (x.reshape(len(x), -1).to(precision) for x in (x0, x1))
     middle_a, middle_b = a.mean(0), b.mean(0)
     with torch.autocast(x0.device.type, enabled=False):
         inner = (a - middle_a) @ (b - middle_b).T
     from_a = (a - middle_b).square().sum(1, dtype=wide)
     from_b = (b - middle_a).square().sum(1, dtype=wide)
     between = (middle_a - middle_b).square().sum(dtype=wide)
-    return (from_a[:, None] + from_b - between - 2 * inner.to(wide)).clamp_(min=0)
+    cost = (from_a[:, None] + from_b - between - 2 * inner.to(wide)).clamp_(min=0)
+    _check_finite(cost)
+    return cost
 
 
 def assignment(cost: Tensor) -> Tensor:
@@ -122,7 +124,9 @@ def sinkhorn_plan(
 
 def _check_finite(cost: Tensor) -> None:
     if not bool(cost.isfinite().all()):
-        raise ValueError("the cost holds NaN or infinite values: look for them in the rows it was made from")
+        raise ValueError(
+            "the cost holds NaN or infinite values: look for such, or far too large, values in the rows it is made of"
+        )
 
 
 def _feasible_potentials(cost: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
