@@ -1,80 +1,297 @@
 """Where on [0, 1] to train (densities of t) and where to step when sampling (grids).
 
-A new density is one function of given uniform numbers, and one line in ``TIME_DENSITIES``.
+A new density is one subclass of ``TimeDensity`` and one line in ``TIME_DENSITIES``; a new grid is one function and one
+line in ``TIME_GRIDS``. Formulas of Esser et al. 2024 (SD3, arXiv:2403.03206) are turned round: their t = 1 is noise,
+ours is data.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
+import scipy.special
+import scipy.stats
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError, lookup
+from latentflow.errors import UserError
+
+from .tables import make
+
+# Slopes are taken at a u no nearer than this to 0 and 1, where the densities that vanish there have none.
+_EDGE = 2.0**-53
 
 
-def uniform(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """t = u. It has no parameters: ``mean`` and ``std`` have no effect."""
-    return u
+@dataclass(frozen=True)
+class TimeDensity(ABC):
+    """A density of training times, by its quantile function t(u) at uniform numbers u.
+
+    The caller draws u, so that each sample's t may come from its own seed (and stratified or low-discrepancy
+    numbers work unchanged).
+
+    Attributes:
+        shift: above 1 moves every t towards the noise, as large images need; see ``shifted``.
+    """
+
+    shift: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_positive(self.shift, "time shift", "1 changes nothing.")
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """t: float64, shaped like ``u``, in [0, 1], increasing in u.
+
+        Raises:
+            ValueError: u is outside [0, 1].
+        """
+        return shifted(self._quantile(_uniform(u)), self.shift)
+
+    def slope(self, u: Tensor) -> Tensor:
+        """dt/du = 1 / (probability density at t(u)): float64, shaped like ``u``, finite.
+
+        Raises:
+            ValueError: u is outside [0, 1].
+        """
+        u = _uniform(u).clamp(_EDGE, 1.0 - _EDGE)
+        t = self._quantile(u)
+        return self._slope(u, t) * self.shift / (t + self.shift * (1.0 - t)) ** 2
+
+    @abstractmethod
+    def _quantile(self, u: Tensor) -> Tensor:
+        """t(u) before the shift."""
+
+    @abstractmethod
+    def _slope(self, u: Tensor, t: Tensor) -> Tensor:
+        """dt/du before the shift, at u and t = t(u)."""
 
 
-def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+@dataclass(frozen=True)
+class UniformTimes(TimeDensity):
+    """t = u."""
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        return u
+
+    def _slope(self, u: Tensor, t: Tensor) -> Tensor:
+        return torch.ones_like(u)
+
+
+@dataclass(frozen=True)
+class LogitNormal(TimeDensity):
     """t with logit(t) ~ N(mean, std^2): most training in the middle of the path.
 
-    Esser et al. 2024 (arXiv:2403.03206), eq. 19. Their t = 1 is noise, so their mean m is -m here: a positive
-    ``mean`` leans towards the data (t = 1).
+    SD3, eq. 19, whose location m is -``mean`` here: a positive mean leans towards the data (t = 1).
+
+    Raises:
+        UserError: std <= 0, or not finite.
     """
-    if not std > 0.0:
-        raise UserError(f"std of the logit-normal density is {std}", "Use a positive number; 1 is usual.")
-    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_finite(self.mean, "mean of the logit-normal density", "0 is usual.")
+        _check_positive(self.std, "std of the logit-normal density", "1 is usual.")
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
+
+    def _slope(self, u: Tensor, t: Tensor) -> Tensor:
+        z = torch.special.ndtri(u)
+        return self.std * t * (1.0 - t) * math.sqrt(2.0 * math.pi) * torch.exp(0.5 * z**2)
 
 
-TIME_DENSITIES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
-    "uniform": uniform,
-    "logit-normal": logit_normal,
+@dataclass(frozen=True)
+class Mode(TimeDensity):
+    """A density with its mode in the middle of the path (scale > 0) or at both ends (scale < 0).
+
+    SD3, eq. 20, whose best scale is the default. Its density is finite and positive everywhere, unlike the
+    logit-normal.
+
+    Raises:
+        UserError: scale is not in [-1, 2 / (pi - 2)], where t(u) is increasing.
+    """
+
+    scale: float = 1.29
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1.0 <= self.scale <= 2.0 / (math.pi - 2.0):
+            raise UserError(f"scale {self.scale} of the mode density", "Use -1 to 1.75; 1.29 is usual.")
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        # 1 - f(u) of the paper; cos^2 - 1 + u written as u - sin^2, which is 0 at both ends.
+        return u + self.scale * (u - torch.sin(0.5 * math.pi * u) ** 2)
+
+    def _slope(self, u: Tensor, t: Tensor) -> Tensor:
+        return 1.0 + self.scale * (1.0 - 0.5 * math.pi * torch.sin(math.pi * u))
+
+
+@dataclass(frozen=True)
+class CosineMap(TimeDensity):
+    """The straight path's times with the log-SNRs of the cosine schedule: density 2 / (pi (t^2 + (1 - t)^2)).
+
+    SD3, eq. 21; symmetric, so the direction of t does not matter. The cosine schedule (Nichol & Dhariwal 2021,
+    arXiv:2102.09672) has noise and data weights cos and sin of pi u / 2.
+    """
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        return _cosine_map(u)
+
+    def _slope(self, u: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * math.pi / (1.0 + torch.sin(math.pi * u))
+
+
+@dataclass(frozen=True)
+class Beta(TimeDensity):
+    """Density proportional to t^(a - 1) (1 - t)^(b - 1); a > b leans towards the data. a = b = 1 is uniform.
+
+    Raises:
+        UserError: a or b is not positive.
+    """
+
+    a: float = 2.0
+    b: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self.a, "a of the beta density", "1 is uniform.")
+        _check_positive(self.b, "b of the beta density", "1 is uniform.")
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        t = scipy.special.betaincinv(self.a, self.b, u.detach().cpu().numpy())
+        return torch.as_tensor(t, dtype=u.dtype, device=u.device)
+
+    def _slope(self, u: Tensor, t: Tensor) -> Tensor:
+        log_density = scipy.stats.beta.logpdf(t.detach().cpu().numpy(), self.a, self.b)
+        return torch.as_tensor(log_density, dtype=u.dtype, device=u.device).neg().exp()
+
+
+@dataclass(frozen=True)
+class Power(TimeDensity):
+    """Density p t^(p - 1), t = u^(1/p), for ``exponent`` p: above 1 leans towards the data. It is Beta(p, 1).
+
+    Raises:
+        UserError: the exponent is not positive.
+    """
+
+    exponent: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self.exponent, "exponent of the power density", "1 is uniform.")
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        return u ** (1.0 / self.exponent)
+
+    def _slope(self, u: Tensor, t: Tensor) -> Tensor:
+        return t / (self.exponent * u)
+
+
+TIME_DENSITIES: dict[str, type[TimeDensity]] = {
+    "uniform": UniformTimes,
+    "logit-normal": LogitNormal,
+    "mode": Mode,
+    "cosine-map": CosineMap,
+    "beta": Beta,
+    "power": Power,
 }
 
 
-def sample_times(name: str, u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Training times of the density ``name``, by its quantile function at the uniform numbers ``u``.
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Times moved towards the noise by ``shift`` > 1: sigma' = shift sigma / (1 + (shift - 1) sigma), sigma = 1 - t.
 
-    The caller draws ``u``, so that each sample's t may come from its own seed (and stratified or
-    low-discrepancy numbers work unchanged).
+    SD3, eq. 23, where the shift is the root of the ratio of pixel counts. Shifts multiply: by 2, then by 3, is by 6.
+    """
+    # 1 - sigma' written in t: no cancellation, and exactly 0 and 1 at the ends.
+    return t / (t + shift * (1.0 - t))
+
+
+def uniform_grid(steps: int) -> Tensor:
+    """Equal steps."""
+    return torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
+
+
+def cosine_grid(steps: int) -> Tensor:
+    """The straight path's times with the log-SNRs of equal steps of the cosine schedule; smaller in the middle."""
+    return _cosine_map(uniform_grid(steps))
+
+
+def edm_grid(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """The straight path's times with the noise levels of Karras et al. 2022 (EDM, arXiv:2206.00364), eq. 5.
 
     Args:
-        name: a key of ``TIME_DENSITIES``.
-        u: uniform numbers in [0, 1], any shape.
-        mean, std: parameters of the density, where it has them.
-
-    Returns:
-        float64, shaped like u, in [0, 1].
+        steps: how many.
+        rho: higher makes the steps near the data smaller.
+        sigma_min, sigma_max: the last level but one (then 0), and the first, as sigma / alpha. At the first
+            level t is taken as 0, pure noise.
 
     Raises:
-        UserError: unknown name (the nearest is suggested) or std <= 0.
-        ValueError: u is outside [0, 1].
+        UserError: rho is not positive, or not 0 < sigma_min < sigma_max.
     """
-    density = lookup(TIME_DENSITIES, name, "time density")
+    _check_positive(rho, "rho of the EDM grid", "7 is usual.")
+    if not 0.0 < sigma_min < sigma_max < math.inf:
+        raise UserError(
+            f"noise levels {sigma_min} to {sigma_max} of the EDM grid",
+            "Use 0 < sigma_min < sigma_max; 0.002 and 80 are usual.",
+        )
+    low, high = sigma_min ** (1.0 / rho), sigma_max ** (1.0 / rho)
+    ratio = (high + torch.linspace(0.0, 1.0, steps, dtype=torch.float64) * (low - high)) ** rho
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return torch.cat([ends[:1], 1.0 / (1.0 + ratio[1:]), ends[1:]])
+
+
+#: Grids for the straight path. For another path, ``path.inverse_log_snr(CondOT().log_snr(grid))`` has the same
+#: log-SNRs. Any increasing sequence of one's own goes straight into ``integrate``.
+TIME_GRIDS: dict[str, Callable[..., Tensor]] = {
+    "uniform": uniform_grid,
+    "cosine": cosine_grid,
+    "edm": edm_grid,
+}
+
+
+def time_grid(steps: int, shift: float = 1.0, kind: str = "uniform", **options: Any) -> Tensor:
+    """Sampling times from exactly 0 (noise) to exactly 1 (data): ``steps`` steps, so ``steps`` + 1 times, float64.
+
+    Args:
+        steps: at least 1.
+        shift: above 1 spends more steps near the noise, as large images need; see ``shifted``.
+        kind: a key of ``TIME_GRIDS``.
+        options: the grid's own ("edm": rho, sigma_min, sigma_max).
+
+    Raises:
+        UserError: steps < 1, shift <= 0, an unknown kind or option, or an option out of range.
+    """
+    if steps < 1:
+        raise UserError(f"{steps} sampling steps", "Use at least 1; 20 to 50 are usual.")
+    _check_positive(shift, "time shift", "1 is the uniform grid.")
+    return shifted(make(TIME_GRIDS, kind, "time grid", steps=steps, **options), shift)
+
+
+def _cosine_map(u: Tensor) -> Tensor:
+    angle = 0.5 * math.pi * u
+    return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
+
+
+def _uniform(u: Tensor) -> Tensor:
     u = u.to(torch.float64)
     if not bool(((u >= 0) & (u <= 1)).all()):
         raise ValueError(
             f"u must be uniform numbers in [0, 1] (torch.rand), but spans [{u.min():g}, {u.max():g}]"
         )
-    return density(u, mean, std)
+    return u
 
 
-def time_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """Sampling times from 0 (noise) to 1 (data): ``steps`` steps, so ``steps`` + 1 times, float64.
+def _check_finite(value: float, what: str, usual: str) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"{what} is {value}", f"Use a finite number; {usual}")
 
-    ``shift`` > 1 spends more steps near the noise, as large images need: with sigma = 1 - t,
-    sigma' = shift sigma / (1 + (shift - 1) sigma). Esser et al. 2024 (arXiv:2403.03206), eq. 23.
 
-    Raises:
-        UserError: steps < 1 or shift <= 0.
-    """
-    if steps < 1:
-        raise UserError(f"{steps} sampling steps", "Use at least 1; 20 to 50 are usual.")
-    if not 0.0 < shift < float("inf"):
-        raise UserError(f"time shift {shift}", "Use a positive number; 1 is the uniform grid.")
-    t = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
-    # 1 - sigma' written in t: no cancellation, and exactly 0 and 1 at the ends.
-    return t / (t + shift * (1.0 - t))
+def _check_positive(value: float, what: str, usual: str) -> None:
+    if not 0.0 < value < math.inf:
+        raise UserError(f"{what} is {value}", f"Use a positive number; {usual}")

@@ -1,77 +1,265 @@
 from __future__ import annotations
 
+import math
+
+import numpy
 import pytest
+import scipy.integrate
 import scipy.special
 import scipy.stats
 import torch
 
 from latentflow.errors import UserError
-from latentflow.flow import TIME_DENSITIES, sample_times, time_grid
+from latentflow.flow import (
+    TIME_DENSITIES,
+    TIME_GRIDS,
+    Beta,
+    CondOT,
+    CosineMap,
+    LogitNormal,
+    Mode,
+    Power,
+    UniformTimes,
+    make,
+    time_grid,
+)
+from latentflow.flow.times import shifted
+
+U = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+MORE = [
+    LogitNormal(0.7, 0.5),
+    LogitNormal(shift=3.0),
+    Mode(-1.0),
+    Mode(0.5, shift=0.4),
+    Mode(1.7),
+    CosineMap(shift=2.0),
+    Beta(1.5, 1.0),
+    Beta(3.0, 0.8, shift=1.5),
+    Power(0.6),
+    UniformTimes(shift=3.0),
+]
+DENSITIES = [density() for density in TIME_DENSITIES.values()] + MORE
+
+
+def reference(density):
+    """The density in t as its paper or textbook prints it, in our direction of t (1 is data)."""
+    match density:
+        case UniformTimes():
+            return lambda t: 1.0
+        case LogitNormal(mean=m, std=s):
+            return lambda t: scipy.stats.norm.pdf(scipy.special.logit(t), m, s) / (t * (1 - t))
+        case CosineMap():
+            return lambda t: 2 / (math.pi - 2 * math.pi * t + 2 * math.pi * t**2)
+        case Beta(a=a, b=b):
+            return lambda t: t ** (a - 1) * (1 - t) ** (b - 1) / scipy.special.beta(a, b)
+        case Power(exponent=p):
+            return lambda t: p * t ** (p - 1)
+    return None
+
+
+@pytest.mark.parametrize("density", DENSITIES, ids=repr)
+def test_quantiles_increase_into_the_unit_interval(density) -> None:
+    u = torch.linspace(0, 1, 1001, dtype=torch.float64).reshape(7, 143)
+    t = density.quantile(u)
+    assert t.shape == u.shape
+    assert t.dtype == torch.float64
+    assert (t.flatten().diff() > 0).all()
+    assert t[0, 0] == 0
+    assert t[-1, -1] == 1
+    assert density.quantile(torch.rand(3)).dtype == torch.float64  # float32 numbers are widened
+    slope = density.slope(u)
+    assert slope.shape == u.shape
+    assert slope.dtype == torch.float64
+    assert slope.isfinite().all()
+    assert (slope >= 0).all()
+
+
+@pytest.mark.parametrize("density", DENSITIES, ids=repr)
+def test_the_slope_is_the_derivative_of_the_quantile(density) -> None:
+    h = 1e-6
+    difference = (density.quantile(U + h) - density.quantile(U - h)) / (2 * h)
+    torch.testing.assert_close(density.slope(U), difference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("density", [d for d in DENSITIES if reference(d)], ids=repr)
+def test_one_over_the_slope_is_the_density_of_the_paper(density) -> None:
+    pdf, s = reference(density), density.shift
+    t = density.quantile(U).numpy()
+    plain = s * t / (1 + (s - 1) * t)  # the t before the shift
+    change = s / (1 + (s - 1) * t) ** 2
+    numpy.testing.assert_allclose(1 / density.slope(U).numpy(), pdf(plain) * change, rtol=1e-9)
+    assert scipy.integrate.quad(pdf, 0, 1)[0] == pytest.approx(1, abs=1e-6)
+    # The mean of t by quadrature over t is that by quadrature over u: the quantile belongs to this density.
+    unshifted = make(
+        TIME_DENSITIES,
+        next(k for k, v in TIME_DENSITIES.items() if v is type(density)),
+        "time density",
+        **{k: v for k, v in vars(density).items() if k != "shift"},
+    )
+    over_t = scipy.integrate.quad(lambda t: t * pdf(t), 0, 1)[0]
+    over_u = scipy.integrate.quad(lambda u: unshifted.quantile(torch.tensor(u)).item(), 0, 1)[0]
+    assert over_u == pytest.approx(over_t, abs=1e-6)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.8), (-1.0, 2.0)])
 def test_logit_normal_has_the_quantiles_of_scipy(mean, std) -> None:
     u = torch.linspace(1e-6, 1 - 1e-6, 101, dtype=torch.float64)
     expected = torch.from_numpy(scipy.special.expit(scipy.stats.norm.ppf(u.numpy(), loc=mean, scale=std)))
-    torch.testing.assert_close(sample_times("logit-normal", u, mean, std), expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(LogitNormal(mean, std).quantile(u), expected, atol=1e-12, rtol=1e-12)
 
 
-def test_a_positive_mean_leans_towards_the_data() -> None:
-    u = torch.linspace(0.05, 0.95, 11, dtype=torch.float64)
-    assert (sample_times("logit-normal", u, mean=1.0) > sample_times("logit-normal", u)).all()
+@pytest.mark.parametrize("scale", [-1.0, 0.81, 1.29, 1.75])
+def test_mode_is_that_of_sd3_with_t_turned_round(scale) -> None:
+    theirs = 1 - U - scale * (torch.cos(math.pi / 2 * U) ** 2 - 1 + U)  # 1 is noise
+    torch.testing.assert_close(Mode(scale).quantile(U), 1 - theirs, atol=1e-14, rtol=0)
 
 
-def test_uniform_is_the_identity() -> None:
-    u = torch.rand(7, dtype=torch.float64)
-    assert torch.equal(sample_times("uniform", u), u)
+def test_cosine_map_is_that_of_sd3_and_symmetric() -> None:
+    theirs = 1 - 1 / (torch.tan(math.pi / 2 * U) + 1)
+    torch.testing.assert_close(CosineMap().quantile(U), theirs, atol=1e-14, rtol=0)
+    torch.testing.assert_close(1 - CosineMap().quantile(1 - U), theirs, atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize("name", TIME_DENSITIES)
-def test_densities_are_increasing_quantile_functions_into_the_unit_interval(name) -> None:
-    u = torch.linspace(0, 1, 1001, dtype=torch.float64).reshape(7, 143)
-    t = sample_times(name, u)
-    assert t.shape == u.shape
-    assert t.dtype == torch.float64
-    assert (t.flatten().diff() > 0).all()
-    assert t.min() >= 0
-    assert t.max() <= 1
-    assert sample_times(name, torch.rand(3)).dtype == torch.float64  # float32 numbers are widened
+def test_cosine_map_has_the_log_snrs_of_the_cosine_schedule() -> None:
+    angle = math.pi / 2 * U
+    expected = 2 * (torch.sin(angle).log() - torch.cos(angle).log())
+    torch.testing.assert_close(CondOT().log_snr(CosineMap().quantile(U)), expected, atol=1e-10, rtol=0)
 
 
-def test_bad_densities_are_named() -> None:
-    u = torch.rand(3)
-    with pytest.raises(
-        UserError, match=r"(?s)unknown time density 'logit_normal'.*did you mean 'logit-normal'"
-    ):
-        sample_times("logit_normal", u)
-    with pytest.raises(UserError, match="std of the logit-normal density is 0"):
-        sample_times("logit-normal", u, std=0.0)
-    with pytest.raises(ValueError, match=r"u spans|uniform numbers in \[0, 1\]"):
-        sample_times("uniform", u + 1)
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [
+        (Power(2.5), Beta(2.5, 1.0)),
+        (UniformTimes(), Beta(1.0, 1.0)),
+        (UniformTimes(), Mode(0.0)),
+        (UniformTimes(), Power(1.0)),
+        (LogitNormal(shift=math.exp(0.7)), LogitNormal(mean=-0.7)),  # a shift moves every logit by -log shift
+    ],
+)
+def test_special_cases_agree(narrow, wide) -> None:
+    torch.testing.assert_close(narrow.quantile(U), wide.quantile(U), atol=1e-12, rtol=0)
+    torch.testing.assert_close(narrow.slope(U), wide.slope(U), atol=0, rtol=1e-10)
+
+
+def test_which_parameters_lean_towards_the_data() -> None:
+    middle = UniformTimes().quantile(U).mean()
+    for data, noise in [
+        (LogitNormal(mean=1.0), LogitNormal(mean=-1.0)),
+        (Beta(2, 1), Beta(1, 2)),
+        (Power(2), Power(0.5)),
+        (UniformTimes(shift=0.5), UniformTimes(shift=2.0)),
+    ]:
+        assert data.quantile(U).mean() > middle > noise.quantile(U).mean()
+
+
+def test_uniform_and_no_shift_change_no_bit() -> None:
+    u = torch.rand(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(UniformTimes().quantile(u), u)
+    assert torch.equal(LogitNormal(0.3, 0.9).quantile(u), torch.sigmoid(0.3 + 0.9 * torch.special.ndtri(u)))
+
+
+def test_shifts_multiply() -> None:
+    torch.testing.assert_close(shifted(shifted(U, 2.0), 3.0), shifted(U, 6.0), atol=1e-15, rtol=0)
+    torch.testing.assert_close(shifted(shifted(U, 2.0), 0.5), U, atol=1e-15, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("logit_normal", {}, r"(?s)unknown time density 'logit_normal'.*did you mean 'logit-normal'"),
+        (
+            "logit-normal",
+            {"standard": 1.0},
+            r"(?s)unknown option of time density.*Choices: shift, mean, std|std",
+        ),
+        ("uniform", {"mean": 0.0}, r"(?s)unknown option of time density 'uniform': 'mean'.*shift"),
+        ("logit-normal", {"std": 0.0}, "std of the logit-normal density is 0"),
+        ("logit-normal", {"mean": float("nan")}, "mean of the logit-normal density is nan"),
+        ("mode", {"scale": 1.8}, "scale 1.8 of the mode density"),
+        ("mode", {"scale": -1.1}, "scale -1.1 of the mode density"),
+        ("beta", {"a": 0.0}, "a of the beta density is 0"),
+        ("beta", {"b": -1.0}, "b of the beta density is -1"),
+        ("power", {"exponent": float("inf")}, "exponent of the power density is inf"),
+        ("cosine-map", {"shift": 0.0}, "time shift is 0"),
+        ("beta", {"a": "two"}, "option 'a' of time density 'beta' is 'two'"),
+        ("beta", {"a": None}, "option 'a' of time density 'beta' is None"),
+    ],
+)
+def test_bad_densities_are_named(name, options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        make(TIME_DENSITIES, name, "time density", **options)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan")])
+def test_numbers_outside_the_unit_interval_are_refused(bad) -> None:
+    for method in (UniformTimes().quantile, UniformTimes().slope):
+        with pytest.raises(ValueError, match=r"uniform numbers in \[0, 1\]"):
+            method(torch.tensor([0.5, bad]))
 
 
 def test_grid_of_shift_1_is_uniform() -> None:
     grid = time_grid(8)
     assert grid.dtype == torch.float64
     assert grid.tolist() == [i / 8 for i in range(9)]
+    assert torch.equal(time_grid(1000), torch.linspace(0, 1, 1001, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", TIME_GRIDS)
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 20, 1000])
+def test_grids_run_from_0_to_1(kind, shift, steps) -> None:
+    grid = time_grid(steps, shift, kind)
+    assert grid.shape == (steps + 1,)
+    assert grid.dtype == torch.float64
+    assert grid[0] == 0
+    assert grid[-1] == 1
+    assert (grid.diff() > 0).all()
 
 
 @pytest.mark.parametrize("shift", [0.3, 1.15, 3.0, 7.7])
 @pytest.mark.parametrize("steps", [1, 2, 20, 1000])
 def test_shift_is_that_of_sd3_on_sigma(steps, shift) -> None:
     sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    grid = time_grid(steps, shift)
-    torch.testing.assert_close(1 - grid, shift * sigma / (1 + (shift - 1) * sigma), atol=1e-14, rtol=0)
-    assert grid[0] == 0
-    assert grid[-1] == 1
-    assert (grid.diff() > 0).all()
+    expected = shift * sigma / (1 + (shift - 1) * sigma)
+    torch.testing.assert_close(1 - time_grid(steps, shift), expected, atol=1e-14, rtol=0)
 
 
 def test_a_larger_shift_spends_more_steps_near_the_noise() -> None:
     assert (time_grid(10, 3.0)[1:-1] < time_grid(10)[1:-1]).all()
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (-5, 1.0), (10, 0.0), (10, -1.0), (10, float("nan"))])
-def test_bad_grids_are_refused(steps, shift) -> None:
-    with pytest.raises(UserError, match=r"sampling steps|time shift"):
-        time_grid(steps, shift)
+@pytest.mark.parametrize(("rho", "low", "high"), [(7.0, 0.002, 80.0), (3.0, 0.01, 50.0)])
+def test_the_edm_grid_has_the_levels_of_its_paper(rho, low, high) -> None:
+    n = 18
+    i = numpy.arange(n)
+    levels = (high ** (1 / rho) + i / (n - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    grid = time_grid(n, kind="edm", rho=rho, sigma_min=low, sigma_max=high).numpy()
+    numpy.testing.assert_allclose((1 - grid[1:-1]) / grid[1:-1], levels[1:], rtol=1e-12)
+    assert levels[0] == pytest.approx(high)
+
+
+def test_the_cosine_grid_takes_equal_steps_of_the_angle() -> None:
+    grid = time_grid(10, kind="cosine")
+    angle = torch.atan2(grid, 1 - grid)
+    torch.testing.assert_close(angle.diff(), torch.full((10,), math.pi / 20, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "0 sampling steps"),
+        ({"steps": -5}, "-5 sampling steps"),
+        ({"steps": 10, "shift": 0.0}, "time shift is 0"),
+        ({"steps": 10, "shift": -1.0}, "time shift is -1"),
+        ({"steps": 10, "shift": float("nan")}, "time shift is nan"),
+        ({"steps": 10, "kind": "cosin"}, "(?s)unknown time grid 'cosin'.*did you mean 'cosine'"),
+        ({"steps": 10, "kind": "edm", "roh": 7}, "(?s)unknown option of time grid 'edm': 'roh'.*mean 'rho'"),
+        ({"steps": 10, "kind": "edm", "rho": 0.0}, "rho of the EDM grid is 0"),
+        ({"steps": 10, "kind": "edm", "sigma_min": 0.0}, "noise levels 0.0 to 80.0"),
+        ({"steps": 10, "kind": "edm", "sigma_max": 0.001}, "noise levels 0.002 to 0.001"),
+        ({"steps": 10, "rho": 7.0}, "(?s)unknown option of time grid 'uniform': 'rho'"),
+    ],
+)
+def test_bad_grids_are_refused(arguments, message) -> None:
+    with pytest.raises(UserError, match=message):
+        time_grid(**arguments)
