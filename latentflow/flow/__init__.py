@@ -41,9 +41,13 @@ from .solvers import SOLVERS as SOLVERS
 from .solvers import Counted as Counted
 from .solvers import Solver as Solver
 from .solvers import adams_bashforth as adams_bashforth
+from .solvers import churn as churn
+from .solvers import ddpm as ddpm
 from .solvers import euler_maruyama as euler_maruyama
 from .solvers import integrate as integrate
+from .solvers import langevin as langevin
 from .solvers import runge_kutta as runge_kutta
+from .solvers import stochastic_heun as stochastic_heun
 from .tables import make as make
 from .tensors import Velocity as Velocity
 from .transport import assignment as assignment

@@ -17,5 +17,9 @@ from .diffusions import Diffusion as Diffusion
 from .integrate import integrate as integrate
 from .multistep import adams_bashforth as adams_bashforth
 from .runge_kutta import runge_kutta as runge_kutta
+from .stochastic import churn as churn
+from .stochastic import ddpm as ddpm
 from .stochastic import euler_maruyama as euler_maruyama
+from .stochastic import langevin as langevin
+from .stochastic import stochastic_heun as stochastic_heun
 from .table import SOLVERS as SOLVERS

@@ -16,12 +16,13 @@ from latentflow.errors import UserError, lookup
 
 from ..paths import Path
 from ..predictions import convert
-from ..tensors import time_dtype
+from ..tensors import Velocity, time_dtype
 from .base import Field, Solver, SolverOptions, Step
 from .diffusions import DIFFUSIONS, Diffusion
 from .runge_kutta import runge_kutta
 
 _EULER = runge_kutta(1, nodes=[0], matrix=[[]], weights=[1])
+_HEUN = runge_kutta(2, nodes=[0, 1], matrix=[[], [1]], weights=[1 / 2, 1 / 2])
 
 
 def euler_maruyama(diffusion: str | Diffusion = "sigma", scale: float = 1.0) -> Solver:
@@ -40,81 +41,217 @@ def euler_maruyama(diffusion: str | Diffusion = "sigma", scale: float = 1.0) -> 
         UserError: unknown diffusion (the nearest is suggested); scale negative or not finite. While
             sampling: g^2 is negative or not finite, or is not 0 where sigma is 0 (the score is infinite).
     """
-    g_squared = _scaled(diffusion, scale)
+    return _sde_solver(_EULER, (1.0, 0.0), diffusion, scale)
+
+
+def stochastic_heun(diffusion: str | Diffusion = "sigma", scale: float = 1.0) -> Solver:
+    """Heun's predictor-corrector on the same equation: weak order 2, two evaluations per step.
+
+    The increment of the noise is the same in both stages, its variance the trapezoid of g^2. The moments of a
+    step then agree with those of the exact solution up to O(h^3), since g does not depend on x: the
+    conditions for weak order 2 of Kloeden & Platen 1992 (Numerical Solution of Stochastic Differential
+    Equations), sec. 14.2. It evaluates at the last time too, where not every diffusion is finite.
+
+    Args:
+        diffusion, scale: as in ``euler_maruyama``; scale 0 is Heun's step of the ODE, bit for bit.
+
+    Raises:
+        UserError: as ``euler_maruyama``.
+    """
+    return _sde_solver(_HEUN, (0.5, 0.5), diffusion, scale)
+
+
+def ddpm(eta: float = 1.0) -> Solver:
+    """Ancestral sampling from q(x_s | x_t, x1) at the predicted data x1, on any path: weak order 1.
+
+    Ho et al. 2020 (arXiv:2006.11239), eq. 6-7, for eta = 1; Song et al. 2021 (DDIM, arXiv:2010.02502), eq. 12
+    and 16, between. With k = alpha_t sigma_s / (alpha_s sigma_t) the share of the noise that is kept,
+
+        x_s = alpha_s x1 + sigma_s (sqrt(1 - eta^2 (1 - k^2)) x0 + eta sqrt(1 - k^2) z),  z ~ N(0, 1).
+
+    Backwards (data to noise) k is its inverse and eta = 1 the exact noising, which needs no network.
+
+    Args:
+        eta: 0 is DDIM, deterministic: Euler's step on the straight path; 1 the posterior of the diffusion.
+
+    Raises:
+        UserError: eta is not in [0, 1]; or ``integrate`` is given a score.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise UserError(f"eta {eta} of the solver 'ddpm'", "Use 0 (DDIM, deterministic) to 1 (DDPM).")
 
     def start(options: SolverOptions) -> Step:
-        sde, euler = _Sde(g_squared, options), _EULER.start(options)
+        _refuse_score("ddpm", options)
+        path = options.path
 
         def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
-            x_next = euler(sde.drift(field, backward=t_next < t), x, t, t_next)
-            std = math.sqrt(abs(t_next - t) * sde.g_squared(t))
-            return x_next + std * _normal(x, options) if scale else x_next
+            velocity = field(x, t)
+            data, noise = (convert(velocity, x, t, path, "velocity", end) for end in ("data", "noise"))
+            (alpha, sigma), (alpha_next, sigma_next) = _schedule(path, t), _schedule(path, t_next)
+            shares = alpha * sigma_next, alpha_next * sigma
+            fresh = eta * math.sqrt(1.0 - (min(shares) / max(shares)) ** 2)
+            x_next = alpha_next * data + (sigma_next * math.sqrt(1.0 - fresh**2)) * noise
+            return x_next + (sigma_next * fresh) * _normal(x, options) if eta else x_next
 
         return step
 
     return Solver(order=1, evaluations=1, start=start, stochastic=True)
 
 
+def churn(amount: float = 10.0, interval: tuple[float, float] = (0.0, 1.0), solver: Solver = _HEUN) -> Solver:
+    """Noise is added, which leads back to a lower log-SNR; from there a step of an ODE ``solver`` to t_next.
+
+    Karras et al. 2022 (EDM, arXiv:2206.00364), algorithm 2, on any path: sigma/alpha, their noise level, grows
+    by the factor 1 + min(amount |t_next - t|, sqrt(2) - 1). Their S_noise is 1, which keeps the marginals.
+    It never leads back before times[0] (backwards: not beyond t_next).
+
+    Args:
+        amount: their S_churn (on a uniform grid); 0 is the ODE solver, bit for bit.
+        interval: (low, high) in t: churn where low <= t <= high; their S_tmax and S_tmin.
+        solver: a one-step method; the weak order is its own. Default: Heun.
+
+    Raises:
+        UserError: amount is negative or not finite; the interval is not 0 <= low <= high <= 1; or
+            ``integrate`` is given a score.
+    """
+    low, high = interval
+    if not 0.0 <= amount < math.inf:
+        raise UserError(f"churn {amount}", "Use a finite number from 0 (the ODE solver); 5 to 80 are usual.")
+    if not 0.0 <= low <= high <= 1.0:
+        raise UserError(f"churn interval ({low}, {high})", "Use 0 <= low <= high <= 1 (t = 1 is data).")
+
+    def start(options: SolverOptions) -> Step:
+        _refuse_score("churn", options)
+        ode_step, first = solver.start(options), math.inf
+
+        def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
+            nonlocal first
+            first = min(first, t)
+            growth = min(amount * abs(t_next - t), math.sqrt(2.0) - 1.0) if low <= t <= high else 0.0
+            if growth > 0.0:
+                back = _lower_snr(options.path, t, growth)
+                x, t = _renoise(x, t, max(back, first if t < t_next else t_next), options)
+            return ode_step(field, x, t, t_next)
+
+        return step
+
+    return Solver(order=solver.order, evaluations=solver.evaluations, start=start, stochastic=True)
+
+
+def langevin(corrections: int = 1, snr: float = 0.16, predictor: Solver = _EULER) -> Solver:
+    """Steps of Langevin dynamics at t, which pull x back to the marginal, then the predictor's step to t_next.
+
+    Song et al. 2021 (arXiv:2011.13456), algorithms 4 and 5: x + e score + sqrt(2 e) z, correcting before each
+    step rather than after (the last correction, at sigma = 0, would do nothing). Their e = 2 (snr |z|/|score|)^2
+    is taken at the norm that the noise x0 has, e = 2 (snr sigma)^2, so that no row depends on another; it is
+    annealed with sigma, as in Song & Ermon 2019 (arXiv:1907.05600). Its step has a finite size whatever the
+    grid, and leaves a bias of the relative variance below snr^2 that more steps do not remove: order 0.
+
+    Args:
+        corrections: Langevin steps, of one evaluation each, per step of the predictor.
+        snr: their signal-to-noise ratio r, in (0, 1).
+        predictor: any solver; ``euler_maruyama("sbdm")`` or ``ddpm()`` for the paper's. Default: Euler.
+
+    Raises:
+        UserError: corrections < 1, or snr is not in (0, 1).
+    """
+    if corrections < 1:
+        raise UserError(f"{corrections} Langevin corrections", "Use at least 1, or the predictor alone.")
+    if not 0.0 < snr < 1.0:
+        raise UserError(
+            f"signal-to-noise ratio {snr} of the solver 'langevin'", "Use 0 < snr < 1; 0.16 is usual."
+        )
+    target = _Sde(lambda path, t: (2.0 * snr * path.sigma(t)) ** 2, 1.0)  # half of it is e
+
+    def start(options: SolverOptions) -> Step:
+        predict = predictor.start(options)
+
+        def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
+            std = math.sqrt(target.g_squared(t, options.path))
+            for _ in range(corrections):
+                x = x + target.score_term(field(x, t), x, t, options) + std * _normal(x, options)
+            return predict(field, x, t, t_next)
+
+        return step
+
+    evaluations = None if predictor.evaluations is None else predictor.evaluations + corrections
+    return Solver(order=0, evaluations=evaluations, start=start, stochastic=True)
+
+
+def _sde_solver(
+    ode: Solver, quadrature: tuple[float, float], diffusion: str | Diffusion, scale: float
+) -> Solver:
+    """An ODE solver's step along the drift, its later stages at points that have the noise of the step too.
+
+    ``quadrature``: weights of g^2 at t and t_next in the variance of that noise.
+    """
+    function = lookup(DIFFUSIONS, diffusion, "diffusion") if isinstance(diffusion, str) else diffusion
+    if not 0.0 <= scale < math.inf:
+        raise UserError(f"diffusion scale {scale}", "Use a finite number from 0 (the ODE); 1 is usual.")
+    sde = _Sde(function, scale)
+
+    def start(options: SolverOptions) -> Step:
+        ode_step = ode.start(options)
+        if scale == 0:
+            return ode_step
+
+        def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
+            variance = sum(
+                weight * sde.g_squared(time, options.path)
+                for weight, time in zip(quadrature, (t, t_next), strict=True)
+                if weight
+            )
+            noise = math.sqrt(abs(t_next - t) * variance) * _normal(x, options)
+            sign = math.copysign(1.0, t_next - t)  # reversed time turns the sign of u, not that of the score
+
+            def drift(y: Tensor, s: float) -> Tensor:
+                y = y if s == t else y + noise
+                velocity = field(y, s)
+                return velocity + sign * sde.score_term(velocity, y, s, options)
+
+            return ode_step(drift, x, t, t_next) + noise
+
+        return step
+
+    return Solver(order=ode.order, evaluations=ode.evaluations, start=start, stochastic=True)
+
+
 @dataclass(frozen=True)
 class _Sde:
-    """dx = (u + g^2/2 score) dt + g dW, in the direction in which t runs."""
+    """dx = (u + g^2/2 score) dt + g dW with g^2 = scale^2 diffusion."""
 
-    diffusion: Diffusion | None  # None: the ODE
-    options: SolverOptions
+    diffusion: Diffusion
+    scale: float
 
-    def g_squared(self, t: float) -> float:
-        if self.diffusion is None:
-            return 0.0
-        value = float(self.diffusion(self.options.path, torch.tensor(t, dtype=torch.float64)))
+    def g_squared(self, t: float, path: Path) -> float:
+        value = self.scale**2 * float(self.diffusion(path, torch.tensor(t, dtype=torch.float64)))
         if not 0.0 <= value < math.inf:
             raise UserError(
-                f"the diffusion's g^2 is {value:g} at t = {t:g} on {self.options.path}",
+                f"the diffusion's g^2 is {value:g} at t = {t:g} on {path}",
                 "Use another diffusion ('sigma' is finite everywhere), keep the times away from this t, or, "
                 "for 'sbdm', the solver 'ddpm', which takes finite steps of the same process.",
             )
         return value
 
-    def drift(self, field: Field, backward: bool) -> Field:
-        """dx/dt without the noise. Reversed time turns the sign of u, not that of the score term."""
-        if self.diffusion is None:
-            return field
-        sign = -1.0 if backward else 1.0
-
-        def drift(x: Tensor, t: float) -> Tensor:
-            velocity = field(x, t)
-            return velocity + sign * self._score_term(velocity, x, t)
-
-        return drift
-
-    def _score_term(self, velocity: Tensor, x: Tensor, t: float) -> Tensor:
-        """g^2/2 score = -(g^2 / (2 sigma)) x0_hat."""
-        if self.options.score is not None:
-            return (self.g_squared(t) / 2) * _given_score(x, t, self.options)
-        sigma = _schedule(self.options.path, t)[1]
-        if sigma > _TINY:
-            factor = self.g_squared(t) / (2 * sigma)
-        elif self.g_squared(t) > _TINY:
-            raise UserError(
-                f"the score is infinite at t = {t:g} (sigma = 0), where this diffusion's g^2 is "
-                f"{self.g_squared(t):g}",
-                "Use a diffusion that vanishes with sigma, such as 'sigma', or times that stay away from "
-                f"t = {t:g}, for example up to 0.999.",
-            )
-        else:  # 0 / 0: the limit, from inside the interval
+    def score_term(self, velocity: Tensor, x: Tensor, t: float, options: SolverOptions) -> Tensor:
+        """g^2/2 score = -(g^2 / (2 sigma)) x0, from the ``velocity`` at (x, t)."""
+        g_squared = self.g_squared(t, options.path)
+        if options.score is not None:
+            return (g_squared / 2) * _given_score(options.score, x, t)
+        sigma = _schedule(options.path, t)[1]
+        if sigma <= _TINY:  # 0 / 0: the limit, taken from inside the interval
+            if g_squared > _TINY:
+                raise UserError(
+                    f"the score is infinite at t = {t:g} (sigma = 0), where this diffusion's g^2 is {g_squared:g}",
+                    "Use a diffusion that vanishes with sigma, such as 'sigma', or times that stay away from "
+                    f"t = {t:g}, for example up to 0.999.",
+                )
             inside = min(max(t, 1e-6), 1.0 - 1e-6)
-            factor = self.g_squared(inside) / (2 * _schedule(self.options.path, inside)[1])
-        return -factor * _noise_prediction(velocity, x, t, self.options.path)
+            g_squared, sigma = self.g_squared(inside, options.path), _schedule(options.path, inside)[1]
+        return (-g_squared / (2 * sigma)) * convert(velocity, x, t, options.path, "velocity", "noise")
 
 
 _TINY = 1e-12  # rounding of a schedule that is 0: sin(pi), cos(pi / 2)
-
-
-def _scaled(diffusion: str | Diffusion, scale: float) -> Diffusion | None:
-    """scale^2 g^2, or None where that is the ODE."""
-    function = lookup(DIFFUSIONS, diffusion, "diffusion") if isinstance(diffusion, str) else diffusion
-    if not 0.0 <= scale < math.inf:
-        raise UserError(f"diffusion scale {scale}", "Use a finite number from 0 (the ODE); 1 is usual.")
-    return (lambda path, t: scale**2 * function(path, t)) if scale else None
 
 
 def _schedule(path: Path, t: float) -> tuple[float, float]:
@@ -123,15 +260,32 @@ def _schedule(path: Path, t: float) -> tuple[float, float]:
     return float(path.alpha(time)), float(path.sigma(time))
 
 
-def _noise_prediction(velocity: Tensor, x: Tensor, t: float, path: Path) -> Tensor:
-    """E[x0 | x]; where alpha = 0, x = sigma x0 says it all, also on paths where the velocity does not."""
-    alpha, sigma = _schedule(path, t)
-    return x / sigma if alpha == 0 else convert(velocity, x, t, path, "velocity", "noise")
+def _lower_snr(path: Path, t: float, growth: float) -> float:
+    """The time at which sigma/alpha is 1 + ``growth`` times that at t."""
+    log_snr = path.log_snr(torch.tensor(t, dtype=torch.float64))
+    return float(path.inverse_log_snr(log_snr - 2.0 * math.log1p(growth)))
 
 
-def _given_score(x: Tensor, t: float, options: SolverOptions) -> Tensor:
-    assert options.score is not None
-    value = options.score(x, torch.tensor(t, dtype=time_dtype(x.device), device=x.device))
+def _renoise(x: Tensor, t: float, back: float, options: SolverOptions) -> tuple[Tensor, float]:
+    """x at t as a sample at the earlier time ``back``, by adding noise."""
+    if not back < t:  # already pure noise, or pure data
+        return x, t
+    (alpha, sigma), (alpha_back, sigma_back) = _schedule(options.path, t), _schedule(options.path, back)
+    shrink = alpha_back / alpha
+    std = math.sqrt(max(sigma_back**2 - (shrink * sigma) ** 2, 0.0))
+    return shrink * x + std * _normal(x, options), back
+
+
+def _refuse_score(solver: str, options: SolverOptions) -> None:
+    if options.score is not None:
+        raise UserError(
+            f"the solver '{solver}' samples the path's own marginals, and takes no separate score",
+            "Leave the score out, or use 'euler-maruyama' or 'stochastic-heun'.",
+        )
+
+
+def _given_score(score: Velocity, x: Tensor, t: float) -> Tensor:
+    value = score(x, torch.full((), t, dtype=time_dtype(x.device), device=x.device))
     if value.shape != x.shape:
         raise ValueError(
             f"the score returned shape {tuple(value.shape)}, but must keep the shape of x, {tuple(x.shape)}"

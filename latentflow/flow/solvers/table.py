@@ -7,7 +7,7 @@ from .base import Solver
 from .exponential import dpm_solver_2m
 from .multistep import adams_bashforth
 from .runge_kutta import runge_kutta
-from .stochastic import euler_maruyama
+from .stochastic import churn, ddpm, euler_maruyama, langevin, stochastic_heun
 
 SOLVERS: dict[str, Solver] = {
     "euler": runge_kutta(1, nodes=[0], matrix=[[]], weights=[1]),
@@ -25,4 +25,8 @@ SOLVERS: dict[str, Solver] = {
     "dpm-solver++2m": Solver(order=2, evaluations=1, start=dpm_solver_2m),
     "dopri5": Solver(order=5, evaluations=None, start=dormand_prince),
     "euler-maruyama": euler_maruyama(),
+    "stochastic-heun": stochastic_heun(),
+    "ddpm": ddpm(),
+    "churn": churn(),
+    "langevin": langevin(),
 }

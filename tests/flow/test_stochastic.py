@@ -1,0 +1,454 @@
+"""Stochastic solvers hold the marginals of the flow.
+
+For a Gaussian every step is affine in x and in the noise, so the mean and the variance that a solver ends with
+are computed exactly, without sampling: x is carried as the row of its coefficients on (1, x_start, z_1, z_2, ...),
+and the k-th draw of noise is replaced by the k-th unit vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentflow.errors import UserError
+from latentflow.flow import (
+    DIFFUSIONS,
+    PATHS,
+    SOLVERS,
+    CondOT,
+    Path,
+    Solver,
+    Trigonometric,
+    VarianceExploding,
+    VariancePreserving,
+    churn,
+    ddpm,
+    euler_maruyama,
+    integrate,
+    langevin,
+    stochastic_heun,
+    time_grid,
+)
+from latentflow.flow.solvers import stochastic
+
+STOCHASTIC = [name for name, solver in SOLVERS.items() if solver.stochastic]
+# Noise that falls 5000-fold, the default of variance exploding, asks for more steps than a test has.
+CASES: dict[str, Path] = {name: make() for name, make in PATHS.items()} | {
+    "variance-exploding": VarianceExploding(sigma_min=0.05, sigma_max=3.0)
+}
+MEAN, STD = 1.5, 0.4  # of the fixture ``gaussian``
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def schedule(path: Path, t: float) -> tuple[float, float]:
+    time = torch.tensor(t, dtype=torch.float64)
+    return float(path.alpha(time)), float(path.sigma(time))
+
+
+def moments(path: Path, t: float) -> tuple[float, float]:
+    """Mean and standard deviation of x_t."""
+    a, s = schedule(path, t)
+    return a * MEAN, math.hypot(a * STD, s)
+
+
+Affine = Callable[[float], tuple[float, float]]  # t -> (slope, intercept)
+
+
+def gaussian_velocity(path: Path) -> Affine:
+    """u = a' m + (a' a c^2 + s' s) / (a^2 c^2 + s^2) (x - a m)."""
+
+    def affine(t: float) -> tuple[float, float]:
+        time = torch.tensor(t, dtype=torch.float64)
+        a, s, da, ds = (float(value) for value in path.at(path.clip(time), time))
+        slope = (da * a * STD**2 + ds * s) / (a**2 * STD**2 + s**2)
+        return slope, (da - slope * a) * MEAN
+
+    return affine
+
+
+def on_coefficients(affine: Affine) -> Callable[[Tensor, Tensor], Tensor]:
+    """An affine function of x, on rows of coefficients."""
+
+    def apply(x: Tensor, t: Tensor) -> Tensor:
+        slope, intercept = affine(float(t))
+        result = slope * x
+        result[:, 0] += intercept
+        return result
+
+    return apply
+
+
+@pytest.fixture
+def chain(monkeypatch):
+    """chain(path, times, solver) -> [(t, mean, standard deviation)] after each step, exactly."""
+
+    def run(path, times, solver, velocity=None, score=None, start=None) -> list[tuple[float, float, float]]:
+        used = [2]
+
+        def unit_vector(x: Tensor, options) -> Tensor:
+            z = torch.zeros_like(x)
+            z[0, used[0]] = 1.0
+            used[0] += 1
+            return z
+
+        monkeypatch.setattr(stochastic, "_normal", unit_vector)
+        x = torch.zeros(1, 2 + 6 * len(times), dtype=torch.float64)
+        x[0, 0], x[0, 1] = start or moments(path, float(times[0]))
+        seen: list[tuple[float, float, float]] = []
+        integrate(
+            on_coefficients(velocity or gaussian_velocity(path)),
+            x,
+            times,
+            solver,
+            path=path,
+            score=score and on_coefficients(score),
+            callback=lambda i, t, x: seen.append((float(t), float(x[0, 0]), float(x[0, 1:].norm()))),
+        )
+        return seen
+
+    return run
+
+
+def error(path: Path, after: tuple[float, float, float]) -> float:
+    """Of the mean and the standard deviation at one time, in standard deviations."""
+    t, mean, std = after
+    exact_mean, exact_std = moments(path, t)
+    return max(abs(mean - exact_mean), abs(std - exact_std)) / exact_std
+
+
+STEPS, TOLERANCE = {0: 60, 1: 120, 2: 60}, {0: 0.08, 1: 0.11, 2: 0.012}  # by order
+
+
+@pytest.mark.parametrize("path", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize("solver", STOCHASTIC)
+def test_gaussian_marginals(chain, path, solver) -> None:
+    """On the whole of every path, at the middle and at the end, forwards and backwards."""
+    order = SOLVERS[solver].order
+    times = time_grid(STEPS[order])
+    for grid in (times, times.flip(0)):
+        states = chain(path, grid, solver)
+        middle, end = states[len(states) // 2 - 1], states[-1]
+        assert (middle[0], end[0]) == (0.5, float(grid[-1]))
+        assert max(error(path, middle), error(path, end)) < TOLERANCE[order]
+
+
+@pytest.mark.parametrize("path", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+def test_gaussian_marginals_of_every_diffusion(chain, monkeypatch, path, diffusion) -> None:
+    """Away from the ends, where some are infinite. Without the score term the noise adds up."""
+    times = torch.linspace(0.1, 0.9, 61, dtype=torch.float64)
+    for grid in (times, times.flip(0)):
+        assert error(path, chain(path, grid, euler_maruyama(diffusion, scale=0.8))[-1]) < 0.08
+    monkeypatch.setattr(stochastic._Sde, "score_term", lambda *arguments: 0.0)
+    assert error(path, chain(path, times, euler_maruyama(diffusion, scale=0.8))[-1]) > 0.16
+
+
+ORDERS: dict[str, Solver] = {
+    **{name: SOLVERS[name] for name in STOCHASTIC if SOLVERS[name].order},
+    "euler-maruyama, constant": euler_maruyama("constant"),
+    **{f"stochastic-heun, {name}": stochastic_heun(name) for name in DIFFUSIONS},
+    "ddpm, eta 1/2": ddpm(0.5),
+    "churn, euler": churn(solver=SOLVERS["euler"]),
+    "churn, part of the time": churn(amount=3, interval=(0.3, 0.6)),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_weak_order(chain, name) -> None:
+    """The errors of the first two moments fall with the declared order."""
+    solver, path = ORDERS[name], Trigonometric()
+
+    def moment_error(n: int) -> tuple[float, float]:
+        t, mean, std = chain(path, torch.linspace(0.2, 0.9, n + 1, dtype=torch.float64), solver)[-1]
+        exact_mean, exact_std = moments(path, t)
+        return abs(mean - exact_mean), abs(std**2 - exact_std**2)
+
+    coarse, fine = moment_error(40), moment_error(80)
+    slopes = [math.log2(c / f) for c, f in zip(coarse, fine, strict=True) if c > 1e-12]
+    assert slopes
+    assert all(abs(slope - solver.order) <= 0.25 for slope in slopes), slopes
+
+
+def test_langevin_pulls_a_wrong_marginal_back(chain) -> None:
+    """What Euler alone would carry along; the bias that stays is of the order snr^2 = 0.01."""
+    path, times = Trigonometric(), torch.linspace(0.2, 0.6, 61, dtype=torch.float64)
+    wrong = (0.0, 2.0)
+    assert error(path, chain(path, times, "euler", start=wrong)[-1]) > 0.5
+    assert error(path, chain(path, times, langevin(5, snr=0.1), start=wrong)[-1]) < 0.01
+
+
+def test_schrodinger_bridge_with_its_own_score(chain) -> None:
+    """N(-2, 1) -> N(2, 1), sigma = 1: its marginals by the SDE and by the ODE, in both directions."""
+    root = math.sqrt(5.0)  # sqrt(4 + sigma^4)
+
+    def exact(t):
+        return (2 * t - 1) * 2.0, t * (1 - t) * root + (1 - t) ** 2 + t**2
+
+    def velocity(t: float) -> tuple[float, float]:
+        mean, variance = exact(t)
+        slope = (1 - 2 * t) * (root - 2) / (2 * variance)
+        return slope, 4.0 - slope * mean
+
+    def score(t: float) -> tuple[float, float]:
+        mean, variance = exact(t)
+        return -1.0 / variance, mean / variance
+
+    times = time_grid(60)
+    for solver, tolerance in [(euler_maruyama("constant", 1.0), 1.5e-2), (stochastic_heun("constant"), 2e-4)]:
+        for grid in (times, times.flip(0)):
+            start = exact(float(grid[0]))[0], 1.0
+            states = chain(CondOT(), grid, solver, velocity=velocity, score=score, start=start)
+            for t, mean, std in (states[29], states[-1]):
+                assert abs(mean - exact(t)[0]) < 1e-12
+                assert abs(std**2 - exact(t)[1]) < tolerance
+
+
+def kolmogorov_smirnov(mixture, path: Path, x: Tensor, t: float) -> float:
+    a, s = schedule(path, t)
+    x = x.flatten().sort().values
+    cdf = sum(
+        w * torch.special.ndtr((x - a * m) / math.hypot(a * c, s))
+        for w, m, c in zip(mixture.weights, mixture.means, mixture.stds, strict=True)
+    )
+    return float((cdf - (torch.arange(len(x)) + 0.5) / len(x)).abs().max())
+
+
+SAMPLED: dict[str, tuple[Solver, Path, int]] = {
+    "euler-maruyama": (euler_maruyama(), CondOT(), 100),
+    "euler-maruyama, constant": (euler_maruyama("constant", scale=1.5), VariancePreserving(), 100),
+    "stochastic-heun": (stochastic_heun("increasing-decreasing"), Trigonometric(), 40),
+    "ddpm": (ddpm(), CondOT(), 100),
+    "churn": (churn(), CASES["polynomial"], 40),
+    "langevin": (langevin(predictor=euler_maruyama()), CASES["sqrt"], 60),
+}
+
+
+def test_the_sampled_solvers_are_all() -> None:
+    assert set(STOCHASTIC) <= set(SAMPLED)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_mixture_marginals(mixture, monkeypatch, name) -> None:
+    """Distance of distributions at the middle and the end: below its mean + 4 standard errors for perfect
+    samples, (0.87 + 4 * 0.26) / sqrt(n) = 0.027, and 0.013 of bias."""
+    (solver, path, steps), n = SAMPLED[name], 5000
+    generator, far = seeded(), []
+
+    def watch(i: int, t: Tensor, x: Tensor) -> None:
+        if i + 1 in (steps // 2, steps):
+            far.append(kolmogorov_smirnov(mixture, path, x, float(t)))
+
+    def run() -> list[float]:
+        far.clear()
+        x = path.start(torch.randn(n, 1, generator=generator, dtype=torch.float64))
+        velocity = lambda x, t: mixture.velocity(path, x, path.clip(t))  # noqa: E731
+        integrate(velocity, x, time_grid(steps), solver, path=path, callback=watch, generator=generator)
+        return far
+
+    assert max(run()) < 0.04
+    if name == "euler-maruyama":
+        monkeypatch.setattr(stochastic._Sde, "score_term", lambda *arguments: 0.0)
+        assert max(run()) > 0.07
+
+
+# ---------------------------------------------------------------- identities
+
+
+@pytest.fixture
+def velocity(mixture):
+    return lambda x, t: mixture.velocity(CondOT(), x.double(), t).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("solver", "ode"),
+    [
+        (euler_maruyama(scale=0), "euler"),
+        (euler_maruyama("sbdm", scale=0), "euler"),
+        (stochastic_heun(scale=0), "heun"),
+        (churn(0), "heun"),
+        (churn(10, interval=(1.0, 1.0)), "heun"),
+        (churn(0, solver=SOLVERS["rk4"]), "rk4"),
+    ],
+)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_noise_it_is_the_ode_solver_bit_for_bit(velocity, draw, solver, ode, backward, dtype) -> None:
+    x, times = draw(64, 2).to(dtype), time_grid(11)[:-1]
+    times = times.flip(0) if backward else times
+    generator, before = seeded(), seeded().get_state()
+    assert torch.equal(
+        integrate(velocity, x, times, solver, generator=generator), integrate(velocity, x, times, ode)
+    )
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_ddim_is_euler(gaussian, draw) -> None:
+    """On the straight path step for step; on any other as Euler on the straight path at matched times."""
+    x, times = draw(16, 2), time_grid(12)
+    straight, other = CondOT(), VariancePreserving()
+    flow = lambda x, t: gaussian.velocity(straight, x, t)  # noqa: E731
+    for grid in (times, times.flip(0)):
+        ddim, euler = (integrate(flow, x, grid, solver) for solver in (ddpm(eta=0), "euler"))
+        assert (ddim - euler).abs().max() < 1e-12
+
+    ddim = integrate(
+        lambda x, t: gaussian.velocity(other, x, other.clip(t)), x, times[:-1], ddpm(eta=0), path=other
+    )
+    a, s = other.alpha(times[:-1]), other.sigma(times[:-1])
+    euler = integrate(flow, x / (a + s)[0], a / (a + s), "euler")
+    assert (ddim / (a + s)[-1] - euler).abs().max() < 1e-9
+
+
+def test_ddpm_is_the_posterior_as_its_paper_has_it(gaussian, draw) -> None:
+    """Ho et al. 2020, eq. 6-7, from the products alpha-bar = alpha^2 and beta = 1 - alpha-bar_t / alpha-bar_s."""
+    path, x, t, s = VariancePreserving(), draw(16, 2), 0.4, 0.55
+    end = integrate(
+        lambda x, t: gaussian.velocity(path, x, t), x, [t, s], ddpm(), path=path, generator=seeded()
+    )
+    bar_t, bar_s = schedule(path, t)[0] ** 2, schedule(path, s)[0] ** 2
+    beta = 1 - bar_t / bar_s
+    data = gaussian.ends(path, x, torch.tensor(t, dtype=torch.float64))[0]
+    mean = math.sqrt(bar_s) * beta / (1 - bar_t) * data + math.sqrt(1 - beta) * (1 - bar_s) / (1 - bar_t) * x
+    variance = (1 - bar_s) / (1 - bar_t) * beta
+    z = torch.randn(x.shape, generator=seeded(), dtype=torch.float64)
+    torch.testing.assert_close(end, mean + math.sqrt(variance) * z)
+
+
+def test_a_diffusion_of_ones_own(velocity, draw) -> None:
+    own, table = (
+        integrate(velocity, draw(8, 2) * 0 + 1, time_grid(9), solver, generator=seeded())
+        for solver in (
+            euler_maruyama(lambda path, t: path.sigma(t), 2.0),
+            euler_maruyama("sigma", math.sqrt(2.0)),
+        )
+    )
+    torch.testing.assert_close(own, table)
+
+
+def test_sbdm_is_the_noise_of_the_diffusion() -> None:
+    """On the variance-preserving path g^2 is the noise schedule beta."""
+    t = torch.linspace(0, 0.99, 9, dtype=torch.float64)
+    torch.testing.assert_close(DIFFUSIONS["sbdm"](VariancePreserving(0.1, 20.0), t), 0.1 + 19.9 * (1 - t))
+
+
+# ---------------------------------------------------------------- what every solver promises
+
+
+class Watched:
+    def __init__(self, velocity) -> None:
+        self.velocity = velocity
+        self.times: list[float] = []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.times.append(t.item())
+        return self.velocity(x, t)
+
+
+@pytest.mark.parametrize("solver", STOCHASTIC)
+@pytest.mark.parametrize("times", [time_grid(7).tolist(), [0.3, 0.35, 0.8], [0.9, 0.5, 0.2], [1.0, 0.4, 0.0]])
+def test_evaluations_are_as_declared_and_within_the_times(velocity, draw, solver, times) -> None:
+    watched = Watched(velocity)
+    integrate(watched, draw(4, 2), times, solver, generator=seeded())
+    assert len(watched.times) == (len(times) - 1) * SOLVERS[solver].evaluations
+    assert min(times) <= min(watched.times)
+    assert max(watched.times) <= max(times)
+
+
+def test_composed_solvers_declare_their_evaluations() -> None:
+    assert churn(solver=SOLVERS["rk4"]).evaluations == 4
+    assert langevin(3, predictor=SOLVERS["heun"]).evaluations == 5
+    assert langevin(3, predictor=SOLVERS["dopri5"]).evaluations is None
+
+
+@pytest.mark.parametrize("solver", STOCHASTIC)
+def test_the_generator_alone_decides(velocity, draw, solver) -> None:
+    x, times = draw(8, 2), time_grid(6)
+    one, again, other = (integrate(velocity, x, times, solver, generator=seeded(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert (one - other).abs().max() > 1e-2
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        assert torch.equal(integrate(velocity, x, times, solver), one)
+        untouched = torch.random.get_rng_state()
+        integrate(velocity, x, times, solver, generator=seeded())
+        assert torch.equal(torch.random.get_rng_state(), untouched)
+
+
+@pytest.mark.parametrize("solver", STOCHASTIC)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_x_keeps_its_dtype_and_shape(velocity, draw, solver, dtype) -> None:
+    x = draw(4, 3, 2, 2).to(dtype)
+    end = integrate(velocity, x, time_grid(20), solver, generator=seeded())
+    assert (end.dtype, end.shape) == (dtype, x.shape)
+    assert bool(end.isfinite().all())
+    reference = integrate(velocity, x.float(), time_grid(20), solver, generator=seeded())
+    assert (end.float() - reference).abs().max() < 0.2 or dtype == torch.float64  # other dtype, other noise
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: euler_maruyama("sigm"), "(?s)unknown diffusion 'sigm'.*did you mean 'sigma'"),
+        (lambda: euler_maruyama(scale=-1.0), "scale -1"),
+        (lambda: stochastic_heun(scale=float("nan")), "scale nan"),
+        (lambda: stochastic_heun(scale=float("inf")), "scale inf"),
+        (lambda: ddpm(1.5), "eta 1.5"),
+        (lambda: ddpm(-0.1), "eta -0.1"),
+        (lambda: churn(-1), "churn -1"),
+        (lambda: churn(float("nan")), "churn nan"),
+        (lambda: churn(interval=(0.6, 0.5)), "interval \\(0.6, 0.5\\)"),
+        (lambda: langevin(0), "0 Langevin"),
+        (lambda: langevin(snr=1.0), "ratio 1.0"),
+    ],
+)
+def test_bad_settings_are_refused(make, message) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("solver", "times", "message"),
+    [
+        (euler_maruyama("constant"), [1.0, 0.5], r"(?s)score is infinite at t = 1 .*'sigma'.*0\.999"),
+        (stochastic_heun("constant"), [0.5, 1.0], "score is infinite at t = 1 "),
+        (euler_maruyama("sbdm"), [0.0, 0.5], "(?s)g\\^2 is inf at t = 0 on CondOT.*'ddpm'"),
+        (euler_maruyama(lambda path, t: -t), [0.5, 0.6], "g\\^2 is -0.5 at t = 0.5"),
+        (euler_maruyama(lambda path, t: t * math.nan), [0.5, 0.6], "g\\^2 is nan at t = 0.5"),
+    ],
+)
+def test_a_score_term_that_is_not_determined_is_named(velocity, draw, solver, times, message) -> None:
+    with pytest.raises(UserError, match=message):
+        integrate(velocity, draw(4, 2), times, solver)
+
+
+@pytest.mark.parametrize("diffusion", ["sigma", "linear", "decreasing", "increasing-decreasing", "sbdm"])
+def test_the_score_term_has_its_limit_at_the_data(velocity, draw, diffusion) -> None:
+    """At t = 1, sigma = 0: as a step that starts just before."""
+    x = draw(64, 2)
+    at, before = (
+        integrate(velocity, x, [t, 0.9], euler_maruyama(diffusion), generator=seeded())
+        for t in (1.0, 1.0 - 1e-5)
+    )
+    assert (at - x).abs().max() > 1e-3
+    torch.testing.assert_close(at, before, atol=1e-2, rtol=0)
+
+
+def test_a_bad_score_is_named(velocity, draw) -> None:
+    x, solver = draw(4, 2), euler_maruyama("constant")
+    with pytest.raises(ValueError, match=r"the score returned shape \(4, 1\)"):
+        integrate(velocity, x, [0, 0.5], solver, score=lambda x, t: x[:, :1])
+    with pytest.raises(UserError, match=r"the score at t = 0 is not finite"):
+        integrate(velocity, x, [0, 0.5], solver, score=lambda x, t: x / 0)
+    for name in ("ddpm", "churn"):
+        with pytest.raises(UserError, match=f"'{name}'.*no separate score"):
+            integrate(velocity, x, [0, 0.5], name, score=lambda x, t: x)
