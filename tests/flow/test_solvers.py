@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from latentflow.errors import UserError
-from latentflow.flow import SOLVERS, CondOT, Path, integrate, time_grid
+from latentflow.flow import SOLVERS, CondOT, Counted, Path, integrate, time_grid
+from latentflow.flow.solvers import adams_bashforth
 
 DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.stochastic]
 FIXED = [name for name in DETERMINISTIC if SOLVERS[name].evaluations is not None]
 ADAPTIVE = [name for name in DETERMINISTIC if name not in FIXED]
-MULTISTEP = ["adams-bashforth-2", "adams-bashforth-3", "dpm-solver++2m"]
+MULTISTEP = ["adams-bashforth-2", "adams-bashforth-3", "dpm-solver++2m", "exponential-adams"]
 ONE_STEP = [name for name in FIXED if name not in MULTISTEP]
 
 
@@ -80,13 +81,14 @@ def test_order_of_convergence(mixture, draw, solver, backward, grid) -> None:
         t = low + (high - low) * grid(steps)
         return t.flip(0) if backward else t
 
-    exact = integrate(velocity, x, times(1), "dopri5", rtol=1e-11, atol=1e-11)
+    exact = integrate(velocity, x, times(400), "rk4")
 
-    def error(steps: int) -> float:
+    def error(evaluations: int) -> float:
+        steps = evaluations // SOLVERS[solver].evaluations
         end = integrate(velocity, x, times(steps), solver, path=Circle())
         return float((end - exact).square().mean().sqrt())
 
-    slope = math.log2(error(80) / error(160))
+    slope = math.log2(error(200) / error(400))
     assert abs(slope - SOLVERS[solver].order) <= 0.25
 
 
@@ -168,6 +170,138 @@ def test_backward_inverts_forward(velocity, draw, solver) -> None:
     back = integrate(velocity, there, times.flip(0), solver, rtol=1e-9, atol=1e-9)
     assert (there - x0).abs().max() > 0.5
     assert (back - x0).abs().max() < {1: 1e-2, 2: 1e-3, 3: 2e-4, 4: 1e-6, 5: 1e-7}[SOLVERS[solver].order]
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("times", [[0.0, 0.1, 0.3, 0.35, 0.8, 1.0], [0.9, 0.5, 0.4, 0.2, 0.0]])
+def test_adams_bashforth_integrates_polynomials_below_its_order_exactly(order, times) -> None:
+    """Exactly from the start on, once there are as many slopes as the order: the first steps are made good."""
+    for degree in range(order):
+        seen: list[float] = []
+        integrate(
+            lambda x, t, k=degree: (k + 1) * t**k * torch.ones_like(x),
+            torch.full((1,), times[0] ** (degree + 1), dtype=torch.float64),
+            times,
+            f"adams-bashforth-{order}",
+            callback=lambda i, t, x, seen=seen: seen.append(x.item()),
+        )
+        exact = [t ** (degree + 1) for t in times[1:]]
+        assert seen[order - 1 :] == pytest.approx(exact[order - 1 :], abs=1e-14)
+        assert seen[0] == pytest.approx(exact[0]) or degree > 0
+
+
+@pytest.mark.parametrize("order", [0, 5])
+def test_adams_bashforth_of_another_order_is_refused(order) -> None:
+    with pytest.raises(ValueError, match=f"order {order}: pass 1, 2, 3 or 4"):
+        adams_bashforth(order)
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_a_callback_that_keeps_a_part_of_x_on_its_path_leaves_the_order(mixture, draw, solver) -> None:
+    """Inpainting: half of x is replaced after every step, by where the flow would have taken it."""
+    x0, known = draw(32, 2), {}
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return mixture.velocity(CondOT(), x, t)
+
+    fine = time_grid(400)
+    integrate(velocity, x0, fine, "rk4", callback=lambda i, t, x: known.__setitem__(round(t.item() * 400), x))
+
+    def inpaint(index: int, t: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([known[round(t.item() * 400)][:, :1], x[:, 1:]], dim=1)
+
+    errors = [
+        float((integrate(velocity, x0, fine[:: 400 // n], solver, callback=inpaint) - known[400]).abs().max())
+        for n in (50, 200)
+    ]
+    assert math.log(errors[0] / errors[1], 4) > 1.5
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_a_callback_that_moves_x_far_still_converges(velocity, draw, solver) -> None:
+    """The slopes from before the jump are wrong for one step: an error of first order."""
+    x0, elsewhere = draw(16, 2), draw(16, 2) + 2.0
+    rest = [i / 400 for i in range(200, 401)]
+    expected = integrate(velocity, elsewhere, rest, "rk4")
+
+    def error(n: int) -> float:
+        end = integrate(
+            velocity, x0, time_grid(n), solver, callback=lambda i, t, x: elsewhere if t == 0.5 else None
+        )
+        return float((end - expected).abs().max())
+
+    assert error(400) < 0.3 * error(100)
+    assert error(400) < 0.02
+
+
+@pytest.mark.parametrize("sigma_min", [0.0, 0.01])
+@pytest.mark.parametrize("backward", [False, True])
+def test_euler_on_the_straight_path_is_ddim(mixture, draw, sigma_min, backward) -> None:
+    """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12, noise level 0): x' = alpha' x1_hat + sigma' x0_hat."""
+    path, x, ours = CondOT(sigma_min), draw(16, 2), []
+    times = time_grid(8, 2.0).flip(0) if backward else time_grid(8, 2.0)
+    integrate(
+        lambda x, t: mixture.velocity(path, x, t), x, times, "euler", callback=lambda i, t, y: ours.append(y)
+    )
+    for t, t_next, y in zip(times[:-1], times[1:], ours, strict=True):
+        data, noise = mixture.ends(path, x, t)
+        x = path.alpha(t_next) * data + path.sigma(t_next) * noise
+        assert (y - x).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("solver", ["dpm-solver++2m", "exponential-adams"])
+@pytest.mark.parametrize("path", [Circle(), CondOT(), CondOT(1e-4)])
+def test_exponential_solvers_stay_finite_and_close_at_both_ends(mixture, draw, solver, path) -> None:
+    x0 = draw(32, 2)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return mixture.velocity(path, x, t)
+
+    there = integrate(velocity, x0, time_grid(200), solver, path=path)
+    exact = integrate(velocity, x0, time_grid(200), "rk4")
+    assert (there - exact).abs().max() < 5e-3
+    back = integrate(velocity, exact, time_grid(200).flip(0), solver, path=path)
+    assert (back - x0).abs().max() < 5e-3
+
+
+def test_the_first_step_of_dpm_solver_is_ddim_and_the_second_is_the_papers(mixture, draw) -> None:
+    """Lu et al. 2022 (arXiv:2211.01095), algorithm 2, in the paper's own lambda = log(alpha / sigma) and h."""
+    path, times = Circle(), torch.tensor([0.2, 0.45, 0.6], dtype=torch.float64)
+    alpha, sigma = path.alpha(times), path.sigma(times)
+    h = (alpha / sigma).log().diff()
+    x = draw(16, 2)
+    ours: list[Tensor] = []
+    integrate(
+        lambda x, t: mixture.velocity(path, x, t),
+        x,
+        times,
+        "dpm-solver++2m",
+        path=path,
+        callback=lambda i, t, y: ours.append(y),
+    )
+    first = mixture.ends(path, x, times[0])[0]
+    x = sigma[1] / sigma[0] * x - alpha[1] * torch.expm1(-h[0]) * first
+    torch.testing.assert_close(ours[0], x)
+    second, r = mixture.ends(path, x, times[1])[0], h[0] / h[1]
+    extrapolated = (1 + 1 / (2 * r)) * second - 1 / (2 * r) * first
+    torch.testing.assert_close(
+        ours[1], sigma[2] / sigma[1] * x - alpha[2] * torch.expm1(-h[1]) * extrapolated
+    )
+
+
+def test_evaluations_are_counted_and_shown(velocity, draw, capfd) -> None:
+    counted = Counted(velocity)
+    integrate(counted, draw(3, 2), time_grid(5), "heun", progress=True)
+    assert counted.evaluations == 10
+    assert "evaluations=10" in capfd.readouterr().err
+    integrate(counted, draw(3, 2), time_grid(5), "euler")
+    assert counted.evaluations == 15
+
+
+def test_a_sum_that_overflows_is_not_taken_for_values_that_are_not_finite() -> None:
+    """60000 is finite in float16; the sum of 64 of them is not."""
+    huge = torch.full((64, 1), 60000.0, dtype=torch.float16)
+    assert torch.equal(integrate(lambda x, t: huge, torch.zeros_like(huge), [0, 1], "euler"), huge)
 
 
 def test_samples_of_a_mixture_arrive_at_the_mixture(mixture) -> None:

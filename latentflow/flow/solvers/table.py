@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .adaptive import dormand_prince
 from .base import Solver
-from .exponential import dpm_solver_2m
+from .exponential import dpm_solver_2m, exponential_adams
 from .multistep import adams_bashforth
 from .runge_kutta import runge_kutta
 from .stochastic import churn, ddpm, euler_maruyama, langevin, stochastic_heun
@@ -23,6 +23,7 @@ SOLVERS: dict[str, Solver] = {
     "adams-bashforth-2": adams_bashforth(2),
     "adams-bashforth-3": adams_bashforth(3),
     "dpm-solver++2m": Solver(order=2, evaluations=1, start=dpm_solver_2m),
+    "exponential-adams": Solver(order=2, evaluations=1, start=exponential_adams),
     "dopri5": Solver(order=5, evaluations=None, start=dormand_prince),
     "euler-maruyama": euler_maruyama(),
     "stochastic-heun": stochastic_heun(),
