@@ -18,7 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import diffusers_border as border
 from .autoencoder import decode, downscale_factor
 from .errors import UserError, lookup, unknown
-from .flow import Velocity, guide_batched, integrate, time_grid
+from .flow import (
+    PATHS,
+    PREDICTIONS,
+    CondOT,
+    Velocity,
+    as_velocity,
+    change_path,
+    guide_batched,
+    integrate,
+    make,
+    time_grid,
+)
+from .flow import Path as FlowPath
 from .models import MODELS, Condition, encode_text
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
@@ -40,6 +52,10 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler: None means our own solvers. A diffusers flow scheduler steps in their place, unless a call
             names a ``solver``.
         id2label: class id -> name.
+        path: the probability path that the network was trained on, a key of ``latentflow.flow.PATHS``. It is sampled
+            on the straight path all the same.
+        path_options: settings of that path, such as {"beta_max": 12.0}.
+        prediction: what the network predicts: "velocity", "data", "noise" or "score".
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
@@ -58,13 +74,23 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         tokenizer: PreTrainedTokenizerBase | None = None,
         scheduler: Any | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,  # JSON makes the ids strings
+        path: str = "condot",
+        path_options: dict[str, float] | None = None,
+        prediction: str = "velocity",
     ) -> None:
         super().__init__()
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
         self.register_modules(vae=vae, transformer=transformer, **components)
         # Keys as JSON has them, so that the config is the same before and after saving.
         names = None if id2label is None else {str(key): name for key, name in id2label.items()}
-        self.register_to_config(id2label=names)
+        self.register_to_config(
+            id2label=names, path=path, path_options=dict(path_options or {}), prediction=prediction
+        )
+        if prediction not in PREDICTIONS:
+            raise unknown("prediction", prediction, PREDICTIONS)
+        self._prediction = prediction
+        #: the probability path that the network was trained on
+        self.path: FlowPath = make(PATHS, path, "path", **dict(path_options or {}))
         #: class name -> id
         self.labels: dict[str, int] = {name: int(key) for key, name in (names or {}).items()}
         self.vae_scale_factor = downscale_factor(vae) if vae is not None else 8
@@ -262,16 +288,20 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         return velocity
 
     def _under(self, condition: Condition | None) -> Velocity:
-        """The network as a velocity under one condition: its own precision inside, float32 outside."""
+        """The network as a velocity under one condition: its own precision inside, float32 outside.
+
+        Whatever the network's path, its samples are drawn on the straight one, where nothing is singular.
+        """
         dtype = self.transformer.dtype
         moved = None if condition is None else condition.to(self._execution_device, dtype)
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
+        def network(x: Tensor, t: Tensor) -> Tensor:
             times = t.to(x.device, torch.float32).expand(x.shape[0])
-            output: Tensor = self.transformer(x.to(dtype), times, moved)
+            output: Tensor = self.transformer(self.path.scale_input(x, t).to(dtype), times, moved)
             return output.float()
 
-        return velocity
+        straight, trained = CondOT(), as_velocity(network, self.path, self._prediction)
+        return trained if self.path == straight else change_path(trained, old=self.path, new=straight)
 
     # ---------------------------------------------------------------- noise to latents to images
 
@@ -339,7 +369,7 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
             solver,
             callback=lambda i, reached, y: after_step(i, border.to_timestep(times[i]), y),
             progress=self.progress_bar,
-            generator=generator[0] if isinstance(generator, list) else generator,
+            generator=generator,
         )
 
     def decode_latents(self, latents: Tensor) -> Tensor:

@@ -276,7 +276,10 @@ def reconstruction(pipe: Any, part: Part, batch_size: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def validation_loss(pipe: Any, part: Part, config: EvaluateConfig) -> dict[str, Any]:
-    """Flow-matching loss on held-out pictures, each with its own fixed noise, averaged over fixed times."""
+    """Flow-matching loss on held-out pictures, each with its own fixed noise, averaged over fixed times.
+
+    The velocity's, on the straight path, whatever path and prediction the network was trained with.
+    """
     path, losses = CondOT(), []
     for start in tqdm(range(0, len(part.images), config.batch_size), desc="validating"):
         rows = slice(start, start + config.batch_size)

@@ -44,7 +44,9 @@ class GenerateConfig:
     guidance: float = 4.0
     """How hard to follow the prompt or class; 1 is off, and twice as fast."""
     solver: str | None = None
-    """euler, heun, midpoint, rk4 or dopri5; default: heun, or the scheduler that the checkpoint brings."""
+    """euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
+    dopri5, or with fresh noise euler-maruyama, stochastic-heun, ddpm, churn, langevin; default: heun, or the scheduler
+    that the checkpoint brings."""
     negative: str | None = None
     """What to keep away from."""
     width: int | None = None

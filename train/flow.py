@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(loop.seed)
     latent_size = data.resolution // downscale_factor(vae)
     if config.init_from:
-        networks = networks_from(config.init_from, source)
+        networks = networks_from(config.init_from, source, config.flow)
     else:
         networks = new_networks(source, vae, latent_size, config.network, config.text)
     if config.network.gradient_checkpointing:
@@ -122,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             text_encoder=networks.text_encoder,
             tokenizer=networks.tokenizer,
             id2label=id2label,
+            path=config.flow.path,
+            path_options=config.flow.path_options,
+            prediction=config.flow.prediction,
         )
 
     def export(folder: Path) -> None:

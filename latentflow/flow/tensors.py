@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 #: dx/dt at (x, t): x is (B, ...), t a scalar tensor or (B,), the result is shaped like x.
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+#: What decides random numbers: one generator for the whole batch, one for each row, or torch's global one.
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -55,3 +58,19 @@ def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
             f"[{t.min().item():g}, {t.max().item():g}]; divide timesteps by their count, or clamp t"
         )
     return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
+
+
+def normal_like(x: Tensor, generator: Generators) -> Tensor:
+    """Standard normal numbers like ``x``, drawn on the generator's device.
+
+    Raises:
+        ValueError: there are several generators, but not one for each row.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != len(x):
+            raise ValueError(
+                f"{len(generator)} generators for {len(x)} rows: pass one for each row, or a single one"
+            )
+        return torch.stack([normal_like(row, one) for row, one in zip(x, generator, strict=True)])
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

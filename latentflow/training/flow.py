@@ -2,45 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import LatentTable, Source
-from ..errors import lookup
-from ..flow import COUPLINGS, OBJECTIVES, PATHS, sample_times
+from ..errors import UserError, lookup, unknown
+from ..flow import (
+    COUPLINGS,
+    OBJECTIVES,
+    PATHS,
+    PREDICTIONS,
+    TIME_DENSITIES,
+    WEIGHTINGS,
+    Coupling,
+    Path,
+    TimeDensity,
+    Weighting,
+    loss_factor,
+    make,
+)
 from ..models import Condition
 from .images import is_flipped
 from .loop import to_device
-from .order import Draw, SampleRandom
+from .order import Draw, SampleRandom, seeded
 
 _VALIDATION_TIMES = 4  # noises and times per validation picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """What the velocity network learns."""
+    """What the velocity network learns: one choice from each table of `latentflow.flow` (docs/design-space.md).
+
+    Raises:
+        UserError: an unknown name or option (the nearest is named), or choices that do not go together.
+    """
 
     path: str = "condot"
-    """Probability path from noise to data."""
+    """Probability path from noise to data: condot, variance-preserving, variance-exploding, trigonometric,
+    polynomial, sqrt."""
+    path_options: dict[str, float] = field(default_factory=dict)
+    """Its settings, such as `beta_max 12`."""
+    prediction: str = "velocity"
+    """What the network predicts: velocity, data, noise or score."""
     coupling: str = "independent"
-    """How noise and data are paired."""
+    """How noise and data are paired: independent, ot, sinkhorn, conditional-ot. All but the first pair within a
+    forward pass, so that its size is part of what is learnt."""
+    coupling_options: dict[str, float] = field(default_factory=dict)
+    """Its settings, such as `regularization 0.05`."""
     objective: str = "flow-matching"
     """Loss."""
+    weighting: str | None = None
+    """Weighting of the noise levels as a function of the log-SNR: flow-matching, edm, min-snr, sigmoid, ...
+    Empty: the plain squared error of the prediction, weighted by the density of the times."""
+    weighting_options: dict[str, float] = field(default_factory=dict)
+    """Its settings, such as `bias 2`."""
     time_density: str = "logit-normal"
-    """Density of the training times t."""
-    time_mean: float = 0.0
-    """Mean of logit(t); above 0 leans towards the data."""
-    time_std: float = 1.0
-    """Standard deviation of logit(t)."""
+    """Density of the training times t: uniform, logit-normal, mode, cosine-map, beta, power."""
+    time_options: dict[str, float] = field(default_factory=dict)
+    """Its settings, such as `mean 0.5 std 1`; `shift 3` leans towards the noise, as large images need."""
     direction_weight: float = 0.0
     """Weight of the velocity-direction (cosine) term."""
+    contrastive_weight: float = 0.0
+    """Weight of the contrastive term (Delta-FM); 0.05 is usual."""
     condition_dropout: float = 0.1
     """Share of the samples whose condition is replaced by the learned null, for classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        choices = self.choices()
+        if self.coupling == "data-dependent":
+            raise UserError(
+                "coupling 'data-dependent' needs a source of its own, which only code can give",
+                "Use it from Python (latentflow.flow.DataDependent), or another coupling here.",
+            )
+        if self.weighting_options and choices.weighting is None:
+            raise UserError("weighting_options are given without a weighting", "Name one with --weighting.")
+
+    def choices(self) -> Choices:
+        """The entries of the tables that this config names."""
+        if self.prediction not in PREDICTIONS:
+            raise unknown("prediction", self.prediction, PREDICTIONS)
+        weighting = None
+        if self.weighting is not None:
+            weighting = make(WEIGHTINGS, self.weighting, "weighting", **self.weighting_options)
+        return Choices(
+            path=make(PATHS, self.path, "path", **self.path_options),
+            coupling=make(COUPLINGS, self.coupling, "coupling", **self.coupling_options),
+            objective=lookup(OBJECTIVES, self.objective, "objective"),
+            density=make(TIME_DENSITIES, self.time_density, "time density", **self.time_options),
+            weighting=weighting,
+        )
+
+
+class Choices(NamedTuple):
+    """One entry of each table."""
+
+    path: Path
+    coupling: Coupling
+    objective: Callable[..., Tensor]
+    density: TimeDensity
+    weighting: Weighting | None
 
 
 class FlowStage(nn.Module):
@@ -58,23 +123,39 @@ class FlowStage(nn.Module):
         self.network = network
         self.text_encoder = text_encoder
         self._config, self._seed = config, seed
-        self._path = lookup(PATHS, config.path, "path")()
-        self._coupling = lookup(COUPLINGS, config.coupling, "coupling")()
-        self._objective = lookup(OBJECTIVES, config.objective, "objective")
+        self._choices = config.choices()
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        config = self._config
+        config, choices = self._config, self._choices
         x1 = batch["latents"]
         random = SampleRandom(self._seed, batch["numbers"], x1.device)
-        t = sample_times(config.time_density, random.uniform(), config.time_mean, config.time_std)
+        u = random.uniform()
+        t = choices.density.quantile(u)
         drop = random.uniform() < (config.condition_dropout if self.training else 0.0)
         x0 = random.normal(x1.shape[1:])
         if "latents_std" in batch:
             x1 = x1 + batch["latents_std"] * random.normal(x1.shape[1:])
-        sample = self._path.sample(self._coupling(x0, x1, batch.get("class_labels")), x1, t.to(x1.dtype))
-        velocity = self.network(sample.xt, sample.t, self._condition(batch, drop))
-        per_sample = self._objective(velocity, sample, direction_weight=config.direction_weight)
+        condition = self._condition(batch, drop)
+        x0 = choices.coupling(x0, x1, _for_coupling(condition), seeded(self._seed, 2, batch["numbers"][0]))
+        sample = choices.path.sample(x0, x1, t.to(x1.dtype))
+        output = self.network(choices.path.scale_input(sample.xt, sample.t), sample.t, condition)
+        per_sample = choices.objective(
+            output,
+            sample,
+            path=choices.path,
+            prediction=config.prediction,
+            weight=self._weight(t, u),
+            direction_weight=config.direction_weight,
+            contrastive_weight=config.contrastive_weight,
+        )
         return {"loss": per_sample.mean(), "per_sample": per_sample.detach(), "t": t.detach()}
+
+    def _weight(self, t: Tensor, u: Tensor) -> Tensor | None:
+        """(B,) factors on the squared errors; None for the plain loss."""
+        path, weighting = self._choices.path, self._choices.weighting
+        if weighting is None:
+            return None
+        return loss_factor(weighting, path, self._config.prediction, t, self._choices.density.slope(u))
 
     def _condition(self, batch: dict[str, Any], drop: Tensor) -> Condition:
         text, mask = batch.get("text"), batch.get("text_mask")
@@ -86,6 +167,17 @@ class FlowStage(nn.Module):
             text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             mask = mask.bool()
         return Condition(class_labels=batch.get("class_labels"), text=text, text_mask=mask, drop=drop)
+
+
+def _for_coupling(condition: Condition) -> Tensor | None:
+    """What a condition-aware coupling compares rows by: labels (B,), or captions as their mean token (B, D)."""
+    if condition.class_labels is not None or condition.text is None:
+        return condition.class_labels
+    text, mask = condition.text.detach().float(), condition.text_mask
+    if mask is None:
+        return text.mean(1)
+    kept = mask[..., None].to(text)
+    return (text * kept).sum(1) / kept.sum(1).clamp_min(1.0)
 
 
 class LatentData:

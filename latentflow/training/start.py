@@ -16,6 +16,7 @@ from ..data import Source
 from ..errors import UserError
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ..models.config import NetworkConfig, TextConfig
+from .flow import FlowConfig
 
 log = logging.getLogger(__name__)
 
@@ -73,15 +74,17 @@ def new_networks(
     return Networks(network=built, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
 
 
-def networks_from(checkpoint: str, source: Source) -> Networks:
+def networks_from(checkpoint: str, source: Source, flow: FlowConfig) -> Networks:
     """A checkpoint's networks, fitted to other data: new classes get new rows, new words new embeddings.
 
     Args:
         checkpoint: a pipeline folder.
         source: what they will be trained on. Rows of classes and words that the checkpoint knows are kept.
+        flow: how they will be trained; path and prediction must be the checkpoint's.
 
     Raises:
-        UserError: the checkpoint cannot be opened, or is conditioned on something else than the source.
+        UserError: the checkpoint cannot be opened, is conditioned on something else than the source, or was
+            trained on another path or to another prediction.
     """
     from ..pipeline import LatentFlowPipeline
 
@@ -92,6 +95,7 @@ def networks_from(checkpoint: str, source: Source) -> Networks:
             f"--init-from {checkpoint}: {str(error).splitlines()[0]}",
             "Give a pipeline folder, such as runs/cats/pipeline.",
         ) from error
+    _check_same_flow(checkpoint, pipe, flow)
     old, config = pipe.transformer, dict(pipe.transformer.config)
     kinds = {"text": config.get("text_dim") is not None, "class": config.get("num_classes") is not None}
     if source.kind != "unconditional" and not kinds[source.kind]:
@@ -111,6 +115,23 @@ def networks_from(checkpoint: str, source: Source) -> Networks:
     if trained and source.kind == "text":
         tokenizer, encoder = _extended_text(tokenizer, encoder, source.captions())
     return Networks(network=network, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
+
+
+def _check_same_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:
+    """What a network's output means is part of its weights."""
+    for name in ("path", "path_options", "prediction"):
+        trained, asked = pipe.config.get(name), getattr(flow, name)
+        if trained != asked:
+            flag = "--" + name.replace("_", "-")
+            words = (
+                [f"{key} {value}" for key, value in trained.items()]
+                if isinstance(trained, dict)
+                else [trained]
+            )
+            raise UserError(
+                f"--init-from {checkpoint} was trained with {name} {trained}, this run asks for {asked}",
+                f"Use {flag} {' '.join(words)}." if words else f"Leave {flag} out.",
+            )
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from latentflow.errors import UserError
+from latentflow.flow import SOLVERS
 
 Generate = Callable[..., list[Path]]
 
@@ -118,6 +120,13 @@ def test_what_it_refuses(
     with pytest.raises(UserError, match=message):
         generate(*[folders.get(argument, argument) for argument in arguments])
     assert not list(Path().iterdir())
+
+
+def test_the_help_names_every_solver(program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    text = re.sub(r"[\s│]", "", capsys.readouterr().out)  # a name may be broken over two lines
+    assert [name for name in SOLVERS if name not in text] == []
 
 
 def test_without_the_shipped_checkpoint_it_says_what_to_do(

@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latentflow.errors import UserError
-from latentflow.flow import time_grid
+from latentflow.flow import SOLVERS, time_grid
 from latentflow.pipeline import LatentFlowPipeline
 
 Noise = Callable[[int], Tensor]
@@ -156,15 +156,17 @@ def test_without_a_solver_it_is_heun(class_pipe: LatentFlowPipeline, x0: Noise) 
 # ------------------------------------------------------------------ noise
 
 
-def test_an_image_depends_on_its_own_generator_alone(class_pipe: LatentFlowPipeline) -> None:
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "dopri5"])  # its steps suit the batch
+def test_an_image_depends_on_its_own_generator_alone(class_pipe: LatentFlowPipeline, solver: str) -> None:
     def seeds(*numbers: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(number) for number in numbers]
 
+    settings = EULER | {"solver": solver}
     together = class_pipe(
-        class_labels=[0, 1], num_images_per_prompt=2, generator=seeds(5, 6, 7, 8), **EULER
+        class_labels=[0, 1], num_images_per_prompt=2, generator=seeds(5, 6, 7, 8), **settings
     ).images
-    alone = class_pipe(class_labels=1, generator=seeds(7), **EULER).images
-    close(together[2:3], alone, 1e-6)
+    alone = class_pipe(class_labels=1, generator=seeds(7), **settings).images
+    close(together[2:3], alone, 1e-5)
     assert not torch.allclose(together[2], together[3])
 
 

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from ..paths import Path
-from ..tensors import Velocity
+from ..tensors import Generators, Velocity
 
 #: The velocity as a solver sees it: (x, t as a Python float) -> dx/dt; checked, in x's own precision.
 Field: TypeAlias = Callable[[Tensor, float], Tensor]
@@ -41,7 +40,7 @@ class SolverOptions:
     score: Velocity | None
     rtol: float
     atol: float
-    generator: torch.Generator | None
+    generator: Generators
 
 
 @dataclass(frozen=True, kw_only=True)

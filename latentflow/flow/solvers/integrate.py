@@ -12,7 +12,7 @@ from torch import Tensor
 from latentflow.errors import UserError, lookup
 
 from ..paths import CondOT, Path
-from ..tensors import Velocity, compute_dtype, time_dtype
+from ..tensors import Generators, Velocity, compute_dtype, time_dtype
 from .base import Counted, Field, Solver, SolverOptions
 from .table import SOLVERS
 
@@ -29,7 +29,7 @@ def integrate(
     atol: float = 1e-5,
     callback: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
     progress: bool | Callable[[Iterable[int]], Iterable[int]] = False,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Follow dx/dt = velocity(x, t) from ``times[0]`` to ``times[-1]``.
 
@@ -48,7 +48,7 @@ def integrate(
         callback: called after each step with (step index, t reached, x); a tensor that it returns replaces x.
         progress: True for a progress bar, or a function that wraps the iterable of step indices (``tqdm`` or like
             it). A bar shows the evaluations done so far (NFE); to have their number, pass ``Counted(velocity)``.
-        generator: for solvers that draw noise.
+        generator: for solvers that draw noise; a list with one for each row makes every row independent of the others.
 
     Returns:
         x at times[-1], in the dtype of x. Differentiable.

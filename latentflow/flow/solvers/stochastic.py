@@ -16,7 +16,7 @@ from latentflow.errors import UserError, lookup
 
 from ..paths import Path
 from ..predictions import convert
-from ..tensors import Velocity, time_dtype
+from ..tensors import Velocity, normal_like, time_dtype
 from .base import Field, Solver, SolverOptions, Step
 from .diffusions import DIFFUSIONS, Diffusion
 from .runge_kutta import runge_kutta
@@ -91,7 +91,7 @@ def ddpm(eta: float = 1.0) -> Solver:
             shares = alpha * sigma_next, alpha_next * sigma
             fresh = eta * math.sqrt(1.0 - (min(shares) / max(shares)) ** 2)
             x_next = alpha_next * data + (sigma_next * math.sqrt(1.0 - fresh**2)) * noise
-            return x_next + (sigma_next * fresh) * _normal(x, options) if eta else x_next
+            return x_next + (sigma_next * fresh) * normal_like(x, options.generator) if eta else x_next
 
         return step
 
@@ -169,7 +169,7 @@ def langevin(corrections: int = 1, snr: float = 0.16, predictor: Solver = _EULER
         def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
             std = math.sqrt(target.g_squared(t, options.path))
             for _ in range(corrections):
-                x = x + target.score_term(field(x, t), x, t, options) + std * _normal(x, options)
+                x = x + target.score_term(field(x, t), x, t, options) + std * normal_like(x, options.generator)
             return predict(field, x, t, t_next)
 
         return step
@@ -201,7 +201,7 @@ def _sde_solver(
                 for weight, time in zip(quadrature, (t, t_next), strict=True)
                 if weight
             )
-            noise = math.sqrt(abs(t_next - t) * variance) * _normal(x, options)
+            noise = math.sqrt(abs(t_next - t) * variance) * normal_like(x, options.generator)
             sign = math.copysign(1.0, t_next - t)  # reversed time turns the sign of u, not that of the score
 
             def drift(y: Tensor, s: float) -> Tensor:
@@ -273,7 +273,7 @@ def _renoise(x: Tensor, t: float, back: float, options: SolverOptions) -> tuple[
     (alpha, sigma), (alpha_back, sigma_back) = _schedule(options.path, t), _schedule(options.path, back)
     shrink = alpha_back / alpha
     std = math.sqrt(max(sigma_back**2 - (shrink * sigma) ** 2, 0.0))
-    return shrink * x + std * _normal(x, options), back
+    return shrink * x + std * normal_like(x, options.generator), back
 
 
 def _refuse_score(solver: str, options: SolverOptions) -> None:
@@ -296,9 +296,3 @@ def _given_score(score: Velocity, x: Tensor, t: float) -> Tensor:
             "Keep the times away from this t, or look at the network that predicts it.",
         )
     return value.to(x.dtype)
-
-
-def _normal(x: Tensor, options: SolverOptions) -> Tensor:
-    """Standard normal numbers like x, drawn on the generator's device."""
-    device = x.device if options.generator is None else options.generator.device
-    return torch.randn(x.shape, generator=options.generator, dtype=x.dtype, device=device).to(x.device)

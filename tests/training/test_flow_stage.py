@@ -1,0 +1,176 @@
+"""What the velocity network is asked for: every choice of `FlowConfig`, on data that are one known point."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentflow import LatentFlowPipeline
+from latentflow.errors import UserError
+from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS
+from latentflow.flow.tensors import expand_t
+from latentflow.training.flow import FlowConfig, FlowStage
+
+from .command import TINY, call
+
+ROWS = 12
+POINT = torch.linspace(-1.0, 1.0, 2 * 3 * 3).view(1, 2, 3, 3)
+TRAINABLE = [name for name in COUPLINGS if name != "data-dependent"]
+
+
+class Exact(nn.Module):
+    """Knows the data, so it can predict exactly; remembers what it saw."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config, self.path = config, config.choices().path
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        self.seen, self.cond = x, cond
+        c = self.path.at(t, x)
+        xt = x * (1 + c.sigma**2).sqrt() if self.config.path == "variance-exploding" else x
+        noise = (xt - c.alpha * POINT) / self.path.sigma(expand_t(t, x))
+        known = {
+            "data": POINT.expand_as(x),
+            "noise": noise,
+            "velocity": c.d_alpha * POINT + c.d_sigma * noise,
+        }
+        return known[self.config.prediction] if self.config.prediction != "score" else -noise / c.sigma
+
+
+def batch(rows: int = ROWS) -> dict[str, Any]:
+    latents = POINT.expand(rows, -1, -1, -1).clone()
+    return {"latents": latents, "numbers": list(range(rows)), "class_labels": torch.arange(rows) % 3}
+
+
+def stage(**choices: Any) -> FlowStage:
+    config = FlowConfig(**choices)
+    return FlowStage(Exact(config), config, seed=0)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_the_exact_prediction_has_no_loss(path: str, prediction: str) -> None:
+    result = stage(path=path, prediction=prediction)(batch())
+    assert result["loss"] < 1e-4
+    wrong = stage(path=path, prediction=prediction)
+    wrong.network.register_forward_hook(lambda module, given, output: 1.5 * output + 0.1)
+    assert wrong(batch())["loss"] > 1e-3
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_the_network_sees_has_about_unit_variance(path: str) -> None:
+    one = stage(path=path, time_density="uniform")
+    one(batch(256))
+    assert 0.2 < one.network.seen.std() < 1.5
+
+
+@pytest.mark.parametrize("coupling", TRAINABLE)
+@pytest.mark.parametrize("density", TIME_DENSITIES)
+def test_every_coupling_and_density_trains_and_repeats_itself(coupling: str, density: str) -> None:
+    choices = {"coupling": coupling, "time_density": density}
+    first, second = (stage(**choices)(batch()) for _ in range(2))
+    assert torch.equal(first["t"], second["t"])
+    assert first["loss"] < 1e-4
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_weighting_means_the_same_for_every_prediction(weighting: str) -> None:
+    """An error of the noise by 0.1, made through each prediction, costs the same."""
+
+    def loss(prediction: str) -> Tensor:
+        one = stage(path="trigonometric", prediction=prediction, weighting=weighting)
+        path = one.network.path
+
+        def off(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            t = given[1].double()
+            c = path.at(t, output.double())
+            error = {
+                "noise": torch.ones_like(c.alpha),
+                "data": -c.sigma / c.alpha,
+                "velocity": c.d_sigma - c.d_alpha * c.sigma / c.alpha,
+                "score": -1 / c.sigma,
+            }[prediction]
+            return output.double() + 0.1 * error
+
+        one.network.register_forward_hook(off)
+        return one(batch())["per_sample"]
+
+    expected = loss("noise")
+    for prediction in PREDICTIONS:
+        torch.testing.assert_close(loss(prediction), expected, rtol=2e-3, atol=1e-6)
+
+
+def test_the_default_is_the_loss_that_shipped_checkpoints_were_trained_with() -> None:
+    """Straight path, independent noise, logit-normal t, velocity MSE: written out."""
+    one = stage()
+    one.network.register_forward_hook(lambda module, given, output: torch.zeros_like(output))
+    result = one(batch())
+    x0 = (one.network.seen - result["t"].view(-1, 1, 1, 1) * POINT) / (1 - result["t"].view(-1, 1, 1, 1))
+    torch.testing.assert_close(
+        result["per_sample"], (POINT - x0).square().mean((1, 2, 3)).float(), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_conditional_ot_is_told_the_classes() -> None:
+    """Noise may only change places within a class: each class keeps the set of its noises."""
+    plain, paired = stage(coupling="independent"), stage(coupling="conditional-ot", path="condot")
+    given = batch() | {"latents": torch.randn(ROWS, 2, 3, 3, generator=torch.Generator().manual_seed(1))}
+    seen = {}
+    for name, one in (("plain", plain), ("paired", paired)):
+        t = one(given)["t"].float().view(-1, 1, 1, 1)
+        seen[name] = (one.network.seen - t * given["latents"]) / (1 - t)
+    assert not torch.allclose(seen["plain"], seen["paired"], atol=1e-3)
+    for label in range(3):
+        rows = given["class_labels"] == label
+        before, after = (
+            torch.sort(seen[name][rows].flatten(1).sum(1)).values for name in ("plain", "paired")
+        )
+        torch.testing.assert_close(before, after, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"path": "condott"}, "unknown path 'condott'"),
+        ({"path": "variance-preserving", "path_options": {"beta": 3.0}}, "option of path"),
+        ({"prediction": "epsilon"}, "unknown prediction 'epsilon'"),
+        ({"coupling": "optimal-transport"}, "unknown coupling"),
+        ({"coupling": "data-dependent"}, "needs a source of its own"),
+        ({"weighting": "sigmoids"}, "(?s)unknown weighting 'sigmoids'.*'sigmoid'"),
+        ({"weighting_options": {"bias": 1.0}}, "without a weighting"),
+        ({"time_density": "logitnormal"}, "(?s)'logitnormal'.*'logit-normal'"),
+        ({"time_options": {"std": -1.0}, "time_density": "logit-normal"}, "std"),
+    ],
+)
+def test_choices_that_cannot_work_are_refused_at_once(choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FlowConfig(**choices)
+
+
+def test_a_diffusion_model_is_one_line(pictures: Path, tmp_path: Path) -> None:
+    """The real command: noise prediction on the VP path, weighted; the pipeline knows, and so does fine-tuning."""
+    choices = ["--path", "variance-preserving", "--path-options", "beta_max", "12", "--prediction", "noise"]
+    more = ["--weighting", "sigmoid", "--coupling", "conditional-ot", "--contrastive-weight", "0.05"]
+    line = [pictures, *TINY, "--max-train-steps", 2, "--checkpointing-steps", 2]
+    call(tmp_path / "cache", *line, "-o", tmp_path / "run", *choices, *more)
+    pipe = LatentFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.path == PATHS["variance-preserving"](beta_max=12.0)
+    assert pipe.config.prediction == "noise"
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=3, solver="ddpm").images[0].size == (16, 16)
+
+    again = [*line, "-o", tmp_path / "again", "--init-from", tmp_path / "run" / "pipeline"]
+    said = call(tmp_path / "cache", *again, expect=2)
+    assert "was trained with path variance-preserving" in said
+    assert "--path variance-preserving" in said
+    call(tmp_path / "cache", *again, *choices)
+
+
+def test_configs_compare_by_value() -> None:
+    assert FlowConfig() == dataclasses.replace(FlowConfig())
