@@ -61,8 +61,9 @@ class FlowConfig:
     Empty: the plain squared error of the prediction, weighted by the density of the times."""
     weighting_options: dict[str, float] = field(default_factory=dict)
     """Its settings, such as `bias 2`."""
-    time_density: str = "logit-normal"
-    """Density of the training times t: uniform, logit-normal, mode, cosine-map, beta, power."""
+    time_density: str | None = None
+    """Density of the training times t: uniform, logit-normal, mode, cosine-map, beta, power. Empty: logit-normal;
+    with a weighting uniform, where the density decides nothing but how noisy the loss is."""
     time_options: dict[str, float] = field(default_factory=dict)
     """Its settings, such as `mean 0.5 std 1`; `shift 3` leans towards the noise, as large images need."""
     direction_weight: float = 0.0
@@ -89,11 +90,12 @@ class FlowConfig:
         weighting = None
         if self.weighting is not None:
             weighting = make(WEIGHTINGS, self.weighting, "weighting", **self.weighting_options)
+        density = self.time_density or ("logit-normal" if weighting is None else "uniform")
         return Choices(
             path=make(PATHS, self.path, "path", **self.path_options),
             coupling=make(COUPLINGS, self.coupling, "coupling", **self.coupling_options),
             objective=lookup(OBJECTIVES, self.objective, "objective"),
-            density=make(TIME_DENSITIES, self.time_density, "time density", **self.time_options),
+            density=make(TIME_DENSITIES, density, "time density", **self.time_options),
             weighting=weighting,
         )
 
