@@ -50,8 +50,6 @@ from .solvers import runge_kutta as runge_kutta
 from .solvers import stochastic_heun as stochastic_heun
 from .tables import make as make
 from .tensors import Velocity as Velocity
-from .transport import assignment as assignment
-from .transport import sinkhorn_plan as sinkhorn_plan
 from .times import TIME_DENSITIES as TIME_DENSITIES
 from .times import TIME_GRIDS as TIME_GRIDS
 from .times import Beta as Beta
@@ -62,6 +60,8 @@ from .times import Power as Power
 from .times import TimeDensity as TimeDensity
 from .times import UniformTimes as UniformTimes
 from .times import time_grid as time_grid
+from .transport import assignment as assignment
+from .transport import sinkhorn_plan as sinkhorn_plan
 from .weightings import WEIGHTINGS as WEIGHTINGS
 from .weightings import Weighting as Weighting
 from .weightings import loss_factor as loss_factor

@@ -20,8 +20,9 @@ _ROWS_WORTH_POTENTIALS = 128
 def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
     """The cost |x0_i - x1_j|^2 of the flattened rows.
 
-    Calculated as |a - mean b|^2 + |b - mean a|^2 - |mean a - mean b|^2 - 2 (a - mean a).(b - mean b): only the last
-    term matters to a plan, and it loses no digits however far apart source and data lie.
+    From rows centred each on their own mean, a and b, with the shift d between the means:
+    |a|^2 + 2 a.d + |b|^2 - 2 b.d + |d|^2 - 2 a.b. Only the last term matters to a plan, and it loses no digits however
+    far apart source and data lie.
 
     Args:
         x0, x1: (B0, ...) and (B1, ...), equal but for the number of rows.
@@ -42,13 +43,14 @@ def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
     # Elsewhere float32 products may be TF32, which is too coarse for an exact optimum.
     precision = compute_dtype(x0, x1) if on_cpu else wide
     a, b = (x.reshape(len(x), -1).to(precision) for x in (x0, x1))
-    middle_a, middle_b = a.mean(0), b.mean(0)
+    shift = a.mean(0) - b.mean(0)
+    a, b = a - a.mean(0), b - b.mean(0)
     with torch.autocast(x0.device.type, enabled=False):
-        inner = (a - middle_a) @ (b - middle_b).T
-    from_a = (a - middle_b).square().sum(1, dtype=wide)
-    from_b = (b - middle_a).square().sum(1, dtype=wide)
-    between = (middle_a - middle_b).square().sum(dtype=wide)
-    cost = (from_a[:, None] + from_b - between - 2 * inner.to(wide)).clamp_(min=0)
+        inner = a @ b.T
+        from_a = torch.linalg.vector_norm(a, dim=1).to(wide).square() + 2 * (a @ shift).to(wide)
+        from_b = torch.linalg.vector_norm(b, dim=1).to(wide).square() - 2 * (b @ shift).to(wide)
+    cost: Tensor = from_a[:, None] + from_b + shift.square().sum(dtype=wide) - 2 * inner.to(wide)
+    cost.clamp_(min=0)
     _check_finite(cost)
     return cost
 
