@@ -169,7 +169,8 @@ def langevin(corrections: int = 1, snr: float = 0.16, predictor: Solver = _EULER
         def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
             std = math.sqrt(target.g_squared(t, options.path))
             for _ in range(corrections):
-                x = x + target.score_term(field(x, t), x, t, options) + std * normal_like(x, options.generator)
+                pull = target.score_term(field(x, t), x, t, options)
+                x = x + pull + std * normal_like(x, options.generator)
             return predict(field, x, t, t_next)
 
         return step
