@@ -7,7 +7,6 @@ import torch
 
 from latentflow.errors import UserError
 from latentflow.flow import (
-    COUPLINGS,
     PATHS,
     CondOT,
     Path,
@@ -255,17 +254,3 @@ def test_continuity_equation(path, t, mixture) -> None:
     divergence = (flux(x + width) - flux(x - width)) / (2 * width)
     scale = growth.abs().max().item()
     torch.testing.assert_close(growth, -divergence, atol=1e-6 * scale, rtol=0)
-
-
-@pytest.mark.parametrize("name", COUPLINGS)
-def test_a_coupling_only_moves_source_rows(name, draw) -> None:
-    x0, x1 = draw(8, 2), draw(8, 2)
-    paired = COUPLINGS[name]()(x0, x1, condition=None, generator=torch.Generator().manual_seed(0))
-    assert sorted(paired.tolist()) == sorted(x0.tolist())
-
-
-def test_independent_coupling_leaves_the_rows_as_drawn(draw) -> None:
-    x0, x1 = draw(8, 2), draw(8, 2)
-    assert torch.equal(COUPLINGS["independent"]()(x0, x1), x0)
-    with pytest.raises(ValueError, match="4 source rows for 8 data rows"):
-        COUPLINGS["independent"]()(x0[:4], x1)
