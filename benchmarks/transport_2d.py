@@ -35,7 +35,7 @@ from latentflow.cli import parse, run
 from latentflow.errors import UserError
 
 FULL = Scale(seeds=5, steps=19_000, batches=300, points=10_000, w2_points=2500)
-QUICK = Scale(seeds=2, steps=800, batches=40, points=2000, w2_points=800)
+QUICK = Scale(seeds=2, steps=500, batches=30, points=2000, w2_points=800)
 
 TaskName = Literal[
     "normal-8gaussians", "moons-8gaussians", "normal-moons", "normal-scurve", "8gaussians-moons"
@@ -60,10 +60,10 @@ class TransportConfig:
     """Replicates, trained side by side. Default: 5, with --quick 2."""
 
     steps: int | None = None
-    """Training steps. Default: 19,000, with --quick 800."""
+    """Training steps. Default: 19,000, with --quick 500."""
 
     batches: int | None = None
-    """Minibatches of 512 that are paired for each seed. Default: 300, with --quick 40."""
+    """Minibatches of 512 that are paired for each seed. Default: 300, with --quick 30."""
 
     w2_points: int | None = None
     """Points that the exact W2 takes, of each side. Default: 2,500, with --quick 800."""
