@@ -153,7 +153,8 @@ class LatentFlowPipeline(FlowPipeline):
             max_sequence_length: tokens per prompt; default: the tokenizer's own limit.
             class_labels: class name(s), id(s) or a mixture.
             guidance_interval: guide only while t is in it (t = 0 noise, t = 1 data).
-            solver: a key of ``latentflow.flow.SOLVERS``; default: ``pipe.scheduler`` if set, else heun.
+            solver: a key of ``latentflow.flow.SOLVERS``; default: ``pipe.scheduler`` if set, else heun
+                (exponential-adams for a network that predicts the data).
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple.

@@ -326,7 +326,9 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         try:
             if self.scheduler is not None and solver is None:
                 return self._follow_scheduler(velocity, x, steps, sigmas, generator, stepped)
-            return self._follow_solver(velocity, x, steps, sigmas, solver or "heun", generator, stepped)
+            # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
+            usual = "exponential-adams" if self._prediction == "data" else "heun"
+            return self._follow_solver(velocity, x, steps, sigmas, solver or usual, generator, stepped)
         except _Interrupted as interrupted:
             return interrupted.latents
 

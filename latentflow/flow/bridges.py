@@ -12,6 +12,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from latentflow.errors import UserError
+
 from .couplings import Sinkhorn
 from .tensors import compute_dtype, expand_t
 
@@ -40,7 +42,7 @@ class SchrodingerBridge:
     (not the functions they average to) have no limit: there s and ds/dt are those of t clipped to ``interval``.
 
     Raises:
-        ValueError: ``sigma`` is not positive.
+        UserError: ``sigma`` is not positive.
     """
 
     sigma: float = 1.0
@@ -50,8 +52,9 @@ class SchrodingerBridge:
 
     def __post_init__(self) -> None:
         if not self.sigma > 0:
-            raise ValueError(
-                f"sigma must be positive, not {self.sigma}; without noise use the path 'condot' and coupling 'ot'"
+            raise UserError(
+                f"sigma must be positive, not {self.sigma}",
+                "Without noise use the path 'condot' and the coupling 'ot'.",
             )
 
     @property

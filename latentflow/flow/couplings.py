@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from latentflow.errors import lookup
+from latentflow.errors import UserError, lookup
 
 from .tensors import compute_dtype
 from .transport import assignment, sinkhorn_plan, squared_distances
@@ -93,7 +93,7 @@ class Sinkhorn:
             Schrodinger bridge needs it (2 sigma^2).
 
     Raises:
-        ValueError: the regularization is not positive.
+        UserError: the regularization is not positive.
     """
 
     regularization: float = 0.05
@@ -101,8 +101,9 @@ class Sinkhorn:
 
     def __post_init__(self) -> None:
         if not self.regularization > 0:
-            raise ValueError(
-                f"regularization must be positive, not {self.regularization}; for none use the coupling 'ot'"
+            raise UserError(
+                f"regularization must be positive, not {self.regularization}",
+                "For none use the coupling 'ot'.",
             )
 
     def __call__(
@@ -138,8 +139,8 @@ class ConditionalOptimalTransport:
         distance: d of continuous conditions: "cosine" (1 - cosine, of embeddings) or "euclidean" (of coordinates).
 
     Raises:
-        UserError: the distance is unknown.
-        ValueError: the ratio is out of range, the condition has another number of rows or NaN, or it is one number
+        UserError: the distance is unknown, or the ratio is out of range.
+        ValueError: the condition has another number of rows or NaN, or it is one number
             a row and the distance is the cosine's.
     """
 
@@ -149,7 +150,7 @@ class ConditionalOptimalTransport:
     def __post_init__(self) -> None:
         lookup(_CONDITION_DISTANCES, self.distance, "distance")
         if not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio must lie in (0, 1], not {self.ratio}; usual values: 0.005 to 0.1")
+            raise UserError(f"ratio must lie in (0, 1], not {self.ratio}", "Usual values: 0.005 to 0.1.")
 
     def __call__(
         self,

@@ -59,7 +59,7 @@ def as_velocity(network: Velocity, path: Path, source: str) -> Velocity:
 
     Where its prediction does not determine the velocity (the data where sigma = 0, at t = 1; the noise and the
     score where alpha = 0, at t = 0), the network is asked at the nearest t at which the conversion magnifies its
-    errors no more than 1000 times: t = 0.001 and 0.999 on the straight path. A velocity is returned as it is.
+    errors no more than 200 times: about t = 0.005 and 0.995 on the straight path. A velocity is returned as it is.
 
     Args:
         network: (x, t) -> a prediction of kind ``source``, shaped like x. t is given to it in float64.
@@ -167,8 +167,8 @@ _RESULT: dict[str, Callable[[Callable[[], Tensor], Callable[[], Tensor], Coeffic
 #: The kinds of prediction that ``convert`` knows.
 PREDICTIONS: tuple[str, ...] = tuple(_RESULT)
 
-# prediction -> the range of log-SNR in which converting it divides by no ratio of alpha to sigma below 1 / 1000
-_LIMIT = 2.0 * math.log(1000.0)
+# prediction -> the range of log-SNR in which converting it divides by no ratio of alpha to sigma below 1 / 200
+_LIMIT = 2.0 * math.log(200.0)
 _DETERMINED: dict[str, tuple[float, float]] = {
     "velocity": (-math.inf, math.inf),
     "data": (-math.inf, _LIMIT),

@@ -146,7 +146,7 @@ def test_a_network_of_any_prediction_is_a_velocity(mixture, draw, path, source) 
 
     x, t = 2 * draw(25, 25), torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
     if isinstance(path, Polynomial):
-        t = t.clamp(min=0.04)  # earlier, alpha < 1 / 1000
+        t = t.clamp(min=0.08)  # earlier, alpha < 1 / 200
     velocity = as_velocity(network, path, source)
     torch.testing.assert_close(velocity(x, t), mixture.velocity(path, x, t[:, None]), atol=1e-8, rtol=1e-8)
     row = velocity(x[7:8], t[7])  # a scalar t
@@ -156,7 +156,10 @@ def test_a_network_of_any_prediction_is_a_velocity(mixture, draw, path, source) 
 @pytest.mark.parametrize("path", EVERY_PATH)
 @pytest.mark.parametrize("source", PREDICTIONS)
 def test_a_network_of_any_prediction_samples_from_end_to_end(gaussian, draw, path, source) -> None:
-    """Heun evaluates both ends of time. The exact map is affine: x at 1 = m + c (x at 0 - alpha m) / std."""
+    """Heun evaluates both ends of time. The exact map is affine: x at 1 = m + c (x at 0 - alpha m) / std.
+
+    A data network says too little at t = 1 for Heun: there, a solver that does not ask.
+    """
 
     def network(x, t):
         return EXACT[source](gaussian, path, x, t)
@@ -166,7 +169,8 @@ def test_a_network_of_any_prediction_samples_from_end_to_end(gaussian, draw, pat
     (mean,), (std,) = gaussian.means, gaussian.stds
     (a0, a1), (s0, s1) = path.alpha(times[[0, -1]]), path.sigma(times[[0, -1]])
     moved = torch.hypot(a1 * std, s1) / torch.hypot(a0 * std, s0) * (start - a0 * mean)
-    ended = integrate(as_velocity(network, path, source), start, times, "heun")
+    solver = "exponential-adams" if source == "data" else "heun"
+    ended = integrate(as_velocity(network, path, source), start, times, solver, path=path)
     torch.testing.assert_close(ended, a1 * mean + moved, atol=0.02, rtol=0)
 
 

@@ -141,6 +141,10 @@ def test_conditional_ot_is_told_the_classes() -> None:
         ({"path": "variance-preserving", "path_options": {"beta": 3.0}}, "option of path"),
         ({"prediction": "epsilon"}, "unknown prediction 'epsilon'"),
         ({"coupling": "optimal-transport"}, "unknown coupling"),
+        (
+            {"coupling": "sinkhorn", "coupling_options": {"regularization": -1.0}},
+            "regularization must be positive",
+        ),
         ({"coupling": "data-dependent"}, "needs a source of its own"),
         ({"weighting": "sigmoids"}, "(?s)unknown weighting 'sigmoids'.*'sigmoid'"),
         ({"weighting_options": {"bias": 1.0}}, "without a weighting"),
