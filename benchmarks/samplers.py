@@ -1,6 +1,6 @@
 """Samplers at equal numbers of velocity evaluations (NFE), on a 16-d mixture whose exact velocity is known.
 
-    python benchmarks/samplers.py [--output FILE.md] [--plot FILE.png] [--seed 0]
+    python benchmarks/samplers.py [--output docs/samplers.md] [--plot docs/samplers.png] [--seed 0]
 
 Five Gaussians with random means of norm 3 to 4 and standard deviations of 0.3 to 1 per dimension. The error is the root
 mean square difference, over 256 samples, to where a Dormand-Prince solver with tolerance 1e-9 ends from the same noise.
@@ -23,6 +23,10 @@ DIMENSIONS, COMPONENTS, SAMPLES = 16, 5, 256
 EVALUATIONS = (5, 10, 20, 40, 80)
 PATHS: dict[str, Path] = {"CondOT": CondOT(), "VariancePreserving": VariancePreserving()}
 SAMPLERS = [name for name, solver in SOLVERS.items() if not solver.stochastic and solver.evaluations]
+ABOUT = """Written by `benchmarks/samplers.py --seed {seed}`. Root mean square error of the end of a trajectory, 256
+samples of a mixture of five Gaussians in 16 dimensions whose exact velocity is known, at equal numbers of velocity
+evaluations (NFE); in brackets how many times it is below Euler's. A solver with two evaluations a step takes half the
+steps. Which sampler wins depends on the velocity's shape and on the grid: these are four of many."""
 
 
 def mixture_velocity(path: Path, generator: torch.Generator) -> Velocity:
@@ -123,12 +127,14 @@ def main() -> None:
     results = {
         f"{name}, {grid}": errors(path, grid, args.seed) for name, path in PATHS.items() for grid in GRIDS
     }
-    text = "\n\n".join(f"### {title}\n\n{table(result)}" for title, result in results.items())
+    text = "\n\n".join(f"## {title}\n\n{table(result)}" for title, result in results.items())
     print(text)
-    if args.output:
-        args.output.write_text(text + "\n", encoding="utf-8")
     if args.plot:
         plot(results, args.plot)
+    if args.output:
+        picture = f"![endpoint error against evaluations]({args.plot.name})\n\n" if args.plot else ""
+        page = f"# Samplers at equal cost\n\n{ABOUT.format(seed=args.seed)}\n\n{picture}{text}\n"
+        args.output.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

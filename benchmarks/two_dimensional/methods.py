@@ -26,8 +26,6 @@ from .network import Ensemble, Loss, Pool
 SIGMA = 0.1
 BRIDGE = SchrodingerBridge(sigma=1.0)
 
-#: (networks, x0, x1, t, generator) -> loss of each row.
-
 
 def smeared(sigma: float) -> Loss:
     """CFM: x_t = (1 - t) x0 + t x1 + sigma z, target x1 - x0 (Tong et al. 2023, arXiv:2302.00482, eq. 14-15)."""
