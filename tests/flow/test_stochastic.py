@@ -453,3 +453,20 @@ def test_a_bad_score_is_named(velocity, draw) -> None:
     for name in ("ddpm", "churn"):
         with pytest.raises(UserError, match=f"'{name}'.*no separate score"):
             integrate(velocity, x, [0, 0.5], name, score=lambda x, t: x)
+
+
+def test_a_given_score_sees_the_dtype_of_the_network() -> None:
+    seen = set()
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        seen.add(x.dtype)
+        return torch.zeros_like(x)
+
+    integrate(
+        lambda x, t: torch.zeros_like(x),
+        torch.zeros(2, 2).bfloat16(),
+        [0.1, 0.5],
+        euler_maruyama("constant"),
+        score=score,
+    )
+    assert seen == {torch.bfloat16}

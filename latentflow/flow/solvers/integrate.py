@@ -58,13 +58,14 @@ def integrate(
         ValueError: times or shapes that make no sense.
     """
     method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
-    options = SolverOptions(path=path or CondOT(), score=score, rtol=rtol, atol=atol, generator=generator)
-    step = method.start(options)
     grid = _checked_times(times)
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}: pass a floating-point tensor")
     _require_finite(x, f"the starting x at t = {grid[0]:g}", "Check where it comes from.")
     dtype, state = x.dtype, x.to(compute_dtype(x))
+    own_score = None if score is None else lambda y, t: score(y.to(dtype), t)
+    options = SolverOptions(path=path or CondOT(), score=own_score, rtol=rtol, atol=atol, generator=generator)
+    step = method.start(options)
 
     counted = Counted(velocity)
     steps = _progress(progress, range(len(grid) - 1))

@@ -32,3 +32,7 @@ def combine(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tens
         if weight:
             x = torch.add(x, slope, alpha=h * weight)
     return x
+
+
+EULER = runge_kutta(1, nodes=[0], matrix=[[]], weights=[1])
+HEUN = runge_kutta(2, nodes=[0, 1], matrix=[[], [1]], weights=[1 / 2, 1 / 2])

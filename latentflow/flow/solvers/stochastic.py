@@ -19,10 +19,7 @@ from ..predictions import convert
 from ..tensors import Velocity, normal_like, time_dtype
 from .base import Field, Solver, SolverOptions, Step
 from .diffusions import DIFFUSIONS, Diffusion
-from .runge_kutta import runge_kutta
-
-_EULER = runge_kutta(1, nodes=[0], matrix=[[]], weights=[1])
-_HEUN = runge_kutta(2, nodes=[0, 1], matrix=[[], [1]], weights=[1 / 2, 1 / 2])
+from .runge_kutta import EULER, HEUN
 
 
 def euler_maruyama(diffusion: str | Diffusion = "sigma", scale: float = 1.0) -> Solver:
@@ -41,7 +38,7 @@ def euler_maruyama(diffusion: str | Diffusion = "sigma", scale: float = 1.0) -> 
         UserError: unknown diffusion (the nearest is suggested); scale negative or not finite. While
             sampling: g^2 is negative or not finite, or is not 0 where sigma is 0 (the score is infinite).
     """
-    return _sde_solver(_EULER, (1.0, 0.0), diffusion, scale)
+    return _sde_solver(EULER, (1.0, 0.0), diffusion, scale)
 
 
 def stochastic_heun(diffusion: str | Diffusion = "sigma", scale: float = 1.0) -> Solver:
@@ -58,7 +55,7 @@ def stochastic_heun(diffusion: str | Diffusion = "sigma", scale: float = 1.0) ->
     Raises:
         UserError: as ``euler_maruyama``.
     """
-    return _sde_solver(_HEUN, (0.5, 0.5), diffusion, scale)
+    return _sde_solver(HEUN, (0.5, 0.5), diffusion, scale)
 
 
 def ddpm(eta: float = 1.0) -> Solver:
@@ -98,7 +95,7 @@ def ddpm(eta: float = 1.0) -> Solver:
     return Solver(order=1, evaluations=1, start=start, stochastic=True)
 
 
-def churn(amount: float = 10.0, interval: tuple[float, float] = (0.0, 1.0), solver: Solver = _HEUN) -> Solver:
+def churn(amount: float = 10.0, interval: tuple[float, float] = (0.0, 1.0), solver: Solver = HEUN) -> Solver:
     """Noise is added, which leads back to a lower log-SNR; from there a step of an ODE ``solver`` to t_next.
 
     Karras et al. 2022 (EDM, arXiv:2206.00364), algorithm 2, on any path: sigma/alpha, their noise level, grows
@@ -138,7 +135,7 @@ def churn(amount: float = 10.0, interval: tuple[float, float] = (0.0, 1.0), solv
     return Solver(order=solver.order, evaluations=solver.evaluations, start=start, stochastic=True)
 
 
-def langevin(corrections: int = 1, snr: float = 0.16, predictor: Solver = _EULER) -> Solver:
+def langevin(corrections: int = 1, snr: float = 0.16, predictor: Solver = EULER) -> Solver:
     """Steps of Langevin dynamics at t, which pull x back to the marginal, then the predictor's step to t_next.
 
     Song et al. 2021 (arXiv:2011.13456), algorithms 4 and 5: x + e score + sqrt(2 e) z, correcting before each

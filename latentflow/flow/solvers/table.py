@@ -6,13 +6,13 @@ from .adaptive import dormand_prince
 from .base import Solver
 from .exponential import dpm_solver_2m, exponential_adams
 from .multistep import adams_bashforth
-from .runge_kutta import runge_kutta
+from .runge_kutta import EULER, HEUN, runge_kutta
 from .stochastic import churn, ddpm, euler_maruyama, langevin, stochastic_heun
 
 SOLVERS: dict[str, Solver] = {
-    "euler": runge_kutta(1, nodes=[0], matrix=[[]], weights=[1]),
+    "euler": EULER,
     "midpoint": runge_kutta(2, nodes=[0, 1 / 2], matrix=[[], [1 / 2]], weights=[0, 1]),
-    "heun": runge_kutta(2, nodes=[0, 1], matrix=[[], [1]], weights=[1 / 2, 1 / 2]),
+    "heun": HEUN,
     "ralston": runge_kutta(2, nodes=[0, 2 / 3], matrix=[[], [2 / 3]], weights=[1 / 4, 3 / 4]),
     "rk4": runge_kutta(
         4,
