@@ -45,8 +45,8 @@ class GenerateConfig:
     """How hard to follow the prompt or class; 1 is off, and twice as fast."""
     solver: str | None = None
     """euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
-    dopri5, or with fresh noise euler-maruyama, stochastic-heun, ddpm, churn, langevin; default: heun, or the scheduler
-    that the checkpoint brings."""
+    dopri5, or with fresh noise euler-maruyama, stochastic-heun, ddpm, churn, langevin; default: the scheduler that
+    the checkpoint brings, else heun (exponential-adams for networks that predict the data)."""
     negative: str | None = None
     """What to keep away from."""
     width: int | None = None

@@ -137,18 +137,20 @@ class ConditionalOptimalTransport:
     Args:
         ratio: in (0, 1]; smaller ties rows more firmly to their own condition.
         distance: d of continuous conditions: "cosine" (1 - cosine, of embeddings) or "euclidean" (of coordinates).
+            None: euclidean for one number a row, else cosine.
 
     Raises:
         UserError: the distance is unknown, or the ratio is out of range.
         ValueError: the condition has another number of rows or NaN, or it is one number
-            a row and the distance is the cosine's.
+            a row and the cosine is asked for.
     """
 
     ratio: float = 0.01
-    distance: str = "cosine"
+    distance: str | None = None
 
     def __post_init__(self) -> None:
-        lookup(_CONDITION_DISTANCES, self.distance, "distance")
+        if self.distance is not None:
+            lookup(_CONDITION_DISTANCES, self.distance, "distance")
         if not 0 < self.ratio <= 1:
             raise UserError(f"ratio must lie in (0, 1], not {self.ratio}", "Usual values: 0.005 to 0.1.")
 
@@ -174,7 +176,8 @@ class ConditionalOptimalTransport:
                 "the condition holds NaN or infinite values: no distance between such conditions exists"
             )
         cost = squared_distances(x0, x1)
-        apart = _CONDITION_DISTANCES[self.distance](condition.to(cost.dtype))
+        distance = self.distance or ("euclidean" if condition.shape[1] == 1 else "cosine")
+        apart = _CONDITION_DISTANCES[distance](condition.to(cost.dtype))
         return x0[assignment(cost + _condition_weight(cost, apart, self.ratio) * apart)]
 
 

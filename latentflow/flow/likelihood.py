@@ -150,9 +150,10 @@ def _velocity_and_trace(
     trace = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
     for e in vectors():
         (product,) = torch.autograd.grad(
-            v, x, e, retain_graph=True, create_graph=differentiable, is_grads_batched=True
+            v, x, e, retain_graph=True, create_graph=differentiable, is_grads_batched=True, allow_unused=True
         )
-        trace = trace + (product.to(trace) * e.to(trace)).flatten(2).sum((0, 2))
+        if product is not None:  # None: v does not depend on x
+            trace = trace + (product.to(trace) * e.to(trace)).flatten(2).sum((0, 2))
     return (v if differentiable else v.detach()), trace
 
 

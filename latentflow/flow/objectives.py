@@ -10,7 +10,6 @@ from torch import Tensor
 from latentflow.errors import UserError, lookup
 
 from .paths import CondOT, Path, PathSample
-from .predictions import convert
 from .tensors import compute_dtype
 
 _STRAIGHT = CondOT()
@@ -36,7 +35,7 @@ def flow_matching_loss(
         sample: from ``path.sample``.
         path: the path of the sample; only "score" and the contrastive term look at it.
         prediction: what the network predicts, and the target: "velocity" (``sample.velocity``), "data" (x1), "noise"
-            (x0) or "score" (-x0 / sigma, for a standard normal source).
+            (x0) or "score" (-x0 / sigma, for a standard normal source; sigma counts as 1e-3 where it is less).
         weight: (B,) factors on the squared errors, from ``loss_factor``.
         direction_weight: times 1 - cos(velocity, target), the cosine over channels, averaged over positions, is
             added: Yao et al. 2024 (FasterDiT, arXiv:2410.10356), also in LightningDiT (arXiv:2501.01423).
@@ -51,7 +50,7 @@ def flow_matching_loss(
         UserError: unknown prediction; a direction for something else than velocities; contrastive_weight outside
             [0, 1), where the loss has no minimum.
         ValueError: the output is not shaped like the target, or the weight not (B,); one row has no other to
-            contrast; the score where sigma = 0.
+            contrast.
     """
     target = _target(sample, path, prediction)
     if output.shape != target.shape:
@@ -83,12 +82,15 @@ def flow_matching_loss(
     return loss
 
 
+_SMALLEST_SIGMA = 1e-3  # the score's target -x0 / sigma is infinite at t = 1
+
+
 def _target(sample: PathSample, path: Path, prediction: str) -> Tensor:
     targets: dict[str, Callable[[], Tensor]] = {
         "velocity": lambda: sample.velocity,
         "data": lambda: sample.x1,
         "noise": lambda: sample.x0,
-        "score": lambda: convert(sample.x0, sample.xt, sample.t, path, source="noise", target="score"),
+        "score": lambda: -sample.x0 / path.at(sample.t, sample.x0).sigma.clamp(min=_SMALLEST_SIGMA),
     }
     return lookup(targets, prediction, "prediction")()
 

@@ -5,8 +5,10 @@ A new path is one subclass of ``Path`` with four schedules, and one line in ``PA
 The schedules are finite on [0, 1] and so are their derivatives, with two exceptions, both at t = 1: sigma' of
 ``VariancePreserving`` and of ``SqrtPath`` is -infinite. At t = 0 the velocity of a ``Polynomial`` of degree > 1
 vanishes and so tells nothing of the data. ``Path.clip`` moves t away from these three ends into
-``Path.interval``; it is the only clipping of t, and ``Path.at`` applies it to the derivatives (never to alpha
-and sigma), so that whatever samples, trains or converts is finite without clipping anything of its own.
+``Path.interval``: ``Path.at`` applies it to the derivatives (never to alpha and sigma), ``as_velocity`` and
+``change_path`` to the t at which they ask a network. What divides by alpha or sigma beside, and so needs a limit of
+its own, states it where it does: ``as_velocity`` (predictions that do not determine the velocity), ``loss_factor``,
+``SchrodingerBridge``, and the score as a target.
 
 The log-SNR, log(alpha^2 / sigma^2), is +infinite at t = 1 but for ``VarianceExploding`` and a ``CondOT`` with
 sigma_min > 0, and -infinite at t = 0 but for ``VariancePreserving`` (-10.05 as it stands) and
@@ -18,14 +20,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from latentflow.errors import UserError
 
-from .tensors import compute_dtype, expand_t
+from .tensors import compute_dtype, expand_t, time_dtype
 
 
 class PathSample(NamedTuple):
@@ -50,8 +52,10 @@ class Coefficients(NamedTuple):
 class Path(ABC):
     """x_t = alpha(t) x1 + sigma(t) x0. Schedules are elementwise: tensors shaped like t, which is in [0, 1]."""
 
-    #: Where the derivatives are finite and the velocity determines the data.
-    interval: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the derivatives are finite and the velocity determines the data."""
+        return 0.0, 1.0
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -96,16 +100,17 @@ class Path(ABC):
     def at(self, t: Tensor | float, x: Tensor) -> Coefficients:
         """The schedules at ``t`` (scalar or (B,), in [0, 1]), ready to multiply ``x`` (B, ...).
 
-        alpha and sigma are exact, their derivatives those at the clipped t. They are evaluated in t's own
-        precision and only then rounded to that of x (at least float32).
+        alpha and sigma are exact, their derivatives those at the clipped t, so that ``sample`` and ``convert`` agree.
+        All are evaluated in float64 and only then rounded to the precision of x (at least float32).
         """
         wide = expand_t(t, x)
+        wide = wide.to(time_dtype(wide.device))
         inner = self.clip(wide)
         schedules = (self.alpha(wide), self.sigma(wide), self.d_alpha(inner), self.d_sigma(inner))
         return Coefficients(*(value.to(compute_dtype(x)).to(x.device) for value in schedules))
 
     def start(self, noise: Tensor) -> Tensor:
-        """Where sampling starts, at t = 0: ``noise`` times sigma(0), which is 1 but for variance exploding."""
+        """Where sampling starts, at t = 0: ``noise`` times sigma(0): 1, but for variance exploding."""
         return noise * self.sigma(torch.zeros((), dtype=torch.float64)).item()
 
     def scale_input(self, xt: Tensor, t: Tensor | float) -> Tensor:
@@ -186,7 +191,10 @@ class VariancePreserving(Path):
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    interval: ClassVar[tuple[float, float]] = (0.0, 1.0 - 1e-5)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return 0.0, 1.0 - 1e-5
 
     def __post_init__(self) -> None:
         if not 0.0 < self.beta_min <= self.beta_max < math.inf:
@@ -302,7 +310,11 @@ class Polynomial(Path):
     """
 
     degree: float = 2.0
-    interval: ClassVar[tuple[float, float]] = (1e-4, 1.0)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        # From where alpha' is 2e-4 on (it is n t^(n-1)): what is divided by it is magnified 5000 times at most.
+        return (2e-4 / self.degree) ** (1.0 / (self.degree - 1.0)) if self.degree > 1.0 else 0.0, 1.0
 
     def __post_init__(self) -> None:
         if not 1.0 <= self.degree < math.inf:
@@ -314,7 +326,7 @@ class Polynomial(Path):
         return t**self.degree
 
     def sigma(self, t: Tensor) -> Tensor:
-        return 1.0 - t**self.degree
+        return 0.0 - torch.expm1(self.degree * t.log())  # exact where sigma is small; at t = 1 +0, not -0
 
     def d_alpha(self, t: Tensor) -> Tensor:
         return self.degree * t ** (self.degree - 1.0)
@@ -336,10 +348,9 @@ class SqrtPath(Path):
     The variance-preserving interpolation with the signal as the time. Its velocity is unbounded towards t = 1.
     """
 
-    interval: ClassVar[tuple[float, float]] = (
-        0.0,
-        1.0 - 5e-7,
-    )  # alpha / sigma = 1000, as at the end of VariancePreserving
+    @property
+    def interval(self) -> tuple[float, float]:
+        return 0.0, 1.0 - 5e-7  # alpha / sigma = 1000, as at the end of VariancePreserving
 
     def alpha(self, t: Tensor) -> Tensor:
         return t

@@ -46,12 +46,20 @@ def convert(value: Tensor, xt: Tensor, t: Tensor | float, path: Path, source: st
     result = lookup(_RESULT, target, "prediction")
     if value.shape != xt.shape:
         raise ValueError(f"the prediction has shape {tuple(value.shape)} but xt has shape {tuple(xt.shape)}")
-    if source == target:
-        return value
     dtype = compute_dtype(value, xt)
     known, x = value.to(dtype), xt.to(dtype)
     c = path.at(t, x)
-    return result(lambda: data(known, x, c), lambda: noise(known, x, c), c).to(value.dtype)
+    if source == target:
+        return value
+    try:
+        return result(lambda: data(known, x, c), lambda: noise(known, x, c), c).to(value.dtype)
+    except ZeroDivisionError as error:
+        times = torch.as_tensor(t)
+        raise ValueError(
+            f"'{source}' does not determine '{target}' at t = {times.min().item():g} to {times.max().item():g} on "
+            f"{path}: the conversion divides by {error}, which is 0 there. Keep t away from that end of the path, or "
+            "convert from the velocity"
+        ) from None
 
 
 def as_velocity(network: Velocity, path: Path, source: str) -> Velocity:
@@ -78,7 +86,7 @@ def as_velocity(network: Velocity, path: Path, source: str) -> Velocity:
     first, last = path.inverse_log_snr(limits).tolist()
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        wide, time = x.to(compute_dtype(x)), t.to(time_dtype(t.device))
+        wide, time = x.to(compute_dtype(x)), _as_time(t)
         c = path.at(time, wide)
         return _recombine(network, wide, path.clip(time).clamp(first, last), path, source, c, x.dtype)
 
@@ -107,7 +115,7 @@ def change_path(velocity: Velocity, old: Path, new: Path) -> Velocity:
     """
 
     def changed(x: Tensor, t: Tensor) -> Tensor:
-        wide, time = x.to(compute_dtype(x)), t.to(time_dtype(t.device))
+        wide, time = x.to(compute_dtype(x)), _as_time(t)
         c = new.at(time, wide)
         old_time = old.clip(old.inverse_log_snr(new.log_snr(new.clip(time))))
         c_old = old.at(old_time, wide)
@@ -127,12 +135,14 @@ def _recombine(
     return (c.d_alpha * data + c.d_sigma * noise).to(dtype)
 
 
+def _as_time(t: Tensor | float) -> Tensor:
+    t = torch.as_tensor(t)
+    return t.to(time_dtype(t.device))
+
+
 def _divide(numerator: Tensor, denominator: Tensor, name: str) -> Tensor:
     if bool((denominator == 0).any()):
-        raise ValueError(
-            f"this conversion divides by {name}, which is 0 at the given t: the result is not determined. "
-            "Keep t away from that end of the path, or convert from the velocity"
-        )
+        raise ZeroDivisionError(name)
     return numerator / denominator
 
 

@@ -42,7 +42,7 @@ def squared_distances(x0: Tensor, x1: Tensor) -> Tensor:
     wide = time_dtype(x0.device)
     # Elsewhere float32 products may be TF32, which is too coarse for an exact optimum.
     precision = compute_dtype(x0, x1) if on_cpu else wide
-    a, b = (x.reshape(len(x), -1).to(precision) for x in (x0, x1))
+    a, b = (x.detach().reshape(len(x), -1).to(precision) for x in (x0, x1))
     shift = a.mean(0) - b.mean(0)
     a, b = a - a.mean(0), b - b.mean(0)
     with torch.autocast(x0.device.type, enabled=False):
@@ -76,6 +76,7 @@ def assignment(cost: Tensor) -> Tensor:
             f"an assignment needs a square cost, not {tuple(cost.shape)}: as many sources as data"
         )
     _check_finite(cost)
+    cost = cost.detach()
     reduced = _reduced(cost) if len(cost) >= _ROWS_WORTH_POTENTIALS else cost
     rows, columns = linear_sum_assignment(reduced.cpu().double().numpy())
     return torch.from_numpy(rows[columns.argsort()]).to(cost.device)

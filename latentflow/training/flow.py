@@ -80,6 +80,15 @@ class FlowConfig:
                 "coupling 'data-dependent' needs a source of its own, which only code can give",
                 "Use it from Python (latentflow.flow.DataDependent), or another coupling here.",
             )
+        if self.direction_weight and self.prediction != "velocity":
+            raise UserError(
+                f"direction_weight with prediction '{self.prediction}'",
+                "Only velocities have a direction to learn.",
+            )
+        if not 0.0 <= self.contrastive_weight < 1.0:
+            raise UserError(
+                f"contrastive_weight {self.contrastive_weight}", "Use 0 to below 1; 0.05 is usual."
+            )
         if self.weighting_options and choices.weighting is None:
             raise UserError("weighting_options are given without a weighting", "Name one with --weighting.")
 
@@ -148,7 +157,7 @@ class FlowStage(nn.Module):
             prediction=config.prediction,
             weight=self._weight(t, u),
             direction_weight=config.direction_weight,
-            contrastive_weight=config.contrastive_weight,
+            contrastive_weight=config.contrastive_weight if self.training and len(x1) > 1 else 0.0,
         )
         return {"loss": per_sample.mean(), "per_sample": per_sample.detach(), "t": t.detach()}
 

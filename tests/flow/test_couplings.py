@@ -259,10 +259,24 @@ def test_equal_continuous_conditions_are_plain_transport_and_groups_are_kept(dra
     assert torch.equal(one, x0[:1])
 
 
+def test_single_numbers_as_conditions_are_compared_by_distance(draw) -> None:
+    x0, x1, number = draw(64, 2), draw(64, 2), draw(64)
+    expected = ConditionalOptimalTransport(distance="euclidean")(x0, x1, number)
+    assert torch.equal(ConditionalOptimalTransport()(x0, x1, number), expected)
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_rows_that_carry_a_graph_are_paired(name, draw) -> None:
+    x0, x1 = draw(8, 2).requires_grad_(), draw(8, 2).requires_grad_()
+    paired = COUPLINGS[name]()(x0, x1, generator=torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(paired.sum(), x0)
+    assert gradient.sum() == 16  # each paired row passes its gradient on
+
+
 def test_bad_conditions_are_refused(draw) -> None:
     x0, x1 = draw(8, 2), draw(8, 2)
     with pytest.raises(ValueError, match="euclidean"):
-        ConditionalOptimalTransport()(x0, x1, draw(8))
+        ConditionalOptimalTransport(distance="cosine")(x0, x1, draw(8))
     with pytest.raises(ValueError, match=r"\(7, 2\) for 8 rows"):
         ConditionalOptimalTransport()(x0, x1, draw(7, 2))
     with pytest.raises(ValueError, match="NaN or infinite"):

@@ -308,3 +308,11 @@ def test_stochastic_solvers_are_refused() -> None:
     for name in [name for name, solver in SOLVERS.items() if solver.stochastic]:
         with pytest.raises(UserError, match="stochastic"):
             log_likelihood(lambda x, t: -x, torch.zeros(2, 2), solver=name, times=time_grid(5).flip(0))
+
+
+def test_a_velocity_that_does_not_depend_on_x_has_no_divergence(draw) -> None:
+    shift = torch.nn.Parameter(torch.tensor([0.5, -2.0], dtype=torch.float64))
+    x1 = draw(6, 2)
+    logp = log_likelihood(lambda x, t: shift.expand_as(x), x1)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(x1 - shift.detach()).sum(1)
+    torch.testing.assert_close(logp, expected)

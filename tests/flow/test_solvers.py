@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentflow.errors import UserError
-from latentflow.flow import SOLVERS, CondOT, Counted, Path, integrate, time_grid
+from latentflow.flow import SOLVERS, CondOT, Counted, Path, Polynomial, integrate, time_grid
 from latentflow.flow.solvers import adams_bashforth
 
 DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.stochastic]
@@ -327,7 +327,7 @@ def test_x_keeps_its_dtype_and_the_network_sees_it(velocity, draw, solver, dtype
 
     x0 = draw(16, 2)
     x1 = integrate(network, x0.to(dtype), time_grid(40), solver, rtol=1e-2, atol=1e-2)
-    assert seen == {(dtype, torch.float64, torch.Size([]))}
+    assert seen == {(dtype, torch.promote_types(dtype, torch.float32), torch.Size([]))}
     assert x1.dtype == dtype
     assert (x1.double() - (1.5 + 0.4 * x0.to(dtype).double())).abs().max() < 0.05
 
@@ -459,3 +459,37 @@ def test_other_bad_arguments_are_refused(velocity) -> None:
         integrate(velocity, torch.ones(1, 1, dtype=torch.int64), [0, 1])
     with pytest.raises(ValueError, match=r"the velocity returned shape \(1, 2\), but must keep .* \(1, 1\)"):
         integrate(lambda x, t: torch.ones(1, 2), torch.ones(1, 1), [0, 1])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_plain_network_of_x_and_t_is_a_velocity(draw, solver) -> None:
+    network = torch.nn.Linear(3, 2)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return network(torch.cat([x, t.expand(len(x), 1)], 1))
+
+    assert integrate(velocity, draw(4, 2).float(), time_grid(5), solver).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("path", "times", "tolerance"),
+    [
+        (CondOT(), [0.0, 0.5, 1 - 1e-9, 1 - 1e-10, 1.0], 0.6),
+        (CondOT(), time_grid(50), 0.01),
+        (Polynomial(8.0), time_grid(50), 0.1),
+        (Polynomial(8.0), time_grid(50).flip(0), 0.1),
+    ],
+)
+def test_exponential_adams_does_not_divide_by_steps_that_rounding_hides(
+    gaussian, draw, path, times, tolerance
+) -> None:
+    start = draw(4, 2)
+    end = integrate(lambda x, t: gaussian.velocity(path, x, t), start, times, "exponential-adams", path=path)
+    exact = 1.5 + 0.4 * start if times[0] == 0 else (start - 1.5) / 0.4
+    assert (end - exact).abs().max() < tolerance
+
+
+def test_an_end_that_is_not_finite_is_named() -> None:
+    huge = torch.full((1, 1), 1e308, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"x at t = 1 is not finite: 1 of 1"):
+        integrate(lambda x, t: huge, huge, [0, 1], "euler")

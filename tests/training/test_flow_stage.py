@@ -145,6 +145,8 @@ def test_conditional_ot_is_told_the_classes() -> None:
             {"coupling": "sinkhorn", "coupling_options": {"regularization": -1.0}},
             "regularization must be positive",
         ),
+        ({"prediction": "noise", "direction_weight": 0.1}, "direction_weight with prediction 'noise'"),
+        ({"contrastive_weight": 1.0}, "contrastive_weight 1.0"),
         ({"coupling": "data-dependent"}, "needs a source of its own"),
         ({"weighting": "sigmoids"}, "(?s)unknown weighting 'sigmoids'.*'sigmoid'"),
         ({"weighting_options": {"bias": 1.0}}, "without a weighting"),
@@ -174,6 +176,13 @@ def test_a_diffusion_model_is_one_line(pictures: Path, tmp_path: Path) -> None:
     assert "was trained with path variance-preserving" in said
     assert "--path variance-preserving" in said
     call(tmp_path / "cache", *again, *choices)
+
+
+def test_validation_has_no_contrastive_term() -> None:
+    """Its rows are several noises of one picture: no row is another's negative."""
+    one = stage(contrastive_weight=0.5)
+    assert one(batch())["loss"] < -0.1
+    assert abs(one.eval()(batch())["loss"]) < 1e-4
 
 
 def test_configs_compare_by_value() -> None:

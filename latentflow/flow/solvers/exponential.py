@@ -13,6 +13,8 @@ from .base import Field, SolverOptions, Step
 
 #: A step in log-SNR that is longer than the one before by more than this is taken with first order.
 _LONGEST_EXTRAPOLATION = 4.0
+#: Where y moves by less in a step, rounding decides the slope of D over y.
+_SHORTEST_STEP = 1e-12
 
 
 def dpm_solver_2m(options: SolverOptions) -> Step:
@@ -84,7 +86,7 @@ def exponential_adams(options: SolverOptions) -> Step:
         m = r_next - decay * r - y * (alpha_next - decay * alpha)
         x = torch.add(alpha_next * ends[0], ends[1], alpha=sigma_next)
         slope = None
-        if before is not None:
+        if before is not None and abs(y - before[1]) > _SHORTEST_STEP:
             slope = (ends[0] - before[0]) / (y - before[1])
             earlier, m_before = taken
             x = torch.add(x, slope, alpha=m + decay * m_before)

@@ -12,7 +12,7 @@ from torch import Tensor
 from latentflow.errors import UserError, lookup
 
 from ..paths import CondOT, Path
-from ..tensors import Generators, Velocity, compute_dtype, time_dtype
+from ..tensors import Generators, Velocity, compute_dtype
 from .base import Counted, Field, Solver, SolverOptions
 from .table import SOLVERS
 
@@ -34,8 +34,8 @@ def integrate(
     """Follow dx/dt = velocity(x, t) from ``times[0]`` to ``times[-1]``.
 
     Args:
-        velocity: (x, t) -> dx/dt. It gets x in the given dtype and t as a scalar float64 tensor, and is
-            evaluated only within [times[0], times[-1]].
+        velocity: (x, t) -> dx/dt. It gets x in the given dtype and t as a scalar tensor, float32 or (where x
+            is) float64, and is evaluated only within [times[0], times[-1]].
         x: (B, ...) at times[0], floating point. Half precision is summed up in float32 between evaluations.
         times: N + 1 times make N steps; strictly increasing (noise to data) or decreasing (data to noise), in
             [0, 1]. An adaptive solver lands on each of them, so [0, 1] is its cheapest grid.
@@ -76,13 +76,14 @@ def integrate(
         if show is not None:
             show(evaluations=counted.evaluations, refresh=False)
         if callback is not None:
-            replacement = callback(index, _scalar(grid[index + 1], x.device), state.to(dtype))
+            replacement = callback(index, _scalar(grid[index + 1], state), state.to(dtype))
             if replacement is not None:
                 _require_shape(replacement, state, "the callback")
                 _require_finite(
                     replacement, f"the callback's x after step {index + 1}", "Check the callback."
                 )
                 state = replacement.to(state)
+    _require_finite(state, f"x at t = {grid[-1]:g}", "Take smaller steps, or another solver ('heun').")
     return state.to(dtype)
 
 
@@ -112,7 +113,7 @@ def _checked_field(velocity: Velocity, dtype: torch.dtype, where: str) -> Field:
     """``velocity`` called in the network's ``dtype``, its result checked and in the state's precision."""
 
     def field(x: Tensor, t: float) -> Tensor:
-        value = velocity(x.to(dtype), _scalar(t, x.device))
+        value = velocity(x.to(dtype), _scalar(t, x))
         _require_shape(value, x, "the velocity")
         _require_finite(
             value,
@@ -140,9 +141,9 @@ def _require_finite(value: Tensor, what: str, fix: str) -> None:
         raise UserError(f"{what} is not finite: {bad} of {value.numel()} values are NaN or infinite", fix)
 
 
-def _scalar(t: float, device: torch.device) -> Tensor:
+def _scalar(t: float, x: Tensor) -> Tensor:
     # Filled on the device: a copy to it would wait for all the work queued there.
-    return torch.full((), t, dtype=time_dtype(device), device=device)
+    return torch.full((), t, dtype=x.dtype, device=x.device)
 
 
 def _progress(

@@ -16,7 +16,7 @@ from latentflow.errors import UserError, lookup
 
 from ..paths import Path
 from ..predictions import convert
-from ..tensors import Velocity, normal_like, time_dtype
+from ..tensors import Velocity, normal_like
 from .base import Field, Solver, SolverOptions, Step
 from .diffusions import DIFFUSIONS, Diffusion
 from .runge_kutta import EULER, HEUN
@@ -283,7 +283,7 @@ def _refuse_score(solver: str, options: SolverOptions) -> None:
 
 
 def _given_score(score: Velocity, x: Tensor, t: float) -> Tensor:
-    value = score(x, torch.full((), t, dtype=time_dtype(x.device), device=x.device))
+    value = score(x, torch.full((), t, dtype=x.dtype, device=x.device))
     if value.shape != x.shape:
         raise ValueError(
             f"the score returned shape {tuple(value.shape)}, but must keep the shape of x, {tuple(x.shape)}"
