@@ -126,17 +126,20 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_tiny_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = [
-        "--quick",
-        "--steps",
-        "3",
-        "--batches",
-        "2",
-        "--w2-points",
-        "50",
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    def scaled(output: str) -> list[str]:
+        return [
+            "--quick",
+            "--steps",
+            "3",
+            "--batches",
+            "2",
+            "--w2-points",
+            "50",
+            "--output",
+            str(tmp_path / output),
+        ]
+
+    line = scaled("out")
     chosen = ["--tasks", "normal-moons", "--methods", "ot-cfm", "sf2m", "2-rf"]
     transport_2d.main([*line, *chosen])
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
@@ -150,17 +153,6 @@ def test_a_tiny_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(UserError, match="another scale"):
         transport_2d.main([*line, "--seeds", "3"])
 
-    again = [
-        "--quick",
-        "--steps",
-        "3",
-        "--batches",
-        "2",
-        "--w2-points",
-        "50",
-        "--output",
-        str(tmp_path / "again"),
-    ]
-    transport_2d.main([*again, "--tasks", "normal-moons", "--methods", "2-rf"])
+    transport_2d.main([*scaled("again"), "--tasks", "normal-moons", "--methods", "2-rf"])
     name = "normal-moons--2-rf.safetensors"  # the same seed gives the same weights, whatever else is run
     assert (tmp_path / "again" / name).read_bytes() == weights[tmp_path / "out" / name]

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentflow.errors import UserError
 
 from .couplings import Sinkhorn
-from .tensors import compute_dtype, expand_t
+from .tensors import compute_dtype, expand_t, normal_like
 
 
 class BridgeSample(NamedTuple):
@@ -91,8 +91,7 @@ class SchrodingerBridge:
             )
         dtype, precision = torch.promote_types(x0.dtype, x1.dtype), compute_dtype(x0, x1)
         if noise is None:
-            device = x1.device if generator is None else generator.device
-            noise = torch.randn(x1.shape, generator=generator, device=device, dtype=precision).to(x1.device)
+            noise = normal_like(x1.to(precision), generator)
         elif generator is not None:
             raise ValueError("both noise and a generator to draw it with are given: pass one of them")
         elif noise.shape != x1.shape:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..paths import Path
@@ -58,3 +59,9 @@ class Solver:
     evaluations: int | None
     start: Callable[[SolverOptions], Step]
     stochastic: bool = False
+
+
+def schedule(path: Path, t: float) -> tuple[float, float]:
+    """(alpha, sigma) at t, in float64."""
+    time = torch.tensor(t, dtype=torch.float64)
+    return path.alpha(time).item(), path.sigma(time).item()

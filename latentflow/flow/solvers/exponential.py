@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..paths import Path
 from ..predictions import convert
-from .base import Field, SolverOptions, Step
+from .base import Field, SolverOptions, Step, schedule
 
 #: A step in log-SNR that is longer than the one before by more than this is taken with first order.
 _LONGEST_EXTRAPOLATION = 4.0
@@ -38,8 +38,8 @@ def dpm_solver_2m(options: SolverOptions) -> Step:
         velocity = field(x, t)
         data = convert(velocity, x, t, path, "velocity", "data")
         noise = convert(velocity, x, t, path, "velocity", "noise")
-        (alpha, sigma, log_snr), (alpha_next, sigma_next, log_snr_next) = _at(path, t), _at(path, t_next)
-        h = log_snr_next - log_snr
+        (alpha, sigma), (alpha_next, sigma_next) = schedule(path, t), schedule(path, t_next)
+        h = _log_snr(path, t_next) - _log_snr(path, t)
         x = torch.add(alpha_next * data, noise, alpha=sigma_next)
         if before is not None and h / h_before <= _LONGEST_EXTRAPOLATION:
             weight = (alpha_next - alpha * sigma_next / sigma) * h / (2.0 * h_before)
@@ -50,10 +50,9 @@ def dpm_solver_2m(options: SolverOptions) -> Step:
     return step
 
 
-def _at(path: Path, t: float) -> tuple[float, float, float]:
-    """alpha, sigma and the log-SNR, which may be infinite."""
-    at = torch.tensor(t, dtype=torch.float64)
-    return path.alpha(at).item(), path.sigma(at).item(), path.log_snr(at).item()
+def _log_snr(path: Path, t: float) -> float:
+    """It may be infinite."""
+    return path.log_snr(torch.tensor(t, dtype=torch.float64)).item()
 
 
 def exponential_adams(options: SolverOptions) -> Step:
@@ -77,7 +76,7 @@ def exponential_adams(options: SolverOptions) -> Step:
         nonlocal before, taken
         velocity = field(x, t)
         ends = [convert(velocity, x, t, path, "velocity", kind) for kind in ("data", "noise")]
-        (alpha, sigma, _), (alpha_next, sigma_next, _) = _at(path, t), _at(path, t_next)
+        (alpha, sigma), (alpha_next, sigma_next) = schedule(path, t), schedule(path, t_next)
         if t_next < t:
             ends.reverse()
             alpha, sigma, alpha_next, sigma_next = sigma, alpha, sigma_next, alpha_next

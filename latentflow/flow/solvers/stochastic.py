@@ -17,7 +17,7 @@ from latentflow.errors import UserError, lookup
 from ..paths import Path
 from ..predictions import convert
 from ..tensors import Velocity, normal_like
-from .base import Field, Solver, SolverOptions, Step
+from .base import Field, Solver, SolverOptions, Step, schedule
 from .diffusions import DIFFUSIONS, Diffusion
 from .runge_kutta import EULER, HEUN
 
@@ -84,7 +84,7 @@ def ddpm(eta: float = 1.0) -> Solver:
         def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
             velocity = field(x, t)
             data, noise = (convert(velocity, x, t, path, "velocity", end) for end in ("data", "noise"))
-            (alpha, sigma), (alpha_next, sigma_next) = _schedule(path, t), _schedule(path, t_next)
+            (alpha, sigma), (alpha_next, sigma_next) = schedule(path, t), schedule(path, t_next)
             shares = alpha * sigma_next, alpha_next * sigma
             fresh = eta * math.sqrt(1.0 - (min(shares) / max(shares)) ** 2)
             x_next = alpha_next * data + (sigma_next * math.sqrt(1.0 - fresh**2)) * noise
@@ -236,7 +236,7 @@ class _Sde:
         g_squared = self.g_squared(t, options.path)
         if options.score is not None:
             return (g_squared / 2) * _given_score(options.score, x, t)
-        sigma = _schedule(options.path, t)[1]
+        sigma = schedule(options.path, t)[1]
         if sigma <= _TINY:  # 0 / 0: the limit, taken from inside the interval
             if g_squared > _TINY:
                 raise UserError(
@@ -245,17 +245,11 @@ class _Sde:
                     f"t = {t:g}, for example up to 0.999.",
                 )
             inside = min(max(t, 1e-6), 1.0 - 1e-6)
-            g_squared, sigma = self.g_squared(inside, options.path), _schedule(options.path, inside)[1]
+            g_squared, sigma = self.g_squared(inside, options.path), schedule(options.path, inside)[1]
         return (-g_squared / (2 * sigma)) * convert(velocity, x, t, options.path, "velocity", "noise")
 
 
 _TINY = 1e-12  # rounding of a schedule that is 0: sin(pi), cos(pi / 2)
-
-
-def _schedule(path: Path, t: float) -> tuple[float, float]:
-    """(alpha, sigma) at t, in float64."""
-    time = torch.tensor(t, dtype=torch.float64)
-    return float(path.alpha(time)), float(path.sigma(time))
 
 
 def _lower_snr(path: Path, t: float, growth: float) -> float:
@@ -268,7 +262,7 @@ def _renoise(x: Tensor, t: float, back: float, options: SolverOptions) -> tuple[
     """x at t as a sample at the earlier time ``back``, by adding noise."""
     if not back < t:  # already pure noise, or pure data
         return x, t
-    (alpha, sigma), (alpha_back, sigma_back) = _schedule(options.path, t), _schedule(options.path, back)
+    (alpha, sigma), (alpha_back, sigma_back) = schedule(options.path, t), schedule(options.path, back)
     shrink = alpha_back / alpha
     std = math.sqrt(max(sigma_back**2 - (shrink * sigma) ** 2, 0.0))
     return shrink * x + std * normal_like(x, options.generator), back
