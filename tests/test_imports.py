@@ -15,9 +15,10 @@ PROGRAMS = sorted(file for folder in ("train", "pipelines") for file in (ROOT / 
 MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in file.relative_to(PACKAGE).parts)
 
 # Layers from the bottom; a module may import from its own part and from lower layers. Data lies above models
-# and autoencoder, whose latents and embeddings it caches; training above the pipeline of its previews.
+# and autoencoder, whose latents and embeddings it caches; training above the pipeline of its previews; web
+# above drawing, whose functions answer its requests.
 LEAVES = {"errors", "cli"}
-LAYERS = [{"flow"}, {"models", "autoencoder"}, {"data"}, {"metrics", "pipeline"}, {"training"}]
+LAYERS = [{"flow"}, {"models", "autoencoder"}, {"data"}, {"metrics", "pipeline"}, {"training", "drawing"}, {"web"}]
 
 
 def part(module: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.drawing import checkpoint
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS
 
@@ -132,6 +133,6 @@ def test_the_help_names_every_solver(program: Any, capsys: pytest.CaptureFixture
 def test_without_the_shipped_checkpoint_it_says_what_to_do(
     program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program, "SHIPPED", tmp_path / "emoji-64")
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "emoji-64")
     with pytest.raises(UserError, match=r"emoji-64\nGive --checkpoint DIR, or train one"):
         program.main(["red apple"])

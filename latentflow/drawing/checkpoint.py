@@ -1,0 +1,58 @@
+"""Opening the checkpoint that a program draws with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+# In an installed wheel under latentflow/programs/, in a clone beside latentflow/.
+_PACKAGE = Path(__file__).resolve().parents[1]
+_ROOT = _PACKAGE / "programs" if (_PACKAGE / "programs").is_dir() else _PACKAGE.parent
+SHIPPED = _ROOT / "checkpoints" / "emoji-64"
+
+
+def open_pipeline(kind: str, checkpoint: str | None = None, device: str = "auto") -> Any:
+    """The pipeline of the class that ``latentflow`` calls ``kind``, on its device.
+
+    Args:
+        kind: such as "LatentFlowPipeline".
+        checkpoint: pipeline folder, run folder or hub id; None: the shipped checkpoint.
+        device: "auto" (a GPU if there is one) or torch's name of one.
+
+    Raises:
+        UserError: there is no such checkpoint, or the shipped one is missing.
+    """
+    source = _source(checkpoint)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    import latentflow
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()  # of loading; drawing has its own
+    pipeline = getattr(latentflow, kind).from_pretrained(source)
+    return pipeline.to(fastest_device() if device == "auto" else device)
+
+
+def _source(checkpoint: str | None) -> str:
+    if checkpoint is None and not (SHIPPED / "model_index.json").is_file():
+        raise UserError(
+            f"the shipped checkpoint is not there: {SHIPPED}",
+            "Give --checkpoint DIR, or train one: latentflow train FOLDER -o runs/mine, then "
+            "--checkpoint runs/mine",
+        )
+    source = str(SHIPPED) if checkpoint is None else checkpoint
+    inside_run = Path(source) / "pipeline"
+    return str(inside_run) if (inside_run / "model_index.json").is_file() else source
+
+
+def fastest_device() -> str:
+    """ "cuda", "mps" or "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

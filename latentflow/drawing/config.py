@@ -1,0 +1,55 @@
+"""The flags of every program that draws pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from ..errors import UserError
+from .files import check_format
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingConfig:
+    """How pictures are drawn, and where they go."""
+
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "out.png"
+    """The picture to write; several become FILE-1, FILE-2, ... A file that exists is kept, and the next free
+    number taken, unless --overwrite."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Pipeline folder, run folder or hub id; default: the shipped checkpoint."""
+    class_labels: Annotated[tuple[str, ...], tyro.conf.arg(name="class", metavar="NAME ...")] = ()
+    """Names or numbers of classes, for checkpoints trained on classes."""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    """Pictures per prompt or class."""
+    seed: int = 0
+    """Picture i is drawn from seed + i."""
+    steps: int = 20
+    """Steps from noise to picture."""
+    guidance: float = 4.0
+    """How hard to follow the prompt or class; 1 is off, and twice as fast."""
+    solver: str | None = None
+    """euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
+    dopri5, or with fresh noise euler-maruyama, stochastic-heun, ddpm, churn, langevin; default: the scheduler that
+    the checkpoint brings, else heun (exponential-adams for networks that predict the data)."""
+    negative: str | None = None
+    """What to keep away from."""
+    scale: int = 1
+    """Enlarge the finished picture so many times."""
+    overwrite: bool = False
+    """Write over files that exist."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
+
+    def check(self) -> None:
+        """Refuse at once what would fail after the drawing.
+
+        Raises:
+            UserError: a number below 1, or a file name without a picture format.
+        """
+        for flag, value in (("-n", self.n), ("--steps", self.steps), ("--scale", self.scale)):
+            if value < 1:
+                raise UserError(f"{flag} must be at least 1, not {value}")
+        check_format(self.output)

@@ -1,0 +1,27 @@
+"""Enlarged pictures, and sheets of several."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def enlarged(picture: Image, scale: int) -> Image:
+    """The picture ``scale`` times as wide and high."""
+    from PIL.Image import Resampling
+
+    return picture.resize((picture.width * scale, picture.height * scale), Resampling.LANCZOS)
+
+
+def sheet(pictures: list[Image], columns: int) -> Image:
+    """All pictures, of one size, on one white sheet, row by row."""
+    from PIL import Image
+
+    width, height = pictures[0].size
+    paper = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        paper.paste(picture, (i % columns * width, i // columns * height))
+    return paper
