@@ -38,8 +38,9 @@ class LoopConfig:
     """Gradients are clipped to this norm; 0 switches clipping off."""
     ema_decay: float = 0.999
     """Decay of the weight average, reached gradually: min(ema_decay, (1 + step) / (10 + step))."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Autocast precision; weights stay in float32. fp16 needs a GPU."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast precision; weights stay in float32. auto: bf16 where the device computes in it, else none. fp16 needs
+    a GPU."""
     compile: bool = False
     """torch.compile the networks (minutes of warm-up; worth it on long runs)."""
     seed: int = 0

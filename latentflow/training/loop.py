@@ -27,6 +27,7 @@ from .config import LoopConfig
 from .ema import WeightAverage
 from .optimizers import learning_rate, make_optimizers
 from .order import DataOrder, Draw
+from .precision import resolve
 from .processes import process_state
 from .report import Reporter
 
@@ -412,12 +413,14 @@ def _stop_on_signal() -> Iterator[_Stop]:
 def _accelerator(config: LoopConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError(
-            "--mixed-precision fp16 needs a GPU", "Use bf16 (about twice as fast as no on recent CPUs)."
+            "--mixed-precision fp16 needs a GPU", "Leave it out: auto takes the fastest there is."
         )
-    process_state()  # before accelerate makes its own
+    precision = resolve(
+        config.mixed_precision, process_state().device
+    )  # and before accelerate makes its own state
     AcceleratorState._reset_state()  # a process may train an autoencoder and then a flow with other settings
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[kwargs])
+    return Accelerator(mixed_precision=precision, kwargs_handlers=[kwargs])
 
 
 def _due(step: int, every: int, final: bool) -> bool:

@@ -9,21 +9,24 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from .precision import has_fast_bfloat16
+
 # Quintic Newton-Schulz coefficients of Jordan et al. 2024: steep at 0, singular values end in about [0.7, 1.2].
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrices, approximately, by ``steps`` Newton-Schulz iterations in bfloat16.
+    """Nearest semi-orthogonal matrices, approximately, by ``steps`` Newton-Schulz iterations,
+    in bfloat16 where the device computes in it, else in float32.
 
     Args:
         matrices: (K, M, N), a stack of updates of one shape.
 
     Returns:
-        (K, M, N) bfloat16; singular values of about 1 (0.7 to 1.2) where the input's are not negligible.
+        (K, M, N); singular values of about 1 (0.7 to 1.2) where the input's are not negligible.
     """
     a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(torch.bfloat16 if has_fast_bfloat16(matrices.device) else torch.float32)
     if tall := x.shape[-2] > x.shape[-1]:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -13,6 +13,7 @@ from ..data import Source
 from .config import LoopConfig
 from .flow import FlowStage
 from .order import SampleRandom
+from .precision import resolve
 from .processes import process_state
 from .report import memory_gib
 from .start import Networks
@@ -29,7 +30,7 @@ def plan_lines(source: Source, training: Source, validation: Source, loop: LoopC
     lines += [
         f"data: {len(training)} pictures to train on, {len(validation)} held out; condition: {source.kind}",
         f"plan: {loop.max_train_steps} steps of {batch} samples = {epochs:.1f} epochs, {loop.optimizer}, learning rate "
-        f"{loop.learning_rate:g}, {loop.mixed_precision} on {state.device}",
+        f"{loop.learning_rate:g}, {_precision(loop)} on {state.device}",
     ]
     if len(training) < _FEW:
         lines.append(
@@ -48,7 +49,9 @@ def estimate_lines(
     device = process_state().device
     stage = stage.to(device)
     batch = _random_batch(stage, networks, vae, source, loop, latent_size, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=loop.mixed_precision == "bf16")
+    autocast = torch.autocast(
+        device.type, torch.bfloat16, enabled=resolve(loop.mixed_precision, device) == "bf16"
+    )
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -101,6 +104,11 @@ def _random_batch(
         batch["text"] = torch.zeros(rows, 16, networks.network.config["text_dim"], device=device)
         batch["text_mask"] = torch.ones(rows, 16, dtype=torch.bool, device=device)
     return batch
+
+
+def _precision(loop: LoopConfig) -> str:
+    precision = resolve(loop.mixed_precision, process_state().device)
+    return "float32" if precision == "no" else precision
 
 
 def _size(module: nn.Module) -> str:

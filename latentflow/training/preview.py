@@ -10,6 +10,7 @@ from torchvision.utils import make_grid
 
 from ..data import Source, to_pil
 from ..pipeline import LatentFlowPipeline
+from .precision import has_fast_bfloat16
 
 _IMAGES = 16
 
@@ -26,6 +27,6 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
     elif source.kind == "class":
         asked = {"class_labels": [index % len(source.classes) for index in range(_IMAGES)]}
     generators = [torch.Generator().manual_seed(seed) for seed in range(_IMAGES)]
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
         images = pipe(**asked, generator=generators, num_inference_steps=10, output_type="pt").images
     return to_pil(make_grid(images.float() * 2 - 1, nrow=8, padding=2, pad_value=1.0))
