@@ -18,7 +18,14 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # and autoencoder, whose latents and embeddings it caches; training above the pipeline of its previews; web
 # above drawing, whose functions answer its requests.
 LEAVES = {"errors", "cli"}
-LAYERS = [{"flow"}, {"models", "autoencoder"}, {"data"}, {"metrics", "pipeline"}, {"training", "drawing"}, {"web"}]
+LAYERS = [
+    {"flow"},
+    {"models", "autoencoder"},
+    {"data"},
+    {"metrics", "pipeline"},
+    {"training", "drawing"},
+    {"web"},
+]
 
 
 def part(module: str) -> str:
