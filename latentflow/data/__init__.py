@@ -6,6 +6,7 @@ from .cache import LatentTable, TextTable, cached_latents, cached_pixels, cached
 from .check import Report, check_source, readable
 from .examples import Example, FileExample, Source
 from .find import find_source
+from .mask_files import open_picture, read_mask
 from .read import pixels_to_images, read_image, to_pil, to_tensor
 from .splits import split
 from .store import cache_root
@@ -24,8 +25,10 @@ __all__ = [
     "check_source",
     "find_source",
     "fingerprint",
+    "open_picture",
     "pixels_to_images",
     "read_image",
+    "read_mask",
     "readable",
     "split",
     "to_pil",

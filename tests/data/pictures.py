@@ -12,6 +12,18 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+# What a camera stored for each EXIF orientation, so that turning it back gives the upright picture.
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a),
+    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda a: np.rot90(a, -1),
+}
+
 
 def noise(seed: int, width: int = 8, height: int = 8) -> Image.Image:
     """An RGB picture in which every pixel differs."""

@@ -13,19 +13,7 @@ from latentflow.data import FileExample, read_image, to_pil, to_tensor
 from latentflow.data.read import to_rgb
 from latentflow.errors import UserError
 
-from .pictures import noise
-
-# What a camera stored for each EXIF orientation, so that turning it back gives the upright picture.
-_STORED = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a),
-    7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
-    8: lambda a: np.rot90(a, -1),
-}
+from .pictures import STORED, noise
 
 
 def example(path: Path) -> FileExample:
@@ -42,7 +30,7 @@ def test_exif_orientation_is_undone_exactly(tmp_path: Path, orientation: int) ->
     upright = np.asarray(noise(0, width=6, height=4))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = Image.fromarray(np.ascontiguousarray(_STORED[orientation](upright)))
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
     stored.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(pixels(read_image(example(tmp_path / "a.png"), (4, 6))), upright)
 
