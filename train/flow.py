@@ -14,13 +14,22 @@ import tyro
 
 from latentflow.autoencoder import AutoencoderConfig, downscale_factor
 from latentflow.cli import parse, run, write_config
-from latentflow.data import LatentTable, Source, cached_latents, find_source, readable, split
+from latentflow.data import (
+    LatentTable,
+    Source,
+    cached_latents,
+    cached_pixels,
+    find_source,
+    readable,
+    split,
+)
 from latentflow.data.config import DataConfig
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
 from latentflow.training.conditions import condition_rows
 from latentflow.training.flow import FlowConfig, FlowStage, LatentData, validation_loss
+from latentflow.training.masking import Masking
 from latentflow.training.plan import estimate_lines, plan_lines
 from latentflow.training.presets import PRESETS
 from latentflow.training.preview import preview_grid
@@ -89,13 +98,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(loop.seed)
     latent_size = data.resolution // downscale_factor(vae)
     if config.init_from:
-        networks = networks_from(config.init_from, source, config.flow)
+        networks = networks_from(config.init_from, source, config.flow, config.flow.inpainting)
     else:
-        networks = new_networks(source, vae, latent_size, config.network, config.text)
+        networks = new_networks(
+            source, vae, latent_size, config.network, config.text, bool(config.flow.inpainting)
+        )
     if config.network.gradient_checkpointing:
         networks.network.enable_gradient_checkpointing()
+    masking = None
+    if config.flow.inpainting is not False and networks.network.config.condition_channels:
+        masking = Masking(vae, config.flow.shapes(has_masks=False), loop.seed)
     stage = FlowStage(
-        networks.network, config.flow, loop.seed, networks.text_encoder if networks.trained_text else None
+        networks.network,
+        config.flow,
+        loop.seed,
+        networks.text_encoder if networks.trained_text else None,
+        masking,
     )
     if config.dry_run:
         for line in estimate_lines(stage, networks, vae, source, loop, latent_size):
@@ -105,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---- latents and conditions, cached ----
     def latent_data(part: Source) -> LatentData:
         table = latents(part, vae, data)
-        return LatentData(part, table, condition_rows(part, networks))
+        views = {} if masking is None else {"pixels": cached_pixels(part, data.resolution, data.background)}
+        return LatentData(part, table, condition_rows(part, networks), views)
 
     train_data = latent_data(training)
     held_out = latent_data(validation) if len(validation) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data import LatentTable, Source
+from ..data.masks import DEFAULT_SHAPES, check_shapes
 from ..errors import UserError, lookup, unknown
 from ..flow import (
     COUPLINGS,
@@ -29,6 +31,7 @@ from ..flow import (
 from ..models import Condition
 from .images import is_flipped
 from .loop import to_device
+from .masking import OWN, Masking
 from .order import Draw, SampleRandom, seeded
 
 _VALIDATION_TIMES = 4  # noises and times per validation picture
@@ -50,8 +53,9 @@ class FlowConfig:
     prediction: str = "velocity"
     """What the network predicts: velocity, data, noise or score."""
     coupling: str = "independent"
-    """How noise and data are paired: independent, ot, sinkhorn, conditional-ot. All but the first pair within a
-    forward pass, so that its size is part of what is learnt."""
+    """How noise and data are paired: independent, ot, sinkhorn, conditional-ot; with --inpainting also data-dependent
+    (a flow from the known part, with noise in the hole only). Those in the middle pair within a forward pass, so that
+    its size is part of what is learnt."""
     coupling_options: dict[str, float] = field(default_factory=dict)
     """Its settings, such as `regularization 0.05`."""
     objective: str = "flow-matching"
@@ -72,14 +76,21 @@ class FlowConfig:
     """Weight of the contrastive term (Delta-FM); 0.05 is usual."""
     condition_dropout: float = 0.1
     """Share of the samples whose condition is replaced by the learned null, for classifier-free guidance."""
+    inpainting: bool | None = None
+    """Learn to inpaint as well, from what is left of each picture under random masks. Empty: if the data has masks,
+    or the checkpoint that is fine-tuned has learnt it."""
+    mask_shapes: dict[str, float] = field(default_factory=dict)
+    """Shares of the masks: rectangle, strokes, ellipse, half-plane, frame (outpainting), full (nothing is known: plain
+    generation), none, and data (the picture's own mask). Empty: a third are full, and if the data has masks these are half of all."""
 
     def __post_init__(self) -> None:
         choices = self.choices()
-        if self.coupling == "data-dependent":
+        if self.coupling == "data-dependent" and not self.inpainting:
             raise UserError(
-                "coupling 'data-dependent' needs a source of its own, which only code can give",
-                "Use it from Python (latentflow.flow.DataDependent), or another coupling here.",
+                "coupling 'data-dependent' starts from the known part of a picture",
+                "Add --inpainting; for another source use latentflow.flow.DataDependent from Python.",
             )
+        check_shapes(self.shapes(has_masks=True), more=[OWN])
         if self.direction_weight and self.prediction != "velocity":
             raise UserError(
                 f"direction_weight with prediction '{self.prediction}'",
@@ -91,6 +102,13 @@ class FlowConfig:
             )
         if self.weighting_options and choices.weighting is None:
             raise UserError("weighting_options are given without a weighting", "Name one with --weighting.")
+
+    def shapes(self, has_masks: bool) -> dict[str, float]:
+        """Shares of the shapes of masks, for data that have masks of their own or have not."""
+        return self.mask_shapes or {
+            **DEFAULT_SHAPES,
+            **({OWN: sum(DEFAULT_SHAPES.values())} if has_masks else {}),
+        }
 
     def choices(self) -> Choices:
         """The entries of the tables that this config names."""
@@ -124,17 +142,28 @@ class FlowStage(nn.Module):
 
     A batch holds ``latents`` (B, C, h, w), perhaps ``latents_std`` of the same shape, ``numbers`` (the draws), and
     what the condition needs: ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text``
-    (B, L, D) and ``text_mask`` (B, L).
+    (B, L, D) and ``text_mask`` (B, L). With ``masking`` the network also gets what is known of each picture, and the
+    batch holds what `Masking` needs.
     """
 
     def __init__(
-        self, network: nn.Module, config: FlowConfig, seed: int, text_encoder: PreTrainedModel | None = None
+        self,
+        network: nn.Module,
+        config: FlowConfig,
+        seed: int,
+        text_encoder: PreTrainedModel | None = None,
+        masking: Masking | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.text_encoder = text_encoder
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._masking = config, seed, masking
         self._choices = config.choices()
+
+    @property
+    def masked(self) -> bool:
+        """Whether the network sees masked pictures, and a batch must hold ``pixels``."""
+        return self._masking is not None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         config, choices = self._config, self._choices
@@ -147,6 +176,10 @@ class FlowStage(nn.Module):
         if "latents_std" in batch:
             x1 = x1 + batch["latents_std"] * random.normal(x1.shape[1:])
         condition = self._condition(batch, drop)
+        if self._masking is not None:
+            masked = self._masking(batch)
+            condition = dataclasses.replace(condition, channels=masked.channels)
+            x0 = masked.source(x0) if config.coupling == "data-dependent" else x0
         x0 = choices.coupling(x0, x1, _for_coupling(condition), seeded(self._seed, 2, batch["numbers"][0]))
         sample = choices.path.sample(x0, x1, t.to(x1.dtype))
         output = self.network(choices.path.scale_input(sample.xt, sample.t), sample.t, condition)
@@ -198,10 +231,17 @@ class LatentData:
         source: the pictures, for their names.
         table: their latents.
         conditions: rows that go with them: ``class_labels`` (N,), ``input_ids`` and ``attention_mask`` (N, L), ...
+        views: rows that show the picture, and are mirrored with it: ``pixels`` (N, 3, H, W), ``masks`` (N, 1, H, W).
     """
 
-    def __init__(self, source: Source, table: LatentTable, conditions: Mapping[str, Tensor]) -> None:
-        self._source, self._table, self._conditions = source, table, conditions
+    def __init__(
+        self,
+        source: Source,
+        table: LatentTable,
+        conditions: Mapping[str, Tensor],
+        views: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._source, self._table, self._conditions, self._views = source, table, conditions, views or {}
 
     def __len__(self) -> int:
         return len(self._source)
@@ -213,6 +253,8 @@ class LatentData:
         batch: dict[str, Any] = {"latents": self._table.mean[rows, flips]}
         if self._table.std is not None:
             batch["latents_std"] = self._table.std[rows, flips]
+        for name, values in self._views.items():
+            batch[name] = torch.where(flips.view(-1, 1, 1, 1) > 0, values[rows].flip(-1), values[rows])
         return batch | {name: values[rows] for name, values in self._conditions.items()}
 
     def name(self, index: int) -> str:

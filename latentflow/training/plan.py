@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..autoencoder import Autoencoder, latent_channels
+from ..autoencoder import Autoencoder, downscale_factor, latent_channels
 from ..data import Source
 from .config import LoopConfig
 from .flow import FlowStage
@@ -103,6 +103,9 @@ def _random_batch(
     elif source.kind == "text":
         batch["text"] = torch.zeros(rows, 16, networks.network.config["text_dim"], device=device)
         batch["text_mask"] = torch.ones(rows, 16, dtype=torch.bool, device=device)
+    if stage.masked:
+        side = latent_size * downscale_factor(vae)
+        batch["pixels"] = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=device)
     return batch
 
 

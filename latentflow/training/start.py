@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..autoencoder import Autoencoder, latent_channels
+from ..autoencoder import Autoencoder, latent_channels, mask_channels
 from ..data import Source
 from ..errors import UserError
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
@@ -45,9 +45,14 @@ class Networks:
 
 
 def new_networks(
-    source: Source, vae: Autoencoder, latent_size: int, network: NetworkConfig, text: TextConfig
+    source: Source,
+    vae: Autoencoder,
+    latent_size: int,
+    network: NetworkConfig,
+    text: TextConfig,
+    inpainting: bool = False,
 ) -> Networks:
-    """Networks with fresh weights for the source's kind of condition.
+    """Networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked pictures.
 
     Raises:
         UserError: a setting does not fit (see `DiT` and `UNet`), or the text encoder cannot be loaded.
@@ -63,6 +68,7 @@ def new_networks(
         "in_channels": latent_channels(vae),
         "num_classes": len(source.classes) if source.kind == "class" else None,
         "text_dim": _text_dim(encoder),
+        "condition_channels": mask_channels(vae) if inpainting else 0,
         "sample_size": latent_size,
     }
     if network.network == "unet":
@@ -74,8 +80,13 @@ def new_networks(
     return Networks(network=built, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
 
 
-def networks_from(checkpoint: str, source: Source, flow: FlowConfig) -> Networks:
+def networks_from(
+    checkpoint: str, source: Source, flow: FlowConfig, inpainting: bool | None = None
+) -> Networks:
     """A checkpoint's networks, fitted to other data: new classes get new rows, new words new embeddings.
+
+    With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero: it draws exactly
+    what it drew before.
 
     Args:
         checkpoint: a pipeline folder.
@@ -103,13 +114,17 @@ def networks_from(checkpoint: str, source: Source, flow: FlowConfig) -> Networks
             f"{checkpoint} is not conditioned on {source.kind}, the data is",
             "Use --condition none, or a checkpoint of the same kind.",
         )
+    changes: dict[str, int] = {}
     if source.kind == "class":
+        changes["num_classes"] = len(source.classes)
+    if inpainting and not config["condition_channels"]:
+        changes["condition_channels"] = mask_channels(pipe.vae)
+    network = old
+    if changes:
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-        network = type(old)(**(arguments | {"num_classes": len(source.classes)}))
-        rows = [pipe.labels.get(name) for name in source.classes]
-        _copy_weights(old, network, rows=[*rows, config["num_classes"]])
-    else:
-        network = old
+        network = type(old)(**(arguments | changes))
+        rows = [*(pipe.labels.get(name) for name in source.classes), config["num_classes"]]
+        _copy_weights(old, network, rows if source.kind == "class" else None)
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     trained = encoder is not None and getattr(tokenizer, "bos_token", None) == "[START]"  # one of ours
     if trained and source.kind == "text":
@@ -135,15 +150,20 @@ def _check_same_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:
 
 
 @torch.no_grad()
-def _copy_weights(old: nn.Module, new: nn.Module, rows: list[int | None]) -> None:
-    """Copy equal shapes; of tables with other numbers of rows copy ``rows[i]`` of the old to row i of the new."""
+def _copy_weights(old: nn.Module, new: nn.Module, rows: list[int | None] | None) -> None:
+    """Copy all weights; of class tables ``rows[i]`` of the old to row i of the new.
+
+    The weights of input channels that only the new one has stay as they are: zero.
+    """
     sources = dict(old.named_parameters())
     for name, target in new.named_parameters():
         source = sources[name]
-        if source.shape == target.shape and "embedding_table" not in name and "class_embedding" not in name:
+        if rows is not None and "embedding_table" in name:
+            _copy_rows(source, target, rows)
+        elif source.shape == target.shape:
             target.copy_(source)
         else:
-            _copy_rows(source, target, rows)
+            target[:, : source.shape[1]] = source
 
 
 def _copy_rows(source: Tensor, target: Tensor, rows: list[int | None]) -> None:

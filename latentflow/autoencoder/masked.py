@@ -1,0 +1,63 @@
+"""Pictures with holes, as a network sees them: what is known of a latent, and where.
+
+A mask is (B, 1, H, W): 1 = repaint, 0 = keep. Nothing of what lies under a mask enters anything that is returned here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+
+from .latents import Autoencoder, downscale_factor, encode, latent_channels
+
+
+def mask_channels(vae: Autoencoder) -> int:
+    """Channels of `masked_condition`: one for each pixel of a latent cell, and those of the latent."""
+    return downscale_factor(vae) ** 2 + latent_channels(vae)
+
+
+def masked_condition(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
+    """What a network trained to inpaint is told, beside the noisy latent.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        masks: (B, 1, H, W) in {0, 1}; H and W are multiples of the downscale factor f.
+
+    Returns:
+        (B, f^2 + C, H / f, W / f): first the pixels of each cell that are kept (1) or not (0), none of them lost to
+        the latent's coarser grid; then the latent of the picture with its hole in mid-grey. A row of which nothing
+        is kept is zero, which is also what a network gets that is told nothing: so one network draws and inpaints.
+    """
+    kept = 1.0 - masks.float()
+    where = F.pixel_unshuffle(kept, downscale_factor(vae))
+    what = where.new_zeros(len(where), latent_channels(vae), *where.shape[2:])
+    some = kept.flatten(1).any(1).nonzero()[:, 0]  # the others cost nothing
+    if len(some):
+        what[some] = encode(vae, images[some].float() * kept[some]).to(what)
+    return torch.cat([where, what], 1)
+
+
+def latent_mask(masks: Tensor, factor: int) -> Tensor:
+    """(B, 1, H, W) -> (B, 1, H / factor, W / factor): a cell is repainted if any of its pixels is."""
+    return F.max_pool2d(masks.float(), factor)
+
+
+def masked_latents(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
+    """Latents (B, C, h, w) of pictures whose holes are filled from the nearest kept pixel.
+
+    An autoencoder looks around each cell: next to such a filling the kept cells stay close to what they would be
+    beside the true content, closer than next to a grey hole. Arguments as of `masked_condition`.
+    """
+    return encode(vae, torch.stack([_filled(image, mask) for image, mask in zip(images, masks, strict=True)]))
+
+
+def _filled(image: Tensor, mask: Tensor) -> Tensor:
+    """(3, H, W) with each masked pixel replaced by the kept pixel nearest to it; grey where none is kept."""
+    hole = (mask[0] > 0).cpu().numpy()
+    if hole.all():
+        return torch.zeros_like(image)
+    rows, columns = distance_transform_edt(hole, return_distances=False, return_indices=True).astype(np.int64)
+    return image[:, torch.from_numpy(rows).to(image.device), torch.from_numpy(columns).to(image.device)]
