@@ -7,6 +7,7 @@ Everything else in latentflow speaks of t in [0, 1] with t = 1 the data, and of 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -76,16 +77,21 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def set_grid(
-    scheduler: Any, steps: int, sigmas: Sequence[float] | None = None, device: torch.device | None = None
+    scheduler: Any,
+    steps: int,
+    sigmas: Sequence[float] | None = None,
+    device: torch.device | None = None,
+    strength: float = 1.0,
 ) -> None:
     """Give a diffusers flow scheduler ``steps`` steps from sigma 1 to 0, or the grid ``sigmas``; its own
     shift applies.
 
     FlowMatch schedulers spend their last step on 0.001 -> 0 unless told the grid, so they get 1, 1 - 1/N,
     ..., 1/N; the multistep ones keep their own grid. ``sigmas`` is honoured also where ``set_timesteps``
-    does not take it.
+    does not take it. Of N steps the last N * ``strength``, rounded up, are to be taken, as in diffusers.
     """
     check_scheduler(scheduler)
+    count = steps if sigmas is None else len(_checked(sigmas))
     if sigmas is None and not type(scheduler).__name__.startswith("FlowMatch"):
         scheduler.set_timesteps(steps, device=device)
     else:
@@ -96,7 +102,18 @@ def set_grid(
             scheduler.set_timesteps(len(grid), device=device)
             _overwrite_grid(scheduler, grid, device)
     # Count the steps rather than look them up by timestep, which some schedulers round to an integer.
-    scheduler.set_begin_index(0)
+    skipped = count - math.ceil(count * strength - 1e-6)  # a product such as 0.07 * 100 is a little above 7
+    scheduler.set_begin_index(skipped * scheduler.order)
+
+
+def remaining_steps(scheduler: Any) -> int:
+    """Scheduler steps that the grid set by ``set_grid`` leaves to take; Heun's are two to a step of the grid."""
+    return max(0, len(scheduler.timesteps) - int(scheduler.begin_index))
+
+
+def start_time(scheduler: Any) -> float:
+    """Our time at which the grid set by ``set_grid`` begins."""
+    return 1.0 - float(scheduler.sigmas[scheduler.begin_index]) if remaining_steps(scheduler) else 1.0
 
 
 def _overwrite_grid(scheduler: Any, grid: np.ndarray[Any, Any], device: torch.device | None) -> None:
@@ -128,8 +145,9 @@ def integrate_with_scheduler(
     """
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
-    for i, timestep in enumerate(progress(scheduler.timesteps)):
-        t = 1.0 - scheduler.sigmas[i].to(torch.float64)
+    begin = scheduler.begin_index
+    for i, timestep in enumerate(progress(scheduler.timesteps[begin:])):
+        t = 1.0 - scheduler.sigmas[begin + i].to(torch.float64)
         x = scheduler.step(-velocity(x, t), timestep, x, return_dict=False, **extra)[0]
         replacement = callback(i, t, x) if callback is not None else None
         x = x if replacement is None else replacement

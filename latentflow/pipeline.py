@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .errors import UserError, unknown
-from .flow import Velocity
 from .pipeline_base import ClassLabels, FlowPipeline, Generators
-
-StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+from .pipeline_call import StepCallback
 
 
 class LatentFlowPipeline(FlowPipeline):
@@ -22,86 +16,6 @@ class LatentFlowPipeline(FlowPipeline):
 
     Open one with ``LatentFlowPipeline.from_pretrained(folder_or_hub_id)``; components: see ``FlowPipeline``.
     """
-
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-
-    def check_inputs(
-        self,
-        prompt: str | list[str] | None,
-        height: int,
-        width: int,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        class_labels: ClassLabels | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
-    ) -> None:
-        """Refuse what cannot work, before anything is computed.
-
-        Raises:
-            UserError: a size that the autoencoder cannot make (the nearest is named), a condition that is
-                missing or that the checkpoint does not take, arguments that exclude each other.
-        """
-        unit = self.vae_scale_factor * self._network_config("patch_size", 1)
-        for what, size in (("height", height), ("width", width)):
-            if size <= 0 or size % unit:
-                valid = max(1, round(size / unit)) * unit
-                raise UserError(f"{what} {size} is not a multiple of {unit}", f"The nearest is {valid}.")
-        for name, text, embeds in (
-            ("prompt", prompt, prompt_embeds),
-            ("negative_prompt", negative_prompt, negative_prompt_embeds),
-        ):
-            if text is not None and embeds is not None:
-                raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
-        self.check_condition(
-            prompt if prompt_embeds is None else prompt_embeds,
-            negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds,
-            class_labels,
-        )
-        for name in callback_on_step_end_tensor_inputs or []:
-            if name not in self._callback_tensor_inputs:
-                raise unknown("callback tensor", name, self._callback_tensor_inputs)
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: Generators | None = None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """The noise to start from, (B, C, height / factor, width / factor), or ``latents`` as they are.
-
-        With a list of generators image b comes from generator b alone, whatever else is in the batch.
-
-        Raises:
-            UserError: the list's length is not the number of images, or ``latents`` have another shape.
-        """
-        factor = self.vae_scale_factor
-        shape = (batch_size, num_channels_latents, height // factor, width // factor)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise UserError(
-                f"{len(generator)} generators for {batch_size} images",
-                "Pass one for each image (prompts x num_images_per_prompt), or a single one.",
-            )
-        if latents is None:
-            noise: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-            return noise
-        if tuple(latents.shape) != shape:
-            raise UserError(f"latents have shape {tuple(latents.shape)}", f"For these inputs it is {shape}.")
-        return latents.to(device, dtype)
-
-    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
-        """Height and width in pixels: as asked for, else of the given latents, else as in training."""
-        native = self._network_config("sample_size") if latents is None else tuple(latents.shape[-2:])
-        if native is None and (height is None or width is None):
-            raise UserError("this checkpoint does not say its size", "Pass height and width.")
-        rows, columns = native if isinstance(native, list | tuple) else (native, native)
-        height = rows * self.vae_scale_factor if height is None else height
-        return height, columns * self.vae_scale_factor if width is None else width
 
     @torch.no_grad()
     def __call__(
@@ -148,8 +62,8 @@ class LatentFlowPipeline(FlowPipeline):
             callback_on_step_end: called as (pipe, i, timestep, tensors) after step i, which began at
                 ``timestep`` as diffusers counts it, 1000 (1 - t). What it returns under the same names
                 replaces the tensors.
-            callback_on_step_end_tensor_inputs: those it gets, of latents (the default), prompt_embeds and
-                negative_prompt_embeds.
+            callback_on_step_end_tensor_inputs: those it gets, of latents (the default), prompt_embeds,
+                negative_prompt_embeds and prediction (the data that the last evaluation points to: see ``to_images``).
             max_sequence_length: tokens per prompt; default: the tokenizer's own limit.
             class_labels: class name(s), id(s) or a mixture.
             guidance_interval: guide only while t is in it (t = 0 noise, t = 1 data).
@@ -162,92 +76,31 @@ class LatentFlowPipeline(FlowPipeline):
         Raises:
             UserError: see ``check_inputs``; also unknown solvers, bad grids, values that are not finite.
         """
-        wanted = callback_on_step_end_tensor_inputs or ["latents"]
         height, width = self._size(height, width, latents)
-        self.check_inputs(
-            prompt,
-            height,
-            width,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            class_labels,
-            wanted,
-        )
-        self._check_output_type(output_type)
-        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
-        self._interrupt = False
-        device = self._execution_device
-
         # 1. The condition, one row per image
-        prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
-            self.encode_prompt(
-                prompt,
-                negative_prompt,
-                self.do_classifier_free_guidance,
-                num_images_per_prompt,
-                device,
-                prompt_embeds,
-                negative_prompt_embeds,
-                prompt_attention_mask,
-                negative_prompt_attention_mask,
-                max_sequence_length,
-            )
+        call = self.start_call(
+            prompt=prompt,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            class_labels=class_labels,
+            guidance_interval=guidance_interval,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
-        ids = None if class_labels is None else self.class_ids(class_labels)
-        ids = None if ids is None else [number for number in ids for _ in range(num_images_per_prompt)]
-        batch = _batch_size(num_images_per_prompt, prompt_embeds, ids)
-
-        def bound() -> Velocity:
-            positive = self.condition(ids, prompt_embeds, prompt_attention_mask)
-            if positive is None or negative_prompt_embeds is None:
-                return self.velocity(positive, positive and positive.unconditional())
-            negative = self.condition(ids, negative_prompt_embeds, negative_prompt_attention_mask)
-            return self.velocity(positive, negative)
-
         # 2. The noise
-        channels = self.transformer.config.in_channels
-        latents = self.prepare_latents(
-            batch, channels, height, width, torch.float32, device, generator, latents
-        )
-
+        noise = self.prepare_noise(call.rows, height, width, generator, latents)
         # 3. From noise to data
-        velocity = bound()
-
-        def after_step(i: int, timestep: Tensor, x: Tensor) -> Tensor:
-            nonlocal prompt_embeds, negative_prompt_embeds, velocity
-            if callback_on_step_end is None:
-                return x
-            tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-            tensors["latents"] = x
-            changed = callback_on_step_end(self, i, timestep, {name: tensors[name] for name in wanted}) or {}
-            if "prompt_embeds" in changed or "negative_prompt_embeds" in changed:
-                prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
-                negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
-                velocity = bound()
-            replacement: Tensor = changed.get("latents", x)
-            return replacement
-
         latents = self.follow(
-            lambda x, t: velocity(x, t),  # looked up at each call: a callback may have changed it
-            latents,
-            num_inference_steps,
-            sigmas,
-            solver,
-            generator,
-            after_step,
+            call.velocity, noise, num_inference_steps, sigmas, solver, generator, call.after_step
         )
-
         # 4. From latents to images
-        images = self._output(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def _batch_size(images_per_prompt: int, prompt_embeds: Tensor | None, class_ids: list[int] | None) -> int:
-    rows = {len(value) for value in (prompt_embeds, class_ids) if value is not None}
-    if len(rows) > 1:
-        raise UserError(
-            f"the numbers of prompts and class_labels differ: {sorted(rows)}", "Pass as many of each."
-        )
-    return rows.pop() if rows else images_per_prompt
+        return self.finish_call(self.to_images(latents, output_type), return_dict)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin, VQModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import diffusers_border as border
-from .autoencoder import decode, downscale_factor
+from .autoencoder import decode, downscale_factor, encode
 from .errors import UserError, lookup, unknown
 from .flow import (
+    COUPLINGS,
     PATHS,
     PREDICTIONS,
     CondOT,
@@ -31,15 +31,28 @@ from .flow import (
     time_grid,
 )
 from .flow import Path as FlowPath
-from .models import MODELS, Condition, encode_text
+from .models import Condition, encode_text
+from .pipeline_call import (
+    CALLBACK_TENSORS,
+    RunningCall,
+    StepCallback,
+    count_rows,
+    repeated_to,
+    wanted_tensors,
+)
+from .pipeline_loading import CheckpointPipeline
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
 ClassLabels: TypeAlias = int | str | Sequence[int | str]
 #: (step, timestep as diffusers counts it, x) -> x
 AfterStep: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
+#: called as ``integrate`` is: (velocity, x, times, solver, callback=, progress=, generator=) -> x at times[-1]
+Sampler: TypeAlias = Callable[..., Tensor]
+# Times that differ by less are the same time of a grid, reached by different sums.
+ROUNDING = 1e-9
 
 
-class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
+class FlowPipeline(CheckpointPipeline):
     """The common part of the pipelines; not called itself.
 
     What a checkpoint is conditioned on is read from its network's config: ``text_dim`` set means captions,
@@ -56,9 +69,12 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
             on the straight path all the same.
         path_options: settings of that path, such as {"beta_max": 12.0}.
         prediction: what the network predicts: "velocity", "data", "noise" or "score".
+        coupling: the coupling that it was trained with, a key of ``latentflow.flow.COUPLINGS``. "data-dependent" means
+            that inpainting starts from the known latents, with noise in the hole only (arXiv:2310.03725).
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
+    _callback_tensor_inputs: ClassVar[list[str]] = CALLBACK_TENSORS
     _optional_components: ClassVar[Any] = ["vae", "transformer", "text_encoder", "tokenizer", "scheduler"]
     vae: Any
     transformer: Any
@@ -77,6 +93,7 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         path: str = "condot",
         path_options: dict[str, float] | None = None,
         prediction: str = "velocity",
+        coupling: str = "independent",
     ) -> None:
         super().__init__()
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
@@ -84,10 +101,15 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         # Keys as JSON has them, so that the config is the same before and after saving.
         names = None if id2label is None else {str(key): name for key, name in id2label.items()}
         self.register_to_config(
-            id2label=names, path=path, path_options=dict(path_options or {}), prediction=prediction
+            id2label=names,
+            path=path,
+            path_options=dict(path_options or {}),
+            prediction=prediction,
+            coupling=coupling,
         )
         if prediction not in PREDICTIONS:
             raise unknown("prediction", prediction, PREDICTIONS)
+        lookup(COUPLINGS, coupling, "coupling")
         self._prediction = prediction
         #: the probability path that the network was trained on
         self.path: FlowPath = make(PATHS, path, "path", **dict(path_options or {}))
@@ -191,7 +213,113 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         if needed and all(given[name] is None for name in needed):
             raise UserError(f"{' or '.join(needed)} is missing", self._takes())
 
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        class_labels: ClassLabels | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> None:
+        """Refuse what cannot work, before anything is computed.
+
+        Raises:
+            UserError: a size that the autoencoder cannot make (the nearest is named), a condition that is
+                missing or that the checkpoint does not take, arguments that exclude each other.
+        """
+        unit = self._unit
+        for what, size in (("height", height), ("width", width)):
+            if size <= 0 or size % unit:
+                valid = max(1, round(size / unit)) * unit
+                raise UserError(f"{what} {size} is not a multiple of {unit}", f"The nearest is {valid}.")
+        for name, text, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            if text is not None and embeds is not None:
+                raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
+        self.check_condition(
+            prompt if prompt_embeds is None else prompt_embeds,
+            negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds,
+            class_labels,
+        )
+        wanted_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+
+    @property
+    def _unit(self) -> int:
+        """Heights and widths in pixels are multiples of this."""
+        return int(self.vae_scale_factor * self._network_config("patch_size", 1))
+
     # ---------------------------------------------------------------- condition and velocity
+
+    def start_call(
+        self,
+        *,
+        prompt: str | list[str] | None,
+        height: int,
+        width: int,
+        guidance_scale: float,
+        negative_prompt: str | list[str] | None,
+        num_images_per_prompt: int,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        output_type: str,
+        callback_on_step_end: StepCallback | None,
+        callback_on_step_end_tensor_inputs: list[str] | None,
+        max_sequence_length: int | None,
+        class_labels: ClassLabels | None,
+        guidance_interval: tuple[float, float],
+        prompt_attention_mask: Tensor | None,
+        negative_prompt_attention_mask: Tensor | None,
+        pictures: int = 1,
+    ) -> RunningCall:
+        """Check the arguments that all pipelines share and encode the condition, one row per image.
+
+        Args:
+            height, width: in pixels, of what is drawn.
+            pictures: how many pictures the call brings; one prompt serves them all, and one picture all prompts.
+                Row i * num_images_per_prompt + j is of prompt i and picture i.
+
+        Raises:
+            UserError: see ``check_inputs``; numbers of prompts, classes and pictures that do not fit one another.
+        """
+        wanted = wanted_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            class_labels,
+            wanted,
+        )
+        self._check_output_type(output_type)
+        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
+        self._interrupt = False
+        encoded = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            self.do_classifier_free_guidance,
+            num_images_per_prompt,
+            self._execution_device,
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            max_sequence_length,
+        )
+        ids = None if class_labels is None else self.class_ids(class_labels)
+        ids = None if ids is None else [number for number in ids for _ in range(num_images_per_prompt)]
+        rows = count_rows(num_images_per_prompt, encoded[0], ids, pictures)
+        embeds, negative_embeds, mask, negative_mask = (repeated_to(value, rows) for value in encoded)
+        ids = None if ids is None else ids * (rows // len(ids))
+        return RunningCall(
+            self, ids, embeds, negative_embeds, mask, negative_mask, rows, callback_on_step_end, wanted
+        )
 
     def encode_prompt(
         self,
@@ -259,16 +387,20 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         return embeds, mask & written[:, None]
 
     def condition(
-        self, class_ids: list[int] | None, text: Tensor | None, mask: Tensor | None
+        self,
+        class_ids: list[int] | None,
+        text: Tensor | None,
+        mask: Tensor | None,
+        channels: Tensor | None = None,
     ) -> Condition | None:
         """The network's condition of B rows, or None without any. Rows without tokens become the null."""
-        if class_ids is None and text is None:
+        if class_ids is None and text is None and channels is None:
             return None
         device = self._execution_device
         labels = None if class_ids is None else torch.tensor(class_ids, device=device)
         empty = None if mask is None else ~mask.any(dim=1)
         drop = empty if empty is not None and bool(empty.any()) else None
-        return Condition(class_labels=labels, text=text, text_mask=mask, drop=drop)
+        return Condition(class_labels=labels, text=text, text_mask=mask, channels=channels, drop=drop)
 
     def velocity(self, positive: Condition | None, negative: Condition | None) -> Velocity:
         """The guided velocity over B rows, float32 whatever the network's precision.
@@ -305,17 +437,81 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     # ---------------------------------------------------------------- noise to latents to images
 
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """The noise to start from, (B, C, height / factor, width / factor), or ``latents`` as they are.
+
+        With a list of generators image b comes from generator b alone, whatever else is in the batch.
+
+        Raises:
+            UserError: the list's length is not the number of images, or ``latents`` have another shape.
+        """
+        factor = self.vae_scale_factor
+        shape = (batch_size, num_channels_latents, height // factor, width // factor)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise UserError(
+                f"{len(generator)} generators for {batch_size} images",
+                "Pass one for each image (prompts x num_images_per_prompt), or a single one.",
+            )
+        if latents is None:
+            noise: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+            return noise
+        if tuple(latents.shape) != shape:
+            raise UserError(f"latents have shape {tuple(latents.shape)}", f"For these inputs it is {shape}.")
+        return latents.to(device, dtype)
+
+    def prepare_noise(
+        self, rows: int, height: int, width: int, generator: Generators | None, latents: Tensor | None
+    ) -> Tensor:
+        """``prepare_latents`` for this network, in float32."""
+        channels, device = self.transformer.config.in_channels, self._execution_device
+        return self.prepare_latents(rows, channels, height, width, torch.float32, device, generator, latents)
+
+    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+        """Height and width in pixels: as asked for, else of the given latents, else as in training."""
+        native = self._network_config("sample_size") if latents is None else tuple(latents.shape[-2:])
+        if native is None and (height is None or width is None):
+            raise UserError("this checkpoint does not say its size", "Pass height and width.")
+        rows, columns = native if isinstance(native, list | tuple) else (native, native)
+        height = rows * self.vae_scale_factor if height is None else height
+        return height, columns * self.vae_scale_factor if width is None else width
+
     def follow(
         self,
         velocity: Velocity,
-        x: Tensor,
+        x0: Tensor,
         steps: int,
         sigmas: list[float] | None,
         solver: str | None,
         generator: Generators | None,
         after_step: AfterStep,
+        *,
+        strength: float = 1.0,
+        x1: Tensor | None = None,
+        sampler: Sampler | None = None,
     ) -> Tensor:
-        """From noise to data, by our solvers or by the diffusers scheduler; ends early once interrupted."""
+        """From noise to data, by our solvers or by the diffusers scheduler; ends early once interrupted.
+
+        Args:
+            velocity: on the straight path.
+            x0: noise (B, C, h, w).
+            steps, sigmas: the grid, as of a call.
+            solver: None = the scheduler where there is one, else our default.
+            generator: for solvers that draw noise.
+            after_step: sees, and may replace, x after each step.
+            strength: the part of the grid, counted from its end, that is followed: from t = 1 - strength on.
+            x1: data; the start is the point t x1 + (1 - t) x0 of the path at the time t of the first step. None: x0.
+            sampler: in the place of ``integrate``, and of the scheduler.
+        """
 
         def stepped(i: int, timestep: Tensor, y: Tensor) -> Tensor:
             y = after_step(i, timestep, y)
@@ -323,26 +519,28 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
                 raise _Interrupted(y)
             return y
 
+        def start(t: float) -> Tensor:
+            return x0 if x1 is None else t * x1 + (1.0 - t) * x0
+
         try:
-            if self.scheduler is not None and solver is None:
-                return self._follow_scheduler(velocity, x, steps, sigmas, generator, stepped)
+            if self.scheduler is not None and solver is None and sampler is None:
+                border.set_grid(self.scheduler, steps, sigmas, x0.device, strength)
+                x = start(border.start_time(self.scheduler))
+                return self._follow_scheduler(velocity, x, generator, stepped)
+            times = time_grid(steps) if sigmas is None else border.times_from_sigmas(sigmas)
+            times = last_part(times, strength)
+            x = start(float(times[0]))
             # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
             usual = "exponential-adams" if self._prediction == "data" else "heun"
-            return self._follow_solver(velocity, x, steps, sigmas, solver or usual, generator, stepped)
+            sampler = sampler or integrate
+            return self._follow_solver(sampler, velocity, x, times, solver or usual, generator, stepped)
         except _Interrupted as interrupted:
             return interrupted.latents
 
     def _follow_scheduler(
-        self,
-        velocity: Velocity,
-        x: Tensor,
-        steps: int,
-        sigmas: list[float] | None,
-        generator: Generators | None,
-        after_step: AfterStep,
+        self, velocity: Velocity, x: Tensor, generator: Generators | None, after_step: AfterStep
     ) -> Tensor:
-        border.set_grid(self.scheduler, steps, sigmas, x.device)
-        self._num_timesteps = len(self.scheduler.timesteps)
+        self._num_timesteps = border.remaining_steps(self.scheduler)
         return border.integrate_with_scheduler(
             self.scheduler,
             velocity,
@@ -354,50 +552,78 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def _follow_solver(
         self,
+        sampler: Sampler,
         velocity: Velocity,
         x: Tensor,
-        steps: int,
-        sigmas: list[float] | None,
+        times: Tensor,
         solver: str,
         generator: Generators | None,
         after_step: AfterStep,
     ) -> Tensor:
-        times = time_grid(steps) if sigmas is None else border.times_from_sigmas(sigmas)
         self._num_timesteps = len(times) - 1
-        return integrate(
+        if self._num_timesteps == 0:
+            return x
+        return sampler(
             velocity,
             x,
             times,
-            solver,
+            solver=solver,
             callback=lambda i, reached, y: after_step(i, border.to_timestep(times[i]), y),
             progress=self.progress_bar,
             generator=generator,
         )
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1].
-
-        An autoencoder that overflows in float16 (``force_upcast`` in its config) is widened meanwhile.
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32, the posterior's mean.
 
         Raises:
             UserError: no autoencoder is loaded.
         """
+        with self._steady_vae() as vae:
+            return encode(vae, images)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1].
+
+        Raises:
+            UserError: no autoencoder is loaded.
+        """
+        with self._steady_vae() as vae:
+            return decode(vae, latents)
+
+    @contextmanager
+    def _steady_vae(self) -> Iterator[Any]:
+        """The autoencoder; one that overflows in float16 (``force_upcast`` in its config) is widened meanwhile."""
         if self.vae is None:
-            raise UserError("the pipeline was loaded without its autoencoder", "Use output_type='latent'.")
+            raise UserError(
+                "the pipeline was loaded without its autoencoder",
+                "Load it; to draw without one, use output_type='latent'.",
+            )
         widen = self.vae.dtype == torch.float16 and bool(self.vae.config.get("force_upcast", False))
         if not widen:
-            return decode(self.vae, latents)
+            yield self.vae
+            return
         self.vae.to(torch.float32)
         try:
-            return decode(self.vae, latents)
+            yield self.vae
         finally:
             self.vae.to(torch.float16)
 
-    def _output(self, latents: Tensor, output_type: str) -> Any:
-        """Latents as the caller wants to have them."""
+    def to_images(self, latents: Tensor, output_type: str = "pil") -> Any:
+        """Latents as a caller wants to have them: "pil", "np", "pt" or "latent".
+
+        In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the pictures
+        that the flow is heading for.
+        """
+        self._check_output_type(output_type)
         if output_type == "latent":
             return latents
         return self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+
+    def finish_call(self, images: Any, return_dict: bool) -> Any:
+        """What a call returns."""
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @staticmethod
     def _check_output_type(output_type: str) -> None:
@@ -405,70 +631,17 @@ class FlowPipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type not in kinds:
             raise unknown("output_type", output_type, kinds)
 
-    # ---------------------------------------------------------------- saving and loading
 
-    @classmethod
-    def _get_signature_types(cls) -> dict[str, Any]:
-        # from_pipe hands over a component only if its very class is named: name every network there is.
-        return {**super()._get_signature_types(), "transformer": tuple(MODELS.values())}
+def last_part(times: Tensor, strength: float) -> Tensor:
+    """The part of a grid from t = 1 - ``strength`` on, at which it begins exactly; at strength 1 the whole grid.
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write the pipeline folder; see ``diffusers.DiffusionPipeline.save_pretrained``."""
-        # diffusers forgets a component that took the place of None (pipe.scheduler = ...): register it now.
-        self.register_modules(**self.components)
-        super().save_pretrained(save_directory, *args, **kwargs)
-        for file in [Path(save_directory, self.config_name), *Path(save_directory).glob("*/config.json")]:
-            _forget_origin(file)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Load a pipeline folder or hub id, safetensors only; see ``DiffusionPipeline.from_pretrained``.
-
-        Raises:
-            UserError: the folder holds no pipeline (one found inside it is named), or there is neither a
-                folder nor a reachable hub repository of this name.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir() and not (folder / cls.config_name).is_file():
-            inside = sorted(folder.glob(f"*/{cls.config_name}"))
-            fix = f"Did you mean '{inside[0].parent}'?" if inside else "A run's pipeline is in RUN/pipeline."
-            raise UserError(f"'{folder}' is not a pipeline folder: it holds no {cls.config_name}", fix)
-        if not folder.is_dir() and len(folder.parts) != 2:
-            raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
-        kwargs.setdefault("use_safetensors", True)
-        if not {"dtype", "torch_dtype"} & kwargs.keys():
-            # diffusers' models widen half-precision files to float32 by default; transformers' do not.
-            kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
-        """Fetch a hub repository's configs, tokenizer files and safetensors; return their local folder.
-
-        diffusers' own download refuses repositories with components that are not its own. No code is fetched.
-
-        Raises:
-            UserError: the repository cannot be reached and is not in the local cache.
-        """
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        handed_on = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-        name = str(pretrained_model_name)
-        try:
-            return str(
-                snapshot_download(
-                    name,
-                    allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"],
-                    **{key: kwargs[key] for key in handed_on if kwargs.get(key) is not None},
-                )
-            )
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"no folder '{name}', and no hub repository of that name could be fetched: {reason}",
-                "Check the spelling and the network; offline, pass a folder that you have downloaded before.",
-            ) from error
+    Raises:
+        UserError: strength is not in [0, 1].
+    """
+    if not 0.0 <= strength <= 1.0:
+        raise UserError(f"strength is {strength}", "Use 0 (nothing changes) to 1 (drawn from pure noise).")
+    first = torch.clamp(times[:1], min=1.0 - strength)
+    return torch.cat([first, times[1:][times[1:] > first + (0.0 if strength == 1.0 else ROUNDING)]])
 
 
 class _Interrupted(Exception):  # noqa: N818 - no error: the way out of any solver's loop
@@ -485,11 +658,3 @@ def _repeated(
         return None, None
     mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
     return embeds.to(device).repeat_interleave(times, 0), mask.to(device).repeat_interleave(times, 0)
-
-
-def _forget_origin(file: Path) -> None:
-    """Remove the path that a component was loaded from: it tells strangers about this machine, and nothing else."""
-    if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,136 @@
+"""One running call of a pipeline: its conditions, its guided velocity, and what its callback may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .errors import UserError, unknown
+from .flow import Velocity
+from .flow.tensors import expand_t
+
+if TYPE_CHECKING:
+    from .pipeline_base import FlowPipeline
+
+StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+#: what a callback may ask for; "prediction" cannot be replaced
+CALLBACK_TENSORS = ["latents", "prompt_embeds", "negative_prompt_embeds", "prediction"]
+
+
+class RunningCall:
+    """What the rows of one call are conditioned on, as a velocity.
+
+    Args:
+        pipe: whose network is followed.
+        class_ids: one for each row, or None.
+        prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask: one row for each
+            row, as ``encode_prompt`` returns them.
+        rows: number of rows.
+        callback: as ``callback_on_step_end`` of the pipelines.
+        wanted: the names of ``CALLBACK_TENSORS`` that it gets.
+    """
+
+    def __init__(
+        self,
+        pipe: FlowPipeline,
+        class_ids: list[int] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        prompt_attention_mask: Tensor | None,
+        negative_prompt_attention_mask: Tensor | None,
+        rows: int,
+        callback: StepCallback | None,
+        wanted: Sequence[str],
+    ) -> None:
+        self.pipe = pipe
+        self.class_ids = class_ids
+        self.prompt_embeds, self.prompt_attention_mask = prompt_embeds, prompt_attention_mask
+        self.negative_prompt_embeds = negative_prompt_embeds
+        self.negative_prompt_attention_mask = negative_prompt_attention_mask
+        self.rows = rows
+        #: (rows, C', h, w) beside the latents, for networks that take them; set before the first evaluation
+        self.channels: Tensor | None = None
+        #: where the last evaluation pointed: the data that it predicts
+        self.prediction: Tensor | None = None
+        self._callback, self._wanted = callback, wanted
+        self._velocity: Velocity | None = None
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """The guided velocity under the conditions as they are now; see ``FlowPipeline.velocity``."""
+        if self._velocity is None:
+            self._velocity = self._bound()
+        value = self._velocity(x, t)
+        self.prediction = x + (1.0 - expand_t(t, x)) * value  # on the straight path
+        return value
+
+    def after_step(self, i: int, timestep: Tensor, x: Tensor) -> Tensor:
+        """Let the callback see step i, and take what it returns."""
+        if self._callback is None:
+            return x
+        tensors = {
+            "latents": x,
+            "prompt_embeds": self.prompt_embeds,
+            "negative_prompt_embeds": self.negative_prompt_embeds,
+            "prediction": self.prediction,
+        }
+        given = {name: tensors[name] for name in self._wanted}
+        changed = self._callback(self.pipe, i, timestep, given) or {}
+        for name in {"prompt_embeds", "negative_prompt_embeds"} & changed.keys():
+            setattr(self, name, changed[name])
+            self._velocity = None
+        replacement: Tensor = changed.get("latents", x)
+        return replacement
+
+    def _bound(self) -> Velocity:
+        def condition(text: Tensor | None, mask: Tensor | None) -> Any:
+            return self.pipe.condition(self.class_ids, text, mask, self.channels)
+
+        positive = condition(self.prompt_embeds, self.prompt_attention_mask)
+        if self.class_ids is None and self.prompt_embeds is None:
+            return self.pipe.velocity(positive, None)  # nothing that guidance could leave out
+        if self.negative_prompt_embeds is None:
+            return self.pipe.velocity(positive, positive.unconditional())
+        negative = condition(self.negative_prompt_embeds, self.negative_prompt_attention_mask)
+        return self.pipe.velocity(positive, negative)
+
+
+def wanted_tensors(names: list[str] | None, known: Sequence[str]) -> list[str]:
+    """What the callback gets; by default the latents.
+
+    Raises:
+        UserError: there is no tensor of that name.
+    """
+    for name in names or []:
+        if name not in known:
+            raise unknown("callback tensor", name, known)
+    return names or ["latents"]
+
+
+def count_rows(
+    images_per_prompt: int, prompt_embeds: Tensor | None, class_ids: list[int] | None, pictures: int
+) -> int:
+    """Rows of a call: prompts (or classes) x images_per_prompt; one prompt serves any number of pictures.
+
+    Raises:
+        UserError: the numbers of prompts, classes and pictures do not fit one another.
+    """
+    rows = {len(value) for value in (prompt_embeds, class_ids) if value is not None}
+    if len(rows) > 1:
+        raise UserError(
+            f"the numbers of prompts and class_labels differ: {sorted(rows)}", "Pass as many of each."
+        )
+    count = rows.pop() if rows else images_per_prompt
+    prompts = count // images_per_prompt
+    if 1 not in (prompts, pictures) and prompts != pictures:
+        raise UserError(
+            f"{prompts} prompts or classes for {pictures} pictures", "Pass as many of each, or one of either."
+        )
+    return max(prompts, pictures) * images_per_prompt
+
+
+def repeated_to(value: Tensor | None, rows: int) -> Tensor | None:
+    """``value`` as often as ``rows`` needs; it has all rows already, or is of one prompt (equal rows)."""
+    return None if value is None else torch.cat([value] * (rows // len(value)))

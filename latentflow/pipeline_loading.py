@@ -1,0 +1,89 @@
+"""Saving and loading pipelines: safetensors only, and no code of a checkpoint's is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from .errors import UserError
+from .models import MODELS
+
+
+class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """A diffusers pipeline that reads and writes our folders."""
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, Any]:
+        # from_pipe hands over a component only if its very class is named: name every network there is.
+        return {**super()._get_signature_types(), "transformer": tuple(MODELS.values())}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the pipeline folder; see ``diffusers.DiffusionPipeline.save_pretrained``."""
+        # diffusers forgets a component that took the place of None (pipe.scheduler = ...): register it now.
+        self.register_modules(**self.components)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for file in [Path(save_directory, self.config_name), *Path(save_directory).glob("*/config.json")]:
+            _forget_origin(file)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a pipeline folder or hub id, safetensors only; see ``DiffusionPipeline.from_pretrained``.
+
+        Raises:
+            UserError: the folder holds no pipeline (one found inside it is named), or there is neither a
+                folder nor a reachable hub repository of this name.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not (folder / cls.config_name).is_file():
+            inside = sorted(folder.glob(f"*/{cls.config_name}"))
+            fix = f"Did you mean '{inside[0].parent}'?" if inside else "A run's pipeline is in RUN/pipeline."
+            raise UserError(f"'{folder}' is not a pipeline folder: it holds no {cls.config_name}", fix)
+        if not folder.is_dir() and len(folder.parts) != 2:
+            raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
+        kwargs.setdefault("use_safetensors", True)
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            # diffusers' models widen half-precision files to float32 by default; transformers' do not.
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
+        """Fetch a hub repository's configs, tokenizer files and safetensors; return their local folder.
+
+        diffusers' own download refuses repositories with components that are not its own. No code is fetched.
+
+        Raises:
+            UserError: the repository cannot be reached and is not in the local cache.
+        """
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        handed_on = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+        name = str(pretrained_model_name)
+        try:
+            return str(
+                snapshot_download(
+                    name,
+                    allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"],
+                    **{key: kwargs[key] for key in handed_on if kwargs.get(key) is not None},
+                )
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"no folder '{name}', and no hub repository of that name could be fetched: {reason}",
+                "Check the spelling and the network; offline, pass a folder that you have downloaded before.",
+            ) from error
+
+
+def _forget_origin(file: Path) -> None:
+    """Remove the path that a component was loaded from: it tells strangers about this machine, and nothing else."""
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
