@@ -15,6 +15,10 @@ from .couplings import DataDependent as DataDependent
 from .couplings import Independent as Independent
 from .couplings import OptimalTransport as OptimalTransport
 from .couplings import Sinkhorn as Sinkhorn
+from .editing import EDITING as EDITING
+from .editing import flow_edit as flow_edit
+from .editing import inversion_edit as inversion_edit
+from .editing import slerp as slerp
 from .guidance import guide as guide
 from .guidance import guide_batched as guide_batched
 from .likelihood import bits_per_dim as bits_per_dim

@@ -1,0 +1,194 @@
+"""Editing with two velocities, one that describes a picture as it is and one that describes it as it should be.
+
+Both belong to the straight path, x_t = t x1 + (1 - t) x0. ``times`` start at 1 - strength: the earlier, the further
+from the picture the edit may lead. Where both are the exact velocities of Gaussians that differ in their mean alone,
+N(m, c^2) and N(m', c^2), every method, averaged or not, moves x1 by (m' - m) (1 - s c / sqrt(s^2 c^2 + (1 - s)^2)) with
+s = times[0]: not at all at s = 1, all the way at s = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from latentflow.errors import UserError, lookup
+
+from .solvers import SOLVERS, Solver, integrate
+from .tensors import Generators, Velocity, compute_dtype, normal_like
+
+#: (step index, t reached, x) -> x, or None to leave it.
+Callback: TypeAlias = Callable[[int, Tensor, Tensor], Tensor | None]
+Progress: TypeAlias = bool | Callable[[Iterable[int]], Iterable[int]]
+
+
+def flow_edit(
+    source_velocity: Velocity,
+    target_velocity: Velocity,
+    x1: Tensor,
+    times: Tensor | Sequence[float],
+    solver: str | Solver = "euler",
+    *,
+    draws: int = 1,
+    plain_from: float = 1.0,
+    generator: Generators = None,
+    callback: Callback | None = None,
+    progress: Progress = False,
+) -> Tensor:
+    """FlowEdit: from picture to picture without noise in between, Kulikov et al. 2024 (arXiv:2412.08629), alg. 1.
+
+    z starts as x1 and follows dz/dt = E[v_target(z + x_t - x1, t) - v_source(x_t, t)] over x_t = t x1 + (1 - t) x0
+    with noise x0 that is drawn anew at every step, and is the same on both sides of the difference.
+
+    Args:
+        source_velocity, target_velocity: (x, t) -> dx/dt, perhaps guided; a step evaluates each ``draws`` times.
+        x1: (B, ...), the data to edit.
+        times: strictly increasing, from 1 - n_max / T of the paper to 1.
+        solver: a key of ``SOLVERS`` or a ``Solver``, deterministic. All evaluations of a step see the same noise.
+        draws: noises over which each step averages, n_avg of the paper.
+        plain_from: steps that begin at this t or later just sample z + x_t - x1 under the target: 1 - n_min / T of
+            the paper. It frees the details from the source; 1 is off.
+        generator: for the noise; a list with one for each row makes every row independent of the others.
+        callback, progress: as in ``integrate``; x is z, and in the plain part the noisy sample.
+
+    Returns:
+        The edited data, in the shape and dtype of x1.
+
+    Raises:
+        UserError: the solver is stochastic or unknown; values that are not finite.
+        ValueError: draws < 1, plain_from outside [0, 1]; as in ``integrate``.
+    """
+    method = _deterministic(solver)
+    if draws < 1:
+        raise ValueError(f"draws is {draws}: pass at least 1")
+    if not 0.0 <= plain_from <= 1.0:
+        raise ValueError(f"plain_from is {plain_from}: pass a time in [0, 1]; 1 is off")
+    data = x1.to(compute_dtype(x1))
+    grid = _rising(times)
+    edited = int((grid[:-1] < plain_from).sum())  # steps before the plain part
+    noises = [normal_like(data, generator) for _ in range(draws)]
+
+    def difference(z: Tensor, t: Tensor) -> Tensor:
+        total = torch.zeros_like(data)
+        for noise in noises:
+            x = t * data + (1.0 - t) * noise
+            target = target_velocity((z + x - data).to(z.dtype), t)
+            total += target.to(total) - source_velocity(x.to(z.dtype), t).to(total)
+        return (total / draws).to(z.dtype)
+
+    def after(index: int, t: Tensor, z: Tensor) -> Tensor | None:
+        noises[:] = [normal_like(data, generator) for _ in range(draws)]
+        return None if callback is None else callback(index, t, z)
+
+    z = x1
+    if edited:
+        z = integrate(difference, z, grid[: edited + 1], method, callback=after, progress=progress)
+    if edited == len(grid) - 1:
+        return z
+    start = grid[edited].to(data)
+    x = (z + (1.0 - start) * (noises[0] - data)).to(x1.dtype)  # z + x_t - x1
+    return integrate(
+        target_velocity,
+        x,
+        grid[edited:],
+        method,
+        callback=callback and _counting_from(edited, callback),
+        progress=progress,
+    )
+
+
+def inversion_edit(
+    source_velocity: Velocity,
+    target_velocity: Velocity,
+    x1: Tensor,
+    times: Tensor | Sequence[float],
+    solver: str | Solver = "heun",
+    *,
+    callback: Callback | None = None,
+    progress: Progress = False,
+) -> Tensor:
+    """Back along the flow of the source, forth along that of the target: DDIM inversion, for flows.
+
+    Song et al. 2020 (arXiv:2010.02502), sec. 5.4; with a start short of pure noise as in SDEdit, Meng et al. 2021
+    (arXiv:2108.01073), but with the noise that the picture has, in place of a random one. With equal velocities it is
+    the round trip, and gives x1 back up to the solver's error.
+
+    Args:
+        source_velocity, target_velocity: (x, t) -> dx/dt, perhaps guided. Guidance far above 1 magnifies the solver's
+            error on the way back.
+        x1: (B, ...), the data to edit.
+        times: strictly increasing, from 1 - strength to 1; gone over twice.
+        solver: a key of ``SOLVERS`` or a ``Solver``, deterministic.
+        callback, progress: as in ``integrate``; N steps make 2 N calls, the first N of them on the way back.
+
+    Returns:
+        The edited data, in the shape and dtype of x1.
+
+    Raises:
+        UserError: the solver is stochastic or unknown; values that are not finite.
+        ValueError: as in ``integrate``.
+    """
+    method = _deterministic(solver)
+    grid = _rising(times)
+    x = integrate(source_velocity, x1, grid.flip(0), method, callback=callback, progress=progress)
+    later = callback and _counting_from(len(grid) - 1, callback)
+    return integrate(target_velocity, x, grid, method, callback=later, progress=progress)
+
+
+#: name -> ``method(source_velocity, target_velocity, x1, times, solver, *, callback, progress, <its own settings>)``
+EDITING: dict[str, Callable[..., Tensor]] = {"flowedit": flow_edit, "inversion": inversion_edit}
+
+
+def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
+    """From ``a`` (share 0) to ``b`` (share 1) along the arc between them: Shoemake 1985, row by row.
+
+    Noise in many dimensions lies near a sphere, and so does what is in between, which a straight line would leave.
+    Rows (nearly) parallel or opposite to one another, where there is no one arc, take the straight line.
+
+    Args:
+        a, b: (B, ...).
+        share: in [0, 1]: one number, or (B,).
+
+    Returns:
+        (B, ...) in the dtype of a and b; exactly a at 0 and b at 1, of the norm of both where they are equal.
+
+    Raises:
+        ValueError: shapes that differ, or a share outside [0, 1].
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"a has shape {tuple(a.shape)} but b has {tuple(b.shape)}: pass equal shapes")
+    dtype = compute_dtype(a, b)
+    s = torch.as_tensor(share, dtype=dtype, device=a.device)
+    if s.shape not in ((), a.shape[:1]):
+        raise ValueError(f"share has shape {tuple(s.shape)} for {len(a)} rows: pass one, or one per row")
+    if not bool(((s >= 0) & (s <= 1)).all()):
+        raise ValueError(f"share must lie in [0, 1] (0 is a, 1 is b), but spans [{s.min():g}, {s.max():g}]")
+    s, rows = s.expand(len(a))[:, None], [x.to(dtype).flatten(1) for x in (a, b)]
+    units = [x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny) for x in rows]
+    chord, sum_ = (x.norm(dim=1, keepdim=True) for x in (units[0] - units[1], units[0] + units[1]))
+    angle = 2.0 * torch.atan2(chord, sum_)  # accurate at every angle, which acos is not
+    straight = torch.minimum(chord, sum_) < 1e-3
+    sine = torch.where(straight, 1.0, angle.sin())
+    weights = [torch.where(straight, x, (x * angle).sin() / sine) for x in (1.0 - s, s)]
+    # A share of 1 has the weight sin(angle) / sin(angle) and 0: exact.
+    return (weights[0] * rows[0] + weights[1] * rows[1]).reshape(a.shape).to(a.dtype)
+
+
+def _deterministic(solver: str | Solver) -> Solver:
+    method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
+    if method.stochastic:
+        raise UserError(f"editing with the stochastic solver '{solver}'", "Use 'heun' or 'euler'.")
+    return method
+
+
+def _rising(times: Tensor | Sequence[float]) -> Tensor:
+    grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    if grid.ndim != 1 or len(grid) < 2 or not bool((grid.diff() > 0).all()):
+        raise ValueError(f"times must be at least two, and strictly increase, but are {grid.tolist()}")
+    return grid
+
+
+def _counting_from(start: int, callback: Callback) -> Callback:
+    return lambda index, t, x: callback(start + index, t, x)

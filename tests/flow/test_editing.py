@@ -1,0 +1,272 @@
+"""Editing on Gaussians, where every method has a closed form; slerp by the geometry of the sphere; float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentflow.errors import UserError
+from latentflow.flow import EDITING, SOLVERS, flow_edit, integrate, inversion_edit, slerp
+from latentflow.flow.tensors import Velocity
+
+Draw = Callable[..., Tensor]
+SPREAD, SOURCE, TARGET = 0.5, -1.0, 2.0
+
+
+def grid(start: float, steps: int) -> Tensor:
+    return torch.linspace(start, 1.0, steps + 1, dtype=torch.float64)
+
+
+def gaussian(mean: float) -> Velocity:
+    """The exact velocity of N(mean, SPREAD^2) on the straight path."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        variance = (t * SPREAD) ** 2 + (1 - t) ** 2
+        return mean + (t * SPREAD**2 - (1 - t)) / variance * (x - t * mean)
+
+    return velocity
+
+
+def shift(start: float) -> float:
+    """How far an edit from t = start on moves the data: the closed form in the module's docstring."""
+    ratio = SPREAD / math.sqrt((start * SPREAD) ** 2 + (1 - start) ** 2)
+    return (TARGET - SOURCE) * (1 - start * ratio)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------ both methods
+
+
+@pytest.mark.parametrize("start", [0.0, 0.4, 0.8])
+@pytest.mark.parametrize("method", EDITING)
+def test_an_edit_of_gaussians_moves_by_the_closed_form(method: str, start: float, draw: Draw) -> None:
+    x1 = SOURCE + SPREAD * draw(3, 2, 4)
+    edited = EDITING[method](gaussian(SOURCE), gaussian(TARGET), x1, grid(start, 16), "rk4")
+    torch.testing.assert_close(edited, x1 + shift(start), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("method", EDITING)
+def test_an_edit_has_its_solver_s_order(method: str, solver: str, draw: Draw) -> None:
+    x1 = SOURCE + SPREAD * draw(8, 3)
+    exact = x1 + shift(0.3)
+    errors = [
+        float((EDITING[method](gaussian(SOURCE), gaussian(TARGET), x1, grid(0.3, n), solver) - exact).norm())
+        for n in (16, 32)
+    ]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(SOLVERS[solver].order, abs=0.25)
+
+
+@pytest.mark.parametrize("method", EDITING)
+def test_the_callback_sees_every_step_and_may_replace_x(method: str, draw: Draw) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def callback(index: int, t: Tensor, x: Tensor) -> Tensor | None:
+        seen.append((index, round(float(t), 6)))
+        return torch.full_like(x, 7.0) if t == 1 and index > 0 else None
+
+    out = EDITING[method](
+        gaussian(SOURCE), gaussian(TARGET), draw(2, 3), [0.2, 0.6, 1.0], "euler", callback=callback
+    )
+    there, back = [0.6, 0.2], [0.6, 1.0]
+    assert seen == list(enumerate(there + back if method == "inversion" else back))
+    assert bool((out == 7.0).all())
+
+
+@pytest.mark.parametrize("method", EDITING)
+def test_what_cannot_be_edited_is_refused(method: str, draw: Draw) -> None:
+    arguments = (gaussian(SOURCE), gaussian(TARGET), draw(2, 3))
+    with pytest.raises(UserError, match="stochastic"):
+        EDITING[method](*arguments, grid(0.2, 4), "euler-maruyama")
+    with pytest.raises(UserError, match="heun"):
+        EDITING[method](*arguments, grid(0.2, 4), "huen")
+    for times in ([1.0, 0.5, 0.0], [0.5], [0.2, 0.2, 1.0]):
+        with pytest.raises(ValueError, match="increase"):
+            EDITING[method](*arguments, times)
+
+
+# ------------------------------------------------------------------ FlowEdit's noise
+
+
+class Recorder:
+    """A velocity that keeps what it is asked: x and t."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity, self.calls = velocity, []  # type: ignore[var-annotated]
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls.append((x, float(t)))
+        return self.velocity(x, t)
+
+
+def test_each_step_has_new_normal_noise_and_both_sides_have_the_same(draw: Draw) -> None:
+    x1, times = SOURCE + SPREAD * draw(50, 40), grid(0.2, 5)
+    source, target = Recorder(gaussian(SOURCE)), Recorder(gaussian(TARGET))
+    states = [x1]
+    flow_edit(
+        source,
+        target,
+        x1,
+        times,
+        generator=seeded(),
+        callback=lambda index, t, z: states.append(z) and None,
+    )
+    noises = [(x - t * x1) / (1 - t) for x, t in source.calls]
+    for noise in noises:
+        assert abs(float(noise.mean())) < 4 / 2000**0.5
+        assert abs(float(noise.var()) - 1) < 4 * (2 / 2000) ** 0.5
+    for one, other in pairwise(noises):
+        assert abs(float((one * other).mean())) < 4 / 2000**0.5
+    for (x_source, _), (x_target, _), z in zip(source.calls, target.calls, states, strict=False):
+        torch.testing.assert_close(x_target - x_source, z - x1)
+    assert len(source.calls) == len(target.calls) == 5
+
+
+def test_a_step_averages_over_its_draws(draw: Draw) -> None:
+    # v_target - v_source = x_source^2, whose mean over the noise is (t x1)^2 + (1 - t)^2.
+    x1, t, rows = torch.full((1, 1), 2.0, dtype=torch.float64), 0.5, 400
+    data = x1.expand(rows, 1)
+
+    def once(draws: int) -> Tensor:
+        change = flow_edit(
+            lambda x, t: -(x**2), lambda x, t: 0 * x, data, [t, 1.0], draws=draws, generator=seeded()
+        )
+        return (change - data) / (1 - t)
+
+    exact, variance = (t * 2) ** 2 + (1 - t) ** 2, 4 * (t * 2) ** 2 * (1 - t) ** 2 + 2 * (1 - t) ** 4
+    for draws in (1, 16):
+        error = (variance / draws / rows) ** 0.5
+        assert abs(float(once(draws).mean()) - exact) < 4 * error
+        # kurtosis of a square: the fourth moment is bounded by 15 variances^2 here
+        assert float(once(draws).var()) == pytest.approx(variance / draws, rel=4 * (15 / rows) ** 0.5)
+
+
+@pytest.mark.parametrize(("start", "edited"), [(0.0, 36), (0.3, 18), (0.6, 0)])
+def test_the_plain_part_samples_under_the_target(start: float, edited: int, draw: Draw) -> None:
+    x1, times = SOURCE + SPREAD * draw(50, 40), torch.linspace(start, 1.0, 25 + edited, dtype=torch.float64)
+    source, target = Recorder(gaussian(SOURCE)), Recorder(gaussian(TARGET))
+    out = flow_edit(source, target, x1, times, "rk4", plain_from=0.6 - 1e-9, generator=seeded())
+    assert len(source.calls) == 4 * edited
+    assert max((t for _, t in source.calls), default=0.6) == pytest.approx(0.6)
+    # Up to t = u, z - x1 = m (u - start sqrt(V(u) / V(start))), m = TARGET - SOURCE; then noise is added.
+    x, u = target.calls[4 * edited]
+    variances = [(t * SPREAD) ** 2 + (1 - t) ** 2 for t in (start, u)]
+    moved = (TARGET - SOURCE) * (u - start * math.sqrt(variances[1] / variances[0]))
+    noise = (x - u * x1 - moved) / (1 - u)
+    assert abs(float(noise.mean())) < 4 / 2000**0.5
+    assert abs(float(noise.var()) - 1) < 4 * (2 / 2000) ** 0.5
+    exact = TARGET + (x - u * TARGET) * SPREAD / math.sqrt(variances[1])
+    torch.testing.assert_close(out, exact, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("plain_from", [1.0, 0.5])
+def test_a_row_depends_on_its_own_generator_alone(plain_from: float, draw: Draw) -> None:
+    x1 = draw(3, 4)
+
+    def edit(rows: list[int]) -> Tensor:
+        return flow_edit(
+            lambda x, t: x**2 / 9,
+            lambda x, t: x.sin(),
+            x1[rows],
+            grid(0.2, 6),
+            plain_from=plain_from,
+            draws=2,
+            generator=[seeded(row) for row in rows],
+        )
+
+    assert torch.equal(edit([0, 1, 2])[[2, 0]], edit([2, 0]))
+    assert torch.equal(edit([1]), edit([1]))
+    assert not torch.equal(edit([0]), edit([1]))
+
+
+def test_bad_settings_are_named(draw: Draw) -> None:
+    for setting in ({"draws": 0}, {"plain_from": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            flow_edit(gaussian(SOURCE), gaussian(TARGET), draw(1, 2), grid(0.2, 3), **setting)
+
+
+def test_half_precision_comes_back_as_it_went_in(draw: Draw) -> None:
+    x1 = draw(2, 4)
+    for method in EDITING.values():
+        wide = method(gaussian(SOURCE), gaussian(TARGET), x1, grid(0.2, 8), "heun")
+        half = method(gaussian(SOURCE), gaussian(TARGET), x1.bfloat16(), grid(0.2, 8), "heun")
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.double(), wide, atol=0.15, rtol=0)
+
+
+# ------------------------------------------------------------------ inversion
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4"])
+def test_the_round_trip_converges_with_its_solver_s_order(solver: str, draw: Draw) -> None:
+    x1 = SOURCE + SPREAD * draw(8, 3)
+    errors = [
+        float((inversion_edit(gaussian(SOURCE), gaussian(SOURCE), x1, grid(0.0, n), solver) - x1).norm())
+        for n in (16, 32)
+    ]
+    assert math.log2(errors[0] / errors[1]) > SOLVERS[solver].order - 0.25
+
+
+def test_inversion_lands_on_the_noise_that_made_the_data(draw: Draw) -> None:
+    x0 = draw(4, 5)
+    noise = integrate(gaussian(SOURCE), SOURCE + SPREAD * x0, grid(0.0, 50).flip(0), "heun")
+    torch.testing.assert_close(noise, x0, atol=1e-3, rtol=0)
+
+
+# ------------------------------------------------------------------ slerp
+
+
+def test_slerp_has_its_closed_form_on_the_circle() -> None:
+    angles = torch.tensor([0.3, 2.0, 3.0], dtype=torch.float64)
+    a = torch.tensor([[2.0, 0.0]], dtype=torch.float64).expand(3, 2)
+    b = 2.0 * torch.stack([angles.cos(), angles.sin()], dim=1)
+    share = torch.tensor([0.25, 0.5, 0.9], dtype=torch.float64)
+    exact = 2.0 * torch.stack([(share * angles).cos(), (share * angles).sin()], dim=1)
+    torch.testing.assert_close(slerp(a, b, share), exact)
+
+
+def test_slerp_keeps_the_norm_and_its_ends(draw: Draw) -> None:
+    a, b = draw(5, 2, 3, 3), draw(5, 2, 3, 3)
+    b = b * (a.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    for share in (0.1, 0.5, 0.77):
+        torch.testing.assert_close(slerp(a, b, share).flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert torch.equal(slerp(a.to(dtype), 3 * b.to(dtype), 0.0), a.to(dtype))
+        assert torch.equal(slerp(a.to(dtype), 3 * b.to(dtype), 1.0), 3 * b.to(dtype))
+
+
+def test_slerp_of_orthogonal_noise_keeps_its_variance() -> None:
+    a, b = torch.randn(2, 1, 20_000, generator=seeded(), dtype=torch.float64)
+    middle = slerp(a, b, 0.5)
+    assert abs(float(middle.var()) - 1) < 4 * (2 / 20_000) ** 0.5  # a straight line would have 1/2
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-9, 2.0, -1.0])
+def test_slerp_of_parallel_rows_is_the_straight_line(factor: float, draw: Draw) -> None:
+    a = draw(3, 4)
+    b = factor * a + 1e-10 * draw(3, 4)
+    torch.testing.assert_close(slerp(a, b, 0.25), torch.lerp(a, b, 0.25))
+    assert bool((slerp(torch.zeros(2, 3), torch.zeros(2, 3), 0.5) == 0).all())
+
+
+def test_slerp_beside_the_fallback_agrees_with_it(draw: Draw) -> None:
+    a = draw(1, 50)
+    b = a + 1.1e-3 * a.norm() * torch.nn.functional.normalize(draw(1, 50))
+    torch.testing.assert_close(slerp(a, b, 0.3), torch.lerp(a, b, 0.3), atol=1e-5, rtol=0)
+
+
+def test_slerp_refuses_what_does_not_fit(draw: Draw) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        slerp(draw(2, 3), draw(3, 3), 0.5)
+    with pytest.raises(ValueError, match="share has shape"):
+        slerp(draw(2, 3), draw(2, 3), torch.rand(3))
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        slerp(draw(2, 3), draw(2, 3), 1.5)
