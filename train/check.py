@@ -13,6 +13,7 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.data.check import check_source
 from latentflow.data.find import Condition, MissingCaption
+from latentflow.data.mask_finding import Masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class CheckConfig:
     """What to condition on; auto takes the first of captions, classes, nothing."""
     missing_caption: MissingCaption = "error"
     """What becomes of pictures without a caption."""
+    masks: Masks = "auto"
+    """Your own masks: of metadata and files, none, or the alpha channels."""
     json: bool = False
     """Print the report as JSON."""
 
@@ -35,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.data,
         condition=config.condition,
         missing_caption=config.missing_caption,
+        masks=config.masks,
         progress=sys.stderr.isatty(),
     )
     if config.json:

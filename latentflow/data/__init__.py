@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from .cache import LatentTable, TextTable, cached_latents, cached_pixels, cached_text, fingerprint
+from .cache import (
+    LatentTable,
+    MaskTable,
+    TextTable,
+    cached_latents,
+    cached_masks,
+    cached_pixels,
+    cached_text,
+    fingerprint,
+)
 from .check import Report, check_source, readable
 from .examples import Example, FileExample, Source
 from .find import find_source
@@ -15,11 +24,13 @@ __all__ = [
     "Example",
     "FileExample",
     "LatentTable",
+    "MaskTable",
     "Report",
     "Source",
     "TextTable",
     "cache_root",
     "cached_latents",
+    "cached_masks",
     "cached_pixels",
     "cached_text",
     "check_source",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,10 +23,19 @@ from latentflow.errors import UserError
 
 from .examples import Example, Source
 from .parallel import map_threaded
-from .read import parse_colour, pixels_to_images, read_image, to_pixels
+from .read import parse_colour, pixels_to_images, read_image, read_own_mask, to_pixels
 from .store import Tables, cache_root, load_or_build
 
-__all__ = ["LatentTable", "TextTable", "cache_root", "cached_latents", "cached_pixels", "cached_text"]
+__all__ = [
+    "LatentTable",
+    "MaskTable",
+    "TextTable",
+    "cache_root",
+    "cached_latents",
+    "cached_masks",
+    "cached_pixels",
+    "cached_text",
+]
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +57,22 @@ class LatentTable:
 
     def __len__(self) -> int:
         return len(self.mean)
+
+
+@dataclass(frozen=True)
+class MaskTable:
+    """The user's own masks of N pictures.
+
+    Attributes:
+        masks: (N, 1, H, W) uint8, 255 repaint and 0 keep; all 0 where there is none.
+        has_mask: (N,) bool.
+    """
+
+    masks: Tensor
+    has_mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.masks)
 
 
 @dataclass(frozen=True)
@@ -81,13 +107,45 @@ def cached_pixels(
         UserError: a picture cannot be decoded (run the source through ``readable`` first), or the cache
             would lie inside the data.
     """
-    unique, keys, rows = _unique(source)
+    unique, keys, rows = _unique(source.examples, source.content_keys())
 
     def build() -> Tables:
         return {"pixels": torch.stack(list(_read_all(unique, resolution, background, progress)))}
 
     pixels = load_or_build("pixels", keys, _transform(resolution, background), build, source.root)["pixels"]
     return _take(pixels, rows)
+
+
+def cached_masks(source: Source, resolution: Resolution, progress: bool = True) -> MaskTable:
+    """The user's own mask of every picture, registered with ``cached_pixels``; see ``MaskTable``.
+
+    Raises:
+        UserError: a file is no mask or cannot be read, or the cache would lie inside the data.
+    """
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    places = [row for row, example in enumerate(source.examples) if example.mask is not None]
+    table = MaskTable(
+        torch.zeros(len(source), 1, height, width, dtype=torch.uint8),
+        torch.zeros(len(source), dtype=torch.bool),
+    )
+    if not places:
+        return table
+    masked = [source.examples[row] for row in places]
+    # The picture's size decides where its mask lies, so a table's row belongs to both.
+    unique, keys, rows = _unique(masked, [f"{e.content_key()} {e.mask_key()}" for e in masked])
+
+    def build() -> Tables:
+        read = map_threaded(partial(_mask, resolution=(height, width)), unique)
+        masks, found = zip(
+            *tqdm(read, total=len(unique), desc="reading masks", disable=not progress), strict=True
+        )
+        return {"masks": torch.stack(masks), "found": torch.tensor(found)}
+
+    description: dict[str, object] = {"size": [height, width], "resize": "fit-nearest"}
+    tables = load_or_build("masks", keys, description, build, source.root)
+    table.masks[places] = tables["masks"][rows]
+    table.has_mask[places] = tables["found"][rows]
+    return table
 
 
 def cached_latents(
@@ -106,7 +164,7 @@ def cached_latents(
     Raises:
         UserError: as for ``cached_pixels``.
     """
-    unique, keys, rows = _unique(source)
+    unique, keys, rows = _unique(source.examples, source.content_keys())
     description = _transform(resolution, background) | {"flips": flips, "autoencoder": fingerprint(vae)}
 
     def build() -> Tables:
@@ -230,9 +288,26 @@ def _pixels(example: Example, resolution: Resolution, background: str) -> Tensor
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise UserError(
-            f"cannot read {example.name}: {error}", "`latentflow check` lists every file that cannot be read."
-        ) from error
+        raise _unreadable(example, error) from error
+
+
+def _mask(example: Example, resolution: tuple[int, int]) -> tuple[Tensor, bool]:
+    """(1, H, W) uint8, and whether there is a mask."""
+    try:
+        mask = read_own_mask(example, resolution)
+    except UserError:
+        raise
+    except Exception as error:  # the picture, opened for its size
+        raise _unreadable(example, error) from error
+    if mask is None:
+        return torch.zeros(1, *resolution, dtype=torch.uint8), False
+    return torch.from_numpy(np.array(mask))[None], True
+
+
+def _unreadable(example: Example, error: Exception) -> UserError:
+    return UserError(
+        f"cannot read {example.name}: {error}", "`latentflow check` lists every file that cannot be read."
+    )
 
 
 def _transform(resolution: Resolution, background: str) -> dict[str, object]:
@@ -240,9 +315,8 @@ def _transform(resolution: Resolution, background: str) -> dict[str, object]:
     return {"size": size, "background": parse_colour(background), "resize": "fit-lanczos"}
 
 
-def _unique(source: Source) -> tuple[list[Example], list[str], Tensor]:
-    """One example of each content, ordered by key; the keys; and for every example of the source its row."""
-    keys = source.content_keys()
-    first = dict(zip(reversed(keys), reversed(source.examples), strict=True))
+def _unique(examples: Sequence[Example], keys: list[str]) -> tuple[list[Example], list[str], Tensor]:
+    """One example of each key, ordered by key; these keys; and for every example its row."""
+    first = dict(zip(reversed(keys), reversed(examples), strict=True))
     order = {key: row for row, key in enumerate(sorted(first))}
     return [first[key] for key in order], list(order), torch.tensor([order[key] for key in keys])

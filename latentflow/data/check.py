@@ -15,6 +15,7 @@ from latentflow.errors import UserError
 
 from .examples import Example, Source
 from .find import Condition, MissingCaption, few, find_source
+from .mask_finding import Masks
 from .parallel import map_threaded
 from .read import to_rgb
 
@@ -31,12 +32,14 @@ _CONDITIONED = {
 
 @dataclass(frozen=True)
 class Seen:
-    """One picture, opened: its size after EXIF rotation and its mode, or why it cannot be read."""
+    """One picture, opened: its size after EXIF rotation and its mode, or why it cannot be read; so for its mask."""
 
     size: tuple[int, int] = (0, 0)
     mode: str = ""
     rotated: bool = False
     error: str | None = None
+    mask_size: tuple[int, int] | None = None
+    mask_error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Report:
     modes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     rotated: int = 0
     unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    masks: int = 0
+    unreadable_masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     duplicates: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -74,6 +79,8 @@ class Report:
         if self.sizes:
             lines.append("sizes: " + _most(self.sizes))
             lines.append("modes: " + _most(self.modes) + f"; {self.rotated} rotated by EXIF")
+        if self.masks:
+            lines.append(f"{self.masks} of {self.pictures} pictures have a mask of their own")
         if self.unreadable:
             lines.append(f"{len(self.unreadable)} cannot be read and are skipped: {_listed(self.unreadable)}")
         lines += [f"warning: {line}" for line in self.warnings]
@@ -86,11 +93,12 @@ def check_source(
     *,
     condition: Condition = "auto",
     missing_caption: MissingCaption = "error",
+    masks: Masks = "auto",
     progress: bool = True,
 ) -> Report:
-    """Opens every picture of ``data`` and reports; a folder that cannot be used is a report, not an error."""
+    """Opens every picture and mask of ``data`` and reports; a folder that cannot be used is a report, not an error."""
     try:
-        source = find_source(data, condition=condition, missing_caption=missing_caption)
+        source = find_source(data, condition=condition, missing_caption=missing_caption, masks=masks)
     except UserError as error:
         return Report(data, "unknown", problems=(str(error),))
     seen = _look(source, progress)
@@ -98,6 +106,7 @@ def check_source(
     unreadable = _errors(seen)
     duplicates = _duplicates(good)
     looks = [seen[example.name] for example in good]
+    bad_masks = {e.name: why for e in good if (why := seen[e.name].mask_error) is not None}
     classes = Counter(example.label or "" for example in good) if source.classes else {}
     return Report(
         data,
@@ -109,10 +118,15 @@ def check_source(
         modes=dict(Counter(look.mode for look in looks).most_common()),
         rotated=sum(look.rotated for look in looks),
         unreadable=unreadable,
+        masks=sum(look.mask_size is not None for look in looks),
+        unreadable_masks=bad_masks,
         duplicates=tuple(duplicates),
         notes=source.notes,
-        problems=tuple(_problems(source, unreadable)),
-        warnings=tuple(_warnings(source, good, duplicates)),
+        problems=(*_problems(source, unreadable), *_mask_problems(bad_masks)),
+        warnings=(
+            *_warnings(source, good, duplicates),
+            *_mask_warnings({e.name: seen[e.name] for e in good}),
+        ),
     )
 
 
@@ -143,10 +157,15 @@ def _see(example: Example) -> Seen:
     try:
         with example.open() as image:
             image.load()
-            return Seen(to_rgb(image).size, image.mode, image.getexif().get(_ORIENTATION, 1) != 1)
+            look = Seen(to_rgb(image).size, image.mode, image.getexif().get(_ORIENTATION, 1) != 1)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
         return Seen(error=reason or type(error).__name__)
+    try:
+        mask = example.open_mask()
+    except UserError as error:
+        return dataclasses.replace(look, mask_error=error.what)
+    return look if mask is None else dataclasses.replace(look, mask_size=mask.size)
 
 
 def _errors(seen: Mapping[str, Seen]) -> dict[str, str]:
@@ -171,6 +190,30 @@ def _problems(source: Source, unreadable: Mapping[str, str]) -> list[str]:
         return []
     told = f"{len(unreadable)} of {len(source)} pictures cannot be read ({share:.0%}, at most 5 % may)"
     return [f"{told}: {_listed(unreadable)}"]
+
+
+def _mask_problems(unreadable: Mapping[str, str]) -> list[str]:
+    told = few(unreadable.values())
+    return [f"{len(unreadable)} masks cannot be used: {told}"] if unreadable else []
+
+
+def _mask_warnings(seen: Mapping[str, Seen]) -> list[str]:
+    resized: list[str] = []
+    distorted: list[str] = []
+    for name, look in seen.items():
+        if look.mask_size is None or look.mask_size == look.size:
+            continue
+        (width, height), (mask_width, mask_height) = look.size, look.mask_size
+        off = abs(mask_height - mask_width * height / width)  # sizes are rounded when a picture is shrunk
+        other = off > max(1, 0.02 * mask_height)
+        told = f"{name} ({width}x{height}, its mask {mask_width}x{mask_height})"
+        (distorted if other else resized).append(told)
+    kinds = {"another size": resized, "another aspect ratio": distorted}
+    return [
+        f"{len(names)} masks have {what} than their picture and are resized to it: {few(names)}"
+        for what, names in kinds.items()
+        if names
+    ]
 
 
 def _warnings(source: Source, good: list[Example], duplicates: list[tuple[str, ...]]) -> list[str]:

@@ -22,6 +22,9 @@ class DataConfig:
     """What to condition on; auto: metadata, then .txt files, then subfolders as classes, then nothing."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
     """What becomes of pictures without a caption."""
+    masks: Literal["auto", "none", "alpha"] = "auto"
+    """Your own masks; auto: a mask column in the metadata, then cat-mask.png beside cat.png; alpha: what is
+    transparent is to be repainted."""
     validation: float = 0.02
     """Share of the pictures held out for validation."""
     random_flip: bool = False

@@ -12,16 +12,22 @@ from typing import Literal
 
 from PIL import Image
 
+from .mask_files import alpha_mask, open_picture, read_mask, without_alpha
+
 Kind = Literal["text", "class", "unconditional"]
 
 
 @dataclass(frozen=True)
 class Example(ABC):
-    """One picture. ``name`` is unique in its source; ``text`` and ``label`` are None where unknown."""
+    """One picture. ``name`` is unique in its source; ``text``, ``label`` and ``mask`` are None where unknown.
+
+    ``mask`` is the file of the user's own mask: the picture's own path where its alpha channel is the mask.
+    """
 
     name: str
     text: str | None = None
     label: str | None = None
+    mask: Path | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def open(self) -> Image.Image:
@@ -31,19 +37,46 @@ class Example(ABC):
     def content_key(self) -> str:
         """Hexadecimal hash of what the picture shows: another picture under the same name has another key."""
 
+    def open_mask(self) -> Image.Image | None:
+        """The user's own mask at its own size, upright (mode "L", 255 = repaint); None where there is none.
+
+        Raises:
+            UserError: the file is no mask or cannot be read.
+        """
+        return None if self.mask is None else read_mask(open_picture(self.mask))
+
+    def mask_key(self) -> str:
+        """Hexadecimal hash of the mask's file, "" where there is none."""
+        return "" if self.mask is None else _file_key(self.mask)
+
 
 @dataclass(frozen=True)
 class FileExample(Example):
-    """A picture in a file; its key is the hash of the file's bytes."""
+    """A picture in a file; its key is the hash of the file's bytes.
+
+    Where the alpha channel is the mask it is no transparency: ``open`` leaves it out, and shows what it hid.
+    """
 
     path: Path = field(kw_only=True)
 
     def open(self) -> Image.Image:
-        return Image.open(self.path)
+        return without_alpha(Image.open(self.path)) if self._alpha_is_mask else Image.open(self.path)
+
+    def open_mask(self) -> Image.Image | None:
+        return alpha_mask(open_picture(self.path)) if self._alpha_is_mask else super().open_mask()
 
     def content_key(self) -> str:
-        state = self.path.stat()
-        return _hash_file(self.path, state.st_size, state.st_mtime_ns)
+        key = _file_key(self.path)  # with and without its alpha channel a picture looks different
+        return hashlib.sha256(f"without alpha {key}".encode()).hexdigest() if self._alpha_is_mask else key
+
+    @property
+    def _alpha_is_mask(self) -> bool:
+        return self.mask == self.path
+
+
+def _file_key(path: Path) -> str:
+    state = path.stat()
+    return _hash_file(path, state.st_size, state.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1_000_000)
@@ -90,8 +123,11 @@ class Source:
         return [example.content_key() for example in self.examples]
 
     def fingerprint(self) -> str:
-        """Hash of all pictures, captions and classes, whatever their names and order: tells changed data."""
-        rows = sorted(f"{e.content_key()}\0{e.text}\0{e.label}" for e in self.examples)
+        """Hash of all pictures, captions, classes and masks, whatever their names and order: tells changed data."""
+        told = [(e.content_key(), e.text, e.label, e.mask_key()) for e in self.examples]
+        rows = sorted(
+            f"{key}\0{text}\0{label}" + (f"\0{mask}" if mask else "") for key, text, label, mask in told
+        )
         return hashlib.sha256("\n".join([self.kind, *self.classes, *rows]).encode()).hexdigest()
 
     def subset(self, indices: list[int]) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Literal
 from latentflow.errors import UserError, lookup, nearest
 
 from .examples import Example, FileExample, Kind, Source
+from .mask_finding import MaskFiles, Masks, find_masks
 from .metadata import METADATA_NAMES, Metadata, read_metadata
 
 Condition = Literal["auto", "none", "class", "text"]
@@ -43,7 +45,11 @@ class Folder:
 
 
 def find_source(
-    data: str, *, condition: Condition = "auto", missing_caption: MissingCaption = "error"
+    data: str,
+    *,
+    condition: Condition = "auto",
+    missing_caption: MissingCaption = "error",
+    masks: Masks = "auto",
 ) -> Source:
     """The pictures of ``data``, a folder or the procedural set "shapes", and what they are conditioned on.
 
@@ -51,16 +57,24 @@ def find_source(
     sidecar texts (``cat.txt`` beside ``cat.png``), subfolders as classes, nothing. Any other value is obeyed.
     ``missing_caption`` says what becomes of pictures without one: "error", the "empty" caption, or "skip".
 
+    ``masks`` "auto" takes the user's own masks from the metadata's ``mask`` column and from files named
+    ``cat-mask.png`` beside ``cat.png``; "alpha" takes the alpha channel of every picture (transparent is to be
+    repainted; the picture is then what its file holds beneath); "none" takes none. The files of masks are never
+    pictures of the set, whatever ``masks`` is.
+
     Raises:
         UserError: the folder is missing, empty or of the wrong level; metadata cannot be understood or
-            contradict sidecars; captions or classes are missing.
+            contradict sidecars; captions or classes are missing; a picture has two different masks.
     """
     lookup(dict.fromkeys(("auto", "none", "class", "text")), condition, "condition")
     lookup(dict.fromkeys(("error", "empty", "skip")), missing_caption, "missing-caption")
+    lookup(dict.fromkeys(("auto", "none", "alpha")), masks, "masks")
     if data == "shapes":
-        return _shapes(condition)
+        return _shapes(condition, masks)
     folder = list_folder(_existing(data))
     metadata = read_metadata(folder.root)
+    mask_files = find_masks(folder.root, folder.images, metadata)
+    folder = _without_masks(folder, mask_files, metadata)
     sidecars = read_sidecars(folder)
     if not folder.images:
         raise _nothing_here(folder)
@@ -74,12 +88,14 @@ def find_source(
     classes = tuple(sorted({e.label for e in examples if e.label is not None})) if kind == "class" else ()
     if classes:
         more.append(f"{len(classes)} classes: {few(classes, 12)}")
-    return Source(
-        data, tuple(examples), kind, classes, (*notes, *more, *_left_out(folder, metadata)), folder.root
-    )
+    examples, told = _with_masks(examples, mask_files, masks)
+    notes = [*notes, *more, *told, *_left_out(folder, metadata)]
+    return Source(data, tuple(examples), kind, classes, tuple(notes), folder.root)
 
 
-def _shapes(condition: Condition) -> Source:
+def _shapes(condition: Condition, masks: Masks) -> Source:
+    if masks == "alpha":
+        raise UserError("the pictures of 'shapes' have no alpha channel", "Leave --masks alpha out.")
     from .shapes import train_source
 
     if Path("shapes").is_dir():
@@ -214,6 +230,31 @@ def _with_label(
         )
     notes = [f"{len(without)} pictures without a class, left out: {few(without)}"] if without else []
     return [_example(folder, n, None, labels[n]) for n in folder.images if n in labels], notes
+
+
+def _without_masks(folder: Folder, masks: MaskFiles, metadata: Metadata | None) -> Folder:
+    """The folder without the files that are masks; what the metadata list as a picture is one all the same."""
+    no_pictures = masks.named | (set(masks.listed.values()) - set(metadata.rows if metadata else ()))
+    return dataclasses.replace(
+        folder, images=tuple(name for name in folder.images if name not in no_pictures)
+    )
+
+
+def _with_masks(examples: list[Example], files: MaskFiles, masks: Masks) -> tuple[list[Example], list[str]]:
+    """The examples with their masks, and the notes that say where these come from."""
+    notes, unused = [], "" if masks == "auto" else f", not used (--masks {masks})"
+    if files.listed:
+        notes.append(f"masks of {len(files.listed)} pictures in the metadata{unused}")
+    if files.named:
+        named = few(sorted(files.named))
+        notes.append(f"{len(files.named)} files are masks of the pictures beside them{unused}: {named}")
+    if masks == "none":
+        return examples, notes
+    if masks == "alpha":
+        notes.append("masks from the alpha channels: what is transparent is to be repainted")
+        return [dataclasses.replace(e, mask=e.path) for e in examples if isinstance(e, FileExample)], notes
+    paths = files.paths()
+    return [dataclasses.replace(e, mask=paths.get(e.name)) for e in examples], notes
 
 
 def _example(folder: Folder, name: str, text: str | None, label: str | None) -> Example:

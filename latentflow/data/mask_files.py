@@ -65,6 +65,24 @@ def read_mask(
     return mask.resize(size, Image.Resampling.NEAREST)
 
 
+def alpha_mask(image: Image.Image) -> Image.Image | None:
+    """The alpha channel as a mask, upright: transparent parts (alpha 0) are 255, to be repainted.
+
+    None where nothing is transparent.
+    """
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return None
+    mask = ImageOps.invert(upright.convert("RGBA").getchannel("A"))
+    return mask if mask.getbbox() else None
+
+
+def without_alpha(image: Image.Image) -> Image.Image:
+    """The picture, upright, as if nothing in it were transparent: the colours that its file holds there."""
+    upright = ImageOps.exif_transpose(image)
+    return upright.convert("RGBA").convert("RGB") if upright.has_transparency_data else upright
+
+
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     """The picture in a file, wholly decoded, in its own mode, its EXIF rotation not yet applied.
 

@@ -1,4 +1,4 @@
-"""``metadata.jsonl`` and ``metadata.csv``: file_name with text, label or both."""
+"""``metadata.jsonl`` and ``metadata.csv``: file_name with any of text, label and mask."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _MEANT = {
     "text": ("caption", "captions", "prompt", "description", "texts"),
     "label": ("class", "classes", "category", "labels", "class_name"),
+    "mask": ("masks", "mask_file", "mask_file_name", "mask_path", "mask_image"),
 }
 
 
@@ -24,6 +25,7 @@ class Row:
     line: int
     text: str | None
     label: str | None
+    mask: str | None  # relative to the folder, posix form
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,12 @@ def read_metadata(root: Path) -> Metadata | None:
         if name in rows:
             both = f"lines {rows[name].line} and {line}"
             raise UserError(f"{path} lists {name} twice, in {both}", "Keep one of the two lines.")
-        rows[name] = Row(line, _value(path, line, record, "text"), _value(path, line, record, "label"))
+        text, label, mask = (_value(path, line, record, column) for column in ("text", "label", "mask"))
+        rows[name] = Row(line, text, label, _inside(path, line, mask) if mask else None)
     _refuse_synonyms(path, columns)
-    _refuse_absent(root, path, rows)
+    _refuse_absent(root, path, list(rows), "files", "file_name")
+    _refuse_absent(root, path, [row.mask for row in rows.values() if row.mask], "masks", "mask")
+    _refuse_itself(path, rows)
     return Metadata(path, rows)
 
 
@@ -105,6 +110,11 @@ def _file_name(path: Path, line: int, record: Mapping[str, object]) -> str:
             f"{path}, line {line} has no file_name (it has {', '.join(record) or 'nothing'})",
             "Name the column file_name; it is relative to the folder of the metadata.",
         )
+    return _inside(path, line, name)
+
+
+def _inside(path: Path, line: int, name: str) -> str:
+    """A path relative to the folder, in posix form."""
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise UserError(f"{path}, line {line}: {name} leads out of the folder", "Give a path below it.")
@@ -123,21 +133,29 @@ def _value(path: Path, line: int, record: Mapping[str, object], column: str) -> 
 
 
 def _refuse_synonyms(path: Path, columns: set[str]) -> None:
-    if columns & {"text", "label"}:
-        return
     for column, synonyms in _MEANT.items():
+        missing = ["mask"] if column == "mask" else ["text", "label"]
         for synonym in synonyms:
-            if synonym in columns:
+            if synonym in columns and not columns & set(missing):
                 raise UserError(
-                    f"{path} has neither text nor label, but '{synonym}'", f"Rename it to '{column}'."
+                    f"{path} has no {' or '.join(missing)}, but '{synonym}'", f"Rename it to '{column}'."
                 )
 
 
-def _refuse_absent(root: Path, path: Path, rows: Mapping[str, Row]) -> None:
-    absent = [name for name in rows if not (root / name).is_file()]
+def _refuse_absent(root: Path, path: Path, names: list[str], what: str, column: str) -> None:
+    absent = [name for name in names if not (root / name).is_file()]
     if absent:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         raise UserError(
-            f"{path} names {len(absent)} files that are not there: {', '.join(absent[:5])}{more}",
-            "file_name is relative to the folder of the metadata.",
+            f"{path} names {len(absent)} {what} that are not there: {', '.join(absent[:5])}{more}",
+            f"{column} is relative to the folder of the metadata.",
         )
+
+
+def _refuse_itself(path: Path, rows: Mapping[str, Row]) -> None:
+    for name, row in rows.items():
+        if row.mask == name:
+            raise UserError(
+                f"{path}, line {row.line}: {name} is given as its own mask",
+                "Name the mask's file, or use --masks alpha to read masks from the alpha channels.",
+            )

@@ -29,6 +29,25 @@ def read_image(example: Example, resolution: int | tuple[int, int], background: 
     return ImageOps.fit(rgb, (width, height), method=Image.Resampling.LANCZOS)
 
 
+def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.Image | None:
+    """The example's own mask, registered with ``read_image``: mode "L", 0 or 255. None where it has none.
+
+    A mask of another size than its picture is brought to that first; every resize takes the nearest pixel.
+
+    Raises:
+        UserError: the mask's file is no mask or cannot be read.
+    """
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    mask = example.open_mask()
+    if mask is None:
+        return None
+    with example.open() as image:
+        size = ImageOps.exif_transpose(image).size
+    nearest = Image.Resampling.NEAREST
+    fitted = ImageOps.fit(mask.resize(size, nearest), (width, height), method=nearest)
+    return fitted.point(lambda level: 255 * (level >= 128))
+
+
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Upright RGB of a picture in any of Pillow's modes, at its own size."""
     colour = parse_colour(background)
