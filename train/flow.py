@@ -97,16 +97,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---- networks ----
     torch.manual_seed(loop.seed)
     latent_size = data.resolution // downscale_factor(vae)
+    inpainting = config.flow.inpainting
     if config.init_from:
-        networks = networks_from(config.init_from, source, config.flow, config.flow.inpainting)
+        networks = networks_from(config.init_from, source, config.flow, inpainting)
     else:
-        networks = new_networks(
-            source, vae, latent_size, config.network, config.text, bool(config.flow.inpainting)
-        )
+        networks = new_networks(source, vae, latent_size, config.network, config.text, inpainting)
     if config.network.gradient_checkpointing:
         networks.network.enable_gradient_checkpointing()
     masking = None
-    if config.flow.inpainting is not False and networks.network.config.condition_channels:
+    if networks.network.config.condition_channels:
         masking = Masking(vae, config.flow.shapes(has_masks=False), loop.seed)
     stage = FlowStage(
         networks.network,

@@ -76,12 +76,13 @@ class FlowConfig:
     """Weight of the contrastive term (Delta-FM); 0.05 is usual."""
     condition_dropout: float = 0.1
     """Share of the samples whose condition is replaced by the learned null, for classifier-free guidance."""
-    inpainting: bool | None = None
-    """Learn to inpaint as well, from what is left of each picture under random masks. Empty: if the data has masks,
-    or the checkpoint that is fine-tuned has learnt it."""
+    inpainting: bool = False
+    """Learn to inpaint as well, from what is left of each picture under random masks. On by itself if the data has
+    masks of its own, or the checkpoint that is fine-tuned has learnt it."""
     mask_shapes: dict[str, float] = field(default_factory=dict)
     """Shares of the masks: rectangle, strokes, ellipse, half-plane, frame (outpainting), full (nothing is known: plain
-    generation), none, and data (the picture's own mask). Empty: a third are full, and if the data has masks these are half of all."""
+    generation), none, and data (the picture's own mask). Empty: some of each but none; if the data has masks, these
+    are half of all."""
 
     def __post_init__(self) -> None:
         choices = self.choices()

@@ -80,9 +80,7 @@ def new_networks(
     return Networks(network=built, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
 
 
-def networks_from(
-    checkpoint: str, source: Source, flow: FlowConfig, inpainting: bool | None = None
-) -> Networks:
+def networks_from(checkpoint: str, source: Source, flow: FlowConfig, inpainting: bool = False) -> Networks:
     """A checkpoint's networks, fitted to other data: new classes get new rows, new words new embeddings.
 
     With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero: it draws exactly
