@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .models import DiT as DiT
     from .models import UNet as UNet
     from .pipeline import LatentFlowPipeline as LatentFlowPipeline
+    from .pipeline_images import expand_canvas as expand_canvas
+    from .pipeline_img2img import LatentFlowImg2ImgPipeline as LatentFlowImg2ImgPipeline
+    from .pipeline_inpaint import LatentFlowInpaintPipeline as LatentFlowInpaintPipeline
     from .training import fit as fit
 
 __version__ = "0.1.0"
@@ -19,6 +22,9 @@ __version__ = "0.1.0"
 # `latentflow --help` do not pay for diffusers and transformers.
 _OWNERS = {
     "LatentFlowPipeline": ".pipeline",
+    "LatentFlowImg2ImgPipeline": ".pipeline_img2img",
+    "LatentFlowInpaintPipeline": ".pipeline_inpaint",
+    "expand_canvas": ".pipeline_images",
     "DiT": ".models",
     "UNet": ".models",
     "load_autoencoder": ".autoencoder",

@@ -76,6 +76,13 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
+def draws_noise(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler adds noise in its steps."""
+    config = scheduler.config
+    sde = str(config.get("algorithm_type", "")).startswith("sde")
+    return sde or bool(config.get("stochastic_sampling", False)) or "LCM" in type(scheduler).__name__
+
+
 def set_grid(
     scheduler: Any,
     steps: int,
@@ -155,8 +162,8 @@ def integrate_with_scheduler(
 
 
 def register_with_diffusers() -> None:
-    """Let stock ``DiffusionPipeline.from_pretrained(folder)`` and ``AutoPipelineForText2Image`` open our
-    checkpoints.
+    """Let stock ``DiffusionPipeline.from_pretrained(folder)`` and the ``AutoPipelineFor...`` Text2Image,
+    Image2Image and Inpainting open our checkpoints.
 
     diffusers looks a pipeline's class up among its own attributes, and a component's class in modules that
     are already imported; this puts ours there. Nothing in the checkpoint's folder is executed. Calling it
@@ -166,6 +173,13 @@ def register_with_diffusers() -> None:
     from diffusers.pipelines import auto_pipeline
 
     from .pipeline import LatentFlowPipeline  # imports the modules of the networks as well
+    from .pipeline_img2img import LatentFlowImg2ImgPipeline
+    from .pipeline_inpaint import LatentFlowInpaintPipeline
 
-    setattr(diffusers, "LatentFlowPipeline", LatentFlowPipeline)  # noqa: B010 - mypy refuses the plain form
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["latentflow"] = LatentFlowPipeline
+    for mapping, pipeline in (
+        (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, LatentFlowPipeline),
+        (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, LatentFlowImg2ImgPipeline),
+        (auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING, LatentFlowInpaintPipeline),
+    ):
+        mapping["latentflow"] = pipeline
+        setattr(diffusers, pipeline.__name__, pipeline)

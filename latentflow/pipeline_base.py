@@ -46,6 +46,7 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator]
 ClassLabels: TypeAlias = int | str | Sequence[int | str]
 #: (step, timestep as diffusers counts it, x) -> x
 AfterStep: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
+Size: TypeAlias = tuple[int, int]  # (height, width)
 #: called as ``integrate`` is: (velocity, x, times, solver, callback=, progress=, generator=) -> x at times[-1]
 Sampler: TypeAlias = Callable[..., Tensor]
 # Times that differ by less are the same time of a grid, reached by different sums.
@@ -485,6 +486,10 @@ class FlowPipeline(CheckpointPipeline):
         height = rows * self.vae_scale_factor if height is None else height
         return height, columns * self.vae_scale_factor if width is None else width
 
+    def _canvas(self, size: Size) -> Size:
+        """``size`` in pixels, rounded up to what the autoencoder and the network's patches divide."""
+        return -(-size[0] // self._unit) * self._unit, -(-size[1] // self._unit) * self._unit
+
     def follow(
         self,
         velocity: Velocity,
@@ -620,6 +625,10 @@ class FlowPipeline(CheckpointPipeline):
             return latents
         return self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
 
+    def output_images(self, images: Tensor, output_type: str) -> Any:
+        """Images (B, 3, H, W) in [0, 1] as a caller wants to have them: "pil", "np" or "pt"."""
+        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
+
     def finish_call(self, images: Any, return_dict: bool) -> Any:
         """What a call returns."""
         self.maybe_free_model_hooks()
@@ -632,16 +641,22 @@ class FlowPipeline(CheckpointPipeline):
             raise unknown("output_type", output_type, kinds)
 
 
-def last_part(times: Tensor, strength: float) -> Tensor:
-    """The part of a grid from t = 1 - ``strength`` on, at which it begins exactly; at strength 1 the whole grid.
+def check_strength(strength: float) -> None:
+    """Refuse what is no strength.
 
     Raises:
         UserError: strength is not in [0, 1].
     """
     if not 0.0 <= strength <= 1.0:
         raise UserError(f"strength is {strength}", "Use 0 (nothing changes) to 1 (drawn from pure noise).")
-    first = torch.clamp(times[:1], min=1.0 - strength)
-    return torch.cat([first, times[1:][times[1:] > first + (0.0 if strength == 1.0 else ROUNDING)]])
+
+
+def last_part(times: Tensor, strength: float) -> Tensor:
+    """The part of a grid from t = 1 - ``strength`` on, at which it begins exactly; at strength 1 the whole grid."""
+    if strength == 1.0:
+        return times
+    first = times[:1].clamp(min=1.0 - strength)
+    return torch.cat([first, times[times > first + ROUNDING]])
 
 
 class _Interrupted(Exception):  # noqa: N818 - no error: the way out of any solver's loop

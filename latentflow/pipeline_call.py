@@ -58,6 +58,10 @@ class RunningCall:
         self._callback, self._wanted = callback, wanted
         self._velocity: Velocity | None = None
 
+    def rows_of(self, values: Tensor) -> Tensor:
+        """Values of the pictures of this call, (P, ...), as one for each row."""
+        return values.repeat_interleave(self.rows // len(values), 0)
+
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided velocity under the conditions as they are now; see ``FlowPipeline.velocity``."""
         if self._velocity is None:

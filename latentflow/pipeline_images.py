@@ -1,0 +1,175 @@
+"""Pictures and masks as callers bring them: in any of their forms to tensors in [0, 1]."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .data.mask_files import read_mask
+from .data.read import to_pixels, to_rgb
+from .errors import UserError
+
+log = logging.getLogger(__name__)
+
+#: A PIL picture, an array ((B,) H, W, C), a tensor ((B,) C, H, W), both in [0, 1], or a list of these.
+Pictures: TypeAlias = Any
+Size: TypeAlias = tuple[int, int]  # (height, width)
+
+
+def read_pictures(pictures: Pictures, height: int | None = None, width: int | None = None) -> Tensor:
+    """(N, 3, H, W) float32 in [0, 1]. Any mode of Pillow's is upright RGB here; transparency lies on white.
+
+    Args:
+        pictures: as ``Pictures``, with 1 (grey), 3 or 4 (RGBA) channels.
+        height, width: resize to them; default: their own, which must be one for all.
+
+    Raises:
+        UserError: not pictures; values outside [0, 1]; several sizes where none is asked for.
+    """
+    rows = [row for picture in _listed(pictures, "image") for row in _rgb(picture)]
+    for what, side in (("height", height), ("width", width)):
+        if side is not None and side < 1:
+            raise UserError(f"{what} is {side}", "Give a number of pixels.")
+    rows = [resized(row[None], (height or row.shape[1], width or row.shape[2]))[0] for row in rows]
+    sizes = sorted({f"{row.shape[2]} x {row.shape[1]}" for row in rows})
+    if len(sizes) > 1:
+        raise UserError(
+            f"the pictures have several sizes: {', '.join(sizes)}",
+            "Pass height and width to resize them, or one call for each size.",
+        )
+    return torch.stack(rows)
+
+
+def read_masks(masks: Pictures, size: Size) -> Tensor:
+    """(N, 1, H, W) float32 in [0, 1], 1 = repaint; another size than ``size`` is resized, which is warned of.
+
+    Args:
+        masks: as ``Pictures`` with one channel, which arrays and tensors may leave out: (H, W) or (B, H, W).
+        size: of the pictures.
+
+    Raises:
+        UserError: not masks; values outside [0, 1].
+    """
+    rows = []
+    for mask in _listed(masks, "mask_image"):
+        if isinstance(mask, Image.Image):
+            grey = read_mask(mask, (size[1], size[0]))
+            rows.append(torch.from_numpy(np.array(grey))[None, None].float() / 255.0)
+        else:
+            rows.append(_resized_mask(_mask_rows(mask), size))
+    return torch.cat(rows)
+
+
+def _listed(values: Pictures, name: str) -> list[Any]:
+    rows = list(values) if isinstance(values, list | tuple) else [values]
+    kinds = (Image.Image, np.ndarray, Tensor)
+    for value in rows:
+        if not isinstance(value, kinds):
+            raise UserError(
+                f"{name} is {type(value).__name__}", "Pass PIL pictures, numpy arrays or torch tensors."
+            )
+    if not rows:
+        raise UserError(f"{name} is an empty list", "Pass at least one.")
+    return rows
+
+
+def _rgb(picture: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:
+    """(n, 3, H, W) of one entry of a list."""
+    if isinstance(picture, Image.Image):
+        return to_pixels(to_rgb(picture))[None].float() / 255.0
+    values = _channels_first(picture) if picture.ndim in (3, 4) else torch.empty(0, 0)
+    channels = values.shape[1]
+    if channels not in (1, 3, 4):
+        shape, layout = (
+            tuple(picture.shape),
+            "(B, H, W, 3)" if isinstance(picture, np.ndarray) else "(B, 3, H, W)",
+        )
+        raise UserError(f"image has shape {shape}", f"Pass {layout}; grey (1) and RGBA (4 channels) will do.")
+    _check_range(values, "image")
+    if channels == 4:
+        return values[:, :3] * values[:, 3:] + (1.0 - values[:, 3:])
+    return values.expand(-1, 3, -1, -1)
+
+
+def _mask_rows(mask: np.ndarray[Any, Any] | Tensor) -> Tensor:
+    values = mask if mask.ndim != 2 else mask[None]
+    if values.ndim == 3 and not (isinstance(values, np.ndarray) and values.shape[-1] == 1):
+        values = values[..., None] if isinstance(values, np.ndarray) else values[:, None]
+    rows = _channels_first(values) if values.ndim in (3, 4) else torch.empty(0, 0)
+    if rows.shape[1] != 1:
+        raise UserError(
+            f"mask_image has shape {tuple(mask.shape)}",
+            "Pass one channel: (H, W), (B, H, W), or (B, H, W, 1) as an array, (B, 1, H, W) as a tensor.",
+        )
+    _check_range(rows, "mask_image")
+    return rows
+
+
+def _channels_first(values: np.ndarray[Any, Any] | Tensor) -> Tensor:
+    """Arrays are (..., H, W, C), tensors (..., C, H, W); both get rows. float32."""
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, -3)))
+    values = values.detach().cpu().float()
+    return values if values.ndim != 3 else values[None]
+
+
+def _check_range(values: Tensor, name: str) -> None:
+    if not values.numel():
+        raise UserError(f"{name} is empty", "Pass at least one pixel.")
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0.0 and high <= 1.0):
+        fix = (
+            "Divide by 255."
+            if low >= 0.0 and high <= 255.0
+            else "Bring them to [0, 1]; from [-1, 1]: x / 2 + 0.5."
+        )
+        raise UserError(f"{name} has values from {low:g} to {high:g}, not within [0, 1]", fix)
+
+
+def resized(images: Tensor, size: Size) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] at another (height, width), antialiased."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+
+
+def _resized_mask(masks: Tensor, size: Size) -> Tensor:
+    own = tuple(masks.shape[-2:])
+    if own == size:
+        return masks
+    log.warning(
+        "the mask is %d x %d, the picture %d x %d: resized to the nearest pixel", *own[::-1], *size[::-1]
+    )
+    return F.interpolate(masks, size=size, mode="nearest-exact")
+
+
+def expand_canvas(
+    image: Image.Image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
+) -> tuple[Image.Image, Image.Image]:
+    """For outpainting: the picture on a larger canvas, and the mask of what is new (white) beside it.
+
+    >>> image, mask = expand_canvas(photo, right=32)
+    >>> pipe(prompt, image=image, mask_image=mask).images[0]
+
+    Args:
+        image: any mode; the result is RGB.
+        left, top, right, bottom: pixels to add. They repeat the picture's edge, which the inpainting does not look at.
+
+    Raises:
+        UserError: a negative number.
+    """
+    if min(left, top, right, bottom) < 0:
+        raise UserError(
+            f"cannot add {left}, {top}, {right}, {bottom} pixels",
+            "Give numbers of at least 0; crop with image.crop.",
+        )
+    rgb = to_rgb(image)
+    margins = ((top, bottom), (left, right))
+    mask = np.pad(np.zeros((rgb.height, rgb.width), np.uint8), margins, constant_values=255)
+    return Image.fromarray(np.pad(np.asarray(rgb), (*margins, (0, 0)), mode="edge")), Image.fromarray(mask)
