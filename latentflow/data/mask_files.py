@@ -14,9 +14,8 @@ from latentflow.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = (
-    16  # levels of 255 that channels of a grey picture may differ by, and that JPEG leaves around an edge
-)
+# Levels of 255 that the channels of a grey picture may differ by, and that JPEG leaves around an edge.
+_TOLERANCE = 16
 _LOSSY = ("JPEG", "MPO")
 
 
