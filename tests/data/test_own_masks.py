@@ -187,14 +187,14 @@ def test_a_changed_mask_is_changed_data_but_the_same_picture(tmp_path: Path, cac
 RED = (slice(24, 56), slice(40, 88))  # a rectangle in a picture of 96 x 120
 
 
-def save_red(folder: Path, orientation: int, shrink: int) -> None:
+def save_red(folder: Path, orientation: int, shrink: tuple[int, int]) -> None:
     """A picture with a red rectangle, stored turned, and the upright mask of the rectangle, perhaps smaller."""
     upright = np.zeros((96, 120, 3), np.uint8)
     upright[RED] = (255, 0, 0)
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))).save(folder / "a.png", exif=exif)
-    Image.fromarray(np.ascontiguousarray(upright[::shrink, ::shrink, 0])).save(folder / "a-mask.png")
+    Image.fromarray(np.ascontiguousarray(upright[:: shrink[0], :: shrink[1], 0])).save(folder / "a-mask.png")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -202,7 +202,7 @@ def save_red(folder: Path, orientation: int, shrink: int) -> None:
 def test_a_mask_stays_on_what_it_was_drawn_on(
     tmp_path: Path, orientation: int, resolution: int | tuple[int, int]
 ) -> None:
-    for shrink in (1, 4):
+    for shrink in ((1, 1), (4, 4), (4, 1)):  # the last is stretched
         save_red(tmp_path, orientation, shrink)
         source = find_source(str(tmp_path))
         red = cached_pixels(source, resolution, progress=False)[0, 0]
