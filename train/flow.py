@@ -18,6 +18,7 @@ from latentflow.data import (
     LatentTable,
     Source,
     cached_latents,
+    cached_masks,
     cached_pixels,
     find_source,
     readable,
@@ -72,7 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         output.mkdir(parents=True, exist_ok=True)
         log = log_to(output)
-    source = readable(find_source(data.data, condition=data.condition, missing_caption=data.missing_caption))
+    source = readable(
+        find_source(
+            data.data, condition=data.condition, missing_caption=data.missing_caption, masks=data.masks
+        )
+    )
     training, validation = (source.subset(rows) for rows in split(source, data.validation, loop.seed))
     for line in plan_lines(source, training, validation, loop):
         log.info(line)
@@ -97,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---- networks ----
     torch.manual_seed(loop.seed)
     latent_size = data.resolution // downscale_factor(vae)
-    inpainting = config.flow.inpainting
+    own_masks = any(example.mask is not None for example in source.examples)
+    inpainting = config.flow.inpainting or own_masks
     if config.init_from:
         networks = networks_from(config.init_from, source, config.flow, inpainting)
     else:
@@ -106,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         networks.network.enable_gradient_checkpointing()
     masking = None
     if networks.network.config.condition_channels:
-        masking = Masking(vae, config.flow.shapes(has_masks=False), loop.seed)
+        masking = Masking(vae, config.flow.shapes(own_masks), loop.seed)
     stage = FlowStage(
         networks.network,
         config.flow,
@@ -122,8 +128,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---- latents and conditions, cached ----
     def latent_data(part: Source) -> LatentData:
         table = latents(part, vae, data)
-        views = {} if masking is None else {"pixels": cached_pixels(part, data.resolution, data.background)}
-        return LatentData(part, table, condition_rows(part, networks), views)
+        rows, views = condition_rows(part, networks), {}
+        if masking is not None:
+            views["pixels"] = cached_pixels(part, data.resolution, data.background)
+        if own_masks:
+            own = cached_masks(part, data.resolution)
+            views["masks"], rows["has_mask"] = own.masks, own.has_mask
+        return LatentData(part, table, rows, views)
 
     train_data = latent_data(training)
     held_out = latent_data(validation) if len(validation) else None
@@ -143,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             path=config.flow.path,
             path_options=config.flow.path_options,
             prediction=config.flow.prediction,
+            coupling=config.flow.coupling,
         )
 
     def export(folder: Path) -> None:

@@ -1,22 +1,30 @@
-"""Preview pictures of a run, through the pipeline class that users load."""
+"""Preview pictures of a run, through the pipeline classes that users load."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.utils import make_grid
 
-from ..data import Source, to_pil
+from ..autoencoder import downscale_factor
+from ..data import Source, cached_pixels, to_pil
+from ..data.masks import DEFAULT_SHAPES, random_masks
 from ..pipeline import LatentFlowPipeline
+from ..pipeline_inpaint import LatentFlowInpaintPipeline
 from .precision import has_fast_bfloat16
 
-_IMAGES = 16
+_IMAGES, _ROW = 16, 8
 
 
 def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device) -> Image.Image:
-    """A grid of 16 pictures with fixed seeds, of captions or classes spread over ``source``."""
+    """A grid of 16 pictures with fixed seeds, of captions or classes spread over ``source``.
+
+    Below them, of a network that inpaints: eight pictures of ``source`` with holes (grey), and what fills them.
+    """
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.to(device)
     rows = torch.linspace(0, len(source) - 1, _IMAGES).long().tolist()
@@ -26,7 +34,35 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
         asked = {"prompt": [captions[row] for row in rows]}
     elif source.kind == "class":
         asked = {"class_labels": [index % len(source.classes) for index in range(_IMAGES)]}
-    generators = [torch.Generator().manual_seed(seed) for seed in range(_IMAGES)]
+    settings: dict[str, Any] = {"num_inference_steps": 10, "output_type": "pt"}
     with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
-        images = pipe(**asked, generator=generators, num_inference_steps=10, output_type="pt").images
-    return to_pil(make_grid(images.float() * 2 - 1, nrow=8, padding=2, pad_value=1.0))
+        images = pipe(**asked, generator=_generators(_IMAGES), **settings).images.float().cpu()
+        if pipe.transformer.config.condition_channels:
+            images = torch.cat([images, *_filled(pipe, source, rows[::2], settings)])
+    return to_pil(make_grid(images * 2 - 1, nrow=_ROW, padding=2, pad_value=1.0))
+
+
+def _filled(
+    pipe: LatentFlowPipeline, source: Source, rows: list[int], settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Pictures (8, 3, H, W) in [0, 1] with grey holes, and the same with the holes filled."""
+    some = source.subset(rows)
+    side = pipe.transformer.config.sample_size * downscale_factor(pipe.vae)
+    pictures = cached_pixels(some, side, progress=False).float() / 255.0
+    shapes = {name: share for name, share in DEFAULT_SHAPES.items() if name != "full"}
+    masks = random_masks(shapes, (side, side), [np.random.default_rng([1, row]) for row in range(len(rows))])
+    asked: dict[str, Any] = {}
+    if source.kind == "text":
+        asked["prompt"] = some.captions()
+    elif source.kind == "class":
+        asked["class_labels"] = some.class_ids()
+    painter = LatentFlowInpaintPipeline.from_pipe(pipe)
+    painter.set_progress_bar_config(disable=True)
+    images = painter(
+        **asked, image=pictures, mask_image=masks, generator=_generators(len(rows)), **settings
+    ).images
+    return torch.where(masks > 0, 0.5, pictures), images.float().cpu()
+
+
+def _generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
