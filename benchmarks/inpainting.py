@@ -7,10 +7,11 @@ DATA is a folder of pictures as `latentflow train` takes it. --trained is a chec
 training-free methods run on it as well, told nothing of the mask. --coupling is one trained by the data-dependent
 coupling. Three masks: a box in the centre (a quarter of the area), the right half, and brush strokes (others on each
 picture). Captions or classes are given (with --no-condition: empty captions); guidance is off, so that one evaluation
-is one pass of the network. Of every method: the PSNR within the hole (mean over pictures), the Frechet distance between
-the finished and the real pictures ("pixels-16" of latentflow/metrics/features.py), and the largest change of a kept
-pixel. Results go to FILE.json as they come, and what is there is not computed again; the table to FILE.md, pictures
-to FILE.png.
+is one pass of the network.
+
+Of every method: the PSNR within the hole (mean over pictures), the Frechet distance between the finished and the real
+pictures ("pixels-16" of latentflow/metrics/features.py), and the largest change of a kept pixel. Results go to FILE.json
+as they come, and what is there is not computed again; the table to FILE.md, pictures to FILE.png.
 """
 
 from __future__ import annotations
