@@ -10,8 +10,8 @@ picture). Captions or classes are given (with --no-condition: empty captions); g
 is one pass of the network.
 
 Of every method: the PSNR within the hole (mean over pictures), the Frechet distance between the finished and the real
-pictures ("pixels-16" of latentflow/metrics/features.py), and the largest change of a kept pixel. Results go to FILE.json
-as they come, and what is there is not computed again; the table to FILE.md, pictures to FILE.png.
+pictures ("pixels-16" of latentflow/metrics/features.py), and the largest change of a kept pixel. Results go to
+FILE.json as they come, and what is there is not computed again; the table to FILE.md, pictures to FILE.png.
 """
 
 from __future__ import annotations
