@@ -21,6 +21,8 @@ from .editing import inversion_edit as inversion_edit
 from .editing import slerp as slerp
 from .guidance import guide as guide
 from .guidance import guide_batched as guide_batched
+from .inpainting import DEFAULT_INPAINTING as DEFAULT_INPAINTING
+from .inpainting import INPAINTING as INPAINTING
 from .likelihood import bits_per_dim as bits_per_dim
 from .likelihood import log_likelihood as log_likelihood
 from .objectives import OBJECTIVES as OBJECTIVES

@@ -1,0 +1,134 @@
+"""What all inpainting methods share: the known region on its way, checks, and the call to ``integrate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from latentflow.errors import UserError
+
+from ..paths import CondOT, Path
+from ..solvers import Solver, integrate
+from ..solvers.base import schedule
+from ..tensors import Generators, Velocity, compute_dtype
+
+Times: TypeAlias = Tensor | Sequence[float]
+#: (step index, t reached, x) -> x in its place, or None
+Callback: TypeAlias = Callable[[int, Tensor, Tensor], Tensor | None]
+Progress: TypeAlias = bool | Callable[[Iterable[int]], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Known:
+    """The known region of a batch: its ``values`` (B, ...) (0 in the hole), and where the ``hole`` is (bool)."""
+
+    values: Tensor
+    hole: Tensor
+    path: Path
+
+    def put(self, x: Tensor, values: Tensor) -> Tensor:
+        """``x`` with ``values`` outside the hole."""
+        return torch.where(self.hole, x, values)
+
+    def noise(self, x: Tensor, t: float) -> Tensor:
+        """The noise x0 with which the known values make the known region of ``x`` at t."""
+        alpha, sigma = schedule(self.path, t)
+        return (x - alpha * self.values) / sigma
+
+    def hold(self, x: Tensor, noise: Tensor, t: float) -> Tensor:
+        """``x`` with the known region where the path has it at t: alpha known + sigma noise."""
+        alpha, sigma = schedule(self.path, t)
+        return self.put(x, alpha * self.values + sigma * noise)
+
+    def finish(self, x: Tensor, t: float) -> Tensor:
+        """``x`` with the known values in place where no noise is left, and as it is elsewhere."""
+        alpha, sigma = schedule(self.path, t)
+        return self.put(x, alpha * self.values) if sigma == 0.0 else x
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a method, checked, in float32 or better."""
+
+    velocity: Velocity
+    x: Tensor
+    known: Known
+    times: list[float]
+    dtype: torch.dtype
+    generator: Generators
+    callback: Callback | None
+    progress: Progress
+
+    def follow(
+        self,
+        solver: str | Solver,
+        hold: Callable[[Tensor, float], Tensor],
+        *,
+        velocity: Velocity | None = None,
+    ) -> Tensor:
+        """``integrate`` over the times; after each step ``hold(x, t)`` puts the known region in its place."""
+
+        def after(index: int, t: Tensor, x: Tensor) -> Tensor:
+            reached = self.times[index + 1]
+            x = hold(x, reached)
+            shown = None if self.callback is None else self.callback(index, t, x.to(self.dtype))
+            return x if shown is None else hold(shown.to(x), reached)
+
+        x = integrate(
+            velocity or self.velocity, self.x, self.times, solver,
+            path=self.known.path, generator=self.generator, callback=after, progress=self.progress,
+        )  # fmt: skip
+        return x.to(self.dtype)
+
+
+def prepare(
+    velocity: Velocity,
+    x0: Tensor,
+    known: Tensor,
+    mask: Tensor,
+    times: Times,
+    path: Path | None,
+    generator: Generators,
+    callback: Callback | None,
+    progress: Progress,
+) -> Task:
+    """Check a method's arguments.
+
+    Raises:
+        ValueError: shapes that do not fit, or times that do not increase.
+    """
+    if known.shape != x0.shape:
+        raise ValueError(f"known has shape {tuple(known.shape)} but x0 has shape {tuple(x0.shape)}")
+    try:
+        fits = torch.broadcast_shapes(mask.shape, x0.shape) == x0.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}, which does not broadcast to that of x0, {tuple(x0.shape)}: "
+            "pass (B, 1, h, w), 1 = repaint"
+        )
+    grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    if grid.ndim != 1 or len(grid) < 2 or not bool((grid.diff() > 0).all()):
+        raise ValueError(f"times must increase from noise to data, N + 1 of them for N steps, not {times}")
+    precision, dtype = compute_dtype(x0), x0.dtype
+    hole = mask.to(x0.device) > 0
+    values = torch.where(hole, 0.0, known.to(x0.device, precision))
+    wide: Velocity = lambda x, t: velocity(x.to(dtype), t).to(precision)  # noqa: E731
+    return Task(
+        wide, x0.to(precision), Known(values, hole, path or CondOT()), grid.tolist(), dtype,
+        generator, callback, progress,
+    )  # fmt: skip
+
+
+def refuse_solver(method: str, solver: str | Solver | None) -> None:
+    """For the methods that are a way of stepping themselves."""
+    if solver is not None:
+        raise UserError(
+            f"the inpainting method '{method}' takes steps of its own, so the solver '{solver}' has no place in it",
+            "Leave the solver out, or use the method 'replacement', 'repaint' or 'ot-ode', which take any.",
+        )

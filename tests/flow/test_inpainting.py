@@ -1,0 +1,238 @@
+"""Inpainting without training: what every method keeps to, and what the single ones claim."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from latentflow.errors import UserError
+from latentflow.flow import DEFAULT_INPAINTING, INPAINTING, PATHS, SOLVERS, CondOT, Counted, integrate
+from latentflow.flow.inpainting.base import Known
+from latentflow.flow.inpainting.gradient import look_ahead
+from latentflow.flow.inpainting.replacement import _passages
+
+Method = Callable[..., Tensor]
+METHODS = pytest.mark.parametrize("name", INPAINTING)
+#: Those that take a solver.
+STEPPED = [name for name in INPAINTING if name in ("replacement", "repaint", "ot-ode")]
+SHAPE = (3, 2, 2, 3)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def generators(rows: range = range(SHAPE[0])) -> list[torch.Generator]:
+    return [seeded(100 + row) for row in rows]
+
+
+def velocity(x: Tensor, t: Tensor) -> Tensor:
+    """Of data N(1, 1/4) on the straight path, each row for itself."""
+    data = 1.0 + t * 0.25 * (x - t) / (0.25 * t**2 + (1 - t) ** 2)
+    noise = (1 - t) * (x - t) / (0.25 * t**2 + (1 - t) ** 2)
+    return data - noise
+
+
+@pytest.fixture
+def task() -> tuple[Tensor, Tensor, Tensor]:
+    """x0, known, mask: float32, nothing but NaN where nothing is known, and a soft mask."""
+    mask = torch.tensor([[0.0, 0.2, 1.0], [0.0, 0.0, 1.0]]).expand(SHAPE[0], 1, 2, 3)
+    known = torch.randn(SHAPE, generator=seeded(1)).masked_fill(mask > 0, math.nan)
+    return torch.randn(SHAPE, generator=seeded(2)), known, mask
+
+
+def times(steps: int, start: float = 0.0) -> Tensor:
+    return torch.linspace(start, 1.0, steps + 1, dtype=torch.float64)
+
+
+def test_default_is_in_the_table() -> None:
+    assert DEFAULT_INPAINTING in INPAINTING
+
+
+@METHODS
+@pytest.mark.parametrize("start", [0.0, 0.6])
+@pytest.mark.parametrize("path", PATHS)
+def test_known_region_ends_exactly_known(
+    name: str, start: float, path: str, task: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x0, known, mask = task
+    x = INPAINTING[name](velocity, x0, known, mask, times(6, start), path=PATHS[path](), generator=seeded())
+    kept = (mask == 0).expand(SHAPE)
+    if float(PATHS[path]().sigma(torch.tensor(1.0))) == 0.0:
+        assert torch.equal(x[kept], known[kept])
+    else:  # some noise is left at the end of this path
+        assert torch.isfinite(x).all()
+    assert torch.isfinite(x).all()
+    assert not torch.isclose(x[~kept], x0[~kept], atol=1e-3).any()
+
+
+@METHODS
+def test_nothing_known_is_sampling_and_all_known_is_known(
+    name: str, task: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x0, _, mask = task
+    known = torch.zeros(SHAPE)
+    everything = INPAINTING[name](velocity, x0, known + 2, 0 * mask, times(5), generator=seeded())
+    assert torch.equal(everything, known + 2)
+    if name in ("replacement", "ot-ode"):
+        free = INPAINTING[name](velocity, x0, known, torch.ones(SHAPE), times(5), solver="heun")
+        torch.testing.assert_close(free, integrate(velocity, x0, times(5), "heun"))
+
+
+@METHODS
+def test_rows_depend_on_their_own_generator_alone(name: str, task: tuple[Tensor, Tensor, Tensor]) -> None:
+    x0, known, mask = task
+    together = INPAINTING[name](velocity, x0, known, mask, times(6), generator=generators())
+    for row in range(SHAPE[0]):
+        rows = slice(row, row + 1)
+        alone = INPAINTING[name](
+            velocity, x0[rows], known[rows], mask[rows], times(6), generator=generators(range(row, row + 1))
+        )
+        torch.testing.assert_close(alone, together[rows])
+
+
+@METHODS
+def test_cost_callback_and_progress(name: str, task: tuple[Tensor, Tensor, Tensor]) -> None:
+    """One evaluation a step; each step is told once, in order, and the bar moves with them."""
+    x0, known, mask = task
+    counted, seen, bar = Counted(velocity), [], []
+
+    def callback(index: int, t: Tensor, x: Tensor) -> Tensor:
+        seen.append((index, float(t)))
+        return torch.full_like(x, 7.0) if index == 10 else x
+
+    settings = {"solver": "euler"} if name == "replacement" else {}
+    x = INPAINTING[name](
+        counted, x0, known, mask, times(11), generator=seeded(), callback=callback,
+        progress=lambda indices: (bar.append(i) or i for i in indices), **settings,
+    )  # fmt: skip
+    assert counted.evaluations == 11
+    assert [index for index, _ in seen] == bar == list(range(11))
+    assert seen[-1][1] == 1.0
+    kept = (mask == 0).expand(SHAPE)
+    assert bool((x[~kept] == 7.0).all())  # what the callback returns replaces x, but never what is known
+    assert torch.equal(x[kept], known[kept])
+
+
+@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_any_solver_holds_the_known_region_on_its_way(
+    name: str, solver: str, task: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x0, known, mask = task
+    kept, on_way = (mask == 0).expand(SHAPE), []
+
+    def callback(index: int, t: Tensor, x: Tensor) -> None:
+        on_way.append((x[kept] - t * known[kept]) / (1 - t) if t < 1 else x0[kept])
+
+    x = INPAINTING[name](
+        velocity, x0, known, mask, times(6), solver=solver, generator=seeded(), callback=callback
+    )
+    assert torch.equal(x[kept], known[kept])
+    if name != "repaint":  # its noise is drawn anew
+        for noise in on_way:
+            torch.testing.assert_close(noise, x0[kept], atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("name", [name for name in INPAINTING if name not in STEPPED])
+def test_methods_with_steps_of_their_own_refuse_a_solver(
+    name: str, task: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    with pytest.raises(UserError, match="steps of its own"):
+        INPAINTING[name](velocity, *task, times(4), solver="heun")
+
+
+@METHODS
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"known": torch.zeros(1, 2, 2, 3)}, "known has shape"),
+        ({"mask": torch.zeros(3, 1, 4, 4)}, "mask has shape"),
+        ({"mask": torch.zeros(2, 3, 1, 2, 3)}, "mask has shape"),
+        ({"times": [1.0, 0.5, 0.0]}, "times must increase"),
+        ({"times": [0.0]}, "times must increase"),
+    ],
+)
+def test_misfits_are_named(
+    name: str, change: dict[str, object], message: str, task: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x0, known, mask = task
+    arguments = {"x0": x0, "known": known, "mask": mask, "times": times(4)} | change
+    with pytest.raises(ValueError, match=message):
+        INPAINTING[name](velocity, **arguments)
+
+
+@pytest.mark.parametrize("jump", [1, 2, 5])
+@pytest.mark.parametrize("resamplings", [1, 3, 10])
+@pytest.mark.parametrize("count", [1, 2, 7, 20, 50])
+def test_repaint_plans_as_many_steps_as_times(count: int, jump: int, resamplings: int) -> None:
+    plan = _passages(count, jump, resamplings)
+    assert sum(steps for _, _, steps, _ in plan) == count
+    assert all(1 <= steps <= jump for _, _, steps, _ in plan)
+    assert plan[0][0] == 0 and plan[-1][1] == pytest.approx(count)
+    for (start, end, _, again), (next_start, _, _, _) in itertools.pairwise(plan):
+        assert next_start == pytest.approx(start if again else end)
+        assert not (again and start == 0)  # back to pure noise: all would be forgotten
+    assert not plan[-1][3]
+    passes = [sum(start == other[0] for other in plan) for start, *_ in plan]
+    assert max(passes) <= resamplings
+
+
+def test_repaint_without_repetition_is_replacement(task: tuple[Tensor, Tensor, Tensor]) -> None:
+    plain = INPAINTING["replacement"](velocity, *task, times(7), solver="heun")
+    once = INPAINTING["repaint"](velocity, *task, times(7), solver="heun", resamplings=1)
+    torch.testing.assert_close(once, plain)
+
+
+@pytest.mark.parametrize("setting", ["jump", "resamplings"])
+def test_repaint_refuses_settings_below_one(setting: str, task: tuple[Tensor, Tensor, Tensor]) -> None:
+    with pytest.raises(UserError, match=f"{setting} 0"):
+        INPAINTING["repaint"](velocity, *task, times(4), **{setting: 0})
+
+
+# ---------------------------------------------------------------- correlated Gaussian data, N(0, C)
+
+COVARIANCE = torch.tensor([[1.0, 0.8, 0.3], [0.8, 1.5, 0.2], [0.3, 0.2, 0.5]], dtype=torch.float64)
+
+
+def gaussian_data(x: Tensor, t: float) -> Tensor:
+    """E[x1 | x_t = x] along the last dimension."""
+    gain = t * COVARIANCE @ torch.linalg.inv(t * t * COVARIANCE + (1 - t) ** 2 * torch.eye(3))
+    return x @ gain.T
+
+
+def gaussian_velocity(x: Tensor, t: Tensor) -> Tensor:
+    time = min(float(t), 1.0 - 1e-9)
+    return (gaussian_data(x, time) - x) / (1.0 - time)
+
+
+def test_gradient_moves_the_data_by_the_covariance_that_the_flow_implies() -> None:
+    """(sigma^2 / alpha) dD/dx is Cov(x1 | x_t), so the shift is Cov(x1, known | x_t) (known - D) / r^2."""
+    t, x = 0.4, torch.randn(5, 1, 1, 3, generator=seeded(), dtype=torch.float64)
+    hole = torch.tensor([False, True, True])
+    known = Known(torch.tensor([1.3, 0.0, 0.0], dtype=torch.float64).expand(x.shape), hole, CondOT())
+    ahead = look_ahead(lambda y: gaussian_velocity(y, torch.tensor(t)), known, x, t)
+    precision = torch.linalg.inv(COVARIANCE) + (t / (1 - t)) ** 2 * torch.eye(3)
+    covariance = torch.linalg.inv(precision)
+    data, variance = gaussian_data(x, t), (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
+    torch.testing.assert_close(ahead.data, data)
+    torch.testing.assert_close(ahead.shift, covariance[:, 0] * (1.3 - data[..., :1]) / variance)
+    torch.testing.assert_close(ahead.log_likelihood, -0.5 * (1.3 - data[:, 0, 0, 0]).square() / variance)
+
+
+def test_pnp_flow_ends_near_the_conditional_mean() -> None:
+    """Against the standard error of iid conditional samples: the mean is right, the spread below theirs."""
+    rows, y = 2000, 1.5
+    x0 = torch.randn(rows, 1, 1, 3, generator=seeded(), dtype=torch.float64)
+    known, mask = torch.full_like(x0, y), torch.tensor([0.0, 1.0, 1.0])
+    x = INPAINTING["pnp-flow"](gaussian_velocity, x0, known, mask, times(200), generator=seeded(1))
+    hole = x[:, 0, 0, 1:]
+    mean = COVARIANCE[1:, 0] * y / COVARIANCE[0, 0]
+    spread = (COVARIANCE[1:, 1:] - COVARIANCE[1:, :1] @ COVARIANCE[:1, 1:]).diagonal().sqrt()
+    torch.testing.assert_close(hole.mean(0), mean, atol=0.1, rtol=0.0)
+    assert bool((hole.std(0) < 0.8 * spread).all())
