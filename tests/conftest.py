@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: on few cores, more threads than cores cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
@@ -49,3 +52,21 @@ def data_folder(request: pytest.FixtureRequest) -> Path:
 def repository() -> Path:
     """The root of the repository."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def load_program(repository: Path) -> Callable[[str], Any]:
+    """Loads a program of `pipelines/` as a module, by its name, such as "generate"."""
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(
+            f"{name}_program", repository / "pipelines" / f"{name}.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where the types of its config are looked up
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,16 +19,8 @@ Generate = Callable[..., list[Path]]
 
 
 @pytest.fixture(scope="session")
-def program(repository: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "generate_program", repository / "pipelines" / "generate.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the types of its config are looked up
-    spec.loader.exec_module(module)
-    return module
+def program(load_program: Callable[[str], Any]) -> Any:
+    return load_program("generate")
 
 
 @pytest.fixture

@@ -1,0 +1,104 @@
+"""Paint part of a picture anew: `latentflow inpaint picture.png mask.png "a red hat" -o out.png`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from latentflow.cli import parse, run
+from latentflow.drawing.checkpoint import open_pipeline
+from latentflow.drawing.conditions import conditions
+from latentflow.drawing.config import DrawingConfig
+from latentflow.drawing.draw import draw
+from latentflow.drawing.files import save
+from latentflow.drawing.pictures import read_mask_of, read_picture
+from latentflow.drawing.sheets import enlarged, sheet
+from latentflow.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class InpaintConfig(DrawingConfig):
+    """Paint part of a picture anew. Every pixel outside of the mask stays as it is.
+
+    latentflow inpaint face.png mask.png "a red hat" -o hat.png
+    latentflow inpaint face.png "a red hat" --expand 0 32 0 0 -o taller.png
+    """
+
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+    """The picture: any format, mode and size."""
+    mask_and_prompts: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MASK PROMPT")
+    ] = ()
+    """The mask, white where to paint, black where to keep, grey between; with --expand there is none. Then what the
+    picture shall show, in quotes; several prompts are painted one after the other, none continues what is around."""
+    mask_threshold: float | None = None
+    """Makes a mask of any picture: what is at least this bright, from 0 to 1, is painted."""
+    expand: Annotated[tuple[int, int, int, int], tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = (
+        0,
+        0,
+        0,
+        0,
+    )
+    """Outpainting: paint so many pixels around the picture instead of a mask."""
+    strength: float = 1.0
+    """From 0, the picture as it is, to 1, where nothing under the mask is looked at."""
+    method: str | None = None
+    """trained, or without training replacement, repaint or one of those that docs/editing.md explains; default: trained
+    where the checkpoint has learned to inpaint."""
+    feather: int = 0
+    """Pixels around the mask over which old and new melt into one another."""
+    padding_mask_crop: int | None = None
+    """Look only at the mask and so many pixels around it, at the checkpoint's own size; for large pictures."""
+    grid: bool = False
+    """Write picture, mask and result side by side, a row for each result."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(InpaintConfig, argv, prog="latentflow inpaint")
+    config.check()
+    picture, mask, prompts = read(config)
+    pipe = open_pipeline("LatentFlowInpaintPipeline", config.checkpoint, config.device)
+    shown = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
+
+    # Paint: all of the first prompt, all of the second, ...
+    pictures = draw(
+        pipe,
+        [row for row in shown for _ in range(config.n)],
+        config.seed,
+        image=picture,
+        mask_image=mask,
+        padding_mask_crop=config.padding_mask_crop,
+        strength=config.strength,
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance,
+        solver=config.solver,
+        method=config.method,
+        feather=config.feather,
+    )
+
+    # Write
+    if config.grid:
+        pictures = [sheet([part for result in pictures for part in (picture, mask, result)], columns=3)]
+    save([enlarged(each, config.scale) for each in pictures], config.output, config.overwrite)
+
+
+def read(config: InpaintConfig) -> tuple[Image, Image, tuple[str, ...]]:
+    """The picture, its mask, and the prompts."""
+    picture, words = read_picture(config.image), config.mask_and_prompts
+    if any(config.expand):
+        from latentflow import expand_canvas
+
+        return *expand_canvas(picture, *config.expand), words
+    if not words:
+        raise UserError("there is no mask", "Give one after the picture, or --expand LEFT TOP RIGHT BOTTOM.")
+    return picture, read_mask_of(words[0], picture, config.mask_threshold), words[1:]
+
+
+if __name__ == "__main__":
+    run(main)

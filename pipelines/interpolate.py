@@ -1,0 +1,85 @@
+"""Draw what lies between two prompts or pictures: `latentflow interpolate "red apple" "green apple" --grid`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from latentflow.cli import parse, run
+from latentflow.drawing.checkpoint import open_pipeline
+from latentflow.drawing.conditions import Condition, conditions
+from latentflow.drawing.config import DrawingConfig
+from latentflow.drawing.files import save
+from latentflow.drawing.pictures import read_picture
+from latentflow.drawing.sheets import enlarged, sheet
+from latentflow.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateConfig(DrawingConfig):
+    """Draw what lies between two prompts, classes or pictures.
+
+    latentflow interpolate "red apple" "green apple" --grid -o apples.png
+    latentflow interpolate --images apple.png pear.png --grid -o fruit.png
+    """
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
+    """What the first and the last picture show; one is for the whole way, none leaves it open."""
+    images: Annotated[tuple[str, str], tyro.conf.arg(metavar="FIRST LAST")] = ("", "")
+    """The first and the last picture, of one size; prompts or classes then describe them. Without them both are
+    drawn."""
+    n: Annotated[int, tyro.conf.arg(name="frames", aliases=["-n"])] = 8
+    """Pictures, first and last among them."""
+    seed: int = 0
+    """The noise of what is drawn; between equal prompts the last picture takes seed + 1."""
+    guidance: float | None = None  # type: ignore[assignment]
+    """How hard to follow the prompts or classes; default: 4, between pictures 1, which hits them best."""
+    solver: str = "heun"
+    """One that draws no fresh noise."""
+    grid: bool = False
+    """Write one row with all of them."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(InterpolateConfig, argv, prog="latentflow interpolate")
+    config.check()
+    for what in (config.prompt, config.class_labels):
+        if len(what) > 2:
+            raise UserError(f"{len(what)} prompts or classes", "Give the first and the last.")
+    images = [read_picture(path) for path in config.images] if any(config.images) else None
+    pipe = open_pipeline("LatentFlowEditPipeline", config.checkpoint, config.device)
+    rows: list[Condition] = [{}]
+    if config.prompt or config.class_labels:
+        rows = conditions(pipe, config.prompt, config.class_labels)
+    first, last = rows[0], rows[-1]
+
+    # Draw
+    pictures = pipe.interpolate(
+        **{name: [first[name], last[name]] for name in first},
+        image=images,
+        frames=config.n,
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance,
+        negative_prompt=config.negative,
+        generator=None if images else noise(config.seed, ends=2 if first == last else 1),
+        solver=config.solver,
+    ).images
+
+    # Write
+    if config.grid:
+        pictures = [sheet(pictures, columns=len(pictures))]
+    save([enlarged(each, config.scale) for each in pictures], config.output, config.overwrite)
+
+
+def noise(seed: int, ends: int) -> Any:
+    """Generators of one noise for the whole way, or of the first and the last."""
+    import torch
+
+    return [torch.Generator().manual_seed(seed + i) for i in range(ends)]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,146 @@
+"""The programs `latentflow edit` and `latentflow interpolate`, run in this process on tiny checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentflow.errors import UserError
+
+Program = Callable[..., list[Path]]
+WIDTH, HEIGHT = 14, 10  # what neither autoencoder nor network divides
+
+
+@pytest.fixture
+def program(
+    load_program: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Program:
+    """Run "edit" or "interpolate" in a folder with `a.png` and `b.png`; returns the paths that it printed."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a.png", "b.png")):
+        noise = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+        Image.fromarray(noise).save(name)
+
+    def run(name: str, *arguments: object) -> list[Path]:
+        load_program(name).main([str(word) for word in (*arguments, "--device", "cpu", "--steps", 2)])
+        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def pixels(path: Path | str) -> Any:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def distance(a: Path, b: Path) -> float:
+    return float(np.abs(pixels(a) - pixels(b)).mean())
+
+
+@pytest.mark.parametrize("method", ["flowedit", "inversion"])
+def test_words_and_what_they_replace_decide_the_edit(program: Program, dit_folder: Path, method: str) -> None:
+    def edited(new: str, old: str) -> Path:
+        options = ("--method", method, "--guidance", 1, "--checkpoint", dit_folder)
+        [path] = program("edit", "a.png", new, "--from", old, "-o", f"{new}-{old}.png", *options)
+        return path
+
+    kept = edited("red apple", "red apple")
+    assert pixels(kept).shape == (HEIGHT, WIDTH, 3)
+    [copy] = program("edit", "a.png", "hat", "--strength", 0, "-o", "copy.png", "--checkpoint", dit_folder)
+    if method == "flowedit":  # both sides of the difference are one
+        assert distance(kept, copy) == 0
+    assert distance(edited("green tree", "red apple"), kept) > 1
+    assert distance(edited("green tree", "blue hat"), edited("green tree", "red apple")) > 1
+
+
+def test_classes_are_edited_too(program: Program, class_folder: Path) -> None:
+    common = ("edit", "a.png", "--checkpoint", class_folder, "--guidance", 1)
+    [same] = program(*common, "--class", "hat", "--from", "hat", "-o", "same.png")
+    [other] = program(*common, "--class", "tree", "--from", "1", "-o", "other.png")
+    [copy] = program(*common, "--class", "hat", "--strength", 0, "-o", "copy.png")
+    assert distance(same, copy) == 0
+    assert distance(other, copy) > 1
+
+
+def test_variations_have_seeds_of_their_own_and_grow_with_strength(
+    program: Program, dit_folder: Path
+) -> None:
+    common = ("edit", "a.png", "--method", "image-to-image", "--checkpoint", dit_folder)
+    several = program(*common, "-n", 2, "--seed", 5, "-o", "v.png")
+    assert several == [Path("v-1.png"), Path("v-2.png")]
+    [alone] = program(*common, "--seed", 6, "-o", "alone.png")
+    assert np.abs(pixels(alone) - pixels(several[1])).max() <= 1
+    assert distance(alone, several[0]) > 1
+    [copy] = program(*common, "--strength", 0, "-o", "copy.png")
+    [far] = program(*common, "--strength", 1, "--seed", 6, "-o", "far.png")
+    assert distance(far, copy) > distance(alone, copy) > 0
+
+
+def test_grid(program: Program, dit_folder: Path) -> None:
+    common = ("edit", "a.png", "hat", "--from", "apple", "-n", 2, "--checkpoint", dit_folder)
+    singles = program(*common, "-o", "one.png")
+    [sheet] = program(*common, "-o", "sheet.png", "--grid")
+    rows = [np.concatenate([pixels("a.png"), pixels(one)], axis=1) for one in singles]
+    assert np.array_equal(pixels(sheet), np.concatenate(rows))
+
+
+def test_interpolation_begins_and_ends_with_what_generate_draws(program: Program, dit_folder: Path) -> None:
+    common = ("--checkpoint", dit_folder, "--seed", 3, "--solver", "heun")
+    frames = program("interpolate", "red apple", "green tree", "--frames", 3, "-o", "f.png", *common)
+    assert frames == [Path(f"f-{i}.png") for i in (1, 2, 3)]
+    [first] = program("generate", "red apple", "-o", "first.png", *common)
+    [last] = program("generate", "green tree", "-o", "last.png", *common)
+    assert np.abs(pixels(frames[0]) - pixels(first)).max() <= 1
+    assert np.abs(pixels(frames[2]) - pixels(last)).max() <= 1
+    assert distance(frames[1], first) > 0 < distance(frames[1], last)
+
+
+def test_interpolation_between_pictures_in_one_row(program: Program, class_folder: Path) -> None:
+    options = ("-n", 4, "--grid", "--checkpoint", class_folder)
+    [row] = program("interpolate", "--images", "a.png", "b.png", *options)
+    assert pixels(row).shape == (HEIGHT, 4 * WIDTH, 3)
+    [back] = program("interpolate", "--images", "b.png", "a.png", *options, "-o", "back.png")
+    assert np.abs(pixels(row)[:, :WIDTH] - pixels(back)[:, -WIDTH:]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", "no.png", "hat"], "no file no.png"),
+        (["edit", "cut.png", "hat"], "cut.png cannot be read"),
+        (["edit", "a.png"], "nothing says what to draw"),
+        (["edit", "a.png", "hat", "--strength", "1.5"], "strength"),
+        (
+            ["edit", "a.png", "hat", "--from", "apple", "--method", "image-to-image"],
+            "does not look at --from",
+        ),
+        (["edit", "a.png", "hat", "-n", "2", "--method", "inversion"], "all would be equal"),
+        (["edit", "a.png", "hat", "--solver", "ddpm"], "ddpm"),
+        (["edit", "a.png", "hat", "--checkpoint", "CLASSES"], "--class NAME: apple, hat"),
+        (
+            ["edit", "a.png", "--class", "hat", "--from", "ht", "--checkpoint", "CLASSES"],
+            "did you mean 'hat'",
+        ),
+        (["interpolate", "a", "b", "c"], "3 prompts"),
+        (["interpolate", "a", "b", "--frames", "1"], "1 frames"),
+        (["interpolate", "--images", "a.png", "small.png"], "several sizes"),
+    ],
+)
+def test_what_it_refuses(
+    program: Program, dit_folder: Path, class_folder: Path, arguments: list[str], message: str
+) -> None:
+    Path("cut.png").write_bytes(Path("a.png").read_bytes()[:200])
+    Image.new("RGB", (4, 4)).save("small.png")
+    before = sorted(Path().iterdir())
+    if "--checkpoint" not in arguments:
+        arguments = [*arguments, "--checkpoint", str(dit_folder)]
+    with pytest.raises(UserError, match=message):
+        program(*[{"CLASSES": str(class_folder)}.get(word, word) for word in arguments])
+    assert sorted(Path().iterdir()) == before

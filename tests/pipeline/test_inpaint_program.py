@@ -1,0 +1,184 @@
+"""The program `latentflow inpaint`, run in this process on tiny checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentflow.errors import UserError
+
+Inpaint = Callable[..., list[Path]]
+WIDTH, HEIGHT = 14, 10  # what neither autoencoder nor network divides
+HOLE = (slice(2, 7), slice(4, 11))
+
+
+@pytest.fixture
+def inpaint(
+    load_program: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Inpaint:
+    """Run it in a folder with `in.png` and `mask.png`; returns the paths that it printed."""
+    program = load_program("inpaint")
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    Image.fromarray(noise).save("in.png")
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[HOLE] = 255
+    Image.fromarray(mask).save("mask.png")
+
+    def run(*arguments: object) -> list[Path]:
+        program.main([str(argument) for argument in (*arguments, "--device", "cpu", "--steps", 2)])
+        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def pixels(path: Path | str) -> Any:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_only_the_hole_changes(inpaint: Inpaint, dit_folder: Path) -> None:
+    [path] = inpaint("in.png", "mask.png", "red apple", "-o", "a.png", "--checkpoint", dit_folder)
+    changed = (pixels(path) != pixels("in.png")).any(-1)
+    hole = pixels("mask.png").any(-1)
+    assert not changed[~hole].any()
+    assert changed[hole].mean() > 0.5
+
+
+def test_without_a_prompt_the_surroundings_decide(inpaint: Inpaint, dit_folder: Path) -> None:
+    [without] = inpaint("in.png", "mask.png", "-o", "a.png", "--checkpoint", dit_folder)
+    [empty] = inpaint("in.png", "mask.png", "", "-o", "b.png", "--checkpoint", dit_folder)
+    [words] = inpaint("in.png", "mask.png", "red apple", "-o", "c.png", "--checkpoint", dit_folder)
+    assert np.array_equal(pixels(without), pixels(empty))
+    assert not np.array_equal(pixels(without), pixels(words))
+
+
+def test_each_picture_has_its_own_seed_and_files_are_kept(inpaint: Inpaint, class_folder: Path) -> None:
+    common = ("in.png", "mask.png", "--class", "hat", "--checkpoint", class_folder)
+    several = inpaint(*common, "-n", 2, "--seed", 5)
+    assert several == [Path("out-1.png"), Path("out-2.png")]
+    [alone] = inpaint(*common, "--seed", 6)
+    [again] = inpaint(*common, "--seed", 6)
+    assert (alone, again) == (Path("out.png"), Path("out-3.png"))
+    assert np.abs(pixels(alone) - pixels(several[1])).max() <= 1
+    assert np.abs(pixels(alone) - pixels(several[0])).max() > 1
+
+
+def test_expanding_needs_no_mask(inpaint: Inpaint, dit_folder: Path) -> None:
+    margins = ("--expand", 3, 1, 2, 0)
+    [path] = inpaint("in.png", "hat", *margins, "--checkpoint", dit_folder)
+    assert pixels(path).shape == (HEIGHT + 1, WIDTH + 5, 3)
+    assert np.array_equal(pixels(path)[1:, 3:-2], pixels("in.png"))
+    [other] = inpaint("in.png", *margins, "hat", "--checkpoint", dit_folder)
+    assert np.array_equal(pixels(path), pixels(other))
+
+
+def test_grid(inpaint: Inpaint, dit_folder: Path) -> None:
+    common = ("in.png", "mask.png", "hat", "-n", 2, "--checkpoint", dit_folder)
+    singles = inpaint(*common, "-o", "a.png")
+    [sheet] = inpaint(*common, "-o", "sheet.png", "--grid")
+    rows = [np.concatenate([pixels(p) for p in ("in.png", "mask.png", one)], axis=1) for one in singles]
+    assert np.array_equal(pixels(sheet), np.concatenate(rows))
+
+
+def test_an_empty_mask_returns_the_picture_and_a_full_one_draws(
+    inpaint: Inpaint, dit_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, level in (("black.png", 0), ("white.png", 255)):
+        Image.new("L", (WIDTH, HEIGHT), level).save(name)
+    [same] = inpaint("in.png", "black.png", "hat", "-o", "a.png", "--checkpoint", dit_folder)
+    assert np.array_equal(pixels(same), pixels("in.png"))
+    assert "keeps every pixel" in caplog.text
+    [drawn] = inpaint("in.png", "white.png", "hat", "-o", "b.png", "--checkpoint", dit_folder)
+    assert (pixels(drawn) != pixels("in.png")).any(-1).mean() > 0.9
+
+
+def test_a_mask_of_another_size_is_resized_and_said(
+    inpaint: Inpaint, dit_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.open("mask.png").resize((2 * WIDTH, 2 * HEIGHT), Image.Resampling.NEAREST).save("large.png")
+    arguments = ("hat", "--checkpoint", dit_folder)
+    [large] = inpaint("in.png", "large.png", *arguments, "-o", "a.png")
+    assert "28 x 20" in caplog.text and "14 x 10" in caplog.text
+    [same] = inpaint("in.png", "mask.png", *arguments, "-o", "b.png")
+    assert np.array_equal(pixels(large), pixels(same))
+
+
+def rotated(image: Image.Image, path: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter when shown
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("write", "mode"),
+    [
+        (lambda image, path: image.convert("L").save(path), "grey"),
+        (lambda image, path: image.quantize(16).save(path), "palette"),
+        (lambda image, path: image.convert("RGBA").save(path), "RGBA"),
+        (
+            lambda image, path: Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257).save(path),
+            "16-bit",
+        ),
+        (rotated, "EXIF"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pictures_of_every_kind(
+    inpaint: Inpaint, dit_folder: Path, write: Callable[[Image.Image, str], None], mode: str
+) -> None:
+    original = Image.open("in.png")
+    write(original, "kind.png")
+    expected = {
+        "grey": original.convert("L"),
+        "16-bit": original.convert("L"),
+        "palette": original.quantize(16),
+    }
+    [path] = inpaint("kind.png", "mask.png", "hat", "--checkpoint", dit_folder)
+    kept = ~pixels("mask.png").any(-1)
+    assert np.array_equal(pixels(path)[kept], np.asarray(expected.get(mode, original).convert("RGB"))[kept])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["in.png"], "there is no mask\n.*--expand"),
+        (["in.png", "no.png"], "no file no.png"),
+        (["in.png", "in.png", "hat"], "in colour\n(.|\n)*--mask-threshold"),
+        (["text.png", "mask.png", "hat"], "text.png is not a picture"),
+        (["cut.png", "mask.png", "hat"], "cut.png cannot be read"),
+        (["in.png", "cut.png", "hat"], "cut.png cannot be read"),
+        (["in.png", "mask.png", "hat", "--strength", "1.5"], "strength"),
+        (["in.png", "mask.png", "hat", "--strength", "-0.1"], "strength"),
+        (["in.png", "mask.png", "hat", "--method", "repait"], "did you mean 'repaint'"),
+        (["in.png", "mask.png", "hat", "--mask-threshold", "7"], "threshold is 7"),
+        (["in.png", "mask.png", "hat", "--checkpoint", "CLASSES"], "--class NAME: apple, hat"),
+        (["in.png", "mask.png", "hat", "-o", "out.pgn"], "no picture format '.pgn'"),
+        (["in.png", "hat", "--expand", "0", "-1", "0", "0"], "-1"),
+    ],
+)
+def test_what_it_refuses(
+    inpaint: Inpaint, dit_folder: Path, class_folder: Path, arguments: list[str], message: str
+) -> None:
+    Path("text.png").write_text("not a picture")
+    Path("cut.png").write_bytes(Path("in.png").read_bytes()[:200])
+    before = sorted(Path().iterdir())
+    if "--checkpoint" not in arguments:
+        arguments = [*arguments, "--checkpoint", str(dit_folder)]
+    with pytest.raises(UserError, match=message):
+        inpaint(*[{"CLASSES": str(class_folder)}.get(argument, argument) for argument in arguments])
+    assert sorted(Path().iterdir()) == before
+
+
+def test_a_photograph_is_a_mask_on_request(inpaint: Inpaint, dit_folder: Path) -> None:
+    [path] = inpaint("in.png", "in.png", "hat", "--mask-threshold", 0.5, "--checkpoint", dit_folder)
+    bright = np.asarray(Image.open("in.png").convert("L")) >= 127.5
+    changed = (pixels(path) != pixels("in.png")).any(-1)
+    assert not changed[~bright].any() and changed[bright].any()
