@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .models import DiT as DiT
     from .models import UNet as UNet
     from .pipeline import LatentFlowPipeline as LatentFlowPipeline
+    from .pipeline_edit import LatentFlowEditPipeline as LatentFlowEditPipeline
     from .pipeline_images import expand_canvas as expand_canvas
     from .pipeline_img2img import LatentFlowImg2ImgPipeline as LatentFlowImg2ImgPipeline
     from .pipeline_inpaint import LatentFlowInpaintPipeline as LatentFlowInpaintPipeline
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 # `latentflow --help` do not pay for diffusers and transformers.
 _OWNERS = {
     "LatentFlowPipeline": ".pipeline",
+    "LatentFlowEditPipeline": ".pipeline_edit",
     "LatentFlowImg2ImgPipeline": ".pipeline_img2img",
     "LatentFlowInpaintPipeline": ".pipeline_inpaint",
     "expand_canvas": ".pipeline_images",

@@ -57,14 +57,14 @@ def flow_edit(
         The edited data, in the shape and dtype of x1.
 
     Raises:
-        UserError: the solver is stochastic or unknown; values that are not finite.
-        ValueError: draws < 1, plain_from outside [0, 1]; as in ``integrate``.
+        UserError: the solver is stochastic or unknown; draws < 1; plain_from outside [0, 1]; values not finite.
+        ValueError: as in ``integrate``.
     """
-    method = _deterministic(solver)
+    method = deterministic(solver)
     if draws < 1:
-        raise ValueError(f"draws is {draws}: pass at least 1")
+        raise UserError(f"draws is {draws}", "Use 1 or more; 1 is usual.")
     if not 0.0 <= plain_from <= 1.0:
-        raise ValueError(f"plain_from is {plain_from}: pass a time in [0, 1]; 1 is off")
+        raise UserError(f"plain_from is {plain_from}", "Use a time in [0, 1]; 1 is off.")
     data = x1.to(compute_dtype(x1))
     grid = _rising(times)
     edited = int((grid[:-1] < plain_from).sum())  # steps before the plain part
@@ -130,7 +130,7 @@ def inversion_edit(
         UserError: the solver is stochastic or unknown; values that are not finite.
         ValueError: as in ``integrate``.
     """
-    method = _deterministic(solver)
+    method = deterministic(solver)
     grid = _rising(times)
     x = integrate(source_velocity, x1, grid.flip(0), method, callback=callback, progress=progress)
     later = callback and _counting_from(len(grid) - 1, callback)
@@ -176,10 +176,15 @@ def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
     return (weights[0] * rows[0] + weights[1] * rows[1]).reshape(a.shape).to(a.dtype)
 
 
-def _deterministic(solver: str | Solver) -> Solver:
+def deterministic(solver: str | Solver) -> Solver:
+    """The solver, if it follows one and the same path there and back.
+
+    Raises:
+        UserError: it is stochastic or unknown.
+    """
     method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
     if method.stochastic:
-        raise UserError(f"editing with the stochastic solver '{solver}'", "Use 'heun' or 'euler'.")
+        raise UserError(f"solver '{solver}' is stochastic: it forgets the picture", "Use 'heun' or 'euler'.")
     return method
 
 
