@@ -1,0 +1,214 @@
+"""What a request of the web page does: bounds, pictures in, pictures out. Knows nothing of Gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..drawing.checkpoint import open_pipeline
+from ..drawing.conditions import conditions
+from ..drawing.draw import BATCH, draw
+from ..drawing.pictures import read_picture
+from ..errors import UserError
+from .turns import Turn, Turns
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_PICTURES = BATCH
+MOST_STEPS = 200
+MOST_GUIDANCE = 20.0
+LONGEST_PROMPT = 1000
+LARGEST_PICTURE = 4  # times the side that the checkpoint was trained at
+CANVAS = 512  # pixels of a picture's longer side as it is shown
+LARGEST_SEED = 2**32 - 1
+
+ANEW = "image-to-image"
+#: (steps done, steps in all, what is going on)
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What every request says: what to show, how often, and how to draw it."""
+
+    prompt: str | None = None
+    label: str | None = None
+    negative: str | None = None
+    pictures: int = 1
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 4.0
+    solver: str | None = None
+
+    def check(self) -> None:
+        """Refuse what would keep the machine busy for too long; the page's sliders end at the same bounds.
+
+        Raises:
+            UserError: names the bound.
+        """
+        bounds = {
+            "pictures": (1, MOST_PICTURES),
+            "seed": (0, LARGEST_SEED),
+            "steps": (1, MOST_STEPS),
+            "guidance": (0, MOST_GUIDANCE),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name} is {getattr(self, name)}", f"It goes from {low} to {high}.")
+        for text in (self.prompt, self.negative):
+            if len(text or "") > LONGEST_PROMPT:
+                raise UserError(f"a prompt of {len(text or '')} characters", f"At most {LONGEST_PROMPT}.")
+
+
+class Studio:
+    """One checkpoint, drawing for whoever asks, one request at a time."""
+
+    def __init__(self, checkpoint: str | None = None, device: str = "auto") -> None:
+        self.pipe = open_pipeline("LatentFlowPipeline", checkpoint, device)
+        self._turns = Turns()
+
+    # ---------------------------------------------------------------- what the page offers
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the checkpoint's classes, or their numbers where they have no names."""
+        count = self.pipe.transformer.config.get("num_classes") or 0
+        return list(self.pipe.labels) or [str(number) for number in range(count)]
+
+    @property
+    def inpainting_methods(self) -> list[str]:
+        """The default one first."""
+        from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
+
+        trained = ["trained"] if self.pipe.transformer.config.get("condition_channels") else []
+        return list(dict.fromkeys([*trained, DEFAULT_INPAINTING, *INPAINTING]))
+
+    @property
+    def editing_methods(self) -> list[str]:
+        """The default one first."""
+        from ..flow import EDITING
+
+        return [*(EDITING if self.pipe.takes_text or self.pipe.takes_classes else ()), ANEW]
+
+    def opened(self, upload: str) -> Image:
+        """An uploaded picture as upright RGB, shrunk if it is too large for the checkpoint.
+
+        Raises:
+            UserError: it cannot be read; the message names the file and not where the server keeps it.
+        """
+        try:
+            picture = read_picture(upload)
+        except UserError as error:
+            raise UserError(error.what.replace(upload, Path(upload).name), error.fix) from error
+        side = self.pipe.transformer.config.get("sample_size") or 64
+        trained = self.pipe.vae_scale_factor * (max(side) if isinstance(side, list | tuple) else side)
+        picture.thumbnail((LARGEST_PICTURE * trained, LARGEST_PICTURE * trained))
+        return picture
+
+    # ---------------------------------------------------------------- requests
+
+    def stop(self, owner: str) -> None:
+        """End what ``owner`` has waiting or running."""
+        self._turns.stop(owner)
+
+    def generate(self, owner: str, order: Order, progress: Progress) -> list[Image]:
+        """Pictures of words or a class alone."""
+        return self._draw("LatentFlowPipeline", owner, order, progress)
+
+    def inpaint(
+        self,
+        owner: str,
+        order: Order,
+        progress: Progress,
+        upload: str | None,
+        strokes: list[Image],
+        **settings: Any,
+    ) -> list[Image]:
+        """A picture with what was painted over drawn anew.
+
+        Args:
+            strokes: RGBA pictures of the canvas, opaque where it was painted over.
+            settings: of ``LatentFlowInpaintPipeline``.
+        """
+        picture = self._needed(upload)
+        mask = painted(strokes, picture.size)
+        if mask.getbbox() is None:
+            raise UserError("nothing is painted over", "Paint over the part that is to be drawn anew.")
+        kind = "LatentFlowInpaintPipeline"
+        return self._draw(kind, owner, order, progress, image=picture, mask_image=mask, **settings)
+
+    def edit(
+        self,
+        owner: str,
+        order: Order,
+        progress: Progress,
+        upload: str | None,
+        source: str,
+        method: str,
+        strength: float,
+    ) -> list[Image]:
+        """A picture changed by words, from what ``source`` says it shows, or drawn anew."""
+        picture = self._needed(upload)
+        settings: dict[str, Any] = {"image": picture, "strength": strength}
+        if method == ANEW:
+            return self._draw("LatentFlowImg2ImgPipeline", owner, order, progress, **settings)
+        if method == "inversion":  # draws no noise: more would be equal
+            order = replace(order, pictures=1)
+        if source:
+            shown = conditions(
+                self.pipe, (source,) if order.label is None else (), (source,) if order.label else ()
+            )
+            settings |= {f"source_{name}": value for name, value in shown[0].items()}
+        return self._draw("LatentFlowEditPipeline", owner, order, progress, method=method, **settings)
+
+    def _needed(self, upload: str | None) -> Image:
+        if upload is None:
+            raise UserError("there is no picture", "Drop one into the field, or take one that was generated.")
+        return self.opened(upload)
+
+    def _draw(self, kind: str, owner: str, order: Order, progress: Progress, **settings: Any) -> list[Image]:
+        import latentflow
+
+        order.check()
+        pipe = getattr(latentflow, kind).from_pipe(self.pipe)
+        pipe.set_progress_bar_config(disable=True)
+        shown = conditions(
+            pipe,
+            () if order.prompt is None else (order.prompt,),
+            (order.label,) if order.label else (),
+            order.negative or None,
+        )
+        with self._turns.take(owner, lambda ahead: progress(0, 1, f"Waiting, {ahead} ahead")) as turn:
+            return draw(
+                pipe,
+                shown * order.pictures,
+                order.seed,
+                num_inference_steps=order.steps,
+                guidance_scale=order.guidance,
+                solver=order.solver,
+                callback_on_step_end=_after_step(turn, progress),
+                **settings,
+            )
+
+
+def painted(strokes: list[Image], size: tuple[int, int]) -> Image:
+    """The mask (mode "L", white where any stroke is) of a picture of this size."""
+    from PIL import Image, ImageChops
+
+    mask = Image.new("L", size)
+    for stroke in strokes:
+        alpha = stroke.convert("RGBA").getchannel("A")
+        mask = ImageChops.lighter(mask, alpha.resize(size, Image.Resampling.BOX))
+    return mask.point(lambda level: 255 * (level >= 128))
+
+
+def _after_step(turn: Turn, progress: Progress) -> Callable[..., dict[str, Any]]:
+    def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        turn.check()
+        progress(i + 1, pipe.num_timesteps, "Drawing")
+        return {}
+
+    return after_step
