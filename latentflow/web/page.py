@@ -49,6 +49,12 @@ def build(studio: Studio) -> Any:
                 edit_of, edited = edit_tab(studio)
         for results in (generated, inpainted, edited):
             results.hand_on(tabs, {"inpaint": paint_on, "edit": edit_of})
+
+        def leave(request: gr.Request) -> None:  # the window is closed
+            for tab in ("generate", "inpaint", "edit"):
+                studio.stop(owner(request, tab))
+
+        page.unload(leave)
     page.queue(default_concurrency_limit=LONGEST_LINE, api_open=False)
     return page
 
@@ -234,6 +240,7 @@ class Results:
             label="Pictures",
             elem_id=f"{tab}-results",
             columns=3,
+            fit_columns=False,
             height=height,
             interactive=False,
             object_fit="contain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,18 @@ def test_what_it_refuses(
     with pytest.raises(UserError, match=message):
         program(*[{"CLASSES": str(class_folder)}.get(word, word) for word in arguments])
     assert sorted(Path().iterdir()) == before
+
+
+def test_the_code_of_the_page_on_editing_runs(
+    repository: Path, dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    Path("checkpoints/emoji-64").symlink_to(dit_folder)
+    for name in ("apple.png", "pear.png"):
+        Image.new("RGB", (64, 64), "red").save(name)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", (repository / "docs/editing.md").read_text(), re.DOTALL):
+        exec(compile(block, "editing.md", "exec"), names)
+    assert names["noise"].error.shape == (1,)
+    assert names["larger"].size == (64, 96)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from latentflow.errors import UserError
+from latentflow.flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 
 Inpaint = Callable[..., list[Path]]
 WIDTH, HEIGHT = 14, 10  # what neither autoencoder nor network divides
@@ -182,3 +184,13 @@ def test_a_photograph_is_a_mask_on_request(inpaint: Inpaint, dit_folder: Path) -
     bright = np.asarray(Image.open("in.png").convert("L")) >= 127.5
     changed = (pixels(path) != pixels("in.png")).any(-1)
     assert not changed[~bright].any() and changed[bright].any()
+
+
+def test_the_help_names_every_method(
+    load_program: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        load_program("inpaint").main(["--help"])
+    text = re.sub(r"[\s│]", "", capsys.readouterr().out)  # a name may be broken over two lines
+    assert [name for name in INPAINTING if name not in text] == []
+    assert f"else{DEFAULT_INPAINTING}" in text
