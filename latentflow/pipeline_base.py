@@ -515,7 +515,7 @@ class FlowPipeline(CheckpointPipeline):
             after_step: sees, and may replace, x after each step.
             strength: the part of the grid, counted from its end, that is followed: from t = 1 - strength on.
             x1: data; the start is the point t x1 + (1 - t) x0 of the path at the time t of the first step. None: x0.
-            sampler: in the place of ``integrate``, and of the scheduler.
+            sampler: in the place of ``integrate``, and of the scheduler; without a solver it takes its own.
         """
 
         def stepped(i: int, timestep: Tensor, y: Tensor) -> Tensor:
@@ -535,10 +535,11 @@ class FlowPipeline(CheckpointPipeline):
             times = time_grid(steps) if sigmas is None else border.times_from_sigmas(sigmas)
             times = last_part(times, strength)
             x = start(float(times[0]))
-            # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
-            usual = "exponential-adams" if self._prediction == "data" else "heun"
-            sampler = sampler or integrate
-            return self._follow_solver(sampler, velocity, x, times, solver or usual, generator, stepped)
+            if sampler is None:
+                # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
+                usual = "exponential-adams" if self._prediction == "data" else "heun"
+                sampler, solver = integrate, solver or usual
+            return self._follow_solver(sampler, velocity, x, times, solver, generator, stepped)
         except _Interrupted as interrupted:
             return interrupted.latents
 
@@ -561,7 +562,7 @@ class FlowPipeline(CheckpointPipeline):
         velocity: Velocity,
         x: Tensor,
         times: Tensor,
-        solver: str,
+        solver: str | None,
         generator: Generators | None,
         after_step: AfterStep,
     ) -> Tensor:

@@ -12,18 +12,11 @@ from . import diffusers_border as border
 from .autoencoder import latent_channels, latent_mask, mask_channels, masked_condition, masked_latents
 from .errors import UserError, lookup, unknown
 from .flow import SOLVERS, Velocity
+from .flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 from .pipeline_base import ClassLabels, FlowPipeline, Generators, Sampler, check_strength
 from .pipeline_call import RunningCall, StepCallback
 from .pipeline_images import Pictures, read_masks, read_pictures
 from .pipeline_windows import Painting, prepared
-
-try:
-    from .flow.inpainting import (  # type: ignore[import-not-found, unused-ignore]
-        DEFAULT_INPAINTING,
-        INPAINTING,
-    )
-except ImportError:  # until they land
-    DEFAULT_INPAINTING, INPAINTING = "replacement", {}
 
 TRAINED = "trained"
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from latentflow.models import Condition, DiT, encode_text, small_text_encoder, train_tokenizer
 from latentflow.pipeline import LatentFlowPipeline
+from latentflow.pipeline_img2img import LatentFlowImg2ImgPipeline
+from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
 
 CAPTIONS = ["a red apple", "a small blue hat", "green tree", "big yellow sun over a house"]
 NAMES = {0: "apple", 1: "hat", 2: "tree"}
@@ -24,6 +26,9 @@ class GaussianFlow(ModelMixin, ConfigMixin):
 
     The mean is the class's row, or the mean over a caption's tokens, or ``null`` for dropped rows. Guidance
     acts on the mean alone, so a guided flow ends at null + scale (mean - null) + SPREAD x0.
+
+    With ``condition_channels`` (of ``masked_condition`` for the tiny autoencoder) the mean of a cell that is kept
+    whole is its known latent, whether the row is dropped or not.
     """
 
     SPREAD = 0.5
@@ -35,6 +40,7 @@ class GaussianFlow(ModelMixin, ConfigMixin):
         sample_size: int = 4,
         num_classes: int | None = None,
         text_dim: int | None = None,
+        condition_channels: int = 0,
     ) -> None:
         super().__init__()
         self.means = nn.Parameter(torch.tensor([[1.0, -1.0], [3.0, 0.5], [-2.0, 2.0]]))
@@ -57,13 +63,21 @@ class GaussianFlow(ModelMixin, ConfigMixin):
     ) -> Tensor:
         self.calls.append((x.shape[0], float(t.flatten()[0]), x.dtype))
         m, t = self.mean(cond, x.shape[0])[:, :, None, None], t.view(-1, 1, 1, 1)
+        if cond is not None and cond.channels is not None:
+            m = torch.where(cond.channels[:, :4].amin(1, keepdim=True) > 0, cond.channels[:, 4:], m)
         variance = (t * self.SPREAD) ** 2 + (1 - t) ** 2
         velocity = m + (t * self.SPREAD**2 - (1 - t)) / variance * (x - t * m)
         return velocity.to(x.dtype)
 
     def end(self, mean: Tensor, x0: Tensor) -> Tensor:
         """Where the exact flow ends."""
-        return mean.view(-1, 2, 1, 1) + self.SPREAD * x0
+        mean = mean if mean.ndim == 4 else mean.view(-1, 2, 1, 1)
+        return mean + self.SPREAD * x0
+
+    def end_from(self, mean: Tensor, x: Tensor, t: float) -> Tensor:
+        """Where the exact flow ends that is at ``x`` at time ``t``."""
+        mean = mean if mean.ndim == 4 else mean.view(-1, 2, 1, 1)
+        return mean + self.SPREAD * (x - t * mean) / ((t * self.SPREAD) ** 2 + (1 - t) ** 2) ** 0.5
 
 
 def tiny_vae(**config: Any) -> AutoencoderKL:
@@ -148,6 +162,35 @@ def class_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def img2img_pipe() -> LatentFlowImg2ImgPipeline:
+    return quiet(LatentFlowImg2ImgPipeline(tiny_vae(), GaussianFlow(num_classes=3), id2label=NAMES))
+
+
+@pytest.fixture
+def inpaint_pipe() -> LatentFlowInpaintPipeline:
+    """Trained with masks."""
+    network = GaussianFlow(num_classes=3, condition_channels=6)
+    return quiet(LatentFlowInpaintPipeline(tiny_vae(), network, id2label=NAMES))
+
+
+@pytest.fixture
+def steered_pipe() -> LatentFlowInpaintPipeline:
+    """Not trained with masks."""
+    return quiet(LatentFlowInpaintPipeline(tiny_vae(), GaussianFlow(num_classes=3), id2label=NAMES))
+
+
+@pytest.fixture
+def pictures() -> Callable[..., Tensor]:
+    """Fixed random pictures (n, 3, height, width) in [0, 1], on the 8-bit grid."""
+
+    def draw(n: int = 1, height: int = 8, width: int = 8) -> Tensor:
+        generator = torch.Generator().manual_seed(4)
+        return torch.randint(0, 256, (n, 3, height, width), generator=generator).float() / 255.0
+
+    return draw
+
+
+@pytest.fixture
 def x0() -> Callable[[int], Tensor]:
     """Fixed noise, (n, 2, 4, 4)."""
     return lambda n: torch.randn(n, 2, 4, 4, generator=torch.Generator().manual_seed(3))
@@ -165,6 +208,6 @@ def text_mean() -> Callable[[LatentFlowPipeline, str], Tensor]:
     return mean
 
 
-def quiet(pipe: LatentFlowPipeline) -> LatentFlowPipeline:
+def quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -16,6 +16,8 @@ import latentflow
 from latentflow.errors import UserError
 from latentflow.models import MODELS
 from latentflow.pipeline import LatentFlowPipeline
+from latentflow.pipeline_img2img import LatentFlowImg2ImgPipeline
+from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
 
 SMALL: dict[str, dict[str, Any]] = {
     "dit": {"width": 16, "depth": 1, "heads": 2},
@@ -122,6 +124,33 @@ def test_from_pipe_shares_the_components(dit_folder: Path, captions: Any) -> Non
     other = LatentFlowPipeline.from_pipe(pipe)
     assert other.transformer is pipe.transformer
     assert np.array_equal(images(other), captions)
+
+
+KINDS = [LatentFlowPipeline, LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline]
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+def test_every_pipeline_from_every_other(first: Any, second: Any, dit_folder: Path, tmp_path: Path) -> None:
+    pipe = first.from_pretrained(dit_folder, coupling="data-dependent")
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    other = second.from_pipe(pipe)
+    assert type(other) is second
+    assert all(other.components[name] is part for name, part in pipe.components.items())
+    assert other.config.coupling == "data-dependent"
+    other.save_pretrained(tmp_path)
+    assert first.from_pretrained(tmp_path).config.coupling == "data-dependent"
+
+
+def test_stock_diffusers_finds_the_pipeline_of_a_task(dit_folder: Path) -> None:
+    latentflow.register_with_diffusers()
+    tasks = ("Text2Image", "Image2Image", "Inpainting")
+    for task, kind in zip(tasks, KINDS, strict=True):
+        auto = getattr(diffusers, f"AutoPipelineFor{task}")
+        assert type(auto.from_pretrained(dit_folder)) is kind
+        for other in KINDS:
+            assert type(auto.from_pipe(other.from_pretrained(dit_folder))) is kind
+        assert getattr(latentflow, kind.__name__) is getattr(diffusers, kind.__name__) is kind
 
 
 def test_optional_components_stay_away(dit_folder: Path, tmp_path: Path) -> None:

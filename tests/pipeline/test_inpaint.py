@@ -1,0 +1,571 @@
+"""Inpainting against closed forms: what the network is told, what is kept, and whose picture is whose."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3InpaintPipeline
+from PIL import Image
+from torch import Tensor
+
+import latentflow.pipeline_inpaint
+from latentflow.autoencoder import masked_latents
+from latentflow.errors import UserError
+from latentflow.flow import integrate
+from latentflow.flow.inpainting import DEFAULT_INPAINTING, INPAINTING
+from latentflow.pipeline import LatentFlowPipeline
+from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
+
+Noise = Callable[[int], Tensor]
+Pictures = Callable[..., Tensor]
+LATENT: dict[str, Any] = {"solver": "dopri5", "num_inference_steps": 10, "output_type": "latent"}
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def box(rows: slice, columns: slice, height: int = 8, width: int = 8) -> Tensor:
+    """(1, 1, H, W), 1 in the box."""
+    mask = torch.zeros(1, 1, height, width)
+    mask[..., rows, columns] = 1.0
+    return mask
+
+
+HALF = box(slice(None), slice(4, None))  # the right half: cells 2 and 3 of 4
+ODD = box(slice(2, 5), slice(3, 6))  # covers some cells in part
+
+
+def known_of(pipe: Any, pictures: Tensor, masks: Tensor) -> Tensor:
+    """Latents of the pictures with grey holes, written out for the tiny autoencoder."""
+    with torch.no_grad():
+        raw = pipe.vae.encode((2.0 * pictures - 1.0) * (1.0 - masks)).latent_dist.mean
+    mean, std = torch.tensor([0.3, -0.7]).view(1, 2, 1, 1), torch.tensor([1.5, 0.4]).view(1, 2, 1, 1)
+    return (raw - mean) / std
+
+
+def decoded(pipe: Any, latents: Tensor) -> Tensor:
+    with torch.no_grad():
+        return (pipe.decode_latents(latents) / 2 + 0.5).clamp(0, 1)
+
+
+# ------------------------------------------------------------------ what the network is told
+
+
+@pytest.mark.parametrize("mask", [HALF, ODD, box(slice(0, 2), slice(0, 8))])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_hole_follows_the_class_and_the_rest_what_is_known(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, mask: Tensor, scale: float
+) -> None:
+    out = inpaint_pipe(
+        image=pictures(), mask_image=mask, class_labels=2, guidance_scale=scale, latents=x0(1), **LATENT
+    ).images
+    network = inpaint_pipe.transformer
+    guided = network.null + scale * (network.means[2] - network.null)
+    hole = F.max_pool2d(mask, 2) > 0
+    # The known latents stay the mean of the kept cells at any guidance: both halves are told of them.
+    mean = torch.where(hole, guided.view(1, 2, 1, 1), known_of(inpaint_pipe, pictures(), mask))
+    close(out, network.end(mean, x0(1)))
+
+
+def test_a_checkpoint_without_other_conditions(pictures: Pictures, x0: Noise, inpaint_pipe: Any) -> None:
+    network = type(inpaint_pipe.transformer)(condition_channels=6)
+    pipe = LatentFlowInpaintPipeline(inpaint_pipe.vae, network)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(image=pictures(), mask_image=HALF, latents=x0(1), **LATENT).images
+    mean = torch.where(
+        F.max_pool2d(HALF, 2) > 0, network.null.view(1, 2, 1, 1), known_of(pipe, pictures(), HALF)
+    )
+    close(out, network.end(mean, x0(1)))
+    assert {rows for rows, _, _ in network.calls} == {1}  # nothing to guide
+
+
+def test_a_soft_mask_is_a_hole_from_one_half_on(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+) -> None:
+    call: dict[str, Any] = {"image": pictures(), "class_labels": 0, "latents": x0(1), **LATENT}
+    soft = torch.where(HALF > 0, 0.5, 0.49)
+    assert torch.equal(
+        inpaint_pipe(mask_image=soft, **call).images, inpaint_pipe(mask_image=HALF, **call).images
+    )
+
+
+def test_given_latents_stand_for_the_masked_picture(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+) -> None:
+    call: dict[str, Any] = {
+        "image": pictures(),
+        "mask_image": HALF,
+        "class_labels": 0,
+        "latents": x0(1),
+        **LATENT,
+    }
+    same = inpaint_pipe(masked_image_latents=known_of(inpaint_pipe, pictures(), HALF), **call).images
+    close(same, inpaint_pipe(**call).images)
+    other = inpaint_pipe(masked_image_latents=torch.full((1, 2, 4, 4), 2.0), **call).images
+    close(other[..., :2], 2.0 + 0.5 * x0(1)[..., :2])
+    with pytest.raises(
+        UserError, match=r"masked_image_latents have shape \(1, 2, 3, 3\)\nFor .* \(1, 2, 4, 4\)"
+    ):
+        inpaint_pipe(masked_image_latents=torch.zeros(1, 2, 3, 3), **call)
+
+
+def test_what_lies_in_the_hole_changes_nothing(
+    inpaint_pipe: LatentFlowInpaintPipeline,
+    steered_pipe: LatentFlowInpaintPipeline,
+    pictures: Pictures,
+    x0: Noise,
+) -> None:
+    other = torch.where(ODD > 0, 1.0 - pictures(), pictures())
+    call: dict[str, Any] = {"mask_image": ODD, "class_labels": 0, "latents": x0(1), "num_inference_steps": 3}
+    for pipe, method in ((inpaint_pipe, "trained"), (steered_pipe, "replacement")):
+        results = [
+            pipe(
+                image=picture,
+                method=method,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+                **call,
+            )
+            for picture in (pictures(), other)
+        ]
+        assert torch.equal(results[0].images, results[1].images)
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (3, 5)])
+def test_kept_pixels_are_the_pictures_and_soft_ones_blend(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, size: tuple[int, int]
+) -> None:
+    own = pictures(1, *size)
+    mask = torch.linspace(0.0, 1.0, size[0] * size[1]).view(1, 1, *size)
+    mask[..., :2] = 0.0
+    mask[..., -1] = 1.0
+    canvas = (-(-size[0] // 2), -(-size[1] // 2))
+    noise = torch.randn(1, 2, *canvas, generator=torch.Generator().manual_seed(5))
+    call: dict[str, Any] = {"class_labels": 0, "latents": noise, "num_inference_steps": 3}
+    out = inpaint_pipe(image=own, mask_image=mask, output_type="pt", **call).images
+    # By hand: the edge is repeated to the right and below, of the mask as well; what is drawn there is cut off.
+    missing = (0, size[1] % 2, 0, size[0] % 2)
+    padded, holes = (
+        F.pad(own, missing, mode="replicate"),
+        F.pad((mask >= 0.5).float(), missing, mode="replicate"),
+    )
+    drawn = decoded(
+        inpaint_pipe, inpaint_pipe(image=padded, mask_image=holes, output_type="latent", **call).images
+    )
+    drawn = drawn[..., : size[0], : size[1]]
+    assert out.shape == own.shape
+    close(out, mask * drawn + (1 - mask) * own, 1e-6)
+    kept = (mask == 0).expand_as(own)
+    assert torch.equal(out[kept], own[kept])
+    array = inpaint_pipe(image=own, mask_image=mask, output_type="np", **call).images
+    picture = inpaint_pipe(image=own, mask_image=mask, **call).images[0]
+    assert np.array_equal(array[0], out[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(np.asarray(picture), (array[0] * 255).round().astype(np.uint8))
+
+
+def test_feather_blends_outside_of_the_hole_and_no_farther_than_it_says(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures
+) -> None:
+    mask, own = box(slice(6, 10), slice(6, 10), 16, 16), pictures(1, 16, 16)
+    call: dict[str, Any] = {"image": own, "mask_image": mask, "class_labels": 0, "output_type": "pt"}
+
+    def draw(feather: float) -> Tensor:
+        return inpaint_pipe(
+            feather=feather, num_inference_steps=2, generator=torch.Generator().manual_seed(6), **call
+        ).images
+
+    sharp, soft = draw(0), draw(3)
+    assert torch.equal(soft[..., 6:10, 6:10], sharp[..., 6:10, 6:10])
+    changed = (soft != own).any(1)[0]
+    assert not changed[:3].any()
+    assert not changed[13:].any()
+    assert not changed[:, :3].any()
+    assert not changed[:, 13:].any()
+    assert changed[3, 8]
+    assert changed[8, 12]
+    # One pixel out of the hole the new picture counts 3/4, two out 1/2, three out 1/4.
+    ratio = (soft - own)[0, :, 8, 10:13] / (draw(1e6) - own)[0, :, 8, 10:13]
+    close(ratio.median(0).values, torch.tensor([0.75, 0.5, 0.25]), 1e-3)
+
+
+def test_a_black_mask_returns_the_picture_and_says_so(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        out = inpaint_pipe(
+            image=pictures(), mask_image=torch.full((8, 8), 0.4), class_labels=0, output_type="pt"
+        )
+    assert torch.equal(out.images, pictures())
+    assert "keeps every pixel" in caplog.text
+    assert not inpaint_pipe.transformer.calls
+    masks = torch.cat([HALF, 0.4 * HALF])
+    some = inpaint_pipe(image=pictures(2), mask_image=masks, class_labels=0, output_type="pt").images
+    assert "of picture 1 keeps" in caplog.text
+    assert torch.equal(some[1], pictures(2)[1])
+    assert not torch.equal(some[0], pictures(2)[0])
+
+
+def test_a_white_mask_is_generation(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+) -> None:
+    call: dict[str, Any] = {"class_labels": 1, "latents": x0(1), "output_type": "pt"}
+    out = inpaint_pipe(image=pictures(), mask_image=torch.ones(8, 8), **call).images
+    plain = LatentFlowPipeline(**inpaint_pipe.components)
+    plain.set_progress_bar_config(disable=True)
+    close(out, plain(**call).images, 1e-6)
+
+
+# ------------------------------------------------------------------ strength, methods
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75])
+def test_strength_starts_from_the_whole_picture(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, strength: float
+) -> None:
+    out = inpaint_pipe(
+        image=pictures(), mask_image=HALF, class_labels=0, strength=strength, guidance_scale=1.0,
+        latents=x0(1), **LATENT,
+    ).images  # fmt: skip
+    network, t = inpaint_pipe.transformer, 1.0 - strength
+    known = known_of(inpaint_pipe, pictures(), HALF)
+    mean = torch.where(F.max_pool2d(HALF, 2) > 0, network.means[0].view(1, 2, 1, 1), known)
+    start = t * known_of(inpaint_pipe, pictures(), torch.zeros(1)) + (1.0 - t) * x0(1)
+    close(out, network.end_from(mean, start, t))
+
+
+def test_strength_zero_is_the_very_picture(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures
+) -> None:
+    levels = (pictures(1, 7, 9)[0].permute(1, 2, 0) * 255).byte().numpy()
+    mask = Image.new("L", (9, 7), 255)
+    out = inpaint_pipe(image=Image.fromarray(levels), mask_image=mask, class_labels=0, strength=0.0).images[0]
+    assert np.array_equal(np.asarray(out), levels)
+
+
+def test_the_data_dependent_source_is_the_known_part_with_noise_in_the_hole(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+) -> None:
+    pipe = LatentFlowInpaintPipeline(**inpaint_pipe.components, coupling="data-dependent")
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"image": pictures(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
+    out = pipe(guidance_scale=1.0, **call, **LATENT).images
+    network, hole = pipe.transformer, F.max_pool2d(ODD, 2) > 0
+    known = known_of(pipe, pictures(), ODD)
+    mean = torch.where(hole, network.means[0].view(1, 2, 1, 1), known)
+    close(out, network.end(mean, torch.where(hole, x0(1), known)))
+    with pytest.raises(UserError, match="ddpm draws noise"):
+        pipe(solver="ddpm", **call)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler draws noise"):
+        pipe(**call)
+    assert inpaint_pipe(solver="ddpm", **call).images  # where the source is noise it is right
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_method_gets_the_noise_what_is_known_and_the_grid(
+    steered_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, monkeypatch: Any, strength: float
+) -> None:
+    given: dict[str, Any] = {}
+
+    def method(
+        velocity: Any, x: Tensor, known: Tensor, mask: Tensor, times: Tensor, **options: Any
+    ) -> Tensor:
+        given.update(x=x, known=known, mask=mask, times=times, **options)
+        options["solver"] = options["solver"] or "euler"
+        return integrate(velocity, x, times, **options)
+
+    monkeypatch.setitem(latentflow.pipeline_inpaint.INPAINTING, "mine", method)
+    steered_pipe.scheduler = FlowMatchEulerDiscreteScheduler()  # which does not steer
+    seen: list[float] = []
+    generator = torch.Generator()
+    call: dict[str, Any] = {"image": pictures(), "mask_image": ODD, "class_labels": 0, "strength": strength}
+    steered_pipe(
+        **call, method="mine", latents=x0(1), num_inference_steps=4, generator=generator,
+        callback_on_step_end=lambda p, i, t, k: seen.append(float(t)),
+    )  # fmt: skip
+    whole = known_of(steered_pipe, pictures(), torch.zeros(1))
+    close(given["x"], x0(1) if strength == 1.0 else 0.5 * whole + 0.5 * x0(1), 1e-5)
+    close(given["known"], masked_latents(steered_pipe.vae, 2 * pictures() - 1, ODD).detach(), 1e-5)
+    assert torch.equal(given["mask"], F.max_pool2d(ODD, 2))
+    assert given["solver"] is None
+    assert given["generator"] is generator
+    assert seen == [1000.0, 750.0, 500.0, 250.0][0 if strength == 1.0 else 2 :]
+    assert given["times"].tolist() == [0.0, 0.25, 0.5, 0.75, 1.0][0 if strength == 1.0 else 2 :]
+
+
+@pytest.mark.parametrize("method", [None, *INPAINTING])
+def test_every_method_keeps_what_is_kept(
+    steered_pipe: LatentFlowInpaintPipeline, pictures: Pictures, method: str | None
+) -> None:
+    def seeds(*numbers: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(number) for number in numbers]
+
+    call: dict[str, Any] = {
+        "mask_image": ODD,
+        "method": method,
+        "num_inference_steps": 3,
+        "output_type": "pt",
+    }
+    out = steered_pipe(image=pictures(2), class_labels=[0, 1], generator=seeds(1, 2), **call).images
+    kept = (ODD == 0).expand_as(out)
+    assert torch.equal(out[kept], pictures(2)[kept])
+    assert not torch.equal(out, pictures(2))
+    alone = steered_pipe(image=pictures(2)[1:], class_labels=1, generator=seeds(2), **call).images
+    close(out[1:], alone, 1e-4)
+
+
+def test_without_a_name_the_method_is_what_the_checkpoint_was_trained_for(
+    inpaint_pipe: LatentFlowInpaintPipeline, steered_pipe: LatentFlowInpaintPipeline, pictures: Pictures
+) -> None:
+    call: dict[str, Any] = {
+        "image": pictures(),
+        "mask_image": ODD,
+        "class_labels": 0,
+        "num_inference_steps": 3,
+    }
+    for pipe, name in ((inpaint_pipe, "trained"), (steered_pipe, DEFAULT_INPAINTING)):
+        both = [
+            pipe(method=method, generator=torch.Generator().manual_seed(1), output_type="pt", **call).images
+            for method in (None, name)
+        ]
+        assert torch.equal(*both)
+
+
+# ------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "labels", "rows"),
+    [(1, 1, [0, 1], ([0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1])), (2, 1, [2], ([0, 0, 1, 1], [0] * 4, [2] * 4)),
+     (1, 2, [2], ([0] * 4, [0, 0, 1, 1], [2] * 4)), (2, 2, [0, 1], ([0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]))],
+)  # fmt: skip
+def test_whose_picture_mask_and_class_a_row_has(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, images: int, masks: int, labels: Any,
+    rows: Any,
+) -> None:  # fmt: skip
+    holes = torch.cat([HALF, ODD])
+    call: dict[str, Any] = {"guidance_scale": 2.0, "num_images_per_prompt": 2, "num_inference_steps": 3}
+    out = inpaint_pipe(
+        image=pictures(2)[:images], mask_image=holes[:masks], class_labels=labels, latents=x0(4),
+        output_type="pt", **call,
+    ).images  # fmt: skip
+    for row, (picture, mask, label) in enumerate(zip(*rows, strict=True)):
+        alone = inpaint_pipe(
+            image=pictures(2)[picture : picture + 1], mask_image=holes[mask : mask + 1], class_labels=label,
+            latents=x0(4)[row : row + 1], output_type="pt", **call | {"num_images_per_prompt": 1},
+        ).images  # fmt: skip
+        close(out[row : row + 1], alone, 1e-5)
+
+
+def test_a_generator_decides_its_own_image_alone(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures
+) -> None:
+    def seeds(*numbers: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(number) for number in numbers]
+
+    call: dict[str, Any] = {
+        "mask_image": HALF,
+        "num_inference_steps": 3,
+        "output_type": "pt",
+        "solver": "ddpm",
+    }
+    together = inpaint_pipe(image=pictures(2), class_labels=[0, 1], generator=seeds(5, 6), **call).images
+    alone = inpaint_pipe(image=pictures(2)[1:], class_labels=1, generator=seeds(6), **call).images
+    close(together[1:], alone, 1e-5)
+
+
+# ------------------------------------------------------------------ large pictures
+
+
+def test_padding_mask_crop_draws_around_the_hole(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+) -> None:
+    own, mask = pictures(1, 20, 30), box(slice(9, 13), slice(15, 19), 20, 30)
+    call: dict[str, Any] = {
+        "class_labels": 0,
+        "latents": x0(1),
+        "num_inference_steps": 3,
+        "output_type": "pt",
+    }
+    out = inpaint_pipe(image=own, mask_image=mask, padding_mask_crop=2, **call).images
+    # 2 pixels around it the hole is as large as the network draws, 8 x 8: nothing is resized.
+    part = (..., slice(7, 15), slice(13, 21))
+    expected = own.clone()
+    expected[part] = inpaint_pipe(image=own[part], mask_image=mask[part], **call).images
+    close(out, expected, 1e-6)
+    assert torch.equal(out[(mask == 0).expand_as(out)], own[(mask == 0).expand_as(out)])
+
+
+@pytest.mark.parametrize("size", [(50, 40), (9, 31), (5, 4)])
+def test_padding_mask_crop_at_other_scales(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, size: tuple[int, int]
+) -> None:
+    own = pictures(2, *size)
+    masks = torch.cat([box(slice(0, 3), slice(1, 4), *size), box(slice(-3, None), slice(-2, None), *size)])
+    drawn: list[torch.Size] = []
+    out = inpaint_pipe(
+        image=own, mask_image=masks, padding_mask_crop=1, class_labels=0, num_inference_steps=2, output_type="pt",
+        callback_on_step_end=lambda p, i, t, k: drawn.append(k["latents"].shape),
+    ).images  # fmt: skip
+    assert set(drawn) == {(2, 2, 4, 4)}  # as trained
+    holes = masks.expand_as(own) > 0
+    assert torch.equal(out[~holes], own[~holes])
+    assert (out != own)[holes].float().mean() > 0.9
+
+
+def test_an_outpainted_picture_keeps_the_old_one(inpaint_pipe: LatentFlowInpaintPipeline) -> None:
+    from latentflow import expand_canvas
+
+    levels = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    picture, mask = expand_canvas(Image.fromarray(levels), left=3, bottom=5)
+    assert picture.size == mask.size == (10, 11)
+    out = np.asarray(
+        inpaint_pipe(image=picture, mask_image=mask, class_labels=0, num_inference_steps=2).images[0]
+    )
+    assert np.array_equal(out[:6, 3:], levels)
+    assert np.asarray(mask).sum() == 255 * (110 - 42)
+    with pytest.raises(UserError, match="cannot add 0, -1, 0, 0"):
+        expand_canvas(picture, top=-1)
+
+
+# ------------------------------------------------------------------ masks of all kinds
+
+
+def test_masks_in_all_their_forms(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+) -> None:
+    call: dict[str, Any] = {
+        "image": pictures(),
+        "class_labels": 0,
+        "latents": x0(1),
+        "num_inference_steps": 2,
+    }
+    call["output_type"] = "pt"
+    expected = inpaint_pipe(mask_image=ODD, **call).images
+    array = ODD[0, 0].numpy()
+    picture = Image.fromarray((array * 255).astype(np.uint8))
+    forms: list[Any] = [
+        ODD[0, 0],
+        ODD[0],
+        [ODD],
+        ODD > 0,
+        array,
+        array[None],
+        array[..., None],
+        array[None, ..., None],
+    ]
+    forms += [picture, [picture], picture.convert("1"), picture.convert("RGB"), picture.convert("I;16")]
+    for mask in forms:
+        assert torch.equal(inpaint_pipe(mask_image=mask, **call).images, expected)
+
+
+@pytest.mark.parametrize("form", ["pil", "np", "pt"])
+def test_a_mask_of_another_size_is_resized_and_says_so(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = box(slice(1, 3), slice(2, 4), 4, 4)
+    array = small[0, 0].numpy()
+    mask = {"pil": Image.fromarray((array * 255).astype(np.uint8)), "np": array, "pt": small}[form]
+    call: dict[str, Any] = {
+        "image": pictures(),
+        "class_labels": 0,
+        "num_inference_steps": 2,
+        "output_type": "pt",
+    }
+    with caplog.at_level(logging.WARNING):
+        out = inpaint_pipe(mask_image=mask, **call).images
+    changed = (out != pictures()).any(1)[0]
+    assert changed[2:6, 4:8].all()
+    assert changed.sum() == 16
+    assert "4 x 4, the picture 8 x 8: resized to the nearest pixel" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"mask_image": None}, "mask_image is NoneType"),
+        ({"mask_image": torch.full((8, 8), 255.0)}, "mask_image has values from 255.*\nDivide by 255"),
+        ({"mask_image": torch.full((8, 8), -1.0)}, "mask_image has values from -1"),
+        (
+            {"mask_image": np.ones((8, 8, 3), np.float32)[None]},
+            r"mask_image has shape \(1, 8, 8, 3\)\nPass one chan",
+        ),
+        ({"mask_image": torch.ones(1, 3, 8, 8)}, r"mask_image has shape \(1, 3, 8, 8\)"),
+        ({"mask_image": Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3) * 5)}, "not a mask"),
+        ({"mask_image": torch.ones(3, 8, 8)}, "3 masks for 2 pictures"),
+        ({"class_labels": [0, 1, 2]}, "3 prompts or classes for 2 pictures"),
+        (
+            {"class_labels": None, "prompt": "a hat"},
+            "does not take prompt\nIt takes class_labels: apple, hat, tree",
+        ),
+        ({"strength": 1.01}, "strength is 1.01"),
+        ({"method": "replacment"}, "did you mean 'replacement'"),
+        ({"method": "traind"}, "did you mean 'trained'"),
+        ({"feather": -1}, "feather is -1"),
+        ({"padding_mask_crop": -1}, "padding_mask_crop is -1"),
+        ({"solver": "huen"}, "did you mean 'heun'"),
+        ({"generator": [torch.Generator()]}, "1 generators for 2 images"),
+    ],
+)
+def test_what_is_refused(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, call: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        inpaint_pipe(**{"image": pictures(2), "mask_image": HALF, "class_labels": 0} | call)
+
+
+def test_the_trained_method_needs_a_checkpoint_trained_with_masks(
+    steered_pipe: LatentFlowInpaintPipeline, pictures: Pictures
+) -> None:
+    with pytest.raises(UserError, match=r"not trained with masks.*\n.*replacement"):
+        steered_pipe(image=pictures(), mask_image=HALF, class_labels=0, method="trained")
+
+
+# ------------------------------------------------------------------ diffusers' conventions
+
+
+def test_arguments_stand_where_diffusers_has_them() -> None:
+    def names(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    ours, theirs = names(LatentFlowInpaintPipeline.__call__), names(StableDiffusion3InpaintPipeline.__call__)
+    shared = [name for name in ours if name in theirs]
+    assert shared == [name for name in theirs if name in ours]
+    assert {"prompt", "image", "mask_image", "strength", "guidance_scale", "generator"} <= set(shared)
+
+
+def test_callbacks_and_interruption(inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures) -> None:
+    bars: list[int] = []
+    inpaint_pipe.progress_bar = lambda steps: bars.append(len(steps)) or steps
+
+    def stop(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._interrupt = i == 1
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    call: dict[str, Any] = {
+        "image": pictures(),
+        "mask_image": HALF,
+        "class_labels": 0,
+        "num_inference_steps": 4,
+    }
+    out = inpaint_pipe(callback_on_step_end=stop, output_type="pt", **call).images
+    assert bars == [4]
+    close(out[..., 4:], decoded(inpaint_pipe, torch.zeros(1, 2, 4, 4))[..., 4:], 1e-6)
+    assert torch.equal(out[..., :4], pictures()[..., :4])
+    hooked = LatentFlowInpaintPipeline(**inpaint_pipe.components)
+    hooked.set_progress_bar_config(disable=True)
+    hooked.enable_model_cpu_offload(device="cpu")
+    hooks = list(hooked._all_hooks)
+    assert hooked(**call).images[0].size == (8, 8)
+    assert all(hook not in hooked._all_hooks for hook in hooks)
