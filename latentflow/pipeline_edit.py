@@ -283,8 +283,11 @@ class LatentFlowEditPipeline(FlowPipeline):
             size = self._size(height, width, None)
             noise = self._drawn_ends(size, generator)
         else:
+            pictures = read_pictures(image, height, width)
+            if len(pictures) != 2:
+                raise UserError(f"{len(pictures)} pictures to interpolate between", "Pass [first, last].")
             inversion = self.invert(
-                image,
+                pictures,
                 prompts,
                 num_inference_steps,
                 guidance_scale,
@@ -293,12 +296,8 @@ class LatentFlowEditPipeline(FlowPipeline):
                 solver,
                 measure=False,
                 max_sequence_length=max_sequence_length,
-                height=height,
-                width=width,
             )
             noise, size = inversion.latents, inversion.size
-            if len(noise) != 2:
-                raise UserError(f"{len(noise)} pictures to interpolate between", "Pass [first, last].")
         # 2. The two conditions, each for all frames
         first, last = (
             self._start(

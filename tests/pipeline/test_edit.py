@@ -1,0 +1,383 @@
+"""Editing against closed forms: of the stub's Gaussians every method moves a picture by the difference of the means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentflow.errors import UserError
+from latentflow.flow import EDITING, slerp
+from latentflow.pipeline import LatentFlowPipeline
+from latentflow.pipeline_edit import LatentFlowEditPipeline
+
+Noise = Callable[[int], Tensor]
+Mean = Callable[..., Tensor]
+LATENT: dict[str, Any] = {"output_type": "latent", "solver": "rk4"}
+APPLE, TREE, HAT = "a red apple", "green tree", "a small blue hat"
+
+
+@pytest.fixture
+def pictures() -> Tensor:
+    """(2, 3, 8, 8) in [0, 1]."""
+    return torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def editor(pipe: LatentFlowPipeline) -> LatentFlowEditPipeline:
+    # from_pipe hands over our own networks only, which the stub is not.
+    edit = LatentFlowEditPipeline(**pipe.components, id2label=pipe.config.id2label)
+    edit.set_progress_bar_config(disable=True)
+    return edit
+
+
+def latents_of(pipe: Any, pictures: Tensor) -> Tensor:
+    with torch.no_grad():
+        latents: Tensor = pipe.encode_images(2 * pictures - 1)
+    return latents
+
+
+def share(strength: float, spread: float = 0.5) -> float:
+    """How much of the difference of the means an edit makes; see ``latentflow.flow.editing``."""
+    start = 1 - strength
+    return 1 - start * spread / math.sqrt((start * spread) ** 2 + (1 - start) ** 2)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-3) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+# ------------------------------------------------------------------ edits
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("method", EDITING)
+def test_words_move_a_picture_by_the_difference_of_their_means(
+    method: str, strength: float, text_pipe: LatentFlowPipeline, pictures: Tensor, text_mean: Mean
+) -> None:
+    means = {text: text_mean(text_pipe, text) for text in (APPLE, TREE, HAT)}
+    edit = editor(text_pipe)
+    out = edit(
+        [TREE, HAT],
+        pictures,
+        [APPLE, TREE],
+        method,
+        strength,
+        guidance_scale=1.0,
+        num_images_per_prompt=2,
+        **LATENT,
+    ).images
+    moved = torch.stack([means[TREE] - means[APPLE], means[HAT] - means[TREE]])
+    expected = latents_of(edit, pictures) + share(strength) * moved[:, :, None, None]
+    close(out, expected.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("method", EDITING)
+def test_each_side_has_its_own_guidance_and_the_target_its_negative_prompt(
+    method: str, text_pipe: LatentFlowPipeline, pictures: Tensor, text_mean: Mean
+) -> None:
+    edit, null = editor(text_pipe), text_pipe.transformer.null
+    scales = {"guidance_scale": 3.0, "source_guidance_scale": 2.0}
+    out = edit(TREE, pictures, APPLE, method, 1.0, negative_prompt=HAT, **scales, **LATENT).images
+    target = text_mean(edit, HAT) + 3.0 * (text_mean(edit, TREE) - text_mean(edit, HAT))
+    source = null + 2.0 * (text_mean(edit, APPLE) - null)
+    close(out, latents_of(edit, pictures) + (target - source)[:, None, None])
+
+
+@pytest.mark.parametrize("method", EDITING)
+def test_without_a_source_the_edit_leads_from_the_null(
+    method: str,
+    text_pipe: LatentFlowPipeline,
+    class_pipe: LatentFlowPipeline,
+    pictures: Tensor,
+    text_mean: Mean,
+) -> None:
+    for pipe, target in ((text_pipe, {"prompt": TREE}), (class_pipe, {"class_labels": "tree"})):
+        edit = editor(pipe)
+        out = edit(**target, image=pictures, method=method, strength=1.0, guidance_scale=1.0, **LATENT).images
+        end = text_mean(edit, TREE) if pipe is text_pipe else pipe.transformer.means[2]
+        close(out, latents_of(edit, pictures) + (end - pipe.transformer.null)[:, None, None])
+
+
+@pytest.mark.parametrize("method", EDITING)
+def test_classes_edit_too(method: str, class_pipe: LatentFlowPipeline, pictures: Tensor) -> None:
+    edit, means = editor(class_pipe), class_pipe.transformer.means
+    out = edit(
+        image=pictures[:1],
+        class_labels=["hat", 2],
+        source_class_labels="apple",
+        method=method,
+        strength=1.0,
+        guidance_scale=1.0,
+        **LATENT,
+    ).images
+    close(out, latents_of(edit, pictures[:1]) + (means[[1, 2]] - means[0])[:, :, None, None])
+
+
+@pytest.mark.parametrize("method", EDITING)
+def test_strength_zero_is_the_picture_through_the_autoencoder(
+    method: str, text_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    edit = editor(text_pipe)
+    out = edit(TREE, pictures, APPLE, method, 0.0, output_type="pt").images
+    close(out, (edit.decode_latents(latents_of(edit, pictures)).detach() / 2 + 0.5).clamp(0, 1), 1e-6)
+    assert not text_pipe.transformer.calls
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 3)])
+def test_the_result_has_the_picture_s_size(text_pipe: LatentFlowPipeline, size: tuple[int, int]) -> None:
+    edit = editor(text_pipe)
+    out = edit(TREE, Image.new("RGBA", (size[1], size[0])), APPLE, num_inference_steps=2).images
+    assert [image.size for image in out] == [(size[1], size[0])]
+
+
+def test_solver_steps_and_settings_reach_the_method(text_pipe: LatentFlowPipeline, pictures: Tensor) -> None:
+    edit = editor(text_pipe)
+
+    def evaluations(**settings: Any) -> int:
+        text_pipe.transformer.calls.clear()
+        edit(
+            TREE, pictures, APPLE, num_inference_steps=4, guidance_scale=1.0, output_type="latent", **settings
+        )
+        return len(text_pipe.transformer.calls)
+
+    assert evaluations(strength=1.0) == 2 * 4
+    assert evaluations(strength=0.5) == 2 * 2
+    assert evaluations(strength=1.0, solver="heun") == 2 * 8
+    assert evaluations(strength=1.0, draws=3) == 2 * 12
+    assert evaluations(strength=1.0, plain_from=0.5) == 2 * 2 + 2
+    assert evaluations(strength=1.0, method="inversion") == 2 * 8
+    assert evaluations(strength=1.0, method="inversion", solver="euler") == 2 * 4
+
+
+def test_an_image_depends_on_its_own_generator_alone(
+    assemble: Callable[[Any], LatentFlowPipeline], pictures: Tensor
+) -> None:
+    from .conftest import tiny_dit
+
+    edit = editor(assemble(tiny_dit(text_dim=16)))
+
+    def call(prompt: list[str], images: Tensor, generators: list[torch.Generator]) -> Tensor:
+        settings: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
+        out: Tensor = edit(prompt, images, APPLE, generator=generators, **settings).images
+        return out
+
+    both = call([TREE, HAT], pictures, seeds(1, 2))
+    close(call([HAT], pictures[1:], seeds(2)), both[1:], 1e-5)
+    assert torch.equal(call([TREE, HAT], pictures, seeds(1, 2)), both)
+    assert (call([TREE, HAT], pictures, seeds(1, 3))[1] - both[1]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------ callbacks
+
+
+@pytest.mark.parametrize("method", EDITING)
+def test_callbacks_see_each_step_where_it_began(
+    method: str, text_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    seen: list[tuple[int, float, float]] = []
+
+    def callback(pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert set(tensors) == {"latents", "prediction"} and tensors["latents"].shape == (2, 2, 4, 4)
+        seen.append((i, round(float(timestep)), pipe.guidance_scale))
+        return {"latents": torch.full_like(tensors["latents"], 9.0)} if i == pipe.num_timesteps - 1 else {}
+
+    out = editor(text_pipe)(
+        TREE,
+        pictures,
+        APPLE,
+        method,
+        0.5,
+        4,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "prediction"],
+        output_type="latent",
+    ).images
+    begins = [500, 250] if method == "flowedit" else [0, 250, 500, 250]
+    assert seen == [(i, t, 2.0) for i, t in enumerate(begins)]
+    assert bool((out == 9.0).all())
+
+
+@pytest.mark.parametrize("method", EDITING)
+def test_an_interrupted_edit_stops_there(
+    method: str, text_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    steps = []
+
+    def callback(pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
+        steps.append(tensors["latents"])
+        pipe._interrupt = i == 1
+
+    edit = editor(text_pipe)
+    out = edit(TREE, pictures, APPLE, method, callback_on_step_end=callback, output_type="latent").images
+    assert len(steps) == 2 and torch.equal(out, steps[-1])
+
+
+# ------------------------------------------------------------------ inversion
+
+
+def test_inversion_finds_the_noise_that_makes_the_picture(
+    text_pipe: LatentFlowPipeline, pictures: Tensor, text_mean: Mean
+) -> None:
+    edit = editor(text_pipe)
+    inversion = edit.invert(pictures, [APPLE, TREE], 20, solver="rk4")
+    means = torch.stack([text_mean(edit, APPLE), text_mean(edit, TREE)])[:, :, None, None]
+    x1 = latents_of(edit, pictures)
+    close(inversion.latents, (x1 - means) / 0.5)
+    again = text_pipe(
+        [APPLE, TREE],
+        latents=inversion.latents,
+        guidance_scale=1.0,
+        num_inference_steps=20,
+        **LATENT,
+    ).images
+    assert inversion.error is not None and inversion.error.shape == (2,)
+    close(inversion.error, (again - x1).square().mean((1, 2, 3)).sqrt(), 1e-6)
+    assert inversion.size == (8, 8)
+
+
+def test_the_error_of_the_round_trip_falls_with_the_solver_s_order(
+    text_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    edit = editor(text_pipe)
+    errors = [edit.invert(pictures, APPLE, steps, solver="euler").error for steps in (40, 80)]
+    assert all(error is not None for error in errors)
+    assert math.log2(float(errors[0].mean() / errors[1].mean())) == pytest.approx(1.0, abs=0.15)
+    assert edit.invert(pictures, APPLE, 4, measure=False).error is None
+
+
+def test_inversion_needs_no_condition(
+    class_pipe: LatentFlowPipeline, plain_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    for pipe in (class_pipe, plain_pipe):
+        edit, network = editor(pipe), pipe.transformer
+        noise = edit.invert(pictures, num_inference_steps=20, solver="rk4").latents
+        close(noise, (latents_of(edit, pictures) - network.null[:, None, None]) / 0.5)
+    guided = editor(class_pipe).invert(pictures, "", 20, 3.0, class_labels="hat", solver="rk4").latents
+    network = class_pipe.transformer
+    mean = network.null + 3.0 * (network.means[1] - network.null)
+    close(guided, (latents_of(class_pipe, pictures) - mean[:, None, None]) / 0.5)
+
+
+# ------------------------------------------------------------------ interpolation
+
+
+def test_between_two_pictures_noise_takes_the_arc_and_the_mean_the_line(
+    text_pipe: LatentFlowPipeline, pictures: Tensor, text_mean: Mean
+) -> None:
+    edit = editor(text_pipe)
+    texts = [APPLE, "big yellow sun over a house"]  # of different lengths
+    out = edit.interpolate(texts, list(pictures), 5, 20, **LATENT).images
+    means = [text_mean(edit, text)[:, None, None] for text in texts]
+    x1 = latents_of(edit, pictures)
+    noise = [(x - mean) / 0.5 for x, mean in zip(x1, means, strict=True)]
+    for frame, s in zip(out, (0.0, 0.25, 0.5, 0.75, 1.0), strict=True):
+        middle = slerp(noise[0][None], noise[1][None], s)[0]
+        close(frame, torch.lerp(means[0], means[1], s) + 0.5 * middle, 2e-3)
+    close(out[[0, -1]], x1, 2e-3)
+
+
+def test_between_two_prompts_there_is_one_noise_or_two(text_pipe: LatentFlowPipeline) -> None:
+    edit = editor(text_pipe)
+
+    def drawn(prompt: str, seed: int, scale: float) -> Tensor:
+        [generator] = seeds(seed)
+        settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": scale, **LATENT}
+        image: Tensor = text_pipe(prompt, generator=generator, **settings).images
+        return image
+
+    one = edit.interpolate([APPLE, TREE], frames=3, generator=seeds(1)[0], **LATENT).images
+    close(one[[0, -1]], torch.cat([drawn(APPLE, 1, 4.0), drawn(TREE, 1, 4.0)]))
+    close(one[1], (one[0] + one[2]) / 2)
+    two = edit.interpolate(
+        [APPLE, TREE], frames=3, generator=seeds(1, 2), guidance_scale=2.0, **LATENT
+    ).images
+    close(two[[0, -1]], torch.cat([drawn(APPLE, 1, 2.0), drawn(TREE, 2, 2.0)]))
+
+
+def test_between_classes_and_without_any_condition(
+    class_pipe: LatentFlowPipeline, plain_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    edit = editor(class_pipe)
+    settings: dict[str, Any] = {"frames": 3, "guidance_scale": 1.0, "generator": seeds(1)[0], **LATENT}
+    first, middle, last = edit.interpolate(class_labels=["apple", 2], **settings).images
+    means = class_pipe.transformer.means
+    close(last - first, (means[2] - means[0])[:, None, None].expand(2, 4, 4))
+    close(middle, (first + last) / 2)
+    plain = editor(plain_pipe)
+    out = plain.interpolate(image=list(pictures), frames=4, **LATENT).images
+    close(out[[0, -1]], latents_of(plain, pictures))
+    assert max(rows for rows, _, _ in plain_pipe.transformer.calls) == 4  # one condition is evaluated once
+
+
+# ------------------------------------------------------------------ mistakes
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "strength": ({"strength": 1.2}, "strength is 1.2"),
+    "method": ({"method": "flowedits"}, "did you mean 'flowedit'"),
+    "stochastic solver": ({"solver": "euler-maruyama"}, "stochastic"),
+    "another method's setting": ({"method": "inversion", "draws": 2}, "draws is given"),
+    "no draws": ({"draws": 0}, "draws is 0"),
+    "no time": ({"plain_from": 2.0}, "plain_from is 2.0"),
+    "prompts": ({"prompt": [TREE, HAT, APPLE]}, "3 prompts or classes for 2 pictures"),
+    "source prompts": ({"source_prompt": [TREE, HAT, APPLE]}, "3 of source_prompt where there are 2"),
+    "generators": ({"generator": [torch.Generator()]}, "1 generators for 2 images"),
+    "no prompt": ({"prompt": None}, "prompt is missing"),
+    "classes": ({"source_class_labels": 1}, "does not take class_labels"),
+    "no picture": ({"image": None}, "image is NoneType"),
+    "output type": ({"output_type": "jpeg"}, "unknown output_type"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named(
+    changes: dict[str, Any], message: str, text_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    with pytest.raises(UserError, match=message):
+        editor(text_pipe)(**{"prompt": TREE, "image": pictures, "source_prompt": APPLE, **changes})
+
+
+def test_words_for_a_class_checkpoint_list_its_classes(
+    class_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    edit = editor(class_pipe)
+    for words in ({"prompt": TREE}, {"class_labels": 1, "source_prompt": APPLE}):
+        with pytest.raises(UserError, match="apple, hat, tree"):
+            edit(image=pictures, **words)
+    with pytest.raises(UserError, match="class_labels is missing"):
+        edit(image=pictures)
+
+
+def test_an_unconditional_checkpoint_has_nothing_to_edit_by(
+    plain_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    with pytest.raises(UserError, match="nothing to edit by"):
+        editor(plain_pipe)(TREE, pictures)
+
+
+def test_mistakes_in_inversion_and_interpolation_are_named(
+    text_pipe: LatentFlowPipeline, class_pipe: LatentFlowPipeline, pictures: Tensor
+) -> None:
+    edit, of_classes = editor(text_pipe), editor(class_pipe)
+    cases: list[tuple[Callable[[], Any], str]] = [
+        (lambda: edit.invert(pictures, solver="ddpm"), "stochastic"),
+        (lambda: edit.invert(pictures, [APPLE, TREE, HAT]), "3 prompts"),
+        (lambda: of_classes.invert(pictures, negative_prompt="x"), "negative prompt without a prompt"),
+        (lambda: of_classes.invert(pictures, "x"), "apple, hat, tree"),
+        (lambda: edit.interpolate(APPLE, frames=1), "1 frames"),
+        (lambda: edit.interpolate([APPLE, TREE, HAT]), "3 of prompt where there are 2"),
+        (lambda: edit.interpolate(APPLE, [pictures[0]]), "1 pictures to interpolate between"),
+        (lambda: edit.interpolate(APPLE, generator=seeds(1, 2, 3)), "3 generators"),
+        (lambda: edit.interpolate(APPLE, [pictures[0], pictures[1, :, :4]]), "several sizes"),
+    ]
+    for call, message in cases:
+        with pytest.raises(UserError, match=message):
+            call()
