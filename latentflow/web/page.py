@@ -105,13 +105,15 @@ def inpaint_tab(studio: Studio) -> tuple[gr.File, Results]:
                 methods = studio.inpainting_methods
                 method = gr.Dropdown(methods, value=methods[0], label="Method")
                 strength = gr.Slider(0, 1, 1, step=0.05, label="Strength (0 keeps, 1 draws from nothing)")
+            with gr.Row():
                 feather = gr.Slider(0, 32, 0, step=1, label="Blend the edge over (pixels)")
+                margin = gr.Slider(0, 64, 0, step=1, label="Look only so far around the hole (0: everywhere)")
 
     @told
     def show(path: str | None) -> Any:
-        return (
-            None if path is None else {"background": enlarged(studio, path), "layers": [], "composite": None}
-        )
+        if path is None:
+            return None
+        return {"background": enlarged(studio, path), "layers": [], "composite": None}
 
     file.change(show, file, editor, show_progress="hidden", api_visibility="private")
 
@@ -126,12 +128,12 @@ def inpaint_tab(studio: Studio) -> tuple[gr.File, Results]:
             method=values[method],
             strength=values[strength],
             feather=values[feather],
+            padding_mask_crop=int(values[margin]) or None,
         )
         return captioned(pictures, order), order.seed
 
-    connect(
-        "inpaint", studio, inpaint, controls, {file, editor, method, strength, feather}, results, go, cancel
-    )
+    inputs = {file, editor, method, strength, feather, margin}
+    connect("inpaint", studio, inpaint, controls, inputs, results, go, cancel)
     return file, results
 
 
@@ -264,6 +266,7 @@ class Results:
         def take(index: int, pictures: list[tuple[str, str]] | None) -> Any:
             return pictures[min(index, len(pictures) - 1)][0] if pictures else gr.skip()
 
+        self.gallery.change(lambda: 0, None, looked_at, show_progress="hidden", api_visibility="private")
         self.gallery.select(look, None, looked_at, show_progress="hidden", api_visibility="private")
         for tab, button in self._onward.items():
             taken = button.click(
@@ -274,7 +277,9 @@ class Results:
 
 def enlarged(studio: Studio, path: str) -> Image:
     """An uploaded picture as it is shown, small ones large enough to paint on."""
-    picture = studio.opened(path)
+    picture, note = studio.opened(path)
+    if note:
+        gr.Info(note)
     scale = CANVAS / max(picture.size)
     return picture.resize([max(1, round(scale * side)) for side in picture.size])
 
@@ -371,7 +376,9 @@ def serve(studio: Studio, host: str, port: int) -> None:
             theme=THEME,
             prevent_thread_lock=True,
         )
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error}", "Choose another: --port 7861") from None
+    except OSError:  # Gradio's message speaks of its own arguments
+        raise UserError(
+            f"{host}:{port} is taken, or no address of this machine", "Try --port 7861."
+        ) from None
     print(f"http://{host}:{port}", flush=True)
     page.block_thread()

@@ -93,8 +93,8 @@ class Studio:
 
         return [*(EDITING if self.pipe.takes_text or self.pipe.takes_classes else ()), ANEW]
 
-    def opened(self, upload: str) -> Image:
-        """An uploaded picture as upright RGB, shrunk if it is too large for the checkpoint.
+    def opened(self, upload: str) -> tuple[Image, str]:
+        """An uploaded picture as upright RGB, and "" or, if it was too large for the checkpoint, how it was shrunk.
 
         Raises:
             UserError: it cannot be read; the message names the file and not where the server keeps it.
@@ -105,8 +105,10 @@ class Studio:
             raise UserError(error.what.replace(upload, Path(upload).name), error.fix) from error
         side = self.pipe.transformer.config.get("sample_size") or 64
         trained = self.pipe.vae_scale_factor * (max(side) if isinstance(side, list | tuple) else side)
+        width, height = picture.size
         picture.thumbnail((LARGEST_PICTURE * trained, LARGEST_PICTURE * trained))
-        return picture
+        shrunk = f"Shrunk from {width} x {height} to {picture.width} x {picture.height} pixels."
+        return picture, shrunk if picture.size != (width, height) else ""
 
     # ---------------------------------------------------------------- requests
 
@@ -167,7 +169,7 @@ class Studio:
     def _needed(self, upload: str | None) -> Image:
         if upload is None:
             raise UserError("there is no picture", "Drop one into the field, or take one that was generated.")
-        return self.opened(upload)
+        return self.opened(upload)[0]
 
     def _draw(self, kind: str, owner: str, order: Order, progress: Progress, **settings: Any) -> list[Image]:
         import latentflow

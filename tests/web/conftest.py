@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from diffusers import AutoencoderKL
-
-from latentflow import LatentFlowPipeline
-from latentflow.models import DiT, small_text_encoder, train_tokenizer
 
 
 @pytest.fixture(scope="session")
 def caption_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 pixels, factor 2, a real network with random weights."""
+    # Not above: the browser's test does without them.
+    import torch
+    from diffusers import AutoencoderKL
+
+    from latentflow import LatentFlowPipeline
+    from latentflow.models import DiT, small_text_encoder, train_tokenizer
+
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),

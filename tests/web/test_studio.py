@@ -170,9 +170,9 @@ def test_a_bad_upload_is_named_without_the_server_s_folders(studio: Studio, tmp_
         studio.inpaint("me", ORDER, silent, str(path), [])
 
 
-def test_large_uploads_are_shrunk(studio: Studio, tmp_path: Path) -> None:
+def test_large_uploads_are_shrunk_and_that_is_said(studio: Studio, picture: Path, tmp_path: Path) -> None:
     Image.new("RGB", (400, 200)).save(tmp_path / "large.png")
-    assert studio.opened(str(tmp_path / "large.png")).size == (
-        32,
-        16,
-    )  # four times the 8 pixels of the training
+    shrunk, note = studio.opened(str(tmp_path / "large.png"))
+    assert shrunk.size == (32, 16)  # four times the 8 pixels of the training
+    assert note == "Shrunk from 400 x 200 to 32 x 16 pixels."
+    assert studio.opened(str(picture))[1] == ""
