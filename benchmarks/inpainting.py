@@ -46,6 +46,7 @@ SOLVER: dict[str, str | None] = {
     "repaint": "euler",
     "ot-ode": "euler",
     "pnp-flow": None,
+    "twisted": None,
     "trained": "adams-bashforth-2",
     "trained coupling": "adams-bashforth-2",
 }

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from latentflow.flow import INPAINTING
 
-STEPS, PARTICLES = 50, 4000
-ROWS = 1000  # that are compared: of dependent particles every fourth
+PARTICLES = 4000
+ROWS = 1000  # that are compared: of the dependent particles every fourth
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ TOYS: dict[str, tuple[CorrelatedMixture, list[float]]] = {
     "6-D, y = 0": (FIVE_MODES, [0.0, 0.0, 0.0]),
     "6-D, y = (.5, -.5, .5)": (FIVE_MODES, [0.5, -0.5, 0.5]),
 }
+#: Evaluations at which samples are as good as exact ones. At 50 the first of the toys, two far modes of nearly equal
+#: weight, lies at 2 to 4 floors however many particles there are: the stochastic steps are too coarse for it.
+EVALUATIONS = dict.fromkeys(TOYS, 50) | {"2-D, y = -0.4": 200}
+SLOW = pytest.param("2-D, y = -0.4", marks=pytest.mark.slow)
 
 
 def sliced_distance(a: Tensor, b: Tensor) -> float:
@@ -115,7 +119,7 @@ def distance(toy: str, method: str, seed: int, count: int = ROWS, **settings: ob
         x0,
         known,
         mask,
-        torch.linspace(0, 1, STEPS + 1).double(),
+        torch.linspace(0, 1, EVALUATIONS[toy] + 1).double(),
         generator=generator,
         **settings,
     )
@@ -134,13 +138,8 @@ def test_the_toy_is_no_trivial_one(toy: str) -> None:
     assert sliced_distance(marginal, exact.sample(ROWS, generator)) > 2.0 * floor(exact, generator)
 
 
-#: Two far modes of nearly equal weight: 2.5 and 1.9 floors in two runs, so not met reliably.
-MISSED = pytest.param(
-    "2-D, y = -0.4", marks=pytest.mark.xfail(reason="2.47 floors at this seed", strict=False)
-)
-
-
-@pytest.mark.parametrize("toy", [MISSED, *list(TOYS)[1:]])
+@pytest.mark.parametrize("toy", [SLOW, *list(TOYS)[1:]])
 def test_twisted_meets_the_conditional_distribution(toy: str) -> None:
-    """At 50 evaluations, within twice the distance between two exact samples."""
-    assert distance(toy, "twisted", seed=0, count=PARTICLES, particles=PARTICLES) < 2.0
+    """Within twice the distance between two exact samples, in the mean of two runs."""
+    runs = [distance(toy, "twisted", seed, count=PARTICLES, particles=PARTICLES) for seed in (0, 1)]
+    assert sum(runs) / 2 < 2.0
