@@ -138,7 +138,8 @@ class Visitor:
         return str(self.one(f"#{tab}-results .caption-label").text)
 
     def message(self) -> str:
-        return str(self.one(".toast-body").text)
+        """What the page says, once it has faded in: text that nobody sees yet is empty here."""
+        return str(self.wait(lambda: " ".join(toast.text for toast in self.all(".toast-body"))))
 
     def contacted(self) -> set[str | None]:
         """The hosts of every request so far."""
