@@ -272,7 +272,8 @@ class Results:
             taken = button.click(
                 take, [looked_at, self.gallery], fields[tab], show_progress="hidden", api_visibility="private"
             )
-            taken.success(functools.partial(gr.Tabs, selected=tab), None, tabs, api_visibility="private")
+            select = functools.partial(gr.Tabs, selected=tab)
+            taken.success(select, None, tabs, show_progress="hidden", api_visibility="private")
 
 
 def enlarged(studio: Studio, path: str) -> Image:

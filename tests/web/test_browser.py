@@ -30,6 +30,7 @@ from PIL import Image
 
 pytest.importorskip("selenium", reason='needs Selenium: pip install -e ".[browser]"')
 from selenium import webdriver
+from selenium.common.exceptions import ElementClickInterceptedException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -98,8 +99,18 @@ class Visitor:
         return WebDriverWait(self.driver, seconds, 0.1).until(lambda driver: condition())
 
     def open_tab(self, name: str) -> None:
-        next(tab for tab in self.all("button[role=tab]") if tab.text == name).click()
+        tab = next(tab for tab in self.all("button[role=tab]") if tab.text == name)
+        self.wait(lambda: self.clicked(tab))
         self.wait(lambda: self.one(f"#{name.lower()}-go").is_displayed())
+
+    @staticmethod
+    def clicked(element: Any) -> bool:
+        """Whether nothing, such as the veil of a page that is still loading, lay over it."""
+        try:
+            element.click()
+        except ElementClickInterceptedException:
+            return False
+        return True
 
     def type(self, css: str, text: str) -> None:
         field = self.one(css)
