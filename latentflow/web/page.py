@@ -346,9 +346,9 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return work(*arguments)
         except Stopped:
-            gr.Info("Nothing was drawn.", title="Cancelled", duration=3)
+            gr.Info("Cancelled.", duration=3)
         except UserError as error:
-            gr.Warning(html.escape(str(error)).replace("\n", "<br>"), title="Not possible")
+            gr.Warning(html.escape(str(error)).replace("\n", "<br>"))
         except Exception:
             log.exception("a request failed")
             raise gr.Error("The terminal says what went wrong.", print_exception=False) from None
