@@ -44,7 +44,6 @@ SPACE = "pixels-16"
 SOLVER: dict[str, str | None] = {
     "replacement": "euler",
     "repaint": "euler",
-    "ot-ode": "euler",
     "pnp-flow": None,
     "twisted": None,
     "trained": "adams-bashforth-2",

@@ -521,7 +521,7 @@ class FlowPipeline(CheckpointPipeline):
         def stepped(i: int, timestep: Tensor, y: Tensor) -> Tensor:
             y = after_step(i, timestep, y)
             if self._interrupt:
-                raise _Interrupted(y)
+                raise Interrupted(y)
             return y
 
         def start(t: float) -> Tensor:
@@ -540,7 +540,7 @@ class FlowPipeline(CheckpointPipeline):
                 usual = "exponential-adams" if self._prediction == "data" else "heun"
                 sampler, solver = integrate, solver or usual
             return self._follow_solver(sampler, velocity, x, times, solver, generator, stepped)
-        except _Interrupted as interrupted:
+        except Interrupted as interrupted:
             return interrupted.latents
 
     def _follow_scheduler(
@@ -660,7 +660,7 @@ def last_part(times: Tensor, strength: float) -> Tensor:
     return torch.cat([first, times[times > first + ROUNDING]])
 
 
-class _Interrupted(Exception):  # noqa: N818 - no error: the way out of any solver's loop
+class Interrupted(Exception):  # noqa: N818 - no error: the way out of any solver's loop
     def __init__(self, latents: Tensor) -> None:
         super().__init__("interrupted by a callback")
         self.latents = latents

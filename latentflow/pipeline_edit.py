@@ -17,8 +17,8 @@ from .pipeline_base import (
     ClassLabels,
     FlowPipeline,
     Generators,
+    Interrupted,
     Size,
-    _Interrupted,
     check_strength,
     last_part,
 )
@@ -167,7 +167,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         def after_step(i: int, reached: Tensor, x: Tensor) -> Tensor:
             x = target.after_step(i, border.to_timestep(begins[i]), x)
             if self._interrupt:
-                raise _Interrupted(x)
+                raise Interrupted(x)
             return x
 
         if len(begins):
@@ -175,7 +175,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             options = {"callback": after_step, "progress": self.progress_bar, **settings}
             try:
                 x1 = EDITING[method](*velocities, x1, times, **options)
-            except _Interrupted as interrupted:
+            except Interrupted as interrupted:
                 x1 = interrupted.latents
         # 3. From latents to images of the pictures' size
         return self.finish_call(self._cropped(x1, size, output_type), return_dict)

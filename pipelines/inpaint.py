@@ -49,7 +49,7 @@ class InpaintConfig(DrawingConfig):
     strength: float = 1.0
     """From 0, the picture as it is, to 1, where nothing under the mask is looked at."""
     method: str | None = None
-    """trained; or, of any checkpoint, pnp-flow, replacement, repaint, ot-ode, twisted (docs/editing.md explains them);
+    """trained; or, of any checkpoint, pnp-flow, replacement, repaint, twisted (docs/editing.md explains them);
     default: trained where the checkpoint has learned to inpaint, else pnp-flow."""
     feather: int = 0
     """Pixels around the mask over which old and new melt into one another."""

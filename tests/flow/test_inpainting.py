@@ -13,13 +13,13 @@ from torch import Tensor
 from latentflow.errors import UserError
 from latentflow.flow import DEFAULT_INPAINTING, INPAINTING, PATHS, SOLVERS, CondOT, Counted, integrate
 from latentflow.flow.inpainting.base import Known
-from latentflow.flow.inpainting.gradient import look_ahead
+from latentflow.flow.inpainting.particles import look_ahead
 from latentflow.flow.inpainting.replacement import _passages
 
 Method = Callable[..., Tensor]
 METHODS = pytest.mark.parametrize("name", INPAINTING)
 #: Those that take a solver.
-STEPPED = [name for name in INPAINTING if name in ("replacement", "repaint", "ot-ode")]
+STEPPED = [name for name in INPAINTING if name in ("replacement", "repaint")]
 SHAPE = (3, 2, 2, 3)
 
 
@@ -79,7 +79,7 @@ def test_nothing_known_is_sampling_and_all_known_is_known(
     known = torch.zeros(SHAPE)
     everything = INPAINTING[name](velocity, x0, known + 2, 0 * mask, times(5), generator=seeded())
     assert torch.equal(everything, known + 2)
-    if name in ("replacement", "ot-ode"):
+    if name == "replacement":
         free = INPAINTING[name](velocity, x0, known, torch.ones(SHAPE), times(5), solver="heun")
         torch.testing.assert_close(free, integrate(velocity, x0, times(5), "heun"))
 

@@ -67,8 +67,6 @@ class Task:
         self,
         solver: str | Solver,
         hold: Callable[[Tensor, float], Tensor],
-        *,
-        velocity: Velocity | None = None,
     ) -> Tensor:
         """``integrate`` over the times; after each step ``hold(x, t)`` puts the known region in its place."""
 
@@ -79,7 +77,7 @@ class Task:
             return x if shown is None else hold(shown.to(x), reached)
 
         x = integrate(
-            velocity or self.velocity, self.x, self.times, solver,
+            self.velocity, self.x, self.times, solver,
             path=self.known.path, generator=self.generator, callback=after, progress=self.progress,
         )  # fmt: skip
         return x.to(self.dtype)
@@ -130,5 +128,5 @@ def refuse_solver(method: str, solver: str | Solver | None) -> None:
     if solver is not None:
         raise UserError(
             f"the inpainting method '{method}' takes steps of its own, so the solver '{solver}' has no place in it",
-            "Leave the solver out, or use the method 'replacement', 'repaint' or 'ot-ode', which take any.",
+            "Leave the solver out, or use the method 'replacement' or 'repaint', which take any.",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from ..solvers import Solver
 from ..solvers.base import Field, SolverOptions, Step, schedule
 from ..tensors import Generators, Velocity, normal_like
 from .base import Callback, Known, Progress, Times, prepare, refuse_solver
-from .gradient import look_ahead
 
 
 def twisted(
@@ -33,7 +33,7 @@ def twisted(
     callback: Callback | None = None,
     progress: Progress = False,
 ) -> Tensor:
-    """Stochastic steps guided as in ``ot_ode``, whose error weights make good: rows are particles of one picture.
+    """Stochastic steps, guided by the gradient through the network; weights make good what is wrong about them.
 
     The Twisted Diffusion Sampler, Wu et al. 2023 (arXiv:2306.17775), algorithm 1, for a velocity. The twist is
     psi(x, t) = N(known; predicted data there, r^2) with r^2 = sigma^2 / (sigma^2 + alpha^2). A step p(x' | x) of
@@ -44,8 +44,8 @@ def twisted(
     Where the effective number of particles falls below half of them, and in the last step, they are drawn anew by
     their weights (systematically). With more particles the rows tend to the conditional distribution of ddpm's
     model, with more steps that to p(hole | known), which no other method does; the variance of the modes' shares is
-    several times that of independent samples. In many dimensions the weights favour
-    one particle, and the rows end as near copies of it.
+    several times that of independent samples. In many dimensions the weights favour one particle, and the rows end as
+    near copies of it. Alone, a particle is guided as in OT-ODE, Pokle et al. 2023 (arXiv:2310.04432).
 
     Cost: len(times) - 1 evaluations, each with a gradient through the network (about three forward passes in all).
 
@@ -131,3 +131,27 @@ def _require_alike(known: Known, x: Tensor, particles: int) -> None:
                 f"rows that are to be {particles} particles of one picture differ in what is known of it",
                 "Let the rows of a picture follow one another, or use particles=1.",
             )
+
+
+class Ahead(NamedTuple):
+    """At (x, t): the velocity and predicted data, the ``shift`` of the data towards what is known, all (B, ...), and
+    log N(known; data there, r^2), (B,), without its constant."""
+
+    velocity: Tensor
+    data: Tensor
+    shift: Tensor
+    log_likelihood: Tensor
+
+
+def look_ahead(velocity: Callable[[Tensor], Tensor], known: Known, x: Tensor, t: float) -> Ahead:
+    """One evaluation and its gradient, at a t where sigma is not 0."""
+    alpha, sigma = schedule(known.path, t)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        v = velocity(x)
+        data = convert(v, x, t, known.path, "velocity", "data")
+        error = known.put(torch.zeros_like(data), known.values - data)
+        log = -0.5 * (sigma**2 + alpha**2) / sigma**2 * error.square().flatten(1).sum(1)
+        (gradient,) = torch.autograd.grad(log.sum(), x)
+    shift = sigma**2 / alpha * gradient if alpha > 0.0 else torch.zeros_like(gradient)
+    return Ahead(v.detach(), data.detach(), shift, log.detach())
