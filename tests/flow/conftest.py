@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -63,15 +63,6 @@ class Mixture:
         # Where sigma' is infinite, sigma sigma' is not: there alpha^2 + sigma^2 = 1.
         product = torch.where(ds.isinf(), -a * da, s * ds)
         return da * data - product * score
-
-
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread() -> Iterator[None]:
-    """These tensors are so small that a second thread costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
