@@ -121,6 +121,8 @@ def count_rows(
     Raises:
         UserError: the numbers of prompts, classes and pictures do not fit one another.
     """
+    if images_per_prompt < 1:
+        raise UserError(f"num_images_per_prompt is {images_per_prompt}", "Ask for at least 1.")
     rows = {len(value) for value in (prompt_embeds, class_ids) if value is not None}
     if len(rows) > 1:
         raise UserError(

@@ -41,7 +41,7 @@ def read_pictures(pictures: Pictures, height: int | None = None, width: int | No
     if len(sizes) > 1:
         raise UserError(
             f"the pictures have several sizes: {', '.join(sizes)}",
-            "Pass height and width to resize them, or one call for each size.",
+            "Make them one size first (in Python, height and width do).",
         )
     return torch.stack(rows)
 

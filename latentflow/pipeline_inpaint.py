@@ -83,7 +83,8 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             latents: the noise (B, C, h, w) to start from.
             output_type: as of ``LatentFlowPipeline``; "latent" are those of the part that was drawn, uncomposed.
             method: "trained", or a key of ``latentflow.flow.INPAINTING``; default: "trained" where the checkpoint is,
-                else ``latentflow.flow.inpainting.DEFAULT_INPAINTING``. All but "trained" run on our own solvers.
+                else ``latentflow.flow.inpainting.DEFAULT_INPAINTING``. All but "trained" run on our own solvers;
+                "repaint" goes back in time, which the timesteps that a callback is told do not show.
             feather: blend over so many pixels around the hole.
 
         Returns:
@@ -200,8 +201,8 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         self, method: str, seen: Tensor, holes: Tensor, given: Tensor | None, call: RunningCall
     ) -> tuple[Tensor, Tensor]:
         """Latents of what is kept (B, C, h, w) and the mask of the latents (B, 1, h, w); tells the network of both."""
-        channels = latent_channels(self.vae)
         with self._steady_vae() as vae:
+            channels = latent_channels(vae)
             if method == TRAINED:
                 told = masked_condition(vae, seen, holes)
                 known = told[:, -channels:]

@@ -52,6 +52,16 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """A pipeline of this class with the components of another, in the precision that they have.
+
+        diffusers' own would bring them, and with them the other pipeline, to float32.
+        """
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = pipeline.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
         """Fetch a hub repository's configs, tokenizer files and safetensors; return their local folder.
 

@@ -188,7 +188,8 @@ def feathered(masks: Tensor, feather: float) -> Tensor:
         return masks
     distance = np.stack([distance_transform_edt(row) for row in (masks[:, 0] < 0.5).numpy()])
     # Without any hole the transform has nothing to measure from.
-    ramp = torch.from_numpy(1.0 - distance / (feather + 1.0)).to(masks)[:, None]
+    levels = np.where(distance <= feather, 1.0 - distance / (feather + 1.0), 0.0)
+    ramp = torch.from_numpy(levels).to(masks)[:, None]
     some = (masks >= 0.5).flatten(1).any(1)[:, None, None, None]
     return torch.where(some, torch.maximum(masks, ramp), masks)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,9 +17,6 @@ from latentflow.drawing.files import save
 from latentflow.drawing.pictures import read_picture
 from latentflow.drawing.sheets import enlarged, sheet
 from latentflow.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +37,9 @@ class EditConfig(DrawingConfig):
     """flowedit goes from picture to picture, inversion through the picture's noise (and draws none), image-to-image
     mixes noise into the picture and draws it anew."""
     strength: float | None = None
-    """From 0, the picture as it is, to 1, which is free to change the layout; default: 0.85, image-to-image 0.6."""
+    """From 0, the picture as it is, to 1, which is free to change the layout; default: 0.9, image-to-image 0.6."""
+    guidance: float | None = None
+    """How hard to follow the prompt or class; 1 is off; default: 2, image-to-image 4."""
     solver: str | None = None
     """As of generate, but flowedit and inversion take none with fresh noise; default: euler for flowedit, else heun."""
     grid: bool = False
@@ -63,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.seed,
         image=picture,
         num_inference_steps=config.steps,
-        guidance_scale=config.guidance,
         solver=config.solver,
         **({} if anew else {"method": config.method} | source_of(pipe, config)),
         **({} if config.strength is None else {"strength": config.strength}),
+        **({} if config.guidance is None else {"guidance_scale": config.guidance}),
     )
 
     # Write

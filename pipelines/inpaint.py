@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -51,6 +52,8 @@ class InpaintConfig(DrawingConfig):
     method: str | None = None
     """trained; or, of any checkpoint, pnp-flow, replacement, repaint, twisted (docs/editing.md explains them);
     default: trained where the checkpoint has learned to inpaint, else pnp-flow."""
+    solver: str | None = None
+    """As of generate, for trained, replacement and repaint; the other methods take steps of their own."""
     feather: int = 0
     """Pixels around the mask over which old and new melt into one another."""
     padding_mask_crop: int | None = None
@@ -94,6 +97,10 @@ def read(config: InpaintConfig) -> tuple[Image, Image, tuple[str, ...]]:
     if any(config.expand):
         from latentflow import expand_canvas
 
+        if config.mask_threshold is not None or (words and Path(words[0]).is_file()):
+            raise UserError(
+                "a mask and --expand are both given", "Take one; the other is a second run, on the result."
+            )
         return *expand_canvas(picture, *config.expand), words
     if not words:
         raise UserError("there is no mask", "Give one after the picture, or --expand LEFT TOP RIGHT BOTTOM.")

@@ -21,7 +21,7 @@ def check_format(output: str) -> None:
     from PIL import Image
 
     suffix = Path(output).suffix.lower()
-    if suffix not in Image.registered_extensions():
+    if Image.registered_extensions().get(suffix) not in Image.SAVE:
         raise UserError(f"-o {output}: no picture format '{suffix}'", "Use .png, .jpg or .webp.")
 
 

@@ -148,16 +148,18 @@ def edit_tab(studio: Studio) -> tuple[gr.File, Results]:
                 visible=studio.pipe.takes_text,
                 elem_id="edit-source",
             )
-            source_label = gr.Dropdown(studio.labels, label="Its class now", visible=bool(studio.labels))
+            source_label = gr.Dropdown(
+                studio.labels, value=None, label="Its class now", visible=bool(studio.labels)
+            )
         with gr.Column(scale=3):
             controls = Controls(studio, "edit", "What it shall show", "green apple")
             go, cancel = buttons("edit")
             results = Results("edit", height=380)
-            controls.add_details()
+            controls.add_details(guidance=2.0)
             with gr.Row():
                 methods = studio.editing_methods
                 method = gr.Dropdown(methods, value=methods[0], label="Method")
-                strength = gr.Slider(0, 1, 0.85, step=0.05, label="Strength (0 keeps, 1 is free)")
+                strength = gr.Slider(0, 1, 0.9, step=0.05, label="Strength (0 keeps, 1 is free)")
 
     @told
     def show(path: str | None) -> Any:
@@ -198,10 +200,10 @@ class Controls:
             max_length=LONGEST_PROMPT,
             elem_id=f"{tab}-prompt",
         )
-        self.label = gr.Dropdown(studio.labels, label="Class", visible=bool(studio.labels))
+        self.label = gr.Dropdown(studio.labels, value=None, label="Class", visible=bool(studio.labels))
         self.pictures = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures", elem_id=f"{tab}-pictures")
 
-    def add_details(self) -> None:
+    def add_details(self, guidance: float = 4.0) -> None:
         """The rest, below the buttons."""
         with gr.Row():
             self.seed = gr.Number(
@@ -211,7 +213,9 @@ class Controls:
         conditional = self._studio.pipe.takes_text or self._studio.pipe.takes_classes
         with gr.Row():
             self.steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps", elem_id=f"{self._tab}-steps")
-            self.guidance = gr.Slider(0, MOST_GUIDANCE, 4, step=0.5, label="Guidance", visible=conditional)
+            self.guidance = gr.Slider(
+                0, MOST_GUIDANCE, guidance, step=0.5, label="Guidance", visible=conditional
+            )
         with gr.Accordion("More", open=False):
             self.negative = gr.Textbox(label="Keep away from", visible=self._studio.pipe.takes_text)
             self.solver = gr.Dropdown([USUAL, *SOLVERS], value=USUAL, label="Solver")

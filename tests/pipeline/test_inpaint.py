@@ -192,6 +192,7 @@ def test_feather_blends_outside_of_the_hole_and_no_farther_than_it_says(
     assert not changed[13:].any()
     assert not changed[:, :3].any()
     assert not changed[:, 13:].any()
+    assert not changed[3, 4]  # 3.6 pixels away, over the corner
     assert changed[3, 8]
     assert changed[8, 12]
     # One pixel out of the hole the new picture counts 3/4, two out 1/2, three out 1/4.
@@ -513,6 +514,7 @@ def test_a_mask_of_another_size_is_resized_and_says_so(
         ({"method": "replacment"}, "did you mean 'replacement'"),
         ({"method": "traind"}, "did you mean 'trained'"),
         ({"feather": -1}, "feather is -1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"padding_mask_crop": -1}, "padding_mask_crop is -1"),
         ({"solver": "huen"}, "did you mean 'heun'"),
         ({"generator": [torch.Generator()]}, "1 generators for 2 images"),

@@ -164,6 +164,9 @@ def test_pictures_of_every_kind(
         (["in.png", "mask.png", "hat", "--checkpoint", "CLASSES"], "--class NAME: apple, hat"),
         (["in.png", "mask.png", "hat", "-o", "out.pgn"], "no picture format '.pgn'"),
         (["in.png", "hat", "--expand", "0", "-1", "0", "0"], "-1"),
+        (["in.png", "mask.png", "hat", "--expand", "0", "1", "0", "0"], "a mask and --expand are both given"),
+        (["in.png", "hat", "--expand", "0", "1", "0", "0", "--mask-threshold", "0.5"], "a mask and --expand"),
+        (["in.png", "mask.png", "hat", "-o", "out.psd"], "no picture format '.psd'"),  # Pillow only reads it
     ],
 )
 def test_what_it_refuses(

@@ -163,6 +163,16 @@ def test_optional_components_stay_away(dit_folder: Path, tmp_path: Path) -> None
     assert out.images.shape == (1, 2, 4, 4)
 
 
+def test_from_pipe_keeps_the_precision_of_both(dit_folder: Path) -> None:
+    """diffusers' own would widen the shared networks, and so the pipeline that they came from."""
+    pipe = LatentFlowPipeline.from_pretrained(dit_folder, dtype=torch.float16)
+    other = LatentFlowInpaintPipeline.from_pipe(pipe)
+    assert other.transformer is pipe.transformer
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float16}
+    wide = LatentFlowInpaintPipeline.from_pipe(pipe, dtype=torch.float32)
+    assert wide.transformer.dtype == torch.float32
+
+
 def test_to_dtype(dit_folder: Path) -> None:
     pipe = LatentFlowPipeline.from_pretrained(dit_folder).to(torch.bfloat16)
     assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}

@@ -12,7 +12,7 @@ from latentflow.errors import UserError
 from ..paths import Path
 from ..solvers import Solver
 from ..solvers.base import schedule
-from ..solvers.integrate import _progress
+from ..solvers.integrate import progress_over
 from ..tensors import Generators, Velocity, normal_like
 from .base import Callback, Progress, Task, Times, prepare
 
@@ -104,7 +104,7 @@ def repaint(
             )
     task = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
     x, count = task.x, len(task.times) - 1
-    indices, done = iter(_progress(progress, range(count))), 0
+    indices, done = iter(progress_over(progress, range(count))), 0
     for start, end, steps, again in _passages(count, jump, resamplings):
         grid = [_between(task.times, start + (end - start) * k / steps) for k in range(steps + 1)]
         first = done

@@ -68,7 +68,7 @@ def integrate(
     step = method.start(options)
 
     counted = Counted(velocity)
-    steps = _progress(progress, range(len(grid) - 1))
+    steps = progress_over(progress, range(len(grid) - 1))
     show = getattr(steps, "set_postfix", None)
     for index in steps:
         field = _checked_field(counted, dtype, f"in step {index + 1} of {len(grid) - 1}")
@@ -146,7 +146,7 @@ def _scalar(t: float, x: Tensor) -> Tensor:
     return torch.full((), t, dtype=x.dtype, device=x.device)
 
 
-def _progress(
+def progress_over(
     progress: bool | Callable[[Iterable[int]], Iterable[int]], steps: Iterable[int]
 ) -> Iterable[int]:
     if callable(progress):
