@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentflow import LatentFlowPipeline
+from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.data import shapes
 from latentflow.metrics import psnr
 
@@ -77,3 +77,22 @@ def test_its_autoencoder_copes_with_pictures_of_another_kind(shipped: Path) -> N
     with torch.no_grad():
         copies = decode(pipe.vae, encode(pipe.vae, images))
     assert float(psnr(copies, images).mean()) > 22
+
+
+def test_it_fills_a_hole_with_what_was_there(shipped: Path) -> None:
+    """Its own picture with the middle cut out: nearer to it than grey is, and the rest untouched."""
+    pipe = LatentFlowPipeline.from_pretrained(shipped)
+    pipe.set_progress_bar_config(disable=True)
+    whole = pipe("red heart", generator=torch.Generator().manual_seed(1), output_type="pt").images
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:48, 16:48] = 1.0
+    inpaint = LatentFlowInpaintPipeline.from_pipe(pipe)
+    inpaint.set_progress_bar_config(disable=True)
+    call = {"image": whole, "mask_image": mask, "generator": torch.Generator().manual_seed(2)}
+    filled = inpaint("red heart", output_type="pt", **call).images
+    kept = (mask == 0).expand_as(whole)
+    assert torch.equal(filled[kept], whole[kept])
+    error, grey = (
+        (one - whole).square()[~kept].mean().sqrt() for one in (filled, torch.full_like(whole, 0.5))
+    )
+    assert error < 0.15 < grey
