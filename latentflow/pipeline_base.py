@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import diffusers_border as border
-from .autoencoder import decode, downscale_factor, encode
+from .autoencoder import decode, downscale_factor, encode, mask_channels
 from .errors import UserError, lookup, unknown
 from .flow import (
     COUPLINGS,
@@ -154,6 +154,11 @@ class FlowPipeline(CheckpointPipeline):
     def takes_classes(self) -> bool:
         """Whether the network is conditioned on a class."""
         return self._network_config("num_classes") is not None
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether the network was trained to inpaint."""
+        return self.vae is not None and self._network_config("condition_channels") == mask_channels(self.vae)
 
     def _network_config(self, name: str, default: Any = None) -> Any:
         return default if self.transformer is None else self.transformer.config.get(name, default)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import diffusers_border as border
-from .autoencoder import latent_channels, latent_mask, mask_channels, masked_condition, masked_latents
+from .autoencoder import known_source, latent_channels, latent_mask, masked_condition, masked_latents
 from .errors import UserError, lookup, unknown
 from .flow import SOLVERS, Velocity
 from .flow.inpainting import DEFAULT_INPAINTING, INPAINTING
@@ -126,7 +126,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         seen, holes = painting.seen().to(device), painting.seen_holes().to(device)
         known, hole = self._known(method, seen, holes, masked_image_latents, call)
         if method == TRAINED and self.config.coupling == "data-dependent":
-            noise = torch.where(hole > 0, noise, known)
+            noise = known_source(noise, known, hole)
         # 4. From noise to data; strength 1 is pure noise on every grid
         drawn = self.follow(
             call.velocity,
@@ -155,8 +155,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         Raises:
             UserError: there is none of this name, or this checkpoint, or solver, cannot.
         """
-        channels = self._network_config("condition_channels", 0)
-        trained = self.vae is not None and channels == mask_channels(self.vae)
+        trained = self.takes_masks
         if name is None:
             name = TRAINED if trained else DEFAULT_INPAINTING
         if name not in (TRAINED, *INPAINTING):

@@ -45,6 +45,19 @@ def latent_mask(masks: Tensor, factor: int) -> Tensor:
     return F.max_pool2d(masks.float(), factor)
 
 
+def known_source(noise: Tensor, known: Tensor, hole: Tensor) -> Tensor:
+    """Where a flow begins that only fills the hole: the known latents, with noise in the hole.
+
+    The data-dependent coupling of Albergo et al. 2023 (arXiv:2310.03725), section 3.2. Training and sampling both start
+    here.
+
+    Args:
+        noise, known: (B, C, h, w).
+        hole: (B, 1, h, w), above 0 = repaint.
+    """
+    return torch.where(hole > 0, noise, known)
+
+
 def masked_latents(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
     """Latents (B, C, h, w) of pictures whose holes are filled from the nearest kept pixel.
 

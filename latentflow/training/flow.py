@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..autoencoder import known_source
 from ..data import LatentTable, Source
 from ..data.masks import DEFAULT_SHAPES, check_shapes
 from ..errors import UserError, lookup, unknown
@@ -180,7 +181,8 @@ class FlowStage(nn.Module):
         if self._masking is not None:
             masked = self._masking(batch)
             condition = dataclasses.replace(condition, channels=masked.channels)
-            x0 = masked.source(x0) if config.coupling == "data-dependent" else x0
+            if config.coupling == "data-dependent":
+                x0 = known_source(x0, masked.known, masked.hole)
         x0 = choices.coupling(x0, x1, _for_coupling(condition), seeded(self._seed, 2, batch["numbers"][0]))
         sample = choices.path.sample(x0, x1, t.to(x1.dtype))
         output = self.network(choices.path.scale_input(sample.xt, sample.t), sample.t, condition)

@@ -29,13 +29,6 @@ class Masked(NamedTuple):
     known: Tensor
     hole: Tensor
 
-    def source(self, noise: Tensor) -> Tensor:
-        """Where a flow begins that only fills the hole: the known latents, with noise in the hole.
-
-        The data-dependent coupling of Albergo et al. 2023 (arXiv:2310.03725), section 3.2.
-        """
-        return torch.where(self.hole > 0, noise, self.known)
-
 
 class Masking:
     """Draws a mask for every sample and hides what is under it.

@@ -37,7 +37,7 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
     settings: dict[str, Any] = {"num_inference_steps": 10, "output_type": "pt"}
     with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
         images = pipe(**asked, generator=_generators(_IMAGES), **settings).images.float().cpu()
-        if pipe.transformer.config.condition_channels:
+        if pipe.takes_masks:
             images = torch.cat([images, *_filled(pipe, source, rows[::2], settings)])
     return to_pil(make_grid(images * 2 - 1, nrow=_ROW, padding=2, pad_value=1.0))
 

@@ -83,7 +83,7 @@ class Studio:
         """The default one first."""
         from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 
-        trained = ["trained"] if self.pipe.transformer.config.get("condition_channels") else []
+        trained = ["trained"] if self.pipe.takes_masks else []
         return list(dict.fromkeys([*trained, DEFAULT_INPAINTING, *INPAINTING]))
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, mask_channels
 from latentflow.data import find_source
-from latentflow.models import DiT, UNet
+from latentflow.models import Condition, DiT, UNet
 from latentflow.training.flow import FlowConfig, FlowStage, LatentData
 from latentflow.training.masking import Masking
 from latentflow.training.order import Draw
@@ -133,18 +132,12 @@ def test_an_extended_network_draws_what_it_drew_before(
     new = networks_from(str(tmp_path / "plain"), source, FlowConfig(), inpainting=True).network
     assert new.config.condition_channels == mask_channels(vae)
     x, t = torch.randn(2, CHANNELS, 8, 8), torch.tensor([0.3, 0.8])
-    told = dataclasses.replace(_condition(), channels=torch.randn(2, mask_channels(vae), 8, 8))
+    told = Condition(channels=torch.randn(2, mask_channels(vae), 8, 8))
     expected = old(x, t)
     torch.testing.assert_close(new(x, t, told), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(new(x, t), expected, rtol=0, atol=1e-6)
     same = networks_from(str(tmp_path / "plain"), source, FlowConfig()).network
     assert same.config.condition_channels == 0
-
-
-def _condition() -> Any:
-    from latentflow.models import Condition
-
-    return Condition()
 
 
 def test_one_flag_trains_to_inpaint_and_extends_a_checkpoint(pictures: Path, tmp_path: Path) -> None:
