@@ -76,13 +76,6 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
-def draws_noise(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler adds noise in its steps."""
-    config = scheduler.config
-    sde = str(config.get("algorithm_type", "")).startswith("sde")
-    return sde or bool(config.get("stochastic_sampling", False)) or "LCM" in type(scheduler).__name__
-
-
 def set_grid(
     scheduler: Any,
     steps: int,

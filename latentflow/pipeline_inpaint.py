@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import diffusers_border as border
 from .autoencoder import known_source, latent_channels, latent_mask, masked_condition, masked_latents
-from .errors import UserError, lookup, unknown
-from .flow import SOLVERS, Velocity
+from .errors import UserError, unknown
+from .flow import Velocity
 from .flow.inpainting import DEFAULT_INPAINTING, INPAINTING
-from .pipeline_base import ClassLabels, FlowPipeline, Generators, Sampler, check_strength
+from .pipeline_base import AfterStep, ClassLabels, FlowPipeline, Generators, Sampler, check_strength
 from .pipeline_call import RunningCall, StepCallback
 from .pipeline_images import Pictures, read_masks, read_pictures
 from .pipeline_windows import Painting, prepared
 
 TRAINED = "trained"
+#: Fresh noise corrects what a network got wrong on the way, which in a large hole is much: docs/inpainting.md.
+TRAINED_SOLVER = "ddpm"
 
 
 class LatentFlowInpaintPipeline(FlowPipeline):
@@ -84,7 +85,8 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             output_type: as of ``LatentFlowPipeline``; "latent" are those of the part that was drawn, uncomposed.
             method: "trained", or a key of ``latentflow.flow.INPAINTING``; default: "trained" where the checkpoint is,
                 else ``latentflow.flow.inpainting.DEFAULT_INPAINTING``. All but "trained" run on our own solvers;
-                "repaint" goes back in time, which the timesteps that a callback is told do not show.
+                "trained" takes the solver 'ddpm' unless told otherwise, or the pipeline's scheduler. "repaint" goes
+                back in time, which the timesteps that a callback is told do not show.
             feather: blend over so many pixels around the hole.
 
         Returns:
@@ -95,7 +97,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             UserError: as ``LatentFlowPipeline``; also pictures, masks, a strength or a method that are none.
         """
         check_strength(strength)
-        method = self._method(method, solver)
+        method = self._method(method)
         # 1. Pictures, masks, and the window of each that is drawn
         painting = self._painting(image, mask_image, height, width, padding_mask_crop, feather)
         if painting.unchanged:
@@ -125,17 +127,22 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         device = self._execution_device
         seen, holes = painting.seen().to(device), painting.seen_holes().to(device)
         known, hole = self._known(method, seen, holes, masked_image_latents, call)
+        velocity: Velocity = call.velocity
+        after_step: AfterStep = call.after_step
         if method == TRAINED and self.config.coupling == "data-dependent":
             noise = known_source(noise, known, hole)
+            velocity, after_step = only_in(hole, known, velocity, after_step)
+        if method == TRAINED and self.scheduler is None:
+            solver = solver or TRAINED_SOLVER
         # 4. From noise to data; strength 1 is pure noise on every grid
         drawn = self.follow(
-            call.velocity,
+            velocity,
             noise,
             num_inference_steps,
             sigmas,
             solver,
             generator,
-            call.after_step,
+            after_step,
             strength=strength,
             x1=call.rows_of(self.encode_images(seen)) if strength < 1.0 else None,
             sampler=None if method == TRAINED else steered(INPAINTING[method], known, hole),
@@ -149,11 +156,11 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             images = painting.finished((self.decode_latents(drawn) / 2.0 + 0.5).clamp(0.0, 1.0))
         return self.finish_call(self.output_images(images, output_type), return_dict)
 
-    def _method(self, name: str | None, solver: str | None) -> str:
+    def _method(self, name: str | None) -> str:
         """The method that a call uses.
 
         Raises:
-            UserError: there is none of this name, or this checkpoint, or solver, cannot.
+            UserError: there is none of this name, or this checkpoint cannot.
         """
         trained = self.takes_masks
         if name is None:
@@ -165,18 +172,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
                 "this checkpoint was not trained with masks, which method 'trained' needs",
                 f"Methods that steer any checkpoint: {', '.join(INPAINTING)}.",
             )
-        if name == TRAINED and self.config.coupling == "data-dependent" and self._draws_noise(solver):
-            raise UserError(
-                f"{solver or type(self.scheduler).__name__} draws noise, which is wrong for this checkpoint: its flow "
-                "starts from the known part of the picture, not from noise",
-                "Use a solver without, such as 'heun'.",
-            )
         return name
-
-    def _draws_noise(self, solver: str | None) -> bool:
-        if solver is not None:
-            return lookup(SOLVERS, solver, "solver").stochastic
-        return self.scheduler is not None and border.draws_noise(self.scheduler)
 
     def _painting(
         self,
@@ -217,6 +213,23 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         if told is not None:
             call.channels = call.rows_of(torch.cat([told[:, :-channels], known], 1))
         return call.rows_of(known), call.rows_of(latent_mask(holes, self.vae_scale_factor))
+
+
+def only_in(
+    hole: Tensor, known: Tensor, velocity: Velocity, after_step: AfterStep
+) -> tuple[Velocity, AfterStep]:
+    """A flow that moves in the hole only: whatever a solver does to the known latents, a noise of its own for one.
+
+    In the hole it is an ordinary flow from noise, under the condition of what is known, so every solver is right.
+    """
+
+    def put(x: Tensor) -> Tensor:
+        return torch.where(hole > 0, x, known.to(x))
+
+    def moving(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(hole > 0, velocity(put(x), t), 0.0)
+
+    return moving, lambda i, timestep, x: put(after_step(i, timestep, put(x)))
 
 
 def steered(method: Callable[..., Tensor], known: Tensor, hole: Tensor) -> Sampler:

@@ -18,7 +18,7 @@ from torch import Tensor
 import latentflow.pipeline_inpaint
 from latentflow.autoencoder import masked_latents
 from latentflow.errors import UserError
-from latentflow.flow import integrate
+from latentflow.flow import SOLVERS, integrate
 from latentflow.flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
@@ -41,6 +41,13 @@ def box(rows: slice, columns: slice, height: int = 8, width: int = 8) -> Tensor:
 
 HALF = box(slice(None), slice(4, None))  # the right half: cells 2 and 3 of 4
 ODD = box(slice(2, 5), slice(3, 6))  # covers some cells in part
+
+
+def data_dependent(pipe: LatentFlowInpaintPipeline) -> LatentFlowInpaintPipeline:
+    """The same checkpoint as one that was trained by the data-dependent coupling."""
+    other = LatentFlowInpaintPipeline(**pipe.components, coupling="data-dependent")
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def known_of(pipe: Any, pictures: Tensor, masks: Tensor) -> Tensor:
@@ -152,7 +159,7 @@ def test_kept_pixels_are_the_pictures_and_soft_ones_blend(
     mask[..., -1] = 1.0
     canvas = (-(-size[0] // 2), -(-size[1] // 2))
     noise = torch.randn(1, 2, *canvas, generator=torch.Generator().manual_seed(5))
-    call: dict[str, Any] = {"class_labels": 0, "latents": noise, "num_inference_steps": 3}
+    call: dict[str, Any] = {"class_labels": 0, "latents": noise, "num_inference_steps": 3, "solver": "heun"}
     out = inpaint_pipe(image=own, mask_image=mask, output_type="pt", **call).images
     # By hand: the edge is repeated to the right and below, of the mask as well; what is drawn there is cut off.
     missing = (0, size[1] % 2, 0, size[0] % 2)
@@ -220,7 +227,7 @@ def test_a_black_mask_returns_the_picture_and_says_so(
 def test_a_white_mask_is_generation(
     inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
 ) -> None:
-    call: dict[str, Any] = {"class_labels": 1, "latents": x0(1), "output_type": "pt"}
+    call: dict[str, Any] = {"class_labels": 1, "latents": x0(1), "output_type": "pt", "solver": "heun"}
     out = inpaint_pipe(image=pictures(), mask_image=torch.ones(8, 8), **call).images
     plain = LatentFlowPipeline(**inpaint_pipe.components)
     plain.set_progress_bar_config(disable=True)
@@ -257,20 +264,53 @@ def test_strength_zero_is_the_very_picture(
 def test_the_data_dependent_source_is_the_known_part_with_noise_in_the_hole(
     inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
 ) -> None:
-    pipe = LatentFlowInpaintPipeline(**inpaint_pipe.components, coupling="data-dependent")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = data_dependent(inpaint_pipe)
     call: dict[str, Any] = {"image": pictures(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
     out = pipe(guidance_scale=1.0, **call, **LATENT).images
     network, hole = pipe.transformer, F.max_pool2d(ODD, 2) > 0
     known = known_of(pipe, pictures(), ODD)
-    mean = torch.where(hole, network.means[0].view(1, 2, 1, 1), known)
-    close(out, network.end(mean, torch.where(hole, x0(1), known)))
-    with pytest.raises(UserError, match="ddpm draws noise"):
-        pipe(solver="ddpm", **call)
+    close(out, torch.where(hole, network.end(network.means[0].view(1, 2, 1, 1), x0(1)), known))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_data_dependent_flow_moves_in_the_hole_only(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, solver: str
+) -> None:
+    """Also where the solver draws noise everywhere, in the middle of a step too; the network sees what is known."""
+    pipe = data_dependent(inpaint_pipe)
+    known, hole = known_of(pipe, pictures(), ODD), F.max_pool2d(ODD, 2) > 0
+    seen: list[Tensor] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    call: dict[str, Any] = {"image": pictures(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
+    steps: list[Tensor] = []
+
+    def watch(pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        steps.append(tensors["latents"])
+        return {
+            "latents": tensors["latents"] + 1.0
+        }  # what a user returns does not reach what is known either
+
+    options: dict[str, Any] = {**LATENT, "solver": solver, "callback_on_step_end": watch}
+    out = pipe(guidance_scale=1.0, **options, **call).images
+    hook.remove()
+    for x in [*seen, *steps, out]:
+        close(*(torch.where(hole, 0.0, one) for one in (x, known)), 1e-6)
+    assert (torch.where(hole, out - x0(1), 1.0) != 0).all()
+
+
+def test_the_data_dependent_flow_follows_a_scheduler_that_draws_noise(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+) -> None:
+    pipe = data_dependent(inpaint_pipe)
+    known, hole = known_of(pipe, pictures(), ODD), F.max_pool2d(ODD, 2) > 0
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler draws noise"):
-        pipe(**call)
-    assert inpaint_pipe(solver="ddpm", **call).images  # where the source is noise it is right
+    call: dict[str, Any] = {"image": pictures(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
+    one, two = (
+        pipe(generator=torch.Generator().manual_seed(seed), output_type="latent", **call).images
+        for seed in (1, 2)
+    )
+    close(*(torch.where(hole, 0.0, x) for x in (one, known)), 1e-6)
+    assert not torch.equal(one, two)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
@@ -357,6 +397,7 @@ def test_whose_picture_mask_and_class_a_row_has(
 ) -> None:  # fmt: skip
     holes = torch.cat([HALF, ODD])
     call: dict[str, Any] = {"guidance_scale": 2.0, "num_images_per_prompt": 2, "num_inference_steps": 3}
+    call["solver"] = "heun"
     out = inpaint_pipe(
         image=pictures(2)[:images], mask_image=holes[:masks], class_labels=labels, latents=x0(4),
         output_type="pt", **call,
@@ -398,6 +439,7 @@ def test_padding_mask_crop_draws_around_the_hole(
         "latents": x0(1),
         "num_inference_steps": 3,
         "output_type": "pt",
+        "solver": "heun",
     }
     out = inpaint_pipe(image=own, mask_image=mask, padding_mask_crop=2, **call).images
     # 2 pixels around it the hole is as large as the network draws, 8 x 8: nothing is resized.
@@ -452,7 +494,7 @@ def test_masks_in_all_their_forms(
         "latents": x0(1),
         "num_inference_steps": 2,
     }
-    call["output_type"] = "pt"
+    call |= {"output_type": "pt", "solver": "heun"}
     expected = inpaint_pipe(mask_image=ODD, **call).images
     array = ODD[0, 0].numpy()
     picture = Image.fromarray((array * 255).astype(np.uint8))
