@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,43 @@ from ..errors import UserError
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ROOT = _PACKAGE / "programs" if (_PACKAGE / "programs").is_dir() else _PACKAGE.parent
 SHIPPED = _ROOT / "checkpoints" / "emoji-64"
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a checkpoint is asked with: a caption, one of these classes, a mask."""
+
+    text: bool
+    labels: tuple[str, ...]
+    masks: bool
+
+    @property
+    def condition(self) -> bool:
+        """Whether there is anything to guide by."""
+        return self.text or bool(self.labels)
+
+
+def takes(checkpoint: str | None = None) -> Takes | None:
+    """What the pipeline folder's JSON says, in no time; None where there is no such folder.
+
+    Args:
+        checkpoint: as of ``open_pipeline``.
+    """
+    folder = Path(_source(checkpoint))
+    files = [folder / "model_index.json", folder / "transformer" / "config.json"]
+    if not all(file.is_file() for file in files):
+        return None
+    return taken_by(*(json.loads(file.read_text()) for file in files))
+
+
+def taken_by(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Takes:
+    """As the configs of a pipeline and of its network say; classes without names are numbers."""
+    names = (pipe.get("id2label") or {}).values()
+    return Takes(
+        text=network.get("text_dim") is not None,
+        labels=tuple(names) or tuple(str(number) for number in range(network.get("num_classes") or 0)),
+        masks=bool(network.get("condition_channels")),
+    )
 
 
 def open_pipeline(kind: str, checkpoint: str | None = None, device: str = "auto") -> Any:

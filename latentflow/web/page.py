@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import gradio as gr
 
 from ..errors import UserError
-from ..flow import SOLVERS
 from .studio import (
     CANVAS,
     LARGEST_SEED,
@@ -102,8 +101,7 @@ def inpaint_tab(studio: Studio) -> tuple[gr.File, Results]:
             results = Results("inpaint", height=380)
             controls.add_details()
             with gr.Row():
-                methods = studio.inpainting_methods
-                method = gr.Dropdown(methods, value=methods[0], label="Method")
+                method = choice("Method", lambda: studio.inpainting_methods)
                 strength = gr.Slider(0, 1, 1, step=0.05, label="Strength (0 keeps, 1 draws from nothing)")
             with gr.Row():
                 feather = gr.Slider(0, 32, 0, step=1, label="Blend the edge over (pixels)")
@@ -125,7 +123,7 @@ def inpaint_tab(studio: Studio) -> tuple[gr.File, Results]:
             bar(progress),
             values[file],
             (values[editor] or {}).get("layers", []),
-            method=values[method],
+            method=chosen(values[method]),
             strength=values[strength],
             feather=values[feather],
             padding_mask_crop=int(values[margin]) or None,
@@ -145,11 +143,14 @@ def edit_tab(studio: Studio) -> tuple[gr.File, Results]:
             source = gr.Textbox(
                 label="What it shows now",
                 placeholder="red apple",
-                visible=studio.pipe.takes_text,
+                visible=studio.takes.text,
                 elem_id="edit-source",
             )
             source_label = gr.Dropdown(
-                studio.labels, value=None, label="Its class now", visible=bool(studio.labels)
+                list(studio.takes.labels),
+                value=None,
+                label="Its class now",
+                visible=bool(studio.takes.labels),
             )
         with gr.Column(scale=3):
             controls = Controls(studio, "edit", "What it shall show", "green apple")
@@ -157,8 +158,7 @@ def edit_tab(studio: Studio) -> tuple[gr.File, Results]:
             results = Results("edit", height=380)
             controls.add_details(guidance=2.0)
             with gr.Row():
-                methods = studio.editing_methods
-                method = gr.Dropdown(methods, value=methods[0], label="Method")
+                method = choice("Method", lambda: studio.editing_methods)
                 strength = gr.Slider(0, 1, 0.9, step=0.05, label="Strength (0 keeps, 1 is free)")
 
     @told
@@ -175,7 +175,7 @@ def edit_tab(studio: Studio) -> tuple[gr.File, Results]:
             bar(progress),
             values[file],
             values[source] or values[source_label] or "",
-            values[method],
+            chosen(values[method]),
             values[strength],
         )
         return captioned(pictures, order), order.seed
@@ -196,11 +196,13 @@ class Controls:
         self.prompt = gr.Textbox(
             label=prompt,
             placeholder=example,
-            visible=studio.pipe.takes_text,
+            visible=studio.takes.text,
             max_length=LONGEST_PROMPT,
             elem_id=f"{tab}-prompt",
         )
-        self.label = gr.Dropdown(studio.labels, value=None, label="Class", visible=bool(studio.labels))
+        self.label = gr.Dropdown(
+            list(studio.takes.labels), value=None, label="Class", visible=bool(studio.takes.labels)
+        )
         self.pictures = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures", elem_id=f"{tab}-pictures")
 
     def add_details(self, guidance: float = 4.0) -> None:
@@ -210,22 +212,22 @@ class Controls:
                 0, minimum=0, maximum=LARGEST_SEED, precision=0, label="Seed", elem_id=f"{self._tab}-seed"
             )
             self.new_seed = gr.Checkbox(True, label="New seed each time", elem_id=f"{self._tab}-new-seed")
-        conditional = self._studio.pipe.takes_text or self._studio.pipe.takes_classes
+        conditional = self._studio.takes.condition
         with gr.Row():
             self.steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps", elem_id=f"{self._tab}-steps")
             self.guidance = gr.Slider(
                 0, MOST_GUIDANCE, guidance, step=0.5, label="Guidance", visible=conditional
             )
         with gr.Accordion("More", open=False):
-            self.negative = gr.Textbox(label="Keep away from", visible=self._studio.pipe.takes_text)
-            self.solver = gr.Dropdown([USUAL, *SOLVERS], value=USUAL, label="Solver")
+            self.negative = gr.Textbox(label="Keep away from", visible=self._studio.takes.text)
+            self.solver = choice("Solver", lambda: self._studio.solvers)
 
     @property
     def components(self) -> set[Any]:
         return {value for value in vars(self).values() if isinstance(value, gr.components.Component)}
 
     def order(self, values: Values) -> Order:
-        takes_text = self._studio.pipe.takes_text
+        takes_text = self._studio.takes.text
         return Order(
             prompt=values[self.prompt] or "" if takes_text and not values[self.label] else None,
             label=values[self.label],
@@ -234,7 +236,7 @@ class Controls:
             seed=random.randrange(LARGEST_SEED) if values[self.new_seed] else int(values[self.seed] or 0),
             steps=int(values[self.steps]),
             guidance=values[self.guidance],
-            solver=None if values[self.solver] == USUAL else values[self.solver],
+            solver=chosen(values[self.solver]),
         )
 
 
@@ -278,6 +280,26 @@ class Results:
             )
             select = functools.partial(gr.Tabs, selected=tab)
             taken.success(select, None, tabs, show_progress="hidden", api_visibility="private")
+
+
+def choice(label: str, offered: Callable[[], list[str]]) -> gr.Dropdown:
+    """A choice that may be left open. What is ``offered`` is asked once a window shows the page.
+
+    The page is there before torch is, whose tables these are.
+    """
+    field = gr.Dropdown([USUAL], value=USUAL, label=label)
+    gr.on(  # no trigger: when the page is loaded
+        None,
+        lambda: gr.Dropdown([USUAL, *offered()]),
+        outputs=field,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    return field
+
+
+def chosen(value: str) -> str | None:
+    return None if value == USUAL else value
 
 
 def enlarged(studio: Studio, path: str) -> Image:
@@ -362,10 +384,10 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def serve(studio: Studio, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C; the models are loaded while it is looked at.
 
     Raises:
-        UserError: the port is taken or may not be listened on.
+        UserError: the port is taken or may not be listened on; the checkpoint cannot be loaded.
     """
     page = build(studio)
     try:
@@ -386,4 +408,5 @@ def serve(studio: Studio, host: str, port: int) -> None:
             f"{host}:{port} is taken, or no address of this machine", "Try --port 7861."
         ) from None
     print(f"http://{host}:{port}", flush=True)
+    studio.pipe  # noqa: B018
     page.block_thread()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..drawing.checkpoint import open_pipeline
+from ..drawing.checkpoint import open_pipeline, taken_by, takes
 from ..drawing.conditions import conditions
 from ..drawing.draw import BATCH, draw
 from ..drawing.pictures import read_picture
@@ -67,31 +68,43 @@ class Studio:
     """One checkpoint, drawing for whoever asks, one request at a time."""
 
     def __init__(self, checkpoint: str | None = None, device: str = "auto") -> None:
-        self.pipe = open_pipeline("LatentFlowPipeline", checkpoint, device)
+        self._checkpoint, self._device = checkpoint, device
+        self._pipe: Any = None
+        self._loading = threading.Lock()
         self._turns = Turns()
+        self.takes = takes(checkpoint) or taken_by(self.pipe.config, self.pipe.transformer.config)
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline; who asks first loads it, which takes half a minute on a slow machine.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        with self._loading:
+            if self._pipe is None:
+                self._pipe = open_pipeline("LatentFlowPipeline", self._checkpoint, self._device)
+            return self._pipe
 
     # ---------------------------------------------------------------- what the page offers
 
     @property
-    def labels(self) -> list[str]:
-        """The names of the checkpoint's classes, or their numbers where they have no names."""
-        count = self.pipe.transformer.config.get("num_classes") or 0
-        return list(self.pipe.labels) or [str(number) for number in range(count)]
+    def solvers(self) -> list[str]:
+        from ..flow import SOLVERS
+
+        return list(SOLVERS)
 
     @property
     def inpainting_methods(self) -> list[str]:
-        """The default one first."""
-        from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
+        from ..flow.inpainting import INPAINTING
 
-        trained = ["trained"] if self.pipe.takes_masks else []
-        return list(dict.fromkeys([*trained, DEFAULT_INPAINTING, *INPAINTING]))
+        return [*(["trained"] if self.takes.masks else []), *INPAINTING]
 
     @property
     def editing_methods(self) -> list[str]:
-        """The default one first."""
         from ..flow import EDITING
 
-        return [*(EDITING if self.pipe.takes_text or self.pipe.takes_classes else ()), ANEW]
+        return [*(EDITING if self.takes.condition else ()), ANEW]
 
     def opened(self, upload: str) -> tuple[Image, str]:
         """An uploaded picture as upright RGB, and "" or, if it was too large for the checkpoint, how it was shrunk.
@@ -149,13 +162,17 @@ class Studio:
         progress: Progress,
         upload: str | None,
         source: str,
-        method: str,
+        method: str | None,
         strength: float,
     ) -> list[Image]:
-        """A picture changed by words, from what ``source`` says it shows, or drawn anew."""
+        """A picture changed by words, from what ``source`` says it shows, or drawn anew.
+
+        Args:
+            method: of ``editing_methods``; None: the pipeline's own, or anew where nothing can be said.
+        """
         picture = self._needed(upload)
         settings: dict[str, Any] = {"image": picture, "strength": strength}
-        if method == ANEW:
+        if method == ANEW or not self.takes.condition:
             return self._draw("LatentFlowImg2ImgPipeline", owner, order, progress, **settings)
         if method == "inversion":  # draws no noise: more would be equal
             order = replace(order, pictures=1)
@@ -164,7 +181,9 @@ class Studio:
                 self.pipe, (source,) if order.label is None else (), (source,) if order.label else ()
             )
             settings |= {f"source_{name}": value for name, value in shown[0].items()}
-        return self._draw("LatentFlowEditPipeline", owner, order, progress, method=method, **settings)
+        if method is not None:
+            settings["method"] = method
+        return self._draw("LatentFlowEditPipeline", owner, order, progress, **settings)
 
     def _needed(self, upload: str | None) -> Image:
         if upload is None:
@@ -175,6 +194,8 @@ class Studio:
         import latentflow
 
         order.check()
+        if self._pipe is None:
+            progress(0, 1, "Loading the models")
         pipe = getattr(latentflow, kind).from_pipe(self.pipe)
         pipe.set_progress_bar_config(disable=True)
         shown = conditions(

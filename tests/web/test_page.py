@@ -14,6 +14,7 @@ from latentflow.errors import UserError
 pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import gradio as gr
 
+from latentflow.drawing.checkpoint import Takes
 from latentflow.web import page
 from latentflow.web.turns import Stopped
 
@@ -21,8 +22,8 @@ from latentflow.web.turns import Stopped
 def checkpoint(*, text: bool = False, classes: tuple[str, ...] = ()) -> Any:
     """What the layout asks of a studio."""
     return SimpleNamespace(
-        pipe=SimpleNamespace(takes_text=text, takes_classes=bool(classes)),
-        labels=list(classes),
+        takes=Takes(text=text, labels=classes, masks=True),
+        solvers=["heun", "ddpm"],
         inpainting_methods=["trained", "repaint"],
         editing_methods=["flowedit", "image-to-image"] if text or classes else ["image-to-image"],
     )

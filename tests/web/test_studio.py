@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.drawing.checkpoint import Takes, taken_by
 from latentflow.errors import UserError
 from latentflow.web.studio import MOST_PICTURES, Order, Studio, painted
 from latentflow.web.turns import Stopped, Turns
@@ -176,3 +179,43 @@ def test_large_uploads_are_shrunk_and_that_is_said(studio: Studio, picture: Path
     assert shrunk.size == (32, 16)  # four times the 8 pixels of the training
     assert note == "Shrunk from 400 x 200 to 32 x 16 pixels."
     assert studio.opened(str(picture))[1] == ""
+
+
+def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint: Path) -> None:
+    studio = Studio(str(caption_checkpoint), "cpu")
+    assert studio._pipe is None
+    assert studio.takes == Takes(text=True, labels=(), masks=False)
+    assert taken_by(studio.pipe.config, studio.pipe.transformer.config) == studio.takes
+    told: list[str] = []
+    Studio(str(caption_checkpoint), "cpu").generate("me", ORDER, lambda *step: told.append(step[2]))
+    assert told == ["Loading the models", "Drawing", "Drawing"]
+
+
+@pytest.mark.parametrize(
+    ("pipe", "network", "expected"),
+    [
+        ({"id2label": {"0": "hat", "1": "tree"}}, {"num_classes": 2}, Takes(False, ("hat", "tree"), False)),
+        ({"id2label": None}, {"num_classes": 3}, Takes(False, ("0", "1", "2"), False)),
+        ({}, {"num_classes": None, "text_dim": None, "condition_channels": 80}, Takes(False, (), True)),
+    ],
+)
+def test_what_configs_say_of_classes_and_masks(
+    pipe: dict[str, Any], network: dict[str, Any], expected: Takes
+) -> None:
+    assert taken_by(pipe, network) == expected
+    assert expected.condition == bool(expected.labels)
+
+
+def test_a_checkpoint_that_is_none_is_refused_before_a_page_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        Studio(str(tmp_path / "nowhere"), "cpu")
+
+
+def test_the_page_is_built_without_torch(caption_checkpoint: Path) -> None:
+    """Which takes longer to import than everything that the page needs."""
+    pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
+    script = (
+        "import sys; from latentflow.web.page import build; from latentflow.web.studio import Studio;"
+        f"build(Studio({str(caption_checkpoint)!r})); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
