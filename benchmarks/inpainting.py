@@ -1,13 +1,13 @@
 """Inpainting methods at equal numbers of network evaluations (NFE), on pictures that were not trained on.
 
-    python benchmarks/inpainting.py DATA --trained CHECKPOINT [--coupling CHECKPOINT] -o docs/inpainting-emoji
-        [-n 80] [--evaluations 10 20 50] [--methods ...] [--no-condition] [--grid]
+    python benchmarks/inpainting.py DATA --steered CHECKPOINT [--trained CHECKPOINT] [--coupling CHECKPOINT]
+        -o docs/inpainting-emoji [-n 80] [--evaluations 10 20 50] [--methods ...] [--no-condition] [--grid]
 
-DATA is a folder of pictures as `latentflow train` takes it. --trained is a checkpoint that has learnt to inpaint; the
-training-free methods run on it as well, told nothing of the mask. --coupling is one trained by the data-dependent
-coupling. Three masks: a box in the centre (a quarter of the area), the right half, and brush strokes (others on each
-picture). Captions or classes are given (with --no-condition: empty captions); guidance is off, so that one evaluation
-is one pass of the network.
+DATA is a folder of pictures as `latentflow train` takes it. The training-free methods run on --steered, which is told
+nothing of the mask even if it has learnt to inpaint. --trained is a checkpoint that has, by channels alone, and
+--coupling one that has by the data-dependent coupling. Three masks: a box in the centre (a quarter of the area), the
+right half, and brush strokes (others on each picture). Captions or classes are given (with --no-condition: empty
+captions); guidance is off, so that one evaluation is one pass of the network.
 
 Of every method: the PSNR within the hole (mean over pictures), the Frechet distance between the finished and the real
 pictures ("pixels-16" of latentflow/metrics/features.py), and the largest change of a kept pixel. Results go to
@@ -46,8 +46,9 @@ SOLVER: dict[str, str | None] = {
     "repaint": "euler",
     "pnp-flow": None,
     "twisted": None,
-    "trained": "adams-bashforth-2",
-    "trained coupling": "adams-bashforth-2",
+    "trained": "ddpm",
+    "trained coupling": "ddpm",
+    "trained coupling, ODE": "adams-bashforth-2",
 }
 
 
@@ -65,14 +66,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     source = find_source(options.data)
     rows = np.linspace(0, len(source) - 1, min(options.n, len(source))).astype(int).tolist()
-    pipes = {"trained": load(options.trained)}
+    steered = load(options.steered)
+    pipes = dict.fromkeys(INPAINTING, steered)
+    if options.trained:
+        pipes["trained"] = load(options.trained)
     if options.coupling:
-        pipes["trained coupling"] = load(options.coupling)
-    side = pipes["trained"].vae_scale_factor * pipes["trained"].transformer.config.sample_size
+        pipes["trained coupling"] = pipes["trained coupling, ODE"] = load(options.coupling)
+    side = steered.vae_scale_factor * steered.transformer.config.sample_size
     task = read(source.subset(rows), side, options.condition)
     methods = {"mean fill": mean_fill} | {
-        name: drawn_by(pipes.get(name, pipes["trained"]), name)
-        for name in [*INPAINTING, *pipes]
+        name: drawn_by(pipe, name)
+        for name, pipe in pipes.items()
         if options.methods is None or name in options.methods
     }
     results = Results(Path(f"{options.output}.json"))
@@ -237,7 +241,8 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data")
-    parser.add_argument("--trained", required=True)
+    parser.add_argument("--steered", required=True)
+    parser.add_argument("--trained")
     parser.add_argument("--coupling")
     parser.add_argument("-o", "--output", required=True, help="FILE without its ending")
     parser.add_argument("-n", type=int, default=80, help="pictures, spread over DATA")
