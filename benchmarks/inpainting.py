@@ -34,22 +34,30 @@ from latentflow import LatentFlowInpaintPipeline
 from latentflow.data import Source, cached_pixels, find_source, to_pil
 from latentflow.data.masks import random_masks
 from latentflow.flow import SOLVERS
-from latentflow.flow.inpainting import INPAINTING
 from latentflow.metrics.features import features
 from latentflow.metrics.frechet import frechet_distance
 
 BATCH = 20
 SPACE = "pixels-16"
-# Of each method the solver that does best here; None where the method steps by itself.
-SOLVER: dict[str, str | None] = {
-    "replacement": "euler",
-    "repaint": "euler",
-    "pnp-flow": None,
-    "twisted": None,
-    "trained": "ddpm",
-    "trained coupling": "ddpm",
-    "trained coupling, ODE": "adams-bashforth-2",
+# Row of the table: the checkpoint, the pipeline's method, and the solver that does best here with it; None where the
+# method steps by itself.
+ROWS: dict[str, tuple[str, str, str | None]] = {
+    "replacement": ("steered", "replacement", "euler"),
+    "repaint": ("steered", "repaint", "euler"),
+    "pnp-flow": ("steered", "pnp-flow", None),
+    "twisted": ("steered", "twisted", None),
+    "trained": ("trained", "trained", "ddpm"),
+    "trained, pnp-flow": ("trained", "pnp-flow", None),
+    "trained coupling": ("coupling", "trained", "ddpm"),
+    "trained coupling, pnp-flow": ("coupling", "pnp-flow", None),
+    "trained coupling, ODE": ("coupling", "trained", "adams-bashforth-2"),
 }
+
+
+class Untold(LatentFlowInpaintPipeline):
+    """Takes any checkpoint for one that has not learnt to inpaint."""
+
+    takes_masks = False
 
 
 @dataclass(frozen=True)
@@ -66,18 +74,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     source = find_source(options.data)
     rows = np.linspace(0, len(source) - 1, min(options.n, len(source))).astype(int).tolist()
-    steered = load(options.steered)
-    pipes = dict.fromkeys(INPAINTING, steered)
-    if options.trained:
-        pipes["trained"] = load(options.trained)
-    if options.coupling:
-        pipes["trained coupling"] = pipes["trained coupling, ODE"] = load(options.coupling)
-    side = steered.vae_scale_factor * steered.transformer.config.sample_size
+    pipes = {"steered": load(options.steered, Untold)}
+    for kind in ("trained", "coupling"):
+        if folder := getattr(options, kind):
+            pipes[kind] = load(folder)
+    side = pipes["steered"].vae_scale_factor * pipes["steered"].transformer.config.sample_size
     task = read(source.subset(rows), side, options.condition)
     methods = {"mean fill": mean_fill} | {
-        name: drawn_by(pipe, name)
-        for name, pipe in pipes.items()
-        if options.methods is None or name in options.methods
+        name: drawn_by(pipes[kind], name)
+        for name, (kind, _, _) in ROWS.items()
+        if kind in pipes and (options.methods is None or name in options.methods)
     }
     results = Results(Path(f"{options.output}.json"))
     pictures: dict[tuple[str, str], Tensor] = {}
@@ -96,8 +102,8 @@ def main() -> None:
         grid(task, pictures, list(methods)).save(f"{options.output}.png")
 
 
-def load(checkpoint: str) -> Any:
-    pipe = LatentFlowInpaintPipeline.from_pretrained(checkpoint)
+def load(checkpoint: str, pipeline: type[LatentFlowInpaintPipeline] = LatentFlowInpaintPipeline) -> Any:
+    pipe = pipeline.from_pretrained(checkpoint)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -135,7 +141,7 @@ def drawn_by(pipe: Any, name: str) -> Method:
         counted[0] += 1
 
     def run(task: Task, mask: str, evaluations: int) -> tuple[Tensor, float]:
-        solver = SOLVER[name]
+        _, method, solver = ROWS[name]
         steps = evaluations // ((SOLVERS[solver].evaluations or 1) if solver else 1)
         drawn, started = [], time.monotonic()
         hook = pipe.transformer.register_forward_hook(count)
@@ -150,7 +156,7 @@ def drawn_by(pipe: Any, name: str) -> Method:
                     num_inference_steps=steps,
                     guidance_scale=1.0,
                     solver=solver,
-                    method="trained" if name.startswith("trained") else name,
+                    method=method,
                     generator=[torch.Generator().manual_seed(start + i) for i in range(len(conditions))],
                     output_type="pt",
                 ).images

@@ -18,6 +18,8 @@ from .pipeline_images import Pictures, read_masks, read_pictures
 from .pipeline_windows import Painting, prepared
 
 TRAINED = "trained"
+#: Methods that a network which was trained with masks is told of the hole in: one steers it all the same.
+TOLD = (TRAINED, "pnp-flow")
 #: Fresh noise corrects what a network got wrong on the way, which in a large hole is much: docs/inpainting.md.
 TRAINED_SOLVER = "ddpm"
 
@@ -25,8 +27,8 @@ TRAINED_SOLVER = "ddpm"
 class LatentFlowInpaintPipeline(FlowPipeline):
     """Fills the hole that a mask leaves in a picture; what is not masked is the picture's own, to the pixel.
 
-    ``LatentFlowInpaintPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. A checkpoint
-    that was trained with masks fills holes by itself (method "trained"); with any other the flow is steered.
+    ``LatentFlowInpaintPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. The flow is
+    steered towards what is known; a checkpoint that was trained with masks is told of it as well, and fills better.
 
     Outpainting: ``image, mask = latentflow.expand_canvas(picture, right=32)`` makes the arguments.
     """
@@ -83,10 +85,12 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken.
             latents: the noise (B, C, h, w) to start from.
             output_type: as of ``LatentFlowPipeline``; "latent" are those of the part that was drawn, uncomposed.
-            method: "trained", or a key of ``latentflow.flow.INPAINTING``; default: "trained" where the checkpoint is,
-                else ``latentflow.flow.inpainting.DEFAULT_INPAINTING``. All but "trained" run on our own solvers;
-                "trained" takes the solver 'ddpm' unless told otherwise, or the pipeline's scheduler. "repaint" goes
-                back in time, which the timesteps that a callback is told do not show.
+            method: "trained", or a key of ``latentflow.flow.INPAINTING``; default:
+                ``latentflow.flow.inpainting.DEFAULT_INPAINTING``, but "trained" where a checkpoint that is shall
+                follow a solver or the pipeline's scheduler. "trained" takes any of these, by itself 'ddpm'; the others
+                run on our own solvers. A checkpoint that was trained with masks is told of the hole by "trained" and
+                "pnp-flow", the others tell it nothing. "repaint" goes back in time, which the timesteps that a
+                callback is told do not show.
             feather: blend over so many pixels around the hole.
 
         Returns:
@@ -97,7 +101,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             UserError: as ``LatentFlowPipeline``; also pictures, masks, a strength or a method that are none.
         """
         check_strength(strength)
-        method = self._method(method)
+        method = self._method(method, solver)
         # 1. Pictures, masks, and the window of each that is drawn
         painting = self._painting(image, mask_image, height, width, padding_mask_crop, feather)
         if painting.unchanged:
@@ -129,7 +133,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         known, hole = self._known(method, seen, holes, masked_image_latents, call)
         velocity: Velocity = call.velocity
         after_step: AfterStep = call.after_step
-        if method == TRAINED and self.config.coupling == "data-dependent":
+        if call.channels is not None and self.config.coupling == "data-dependent":
             noise = known_source(noise, known, hole)
             velocity, after_step = only_in(hole, known, velocity, after_step)
         if method == TRAINED and self.scheduler is None:
@@ -156,18 +160,18 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             images = painting.finished((self.decode_latents(drawn) / 2.0 + 0.5).clamp(0.0, 1.0))
         return self.finish_call(self.output_images(images, output_type), return_dict)
 
-    def _method(self, name: str | None) -> str:
+    def _method(self, name: str | None, solver: str | None) -> str:
         """The method that a call uses.
 
         Raises:
             UserError: there is none of this name, or this checkpoint cannot.
         """
-        trained = self.takes_masks
         if name is None:
-            name = TRAINED if trained else DEFAULT_INPAINTING
+            follows = self.takes_masks and (solver is not None or self.scheduler is not None)
+            name = TRAINED if follows else DEFAULT_INPAINTING
         if name not in (TRAINED, *INPAINTING):
             raise unknown("inpainting method", name, [TRAINED, *INPAINTING])
-        if name == TRAINED and not trained:
+        if name == TRAINED and not self.takes_masks:
             raise UserError(
                 "this checkpoint was not trained with masks, which method 'trained' needs",
                 f"Methods that steer any checkpoint: {', '.join(INPAINTING)}.",
@@ -198,7 +202,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         """Latents of what is kept (B, C, h, w) and the mask of the latents (B, 1, h, w); tells the network of both."""
         with self._steady_vae() as vae:
             channels = latent_channels(vae)
-            if method == TRAINED:
+            if method in TOLD and self.takes_masks:
                 told = masked_condition(vae, seen, holes)
                 known = told[:, -channels:]
             else:

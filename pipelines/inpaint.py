@@ -50,10 +50,11 @@ class InpaintConfig(DrawingConfig):
     strength: float = 1.0
     """From 0, the picture as it is, to 1, where nothing under the mask is looked at."""
     method: str | None = None
-    """trained; or, of any checkpoint, pnp-flow, replacement, repaint, twisted (docs/editing.md explains them);
-    default: trained where the checkpoint has learned to inpaint, else pnp-flow."""
+    """pnp-flow, replacement, repaint or twisted, for any checkpoint; trained, for one that has learnt to inpaint
+    (docs/editing.md explains them). Default: pnp-flow, or trained where a solver is named."""
     solver: str | None = None
-    """As of generate, for trained, replacement and repaint; the other methods take steps of their own."""
+    """As of generate, for trained (default: ddpm), replacement and repaint; pnp-flow and twisted take steps of their
+    own."""
     feather: int = 0
     """Pixels around the mask over which old and new melt into one another."""
     padding_mask_crop: int | None = None

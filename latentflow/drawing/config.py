@@ -33,8 +33,7 @@ class DrawingConfig:
     solver: str | None = None
     """euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
     dopri5, or with fresh noise euler-maruyama, stochastic-heun, ddpm, churn, langevin; default: the scheduler that
-    the checkpoint brings, else heun (exponential-adams for networks that predict the data; ddpm where a network
-    that was trained to inpaint does)."""
+    the checkpoint brings, else heun (exponential-adams for networks that predict the data)."""
     negative: str | None = None
     """What to keep away from."""
     scale: int = 1

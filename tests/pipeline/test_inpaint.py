@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import latentflow.pipeline_inpaint
-from latentflow.autoencoder import masked_latents
+from latentflow.autoencoder import masked_condition, masked_latents
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, integrate
 from latentflow.flow.inpainting import DEFAULT_INPAINTING, INPAINTING
@@ -272,9 +272,9 @@ def test_the_data_dependent_source_is_the_known_part_with_noise_in_the_hole(
     close(out, torch.where(hole, network.end(network.means[0].view(1, 2, 1, 1), x0(1)), known))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("way", [{"solver": name} for name in SOLVERS] + [{"method": "pnp-flow"}], ids=str)
 def test_the_data_dependent_flow_moves_in_the_hole_only(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, solver: str
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, way: dict[str, str]
 ) -> None:
     """Also where the solver draws noise everywhere, in the middle of a step too; the network sees what is known."""
     pipe = data_dependent(inpaint_pipe)
@@ -290,7 +290,7 @@ def test_the_data_dependent_flow_moves_in_the_hole_only(
             "latents": tensors["latents"] + 1.0
         }  # what a user returns does not reach what is known either
 
-    options: dict[str, Any] = {**LATENT, "solver": solver, "callback_on_step_end": watch}
+    options = LATENT | {"solver": None, "callback_on_step_end": watch} | way
     out = pipe(guidance_scale=1.0, **options, **call).images
     hook.remove()
     for x in [*seen, *steps, out]:
@@ -366,7 +366,7 @@ def test_every_method_keeps_what_is_kept(
     close(out[1:], alone, 1e-4)
 
 
-def test_without_a_name_the_method_is_what_the_checkpoint_was_trained_for(
+def test_the_usual_method_is_posterior_or_follows_the_solver_that_is_asked_for(
     inpaint_pipe: LatentFlowInpaintPipeline, steered_pipe: LatentFlowInpaintPipeline, pictures: Pictures
 ) -> None:
     call: dict[str, Any] = {
@@ -375,12 +375,48 @@ def test_without_a_name_the_method_is_what_the_checkpoint_was_trained_for(
         "class_labels": 0,
         "num_inference_steps": 3,
     }
-    for pipe, name in ((inpaint_pipe, "trained"), (steered_pipe, DEFAULT_INPAINTING)):
+    scheduled = LatentFlowInpaintPipeline(
+        **inpaint_pipe.components | {"scheduler": FlowMatchEulerDiscreteScheduler()}
+    )
+    scheduled.set_progress_bar_config(disable=True)
+    for pipe, solver, name in (
+        (inpaint_pipe, None, DEFAULT_INPAINTING),
+        (steered_pipe, None, DEFAULT_INPAINTING),
+        (inpaint_pipe, "heun", "trained"),
+        (scheduled, None, "trained"),
+    ):
         both = [
-            pipe(method=method, generator=torch.Generator().manual_seed(1), output_type="pt", **call).images
+            pipe(
+                method=method,
+                solver=solver,
+                generator=torch.Generator().manual_seed(1),
+                output_type="pt",
+                **call,
+            ).images
             for method in (None, name)
         ]
         assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("method", ["trained", *INPAINTING])
+def test_who_is_told_of_the_hole(
+    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, method: str
+) -> None:
+    told: list[Tensor | None] = []
+    hook = inpaint_pipe.transformer.register_forward_pre_hook(
+        lambda module, given: told.append(given[2].channels)
+    )
+    inpaint_pipe(
+        image=pictures(), mask_image=ODD, class_labels=0, method=method, num_inference_steps=2, guidance_scale=1.0
+    )  # fmt: skip
+    hook.remove()
+    if method in ("trained", "pnp-flow"):
+        expected = masked_condition(inpaint_pipe.vae, 2 * pictures() - 1, ODD).detach()
+        assert told
+        for channels in told:
+            close(channels, expected, 1e-6)
+    else:
+        assert set(told) == {None}
 
 
 # ------------------------------------------------------------------ batches
