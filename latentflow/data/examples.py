@@ -21,13 +21,22 @@ Kind = Literal["text", "class", "unconditional"]
 class Example(ABC):
     """One picture. ``name`` is unique in its source; ``text``, ``label`` and ``mask`` are None where unknown.
 
+    ``texts`` are further captions of the picture, of which each use draws one (``text`` is the first).
     ``mask`` is the file of the user's own mask: the picture's own path where its alpha channel is the mask.
+    ``weight`` is a factor on the picture's loss.
     """
 
     name: str
     text: str | None = None
     label: str | None = None
     mask: Path | None = field(default=None, kw_only=True)
+    texts: tuple[str, ...] = field(default=(), kw_only=True)
+    weight: float = field(default=1.0, kw_only=True)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, the first one first; empty where there is none."""
+        return () if self.text is None else (self.text, *self.texts)
 
     @abstractmethod
     def open(self) -> Image.Image:
@@ -123,11 +132,8 @@ class Source:
         return [example.content_key() for example in self.examples]
 
     def fingerprint(self) -> str:
-        """Hash of all pictures, captions, classes and masks, whatever their names and order: tells changed data."""
-        told = [(e.content_key(), e.text, e.label, e.mask_key()) for e in self.examples]
-        rows = sorted(
-            f"{key}\0{text}\0{label}" + (f"\0{mask}" if mask else "") for key, text, label, mask in told
-        )
+        """Hash of all pictures and what is said of them, whatever their names and order: tells changed data."""
+        rows = sorted(_told(example) for example in self.examples)
         return hashlib.sha256("\n".join([self.kind, *self.classes, *rows]).encode()).hexdigest()
 
     def subset(self, indices: list[int]) -> Source:
@@ -137,3 +143,14 @@ class Source:
     def noted(self, *notes: str) -> Source:
         """The same set with more notes."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
+
+
+def _told(example: Example) -> str:
+    """All of an example but its name; what most examples have none of is left out where it is not there."""
+    parts = [example.content_key(), example.text, example.label]
+    if mask := example.mask_key():
+        parts.append(mask)
+    parts += [f"or {text}" for text in example.texts]
+    if example.weight != 1:
+        parts.append(f"weight {example.weight}")
+    return "\0".join(map(str, parts))
