@@ -29,7 +29,8 @@ from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
 from latentflow.training.conditions import condition_rows
-from latentflow.training.flow import FlowConfig, FlowStage, LatentData, validation_loss
+from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.latent_data import LatentData
 from latentflow.training.masking import Masking
 from latentflow.training.plan import estimate_lines, plan_lines
 from latentflow.training.presets import PRESETS

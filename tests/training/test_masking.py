@@ -14,7 +14,8 @@ from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, mask_channels
 from latentflow.data import find_source
 from latentflow.models import Condition, DiT, UNet
-from latentflow.training.flow import FlowConfig, FlowStage, LatentData
+from latentflow.training.flow import FlowConfig, FlowStage
+from latentflow.training.latent_data import LatentData
 from latentflow.training.masking import Masking
 from latentflow.training.order import Draw
 from latentflow.training.start import networks_from
