@@ -121,6 +121,15 @@ class Source:
         """The examples that one epoch uses, by index: each as often as its ``repeats`` say."""
         return [index for index, example in enumerate(self.examples) for _ in range(example.repeats)]
 
+    def weights(self) -> list[float]:
+        """The factor on every example's loss."""
+        return [example.weight for example in self.examples]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any picture comes with a mask."""
+        return any(example.mask is not None for example in self.examples)
+
     def once(self) -> Source:
         """The same set without repeats: to measure on."""
         if all(example.repeats == 1 for example in self.examples):
