@@ -172,6 +172,7 @@ def train_autoencoder(
             "data": train.fingerprint(),
         },
         resume_line=resume_line,
+        phase="train the autoencoder",
     )
     return load_autoencoder(output / "autoencoder") if finished else None
 

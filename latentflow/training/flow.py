@@ -29,8 +29,8 @@ from ..flow import (
     make,
 )
 from ..models import Condition
+from .batches import to_device
 from .latent_data import LatentData
-from .loop import to_device
 from .masking import OWN, Masking
 from .order import Draw, SampleRandom, seeded
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from ..autoencoder import Autoencoder, downscale_factor, latent_channels
 from ..data import Source
+from ..memory import peak_gib
 from .config import LoopConfig
 from .flow import FlowStage
 from .order import SampleRandom
 from .precision import resolve
 from .processes import process_state
-from .report import memory_gib
 from .start import Networks
 
 _FEW = 1000
@@ -72,7 +72,7 @@ def estimate_lines(
         f"network: {_size(networks.network)}",
         *([f"text encoder: {_size(encoder)}"] if encoder is not None else []),
         f"memory: {state_bytes / 2**30:.2f} GiB for weights, gradients, average and optimiser, and the "
-        f"activations of {loop.train_batch_size} samples (at most {memory_gib():.1f} GiB in all, as measured)",
+        f"activations of {loop.train_batch_size} samples (at most {peak_gib():.1f} GiB in all, as measured)",
         f"time: {step:.2f} s a step, {hours:.1f} hours in all (measured; the autoencoder's training, caching, "
         "validation and previews come on top)",
     ]
