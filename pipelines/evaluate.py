@@ -209,7 +209,7 @@ def read_part(pipe: Any, source: Source, config: EvaluateConfig) -> Part:
     side = pipe.transformer.config.sample_size
     size = (side, side) if isinstance(side, int) else tuple(side)
     height, width = (cells * pipe.vae_scale_factor for cells in size)
-    pixels = cached_pixels(source, (height, width), config.background or "white")
+    pixels = cached_pixels(source, (height, width), config.background or "white")[:]
     captions = (
         [example.label or "" for example in source.examples] if source.kind == "class" else source.captions()
     )

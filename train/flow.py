@@ -28,8 +28,10 @@ from latentflow.data.config import DataConfig
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
-from latentflow.training.conditions import condition_rows
+from latentflow.training.card import CardFacts, write_card
+from latentflow.training.conditions import conditions_of
 from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.hub import check_push, push
 from latentflow.training.latent_data import LatentData
 from latentflow.training.masking import Masking
 from latentflow.training.plan import estimate_lines, plan_lines
@@ -53,6 +55,8 @@ class Config:
     """A pretrained diffusers autoencoder (folder or hub id). Empty: one is trained on the data first."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
+    push_to_hub: str | None = None
+    """Put the result on the Hugging Face hub under this name, owner/name. A new repository is private."""
     dry_run: bool = False
     """Print the plan, the sizes and an estimate of memory and time, and stop."""
     autoencoder: AutoencoderConfig = AutoencoderConfig()
@@ -67,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, prog="latentflow train", presets=PRESETS)
     loop, data, output = config.loop, config.data, Path(config.output)
     again = resume_line("train", argv)
+    if config.push_to_hub and not config.dry_run:
+        check_push(config.push_to_hub)
 
     # ---- data: what is there, what it is conditioned on ----
     if config.dry_run:
@@ -103,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---- networks ----
     torch.manual_seed(loop.seed)
     latent_size = data.resolution // downscale_factor(vae)
-    own_masks = any(example.mask is not None for example in source.examples)
+    own_masks = source.has_masks
     inpainting = config.flow.inpainting or own_masks
     if config.init_from:
         networks = networks_from(config.init_from, source, config.flow, inpainting)
@@ -128,14 +134,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---- latents and conditions, cached ----
     def latent_data(part: Source) -> LatentData:
-        table = latents(part, vae, data)
-        rows, views = condition_rows(part, networks), {}
+        views = {}
         if masking is not None:
             views["pixels"] = cached_pixels(part, data.resolution, data.background)
         if own_masks:
             own = cached_masks(part, data.resolution)
-            views["masks"], rows["has_mask"] = own.masks, own.has_mask
-        return LatentData(part, table, rows, views)
+            views |= {"masks": own.masks, "has_mask": own.has_mask}
+        table = latents(part, vae, data)
+        return LatentData(part, table, conditions_of(part, networks), views, flips=data.random_flip)
 
     train_data = latent_data(training)
     held_out = latent_data(validation) if len(validation) else None
@@ -163,6 +169,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.export_dtype != "float32":
             result = copy.deepcopy(result).to(dtype=getattr(torch, config.export_dtype))
         result.save_pretrained(folder)
+        facts = CardFacts(
+            where=config.push_to_hub or str(output / "pipeline"),
+            source=source,
+            parts={name: one for name, one in result.components.items() if isinstance(one, torch.nn.Module)},
+            inpaints=result.takes_masks,
+        )
+        write_card(folder, output, facts)
 
     if loop.compile:
         networks.network.compile()
@@ -190,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(
             f"done: {output / 'pipeline'}; try it with\n  latentflow generate --checkpoint {output / 'pipeline'}"
         )
+        if config.push_to_hub and process_state().is_main_process:
+            log.info(f"pushed: {push(output / 'pipeline', config.push_to_hub)}")
 
 
 def latents(part: Source, vae: object, data: DataConfig) -> LatentTable:

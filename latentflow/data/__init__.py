@@ -13,12 +13,13 @@ from .cache import (
     fingerprint,
 )
 from .check import Report, check_source, readable
+from .eviction import cache_root
 from .examples import Example, FileExample, Source
 from .find import find_source
 from .mask_files import open_picture, read_mask
 from .read import pixels_to_images, read_image, to_pil, to_tensor
+from .rows import Rows
 from .splits import split
-from .store import cache_root
 
 __all__ = [
     "Example",
@@ -26,6 +27,7 @@ __all__ = [
     "LatentTable",
     "MaskTable",
     "Report",
+    "Rows",
     "Source",
     "TextTable",
     "cache_root",
