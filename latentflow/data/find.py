@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from latentflow.errors import UserError, lookup, nearest
@@ -12,7 +13,12 @@ from .described import Condition, MissingCaption, Wanted, few
 from .examples import Source
 from .folder import list_folder
 from .folder_source import folder_source
+from .hugging_face import is_hub, is_saved, read_hub, read_saved
 from .mask_finding import Masks
+from .mix import is_mix, read_mix
+from .table import is_table, read_table
+from .webdataset import is_shards, read_shards
+from .zipped import is_zip, read_zip
 
 __all__ = ["KINDS", "Condition", "DataKind", "MissingCaption", "few", "find_source"]
 
@@ -57,6 +63,10 @@ def find_source(
     wanted = Wanted(
         condition=condition, missing_caption=missing_caption, masks=masks, columns=dict(columns or {})
     )
+    return _find(data, wanted)
+
+
+def _find(data: str, wanted: Wanted) -> Source:
     for kind in KINDS.values():
         if kind.claims(data):
             return kind.read(data, wanted)
@@ -96,7 +106,14 @@ def _nothing(data: str) -> UserError:
     return UserError(f"there is no folder {data}", hint)
 
 
+# The first that claims DATA reads it.
 KINDS: dict[str, DataKind] = {
     "shapes": DataKind("the procedural set `shapes`", lambda data: data == "shapes", _read_shapes),
+    "hub": DataKind("hub:owner/name, a data set of the Hugging Face hub", is_hub, read_hub),
+    "mix": DataKind("a .yaml file that lists several of these", is_mix, partial(read_mix, find=_find)),
+    "shards": DataKind("WebDataset shards (.tar)", is_shards, read_shards),
+    "zip": DataKind("a .zip of a folder", is_zip, read_zip),
+    "saved": DataKind("a folder that `datasets` saved", is_saved, read_saved),
+    "table": DataKind("a .csv or .parquet table", is_table, read_table),
     "folder": DataKind("a folder of pictures", lambda data: Path(data).expanduser().is_dir(), _read_folder),
 }
