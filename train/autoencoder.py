@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log = log_to(output)
 
     # ---- data ----
-    source = readable(find_source(config.data.data, condition="none"))
+    source = readable(find_source(config.data.data, condition="none", columns=config.data.columns))
     for note in source.notes:
         log.info(note)
     training, validation = split(source, config.data.validation, config.loop.seed)

@@ -82,7 +82,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         log = log_to(output)
     source = readable(
         find_source(
-            data.data, condition=data.condition, missing_caption=data.missing_caption, masks=data.masks
+            data.data,
+            condition=data.condition,
+            missing_caption=data.missing_caption,
+            masks=data.masks,
+            columns=data.columns,
+            shuffle_tags=data.shuffle_tags,
+            keep_tags=data.keep_tags,
         )
     )
     training, validation = (source.subset(rows) for rows in split(source, data.validation, loop.seed))
@@ -141,10 +147,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             own = cached_masks(part, data.resolution)
             views |= {"masks": own.masks, "has_mask": own.has_mask}
         table = latents(part, vae, data)
-        return LatentData(part, table, conditions_of(part, networks), views, flips=data.random_flip)
+        return LatentData(
+            part, table, conditions_of(part, networks, loop.seed), views, flips=data.random_flip
+        )
 
     train_data = latent_data(training)
-    held_out = latent_data(validation) if len(validation) else None
+    held_out = latent_data(validation.once()) if len(validation) else None
     vae.cpu()
 
     # ---- training ----

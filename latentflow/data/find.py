@@ -14,9 +14,11 @@ from .examples import Source
 from .folder import list_folder
 from .folder_source import folder_source
 from .hugging_face import is_hub, is_saved, read_hub, read_saved
+from .latent_folder import is_latent_folder, read_latent_folder
 from .mask_finding import Masks
 from .mix import is_mix, read_mix
 from .table import is_table, read_table
+from .tags import with_tag_orders
 from .webdataset import is_shards, read_shards
 from .zipped import is_zip, read_zip
 
@@ -39,6 +41,8 @@ def find_source(
     missing_caption: MissingCaption = "error",
     masks: Masks = "auto",
     columns: Mapping[str, str] | None = None,
+    shuffle_tags: int = 0,
+    keep_tags: int = 0,
 ) -> Source:
     """The pictures of ``data``, which is of one of ``KINDS``, and what they are conditioned on (docs/data.md).
 
@@ -52,6 +56,8 @@ def find_source(
     file holds beneath); "none" takes none. The files of masks are never pictures of the set, whatever ``masks`` is.
 
     ``columns`` maps our names (image, file_name, text, label, mask, weight) to those of a table's columns.
+    ``shuffle_tags`` is the number of orders that each caption's tags are trained in (0: as written), of which the
+    first ``keep_tags`` stay in place.
 
     Raises:
         UserError: the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
@@ -63,7 +69,7 @@ def find_source(
     wanted = Wanted(
         condition=condition, missing_caption=missing_caption, masks=masks, columns=dict(columns or {})
     )
-    return _find(data, wanted)
+    return with_tag_orders(_find(data, wanted), shuffle_tags, keep_tags)
 
 
 def _find(data: str, wanted: Wanted) -> Source:
@@ -115,5 +121,6 @@ KINDS: dict[str, DataKind] = {
     "zip": DataKind("a .zip of a folder", is_zip, read_zip),
     "saved": DataKind("a folder that `datasets` saved", is_saved, read_saved),
     "table": DataKind("a .csv or .parquet table", is_table, read_table),
+    "latents": DataKind("a folder of `latentflow precompute`", is_latent_folder, read_latent_folder),
     "folder": DataKind("a folder of pictures", lambda data: Path(data).expanduser().is_dir(), _read_folder),
 }

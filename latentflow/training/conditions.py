@@ -12,20 +12,21 @@ from torch import Tensor
 
 from ..data import Source, cached_text
 from .latent_data import Conditions, rows_of
+from .order import seeded
 from .start import Networks
 
 
-def conditions_of(source: Source, networks: Networks) -> Conditions:
+def conditions_of(source: Source, networks: Networks, seed: int) -> Conditions:
     """What `FlowStage` makes its condition of, for rows of ``source``.
 
     Classes become ids, captions token ids (for an encoder that is trained along) or cached embeddings (frozen). Of
-    several captions each use of a picture draws one, by its running number.
+    several captions each use of a picture draws one, by ``seed`` and its running number.
     """
     if source.kind == "class":
         return rows_of({"class_labels": torch.as_tensor(source.class_ids())})
     if source.kind != "text":
         return rows_of({})
-    captions = Captions(source)
+    captions = Captions(source, seed)
     if not networks.trained_text:
         table = cached_text(captions, networks.tokenizer, networks.text_encoder)
 
@@ -48,8 +49,8 @@ def conditions_of(source: Source, networks: Networks) -> Conditions:
 class Captions(Sequence[str]):
     """All captions of a source, one after the other: eight bytes for each picture, texts where they are asked for."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, seed: int = 0) -> None:
+        self._source, self._seed = source, seed
         self._ends = np.fromiter(accumulate(map(len, source.all_captions())), np.int64, len(source))
 
     def __len__(self) -> int:
@@ -76,5 +77,6 @@ class Captions(Sequence[str]):
     def _drawn(self, row: int, number: int) -> int:
         start = int(self._ends[row - 1]) if row else 0
         count = int(self._ends[row]) - start
-        # A multiplicative hash, of other bits than those that decide about mirroring.
-        return start + ((number * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 33) % count
+        if count == 1:
+            return start
+        return start + int(torch.randint(count, (), generator=seeded(self._seed, 3, number)))

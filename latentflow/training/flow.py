@@ -143,7 +143,8 @@ class FlowStage(nn.Module):
 
     A batch holds ``latents`` (B, C, h, w), perhaps ``latents_std`` of the same shape, ``numbers`` (the draws), and
     what the condition needs: ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text``
-    (B, L, D) and ``text_mask`` (B, L). With ``masking`` the network also gets what is known of each picture, and the
+    (B, L, D) and ``text_mask`` (B, L); perhaps ``weights`` (B,), factors on the losses in their mean, of which
+    ``per_sample`` holds the plain ones. With ``masking`` the network also gets what is known of each picture, and the
     batch holds what `Masking` needs.
     """
 
@@ -194,7 +195,8 @@ class FlowStage(nn.Module):
             direction_weight=config.direction_weight,
             contrastive_weight=config.contrastive_weight if self.training and len(x1) > 1 else 0.0,
         )
-        return {"loss": per_sample.mean(), "per_sample": per_sample.detach(), "t": t.detach()}
+        weighted = per_sample * batch["weights"] if "weights" in batch else per_sample
+        return {"loss": weighted.mean(), "per_sample": per_sample.detach(), "t": t.detach()}
 
     def _weight(self, t: Tensor, u: Tensor) -> Tensor | None:
         """(B,) factors on the squared errors; None for the plain loss."""

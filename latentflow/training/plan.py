@@ -25,7 +25,7 @@ def plan_lines(source: Source, training: Source, validation: Source, loop: LoopC
     """The data and the schedule."""
     state = process_state()
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * state.num_processes
-    epochs = loop.max_train_steps * batch / max(1, len(training))
+    epochs = loop.max_train_steps * batch / max(1, len(training.uses()))
     lines = [f"{source.name}: {note}" for note in source.notes]
     lines += [
         f"data: {len(training)} pictures to train on, {len(validation)} held out; condition: {source.kind}",

@@ -61,7 +61,7 @@ def new_networks(
     if source.kind == "text" and text.text_encoder:
         tokenizer, encoder = load_text_encoder(text.text_encoder)
     elif source.kind == "text":
-        tokenizer = train_tokenizer(source.captions(), text.text_length)
+        tokenizer = train_tokenizer(_texts(source), text.text_length)
         encoder = small_text_encoder(tokenizer, text.text_width, text.text_depth, text.text_heads)
         trained = True
     arguments: dict[str, Any] = {
@@ -126,8 +126,13 @@ def networks_from(checkpoint: str, source: Source, flow: FlowConfig, inpainting:
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     trained = encoder is not None and getattr(tokenizer, "bos_token", None) == "[START]"  # one of ours
     if trained and source.kind == "text":
-        tokenizer, encoder = _extended_text(tokenizer, encoder, source.captions())
+        tokenizer, encoder = _extended_text(tokenizer, encoder, _texts(source))
     return Networks(network=network, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
+
+
+def _texts(source: Source) -> list[str]:
+    """All that is trained on, once for each picture that says it."""
+    return [caption for captions in source.all_captions() for caption in captions]
 
 
 def _check_same_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:
