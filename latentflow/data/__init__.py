@@ -16,6 +16,7 @@ from .check import Report, check_source, readable
 from .eviction import cache_root
 from .examples import Example, FileExample, Source
 from .find import find_source
+from .latent_folder import LatentFolder
 from .mask_files import open_picture, read_mask
 from .read import pixels_to_images, read_image, to_pil, to_tensor
 from .rows import Rows
@@ -24,6 +25,7 @@ from .splits import split
 __all__ = [
     "Example",
     "FileExample",
+    "LatentFolder",
     "LatentTable",
     "MaskTable",
     "Report",

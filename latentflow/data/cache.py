@@ -24,6 +24,7 @@ from latentflow.errors import UserError
 
 from .eviction import cache_root
 from .examples import Example, Source
+from .latent_folder import LatentFolder
 from .parallel import map_threaded
 from .read import parse_colour, pixels_to_images, read_image, read_own_mask, to_pixels
 from .rows import Located, Rows
@@ -125,10 +126,8 @@ def cached_pixels(
         UserError: a picture cannot be decoded (run the source through ``readable`` first), or the cache
             would lie inside the data.
     """
-    settings = transform(resolution, background)
-    rows = located_pixels(
-        source, resolution, background, open_cache("pixels", settings, source.root), progress=progress
-    ).table("pixels")
+    shards = _shards("pixels", pixel_settings(resolution, background), source)
+    rows = located_pixels(source, resolution, background, shards, progress=progress).table("pixels")
     assert rows is not None
     return rows
 
@@ -140,11 +139,12 @@ def cached_masks(source: Source, resolution: Resolution, progress: bool = True) 
         UserError: a file is no mask or cannot be read, or the cache would lie inside the data.
     """
     height, width = _size(resolution)
-    settings: Settings = {"size": [height, width], "resize": "fit-nearest"}
     if not source.has_masks:
         nothing = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(len(source), 1, height, width)
         return MaskTable(nothing, torch.zeros(len(source), dtype=torch.bool))
-    return mask_table(source, resolution, open_cache("masks", settings, source.root), progress=progress)
+    return mask_table(
+        source, resolution, _shards("masks", mask_settings(resolution), source), progress=progress
+    )
 
 
 def cached_latents(
@@ -163,9 +163,11 @@ def cached_latents(
     Raises:
         UserError: as for ``cached_pixels``.
     """
+    if isinstance(source, LatentFolder):
+        flips = flips or source.has_flips
     settings = latent_settings(vae, resolution, background, flips)
     return latent_table(
-        source, vae, resolution, open_cache("latents", settings, source.root),
+        source, vae, resolution, _shards("latents", settings, source),
         background=background, flips=flips, batch_size=batch_size, device=device, progress=progress,
     )  # fmt: skip
 
@@ -285,10 +287,7 @@ def latent_table(
     """``cached_latents`` in a given set of shards."""
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
-        vae.to(device)
-        for batch in _batches(read_pixels(examples, resolution, background), batch_size):
-            mean, std = _posteriors(vae, torch.stack(batch), flips, device)
-            yield {"mean": mean} if std is None else {"mean": mean, "std": std}
+        return encode_latents(examples, vae, resolution, background, flips, batch_size, device)
 
     found = located(
         shards, source.examples, source.content_keys, encode,
@@ -299,9 +298,25 @@ def latent_table(
     return LatentTable(mean, found.table("std"))
 
 
+def encode_latents(
+    examples: Iterable[Example],
+    vae: Any,
+    resolution: Resolution,
+    background: str,
+    flips: bool,
+    batch_size: int,
+    device: str | torch.device,
+) -> Iterator[Tables]:
+    """``mean`` and, where the autoencoder has them, ``std`` of batches of pictures; several threads decode."""
+    vae.to(device)
+    for batch in _batches(read_pixels(examples, resolution, background), batch_size):
+        mean, std = _posteriors(vae, torch.stack(batch), flips, device)
+        yield {"mean": mean} if std is None else {"mean": mean, "std": std}
+
+
 def latent_settings(vae: Any, resolution: Resolution, background: str, flips: bool) -> Settings:
     """What latents depend on, beside the picture."""
-    return transform(resolution, background) | {"flips": flips, "autoencoder": fingerprint(vae)}
+    return pixel_settings(resolution, background) | {"flips": flips, "autoencoder": fingerprint(vae)}
 
 
 def latent_bytes(vae: Any, resolution: Resolution, flips: bool) -> int:
@@ -313,7 +328,12 @@ def latent_bytes(vae: Any, resolution: Resolution, flips: bool) -> int:
     return 4 * 2 * (1 + flips) * latent_channels(vae) * cells
 
 
-def transform(resolution: Resolution, background: str) -> Settings:
+def mask_settings(resolution: Resolution) -> Settings:
+    """What masks depend on, beside the picture and its mask."""
+    return {"size": list(_size(resolution)), "resize": "fit-nearest"}
+
+
+def pixel_settings(resolution: Resolution, background: str) -> Settings:
     """What pixels depend on, beside the picture."""
     return {
         "size": list(_size(resolution)), "background": parse_colour(background), "resize": "fit-lanczos"
@@ -379,6 +399,12 @@ def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 def _pick(table: Tensor | Rows, indices: list[int], versions: list[int]) -> Tensor:
     return table[indices, versions] if isinstance(table, Tensor) else table.pick(indices, versions)
+
+
+def _shards(kind: str, settings: Settings, source: Source) -> ShardSet:
+    if isinstance(source, LatentFolder):
+        return source.store.shards(kind, settings)
+    return open_cache(kind, settings, source.root)
 
 
 def _told(what: str, progress: bool) -> str | None:

@@ -77,11 +77,12 @@ class Located:
         try:
             return self._shards.shard(number).row(name, row)
         except DamagedShardError as error:
+            what = f"the {self._shards.kind} are damaged: {error}"
+            if self._shards.read_only:
+                fix = "Start the `latentflow precompute` line that made them again: it makes only the damaged part."
+                raise UserError(what, fix) from error
             if get_worker_info() is not None:  # a loader's process: the network is not its to use
-                raise UserError(
-                    f"the cached {self._shards.kind} are damaged: {error}",
-                    "Start the same command again: only the damaged part is made again.",
-                ) from error
+                raise UserError(what, "Start the same command again with --num-workers 0.") from error
             self._shards.discard(number, error)
         self._places = self._find()
         return self.row(name, index)

@@ -66,10 +66,13 @@ class ShardSet:
         kind: what the rows are, for messages.
         cache: the cache that it belongs to. Then it may be evicted when nobody uses it, its size is bounded with the
             rest, and what cannot be written is kept in memory instead; a folder of the user's raises OSError.
+        read_only: what is missing or damaged is not made again.
     """
 
-    def __init__(self, folder: Path, kind: str, *, cache: Path | None = None) -> None:
-        self.folder, self.kind, self._cache = folder, kind, cache
+    def __init__(
+        self, folder: Path, kind: str, *, cache: Path | None = None, read_only: bool = False
+    ) -> None:
+        self.folder, self.kind, self.read_only, self._cache = folder, kind, read_only, cache
         self._shards: list[Shard | None] = []
         self._names: set[str] = set()
         self._in_memory = False
@@ -124,6 +127,9 @@ class ShardSet:
                 self.discard(number, error)
 
     def _delete(self, path: Path, why: object) -> None:
+        if self.read_only:
+            log.warning("a part of the %s is damaged (%s)", self.kind, why)
+            return
         log.warning("a part of the cached %s is damaged (%s): making it again", self.kind, why)
         self._names.discard(path.name)
         with suppress(OSError):
@@ -140,6 +146,11 @@ class ShardSet:
             progress: what to call it in a progress bar; None for no bar.
         """
         missing = np.flatnonzero(self.find(keys)[:, 0] < 0)
+        if self.read_only and len(missing):
+            raise UserError(
+                f"{len(missing)} of {len(keys)} {self.kind} are missing in {self.folder}, or damaged",
+                "Start the `latentflow precompute` line that made them again: it makes only these.",
+            )
         size = rows_per_shard(row_bytes)
         chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
         done = len(keys) - len(missing)
