@@ -15,6 +15,7 @@ import tyro
 from latentflow.autoencoder import AutoencoderConfig, downscale_factor
 from latentflow.cli import parse, run, write_config
 from latentflow.data import (
+    LatentFolder,
     LatentTable,
     Source,
     cached_latents,
@@ -91,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             keep_tags=data.keep_tags,
         )
     )
+    given = config.vae or config.init_from
+    if isinstance(source, LatentFolder):
+        data, given = source.adopt(data), given or source.autoencoder
     training, validation = (source.subset(rows) for rows in split(source, data.validation, loop.seed))
     for line in plan_lines(source, training, validation, loop):
         log.info(line)
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     vae = autoencoder_for(
-        config.vae or config.init_from,
+        given,
         training,
         validation,
         config.autoencoder,
