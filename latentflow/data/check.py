@@ -15,6 +15,7 @@ from latentflow.errors import UserError
 
 from .examples import Example, Source
 from .find import Condition, MissingCaption, few, find_source
+from .latent_folder import LatentFolder
 from .mask_finding import Masks
 from .parallel import map_threaded
 from .read import to_rgb
@@ -136,6 +137,8 @@ def readable(source: Source, progress: bool = True) -> Source:
     Raises:
         UserError: more than 5 % cannot be decoded, or none is left.
     """
+    if isinstance(source, LatentFolder):
+        return source  # checked when it was made
     errors = _errors(_look(source, progress))
     if not errors:
         return source
