@@ -22,7 +22,9 @@ ADVICE = {
     "--resolution.",
     "preview": "--preview-steps 0 leaves previews out.",
     "validate": "--validation-steps 0 leaves validations out.",
-    "decode": "Ask for fewer or smaller pictures at once.",
+    "draw": "Ask for smaller pictures, or free memory that other programs use.",
+    "decode": "Ask for smaller pictures, or free memory that other programs use; from Python: "
+    "pipe.vae.enable_tiling().",
 }
 
 
@@ -41,6 +43,7 @@ def out_of_memory(phase: str, error: BaseException) -> OutOfMemory:
     """The error for users: ``phase`` is a key of `ADVICE`, ``error`` what was raised."""
     if isinstance(error, OutOfMemory):
         return error
+    phase = next((note for note in getattr(error, "__notes__", ()) if note in ADVICE), phase)
     words = str(error).strip().splitlines() or ["MemoryError"]
     return OutOfMemory(
         f"out of memory (phase: {phase}) after a peak of {peak_gib():.2f} GiB: {words[0][:200]}",
@@ -57,6 +60,17 @@ def memory_phase(phase: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(phase, error) from error
+
+
+@contextmanager
+def inner_phase(phase: str) -> Iterator[None]:
+    """Within the context, what runs out of memory keeps its type and is marked: `out_of_memory` tells this phase."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            error.add_note(phase)
+        raise
 
 
 def release_memory() -> None:

@@ -121,7 +121,8 @@ def load_checkpoint(folder: Path) -> State:
         for name, expected in document["sha256"].items():
             if _sha256(folder / name) != expected:
                 raise ValueError(f"{name} differs from what was written")
-            tensors |= load_file(folder / name)
+            # Copied out of the mapped file: it may be removed, or its disk fail, while the run goes on.
+            tensors |= {key: one.clone() for key, one in load_file(folder / name).items()}
         state: State = _restore_tensors(document["state"], tensors)
         return state
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:

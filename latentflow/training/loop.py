@@ -130,6 +130,7 @@ class _Loop:
         self._resume()
         last = self.config.max_train_steps
         self.saver = Saver(self.output / "checkpoints", self.config.checkpoints_total_limit)
+        self.saver.saved = self.step
         self.report = Reporter(
             self.output,
             self.step,
@@ -302,8 +303,11 @@ class _Loop:
         folder.mkdir(exist_ok=True)
         file = folder / f"step-{self.step:06d}.png"
         half = file.with_name(f".{file.name}")
-        image.save(half, format="PNG")
-        half.replace(file)
+        try:
+            image.save(half, format="PNG")
+            half.replace(file)
+        finally:
+            half.unlink(missing_ok=True)
         self.report.picture(self.step, image)
 
     def _attempt(self, phase: str, function: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -49,7 +49,8 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         _held.remove(path)
         stop.set()
         beats.join()
-        os.ftruncate(handle, 0)  # an orderly end: nobody has to wait for a sign of life
+        with suppress(OSError):  # the disk may have become read-only
+            os.ftruncate(handle, 0)  # an orderly end: nobody has to wait for a sign of life
         os.close(handle)
 
 
@@ -71,8 +72,9 @@ def _acquire(path: Path) -> int:
     _wait_for_other_host(path, handle)
     started = time.strftime("%Y-%m-%d %H:%M:%S")
     words = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps(words).encode(), 0)
+    with suppress(OSError):  # on a full disk the lock holds all the same, only its holder is not named
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(words).encode(), 0)
     return handle
 
 

@@ -34,6 +34,7 @@ class Saver:
 
     def __init__(self, root: Path, total_limit: int) -> None:
         self.root, self._total_limit = root, total_limit
+        self.saved: int | None = None  # the step of the last checkpoint written, or read
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: tuple[int, Future[None]] | None = None
         self._snapshot: Snapshot | None = None
@@ -61,7 +62,7 @@ class Saver:
             RunError: no attempt succeeded; earlier checkpoints are as they were.
         """
         self.wait()
-        if self.newest() == step:
+        if self.saved == step:
             return
         taken = self._snapshot = checkpoint.snapshot(state, self._snapshot)
         attempts(lambda: self._write(step, taken), retry=retry)
@@ -99,6 +100,7 @@ class Saver:
             if shutil.disk_usage(self.root).free < taken.size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             checkpoint.write_checkpoint(folder, taken, total_limit=self._total_limit)
+            self.saved = step
         except OSError as error:
             raise cannot_write(f"checkpoint {folder}", folder, error, taken.size) from error
 
