@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -203,7 +204,9 @@ def cached_text(
     row_bytes = 4 * width * min(512, max_length or tokenizer.model_max_length)
     shards = open_cache("text", settings)
     return TextTable(
-        located(shards, captions, lambda: captions, encode, row_bytes, _told("encoding captions", progress))
+        located(
+            shards, captions, lambda: captions, str, encode, row_bytes, _told("encoding captions", progress)
+        )
     )
 
 
@@ -214,6 +217,7 @@ def located(
     shards: ShardSet,
     items: Sequence[T],
     keys: Callable[[], Iterable[str]],
+    key: Callable[[T], str],
     encode: Callable[[list[T]], Iterator[Tables]],
     row_bytes: int,
     progress: str | None,
@@ -221,7 +225,7 @@ def located(
     """Where the rows of ``items`` lie in ``shards``, after the missing ones were made.
 
     Args:
-        keys: gives the key of every item. Items of equal keys share a row.
+        keys, key: the keys of all items, and that of one as it is now. Items of equal keys share a row.
         encode: yields the tables of batches of the items that it is given, in their order.
         row_bytes: about how large a row is.
         progress: the name of the progress bar, None for none.
@@ -230,7 +234,14 @@ def located(
     def find() -> Array:
         wanted = digests(keys())
         unique, first = np.unique(wanted, return_index=True)
-        shards.fill(unique, lambda chunk: encode([items[row] for row in first[chunk]]), row_bytes, progress)
+
+        def build(chunk: Array) -> Iterator[Tables]:
+            chosen = [items[int(row)] for row in first[chunk]]
+            yield from encode(chosen)
+            if (digests(map(key, chosen)) != unique[chunk]).any():
+                raise UserError("a file was changed while it was read", "Start again when all are in place.")
+
+        shards.fill(unique, build, row_bytes, progress)
         return shards.find(wanted)
 
     return Located(shards, find)
@@ -247,7 +258,15 @@ def located_pixels(
             yield {"pixels": torch.stack(batch)}
 
     told = _told("reading pictures", progress)
-    return located(shards, source.examples, source.content_keys, encode, 3 * height * width, told)
+    return located(
+        shards,
+        source.examples,
+        source.content_keys,
+        methodcaller("content_key"),
+        encode,
+        3 * height * width,
+        told,
+    )
 
 
 def mask_table(source: Source, resolution: Resolution, shards: ShardSet, *, progress: bool) -> MaskTable:
@@ -261,11 +280,18 @@ def mask_table(source: Source, resolution: Resolution, shards: ShardSet, *, prog
             masks, found = zip(*batch, strict=True)
             yield {"masks": torch.stack(masks), "found": torch.tensor(found)}
 
-    def keys() -> list[str]:
-        # The picture's size decides where its mask lies, so a row belongs to both.
-        return [f"{example.content_key()} {example.mask_key()}" for example in masked]
+    def key(example: Example) -> str:  # the picture's size decides where its mask lies: a row belongs to both
+        return f"{example.content_key()} {example.mask_key()}"
 
-    some = located(shards, masked, keys, encode, height * width, _told("reading masks", progress))
+    some = located(
+        shards,
+        masked,
+        lambda: map(key, masked),
+        key,
+        encode,
+        height * width,
+        _told("reading masks", progress),
+    )
     spread = some.spread(places, len(source))
     masks = spread.table("masks")
     assert masks is not None
@@ -290,7 +316,7 @@ def latent_table(
         return encode_latents(examples, vae, resolution, background, flips, batch_size, device)
 
     found = located(
-        shards, source.examples, source.content_keys, encode,
+        shards, source.examples, source.content_keys, methodcaller("content_key"), encode,
         latent_bytes(vae, resolution, flips), _told("encoding pictures", progress),
     )  # fmt: skip
     mean = found.table("mean")

@@ -33,6 +33,8 @@ def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> int | Non
         except BlockingIOError:
             os.close(descriptor)
             return None
+        except OSError:  # a file system without locks: processes do the same work twice, and nothing worse
+            return descriptor
         if _is_still(descriptor, path):
             return descriptor
         os.close(descriptor)  # whoever had it deleted the file: the lock is another one now

@@ -108,8 +108,8 @@ def write_latents(
         located_pixels(source, data.resolution, data.background, sets["pixels"], progress=progress)
     if source.has_masks:
         mask_table(source, data.resolution, sets["masks"], progress=progress)
-    index = _write_index(source, folder)
-    _describe(wanted, folder, tables, complete=True, index=index)
+    index = write_index(source, folder)
+    describe(wanted, folder, tables, complete=True, index=index)
 
 
 def plan_latents(wanted: Precomputation, folder: Path, *, batch_size: int, device: torch.device) -> list[str]:
@@ -175,16 +175,17 @@ def _begin(wanted: Precomputation, folder: Path, tables: dict[str, Settings]) ->
                     "Use another output folder, or the settings of the first time.",
                 )
         return
-    _describe(wanted, folder, tables, complete=False, index="")
+    describe(wanted, folder, tables, complete=False, index="")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         wanted.vae.save_pretrained(Path(temporary) / AUTOENCODER)
         with contextlib.suppress(OSError):  # another process was first
             (Path(temporary) / AUTOENCODER).rename(folder / AUTOENCODER)
 
 
-def _describe(
+def describe(
     wanted: Precomputation, folder: Path, tables: dict[str, Settings], *, complete: bool, index: str
 ) -> None:
+    """Write ``latents.json``; ``index`` is the hash of ``index.arrow``."""
     source = wanted.source
     description = {
         "version": VERSION,
@@ -202,7 +203,7 @@ def _describe(
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _write_index(source: Source, folder: Path) -> str:
+def write_index(source: Source, folder: Path) -> str:
     """``index.arrow``, a row for each picture in the source's order; its hash."""
     arrow = import_arrow()
     schema = arrow.schema(

@@ -19,6 +19,7 @@ from latentflow.data import (
     fingerprint,
     pixels_to_images,
 )
+from latentflow.data import cache as module
 from latentflow.errors import UserError
 
 from .pictures import noise, save_all
@@ -166,6 +167,46 @@ def test_latents_without_mirror_images(folder: Path, cache: Path, vae: torch.nn.
     both = cached_latents(source, vae, 8, progress=False)
     one = cached_latents(source.subset([1]), vae, 8, flips=False, progress=False)
     torch.testing.assert_close(one.mean[:], both.mean[1:2, :1], rtol=1e-4, atol=1e-5)
+
+
+def test_an_edited_picture_is_encoded_again_and_only_it(
+    folder: Path, cache: Path, vae: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, posteriors = [], module._posteriors
+
+    def counting(vae: object, pixels: torch.Tensor, *rest: object) -> object:
+        encoded.append(len(pixels))
+        return posteriors(vae, pixels, *rest)
+
+    monkeypatch.setattr(module, "_posteriors", counting)
+    source = find_source(str(folder))
+    before = cached_latents(source, vae, 8, progress=False).mean[:]
+    assert encoded == [3]
+    noise(99).save(folder / "b.png")
+    (folder / "d.png").write_bytes((folder / "a.png").read_bytes())
+    after = cached_latents(find_source(str(folder)), vae, 8, progress=False).mean[:]
+    assert encoded == [3, 1] and torch.equal(after[[0, 2, 3]], before[[0, 2, 0]])
+    assert not torch.equal(after[1], before[1])
+    cached_latents(source.subset([2, 0]), vae, 8, progress=False)
+    assert encoded == [3, 1]  # another set of the same pictures
+    cached_latents(source, vae, 4, progress=False)
+    assert encoded == [3, 1, 3]
+
+
+def test_a_picture_that_changes_while_it_is_read_is_not_stored(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = module._pixels
+
+    def edit(example: object, **settings: object) -> torch.Tensor:
+        read = prepare(example, **settings)
+        noise(98).save(folder / "c.png")
+        return read
+
+    monkeypatch.setattr(module, "_pixels", edit)
+    with pytest.raises(UserError, match="changed while it was read"):
+        pixels(find_source(str(folder)))
+    assert not tables(cache)
 
 
 def test_latents_know_the_weights_and_the_statistics(folder: Path, cache: Path, vae: torch.nn.Module) -> None:
