@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +27,7 @@ from latentflow.data import (
     split,
 )
 from latentflow.data.config import DataConfig
+from latentflow.memory import memory_phase
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
@@ -39,6 +41,7 @@ from latentflow.training.plan import estimate_lines, plan_lines
 from latentflow.training.presets import PRESETS
 from latentflow.training.preview import preview_grid
 from latentflow.training.processes import process_state
+from latentflow.training.run_lock import run_lock
 from latentflow.training.start import networks_from, new_networks
 from latentflow.training.vae import autoencoder_for
 
@@ -70,8 +73,13 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator on a folder of images."""
     config = parse(Config, argv, prog="latentflow train", presets=PRESETS)
+    with nullcontext() if config.dry_run else run_lock(config.output):
+        train(config, resume_line("train", argv))
+
+
+def train(config: Config, again: str) -> None:
+    """The run, from top to bottom."""
     loop, data, output = config.loop, config.data, Path(config.output)
-    again = resume_line("train", argv)
     if config.push_to_hub and not config.dry_run:
         check_push(config.push_to_hub)
 
@@ -124,7 +132,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.init_from:
         networks = networks_from(config.init_from, source, config.flow, inpainting)
     else:
-        networks = new_networks(source, vae, latent_size, config.network, config.text, inpainting)
+        networks = new_networks(
+            source,
+            vae,
+            latent_size,
+            config.network,
+            config.text,
+            inpainting,
+            device="meta" if config.dry_run else "cpu",
+        )
     if config.network.gradient_checkpointing:
         networks.network.enable_gradient_checkpointing()
     masking = None
@@ -221,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def latents(part: Source, vae: object, data: DataConfig) -> LatentTable:
     """The latents of a part of the data, from the cache where they are in it; the main process fills it first."""
-    with process_state().main_process_first():
+    with memory_phase("encode"), process_state().main_process_first():
         return cached_latents(
             part,
             vae,

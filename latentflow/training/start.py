@@ -51,8 +51,11 @@ def new_networks(
     network: NetworkConfig,
     text: TextConfig,
     inpainting: bool = False,
+    device: str = "cpu",
 ) -> Networks:
     """Networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked pictures.
+
+    On the ``device`` "meta" the velocity network has shapes and no weights: enough for a plan, at no cost.
 
     Raises:
         UserError: a setting does not fit (see `DiT` and `UNet`), or the text encoder cannot be loaded.
@@ -71,12 +74,13 @@ def new_networks(
         "condition_channels": mask_channels(vae) if inpainting else 0,
         "sample_size": latent_size,
     }
-    if network.network == "unet":
-        built: Any = UNet(**arguments)
-    else:
-        names = ("patch_size", "width", "depth", "heads", "norm", "activation", "position", "registers")
-        chosen = {name: getattr(network, name) for name in names if getattr(network, name) is not None}
-        built = DiT(**dit_config(network.network_preset, **arguments, **chosen))
+    with torch.device(device):
+        if network.network == "unet":
+            built: Any = UNet(**arguments)
+        else:
+            names = ("patch_size", "width", "depth", "heads", "norm", "activation", "position", "registers")
+            chosen = {name: getattr(network, name) for name in names if getattr(network, name) is not None}
+            built = DiT(**dit_config(network.network_preset, **arguments, **chosen))
     return Networks(network=built, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
 
 
