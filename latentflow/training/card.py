@@ -78,11 +78,8 @@ latentflow generate {{ words }}--checkpoint {{ where }} -o picture.png
 ## Figures
 
 {% if figures -%}
-On held-out pictures, always with the same noises and times, at step {{ measured }}:
-{%- for name, value in figures %}
-`{{ name }}` {{ "%.4f" % value }}{{ "," if not loop.last else "." }}
-{%- endfor %} They compare checkpoints of one data set and autoencoder only; `latentflow evaluate`
-measures the pictures.
+On held-out pictures, always with the same noises and times, at step {{ measured }}: {{ figures }}. They compare
+checkpoints of one data set and autoencoder only; `latentflow evaluate` measures the pictures.
 {%- else -%}
 None were measured.
 {%- endif %}
@@ -161,7 +158,7 @@ def _card(run: Any, facts: CardFacts, sample: bool) -> str:
             data=[*data_lines(run.log)] or [f"{len(facts.source)} pictures"],
             settings=[(n, run.config[n]) for n in _SHOWN if run.config.get(n) not in (None, {}, [])],
             measured=measured,
-            figures=figures,
+            figures=", ".join(f"`{name}` {value:.4f}" for name, value in figures),
         )
     )
 

@@ -18,7 +18,7 @@ import torch
 
 from .processes import process_state
 
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+_PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 Row = dict[str, float]
 
@@ -76,8 +76,8 @@ def record_start(folder: Path, step: int) -> None:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "latentflow": _version("latentflow"),
+        "torch": str(torch.__version__),  # with the CUDA that it was built for
         **{name: _version(name) for name in _PACKAGES},
-        **({"cuda": torch.version.cuda} if torch.version.cuda else {}),
     }
     with (folder / "environment.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
