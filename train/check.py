@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.data.check import check_source
+from latentflow.data.checking import check_source
 from latentflow.data.find import Condition, MissingCaption
 from latentflow.data.mask_finding import Masks
 

@@ -12,7 +12,7 @@ from .cache import (
     cached_text,
     fingerprint,
 )
-from .check import Report, check_source, readable
+from .checking import Report, check_source, readable
 from .eviction import cache_root
 from .examples import Example, FileExample, Source
 from .find import find_source
