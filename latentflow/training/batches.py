@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import torch
@@ -70,11 +71,16 @@ def _checked(batches: Iterator[Any]) -> Iterator[Batch]:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # torch names a dead worker; what it had sent and is fetched from it only now fails in other ways.
+            workers = getattr(batches, "_workers", ())
+            wait([one.sentinel for one in workers], timeout=2)  # its connection breaks before it is gone
+            dead = [one for one in workers if not one.is_alive()]
+            if not dead and "DataLoader worker" not in str(error):
                 raise
+            names = ", ".join(f"process {one.pid}, exit status {one.exitcode}" for one in dead)
             raise DataFailed(
-                f"a process that loads data has died: {str(error).splitlines()[0]}",
+                f"a process that loads data has died ({names or error})",
                 "If the machine ran out of memory (dmesg tells), lower --num-workers; 0 loads in the main process.",
             ) from error
         if isinstance(batch, _Failure):

@@ -22,7 +22,17 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0  # the holder touches its file this often, for hosts that cannot see its lock
 _SILENT_BEATS = 3  # a holder on another host that misses as many is gone
-_held: set[Path] = set()  # by this process
+_held: dict[Path, int] = {}  # by this process -> the open file
+
+
+def _let_go() -> None:
+    for handle in _held.values():
+        os.close(handle)
+    _held.clear()
+
+
+# A process that loads data must not keep the lock when this one is killed.
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -42,16 +52,16 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     handle, stop = _acquire(path), threading.Event()
     beats = threading.Thread(target=_beat, args=(handle, stop), daemon=True, name="run.lock")
     beats.start()
-    _held.add(path)
+    _held[path] = handle
     try:
         yield
     finally:
-        _held.remove(path)
-        stop.set()
-        beats.join()
-        with suppress(OSError):  # the disk may have become read-only
-            os.ftruncate(handle, 0)  # an orderly end: nobody has to wait for a sign of life
-        os.close(handle)
+        if _held.pop(path, None) is not None:  # else this is a fork of the holder
+            stop.set()
+            beats.join()
+            with suppress(OSError):  # the disk may have become read-only
+                os.ftruncate(handle, 0)  # an orderly end: nobody has to wait for a sign of life
+            os.close(handle)
 
 
 def _acquire(path: Path) -> int:
@@ -61,8 +71,8 @@ def _acquire(path: Path) -> int:
     except OSError as error:
         raise cannot_write(f"the run folder {path.parent}", path, error) from error
     try:
-        # Not flock: that would live on in the processes that load data, after a SIGKILL of this one.
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not lockf: that is lost when anything in this process reads the file and closes it.
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             holder = _holder(handle)
@@ -109,7 +119,6 @@ def _touched(path: Path) -> int:
 
 
 def _holder(handle: int) -> dict[str, str]:
-    # Through the one handle: closing another of the same file would drop the lock.
     try:
         words = json.loads(os.pread(handle, 4096, 0))
         return {name: str(words[name]) for name in ("pid", "host", "started")}
