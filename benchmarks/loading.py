@@ -186,7 +186,7 @@ def write_random(folder: Path, entries: int) -> None:
 def start_training(folder: Path) -> None:
     """Set up the data of a folder, take one step, read 200 batches; prints a line of JSON."""
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     source = readable(find_source(str(folder)))
     training, _ = (source.subset(rows) for rows in split(source, 0.02))
     from latentflow import load_autoencoder
@@ -199,12 +199,12 @@ def start_training(folder: Path) -> None:
     batches = DataOrder(size=len(data), batch_size=BATCH).batches(0, 201, 0)
     draws = next(batches)
     stage(data.__getitems__(draws) | {"numbers": [draw.number for draw in draws]})["loss"].backward()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - used
     for draws in batches:
         data.__getitems__(draws)
     told = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     sizes = {name: int(told[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM")}
-    print(json.dumps({"entries": len(source), "seconds": seconds} | sizes))
+    print(json.dumps({"entries": len(source), "seconds": seconds, "cpu": cpu} | sizes))
 
 
 def many(entries: list[int]) -> None:
@@ -218,7 +218,8 @@ def many(entries: list[int]) -> None:
             results.append(json.loads(done.stdout.splitlines()[-1]))
         one = results[-1]
         print(
-            f"{one['entries']:8} latents: first step after {one['seconds']:.1f} s; memory {one['RssAnon']:.0f} MiB "
+            f"{one['entries']:8} latents: first step after {one['seconds']:.1f} s ({one['cpu']:.1f} s of one "
+            f"core); memory {one['RssAnon']:.0f} MiB "
             f"({one['RssAnon'] / results[0]['RssAnon']:.2f} of the first), mapped pages {one['RssFile']:.0f} MiB"
         )
 

@@ -141,8 +141,7 @@ def cached_masks(source: Source, resolution: Resolution, progress: bool = True) 
     """
     height, width = _size(resolution)
     if not source.has_masks:
-        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(len(source), 1, height, width)
-        return MaskTable(nothing, torch.zeros(len(source), dtype=torch.bool))
+        return _no_masks(len(source), height, width)
     return mask_table(
         source, resolution, _shards("masks", mask_settings(resolution), source), progress=progress
     )
@@ -273,6 +272,8 @@ def mask_table(source: Source, resolution: Resolution, shards: ShardSet, *, prog
     """``cached_masks`` in a given set of shards, of a source of which some picture has a mask."""
     height, width = _size(resolution)
     places = [row for row, example in enumerate(source.examples) if example.mask is not None]
+    if not places:
+        return _no_masks(len(source), height, width)
     masked = [source.examples[row] for row in places]
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
@@ -296,6 +297,11 @@ def mask_table(source: Source, resolution: Resolution, shards: ShardSet, *, prog
     masks = spread.table("masks")
     assert masks is not None
     return MaskTable(masks, spread.column("found"))
+
+
+def _no_masks(size: int, height: int, width: int) -> MaskTable:
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(size, 1, height, width)
+    return MaskTable(nothing, torch.zeros(size, dtype=torch.bool))
 
 
 def latent_table(

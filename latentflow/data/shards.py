@@ -40,8 +40,8 @@ class Shard:
     """Some rows, mapped from a file: memory holds only what was read, and the system may drop that again.
 
     Attributes:
-        keys: (rows,) digests, in memory.
-        sums: (rows,) int64, the CRC-32 of a row of all tables, by name, in memory.
+        keys: (rows,) digests, mapped like the tables.
+        sums: (rows,) int64, the CRC-32 of a row of all tables, by name.
         tables: name -> array (rows, ...).
     """
 
@@ -60,7 +60,7 @@ class Shard:
                 names = list(file.keys())
                 tables = {name: file.get_tensor(name).numpy() for name in names}
                 told = (file.metadata() or {})["crc32"]
-            keys, sums = tables.pop(_KEYS).copy(), tables.pop(_SUMS).copy()
+            keys, sums = tables.pop(_KEYS), tables.pop(_SUMS)
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise DamagedShardError(f"{path}: {error}") from error
         if told != str(_checksum([keys, sums])):

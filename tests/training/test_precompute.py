@@ -126,6 +126,7 @@ def test_pixels_and_masks_are_stored_on_request(
     assert source.has_masks and [e.name for e in source.examples if e.mask is not None] == ["04.png"]
     assert source.examples[4].open().size == (16, 16)
     assert not find_source(str(latents), masks="none").has_masks
+    assert not cache.cached_masks(source.subset([0, 1]), 16).has_mask.any()
 
 
 def test_what_was_begun_is_finished_and_nothing_else_is_touched(
