@@ -137,7 +137,8 @@ class Reporter:
                 )
             self._metrics_failed = True
         if self._tracker is not None:
-            self._tracker.metrics(step, values)
+            with suppress(OSError):  # its files are on the same disk
+                self._tracker.metrics(step, values)
 
 
 def _duration(seconds: float) -> str:
