@@ -14,6 +14,7 @@ from latentflow.errors import UserError, unknown
 
 from .described import Wanted, few, source_of
 from .examples import Source
+from .latent_folder import is_latent_folder
 
 _KEYS = ("data", "repeats", "weight", "regularisation")
 _FIX = "Write: sources: [{data: cats, repeats: 2}, {data: more, weight: 0.5}]"
@@ -48,7 +49,13 @@ def read_mix(data: str, wanted: Wanted, find: Find) -> Source:
     """
     path = Path(data).expanduser()
     parts = _parts(path)
-    sources = [find(_located(path.parent, part.data), wanted) for part in parts]
+    places = [_located(path.parent, part.data) for part in parts]
+    for place in places:
+        if is_mix(place):
+            raise UserError(f"{path} is a list of lists: {place}", "Name the sets themselves.")
+        if is_latent_folder(place):
+            raise UserError(f"{path} mixes in latents: {place}", "Mix the pictures, and precompute the mix.")
+    sources = [find(place, wanted) for place in places]
     _refuse_kinds(path, parts, sources)
     repeats = _repeats(parts, sources)
     examples, notes = [], [f"{len(parts)} sets"]

@@ -6,8 +6,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -18,12 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.cli import run
 from latentflow.data import find_source
 from latentflow.data.find import KINDS
 from latentflow.data.paths import many_paths
 from latentflow.errors import UserError
 
-from .pictures import noise, write_jsonl
+from .pictures import load_program, noise, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTIONS = {"a": "a red hat", "b": "a blue shoe", "c": "a bag"}
@@ -432,15 +431,48 @@ def test_the_hub_is_asked_only_when_named(tmp_path: Path, monkeypatch: pytest.Mo
 # --- through the command line -------------------------------------------------------------------------
 
 
-def test_the_command_line_ends_in_one_screen(tmp_path: Path) -> None:
-    (tmp_path / "s.tar").write_bytes(as_shards(tmp_path).read_bytes()[:900])
-    line = [
-        sys.executable,
-        str(ROOT / "train" / "flow.py"),
-        str(tmp_path / "s.tar"),
-        "-o",
-        str(tmp_path / "run"),
-    ]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert done.returncode == 2 and not list(tmp_path.glob("run/checkpoints"))
-    assert "is no intact tar file" in done.stderr and "Traceback" not in done.stderr
+def broken_tar(path: Path) -> list[str]:
+    (path / "s.tar").write_bytes(as_shards(path).read_bytes()[:900])
+    return [str(path / "s.tar")]
+
+
+BAD = {
+    "broken tar": (broken_tar, "s.tar is no intact tar file"),
+    "no such shard": (lambda path: [f"{path}/s-{{0..3}}.tar"], "4 of the 4 files"),
+    "no picture": (lambda path: [str(tar(path / "s.tar", {"1.txt": b"a"}))], "there are no pictures"),
+    "unknown column": (lambda path: [csv(path, "imge", "1.png")], "its columns: imge"),
+    "bytes and paths": (
+        lambda path: [str(parquet(path / "p.parquet", image=[png(1)], file_name=["1.png"]))],
+        "both an image and a file_name column",
+    ),
+    "two of one name": (
+        lambda path: [csv(path, "file_name", "1.png", "1.png")],
+        "two pictures are named 1.png",
+    ),
+    "zip-slip": (lambda path: [str(zipped(path / "z.zip", {"../1.png": png(1)}))], "lead out of it"),
+    "path outside": (lambda path: [csv(path, "file_name", "../1.png")], "leads out of the folder"),
+    "no such column": (
+        lambda path: [csv(path, "file_name", "1.png"), "--columns", "text", "b"],
+        "no column 'b'",
+    ),
+    "no such set": (lambda path: ["hub:no-owner/no-name"], "cannot be loaded"),
+    "tags of a class": (
+        lambda path: [csv(path, "file_name,label", "1.png,a"), "--shuffle-tags", "4"],
+        "has no captions",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_command_line_ends_in_one_screen(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, message = BAD[name]
+    arguments = make(tmp_path)
+    main = load_program(ROOT / "train" / "flow.py").main
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: main([*arguments, "-o", str(tmp_path / "run")]))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in said and "Traceback" not in said and len(said.splitlines()) < 12
+    assert not (tmp_path / "run" / "checkpoints").exists()
