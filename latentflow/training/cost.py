@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..autoencoder import Autoencoder
@@ -62,13 +61,11 @@ def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
     Args:
         network: a velocity network on any device, also the meta device; it is not changed.
     """
-    meta = {
-        name: torch.empty_like(one, device="meta")
-        for name, one in (*network.named_parameters(), *network.named_buffers())
-    }
-    for name, one in network.named_parameters():
-        meta[name].requires_grad_(one.requires_grad)
-    config: Any = network.config
+    with torch.device("meta"):
+        shapes: Any = type(network).from_config(network.config)  # type: ignore[attr-defined]
+    if network.is_gradient_checkpointing:
+        shapes.enable_gradient_checkpointing()
+    config = shapes.config
     x = _meta(_ROWS, config.in_channels, size, size)
     condition = Condition(
         class_labels=None if config.num_classes is None else _meta(_ROWS, dtype=torch.long),
@@ -76,10 +73,8 @@ def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
         text_mask=None if config.text_dim is None else _meta(_ROWS, text_length, dtype=torch.bool),
         channels=_meta(_ROWS, config.condition_channels, size, size) if config.condition_channels else None,
     )
-    with _FusedAttention():
-        total = _count(
-            lambda: functional_call(network, meta, (x, _meta(_ROWS), condition)), set(meta.values())
-        )
+    with _fused_attention():
+        total = _count(lambda: shapes(x, _meta(_ROWS), condition), set(shapes.parameters()))
     return Cost(total.flops / _ROWS, total.activations / _ROWS)
 
 
@@ -100,7 +95,7 @@ def text_encoder_cost(encoder: nn.Module, input_ids: Tensor) -> Cost:
 def encoding_flops(vae: Autoencoder, resolution: int) -> float:
     """Of one picture of ``resolution`` x ``resolution`` through the encoder, forward only."""
     shapes = copy.deepcopy(vae).to("meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, _FusedAttention():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, _fused_attention():
         shapes.encode(_meta(1, 3, resolution, resolution, dtype=vae.dtype))
     return float(counter.get_total_flops())
 
@@ -135,19 +130,26 @@ def _count(forward: Callable[[], Tensor], weights: set[Tensor]) -> Cost:
     return Cost(float(counter.get_total_flops()), float(activations))
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention on the meta device as one operation, as it runs on GPUs; there it would become its matrix products."""
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention on the meta device as one operation, as it runs on GPUs; there it would become its matrix products.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v = args[:3]
-        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            mask = _meta(*mask.shape, dtype=q.dtype)
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(q, k, v, attn_mask=mask)[0]
+    The function is exchanged: torch's modes do not reach what gradient checkpointing computes again.
+    """
+    usual = F.scaled_dot_product_attention
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
+        if not q.is_meta:
+            return usual(q, k, v, attn_mask, **options)
+        if attn_mask is not None:
+            attn_mask = _meta(*attn_mask.shape, dtype=q.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = usual
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -136,13 +136,13 @@ class _Estimate:
         if rows < 1:
             hours = self.micro_batches * batch * cost.flops / speed / 3600
             return (
-                f"time here: about {_hours(hours)}, by the {speed / 1e12:.2g} TFLOP/s of a matrix product on this "
+                f"time: about {_hours(hours)}, by the {speed / 1e12:.2g} TFLOP/s of a matrix product on this "
                 f"{device.type}; one sample is too much to be timed"
             )
         seconds = self._timed(rows, device) * batch / rows
         some = "" if rows == batch else f", with {rows} of {batch} samples"
         return (
-            f"time here: {seconds * self.loop.gradient_accumulation_steps:.3g} s a step, "
+            f"time: {seconds * self.loop.gradient_accumulation_steps:.3g} s a step, "
             f"{_hours(seconds * self.micro_batches / 3600)} in all (measured on this {device.type}{some}; "
             f"at most {peak_gib():.1f} GiB)"
         )
