@@ -146,7 +146,7 @@ class Page(Section):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             try:
-                temporary.write_text(self.html(), encoding="utf-8")
+                temporary.write_text(self.html(), encoding="utf-8", errors="backslashreplace")
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)

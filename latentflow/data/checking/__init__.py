@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from .report import Report
+from .page import report_page
+from .report import Report, printable
+from .sheet import contact_sheet
 from .source import check_source, look_through, readable
+from .suggest import Suggestion, suggest
 
-__all__ = ["Report", "check_source", "look_through", "readable"]
+__all__ = [
+    "Report",
+    "Suggestion",
+    "check_source",
+    "contact_sheet",
+    "look_through",
+    "printable",
+    "readable",
+    "report_page",
+    "suggest",
+]

@@ -142,7 +142,7 @@ def _report(source: Source, problems: list[str], progress: bool) -> tuple[Report
         problems=(*problems, *_problems(source, unreadable), *_mask_problems(bad_masks)),
         warnings=(
             *_warnings(source, good, duplicates),
-            *_near_warnings(near),
+            *_near_warnings(near, good),
             *_caption_warnings(facts.repeated, facts.missing, len(good)),
             *_class_warnings(classes),
             *_size_warnings(dict(zip(names, sizes, strict=True))),
@@ -227,14 +227,19 @@ def _warnings(source: Source, good: list[Example], duplicates: list[tuple[str, .
     return lines
 
 
-def _near_warnings(near: list[tuple[str, ...]]) -> list[str]:
+def _near_warnings(near: list[tuple[str, ...]], good: list[Example]) -> list[str]:
     if not near:
         return []
     total, largest = sum(map(len, near)), max(map(len, near))
-    return [
-        f"{total} pictures in {len(near)} groups (the largest of {largest}) are {NEAR}; "
-        f"a group is trained on or held out as one: {joined(near)}"
+    lines = [
+        f"{total} pictures are {NEAR} ({len(near)} groups, the largest of {largest}); "
+        f"a group is trained on or held out as a whole: {joined(near)}"
     ]
+    labels = {example.name: example.label for example in good}
+    clash = [names for names in near if len({labels[name] for name in names}) > 1]
+    if clash:
+        lines.append(f"{len(clash)} groups of near duplicates have different classes: {joined(clash)}")
+    return lines
 
 
 def _caption_warnings(repeated: Mapping[str, int], missing: tuple[str, ...], pictures: int) -> list[str]:
