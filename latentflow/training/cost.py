@@ -145,7 +145,7 @@ def _fused_attention() -> Iterator[None]:
             attn_mask = _meta(*attn_mask.shape, dtype=q.dtype)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]
 
-    F.scaled_dot_product_attention = fused
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError
 
@@ -17,13 +17,7 @@ def check_push(repository: str) -> None:
     Raises:
         UserError: either is wrong.
     """
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(
-            f"'{repository}' is no name on the hub: {error}", "It has the form owner/name."
-        ) from error
-    if repository.count("/") != 1:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"'{repository}' is no name on the hub", "It has the form owner/name.")
     if huggingface_hub.get_token() is None:
         raise UserError(
@@ -49,7 +43,7 @@ def push(folder: Path, repository: str) -> str:
             commit_message="Upload by latentflow",
             ignore_patterns=kept,
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"'{repository}' was not pushed: {str(error).strip().splitlines()[0]}",
             f"The model is whole in {folder}. Later: latentflow push {folder} {repository}",

@@ -100,7 +100,7 @@ class _Estimate:
     def samples(self) -> int:
         """Of one step, over all processes."""
         accumulated = self.loop.train_batch_size * self.loop.gradient_accumulation_steps
-        return accumulated * process_state().num_processes
+        return accumulated * int(process_state().num_processes)
 
     @cached_property
     def encoding(self) -> float:
@@ -185,8 +185,8 @@ class _Estimate:
 def _fill(network: nn.Module, device: torch.device) -> None:
     """Random weights for a network on the meta device: how fast it is does not depend on them."""
     network.to_empty(device=device)
-    for one in network.parameters():
-        one.normal_(std=0.02)
+    for weight in network.parameters():
+        weight.normal_(std=0.02)
     for one in network.buffers():
         one.zero_()
 

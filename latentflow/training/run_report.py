@@ -377,7 +377,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _differs(value: Any, usual: Any) -> bool:
-    return (tuple(value) if isinstance(value, list) else value) != usual
+    return bool((tuple(value) if isinstance(value, list) else value) != usual)
 
 
 def _text(value: Any) -> str:

@@ -13,6 +13,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL.Image import Image
 
 from ..errors import UserError
+from .processes import process_state
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def start(report_to: str, folder: Path) -> Tracker | None:
     """
     if report_to == "none":
         return None
+    process_state()  # accelerate's trackers need it
     try:
         if report_to == "wandb":
             import wandb  # noqa: F401
