@@ -220,7 +220,8 @@ def many(entries: list[int]) -> None:
         print(
             f"{one['entries']:8} latents: first step after {one['seconds']:.1f} s ({one['cpu']:.1f} s of one "
             f"core); memory {one['RssAnon']:.0f} MiB "
-            f"({one['RssAnon'] / results[0]['RssAnon']:.2f} of the first), mapped pages {one['RssFile']:.0f} MiB"
+            f"({one['RssAnon'] / results[0]['RssAnon']:.2f} of the first), mapped pages {one['RssFile']:.0f} MiB",
+            flush=True,
         )
 
 
