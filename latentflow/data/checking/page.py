@@ -73,13 +73,11 @@ def _said(page: Page, report: Report) -> None:
         page.bars({printable(name): count for name, count in report.classes.items()})
     if report.condition == "text":
         facts = report.caption_facts
+        lengths = facts.shortest, facts.median, facts.longest
         page.heading("Captions")
         page.table(
             ["different", "missing", "words: fewest", "median", "most", "vocabulary", "words used once"],
-            [
-                [facts.different, len(facts.missing), facts.shortest, facts.median, facts.longest]
-                + [facts.vocabulary, facts.once]
-            ],
+            [(facts.different, len(facts.missing), *lengths, facts.vocabulary, facts.once)],
         )
         page.text("The most frequent words:")
         page.bars(facts.common)
