@@ -15,6 +15,7 @@ from latentflow.errors import UserError, unknown
 from .described import Wanted, few, source_of
 from .examples import Source
 from .latent_folder import is_latent_folder
+from .store import refuse_inside
 
 _KEYS = ("data", "repeats", "weight", "regularisation")
 _FIX = "Write: sources: [{data: cats, repeats: 2}, {data: more, weight: 0.5}]"
@@ -57,6 +58,8 @@ def read_mix(data: str, wanted: Wanted, find: Find) -> Source:
             raise UserError(f"{path} mixes in latents: {place}", "Mix the pictures, and precompute the mix.")
     sources = [find(place, wanted) for place in places]
     _refuse_kinds(path, parts, sources)
+    for source in sources:
+        refuse_inside(source.root)
     repeats = _repeats(parts, sources)
     examples, notes = [], [f"{len(parts)} sets"]
     for part, source, times in zip(parts, sources, repeats, strict=True):

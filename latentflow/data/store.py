@@ -48,14 +48,20 @@ def open_cache(kind: str, settings: dict[str, object], data_root: Path | None = 
         UserError: the cache would lie inside the data.
     """
     root = cache_root()
+    refuse_inside(data_root)
+    shards = ShardSet(root / kind / settings_key(kind, settings), kind, cache=root)
+    shards.describe(settings)
+    return shards
+
+
+def refuse_inside(data_root: Path | None) -> None:
+    """Raises UserError: the cache would lie inside the data."""
+    root = cache_root()
     if data_root is not None and root.resolve().is_relative_to(data_root.resolve()):
         raise UserError(
             f"the cache {root} lies inside the data {data_root}",
             "Caches never go into the data: set LATENTFLOW_CACHE to another folder.",
         )
-    shards = ShardSet(root / kind / settings_key(kind, settings), kind, cache=root)
-    shards.describe(settings)
-    return shards
 
 
 class ShardSet:

@@ -244,8 +244,14 @@ def _holds_bytes(file: Any, column: str) -> bool:
 
 
 def _filled(file: Any, group: int, column: str) -> list[bool]:
-    """Which cells of a column of bytes hold any."""
+    """Which cells of a column of bytes hold any; where the file counts the empty ones and there are none, unread."""
     import pyarrow.types as types
+
+    told = file.metadata.row_group(group)
+    for leaf in map(told.column, range(told.num_columns)):
+        counts = leaf.statistics if leaf.path_in_schema in (column, f"{column}.bytes") else None
+        if counts is not None and counts.has_null_count and counts.null_count == 0:
+            return [True] * told.num_rows
 
     values = file.read_row_group(group, columns=[column]).column(column).combine_chunks()
     if types.is_struct(values.type):

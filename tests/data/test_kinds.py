@@ -380,6 +380,23 @@ def test_parquet_with_paths_class_names_and_parts(tmp_path: Path) -> None:
         find_source(str(tmp_path / "bad.parquet"))
 
 
+def test_listing_a_parquet_file_reads_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow.parquet
+
+    data, read = str(as_parquet(tmp_path)), pyarrow.parquet.ParquetFile.read_row_group
+    asked: list[str] = []
+
+    def spy(file: Any, group: int, columns: list[str]) -> Any:
+        asked.extend(columns)
+        return read(file, group, columns=columns)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", spy)
+    source = find_source(data)
+    assert "text" in asked and "image" not in asked  # masks are looked at: some rows have none
+    source.examples[0].open()
+    assert "image" in asked
+
+
 def test_a_parquet_row_without_a_picture(tmp_path: Path) -> None:
     data = parquet(tmp_path / "p.parquet", image=[png(1), png(2), None], text=["a", "b", "c"])
     with pytest.raises(UserError, match=r"p.parquet, row 2 holds no picture"):

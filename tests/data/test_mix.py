@@ -117,6 +117,14 @@ def test_a_picture_in_two_sets_under_one_name(tmp_path: Path) -> None:
         find_source(data, condition="none")
 
 
+def test_the_cache_may_lie_in_no_set_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioned(tmp_path / "cats", 1)
+    captioned(tmp_path / "dogs", 1, seed=1)
+    monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "dogs/cache"))
+    with pytest.raises(UserError, match=r"lies inside the data .*dogs"):
+        find_source(mix(tmp_path, {"data": "cats"}, {"data": "dogs"}))
+
+
 def test_a_mix_holds_neither_mixes_nor_latents(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a list of lists"):
         find_source(mix(tmp_path, {"data": "mix.yaml"}))
