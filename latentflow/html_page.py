@@ -32,7 +32,8 @@ td { border-top: 1px solid var(--line); overflow-wrap: anywhere; } td.bar { min-
 figure { margin: 1rem 0; } figcaption { opacity: .7; } img { max-width: 100%; }
 figure.drawing { background: white; color: black; border-radius: 6px; padding: .5rem; width: fit-content; }
 svg { max-width: 100%; height: auto; } summary { cursor: pointer; }
-code, pre { font-family: ui-monospace, monospace; } pre { background: #8882; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+code, pre { font-family: ui-monospace, monospace; }
+pre { background: #8882; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 _PAGE = """<!doctype html>
