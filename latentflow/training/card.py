@@ -135,12 +135,13 @@ def _card(run: Any, facts: CardFacts, sample: bool) -> str:
     }
     caption, label = _first(facts.source.captions() if kind == "text" else []), _first(facts.source.classes)
     measured, figures = _last_figures(run.rows)
+    data = str(run.config.get("data", "data"))
     return str(
         Environment(keep_trailing_newline=True)
         .from_string(_CARD)
         .render(
             header=yaml.safe_dump(header, sort_keys=False),
-            name=Path(facts.where).name if "/" in facts.where else facts.where,
+            name=(run.folder.resolve() if Path(facts.where).name == "pipeline" else Path(facts.where)).name,
             where=facts.where,
             resolution=run.config.get("resolution", "?"),
             asked={"text": " from captions", "class": " of its classes"}.get(kind, ""),
@@ -155,8 +156,8 @@ def _card(run: Any, facts: CardFacts, sample: bool) -> str:
             parts=[
                 (n, type(m).__name__, sum(p.numel() for p in m.parameters())) for n, m in facts.parts.items()
             ],
-            data=[*data_lines(run.log)] or [f"{len(facts.source)} pictures"],
-            settings=[(n, run.config[n]) for n in _SHOWN if run.config.get(n) not in (None, {}, [])],
+            data=[line.replace(data, Path(data).name) for line in data_lines(run.log)],
+            settings=[(n, _shown(run.config[n])) for n in _SHOWN if run.config.get(n) not in (None, {}, [])],
             measured=measured,
             figures=", ".join(f"`{name}` {value:.4f}" for name, value in figures),
         )
@@ -173,6 +174,11 @@ def _last_figures(rows: Sequence[Mapping[str, float]]) -> tuple[int, list[tuple[
 
 def _first(names: Sequence[str]) -> str:
     return names[0] if names else ""
+
+
+def _shown(value: Any) -> str:
+    """A setting without where it lies on the author's disk."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
 
 
 def _quoted(text: str) -> str:

@@ -39,8 +39,8 @@ def killed(tmp_path: Path) -> Path:
     run = tmp_path / "cats"
     (run / "samples").mkdir(parents=True)
     (run / "autoencoder" / "samples").mkdir(parents=True)
-    settings = {"data": "my cats", "output": "x", "network": "dit", "max_train_steps": 8, "train_batch_size": 4,
-                "autoencoder_steps": 2, "autoencoder_batch_size": 2, "width": 96}  # fmt: skip
+    settings = {"data": "my/cats", "vae": "/home/me/vae", "output": "x", "network": "dit",
+                "max_train_steps": 8, "train_batch_size": 4, "autoencoder_steps": 2, "autoencoder_batch_size": 2, "width": 96}  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     lines = [trained(1, 9.0), trained(2, 8.0), trained(3, 7.0), row(3, val_loss=6.0), trained(4, 100.0)]
     torn = trained(5, 200.0)[:30] + trained(4, 5.0)  # by a start that did not end the line
@@ -52,7 +52,7 @@ def killed(tmp_path: Path) -> Path:
     for folder, step in ((run, 3), (run / "autoencoder", 2)):
         Image.new("RGB", (1300, 650), "red").save(folder / "samples" / f"step-{step:06d}.png")
     (run / "samples" / "step-000005.png").write_bytes(b"\x89PNG torn")
-    told = ["notes of old", "plan: 8 steps", "step 3: val_loss 6", "cats: <b>9</b> pictures", "data: 9 to train on",
+    told = ["notes of old", "plan: 8 steps", "step 3: val_loss 6", "my/cats: <b>9</b> pictures", "data: 9 to train on",
             "plan: 8 steps", "WARNING: step 5: not finite. The update is skipped."]  # fmt: skip
     (run / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in told))
     return run
@@ -273,7 +273,8 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: 
     for text in (
         'from_pretrained("owner/cats")', f"prompt={caption!r}", "`transformer` | Linear | 1.0 M",
         "- data: 9 to train on",
-        "| width | 96 |", "6 steps of 4 samples", "at step 5: `val_loss` 3.0000. They", "![Samples](sample.png)",
+        "- cats: <b>9</b>", "# cats", "| width | 96 |", "| vae | vae |",
+        "6 steps of 4 samples", "at step 5: `val_loss` 3.0000. They", "![Samples](sample.png)",
     ):  # fmt: skip
         assert text in body, text
     assert (folder / "sample.png").is_file()
