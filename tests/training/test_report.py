@@ -39,8 +39,10 @@ def killed(tmp_path: Path) -> Path:
     run = tmp_path / "cats"
     (run / "samples").mkdir(parents=True)
     (run / "autoencoder" / "samples").mkdir(parents=True)
-    settings = {"data": "my/cats", "vae": "/home/me/vae", "output": "x", "network": "dit",
-                "max_train_steps": 8, "train_batch_size": 4, "autoencoder_steps": 2, "autoencoder_batch_size": 2, "width": 96}  # fmt: skip
+    settings = {
+        "data": "my/cats", "vae": "/home/me/vae", "output": "x", "network": "dit", "width": 96,
+        "max_train_steps": 8, "train_batch_size": 4, "autoencoder_steps": 2, "autoencoder_batch_size": 2,
+    }  # fmt: skip
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     lines = [trained(1, 9.0), trained(2, 8.0), trained(3, 7.0), row(3, val_loss=6.0), trained(4, 100.0)]
     torn = trained(5, 200.0)[:30] + trained(4, 5.0)  # by a start that did not end the line
