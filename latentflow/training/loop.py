@@ -8,10 +8,7 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +16,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import RunError, UserError
 from ..memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
 from . import checkpoint
-from .batches import Batch, DataFailed, TrainingData, load_batches, split_rows, to_device
+from .batches import DataFailed, TrainingData, load_batches
+from .callbacks import Callbacks, with_averages
 from .config import LoopConfig
 from .folders import clean_up, write_folder
+from .gradients import Gradients
 from .optimizers import learning_rate
 from .order import DataOrder
 from .player import Player
 from .precision import resolve
-from .processes import process_state
+from .processes import in_any_process, process_state
 from .report import Reporter
 from .run_lock import run_lock
 from .saving import Saver, attempts, cannot_write
 from .signals import stop_on_signal
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Callbacks:
-    """What the loop calls, always with the averaged weights in place and on the main process only.
-
-    A validation or a preview that fails is a warning. ``export`` fills a folder that becomes ``export_to``, at the end
-    of the run.
-    """
-
-    validate: Callable[[], dict[str, float]] | None = None
-    preview: Callable[[], Image.Image] | None = None
-    export: Callable[[Path], None] | None = None
-    export_to: Path | None = None
 
 
 def fit(
@@ -89,8 +73,10 @@ def fit(
         RunError: memory, the disk or the data gave out. What could be saved is saved.
     """
     with run_lock(output):
-        loop = _Loop(players, data, config, Path(output), callbacks or Callbacks(), dict(description or {}))
-        return loop.run(resume_line, phase)
+        loop = _Loop(
+            players, data, config, Path(output), callbacks or Callbacks(), dict(description or {}), phase
+        )
+        return loop.run(resume_line)
 
 
 class _Loop:
@@ -102,6 +88,7 @@ class _Loop:
         output: Path,
         callbacks: Callbacks,
         description: dict[str, Any],
+        phase: str,
     ) -> None:
         self.config, self.data, self.output, self.callbacks = config, data, output, callbacks
         self.accelerator = _accelerator(config)
@@ -116,16 +103,15 @@ class _Loop:
         )
         # As it comes back from a checkpoint.
         self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))
-        self.micro_batch = (
-            config.train_batch_size
-        )  # rows of a forward pass: fewer after running out of memory
         self.step = 0
         self.skipped_in_a_row = 0
+        self.phase = phase
+        self.gradients = Gradients(self.players, data, config, self.accelerator, phase)
 
     # ---- the run, top to bottom ----
 
-    def run(self, resume_line: str, phase: str) -> bool:
-        self.resume_line, self.phase = resume_line, phase
+    def run(self, resume_line: str) -> bool:
+        self.resume_line = resume_line
         self._clean_up()
         self._resume()
         last = self.config.max_train_steps
@@ -161,66 +147,18 @@ class _Loop:
         with stop_on_signal() as stop:
             while self.step < last:
                 try:
-                    values, suspects = self._gradients(batches)
+                    values, suspects = self.gradients.compute(batches, self.step + 1)
                 except (DataFailed, OutOfMemory) as error:  # no weight has changed in this step
                     raise self._saved_before(error) from error
                 values = self._update(values, suspects)
                 self.step += 1
-                stopping = self._agree(stop.requested)
+                stopping = in_any_process(self.accelerator, stop.requested)
                 self._after_step(values, stopping)
                 if stopping and self.step < last:
                     self.report.say(f"stopped at step {self.step}, saved; resume with:\n  {self.resume_line}")
                     return False
         self._export()
         return True
-
-    def _gradients(self, batches: Iterator[Batch]) -> tuple[dict[str, float], list[str]]:
-        """The gradients of one step -> its values to log, and the samples whose loss is not finite.
-
-        Raises:
-            DataFailed, OutOfMemory: the weights and their optimisers are as before the step.
-        """
-        self.random = checkpoint.random_state()
-        micros: Iterable[Batch] = islice(batches, self.config.gradient_accumulation_steps)
-        if self.config.auto_micro_batch:
-            micros = list(micros)  # to try again with
-        while True:
-            failure = None
-            try:
-                result = self._backward_passes(micros)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = out_of_memory(self.phase, error)
-            if not self._agree(failure is not None, ask=self._reduces_itself):
-                break
-            self._take_smaller_parts(failure)
-        if self._reduces_itself:
-            self._reduce_gradients()
-        return result
-
-    def _backward_passes(self, micros: Iterable[Batch]) -> tuple[dict[str, float], list[str]]:
-        values: dict[str, float] = {}
-        suspects: list[str] = []
-        micro_steps, size = self.config.gradient_accumulation_steps, self.config.train_batch_size
-        for micro, batch in enumerate(micros):
-            parts = split_rows(batch, self.micro_batch)
-            for number, part in enumerate(parts):
-                rows = len(part["numbers"])
-                parts_in_step = micro_steps * size / rows
-                last = micro == micro_steps - 1 and number == len(parts) - 1
-                part = to_device(part, self.accelerator.device)
-                for player in self.players:
-                    with ExitStack() as stack:
-                        if not last or self._reduces_itself:
-                            stack.enter_context(self.accelerator.no_sync(player.prepared))
-                        result = player.prepared(part)
-                        if not result:
-                            continue
-                        self.accelerator.backward(result["loss"] / parts_in_step)
-                    _accumulate(values, result, parts_in_step)
-                    suspects += self._nonfinite_samples(part, result)
-        return values, suspects
 
     def _update(self, values: dict[str, float], suspects: list[str]) -> dict[str, float]:
         rate = learning_rate(self.step, self.config)
@@ -265,17 +203,6 @@ class _Loop:
         limit = self.config.max_grad_norm or math.inf
         return float(self.accelerator.clip_grad_norm_(player.module.parameters(), limit))
 
-    def _nonfinite_samples(self, batch: Batch, result: Batch) -> list[str]:
-        if "per_sample" not in result or torch.isfinite(result["loss"]):
-            return []
-        bad = (~torch.isfinite(result["per_sample"])).nonzero().flatten().tolist()
-        times = result.get("t")
-        return [
-            self.data.name(int(batch["index"][row]))
-            + (f" (t = {float(times[row]):.4f})" if times is not None else "")
-            for row in bad
-        ]
-
     def _skip(self, suspects: list[str], values: dict[str, float]) -> None:
         self.skipped_in_a_row += 1
         culprits = f"; samples: {', '.join(suspects[:5])}" if suspects else "; no single sample is to blame"
@@ -293,12 +220,12 @@ class _Loop:
 
     def _validate(self) -> None:
         if self.callbacks.validate is not None:
-            self.report.validation(self.step, self._call(self.callbacks.validate))
+            self.report.validation(self.step, with_averages(self.players, self.callbacks.validate))
 
     def _preview(self) -> None:
         if self.callbacks.preview is None:
             return
-        image = self._call(self.callbacks.preview)
+        image = with_averages(self.players, self.callbacks.preview)
         folder = self.output / "samples"
         folder.mkdir(exist_ok=True)
         file = folder / f"step-{self.step:06d}.png"
@@ -325,41 +252,7 @@ class _Loop:
             f"WARNING: step {self.step}: could not {phase}: {reason}\nTraining goes on; the next time is the next try."
         )
 
-    def _call(self, function: Callable[[], Any]) -> Any:
-        """Call with averaged weights, in evaluation mode, without gradients; the run's random state is kept."""
-        modes = [(module, module.training) for player in self.players for module in player.module.modules()]
-        for module, _ in modes:
-            module.training = False
-        try:
-            with self._averaged(), torch.random.fork_rng(), torch.no_grad():
-                return function()
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for player in self.players:
-                stack.enter_context(player.average.applied())
-            yield
-
     # ---- several processes ----
-
-    @property
-    def _reduces_itself(self) -> bool:
-        """Whether gradients are averaged over the processes by us, after all of them had memory enough.
-
-        DistributedDataParallel averages during the last backward pass: a process that cannot finish its own would
-        leave the others waiting.
-        """
-        return self.config.auto_micro_batch and self.accelerator.num_processes > 1
-
-    def _reduce_gradients(self) -> None:
-        for player in self.players:
-            for parameter in player.module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, reduction="mean"))
 
     def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
@@ -368,29 +261,7 @@ class _Loop:
         mean = self.accelerator.reduce(stacked, reduction="mean")
         return dict(zip(values, mean.tolist(), strict=True))
 
-    def _agree(self, here: bool, *, ask: bool = True) -> bool:
-        """Whether it holds in any process; ``here`` alone if the others are not asked."""
-        if self.accelerator.num_processes == 1 or not ask:
-            return here
-        flag = torch.tensor(float(here), device=self.accelerator.device)
-        return float(self.accelerator.reduce(flag, reduction="sum")) > 0
-
     # ---- when something gives out ----
-
-    def _take_smaller_parts(self, failure: OutOfMemory | None) -> None:
-        """Make ready to repeat the step with forward passes of half the size, or raise ``failure``."""
-        for player in self.players:
-            player.forget_gradients()
-        release_memory()
-        reason = failure.what if failure is not None else "out of memory in another process"
-        if not self.config.auto_micro_batch or self.micro_batch == 1:
-            raise failure or RunError(reason)
-        self.micro_batch = (self.micro_batch + 1) // 2
-        checkpoint.restore_random_state(self.random)
-        self.report.say(
-            f"WARNING: step {self.step + 1}: {reason}\nFrom now on batches of {self.config.train_batch_size} pass in "
-            f"parts of {self.micro_batch}; samples, noise and the global batch of {self.order.global_batch} stay."
-        )
 
     def _saved_before(self, error: RunError) -> RunError:
         """The error to end with, after saving what the last finished step left."""
@@ -400,7 +271,7 @@ class _Loop:
         kept = "Nothing was trained yet"
         if self.main and self.step > 0:
             try:
-                self.saver.save_now(self.step, self._state(self.random), retry=False)
+                self.saver.save_now(self.step, self._state(self.gradients.random), retry=False)
                 kept = f"Saved at step {self.step}"
             except Exception as second:  # the first one is what has to be told
                 kept = f"Step {self.step} could not be saved ({str(second).splitlines()[0]})"
@@ -416,7 +287,7 @@ class _Loop:
             "saved_at": time.time(),
             "description": self.description,
             "processes": self.accelerator.num_processes,
-            "micro_batch": self.micro_batch,
+            "micro_batch": self.gradients.micro_batch,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": random,
         }
@@ -454,7 +325,7 @@ class _Loop:
 
     def _export_to(self, folder: Path, export: Callable[[Path], None], done: Path) -> None:
         try:
-            self._call(lambda: write_folder(folder, export))
+            with_averages(self.players, lambda: write_folder(folder, export))
             done.touch()
         except OSError as error:
             problem = cannot_write(f"the result {folder}", folder, error)
@@ -493,9 +364,12 @@ class _Loop:
             log.info(
                 f"resumed by {now} processes ({before} before): every step has the same samples as it would have"
             )
-        if self.config.auto_micro_batch and state.get("micro_batch", self.micro_batch) < self.micro_batch:
-            self.micro_batch = int(state["micro_batch"])
-            log.info(f"forward passes of {self.micro_batch}: more ran out of memory before")
+        if (
+            self.config.auto_micro_batch
+            and state.get("micro_batch", self.gradients.micro_batch) < self.gradients.micro_batch
+        ):
+            self.gradients.micro_batch = int(state["micro_batch"])
+            log.info(f"forward passes of {self.gradients.micro_batch}: more ran out of memory before")
 
     def _check_same(self, state: checkpoint.State) -> None:
         changes = list(checkpoint.difference(state["description"], self.description))
@@ -530,9 +404,3 @@ def _accelerator(config: LoopConfig) -> Accelerator:
 
 def _due(step: int, every: int, final: bool) -> bool:
     return every > 0 and (step % every == 0 or final)
-
-
-def _accumulate(values: dict[str, float], result: Batch, parts: float) -> None:
-    for name, value in result.items():
-        if isinstance(value, Tensor) and value.ndim == 0:
-            values[name] = values.get(name, 0.0) + float(value.detach()) / parts

@@ -82,7 +82,7 @@ def test_automatic_micro_batches_learn_what_a_run_with_these_from_the_start_lear
     for name, one in first["flow-weights"].items():
         torch.testing.assert_close(one, second["flow-weights"][name], rtol=0, atol=1e-6)
     said = log.read_text()
-    assert "phase: train" in said and f"parts of {rows}" in said and "global batch of 6" in said
+    assert "phase: train" in said and f"parts of {rows}" in said and "samples and noise stay" in said
     # Known from the first step on, and kept by the run that goes on.
     assert first["micro_batch"] == rows
     again = NoDropout(memory_rows=rows)
@@ -245,13 +245,13 @@ class Unreadable(Line):
 
 
 class Dying(Line):
-    """The process that loads sample 39 is killed, as the kernel does when memory is short."""
+    """The process that loads sample 57 is killed, as the kernel does when memory is short."""
 
     def __init__(self) -> None:
         self.main = os.getpid()
 
     def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
-        if any(draw.number == 6 * 6 + 3 for draw in draws):
+        if any(draw.number == 9 * 6 + 3 for draw in draws):
             assert os.getpid() != self.main
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitems__(draws)
@@ -279,8 +279,10 @@ def test_a_worker_that_is_killed_is_told_of_and_the_run_saved(tmp_path: Path) ->
         RunError, match=r"a process that loads data has died \(process \d+, exit status -9"
     ) as caught:
         fit({"flow": Regression()}, Dying(), config, tmp_path / "run", resume_line=LINE)
-    assert "--num-workers" in caught.value.fix and "Saved at step 6" in caught.value.fix
-    assert steps(tmp_path / "run")[-1] == 6
+    # It loads up to four batches ahead, and what it had not yet handed over is lost with it.
+    saved = steps(tmp_path / "run")[-1]
+    assert 5 <= saved <= 9
+    assert "--num-workers" in caught.value.fix and f"Saved at step {saved}" in caught.value.fix
     assert run(tmp_path / "run", dataclasses.replace(config, num_workers=1))  # another number of workers
     assert run(tmp_path / "plain")
     assert_equal_weights(tmp_path / "run", tmp_path / "plain")

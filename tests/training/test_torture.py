@@ -22,7 +22,7 @@ from .forking import fork_ranks
 
 KILLS = 25
 SETTINGS = [
-    *TINY, "--autoencoder-steps", 10, "--max-train-steps", 100, "--checkpointing-steps", 1, "--validation-steps", 50,
+    *TINY, "--autoencoder-steps", 10, "--max-train-steps", 150, "--checkpointing-steps", 1, "--validation-steps", 50,
     "--preview-steps", 125, "--mixed-precision", "no",
 ]  # fmt: skip
 
@@ -79,18 +79,22 @@ def entries(cache: Path) -> set[Path]:
     return set(cache.rglob("*"))
 
 
+def newest(run: Path) -> int:
+    return max((int(path.name[5:]) for path in run.glob("checkpoints/step-*")), default=0)
+
+
 def kill_at(moment: str, attempt: Attempt, run: Path, cache: Path, rng: random.Random) -> str | None:
     """Kill at a moment of the kind; where it fell: "save", "cache", "other", or None if the run had ended."""
-    before = entries(cache)
+    before, until, seconds = entries(cache), newest(run) + rng.randint(1, 5), rng.uniform(0, 4)
+    start = time.monotonic()
     ready: dict[str, Callable[[], bool]] = {
         "save": lambda: bool(half_written(run)),
         "cache": lambda: entries(cache) != before,
-        "any": lambda: True,
+        "any": lambda: newest(run) >= until or time.monotonic() > start + seconds,
     }
-    deadline = time.monotonic() + 60
-    while attempt.running() and not ready[moment]() and time.monotonic() < deadline:
+    while attempt.running() and not ready[moment]() and time.monotonic() < start + 60:
         time.sleep(0.0003)
-    time.sleep(rng.uniform(0, 0.01 if moment != "any" else 4))
+    time.sleep(rng.uniform(0, 0.01))
     alive = attempt.kill()
     if not alive:
         return None
@@ -128,10 +132,11 @@ def test_a_run_killed_25_times_equals_the_run_that_was_never_killed(
             tmp_path / "cache-whole", [pictures, "-o", whole, *settings], processes, tmp_path / "whole"
         ).finish(600)
         fell: Counter[str] = Counter()
-        moments = ["cache"] * 6 + ["save"] * 10 + ["any"] * 9
+        moments = ["cache"] * 4 + rng.sample(["cache", "save", "any"], 21, counts=[1, 11, 9])
         while sum(fell.values()) < KILLS:
-            # Caches are written early: most of the kills meant for them come first.
-            moment = moments[sum(fell.values())] if sum(fell.values()) < 4 else rng.choice(moments[4:])
+            moment = moments[sum(fell.values())]
+            if moment == "cache" and (killed / "checkpoints").exists():
+                moment = "save"  # caches are complete before the network is trained
             attempt = Attempt(
                 tmp_path / "cache", [pictures, "-o", killed, *settings], processes, tmp_path / "killed"
             )
