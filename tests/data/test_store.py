@@ -190,6 +190,12 @@ def test_damage_is_found_before_a_row_is_used_and_told_where_it_cannot_be_repair
     told.unlink()
     assert_right(fill(again, told))
     assert len(built(told)) == ROWS
+    torn = path.read_bytes()[:-9]
+    path.unlink()
+    path.write_bytes(torn)
+    with pytest.raises(UserError, match=f"{ROWS} of {N} things are missing"):
+        fill(ShardSet(tmp_path / "folder", "things", read_only=True), told)
+    assert path.read_bytes() == torn
 
 
 def test_rows_are_indexed_as_a_tensor_is(tmp_path: Path) -> None:
