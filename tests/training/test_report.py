@@ -77,6 +77,7 @@ def test_repeated_and_torn_lines_leave_the_curve_of_the_last_start(killed: Path)
 def test_what_was_written_beyond_the_step_resumed_from_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join([trained(10, 1.0), trained(30, 3.0), trained(20, 2.0)]))
     assert [one["step"] for one in run_files.read_metrics(tmp_path)] == [10, 20]
+    assert read_run(tmp_path).seconds == pytest.approx(30 / 8)  # going back takes no time
 
 
 def test_time_in_training_counts_repeated_steps_and_no_standstill(killed: Path) -> None:
