@@ -22,7 +22,7 @@ from .forking import fork_ranks
 
 KILLS = 25
 SETTINGS = [
-    *TINY, "--autoencoder-steps", 10, "--max-train-steps", 150, "--checkpointing-steps", 1, "--validation-steps", 50,
+    *TINY, "--autoencoder-steps", 3, "--max-train-steps", 150, "--checkpointing-steps", 1, "--validation-steps", 50,
     "--preview-steps", 125, "--mixed-precision", "no",
 ]  # fmt: skip
 
