@@ -109,7 +109,7 @@ def load(checkpoint: str, pipeline: type[LatentFlowInpaintPipeline] = LatentFlow
 
 
 def read(source: Source, side: int, condition: bool) -> Task:
-    images = cached_pixels(source, side).float() / 255.0
+    images = cached_pixels(source, side)[:].float() / 255.0
     conditions: list[dict[str, Any]] = [{} for _ in source.examples]
     if source.kind == "text":
         conditions = [{"prompt": text if condition else ""} for text in source.captions()]

@@ -20,7 +20,8 @@ from latentflow.data import LatentTable
 from latentflow.data.shapes import train_source
 from latentflow.models import DiT
 from latentflow.training import LoopConfig, fit
-from latentflow.training.flow import FlowConfig, FlowStage, LatentData
+from latentflow.training.flow import FlowConfig, FlowStage
+from latentflow.training.latent_data import LatentData
 
 BATCH, CHANNELS, SIDE = 64, 16, 8
 WARM_UP = 3  # steps of each turn that are not timed

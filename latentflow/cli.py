@@ -84,7 +84,9 @@ def write_config(config: Any, path: str | os.PathLike[str]) -> None:
     import yaml
 
     values = {field.key: _plain(field.of(config)) for field in _fields(type(config))}
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    written = Path(f"{path}.tmp")  # renamed when complete: a full disk must not cost the earlier file
+    written.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    written.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,8 +295,8 @@ def _program(config_class: type, settings: Any, presets: list[str]) -> tuple[typ
 def run(main: Callable[[], None]) -> None:
     """Call ``main`` and turn what users cause into a few lines on stderr and an exit status.
 
-    A ``UserError`` or a file that cannot be read or written exits with 2, Ctrl-C with 130. Everything else is
-    a defect and keeps its traceback, as all of them do under ``--debug``.
+    A ``UserError`` or a file that cannot be read or written exits with 2, a ``RunError`` with 1, Ctrl-C with 130.
+    Everything else is a defect and keeps its traceback, as all of them do under ``--debug``.
     """
     debug = "--debug" in sys.argv
     try:
@@ -310,7 +312,7 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()
         else:
             print(f"Error: {_message(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status if isinstance(error, UserError) else 2)
 
 
 def _message(error: UserError | OSError) -> str:

@@ -12,13 +12,21 @@ T = TypeVar("T")
 class UserError(ValueError):
     """A mistake that the user can mend: ``what`` is wrong (with the value and the place), and the ``fix``.
 
-    Programs print it without a traceback and exit with status 2.
+    Programs print it without a traceback and exit with ``status``.
     """
+
+    status = 2
 
     def __init__(self, what: str, fix: str = "") -> None:
         super().__init__(f"{what}\n{fix}" if fix else what)
         self.what = what
         self.fix = fix
+
+
+class RunError(UserError):
+    """What stopped a run and was no mistake in its settings: a full disk, too little memory, a worker that died."""
+
+    status = 1
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,12 +71,14 @@ class EvaluateConfig:
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
 
     validation: float | None = None
-    """Share of DATA that the run held out. This and the next three are read from the run's config.yaml where
+    """Share of DATA that the run held out. This and the next four are read from the run's config.yaml where
     CHECKPOINT lies in a run folder; else they are what `latentflow train` takes by default."""
     validation_seed: int | None = None
     """Seed of that run."""
     condition: Literal["auto", "none", "class", "text"] | None = None
     """What DATA's pictures are conditioned on."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of tables (of --test as well) that are called otherwise, as for `latentflow train`."""
     background: str | None = None
     """Colour behind transparent pictures."""
     test: str | None = None
@@ -177,10 +179,11 @@ def as_trained(config: EvaluateConfig) -> EvaluateConfig:
         "validation": run_values.get("validation", DataConfig.validation),
         "validation_seed": run_values.get("seed", LoopConfig.seed),
         "condition": run_values.get("condition", DataConfig.condition),
+        "columns": run_values.get("columns", {}),
         "background": run_values.get("background", DataConfig.background),
     }
     return dataclasses.replace(
-        config, **{name: value for name, value in values.items() if getattr(config, name) is None}
+        config, **{name: value for name, value in values.items() if getattr(config, name) in (None, {})}
     )
 
 
@@ -189,12 +192,13 @@ def read_parts(pipe: Any, config: EvaluateConfig) -> tuple[Part, Part, Part | No
     assert (
         config.condition is not None and config.validation is not None and config.validation_seed is not None
     )
-    source = readable(find_source(config.data, condition=config.condition))
+    source = readable(find_source(config.data, condition=config.condition, columns=config.columns))
     kept, out = split(source, config.validation, config.validation_seed)
     train = read_part(pipe, source.subset(kept), config)
     test = None
     if config.test is not None:
-        test = read_part(pipe, readable(find_source(config.test, condition=config.condition)), config)
+        found = find_source(config.test, condition=config.condition, columns=config.columns)
+        test = read_part(pipe, readable(found), config)
     if out:
         return train, read_part(pipe, source.subset(out), config), test
     if test is None:
@@ -209,7 +213,7 @@ def read_part(pipe: Any, source: Source, config: EvaluateConfig) -> Part:
     side = pipe.transformer.config.sample_size
     size = (side, side) if isinstance(side, int) else tuple(side)
     height, width = (cells * pipe.vae_scale_factor for cells in size)
-    pixels = cached_pixels(source, (height, width), config.background or "white")
+    pixels = cached_pixels(source, (height, width), config.background or "white")[:]
     captions = (
         [example.label or "" for example in source.examples] if source.kind == "class" else source.captions()
     )

@@ -15,6 +15,7 @@ from latentflow.data import find_source, readable, split
 from latentflow.data.config import DataConfig
 from latentflow.training import LoopConfig, log_to, resume_line
 from latentflow.training.autoencoder import train_autoencoder
+from latentflow.training.run_lock import run_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +32,17 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train an autoencoder."""
     config = parse(Config, argv, prog="latentflow autoencoder")
+    with run_lock(config.output):
+        train(config, resume_line("autoencoder", argv))
+
+
+def train(config: Config, again: str) -> None:
+    """The run, from top to bottom."""
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     log = log_to(output)
 
     # ---- data ----
-    source = readable(find_source(config.data.data, condition="none"))
+    source = readable(find_source(config.data.data, condition="none", columns=config.data.columns))
     for note in source.notes:
         log.info(note)
     training, validation = split(source, config.data.validation, config.loop.seed)
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         resolution=config.data.resolution,
         background=config.data.background,
         flips=config.data.random_flip,
-        resume_line=resume_line("autoencoder", argv),
+        resume_line=again,
     )
     if vae is not None:
         log.info(f"done: {output / 'autoencoder'}")

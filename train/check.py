@@ -1,52 +1,103 @@
-"""What is in a folder of pictures: `latentflow check DATA`. Exit status 1 on what would break a training."""
+"""What is in your pictures: `latentflow check DATA`. Exit status 1 on what would break a training."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.data.check import check_source
+from latentflow.data.checking import contact_sheet, look_through, printable, report_page, suggest
 from latentflow.data.find import Condition, MissingCaption
 from latentflow.data.mask_finding import Masks
+from latentflow.errors import UserError
+from latentflow.html_page import refuse_existing
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Report what is in a folder of pictures and what a training would make of it."""
+    """Report what is in your pictures, what a training would make of them, and how to start one."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A folder of pictures, or `shapes`."""
+    """A folder of pictures, or any other data that `latentflow train` takes."""
     condition: Condition = "auto"
     """What to condition on; auto takes the first of captions, classes, nothing."""
     missing_caption: MissingCaption = "error"
     """What becomes of pictures without a caption."""
     masks: Masks = "auto"
     """Your own masks: of metadata and files, none, or the alpha channels."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of a table that are called otherwise: our name, then theirs."""
     json: bool = False
     """Print the report as JSON."""
+    sheet: str | None = None
+    """Write a contact sheet, a picture of some pictures, to this file (.png)."""
+    report: str | None = None
+    """Write the report as one web page to this file (.html)."""
+    overwrite: bool = False
+    """Replace the files of --sheet and --report if they exist."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(CheckConfig, argv, prog="latentflow check")
-    report = check_source(
+    for flag, file, suffix in (("--sheet", config.sheet, ".png"), ("--report", config.report, ".html")):
+        if file is not None and Path(file).suffix.lower() != suffix:
+            raise UserError(f"{flag} {file} does not end in {suffix}", f"Name it {Path(file).stem}{suffix}.")
+        if file is not None:
+            refuse_existing(file, config.overwrite)
+    report, source = look_through(
         config.data,
         condition=config.condition,
         missing_caption=config.missing_caption,
         masks=config.masks,
+        columns=config.columns,
         progress=sys.stderr.isatty(),
     )
+    suggestion = suggest(report, gpu=torch.cuda.is_available(), flags=training_flags(config))
     if config.json:
-        print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        told = report.as_dict() | {
+            "suggestion": None if suggestion is None else dataclasses.asdict(suggestion)
+        }
+        text = json.dumps(told, indent=2, ensure_ascii=False)
+        # Names that are no text in any encoding are written as JSON's escapes.
+        print(re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
     else:
         print("\n".join(report.lines()))
+        if suggestion is not None:
+            print(f"\nto start with:\n  {printable(suggestion.command)}")
+            print("\n".join(f"    {choice}: {why}" for choice, why in suggestion.reasons.items()))
+    if config.sheet is not None and source is not None and len(source):
+        Path(config.sheet).parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(source).save(config.sheet)
+    if config.report is not None:
+        report_page(report, source, suggestion).write(config.report, config.overwrite)
+    for file in (config.sheet, config.report):
+        if file is not None and Path(file).exists():
+            print(f"written: {file}", file=sys.stderr)
     if report.problems:
         sys.exit(1)
+
+
+def training_flags(config: CheckConfig) -> tuple[str, ...]:
+    """What was said of the data here, for the command line of a training."""
+    default = CheckConfig(data="")
+    names = ("condition", "missing_caption", "masks")
+    flags = [
+        word
+        for name in names
+        if getattr(config, name) != getattr(default, name)
+        for word in ("--" + name.replace("_", "-"), getattr(config, name))
+    ]
+    renamed = [word for pair in config.columns.items() for word in pair]
+    return (*flags, *(["--columns", *renamed] if renamed else []))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ import tyro
 from latentflow.autoencoder import AutoencoderConfig, downscale_factor
 from latentflow.cli import parse, run, write_config
 from latentflow.data import (
+    LatentFolder,
     LatentTable,
     Source,
     cached_latents,
@@ -25,16 +27,21 @@ from latentflow.data import (
     split,
 )
 from latentflow.data.config import DataConfig
+from latentflow.memory import memory_phase
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
-from latentflow.training.conditions import condition_rows
-from latentflow.training.flow import FlowConfig, FlowStage, LatentData, validation_loss
+from latentflow.training.card import CardFacts, write_card
+from latentflow.training.conditions import conditions_of
+from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.hub import check_push, push
+from latentflow.training.latent_data import LatentData
 from latentflow.training.masking import Masking
 from latentflow.training.plan import estimate_lines, plan_lines
 from latentflow.training.presets import PRESETS
 from latentflow.training.preview import preview_grid
 from latentflow.training.processes import process_state
+from latentflow.training.run_lock import run_lock
 from latentflow.training.start import networks_from, new_networks
 from latentflow.training.vae import autoencoder_for
 
@@ -52,6 +59,8 @@ class Config:
     """A pretrained diffusers autoencoder (folder or hub id). Empty: one is trained on the data first."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
+    push_to_hub: str | None = None
+    """Put the result on the Hugging Face hub under this name, owner/name. A new repository is private."""
     dry_run: bool = False
     """Print the plan, the sizes and an estimate of memory and time, and stop."""
     autoencoder: AutoencoderConfig = AutoencoderConfig()
@@ -64,8 +73,15 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator on a folder of images."""
     config = parse(Config, argv, prog="latentflow train", presets=PRESETS)
+    with nullcontext() if config.dry_run else run_lock(config.output):
+        train(config, resume_line("train", argv))
+
+
+def train(config: Config, again: str) -> None:
+    """The run, from top to bottom."""
     loop, data, output = config.loop, config.data, Path(config.output)
-    again = resume_line("train", argv)
+    if config.push_to_hub and not config.dry_run:
+        check_push(config.push_to_hub)
 
     # ---- data: what is there, what it is conditioned on ----
     if config.dry_run:
@@ -75,9 +91,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         log = log_to(output)
     source = readable(
         find_source(
-            data.data, condition=data.condition, missing_caption=data.missing_caption, masks=data.masks
+            data.data,
+            condition=data.condition,
+            missing_caption=data.missing_caption,
+            masks=data.masks,
+            columns=data.columns,
+            shuffle_tags=data.shuffle_tags,
+            keep_tags=data.keep_tags,
         )
     )
+    given = config.vae or config.init_from
+    if isinstance(source, LatentFolder):
+        data, given = source.adopt(data), given or source.autoencoder
     training, validation = (source.subset(rows) for rows in split(source, data.validation, loop.seed))
     for line in plan_lines(source, training, validation, loop):
         log.info(line)
@@ -86,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     vae = autoencoder_for(
-        config.vae or config.init_from,
+        given,
         training,
         validation,
         config.autoencoder,
@@ -102,12 +127,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---- networks ----
     torch.manual_seed(loop.seed)
     latent_size = data.resolution // downscale_factor(vae)
-    own_masks = any(example.mask is not None for example in source.examples)
+    own_masks = source.has_masks
     inpainting = config.flow.inpainting or own_masks
     if config.init_from:
         networks = networks_from(config.init_from, source, config.flow, inpainting)
     else:
-        networks = new_networks(source, vae, latent_size, config.network, config.text, inpainting)
+        networks = new_networks(
+            source,
+            vae,
+            latent_size,
+            config.network,
+            config.text,
+            inpainting,
+            device="meta" if config.dry_run else "cpu",
+        )
     if config.network.gradient_checkpointing:
         networks.network.enable_gradient_checkpointing()
     masking = None
@@ -127,17 +160,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---- latents and conditions, cached ----
     def latent_data(part: Source) -> LatentData:
-        table = latents(part, vae, data)
-        rows, views = condition_rows(part, networks), {}
+        views = {}
         if masking is not None:
             views["pixels"] = cached_pixels(part, data.resolution, data.background)
         if own_masks:
             own = cached_masks(part, data.resolution)
-            views["masks"], rows["has_mask"] = own.masks, own.has_mask
-        return LatentData(part, table, rows, views)
+            views |= {"masks": own.masks, "has_mask": own.has_mask}
+        table = latents(part, vae, data)
+        return LatentData(
+            part, table, conditions_of(part, networks, loop.seed), views, flips=data.random_flip
+        )
 
     train_data = latent_data(training)
-    held_out = latent_data(validation) if len(validation) else None
+    held_out = latent_data(validation.once()) if len(validation) else None
     vae.cpu()
 
     # ---- training ----
@@ -162,6 +197,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.export_dtype != "float32":
             result = copy.deepcopy(result).to(dtype=getattr(torch, config.export_dtype))
         result.save_pretrained(folder)
+        facts = CardFacts(
+            where=config.push_to_hub or str(output / "pipeline"),
+            source=source,
+            parts={name: one for name, one in result.components.items() if isinstance(one, torch.nn.Module)},
+            inpaints=result.takes_masks,
+        )
+        write_card(folder, output, facts)
 
     if loop.compile:
         networks.network.compile()
@@ -189,11 +231,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         log.info(
             f"done: {output / 'pipeline'}; try it with\n  latentflow generate --checkpoint {output / 'pipeline'}"
         )
+        if config.push_to_hub and process_state().is_main_process:
+            log.info(f"pushed: {push(output / 'pipeline', config.push_to_hub)}")
 
 
 def latents(part: Source, vae: object, data: DataConfig) -> LatentTable:
     """The latents of a part of the data, from the cache where they are in it; the main process fills it first."""
-    with process_state().main_process_first():
+    with memory_phase("encode"), process_state().main_process_first():
         return cached_latents(
             part,
             vae,

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..memory import inner_phase
+
 # Any of diffusers' autoencoder classes; they share no base class that declares encode, decode and config.
 Autoencoder: TypeAlias = Any
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
@@ -93,7 +95,8 @@ def encode(vae: Autoencoder, images: Tensor, *, generator: Generators | None = N
 def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1] (not clipped)."""
     raw = denormalise(vae, latents.float())
-    images: Tensor = vae.decode(_placed(vae, raw), return_dict=False)[0]
+    with inner_phase("decode"):
+        images: Tensor = vae.decode(_placed(vae, raw), return_dict=False)[0]
     return images.float()
 
 

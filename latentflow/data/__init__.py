@@ -12,20 +12,24 @@ from .cache import (
     cached_text,
     fingerprint,
 )
-from .check import Report, check_source, readable
+from .checking import Report, check_source, readable
+from .eviction import cache_root
 from .examples import Example, FileExample, Source
 from .find import find_source
+from .latent_folder import LatentFolder
 from .mask_files import open_picture, read_mask
 from .read import pixels_to_images, read_image, to_pil, to_tensor
+from .rows import Rows
 from .splits import split
-from .store import cache_root
 
 __all__ = [
     "Example",
     "FileExample",
+    "LatentFolder",
     "LatentTable",
     "MaskTable",
     "Report",
+    "Rows",
     "Source",
     "TextTable",
     "cache_root",

@@ -1,30 +1,36 @@
 """Prepared pixels, latents and text embeddings, kept outside the data and keyed by content.
 
-A table is one safetensors file. Its name is a hash of everything that its values depend on: the bytes of the
-pictures (not their names or order), the transform, and the weights and config of the network that made it.
+Each row is looked up by a hash of what it was made of (a picture's bytes, a caption), in the set of shards of a hash of
+everything else that its values depend on: the transform, and the weights and config of the network. So equal pictures
+share a row, data sets share rows, and an edited picture is the only one that is made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
 from latentflow.errors import UserError
 
+from .eviction import cache_root
 from .examples import Example, Source
+from .latent_folder import LatentFolder
 from .parallel import map_threaded
 from .read import parse_colour, pixels_to_images, read_image, read_own_mask, to_pixels
-from .store import Tables, cache_root, load_or_build
+from .rows import Located, Rows
+from .shards import Array, Tables, digests
+from .store import ShardSet, open_cache
 
 __all__ = [
     "LatentTable",
@@ -41,6 +47,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Resolution = int | tuple[int, int]
+Settings = dict[str, object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,11 +60,17 @@ class LatentTable:
         std: the same shape, or None where the autoencoder gives one latent for a picture.
     """
 
-    mean: Tensor
-    std: Tensor | None
+    mean: Tensor | Rows
+    std: Tensor | Rows | None
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    def batch(self, indices: list[int], versions: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Mean and std, each (B, C, h, w), of the pictures at ``indices`` in the given ``versions`` (1: mirrored)."""
+        return _pick(self.mean, indices, versions), (
+            None if self.std is None else _pick(self.std, indices, versions)
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class MaskTable:
         has_mask: (N,) bool.
     """
 
-    masks: Tensor
+    masks: Tensor | Rows
     has_mask: Tensor
 
     def __len__(self) -> int:
@@ -77,43 +91,46 @@ class MaskTable:
 
 @dataclass(frozen=True)
 class TextTable:
-    """Embeddings of the different captions among N, and which of them each of the N has.
+    """Embeddings of N captions. Equal captions share theirs."""
 
-    Attributes:
-        embeds: (U, L, D).
-        mask: (U, L) bool, True where there is a token.
-        rows: (N,) long, the caption's row in the two.
-    """
-
-    embeds: Tensor
-    mask: Tensor
-    rows: Tensor
+    located: Located
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.located)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) and masks (B, L) of the captions at ``indices`` (B,)."""
-        rows = self.rows[indices]
-        return self.embeds[rows], self.mask[rows]
+    def batch(self, indices: Tensor | list[int]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) and masks (B, L), True where there is a token, of the captions at ``indices`` (B,).
+
+        L is the length of the longest of them; what is beyond a caption's end is zero.
+        """
+        rows = [int(index) for index in indices]
+        parts = [(self.located.row("embeds", row), self.located.row("mask", row)) for row in rows]
+        held = [(embeds, mask) for embeds, mask in parts if embeds is not None and mask is not None]
+        lengths = [int(mask.nonzero()[0].max(initial=0)) + 1 for _, mask in held]
+        embeds, masks = (
+            pad_sequence(
+                [torch.tensor(part[:length]) for part, length in zip(one, lengths, strict=True)], True
+            )
+            for one in zip(*held, strict=True)
+        )
+        return embeds, masks
 
 
 def cached_pixels(
     source: Source, resolution: Resolution, background: str = "white", progress: bool = True
-) -> Tensor:
+) -> Rows:
     """Every picture of ``source``, prepared by ``read_image``: uint8 (N, 3, H, W), in the source's order.
+
+    Rows are read from the disk when they are indexed; ``[:]`` is all of them as a tensor.
 
     Raises:
         UserError: a picture cannot be decoded (run the source through ``readable`` first), or the cache
             would lie inside the data.
     """
-    unique, keys, rows = _unique(source.examples, source.content_keys())
-
-    def build() -> Tables:
-        return {"pixels": torch.stack(list(_read_all(unique, resolution, background, progress)))}
-
-    pixels = load_or_build("pixels", keys, _transform(resolution, background), build, source.root)["pixels"]
-    return _take(pixels, rows)
+    shards = _shards("pixels", pixel_settings(resolution, background), source)
+    rows = located_pixels(source, resolution, background, shards, progress=progress).table("pixels")
+    assert rows is not None
+    return rows
 
 
 def cached_masks(source: Source, resolution: Resolution, progress: bool = True) -> MaskTable:
@@ -122,30 +139,12 @@ def cached_masks(source: Source, resolution: Resolution, progress: bool = True) 
     Raises:
         UserError: a file is no mask or cannot be read, or the cache would lie inside the data.
     """
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    places = [row for row, example in enumerate(source.examples) if example.mask is not None]
-    table = MaskTable(
-        torch.zeros(len(source), 1, height, width, dtype=torch.uint8),
-        torch.zeros(len(source), dtype=torch.bool),
+    height, width = _size(resolution)
+    if not source.has_masks:
+        return _no_masks(len(source), height, width)
+    return mask_table(
+        source, resolution, _shards("masks", mask_settings(resolution), source), progress=progress
     )
-    if not places:
-        return table
-    masked = [source.examples[row] for row in places]
-    # The picture's size decides where its mask lies, so a table's row belongs to both.
-    unique, keys, rows = _unique(masked, [f"{e.content_key()} {e.mask_key()}" for e in masked])
-
-    def build() -> Tables:
-        read = map_threaded(partial(_mask, resolution=(height, width)), unique)
-        masks, found = zip(
-            *tqdm(read, total=len(unique), desc="reading masks", disable=not progress), strict=True
-        )
-        return {"masks": torch.stack(masks), "found": torch.tensor(found)}
-
-    description: dict[str, object] = {"size": [height, width], "resize": "fit-nearest"}
-    tables = load_or_build("masks", keys, description, build, source.root)
-    table.masks[places] = tables["masks"][rows]
-    table.has_mask[places] = tables["found"][rows]
-    return table
 
 
 def cached_latents(
@@ -164,24 +163,17 @@ def cached_latents(
     Raises:
         UserError: as for ``cached_pixels``.
     """
-    unique, keys, rows = _unique(source.examples, source.content_keys())
-    description = _transform(resolution, background) | {"flips": flips, "autoencoder": fingerprint(vae)}
-
-    def build() -> Tables:
-        vae.to(device)
-        pixels = _read_all(unique, resolution, background, progress)
-        encoded = [_posteriors(vae, batch, flips, device) for batch in _batches(pixels, batch_size)]
-        tables = {"mean": torch.cat([mean for mean, _ in encoded])}
-        stds = [std for _, std in encoded if std is not None]
-        return tables | {"std": torch.cat(stds)} if stds else tables
-
-    tables = load_or_build("latents", keys, description, build, source.root)
-    std = tables.get("std")
-    return LatentTable(_take(tables["mean"], rows), None if std is None else _take(std, rows))
+    if isinstance(source, LatentFolder):
+        flips = flips or source.has_flips
+    settings = latent_settings(vae, resolution, background, flips)
+    return latent_table(
+        source, vae, resolution, _shards("latents", settings, source),
+        background=background, flips=flips, batch_size=batch_size, device=device, progress=progress,
+    )  # fmt: skip
 
 
 def cached_text(
-    captions: list[str],
+    captions: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     encoder: PreTrainedModel,
     *,
@@ -193,28 +185,203 @@ def cached_text(
     """Embeddings of captions under a frozen text encoder, each different caption computed once."""
     from latentflow.models.text import encode_text
 
-    unique = sorted(set(captions))
-    described: dict[str, object] = {
+    settings: Settings = {
         "encoder": fingerprint(encoder),
         "tokenizer": _tokenizer_state(tokenizer),
         "length": max_length,
     }
 
-    def build() -> Tables:
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Iterator[Tables]:
         encoder.to(device)
-        starts = tqdm(range(0, len(unique), batch_size), desc="encoding captions", disable=not progress)
-        with torch.no_grad():
-            parts = [
-                encode_text(tokenizer, encoder, unique[start : start + batch_size], max_length)
-                for start in starts
-            ]
-        length = max(mask.shape[1] for _, mask in parts)
-        embeds = torch.cat([_pad(part.float().cpu(), length) for part, _ in parts])
-        return {"embeds": embeds, "mask": torch.cat([_pad(mask.cpu(), length) for _, mask in parts])}
+        for batch in _batches(iter(texts), batch_size):
+            embeds, mask = encode_text(tokenizer, encoder, batch, max_length)
+            embeds = embeds.float() * mask[..., None]
+            yield {"embeds": embeds.cpu(), "mask": mask.cpu()}
 
-    tables = load_or_build("text", unique, described, build)
-    order = {text: row for row, text in enumerate(unique)}
-    return TextTable(tables["embeds"], tables["mask"], torch.tensor([order[text] for text in captions]))
+    width = int(getattr(encoder.config, "hidden_size", 1024))
+    row_bytes = 4 * width * min(512, max_length or tokenizer.model_max_length)
+    shards = open_cache("text", settings)
+    return TextTable(
+        located(
+            shards, captions, lambda: captions, str, encode, row_bytes, _told("encoding captions", progress)
+        )
+    )
+
+
+# ---- the same, in a given set of shards ----
+
+
+def located(
+    shards: ShardSet,
+    items: Sequence[T],
+    keys: Callable[[], Iterable[str]],
+    key: Callable[[T], str],
+    encode: Callable[[list[T]], Iterator[Tables]],
+    row_bytes: int,
+    progress: str | None,
+) -> Located:
+    """Where the rows of ``items`` lie in ``shards``, after the missing ones were made.
+
+    Args:
+        keys, key: the keys of all items, and that of one as it is now. Items of equal keys share a row.
+        encode: yields the tables of batches of the items that it is given, in their order.
+        row_bytes: about how large a row is.
+        progress: the name of the progress bar, None for none.
+    """
+
+    def find() -> Array:
+        wanted = digests(keys())
+        unique, first = np.unique(wanted, return_index=True)
+
+        def build(chunk: Array) -> Iterator[Tables]:
+            chosen = [items[int(row)] for row in first[chunk]]
+            yield from encode(chosen)
+            if (digests(map(key, chosen)) != unique[chunk]).any():
+                raise UserError("a file was changed while it was read", "Start again when all are in place.")
+
+        shards.fill(unique, build, row_bytes, progress)
+        return shards.find(wanted)
+
+    return Located(shards, find)
+
+
+def located_pixels(
+    source: Source, resolution: Resolution, background: str, shards: ShardSet, *, progress: bool
+) -> Located:
+    """``cached_pixels`` in a given set of shards, as the table ``pixels``."""
+    height, width = _size(resolution)
+
+    def encode(examples: list[Example]) -> Iterator[Tables]:
+        for batch in _batches(read_pixels(examples, resolution, background), 64):
+            yield {"pixels": torch.stack(batch)}
+
+    told = _told("reading pictures", progress)
+    return located(
+        shards,
+        source.examples,
+        source.content_keys,
+        methodcaller("content_key"),
+        encode,
+        3 * height * width,
+        told,
+    )
+
+
+def mask_table(source: Source, resolution: Resolution, shards: ShardSet, *, progress: bool) -> MaskTable:
+    """``cached_masks`` in a given set of shards, of a source of which some picture has a mask."""
+    height, width = _size(resolution)
+    places = [row for row, example in enumerate(source.examples) if example.mask is not None]
+    if not places:
+        return _no_masks(len(source), height, width)
+    masked = [source.examples[row] for row in places]
+
+    def encode(examples: list[Example]) -> Iterator[Tables]:
+        for batch in _batches(map_threaded(partial(_mask, resolution=(height, width)), examples), 64):
+            masks, found = zip(*batch, strict=True)
+            yield {"masks": torch.stack(masks), "found": torch.tensor(found)}
+
+    def key(example: Example) -> str:  # the picture's size decides where its mask lies: a row belongs to both
+        return f"{example.content_key()} {example.mask_key()}"
+
+    some = located(
+        shards,
+        masked,
+        lambda: map(key, masked),
+        key,
+        encode,
+        height * width,
+        _told("reading masks", progress),
+    )
+    spread = some.spread(places, len(source))
+    masks = spread.table("masks")
+    assert masks is not None
+    return MaskTable(masks, spread.column("found"))
+
+
+def _no_masks(size: int, height: int, width: int) -> MaskTable:
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(size, 1, height, width)
+    return MaskTable(nothing, torch.zeros(size, dtype=torch.bool))
+
+
+def latent_table(
+    source: Source,
+    vae: Any,
+    resolution: Resolution,
+    shards: ShardSet,
+    *,
+    background: str,
+    flips: bool,
+    batch_size: int,
+    device: str | torch.device,
+    progress: bool,
+) -> LatentTable:
+    """``cached_latents`` in a given set of shards."""
+
+    def encode(examples: list[Example]) -> Iterator[Tables]:
+        return encode_latents(examples, vae, resolution, background, flips, batch_size, device)
+
+    found = located(
+        shards, source.examples, source.content_keys, methodcaller("content_key"), encode,
+        latent_bytes(vae, resolution, flips), _told("encoding pictures", progress),
+    )  # fmt: skip
+    mean = found.table("mean")
+    assert mean is not None
+    return LatentTable(mean, found.table("std"))
+
+
+def encode_latents(
+    examples: Iterable[Example],
+    vae: Any,
+    resolution: Resolution,
+    background: str,
+    flips: bool,
+    batch_size: int,
+    device: str | torch.device,
+) -> Iterator[Tables]:
+    """``mean`` and, where the autoencoder has them, ``std`` of batches of pictures; several threads decode."""
+    vae.to(device)
+    for batch in _batches(read_pixels(examples, resolution, background), batch_size):
+        mean, std = _posteriors(vae, torch.stack(batch), flips, device)
+        yield {"mean": mean} if std is None else {"mean": mean, "std": std}
+
+
+def latent_settings(vae: Any, resolution: Resolution, background: str, flips: bool) -> Settings:
+    """What latents depend on, beside the picture."""
+    return pixel_settings(resolution, background) | {"flips": flips, "autoencoder": fingerprint(vae)}
+
+
+def latent_bytes(vae: Any, resolution: Resolution, flips: bool) -> int:
+    """Size of a picture's row: means and deviations, of its mirror image as well."""
+    from latentflow.autoencoder import downscale_factor, latent_channels
+
+    height, width = _size(resolution)
+    cells = (height // downscale_factor(vae)) * (width // downscale_factor(vae))
+    return 4 * 2 * (1 + flips) * latent_channels(vae) * cells
+
+
+def mask_settings(resolution: Resolution) -> Settings:
+    """What masks depend on, beside the picture and its mask."""
+    return {"size": list(_size(resolution)), "resize": "fit-nearest"}
+
+
+def pixel_settings(resolution: Resolution, background: str) -> Settings:
+    """What pixels depend on, beside the picture."""
+    return {
+        "size": list(_size(resolution)), "background": parse_colour(background), "resize": "fit-lanczos"
+    }  # fmt: skip
+
+
+def read_pixels(
+    examples: Iterable[Example], resolution: Resolution, background: str = "white"
+) -> Iterator[Tensor]:
+    """Each picture as uint8 (3, H, W), decoded in several threads.
+
+    Raises:
+        UserError: a picture cannot be decoded, or was changed while it was read.
+    """
+    parse_colour(background)
+    return map_threaded(partial(_pixels, resolution=resolution, background=background), examples)
 
 
 def fingerprint(network: Any) -> str:
@@ -257,29 +424,27 @@ def _posteriors(
     return torch.stack(means, 1), torch.stack(stds, 1) if stds else None
 
 
-def _read_all(
-    examples: list[Example], resolution: Resolution, background: str, progress: bool
-) -> Iterator[Tensor]:
-    parse_colour(background)
-    read = map_threaded(partial(_pixels, resolution=resolution, background=background), examples)
-    yield from tqdm(read, total=len(examples), desc="reading pictures", disable=not progress)
-
-
-def _batches(items: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
     while batch := list(islice(items, size)):
-        yield torch.stack(batch)
+        yield batch
 
 
-def _take(table: Tensor, rows: Tensor) -> Tensor:
-    """``table[rows]``, without a copy where that is the whole table in order."""
-    same = len(rows) == len(table) and bool((rows == torch.arange(len(rows))).all())
-    return table if same else table[rows]
+def _pick(table: Tensor | Rows, indices: list[int], versions: list[int]) -> Tensor:
+    return table[indices, versions] if isinstance(table, Tensor) else table.pick(indices, versions)
 
 
-def _pad(table: Tensor, length: int) -> Tensor:
-    """(B, L, ...) with zeros up to ``length`` in the second dimension."""
-    padding = table.new_zeros((table.shape[0], length - table.shape[1], *table.shape[2:]))
-    return torch.cat([table, padding], 1)
+def _shards(kind: str, settings: Settings, source: Source) -> ShardSet:
+    if isinstance(source, LatentFolder):
+        return source.store.shards(kind, settings)
+    return open_cache(kind, settings, source.root)
+
+
+def _told(what: str, progress: bool) -> str | None:
+    return what if progress else None
+
+
+def _size(resolution: Resolution) -> tuple[int, int]:
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
 def _pixels(example: Example, resolution: Resolution, background: str) -> Tensor:
@@ -299,7 +464,7 @@ def _mask(example: Example, resolution: tuple[int, int]) -> tuple[Tensor, bool]:
         raise
     except Exception as error:  # the picture, opened for its size
         raise _unreadable(example, error) from error
-    if mask is None:
+    if mask is None:  # the alpha channel was to be it, and there is none
         return torch.zeros(1, *resolution, dtype=torch.uint8), False
     return torch.from_numpy(np.array(mask))[None], True
 
@@ -308,15 +473,3 @@ def _unreadable(example: Example, error: Exception) -> UserError:
     return UserError(
         f"cannot read {example.name}: {error}", "`latentflow check` lists every file that cannot be read."
     )
-
-
-def _transform(resolution: Resolution, background: str) -> dict[str, object]:
-    size = [resolution, resolution] if isinstance(resolution, int) else list(resolution)
-    return {"size": size, "background": parse_colour(background), "resize": "fit-lanczos"}
-
-
-def _unique(examples: Sequence[Example], keys: list[str]) -> tuple[list[Example], list[str], Tensor]:
-    """One example of each key, ordered by key; these keys; and for every example its row."""
-    first = dict(zip(reversed(keys), reversed(examples), strict=True))
-    order = {key: row for row, key in enumerate(sorted(first))}
-    return [first[key] for key in order], list(order), torch.tensor([order[key] for key in keys])

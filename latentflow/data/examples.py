@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Literal
 from PIL import Image
 
 from .mask_files import alpha_mask, open_picture, read_mask, without_alpha
+from .members import File, Member, file_key, open_stream
 
 Kind = Literal["text", "class", "unconditional"]
 
@@ -21,13 +21,23 @@ Kind = Literal["text", "class", "unconditional"]
 class Example(ABC):
     """One picture. ``name`` is unique in its source; ``text``, ``label`` and ``mask`` are None where unknown.
 
-    ``mask`` is the file of the user's own mask: the picture's own path where its alpha channel is the mask.
+    ``texts`` are further captions of the picture, of which each use draws one (``text`` is the first).
+    ``mask`` is the file of the user's own mask: the picture's own file where its alpha channel is the mask.
+    ``weight`` is a factor on the picture's loss, ``repeats`` how often an epoch uses it.
     """
 
     name: str
     text: str | None = None
     label: str | None = None
-    mask: Path | None = field(default=None, kw_only=True)
+    mask: File | None = field(default=None, kw_only=True)
+    texts: tuple[str, ...] = field(default=(), kw_only=True)
+    weight: float = field(default=1.0, kw_only=True)
+    repeats: int = field(default=1, kw_only=True)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, the first one first; empty where there is none."""
+        return () if self.text is None else (self.text, *self.texts)
 
     @abstractmethod
     def open(self) -> Image.Image:
@@ -47,43 +57,32 @@ class Example(ABC):
 
     def mask_key(self) -> str:
         """Hexadecimal hash of the mask's file, "" where there is none."""
-        return "" if self.mask is None else _file_key(self.mask)
+        return "" if self.mask is None else file_key(self.mask)
 
 
 @dataclass(frozen=True)
 class FileExample(Example):
-    """A picture in a file; its key is the hash of the file's bytes.
+    """A picture in a file, or in a member of an archive or a table; its key is the hash of the file's bytes.
 
     Where the alpha channel is the mask it is no transparency: ``open`` leaves it out, and shows what it hid.
     """
 
-    path: Path = field(kw_only=True)
+    path: File = field(kw_only=True)
 
     def open(self) -> Image.Image:
-        return without_alpha(Image.open(self.path)) if self._alpha_is_mask else Image.open(self.path)
+        place = open_stream(self.path) if isinstance(self.path, Member) else self.path
+        return without_alpha(Image.open(place)) if self._alpha_is_mask else Image.open(place)
 
     def open_mask(self) -> Image.Image | None:
         return alpha_mask(open_picture(self.path)) if self._alpha_is_mask else super().open_mask()
 
     def content_key(self) -> str:
-        key = _file_key(self.path)  # with and without its alpha channel a picture looks different
+        key = file_key(self.path)  # with and without its alpha channel a picture looks different
         return hashlib.sha256(f"without alpha {key}".encode()).hexdigest() if self._alpha_is_mask else key
 
     @property
     def _alpha_is_mask(self) -> bool:
         return self.mask == self.path
-
-
-def _file_key(path: Path) -> str:
-    state = path.stat()
-    return _hash_file(path, state.st_size, state.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1_000_000)
-def _hash_file(path: Path, size: int, modified: int) -> str:
-    # Size and time only save hashing the same file twice in one process: an edit in place changes them.
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,33 @@ class Source:
         return len(self.examples)
 
     def captions(self) -> list[str]:
-        """The caption of every example ("" where there is none)."""
+        """The first caption of every example ("" where there is none): what its picture is shown and judged with."""
         return [example.text or "" for example in self.examples]
+
+    def all_captions(self) -> list[tuple[str, ...]]:
+        """Every caption of every example, ("",) where there is none: what it is trained with, one at each use."""
+        return [example.captions or ("",) for example in self.examples]
+
+    def uses(self) -> list[int]:
+        """The examples that one epoch uses, by index: each as often as its ``repeats`` say."""
+        return [index for index, example in enumerate(self.examples) for _ in range(example.repeats)]
+
+    def weights(self) -> list[float]:
+        """The factor on every example's loss."""
+        return [example.weight for example in self.examples]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any picture comes with a mask."""
+        return any(example.mask is not None for example in self.examples)
+
+    def once(self) -> Source:
+        """The same set without repeats: to measure on."""
+        if all(example.repeats == 1 for example in self.examples):
+            return self
+        return dataclasses.replace(
+            self, examples=tuple(dataclasses.replace(example, repeats=1) for example in self.examples)
+        )
 
     def class_ids(self) -> list[int]:
         """The class id of every example; only for ``kind`` "class"."""
@@ -123,11 +147,8 @@ class Source:
         return [example.content_key() for example in self.examples]
 
     def fingerprint(self) -> str:
-        """Hash of all pictures, captions, classes and masks, whatever their names and order: tells changed data."""
-        told = [(e.content_key(), e.text, e.label, e.mask_key()) for e in self.examples]
-        rows = sorted(
-            f"{key}\0{text}\0{label}" + (f"\0{mask}" if mask else "") for key, text, label, mask in told
-        )
+        """Hash of all pictures and what is said of them, whatever their names and order: tells changed data."""
+        rows = sorted(_told(example) for example in self.examples)
         return hashlib.sha256("\n".join([self.kind, *self.classes, *rows]).encode()).hexdigest()
 
     def subset(self, indices: list[int]) -> Source:
@@ -137,3 +158,16 @@ class Source:
     def noted(self, *notes: str) -> Source:
         """The same set with more notes."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
+
+
+def _told(example: Example) -> str:
+    """All of an example but its name; what most examples have none of is left out where it is not there."""
+    parts = [example.content_key(), example.text, example.label]
+    if mask := example.mask_key():
+        parts.append(mask)
+    parts += [f"or {text}" for text in example.texts]
+    if example.weight != 1:
+        parts.append(f"weight {example.weight}")
+    if example.repeats != 1:
+        parts.append(f"repeats {example.repeats}")
+    return "\0".join(map(str, parts))

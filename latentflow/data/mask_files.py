@@ -12,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from latentflow.errors import UserError, nearest
 
+from .members import Member, open_stream
+
 log = logging.getLogger(__name__)
 
 # Levels of 255 that the channels of a grey picture may differ by, and that JPEG leaves around an edge.
@@ -82,18 +84,20 @@ def without_alpha(image: Image.Image) -> Image.Image:
     return upright.convert("RGBA").convert("RGB") if upright.has_transparency_data else upright
 
 
-def open_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in a file, wholly decoded, in its own mode, its EXIF rotation not yet applied.
+def open_picture(path: str | os.PathLike[str] | Member) -> Image.Image:
+    """The picture in a file or a member, wholly decoded, in its own mode, its EXIF rotation not yet applied.
 
     Raises:
         UserError: there is no such file, it is no picture, damaged, or larger than Pillow decodes
             (``PIL.Image.MAX_IMAGE_PIXELS``).
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise _no_file(path)
+    if not isinstance(path, Member):
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise _no_file(path)
     try:
-        with Image.open(path) as image:
+        with open_stream(path) as stream, Image.open(stream) as image:
+            image.filename = str(path)  # for later messages
             _loaded(image, str(path)).getexif()  # in a TIFF it is read from the file
             return image
     except UserError:

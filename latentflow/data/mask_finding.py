@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import filecmp
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 from latentflow.errors import UserError
 
+from .folder import Folder
+from .members import File, file_key
 from .metadata import Metadata
 
 Masks = Literal["auto", "none", "alpha"]
@@ -19,15 +20,15 @@ _ENDING = "-mask"
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """The masks of a folder, by the name of their picture; all paths relative to ``root`` in posix form.
+    """The masks of a folder, by the name of their picture; all names relative to the folder in posix form.
 
     Attributes:
-        root: the folder.
+        folder: the folder.
         listed: from the metadata's ``mask`` column.
         beside: named like the picture with ``-mask`` added, in any format; hardly ever more than one.
     """
 
-    root: Path
+    folder: Folder
     listed: Mapping[str, str]
     beside: Mapping[str, list[str]]
 
@@ -36,29 +37,29 @@ class MaskFiles:
         """The files that their name makes masks."""
         return {mask for masks in self.beside.values() for mask in masks}
 
-    def paths(self) -> dict[str, Path]:
+    def files(self) -> dict[str, File]:
         """The mask of every picture that has one.
 
         Raises:
             UserError: a picture has several, and they differ.
         """
-        found = {name: self.root / mask for name, mask in self.listed.items()}
+        found, root = dict(self.listed), self.folder.root
         for name, masks in self.beside.items():
             for mask in masks:
-                path = self.root / mask
-                if not filecmp.cmp(found.setdefault(name, path), path, shallow=False):
+                first = found.setdefault(name, mask)
+                if first != mask and file_key(self.folder.file(first)) != file_key(self.folder.file(mask)):
                     raise UserError(
-                        f"{self.root / name} has two masks that differ: {found[name]} and {path}",
+                        f"{root / name} has two masks that differ: {root / first} and {root / mask}",
                         "Keep one of them (move the other away), or use --masks none.",
                     )
-        return found
+        return {name: self.folder.file(mask) for name, mask in found.items()}
 
 
-def find_masks(root: Path, files: Iterable[str], metadata: Metadata | None) -> MaskFiles:
-    """The masks among ``files`` and in the metadata. What the metadata list as a picture is no mask by its name."""
+def find_masks(folder: Folder, metadata: Metadata | None) -> MaskFiles:
+    """The masks of a folder. What the metadata list as a picture is no mask by its name."""
     rows = metadata.rows if metadata is not None else {}
     by_stem: dict[str, list[str]] = {}
-    for name in files:
+    for name in folder.images:
         by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
     pictures: set[str] = set()
     beside: dict[str, list[str]] = {}
@@ -69,4 +70,4 @@ def find_masks(root: Path, files: Iterable[str], metadata: Metadata | None) -> M
         else:
             pictures.add(stem)
     listed = {name: row.mask for name, row in rows.items() if row.mask}
-    return MaskFiles(root, listed, beside)
+    return MaskFiles(folder, listed, beside)

@@ -1,30 +1,30 @@
-"""``metadata.jsonl`` and ``metadata.csv``: file_name with any of text, label and mask."""
+"""``metadata.jsonl`` and ``metadata.csv``: file_name with any of text, label, mask and weight."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from latentflow.errors import UserError
 
+from .columns import Said, refuse_synonyms, rename, said
+from .folder import Folder, read_text
+from .members import File
+
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-_MEANT = {
-    "text": ("caption", "captions", "prompt", "description", "texts"),
-    "label": ("class", "classes", "category", "labels", "class_name"),
-    "mask": ("masks", "mask_file", "mask_file_name", "mask_path", "mask_image"),
-}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the metadata say of one picture; None or "" where they say nothing."""
+    """What the metadata say of one picture."""
 
     line: int
-    text: str | None
-    label: str | None
+    said: Said
     mask: str | None  # relative to the folder, posix form
 
 
@@ -37,56 +37,79 @@ class Metadata:
 
     @property
     def has_text(self) -> bool:
-        return any(row.text for row in self.rows.values())
+        return any(row.said.texts for row in self.rows.values())
 
     @property
     def has_label(self) -> bool:
-        return any(row.label for row in self.rows.values())
+        return any(row.said.label for row in self.rows.values())
 
 
-def read_metadata(root: Path) -> Metadata | None:
-    """The metadata file of a folder, None where there is none.
+def read_metadata(folder: Folder, meant: Mapping[str, str]) -> Metadata | None:
+    """The metadata file of a folder, None where there is none; ``meant`` renames columns (``columns.rename``).
 
     Raises:
         UserError: there are two; a line cannot be read; a file is listed twice, or is not there.
     """
-    found = [root / name for name in METADATA_NAMES if (root / name).is_file()]
+    found = [name for name in METADATA_NAMES if folder.holds(name)]
+    if not found and meant:
+        raise UserError(
+            f"--columns is given, but {folder.root} has no metadata.jsonl or metadata.csv", "Leave it out."
+        )
     if not found:
         return None
     if len(found) > 1:
-        raise UserError(f"{root} holds both {METADATA_NAMES[0]} and {METADATA_NAMES[1]}", "Keep one of them.")
-    path = found[0]
+        raise UserError(
+            f"{folder.root} holds both {METADATA_NAMES[0]} and {METADATA_NAMES[1]}", "Keep one of them."
+        )
+    path = folder.root / found[0]
     rows: dict[str, Row] = {}
-    columns: set[str] = set()
-    for line, record in _records(path):
-        columns.update(record)
-        name = _file_name(path, line, record)
+    records = list(read_records(folder.file(found[0]), path))
+    columns = dict.fromkeys(column for _, record in records for column in record)
+    ours = rename(columns, meant, str(path))
+    for line, record in records:
+        record = {ours[name]: value for name, value in record.items()}
+        where = f"{path}, line {line}"
+        name = _inside(where, _required(record, where))
         if name in rows:
             both = f"lines {rows[name].line} and {line}"
             raise UserError(f"{path} lists {name} twice, in {both}", "Keep one of the two lines.")
-        text, label, mask = (_value(path, line, record, column) for column in ("text", "label", "mask"))
-        rows[name] = Row(line, text, label, _inside(path, line, mask) if mask else None)
-    _refuse_synonyms(path, columns)
-    _refuse_absent(root, path, list(rows), "files", "file_name")
-    _refuse_absent(root, path, [row.mask for row in rows.values() if row.mask], "masks", "mask")
+        mask = text_of(record, "mask", where)
+        rows[name] = Row(line, said(record, where), _inside(where, mask) if mask else None)
+    refuse_synonyms(str(path), set(ours.values()))
+    _refuse_absent(folder, path, list(rows), "files", "file_name")
+    _refuse_absent(folder, path, [row.mask for row in rows.values() if row.mask], "masks", "mask")
     _refuse_itself(path, rows)
     return Metadata(path, rows)
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """Line number (from 1) and content of every row."""
+def read_records(file: File, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """Line number (from 1) and content of every row of a ``.csv``, or of JSON lines; ``path`` names it in messages.
+
+    Raises:
+        UserError: it is not UTF-8, or a line cannot be read.
+    """
+    text = io.StringIO(read_text(file, str(path)), newline="")
+    if path.suffix.lower() != ".csv":
+        for number, line in enumerate(text, start=1):
+            if line.strip():
+                yield number, _json_row(path, number, line)
+        return
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                for row in reader:
-                    yield reader.line_num, {str(key): value for key, value in row.items()}
-            else:
-                for number, text in enumerate(file, start=1):
-                    if text.strip():
-                        yield number, _json_row(path, number, text)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}", "Save it as UTF-8 text.") from None
+        reader = csv.DictReader(text, strict=True)
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        if twice:
+            raise UserError(f"{path} has two columns named '{twice[0]}'", "Rename one of them.")
+        for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{path}, line {reader.line_num} has more cells than the first line has columns",
+                    'Put text that holds commas in double quotes: "red, round".',
+                )
+            yield reader.line_num, dict(row)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num} cannot be read: {error}", "Mend that line."
+        ) from None
 
 
 def _json_row(path: Path, number: int, text: str) -> dict[str, object]:
@@ -103,47 +126,38 @@ def _json_row(path: Path, number: int, text: str) -> dict[str, object]:
     return row
 
 
-def _file_name(path: Path, line: int, record: Mapping[str, object]) -> str:
+def text_of(record: Mapping[str, object], column: str, where: str) -> str | None:
+    """The text in a column, stripped; None where it is empty or not there.
+
+    Raises:
+        UserError: it is no text.
+    """
+    value = record.get(column)
+    if value is None or isinstance(value, str):
+        return (value or "").strip() or None
+    raise UserError(f"{where}: {column} is {value!r}, not a string", "Write it in quotes.")
+
+
+def _required(record: Mapping[str, object], where: str) -> str:
     name = record.get("file_name")
     if not isinstance(name, str) or not name:
         raise UserError(
-            f"{path}, line {line} has no file_name (it has {', '.join(record) or 'nothing'})",
+            f"{where} has no file_name (it has {', '.join(record) or 'nothing'})",
             "Name the column file_name; it is relative to the folder of the metadata.",
         )
-    return _inside(path, line, name)
+    return name
 
 
-def _inside(path: Path, line: int, name: str) -> str:
+def _inside(where: str, name: str) -> str:
     """A path relative to the folder, in posix form."""
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise UserError(f"{path}, line {line}: {name} leads out of the folder", "Give a path below it.")
+        raise UserError(f"{where}: {name} leads out of the folder", "Give a path below it.")
     return relative.as_posix()
 
 
-def _value(path: Path, line: int, record: Mapping[str, object], column: str) -> str | None:
-    value = record.get(column)
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return value.strip()
-    if column == "label" and isinstance(value, int):
-        return str(value)
-    raise UserError(f"{path}, line {line}: {column} is {value!r}, not a string", "Write it in quotes.")
-
-
-def _refuse_synonyms(path: Path, columns: set[str]) -> None:
-    for column, synonyms in _MEANT.items():
-        missing = ["mask"] if column == "mask" else ["text", "label"]
-        for synonym in synonyms:
-            if synonym in columns and not columns & set(missing):
-                raise UserError(
-                    f"{path} has no {' or '.join(missing)}, but '{synonym}'", f"Rename it to '{column}'."
-                )
-
-
-def _refuse_absent(root: Path, path: Path, names: list[str], what: str, column: str) -> None:
-    absent = [name for name in names if not (root / name).is_file()]
+def _refuse_absent(folder: Folder, path: Path, names: list[str], what: str, column: str) -> None:
+    absent = [name for name in names if not folder.holds(name)]
     if absent:
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         raise UserError(

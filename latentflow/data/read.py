@@ -63,11 +63,16 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 def _wide_to_grey(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float greyscale as 8 bits. Pillow's own conversion would clip them at 255."""
     values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds infinite or undefined values")
+    if values.max() > 65535 or values.min() < 0:
+        told = f"its values reach from {values.min():g} to {values.max():g}"
+        raise ValueError(f"{told}: save it with 8 or 16 bits a pixel, or as numbers from 0 to 1")
     if image.mode == "F":  # floats carry no scale of their own; programs write 0..1, 0..255, 0..65535
         full = next((limit for limit in (1.0, 255.0) if values.max() <= limit), 65535.0)
     else:  # mode I also holds 16-bit values; only a picture that never leaves 8 bits is read as such
         full = 255.0 if image.mode == "I" and values.max() <= 255 else 65535.0
-    return Image.fromarray(np.rint(values / full * 255).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(np.rint(values / full * 255).astype(np.uint8))
 
 
 def parse_colour(name: str) -> tuple[int, int, int]:

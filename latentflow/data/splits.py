@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 
 from latentflow.errors import UserError
 
+from .checking.looks import looks_at
+from .checking.source import near_groups
 from .examples import Source
+from .latent_folder import LatentFolder
+
+log = logging.getLogger(__name__)
 
 
 def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -15,7 +21,10 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     ``validation`` is a share in [0, 1) when it is a float and a number of examples when it is an int. Every
     example is ranked by a hash of its content and ``seed``; the lowest ranks validate. Equal pictures have
     equal ranks and therefore stay on one side, so that no validation picture is trained on under another name
-    (the number held out may then be larger than asked).
+    (the number held out may then be larger than asked). So do near duplicates (``checking/near.py``), which all
+    take the highest rank among them: as a group has to be held out as a whole, rather others are. Where that
+    would hold out more than twice the number asked, as in a film, near duplicates are parted, and a warning says
+    so. Of a folder of latents only equal pictures are known.
 
     Raises:
         UserError: nothing would be left to train on, or ``validation`` is negative.
@@ -24,14 +33,40 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     wanted = validation if isinstance(validation, int) else round(validation * total)
     if isinstance(validation, float) and 0 < validation < 1 and total > 1:
         wanted = max(1, wanted)
-    ranks = [hashlib.sha256(f"{seed}:{key}".encode()).hexdigest() for key in source.content_keys()]
     if wanted < 0 or (wanted >= total and wanted > 0):
         raise _impossible(validation, total)
-    limit = sorted(ranks)[wanted - 1] if wanted else ""
-    held_out = [i for i, rank in enumerate(ranks) if rank <= limit]
-    if held_out and len(held_out) == total:
+    if not wanted:
+        return list(range(total)), []
+    ranks = [hashlib.sha256(f"{seed}:{key}".encode()).hexdigest() for key in source.content_keys()]
+    held_out = _lowest(_joined(source, ranks), wanted)
+    if len(held_out) > max(2 * wanted, len(alone := _lowest(ranks, wanted))):
+        log.warning("most pictures are near duplicates of others: some are validated on, others trained on")
+        held_out = alone
+    if len(held_out) == total:
         raise _impossible(validation, total)
-    return [i for i, rank in enumerate(ranks) if rank > limit], held_out
+    chosen = set(held_out)
+    return [i for i in range(total) if i not in chosen], held_out
+
+
+def _lowest(ranks: list[str], wanted: int) -> list[int]:
+    limit = sorted(ranks)[wanted - 1]
+    return [i for i, rank in enumerate(ranks) if rank <= limit]
+
+
+def _joined(source: Source, ranks: list[str]) -> list[str]:
+    """The ranks, near duplicates having the highest among theirs; what cannot be read stands alone."""
+    if isinstance(source, LatentFolder):
+        return ranks
+    looks = list(looks_at(source, progress=False))
+    rows = [row for row, look in enumerate(looks) if look.error is None]
+    groups = near_groups([looks[row] for row in rows]).tolist() if rows else []
+    highest: dict[int, str] = {}
+    for row, group in zip(rows, groups, strict=True):
+        highest[group] = max(ranks[row], highest.get(group, ""))
+    joined = list(ranks)
+    for row, group in zip(rows, groups, strict=True):
+        joined[row] = highest[group]
+    return joined
 
 
 def _impossible(validation: float | int, total: int) -> UserError:

@@ -1,4 +1,4 @@
-"""Tables of tensors in a cache folder, keyed by everything that their values depend on."""
+"""Sets of shards: what is missing is made, by as many processes as there are, and every complete shard is kept."""
 
 from __future__ import annotations
 
@@ -6,82 +6,281 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-import zlib
-from collections.abc import Callable
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from tqdm.auto import tqdm
 
 from latentflow.errors import UserError
 
+from .eviction import LOCK, cache_root, make_room
+from .locks import acquire
+from .shards import SUFFIX, Array, DamagedShardError, Shard, Tables, make_shard, shard_name, write_shard
+
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when the meaning of a table changes
-Tables = dict[str, Tensor]
+_VERSION = 2  # raise it when the meaning of a table changes
+_ROWS, _BYTES = 4096, 128 * 2**20  # at most, of a shard
+_STALE_SECONDS = 3600.0
+Build = Callable[[Array], Iterator[Tables]]
 
 
-def cache_root() -> Path:
-    """Where tables are kept: the environment's LATENTFLOW_CACHE, else ~/.cache/latentflow."""
-    return Path(os.environ.get("LATENTFLOW_CACHE") or Path.home() / ".cache" / "latentflow").expanduser()
+def rows_per_shard(row_bytes: int) -> int:
+    """A power of two, so that batches of usual sizes end where shards do."""
+    return int(min(_ROWS, 2 ** int(np.log2(max(64, _BYTES // max(1, row_bytes))))))
 
 
-def load_or_build(
-    kind: str,
-    keys: list[str],
-    description: dict[str, object],
-    build: Callable[[], Tables],
-    data_root: Path | None = None,
-) -> Tables:
-    """The tables stored for these keys and description; built and stored when there are none or they are bad.
+def settings_key(kind: str, settings: dict[str, object]) -> str:
+    """Hexadecimal hash of everything but the sample that rows depend on."""
+    content = json.dumps([_VERSION, kind, settings], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:40]
 
-    A cache that cannot be written is reported and done without.
+
+def open_cache(kind: str, settings: dict[str, object], data_root: Path | None = None) -> ShardSet:
+    """The set of shards in the cache for these settings, not to be evicted while it is referred to.
+
+    Raises:
+        UserError: the cache would lie inside the data.
     """
+    root = cache_root()
+    refuse_inside(data_root)
+    shards = ShardSet(root / kind / settings_key(kind, settings), kind, cache=root)
+    shards.describe(settings)
+    return shards
+
+
+def refuse_inside(data_root: Path | None) -> None:
+    """Raises UserError: the cache would lie inside the data."""
     root = cache_root()
     if data_root is not None and root.resolve().is_relative_to(data_root.resolve()):
         raise UserError(
             f"the cache {root} lies inside the data {data_root}",
             "Caches never go into the data: set LATENTFLOW_CACHE to another folder.",
         )
-    content = json.dumps([_VERSION, kind, description, keys], sort_keys=True)
-    path = root / kind / f"{hashlib.sha256(content.encode()).hexdigest()[:40]}.safetensors"
-    if path.exists():
+
+
+class ShardSet:
+    """The shards of one folder, found by the digests of their rows' keys.
+
+    Args:
+        folder: made where it is missing.
+        kind: what the rows are, for messages.
+        cache: the cache that it belongs to. Then it may be evicted when nobody uses it, its size is bounded with the
+            rest, and what cannot be written is kept in memory instead; a folder of the user's raises OSError.
+        read_only: what is missing or damaged is not made again.
+    """
+
+    def __init__(
+        self, folder: Path, kind: str, *, cache: Path | None = None, read_only: bool = False
+    ) -> None:
+        self.folder, self.kind, self.read_only, self._cache = folder, kind, read_only, cache
+        self._shards: list[Shard | None] = []
+        self._names: set[str] = set()
+        self._in_memory = False
+        if cache is not None:
+            self._hold()
+        self._look()
+
+    def describe(self, settings: dict[str, object]) -> None:
+        """Leave the settings beside the shards, for people."""
+        path = self.folder / "settings.json"
+        if not self._in_memory and not path.exists():
+            with suppress(OSError):
+                path.write_text(json.dumps({"kind": self.kind, **settings}, indent=2))
+
+    def find(self, keys: Array) -> Array:
+        """(N, 2) int32, shard and row of every digest in ``keys`` (N,); -1 where there is none."""
+        places = np.full((len(keys), 2), -1, dtype=np.int32)
+        numbers = [number for number, shard in enumerate(self._shards) if shard is not None]
+        if not numbers or not len(keys):
+            return places
+        held = [shard.keys for shard in self._shards if shard is not None]
+        known = np.concatenate(held)
+        order = np.argsort(known)
+        found = np.searchsorted(known, keys, sorter=order)
+        at = order[np.minimum(found, len(known) - 1)]
+        hit = known[at] == keys
+        ends = np.cumsum([len(one) for one in held])
+        which = np.searchsorted(ends, at, side="right")
+        places[hit, 0] = np.array(numbers)[which[hit]]
+        places[hit, 1] = (at - np.concatenate([[0], ends])[which])[hit]
+        return places
+
+    def shard(self, number: int) -> Shard:
+        shard = self._shards[number]
+        assert shard is not None, "found before it was discarded"
+        return shard
+
+    def discard(self, number: int, why: object) -> None:
+        """Do without a damaged shard; its rows are to be made again."""
+        path = self.shard(number).path
+        self._shards[number] = None
+        if path is not None:
+            self._delete(path, why)
+
+    def verify(self) -> None:
+        """Read every row, and discard the shards that are damaged."""
+        for number, shard in enumerate(self._shards):
+            try:
+                if shard is not None:
+                    shard.verify()
+            except DamagedShardError as error:
+                self.discard(number, error)
+
+    def _delete(self, path: Path, why: object) -> None:
+        if self.read_only:
+            log.warning("a part of the %s is damaged (%s)", self.kind, why)
+            return
+        log.warning("a part of the cached %s is damaged (%s): making it again", self.kind, why)
+        self._names.discard(path.name)
+        with suppress(OSError):
+            path.unlink()
+
+    def fill(self, keys: Array, build: Build, row_bytes: int, progress: str | None = None) -> None:
+        """Make the rows of ``keys`` (sorted, different) that are missing, a shard at a time.
+
+        Processes that fill the same set at once share the work. Which rows are made together depends on what was
+        missing at the start, and after a kill on the same: what is then left falls into the same shards.
+
+        Args:
+            build: yields the tables of batches that follow each other, for positions in ``keys``.
+            progress: what to call it in a progress bar; None for no bar.
+        """
+        missing = np.flatnonzero(self.find(keys)[:, 0] < 0)
+        if self.read_only and len(missing):
+            raise UserError(
+                f"{len(missing)} of {len(keys)} {self.kind} are missing in {self.folder}, or damaged",
+                "Start the `latentflow precompute` line that made them again: it makes only these.",
+            )
+        size = rows_per_shard(row_bytes)
+        chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
+        done = len(keys) - len(missing)
+        with tqdm(
+            total=len(keys), initial=done, desc=progress, disable=progress is None or not chunks
+        ) as bar:
+            # First what no other process is at; then what others did not finish.
+            left = [chunk for chunk in chunks if not self._make(keys, chunk, build, bar, wait=False)]
+            for chunk in left:
+                self._make(keys, chunk, build, bar, wait=True)
+
+    def _make(self, keys: Array, chunk: Array, build: Build, bar: tqdm[None], *, wait: bool) -> bool:
+        """False where another process is making this shard, and ``wait`` is off."""
+        with self._claim(keys[chunk], wait) as mine:
+            if not mine:
+                return False
+            self._look()
+            if shard_name(keys[chunk]) in self._names:
+                bar.update(len(chunk))
+            else:
+                self._add(make_shard(keys[chunk], _collect(build(chunk), len(chunk), bar)))
+        return True
+
+    def _add(self, shard: Shard) -> None:
+        if not self._in_memory:
+            try:
+                if self._cache is not None:
+                    make_room(self._cache, sum(table.nbytes for table in shard.tables.values()))
+                shard = Shard.open(write_shard(self.folder, shard))
+            except OSError as error:
+                if self._cache is None:
+                    raise
+                self._keep_in_memory(error)
+        if shard.path is not None:
+            self._names.add(shard.path.name)
+        self._shards.append(shard)
+
+    def _look(self) -> None:
+        """Open the shards that have come into the folder."""
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            if path.name in self._names:
+                continue
+            try:
+                shard = Shard.open(path)
+            except DamagedShardError as error:
+                if path.exists():  # else another process has seen it first
+                    self._delete(path, error)
+                continue
+            self._names.add(path.name)
+            self._shards.append(shard)
+
+    def _hold(self) -> None:
+        """Keep the set from being evicted, and say that it is used."""
+        descriptor = None
+        while descriptor is None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                descriptor = acquire(self.folder / LOCK, shared=True)
+            except FileNotFoundError:  # evicted in between
+                continue
+            except OSError:  # it cannot be written: what is there can still be read, and nobody deletes it
+                return
+        weakref.finalize(self, os.close, descriptor)
+        with suppress(OSError):
+            os.utime(self.folder / LOCK)
+            for path in self.folder.glob("*.tmp"):  # of processes that were killed
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+
+    def _keep_in_memory(self, error: OSError) -> None:
+        log.warning("the %s could not be cached in %s (%s): going on without", self.kind, self.folder, error)
+        self._in_memory = True
+
+    @contextmanager
+    def _claim(self, keys: Array, wait: bool) -> Iterator[bool]:
+        """Whether this process is the one to make the shard of ``keys``; given back when the process dies."""
+        path = self.folder / f"{shard_name(keys)}.claim"
+        if self._in_memory:
+            yield True
+            return
         try:
-            return _load(path)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            log.warning("the cached %s in %s are damaged (%s): making them again", kind, path, error)
-    tables = build()
-    try:
-        _save(path, tables)
-    except OSError as error:
-        log.warning("the %s could not be cached in %s (%s): going on without", kind, path.parent, error)
+            descriptor = acquire(path, wait=wait)
+        except OSError as error:
+            if self._cache is None:
+                raise
+            self._keep_in_memory(error)
+            yield True
+            return
+        if descriptor is None:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _collect(batches: Iterator[Tables], rows: int, bar: tqdm[None]) -> Tables:
+    """One table of all batches; rows that are shorter than others in the second dimension are filled with zeros."""
+    tables: Tables = {}
+    start = 0
+    for batch in batches:
+        end = start + len(next(iter(batch.values())))
+        for name, part in batch.items():
+            tables[name] = table = _fitting(tables.get(name), part, rows)
+            if part.ndim > 1:
+                table[start:end, : part.shape[1]] = part
+            else:
+                table[start:end] = part
+        bar.update(end - start)
+        start = end
+    if start != rows:
+        raise ValueError(f"{start} rows were made where {rows} were asked for")
     return tables
 
 
-def _load(path: Path) -> Tables:
-    with safe_open(path, framework="pt") as file:
-        tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        sums = json.loads((file.metadata() or {})["crc32"])
-    for name, table in tables.items():
-        if _checksum(table) != sums[name]:
-            raise ValueError(f"wrong checksum of '{name}'")
-    return tables
-
-
-def _save(path: Path, tables: Tables) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sums = json.dumps({name: _checksum(table) for name, table in tables.items()})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tables, temporary, metadata={"crc32": sums})
-        Path(temporary).replace(path)  # a reader sees the whole file or none
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _checksum(table: Tensor) -> int:
-    return zlib.crc32(table.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def _fitting(table: torch.Tensor | None, part: torch.Tensor, rows: int) -> torch.Tensor:
+    """A table of ``rows`` that takes ``part``: the one there is, wider where need be."""
+    if table is not None and (part.ndim == 1 or table.shape[1] >= part.shape[1]):
+        return table
+    wider = torch.zeros(rows, *part.shape[1:], dtype=part.dtype)
+    if table is not None:
+        wider[:, : table.shape[1]] = table
+    return wider

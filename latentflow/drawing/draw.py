@@ -27,10 +27,13 @@ def draw(pipe: Any, rows: list[Condition], seed: int, **settings: Any) -> list[I
 def _draw_batch(pipe: Any, rows: list[Condition], seed: int, settings: dict[str, Any]) -> list[Image]:
     import torch
 
+    from ..memory import memory_phase
+
     # One generator per picture, on the CPU: the same seed is the same picture on every device, in any batch.
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(rows))]
     condition: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     if not condition:
         condition = {"num_images_per_prompt": len(rows)}
-    pictures: list[Image] = pipe(**condition, generator=generators, **settings).images
+    with memory_phase("draw"):
+        pictures: list[Image] = pipe(**condition, generator=generators, **settings).images
     return pictures

@@ -25,9 +25,10 @@ from ..autoencoder import (
 from ..autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss, perceptual_loss
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..metrics import psnr, ssim
+from .callbacks import Callbacks
 from .config import LoopConfig
 from .images import PixelData
-from .loop import Callbacks, fit
+from .loop import fit
 from .order import SampleRandom
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ def train_autoencoder(
             "data": train.fingerprint(),
         },
         resume_line=resume_line,
+        phase="train the autoencoder",
     )
     return load_autoencoder(output / "autoencoder") if finished else None
 

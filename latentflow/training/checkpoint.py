@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +17,96 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
+from .folders import remove_folder, write_folder
 
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 _TENSOR = "__tensor__"
+CHECKPOINT_NAME = r"step-\d+"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as it was at one instant, in CPU memory of its own: training goes on without changing it.
+
+    Attributes:
+        plain: the state with the names of tensors in their places.
+        files: name of a file -> name -> tensor, contiguous; each top-level entry that holds tensors is one file.
+    """
+
+    plain: State = field(default_factory=dict)
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(one.numel() * one.element_size() for file in self.files.values() for one in file.values())
+
+
+def snapshot(state: State, reuse: Snapshot | None = None) -> Snapshot:
+    """Copy ``state``: nested dicts and lists of tensors, numbers, strings, booleans and None.
+
+    Args:
+        state: what to copy.
+        reuse: an earlier snapshot whose memory may be overwritten (fresh memory costs several times the copy).
+    """
+    taken, earlier = Snapshot(), reuse or Snapshot()
+    on_gpu = False
+    for name, value in state.items():
+        tensors: dict[str, Tensor] = {}
+        taken.plain[name] = _strip_tensors(value, name, tensors)
+        on_gpu |= any(one.is_cuda for one in tensors.values())
+        if tensors:
+            buffers = earlier.files.get(name, {})
+            taken.files[name] = {key: _copied(one, buffers.get(key)) for key, one in tensors.items()}
+    if on_gpu:
+        torch.cuda.synchronize()  # the copies above were only begun
+    return taken
+
+
+def write_checkpoint(folder: Path, taken: Snapshot, *, total_limit: int) -> None:
+    """Write a snapshot as ``folder`` (``step-001000``); then remove the oldest before it, beyond ``total_limit``.
+
+    Raises:
+        OSError: it could not be written; every earlier checkpoint is still there.
+    """
+    write_folder(folder, lambda temporary: _write(temporary, taken))
+    older = [one for one in list_checkpoints(folder.parent) if step_of(one) < step_of(folder)]
+    for old in older[: max(0, len(older) + 1 - max(1, total_limit))]:
+        remove_folder(old)
 
 
 def save_checkpoint(folder: Path, state: State, *, total_limit: int) -> None:
-    """Write ``state`` as ``folder`` (``step-001000``) and remove the oldest beyond ``total_limit``.
-
-    Args:
-        folder: its parent holds the run's checkpoints; a temporary folder beside it is renamed when complete.
-        state: nested dicts and lists of tensors, numbers, strings, booleans and None. Each top-level entry that holds
-            tensors becomes one safetensors file.
-        total_limit: checkpoints kept, at least 1.
-    """
-    write_folder(folder, lambda temporary: _write_state(temporary, state))
-    for old in list_checkpoints(folder.parent)[: -max(1, total_limit)]:
-        shutil.rmtree(old)
+    """`write_checkpoint` of a snapshot taken now."""
+    write_checkpoint(folder, snapshot(state), total_limit=total_limit)
 
 
-def _write_state(folder: Path, state: State) -> None:
-    folder.mkdir(parents=True)
-    plain: State = {}
-    for name, value in state.items():
-        tensors: dict[str, Tensor] = {}
-        plain[name] = _strip_tensors(value, name, tensors)
-        if tensors:
-            save_file(
-                {key: one.detach().cpu().contiguous() for key, one in tensors.items()},
-                folder / f"{name}.safetensors",
-            )
+def _copied(tensor: Tensor, buffer: Tensor | None) -> Tensor:
+    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return buffer.copy_(tensor.detach(), non_blocking=True)
+
+
+def _write(folder: Path, taken: Snapshot) -> None:
+    folder.mkdir()
+    for name, tensors in taken.files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
     hashes = {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-    _write_synced(folder / "state.json", json.dumps({"state": plain, "sha256": hashes}))
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder, and put it in the place of ``folder``, an earlier one of this run."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)  # left by a run that was killed while writing
-    write(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    (folder / "state.json").write_text(json.dumps({"state": taken.plain, "sha256": hashes}))
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints below ``root``, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    """The checkpoints below ``root``, oldest first."""
+    found = [
+        path for path in root.glob("step-*") if re.fullmatch(CHECKPOINT_NAME, path.name) and path.is_dir()
+    ]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def load_checkpoint(folder: Path) -> State:
@@ -81,7 +121,8 @@ def load_checkpoint(folder: Path) -> State:
         for name, expected in document["sha256"].items():
             if _sha256(folder / name) != expected:
                 raise ValueError(f"{name} differs from what was written")
-            tensors |= load_file(folder / name)
+            # Copied out of the mapped file: it may be removed, or its disk fail, while the run goes on.
+            tensors |= {key: one.clone() for key, one in load_file(folder / name).items()}
         state: State = _restore_tensors(document["state"], tensors)
         return state
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
@@ -114,8 +155,7 @@ def load_latest(root: Path) -> State | None:
 def _strip_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Replace tensors by their names, and gather them; dict keys keep their type through a list of pairs."""
     if isinstance(value, Tensor):
-        # Tied weights share memory, which safetensors refuses: a copy costs little here.
-        tensors[path] = value.clone()
+        tensors[path] = value
         return {_TENSOR: path}
     if isinstance(value, dict):
         return {
@@ -141,13 +181,6 @@ def _restore_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def difference(old: Any, new: Any, path: str = "") -> Iterator[str]:

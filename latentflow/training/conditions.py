@@ -1,28 +1,82 @@
-"""What goes with each sample as its condition, prepared once."""
+"""What goes with each sample as its condition."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import overload
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..data import Source, cached_text
+from .latent_data import Conditions, rows_of
+from .order import seeded
 from .start import Networks
 
 
-def condition_rows(source: Source, networks: Networks) -> dict[str, Tensor]:
-    """The tensors that `FlowStage` makes its condition of, one row per picture of ``source``.
+def conditions_of(source: Source, networks: Networks, seed: int) -> Conditions:
+    """What `FlowStage` makes its condition of, for rows of ``source``.
 
-    Classes become ids, captions token ids (for an encoder that is trained along) or cached embeddings (frozen).
+    Classes become ids, captions token ids (for an encoder that is trained along) or cached embeddings (frozen). Of
+    several captions each use of a picture draws one, by ``seed`` and its running number.
     """
     if source.kind == "class":
-        return {"class_labels": torch.tensor(source.class_ids())}
-    if source.kind == "text" and networks.trained_text:
-        limit = networks.tokenizer.model_max_length
-        tokens = networks.tokenizer(
-            source.captions(), padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        )
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-    if source.kind == "text":
-        table = cached_text(source.captions(), networks.tokenizer, networks.text_encoder)
-        return {"text": table.embeds[table.rows], "text_mask": table.mask[table.rows]}
-    return {}
+        return rows_of({"class_labels": torch.as_tensor(source.class_ids())})
+    if source.kind != "text":
+        return rows_of({})
+    captions = Captions(source, seed)
+    if not networks.trained_text:
+        table = cached_text(captions, networks.tokenizer, networks.text_encoder)
+
+        def embeddings(rows: list[int], numbers: list[int]) -> dict[str, Tensor]:
+            text, mask = table.batch(captions.drawn(rows, numbers))
+            return {"text": text, "text_mask": mask}
+
+        return embeddings
+    tokenizer = networks.tokenizer
+
+    def tokens(rows: list[int], numbers: list[int]) -> dict[str, Tensor]:
+        texts = [captions[place] for place in captions.drawn(rows, numbers)]
+        limit = tokenizer.model_max_length
+        made = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
+
+    return tokens
+
+
+class Captions(Sequence[str]):
+    """All captions of a source, one after the other: eight bytes for each picture, texts where they are asked for."""
+
+    def __init__(self, source: Source, seed: int = 0) -> None:
+        self._source, self._seed = source, seed
+        self._ends = np.fromiter(accumulate(map(len, source.all_captions())), np.int64, len(source))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        row = int(np.searchsorted(self._ends, place, side="right"))
+        captions = self._source.examples[row].captions or ("",)
+        return captions[int(place - self._ends[row])]
+
+    def __iter__(self) -> Iterator[str]:
+        return (caption for captions in self._source.all_captions() for caption in captions)
+
+    def drawn(self, rows: list[int], numbers: list[int]) -> list[int]:
+        """Places of one caption of each of the pictures at ``rows``, as the uses' running numbers decide."""
+        return [self._drawn(row, number) for row, number in zip(rows, numbers, strict=True)]
+
+    def _drawn(self, row: int, number: int) -> int:
+        start = int(self._ends[row - 1]) if row else 0
+        count = int(self._ends[row]) - start
+        if count == 1:
+            return start
+        return start + int(torch.randint(count, (), generator=seeded(self._seed, 3, number)))

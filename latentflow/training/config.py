@@ -18,6 +18,8 @@ class LoopConfig:
     """Samples in one forward pass of one process."""
     gradient_accumulation_steps: int = 1
     """Forward passes for one optimiser step."""
+    auto_micro_batch: bool = False
+    """When memory runs out, pass batches in halves, then quarters, ...; the samples of a step stay the same."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
@@ -57,8 +59,9 @@ class LoopConfig:
     """Steps between preview pictures; 0 for none."""
     log_steps: int = 10
     """Steps between lines of metrics.jsonl."""
-    report_to: Literal["none", "tensorboard"] = "none"
-    """Also write TensorBoard event files (extra `tensorboard`)."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also report curves and previews to TensorBoard (files in the run folder; extra `tensorboard`) or to Weights &
+    Biases (extra `wandb`; without network under WANDB_MODE=offline)."""
     max_nonfinite_steps: int = 10
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     allow_changes: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..autoencoder import known_source
-from ..data import LatentTable, Source
 from ..data.masks import DEFAULT_SHAPES, check_shapes
 from ..errors import UserError, lookup, unknown
 from ..flow import (
@@ -30,8 +29,8 @@ from ..flow import (
     make,
 )
 from ..models import Condition
-from .images import is_flipped
-from .loop import to_device
+from .batches import to_device
+from .latent_data import LatentData
 from .masking import OWN, Masking
 from .order import Draw, SampleRandom, seeded
 
@@ -144,7 +143,8 @@ class FlowStage(nn.Module):
 
     A batch holds ``latents`` (B, C, h, w), perhaps ``latents_std`` of the same shape, ``numbers`` (the draws), and
     what the condition needs: ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text``
-    (B, L, D) and ``text_mask`` (B, L). With ``masking`` the network also gets what is known of each picture, and the
+    (B, L, D) and ``text_mask`` (B, L); perhaps ``weights`` (B,), factors on the losses in their mean, of which
+    ``per_sample`` holds the plain ones. With ``masking`` the network also gets what is known of each picture, and the
     batch holds what `Masking` needs.
     """
 
@@ -195,7 +195,8 @@ class FlowStage(nn.Module):
             direction_weight=config.direction_weight,
             contrastive_weight=config.contrastive_weight if self.training and len(x1) > 1 else 0.0,
         )
-        return {"loss": per_sample.mean(), "per_sample": per_sample.detach(), "t": t.detach()}
+        weighted = per_sample * batch["weights"] if "weights" in batch else per_sample
+        return {"loss": weighted.mean(), "per_sample": per_sample.detach(), "t": t.detach()}
 
     def _weight(self, t: Tensor, u: Tensor) -> Tensor | None:
         """(B,) factors on the squared errors; None for the plain loss."""
@@ -225,43 +226,6 @@ def _for_coupling(condition: Condition) -> Tensor | None:
         return text.mean(1)
     kept = mask[..., None].to(text)
     return (text * kept).sum(1) / kept.sum(1).clamp_min(1.0)
-
-
-class LatentData:
-    """Cached latents in memory as training data.
-
-    Args:
-        source: the pictures, for their names.
-        table: their latents.
-        conditions: rows that go with them: ``class_labels`` (N,), ``input_ids`` and ``attention_mask`` (N, L), ...
-        views: rows that show the picture, and are mirrored with it: ``pixels`` (N, 3, H, W), ``masks`` (N, 1, H, W).
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        table: LatentTable,
-        conditions: Mapping[str, Tensor],
-        views: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._source, self._table, self._conditions, self._views = source, table, conditions, views or {}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
-        rows = torch.tensor([draw.index for draw in draws])
-        versions = self._table.mean.shape[1]
-        flips = torch.tensor([int(versions > 1 and is_flipped(draw.number)) for draw in draws])
-        batch: dict[str, Any] = {"latents": self._table.mean[rows, flips]}
-        if self._table.std is not None:
-            batch["latents_std"] = self._table.std[rows, flips]
-        for name, values in self._views.items():
-            batch[name] = torch.where(flips.view(-1, 1, 1, 1) > 0, values[rows].flip(-1), values[rows])
-        return batch | {name: values[rows] for name, values in self._conditions.items()}
-
-    def name(self, index: int) -> str:
-        return self._source.examples[index].name
 
 
 @torch.no_grad()

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Source, pixels_to_images
+from ..data import Rows, Source, pixels_to_images
 from .order import Draw
 
 
 class PixelData:
-    """uint8 pictures (N, 3, H, W) in memory; a batch holds ``images`` (B, 3, H, W) in [-1, 1].
+    """uint8 pictures (N, 3, H, W), in memory or cached; a batch holds ``images`` (B, 3, H, W) in [-1, 1].
 
     With ``flips`` every other use of a picture, on average, is mirrored; which one depends on the draw only.
     """
 
-    def __init__(self, source: Source, pixels: Tensor, *, flips: bool) -> None:
+    def __init__(self, source: Source, pixels: Tensor | Rows, *, flips: bool) -> None:
         self._source, self._pixels, self._flips = source, pixels, flips
 
     def __len__(self) -> int:

@@ -18,6 +18,13 @@ class _Terminal(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _File(logging.FileHandler):
+    """A disk that is full or gone costs lines of the file, and nothing else: the terminal has them all."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Nothing: the default prints a traceback for every line."""
+
+
 def log_to(folder: Path | None) -> logging.Logger:
     """The logger of all our modules, writing to the terminal and, with a folder, to its ``train.log``.
 
@@ -35,7 +42,7 @@ def log_to(folder: Path | None) -> logging.Logger:
         return logger
     logger.setLevel(logging.INFO)
     if folder is not None:
-        file = logging.FileHandler(folder / "train.log")
+        file = _File(folder / "train.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(file)
     logger.addHandler(_Terminal())

@@ -3,85 +3,40 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import signal
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
-from ..errors import UserError
+from ..errors import RunError, UserError
+from ..memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
 from . import checkpoint
+from .batches import DataFailed, TrainingData, load_batches
+from .callbacks import Callbacks, with_averages
 from .config import LoopConfig
-from .ema import WeightAverage
-from .optimizers import learning_rate, make_optimizers
-from .order import DataOrder, Draw
+from .folders import clean_up, write_folder
+from .gradients import Gradients
+from .optimizers import learning_rate
+from .order import DataOrder
+from .player import Player
 from .precision import resolve
-from .processes import process_state
+from .processes import in_any_process, process_state
 from .report import Reporter
+from .run_lock import run_lock
+from .saving import Saver, attempts, cannot_write
+from .signals import stop_on_signal
 
-Batch = dict[str, Any]
-
-
-class TrainingData(Protocol):
-    """What the loop needs of a data set."""
-
-    def __len__(self) -> int: ...
-
-    def __getitems__(self, draws: list[Draw]) -> Batch:
-        """A batch for these draws: tensors with B rows; the loop adds ``numbers``, the draws' running numbers."""
-
-    def name(self, index: int) -> str:
-        """What to call a sample in a message, such as its file name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Callbacks:
-    """What the loop calls, always with the averaged weights in place and on the main process only.
-
-    ``export`` fills a folder that becomes ``export_to``, at the end of the run.
-    """
-
-    validate: Callable[[], dict[str, float]] | None = None
-    preview: Callable[[], Image.Image] | None = None
-    export: Callable[[Path], None] | None = None
-    export_to: Path | None = None
-
-
-class _Player:
-    """A module with its optimisers and its weight average. Most runs have one, an adversarial run two."""
-
-    def __init__(self, name: str, module: nn.Module, config: LoopConfig, accelerator: Accelerator) -> None:
-        self.name = name
-        self.module = module.to(accelerator.device)
-        self.average = WeightAverage(self.module, config.ema_decay)
-        optimizers = make_optimizers(self.module, config)
-        self.prepared: nn.Module = accelerator.prepare_model(self.module)
-        self.optimizers = [accelerator.prepare_optimizer(one) for one in optimizers]
-
-    def state(self) -> dict[str, Any]:
-        return {
-            f"{self.name}-weights": self.module.state_dict(),
-            f"{self.name}-average": self.average.averages,
-            f"{self.name}-optimizer": [one.optimizer.state_dict() for one in self.optimizers],
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state[f"{self.name}-weights"])
-        self.average.load(state[f"{self.name}-average"])
-        for optimizer, one in zip(self.optimizers, state[f"{self.name}-optimizer"], strict=True):
-            optimizer.optimizer.load_state_dict(one)
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -93,6 +48,7 @@ def fit(
     callbacks: Callbacks | None = None,
     description: Mapping[str, Any] | None = None,
     resume_line: str = "",
+    phase: str = "train",
 ) -> bool:
     """Train modules until ``config.max_train_steps``, resuming from the newest checkpoint in ``output``.
 
@@ -105,17 +61,22 @@ def fit(
         output: the run folder.
         callbacks: validation, previews and export.
         description: what must not change between resumed runs (architecture, data), as nested dicts of plain values.
-        resume_line: the command that resumes this run, printed when a signal stops it.
+        resume_line: the command that resumes this run, printed when it stops before its end.
+        phase: what to call the training when memory runs out; a key of `latentflow.memory.ADVICE`.
 
     Returns:
         True when the target step is reached, False when a signal stopped the run (after saving).
 
     Raises:
-        UserError: the checkpoint does not fit the description, or the loss stayed non-finite.
+        UserError: the checkpoint does not fit the description, another run uses the folder, or the loss stayed
+            non-finite.
+        RunError: memory, the disk or the data gave out. What could be saved is saved.
     """
-    Path(output).mkdir(parents=True, exist_ok=True)
-    loop = _Loop(players, data, config, Path(output), callbacks or Callbacks(), dict(description or {}))
-    return loop.run(resume_line)
+    with run_lock(output):
+        loop = _Loop(
+            players, data, config, Path(output), callbacks or Callbacks(), dict(description or {}), phase
+        )
+        return loop.run(resume_line)
 
 
 class _Loop:
@@ -127,12 +88,12 @@ class _Loop:
         output: Path,
         callbacks: Callbacks,
         description: dict[str, Any],
+        phase: str,
     ) -> None:
         self.config, self.data, self.output, self.callbacks = config, data, output, callbacks
-        self.description = json.loads(json.dumps(description))  # as it comes back from a checkpoint
         self.accelerator = _accelerator(config)
         self.main = self.accelerator.is_main_process
-        self.players = [_Player(name, one, config, self.accelerator) for name, one in players.items()]
+        self.players = [Player(name, one, config, self.accelerator) for name, one in players.items()]
         self.order = DataOrder(
             size=len(data),
             batch_size=config.train_batch_size,
@@ -140,14 +101,22 @@ class _Loop:
             processes=self.accelerator.num_processes,
             seed=config.seed,
         )
+        # As it comes back from a checkpoint.
+        self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))
         self.step = 0
         self.skipped_in_a_row = 0
+        self.phase = phase
+        self.gradients = Gradients(self.players, data, config, self.accelerator, phase)
 
     # ---- the run, top to bottom ----
 
     def run(self, resume_line: str) -> bool:
+        self.resume_line = resume_line
+        self._clean_up()
         self._resume()
         last = self.config.max_train_steps
+        self.saver = Saver(self.output / "checkpoints", self.config.checkpoints_total_limit)
+        self.saver.saved = self.step
         self.report = Reporter(
             self.output,
             self.step,
@@ -156,114 +125,83 @@ class _Loop:
             report_to=self.config.report_to,
             active=self.main,
         )
-        if self.step >= last:
+        try:
+            if self.step < last:
+                return self._train(last)
             self.report.say(
                 f"step {last}, the target, is already reached in {self.output}: nothing to do (a higher target goes on)"
             )
-            self.report.close()
-            if self.callbacks.export_to is not None and not self.callbacks.export_to.exists():
-                self._export()  # the run was killed after its last checkpoint
-            return True
-        batches = self._batches(last)
-        try:
-            with _stop_on_signal() as stop:
-                while self.step < last:
-                    values = self._train_step(batches)
-                    self.step += 1
-                    stopping = self._agree(stop.requested)
-                    self._after_step(values, stopping)
-                    if stopping and self.step < last:
-                        self.report.say(f"stopped at step {self.step}, saved; resume with:\n  {resume_line}")
-                        return False
-            self._export()
+            self._export()  # if the run was killed before it was complete
             return True
         finally:
+            self.saver.close()
             self.report.close()
 
-    def _train_step(self, batches: Iterator[Batch]) -> dict[str, float]:
+    def _train(self, last: int) -> bool:
+        batches = load_batches(
+            self.data,
+            self.order.batches(self.step, last, self.accelerator.process_index),
+            num_workers=self.config.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        with stop_on_signal() as stop:
+            while self.step < last:
+                try:
+                    values, suspects = self.gradients.compute(batches, self.step + 1)
+                except (DataFailed, OutOfMemory) as error:  # no weight has changed in this step
+                    raise self._saved_before(error) from error
+                values = self._update(values, suspects)
+                self.step += 1
+                stopping = in_any_process(self.accelerator, stop.requested)
+                self._after_step(values, stopping)
+                if stopping and self.step < last:
+                    self.report.say(f"stopped at step {self.step}, saved; resume with:\n  {self.resume_line}")
+                    return False
+        self._export()
+        return True
+
+    def _update(self, values: dict[str, float], suspects: list[str]) -> dict[str, float]:
         rate = learning_rate(self.step, self.config)
-        values: dict[str, float] = {}
-        suspects: list[str] = []
-        micro_steps = self.config.gradient_accumulation_steps
-        for micro in range(micro_steps):
-            batch = to_device(next(batches), self.accelerator.device)
-            for player in self.players:
-                with ExitStack() as stack:
-                    if micro < micro_steps - 1:
-                        stack.enter_context(self.accelerator.no_sync(player.prepared))
-                    result = player.prepared(batch)
-                    if not result:
-                        continue
-                    self.accelerator.backward(result["loss"] / micro_steps)
-                _accumulate(values, result, micro_steps)
-                suspects += self._nonfinite_samples(batch, result)
         values = self._mean_over_processes(values)
         norms = [self._clip(player) for player in self.players]
         values |= {"lr": rate, "grad_norm": norms[0]}
-        scaled = (
-            self.accelerator.scaler is not None
-        )  # fp16: the scaler deals with overflowing gradients itself
+        # fp16: the scaler deals with overflowing gradients itself.
+        scaled = self.accelerator.scaler is not None
         finite = math.isfinite(values["loss"]) and (scaled or all(map(math.isfinite, norms)))
         if finite:
             self.skipped_in_a_row = 0
         else:
             self._skip(suspects, values)
-        for player in self.players:
-            for optimizer in player.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                if finite:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            player.average.update(self.step + 1)
+        with memory_phase(self.phase):
+            for player in self.players:
+                player.update(self.step + 1, rate, skip=not finite)
         return values
 
     def _after_step(self, values: dict[str, float], stopping: bool) -> None:
         step, config = self.step, self.config
         final = step == config.max_train_steps
         self.report.step(self.order.global_batch)
+        self.saver.poll()
         if math.isfinite(values["loss"]) and (step % config.log_steps == 0 or final or step == 1):
             self.report.metrics(step, step * self.order.global_batch, values)
-        if self.main and self.callbacks.validate and _due(step, config.validation_steps, final):
-            self.report.validation(step, self._call(self.callbacks.validate))
-        if self.main and self.callbacks.preview and _due(step, config.preview_steps, final):
-            self._preview(step)
-        if _due(step, config.checkpointing_steps, final) or stopping:
-            self._save()
-        self.accelerator.wait_for_everyone()
+        validating, previewing = (
+            _due(step, every, final) for every in (config.validation_steps, config.preview_steps)
+        )
+        saving = _due(step, config.checkpointing_steps, final) or stopping
+        if self.main and validating:
+            self._attempt("validate", self._validate)
+        if self.main and previewing:
+            self._attempt("preview", self._preview)
+        if self.main and saving:
+            self._save(now=final or stopping)
+        if validating or previewing or saving:
+            self.accelerator.wait_for_everyone()
 
     # ---- parts ----
 
-    def _batches(self, last: int) -> Iterator[Batch]:
-        draws = self.order.batches(self.step, last, self.accelerator.process_index)
-        numbered: Any = _Numbered(self.data)
-        sampler: Any = draws  # an iterator of lists of draws is all that the loader needs
-        collate: Any = _identity
-        loader: DataLoader[Batch] = DataLoader(
-            numbered,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.config.num_workers,
-            # Its own seed must not be drawn from the run's random state.
-            generator=torch.Generator(),
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
-        return iter(loader)
-
-    def _clip(self, player: _Player) -> float:
+    def _clip(self, player: Player) -> float:
         limit = self.config.max_grad_norm or math.inf
         return float(self.accelerator.clip_grad_norm_(player.module.parameters(), limit))
-
-    def _nonfinite_samples(self, batch: Batch, result: Batch) -> list[str]:
-        if "per_sample" not in result or torch.isfinite(result["loss"]):
-            return []
-        bad = (~torch.isfinite(result["per_sample"])).nonzero().flatten().tolist()
-        times = result.get("t")
-        return [
-            self.data.name(int(batch["index"][row]))
-            + (f" (t = {float(times[row]):.4f})" if times is not None else "")
-            for row in bad
-        ]
 
     def _skip(self, suspects: list[str], values: dict[str, float]) -> None:
         self.skipped_in_a_row += 1
@@ -280,6 +218,42 @@ class _Loop:
                 "--mixed-precision no, or remove the samples named above; the same command then goes on from there.",
             )
 
+    def _validate(self) -> None:
+        if self.callbacks.validate is not None:
+            self.report.validation(self.step, with_averages(self.players, self.callbacks.validate))
+
+    def _preview(self) -> None:
+        if self.callbacks.preview is None:
+            return
+        image = with_averages(self.players, self.callbacks.preview)
+        folder = self.output / "samples"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"step-{self.step:06d}.png"
+        half = file.with_name(f".{file.name}")
+        try:
+            image.save(half, format="PNG")
+            half.replace(file)
+        finally:
+            half.unlink(missing_ok=True)
+        self.report.picture(self.step, image)
+
+    def _attempt(self, phase: str, function: Callable[[], None]) -> None:
+        """Call what training can do without: a failure is a warning."""
+        try:
+            function()
+            return
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+            if is_out_of_memory(error):
+                reason = str(out_of_memory(phase, error))
+        release_memory()
+        self.report.say(
+            f"WARNING: step {self.step}: could not {phase}: {reason}\nTraining goes on; the next time is the next try."
+        )
+
+    # ---- several processes ----
+
     def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
             return values
@@ -287,75 +261,92 @@ class _Loop:
         mean = self.accelerator.reduce(stacked, reduction="mean")
         return dict(zip(values, mean.tolist(), strict=True))
 
-    def _agree(self, stop: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return stop
-        flag = torch.tensor(float(stop), device=self.accelerator.device)
-        return float(self.accelerator.reduce(flag, reduction="sum")) > 0
+    # ---- when something gives out ----
 
-    def _preview(self, step: int) -> None:
-        image = self._call(self.callbacks.preview)
-        folder = self.output / "samples"
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"step-{step:06d}.png")
-        self.report.picture(step, image)
-
-    def _export(self) -> None:
-        export, folder = self.callbacks.export, self.callbacks.export_to
-        if export is not None and folder is not None:
-            self._call(lambda: checkpoint.write_folder(folder, export))
-        self.accelerator.wait_for_everyone()
-
-    def _call(self, function: Callable[[], Any] | None) -> Any:
-        """Call with averaged weights, in evaluation mode, without gradients; the run's random state is kept."""
-        if function is None or not self.main:
-            return None
-        modes = [(module, module.training) for player in self.players for module in player.module.modules()]
-        for module, _ in modes:
-            module.training = False
-        try:
-            with self._averaged(), torch.random.fork_rng(), torch.no_grad():
-                return function()
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for player in self.players:
-                stack.enter_context(player.average.applied())
-            yield
+    def _saved_before(self, error: RunError) -> RunError:
+        """The error to end with, after saving what the last finished step left."""
+        for player in self.players:
+            player.forget_gradients()
+        release_memory()
+        kept = "Nothing was trained yet"
+        if self.main and self.step > 0:
+            try:
+                self.saver.save_now(self.step, self._state(self.gradients.random), retry=False)
+                kept = f"Saved at step {self.step}"
+            except Exception as second:  # the first one is what has to be told
+                kept = f"Step {self.step} could not be saved ({str(second).splitlines()[0]})"
+        line = f"; resume with:\n  {self.resume_line}" if self.resume_line else ""
+        return type(error)(f"step {self.step + 1}: {error.what}", f"{error.fix}\n{kept}{line}")
 
     # ---- saving and resuming ----
 
-    def _save(self) -> None:
-        if self.main:
-            scaler = self.accelerator.scaler
-            state = {
-                "step": self.step,
-                "saved_at": time.time(),
-                "description": self.description,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "random": checkpoint.random_state(),
-            }
-            for player in self.players:
-                state |= player.state()
-            folder = self.output / "checkpoints" / f"step-{self.step:06d}"
-            checkpoint.save_checkpoint(folder, state, total_limit=self.config.checkpoints_total_limit)
+    def _state(self, random: checkpoint.State) -> checkpoint.State:
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "saved_at": time.time(),
+            "description": self.description,
+            "processes": self.accelerator.num_processes,
+            "micro_batch": self.gradients.micro_batch,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": random,
+        }
+        for player in self.players:
+            state |= player.state()
+        return state
+
+    def _save(self, *, now: bool) -> None:
+        state = self._state(checkpoint.random_state())
+        if not now:
+            self.saver.save(self.step, state)
+            return
+        try:
+            self.saver.save_now(self.step, state)
+        except RunError as error:
+            newest = self.saver.newest()
+            kept = (
+                "there is no earlier checkpoint"
+                if newest is None
+                else f"the last good one is step-{newest:06d}"
+            )
+            raise RunError(
+                f"step {self.step} is trained, but its {error.what}; {kept}",
+                f"{error.fix} Then the same line goes on from there.",
+            ) from error
+
+    def _export(self) -> None:
+        export, folder = self.callbacks.export, self.callbacks.export_to
+        if self.main and export is not None and folder is not None:
+            # Beside the weights that it was made of: an export of an earlier target is made again.
+            done = checkpoint.list_checkpoints(self.output / "checkpoints")[-1] / "exported"
+            if not (done.exists() and folder.exists()):
+                attempts(lambda: self._export_to(folder, export, done))
         self.accelerator.wait_for_everyone()
+
+    def _export_to(self, folder: Path, export: Callable[[Path], None], done: Path) -> None:
+        try:
+            with_averages(self.players, lambda: write_folder(folder, export))
+            done.touch()
+        except OSError as error:
+            problem = cannot_write(f"the result {folder}", folder, error)
+            raise RunError(
+                problem.what, f"{problem.fix} The checkpoint is complete: the same line makes the rest."
+            ) from error
+
+    def _clean_up(self) -> None:
+        """Remove what a killed run left half-written; only here, where nobody else writes."""
+        folder = self.callbacks.export_to
+        places = [(self.output / "checkpoints", checkpoint.CHECKPOINT_NAME)]
+        places += [(folder.parent, re.escape(folder.name))] if folder is not None else []
+        for parent, name in places if self.main else ():
+            for path in clean_up(parent, name):
+                log.info(f"removed {path}, left by a run that was killed while writing it")
 
     def _resume(self) -> None:
         state = checkpoint.load_latest(self.output / "checkpoints")
         if state is None:
             return
-        changes = list(checkpoint.difference(state["description"], self.description))
-        if changes and not self.config.allow_changes:
-            raise UserError(
-                f"the run in {self.output} (step {state['step']}) was made with other settings:\n  "
-                + "\n  ".join(changes[:12]),
-                "Use another output folder, undo the changes, or pass --allow-changes to go on all the same.",
-            )
+        self._check_same(state)
         try:
             for player in self.players:
                 player.load(state)
@@ -368,46 +359,34 @@ class _Loop:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         checkpoint.restore_random_state(state["random"])
         self.step = int(state["step"])
+        before, now = state.get("processes"), self.accelerator.num_processes
+        if before not in (None, now):
+            log.info(
+                f"resumed by {now} processes ({before} before): every step has the same samples as it would have"
+            )
+        if (
+            self.config.auto_micro_batch
+            and state.get("micro_batch", self.gradients.micro_batch) < self.gradients.micro_batch
+        ):
+            self.gradients.micro_batch = int(state["micro_batch"])
+            log.info(f"forward passes of {self.gradients.micro_batch}: more ran out of memory before")
 
-
-class _Numbered:
-    """The data set with what identifies its rows added to every batch."""
-
-    def __init__(self, data: TrainingData) -> None:
-        self._data = data
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitems__(self, draws: list[Draw]) -> Batch:
-        batch = self._data.__getitems__(draws)
-        numbers = {"index": [draw.index for draw in draws], "numbers": [draw.number for draw in draws]}
-        return batch | numbers
-
-
-class _Stop:
-    requested = False
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """SIGINT and SIGTERM ask the loop to finish its step and save; a second SIGINT interrupts at once."""
-    stop = _Stop()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        if stop.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.requested = True
-
-    try:
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        previous = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def _check_same(self, state: checkpoint.State) -> None:
+        changes = list(checkpoint.difference(state["description"], self.description))
+        if not changes or self.config.allow_changes:
+            return
+        fix = "Use another output folder, undo the changes, or pass --allow-changes to go on all the same."
+        batch = state["description"].get("batch")
+        if batch != self.description["batch"]:
+            fix += (
+                f" A step has train-batch-size x gradient-accumulation-steps x processes samples: here that must be "
+                f"{batch}, over {self.accelerator.num_processes} processes."
+            )
+        raise UserError(
+            f"the run in {self.output} (step {state['step']}) was made with other settings:\n  "
+            + "\n  ".join(changes[:12]),
+            fix,
+        )
 
 
 def _accelerator(config: LoopConfig) -> Accelerator:
@@ -425,21 +404,3 @@ def _accelerator(config: LoopConfig) -> Accelerator:
 
 def _due(step: int, every: int, final: bool) -> bool:
     return every > 0 and (step % every == 0 or final)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for key, value in batch.items()
-    }
-
-
-def _accumulate(values: dict[str, float], result: Batch, micro_steps: int) -> None:
-    for name, value in result.items():
-        if isinstance(value, Tensor) and value.ndim == 0:
-            values[name] = values.get(name, 0.0) + float(value.detach()) / micro_steps
-
-
-def _identity(batch: Batch) -> Batch:
-    return batch

@@ -48,7 +48,7 @@ def _filled(
     """Pictures (8, 3, H, W) in [0, 1] with grey holes, and the same with the holes filled."""
     some = source.subset(rows)
     side = pipe.transformer.config.sample_size * downscale_factor(pipe.vae)
-    pictures = cached_pixels(some, side, progress=False).float() / 255.0
+    pictures = cached_pixels(some, side, progress=False)[:].float() / 255.0
     shapes = {name: share for name, share in DEFAULT_SHAPES.items() if name != "full"}
     masks = random_masks(shapes, (side, side), [np.random.default_rng([1, row]) for row in range(len(rows))])
     asked: dict[str, Any] = {}

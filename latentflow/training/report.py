@@ -1,19 +1,19 @@
-"""What a run says while it runs: a progress line, train.log, metrics.jsonl and TensorBoard."""
+"""What a run says while it runs: a progress line, train.log, metrics.jsonl, and a tracker if one is asked for."""
 
 from __future__ import annotations
 
 import json
 import logging
-import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import torch
+from PIL.Image import Image
 from tqdm.auto import tqdm
 
-from ..errors import UserError
+from ..memory import peak_gib
+from . import run_files, trackers
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Reporter:
         folder: the run folder.
         first_step, last_step: the range that this process will run.
         samples_per_epoch: size of the data set.
-        report_to: "none" or "tensorboard".
+        report_to: "none", "tensorboard" or "wandb".
         active: False on every process but the main one.
     """
 
@@ -46,8 +46,11 @@ class Reporter:
         self._extra: dict[str, float] = {}
         self._mark = (time.perf_counter(), 0)
         self._samples = 0
-        self._metrics = (folder / "metrics.jsonl").open("a") if active else None
-        self._board = _tensorboard(folder) if active and report_to == "tensorboard" else None
+        self._metrics_failed = False
+        self._metrics = run_files.open_metrics(folder) if active else None
+        self._tracker = trackers.start(report_to, folder) if active else None
+        if active:
+            run_files.record_start(folder, first_step)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=last_step,
@@ -74,7 +77,7 @@ class Reporter:
         elapsed, done = now - self._mark[0], self._samples - self._mark[1]
         rate = done / elapsed if elapsed > 0 else 0.0
         self._mark = (now, self._samples)
-        self._write(step, values | {"images_per_second": rate, "memory_gib": memory_gib()})
+        self._write(step, values | {"images_per_second": rate, "memory_gib": peak_gib()})
         per_step = samples_seen / step
         eta = (self._last_step - step) * per_step / rate if rate else 0.0
         parts = {
@@ -83,7 +86,7 @@ class Reporter:
             **{name: f"{value:.4f}" for name, value in self._extra.items()},
             "lr": f"{values['lr']:.1e}",
             "img/s": f"{rate:.0f}",
-            "mem": f"{memory_gib():.1f}G",
+            "mem": f"{peak_gib():.1f}G",
             "ETA": _duration(eta),
         }
         self._bar.set_postfix(parts, refresh=False)
@@ -101,12 +104,10 @@ class Reporter:
                 f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in self._extra.items())
             )
 
-    def picture(self, step: int, image: Any) -> None:
-        """Show a preview picture (PIL) in TensorBoard; its file is the caller's."""
-        if self._board is not None:
-            import numpy as np
-
-            self._board.add_image("preview", np.asarray(image), step, dataformats="HWC")
+    def picture(self, step: int, image: Image) -> None:
+        """Hand a preview picture to the tracker; its file is the caller's."""
+        if self._tracker is not None:
+            self._tracker.picture(step, image)
 
     def say(self, text: str) -> None:
         """A line for people: on the terminal above the bar, and in train.log."""
@@ -117,36 +118,27 @@ class Reporter:
         """Finish the files."""
         self._bar.close()
         if self._metrics is not None:
-            self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._metrics.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         assert self._metrics is not None
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
-        self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **rounded}) + "\n")
-        self._metrics.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-
-def memory_gib() -> float:
-    """Peak memory in GiB: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated() / 2**30)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak / (2**30 if sys.platform == "darwin" else 2**20))
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "--report-to tensorboard needs the package tensorboard", 'pip install "latentflow[tensorboard]"'
-        ) from error
-    return SummaryWriter(str(folder / "tensorboard"))
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **rounded}) + "\n"
+        try:
+            self._metrics.write(line)
+            self._metrics.flush()
+        except OSError as error:  # what could not be written stays in the buffer, for the next time
+            if not self._metrics_failed:
+                self.say(
+                    f"WARNING: {self._metrics.name} cannot be written ({error.strerror}); training goes on"
+                )
+            self._metrics_failed = True
+        if self._tracker is not None:
+            with suppress(OSError):  # its files are on the same disk
+                self._tracker.metrics(step, values)
 
 
 def _duration(seconds: float) -> str:

@@ -51,8 +51,11 @@ def new_networks(
     network: NetworkConfig,
     text: TextConfig,
     inpainting: bool = False,
+    device: str = "cpu",
 ) -> Networks:
     """Networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked pictures.
+
+    On the ``device`` "meta" the velocity network has shapes and no weights: enough for a plan, at no cost.
 
     Raises:
         UserError: a setting does not fit (see `DiT` and `UNet`), or the text encoder cannot be loaded.
@@ -61,7 +64,7 @@ def new_networks(
     if source.kind == "text" and text.text_encoder:
         tokenizer, encoder = load_text_encoder(text.text_encoder)
     elif source.kind == "text":
-        tokenizer = train_tokenizer(source.captions(), text.text_length)
+        tokenizer = train_tokenizer(_texts(source), text.text_length)
         encoder = small_text_encoder(tokenizer, text.text_width, text.text_depth, text.text_heads)
         trained = True
     arguments: dict[str, Any] = {
@@ -71,12 +74,13 @@ def new_networks(
         "condition_channels": mask_channels(vae) if inpainting else 0,
         "sample_size": latent_size,
     }
-    if network.network == "unet":
-        built: Any = UNet(**arguments)
-    else:
-        names = ("patch_size", "width", "depth", "heads", "norm", "activation", "position", "registers")
-        chosen = {name: getattr(network, name) for name in names if getattr(network, name) is not None}
-        built = DiT(**dit_config(network.network_preset, **arguments, **chosen))
+    with torch.device(device):
+        if network.network == "unet":
+            built: Any = UNet(**arguments)
+        else:
+            names = ("patch_size", "width", "depth", "heads", "norm", "activation", "position", "registers")
+            chosen = {name: getattr(network, name) for name in names if getattr(network, name) is not None}
+            built = DiT(**dit_config(network.network_preset, **arguments, **chosen))
     return Networks(network=built, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
 
 
@@ -126,8 +130,13 @@ def networks_from(checkpoint: str, source: Source, flow: FlowConfig, inpainting:
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     trained = encoder is not None and getattr(tokenizer, "bos_token", None) == "[START]"  # one of ours
     if trained and source.kind == "text":
-        tokenizer, encoder = _extended_text(tokenizer, encoder, source.captions())
+        tokenizer, encoder = _extended_text(tokenizer, encoder, _texts(source))
     return Networks(network=network, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
+
+
+def _texts(source: Source) -> list[str]:
+    """All that is trained on, once for each picture that says it."""
+    return [caption for captions in source.all_captions() for caption in captions]
 
 
 def _check_same_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:

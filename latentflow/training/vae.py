@@ -68,6 +68,6 @@ def autoencoder_for(
         log.info("autoencoder: measuring its latent statistics on the data")
         some = training.subset(torch.linspace(0, len(training) - 1, min(len(training), 512)).long().tolist())
         measure_statistics(
-            vae, pixels_to_images(cached_pixels(some, data.resolution, data.background)).split(16)
+            vae, pixels_to_images(cached_pixels(some, data.resolution, data.background)[:]).split(16)
         )
     return vae

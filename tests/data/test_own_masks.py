@@ -231,9 +231,9 @@ def test_rows_without_a_mask_are_empty(tmp_path: Path) -> None:
 def test_a_soft_mask_is_split_in_the_middle(tmp_path: Path) -> None:
     save_all(tmp_path, ["a.png"])
     Image.fromarray(np.full((8, 8), 128, np.uint8)).save(tmp_path / "a-mask.png")
-    assert (cached_masks(find_source(str(tmp_path)), 8, progress=False).masks == 255).all()
+    assert (cached_masks(find_source(str(tmp_path)), 8, progress=False).masks[:] == 255).all()
     Image.fromarray(np.full((8, 8), 127, np.uint8)).save(tmp_path / "a-mask.png")
-    assert (cached_masks(find_source(str(tmp_path)), 8, progress=False).masks == 0).all()
+    assert (cached_masks(find_source(str(tmp_path)), 8, progress=False).masks[:] == 0).all()
 
 
 # --- bad masks ----------------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, mask_channels
-from latentflow.data import find_source
+from latentflow.data import LatentTable, Source, find_source
+from latentflow.data.shapes import ShapeExample, all_specs
 from latentflow.models import Condition, DiT, UNet
-from latentflow.training.flow import FlowConfig, FlowStage, LatentData
+from latentflow.training.flow import FlowConfig, FlowStage
+from latentflow.training.latent_data import LatentData
 from latentflow.training.masking import Masking
 from latentflow.training.order import Draw
 from latentflow.training.start import networks_from
@@ -22,6 +24,7 @@ from latentflow.training.start import networks_from
 from .command import TINY, call
 
 SIDE, CHANNELS, FACTOR = 16, 4, 2
+SPEC = all_specs()[0]
 SHAPES = {"rectangle": 1.0, "full": 1.0}
 
 
@@ -108,8 +111,8 @@ def test_data_dependent_coupling_starts_from_the_known_part(vae: AutoencoderDC) 
 def test_masks_and_pixels_are_mirrored_with_the_latents() -> None:
     numbers = list(range(32))
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
-    source: Any = type("Source", (), {"__len__": lambda self: 1})()
-    table: Any = type("Table", (), {"mean": torch.stack([ramp, ramp.flip(-1)], 1), "std": None})()
+    source = Source("one", (ShapeExample("a", spec=SPEC, seed=0),), "unconditional")
+    table = LatentTable(torch.stack([ramp, ramp.flip(-1)], 1), None)
     data = LatentData(source, table, {}, {"pixels": ramp.to(torch.uint8)})
     rows = data.__getitems__([Draw(0, number) for number in numbers])
     assert torch.equal(rows["latents"], rows["pixels"].float())

@@ -1,0 +1,21 @@
+"""What is in a data set: every picture opened once, duplicates found, reports, a suggested command."""
+
+from __future__ import annotations
+
+from .page import report_page
+from .report import Report, printable
+from .sheet import contact_sheet
+from .source import check_source, look_through, readable
+from .suggest import Suggestion, suggest
+
+__all__ = [
+    "Report",
+    "Suggestion",
+    "check_source",
+    "contact_sheet",
+    "look_through",
+    "printable",
+    "readable",
+    "report_page",
+    "suggest",
+]

@@ -1,0 +1,178 @@
+"""Looking at every picture of a source: with all cores, and only once as long as a file stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import sqlite3
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path
+
+import PIL
+from tqdm.auto import tqdm
+
+from latentflow.errors import UserError
+
+from ..eviction import cache_root
+from ..examples import Example, FileExample, Source
+from ..members import Member
+from .look import Look, look_at_all
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1  # raise it when the meaning of a look changes
+_TASK = 32  # pictures that a worker is given at once
+_MANY = 1000  # pictures from which starting processes pays
+_FIELDS = [field.name for field in dataclasses.fields(Look) if not field.name.endswith("error")]
+_FLAGS = ("rotated", "animated")
+
+
+def looks_at(source: Source, progress: bool = True) -> Iterator[Look]:
+    """What every picture of ``source`` is, in its order; what was seen before comes from the cache.
+
+    Raises:
+        UserError: a process that decodes pictures was killed.
+    """
+    waiting: deque[tuple[list[Example], list[Look | None], Future[list[Look]] | None]] = deque()
+    examples = iter(source.examples)
+    with (
+        _Seen(source) as seen,
+        _workers(source) as pool,
+        tqdm(
+            total=len(source), desc="checking pictures", unit=" pictures", disable=not progress or None
+        ) as bar,
+    ):
+        while True:
+            while len(waiting) < 8 * _cores() and (task := list(islice(examples, _TASK))):
+                known = [seen.get(example) for example in task]
+                new = [example for example, look in zip(task, known, strict=True) if look is None]
+                waiting.append((task, known, pool.submit(look_at_all, new) if new else None))
+            if not waiting:
+                return
+            task, known, future = waiting.popleft()
+            fresh = iter(_result(future) if future else [])
+            looks = [look or next(fresh) for look in known]
+            seen.add(
+                [pair for pair, old in zip(zip(task, looks, strict=True), known, strict=True) if not old]
+            )
+            for look in looks:
+                yield look
+                bar.update()
+
+
+def _result(future: Future[list[Look]]) -> list[Look]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that decodes pictures was killed, probably for want of memory",
+            "Start again: what was seen is remembered. A picture of very many pixels may be the reason.",
+        ) from None
+
+
+def _workers(source: Source) -> Executor:
+    """Processes where they pay: most of the time goes to Python between Pillow's calls, which threads share."""
+    plain = all(isinstance(e, FileExample) and not isinstance(e.path, Member) for e in source.examples)
+    # Where processes do not start as copies of this one, they would spend longer on importing torch.
+    if len(source) >= _MANY and plain and "fork" in multiprocessing.get_all_start_methods():
+        return ProcessPoolExecutor(_cores(), multiprocessing.get_context("fork"))
+    return ThreadPoolExecutor(_cores())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Seen:
+    """Looks of earlier, in a small database in the cache; a look is true as long as size and time of its files are.
+
+    Only pictures that can be read are remembered: the reason why one cannot may pass.
+    """
+
+    def __init__(self, source: Source) -> None:
+        root = cache_root()
+        inside = source.root is not None and root.resolve().is_relative_to(source.root.resolve())
+        self._path = None if inside else root / f"looks-{_VERSION}.sqlite"
+        self._database: sqlite3.Connection | None = None
+
+    def __enter__(self) -> _Seen:
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Threads take turns; other processes are waited for.
+                self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
+                columns = ", ".join(_FIELDS)
+                self._database.execute(
+                    f"CREATE TABLE IF NOT EXISTS looks (place BLOB PRIMARY KEY, state TEXT, {columns})"
+                )
+            except (sqlite3.Error, OSError) as error:
+                self._give_up(error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._database is not None:
+            self._database.close()
+
+    def get(self, example: Example) -> Look | None:
+        if self._database is None or (at := _place(example)) is None:
+            return None
+        try:
+            row = self._database.execute(
+                f"SELECT {', '.join(_FIELDS)} FROM looks WHERE place = ? AND state = ?", at
+            ).fetchone()
+        except sqlite3.Error as error:
+            self._give_up(error)
+            return None
+        if row is None:
+            return None
+        values = dict(zip(_FIELDS, row, strict=True))
+        return Look(**values | {flag: bool(values[flag]) for flag in _FLAGS})
+
+    def add(self, pairs: list[tuple[Example, Look]]) -> None:
+        good = [(example, look) for example, look in pairs if not (look.error or look.mask_error)]
+        rows = [
+            (*at, *(getattr(look, name) for name in _FIELDS))
+            for example, look in good
+            if (at := _place(example)) is not None
+        ]
+        if self._database is None or not rows:
+            return
+        try:
+            with self._database:
+                marks = ", ".join("?" * len(rows[0]))
+                self._database.executemany(f"INSERT OR REPLACE INTO looks VALUES ({marks})", rows)
+        except sqlite3.Error as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning(
+            "what was seen cannot be remembered in %s (%s): going on without; delete the file if it is damaged",
+            self._path,
+            error,
+        )
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+
+def _place(example: Example) -> tuple[bytes, str] | None:
+    """Where a picture lies, and the state of its files there; None where a file is gone."""
+    files = [example.path if isinstance(example, FileExample) else example.content_key(), example.mask]
+    try:
+        states = [_state(file) if isinstance(file, Path) else repr(file) for file in files]
+    except OSError:
+        return None
+    place = os.fsencode(files[0].absolute()) if isinstance(files[0], Path) else repr(files[0]).encode()
+    alpha = b" alpha" if files[0] == files[1] else b""
+    return place + alpha, f"{PIL.__version__} {states}"
+
+
+def _state(file: Path) -> str:
+    state = file.stat()
+    return f"{os.fsencode(file)!r} {state.st_size} {state.st_mtime_ns}"

@@ -1,0 +1,78 @@
+"""Near duplicates: one picture saved twice, at another size, quality or format, or cropped by a percent or two.
+
+Two pictures are near duplicates when their perceptual hashes differ in at most ``BITS`` of 64 bits, and, as hashes of
+different pictures also meet by chance, their thumbnails by at most ``LEVELS`` of 255 (root mean square) and their
+aspect ratios by at most 5 %. Mirror images are not.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+BITS = 6
+LEVELS = 4.0
+ASPECT = 0.05
+_BANDS = 8  # of 8 bits: where 6 bits differ at most, two bands at least are equal
+_MOST_NEIGHBOURS = 1000  # that a picture is compared with in one table: time stays bounded on any data
+
+
+def near_duplicates(
+    hashes: NDArray[np.int64], thumbnails: NDArray[np.uint8], sizes: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(N,): the number of the group that each picture belongs to. A group grows from pair to pair.
+
+    Args:
+        hashes: (N,) perceptual hashes.
+        thumbnails: (N, D) pixels.
+        sizes: (N, 2) widths and heights.
+    """
+    if not len(hashes):
+        return np.zeros(0, dtype=np.int64)
+    aspects = np.log(sizes[:, 0] / sizes[:, 1]).astype(np.float32)
+    # Copies are compared once: thousands of equal blank pages would make millions of pairs.
+    records = np.concatenate(
+        [hashes[:, None].view(np.uint8), thumbnails, aspects[:, None].view(np.uint8)], axis=1
+    )
+    _, first, copies = np.unique(records, axis=0, return_index=True, return_inverse=True)
+    pairs = _near_pairs(hashes[first].view(np.uint64), thumbnails[first], aspects[first])
+    graph = coo_array((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(len(first),) * 2)
+    labels: NDArray[Any] = connected_components(graph, directed=False)[1]
+    return labels[copies.reshape(-1)].astype(np.int64)
+
+
+def _near_pairs(
+    hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8], aspects: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """(P, 2): pairs that are near. Only those are compared that agree in two bands of their hashes."""
+    bands = hashes[:, None].view(np.uint8).astype(np.uint16)
+    found = [np.zeros((0, 2), dtype=np.int64)]
+    for one, other in combinations(range(_BANDS), 2):
+        keys = bands[:, one] << 8 | bands[:, other]
+        order = np.lexsort((hashes, keys))
+        keys = keys[order]
+        alive = np.arange(len(keys))
+        for step in range(1, _MOST_NEIGHBOURS):
+            alive = alive[: np.searchsorted(alive, len(keys) - step)]
+            alive = alive[keys[alive] == keys[alive + step]]
+            if not len(alive):
+                break
+            a, b = order[alive], order[alive + step]
+            close = np.bitwise_count(hashes[a] ^ hashes[b]) <= BITS
+            found.append(_verified(a[close], b[close], thumbnails, aspects))
+    return np.concatenate(found)
+
+
+def _verified(
+    a: NDArray[np.int64], b: NDArray[np.int64], thumbnails: NDArray[np.uint8], aspects: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    alike = np.abs(aspects[a] - aspects[b]) <= ASPECT
+    a, b = a[alike], b[alike]
+    difference = thumbnails[a].astype(np.float32) - thumbnails[b]
+    near = np.square(difference).mean(axis=1) <= LEVELS**2
+    return np.stack([a[near], b[near]], axis=1)

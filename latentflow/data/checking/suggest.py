@@ -1,0 +1,104 @@
+"""A first command line for a data set, with the reason for each choice."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from .report import Report
+
+_REACHED = 0.9  # share of the pictures that have to be large enough
+_PASSES = 70  # over the data: the shipped checkpoint took 72 over 3,208 pictures
+_LEAST_STEPS = 2000
+_PRETRAINED_FROM = 256  # pixels
+_PRETRAINED = "stabilityai/sd-vae-ft-mse"
+
+
+@dataclass(frozen=True)
+class _Preset:
+    name: str
+    resolutions: range
+    batch: int
+    most_steps: int
+    needs_gpu: bool
+
+
+# What of `latentflow train --preset` decides here; a test holds them to it.
+_PRESETS = (
+    _Preset("tiny", range(64), 128, 800, False),
+    _Preset("small", range(64, 256), 64, 20_000, False),
+    _Preset("base", range(256, 257), 128, 200_000, True),
+)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """``command`` is a line for the shell; ``reasons`` maps each choice in it to why."""
+
+    command: str
+    reasons: dict[str, str]
+
+
+def suggest(report: Report, *, gpu: bool, flags: tuple[str, ...] = ()) -> Suggestion | None:
+    """The line for a first training; None where the data cannot be used, or are latents already.
+
+    Args:
+        report: of the data.
+        gpu: whether there is one on this machine.
+        flags: of the check that the training needs as well, such as ("--masks", "alpha").
+    """
+    if report.problems or not report.sizes:
+        return None
+    reasons: dict[str, str] = {}
+    resolution = _resolution(report, gpu, reasons)
+    preset = next(preset for preset in _PRESETS if resolution in preset.resolutions)
+    enough = f"fits {resolution} px"
+    reasons[f"--preset {preset.name}"] = (
+        f"{enough} on a GPU" if preset.needs_gpu else f"{enough}, also on a CPU"
+    )
+    words = ["latentflow", "train", report.data, "-o", f"runs/{_name(report.data)}", "--preset", preset.name]
+    words += ["--resolution", str(resolution)]
+    if resolution >= _PRETRAINED_FROM:
+        words += ["--vae", _PRETRAINED]
+        reasons[f"--vae {_PRETRAINED}"] = (
+            "at this size a pretrained autoencoder saves days; it is downloaded once, a folder of yours will do too"
+        )
+    else:
+        reasons["no --vae"] = (
+            "below 256 px pretrained autoencoders lose detail; one is trained on your pictures first"
+        )
+    enough_steps = 100 * round(report.pictures * _PASSES / preset.batch / 100)
+    steps = min(preset.most_steps, max(_LEAST_STEPS, enough_steps))
+    words += ["--max-train-steps", str(steps)]
+    passes = steps * preset.batch / report.pictures
+    reasons[f"--max-train-steps {steps}"] = (
+        f"{passes:.0f} passes over {report.pictures} pictures in batches of {preset.batch} (the shipped checkpoint "
+        "took 72 over 3,208); more help while val_loss falls"
+    )
+    if report.masks:
+        reasons["masks"] = f"inpainting is learnt along: {report.masks} pictures have a mask"
+    return Suggestion(shlex.join([*words, *flags]), reasons)
+
+
+def _resolution(report: Report, gpu: bool, reasons: dict[str, str]) -> int:
+    large = [int(side) for side, count in report.reach.items() if count >= _REACHED * report.pictures]
+    limit = 256 if gpu else 64
+    resolution = min(max(large, default=32), limit)
+    count = report.reach[str(resolution)]
+    why = f"{count / report.pictures:.0%} of the pictures are at least that large"
+    if not large:
+        why += "; the others are enlarged"
+    elif max(large) > limit:
+        why += f"; most reach {max(large)} px, but " + (
+            "each doubling costs at least 4 times the work" if gpu else "without a GPU more takes days"
+        )
+    reasons[f"--resolution {resolution}"] = why
+    return resolution
+
+
+def _name(data: str) -> str:
+    """A short name for the run: the folder's, or the one above where that is only a part (train)."""
+    path = Path(data.split(":")[-1])
+    stem = path.parent.name if path.stem in ("train", "training") and path.parent.name else path.stem
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem).strip("-") or "first"

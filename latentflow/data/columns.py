@@ -1,0 +1,128 @@
+"""What one row of any table says of a picture: text (one or several), label, mask, weight."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from latentflow.errors import UserError, nearest
+
+KNOWN = ("image", "file_name", "text", "label", "mask", "weight")
+_MEANT = {
+    "text": ("caption", "captions", "prompt", "description", "texts"),
+    "label": ("class", "classes", "category", "labels", "class_name"),
+    "mask": ("masks", "mask_file", "mask_file_name", "mask_path", "mask_image"),
+    "weight": ("weights", "loss_weight", "sample_weight"),
+}
+_NUMBERED = re.compile(r"text_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a row says: captions (none, one or several), a label or None, and a factor on the loss."""
+
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+    weight: float = 1.0
+
+
+def said(row: Mapping[str, object], where: str) -> Said:
+    """The meaning of a row's ``text`` (a string or a list), ``text_1``, ``text_2``, ..., ``label`` and ``weight``.
+
+    ``where`` begins messages: the file and the line.
+
+    Raises:
+        UserError: a value is of the wrong type.
+    """
+    numbered = sorted((int(m[1]), name) for name in row if (m := _NUMBERED.fullmatch(name)))
+    texts: list[str] = []
+    for name in ("text", *(name for _, name in numbered)):
+        texts += _texts(row.get(name), f"{where}: {name}")
+    return Said(tuple(texts), _label(row.get("label"), where), _weight(row.get("weight"), where))
+
+
+def is_text(column: str) -> bool:
+    """Whether a column holds captions: ``text`` or ``text_1``, ``text_2``, ..."""
+    return column == "text" or _NUMBERED.fullmatch(column) is not None
+
+
+def rename(columns: Iterable[str], meant: Mapping[str, str], where: str) -> dict[str, str]:
+    """Our name of every column of a table, by its own name; ``meant`` maps ours to theirs (``--columns``).
+
+    Raises:
+        UserError: one of the names is not there; two columns would have the same name.
+    """
+    own = list(columns)
+    for ours, theirs in meant.items():
+        if ours not in KNOWN:
+            raise UserError(f"--columns: '{ours}' is none of {', '.join(KNOWN)}", _near(ours, KNOWN))
+        if theirs not in own:
+            raise UserError(
+                f"{where} has no column '{theirs}' (--columns {ours} {theirs})",
+                f"{_near(theirs, own)}Its columns: {', '.join(own)}",
+            )
+        if ours != theirs and ours in own and ours not in meant.values():
+            raise UserError(
+                f"{where} has both '{ours}' and '{theirs}', which --columns names '{ours}'",
+                "Rename or drop one of the two.",
+            )
+    ours_of = {theirs: ours for ours, theirs in meant.items()}
+    return {name: ours_of.get(name, name) for name in own}
+
+
+def refuse_synonyms(where: str, columns: Collection[str]) -> None:
+    """Refuses a table that says with another word what would otherwise be passed over."""
+    for column, synonyms in _MEANT.items():
+        missing = ["text", "label"] if column in ("text", "label") else [column]
+        if any(name in missing or ("text" in missing and is_text(name)) for name in columns):
+            continue
+        for synonym in synonyms:
+            if synonym in columns:
+                raise UserError(
+                    f"{where} has no {' or '.join(missing)}, but '{synonym}'",
+                    f"Rename it to '{column}', or add --columns {column} {synonym}.",
+                )
+
+
+def _texts(value: object, where: str) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [value.strip()] if value.strip() else []
+    if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+        return [text.strip() for text in value if text.strip()]
+    raise UserError(f"{where} is {value!r}, not a string or a list of strings", "Write it in quotes.")
+
+
+def _label(value: object, where: str) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return value.strip() or None
+    if isinstance(value, int):
+        return str(value)
+    raise UserError(
+        f"{where}: label is {value!r}, neither a string nor a whole number", "Write it in quotes."
+    )
+
+
+def _weight(value: object, where: str) -> float:
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise UserError(
+            f"{where}: weight is {value!r}",
+            "Give a number above 0 (1 is usual); to leave a picture out, leave its row out.",
+        )
+    return weight
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    guess = nearest(name, names)
+    return f"Did you mean '{guess}'? " if guess else ""

@@ -1,0 +1,255 @@
+"""Writing a folder of latents (see ``latent_folder``)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentflow.errors import UserError
+
+from .cache import (
+    Settings,
+    encode_latents,
+    latent_bytes,
+    latent_settings,
+    latent_table,
+    located_pixels,
+    mask_settings,
+    mask_table,
+    pixel_settings,
+)
+from .config import DataConfig
+from .examples import Source
+from .latent_folder import AUTOENCODER, DESCRIPTION, INDEX, VERSION, import_arrow, read_description
+from .shards import digests
+from .store import ShardSet
+
+_ROWS_AT_ONCE = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precomputation:
+    """What a folder of latents is to hold.
+
+    Attributes:
+        source: the pictures, all of them readable.
+        vae: the frozen autoencoder, with its statistics.
+        data: resolution, background, and whether mirror images are stored.
+        pixels: whether to store the pictures themselves (uint8), for inpainting.
+        given: fingerprint of the autoencoder as the user gave it, perhaps without statistics.
+    """
+
+    source: Source
+    vae: Any
+    data: DataConfig
+    pixels: bool
+    given: str
+
+    def __post_init__(self) -> None:
+        if self.source.has_masks and not self.pixels:
+            raise UserError(
+                "the pictures have masks, and training with masks needs pixels",
+                "Add --pixels to store them, or --masks none to leave the masks out.",
+            )
+
+    def tables(self) -> dict[str, Settings]:
+        """The settings of every table."""
+        side, background = self.data.resolution, self.data.background
+        tables = {"latents": latent_settings(self.vae, side, background, self.data.random_flip)}
+        if self.pixels:
+            tables["pixels"] = pixel_settings(side, background)
+        if self.source.has_masks:
+            tables["masks"] = mask_settings(side)
+        return tables
+
+    def row_bytes(self) -> dict[str, int]:
+        """Size of a picture's row in every table."""
+        side = self.data.resolution
+        sizes = {
+            "latents": latent_bytes(self.vae, side, self.data.random_flip),
+            "pixels": 3 * side**2,
+            "masks": side**2,
+        }
+        return {name: sizes[name] for name in self.tables()}
+
+
+def write_latents(
+    wanted: Precomputation, folder: Path, *, batch_size: int, device: torch.device, progress: bool
+) -> None:
+    """Fill ``folder``; what it holds already is verified and kept. Several processes may do so at once.
+
+    Raises:
+        UserError: the folder holds latents that were made with other settings, or something else.
+        OSError: the folder cannot be written.
+    """
+    import_arrow()
+    tables = wanted.tables()
+    _begin(wanted, folder, tables)
+    source, data = wanted.source, wanted.data
+    sets = {name: ShardSet(folder / name, name) for name in tables}
+    for one in sets.values():
+        one.folder.mkdir(exist_ok=True)
+        one.verify()
+    latent_table(
+        source, wanted.vae, data.resolution, sets["latents"], background=data.background,
+        flips=data.random_flip, batch_size=batch_size, device=device, progress=progress,
+    )  # fmt: skip
+    if wanted.pixels:
+        located_pixels(source, data.resolution, data.background, sets["pixels"], progress=progress)
+    if source.has_masks:
+        mask_table(source, data.resolution, sets["masks"], progress=progress)
+    index = write_index(source, folder)
+    describe(wanted, folder, tables, complete=True, index=index)
+
+
+def plan_latents(wanted: Precomputation, folder: Path, *, batch_size: int, device: torch.device) -> list[str]:
+    """What would be written and how long it takes; the time is measured on two batches."""
+    keys = digests(set(wanted.source.content_keys()))
+    done = ShardSet(folder / "latents", "latents", read_only=True).find(keys)[:, 0] >= 0
+    sizes = wanted.row_bytes()
+    total = sum(sizes.values()) * len(keys)
+    some = list(wanted.source.examples[: 2 * batch_size])
+    start = time.perf_counter()
+    for _ in encode_latents(
+        some,
+        wanted.vae,
+        wanted.data.resolution,
+        wanted.data.background,
+        wanted.data.random_flip,
+        batch_size,
+        device,
+    ):
+        pass
+    each = (time.perf_counter() - start) / len(some)
+    left = len(keys) - int(done.sum())
+    parts = ", ".join(f"{name} {size * len(keys) / 1e9:.2f} GB" for name, size in sizes.items())
+    return [
+        f"pictures: {len(wanted.source)}, {len(keys)} of them different, {left} still to be encoded",
+        f"on disk: {total / 1e9:.2f} GB ({parts})",
+        f"time: {each * left / 60:.1f} minutes ({1 / each:.0f} pictures a second, measured)",
+    ]
+
+
+def own_autoencoder(folder: Path, given: str) -> Path | None:
+    """The folder's own autoencoder, where there is one; it has the statistics that its latents were made with.
+
+    Raises:
+        UserError: it was made of another autoencoder than that of the fingerprint ``given``.
+    """
+    if not (folder / DESCRIPTION).is_file() or not (folder / AUTOENCODER).is_dir():
+        return None
+    if read_description(folder)["given"] != given:
+        raise UserError(
+            f"the latents in {folder} were made by another autoencoder", "Use another output folder."
+        )
+    return folder / AUTOENCODER
+
+
+def _begin(wanted: Precomputation, folder: Path, tables: dict[str, Settings]) -> None:
+    """The folder with its description and autoencoder, or the same one as before."""
+    if folder.is_dir() and not (folder / DESCRIPTION).is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no latents", "Use another output folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / AUTOENCODER).is_dir():
+        held = read_description(folder)["tables"]
+        for name in held.keys() & tables.keys():
+            asked = json.loads(json.dumps(tables[name]))
+            if held[name] != asked:
+                differ = [
+                    f"{key} {held[name][key]}, not {asked[key]}"
+                    for key in asked
+                    if asked[key] != held[name][key]
+                ]
+                raise UserError(
+                    f"the {name} in {folder} were made with {'; '.join(differ)}",
+                    "Use another output folder, or the settings of the first time.",
+                )
+        return
+    describe(wanted, folder, tables, complete=False, index="")
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        wanted.vae.save_pretrained(Path(temporary) / AUTOENCODER)
+        with contextlib.suppress(OSError):  # another process was first
+            (Path(temporary) / AUTOENCODER).rename(folder / AUTOENCODER)
+
+
+def describe(
+    wanted: Precomputation, folder: Path, tables: dict[str, Settings], *, complete: bool, index: str
+) -> None:
+    """Write ``latents.json``; ``index`` is the hash of ``index.arrow``."""
+    source = wanted.source
+    description = {
+        "version": VERSION,
+        "complete": complete,
+        "name": source.name,
+        "pictures": len(source),
+        "kind": source.kind,
+        "classes": source.classes,
+        "notes": source.notes,
+        "tables": tables,
+        "given": wanted.given,
+        "index": index,
+    }
+    with _replaced(folder / DESCRIPTION) as temporary:
+        temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def write_index(source: Source, folder: Path) -> str:
+    """``index.arrow``, a row for each picture in the source's order; its hash."""
+    arrow = import_arrow()
+    schema = arrow.schema(
+        [
+            ("name", arrow.string()),
+            ("texts", arrow.list_(arrow.string())),
+            ("label", arrow.string()),
+            ("class_id", arrow.int32()),
+            ("weight", arrow.float32()),
+            ("repeats", arrow.int32()),
+            ("key", arrow.string()),
+            ("mask_key", arrow.string()),
+        ]
+    )
+    ids = {name: number for number, name in enumerate(source.classes)}
+    with (
+        _replaced(folder / INDEX) as temporary,
+        arrow.OSFile(str(temporary), "wb") as sink,
+        arrow.ipc.new_file(sink, schema) as writer,
+    ):
+        for start in range(0, len(source), _ROWS_AT_ONCE):
+            part = source.examples[start : start + _ROWS_AT_ONCE]
+            rows = [
+                {
+                    "name": example.name,
+                    "texts": list(example.captions),
+                    "label": example.label,
+                    "class_id": ids.get(example.label or "", -1),
+                    "weight": example.weight,
+                    "repeats": example.repeats,
+                    "key": example.content_key(),
+                    "mask_key": example.mask_key(),
+                }
+                for example in part
+            ]
+            writer.write_batch(arrow.RecordBatch.from_pylist(rows, schema=schema))
+    with (folder / INDEX).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when all went well."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,106 @@
+"""A zip file of a folder, read in place by the rules of a folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from latentflow.errors import UserError
+
+from .described import Wanted
+from .examples import Source
+from .folder import SUFFIXES, ArchivedFolder
+from .folder_source import folder_source
+from .members import Container, Member
+
+
+@dataclass(frozen=True, slots=True)
+class ZipMember(Member):
+    """A member of a zip file, by its name in it."""
+
+    zip: Container
+    name: str
+
+    def read(self) -> bytes:
+        self.zip.open().close()  # unchanged
+        try:
+            return _opened(self.zip, os.getpid()).read(self.name)
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            NotImplementedError,
+            RuntimeError,
+            OSError,
+            EOFError,
+        ) as error:
+            # BadZipFile tells a wrong checksum, RuntimeError a password.
+            raise UserError(f"{self} cannot be read: {error}", "Pack the folder again.") from None
+
+    def __str__(self) -> str:
+        return f"{self.zip.path}: {self.name}"
+
+
+def is_zip(data: str) -> bool:
+    """Whether DATA is a zip file, by its name."""
+    path = Path(data).expanduser()
+    return path.suffix.lower() == ".zip" and path.is_file()
+
+
+def read_zip(data: str, wanted: Wanted) -> Source:
+    """The pictures of a zip file; a folder that holds all of it is taken for the root.
+
+    Raises:
+        UserError: it is no zip file, or damaged; a name is there twice or leads out of the folder; and what a folder
+            is refused for.
+    """
+    path = Path(data).expanduser()
+    container = Container.of(path)
+    try:
+        infos = [info for info in _opened(container, os.getpid()).infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} is no intact zip file: {error}", "Copy or download it again.") from None
+    places = {info.filename: PurePosixPath(info.filename) for info in infos}
+    strange = [name for name, place in places.items() if place.is_absolute() or ".." in place.parts]
+    if strange:
+        raise UserError(f"{path} holds names that lead out of it: {strange[0]}", "Pack the folder again.")
+    twice = [name for name, count in Counter(info.filename for info in infos).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} holds {twice[0]} twice", "Pack the folder again.")
+    visible = {name: place for name, place in places.items() if "__MACOSX" not in place.parts}
+    above = _common(list(visible.values()))
+    members: dict[str, Member] = {
+        place.relative_to(above).as_posix(): ZipMember(container, name) for name, place in visible.items()
+    }
+    return folder_source(data, _folder(path, members), wanted)
+
+
+def _folder(path: Path, members: dict[str, Member]) -> ArchivedFolder:
+    images: list[str] = []
+    ignored: list[str] = []
+    others = Counter[str]()
+    for name in sorted(members):
+        place = PurePosixPath(name)
+        if any(part.startswith(".") for part in place.parts[:-1]):
+            continue  # hidden folders, as in a folder
+        if place.suffix.lower() in SUFFIXES:
+            (ignored if place.name.startswith(".") else images).append(name)
+        else:
+            others[place.suffix.lower()] += 1
+    return ArchivedFolder(path, tuple(images), tuple(ignored), others, members)
+
+
+def _common(places: list[PurePosixPath]) -> PurePosixPath:
+    """The one folder at the top that everything lies in, else the top itself."""
+    tops = {place.parts[0] if len(place.parts) > 1 else "" for place in places}
+    return PurePosixPath(next(iter(tops))) if len(tops) == 1 else PurePosixPath()
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(container: Container, process: int) -> zipfile.ZipFile:
+    """One open file for each process: its threads take turns, but processes would move each other's position."""
+    return zipfile.ZipFile(container.path)

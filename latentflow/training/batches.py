@@ -1,0 +1,154 @@
+"""Batches: loading them, also in other processes, splitting them, and what happens when one cannot be had."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import wait
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..errors import RunError, UserError
+from ..memory import is_out_of_memory
+from .order import Draw
+
+Batch = dict[str, Any]
+
+
+class TrainingData(Protocol):
+    """What the loop needs of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """A batch for these draws: tensors with B rows; the loop adds ``numbers``, the draws' running numbers."""
+
+    def name(self, index: int) -> str:
+        """What to call a sample in a message, such as its file name."""
+
+
+class DataFailed(RunError):  # noqa: N818 (says what happened)
+    """A batch could not be had: a file that cannot be read, or a process that loads data has died."""
+
+
+def load_batches(
+    data: TrainingData, draws: Iterator[list[Draw]], *, num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """The batches of ``draws`` in order, on the CPU, with ``index`` and ``numbers`` (lists of B) added.
+
+    Raises:
+        DataFailed: a batch could not be had; the samples, or the process, are named.
+    """
+    numbered: Any = _Numbered(data)
+    sampler: Any = draws  # an iterator of lists of draws is all that the loader needs
+    collate: Any = _identity
+    loader: DataLoader[Batch] = DataLoader(
+        numbered,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # its own seed must not be drawn from the run's random state
+        pin_memory=pin_memory,
+    )
+    previous = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if num_workers:
+        # torch's handler raises wherever the loop is when a worker dies, even half-way through an update. Without it
+        # the loader finds out when it is next asked for a batch.
+        with suppress(ValueError):  # not the main thread: torch has set none
+            signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
+    return _checked(batches)
+
+
+def _checked(batches: Iterator[Any]) -> Iterator[Batch]:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # torch names a dead worker; what it had sent and is fetched from it only now fails in other ways.
+            workers = getattr(batches, "_workers", ())
+            wait([one.sentinel for one in workers], timeout=2)  # its connection breaks before it is gone
+            dead = [one for one in workers if not one.is_alive()]
+            if not dead and "DataLoader worker" not in str(error):
+                raise
+            names = ", ".join(f"process {one.pid}, exit status {one.exitcode}" for one in dead)
+            raise DataFailed(
+                f"a process that loads data has died ({names or error})",
+                "If the machine ran out of memory (dmesg tells), lower --num-workers; 0 loads in the main process.",
+            ) from error
+        if isinstance(batch, _Failure):
+            raise DataFailed(batch.what, batch.fix)
+        yield batch
+
+
+class _Failure:
+    """What went wrong with a batch in the process that loads it, in words."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        self.what, self.fix = what, fix
+
+
+class _Numbered:
+    """The data set with what identifies its rows added to every batch."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitems__(self, draws: list[Draw]) -> Batch | _Failure:
+        try:
+            batch = self._data.__getitems__(draws)
+        except (UserError, OSError, SafetensorError, MemoryError) as error:
+            return self._failure(error, draws)
+        numbers = {"index": [draw.index for draw in draws], "numbers": [draw.number for draw in draws]}
+        return batch | numbers
+
+    def _failure(self, error: Exception, draws: list[Draw]) -> _Failure:
+        if isinstance(error, UserError):
+            return _Failure(error.what, error.fix)
+        names = ", ".join(self._data.name(draw.index) for draw in draws[:3])
+        more = f" and {len(draws) - 3} more" if len(draws) > 3 else ""
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        fix = (
+            "Lower --num-workers."
+            if is_out_of_memory(error)
+            else "Is the disk that holds it still there and whole?"
+        )
+        return _Failure(f"a batch could not be read ({names}{more}): {reason}", fix)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def split_rows(batch: Batch, rows: int) -> list[Batch]:
+    """The batch in parts of up to ``rows`` rows, in order; itself if it is no larger.
+
+    Tensors and lists with one entry a row are cut, everything else goes with every part.
+    """
+    size = len(batch["numbers"])
+    if rows >= size:
+        return [batch]
+
+    def part(value: Any, start: int) -> Any:
+        cut = isinstance(value, Tensor | list) and getattr(value, "ndim", 1) > 0 and len(value) == size
+        return value[start : start + rows] if cut else value
+
+    return [{key: part(value, start) for key, value in batch.items()} for start in range(0, size, rows)]
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,156 @@
+"""What a training costs, from shapes alone: a network is run on the meta device, which computes and holds nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..autoencoder import Autoencoder
+from ..models import Condition
+from .config import LoopConfig
+from .muon import Muon
+from .optimizers import make_optimizers
+
+_ROWS = 2  # of the batch on the meta device; what does not grow with the rows is too little to matter
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one sample, forward and backward.
+
+    Attributes:
+        flops: floating-point operations of matrix products, convolutions and attention; a multiply-add is two.
+        activations: bytes that are kept for the backward pass in float32, with fused attention; half in bfloat16.
+    """
+
+    flops: float
+    activations: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.activations + other.activations)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A graphics processor by its data sheet: dense bfloat16 products with float32 sums."""
+
+    name: str
+    flops_per_second: float
+    memory_gib: float
+
+
+GPUS = (
+    Gpu("NVIDIA H100 SXM", 989e12, 80),
+    Gpu("NVIDIA A100", 312e12, 80),
+    Gpu("NVIDIA RTX 4090", 165e12, 24),
+)
+UTILISATION = 0.4  # of the peak: what well-run transformers of this size reach
+
+
+def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
+    """The cost of one sample of ``size`` x ``size`` latents and captions of ``text_length`` tokens, in float32.
+
+    Args:
+        network: a velocity network on any device, also the meta device; it is not changed.
+    """
+    with torch.device("meta"):
+        shapes: Any = type(network).from_config(network.config)  # type: ignore[attr-defined]
+    if network.is_gradient_checkpointing:
+        shapes.enable_gradient_checkpointing()
+    config = shapes.config
+    x = _meta(_ROWS, config.in_channels, size, size)
+    condition = Condition(
+        class_labels=None if config.num_classes is None else _meta(_ROWS, dtype=torch.long),
+        text=None if config.text_dim is None else _meta(_ROWS, text_length, config.text_dim),
+        text_mask=None if config.text_dim is None else _meta(_ROWS, text_length, dtype=torch.bool),
+        channels=_meta(_ROWS, config.condition_channels, size, size) if config.condition_channels else None,
+    )
+    with _fused_attention():
+        total = _count(lambda: shapes(x, _meta(_ROWS), condition), set(shapes.parameters()))
+    return Cost(total.flops / _ROWS, total.activations / _ROWS)
+
+
+def text_encoder_cost(encoder: nn.Module, input_ids: Tensor) -> Cost:
+    """The cost of one caption for a text encoder that is trained along; it is small, and really runs.
+
+    Args:
+        input_ids: (1, L) tokens.
+    """
+    weights: set[Tensor] = {*encoder.parameters(), *encoder.buffers()}
+    before = [one.grad for one in encoder.parameters()]
+    cost = _count(lambda: encoder(input_ids=input_ids).last_hidden_state, weights)
+    for one, grad in zip(encoder.parameters(), before, strict=True):
+        one.grad = grad
+    return cost
+
+
+def encoding_flops(vae: Autoencoder, resolution: int) -> float:
+    """Of one picture of ``resolution`` x ``resolution`` through the encoder, forward only."""
+    shapes = copy.deepcopy(vae).to("meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, _fused_attention():
+        shapes.encode(_meta(1, 3, resolution, resolution, dtype=vae.dtype))
+    return float(counter.get_total_flops())
+
+
+def state_bytes(stage: nn.Module, loop: LoopConfig, dtype: torch.dtype) -> float:
+    """Weights, gradients, weight average and optimiser in float32, and the weights once more in ``dtype`` if lower."""
+    trained = sum(one.numel() for one in stage.parameters() if one.requires_grad)
+    copies = 12 + (dtype.itemsize if dtype != torch.float32 else 0)
+    optimizer = 0.0
+    for one in make_optimizers(stage, loop):
+        moments = 1 if isinstance(one, Muon) else 2
+        optimizer += 4 * moments * sum(p.numel() for group in one.param_groups for p in group["params"])
+    return copies * trained + optimizer
+
+
+def _count(forward: Callable[[], Tensor], weights: set[Tensor]) -> Cost:
+    """Run ``forward`` and its backward pass. What autograd keeps counts once for each storage; weights do not."""
+    own = {one.untyped_storage()._cdata for one in weights}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no other one gets its address
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = forward()
+        activations = sum(storage.nbytes() for storage in kept.values())
+        output.float().square().mean().backward()
+    return Cost(float(counter.get_total_flops()), float(activations))
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention on the meta device as one operation, as it runs on GPUs; there it would become its matrix products.
+
+    The function is exchanged: torch's modes do not reach what gradient checkpointing computes again.
+    """
+    usual = F.scaled_dot_product_attention
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
+        if not q.is_meta:
+            return usual(q, k, v, attn_mask, **options)
+        if attn_mask is not None:
+            attn_mask = _meta(*attn_mask.shape, dtype=q.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]
+
+    F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = usual
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,148 @@
+"""The gradients of one step: forward and backward passes, in smaller parts when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..memory import OutOfMemory, is_out_of_memory, out_of_memory, release_memory
+from . import checkpoint
+from .batches import Batch, TrainingData, split_rows, to_device
+from .config import LoopConfig
+from .player import Player
+from .processes import in_any_process
+
+log = logging.getLogger(__name__)
+
+
+class Gradients:
+    """Leaves the mean gradients over a step's samples in the players.
+
+    Args:
+        players: called with every batch, in this order.
+        data: for the names of samples.
+        config: batch, accumulation, and whether batches may be split.
+        accelerator: of the run.
+        phase: what to call this when memory runs out; a key of `latentflow.memory.ADVICE`.
+
+    Attributes:
+        micro_batch: rows of one forward pass; fewer than a batch after running out of memory.
+        random: torch's random state before the step.
+    """
+
+    def __init__(
+        self,
+        players: Sequence[Player],
+        data: TrainingData,
+        config: LoopConfig,
+        accelerator: Accelerator,
+        phase: str,
+    ) -> None:
+        self._players, self._data, self._config = players, data, config
+        self._accelerator, self._phase = accelerator, phase
+        self.micro_batch = config.train_batch_size
+        self.random: checkpoint.State = {}
+
+    def compute(self, batches: Iterator[Batch], step: int) -> tuple[dict[str, float], list[str]]:
+        """The gradients of step ``step`` (1-based) -> its values to log, and the samples whose loss is not finite.
+
+        Raises:
+            DataFailed, OutOfMemory: the weights and their optimisers are as before the step.
+        """
+        self.random = checkpoint.random_state()
+        micros: Iterable[Batch] = islice(batches, self._config.gradient_accumulation_steps)
+        if self._config.auto_micro_batch:
+            micros = list(micros)  # to try again with
+        while True:
+            failure = None
+            try:
+                result = self._backward_passes(micros)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = out_of_memory(self._phase, error)
+            if not self._failed_anywhere(failure is not None):
+                break
+            self._take_smaller_parts(failure, step)
+        if self._reduces_itself:
+            self._reduce_gradients()
+        return result
+
+    def _backward_passes(self, micros: Iterable[Batch]) -> tuple[dict[str, float], list[str]]:
+        values: dict[str, float] = {}
+        suspects: list[str] = []
+        micro_steps, size = self._config.gradient_accumulation_steps, self._config.train_batch_size
+        for micro, batch in enumerate(micros):
+            parts = split_rows(batch, self.micro_batch)
+            for number, part in enumerate(parts):
+                rows = len(part["numbers"])
+                parts_in_step = micro_steps * size / rows
+                last = micro == micro_steps - 1 and number == len(parts) - 1
+                part = to_device(part, self._accelerator.device)
+                for player in self._players:
+                    with ExitStack() as stack:
+                        if not last or self._reduces_itself:
+                            stack.enter_context(self._accelerator.no_sync(player.prepared))
+                        result = player.prepared(part)
+                        if not result:
+                            continue
+                        self._accelerator.backward(result["loss"] / parts_in_step)
+                    _accumulate(values, result, parts_in_step)
+                    suspects += self._nonfinite_samples(part, result)
+        return values, suspects
+
+    def _nonfinite_samples(self, batch: Batch, result: Batch) -> list[str]:
+        if "per_sample" not in result or torch.isfinite(result["loss"]):
+            return []
+        bad = (~torch.isfinite(result["per_sample"])).nonzero().flatten().tolist()
+        times = result.get("t")
+        return [
+            self._data.name(int(batch["index"][row]))
+            + (f" (t = {float(times[row]):.4f})" if times is not None else "")
+            for row in bad
+        ]
+
+    def _failed_anywhere(self, here: bool) -> bool:
+        return in_any_process(self._accelerator, here) if self._reduces_itself else here
+
+    @property
+    def _reduces_itself(self) -> bool:
+        """Whether gradients are averaged over the processes by us, after all of them had memory enough.
+
+        DistributedDataParallel averages during the last backward pass: a process that cannot finish its own would
+        leave the others waiting.
+        """
+        return self._config.auto_micro_batch and self._accelerator.num_processes > 1
+
+    def _reduce_gradients(self) -> None:
+        for player in self._players:
+            for parameter in player.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self._accelerator.reduce(parameter.grad, reduction="mean"))
+
+    def _take_smaller_parts(self, failure: OutOfMemory | None, step: int) -> None:
+        """Make ready to repeat the step with forward passes of half the size, or raise ``failure``."""
+        for player in self._players:
+            player.forget_gradients()
+        release_memory()
+        reason = failure.what if failure is not None else "out of memory in another process"
+        if not self._config.auto_micro_batch or self.micro_batch == 1:
+            raise failure or OutOfMemory(reason)
+        self.micro_batch = (self.micro_batch + 1) // 2
+        checkpoint.restore_random_state(self.random)
+        log.warning(
+            f"WARNING: step {step}: {reason}\nFrom now on batches of {self._config.train_batch_size} pass in "
+            f"parts of {self.micro_batch}; samples and noise stay the same."
+        )
+
+
+def _accumulate(values: dict[str, float], result: Batch, parts: float) -> None:
+    for name, value in result.items():
+        if isinstance(value, Tensor) and value.ndim == 0:
+            values[name] = values.get(name, 0.0) + float(value.detach()) / parts

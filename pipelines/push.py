@@ -1,0 +1,37 @@
+"""Put a checkpoint on the Hugging Face hub: `latentflow push runs/cats/pipeline owner/cats`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from latentflow.cli import parse, run
+from latentflow.errors import UserError
+from latentflow.training.hub import push
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig:
+    """Upload a pipeline folder. A new repository is private; a README.md on the hub stays as it is."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A pipeline folder, such as runs/cats/pipeline."""
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
+    """Where to."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Upload a pipeline folder."""
+    config = parse(PushConfig, argv, prog="latentflow push")
+    folder = Path(config.checkpoint)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"'{folder}' is not a pipeline folder", "A run's pipeline is in RUN/pipeline.")
+    print(push(folder, config.repository))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,114 @@
+"""The contact sheet, the web page and the suggested command of `latentflow check`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from latentflow.data import find_source
+from latentflow.data.checking import Report, contact_sheet, suggest
+from latentflow.data.checking.shapes import aspect_histogram, kept_by_square_crop, reach
+from latentflow.data.checking.sheet import spread
+from latentflow.data.checking.suggest import _PRESETS
+from latentflow.data.checking.words import caption_facts
+from latentflow.errors import UserError
+from latentflow.training.presets import PRESETS
+
+from .pictures import load_program, save_all
+
+
+def report(side: int, pictures: int = 5000) -> Report:
+    sizes = [(side, 2 * side)] * pictures
+    return Report("my cats", "class", pictures, sizes={f"{side}x{2 * side}": pictures}, reach=reach(sizes))
+
+
+@pytest.mark.parametrize(
+    ("side", "gpu", "resolution", "preset"),
+    [(20, False, 32, "tiny"), (63, True, 32, "tiny"), (64, False, 64, "small"), (500, False, 64, "small"),
+     (130, True, 128, "small"), (500, True, 256, "base")],
+)  # fmt: skip
+def test_a_suggestion_is_a_line_that_train_takes(
+    side: int, gpu: bool, resolution: int, preset: str, repository: Path
+) -> None:
+    suggestion = suggest(report(side), gpu=gpu, flags=("--masks", "alpha"))
+    assert suggestion is not None
+    words = shlex.split(suggestion.command)
+    assert words[:3] == ["latentflow", "train", "my cats"]
+    config = load_program(repository / "train" / "flow.py").parse(
+        load_program(repository / "train" / "flow.py").Config,
+        words[2:],
+        prog="latentflow train",
+        presets=PRESETS,
+    )
+    assert config.data.resolution == resolution and config.data.masks == "alpha"
+    assert words[words.index("--preset") + 1] == preset and (config.vae is not None) == (resolution == 256)
+    assert all(choice.split()[-1] in suggestion.command for choice in suggestion.reasons)
+    ours = next(one for one in _PRESETS if one.name == preset)
+    assert PRESETS[preset]["train_batch_size"] == ours.batch == config.loop.train_batch_size
+    assert config.loop.max_train_steps <= PRESETS[preset]["max_train_steps"] == ours.most_steps
+
+
+def test_nothing_is_suggested_for_what_cannot_be_trained_on() -> None:
+    assert suggest(Report("x", "unknown", problems=("no",)), gpu=False) is None
+
+
+def test_counts() -> None:
+    sizes = [(30, 40), (40, 30), (100, 100), (10, 1000), (192, 108)]
+    assert aspect_histogram(sizes) == {"1:2 or taller": 1, "3:4": 1, "1:1": 1, "4:3": 1, "16:9": 1}
+    assert reach(sizes)["32"] == 2 and reach(sizes)["64"] == 2 and reach(sizes)["128"] == 0
+    assert kept_by_square_crop([(10, 20), (10, 10)]) == 0.75
+
+
+def test_words(tmp_path: Path) -> None:
+    for name, text in (("a", "A red cat"), ("b", "a red cat"), ("c", "the cat's hat"), ("d", "a red cat")):
+        save_all(tmp_path, [f"{name}.png"])
+        (tmp_path / f"{name}.txt").write_text(text)
+    facts = caption_facts(find_source(str(tmp_path)).examples)
+    assert facts.different == 3 and dict(facts.repeated) == {"a red cat": 2}
+    assert (facts.shortest, facts.longest, facts.vocabulary, facts.once) == (3, 3, 6, 3)
+    assert list(facts.common.items())[:3] == [("a", 3), ("cat", 3), ("red", 3)]
+
+
+def test_the_sheet_shows_every_class(tmp_path: Path) -> None:
+    for index in range(30):
+        folder = tmp_path / ("rare" if index < 2 else "common")
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 20), (250, 0, 0) if index < 2 else (0, 0, 250)).save(folder / f"{index:02}.png")
+    source = find_source(str(tmp_path))
+    chosen = spread(source, 8)
+    assert len(chosen) == 8 and [e.label for e in chosen].count("rare") == 2
+    sheet = contact_sheet(source, most=8, columns=4, cell=40)
+    colours = {
+        sheet.getpixel((8 + 48 * column + 20, 8 + 61 * row + 20)) for column in range(4) for row in range(2)
+    }
+    assert colours == {(250, 0, 0), (0, 0, 250)}
+
+
+def test_files_are_written_and_kept(
+    tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    save_all(tmp_path / "data", [f"a<b>/{i}.png" for i in range(3)] + [f"c/{i}.png" for i in range(12)])
+    main = load_program(repository / "train" / "check.py").main
+    page, sheet = tmp_path / "report.html", tmp_path / "sheet.png"
+    main([str(tmp_path / "data"), "--report", str(page), "--sheet", str(sheet), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["suggestion"]["command"].startswith("latentflow train") and told["formats"] == {"PNG": 15}
+    html = page.read_text(encoding="utf-8")
+    assert "a&lt;b&gt;" in html and "<b>" not in html and "data:image/webp;base64" in html
+    assert "http" not in html
+    with Image.open(sheet) as image:
+        assert image.format == "PNG" and image.width > 1000
+    before = page.read_bytes(), sheet.read_bytes()
+    for flag, file in (("--report", page), ("--sheet", sheet)):
+        with pytest.raises(UserError, match="exists"):
+            main([str(tmp_path / "data"), flag, str(file)])
+    assert (page.read_bytes(), sheet.read_bytes()) == before
+    with pytest.raises(UserError, match=r"does not end in \.html"):
+        main([str(tmp_path / "data"), "--report", "report.pdf"])
+    main([str(tmp_path / "data"), "--report", str(page), "--overwrite"])
+    assert "to start with:" in capsys.readouterr().out

@@ -1,0 +1,214 @@
+"""Several sets as one, several captions of one picture, tags in other orders, factors on losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from latentflow.data import Source, find_source, split
+from latentflow.data.tags import with_tag_orders
+from latentflow.errors import UserError
+
+from .pictures import noise, save_all, write_jsonl
+
+
+def captioned(root: Path, count: int, seed: int = 0, **more: Any) -> Path:
+    root.mkdir(parents=True)
+    for number in range(count):
+        noise(seed + number).save(root / f"{number}.png")
+    rows = [
+        {"file_name": f"{number}.png", "text": f"{root.name} {number}", **more} for number in range(count)
+    ]
+    write_jsonl(root / "metadata.jsonl", rows)
+    return root
+
+
+def mix(tmp_path: Path, *sources: dict[str, Any], **more: Any) -> str:
+    path = tmp_path / "mix.yaml"
+    path.write_text(yaml.safe_dump({"sources": list(sources), **more}))
+    return str(path)
+
+
+# --- mixing -------------------------------------------------------------------------------------------
+
+
+def test_repeats_and_weights_of_a_mix(tmp_path: Path) -> None:
+    captioned(tmp_path / "cats", 2, weight=0.5)
+    captioned(tmp_path / "more/dogs", 3, seed=10)
+    data = mix(tmp_path, {"data": "cats", "repeats": 4}, {"data": str(tmp_path / "more/dogs"), "weight": 3})
+    source = find_source(data)
+    assert [example.repeats for example in source.examples] == [1, 1, 1, 4, 4]  # absolute paths come first
+    assert source.weights() == [3, 3, 3, 0.5, 0.5]
+    assert source.uses() == [0, 1, 2, *[3] * 4, *[4] * 4] and source.once().uses() == [0, 1, 2, 3, 4]
+    assert {example.name for example in source.examples} >= {"cats/0.png"}
+    assert any("cats: 2 pictures, each used 4 times an epoch" in note for note in source.notes)
+    training, held_out = split(source, 2)
+    assert len(training) + len(held_out) == 5  # repeats never part a picture
+    plain = find_source(mix(tmp_path, {"data": "cats"}, {"data": "more/dogs"}))
+    assert source.fingerprint() != plain.fingerprint()
+
+
+def test_weights_multiply(tmp_path: Path) -> None:
+    captioned(tmp_path / "cats", 1, weight=0.5)
+    assert find_source(mix(tmp_path, {"data": "cats", "weight": 3})).weights() == [1.5]
+
+
+def test_regularisation_is_balanced_with_what_is_learnt(tmp_path: Path) -> None:
+    captioned(tmp_path / "mine", 2)
+    captioned(tmp_path / "prior", 3, seed=5)
+    entries = [{"data": "mine", "repeats": 6}, {"data": "prior", "regularisation": True, "weight": 0.3}]
+    source = find_source(mix(tmp_path, *entries))
+    uses = source.uses()
+    assert [sum(source.examples[i].name.startswith(part) for i in uses) for part in ("mine", "prior")] == [
+        12,
+        12,
+    ]
+    assert source.weights() == [1, 1, 0.3, 0.3, 0.3]
+    own = find_source(mix(tmp_path, entries[0], {**entries[1], "repeats": 1}))
+    assert len(own.uses()) == 15
+
+
+def test_classes_of_a_mix_are_one_list(tmp_path: Path) -> None:
+    save_all(tmp_path, ["one/hat/1.png", "one/shoe/2.png", "two/bag/3.png", "two/hat/4.png"])
+    source = find_source(mix(tmp_path, {"data": "one"}, {"data": "two"}))
+    assert source.classes == ("bag", "hat", "shoe") and source.class_ids() == [1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "lists no sources"),
+        ([{"data": "cats"}, {"data": "hats"}], r"different conditions: cats \(text\), hats \(class\)"),
+        ([{"data": "cats"}, {"data": "cats"}], "lists cats twice\nUse `repeats: 2`"),
+        ([{"data": "cats", "repeats": 1.5}], "source 1: repeats is 1.5\nGive a whole number"),
+        ([{"data": "cats", "repeats": 0}], "repeats is 0"),
+        ([{"data": "cats", "weight": 0}], "weight is 0"),
+        ([{"data": "cats", "weight": float("nan")}], "weight is nan"),
+        ([{"data": "cats", "repeat": 2}], "did you mean 'repeats'"),
+        ([{"data": "cats", "regularisation": True}], "nothing but regularisation"),
+        ([{"repeats": 2}], "source 1 has no data"),
+        ([{"data": "cots"}], "there is no folder .*cots\nDid you mean .*cats"),
+    ],
+)
+def test_mixes_that_cannot_be_meant(tmp_path: Path, sources: list[dict[str, Any]], message: str) -> None:
+    captioned(tmp_path / "cats", 1)
+    save_all(tmp_path, ["hats/a/1.png", "hats/b/2.png"])
+    with pytest.raises(UserError, match=message):
+        find_source(mix(tmp_path, *sources))
+
+
+def test_a_mix_of_a_key_or_yaml_that_is_none(tmp_path: Path) -> None:
+    captioned(tmp_path / "cats", 1)
+    with pytest.raises(UserError, match=r"unknown key in .*mix.yaml 'resolution'"):
+        find_source(mix(tmp_path, {"data": "cats"}, resolution=64))
+    (tmp_path / "mix.yaml").write_text("sources: [")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        find_source(str(tmp_path / "mix.yaml"))
+
+
+def test_a_picture_in_two_sets_under_one_name(tmp_path: Path) -> None:
+    captioned(tmp_path / "all/cats", 1)
+    (tmp_path / "all/cats/metadata.jsonl").unlink()
+    data = mix(tmp_path, {"data": "all"}, {"data": "all/cats"})
+    with pytest.raises(UserError, match=r"two pictures are named all/cats/0.png"):
+        find_source(data, condition="none")
+
+
+def test_the_cache_may_lie_in_no_set_of_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioned(tmp_path / "cats", 1)
+    captioned(tmp_path / "dogs", 1, seed=1)
+    monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "dogs/cache"))
+    with pytest.raises(UserError, match=r"lies inside the data .*dogs"):
+        find_source(mix(tmp_path, {"data": "cats"}, {"data": "dogs"}))
+
+
+def test_a_mix_holds_neither_mixes_nor_latents(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a list of lists"):
+        find_source(mix(tmp_path, {"data": "mix.yaml"}))
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents/latents.json").write_text("{}")
+    with pytest.raises(UserError, match="mixes in latents"):
+        find_source(mix(tmp_path, {"data": "latents"}))
+
+
+# --- captions -----------------------------------------------------------------------------------------
+
+
+def several(tmp_path: Path, *texts: object) -> Source:
+    save_all(tmp_path, [f"{number}.png" for number in range(len(texts))])
+    rows = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(texts)]
+    write_jsonl(tmp_path / "metadata.jsonl", rows)
+    return find_source(str(tmp_path))
+
+
+def test_several_captions_in_metadata(tmp_path: Path) -> None:
+    source = several(tmp_path, ["a hat", " ", "a red hat"], "a shoe")
+    assert source.captions() == ["a hat", "a shoe"]
+    assert source.all_captions() == [("a hat", "a red hat"), ("a shoe",)]
+    assert any("1 pictures have several captions" in note for note in source.notes)
+    assert find_source(str(tmp_path), condition="none").all_captions() == [("",), ("",)]
+    with pytest.raises(UserError, match=r"line 1: text is \['a', 5\]"):
+        several(tmp_path, ["a", 5])
+
+
+def test_several_captions_in_numbered_columns(tmp_path: Path) -> None:
+    save_all(tmp_path, ["1.png", "2.png"])
+    (tmp_path / "metadata.csv").write_text("file_name,text_10,text_2,text_1\n1.png,d,b,a\n2.png,,c,\n")
+    assert find_source(str(tmp_path)).all_captions() == [("a", "b", "d"), ("c",)]
+
+
+def test_a_sidecar_must_be_one_of_the_captions(tmp_path: Path) -> None:
+    (tmp_path / "0.txt").write_text("a red  hat\n")
+    assert several(tmp_path, ["a hat", "a red hat"]).all_captions() == [("a hat", "a red hat")]
+    with pytest.raises(UserError, match="differ on 1 pictures"):
+        several(tmp_path, ["a hat", "a blue hat"])
+
+
+def test_more_captions_are_other_data(tmp_path: Path) -> None:
+    one = several(tmp_path, "a hat").fingerprint()
+    assert (
+        len(
+            {
+                one,
+                several(tmp_path, ["a hat", "b"]).fingerprint(),
+                several(tmp_path, ["a hat", "c"]).fingerprint(),
+            }
+        )
+        == 3
+    )
+
+
+# --- tags ---------------------------------------------------------------------------------------------
+
+
+def test_tags_in_other_orders(tmp_path: Path) -> None:
+    source = several(tmp_path, "cat, black,sitting , outdoors", "one")
+    found = find_source(str(tmp_path), shuffle_tags=6, keep_tags=1)
+    first, second = found.all_captions()
+    assert first[0] == "cat, black,sitting , outdoors" and found.captions() == source.captions()
+    assert second == ("one",)
+    orders = [tuple(tag.strip() for tag in text.split(",")) for text in first]
+    assert len(set(orders)) == len(orders) and 2 < len(orders) <= 6
+    assert all(order[0] == "cat" and sorted(order) == sorted(orders[0]) for order in orders)
+    assert with_tag_orders(source, 6, 1).examples == found.examples  # depends on the caption only
+    assert {text.split(",")[0] for text in with_tag_orders(source, 12, 0).all_captions()[0]} > {"cat"}
+    assert any("tags of 1 pictures in up to 6 orders" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("orders", "keep", "message"),
+    [
+        (1, 0, "from 2 on"),
+        (-1, 0, "from 2 on"),
+        (4, -1, "from 0 on"),
+        (0, 1, "Add --shuffle-tags"),
+        (4, 3, "no caption of"),
+    ],
+)
+def test_tags_that_cannot_be_shuffled(tmp_path: Path, orders: int, keep: int, message: str) -> None:
+    source = several(tmp_path, "a, b, c")
+    with pytest.raises(UserError, match=message):
+        with_tag_orders(source, orders, keep)

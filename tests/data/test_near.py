@@ -1,0 +1,125 @@
+"""Near duplicates are found, strangers are not, and the split keeps them on one side."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentflow.data import Source, check_source, find_source, split
+from latentflow.data.checking.looks import looks_at
+from latentflow.data.checking.near import BITS, near_duplicates
+
+
+def picture(seed: int, width: int = 96, height: int = 96) -> Image.Image:
+    """Smooth blobs, as photographs have; another seed is another picture."""
+    values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def save_copies(root: Path, seed: int, name: str) -> list[str]:
+    image = picture(seed)
+    image.save(root / f"{name}.png")
+    image.save(root / f"{name}-poor.jpg", quality=80, subsampling=0)
+    image.resize((48, 48)).save(root / f"{name}-small.webp", lossless=True)
+    return [f"{name}-poor.jpg", f"{name}-small.webp", f"{name}.png"]
+
+
+def as_before(source: Source, wanted: int, seed: int) -> list[int]:
+    """What was held out before near duplicates were known: the lowest hashes of content."""
+    ranks = [hashlib.sha256(f"{seed}:{key}".encode()).hexdigest() for key in source.content_keys()]
+    return [i for i, rank in enumerate(ranks) if rank <= sorted(ranks)[wanted - 1]]
+
+
+def test_copies_are_one_group_and_others_are_not(tmp_path: Path) -> None:
+    names = save_copies(tmp_path, 0, "a")
+    for seed in range(1, 40):
+        picture(seed).save(tmp_path / f"{seed}.png")
+    recoloured = np.asarray(picture(0))[..., ::-1]  # the same shapes: its hash is near, its colours are not
+    Image.fromarray(np.ascontiguousarray(recoloured)).save(tmp_path / "recoloured.png")
+    report = check_source(str(tmp_path), progress=False)
+    assert report.near_duplicates == (tuple(names),) and not report.duplicates
+    assert any("3 pictures are near duplicates" in warning for warning in report.warnings)
+
+
+def test_squeezed_pictures_are_no_copies(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    picture(0).resize((96, 60)).save(tmp_path / "b.png")
+    assert not check_source(str(tmp_path), progress=False).near_duplicates
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("plain")
+    for seed in range(120):
+        picture(seed + 100).save(root / f"{seed:03}.png")
+    return root
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_without_near_duplicates_the_split_is_what_it_was(plain: Path, seed: int) -> None:
+    source = find_source(str(plain))
+    for wanted in (1, 7, 60):
+        assert split(source, wanted, seed)[1] == as_before(source, wanted, seed)
+
+
+def test_near_duplicates_stay_on_one_side(plain: Path, tmp_path: Path) -> None:
+    for seed in range(40):
+        save_copies(tmp_path, seed, f"{seed:02}")
+    for path in plain.iterdir():
+        (tmp_path / f"z{path.name}").hardlink_to(path)
+    source = find_source(str(tmp_path))
+    group = [example.name[:2] if example.name[0] != "z" else example.name for example in source.examples]
+    before = set(as_before(source, 60, 0))
+    assert any(group[i] == group[j] for i in before for j in range(len(group)) if j not in before)
+    train, held_out = split(source, 60)
+    assert not {group[i] for i in train} & {group[i] for i in held_out}
+    assert 60 <= len(held_out) < 66 and sorted(train + held_out) == list(range(len(source)))
+
+
+def test_a_film_is_parted_rather_than_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for frame in range(30):
+        image = picture(0)
+        image.putpixel((frame, 0), (0, 0, 0))
+        image.save(tmp_path / f"{frame}.png")
+    source = find_source(str(tmp_path))
+    assert split(source, 3)[1] == as_before(source, 3, 0)
+    assert "near duplicates" in caplog.text
+
+
+def test_every_pair_within_reach_is_found_and_a_hundred_thousand_take_seconds() -> None:
+    generator = np.random.default_rng(0)
+    count = 50_000
+    hashes = generator.integers(-(2**63), 2**63, count, dtype=np.int64)
+    thumbnails = generator.integers(0, 256, (count, 192), dtype=np.uint8)
+    flipped = generator.random((count, 64), dtype=np.float32).argsort(axis=1)[:, :BITS].astype(np.uint64)
+    near = hashes.view(np.uint64) ^ np.bitwise_or.reduce(np.uint64(1) << flipped, axis=1)
+    both = np.concatenate([hashes, near.view(np.int64)])
+    start = time.process_time()
+    groups = near_duplicates(both, np.concatenate([thumbnails] * 2), np.ones((2 * count, 2), np.int64))
+    assert time.process_time() - start < 30
+    assert np.array_equal(groups[:count], groups[count:]) and len(np.unique(groups)) == count
+
+
+def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentflow.data.checking import looks as module
+
+    for seed in range(3):
+        picture(seed).save(tmp_path / f"{seed}.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    opened: list[str] = []
+    real = module.look_at_all
+    monkeypatch.setattr(module, "look_at_all", lambda e: (opened.extend(x.name for x in e), real(e))[1])
+    source = find_source(str(tmp_path))
+    first = list(looks_at(source, progress=False))
+    assert opened == ["0.png", "1.png", "2.png", "bad.png"]
+    opened.clear()
+    assert list(looks_at(source, progress=False)) == first
+    assert opened == ["bad.png"]  # why it could not be read may have passed
+    picture(9, 80).save(tmp_path / "1.png")
+    opened.clear()
+    assert list(looks_at(source, progress=False))[1].size == (80, 96) and opened == ["1.png", "bad.png"]

@@ -1,0 +1,40 @@
+"""Several processes of one run, forked: nothing is imported again."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+from accelerate.state import AcceleratorState, PartialState
+
+
+def fork_ranks(processes: int, function: Callable[[int], None]) -> list[int]:
+    """Call ``function(rank)`` in each of ``processes`` forked processes, which talk through gloo if there are several.
+
+    Returns:
+        Their ids. Each ends with status 0, or 1 if the function raised.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ids = []
+    for rank in range(processes):
+        ids.append(os.fork())
+        if not ids[-1]:
+            _run_as(rank, processes, port, function)
+    return ids
+
+
+def _run_as(rank: int, processes: int, port: int, function: Callable[[int], None]) -> None:
+    status = 1
+    try:
+        PartialState._reset_state()
+        AcceleratorState._reset_state()
+        if processes > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+            os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        function(rank)
+        status = 0
+    finally:
+        os._exit(status)

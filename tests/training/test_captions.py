@@ -1,0 +1,93 @@
+"""Which caption, which picture and which factor a training sample gets."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from latentflow.data import FileExample, LatentTable, Source
+from latentflow.models import train_tokenizer
+from latentflow.training.conditions import Captions, conditions_of
+from latentflow.training.flow import FlowConfig, FlowStage
+from latentflow.training.latent_data import LatentData
+from latentflow.training.order import DataOrder, Draw
+from latentflow.training.start import Networks
+
+TEXTS = [("one",), ("two", "deux", "zwei"), ("three", "trois")]
+
+
+def source(**more: Any) -> Source:
+    examples = [
+        FileExample(str(row), text, texts=tuple(texts), path=Path(str(row)), **more)
+        for row, (text, *texts) in enumerate(TEXTS)
+    ]
+    return Source("numbers", tuple(examples), "text")
+
+
+def test_each_use_draws_one_of_its_pictures_captions() -> None:
+    captions = Captions(source(), seed=7)
+    assert list(captions) == [text for texts in TEXTS for text in texts]
+    drawn = [captions[place] for place in captions.drawn([1] * 3000, list(range(3000)))]
+    counts = Counter(drawn)
+    assert set(counts) == set(TEXTS[1]) and all(900 < count < 1100 for count in counts.values())
+    pairs = Counter(itertools.pairwise(drawn))
+    assert len(pairs) == 9 and min(pairs.values()) > 250  # the next draw knows nothing of the last
+
+
+def test_the_draw_depends_on_the_seed_and_the_running_number_alone() -> None:
+    rows, numbers = [2, 1, 0, 1], [11, 5, 6, 900]
+    captions = Captions(source(), seed=7)
+    whole = captions.drawn(rows, numbers)
+    assert whole == [captions.drawn([row], [number])[0] for row, number in zip(rows, numbers, strict=True)]
+    many = [1] * 64
+    assert captions.drawn(many, list(range(64))) != Captions(source(), seed=8).drawn(many, list(range(64)))
+
+
+def test_tokens_are_those_of_the_drawn_caption() -> None:
+    tokenizer = train_tokenizer([text for texts in TEXTS for text in texts])
+    networks = Networks(network=None, text_encoder=nn.Identity(), tokenizer=tokenizer, trained_text=True)  # type: ignore[arg-type]
+    numbers, rows = source(), [0, 1, 2] * 8
+    batch = conditions_of(numbers, networks, 3)(rows, list(range(24)))
+    told = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert told == [
+        Captions(numbers, 3)[place] for place in Captions(numbers, 3).drawn(rows, list(range(24)))
+    ]
+    assert all(text in TEXTS[row] for text, row in zip(told, rows, strict=True)) and len(set(told)) == 6
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_epoch_uses_each_picture_as_often_as_it_is_repeated(processes: int) -> None:
+    table = LatentTable(torch.arange(3.0).view(3, 1, 1, 1, 1), None)
+    data = LatentData(source(repeats=4), table, {})
+    order = DataOrder(size=len(data), batch_size=2, processes=processes)
+    draws = [d for p in range(processes) for b in order.batches(0, 12 // (2 * processes), p) for d in b]
+    assert Counter(data.__getitems__(draws)["latents"].flatten().tolist()) == {0.0: 4, 1.0: 4, 2.0: 4}
+    assert len(LatentData(source(repeats=4).once(), table, {})) == 3
+
+
+def test_weights_multiply_the_loss_and_not_what_is_measured() -> None:
+    torch.manual_seed(0)
+    stage = FlowStage(Linear(), FlowConfig(), seed=0)
+    batch = {"latents": torch.randn(3, 1, 2, 2), "numbers": [0, 1, 2]}
+    plain, weights = stage(batch), torch.tensor([0.5, 2.0, 0.0])
+    weighted = stage(batch | {"weights": weights})
+    assert torch.equal(plain["per_sample"], weighted["per_sample"])
+    torch.testing.assert_close(weighted["loss"], (plain["per_sample"] * weights).mean())
+    table = LatentTable(torch.zeros(3, 1, 1, 1, 1), None)
+    assert "weights" not in LatentData(source(), table, {}).__getitems__([Draw(0, 0)])
+    assert LatentData(source(weight=0.5), table, {}).__getitems__([Draw(2, 0)])["weights"].tolist() == [0.5]
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
+        return self.slope * x

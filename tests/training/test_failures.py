@@ -1,0 +1,364 @@
+"""What gives out while a run trains: memory, data, previews, disks, clocks, processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from latentflow.autoencoder import latents
+from latentflow.errors import RunError, UserError
+from latentflow.memory import OutOfMemory, memory_phase
+from latentflow.training import Callbacks, fit, log_to, loop, saving
+from latentflow.training.checkpoint import list_checkpoints, load_latest
+from latentflow.training.order import Draw
+
+from .forking import fork_ranks
+from .test_loop import CONFIG, Line, Regression, assert_equal_weights, run
+
+LINE = "latentflow train cats -o runs/cats"
+
+
+class NoDropout(Regression):
+    """Its loss is a function of the samples alone, whatever the parts."""
+
+    def __init__(self, memory_rows: int = 10**9, error: Exception | None = None) -> None:
+        super().__init__()
+        self.layers[2] = nn.Identity()
+        self.memory_rows = memory_rows
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        self.sizes: list[int] = []
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        self.sizes.append(len(batch["x"]))
+        if len(batch["x"]) > self.memory_rows:
+            raise self.error
+        return super().forward(batch)
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "RETRY_SECONDS", (0.0, 0.0))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    log_to(folder)
+    yield folder / "train.log"
+    log_to(None)
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("rows", [3, 1])
+def test_automatic_micro_batches_learn_what_a_run_with_these_from_the_start_learns(
+    tmp_path: Path, log: Path, rows: int
+) -> None:
+    auto = dataclasses.replace(CONFIG, auto_micro_batch=True)
+    module = NoDropout(memory_rows=rows)
+    assert run(tmp_path / "auto", auto, module=module)
+    small = dataclasses.replace(CONFIG, train_batch_size=rows, gradient_accumulation_steps=6 // rows)
+    assert run(tmp_path / "small", small, module=NoDropout())
+    first, second = (load_latest(tmp_path / name / "checkpoints") for name in ("auto", "small"))
+    assert first is not None and second is not None
+    for name, one in first["flow-weights"].items():
+        torch.testing.assert_close(one, second["flow-weights"][name], rtol=0, atol=1e-6)
+    said = log.read_text()
+    assert "phase: train" in said and f"parts of {rows}" in said and "samples and noise stay" in said
+    # Known from the first step on, and kept by the run that goes on.
+    assert first["micro_batch"] == rows
+    again = NoDropout(memory_rows=rows)
+    assert run(tmp_path / "auto", dataclasses.replace(auto, max_train_steps=13), module=again)
+    assert set(again.sizes) == {rows}
+
+
+def test_automatic_micro_batches_in_the_middle_of_a_run_repeat_the_step_from_its_start(
+    tmp_path: Path,
+) -> None:
+    """Also with accumulation: the parts of a step that went through are not counted twice."""
+    config = dataclasses.replace(
+        CONFIG, train_batch_size=3, gradient_accumulation_steps=2, auto_micro_batch=True
+    )
+
+    class Once(NoDropout):
+        def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+            if 5 * 6 + 3 in batch["numbers"] and len(batch["x"]) == 3:  # the second half of step 6
+                raise MemoryError
+            return super().forward(batch)
+
+    assert run(tmp_path / "once", config, module=Once())
+    assert run(tmp_path / "plain", config, module=NoDropout())
+    first, second = (load_latest(tmp_path / name / "checkpoints") for name in ("once", "plain"))
+    assert first is not None and second is not None
+    for name, one in first["flow-weights"].items():
+        torch.testing.assert_close(one, second["flow-weights"][name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
+    ],
+    ids=["gpu", "python", "cpu"],
+)
+def test_out_of_memory_names_the_phase_the_peak_and_the_flags_and_saves(
+    tmp_path: Path, error: Exception
+) -> None:
+    class Late(NoDropout):
+        def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+            if 6 * 6 in batch["numbers"]:
+                raise error
+            return super().forward(batch)
+
+    with pytest.raises(
+        RunError, match=r"step 7: out of memory \(phase: train\) after a peak of \d"
+    ) as caught:
+        run(tmp_path, module=Late(), resume_line=LINE)
+    for word in ("--auto-micro-batch", "--gradient-checkpointing", "Saved at step 6", LINE):
+        assert word in caught.value.fix
+    assert steps(tmp_path)[-1] == 6 and caught.value.status == 1
+    assert run(tmp_path, module=NoDropout())  # and from there it goes on, losing nothing
+    assert run(tmp_path / "whole", module=NoDropout())
+    assert_equal_weights(tmp_path, tmp_path / "whole")
+
+
+def test_two_processes_split_alike_when_one_runs_out_and_another_number_may_go_on(
+    tmp_path: Path, log: Path
+) -> None:
+    constant = dataclasses.replace(CONFIG, lr_scheduler="constant")
+    config = dataclasses.replace(constant, max_train_steps=8, train_batch_size=3, auto_micro_batch=True)
+
+    def train(rank: int) -> None:
+        run(tmp_path / "two", config, module=NoDropout(memory_rows=1 if rank else 10**9))
+
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, train)] == [0, 0]
+    state = load_latest(tmp_path / "two" / "checkpoints")
+    assert state is not None and (state["step"], state["micro_batch"], state["processes"]) == (8, 1, 2)
+    alone = dataclasses.replace(constant, train_batch_size=3, gradient_accumulation_steps=2)
+    assert run(tmp_path / "two", alone, module=NoDropout())
+    assert "resumed by 1 processes (2 before)" in log.read_text()
+    assert run(tmp_path / "one", constant, module=NoDropout())
+    first, second = (load_latest(tmp_path / name / "checkpoints") for name in ("two", "one"))
+    assert first is not None and second is not None
+    for name, one in first["flow-weights"].items():
+        torch.testing.assert_close(one, second["flow-weights"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_too_little_memory_for_a_single_sample_ends_the_run(tmp_path: Path) -> None:
+    auto = dataclasses.replace(CONFIG, auto_micro_batch=True)
+    with pytest.raises(RunError, match="step 1: out of memory"):
+        run(tmp_path, auto, module=NoDropout(memory_rows=0))
+
+
+def test_another_error_of_the_network_is_no_lack_of_memory(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(tmp_path, module=NoDropout(memory_rows=0, error=RuntimeError("shapes do not match")))
+
+
+def test_memory_that_runs_out_while_decoding_is_told_apart(tmp_path: Path) -> None:
+    class Decoder:
+        """Stands for an autoencoder; what matters is who called it."""
+
+        def decode(self, *args: object, **kwargs: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "denormalise", lambda vae, values: values)
+        patch.setattr(latents, "_placed", lambda vae, values: values)
+        with pytest.raises(torch.OutOfMemoryError) as caught:  # from Python its type is what it was
+            latents.decode(Decoder(), torch.zeros(1))  # type: ignore[arg-type]
+    with pytest.raises(OutOfMemory, match="phase: decode") as told, memory_phase("preview"):
+        raise caught.value
+    assert "enable_tiling" in told.value.fix
+
+
+# ---- previews and validation ----
+
+
+def test_previews_and_validations_that_fail_never_stop_a_run_and_are_tried_again(
+    tmp_path: Path, log: Path
+) -> None:
+    calls = {"preview": 0, "validate": 0}
+
+    def preview() -> Image.Image:
+        calls["preview"] += 1
+        torch.rand(10)
+        if calls["preview"] == 1:
+            raise TypeError("no such thing")
+        if calls["preview"] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Image.new("RGB", (4, 4))
+
+    def validate() -> dict[str, float]:
+        calls["validate"] += 1
+        if calls["validate"] == 1:
+            raise UserError("cannot read broken.png")
+        return {"loss": 1.0}
+
+    often = dataclasses.replace(CONFIG, preview_steps=4, validation_steps=6)
+    module = Regression()
+    assert run(
+        tmp_path / "run", often, module=module, callbacks=Callbacks(validate=validate, preview=preview)
+    )
+    assert calls == {"preview": 3, "validate": 2}
+    said = log.read_text()
+    assert "step 4: could not preview: TypeError: no such thing (test_failures.py, line" in said
+    assert "out of memory (phase: preview)" in said and "--preview-steps 0" in said
+    assert "step 6: could not validate: UserError: cannot read broken.png" in said
+    assert [file.name for file in (tmp_path / "run" / "samples").iterdir()] == ["step-000012.png"]
+    assert run(tmp_path / "plain")
+    assert_equal_weights(tmp_path / "run", tmp_path / "plain")  # and leave no trace in what is learnt
+
+
+# ---- data ----
+
+
+class Unreadable(Line):
+    """A file whose disk fails when sample 3 is asked for."""
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        if any(draw.number == 6 * 6 + 3 for draw in draws):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "shard-3.safetensors")
+        return super().__getitems__(draws)
+
+
+class Dying(Line):
+    """The process that loads sample 57 is killed, as the kernel does when memory is short."""
+
+    def __init__(self) -> None:
+        self.main = os.getpid()
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        if any(draw.number == 9 * 6 + 3 for draw in draws):
+            assert os.getpid() != self.main
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitems__(draws)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_file_is_named_and_the_run_saved(tmp_path: Path, workers: int) -> None:
+    config = dataclasses.replace(
+        CONFIG, num_workers=workers, train_batch_size=3, gradient_accumulation_steps=2
+    )
+    with pytest.raises(
+        RunError, match=r"step 7: .*point \d+, point \d+.*Input/output error.*shard-3"
+    ) as caught:
+        fit({"flow": Regression()}, Unreadable(), config, tmp_path / "run", resume_line=LINE)
+    assert "Saved at step 6" in caught.value.fix and LINE in caught.value.fix
+    assert steps(tmp_path / "run")[-1] == 6
+    assert run(tmp_path / "run", config)  # the disk is back: nothing is lost, not even dropout's random state
+    assert run(tmp_path / "plain", dataclasses.replace(config, num_workers=0))
+    assert_equal_weights(tmp_path / "run", tmp_path / "plain")
+
+
+def test_a_worker_that_is_killed_is_told_of_and_the_run_saved(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, num_workers=2)
+    with pytest.raises(
+        RunError, match=r"a process that loads data has died \(process \d+, exit status -9"
+    ) as caught:
+        fit({"flow": Regression()}, Dying(), config, tmp_path / "run", resume_line=LINE)
+    # It loads up to four batches ahead, and what it had not yet handed over is lost with it.
+    saved = steps(tmp_path / "run")[-1]
+    assert 5 <= saved <= 9
+    assert "--num-workers" in caught.value.fix and f"Saved at step {saved}" in caught.value.fix
+    assert run(tmp_path / "run", dataclasses.replace(config, num_workers=1))  # another number of workers
+    assert run(tmp_path / "plain")
+    assert_equal_weights(tmp_path / "run", tmp_path / "plain")
+
+
+# ---- disks ----
+
+
+def test_a_full_disk_does_not_stop_training_and_fails_the_end_only(
+    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = saving.checkpoint.write_checkpoint
+    full = {8, 12}
+
+    def write(folder: Path, *args: Any, **kwargs: Any) -> None:
+        if saving.checkpoint.step_of(folder) in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(folder, *args, **kwargs)
+
+    monkeypatch.setattr(saving.checkpoint, "write_checkpoint", write)
+    with pytest.raises(
+        RunError, match=r"step 12 is trained, but its checkpoint .*the last good one is step-000004"
+    ) as caught:
+        run(tmp_path / "run")
+    assert caught.value.status == 1 and "same line" in caught.value.fix
+    said = log.read_text()
+    assert said.count("Trying again") == 2 and "step-000008 could not be written" in said
+    assert steps(tmp_path / "run") == [4]
+    full.clear()
+    assert run(tmp_path / "run") and run(tmp_path / "plain")
+    assert_equal_weights(tmp_path / "run", tmp_path / "plain")
+
+
+def test_metrics_that_cannot_be_written_do_not_stop_training(tmp_path: Path, log: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    assert run(tmp_path / "run")
+    assert log.read_text().count("metrics.jsonl cannot be written (No space left on device)") == 1
+
+
+def test_an_export_of_an_earlier_target_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "made").touch()
+
+    callbacks = Callbacks(export=export, export_to=tmp_path / "result")
+    assert run(tmp_path / "run", callbacks=callbacks)
+    (tmp_path / "result" / "made").unlink()
+    longer = dataclasses.replace(CONFIG, max_train_steps=14)
+    with monkeypatch.context() as patch:  # killed after the last checkpoint
+        patch.setattr(loop._Loop, "_export", lambda self: None)
+        assert run(tmp_path / "run", longer, callbacks=callbacks)
+    assert not (tmp_path / "result" / "made").exists()
+    assert run(tmp_path / "run", longer, callbacks=callbacks)
+    assert (tmp_path / "result" / "made").exists()
+
+
+# ---- clocks and processes ----
+
+
+def test_a_clock_that_jumps_back_changes_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jumps = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
+    assert run(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and all(row["images_per_second"] > 0 for row in rows)
+    assert rows[-1]["time"] < rows[0]["time"]  # it did jump
+
+
+def test_another_global_batch_is_refused_with_what_it_must_be(tmp_path: Path) -> None:
+    assert run(tmp_path)
+    other = dataclasses.replace(CONFIG, max_train_steps=14, train_batch_size=4)
+    with pytest.raises(UserError, match="batch: 6 -> 4") as caught:
+        run(tmp_path, other)
+    assert "must be 6, over 1 processes" in caught.value.fix
+    split = dataclasses.replace(other, train_batch_size=2, gradient_accumulation_steps=3)
+    assert run(tmp_path, split)

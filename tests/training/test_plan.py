@@ -1,0 +1,185 @@
+"""What `--dry-run` says a run will cost."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
+from latentflow.models import DiT, UNet, dit_config
+from latentflow.training import LoopConfig, plan
+from latentflow.training.cost import Cost, encoding_flops, network_cost, state_bytes
+from latentflow.training.ema import WeightAverage
+from latentflow.training.optimizers import make_optimizers
+
+from .command import ROOT, TINY, call
+
+
+def sit(depth: int = 2, **changes: object) -> DiT:
+    with torch.device("meta"):
+        return DiT(**dit_config("S", depth=depth, **changes))
+
+
+def closed_form(width: int, depth: int, tokens: int) -> float:
+    """FLOPs of a SiT with patches of 2 on 4 channels, forward and backward, after the sizes of its products."""
+    linear = depth * (12 * tokens * width**2 + 6 * width**2) + 2 * width**2 + width**2 + tokens * width * 32
+    first = 256 * width + tokens * width * 16  # whose inputs need no gradient
+    attention = depth * 2 * tokens**2 * width  # its backward computes the scores again
+    return 2 * (3 * linear + 2 * first + 3.5 * attention)
+
+
+@pytest.mark.parametrize(("depth", "size"), [(1, 32), (3, 32), (2, 16)])
+def test_the_count_is_that_of_the_closed_form(depth: int, size: int) -> None:
+    assert network_cost(sit(depth), size, 0).flops == pytest.approx(
+        closed_form(384, depth, size**2 // 4), rel=1e-4
+    )
+
+
+def test_the_closed_form_is_that_of_the_paper() -> None:
+    """DiT (arXiv:2212.09748), table 4: 118.64 and 23.01 'Gflops' forward, multiply-adds."""
+    for width, depth, published in ((1152, 28, 118.64e9), (768, 12, 23.01e9)):
+        assert closed_form(width, depth, 256) == pytest.approx(2 * 3 * published, rel=0.03)
+
+
+def test_activations_grow_with_depth_and_shrink_by_checkpointing_which_computes_the_blocks_twice() -> None:
+    one, three = network_cost(sit(1), 32, 0), network_cost(sit(3), 32, 0)
+    network = sit(3)
+    network.enable_gradient_checkpointing()
+    less = network_cost(network, 32, 0)
+    block = (three.flops - one.flops) / 2
+    assert three.activations > 2 * one.activations
+    assert less.activations < three.activations / 3
+    assert less.flops == pytest.approx(
+        three.flops + 3 * block / 3.1, rel=0.02
+    )  # a forward is a third and less
+
+
+def test_activations_are_what_autograd_keeps_of_a_real_pass() -> None:
+    torch.manual_seed(0)
+    network = DiT(in_channels=4, width=64, depth=2, heads=2, sample_size=20)
+    planned = network_cost(network, 20, 0)  # 400 tokens: attention is fused on the CPU as well
+    weights = {one.untyped_storage().data_ptr() for one in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.randn(2, 4, 20, 20), torch.rand(2))
+    real = sum(one.untyped_storage().nbytes() for one in kept.values())
+    assert 2 * planned.activations == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("network", ["text", "masked", "unet"])
+def test_every_kind_of_network_can_be_counted_and_stays_as_it_is(network: str) -> None:
+    options = {"in_channels": 4, "sample_size": 8}
+    built = {
+        "text": lambda: DiT(**options, width=64, depth=1, heads=2, text_dim=24),
+        "masked": lambda: DiT(**options, width=64, depth=1, heads=2, num_classes=3, condition_channels=5),
+        "unet": lambda: UNet(**options, num_classes=3),
+    }[network]()
+    cost = network_cost(built, 8, 7)
+    assert cost.flops > 1e6 and cost.activations > 1e4
+    assert all(one.grad is None and not one.is_meta for one in built.parameters())
+    assert torch.isfinite(
+        built(torch.randn(1, 4, 8, 8), torch.rand(1))
+    ).all()  # its tables are no meta tensors
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_state_is_what_one_step_allocates(optimizer: str) -> None:
+    network = DiT(in_channels=4, width=64, depth=2, heads=2)
+    loop = LoopConfig(optimizer=optimizer)  # type: ignore[arg-type]
+    planned = state_bytes(network, loop, torch.float32)
+    average = WeightAverage(network, 0.9)
+    optimizers = make_optimizers(network, loop)
+    network(torch.randn(1, 4, 8, 8), torch.rand(1)).square().mean().backward()
+    held: list[Tensor] = [
+        *network.parameters(),
+        *(one.grad for one in network.parameters() if one.grad is not None),
+    ]
+    held += average.averages.values()
+    for one in optimizers:
+        one.step()
+        held += [
+            value for state in one.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
+    assert planned == pytest.approx(sum(one.nbytes for one in held), rel=0.01)
+    assert state_bytes(network, loop, torch.bfloat16) > planned
+
+
+def test_encoding_is_counted_for_one_picture() -> None:
+    vae = tiny_autoencoder(4)
+    once = encoding_flops(vae, 32)
+    assert encoding_flops(vae, 64) == pytest.approx(4 * once, rel=0.05)
+    assert not any(one.is_meta for one in vae.parameters())
+
+
+def tiny_autoencoder(channels: int) -> nn.Module:
+    config = AutoencoderConfig(
+        autoencoder_class="kl", latent_channels=channels, autoencoder_widths=(8, 8, 8, 8),
+        encoder_layers=(1, 1, 1, 1), decoder_layers=(1, 1, 1, 1),
+    )  # fmt: skip
+    return build_autoencoder(config, 64)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "channels", "said"),
+    [
+        (
+            "imagenet-256-dit-b2",
+            4,
+            ["129.7 M parameters", "400000 steps of 256 samples", "139 GFLOPs a sample"],
+        ),
+        (
+            "imagenet-256-dit-xl2",
+            4,
+            ["674.0 M parameters", "716 GFLOPs a sample", "1.28 ZFLOPs in all", "do not fit"],
+        ),
+        ("text-to-image-512", 16, ["300000 steps of 256 samples", "latents 16 x 64 x 64", "text encoder:"]),
+    ],
+)
+def test_recipes_are_planned_without_their_weights(
+    recipe: str,
+    channels: int,
+    said: list[str],
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = pictures
+    if channels == 4:  # class by class
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            for number in range(3):
+                Image.new("RGB", (20, 20), (number * 50, len(name), 7)).save(
+                    tmp_path / "data" / name / f"{number}.png"
+                )
+        data = tmp_path / "data"
+    tiny_autoencoder(channels).save_pretrained(tmp_path / "vae")
+    monkeypatch.setattr(plan, "_TIMED_SECONDS", 0.0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = call(
+        tmp_path, data, "-o", tmp_path / "run", "--config", ROOT / "train" / "recipes" / f"{recipe}.yaml",
+        "--vae", tmp_path / "vae", "--mixed-precision", "no", "--dry-run",
+    )  # fmt: skip
+    for text in [*said, "NVIDIA H100", "by the", "40% (assumed)"]:
+        assert text in out, (text, out)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5 * 2**20  # KiB
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_small_network_is_timed_on_this_machine(pictures: Path, tmp_path: Path) -> None:
+    out = call(tmp_path, pictures, "-o", tmp_path / "run", *TINY, "--inpainting", "--dry-run")
+    assert "s a step" in out and "measured on this cpu;" in out
+
+
+def test_costs_add() -> None:
+    assert Cost(1.0, 2.0) + Cost(3.0, 4.0) == Cost(4.0, 6.0)

@@ -1,0 +1,163 @@
+"""`latentflow precompute`, and training from what it leaves, without the pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, load_autoencoder
+from latentflow.cli import run
+from latentflow.data import LatentFolder, cache, cached_latents, find_source, readable
+from latentflow.data.latent_folder import INDEX
+
+from ..data.pictures import load_program
+from .command import ROOT, TINY, call
+
+AUTOENCODER = AutoencoderConfig(
+    autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(0, 1), latent_channels=4
+)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    made = build_autoencoder(AUTOENCODER, 16)
+    made.register_to_config(latents_mean=[0.1] * 4, latents_std=[2.0] * 4, scaling_factor=1.0)
+    folder = tmp_path_factory.mktemp("vae")
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(pictures: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pictures, tmp_path / "data"))
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """How many pictures were encoded at once, each time."""
+    monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
+    counts: list[int] = []
+    posteriors = cache._posteriors
+
+    def counting(vae: object, pixels: torch.Tensor, *rest: object) -> object:
+        counts.append(len(pixels))
+        return posteriors(vae, pixels, *rest)
+
+    monkeypatch.setattr(cache, "_posteriors", counting)
+    return counts
+
+
+def precompute(capsys: pytest.CaptureFixture[str], *arguments: object, expect: int = 0) -> str:
+    program = load_program(ROOT / "train" / "precompute.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["latentflow precompute", *map(str, arguments)])
+        try:
+            run(program.main)
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+    said = capsys.readouterr()
+    assert code == expect, said.out + said.err
+    return said.out + said.err
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows for name in ("loss", "val_loss") if name in row]
+
+
+def test_training_without_the_pictures_is_training_with_them(
+    data: Path, vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents, stored = tmp_path / "latents", tmp_path / "cache"
+    line = [data, "--vae", vae, "-o", latents, "--resolution", 16, "--random-flip"]
+    said = precompute(capsys, *line, "--dry-run")
+    assert "on disk" in said and "time:" in said and not latents.exists()
+    encoded.clear()
+    assert "latentflow train" in precompute(capsys, *line)
+    assert sum(encoded) == 12
+    precompute(capsys, *line)
+    assert sum(encoded) == 12  # all was there
+    Image.new("RGB", (16, 16), "pink").save(data / "03.png")
+    precompute(capsys, *line)
+    assert encoded[-1] == 1 and sum(encoded) == 13
+
+    quick = [*TINY, "--max-train-steps", 2, "--preview-steps", 0, "--random-flip"]
+    call(stored, data, "-o", tmp_path / "with", *quick, "--vae", vae)
+    data.rename(tmp_path / "away")
+    call(stored, latents, "-o", tmp_path / "without", *quick)
+    assert len(losses(tmp_path / "with")) >= 3
+    assert losses(tmp_path / "without") == pytest.approx(losses(tmp_path / "with"), rel=1e-3)
+    assert (tmp_path / "without" / "pipeline" / "vae").is_dir()
+
+    said = call(stored, latents, "-o", tmp_path / "holes", *quick, "--inpainting", expect=2)
+    assert "holds no pixels" in said and "--pixels" in said
+    for flags, told in [
+        (["--condition", "class"], "--condition class"),
+        (["--resolution", "32"], "latents of 16 pixels, not of 32"),
+        (["--vae", str(other_autoencoder(tmp_path))], "autoencoder"),
+    ]:
+        assert told in call(stored, latents, "-o", tmp_path / "bad", *quick, *flags, expect=2)
+
+
+def other_autoencoder(tmp_path: Path) -> Path:
+    build_autoencoder(AUTOENCODER, 16).save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def test_pixels_and_masks_are_stored_on_request(
+    data: Path, vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents, stored = tmp_path / "latents", tmp_path / "cache"
+    Image.new("L", (16, 16), 255).save(data / "04-mask.png")
+    line = [data, "--vae", vae, "-o", latents, "--resolution", 16]
+    assert "needs pixels" in precompute(capsys, *line, expect=2)
+    precompute(capsys, *line, "--pixels")
+    shutil.rmtree(data)
+    call(stored, latents, "-o", tmp_path / "run", *TINY, "--max-train-steps", 1, "--preview-steps", 1)
+    source = find_source(str(latents))
+    assert source.has_masks and [e.name for e in source.examples if e.mask is not None] == ["04.png"]
+    assert source.examples[4].open().size == (16, 16)
+    assert not find_source(str(latents), masks="none").has_masks
+    assert not cache.cached_masks(source.subset([0, 1]), 16).has_mask.any()
+
+
+def test_what_was_begun_is_finished_and_nothing_else_is_touched(
+    data: Path, vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    latents = tmp_path / "latents"
+    monkeypatch.setattr("latentflow.data.store._ROWS", 4)
+    line = [data, "--vae", vae, "-o", latents, "--resolution", 16]
+    precompute(capsys, *line)
+    (latents / INDEX).unlink()
+    description = json.loads((latents / "latents.json").read_text())
+    (latents / "latents.json").write_text(json.dumps(description | {"complete": False}))
+    sorted((latents / "latents").glob("*.safetensors"))[1].unlink()
+    assert "not complete" in call(tmp_path / "cache", latents, "-o", tmp_path / "run", *TINY, expect=2)
+    encoded.clear()
+    precompute(capsys, *line)
+    assert sum(encoded) == 4
+
+    source = readable(find_source(str(latents)))
+    pictures = find_source(str(data))
+    assert isinstance(source, LatentFolder) and source.all_captions() == pictures.all_captions()
+    assert list(source.content_keys()) == pictures.content_keys()
+    assert [example.name for example in source.subset([3, 1]).examples] == ["03.png", "01.png"]
+    assert source.subset([3, 1]).subset([1]).captions() == pictures.captions()[1:2]
+    assert source.subset([3, 1]).fingerprint() != source.subset([1, 3]).fingerprint() != source.fingerprint()
+    network = load_autoencoder(vae)
+    direct = cached_latents(pictures, network, 16, flips=False, progress=False)
+    folder = cached_latents(source, network, 16, flips=False, progress=False)
+    torch.testing.assert_close(folder.mean[:], direct.mean[:])
+
+    assert "were made with size" in precompute(capsys, *line[:-1], 32, expect=2)
+    assert "not empty" in precompute(capsys, data, "--vae", vae, "-o", vae, "--resolution", 16, expect=2)
+    assert "inside the data" in precompute(capsys, data, "--vae", vae, "-o", data / "x", expect=2)

@@ -1,0 +1,140 @@
+"""One run in one folder, across processes, deaths and hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from latentflow.errors import RunError, UserError
+from latentflow.training import run_lock as module
+from latentflow.training.run_lock import run_lock
+
+
+def forked(function: Callable[[], None]) -> int:
+    """A process that calls ``function`` and ends; its id."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        function()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def test_a_second_run_is_refused_in_words_and_a_killed_one_gives_way_at_once(tmp_path: Path) -> None:
+    ready, told = os.pipe()
+
+    def hold() -> None:
+        with run_lock(tmp_path):
+            child = os.fork()  # as a process that loads data: it must not keep the lock
+            if child:
+                os.write(told, f"{child}\n".encode())
+            time.sleep(100)
+
+    holder = forked(hold)
+    orphan = int(os.read(ready, 20))
+    try:
+        words = rf"process {holder} on host {socket.gethostname()}, started 2"
+        with pytest.raises(UserError, match=words) as caught:
+            run_lock(tmp_path).__enter__()
+        assert str(tmp_path) in caught.value.what and "another output folder" in caught.value.fix
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        with run_lock(tmp_path):
+            assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+
+def other_process_may_enter(folder: Path) -> bool:
+    def enter() -> None:
+        with run_lock(folder):
+            pass
+
+    return os.waitpid(forked(enter), 0)[1] == 0
+
+
+def test_the_same_process_may_enter_again_and_keeps_the_lock_until_the_outer_end(tmp_path: Path) -> None:
+    with run_lock(tmp_path):
+        with run_lock(tmp_path):
+            pass
+        assert (tmp_path / "run.lock").read_text()
+        assert not other_process_may_enter(tmp_path)
+    assert (tmp_path / "run.lock").read_text() == ""  # an orderly end
+    with run_lock(tmp_path):
+        pass
+
+
+def left_by_another_host(folder: Path) -> None:
+    (folder / "run.lock").write_text(
+        json.dumps({"pid": 7, "host": "elsewhere", "started": "2026-01-01 00:00:00"})
+    )
+
+
+def test_a_lock_of_another_host_is_taken_over_when_it_shows_no_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.05)
+    left_by_another_host(tmp_path)
+    start = time.monotonic()
+    with run_lock(tmp_path):
+        assert time.monotonic() - start >= 0.15
+        assert json.loads((tmp_path / "run.lock").read_text())["host"] == socket.gethostname()
+
+
+def test_a_run_that_lives_on_another_host_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.3)
+    left_by_another_host(tmp_path)
+    stop = threading.Event()
+
+    def live() -> None:
+        while not stop.wait(0.1):
+            os.utime(tmp_path / "run.lock")
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(UserError, match="process 7 on host elsewhere"):
+            run_lock(tmp_path).__enter__()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_holder_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.02)
+    with run_lock(tmp_path):
+        os.utime(tmp_path / "run.lock", (0, 0))
+        deadline = time.monotonic() + 10
+        while (tmp_path / "run.lock").stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / "run.lock").stat().st_mtime > 0
+
+
+def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"run folder .*file/run could not be written"):
+        run_lock(tmp_path / "file" / "run").__enter__()
+
+
+def test_only_the_main_process_of_a_run_holds_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second:
+        is_main_process = False
+
+    monkeypatch.setattr(module, "process_state", Second)
+    with run_lock(tmp_path):
+        assert not (tmp_path / "run.lock").exists()

@@ -1,0 +1,95 @@
+"""Encode pictures once, to train without them: `latentflow precompute DATA --vae AUTOENCODER -o LATENTS`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from latentflow.autoencoder import AutoencoderConfig, load_autoencoder
+from latentflow.cli import parse, run
+from latentflow.data import find_source, fingerprint, readable
+from latentflow.data.config import DataConfig
+from latentflow.data.precomputing import Precomputation, own_autoencoder, plan_latents, write_latents
+from latentflow.errors import UserError
+from latentflow.training import LoopConfig, log_to, resume_line
+from latentflow.training.processes import process_state
+from latentflow.training.vae import autoencoder_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Encode pictures into a folder that `latentflow train` takes as DATA; the same line again resumes."""
+
+    data: DataConfig
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """The folder of latents."""
+    vae: str
+    """The diffusers autoencoder (folder or hub id); the folder keeps a copy."""
+    pixels: bool = False
+    """Store the pictures at the resolution as well, which inpainting needs."""
+    batch_size: int = 64
+    """Pictures that are encoded at once."""
+    dry_run: bool = False
+    """Print what would be written and how long it takes, and stop."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Encode pictures once, to train without them."""
+    config = parse(Config, argv, prog="latentflow precompute")
+    data, output, device = config.data, Path(config.output), process_state().device
+    log = log_to(None)
+    if data.validation != DataConfig.validation:
+        raise UserError("--validation is chosen when training", "Leave it out here.")
+
+    # ---- data ----
+    source = readable(
+        find_source(
+            data.data,
+            condition=data.condition,
+            missing_caption=data.missing_caption,
+            masks=data.masks,
+            columns=data.columns,
+            shuffle_tags=data.shuffle_tags,
+            keep_tags=data.keep_tags,
+        )
+    )
+    for note in source.notes:
+        log.info(f"{source.name}: {note}")
+    if source.root is not None and output.resolve().is_relative_to(source.root.resolve()):
+        raise UserError(f"{output} lies inside the data {source.root}", "Use an output folder outside of it.")
+
+    # ---- autoencoder: as given, with statistics ----
+    given = fingerprint(load_autoencoder(config.vae))
+    vae = autoencoder_for(
+        str(own_autoencoder(output, given) or config.vae),
+        source,
+        source,
+        AutoencoderConfig(),
+        LoopConfig(),
+        output,
+        data=data,
+        resume_line="",
+    )
+
+    # ---- latents ----
+    wanted = Precomputation(source=source, vae=vae, data=data, pixels=config.pixels, given=given)
+    if config.dry_run:
+        for line in plan_latents(wanted, output, batch_size=config.batch_size, device=device):
+            log.info(line)
+        return
+    try:
+        write_latents(wanted, output, batch_size=config.batch_size, device=device, progress=True)
+    except OSError as error:
+        raise UserError(
+            f"{output} cannot be written: {error}",
+            f"What is complete is kept. Make room, then:\n  {resume_line('precompute', argv)}",
+        ) from error
+    log.info(f"done: {output}; train with\n  latentflow train {output} -o RUN")
+
+
+if __name__ == "__main__":
+    run(main)
