@@ -63,7 +63,7 @@ def spread(source: Source, most: int) -> list[Example]:
 def _halved(place: int, count: int) -> float:
     """The turn of entry ``place`` of ``count`` when entries are taken at 0, 1/2, 1/4, 3/4, 1/8, ... of them."""
     bits = max(1, (count - 1).bit_length())
-    return int(f"{place:0{bits}b}"[::-1], 2) / 2**bits * count
+    return float(int(f"{place:0{bits}b}"[::-1], 2) * count / 2**bits)
 
 
 def _small(example: Example, cell: int) -> Image.Image:
@@ -76,7 +76,9 @@ def _small(example: Example, cell: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
 
 
-def _fitting(example: Example, pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont, width: int) -> str:
+def _fitting(
+    example: Example, pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int
+) -> str:
     text = printable(example.text or example.label or example.name)
     if pen.textlength(text, font) <= width:
         return text
