@@ -212,8 +212,8 @@ def table(values: dict[str, dict[str, float]], masks: list[str], methods: list[s
         cells = []
         for mask in masks:
             one = values.get(f"{mask} / {name} / {evaluations}")
-            cells += [f"{one['psnr']:.2f}", f"{one['frechet']:.2f}"] if one else ["", ""]
-        lines.append(f"| {name} | {evaluations} | " + " | ".join(cells) + " |")
+            cells += [f"{one['psnr']:.2f}", f"{one['frechet']:.1f}"] if one else ["", ""]
+        lines.append(f"| {name} | {evaluations if int(evaluations) else ''} | " + " | ".join(cells) + " |")
     kept = max(one["kept"] for one in values.values())
     return "\n".join(
         [*lines, "", f"{len(task.images)} pictures; largest change of a kept pixel: {kept:.1g}.", ""]
@@ -225,14 +225,14 @@ def grid(
 ) -> Image.Image:
     """For each mask some pictures: the hole, what each method made of it, the original."""
     columns = ["input", *methods, "original"]
-    cell, head = 96, 16
+    cell, head = 96, 28
     rows = [
         (mask, row) for mask in task.masks for row in np.linspace(1, len(task.images) - 2, each).astype(int)
     ]
     sheet = Image.new("RGB", (cell * len(columns), head + cell * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, name in enumerate(columns):
-        draw.text((x * cell + 2, 2), name, fill="black")
+        draw.text((x * cell + 2, 2), name.replace(", ", ",\n"), fill="black")
     for y, (mask, row) in enumerate(rows):
         grey = torch.where(task.masks[mask][row] > 0, 0.5, task.images[row])
         shown = [grey, *(pictures[mask, name][row] for name in methods), task.images[row]]
