@@ -196,4 +196,4 @@ def test_the_help_names_every_method(
         load_program("inpaint").main(["--help"])
     text = re.sub(r"[\s│]", "", capsys.readouterr().out)  # a name may be broken over two lines
     assert [name for name in INPAINTING if name not in text] == []
-    assert f"else{DEFAULT_INPAINTING}" in text
+    assert f"Default:{DEFAULT_INPAINTING}," in text
