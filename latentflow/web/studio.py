@@ -88,20 +88,25 @@ class Studio:
 
     # ---------------------------------------------------------------- what the page offers
 
+    # Each waits for the pipeline: two threads that import torch at once may wait for one another for ever.
+
     @property
     def solvers(self) -> list[str]:
+        self.pipe  # noqa: B018
         from ..flow import SOLVERS
 
         return list(SOLVERS)
 
     @property
     def inpainting_methods(self) -> list[str]:
+        self.pipe  # noqa: B018
         from ..flow.inpainting import INPAINTING
 
         return [*(["trained"] if self.takes.masks else []), *INPAINTING]
 
     @property
     def editing_methods(self) -> list[str]:
+        self.pipe  # noqa: B018
         from ..flow import EDITING
 
         return [*(EDITING if self.takes.condition else ()), ANEW]
