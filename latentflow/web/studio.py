@@ -86,22 +86,28 @@ class Studio:
                 self._pipe = open_pipeline("LatentFlowPipeline", self._checkpoint, self._device)
             return self._pipe
 
+    # Everything below asks for the pipeline before it imports anything: of two threads that import torch or
+    # diffusers at once, one may see half a module, or both may wait for one another for ever.
+
     # ---------------------------------------------------------------- what the page offers
 
     @property
     def solvers(self) -> list[str]:
+        self.pipe  # noqa: B018
         from ..flow import SOLVERS
 
         return list(SOLVERS)
 
     @property
     def inpainting_methods(self) -> list[str]:
+        self.pipe  # noqa: B018
         from ..flow.inpainting import INPAINTING
 
         return [*(["trained"] if self.takes.masks else []), *INPAINTING]
 
     @property
     def editing_methods(self) -> list[str]:
+        self.pipe  # noqa: B018
         from ..flow import EDITING
 
         return [*(EDITING if self.takes.condition else ()), ANEW]
@@ -112,12 +118,13 @@ class Studio:
         Raises:
             UserError: it cannot be read; the message names the file and not where the server keeps it.
         """
+        pipe = self.pipe
         try:
             picture = read_picture(upload)
         except UserError as error:
             raise UserError(error.what.replace(upload, Path(upload).name), error.fix) from error
-        side = self.pipe.transformer.config.get("sample_size") or 64
-        trained = self.pipe.vae_scale_factor * (max(side) if isinstance(side, list | tuple) else side)
+        side = pipe.transformer.config.get("sample_size") or 64
+        trained = pipe.vae_scale_factor * (max(side) if isinstance(side, list | tuple) else side)
         width, height = picture.size
         picture.thumbnail((LARGEST_PICTURE * trained, LARGEST_PICTURE * trained))
         shrunk = f"Shrunk from {width} x {height} to {picture.width} x {picture.height} pixels."
@@ -196,7 +203,8 @@ class Studio:
         order.check()
         if self._pipe is None:
             progress(0, 1, "Loading the models")
-        pipe = getattr(latentflow, kind).from_pipe(self.pipe)
+        loaded = self.pipe  # before the name of a pipeline imports it
+        pipe = getattr(latentflow, kind).from_pipe(loaded)
         pipe.set_progress_bar_config(disable=True)
         shown = conditions(
             pipe,

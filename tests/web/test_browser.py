@@ -139,7 +139,9 @@ class Visitor:
         """Press the button and wait for another picture than before; its file."""
         before = self.source(tab)
         self.press(tab)
-        self.wait(lambda: self.source(tab) not in ("", before))
+        complaints = ".toast-body.warning, .toast-body.error"
+        self.wait(lambda: self.source(tab) not in ("", before) or self.all(complaints))
+        assert self.source(tab) not in ("", before), self.message()
         return self.fetched(tab)
 
     def fetched(self, tab: str) -> bytes:

@@ -219,3 +219,34 @@ def test_the_page_is_built_without_torch(caption_checkpoint: Path) -> None:
         f"build(Studio({str(caption_checkpoint)!r})); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_every_request_loads_the_models_before_it_imports_anything(caption_checkpoint: Path) -> None:
+    """The page is there while the main thread loads them: whoever imports beside it sees half a library."""
+    script = f"""
+import sys
+from latentflow.errors import UserError
+from latentflow.web import studio
+def half_loaded(*arguments):
+    assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
+    raise UserError("in time")
+studio.open_pipeline = half_loaded
+one, order = studio.Studio({str(caption_checkpoint)!r}), studio.Order(prompt="red")
+quiet, upload = lambda *_: None, {str(caption_checkpoint / "nothing.png")!r}
+for request in (
+    lambda: one.solvers,
+    lambda: one.inpainting_methods,
+    lambda: one.editing_methods,
+    lambda: one.opened(upload),
+    lambda: one.generate("me", order, quiet),
+    lambda: one.inpaint("me", order, quiet, upload, []),
+    lambda: one.edit("me", order, quiet, upload, "", None, 1),
+):
+    try:
+        request()
+    except UserError as error:
+        assert error.what == "in time", error
+    else:
+        raise AssertionError("not asked for")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
