@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
-from latentflow.data import LatentTable, Source, cached_latents, find_source, readable, split
+from latentflow.data import LatentTable, Source, cached_latents, find_source, one_size, readable, split
 from latentflow.data.cache import read_pixels
 from latentflow.data.config import DataConfig
 from latentflow.data.examples import Example
@@ -43,7 +43,7 @@ from latentflow.data.read import to_pixels, to_rgb
 from latentflow.data.shards import digests, make_shard, write_shard
 from latentflow.models import DiT
 from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.latent_data import LatentData
+from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.order import DataOrder
 
 BATCH, SIDE = 64, 64
@@ -116,7 +116,7 @@ def throughput(folder: Path, resolution: int, repeats: int, count: int) -> None:
 
         def from_cache() -> int:
             table = cached_latents(some, vae, resolution, flips=False, progress=False)
-            return timed_inside(LatentData(some, table, {}))
+            return timed_inside(LatentData(one_size(some, (SIDE, SIDE)), [Sized(table)], {}))
 
         ways: dict[str, Callable[[], int]] = {
             "ImageFolder + DataLoader": lambda: plain(folder, resolution, count),
@@ -193,7 +193,11 @@ def start_training(folder: Path) -> None:
 
     vae = load_autoencoder(source.autoencoder)  # type: ignore[attr-defined]
     table: LatentTable = cached_latents(training, vae, SIDE, flips=False, progress=False)
-    data = LatentData(training, table, {"class_labels": torch.as_tensor(training.class_ids())})
+    data = LatentData(
+        one_size(training, (SIDE, SIDE)),
+        [Sized(table)],
+        {"class_labels": torch.as_tensor(training.class_ids())},
+    )
     network = DiT(in_channels=4, width=64, depth=2, heads=2, sample_size=8, num_classes=10)
     stage = FlowStage(network, FlowConfig(), 0)
     batches = DataOrder(size=len(data), batch_size=BATCH).batches(0, 201, 0)

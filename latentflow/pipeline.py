@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pipeline_base import ClassLabels, FlowPipeline, Generators
+from .pipeline_base import ClassLabels, FlowPipeline, Generators, Size
 from .pipeline_call import StepCallback
 
 
@@ -42,6 +42,9 @@ class LatentFlowPipeline(FlowPipeline):
         solver: str | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
     ) -> Any:
         """Draw images.
 
@@ -69,6 +72,9 @@ class LatentFlowPipeline(FlowPipeline):
             guidance_interval: guide only while t is in it (t = 0 noise, t = 1 data).
             solver: a key of ``latentflow.flow.SOLVERS``; default: ``pipe.scheduler`` if set, else heun
                 (exponential-adams for a network that predicts the data).
+            original_size, crops_coords_top_left, target_size: (height, width) or (top, left) in pixels, for checkpoints
+                trained with ``--size-conditioning``: a picture that was so large and cropped there. Default: of the
+                size that is drawn, uncropped.
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple.
@@ -95,6 +101,9 @@ class LatentFlowPipeline(FlowPipeline):
             guidance_interval=guidance_interval,
             prompt_attention_mask=prompt_attention_mask,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
         )
         # 2. The noise
         noise = self.prepare_noise(call.rows, height, width, generator, latents)

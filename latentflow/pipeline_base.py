@@ -281,6 +281,9 @@ class FlowPipeline(CheckpointPipeline):
         prompt_attention_mask: Tensor | None,
         negative_prompt_attention_mask: Tensor | None,
         pictures: int = 1,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
     ) -> RunningCall:
         """Check the arguments that all pipelines share and encode the condition, one row per image.
 
@@ -288,6 +291,8 @@ class FlowPipeline(CheckpointPipeline):
             height, width: in pixels, of what is drawn.
             pictures: how many pictures the call brings; one prompt serves them all, and one picture all prompts.
                 Row i * num_images_per_prompt + j is of prompt i and picture i.
+            original_size, crops_coords_top_left, target_size: what a network that takes sizes is told; by default that
+                of a picture of this size of which nothing was cut off.
 
         Raises:
             UserError: see ``check_inputs``; numbers of prompts, classes and pictures that do not fit one another.
@@ -323,9 +328,22 @@ class FlowPipeline(CheckpointPipeline):
         rows = count_rows(num_images_per_prompt, encoded[0], ids, pictures)
         embeds, negative_embeds, mask, negative_mask = (repeated_to(value, rows) for value in encoded)
         ids = None if ids is None else ids * (rows // len(ids))
-        return RunningCall(
+        call = RunningCall(
             self, ids, embeds, negative_embeds, mask, negative_mask, rows, callback_on_step_end, wanted
         )
+        if self._network_config("size_conditioning"):
+            told = (
+                *(original_size or (height, width)),
+                *crops_coords_top_left,
+                *(target_size or (height, width)),
+            )
+            call.sizes = torch.tensor([told] * rows, dtype=torch.float32, device=self._execution_device)
+        elif original_size or target_size or tuple(crops_coords_top_left) != (0, 0):
+            raise UserError(
+                "this checkpoint was not trained to be told sizes and crops",
+                "Leave original_size, crops_coords_top_left and target_size out.",
+            )
+        return call
 
     def encode_prompt(
         self,
@@ -398,15 +416,18 @@ class FlowPipeline(CheckpointPipeline):
         text: Tensor | None,
         mask: Tensor | None,
         channels: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> Condition | None:
         """The network's condition of B rows, or None without any. Rows without tokens become the null."""
-        if class_ids is None and text is None and channels is None:
+        if class_ids is None and text is None and channels is None and sizes is None:
             return None
         device = self._execution_device
         labels = None if class_ids is None else torch.tensor(class_ids, device=device)
         empty = None if mask is None else ~mask.any(dim=1)
         drop = empty if empty is not None and bool(empty.any()) else None
-        return Condition(class_labels=labels, text=text, text_mask=mask, channels=channels, drop=drop)
+        return Condition(
+            class_labels=labels, text=text, text_mask=mask, channels=channels, sizes=sizes, drop=drop
+        )
 
     def velocity(self, positive: Condition | None, negative: Condition | None) -> Velocity:
         """The guided velocity over B rows, float32 whatever the network's precision.

@@ -53,6 +53,8 @@ class RunningCall:
         self.rows = rows
         #: (rows, C', h, w) beside the latents, for networks that take them; set before the first evaluation
         self.channels: Tensor | None = None
+        #: (rows, 6) what the network is told of sizes and crops, for networks that take them
+        self.sizes: Tensor | None = None
         #: where the last evaluation pointed: the data that it predicts
         self.prediction: Tensor | None = None
         self._callback, self._wanted = callback, wanted
@@ -90,7 +92,7 @@ class RunningCall:
 
     def _bound(self) -> Velocity:
         def condition(text: Tensor | None, mask: Tensor | None) -> Any:
-            return self.pipe.condition(self.class_ids, text, mask, self.channels)
+            return self.pipe.condition(self.class_ids, text, mask, self.channels, self.sizes)
 
         positive = condition(self.prompt_embeds, self.prompt_attention_mask)
         if self.class_ids is None and self.prompt_embeds is None:

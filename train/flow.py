@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,17 +17,18 @@ import tyro
 from latentflow.autoencoder import AutoencoderConfig, downscale_factor
 from latentflow.cli import parse, run, write_config
 from latentflow.data import (
+    Framing,
     LatentFolder,
-    LatentTable,
-    Source,
     cached_latents,
     cached_masks,
     cached_pixels,
     find_source,
+    frame,
     readable,
     split,
 )
-from latentflow.data.config import DataConfig
+from latentflow.data.config import DataConfig, FramingConfig
+from latentflow.errors import UserError
 from latentflow.memory import memory_phase
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.pipeline import LatentFlowPipeline
@@ -35,7 +37,7 @@ from latentflow.training.card import CardFacts, write_card
 from latentflow.training.conditions import conditions_of
 from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
 from latentflow.training.hub import check_push, push
-from latentflow.training.latent_data import LatentData
+from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.masking import Masking
 from latentflow.training.plan import estimate_lines, plan_lines
 from latentflow.training.presets import PRESETS
@@ -63,11 +65,18 @@ class Config:
     """Put the result on the Hugging Face hub under this name, owner/name. A new repository is private."""
     dry_run: bool = False
     """Print the plan, the sizes and an estimate of memory and time, and stop."""
+    framing: FramingConfig = FramingConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     network: NetworkConfig = NetworkConfig()
     text: TextConfig = TextConfig()
     flow: FlowConfig = FlowConfig()
     loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self) -> None:
+        if self.framing.mirror_captions and not self.data.random_flip:
+            raise UserError(
+                "--mirror-captions without --random-flip", "Add --random-flip: nothing is mirrored."
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(config: Config, again: str) -> None:
     """The run, from top to bottom."""
-    loop, data, output = config.loop, config.data, Path(config.output)
+    loop, data, framing, output = config.loop, config.data, config.framing, Path(config.output)
     if config.push_to_hub and not config.dry_run:
         check_push(config.push_to_hub)
 
@@ -130,7 +139,7 @@ def train(config: Config, again: str) -> None:
     own_masks = source.has_masks
     inpainting = config.flow.inpainting or own_masks
     if config.init_from:
-        networks = networks_from(config.init_from, source, config.flow, inpainting)
+        networks = networks_from(config.init_from, source, config.flow, inpainting, framing.size_conditioning)
     else:
         networks = new_networks(
             source,
@@ -139,6 +148,7 @@ def train(config: Config, again: str) -> None:
             config.network,
             config.text,
             inpainting,
+            framing.size_conditioning,
             device="meta" if config.dry_run else "cpu",
         )
     if config.network.gradient_checkpointing:
@@ -153,26 +163,51 @@ def train(config: Config, again: str) -> None:
         networks.text_encoder if networks.trained_text else None,
         masking,
     )
+    told = bool(networks.network.config.size_conditioning)
+    unit = downscale_factor(vae) * networks.network.config.get("patch_size", 1)
+    cut = partial(frame, resolution=data.resolution, unit=unit, told=told)
+    framed = cut(training, config=framing)
+    for line in framed.lines():
+        log.info(line)
     if config.dry_run:
         for line in estimate_lines(stage, networks, vae, source, loop, latent_size):
             log.info(line)
         return
 
     # ---- latents and conditions, cached ----
-    def latent_data(part: Source) -> LatentData:
+    def sized(framed: Framing, number: int) -> Sized:
+        part, size = framed.part(number), framed.sizes[number]
         views = {}
         if masking is not None:
-            views["pixels"] = cached_pixels(part, data.resolution, data.background)
+            views["pixels"] = cached_pixels(part, size, data.background)
         if own_masks:
-            own = cached_masks(part, data.resolution)
+            own = cached_masks(part, size)
             views |= {"masks": own.masks, "has_mask": own.has_mask}
-        table = latents(part, vae, data)
+        with memory_phase("encode"), process_state().main_process_first():
+            table = cached_latents(
+                part,
+                vae,
+                size,
+                background=data.background,
+                flips=data.random_flip,
+                device=process_state().device,
+                progress=process_state().is_main_process,
+            )
+        return Sized(table, views)
+
+    def latent_data(framed: Framing) -> LatentData:
         return LatentData(
-            part, table, conditions_of(part, networks, loop.seed), views, flips=data.random_flip
+            framed,
+            [sized(framed, number) for number in range(len(framed.sizes))],
+            conditions_of(framed.source, networks, loop.seed, framing.mirror_captions),
+            flips=data.random_flip,
+            told=told,
+            seed=loop.seed,
         )
 
-    train_data = latent_data(training)
-    held_out = latent_data(validation.once()) if len(validation) else None
+    train_data = latent_data(framed)
+    centre = dataclasses.replace(framing, crops=1)
+    held_out = latent_data(cut(validation.once(), config=centre)) if len(validation) else None
     vae.cpu()
 
     # ---- training ----
@@ -222,6 +257,7 @@ def train(config: Config, again: str) -> None:
             "network": networks.describe(),
             "flow": dataclasses.asdict(config.flow),
             "data": training.fingerprint(),
+            **({"framing": dataclasses.asdict(framing)} if framing != FramingConfig() else {}),
             "batch": loop.train_batch_size * loop.gradient_accumulation_steps * process_state().num_processes,
             "seed": loop.seed,
         },
@@ -233,20 +269,6 @@ def train(config: Config, again: str) -> None:
         )
         if config.push_to_hub and process_state().is_main_process:
             log.info(f"pushed: {push(output / 'pipeline', config.push_to_hub)}")
-
-
-def latents(part: Source, vae: object, data: DataConfig) -> LatentTable:
-    """The latents of a part of the data, from the cache where they are in it; the main process fills it first."""
-    with memory_phase("encode"), process_state().main_process_first():
-        return cached_latents(
-            part,
-            vae,
-            data.resolution,
-            background=data.background,
-            flips=data.random_flip,
-            device=process_state().device,
-            progress=process_state().is_main_process,
-        )
 
 
 if __name__ == "__main__":

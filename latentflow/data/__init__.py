@@ -16,6 +16,7 @@ from .checking import Report, check_source, readable
 from .eviction import cache_root
 from .examples import Example, FileExample, Source
 from .find import find_source
+from .framing import Framing, frame, one_size
 from .latent_folder import LatentFolder
 from .mask_files import open_picture, read_mask
 from .read import pixels_to_images, read_image, to_pil, to_tensor
@@ -25,6 +26,7 @@ from .splits import split
 __all__ = [
     "Example",
     "FileExample",
+    "Framing",
     "LatentFolder",
     "LatentTable",
     "MaskTable",
@@ -40,6 +42,8 @@ __all__ = [
     "check_source",
     "find_source",
     "fingerprint",
+    "frame",
+    "one_size",
     "open_picture",
     "pixels_to_images",
     "read_image",

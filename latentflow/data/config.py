@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from latentflow.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -16,7 +18,8 @@ class DataConfig:
     """A folder of images, tar shards, a zip, a table, a saved data set, hub:owner/name, a .yaml that mixes several, or
     the procedural set `shapes` (docs/data.md)."""
     resolution: int = 64
-    """Side of the square that every picture is resized and centre-cropped to."""
+    """Side of the square that every picture is resized and centre-cropped to (with --buckets, of about as many
+    pixels)."""
     background: str = "white"
     """What lies behind transparent pictures: a colour name or #rrggbb."""
     condition: Literal["auto", "none", "class", "text"] = "auto"
@@ -37,3 +40,21 @@ class DataConfig:
     """Share of the pictures held out for validation."""
     random_flip: bool = False
     """Mirror pictures at random (leave it off where left and right matter)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramingConfig:
+    """Which part of each picture is trained on."""
+
+    buckets: bool = False
+    """Train at several aspect ratios, each picture at the one nearest to its own, so that little is cut off."""
+    crops: int = 1
+    """Cut what is too long from this many random places of each picture; 1: the centre."""
+    mirror_captions: bool = False
+    """With --random-flip: swap the words left and right in the captions of mirrored pictures."""
+    size_conditioning: bool = False
+    """Tell the network how large each picture was and what was cut off (SDXL, arXiv:2307.01952)."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crops <= 64:
+            raise UserError(f"--crops is {self.crops}", "Use 1 (the centre) to 64; each is encoded once.")

@@ -39,6 +39,11 @@ class Example(ABC):
         """All captions, the first one first; empty where there is none."""
         return () if self.text is None else (self.text, *self.texts)
 
+    @property
+    def centering(self) -> tuple[float, float]:
+        """Where the part lies that is used of a picture that is too long, in [0, 1] from left and from top."""
+        return 0.5, 0.5
+
     @abstractmethod
     def open(self) -> Image.Image:
         """The picture as it was made, in any mode and size (``read_image`` prepares it for a network)."""

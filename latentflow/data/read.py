@@ -16,7 +16,7 @@ def read_image(example: Example, resolution: int | tuple[int, int], background: 
     """The example as an RGB picture of ``resolution`` (a side, or (height, width)).
 
     EXIF rotation is applied, transparency is composited on ``background``, any mode is converted; then the
-    largest centred part of the right shape is resized, antialiased.
+    largest part of the right shape, at the example's ``centering``, is resized, antialiased.
 
     Raises:
         UserError: ``background`` is no colour.
@@ -26,7 +26,7 @@ def read_image(example: Example, resolution: int | tuple[int, int], background: 
     with example.open() as image:
         image.load()
         rgb = to_rgb(image, background)
-    return ImageOps.fit(rgb, (width, height), method=Image.Resampling.LANCZOS)
+    return ImageOps.fit(rgb, (width, height), method=Image.Resampling.LANCZOS, centering=example.centering)
 
 
 def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.Image | None:
@@ -44,7 +44,8 @@ def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.
     with example.open() as image:
         size = ImageOps.exif_transpose(image).size
     nearest = Image.Resampling.NEAREST
-    fitted = ImageOps.fit(mask.resize(size, nearest), (width, height), method=nearest)
+    whole = mask.resize(size, nearest)
+    fitted = ImageOps.fit(whole, (width, height), method=nearest, centering=example.centering)
     return fitted.point(lambda level: 255 * (level >= 128))
 
 

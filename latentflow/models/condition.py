@@ -19,14 +19,18 @@ class Condition:
         text: (B, L, D) token embeddings of a text encoder.
         text_mask: (B, L) bool, True = token, False = padding. None = every position is a token.
         channels: (B, C', H, W), placed beside the channels of the latent (masks, masked images, ...).
+        sizes: (B, 6), in pixels: height and width of the picture as it was, what was cut off above and on the left
+            once it was resized, height and width of what is left (arXiv:2307.01952, section 2.2).
         drop: (B,) bool. True = the class and the text of this row are replaced, inside the network, by its
-            learned null (classifier-free guidance, arXiv:2207.12598). ``channels`` are never dropped.
+            learned null (classifier-free guidance, arXiv:2207.12598). ``channels`` and ``sizes`` are never
+            dropped.
     """
 
     class_labels: Tensor | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
     channels: Tensor | None = None
+    sizes: Tensor | None = None
     drop: Tensor | None = None
 
     @property
@@ -46,9 +50,9 @@ class Condition:
         """The rows of ``a``, then those of ``b``; the shorter text is padded (and masked) to the longer.
 
         Raises:
-            ValueError: one of the two has class labels, text or channels, the other has not.
+            ValueError: one of the two has class labels, text, channels or sizes, the other has not.
         """
-        for name in ("class_labels", "text", "channels"):
+        for name in ("class_labels", "text", "channels", "sizes"):
             if (getattr(a, name) is None) != (getattr(b, name) is None):
                 raise ValueError(
                     f"only one of the two conditions has {name}: give it to both, "

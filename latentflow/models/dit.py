@@ -18,6 +18,7 @@ from .condition import Condition
 from .embeddings import (
     LabelEmbed,
     PatchEmbed,
+    SizeEmbed,
     TextEmbed,
     TimeEmbed,
     embed_condition,
@@ -55,6 +56,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         registers: learned tokens that attend and are dropped at the end (arXiv:2309.16588).
         time_scale: t in [0, 1] is multiplied by it before its Fourier features are taken.
         sample_size: side, or (height, width), of the latents it was trained on; other sizes work as well.
+        size_conditioning: take ``sizes`` in the condition.
 
     Raises:
         UserError: the configuration contradicts itself, or names something unknown.
@@ -84,6 +86,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         registers: int = 0,
         time_scale: float = 1000.0,
         sample_size: int | Sequence[int] | None = None,
+        size_conditioning: bool = False,
     ) -> None:
         super().__init__()
         check_shape(in_channels, out_channels, width, heads, position)
@@ -99,6 +102,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.t_embedder = TimeEmbed(width, time_scale)
         self.y_embedder = LabelEmbed(num_classes, width) if num_classes is not None else None
         self.text_embedder = TextEmbed(text_dim, width) if text_dim is not None else None
+        self.size_embedder = SizeEmbed(width) if size_conditioning else None
         self.register_tokens = nn.Parameter(torch.randn(registers, width) * 0.02) if registers else None
         self.blocks = nn.ModuleList(
             DiTBlock(width, heads, mlp_ratio, norm_function, activation, qk_norm, text_dim is not None)
@@ -139,7 +143,9 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         height, width = x.shape[2] // patch, x.shape[3] // patch
 
         times = times_of_rows(t, batch, x.device)
-        vector, text, text_mask = embed_condition(self.y_embedder, self.text_embedder, cond, times)
+        vector, text, text_mask = embed_condition(
+            self.y_embedder, self.text_embedder, self.size_embedder, cond, times
+        )
         c = self.t_embedder(times)
         c = c if vector is None else c + vector
         tokens = self._embed_latent(x, cond.channels, height, width)

@@ -131,6 +131,14 @@ class PatchEmbed(nn.Module):
         return F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
 
 
+def fourier_features(values: Tensor, features: int) -> Tensor:
+    """(N,) float32 -> (N, features): [cos | sin] with periods from 2 pi to nearly 2 pi 10000."""
+    half = features // 2
+    index = torch.arange(half, dtype=torch.float32, device=values.device)
+    angles = values[:, None] * torch.exp(-math.log(1e4) / half * index)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 class TimeEmbed(nn.Module):
     """t (B,) -> (B, width): Fourier features [cos | sin], periods up to 2 pi 10000, and two linear layers."""
 
@@ -141,10 +149,29 @@ class TimeEmbed(nn.Module):
         self.mlp = nn.Sequential(linear(features, width, std=0.02), nn.SiLU(), linear(width, width, std=0.02))
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.features // 2
-        index = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = (t.float() * self.scale)[:, None] * torch.exp(-math.log(1e4) / half * index)
-        features = torch.cat([angles.cos(), angles.sin()], dim=1)
+        features = fourier_features(t.float() * self.scale, self.features)
+        out: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return out
+
+
+class SizeEmbed(nn.Module):
+    """Numbers of pixels (B, 6), see `Condition`, -> (B, width); zero at first, and where nothing is told.
+
+    Each number becomes Fourier features [cos | sin] with periods up to 2 pi 10000 pixels (arXiv:2307.01952).
+    """
+
+    def __init__(self, width: int, numbers: int = 6, features: int = 128) -> None:
+        super().__init__()
+        self.features, self.width = features, width
+        self.mlp = nn.Sequential(
+            linear(numbers * features, width, std=0.02), nn.SiLU(), linear(width, width, zero=True)
+        )
+
+    def forward(self, sizes: Tensor | None, t: Tensor) -> Tensor:
+        """``t`` (B,) says how many rows there are."""
+        if sizes is None:
+            return torch.zeros(len(t), self.width, dtype=next(self.mlp.parameters()).dtype, device=t.device)
+        features = fourier_features(sizes.float().flatten(), self.features).view(len(sizes), -1)
         out: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
         return out
 
@@ -202,15 +229,19 @@ class TextEmbed(nn.Module):
 
 
 def embed_condition(
-    labels: LabelEmbed | None, text: TextEmbed | None, cond: Condition, t: Tensor
+    labels: LabelEmbed | None, text: TextEmbed | None, sizes: SizeEmbed | None, cond: Condition, t: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Class and text of a condition for the rows of t (B,): one vector (B, D), text tokens, their mask."""
+    """Class, text and sizes of a condition for the rows of t (B,): one vector (B, D), text tokens, their mask."""
     drop = torch.zeros(t.shape, dtype=torch.bool, device=t.device) if cond.drop is None else cond.drop
-    vector = None if labels is None else labels(cond.class_labels, drop)
-    if text is None:
-        return vector, None, None
-    tokens, mask, pooled = text(cond.text, cond.text_mask, drop)
-    return pooled if vector is None else vector + pooled, tokens, mask
+    tokens, mask, vectors = None, None, []
+    if labels is not None:
+        vectors.append(labels(cond.class_labels, drop))
+    if text is not None:
+        tokens, mask, pooled = text(cond.text, cond.text_mask, drop)
+        vectors.append(pooled)
+    if sizes is not None:
+        vectors.append(sizes(cond.sizes, t))
+    return sum(vectors[1:], vectors[0]) if vectors else None, tokens, mask
 
 
 def times_of_rows(t: Tensor | float, rows: int, device: torch.device) -> Tensor:

@@ -23,7 +23,12 @@ def check_inputs(config: Any, x: Tensor, cond: Condition, multiple: int = 1) -> 
     batch, _, height, width = x.shape
     if height % multiple or width % multiple:
         raise ValueError(f"a latent of {height}x{width} does not divide into patches of {multiple}: pad it")
-    needs = {"class_labels": "num_classes", "text": "text_dim", "channels": "condition_channels"}
+    needs = {
+        "class_labels": "num_classes",
+        "text": "text_dim",
+        "channels": "condition_channels",
+        "sizes": "size_conditioning",
+    }
     for name, key in needs.items():
         if getattr(cond, name) is not None and not getattr(config, key):
             raise ValueError(f"the condition has {name}, but the network has no {key}: leave {name} out")
@@ -33,6 +38,7 @@ def check_inputs(config: Any, x: Tensor, cond: Condition, multiple: int = 1) -> 
         "text": (batch, None, config.text_dim),
         "text_mask": (batch, None if cond.text is None else cond.text.shape[1]),
         "channels": (batch, config.condition_channels, height, width),
+        "sizes": (batch, 6),
     }
     for name, shape in expected.items():
         value = getattr(cond, name)

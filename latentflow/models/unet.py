@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .condition import Condition
-from .embeddings import LabelEmbed, TextEmbed, embed_condition, times_of_rows
+from .embeddings import LabelEmbed, SizeEmbed, TextEmbed, embed_condition, times_of_rows
 from .inputs import check_inputs
 
 
@@ -29,8 +29,8 @@ class UNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     tokens (`UNet2DConditionModel`; without text, `UNet2DModel`).
 
     Args:
-        in_channels, out_channels, num_classes, text_dim, condition_channels, time_scale, sample_size: as of
-            `DiT`.
+        in_channels, out_channels, num_classes, text_dim, condition_channels, time_scale, sample_size,
+            size_conditioning: as of `DiT`.
         channels: one number per resolution, each half the previous one; multiples of ``head_dim``.
         layers_per_block: residual blocks per resolution.
         head_dim: channels of one attention head.
@@ -54,6 +54,7 @@ class UNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         condition_channels: int = 0,
         time_scale: float = 1000.0,
         sample_size: int | Sequence[int] | None = None,
+        size_conditioning: bool = False,
     ) -> None:
         super().__init__()
         if any(width % head_dim for width in channels):
@@ -72,6 +73,7 @@ class UNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         width = 4 * channels[0]  # of diffusers' time embedding
         self.y_embedder = LabelEmbed(num_classes, width) if num_classes is not None else None
         self.text_embedder = TextEmbed(text_dim, width) if text_dim is not None else None
+        self.size_embedder = SizeEmbed(width) if size_conditioning else None
 
         text = text_dim is not None
         attention = len(channels) - 1
@@ -85,7 +87,7 @@ class UNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             "up_block_types": (*[kind.format("Up")] * attention, "UpBlock2D"),
             "norm_num_groups": math.gcd(32, *channels, *(c // 4 for c in channels)),
             "resnet_time_scale_shift": "scale_shift",
-            "class_embed_type": "identity" if num_classes is not None or text else None,
+            "class_embed_type": "identity" if num_classes is not None or text or size_conditioning else None,
         }
         if text:  # there, diffusers means the number of heads when it says attention_head_dim
             heads = tuple(c // head_dim for c in channels)
@@ -109,7 +111,9 @@ class UNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         check_inputs(self.config, x, cond)
         batch, in_channels, height, width = x.shape
         times = times_of_rows(t, batch, x.device) * self.time_scale
-        vector, text, mask = embed_condition(self.y_embedder, self.text_embedder, cond, times)
+        vector, text, mask = embed_condition(
+            self.y_embedder, self.text_embedder, self.size_embedder, cond, times
+        )
         latent = self._latent(x, cond.channels)
         if text is None:
             (out,) = self.unet(latent, times, class_labels=vector, return_dict=False)

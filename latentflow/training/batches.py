@@ -32,14 +32,22 @@ class TrainingData(Protocol):
         """What to call a sample in a message, such as its file name."""
 
 
+def groups_of(data: TrainingData) -> Tensor | None:
+    """(N,) int64, which samples fit into one forward pass, for data of several sizes; None: all do."""
+    groups: Tensor | None = getattr(data, "groups", None)
+    return groups
+
+
 class DataFailed(RunError):  # noqa: N818 (says what happened)
     """A batch could not be had: a file that cannot be read, or a process that loads data has died."""
 
 
 def load_batches(
     data: TrainingData, draws: Iterator[list[Draw]], *, num_workers: int, pin_memory: bool
-) -> Iterator[Batch]:
+) -> Iterator[list[Batch]]:
     """The batches of ``draws`` in order, on the CPU, with ``index`` and ``numbers`` (lists of B) added.
+
+    A batch of samples that do not fit into one forward pass comes in parts of one group each (see `groups_of`).
 
     Raises:
         DataFailed: a batch could not be had; the samples, or the process, are named.
@@ -47,7 +55,7 @@ def load_batches(
     numbered: Any = _Numbered(data)
     sampler: Any = draws  # an iterator of lists of draws is all that the loader needs
     collate: Any = _identity
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[list[Batch]] = DataLoader(
         numbered,
         batch_sampler=sampler,
         collate_fn=collate,
@@ -65,7 +73,7 @@ def load_batches(
     return _checked(batches)
 
 
-def _checked(batches: Iterator[Any]) -> Iterator[Batch]:
+def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
     while True:
         try:
             batch = next(batches)
@@ -99,18 +107,16 @@ class _Numbered:
     """The data set with what identifies its rows added to every batch."""
 
     def __init__(self, data: TrainingData) -> None:
-        self._data = data
+        self._data, self._groups = data, groups_of(data)
 
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitems__(self, draws: list[Draw]) -> Batch | _Failure:
+    def __getitems__(self, draws: list[Draw]) -> list[Batch] | _Failure:
         try:
-            batch = self._data.__getitems__(draws)
+            return [numbered(self._data, part) for part in by_group(draws, self._groups)]
         except (UserError, OSError, SafetensorError, MemoryError) as error:
             return self._failure(error, draws)
-        numbers = {"index": [draw.index for draw in draws], "numbers": [draw.number for draw in draws]}
-        return batch | numbers
 
     def _failure(self, error: Exception, draws: list[Draw]) -> _Failure:
         if isinstance(error, UserError):
@@ -124,6 +130,22 @@ class _Numbered:
             else "Is the disk that holds it still there and whole?"
         )
         return _Failure(f"a batch could not be read ({names}{more}): {reason}", fix)
+
+
+def by_group(draws: list[Draw], groups: Tensor | None) -> list[list[Draw]]:
+    """The draws of each group, in their order; see `groups_of`."""
+    if groups is None:
+        return [draws]
+    parts: dict[int, list[Draw]] = {}
+    for draw in draws:
+        parts.setdefault(int(groups[draw.index]), []).append(draw)
+    return list(parts.values())
+
+
+def numbered(data: TrainingData, draws: list[Draw]) -> Batch:
+    """The batch of these draws, and which they are: ``index`` and ``numbers``, lists of B."""
+    numbers = {"index": [draw.index for draw in draws], "numbers": [draw.number for draw in draws]}
+    return data.__getitems__(draws) | numbers
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -150,5 +172,5 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
     return [{key: part(value, start) for key, value in batch.items()} for start in range(0, size, rows)]
 
 
-def _identity(batch: Batch) -> Batch:
+def _identity(batch: Any) -> Any:
     return batch

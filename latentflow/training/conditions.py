@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import overload
@@ -11,22 +12,24 @@ import torch
 from torch import Tensor
 
 from ..data import Source, cached_text
+from .images import is_flipped
 from .latent_data import Conditions, rows_of
 from .order import seeded
 from .start import Networks
 
 
-def conditions_of(source: Source, networks: Networks, seed: int) -> Conditions:
+def conditions_of(source: Source, networks: Networks, seed: int, mirror: bool = False) -> Conditions:
     """What `FlowStage` makes its condition of, for rows of ``source``.
 
     Classes become ids, captions token ids (for an encoder that is trained along) or cached embeddings (frozen). Of
-    several captions each use of a picture draws one, by ``seed`` and its running number.
+    several captions each use of a picture draws one, by ``seed`` and its running number; with ``mirror`` those of
+    mirrored pictures say left for right.
     """
     if source.kind == "class":
         return rows_of({"class_labels": torch.as_tensor(source.class_ids())})
     if source.kind != "text":
         return rows_of({})
-    captions = Captions(source, seed)
+    captions = Captions(source, seed, mirror)
     if not networks.trained_text:
         table = cached_text(captions, networks.tokenizer, networks.text_encoder)
 
@@ -47,11 +50,15 @@ def conditions_of(source: Source, networks: Networks, seed: int) -> Conditions:
 
 
 class Captions(Sequence[str]):
-    """All captions of a source, one after the other: eight bytes for each picture, texts where they are asked for."""
+    """All captions of a source, one after the other: eight bytes for each picture, texts where they are asked for.
 
-    def __init__(self, source: Source, seed: int = 0) -> None:
-        self._source, self._seed = source, seed
-        self._ends = np.fromiter(accumulate(map(len, source.all_captions())), np.int64, len(source))
+    With ``mirror`` those of each picture are followed by those of its mirror image.
+    """
+
+    def __init__(self, source: Source, seed: int = 0, mirror: bool = False) -> None:
+        self._source, self._seed, self._mirror = source, seed, mirror
+        counts = (len(captions) * (1 + mirror) for captions in source.all_captions())
+        self._ends = np.fromiter(accumulate(counts), np.int64, len(source))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -64,11 +71,15 @@ class Captions(Sequence[str]):
         if isinstance(place, slice):
             return [self[one] for one in range(len(self))[place]]
         row = int(np.searchsorted(self._ends, place, side="right"))
-        captions = self._source.examples[row].captions or ("",)
+        captions = self._told(self._source.examples[row].captions or ("",))
         return captions[int(place - self._ends[row])]
 
     def __iter__(self) -> Iterator[str]:
-        return (caption for captions in self._source.all_captions() for caption in captions)
+        return (caption for captions in self._source.all_captions() for caption in self._told(captions))
+
+    def _told(self, captions: tuple[str, ...]) -> tuple[str, ...]:
+        """A picture's captions, and then those of its mirror image."""
+        return (*captions, *map(mirrored, captions)) if self._mirror else captions
 
     def drawn(self, rows: list[int], numbers: list[int]) -> list[int]:
         """Places of one caption of each of the pictures at ``rows``, as the uses' running numbers decide."""
@@ -76,7 +87,20 @@ class Captions(Sequence[str]):
 
     def _drawn(self, row: int, number: int) -> int:
         start = int(self._ends[row - 1]) if row else 0
-        count = int(self._ends[row]) - start
+        count = (int(self._ends[row]) - start) // (1 + self._mirror)
+        if self._mirror and is_flipped(number):
+            start += count
         if count == 1:
             return start
         return start + int(torch.randint(count, (), generator=seeded(self._seed, 3, number)))
+
+
+def mirrored(caption: str) -> str:
+    """The caption of the mirror image: the words left and right change places, in the case that they have."""
+
+    def other(match: re.Match[str]) -> str:
+        word = match[0]
+        swapped = "right" if word.lower() == "left" else "left"
+        return swapped.upper() if word.isupper() else swapped.title() if word[0].isupper() else swapped
+
+    return re.sub(r"\b(left|right)\b", other, caption, flags=re.IGNORECASE)

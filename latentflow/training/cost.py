@@ -72,6 +72,7 @@ def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
         text=None if config.text_dim is None else _meta(_ROWS, text_length, config.text_dim),
         text_mask=None if config.text_dim is None else _meta(_ROWS, text_length, dtype=torch.bool),
         channels=_meta(_ROWS, config.condition_channels, size, size) if config.condition_channels else None,
+        sizes=_meta(_ROWS, 6) if config.size_conditioning else None,
     )
     with _fused_attention():
         total = _count(lambda: shapes(x, _meta(_ROWS), condition), set(shapes.parameters()))

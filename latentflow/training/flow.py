@@ -29,7 +29,7 @@ from ..flow import (
     make,
 )
 from ..models import Condition
-from .batches import to_device
+from .batches import by_group, groups_of, numbered, to_device
 from .latent_data import LatentData
 from .masking import OWN, Masking
 from .order import Draw, SampleRandom, seeded
@@ -143,9 +143,9 @@ class FlowStage(nn.Module):
 
     A batch holds ``latents`` (B, C, h, w), perhaps ``latents_std`` of the same shape, ``numbers`` (the draws), and
     what the condition needs: ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text``
-    (B, L, D) and ``text_mask`` (B, L); perhaps ``weights`` (B,), factors on the losses in their mean, of which
-    ``per_sample`` holds the plain ones. With ``masking`` the network also gets what is known of each picture, and the
-    batch holds what `Masking` needs.
+    (B, L, D) and ``text_mask`` (B, L), or ``sizes`` (B, 6); perhaps ``weights`` (B,), factors on the losses in their
+    mean, of which ``per_sample`` holds the plain ones. With ``masking`` the network also gets what is known of each
+    picture, and the batch holds what `Masking` needs.
     """
 
     def __init__(
@@ -214,7 +214,13 @@ class FlowStage(nn.Module):
             ids, mask = batch["input_ids"][:, :length], batch["attention_mask"][:, :length]
             text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             mask = mask.bool()
-        return Condition(class_labels=batch.get("class_labels"), text=text, text_mask=mask, drop=drop)
+        return Condition(
+            class_labels=batch.get("class_labels"),
+            text=text,
+            text_mask=mask,
+            sizes=batch.get("sizes"),
+            drop=drop,
+        )
 
 
 def _for_coupling(condition: Condition) -> Tensor | None:
@@ -241,7 +247,7 @@ def validation_loss(stage: FlowStage, data: LatentData, device: torch.device, ba
     ]
     total = 0.0
     for start in range(0, len(draws), batch_size):
-        part = draws[start : start + batch_size]
-        batch = data.__getitems__(part) | {"numbers": [draw.number for draw in part]}
-        total += float(stage(to_device(batch, device))["per_sample"].double().sum())
+        for part in by_group(draws[start : start + batch_size], groups_of(data)):
+            batch = numbered(data, part)
+            total += float(stage(to_device(batch, device))["per_sample"].double().sum())
     return total / len(draws)

@@ -49,14 +49,14 @@ class Gradients:
         self.micro_batch = config.train_batch_size
         self.random: checkpoint.State = {}
 
-    def compute(self, batches: Iterator[Batch], step: int) -> tuple[dict[str, float], list[str]]:
+    def compute(self, batches: Iterator[list[Batch]], step: int) -> tuple[dict[str, float], list[str]]:
         """The gradients of step ``step`` (1-based) -> its values to log, and the samples whose loss is not finite.
 
         Raises:
             DataFailed, OutOfMemory: the weights and their optimisers are as before the step.
         """
         self.random = checkpoint.random_state()
-        micros: Iterable[Batch] = islice(batches, self._config.gradient_accumulation_steps)
+        micros: Iterable[list[Batch]] = islice(batches, self._config.gradient_accumulation_steps)
         if self._config.auto_micro_batch:
             micros = list(micros)  # to try again with
         while True:
@@ -74,12 +74,12 @@ class Gradients:
             self._reduce_gradients()
         return result
 
-    def _backward_passes(self, micros: Iterable[Batch]) -> tuple[dict[str, float], list[str]]:
+    def _backward_passes(self, micros: Iterable[list[Batch]]) -> tuple[dict[str, float], list[str]]:
         values: dict[str, float] = {}
         suspects: list[str] = []
         micro_steps, size = self._config.gradient_accumulation_steps, self._config.train_batch_size
-        for micro, batch in enumerate(micros):
-            parts = split_rows(batch, self.micro_batch)
+        for micro, batches in enumerate(micros):
+            parts = [part for batch in batches for part in split_rows(batch, self.micro_batch)]
             for number, part in enumerate(parts):
                 rows = len(part["numbers"])
                 parts_in_step = micro_steps * size / rows

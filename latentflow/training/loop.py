@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import RunError, UserError
 from ..memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
 from . import checkpoint
-from .batches import DataFailed, TrainingData, load_batches
+from .batches import DataFailed, TrainingData, groups_of, load_batches
 from .callbacks import Callbacks, with_averages
 from .config import LoopConfig
 from .folders import clean_up, write_folder
@@ -100,6 +100,7 @@ class _Loop:
             accumulation=config.gradient_accumulation_steps,
             processes=self.accelerator.num_processes,
             seed=config.seed,
+            groups=groups_of(data),
         )
         # As it comes back from a checkpoint.
         self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .grouped_order import grouped_permutation
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -26,6 +28,7 @@ class DataOrder:
         accumulation: forward passes per step.
         processes: processes that share a step.
         seed: of the permutations.
+        groups: (size,) int64; samples of one group share steps where they can (see `grouped_permutation`).
     """
 
     size: int
@@ -33,6 +36,7 @@ class DataOrder:
     accumulation: int = 1
     processes: int = 1
     seed: int = 0
+    groups: torch.Tensor | None = None
 
     @property
     def global_batch(self) -> int:
@@ -58,7 +62,10 @@ class DataOrder:
                 yield draws
 
     def _permutation(self, epoch: int) -> torch.Tensor:
-        return torch.randperm(self.size, generator=seeded(self.seed, 0, epoch))
+        generator = seeded(self.seed, 0, epoch)
+        if self.groups is None:
+            return torch.randperm(self.size, generator=generator)
+        return grouped_permutation(self.groups, epoch * self.size, self.global_batch, generator)
 
 
 def seeded(seed: int, stream: int, number: int) -> torch.Generator:

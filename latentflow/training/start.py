@@ -51,6 +51,7 @@ def new_networks(
     network: NetworkConfig,
     text: TextConfig,
     inpainting: bool = False,
+    size_conditioning: bool = False,
     device: str = "cpu",
 ) -> Networks:
     """Networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked pictures.
@@ -73,6 +74,7 @@ def new_networks(
         "text_dim": _text_dim(encoder),
         "condition_channels": mask_channels(vae) if inpainting else 0,
         "sample_size": latent_size,
+        "size_conditioning": size_conditioning,
     }
     with torch.device(device):
         if network.network == "unet":
@@ -84,11 +86,17 @@ def new_networks(
     return Networks(network=built, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
 
 
-def networks_from(checkpoint: str, source: Source, flow: FlowConfig, inpainting: bool = False) -> Networks:
+def networks_from(
+    checkpoint: str,
+    source: Source,
+    flow: FlowConfig,
+    inpainting: bool = False,
+    size_conditioning: bool = False,
+) -> Networks:
     """A checkpoint's networks, fitted to other data: new classes get new rows, new words new embeddings.
 
-    With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero: it draws exactly
-    what it drew before.
+    With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero, and likewise
+    with ``size_conditioning``: it draws exactly what it drew before.
 
     Args:
         checkpoint: a pipeline folder.
@@ -116,11 +124,13 @@ def networks_from(checkpoint: str, source: Source, flow: FlowConfig, inpainting:
             f"{checkpoint} is not conditioned on {source.kind}, the data is",
             "Use --condition none, or a checkpoint of the same kind.",
         )
-    changes: dict[str, int] = {}
+    changes: dict[str, Any] = {}
     if source.kind == "class":
         changes["num_classes"] = len(source.classes)
     if inpainting and not config["condition_channels"]:
         changes["condition_channels"] = mask_channels(pipe.vae)
+    if size_conditioning:
+        changes["size_conditioning"] = True
     network = old
     if changes:
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -164,6 +174,8 @@ def _copy_weights(old: nn.Module, new: nn.Module, rows: list[int | None] | None)
     """
     sources = dict(old.named_parameters())
     for name, target in new.named_parameters():
+        if name not in sources:  # what is new says nothing at first
+            continue
         source = sources[name]
         if rows is not None and "embedding_table" in name:
             _copy_rows(source, target, rows)

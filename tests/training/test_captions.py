@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from latentflow.data import FileExample, LatentTable, Source
+from latentflow.data import FileExample, LatentTable, Source, one_size
 from latentflow.models import train_tokenizer
 from latentflow.training.conditions import Captions, conditions_of
 from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.latent_data import LatentData
+from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.order import DataOrder, Draw
 from latentflow.training.start import Networks
 
@@ -28,6 +28,10 @@ def source(**more: Any) -> Source:
         for row, (text, *texts) in enumerate(TEXTS)
     ]
     return Source("numbers", tuple(examples), "text")
+
+
+def latent_data(source: Source, table: LatentTable) -> LatentData:
+    return LatentData(one_size(source, (64, 64)), [Sized(table)], {})
 
 
 def test_each_use_draws_one_of_its_pictures_captions() -> None:
@@ -64,11 +68,11 @@ def test_tokens_are_those_of_the_drawn_caption() -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_epoch_uses_each_picture_as_often_as_it_is_repeated(processes: int) -> None:
     table = LatentTable(torch.arange(3.0).view(3, 1, 1, 1, 1), None)
-    data = LatentData(source(repeats=4), table, {})
+    data = latent_data(source(repeats=4), table)
     order = DataOrder(size=len(data), batch_size=2, processes=processes)
     draws = [d for p in range(processes) for b in order.batches(0, 12 // (2 * processes), p) for d in b]
     assert Counter(data.__getitems__(draws)["latents"].flatten().tolist()) == {0.0: 4, 1.0: 4, 2.0: 4}
-    assert len(LatentData(source(repeats=4).once(), table, {})) == 3
+    assert len(latent_data(source(repeats=4).once(), table)) == 3
 
 
 def test_weights_multiply_the_loss_and_not_what_is_measured() -> None:
@@ -80,8 +84,8 @@ def test_weights_multiply_the_loss_and_not_what_is_measured() -> None:
     assert torch.equal(plain["per_sample"], weighted["per_sample"])
     torch.testing.assert_close(weighted["loss"], (plain["per_sample"] * weights).mean())
     table = LatentTable(torch.zeros(3, 1, 1, 1, 1), None)
-    assert "weights" not in LatentData(source(), table, {}).__getitems__([Draw(0, 0)])
-    assert LatentData(source(weight=0.5), table, {}).__getitems__([Draw(2, 0)])["weights"].tolist() == [0.5]
+    assert "weights" not in latent_data(source(), table).__getitems__([Draw(0, 0)])
+    assert latent_data(source(weight=0.5), table).__getitems__([Draw(2, 0)])["weights"].tolist() == [0.5]
 
 
 class Linear(nn.Module):

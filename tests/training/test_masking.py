@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, mask_channels
-from latentflow.data import LatentTable, Source, find_source
+from latentflow.data import LatentTable, Source, find_source, one_size
 from latentflow.data.shapes import ShapeExample, all_specs
 from latentflow.models import Condition, DiT, UNet
 from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.latent_data import LatentData
+from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.masking import Masking
 from latentflow.training.order import Draw
 from latentflow.training.start import networks_from
@@ -113,7 +113,7 @@ def test_masks_and_pixels_are_mirrored_with_the_latents() -> None:
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
     source = Source("one", (ShapeExample("a", spec=SPEC, seed=0),), "unconditional")
     table = LatentTable(torch.stack([ramp, ramp.flip(-1)], 1), None)
-    data = LatentData(source, table, {}, {"pixels": ramp.to(torch.uint8)})
+    data = LatentData(one_size(source, (64, 64)), [Sized(table, {"pixels": ramp.to(torch.uint8)})], {})
     rows = data.__getitems__([Draw(0, number) for number in numbers])
     assert torch.equal(rows["latents"], rows["pixels"].float())
     assert 8 < sum(bool(row[0, 0, 0] == 7) for row in rows["pixels"]) < 24

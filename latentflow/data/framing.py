@@ -1,0 +1,207 @@
+"""What of each picture is trained on: one size for all, or several aspect ratios ("buckets"), and which crops."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from latentflow.errors import UserError
+
+from .checking.looks import looks_at
+from .config import FramingConfig
+from .examples import Example, Source
+from .latent_folder import LatentFolder
+from .shards import Array
+
+Size: TypeAlias = tuple[int, int]  # (height, width) in pixels
+
+_STEPS = 16  # sides of buckets are this share of the resolution apart, where the network's unit allows it
+_MUCH = 0.25  # share of a picture that is cut off, from which the report names it
+
+
+def bucket_sizes(resolution: int, unit: int) -> list[Size]:
+    """Sizes of about ``resolution`` ** 2 pixels, and never more, from 4:1 to 1:4; wide ones first.
+
+    Args:
+        resolution: side of the square among them.
+        unit: what every side must be a multiple of.
+
+    Raises:
+        UserError: ``resolution`` is none of its multiples.
+    """
+    if resolution % unit:
+        nearest = max(1, round(resolution / unit)) * unit
+        raise UserError(
+            f"--resolution {resolution} is not a multiple of {unit}, as autoencoder and network need",
+            f"The nearest is {nearest}.",
+        )
+    step = unit * max(1, round(resolution / _STEPS / unit))
+    shorts = [resolution - step * i for i in range(resolution) if resolution - step * i >= resolution / 2]
+    wide = [(short, resolution**2 // short // step * step) for short in shorts]
+    wide = [size for size in wide if size[1] > size[0] and not size[1] % unit]
+    return [*reversed(wide), (resolution, resolution), *((width, height) for height, width in wide)]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The pictures of a source, each brought to one of a few sizes by cutting off what is too long.
+
+    Attributes:
+        source: N pictures.
+        sizes: the sizes that are used.
+        bucket: (N,), each picture's among ``sizes``.
+        natural: (N, 2), heights and widths of the pictures as they are; None where nobody asked.
+        crops: places from which each picture is cut, of which every use draws one; 1: the centre.
+    """
+
+    source: Source
+    sizes: tuple[Size, ...]
+    bucket: Array
+    natural: Array | None
+    crops: int = 1
+
+    @cached_property
+    def members(self) -> list[Array]:
+        """The pictures of each size, ascending."""
+        return [np.flatnonzero(self.bucket == number) for number in range(len(self.sizes))]
+
+    def part(self, number: int) -> Source:
+        """The pictures of size ``number``; every crop of a picture is an example, next to one another."""
+        whole = self.source.subset(self.members[number].tolist()) if len(self.sizes) > 1 else self.source
+        return whole if self.crops == 1 else cropped(whole, self.crops)
+
+    def told(self, rows: Array, crops: Array, flips: Array) -> Array:
+        """What SDXL tells its network of a picture (arXiv:2307.01952, section 2.2): (B, 6) float32.
+
+        Height and width of the picture as it is; how many pixels were cut off above and on the left, once it was
+        resized; height and width of what is left.
+
+        Args:
+            rows, crops, flips: (B,) integers: the pictures, which crop of each, and 1 where it is mirrored.
+        """
+        assert self.natural is not None
+        out = np.empty((len(rows), 6), dtype=np.float32)
+        for i, (row, crop, flip) in enumerate(zip(rows, crops, flips, strict=True)):
+            natural, size = self.natural[row], np.asarray(self.sizes[self.bucket[row]])
+            across, down = centering(self.source.examples[row], crop)
+            across = 1 - across if flip else across
+            cut = natural * (size / natural).max() - size
+            out[i] = (*natural, *np.rint(cut * (down, across)), *size)
+        return out
+
+    def lines(self) -> list[str]:
+        """How the pictures are spread over the sizes, and what is cut off."""
+        if self.natural is None:
+            return []
+        sizes = np.asarray(self.sizes)[self.bucket]
+        ratio = np.log(self.natural[:, 1] / self.natural[:, 0]) - np.log(sizes[:, 1] / sizes[:, 0])
+        lost = 1 - np.exp(-np.abs(ratio))
+        shares = ", ".join(
+            f"{width}x{height}: {len(rows)}"
+            for (height, width), rows in zip(self.sizes, self.members, strict=True)
+        )
+        lines = [
+            f"sizes (width x height: pictures): {shares}; none left out",
+            f"cut off: {lost.mean():.1%} of a picture on average, {lost.max():.1%} of "
+            f"{self.source.examples[int(lost.argmax())].name} at most; a square would cut off "
+            f"{(1 - np.exp(-np.abs(np.log(self.natural[:, 1] / self.natural[:, 0])))).mean():.1%} on average",
+        ]
+        if much := int((lost > _MUCH).sum()):
+            lines.append(f"WARNING: {much} pictures lose more than {_MUCH:.0%} of themselves")
+        return lines
+
+
+def one_size(source: Source, size: Size, crops: int = 1) -> Framing:
+    """Every picture at the same size."""
+    return Framing(source, (size,), np.zeros(len(source), dtype=np.int32), None, crops)
+
+
+def frame(source: Source, resolution: int, unit: int, config: FramingConfig, told: bool = False) -> Framing:
+    """Choose a size for every picture: the bucket whose aspect ratio is nearest to its own.
+
+    Args:
+        unit: what the sides of a picture must be multiples of.
+        told: whether the network is told sizes and crops.
+
+    Raises:
+        UserError: a folder of latents, whose pictures were cut when it was made, or a wrong setting.
+    """
+    if isinstance(source, LatentFolder) and (config.buckets or config.crops > 1 or told):
+        raise UserError(
+            f"{source.name} is a folder of latents: how pictures are cut was decided when it was made",
+            "Leave --buckets, --crops and --size-conditioning out, or train on the pictures.",
+        )
+    square = ((resolution, resolution),)
+    if not (config.buckets or told):
+        return one_size(source, square[0], config.crops)
+    natural = _natural_sizes(source)
+    sizes = np.asarray(bucket_sizes(resolution, unit) if config.buckets else square)
+    ratios = np.log(sizes[:, 1] / sizes[:, 0])
+    nearest = np.abs(np.log(natural[:, 1] / natural[:, 0])[:, None] - ratios).argmin(1)
+    used, bucket = np.unique(nearest, return_inverse=True)
+    chosen = tuple((int(height), int(width)) for height, width in sizes[used])
+    return Framing(source, chosen, bucket.astype(np.int32), natural, config.crops)
+
+
+def _natural_sizes(source: Source) -> Array:
+    """(N, 2) heights and widths, as the pictures are looked at."""
+    sizes = np.empty((len(source), 2), dtype=np.int32)
+    for row, look in enumerate(looks_at(source)):
+        if look.error is not None:
+            raise UserError(f"{source.examples[row].name}: {look.error}", "Start again: it is left out then.")
+        sizes[row] = look.height, look.width
+    return sizes
+
+
+# ---------------------------------------------------------------- crops
+
+
+@dataclass(frozen=True)
+class Crop(Example):
+    """A picture of which another part than the middle is used."""
+
+    whole: Example = field(kw_only=True)
+    centre: tuple[float, float] = field(kw_only=True)
+
+    @property
+    def centering(self) -> tuple[float, float]:
+        return self.centre
+
+    def open(self) -> Image.Image:
+        return self.whole.open()
+
+    def open_mask(self) -> Image.Image | None:
+        return self.whole.open_mask()
+
+    def content_key(self) -> str:
+        return hashlib.sha256(f"{self.whole.content_key()} cut at {self.centre}".encode()).hexdigest()
+
+    def mask_key(self) -> str:
+        return self.whole.mask_key()
+
+
+def cropped(source: Source, crops: int) -> Source:
+    """``crops`` examples for each of ``source``, next to one another, the middle first."""
+    examples = []
+    for whole in source.examples:
+        shared = {one.name: getattr(whole, one.name) for one in dataclasses.fields(Example)}
+        examples.append(whole)
+        examples += [
+            Crop(**shared, whole=whole, centre=centering(whole, number)) for number in range(1, crops)
+        ]
+    return dataclasses.replace(source, examples=tuple(examples))
+
+
+def centering(example: Example, crop: int) -> tuple[float, float]:
+    """Where crop number ``crop`` lies, from left to right and from top to bottom in [0, 1]; 0 is the middle."""
+    if crop == 0:
+        return example.centering
+    digest = hashlib.sha256(f"{example.content_key()} {crop}".encode()).digest()
+    across, down = (int.from_bytes(part, "big") / 2**32 for part in (digest[:4], digest[4:8]))
+    return across, down
