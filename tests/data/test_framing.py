@@ -104,7 +104,9 @@ def test_a_crop_s_mask_is_cut_with_it(source: Source, tmp_path: Path) -> None:
     for example in cropped(find_source(str(folder), condition="none"), 6).examples:
         mask = read_own_mask(example, 50)
         assert mask is not None
-        assert (np.asarray(mask) == np.asarray(read_image(example, 50))[..., 0]).mean() > 0.9  # the picture is interpolated
+        assert (
+            np.asarray(mask) == np.asarray(read_image(example, 50))[..., 0]
+        ).mean() > 0.9  # the picture is interpolated
 
 
 def test_what_a_crop_says_of_its_picture(source: Source) -> None:
