@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,25 @@ def test_killed_at_a_random_moment_and_started_again_equals_the_uninterrupted_ru
     whole, resumed = tensors(finished[0]), tensors(tmp_path)
     assert whole.keys() == resumed.keys() and len(whole) > 50
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_result_that_is_made_again_keeps_what_the_user_put_there(
+    finished: tuple[Path, str], pictures: Path, cache: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    for mark in run.rglob("exported"):  # as in runs of before there was this mark
+        mark.unlink()
+    for folder in ("pipeline", "autoencoder/autoencoder"):
+        (run / folder / "notes.txt").write_text("mine")
+    card = (run / "pipeline" / "README.md").read_text()
+    call(cache, pictures, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
+    assert len(list(run.rglob("exported"))) == 2  # both were made again
+    for folder in ("pipeline", "autoencoder/autoencoder"):
+        assert (run / folder / "notes.txt").read_text() == "mine"
+    assert len(list((run / "pipeline").glob("README*"))) == 1
+    assert (run / "pipeline" / "README.md").read_text() != card  # of a run that lies elsewhere now
+    LatentFlowPipeline.from_pretrained(run / "pipeline")
 
 
 def test_config_yaml_reproduces_the_run(finished: tuple[Path, str], cache: Path, tmp_path: Path) -> None:
