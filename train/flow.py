@@ -156,7 +156,8 @@ def train(config: Config, again: str) -> None:
         masking,
     )
     if config.dry_run:
-        for line in estimate_lines(stage, networks, vae, source, loop, latent_size):
+        views = 0 if isinstance(source, LatentFolder) else 1 + data.random_flip
+        for line in estimate_lines(stage, networks, vae, source, loop, latent_size, views):
             log.info(line)
         return
 
