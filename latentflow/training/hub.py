@@ -9,7 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from ..errors import UserError
+from ..errors import RunError, UserError
 from .export import is_generated
 
 
@@ -31,7 +31,8 @@ def push(folder: Path, repository: str) -> str:
     """Upload a pipeline folder; its address. A new repository is private; a README.md of yours on the hub stays.
 
     Raises:
-        UserError: the name is wrong, there is no token, or the hub refused or cannot be reached. The folder is whole.
+        UserError: the name is wrong, or there is no token.
+        RunError: the hub refused or cannot be reached. The folder is whole.
     """
     check_push(repository)
     hub = huggingface_hub.HfApi()
@@ -49,7 +50,7 @@ def push(folder: Path, repository: str) -> str:
     ) as error:  # of huggingface_hub, of the HTTP library that it happens to use, of the network
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         again = shlex.join(["latentflow", "push", str(folder), repository])
-        raise UserError(
+        raise RunError(
             f"'{repository}' was not pushed: {reason}", f"The model is whole in {folder}. Later: {again}"
         ) from error
     return f"https://huggingface.co/{repository}"

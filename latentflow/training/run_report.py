@@ -149,7 +149,7 @@ def _data(page: Page, run: Run) -> None:
     page.list(lines or ["train.log says nothing about the data."])
     if data := run.config.get("data"):
         page.text("All that can be said about the pictures, with a contact sheet:")
-        page.code(shlex.join(["latentflow", "check", str(data)]))
+        page.code(shlex.join(["latentflow", "check", str(data), "--report", "data.html"]))
 
 
 def _settings(page: Page, run: Run) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentflow.cli import parse, write_config
 from latentflow.data import find_source
-from latentflow.errors import UserError
+from latentflow.errors import RunError, UserError
 from latentflow.training import hub, run_files, trackers
 from latentflow.training.card import CardFacts, write_card
 from latentflow.training.export import carry_over, is_generated, signed
@@ -203,6 +203,16 @@ def test_each_start_records_its_environment_and_ends_a_torn_line(tmp_path: Path)
     assert [
         json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[::2]
     ] == [1, 4]
+
+
+def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "very-secret")
+    (tmp_path / "config.yaml").write_text("network: dit\n")
+    reporter(tmp_path).close()
+    report_page(tmp_path).write(tmp_path / "report.html")
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) >= 4 and not any(b"very-secret" in path.read_bytes() for path in written)
 
 
 class FakeTracker:
@@ -445,7 +455,7 @@ def test_a_hub_that_cannot_be_reached_is_no_defect(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: real(endpoint="http://127.0.0.1:9"))
     monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: "token")
-    with pytest.raises(UserError, match="was not pushed"):
+    with pytest.raises(RunError, match="was not pushed"):
         hub.push(tmp_path, "owner/cats")
 
 
