@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from latentflow import LatentFlowPipeline
 
-from .command import ROOT, TINY, call, environment, train
+from .command import ROOT, TINY, call, environment
 from .forking import fork_ranks
 
 
@@ -30,9 +30,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(pictures: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An uninterrupted run of 8 steps, and what it said: a process of its own, as users start it."""
+    """An uninterrupted run of 8 steps, and what it said. (tests/test_wheel.py has one in a process of its own.)"""
     run = tmp_path_factory.mktemp("finished")
-    said = train(cache, pictures, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
+    said = call(cache, pictures, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
     return run, said
 
 
@@ -272,6 +272,8 @@ def test_a_u_net_and_an_unconditional_model_train_as_well(
         "--condition",
         "none",
         "--gradient-checkpointing",
+        "--preview-steps",
+        0,
     ]
     call(cache, pictures, "-o", tmp_path, *quick)
     pipe = LatentFlowPipeline.from_pretrained(tmp_path / "pipeline")
