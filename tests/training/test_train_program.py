@@ -247,6 +247,8 @@ def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(
         (["--learning-rat", "1"], "learning-rate"),
         (["--path", "conddot"], "did you mean 'condot'"),
         (["--max-train-steps", "0"], "--max-train-steps is 0"),
+        (["--log-steps", "0"], "--log-steps is 0"),
+        (["--adam-beta2", "1"], "--adam-beta2 is 1.0"),
         (["--vae", "/nowhere"], "no autoencoder at '/nowhere'"),
         (["--text-encoder", "/nowhere"], "could not be loaded"),
         (["--init-from", "/nowhere"], "/nowhere"),
