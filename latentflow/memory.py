@@ -28,6 +28,15 @@ ADVICE = {
 }
 
 
+# What torch raises as a plain RuntimeError: of the main memory, of CUDA beside torch's own allocator, of cuBLAS.
+_SAID = (
+    "DefaultCPUAllocator: can't allocate",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 class OutOfMemory(RunError):  # noqa: N818 (named as torch's)
     """Too little memory in a phase; ``what`` says which, how much was used at most, and what was asked for."""
 
@@ -36,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, of a GPU or the machine, ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
 
 
 def out_of_memory(phase: str, error: BaseException) -> OutOfMemory:

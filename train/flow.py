@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
 from latentflow.training.card import CardFacts, write_card
 from latentflow.training.conditions import conditions_of
+from latentflow.training.export import carry_over
 from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
 from latentflow.training.hub import check_push, push
 from latentflow.training.latent_data import LatentData, Sized
@@ -170,7 +172,8 @@ def train(config: Config, again: str) -> None:
     for line in framed.lines():
         log.info(line)
     if config.dry_run:
-        for line in estimate_lines(stage, networks, vae, source, loop, latent_size):
+        views = 0 if isinstance(source, LatentFolder) else 1 + data.random_flip
+        for line in estimate_lines(stage, networks, vae, source, loop, latent_size, views):
             log.info(line)
         return
 
@@ -239,6 +242,7 @@ def train(config: Config, again: str) -> None:
             inpaints=result.takes_masks,
         )
         write_card(folder, output, facts)
+        carry_over(output / "pipeline", folder)
 
     if loop.compile:
         networks.network.compile()
@@ -264,9 +268,8 @@ def train(config: Config, again: str) -> None:
         resume_line=again,
     )
     if finished:
-        log.info(
-            f"done: {output / 'pipeline'}; try it with\n  latentflow generate --checkpoint {output / 'pipeline'}"
-        )
+        try_it = shlex.join(["latentflow", "generate", "--checkpoint", str(output / "pipeline")])
+        log.info(f"done: {output / 'pipeline'}; try it with\n  {try_it}")
         if config.push_to_hub and process_state().is_main_process:
             log.info(f"pushed: {push(output / 'pipeline', config.push_to_hub)}")
 

@@ -27,6 +27,7 @@ from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..metrics import psnr, ssim
 from .callbacks import Callbacks
 from .config import LoopConfig
+from .export import carry_over
 from .images import PixelData
 from .loop import fit
 from .order import SampleRandom
@@ -34,7 +35,7 @@ from .order import SampleRandom
 log = logging.getLogger(__name__)
 
 _STATISTICS_IMAGES = 1024
-_ENOUGH_STEPS = 3000  # 64 px pictures are beyond 33 dB by then
+ENOUGH_STEPS = 3000  # 64 px pictures are beyond 33 dB by then
 
 
 class AutoencoderStage(nn.Module):
@@ -155,6 +156,7 @@ def train_autoencoder(
         )
         measure_statistics(vae, sample.split(64))
         vae.save_pretrained(folder)
+        carry_over(output / "autoencoder", folder)
 
     finished = fit(
         players,
@@ -182,7 +184,7 @@ def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:
     """The loop's settings for the autoencoder."""
     return dataclasses.replace(
         loop,
-        max_train_steps=config.autoencoder_steps or min(loop.max_train_steps, _ENOUGH_STEPS),
+        max_train_steps=config.autoencoder_steps or min(loop.max_train_steps, ENOUGH_STEPS),
         train_batch_size=config.autoencoder_batch_size,
         gradient_accumulation_steps=1,
         learning_rate=config.autoencoder_learning_rate,

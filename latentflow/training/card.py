@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +15,8 @@ import yaml
 from jinja2 import Environment
 
 from ..data import Source
-from .run_report import data_lines, read_run
+from .export import is_generated, signed
+from .run_folder import Run, data_lines, duration, preview_step, read_run
 
 _TAGS = {
     "text": "text-to-image",
@@ -36,9 +40,9 @@ _CARD = """---
 Draws pictures of {{ resolution }} x {{ resolution }} pixels{{ asked }}. Made by latent flow matching with
 [latentflow](https://pypi.org/project/latentflow/){% if inpaints %}; it fills holes in pictures as well{% endif %}.
 {% if sample %}
-![Samples](sample.png)
+![Samples]({{ sample }})
 
-*What it drew at step {{ step }}, one try each, seeds 0 to 15, 10 steps.
+*What it drew at step {{ sample_step }}, one try each, seeds 0 to 15, 10 steps.
 {%- if inpaints %} Below: pictures with holes, and what it put there.{% endif %}*
 {% endif %}
 ## Use
@@ -46,18 +50,18 @@ Draws pictures of {{ resolution }} x {{ resolution }} pixels{{ asked }}. Made by
 ```python
 from latentflow import LatentFlowPipeline
 
-pipe = LatentFlowPipeline.from_pretrained("{{ where }}")
+pipe = LatentFlowPipeline.from_pretrained({{ where }})
 pipe({{ call }}).images[0].save("picture.png")
 ```
 
 ```bash
-latentflow generate {{ words }}--checkpoint {{ where }} -o picture.png
+{{ command }}
 ```
 
 | part | class | parameters |
 |---|---|---|
 {% for part, kind, count in parts -%}
-| `{{ part }}` | {{ kind }} | {{ "%.1f" % (count / 1e6) }} M |
+| `{{ part }}` | {{ kind }} | {{ "%.2f" % (count / 1e6) }} M |
 {% endfor %}
 ## Data
 
@@ -67,13 +71,13 @@ latentflow generate {{ words }}--checkpoint {{ where }} -o picture.png
 ## Training
 
 {{ step }} steps of {{ batch }} samples
-{%- if hours %}, {{ hours }} hours{% endif %}
+{%- if time %}, {{ time }}{% endif %}
 {%- if device %} on {{ device }}{% endif %}.
 
 | setting | value |
 |---|---|
 {% for name, value in settings -%}
-| {{ name }} | {{ value }} |
+| {{ name }} | {{ value | replace("|", "\\\\|") }} |
 {% endfor %}
 ## Figures
 
@@ -108,25 +112,24 @@ class CardFacts:
 def write_card(folder: Path, run: Path, facts: CardFacts) -> None:
     """Write README.md and sample.png, the run's last preview, into the pipeline folder ``folder``.
 
-    A README.md that is there already, in ``folder`` or in the run's ``pipeline`` of before, is the user's: it stays,
-    and the new card lies beside it as README-step-000450.md.
+    A README.md in the run's ``pipeline`` of before that we did not write, or that was changed since, is the user's:
+    it stays, and the new card lies beside it as README-step-000450.md.
     """
     read = read_run(run)
-    samples = sorted((run / "samples").glob("step-*.png"))
-    if samples:
-        shutil.copyfile(samples[-1], folder / "sample.png")
     old = run / "pipeline" / "README.md"
-    readme = folder / "README.md"
-    if old.is_file() and not readme.exists():
-        shutil.copyfile(old, readme)
-    card = _card(read, facts, bool(samples))
-    if not readme.exists():
-        readme.write_text(card, encoding="utf-8")
-    elif readme.read_text(encoding="utf-8", errors="replace") != card:
-        (folder / f"README-step-{read.step:06d}.md").write_text(card, encoding="utf-8")
+    suffix = ""
+    if old.is_file() and not is_generated(old.read_text(encoding="utf-8", errors="replace")):
+        shutil.copyfile(old, folder / "README.md")
+        suffix = f"-step-{read.step:06d}"
+    sample = ""
+    if previews := read.previews():
+        sample = f"sample{suffix}.png"
+        shutil.copyfile(previews[-1], folder / sample)
+    card = _card(read, facts, sample, preview_step(previews[-1]) if previews else 0)
+    (folder / f"README{suffix}.md").write_text(signed(card), encoding="utf-8")
 
 
-def _card(run: Any, facts: CardFacts, sample: bool) -> str:
+def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
     kind = facts.source.kind
     header = {
         "library_name": "diffusers",
@@ -134,29 +137,32 @@ def _card(run: Any, facts: CardFacts, sample: bool) -> str:
         "tags": ["latentflow", "flow-matching", *(["inpainting"] if facts.inpaints else [])],
     }
     caption, label = _first(facts.source.captions() if kind == "text" else []), _first(facts.source.classes)
+    asked = {"text": [caption], "class": ["--class", label]}.get(kind, [])
     measured, figures = _last_figures(run.rows)
-    data = str(run.config.get("data", "data"))
     return str(
         Environment(keep_trailing_newline=True)
         .from_string(_CARD)
         .render(
             header=yaml.safe_dump(header, sort_keys=False),
             name=(run.folder.resolve() if Path(facts.where).name == "pipeline" else Path(facts.where)).name,
-            where=facts.where,
+            where=json.dumps(facts.where),
             resolution=run.config.get("resolution", "?"),
             asked={"text": " from captions", "class": " of its classes"}.get(kind, ""),
             call={"text": f"prompt={caption!r}", "class": f"class_labels=[{label!r}]"}.get(kind, ""),
-            words={"text": f"{_quoted(caption)} ", "class": f"--class {_quoted(label)} "}.get(kind, ""),
+            command=shlex.join(
+                ["latentflow", "generate", *asked, "--checkpoint", facts.where, "-o", "picture.png"]
+            ),
             inpaints=facts.inpaints,
             sample=sample,
+            sample_step=sample_step,
             step=run.step,
-            batch=run.batch(),
-            hours=f"{run.seconds / 3600:.1f}" if run.seconds else "",
+            batch=run.batch,
+            time=duration(run.seconds) if run.seconds else "",
             device=run.starts[-1]["device"] if run.starts else "",
             parts=[
                 (n, type(m).__name__, sum(p.numel() for p in m.parameters())) for n, m in facts.parts.items()
             ],
-            data=[line.replace(data, Path(data).name) for line in data_lines(run.log)],
+            data=[_without_places(line, str(run.config.get("data"))) for line in data_lines(run.log)],
             settings=[(n, _shown(run.config[n])) for n in _SHOWN if run.config.get(n) not in (None, {}, [])],
             measured=measured,
             figures=", ".join(f"`{name}` {value:.4f}" for name, value in figures),
@@ -176,10 +182,14 @@ def _first(names: Sequence[str]) -> str:
     return names[0] if names else ""
 
 
+def _without_places(line: str, data: str) -> str:
+    """A line of the log without where things lie on the author's disk."""
+    place = data.rstrip("/")
+    if "/" in place and not place.startswith("hub:"):
+        line = line.replace(place, Path(place).name)
+    return re.sub(r"(?<![\w/:])/(?:[^\s/:]+/)+", "", line)
+
+
 def _shown(value: Any) -> str:
     """A setting without where it lies on the author's disk."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace('"', "'") + '"'

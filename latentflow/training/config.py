@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,18 +69,27 @@ class LoopConfig:
     """Resume although the data or the architecture changed (the difference is printed)."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "checkpointing_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}", "It must be at least 1."
-                )
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "ema_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}", "It cannot be negative."
-                )
+        for names, allowed, words in _BOUNDS:
+            for name in names:
+                value = getattr(self, name)
+                if not allowed(value):
+                    raise UserError(f"--{name.replace('_', '-')} is {value}", words)
+
+
+# Settings, what they may be, and how to say so.
+_BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (
+        ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
+         "checkpoints_total_limit", "log_steps", "max_nonfinite_steps"),
+        lambda value: value >= 1,
+        "It must be at least 1.",
+    ),
+    (
+        ("learning_rate", "weight_decay", "max_grad_norm", "lr_warmup_steps", "num_workers", "validation_steps",
+         "preview_steps"),
+        lambda value: value >= 0,
+        "It cannot be negative.",
+    ),
+    (("ema_decay", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "It must be from 0 to below 1."),
+    (("lr_decay_share",), lambda value: 0 <= value <= 1, "It must be from 0 to 1."),
+)  # fmt: skip

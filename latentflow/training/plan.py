@@ -49,14 +49,20 @@ def plan_lines(source: Source, training: Source, validation: Source, loop: LoopC
 
 
 def estimate_lines(
-    stage: FlowStage, networks: Networks, vae: Autoencoder, source: Source, loop: LoopConfig, latent_size: int
+    stage: FlowStage,
+    networks: Networks,
+    vae: Autoencoder,
+    source: Source,
+    loop: LoopConfig,
+    latent_size: int,
+    views: int,
 ) -> list[str]:
-    """Sizes, operations, memory and time of a run.
+    """Sizes, operations, memory and time of a run; each picture is encoded ``views`` times before it.
 
     Operations and memory come from shapes alone, the time from steps with random latents on this machine. The network
     may be on the meta device: it gets (random) weights only to be timed, and only if they take little of the memory.
     """
-    return _Estimate(stage, networks, vae, source, loop, latent_size).lines()
+    return _Estimate(stage, networks, vae, source, loop, latent_size, views).lines()
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class _Estimate:
     source: Source
     loop: LoopConfig
     latent_size: int
+    views: int
 
     def lines(self) -> list[str]:
         vae, encoder, size = self.vae, self.networks.text_encoder, self.latent_size
@@ -77,13 +84,13 @@ class _Estimate:
             *([f"text encoder: {_size(encoder)}"] if encoder is not None else []),
             f"compute: {_flops(step / self.samples)} a sample, {_flops(step)} a step, "
             f"{_flops(step * self.loop.max_train_steps)} in all, forward and backward (a multiply-add is 2 FLOPs); "
-            f"to encode the pictures once, {_flops(self.encoding * len(self.source))}",
+            f"to encode the pictures before it, {_flops(self.encoding * len(self.source) * self.views)}",
             f"memory: {self.held(self.dtype) / 2**30:.2f} GiB for weights, gradients, average and optimiser, and about "
             f"{self.activations(self.dtype) / 2**30:.2f} GiB for the activations of {self.loop.train_batch_size} "
             f"samples, in {str(self.dtype).removeprefix('torch.')}",
             self.time_here(),
             *(self.time_on(gpu) for gpu in GPUS),
-            "on top come encoding, validation, previews, checkpoints and the autoencoder's own training",
+            "on top come encoding, the optimiser, validation, previews, checkpoints and the autoencoder's own training",
         ]
 
     @property
@@ -143,7 +150,8 @@ class _Estimate:
         some = "" if rows == batch else f", with {rows} of {batch} samples"
         return (
             f"time: {seconds * self.loop.gradient_accumulation_steps:.3g} s a step, "
-            f"{_hours(seconds * self.micro_batches / 3600)} in all (measured on this {device.type}{some}; "
+            f"{_hours(seconds * self.micro_batches / 3600)} in all (forward and backward, measured on this "
+            f"{device.type}{some}; "
             f"at most {peak_gib():.1f} GiB)"
         )
 

@@ -85,3 +85,10 @@ def test_the_program(folder: Path, repository: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stop:
         main([str(folder / "nowhere")])
     assert stop.value.code == 1 and "PROBLEM: there is no folder" in capsys.readouterr().out
+
+
+def test_a_problem_and_its_remedy_are_one_readable_line(tmp_path: Path) -> None:
+    save_all(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "a.txt").write_text("a cat")
+    (problem,) = check_source(str(tmp_path)).problems
+    assert "\\n" not in problem and "b.png. Add them, or choose --missing-caption" in problem

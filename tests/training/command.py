@@ -1,11 +1,10 @@
-"""The real command, as a user runs it, on a dozen small pictures."""
+"""The command as a user runs it, on a dozen small pictures, without its imports."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 import os
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -67,23 +66,8 @@ def environment(cache: Path) -> dict[str, str]:
     return os.environ | {"LATENTFLOW_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def train(cache: Path, *arguments: object, expect: int = 0) -> str:
-    """Run `train/flow.py` as a user does; its output, both streams."""
-    command = [sys.executable, str(ROOT / "train" / "flow.py"), *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == expect, done.stdout
-    return done.stdout
-
-
 def call(cache: Path, *arguments: object, expect: int = 0) -> str:
-    """The same in this process: the program's `main` under the command line's error handling. Saves the imports."""
+    """Run `train/flow.py` in this process: its `main` under the command line's error handling; what it said."""
     spec = importlib.util.spec_from_file_location("train_flow", ROOT / "train" / "flow.py")
     assert spec is not None and spec.loader is not None
     program = importlib.util.module_from_spec(spec)
@@ -95,7 +79,7 @@ def call(cache: Path, *arguments: object, expect: int = 0) -> str:
         patch.setattr(sys, "argv", argv)
         patch.setitem(sys.modules, "train_flow", program)
         spec.loader.exec_module(program)
-        torch.set_num_threads(1)  # as `train`: sums in another order would round differently
+        torch.set_num_threads(1)  # on any machine: sums in another order would round differently
         try:
             run(program.main)
             code = 0

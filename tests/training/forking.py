@@ -9,7 +9,7 @@ from collections.abc import Callable
 from accelerate.state import AcceleratorState, PartialState
 
 
-def fork_ranks(processes: int, function: Callable[[int], None]) -> list[int]:
+def fork_ranks(processes: int, function: Callable[[int], object]) -> list[int]:
     """Call ``function(rank)`` in each of ``processes`` forked processes, which talk through gloo if there are several.
 
     Returns:
@@ -26,7 +26,7 @@ def fork_ranks(processes: int, function: Callable[[int], None]) -> list[int]:
     return ids
 
 
-def _run_as(rank: int, processes: int, port: int, function: Callable[[int], None]) -> None:
+def _run_as(rank: int, processes: int, port: int, function: Callable[[int], object]) -> None:
     status = 1
     try:
         PartialState._reset_state()

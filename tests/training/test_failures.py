@@ -19,7 +19,7 @@ from torch import nn
 
 from latentflow.autoencoder import latents
 from latentflow.errors import RunError, UserError
-from latentflow.memory import OutOfMemory, memory_phase
+from latentflow.memory import OutOfMemory, is_out_of_memory, memory_phase
 from latentflow.training import Callbacks, fit, log_to, loop, saving
 from latentflow.training.checkpoint import list_checkpoints, load_latest
 from latentflow.training.order import Draw
@@ -110,6 +110,18 @@ def test_automatic_micro_batches_in_the_middle_of_a_run_repeat_the_step_from_its
     assert first is not None and second is not None
     for name, one in first["flow-weights"].items():
         torch.testing.assert_close(one, second["flow-weights"][name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("said", "memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be reported later", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_memory_that_runs_out_beside_torch_s_allocator_is_known(said: str, memory: bool) -> None:
+    assert is_out_of_memory(RuntimeError(said)) is memory
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
-from latentflow.models import DiT, UNet, dit_config
+from latentflow.models import DIT_PRESETS, Condition, DiT, UNet, dit_config
 from latentflow.training import LoopConfig, plan
 from latentflow.training.cost import Cost, encoding_flops, network_cost, state_bytes
 from latentflow.training.ema import WeightAverage
@@ -40,10 +41,24 @@ def test_the_count_is_that_of_the_closed_form(depth: int, size: int) -> None:
     )
 
 
-def test_the_closed_form_is_that_of_the_paper() -> None:
-    """DiT (arXiv:2212.09748), table 4: 118.64 and 23.01 'Gflops' forward, multiply-adds."""
-    for width, depth, published in ((1152, 28, 118.64e9), (768, 12, 23.01e9)):
-        assert closed_form(width, depth, 256) == pytest.approx(2 * 3 * published, rel=0.03)
+@pytest.mark.parametrize(
+    ("preset", "parameters", "multiply_adds"), [("B", 130e6, 23.01e9), ("XL", 675e6, 118.64e9)]
+)
+def test_networks_have_the_sizes_and_cost_of_the_paper(
+    preset: str, parameters: float, multiply_adds: float
+) -> None:
+    """DiT (arXiv:2212.09748), table 4, whose 'Gflops' are multiply-adds of a forward pass; SiT has the same."""
+    with torch.device("meta"):
+        network = DiT(**DIT_PRESETS[preset])
+        with torch.no_grad(), FlopCounterMode(display=False) as forward:
+            network(
+                torch.empty(1, 4, 32, 32),
+                torch.empty(1),
+                Condition(class_labels=torch.empty(1, dtype=torch.long)),
+            )
+    assert sum(one.numel() for one in network.parameters()) == pytest.approx(parameters, rel=0.005)
+    assert forward.get_total_flops() / 2 == pytest.approx(multiply_adds, rel=0.005)
+    assert network_cost(network, 32, 0).flops == pytest.approx(2 * 3 * multiply_adds, rel=0.02)
 
 
 def test_activations_grow_with_depth_and_shrink_by_checkpointing_which_computes_the_blocks_twice() -> None:
@@ -179,6 +194,12 @@ def test_recipes_are_planned_without_their_weights(
 def test_a_small_network_is_timed_on_this_machine(pictures: Path, tmp_path: Path) -> None:
     out = call(tmp_path, pictures, "-o", tmp_path / "run", *TINY, "--inpainting", "--dry-run")
     assert "s a step" in out and "measured on this cpu;" in out
+
+    def encoding(said: str) -> float:
+        return float(said.split("encode the pictures before it, ")[1].split()[0])
+
+    mirrored = call(tmp_path, pictures, "-o", tmp_path / "run", *TINY, "--random-flip", "--dry-run")
+    assert encoding(mirrored) == pytest.approx(2 * encoding(out), rel=0.01)
 
 
 def test_costs_add() -> None:

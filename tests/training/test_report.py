@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -16,11 +17,14 @@ from PIL import Image
 
 from latentflow.cli import parse, write_config
 from latentflow.data import find_source
-from latentflow.errors import UserError
+from latentflow.errors import RunError, UserError
 from latentflow.training import hub, run_files, trackers
 from latentflow.training.card import CardFacts, write_card
+from latentflow.training.export import carry_over, is_generated, signed
 from latentflow.training.report import Reporter
-from latentflow.training.run_report import data_lines, read_run, report_page, thinned
+from latentflow.training.run_curves import thinned
+from latentflow.training.run_folder import Run, data_lines, read_run
+from latentflow.training.run_report import report_page
 
 from .command import ROOT
 
@@ -49,7 +53,7 @@ def killed(tmp_path: Path) -> Path:
     lines += [torn, trained(5, 4.0), row(5, val_loss=3.0), trained(6, float("nan")), trained(6, 2.0)[:20]]
     (run / "metrics.jsonl").write_text("\n".join(lines))
     (run / "autoencoder" / "metrics.jsonl").write_text(
-        "\n".join([row(1, loss=1.0), row(2, loss=0.5, val_psnr=20.5)])
+        "\n".join([trained(1, 1.0), row(2, loss=0.5, val_psnr=20.5, images_per_second=8.0)])
     )
     for folder, step in ((run, 3), (run / "autoencoder", 2)):
         Image.new("RGB", (1300, 650), "red").save(folder / "samples" / f"step-{step:06d}.png")
@@ -88,7 +92,8 @@ def test_time_in_training_counts_repeated_steps_and_no_standstill(killed: Path) 
 def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
     html = str(report_page(killed).html())
     for text in (
-        "not finished: step 6 of 8", "The autoencoder, trained first", "val_psnr", "20.5000", "1 updates were skipped",
+        "not finished: step 6 of 8", "The autoencoder, trained first", "val_psnr", "20.5000 dB", "not finite: 1 (log",
+        "<td>0 s, 8 pictures a second</td>",  # the first stage has its own batch: 2 steps of 2
         "step-000005.png cannot be read", "&lt;b&gt;9&lt;/b&gt; pictures", "step 3</figcaption>",
     ):  # fmt: skip
         assert text in html, text
@@ -105,6 +110,34 @@ def test_a_folder_with_nothing_but_settings_has_a_page_and_any_other_folder_none
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=r"Did you mean '.*cats'"):
         report_page(tmp_path / "runs")
+
+
+def test_previews_are_ordered_by_step_also_beyond_a_million(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "config.yaml").write_text("network: dit\n")
+    for step in (1_000_000, 999_000, 0):
+        (tmp_path / "samples" / f"step-{step:06d}.png").touch()
+    assert [path.stem for path in read_run(tmp_path).previews()] == [
+        "step-000000",
+        "step-999000",
+        "step-1000000",
+    ]
+
+
+def test_an_autoencoder_whose_steps_follow_from_the_run_s_is_finished_when_it_has_them(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "autoencoder").mkdir()
+    settings = {"max_train_steps": 20_000, "autoencoder_steps": None, "autoencoder_batch_size": 16}
+    run = Run(tmp_path, settings, [{"step": 3000}], [{"processes": 2}], [])
+    assert run.target == 3000 and run.finished and run.batch == 32
+    assert shlex.split(run.resume())[-2:] == ["--autoencoder-steps", "6000"]
+
+
+def test_a_config_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match=r"config\.yaml is not valid YAML"):
+        read_run(tmp_path)
 
 
 def program(folder: str, name: str) -> Any:
@@ -170,6 +203,16 @@ def test_each_start_records_its_environment_and_ends_a_torn_line(tmp_path: Path)
     assert [
         json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[::2]
     ] == [1, 4]
+
+
+def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "very-secret")
+    (tmp_path / "config.yaml").write_text("network: dit\n")
+    reporter(tmp_path).close()
+    report_page(tmp_path).write(tmp_path / "report.html")
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) >= 4 and not any(b"very-secret" in path.read_bytes() for path in written)
 
 
 class FakeTracker:
@@ -274,26 +317,73 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: 
     assert "# license:" in header  # for the user to write
     caption = find_source(str(pictures)).captions()[0]
     for text in (
-        'from_pretrained("owner/cats")', f"prompt={caption!r}", "`transformer` | Linear | 1.0 M",
+        'from_pretrained("owner/cats")', f"prompt={caption!r}", "`transformer` | Linear | 1.00 M",
         "- data: 9 to train on",
         "- cats: <b>9</b>", "# cats", "| width | 96 |", "| vae | vae |",
-        "6 steps of 4 samples", "at step 5: `val_loss` 3.0000. They", "![Samples](sample.png)",
+        "6 steps of 4 samples, 3 s.", "at step 5: `val_loss` 3.0000. They", "![Samples](sample.png)",
+        "What it drew at step 5,",  # the last preview
     ):  # fmt: skip
         assert text in body, text
     assert (folder / "sample.png").is_file()
     compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
-def test_a_card_of_the_users_stays_also_when_the_pipeline_is_written_anew(
+def test_what_a_reader_pastes_is_quoted_and_names_no_place_on_the_author_s_disk(
     killed: Path, pictures: Path
 ) -> None:
+    (killed / "config.yaml").write_text(yaml.safe_dump({"data": "/home/me/my cats", "network": "dit"}))
+    told = ["/home/me/my cats: 2 left out: /home/me/my cats/1.png, /tmp/x/2.png", "5.5 % of 1/2", "plan: 8"]
+    (killed / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in told))
+    source = find_source(str(pictures))
+    source = dataclasses.replace(
+        source,
+        examples=(dataclasses.replace(source.examples[0], text="a $(reboot) `x`"), *source.examples[1:]),
+    )
+    folder = killed.parent / "new"
+    folder.mkdir()
+    write_card(folder, killed, CardFacts(where="my runs/cats", source=source, parts={}))
+    card = (folder / "README.md").read_text()
+    command = card.split("```bash\n")[1].split("\n```")[0]
+    assert shlex.split(command)[2:5] == ["a $(reboot) `x`", "--checkpoint", "my runs/cats"]
+    assert "'a $(reboot) `x`'" in command  # single quotes: a shell runs nothing
+    assert "- my cats: 2 left out: my cats/1.png, 2.png" in card and "- 5.5 % of 1/2" in card
+    (killed / "config.yaml").write_text(yaml.safe_dump({"data": ".", "network": "dit"}))
+    write_card(folder, killed, CardFacts(where="owner/cats", source=source, parts={}))
+    assert "- 5.5 % of 1/2" in (folder / "README.md").read_text()
+
+
+def test_a_card_of_ours_is_renewed_and_one_of_the_user_s_stays(killed: Path, pictures: Path) -> None:
     old, new = killed / "pipeline", killed / ".new"
     for folder in (old, new):
         folder.mkdir()
-    (old / "README.md").write_text("mine")
+        write_card(folder, killed, facts(pictures))
+        assert is_generated((folder / "README.md").read_text().replace("\n", "\r\n"))
+        assert len(list(folder.iterdir())) == 2
+    mine = (old / "README.md").read_text().replace("# license: name the licence here", "license: mit  #")
+    (old / "README.md").write_text(mine)
     write_card(new, killed, facts(pictures))
-    assert (new / "README.md").read_text() == "mine"
-    assert "owner/cats" in (new / "README-step-000006.md").read_text()
+    assert (new / "README.md").read_text() == mine
+    beside = (new / "README-step-000006.md").read_text()
+    assert "owner/cats" in beside and "![Samples](sample-step-000006.png)" in beside
+    assert (new / "sample-step-000006.png").is_file()
+
+
+def test_a_result_made_anew_keeps_what_users_put_beside_it(tmp_path: Path) -> None:
+    ours = ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/model.fp16.safetensors",
+            "transformer/diffusion_pytorch_model.safetensors.index.json"]  # fmt: skip
+    users = ["notes.txt", "lora/mine.safetensors", "transformer/mine.json", "README-step-000003.md"]
+    for name in (*ours, *users, "README-step-000004.md", "vae/config.json"):
+        (tmp_path / "old" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "old" / name).write_text(signed("old") if name == "README-step-000004.md" else "old")
+    (tmp_path / "new" / "vae").mkdir(parents=True)
+    (tmp_path / "new" / "vae" / "config.json").write_text("new")
+    carry_over(tmp_path / "old", tmp_path / "new")
+    left = {
+        str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").rglob("*") if path.is_file()
+    }
+    assert left == {*users, "vae/config.json"}
+    assert (tmp_path / "new" / "vae" / "config.json").read_text() == "new"
+    assert (tmp_path / "new" / "notes.txt").read_text() == "old"
 
 
 class FakeHub:
@@ -301,12 +391,18 @@ class FakeHub:
 
     calls: ClassVar[list[tuple[str, Any]]] = []
     exists, card, error = False, False, None
+    text = "mine"
 
     def repo_exists(self, name: str) -> bool:
         return type(self).exists
 
     def file_exists(self, name: str, file: str) -> bool:
         return type(self).card
+
+    def hf_hub_download(self, name: str, file: str, local_dir: str) -> str:
+        path = Path(local_dir) / file
+        path.write_text(type(self).text)
+        return str(path)
 
     def create_repo(self, name: str, **options: Any) -> None:
         self.calls.append(("create", options))
@@ -322,6 +418,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
     monkeypatch.setattr(hub.huggingface_hub, "HfApi", FakeHub)
     monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: "token")
     FakeHub.calls, FakeHub.exists, FakeHub.card, FakeHub.error = [], False, False, None
+    FakeHub.text = "mine"
     return FakeHub
 
 
@@ -334,11 +431,31 @@ def test_a_new_repository_is_private_and_a_card_on_the_hub_stays(
     fake_hub.exists = fake_hub.card = True
     hub.push(tmp_path, "owner/cats")
     assert len(fake_hub.calls) == 3 and fake_hub.calls[2][1]["ignore_patterns"] == ["README.md"]
+    fake_hub.text = signed("ours")
+    hub.push(tmp_path, "owner/cats")
+    assert fake_hub.calls[3][1]["ignore_patterns"] == []
 
 
-def test_a_push_that_fails_says_how_to_try_again(tmp_path: Path, fake_hub: type[FakeHub]) -> None:
-    fake_hub.error = ConnectionError("no route to the hub")
-    with pytest.raises(UserError, match=r"(?s)no route.*latentflow push .* owner/cats"):
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no route"), ConnectionError(), RuntimeError("of a library")]
+)
+def test_a_push_that_fails_says_how_to_try_again(
+    error: Exception, tmp_path: Path, fake_hub: type[FakeHub]
+) -> None:
+    fake_hub.error = error
+    with pytest.raises(
+        UserError, match=rf"(?s){error or 'ConnectionError'}.*latentflow push '.*my cats' owner/cats"
+    ):
+        hub.push(tmp_path / "my cats", "owner/cats")
+
+
+def test_a_hub_that_cannot_be_reached_is_no_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real library, whose errors of the network are no OSError."""
+    real = hub.huggingface_hub.HfApi
+    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: real(endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: "token")
+    with pytest.raises(RunError, match="was not pushed"):
         hub.push(tmp_path, "owner/cats")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,8 @@ from safetensors.torch import load_file
 
 from latentflow import LatentFlowPipeline
 
-from .command import ROOT, TINY, call, environment, train
+from .command import ROOT, TINY, call, environment
+from .forking import fork_ranks
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +30,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(pictures: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An uninterrupted run of 8 steps, and what it said."""
+    """An uninterrupted run of 8 steps, and what it said. (tests/test_wheel.py has one in a process of its own.)"""
     run = tmp_path_factory.mktemp("finished")
-    said = train(cache, pictures, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
+    said = call(cache, pictures, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
     return run, said
 
 
@@ -68,27 +72,46 @@ def test_the_pipeline_generates_from_a_caption(finished: tuple[Path, str]) -> No
     assert image.size == (16, 16) and image.mode == "RGB"
 
 
+def begin(run: Path, cache: Path, *arguments: object, losses: int) -> int:
+    """Start a run in a forked process, and wait until it has logged so many losses; the process' id."""
+    (process,) = fork_ranks(1, lambda rank: call(cache, *arguments, "-o", run))
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.is_file() and metrics.read_text().count('"loss"') >= losses):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return process
+
+
 def test_killed_at_a_random_moment_and_started_again_equals_the_uninterrupted_run_bit_for_bit(
     finished: tuple[Path, str], pictures: Path, cache: Path, tmp_path: Path
 ) -> None:
-    line = [pictures, "-o", tmp_path, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2]
-    command = [sys.executable, str(ROOT / "train" / "flow.py"), *map(str, line)]
-    process = subprocess.Popen(
-        command, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    metrics, wanted = tmp_path / "metrics.jsonl", random.Random().randint(1, 6)
-    deadline = time.monotonic() + 240
-    while (
-        not (metrics.is_file() and metrics.read_text().count('"loss"') >= wanted)
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    train(cache, *line)
+    line = [pictures, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2]
+    process = begin(tmp_path, cache, *line, losses=random.Random().randint(1, 6))
+    os.kill(process, signal.SIGKILL)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL, "it ended before it could be killed"
+    call(cache, *line, "-o", tmp_path)
     whole, resumed = tensors(finished[0]), tensors(tmp_path)
     assert whole.keys() == resumed.keys() and len(whole) > 50
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_result_that_is_made_again_keeps_what_the_user_put_there(
+    finished: tuple[Path, str], pictures: Path, cache: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    for mark in run.rglob("exported"):  # as in runs of before there was this mark
+        mark.unlink()
+    for folder in ("pipeline", "autoencoder/autoencoder"):
+        (run / folder / "notes.txt").write_text("mine")
+    card = (run / "pipeline" / "README.md").read_text()
+    call(cache, pictures, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
+    assert len(list(run.rglob("exported"))) == 2  # both were made again
+    for folder in ("pipeline", "autoencoder/autoencoder"):
+        assert (run / folder / "notes.txt").read_text() == "mine"
+    assert len(list((run / "pipeline").glob("README*"))) == 1
+    assert (run / "pipeline" / "README.md").read_text() != card  # of a run that lies elsewhere now
+    LatentFlowPipeline.from_pretrained(run / "pipeline")
 
 
 def test_config_yaml_reproduces_the_run(finished: tuple[Path, str], cache: Path, tmp_path: Path) -> None:
@@ -100,70 +123,44 @@ def test_config_yaml_reproduces_the_run(finished: tuple[Path, str], cache: Path,
 
 
 def test_sigterm_saves_and_prints_the_line_that_resumes(pictures: Path, cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train" / "flow.py"), str(pictures), "-o", str(tmp_path), *TINY]
-    process = subprocess.Popen(
-        [*command, "--max-train-steps", "100000"],
-        env=environment(cache),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    metrics, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 240
-    while (
-        not (metrics.is_file() and metrics.read_text().count('"loss"') >= 3) and time.monotonic() < deadline
-    ):
-        time.sleep(0.01)
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    process = begin(tmp_path, cache, pictures, *TINY, "--max-train-steps", 100000, losses=3)
+    os.kill(process, signal.SIGTERM)
+    assert os.waitpid(process, 0)[1] == 0
+    said = (tmp_path / "train.log").read_text()
     assert "resume with" in said and f"latentflow train {pictures}" in said, said
     assert list((tmp_path / "checkpoints").glob("step-*/state.json"))
 
 
+def forked(cache: Path, *arguments: object) -> None:
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: call(cache, *arguments))] == [0, 0]
+
+
+def torchrun(cache: Path, *arguments: object) -> None:
+    # Not `accelerate launch --cpu --num_processes 2`: accelerate 1.15 starts one process there, without a word.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "train" / "flow.py"), *map(str, arguments)]
+    done = subprocess.run(command, env=environment(cache), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("launch", [forked, pytest.param(torchrun, marks=pytest.mark.slow)])
 def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
-    pictures: Path, cache: Path, tmp_path: Path
+    launch: Callable[..., None],
+    pictures: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     settings = [
-        *TINY,
-        "--checkpointing-steps",
-        10,
-        "--mixed-precision",
-        "no",
-        "--validation-steps",
-        0,
-        "--preview-steps",
-        0,
-    ]
-
-    def launch(steps: int) -> None:
-        # Not `accelerate launch --cpu --num_processes 2`: accelerate 1.15 starts one process there, without a word.
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command += [str(ROOT / "train" / "flow.py"), *map(str, [pictures, "-o", tmp_path / "two", *settings])]
-        command += ["--train-batch-size", "2", "--max-train-steps", str(steps), "--lr-scheduler", "constant"]
-        env = environment(cache) | {"ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stdout
-
+        pictures, *TINY, "--checkpointing-steps", 10, "--mixed-precision", "no", "--validation-steps", 0,
+        "--preview-steps", 0, "--lr-scheduler", "constant",
+    ]  # fmt: skip
     # One process trains the autoencoder both times: only the flow is compared.
-    train(
-        cache,
-        pictures,
-        "-o",
-        tmp_path / "one",
-        *settings,
-        "--train-batch-size",
-        4,
-        "--max-train-steps",
-        20,
-        "--lr-scheduler",
-        "constant",
-    )
-    vae = tmp_path / "one" / "autoencoder" / "autoencoder"
-    settings += ["--vae", vae]
-    launch(10)
-    launch(20)  # resumes at 10
+    call(cache, *settings, "-o", tmp_path / "one", "--train-batch-size", 4, "--max-train-steps", 20)
+    settings += ["--vae", tmp_path / "one" / "autoencoder" / "autoencoder", "--train-batch-size", 2]
+    for steps in (10, 20):  # the second resumes at 10
+        launch(cache, *settings, "-o", tmp_path / "two", "--max-train-steps", steps)
 
     def losses(run: str) -> list[float]:
         rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
@@ -250,6 +247,8 @@ def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(
         (["--learning-rat", "1"], "learning-rate"),
         (["--path", "conddot"], "did you mean 'condot'"),
         (["--max-train-steps", "0"], "--max-train-steps is 0"),
+        (["--log-steps", "0"], "--log-steps is 0"),
+        (["--adam-beta2", "1"], "--adam-beta2 is 1.0"),
         (["--vae", "/nowhere"], "no autoencoder at '/nowhere'"),
         (["--text-encoder", "/nowhere"], "could not be loaded"),
         (["--init-from", "/nowhere"], "/nowhere"),
@@ -275,6 +274,8 @@ def test_a_u_net_and_an_unconditional_model_train_as_well(
         "--condition",
         "none",
         "--gradient-checkpointing",
+        "--preview-steps",
+        0,
     ]
     call(cache, pictures, "-o", tmp_path, *quick)
     pipe = LatentFlowPipeline.from_pretrained(tmp_path / "pipeline")
@@ -283,8 +284,8 @@ def test_a_u_net_and_an_unconditional_model_train_as_well(
     assert len(pipe(num_images_per_prompt=2, num_inference_steps=1).images) == 2
 
 
-def test_an_error_of_a_real_process_is_on_stderr_with_status_2(cache: Path, tmp_path: Path) -> None:
-    said = train(cache, tmp_path / "nothing", "-o", tmp_path / "run", expect=2)
+def test_data_that_is_not_there_ends_with_status_2(cache: Path, tmp_path: Path) -> None:
+    said = call(cache, tmp_path / "nothing", "-o", tmp_path / "run", expect=2)
     assert "there is no folder" in said and "Traceback" not in said
 
 

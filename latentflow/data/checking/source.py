@@ -53,7 +53,7 @@ def look_through(
             source = find_source(data, missing_caption=missing, **wanted)
             break
         except UserError as error:
-            problems.append(printable(str(error)))
+            problems.append(printable(f"{error.what}. {error.fix}".rstrip(". ")))
     if source is None:
         return Report(data, "unknown", problems=tuple(problems[:1])), None
     if isinstance(source, LatentFolder):  # checked when it was made

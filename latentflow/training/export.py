@@ -1,0 +1,55 @@
+"""Making a result anew in the place of an earlier one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+# Weights may be split into other numbers of files than before: old ones must not be found beside new ones.
+_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model([.-][\w.-]+)?\.safetensors(\.index\.json)?")
+
+_SIGNATURE = (
+    "<!-- Written by latentflow ({}). Change a word and this card is yours: no later export renews it. -->"
+)
+
+
+def carry_over(old: Path, new: Path) -> None:
+    """Put what users keep in the earlier result ``old`` into ``new``, its successor, which is complete otherwise.
+
+    That is every file that ``new`` does not have, but for weights and model cards that we wrote.
+    """
+    for path in old.rglob("*"):
+        copy = new / path.relative_to(old)
+        if not path.is_file() or copy.exists() or _is_ours(path):
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(
+                path, copy, follow_symlinks=False
+            )  # large files at no cost: the other name is about to go
+        except OSError:
+            shutil.copy2(path, copy, follow_symlinks=False)
+
+
+def signed(card: str) -> str:
+    """A model card with a last line by which `is_generated` knows it."""
+    return f"{card}\n{_SIGNATURE.format(_digest(card))}\n"
+
+
+def is_generated(card: str) -> bool:
+    """Whether a model card is one that `signed` made, and nobody has changed it since."""
+    text, _, signature = card.replace("\r\n", "\n").rstrip("\n").rpartition("\n")
+    return signature == _SIGNATURE.format(_digest(text))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_ours(path: Path) -> bool:
+    if re.fullmatch(r"README-step-\d+\.md", path.name):
+        return is_generated(path.read_text(encoding="utf-8", errors="replace"))
+    return _WEIGHTS.fullmatch(path.name) is not None
