@@ -142,7 +142,7 @@ class ShardSet:
             path.unlink()
 
     def fill(self, keys: Array, build: Build, row_bytes: int, progress: str | None = None) -> None:
-        """Make the rows of ``keys`` (sorted, different) that are missing, a shard at a time.
+        """Make the rows of ``keys`` (all different) that are missing, a shard at a time.
 
         Processes that fill the same set at once share the work. Which rows are made together depends on what was
         missing at the start, and after a kill on the same: what is then left falls into the same shards.
