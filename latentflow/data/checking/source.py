@@ -94,11 +94,24 @@ def readable(source: Source, progress: bool = True) -> Source:
 
 def near_groups(looks: Sequence[Look]) -> NDArray[np.int64]:
     """(N,): which group of near duplicates each picture belongs to; none of them may be unreadable."""
+    if not looks:
+        return np.zeros(0, dtype=np.int64)
     return near_duplicates(
         np.array([look.hash for look in looks], dtype=np.int64),
         np.frombuffer(b"".join(look.thumbnail for look in looks), dtype=np.uint8).reshape(len(looks), -1),
         np.array([look.size for look in looks], dtype=np.int64),
     )
+
+
+def groups_of(source: Source) -> NDArray[np.int64]:
+    """(N,): the number of the group of near duplicates that each picture is in; what cannot be read stands alone."""
+    if isinstance(source, LatentFolder):
+        return source.groups()
+    looks = list(looks_at(source, progress=False))
+    rows = [row for row, look in enumerate(looks) if look.error is None]
+    groups = np.arange(len(looks), 2 * len(looks))
+    groups[rows] = near_groups([looks[row] for row in rows])
+    return groups
 
 
 def _report(source: Source, problems: list[str], progress: bool) -> tuple[Report, Source]:
