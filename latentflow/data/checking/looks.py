@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1  # raise it when the meaning of a look changes
 _TASK = 32  # pictures that a worker is given at once
+_AT_ONCE = 1024  # looks that are remembered at once: a disk may take 20 ms to take anything for good
 _MANY = 1000  # pictures from which starting processes pays
 _FIELDS = [field.name for field in dataclasses.fields(Look) if not field.name.endswith("error")]
 _FLAGS = ("rotated", "animated")
@@ -100,6 +101,7 @@ class _Seen:
         inside = source.root is not None and root.resolve().is_relative_to(source.root.resolve())
         self._path = None if inside else root / f"looks-{_VERSION}.sqlite"
         self._database: sqlite3.Connection | None = None
+        self._new: list[tuple[object, ...]] = []  # rows that are not written yet
 
     def __enter__(self) -> _Seen:
         if self._path is not None:
@@ -116,6 +118,7 @@ class _Seen:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._write()
         if self._database is not None:
             self._database.close()
 
@@ -136,11 +139,16 @@ class _Seen:
 
     def add(self, pairs: list[tuple[Example, Look]]) -> None:
         good = [(example, look) for example, look in pairs if not (look.error or look.mask_error)]
-        rows = [
+        self._new += [
             (*at, *(getattr(look, name) for name in _FIELDS))
             for example, look in good
             if (at := _place(example)) is not None
         ]
+        if len(self._new) >= _AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        rows, self._new = self._new, []
         if self._database is None or not rows:
             return
         try:
