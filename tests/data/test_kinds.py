@@ -247,6 +247,17 @@ def test_a_sample_without_a_picture_is_told(tmp_path: Path) -> None:
     assert any("1 samples have no picture and are left out: s/1" in note for note in source.notes)
 
 
+def test_links_in_a_tar_file_are_told(tmp_path: Path) -> None:
+    """`tar` writes the second of two hard links as a link to the first."""
+    path = tar(tmp_path / "s.tar", {"0.png": png(0)})
+    with tarfile.open(path, "a") as file:
+        info = tarfile.TarInfo("1.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "0.png"
+        file.addfile(info)
+    source = find_source(str(path))
+    assert len(source) == 1 and any("not read: .png, a link (1)" in note for note in source.notes)
+
+
 def test_broken_tar_files(tmp_path: Path) -> None:
     whole = tar(tmp_path / "s.tar", {f"{n}.png": png(n) for n in range(4)}).read_bytes()
     offset = 512 + len(png(0)) + -len(png(0)) % 512  # of the second header
@@ -272,6 +283,8 @@ def test_broken_tar_files(tmp_path: Path) -> None:
 def test_a_zip_follows_the_rules_of_a_folder(tmp_path: Path) -> None:
     classes = zipped(tmp_path / "c.zip", {"hat/1.png": png(1), "shoe/2.png": png(2)}, zipfile.ZIP_STORED)
     assert find_source(str(classes)).classes == ("hat", "shoe")
+    windows = zipped(tmp_path / "w.zip", {"set\\hat\\1.png": png(1), "set\\shoe\\2.png": png(2)})
+    assert find_source(str(windows)).classes == ("hat", "shoe")
     sidecars = zipped(tmp_path / "t.zip", {"1.png": png(1), "1.txt": b"one"})
     assert find_source(str(sidecars)).captions() == ["one"]
     with pytest.raises(UserError, match="names 1 files that are not there: 9"):
@@ -289,6 +302,9 @@ def test_zips_that_are_refused(tmp_path: Path) -> None:
         file.writestr("1.png", png(2))
     with pytest.raises(UserError, match=r"twice.zip holds 1.png twice"):
         find_source(str(tmp_path / "twice.zip"))
+    for name in ("a/./1.png", "a//1.png", "a\\1.png"):
+        with pytest.raises(UserError, match=r"same.zip holds a/1.png twice"):
+            find_source(str(zipped(tmp_path / "same.zip", {"a/1.png": png(1), name: png(2)})))
     (tmp_path / "bad.zip").write_bytes(b"PK no more")
     with pytest.raises(UserError, match=r"bad.zip is no intact zip file"):
         find_source(str(tmp_path / "bad.zip"))

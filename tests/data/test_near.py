@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,20 @@ def test_every_pair_within_reach_is_found_and_a_hundred_thousand_take_seconds() 
     groups = near_duplicates(both, np.concatenate([thumbnails] * 2), np.ones((2 * count, 2), np.int64))
     assert time.process_time() - start < 30
     assert np.array_equal(groups[:count], groups[count:]) and len(np.unique(groups)) == count
+
+
+def test_a_long_film_takes_neither_minutes_nor_gigabytes() -> None:
+    """All of its pictures resemble one another: their pairs, a few million here, are not to be held."""
+    generator = np.random.default_rng(0)
+    count = 4000
+    flipped = generator.integers(0, 64, (count, 3)).astype(np.uint64)
+    hashes = np.bitwise_xor.reduce(np.uint64(1) << flipped, axis=1).view(np.int64)
+    thumbnails = 100 + generator.integers(0, 3, (count, 192), dtype=np.uint8)
+    tracemalloc.start()
+    groups = near_duplicates(hashes, thumbnails, np.ones((count, 2), np.int64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.unique(groups)) == 1 and peak < 100e6
 
 
 def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

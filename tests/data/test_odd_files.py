@@ -141,7 +141,9 @@ def test_a_folder_without_permission_is_named(unprivileged: Path) -> None:
     with pytest.raises(UserError, match="3 folders in it cannot be opened"):
         find_source(str(data))
     data.chmod(0)
-    with pytest.raises(UserError, match=r"data cannot be read: permission denied .*\nGive yourself permission"):
+    with pytest.raises(
+        UserError, match=r"data cannot be read: permission denied .*\nGive yourself permission"
+    ):
         find_source(str(data))
     for path in (data, data / "hat", data / "shoe", data / "bag"):
         path.chmod(0o755)

@@ -245,6 +245,28 @@ def test_the_set_that_was_not_used_for_longest_makes_room(
     assert not list(tmp_path.rglob("*.deleted-*"))
 
 
+def test_what_is_not_ours_is_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LATENTFLOW_CACHE may be a folder that holds other things."""
+    theirs = [
+        tmp_path / "cache" / name
+        for name in (
+            "models/base.safetensors",
+            "old/run.deleted-2/x.txt",
+            f"models/{'a' * 40}.pt",
+            "things/in-use",
+        )
+    ]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+    ours = tmp_path / "cache" / "latents" / f"{'a' * 40}.safetensors"  # of an earlier version
+    ours.parent.mkdir()
+    ours.write_bytes(bytes(1000))
+    monkeypatch.setenv("LATENTFLOW_CACHE_LIMIT", "1")
+    make("new", tmp_path, 0)
+    assert all(path.exists() for path in theirs) and not ours.exists()
+
+
 def test_what_is_in_use_stays_and_the_excess_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
