@@ -16,11 +16,12 @@ from .locks import acquire
 
 log = logging.getLogger(__name__)
 
+LOOKS = "looks-{}.sqlite"  # what pictures are, of each version; counts and goes like a set
 LOCK = "in-use"  # held by whoever has the set open; its time is that of the last use
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _DOOMED = ".deleted-"
-# Sets are named by a hash, those of earlier versions were single files. LATENTFLOW_CACHE may be any folder: nothing else
-# in it is ours to delete.
+# Sets are named by a hash, those of earlier versions were single files. LATENTFLOW_CACHE may be any folder: nothing
+# else in it is ours to delete.
 _SET = re.compile(rf"[0-9a-f]{{40}}({re.escape(_DOOMED)}\d+|\.safetensors)?")
 _told: set[int] = set()  # limits that are known to be too low
 
@@ -81,7 +82,8 @@ class _Set:
 
 
 def _sets(root: Path) -> list[_Set]:
-    found = []
+    looks = [path for path in root.glob(LOOKS.format("*")) if path.is_file()]
+    found = [_Set(path, path.stat().st_size, path.stat().st_mtime) for path in looks]
     for path in root.glob("*/*"):
         if not _SET.fullmatch(path.name):
             continue

@@ -69,6 +69,7 @@ def test_check_names_what_cannot_be_used(
 def test_training_reads_the_rest_rightly(odd: dict[str, Path], made: tuple[dict, dict, dict]) -> None:
     used, _, extreme = made
     source = readable(find_source(str(odd["all"])), progress=False)
+    assert any("cannot be read and are skipped" in n and "check --json` names all" in n for n in source.notes)
     examples = {example.name: example for example in source.examples}
     assert set(examples) == set(used) | set(extreme) | {f"z{seed:03}.png" for seed in range(FILLERS)}
     assert sum(map(len, split(source, 0.1))) == len(source) and source.fingerprint()

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from latentflow.errors import UserError
 
-from ..eviction import cache_root
+from ..eviction import LOOKS, cache_root
 from ..examples import Example, FileExample, Source
 from ..members import Member
 from .look import Look, look_at_all
@@ -99,7 +99,7 @@ class _Seen:
     def __init__(self, source: Source) -> None:
         root = cache_root()
         inside = source.root is not None and root.resolve().is_relative_to(source.root.resolve())
-        self._path = None if inside else root / f"looks-{_VERSION}.sqlite"
+        self._path = None if inside else root / LOOKS.format(_VERSION)
         self._database: sqlite3.Connection | None = None
         self._new: list[tuple[object, ...]] = []  # rows that are not written yet
 
@@ -113,6 +113,7 @@ class _Seen:
                 self._database.execute(
                     f"CREATE TABLE IF NOT EXISTS looks (place BLOB PRIMARY KEY, state TEXT, {columns})"
                 )
+                os.utime(self._path)  # used: what was not used for longest makes room
             except (sqlite3.Error, OSError) as error:
                 self._give_up(error)
         return self

@@ -89,6 +89,7 @@ def readable(source: Source, progress: bool = True) -> Source:
         raise UserError(problems[0], "`latentflow check --json` lists them all: repair or move them.")
     kept = [index for index, example in enumerate(source.examples) if example.name not in errors]
     note = f"{len(errors)} pictures cannot be read and are skipped: {listed(errors)}"
+    note += "; `latentflow check --json` names all" if len(errors) > 5 else ""
     return source.subset(kept).noted(printable(note))
 
 
