@@ -135,8 +135,8 @@ class LatentStore:
         held = self.description["tables"].get(kind)
         if held is None:
             raise UserError(
-                f"{self.folder} holds no {kind}, which inpainting needs",
-                "Run its `latentflow precompute` line again with --pixels, or train without inpainting.",
+                f"{self.folder} holds no {kind}, which inpainting and evaluation need",
+                "Run its `latentflow precompute` line again with --pixels, or do without.",
             )
         wanted = json.loads(json.dumps(settings))
         differ = [
