@@ -27,7 +27,7 @@ from latentflow.errors import UserError
 from .config import DataConfig
 from .described import Wanted
 from .examples import Example, Kind, Source
-from .shards import Array
+from .shards import Array, digests
 from .store import ShardSet
 
 VERSION = 1  # of the format
@@ -269,6 +269,23 @@ class LatentFolder(Source):
 
     def content_keys(self) -> list[str]:
         return _Lazy(len(self), lambda: self.index.values("key", self.rows))  # type: ignore[return-value]
+
+    def damage(self) -> list[str]:
+        """What is missing in the folder or is not what was written: every row is read."""
+        keys, masks = list(self.content_keys()), self.index.values("mask_key", self.rows)
+        wanted = {"latents": keys, "pixels": keys}
+        wanted["masks"] = [f"{key} {mask}" for key, mask in zip(keys, masks, strict=True) if mask]
+        told = []
+        for kind in self.store.description["tables"]:
+            shards = ShardSet(self.store.folder / kind, kind, read_only=True)
+            shards.verify()
+            missing = int((shards.find(digests(wanted[kind]))[:, 0] < 0).sum())
+            if missing:
+                told.append(
+                    f"{missing} of {len(wanted[kind])} {kind} are missing or damaged: start the "
+                    "`latentflow precompute` line that made them again, it makes only these"
+                )
+        return told
 
     def fingerprint(self) -> str:
         rows = np.arange(len(self), dtype=np.int32) if self.rows is None else self.rows

@@ -13,7 +13,16 @@ from PIL import Image
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, load_autoencoder
 from latentflow.cli import run
-from latentflow.data import LatentFolder, Source, cache, cached_latents, find_source, readable, split
+from latentflow.data import (
+    LatentFolder,
+    Source,
+    cache,
+    cached_latents,
+    check_source,
+    find_source,
+    readable,
+    split,
+)
 from latentflow.data.latent_folder import INDEX
 from latentflow.errors import UserError
 
@@ -128,6 +137,16 @@ def test_pixels_and_masks_are_stored_on_request(
     assert source.has_masks and [e.name for e in source.examples if e.mask is not None] == ["04.png"]
     assert source.examples[4].open().size == (16, 16)
     assert not find_source(str(latents), masks="none").has_masks
+    assert not check_source(str(latents)).problems
+    for kind in ("latents", "pixels", "masks"):
+        (shard,) = (latents / kind).glob("*.safetensors")
+        content = bytearray(shard.read_bytes())
+        content[8 + int.from_bytes(content[:8], "little") + 200] ^= 1
+        shard.rename(shard.with_suffix(".away"))
+        shard.write_bytes(content)
+        (problem,) = check_source(str(latents)).problems
+        assert f" {kind} are missing or damaged" in problem and "precompute" in problem
+        shard.with_suffix(".away").replace(shard)
     assert not cache.cached_masks(source.subset([0, 1]), 16).has_mask.any()
 
 

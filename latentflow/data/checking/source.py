@@ -56,8 +56,9 @@ def look_through(
             problems.append(printable(str(error)))
     if source is None:
         return Report(data, "unknown", problems=tuple(problems[:1])), None
-    if isinstance(source, LatentFolder):  # checked when it was made
-        return Report(data, source.kind, pictures=len(source), notes=source.notes), None
+    if isinstance(source, LatentFolder):  # its pictures were checked when it was made
+        told = (*problems[:1], *source.damage())
+        return Report(data, source.kind, pictures=len(source), notes=source.notes, problems=told), None
     return _report(source, problems[:1], progress)
 
 
