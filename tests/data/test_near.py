@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import signal
 import time
 import tracemalloc
 from pathlib import Path
@@ -118,6 +121,41 @@ def test_a_long_film_takes_neither_minutes_nor_gigabytes() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(np.unique(groups)) == 1 and peak < 100e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_workers_end_with_the_process_that_they_work_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentflow.data.checking import looks
+
+    monkeypatch.setattr(looks, "_MANY", 1)
+    picture(0).save(tmp_path / "a.png")
+    source, told = find_source(str(tmp_path)), tmp_path / "told"
+    child = os.fork()
+    if child == 0:
+        pool = looks._workers(source)
+        told.write_text(str([pool.submit(os.getpid).result(), pool.submit(os.getpid).result()]))
+        time.sleep(1000)
+    deadline = time.monotonic() + 30
+    while not (told.exists() and told.read_text().endswith("]")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = json.loads(told.read_text())
+    assert all(map(runs, workers)) and child not in workers
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = [worker for worker in workers if runs(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+
+
+def runs(process: int) -> bool:
+    """Whether it is there, and not only waiting to be buried."""
+    file = Path(f"/proc/{process}/stat")
+    return file.exists() and file.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import sqlite3
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -82,8 +83,20 @@ def _workers(source: Source) -> Executor:
     plain = all(isinstance(e, FileExample) and not isinstance(e.path, Member) for e in source.examples)
     # Where processes do not start as copies of this one, they would spend longer on importing torch.
     if len(source) >= _MANY and plain and "fork" in multiprocessing.get_all_start_methods():
-        return ProcessPoolExecutor(_cores(), multiprocessing.get_context("fork"))
+        return ProcessPoolExecutor(_cores(), multiprocessing.get_context("fork"), _end_with_parent)
     return ThreadPoolExecutor(_cores())
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for work without end where the process that it works for is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _cores() -> int:
