@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -180,7 +181,9 @@ def write_random(folder: Path, entries: int) -> None:
     for start in range(0, entries, 4096):
         keys = digests(example.content_key() for example in examples[start : start + 4096])
         write_shard(folder / "latents", make_shard(keys, {"mean": torch.randn(len(keys), 1, 4, 8, 8)}))
-    describe(wanted, folder, wanted.tables(), complete=True, index=write_index(source, folder))
+    describe(
+        wanted, folder, wanted.tables(), complete=True, index=write_index(source, folder, np.arange(entries))
+    )
 
 
 def start_training(folder: Path) -> None:

@@ -71,12 +71,16 @@ class EvaluateConfig:
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
 
     validation: float | None = None
-    """Share of DATA that the run held out. This and the next four are read from the run's config.yaml where
+    """Share of DATA that the run held out. This and the next six are read from the run's config.yaml where
     CHECKPOINT lies in a run folder; else they are what `latentflow train` takes by default."""
     validation_seed: int | None = None
     """Seed of that run."""
     condition: Literal["auto", "none", "class", "text"] | None = None
     """What DATA's pictures are conditioned on."""
+    missing_caption: Literal["error", "empty", "skip"] | None = None
+    """What becomes of pictures without a caption."""
+    masks: Literal["auto", "none", "alpha"] | None = None
+    """Where your own masks come from; alpha shows the pictures without their transparency."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of tables (of --test as well) that are called otherwise, as for `latentflow train`."""
     background: str | None = None
@@ -179,6 +183,8 @@ def as_trained(config: EvaluateConfig) -> EvaluateConfig:
         "validation": run_values.get("validation", DataConfig.validation),
         "validation_seed": run_values.get("seed", LoopConfig.seed),
         "condition": run_values.get("condition", DataConfig.condition),
+        "missing_caption": run_values.get("missing_caption", DataConfig.missing_caption),
+        "masks": run_values.get("masks", DataConfig.masks),
         "columns": run_values.get("columns", {}),
         "background": run_values.get("background", DataConfig.background),
     }
@@ -189,16 +195,13 @@ def as_trained(config: EvaluateConfig) -> EvaluateConfig:
 
 def read_parts(pipe: Any, config: EvaluateConfig) -> tuple[Part, Part, Part | None]:
     """The training part, the held-out part and --test, at the checkpoint's resolution."""
-    assert (
-        config.condition is not None and config.validation is not None and config.validation_seed is not None
-    )
-    source = readable(find_source(config.data, condition=config.condition, columns=config.columns))
+    assert config.validation is not None and config.validation_seed is not None
+    source = found(config.data, config)
     kept, out = split(source, config.validation, config.validation_seed)
     train = read_part(pipe, source.subset(kept), config)
     test = None
     if config.test is not None:
-        found = find_source(config.test, condition=config.condition, columns=config.columns)
-        test = read_part(pipe, readable(found), config)
+        test = read_part(pipe, found(config.test, config), config)
     if out:
         return train, read_part(pipe, source.subset(out), config), test
     if test is None:
@@ -207,6 +210,14 @@ def read_parts(pipe: Any, config: EvaluateConfig) -> tuple[Part, Part, Part | No
             "Some figures need pictures that were not trained on: raise it, or give --test FOLDER.",
         )
     return train, test, None
+
+
+def found(data: str, config: EvaluateConfig) -> Source:
+    assert config.condition and config.missing_caption and config.masks
+    wanted: dict[str, Any] = {
+        name: getattr(config, name) for name in ("condition", "missing_caption", "masks", "columns")
+    }
+    return readable(find_source(data, **wanted))
 
 
 def read_part(pipe: Any, source: Source, config: EvaluateConfig) -> Part:

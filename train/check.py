@@ -13,6 +13,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from PIL import Image
 
 from latentflow.cli import parse, run
 from latentflow.data.checking import contact_sheet, look_through, printable, report_page, suggest
@@ -75,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"\nto start with:\n  {printable(suggestion.command)}")
             print("\n".join(f"    {choice}: {why}" for choice, why in suggestion.reasons.items()))
     if config.sheet is not None and source is not None and len(source):
-        Path(config.sheet).parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(source).save(config.sheet)
+        save_sheet(contact_sheet(source), Path(config.sheet))
     if config.report is not None:
         report_page(report, source, suggestion).write(config.report, config.overwrite)
     for file in (config.sheet, config.report):
@@ -84,6 +84,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"written: {file}", file=sys.stderr)
     if report.problems:
         sys.exit(1)
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except OSError as error:
+        raise UserError(
+            f"--sheet {path} cannot be written: {error.strerror}", "Choose another place."
+        ) from error
 
 
 def training_flags(config: CheckConfig) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ from latentflow.training.presets import PRESETS
 from latentflow.training.preview import preview_grid
 from latentflow.training.processes import process_state
 from latentflow.training.run_lock import run_lock
-from latentflow.training.start import networks_from, new_networks
+from latentflow.training.start import networks_from, new_networks, refuse_renumbered_classes
 from latentflow.training.vae import autoencoder_for
 
 
@@ -115,6 +115,7 @@ def train(config: Config, again: str) -> None:
     if isinstance(source, LatentFolder):
         data, given = source.adopt(data), given or source.autoencoder
     training, validation = (source.subset(rows) for rows in split(source, data.validation, loop.seed))
+    refuse_renumbered_classes(output / "pipeline", source)
     for line in plan_lines(source, training, validation, loop):
         log.info(line)
     if not config.dry_run and process_state().is_main_process:

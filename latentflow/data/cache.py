@@ -232,7 +232,8 @@ def located(
 
     def find() -> Array:
         wanted = digests(keys())
-        unique, first = np.unique(wanted, return_index=True)
+        first = np.sort(np.unique(wanted, return_index=True)[1])
+        unique = wanted[first]  # in the order of the items: files that hold many are read from front to back
 
         def build(chunk: Array) -> Iterator[Tables]:
             chosen = [items[int(row)] for row in first[chunk]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from latentflow.errors import UserError, nearest
@@ -41,6 +41,19 @@ def said(row: Mapping[str, object], where: str) -> Said:
     for name in ("text", *(name for _, name in numbered)):
         texts += _texts(row.get(name), f"{where}: {name}")
     return Said(tuple(texts), _label(row.get("label"), where), _weight(row.get("weight"), where))
+
+
+def class_name(names: Sequence[str], label: object, where: str) -> object:
+    """The name of a class that `datasets` writes as a number; None for -1, its word for "not known".
+
+    Raises:
+        UserError: there is no such number.
+    """
+    if not isinstance(label, int) or label == -1:
+        return None if label == -1 else label
+    if not 0 <= label < len(names):
+        raise UserError(f"{where}: label is {label}, of {len(names)} classes", "Write the table again.")
+    return names[label]
 
 
 def is_text(column: str) -> bool:

@@ -16,9 +16,13 @@ from .locks import acquire
 
 log = logging.getLogger(__name__)
 
+LOOKS = "looks-{}.sqlite"  # what pictures are, of each version; counts and goes like a set
 LOCK = "in-use"  # held by whoever has the set open; its time is that of the last use
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _DOOMED = ".deleted-"
+# Sets are named by a hash, those of earlier versions were single files. LATENTFLOW_CACHE may be any folder: nothing
+# else in it is ours to delete.
+_SET = re.compile(rf"[0-9a-f]{{40}}({re.escape(_DOOMED)}\d+|\.safetensors)?")
 _told: set[int] = set()  # limits that are known to be too low
 
 
@@ -78,15 +82,18 @@ class _Set:
 
 
 def _sets(root: Path) -> list[_Set]:
-    found = []
+    looks = [path for path in root.glob(LOOKS.format("*")) if path.is_file()]
+    found = [_Set(path, path.stat().st_size, path.stat().st_mtime) for path in looks]
     for path in root.glob("*/*"):
+        if not _SET.fullmatch(path.name):
+            continue
         try:
             if _DOOMED in path.name:  # by a process that was killed over it
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_dir():
                 used = (path / LOCK).stat().st_mtime
                 found.append(_Set(path, sum(file.stat().st_size for file in path.iterdir()), used))
-            elif path.suffix == ".safetensors":
+            else:
                 found.append(_Set(path, path.stat().st_size, path.stat().st_mtime))
         except FileNotFoundError:  # another process is at it, or it is no set of ours
             continue

@@ -73,10 +73,16 @@ def find_source(
 
 
 def _find(data: str, wanted: Wanted) -> Source:
-    for kind in KINDS.values():
-        if kind.claims(data):
-            return kind.read(data, wanted)
-    raise _nothing(data)
+    try:
+        for kind in KINDS.values():
+            if kind.claims(data):
+                return kind.read(data, wanted)
+        raise _nothing(data)
+    except OSError as error:
+        raise UserError(
+            f"{data} cannot be read: {(error.strerror or str(error)).lower()} ({error.filename or data})",
+            "Give yourself permission to read it, or give other data.",
+        ) from error
 
 
 def _read_folder(data: str, wanted: Wanted) -> Source:

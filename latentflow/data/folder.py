@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from latentflow.errors import UserError
@@ -25,6 +25,7 @@ class Folder:
     images: tuple[str, ...]
     ignored: tuple[str, ...]  # hidden and macOS resource files that carry a picture's suffix
     others: Mapping[str, int]  # suffix -> number of files that are not read
+    closed: tuple[str, ...] = field(default=(), kw_only=True)  # folders that could not be listed, and why
 
     @property
     def direct(self) -> list[str]:
@@ -55,31 +56,39 @@ class ArchivedFolder(Folder):
 
 
 def list_folder(root: Path) -> Folder:
-    """All pictures below ``root`` (links are followed once). Hidden files and folders are never pictures."""
+    """All pictures below ``root`` (links are followed once). Hidden files and folders are never pictures.
+
+    Raises:
+        OSError: ``root`` itself cannot be listed.
+    """
     images: list[str] = []
     ignored: list[str] = []
     others, seen = Counter[str](), set[str]()
-    for here, folders, files in os.walk(root, followlinks=True):
+    closed: list[OSError] = []
+    for here, folders, files in os.walk(root, followlinks=True, onerror=closed.append):
         real = os.path.realpath(here)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        within = "" if (relative := Path(here).relative_to(root).as_posix()) == "." else relative + "/"
         for file in files:
-            name = (Path(here) / file).relative_to(root).as_posix()
-            suffix = Path(file).suffix.lower()
+            suffix = os.path.splitext(file)[1].lower()  # noqa: PTH122 (a Path for each of many files takes long)
             if suffix in SUFFIXES:
-                (ignored if file.startswith(".") else images).append(name)
+                (ignored if file.startswith(".") else images).append(within + file)
             else:
                 others[suffix] += 1
-    return Folder(root, tuple(sorted(images)), tuple(sorted(ignored)), others)
+    if any(Path(error.filename) == root for error in closed):
+        raise closed[0]
+    told = tuple(f"{error.filename} ({(error.strerror or '').lower()})" for error in closed)
+    return Folder(root, tuple(sorted(images)), tuple(sorted(ignored)), others, closed=told)
 
 
 def read_sidecars(folder: Folder) -> dict[str, str]:
     """Caption per picture from the ``.txt`` of the same name beside it, white space made single."""
-    texts = {}
-    for name in folder.images:
+    texts: dict[str, str] = {}
+    for name in folder.images if folder.others.get(".txt") else ():
         beside = str(PurePosixPath(name).with_suffix(".txt"))
         if folder.holds(beside):
             texts[name] = " ".join(read_text(folder.file(beside), str(folder.root / beside)).split())

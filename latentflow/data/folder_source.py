@@ -145,6 +145,8 @@ def _nothing_here(folder: Folder) -> UserError:
     if folder.ignored:
         what += f" except {len(folder.ignored)} hidden or macOS resource files ({few(folder.ignored)})"
     what += f"; it holds {held} files" if held else "; it is empty"
+    if folder.closed:
+        what += f"; {len(folder.closed)} folders in it cannot be opened: {few(folder.closed)}"
     return UserError(what, f"Pictures end in {', '.join(SUFFIXES)}.")
 
 
@@ -201,6 +203,10 @@ def _left_out(folder: Folder, metadata: Metadata | None) -> list[str]:
     if folder.ignored:
         count = len(folder.ignored)
         notes.append(f"{count} hidden or macOS resource files passed over: {few(folder.ignored)}")
+    if folder.closed:
+        notes.append(
+            f"{len(folder.closed)} folders cannot be opened and are passed over: {few(folder.closed)}"
+        )
     foreign = {suffix: n for suffix, n in folder.others.items() if suffix in _FOREIGN}
     if foreign:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in foreign.items())

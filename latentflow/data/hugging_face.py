@@ -11,7 +11,7 @@ from typing import Any
 
 from latentflow.errors import UserError
 
-from .columns import KNOWN, is_text, rename, said
+from .columns import KNOWN, class_name, is_text, rename, said
 from .described import Wanted, decide, fields_of, masked, source_of
 from .examples import FileExample, Source
 from .members import File, Member, read_bytes
@@ -123,8 +123,8 @@ def _examples(data: str, rows: Any, theirs: Mapping[str, str]) -> Iterator[FileE
     names = getattr(rows.features.get(theirs.get("label", "")), "names", None)
     for row, values in enumerate(told if spoken else repeat({}, rows.num_rows)):
         record = {name: values[theirs[name]] for name in spoken}
-        if names is not None and record.get("label") is not None:
-            record["label"] = names[record["label"]] if record["label"] >= 0 else None  # -1: not known
+        if names is not None:
+            record["label"] = class_name(names, record.get("label"), f"{data}, row {row}")
         places: dict[str, File] = {
             name: ArrowMember(rows._fingerprint, row, column, undecoded) for name, column in pictures.items()
         }

@@ -56,8 +56,7 @@ def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
     if wanted.masks == "none":
         description["tables"].pop("masks", None)
     kind: Kind = "unconditional" if wanted.condition == "none" else description["kind"]
-    arrow = import_arrow()
-    index = _Index(arrow.ipc.open_file(arrow.memory_map(str(folder / INDEX))).read_all())
+    index = _open_index(folder / INDEX, description["index"])
     store = LatentStore(folder, description)
     return LatentFolder(
         name=data,
@@ -102,6 +101,25 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def _open_index(path: Path, hash: str) -> _Index:
+    """The index, mapped.
+
+    Raises:
+        UserError: it is not what was written beside ``latents.json``.
+    """
+    arrow = import_arrow()
+    try:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != hash:
+                raise ValueError(f"it is not the one that {DESCRIPTION} was written with")
+        return _Index(arrow.ipc.open_file(arrow.memory_map(str(path))).read_all())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}",
+            "Start the `latentflow precompute` line that made it again: it encodes only what is missing.",
+        ) from error
+
+
 class LatentStore:
     """The shards in a folder of latents, and what they were made with."""
 
@@ -117,8 +135,8 @@ class LatentStore:
         held = self.description["tables"].get(kind)
         if held is None:
             raise UserError(
-                f"{self.folder} holds no {kind}, which inpainting needs",
-                "Run its `latentflow precompute` line again with --pixels, or train without inpainting.",
+                f"{self.folder} holds no {kind}, which inpainting and evaluation need",
+                "Run its `latentflow precompute` line again with --pixels, or do without.",
             )
         wanted = json.loads(json.dumps(settings))
         differ = [
@@ -140,14 +158,14 @@ class LatentStore:
     def picture(self, key: str) -> Image.Image:
         """The stored pixels of a picture."""
         shards = self._pixels
-        number, row = shards.find(digests([key]))[0]
-        if number < 0:
+        place = shards.place(key)
+        if place is None:
             raise UserError(
                 f"{shards.folder} lacks a picture", "Start its `latentflow precompute` line again."
             )
-        return Image.fromarray(
-            np.ascontiguousarray(shards.shard(number).row("pixels", row).transpose(1, 2, 0))
-        )
+        number, row = place
+        pixels = shards.shard(number).row("pixels", row)
+        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
     @functools.cached_property
     def _pixels(self) -> ShardSet:
@@ -245,8 +263,29 @@ class LatentFolder(Source):
     def class_ids(self) -> list[int]:
         return self.index.numbers("class_id", self.rows).astype(np.int64)  # type: ignore[return-value]
 
+    def groups(self) -> Array:
+        """(N,): the number of the group of near duplicates that each picture was in."""
+        return self.index.numbers("group", self.rows)
+
     def content_keys(self) -> list[str]:
         return _Lazy(len(self), lambda: self.index.values("key", self.rows))  # type: ignore[return-value]
+
+    def damage(self) -> list[str]:
+        """What is missing in the folder or is not what was written: every row is read."""
+        keys, masks = list(self.content_keys()), self.index.values("mask_key", self.rows)
+        wanted = {"latents": keys, "pixels": keys}
+        wanted["masks"] = [f"{key} {mask}" for key, mask in zip(keys, masks, strict=True) if mask]
+        told = []
+        for kind in self.store.description["tables"]:
+            shards = ShardSet(self.store.folder / kind, kind, read_only=True)
+            shards.verify()
+            missing = int((shards.find(digests(wanted[kind]))[:, 0] < 0).sum())
+            if missing:
+                told.append(
+                    f"{missing} of {len(wanted[kind])} {kind} are missing or damaged: start the "
+                    "`latentflow precompute` line that made them again, it makes only these"
+                )
+        return told
 
     def fingerprint(self) -> str:
         rows = np.arange(len(self), dtype=np.int32) if self.rows is None else self.rows

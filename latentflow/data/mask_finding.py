@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Literal
 
 from latentflow.errors import UserError
@@ -60,7 +60,7 @@ def find_masks(folder: Folder, metadata: Metadata | None) -> MaskFiles:
     rows = metadata.rows if metadata is not None else {}
     by_stem: dict[str, list[str]] = {}
     for name in folder.images:
-        by_stem.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(name)
+        by_stem.setdefault(os.path.splitext(name)[0], []).append(name)  # noqa: PTH122 (as in folder.py)
     pictures: set[str] = set()
     beside: dict[str, list[str]] = {}
     for stem in sorted(by_stem, key=len):  # a picture's stem is shorter than its mask's

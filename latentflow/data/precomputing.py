@@ -28,11 +28,12 @@ from .cache import (
     mask_table,
     pixel_settings,
 )
+from .checking.source import groups_of
 from .config import DataConfig
 from .examples import Source
 from .latent_folder import AUTOENCODER, DESCRIPTION, INDEX, VERSION, import_arrow, read_description
-from .shards import digests
-from .store import ShardSet
+from .shards import Array, digests
+from .store import ShardSet, sweep
 
 _ROWS_AT_ONCE = 65536
 
@@ -99,6 +100,7 @@ def write_latents(
     sets = {name: ShardSet(folder / name, name) for name in tables}
     for one in sets.values():
         one.folder.mkdir(exist_ok=True)
+        sweep(one.folder)
         one.verify()
     latent_table(
         source, wanted.vae, data.resolution, sets["latents"], background=data.background,
@@ -108,7 +110,7 @@ def write_latents(
         located_pixels(source, data.resolution, data.background, sets["pixels"], progress=progress)
     if source.has_masks:
         mask_table(source, data.resolution, sets["masks"], progress=progress)
-    index = write_index(source, folder)
+    index = write_index(source, folder, groups_of(source))
     describe(wanted, folder, tables, complete=True, index=index)
 
 
@@ -157,7 +159,8 @@ def own_autoencoder(folder: Path, given: str) -> Path | None:
 
 def _begin(wanted: Precomputation, folder: Path, tables: dict[str, Settings]) -> None:
     """The folder with its description and autoencoder, or the same one as before."""
-    if folder.is_dir() and not (folder / DESCRIPTION).is_file() and any(folder.iterdir()):
+    foreign = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
+    if foreign and not (folder / DESCRIPTION).is_file():
         raise UserError(f"{folder} is not empty and holds no latents", "Use another output folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / AUTOENCODER).is_dir():
@@ -176,7 +179,7 @@ def _begin(wanted: Precomputation, folder: Path, tables: dict[str, Settings]) ->
                 )
         return
     describe(wanted, folder, tables, complete=False, index="")
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, suffix=".tmp") as temporary:
         wanted.vae.save_pretrained(Path(temporary) / AUTOENCODER)
         with contextlib.suppress(OSError):  # another process was first
             (Path(temporary) / AUTOENCODER).rename(folder / AUTOENCODER)
@@ -203,8 +206,11 @@ def describe(
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_index(source: Source, folder: Path) -> str:
-    """``index.arrow``, a row for each picture in the source's order; its hash."""
+def write_index(source: Source, folder: Path, groups: Array) -> str:
+    """``index.arrow``, a row for each picture in the source's order; its hash.
+
+    ``groups`` (N,) are the numbers of their groups of near duplicates, which a split keeps together.
+    """
     arrow = import_arrow()
     schema = arrow.schema(
         [
@@ -216,6 +222,7 @@ def write_index(source: Source, folder: Path) -> str:
             ("repeats", arrow.int32()),
             ("key", arrow.string()),
             ("mask_key", arrow.string()),
+            ("group", arrow.int64()),
         ]
     )
     ids = {name: number for number, name in enumerate(source.classes)}
@@ -236,8 +243,9 @@ def write_index(source: Source, folder: Path) -> str:
                     "repeats": example.repeats,
                     "key": example.content_key(),
                     "mask_key": example.mask_key(),
+                    "group": int(groups[row]),
                 }
-                for example in part
+                for row, example in enumerate(part, start)
             ]
             writer.write_batch(arrow.RecordBatch.from_pylist(rows, schema=schema))
     with (folder / INDEX).open("rb") as file:

@@ -7,10 +7,8 @@ import logging
 
 from latentflow.errors import UserError
 
-from .checking.looks import looks_at
-from .checking.source import near_groups
+from .checking.source import groups_of
 from .examples import Source
-from .latent_folder import LatentFolder
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +22,7 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     (the number held out may then be larger than asked). So do near duplicates (``checking/near.py``), which all
     take the highest rank among them: as a group has to be held out as a whole, rather others are. Where that
     would hold out more than twice the number asked, as in a film, near duplicates are parted, and a warning says
-    so. Of a folder of latents only equal pictures are known.
+    so. A folder of latents knows the groups of its pictures, and is split as they are.
 
     Raises:
         UserError: nothing would be left to train on, or ``validation`` is negative.
@@ -54,19 +52,12 @@ def _lowest(ranks: list[str], wanted: int) -> list[int]:
 
 
 def _joined(source: Source, ranks: list[str]) -> list[str]:
-    """The ranks, near duplicates having the highest among theirs; what cannot be read stands alone."""
-    if isinstance(source, LatentFolder):
-        return ranks
-    looks = list(looks_at(source, progress=False))
-    rows = [row for row, look in enumerate(looks) if look.error is None]
-    groups = near_groups([looks[row] for row in rows]).tolist() if rows else []
+    """The ranks, near duplicates having the highest among theirs."""
+    groups = groups_of(source).tolist()
     highest: dict[int, str] = {}
-    for row, group in zip(rows, groups, strict=True):
-        highest[group] = max(ranks[row], highest.get(group, ""))
-    joined = list(ranks)
-    for row, group in zip(rows, groups, strict=True):
-        joined[row] = highest[group]
-    return joined
+    for rank, group in zip(ranks, groups, strict=True):
+        highest[group] = max(rank, highest.get(group, ""))
+    return [highest[group] for group in groups]
 
 
 def _impossible(validation: float | int, total: int) -> UserError:

@@ -20,7 +20,17 @@ from latentflow.errors import UserError
 
 from .eviction import LOCK, cache_root, make_room
 from .locks import acquire
-from .shards import SUFFIX, Array, DamagedShardError, Shard, Tables, make_shard, shard_name, write_shard
+from .shards import (
+    SUFFIX,
+    Array,
+    DamagedShardError,
+    Shard,
+    Tables,
+    digests,
+    make_shard,
+    shard_name,
+    write_shard,
+)
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +121,14 @@ class ShardSet:
         places[hit, 1] = (at - np.concatenate([[0], ends])[which])[hit]
         return places
 
+    def place(self, key: str) -> tuple[int, int] | None:
+        """Shard and row of one key: `find` sorts all that there are."""
+        (digest,) = digests([key])
+        for number, shard in enumerate(self._shards):
+            if shard is not None and len(rows := np.flatnonzero(shard.keys == digest)):
+                return number, int(rows[0])
+        return None
+
     def shard(self, number: int) -> Shard:
         shard = self._shards[number]
         assert shard is not None, "found before it was discarded"
@@ -142,7 +160,7 @@ class ShardSet:
             path.unlink()
 
     def fill(self, keys: Array, build: Build, row_bytes: int, progress: str | None = None) -> None:
-        """Make the rows of ``keys`` (sorted, different) that are missing, a shard at a time.
+        """Make the rows of ``keys`` (all different) that are missing, a shard at a time.
 
         Processes that fill the same set at once share the work. Which rows are made together depends on what was
         missing at the start, and after a kill on the same: what is then left falls into the same shards.
@@ -224,9 +242,7 @@ class ShardSet:
         weakref.finalize(self, os.close, descriptor)
         with suppress(OSError):
             os.utime(self.folder / LOCK)
-            for path in self.folder.glob("*.tmp"):  # of processes that were killed
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
+        sweep(self.folder)
 
     def _keep_in_memory(self, error: OSError) -> None:
         log.warning("the %s could not be cached in %s (%s): going on without", self.kind, self.folder, error)
@@ -253,8 +269,17 @@ class ShardSet:
         try:
             yield True
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # on Windows no open file can be deleted: it stays, and is empty
+                path.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed."""
+    with suppress(OSError):
+        for path in folder.glob("*.tmp"):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
 
 
 def _collect(batches: Iterator[Tables], rows: int, bar: tqdm[None]) -> Tables:

@@ -14,7 +14,7 @@ from typing import Any
 
 from latentflow.errors import UserError, nearest
 
-from .columns import KNOWN, is_text, refuse_synonyms, rename, said
+from .columns import KNOWN, class_name, is_text, refuse_synonyms, rename, said
 from .described import Wanted, decide, few, fields_of, masked, source_of
 from .examples import FileExample, Source
 from .folder import SUFFIXES
@@ -120,8 +120,8 @@ def _parquet_rows(path: Path, wanted: Wanted) -> Iterator[_Row]:
         for row in range(file.metadata.row_group(group).num_rows):
             where = f"{path}, row {number}"
             record = {ours[name]: value for name, value in said_there[row].items()} if said_there else {}
-            if classes is not None and isinstance(record.get("label"), int):
-                record["label"] = classes[record["label"]]
+            if classes is not None:
+                record["label"] = class_name(classes, record.get("label"), where)
             files: dict[str, File | None] = {}
             for name in (column, "mask"):
                 if name in held:
@@ -262,7 +262,7 @@ def _filled(file: Any, group: int, column: str) -> list[bool]:
 def _class_names(file: Any) -> dict[str, list[str]]:
     """Names of classes by column, where `datasets` has written them into the file."""
     told = (file.schema_arrow.metadata or {}).get(b"huggingface")
-    features = json.loads(told)["info"]["features"] if told else {}
+    features = json.loads(told).get("info", {}).get("features") or {} if told else {}
     return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
 
 

@@ -102,7 +102,7 @@ def read_shards(data: str, wanted: Wanted) -> Source:
 def _samples(path: Path, unread: Counter[str]) -> dict[str, _Sample]:
     """The samples of one shard in its order; ``unread`` counts the endings of other members."""
     samples: dict[str, _Sample] = {}
-    for member in _members(path):
+    for member in _members(path, unread):
         folder, slash, name = member.name.removeprefix("./").lstrip("/").rpartition("/")
         if name.startswith(".") or "__MACOSX" in folder:
             continue
@@ -122,8 +122,8 @@ def _samples(path: Path, unread: Counter[str]) -> dict[str, _Sample]:
     return samples
 
 
-def _members(path: Path) -> Iterator[TarMember]:
-    """The regular files of a tar file.
+def _members(path: Path, unread: Counter[str]) -> Iterator[TarMember]:
+    """The regular files of a tar file; ``unread`` counts its links, which hold nothing themselves.
 
     Raises:
         UserError: it is compressed, broken or cut off.
@@ -139,6 +139,8 @@ def _members(path: Path) -> Iterator[TarMember]:
             for info in tar:
                 if info.isreg() and not info.issparse():
                     yield TarMember(container, info.name, info.offset_data, info.size)
+                elif not info.isdir():
+                    unread[info.name.rpartition(".")[2] + ", a link" * (info.issym() or info.islnk())] += 1
                 tar.members.clear()  # type: ignore[attr-defined]  # else it remembers them all
             end = tar.offset
     except (tarfile.TarError, OSError) as error:

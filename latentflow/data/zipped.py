@@ -64,11 +64,14 @@ def read_zip(data: str, wanted: Wanted) -> Source:
         infos = [info for info in _opened(container, os.getpid()).infolist() if not info.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{path} is no intact zip file: {error}", "Copy or download it again.") from None
-    places = {info.filename: PurePosixPath(info.filename) for info in infos}
+    # Some programs write the separators of Windows.
+    places = {info.filename: PurePosixPath(info.filename.replace("\\", "/")) for info in infos}
     strange = [name for name, place in places.items() if place.is_absolute() or ".." in place.parts]
     if strange:
         raise UserError(f"{path} holds names that lead out of it: {strange[0]}", "Pack the folder again.")
-    twice = [name for name, count in Counter(info.filename for info in infos).items() if count > 1]
+    twice = [
+        str(place) for place, count in Counter(places[info.filename] for info in infos).items() if count > 1
+    ]
     if twice:
         raise UserError(f"{path} holds {twice[0]} twice", "Pack the folder again.")
     visible = {name: place for name, place in places.items() if "__MACOSX" not in place.parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..autoencoder import Autoencoder, latent_channels, mask_channels
 from ..data import Source
+from ..data.described import few
 from ..errors import UserError
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ..models.config import NetworkConfig, TextConfig
@@ -142,6 +144,31 @@ def networks_from(
     if trained and source.kind == "text":
         tokenizer, encoder = _extended_text(tokenizer, encoder, _texts(source))
     return Networks(network=network, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
+
+
+def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
+    """Refuses to go on with a run whose ``pipeline`` gave another number to a class that the data still have.
+
+    Raises:
+        UserError: it did. ``--allow-changes`` is no remedy: every picture would be trained under another class.
+    """
+    file = pipeline / "model_index.json"
+    if source.kind != "class" or not file.is_file():
+        return
+    numbers = {
+        name: int(number)
+        for number, name in (json.loads(file.read_text("utf-8")).get("id2label") or {}).items()
+    }
+    moved = [
+        f"'{name}' was {numbers[name]}, is {number}"
+        for number, name in enumerate(source.classes)
+        if numbers.get(name, number) != number
+    ]
+    if moved:
+        raise UserError(
+            f"the classes of {pipeline} have other numbers than those of {source.name}: {few(moved)}",
+            f"Use another output folder; there, --init-from {pipeline} keeps what was learnt, class by class.",
+        )
 
 
 def _texts(source: Source) -> list[str]:

@@ -200,7 +200,8 @@ def test_a_picture_that_changes_while_it_is_read_is_not_stored(
 
     def edit(example: object, **settings: object) -> torch.Tensor:
         read = prepare(example, **settings)
-        noise(98).save(folder / "c.png")
+        noise(98).save(folder.parent / "new.png")
+        (folder.parent / "new.png").replace(folder / "c.png")  # at once: no thread sees half a picture
         return read
 
     monkeypatch.setattr(module, "_pixels", edit)

@@ -108,6 +108,8 @@ def test_files_are_written_and_kept(
         with pytest.raises(UserError, match="exists"):
             main([str(tmp_path / "data"), flag, str(file)])
     assert (page.read_bytes(), sheet.read_bytes()) == before
+    with pytest.raises(UserError, match=r"--sheet .*/x\.png cannot be written: .*\nChoose"):
+        main([str(tmp_path / "data"), "--sheet", str(page / "x.png")])
     with pytest.raises(UserError, match=r"does not end in \.html"):
         main([str(tmp_path / "data"), "--report", "report.pdf"])
     main([str(tmp_path / "data"), "--report", str(page), "--overwrite"])

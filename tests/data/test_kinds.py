@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -17,7 +18,8 @@ import pytest
 from PIL import Image
 
 from latentflow.cli import run
-from latentflow.data import find_source
+from latentflow.data import cached_pixels, find_source
+from latentflow.data.columns import class_name
 from latentflow.data.find import KINDS
 from latentflow.data.paths import many_paths
 from latentflow.errors import UserError
@@ -245,6 +247,17 @@ def test_a_sample_without_a_picture_is_told(tmp_path: Path) -> None:
     assert any("1 samples have no picture and are left out: s/1" in note for note in source.notes)
 
 
+def test_links_in_a_tar_file_are_told(tmp_path: Path) -> None:
+    """`tar` writes the second of two hard links as a link to the first."""
+    path = tar(tmp_path / "s.tar", {"0.png": png(0)})
+    with tarfile.open(path, "a") as file:
+        info = tarfile.TarInfo("1.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "0.png"
+        file.addfile(info)
+    source = find_source(str(path))
+    assert len(source) == 1 and any("not read: .png, a link (1)" in note for note in source.notes)
+
+
 def test_broken_tar_files(tmp_path: Path) -> None:
     whole = tar(tmp_path / "s.tar", {f"{n}.png": png(n) for n in range(4)}).read_bytes()
     offset = 512 + len(png(0)) + -len(png(0)) % 512  # of the second header
@@ -270,6 +283,8 @@ def test_broken_tar_files(tmp_path: Path) -> None:
 def test_a_zip_follows_the_rules_of_a_folder(tmp_path: Path) -> None:
     classes = zipped(tmp_path / "c.zip", {"hat/1.png": png(1), "shoe/2.png": png(2)}, zipfile.ZIP_STORED)
     assert find_source(str(classes)).classes == ("hat", "shoe")
+    windows = zipped(tmp_path / "w.zip", {"set\\hat\\1.png": png(1), "set\\shoe\\2.png": png(2)})
+    assert find_source(str(windows)).classes == ("hat", "shoe")
     sidecars = zipped(tmp_path / "t.zip", {"1.png": png(1), "1.txt": b"one"})
     assert find_source(str(sidecars)).captions() == ["one"]
     with pytest.raises(UserError, match="names 1 files that are not there: 9"):
@@ -287,6 +302,9 @@ def test_zips_that_are_refused(tmp_path: Path) -> None:
         file.writestr("1.png", png(2))
     with pytest.raises(UserError, match=r"twice.zip holds 1.png twice"):
         find_source(str(tmp_path / "twice.zip"))
+    for name in ("a/./1.png", "a//1.png", "a\\1.png"):
+        with pytest.raises(UserError, match=r"same.zip holds a/1.png twice"):
+            find_source(str(zipped(tmp_path / "same.zip", {"a/1.png": png(1), name: png(2)})))
     (tmp_path / "bad.zip").write_bytes(b"PK no more")
     with pytest.raises(UserError, match=r"bad.zip is no intact zip file"):
         find_source(str(tmp_path / "bad.zip"))
@@ -395,6 +413,39 @@ def test_listing_a_parquet_file_reads_no_picture(tmp_path: Path, monkeypatch: py
     assert "text" in asked and "image" not in asked  # masks are looked at: some rows have none
     source.examples[0].open()
     assert "image" in asked
+
+
+def test_a_parquet_file_is_cached_from_front_to_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of rows is read as a whole: in any other order once for each picture."""
+    from latentflow.data import table
+
+    source = find_source(str(parquet(tmp_path / "p.parquet", image=[png(seed) for seed in range(24)])))
+    source.content_keys()
+    groups: list[int] = []
+    whole = table._column.__wrapped__
+    spied = functools.lru_cache(maxsize=2)(lambda *key: (groups.append(key[1]), whole(*key))[1])
+    monkeypatch.setattr(table, "_column", spied)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # threads, which may overtake one another
+    cached_pixels(source, 8, progress=False)
+    assert groups == list(range(12))
+
+
+def test_numbers_of_classes_that_stand_for_no_name(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["hat", "bag"])}
+    )
+    rows = {"image": [{"bytes": one, "path": None} for one in PICTURES.values()], "label": [1, -1, 0]}
+    made = datasets.Dataset.from_dict(rows, features=features)
+    made.to_parquet(str(tmp_path / "p.parquet"))
+    made.save_to_disk(str(tmp_path / "saved"))
+    for data in (tmp_path / "p.parquet", tmp_path / "saved"):
+        with pytest.raises(UserError, match="1 of 3 pictures have no class: row 00000001"):
+            find_source(str(data))  # -1 is "not known", not the last one
+        assert find_source(str(data), missing_caption="skip").class_ids() == [0, 1]
+    with pytest.raises(UserError, match="row 5: label is 7, of 2 classes"):
+        class_name(["hat", "bag"], 7, "row 5")
 
 
 def test_a_parquet_row_without_a_picture(tmp_path: Path) -> None:

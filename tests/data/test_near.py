@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import signal
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +107,55 @@ def test_every_pair_within_reach_is_found_and_a_hundred_thousand_take_seconds() 
     groups = near_duplicates(both, np.concatenate([thumbnails] * 2), np.ones((2 * count, 2), np.int64))
     assert time.process_time() - start < 30
     assert np.array_equal(groups[:count], groups[count:]) and len(np.unique(groups)) == count
+
+
+def test_a_long_film_takes_neither_minutes_nor_gigabytes() -> None:
+    """All of its pictures resemble one another: their pairs, a few million here, are not to be held."""
+    generator = np.random.default_rng(0)
+    count = 4000
+    flipped = generator.integers(0, 64, (count, 3)).astype(np.uint64)
+    hashes = np.bitwise_xor.reduce(np.uint64(1) << flipped, axis=1).view(np.int64)
+    thumbnails = 100 + generator.integers(0, 3, (count, 192), dtype=np.uint8)
+    tracemalloc.start()
+    groups = near_duplicates(hashes, thumbnails, np.ones((count, 2), np.int64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.unique(groups)) == 1 and peak < 100e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_workers_end_with_the_process_that_they_work_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentflow.data.checking import looks
+
+    monkeypatch.setattr(looks, "_MANY", 1)
+    picture(0).save(tmp_path / "a.png")
+    source, told = find_source(str(tmp_path)), tmp_path / "told"
+    child = os.fork()
+    if child == 0:
+        pool = looks._workers(source)
+        told.write_text(str([pool.submit(os.getpid).result(), pool.submit(os.getpid).result()]))
+        time.sleep(1000)
+    deadline = time.monotonic() + 30
+    while not (told.exists() and told.read_text().endswith("]")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = json.loads(told.read_text())
+    assert all(map(runs, workers)) and child not in workers
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = [worker for worker in workers if runs(worker)]
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+
+
+def runs(process: int) -> bool:
+    """Whether it is there, and not only waiting to be buried."""
+    file = Path(f"/proc/{process}/stat")
+    return file.exists() and file.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,7 @@ def test_check_names_what_cannot_be_used(
 def test_training_reads_the_rest_rightly(odd: dict[str, Path], made: tuple[dict, dict, dict]) -> None:
     used, _, extreme = made
     source = readable(find_source(str(odd["all"])), progress=False)
+    assert any("cannot be read and are skipped" in n and "check --json` names all" in n for n in source.notes)
     examples = {example.name: example for example in source.examples}
     assert set(examples) == set(used) | set(extreme) | {f"z{seed:03}.png" for seed in range(FILLERS)}
     assert sum(map(len, split(source, 0.1))) == len(source) and source.fingerprint()
@@ -123,6 +124,30 @@ def test_a_file_without_permission_is_named(unprivileged: Path) -> None:
     assert len(readable(find_source(str(unprivileged)), progress=False)) == 29
     (unprivileged / "7.png").chmod(0o644)
     assert not check_source(str(unprivileged), progress=False).unreadable
+
+
+def test_a_folder_without_permission_is_named(unprivileged: Path) -> None:
+    data = unprivileged / "data"
+    for name in ("hat/1.png", "shoe/2.png", "bag/3.png"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(1).save(data / name)
+    (data / "bag").chmod(0)
+    source = find_source(str(data))
+    assert source.classes == ("hat", "shoe")
+    assert any(
+        "1 folders cannot be opened" in note and "bag (permission denied)" in note for note in source.notes
+    )
+    for name in ("hat", "shoe"):
+        (data / name).chmod(0)
+    with pytest.raises(UserError, match="3 folders in it cannot be opened"):
+        find_source(str(data))
+    data.chmod(0)
+    with pytest.raises(
+        UserError, match=r"data cannot be read: permission denied .*\nGive yourself permission"
+    ):
+        find_source(str(data))
+    for path in (data, data / "hat", data / "shoe", data / "bag"):
+        path.chmod(0o755)
 
 
 def test_small_decoding_of_jpegs_finds_what_whole_decoding_finds(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from latentflow.data import store
-from latentflow.data.eviction import LOCK, cache_limit
+from latentflow.data.eviction import LOCK, LOOKS, cache_limit
 from latentflow.data.rows import Located
 from latentflow.data.shards import Array, Tables, digests
 from latentflow.data.store import ShardSet, open_cache
@@ -243,6 +243,42 @@ def test_the_set_that_was_not_used_for_longest_makes_room(
     assert str(folders[1]) in caplog.text and "LATENTFLOW_CACHE_LIMIT" in caplog.text
     assert_right(fill(newest, tmp_path / "newest"))
     assert not list(tmp_path.rglob("*.deleted-*"))
+
+
+def test_what_is_not_ours_is_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LATENTFLOW_CACHE may be a folder that holds other things."""
+    theirs = [
+        tmp_path / "cache" / name
+        for name in (
+            "models/base.safetensors",
+            "old/run.deleted-2/x.txt",
+            f"models/{'a' * 40}.pt",
+            "things/in-use",
+        )
+    ]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+    ours = tmp_path / "cache" / "latents" / f"{'a' * 40}.safetensors"  # of an earlier version
+    ours.parent.mkdir()
+    ours.write_bytes(bytes(1000))
+    monkeypatch.setenv("LATENTFLOW_CACHE_LIMIT", "1")
+    make("new", tmp_path, 0)
+    assert all(path.exists() for path in theirs) and not ours.exists()
+
+
+def test_what_is_remembered_of_pictures_counts_and_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = tmp_path / "cache" / LOOKS.format(1)
+    used = make("used", tmp_path, 0)
+    looks.write_bytes(bytes(10**6))
+    monkeypatch.setenv("LATENTFLOW_CACHE_LIMIT", "2MB")
+    make("new", tmp_path, 0)
+    assert looks.exists()
+    monkeypatch.setenv("LATENTFLOW_CACHE_LIMIT", "1MB")
+    make("newest", tmp_path, 0)
+    assert not looks.exists() and used.folder.exists()
 
 
 def test_what_is_in_use_stays_and_the_excess_is_told_once(

@@ -103,8 +103,12 @@ def test_a_run_lends_its_settings(program: ModuleType, tmp_path: Path) -> None:
     config = program.EvaluateConfig(checkpoint=str(tmp_path / "pipeline"), data="d", background="black")
     defaults = program.as_trained(config)
     assert (defaults.validation, defaults.condition, defaults.background) == (0.02, "auto", "black")
-    (tmp_path / "config.yaml").write_text("validation: 0.3\nseed: 7\nbackground: grey\n")
+    (tmp_path / "config.yaml").write_text(
+        "validation: 0.3\nseed: 7\nbackground: grey\nmissing_caption: skip\nmasks: alpha\n"
+    )
     lent = program.as_trained(config)
+    # Without these, other pictures would be found, and others held out.
+    assert (lent.missing_caption, lent.masks) == ("skip", "alpha")
     assert (lent.validation, lent.validation_seed, lent.background) == (0.3, 7, "black")
 
 

@@ -13,10 +13,21 @@ from PIL import Image
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, load_autoencoder
 from latentflow.cli import run
-from latentflow.data import LatentFolder, cache, cached_latents, find_source, readable
+from latentflow.data import (
+    LatentFolder,
+    Source,
+    cache,
+    cached_latents,
+    check_source,
+    find_source,
+    readable,
+    split,
+)
 from latentflow.data.latent_folder import INDEX
+from latentflow.errors import UserError
 
 from ..data.pictures import load_program
+from ..data.test_near import save_copies
 from .command import ROOT, TINY, call
 
 AUTOENCODER = AutoencoderConfig(
@@ -126,6 +137,16 @@ def test_pixels_and_masks_are_stored_on_request(
     assert source.has_masks and [e.name for e in source.examples if e.mask is not None] == ["04.png"]
     assert source.examples[4].open().size == (16, 16)
     assert not find_source(str(latents), masks="none").has_masks
+    assert not check_source(str(latents)).problems
+    for kind in ("latents", "pixels", "masks"):
+        (shard,) = (latents / kind).glob("*.safetensors")
+        content = bytearray(shard.read_bytes())
+        content[8 + int.from_bytes(content[:8], "little") + 200] ^= 1
+        shard.rename(shard.with_suffix(".away"))
+        shard.write_bytes(content)
+        (problem,) = check_source(str(latents)).problems
+        assert f" {kind} are missing or damaged" in problem and "precompute" in problem
+        shard.with_suffix(".away").replace(shard)
     assert not cache.cached_masks(source.subset([0, 1]), 16).has_mask.any()
 
 
@@ -161,3 +182,42 @@ def test_what_was_begun_is_finished_and_nothing_else_is_touched(
     assert "were made with size" in precompute(capsys, *line[:-1], 32, expect=2)
     assert "not empty" in precompute(capsys, data, "--vae", vae, "-o", vae, "--resolution", 16, expect=2)
     assert "inside the data" in precompute(capsys, data, "--vae", vae, "-o", data / "x", expect=2)
+
+
+def test_near_duplicates_are_kept_together_without_the_pictures(
+    vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, latents = tmp_path / "twins", tmp_path / "latents"
+    data.mkdir()
+    for seed in range(12):
+        save_copies(data, seed, f"{seed:02}")
+    precompute(capsys, data, "--vae", vae, "-o", latents, "--resolution", 16)
+    pictures, stored = find_source(str(data)), find_source(str(latents))
+    for seed in range(3):
+        assert split(stored, 6, seed) == split(pictures, 6, seed)
+        assert {name[:2] for name in names(stored, 0, seed)}.isdisjoint(
+            name[:2] for name in names(stored, 1, seed)
+        )
+
+
+def names(source: Source, side: int, seed: int) -> list[str]:
+    return [source.examples[row].name for row in split(source, 6, seed)[side]]
+
+
+def test_an_index_that_is_not_what_was_written_is_refused(
+    data: Path, vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents = tmp_path / "latents"
+    line = [data, "--vae", vae, "-o", latents, "--resolution", 16]
+    precompute(capsys, *line)
+    index = latents / INDEX
+    whole = index.read_bytes()
+    (latents / "latents.json.17.tmp").touch()  # of a process that was killed
+    for broken in (whole.replace(b"03.png", b"04.png", 1), whole[:-9], None):
+        index.unlink()
+        if broken is not None:
+            index.write_bytes(broken)
+        with pytest.raises(UserError, match=r"index.arrow cannot be read: .*\n.*precompute"):
+            find_source(str(latents))
+        precompute(capsys, *line)
+        assert index.read_bytes() == whole and sum(encoded) == 12

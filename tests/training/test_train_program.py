@@ -18,6 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from latentflow import LatentFlowPipeline
+from latentflow.data import Source
+from latentflow.errors import UserError
+from latentflow.training.start import refuse_renumbered_classes
 
 from .command import ROOT, TINY, call, environment
 from .forking import fork_ranks
@@ -238,6 +241,16 @@ def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(
     assert (
         torch.equal(new[1], old[0]) and torch.equal(new[2], old[1]) and torch.equal(new[3], old[2])
     )  # null last
+
+
+def test_a_run_is_not_resumed_with_other_numbers_of_its_classes(tmp_path: Path) -> None:
+    """Whole numbers are in their order (2 before 10); in runs of earlier versions "10" came before "2"."""
+    (tmp_path / "model_index.json").write_text('{"id2label": {"0": "10", "1": "2", "2": "cat"}}')
+    with pytest.raises(UserError, match=r"'2' was 1, is 0, '10' was 0, is 1\n.*--init-from"):
+        refuse_renumbered_classes(tmp_path, Source("d", (), "class", ("2", "10", "cat")))
+    for same in (("10", "2", "cat"), ("10", "2", "kitten")):
+        refuse_renumbered_classes(tmp_path, Source("d", (), "class", same))
+    refuse_renumbered_classes(tmp_path / "none", Source("d", (), "class", ("2", "10", "cat")))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import sqlite3
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from latentflow.errors import UserError
 
-from ..eviction import cache_root
+from ..eviction import LOOKS, cache_root
 from ..examples import Example, FileExample, Source
 from ..members import Member
 from .look import Look, look_at_all
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1  # raise it when the meaning of a look changes
 _TASK = 32  # pictures that a worker is given at once
+_AT_ONCE = 1024  # looks that are remembered at once: a disk may take 20 ms to take anything for good
 _MANY = 1000  # pictures from which starting processes pays
 _FIELDS = [field.name for field in dataclasses.fields(Look) if not field.name.endswith("error")]
 _FLAGS = ("rotated", "animated")
@@ -81,8 +83,20 @@ def _workers(source: Source) -> Executor:
     plain = all(isinstance(e, FileExample) and not isinstance(e.path, Member) for e in source.examples)
     # Where processes do not start as copies of this one, they would spend longer on importing torch.
     if len(source) >= _MANY and plain and "fork" in multiprocessing.get_all_start_methods():
-        return ProcessPoolExecutor(_cores(), multiprocessing.get_context("fork"))
+        return ProcessPoolExecutor(_cores(), multiprocessing.get_context("fork"), _end_with_parent)
     return ThreadPoolExecutor(_cores())
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for work without end where the process that it works for is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _cores() -> int:
@@ -98,8 +112,9 @@ class _Seen:
     def __init__(self, source: Source) -> None:
         root = cache_root()
         inside = source.root is not None and root.resolve().is_relative_to(source.root.resolve())
-        self._path = None if inside else root / f"looks-{_VERSION}.sqlite"
+        self._path = None if inside else root / LOOKS.format(_VERSION)
         self._database: sqlite3.Connection | None = None
+        self._new: list[tuple[object, ...]] = []  # rows that are not written yet
 
     def __enter__(self) -> _Seen:
         if self._path is not None:
@@ -111,11 +126,13 @@ class _Seen:
                 self._database.execute(
                     f"CREATE TABLE IF NOT EXISTS looks (place BLOB PRIMARY KEY, state TEXT, {columns})"
                 )
+                os.utime(self._path)  # used: what was not used for longest makes room
             except (sqlite3.Error, OSError) as error:
                 self._give_up(error)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._write()
         if self._database is not None:
             self._database.close()
 
@@ -136,11 +153,16 @@ class _Seen:
 
     def add(self, pairs: list[tuple[Example, Look]]) -> None:
         good = [(example, look) for example, look in pairs if not (look.error or look.mask_error)]
-        rows = [
+        self._new += [
             (*at, *(getattr(look, name) for name in _FIELDS))
             for example, look in good
             if (at := _place(example)) is not None
         ]
+        if len(self._new) >= _AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        rows, self._new = self._new, []
         if self._database is None or not rows:
             return
         try:

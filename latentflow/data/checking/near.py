@@ -19,7 +19,7 @@ BITS = 6
 LEVELS = 4.0
 ASPECT = 0.05
 _BANDS = 8  # of 8 bits: where 6 bits differ at most, two bands at least are equal
-_MOST_NEIGHBOURS = 1000  # that a picture is compared with in one table: time stays bounded on any data
+_MOST_NEIGHBOURS = 200  # that a picture is compared with in one table: time stays bounded on any data
 
 
 def near_duplicates(
@@ -32,26 +32,22 @@ def near_duplicates(
         thumbnails: (N, D) pixels.
         sizes: (N, 2) widths and heights.
     """
-    if not len(hashes):
-        return np.zeros(0, dtype=np.int64)
     aspects = np.log(sizes[:, 0] / sizes[:, 1]).astype(np.float32)
     # Copies are compared once: thousands of equal blank pages would make millions of pairs.
     records = np.concatenate(
         [hashes[:, None].view(np.uint8), thumbnails, aspects[:, None].view(np.uint8)], axis=1
     )
     _, first, copies = np.unique(records, axis=0, return_index=True, return_inverse=True)
-    pairs = _near_pairs(hashes[first].view(np.uint64), thumbnails[first], aspects[first])
-    graph = coo_array((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(len(first),) * 2)
-    labels: NDArray[Any] = connected_components(graph, directed=False)[1]
-    return labels[copies.reshape(-1)].astype(np.int64)
+    labels = _grouped(hashes[first].view(np.uint64), thumbnails[first], aspects[first])
+    return labels[copies.reshape(-1)]
 
 
-def _near_pairs(
+def _grouped(
     hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8], aspects: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """(P, 2): pairs that are near. Only those are compared that agree in two bands of their hashes."""
+    """(N,): groups joined by near pairs. Only those are compared that agree in two bands of their hashes."""
     bands = hashes[:, None].view(np.uint8).astype(np.uint16)
-    found = [np.zeros((0, 2), dtype=np.int64)]
+    labels = np.arange(len(hashes))
     for one, other in combinations(range(_BANDS), 2):
         keys = bands[:, one] << 8 | bands[:, other]
         order = np.lexsort((hashes, keys))
@@ -63,9 +59,20 @@ def _near_pairs(
             if not len(alive):
                 break
             a, b = order[alive], order[alive + step]
-            close = np.bitwise_count(hashes[a] ^ hashes[b]) <= BITS
-            found.append(_verified(a[close], b[close], thumbnails, aspects))
-    return np.concatenate(found)
+            # Of a film nearly all pairs are near: those that a group joins already are neither compared nor kept.
+            close = (labels[a] != labels[b]) & (np.bitwise_count(hashes[a] ^ hashes[b]) <= BITS)
+            labels = _merged(labels, _verified(a[close], b[close], thumbnails, aspects))
+    return labels
+
+
+def _merged(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The groups when those of each pair (P, 2) are one."""
+    if not len(pairs):
+        return labels
+    edges = labels[pairs]
+    graph = coo_array((np.ones(len(edges), dtype=bool), (edges[:, 0], edges[:, 1])), shape=(len(labels),) * 2)
+    joined: NDArray[Any] = connected_components(graph, directed=False)[1]
+    return joined[labels].astype(np.int64)
 
 
 def _verified(

@@ -61,7 +61,7 @@ class Report:
         lines = [self.headline, *self.notes]
         if self.classes:
             lines.append("pictures per class: " + most(self.classes, 12))
-        if self.condition == "text":
+        if self.condition == "text" and self.captions:
             facts = self.caption_facts
             lines.append(f"{self.captions} different captions")
             lines.append(

@@ -56,8 +56,9 @@ def look_through(
             problems.append(printable(f"{error.what}. {error.fix}".rstrip(". ")))
     if source is None:
         return Report(data, "unknown", problems=tuple(problems[:1])), None
-    if isinstance(source, LatentFolder):  # checked when it was made
-        return Report(data, source.kind, pictures=len(source), notes=source.notes), None
+    if isinstance(source, LatentFolder):  # its pictures were checked when it was made
+        told = (*problems[:1], *source.damage())
+        return Report(data, source.kind, pictures=len(source), notes=source.notes, problems=told), None
     return _report(source, problems[:1], progress)
 
 
@@ -89,16 +90,30 @@ def readable(source: Source, progress: bool = True) -> Source:
         raise UserError(problems[0], "`latentflow check --json` lists them all: repair or move them.")
     kept = [index for index, example in enumerate(source.examples) if example.name not in errors]
     note = f"{len(errors)} pictures cannot be read and are skipped: {listed(errors)}"
+    note += "; `latentflow check --json` names all" if len(errors) > 5 else ""
     return source.subset(kept).noted(printable(note))
 
 
 def near_groups(looks: Sequence[Look]) -> NDArray[np.int64]:
     """(N,): which group of near duplicates each picture belongs to; none of them may be unreadable."""
+    if not looks:
+        return np.zeros(0, dtype=np.int64)
     return near_duplicates(
         np.array([look.hash for look in looks], dtype=np.int64),
         np.frombuffer(b"".join(look.thumbnail for look in looks), dtype=np.uint8).reshape(len(looks), -1),
         np.array([look.size for look in looks], dtype=np.int64),
     )
+
+
+def groups_of(source: Source) -> NDArray[np.int64]:
+    """(N,): the number of the group of near duplicates that each picture is in; what cannot be read stands alone."""
+    if isinstance(source, LatentFolder):
+        return source.groups()
+    looks = list(looks_at(source, progress=False))
+    rows = [row for row, look in enumerate(looks) if look.error is None]
+    groups = np.arange(len(looks), 2 * len(looks))
+    groups[rows] = near_groups([looks[row] for row in rows])
+    return groups
 
 
 def _report(source: Source, problems: list[str], progress: bool) -> tuple[Report, Source]:
