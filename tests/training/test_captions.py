@@ -13,8 +13,9 @@ from torch import nn
 
 from latentflow.data import FileExample, LatentTable, Source, one_size
 from latentflow.models import train_tokenizer
-from latentflow.training.conditions import Captions, conditions_of
+from latentflow.training.conditions import Captions, conditions_of, mirrored
 from latentflow.training.flow import FlowConfig, FlowStage
+from latentflow.training.images import is_flipped
 from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.order import DataOrder, Draw
 from latentflow.training.start import Networks
@@ -95,3 +96,26 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> torch.Tensor:
         return self.slope * x
+
+
+def test_captions_of_mirrored_pictures_say_left_for_right() -> None:
+    told = {
+        "A cat, left of the dog": "A cat, right of the dog",
+        "LEFT and Right": "RIGHT and Left",
+        "leftovers, upright": "leftovers, upright",
+    }
+    assert {caption: mirrored(caption) for caption in told} == told
+    assert all(mirrored(mirrored(caption)) == caption for caption in told)
+
+
+@pytest.mark.parametrize("texts", [("left hand",), ("left hand", "hand on the left", "a hand")])
+def test_a_use_is_told_of_its_mirror_image_when_it_is_mirrored(texts: tuple[str, ...]) -> None:
+    example = FileExample("a", texts[0], texts=texts[1:], path=Path("a"))
+    hands = Source("hands", (example, example), "text")
+    plain, turning = Captions(hands, seed=5), Captions(hands, seed=5, mirror=True)
+    numbers = list(range(200))
+    told = [turning[place] for place in turning.drawn([1] * 200, numbers)]
+    expected = [plain[place] for place in plain.drawn([1] * 200, numbers)]
+    expected = [mirrored(one) if is_flipped(number) else one for number, one in enumerate(expected)]
+    assert told == expected and set(told) <= set(turning)
+    assert {"left hand", "right hand"} <= set(told)
