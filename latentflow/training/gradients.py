@@ -122,7 +122,7 @@ class Gradients:
 
     def _reduce_gradients(self) -> None:
         for player in self._players:
-            for parameter in player.module.parameters():
+            for parameter in player.trained.parameters():
                 if parameter.grad is not None:
                     parameter.grad.copy_(self._accelerator.reduce(parameter.grad, reduction="mean"))
 

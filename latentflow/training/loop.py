@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from accelerate.utils import DistributedDataParallelKwargs, patch_environment
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import RunError, UserError
 from ..memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
@@ -34,6 +35,7 @@ from .processes import in_any_process, process_state
 from .report import Reporter
 from .run_lock import run_lock
 from .saving import Saver, attempts, cannot_write
+from .sharding import whole
 from .signals import stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class _Loop:
         self.accelerator = _accelerator(config)
         self.main = self.accelerator.is_main_process
         self.players = [Player(name, one, config, self.accelerator) for name, one in players.items()]
+        self.sharded = any(player.sharded for player in self.players)
         self.order = DataOrder(
             size=len(data),
             batch_size=config.train_batch_size,
@@ -115,7 +118,9 @@ class _Loop:
         self._clean_up()
         self._resume()
         last = self.config.max_train_steps
-        self.saver = Saver(self.output / "checkpoints", self.config.checkpoints_total_limit)
+        self.saver = Saver(
+            self.output / "checkpoints", self.config.checkpoints_total_limit, sharded=self.sharded
+        )
         self.saver.saved = self.step
         self.report = Reporter(
             self.output,
@@ -188,11 +193,13 @@ class _Loop:
             _due(step, every, final) for every in (config.validation_steps, config.preview_steps)
         )
         saving = _due(step, config.checkpointing_steps, final) or stopping
+        if validating or previewing:
+            self._gather_averages()
         if self.main and validating:
             self._attempt("validate", self._validate)
         if self.main and previewing:
             self._attempt("preview", self._preview)
-        if self.main and saving:
+        if saving and (self.main or self.sharded):
             self._save(now=final or stopping)
         if validating or previewing or saving:
             self.accelerator.wait_for_everyone()
@@ -201,7 +208,7 @@ class _Loop:
 
     def _clip(self, player: Player) -> float:
         limit = self.config.max_grad_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(player.module.parameters(), limit))
+        return float(whole(self.accelerator.clip_grad_norm_(player.trained.parameters(), limit)))
 
     def _skip(self, suspects: list[str], values: dict[str, float]) -> None:
         self.skipped_in_a_row += 1
@@ -252,6 +259,10 @@ class _Loop:
             f"WARNING: step {self.step}: could not {phase}: {reason}\nTraining goes on; the next time is the next try."
         )
 
+    def _gather_averages(self) -> None:
+        for player in self.players:
+            player.gather_averages()
+
     # ---- several processes ----
 
     def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
@@ -269,7 +280,10 @@ class _Loop:
             player.forget_gradients()
         release_memory()
         kept = "Nothing was trained yet"
-        if self.main and self.step > 0:
+        if self.sharded:  # the other processes, which have their parts, may not know of the error
+            newest = self.saver.newest()
+            kept = kept if newest is None else f"The last checkpoint is step-{newest:06d}"
+        elif self.main and self.step > 0:
             try:
                 self.saver.save_now(self.step, self._state(self.gradients.random), retry=False)
                 kept = f"Saved at step {self.step}"
@@ -316,6 +330,7 @@ class _Loop:
 
     def _export(self) -> None:
         export, folder = self.callbacks.export, self.callbacks.export_to
+        self._gather_averages()
         if self.main and export is not None and folder is not None:
             # Beside the weights that it was made of: an export of an earlier target is made again.
             done = checkpoint.list_checkpoints(self.output / "checkpoints")[-1] / "exported"
@@ -341,9 +356,10 @@ class _Loop:
         for parent, name in places if self.main else ():
             for path in clean_up(parent, name):
                 log.info(f"removed {path}, left by a run that was killed while writing it")
+        self.accelerator.wait_for_everyone()  # before anybody looks for checkpoints
 
     def _resume(self) -> None:
-        state = checkpoint.load_latest(self.output / "checkpoints")
+        state = checkpoint.load_latest(self.output / "checkpoints", self._place)
         if state is None:
             return
         self._check_same(state)
@@ -370,6 +386,14 @@ class _Loop:
         ):
             self.gradients.micro_batch = int(state["micro_batch"])
             log.info(f"forward passes of {self.gradients.micro_batch}: more ran out of memory before")
+
+    def _place(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Where to read a tensor of a checkpoint to: of what is sharded, a process reads its part."""
+        for player in self.players:
+            parameter = player.parameter_of(name)
+            if isinstance(parameter, DTensor) and parameter.shape == shape:
+                return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return torch.empty(shape, dtype=dtype)
 
     def _check_same(self, state: checkpoint.State) -> None:
         changes = list(checkpoint.difference(state["description"], self.description))
@@ -399,7 +423,8 @@ def _accelerator(config: LoopConfig) -> Accelerator:
     )  # and before accelerate makes its own state
     AcceleratorState._reset_state()  # a process may train an autoencoder and then a flow with other settings
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[kwargs])
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # `LoopConfig.shard` decides; see sharding.py
+        return Accelerator(mixed_precision=precision, kwargs_handlers=[kwargs])
 
 
 def _due(step: int, every: int, final: bool) -> bool:
