@@ -396,11 +396,16 @@ class _Loop:
         return torch.empty(shape, dtype=dtype)
 
     def _check_same(self, state: checkpoint.State) -> None:
-        changes = list(checkpoint.difference(state["description"], self.description))
+        before = state["description"]
+        if (
+            state["step"] >= self.config.max_train_steps
+        ):  # nothing is left of which the batch could change anything
+            before = before | {"batch": self.description["batch"]}
+        changes = list(checkpoint.difference(before, self.description))
         if not changes or self.config.allow_changes:
             return
         fix = "Use another output folder, undo the changes, or pass --allow-changes to go on all the same."
-        batch = state["description"].get("batch")
+        batch = before.get("batch")
         if batch != self.description["batch"]:
             fix += (
                 f" A step has train-batch-size x gradient-accumulation-steps x processes samples: here that must be "

@@ -37,12 +37,12 @@ def is_sharded(config: LoopConfig, accelerator: Accelerator) -> bool:
 def sharded(module: nn.Module, device: torch.device, processes: int, *, compiled: bool = False) -> nn.Module:
     """A copy of ``module``, which stays whole where it is, of which each process holds a part of every parameter.
 
-    The blocks of transformers (``_no_split_modules``, by the convention of diffusers and transformers) are put together
-    one at a time while they compute, everything else during the whole pass. Weights stay float32.
+    A network's blocks (``_repeated_blocks``, by diffusers' convention) are put together one at a time while they
+    compute, everything else during the whole pass. Weights stay float32.
     """
     trained = copy.deepcopy(module)
     mesh = init_device_mesh(device.type, (processes,))
-    names = {name for one in trained.modules() for name in getattr(one, "_no_split_modules", None) or ()}
+    names = {name for one in trained.modules() for name in getattr(one, "_repeated_blocks", None) or ()}
     for block in [one for one in trained.modules() if type(one).__name__ in names][
         ::-1
     ]:  # the inner ones first

@@ -39,7 +39,7 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """A regression through blocks that are sharded one by one, with odd sizes, a frozen weight and a buffer."""
 
-    _no_split_modules = ("Block",)
+    _repeated_blocks = ("Block",)
 
     def __init__(self) -> None:
         super().__init__()

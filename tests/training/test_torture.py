@@ -85,10 +85,11 @@ def newest(run: Path) -> int:
 
 def kill_at(moment: str, attempt: Attempt, run: Path, cache: Path, rng: random.Random) -> str | None:
     """Kill at a moment of the kind; where it fell: "save", "cache", "other", or None if the run had ended."""
-    before, until, seconds = entries(cache), newest(run) + rng.randint(1, 5), rng.uniform(0, 4)
+    before, until, seconds = entries(cache), newest(run) + rng.randint(1, 5), rng.uniform(0, 8)
     start = time.monotonic()
     ready: dict[str, Callable[[], bool]] = {
-        "save": lambda: bool(half_written(run)),
+        # Of the network: the autoencoder's three steps would never end if each of their saves were hit.
+        "save": lambda: newest(run) >= until - 1 and any(run.glob("checkpoints/.step-*")),
         "cache": lambda: entries(cache) != before,
         "any": lambda: newest(run) >= until or time.monotonic() > start + seconds,
     }
