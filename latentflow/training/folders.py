@@ -54,6 +54,7 @@ def finish_folder(folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a removal that failed
         folder.rename(old)
     temporary.rename(folder)
     _sync(folder.parent)

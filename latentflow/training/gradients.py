@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..memory import OutOfMemory, is_out_of_memory, out_of_memory, release_memory
 from . import checkpoint
-from .batches import Batch, TrainingData, split_rows, to_device
+from .batches import Batch, DataFailed, TrainingData, split_rows, to_device
 from .config import LoopConfig
 from .player import Player
 from .processes import in_any_process
@@ -56,9 +56,7 @@ class Gradients:
             DataFailed, OutOfMemory: the weights and their optimisers are as before the step.
         """
         self.random = checkpoint.random_state()
-        micros: Iterable[Batch] = islice(batches, self._config.gradient_accumulation_steps)
-        if self._config.auto_micro_batch:
-            micros = list(micros)  # to try again with
+        micros = self._load(batches)
         while True:
             failure = None
             try:
@@ -73,6 +71,21 @@ class Gradients:
         if self._reduces_itself:
             self._reduce_gradients()
         return result
+
+    def _load(self, batches: Iterator[Batch]) -> Iterable[Batch]:
+        """The batches of a step; several processes have all of theirs before any of them begins."""
+        micros: Iterable[Batch] = islice(batches, self._config.gradient_accumulation_steps)
+        failure = None
+        if self._config.auto_micro_batch or self._accelerator.num_processes > 1:
+            try:
+                micros = list(micros)  # also to try again with
+            except DataFailed as error:
+                failure = error
+        if in_any_process(self._accelerator, failure is not None):
+            raise failure or DataFailed(
+                "another process could not load its data", "Its own message says why."
+            )
+        return micros
 
     def _backward_passes(self, micros: Iterable[Batch]) -> tuple[dict[str, float], list[str]]:
         values: dict[str, float] = {}

@@ -31,7 +31,7 @@ from .optimizers import learning_rate
 from .order import DataOrder
 from .player import Player
 from .precision import resolve
-from .processes import in_any_process, process_state
+from .processes import in_any_process, process_state, together
 from .report import Reporter
 from .run_lock import run_lock
 from .saving import Saver, attempts, cannot_write
@@ -139,8 +139,10 @@ class _Loop:
             self._export()  # if the run was killed before it was complete
             return True
         finally:
-            self.saver.close()
-            self.report.close()
+            try:
+                self.saver.close()
+            finally:
+                self.report.close()
 
     def _train(self, last: int) -> bool:
         batches = load_batches(
@@ -199,9 +201,9 @@ class _Loop:
             self._attempt("validate", self._validate)
         if self.main and previewing:
             self._attempt("preview", self._preview)
-        if saving and (self.main or self.sharded):
-            self._save(now=final or stopping)
-        if validating or previewing or saving:
+        if saving:
+            together(lambda: self._save(now=final or stopping))
+        elif validating or previewing:
             self.accelerator.wait_for_everyone()
 
     # ---- parts ----
@@ -280,10 +282,12 @@ class _Loop:
             player.forget_gradients()
         release_memory()
         kept = "Nothing was trained yet"
-        if self.sharded:  # the other processes, which have their parts, may not know of the error
+        if self.sharded and not isinstance(
+            error, DataFailed
+        ):  # others, which have their parts, may not know of it
             newest = self.saver.newest()
             kept = kept if newest is None else f"The last checkpoint is step-{newest:06d}"
-        elif self.main and self.step > 0:
+        elif (self.main or self.sharded) and self.step > 0:
             try:
                 self.saver.save_now(self.step, self._state(self.gradients.random), retry=False)
                 kept = f"Saved at step {self.step}"
@@ -310,6 +314,8 @@ class _Loop:
         return state
 
     def _save(self, *, now: bool) -> None:
+        if not (self.main or self.sharded):
+            return
         state = self._state(checkpoint.random_state())
         if not now:
             self.saver.save(self.step, state)
@@ -329,14 +335,16 @@ class _Loop:
             ) from error
 
     def _export(self) -> None:
-        export, folder = self.callbacks.export, self.callbacks.export_to
         self._gather_averages()
+        together(self._export_by_main)
+
+    def _export_by_main(self) -> None:
+        export, folder = self.callbacks.export, self.callbacks.export_to
         if self.main and export is not None and folder is not None:
             # Beside the weights that it was made of: an export of an earlier target is made again.
             done = checkpoint.list_checkpoints(self.output / "checkpoints")[-1] / "exported"
             if not (done.exists() and folder.exists()):
                 attempts(lambda: self._export_to(folder, export, done))
-        self.accelerator.wait_for_everyone()
 
     def _export_to(self, folder: Path, export: Callable[[Path], None], done: Path) -> None:
         try:

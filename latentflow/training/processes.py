@@ -12,6 +12,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 
+from ..errors import UserError
+
 # The others wait while the main process encodes the data, which may take hours. A process that dies is noticed by its
 # launcher, not by this.
 PATIENCE = timedelta(days=2)
@@ -59,7 +61,7 @@ def together(action: Callable[[], None], group: dist.ProcessGroup | None = None)
 
 def _portable(error: Exception | None) -> Exception | None:
     """The error as another process can have it."""
-    if error is None or type(error) in (MemoryError, torch.OutOfMemoryError):
+    if error is None or isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
         return error
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror or str(error))

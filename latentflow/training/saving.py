@@ -99,8 +99,10 @@ class Saver:
 
     def close(self) -> None:
         """Wait for a save that is running, and end the thread."""
-        self.wait()
-        self._writer.shutdown()
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
 
     def _take(self, state: State) -> None:
         def take() -> None:

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,6 +30,8 @@ def is_sharded(config: LoopConfig, accelerator: Accelerator) -> bool:
             "Leave it out; --gradient-checkpointing, or a smaller --train-batch-size and more "
             "--gradient-accumulation-steps, need less memory.",
         )
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise UserError("accelerate's --fsdp_offload_params is not supported", "Leave it out.")
     if accelerator.scaler is not None:
         raise UserError("--mixed-precision fp16 cannot be used with --shard", "Use bf16.")
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, LoopConfig, fit
 from latentflow.training.checkpoint import list_checkpoints, load_checkpoint
+from latentflow.training.sharding import is_sharded
 
 from .forking import fork_ranks
 from .test_loop import CONFIG, Line
@@ -113,9 +115,14 @@ def test_sharded_runs_learn_what_one_process_learns_and_go_on_from_one_anothers_
         assert_close(tmp_path / "alone", tmp_path / folder, 1e-6)
 
 
-def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
-    def refused(rank: int) -> None:
-        with pytest.raises(UserError, match="--auto-micro-batch cannot be used with --shard"):
-            train(tmp_path, dataclasses.replace(PAIR, auto_micro_batch=True))
-
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, refused)] == [0, 0]
+def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair: Any = SimpleNamespace(num_processes=2, scaler=None)
+    assert is_sharded(PAIR, pair) and not is_sharded(ALONE, pair)
+    assert not is_sharded(PAIR, SimpleNamespace(num_processes=1, scaler=None))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--auto-micro-batch cannot be used with --shard"):
+        is_sharded(dataclasses.replace(PAIR, auto_micro_batch=True), pair)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what accelerate launch --use_fsdp sets
+    assert LoopConfig().shard
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(UserError, match="offload"):
+        is_sharded(PAIR, pair)
