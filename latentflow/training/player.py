@@ -62,7 +62,7 @@ class Player:
         """The parameter that a tensor of `state` belongs to, by its name in a checkpoint; None if to none."""
         part, *path = key.split("/")
         if part in (f"{self.name}-weights", f"{self.name}-average"):
-            return dict(self.trained.named_parameters()).get("/".join(path))
+            return dict(self.trained.named_parameters(remove_duplicate=False)).get("/".join(path))
         if part == f"{self.name}-optimizer" and path[1:2] == [
             "state"
         ]:  # <optimiser>/state/<parameter>/exp_avg
@@ -76,8 +76,9 @@ class Player:
         """In a sharded run, give the averaged weights to the main process's `module`. All processes must call it."""
         if not self.sharded:
             return
-        target = self.module.state_dict()
-        for name, one in (self.trained.state_dict() | self.average.averages).items():
+        target, averages = self.module.state_dict(), self.average.averages
+        rest = {name: one for name, one in self.trained.state_dict().items() if name not in averages}
+        for name, one in (*rest.items(), *averages.items()):  # averages last: tied weights have a second name
             value = whole(one)
             if self._main:
                 target[name].copy_(value)

@@ -49,6 +49,7 @@ class Blocks(nn.Module):
         self.first = nn.Linear(1, 8)
         self.blocks = nn.Sequential(Block(), Block())
         self.last = nn.Linear(8, 1)
+        self.same = self.last  # tied weights have two names
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         self.register_buffer("scale", torch.ones(()))
 
@@ -62,7 +63,7 @@ def train(folder: Path, config: LoopConfig, module: nn.Module | None = None) -> 
 
     def export(place: Path) -> None:
         place.mkdir()
-        save_file(network.state_dict(), place / "weights.safetensors")
+        save_file(dict(network.named_parameters()), place / "weights.safetensors")
 
     callbacks = Callbacks(
         validate=lambda: {"loss": float(network({"x": torch.ones(1, 1), "y": torch.ones(1, 1)})["loss"])},
