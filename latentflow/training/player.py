@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -66,9 +66,10 @@ class Player:
         if part == f"{self.name}-optimizer" and path[1:2] == [
             "state"
         ]:  # <optimiser>/state/<parameter>/exp_avg
-            groups = self.optimizers[int(path[0])].param_groups
-            parameter: Tensor = [one for group in groups for one in group["params"]][int(path[2])]
-            return parameter
+            with suppress(IndexError):  # of another optimiser: `load` refuses it in words
+                groups = self.optimizers[int(path[0])].param_groups
+                parameter: Tensor = [one for group in groups for one in group["params"]][int(path[2])]
+                return parameter
         return None
 
     @torch.no_grad()

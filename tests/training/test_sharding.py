@@ -116,6 +116,16 @@ def test_sharded_runs_learn_what_one_process_learns_and_go_on_from_one_anothers_
         assert_close(tmp_path / "alone", tmp_path / folder, 1e-6)
 
 
+@pytest.mark.slow
+def test_a_checkpoint_of_another_optimizer_is_refused_in_words(tmp_path: Path) -> None:
+    def other(rank: int) -> None:
+        with pytest.raises(UserError, match="does not fit"):
+            train(tmp_path, dataclasses.replace(PAIR, max_train_steps=8, optimizer="muon"))
+
+    train(tmp_path, ALONE)
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, other)] == [0, 0]
+
+
 def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pair: Any = SimpleNamespace(num_processes=2, scaler=None)
     assert is_sharded(PAIR, pair) and not is_sharded(ALONE, pair)
