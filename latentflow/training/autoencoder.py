@@ -191,6 +191,7 @@ def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:
         optimizer=config.autoencoder_optimizer,
         lr_scheduler="linear",
         lr_decay_share=0.7,
+        shard=False,  # small, and an adversarial step needs weights of both networks at once
     )
 
 

@@ -38,7 +38,7 @@ def with_averages(players: Sequence[Player], function: Callable[[], T]) -> T:
     try:
         with ExitStack() as stack, torch.random.fork_rng(), torch.no_grad():
             for player in players:
-                stack.enter_context(player.average.applied())
+                stack.enter_context(player.averaged())
             return function()
     finally:
         for module, mode in modes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from accelerate.utils import parse_flag_from_env
 
 from ..errors import UserError
 
@@ -63,6 +65,9 @@ class LoopConfig:
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Also report curves and previews to TensorBoard (files in the run folder; extra `tensorboard`) or to Weights &
     Biases (extra `wandb`; without network under WANDB_MODE=offline)."""
+    shard: bool = field(default_factory=lambda: parse_flag_from_env("ACCELERATE_USE_FSDP"))
+    """Spread weights, gradients, average and optimiser over the processes (FSDP2) instead of holding them in each.
+    `accelerate launch --use_fsdp` switches it on."""
     max_nonfinite_steps: int = 10
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     allow_changes: bool = False

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .sharding import local
+
 
 class WeightAverage:
     """Moving average of a module's trainable parameters, kept in float32 beside them.
@@ -27,7 +29,8 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Move the averages towards the current weights, after ``step`` (1-based) updates."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.averages.values()), list(self._parameters.values()), 1 - decay)
+        averages = [local(one) for one in self.averages.values()]
+        torch._foreach_lerp_(averages, [local(one) for one in self._parameters.values()], 1 - decay)
 
     @torch.no_grad()
     def load(self, averages: dict[str, Tensor]) -> None:
@@ -37,7 +40,10 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the context the module's weights are the averages; afterwards they are the live ones again."""
+        """Within the context the module's weights are the averages; afterwards they are the live ones again.
+
+        Not for a sharded module, whose weights' place in memory must stay.
+        """
         self._swap()
         try:
             yield

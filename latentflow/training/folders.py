@@ -20,19 +20,41 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: it could not be written. What was written of it is removed, ``folder`` is as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _hidden(folder, "tmp"), _hidden(folder, "old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = begin_folder(folder)
     try:
         write(temporary)
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError) and (system := _as_os_error(error)):
+        if isinstance(error, SafetensorError) and (system := as_os_error(error)):
             raise system from error
         raise
+    finish_folder(folder)
+
+
+def temporary_folder(folder: Path) -> Path:
+    """Where ``folder`` is written before it appears."""
+    return _hidden(folder, "tmp")
+
+
+def begin_folder(folder: Path) -> Path:
+    """The place of `temporary_folder`, free for writing."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_folder(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    return temporary
+
+
+def finish_folder(folder: Path) -> None:
+    """Put what was written as `temporary_folder` in the place of ``folder``; see `write_folder`."""
+    temporary, old = temporary_folder(folder), _hidden(folder, "old")
+    try:
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a removal that failed
         folder.rename(old)
     temporary.rename(folder)
     _sync(folder.parent)
@@ -76,7 +98,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _as_os_error(error: SafetensorError) -> OSError | None:
+def as_os_error(error: SafetensorError) -> OSError | None:
     """safetensors hands a failed write on as text: ``... No space left on device (os error 28)``."""
     code = re.search(r"os error (\d+)|code: (\d+)", str(error))
     return OSError(number := int(code[1] or code[2]), os.strerror(number)) if code else None

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..memory import OutOfMemory, is_out_of_memory, out_of_memory, release_memory
 from . import checkpoint
-from .batches import Batch, TrainingData, split_rows, to_device
+from .batches import Batch, DataFailed, TrainingData, split_rows, to_device
 from .config import LoopConfig
 from .player import Player
-from .processes import in_any_process
+from .processes import in_any_process, most_of_any_process
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,7 @@ class Gradients:
             DataFailed, OutOfMemory: the weights and their optimisers are as before the step.
         """
         self.random = checkpoint.random_state()
-        micros: Iterable[list[Batch]] = islice(batches, self._config.gradient_accumulation_steps)
-        if self._config.auto_micro_batch:
-            micros = list(micros)  # to try again with
+        micros = self._load(batches)
         while True:
             failure = None
             try:
@@ -74,16 +72,33 @@ class Gradients:
             self._reduce_gradients()
         return result
 
+    def _load(self, batches: Iterator[list[Batch]]) -> Iterable[list[Batch]]:
+        """The batches of a step; several processes have all of theirs before any of them begins."""
+        micros: Iterable[list[Batch]] = islice(batches, self._config.gradient_accumulation_steps)
+        failure = None
+        if self._config.auto_micro_batch or self._accelerator.num_processes > 1:
+            try:
+                micros = list(micros)  # also to try again with
+            except DataFailed as error:
+                failure = error
+        if in_any_process(self._accelerator, failure is not None):
+            raise failure or DataFailed(
+                "another process could not load its data", "Its own message says why."
+            )
+        return micros
+
     def _backward_passes(self, micros: Iterable[list[Batch]]) -> tuple[dict[str, float], list[str]]:
         values: dict[str, float] = {}
         suspects: list[str] = []
         micro_steps, size = self._config.gradient_accumulation_steps, self._config.train_batch_size
         for micro, batches in enumerate(micros):
             parts = [part for batch in batches for part in split_rows(batch, self.micro_batch)]
-            for number, part in enumerate(parts):
+            passes = self._passes(len(parts))
+            for number in range(passes):
+                part, counts = parts[min(number, len(parts) - 1)], number < len(parts)
                 rows = len(part["numbers"])
                 parts_in_step = micro_steps * size / rows
-                last = micro == micro_steps - 1 and number == len(parts) - 1
+                last = micro == micro_steps - 1 and number == passes - 1
                 part = to_device(part, self._accelerator.device)
                 for player in self._players:
                     with ExitStack() as stack:
@@ -92,10 +107,21 @@ class Gradients:
                         result = player.prepared(part)
                         if not result:
                             continue
-                        self._accelerator.backward(result["loss"] / parts_in_step)
-                    _accumulate(values, result, parts_in_step)
-                    suspects += self._nonfinite_samples(part, result)
+                        self._accelerator.backward(result["loss"] / parts_in_step * counts)
+                    if counts:
+                        _accumulate(values, result, parts_in_step)
+                        suspects += self._nonfinite_samples(part, result)
         return values, suspects
+
+    def _passes(self, parts: int) -> int:
+        """How often a batch of so many parts passes through the network.
+
+        In a sharded run the processes need one another in every pass, and a batch of pictures of several sizes may
+        have more parts in another one: then a part passes again, and counts for nothing.
+        """
+        if not self._players[0].sharded:
+            return parts
+        return most_of_any_process(self._accelerator, parts)
 
     def _nonfinite_samples(self, batch: Batch, result: Batch) -> list[str]:
         if "per_sample" not in result or torch.isfinite(result["loss"]):
@@ -122,7 +148,7 @@ class Gradients:
 
     def _reduce_gradients(self) -> None:
         for player in self._players:
-            for parameter in player.module.parameters():
+            for parameter in player.trained.parameters():
                 if parameter.grad is not None:
                     parameter.grad.copy_(self._accelerator.reduce(parameter.grad, reduction="mean"))
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from accelerate.utils import DistributedDataParallelKwargs, patch_environment
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import RunError, UserError
 from ..memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
@@ -30,10 +31,11 @@ from .optimizers import learning_rate
 from .order import DataOrder
 from .player import Player
 from .precision import resolve
-from .processes import in_any_process, process_state
+from .processes import in_any_process, process_state, together
 from .report import Reporter
 from .run_lock import run_lock
 from .saving import Saver, attempts, cannot_write
+from .sharding import whole
 from .signals import stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class _Loop:
         self.accelerator = _accelerator(config)
         self.main = self.accelerator.is_main_process
         self.players = [Player(name, one, config, self.accelerator) for name, one in players.items()]
+        self.sharded = any(player.sharded for player in self.players)
         self.order = DataOrder(
             size=len(data),
             batch_size=config.train_batch_size,
@@ -116,7 +119,9 @@ class _Loop:
         self._clean_up()
         self._resume()
         last = self.config.max_train_steps
-        self.saver = Saver(self.output / "checkpoints", self.config.checkpoints_total_limit)
+        self.saver = Saver(
+            self.output / "checkpoints", self.config.checkpoints_total_limit, sharded=self.sharded
+        )
         self.saver.saved = self.step
         self.report = Reporter(
             self.output,
@@ -135,8 +140,10 @@ class _Loop:
             self._export()  # if the run was killed before it was complete
             return True
         finally:
-            self.saver.close()
-            self.report.close()
+            try:
+                self.saver.close()
+            finally:
+                self.report.close()
 
     def _train(self, last: int) -> bool:
         batches = load_batches(
@@ -189,20 +196,22 @@ class _Loop:
             _due(step, every, final) for every in (config.validation_steps, config.preview_steps)
         )
         saving = _due(step, config.checkpointing_steps, final) or stopping
+        if validating or previewing:
+            self._gather_averages()
         if self.main and validating:
             self._attempt("validate", self._validate)
         if self.main and previewing:
             self._attempt("preview", self._preview)
-        if self.main and saving:
-            self._save(now=final or stopping)
-        if validating or previewing or saving:
+        if saving:
+            together(lambda: self._save(now=final or stopping))
+        elif validating or previewing:
             self.accelerator.wait_for_everyone()
 
     # ---- parts ----
 
     def _clip(self, player: Player) -> float:
         limit = self.config.max_grad_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(player.module.parameters(), limit))
+        return float(whole(self.accelerator.clip_grad_norm_(player.trained.parameters(), limit)))
 
     def _skip(self, suspects: list[str], values: dict[str, float]) -> None:
         self.skipped_in_a_row += 1
@@ -253,6 +262,10 @@ class _Loop:
             f"WARNING: step {self.step}: could not {phase}: {reason}\nTraining goes on; the next time is the next try."
         )
 
+    def _gather_averages(self) -> None:
+        for player in self.players:
+            player.gather_averages()
+
     # ---- several processes ----
 
     def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
@@ -270,7 +283,12 @@ class _Loop:
             player.forget_gradients()
         release_memory()
         kept = "Nothing was trained yet"
-        if self.main and self.step > 0:
+        if self.sharded and not isinstance(
+            error, DataFailed
+        ):  # others, which have their parts, may not know of it
+            newest = self.saver.newest()
+            kept = kept if newest is None else f"The last checkpoint is step-{newest:06d}"
+        elif (self.main or self.sharded) and self.step > 0:
             try:
                 self.saver.save_now(self.step, self._state(self.gradients.random), retry=False)
                 kept = f"Saved at step {self.step}"
@@ -297,6 +315,8 @@ class _Loop:
         return state
 
     def _save(self, *, now: bool) -> None:
+        if not (self.main or self.sharded):
+            return
         state = self._state(checkpoint.random_state())
         if not now:
             self.saver.save(self.step, state)
@@ -316,13 +336,16 @@ class _Loop:
             ) from error
 
     def _export(self) -> None:
+        self._gather_averages()
+        together(self._export_by_main)
+
+    def _export_by_main(self) -> None:
         export, folder = self.callbacks.export, self.callbacks.export_to
         if self.main and export is not None and folder is not None:
             # Beside the weights that it was made of: an export of an earlier target is made again.
             done = checkpoint.list_checkpoints(self.output / "checkpoints")[-1] / "exported"
             if not (done.exists() and folder.exists()):
                 attempts(lambda: self._export_to(folder, export, done))
-        self.accelerator.wait_for_everyone()
 
     def _export_to(self, folder: Path, export: Callable[[Path], None], done: Path) -> None:
         try:
@@ -342,9 +365,10 @@ class _Loop:
         for parent, name in places if self.main else ():
             for path in clean_up(parent, name):
                 log.info(f"removed {path}, left by a run that was killed while writing it")
+        self.accelerator.wait_for_everyone()  # before anybody looks for checkpoints
 
     def _resume(self) -> None:
-        state = checkpoint.load_latest(self.output / "checkpoints")
+        state = checkpoint.load_latest(self.output / "checkpoints", self._place)
         if state is None:
             return
         self._check_same(state)
@@ -372,12 +396,25 @@ class _Loop:
             self.gradients.micro_batch = int(state["micro_batch"])
             log.info(f"forward passes of {self.gradients.micro_batch}: more ran out of memory before")
 
+    def _place(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Where to read a tensor of a checkpoint to: of what is sharded, a process reads its part."""
+        for player in self.players:
+            parameter = player.parameter_of(name)
+            if isinstance(parameter, DTensor) and parameter.shape == shape:
+                return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return torch.empty(shape, dtype=dtype)
+
     def _check_same(self, state: checkpoint.State) -> None:
-        changes = list(checkpoint.difference(state["description"], self.description))
+        before = state["description"]
+        if (
+            state["step"] >= self.config.max_train_steps
+        ):  # nothing is left of which the batch could change anything
+            before = before | {"batch": self.description["batch"]}
+        changes = list(checkpoint.difference(before, self.description))
         if not changes or self.config.allow_changes:
             return
         fix = "Use another output folder, undo the changes, or pass --allow-changes to go on all the same."
-        batch = state["description"].get("batch")
+        batch = before.get("batch")
         if batch != self.description["batch"]:
             fix += (
                 f" A step has train-batch-size x gradient-accumulation-steps x processes samples: here that must be "
@@ -400,7 +437,8 @@ def _accelerator(config: LoopConfig) -> Accelerator:
     )  # and before accelerate makes its own state
     AcceleratorState._reset_state()  # a process may train an autoencoder and then a flow with other settings
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[kwargs])
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # `LoopConfig.shard` decides; see sharding.py
+        return Accelerator(mixed_precision=precision, kwargs_handlers=[kwargs])
 
 
 def _due(step: int, every: int, final: bool) -> bool:

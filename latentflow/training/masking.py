@@ -48,6 +48,9 @@ class Masking:
         drawn = {name: share for name, share in shapes.items() if name != OWN and share > 0}
         self._shapes = drawn or dict(DEFAULT_SHAPES)
 
+    def __deepcopy__(self, memo: object) -> Masking:
+        return self  # a sharded copy of the network shares the autoencoder, which is frozen
+
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> Masked:
         """Of ``pixels`` (B, 3, H, W) uint8, ``numbers``, and perhaps ``masks`` (B, 1, H, W) with ``has_mask`` (B,)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .precision import has_fast_bfloat16
+from .sharding import part_of, whole
 
 # Quintic Newton-Schulz coefficients of Jordan et al. 2024: steep at 0, singular values end in about [0.7, 1.2].
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -41,7 +42,8 @@ class Muon(torch.optim.Optimizer):
 
     The orthogonal update is scaled by ``0.2 * sqrt(max(M, N))``, so that its root mean square equals that of a typical
     AdamW step and both optimisers can share one learning rate (Liu et al. 2025, section 2.2). Matrices that stack
-    several maps (fused q, k, v; the shift, scale and gate of adaLN) are orthogonalised part by part.
+    several maps (fused q, k, v; the shift, scale and gate of adaLN) are orthogonalised part by part. Sharded ones are
+    put together for it in every process.
 
     Args:
         groups: parameter groups ``{"params": [...], "parts": k}``: every parameter of a group stacks ``k`` equal maps
@@ -85,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    matrix = self._momentum_update(parameter, group["momentum"])
+                    matrix = whole(self._momentum_update(parameter, group["momentum"]))
                     matrix = matrix.flatten(1).unflatten(0, (group["parts"], -1))  # (parts, M, N)
                     by_shape[matrix.shape[1:]].append((parameter, matrix, group))
         for shape, members in by_shape.items():
@@ -94,9 +96,8 @@ class Muon(torch.optim.Optimizer):
             for (parameter, _, group), update in zip(members, updates.split(sizes), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * max(shape) ** 0.5
-                parameter.add_(
-                    update.reshape(parameter.shape).to(parameter.dtype), alpha=-group["lr"] * scale
-                )
+                update = update.reshape(parameter.shape).to(parameter.dtype)
+                parameter.add_(part_of(update, parameter), alpha=-group["lr"] * scale)
         return loss
 
     def _momentum_update(self, parameter: nn.Parameter, momentum: float) -> Tensor:

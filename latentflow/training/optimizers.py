@@ -59,7 +59,7 @@ def _muon(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch
 
 def _parts(name: str, parameter: nn.Parameter) -> int:
     """How many maps are stacked in a matrix, by the names that our networks use (field standard)."""
-    outputs, inputs = parameter.shape[0], parameter[0].numel()
+    outputs, inputs = parameter.shape[0], parameter.shape[1:].numel()
     if "qkv" in name:
         return 3
     if "adaLN" in name or ".kv." in name:

@@ -129,7 +129,8 @@ class _Estimate:
         return Cost(cost.flops, cost.activations * dtype.itemsize / 4)
 
     def held(self, dtype: torch.dtype) -> float:
-        return state_bytes(self.stage, self.loop, dtype)
+        processes = int(process_state().num_processes) if self.loop.shard else 1
+        return state_bytes(self.stage, self.loop, dtype) / processes
 
     def activations(self, dtype: torch.dtype) -> float:
         return self.cost(dtype).activations * self.loop.train_batch_size

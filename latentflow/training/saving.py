@@ -10,12 +10,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import RunError
 from ..memory import is_out_of_memory, size_text
 from . import checkpoint
 from .checkpoint import Snapshot, State
+from .processes import PATIENCE, together
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +34,19 @@ class Saver:
     Args:
         root: the folder of the checkpoints.
         total_limit: checkpoints kept.
+        sharded: every process has a part of the state, and a `Saver` of the same folder; all of them do the same.
     """
 
-    def __init__(self, root: Path, total_limit: int) -> None:
+    def __init__(self, root: Path, total_limit: int, *, sharded: bool = False) -> None:
         self.root, self._total_limit = root, total_limit
         self.saved: int | None = None  # the step of the last checkpoint written, or read
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: tuple[int, Future[None]] | None = None
         self._snapshot: Snapshot | None = None
+        # The threads that write talk to one another while training does: not in its group.
+        group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if sharded else None
+        self._mesh = DeviceMesh.from_group(group, "cpu") if sharded else None
+        self._group = group
 
     def save(self, step: int, state: State) -> None:
         """Copy ``state``, and return while it is written. Waits only for a save that is still running.
@@ -46,14 +55,14 @@ class Saver:
         """
         self.wait()
         try:
-            self._snapshot = checkpoint.snapshot(state, self._snapshot)
+            self._take(state)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             self._snapshot = None
             self._warn(RunError(f"step {step}: too little memory to copy the state of the run for saving it"))
             return
-        self._running = step, self._writer.submit(self._write, step, self._snapshot)
+        self._running = step, self._writer.submit(self._write, step)
 
     def save_now(self, step: int, state: State, *, retry: bool = True) -> None:
         """Write ``state`` before returning, in several attempts.
@@ -64,8 +73,8 @@ class Saver:
         self.wait()
         if self.saved == step:
             return
-        taken = self._snapshot = checkpoint.snapshot(state, self._snapshot)
-        attempts(lambda: self._write(step, taken), retry=retry)
+        self._take(state)
+        attempts(lambda: self._write(step), retry=retry)
 
     def newest(self) -> int | None:
         """The step of the newest complete checkpoint."""
@@ -90,19 +99,41 @@ class Saver:
 
     def close(self) -> None:
         """Wait for a save that is running, and end the thread."""
-        self.wait()
-        self._writer.shutdown()
-
-    def _write(self, step: int, taken: Snapshot) -> None:
-        folder = self.root / f"step-{step:06d}"
         try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _take(self, state: State) -> None:
+        def take() -> None:
+            self._snapshot = checkpoint.snapshot(state, self._snapshot, self._mesh)
+
+        self._together(take)
+
+    def _write(self, step: int) -> None:
+        taken, folder = self._snapshot, self.root / f"step-{step:06d}"
+        assert taken is not None
+
+        def has_room() -> None:
             self.root.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(self.root).free < taken.size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            checkpoint.write_checkpoint(folder, taken, total_limit=self._total_limit)
+
+        try:
+            self._together(has_room)
+            if self._group is None:
+                checkpoint.write_checkpoint(folder, taken, total_limit=self._total_limit)
+            else:
+                checkpoint.write_shards(folder, taken, self._group, total_limit=self._total_limit)
             self.saved = step
         except OSError as error:
             raise cannot_write(f"checkpoint {folder}", folder, error, taken.size) from error
+
+    def _together(self, action: Callable[[], None]) -> None:
+        if self._group is None:
+            action()
+        else:
+            together(action, self._group)
 
     def _warn(self, error: RunError) -> None:
         newest = self.newest()

@@ -374,3 +374,22 @@ def test_another_global_batch_is_refused_with_what_it_must_be(tmp_path: Path) ->
     assert "must be 6, over 1 processes" in caught.value.fix
     split = dataclasses.replace(other, train_batch_size=2, gradient_accumulation_steps=3)
     assert run(tmp_path, split)
+    assert run(tmp_path, other)  # nothing is left to train with it: it may be the first stage of a longer run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_data_that_fails_in_one_process_saves_the_run_of_all(tmp_path: Path, shard: bool) -> None:
+    class Broken(Line):
+        def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+            if 5 * 6 + 4 in [draw.number for draw in draws]:  # the second process's half of step 6
+                raise OSError("the disk is gone")
+            return super().__getitems__(draws)
+
+    def train(rank: int) -> None:
+        with pytest.raises(RunError, match=r"step 6: (a batch could not be read|another process)"):
+            fit({"flow": NoDropout()}, Broken(), config, tmp_path)
+
+    config = dataclasses.replace(CONFIG, train_batch_size=3, shard=shard)
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, train)] == [0, 0]
+    assert steps(tmp_path)[-1] == 5

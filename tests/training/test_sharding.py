@@ -1,0 +1,139 @@
+"""FSDP2 with two processes: what it learns, and that its checkpoints are anybody's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from latentflow.errors import UserError
+from latentflow.training import Callbacks, LoopConfig, fit
+from latentflow.training.checkpoint import list_checkpoints, load_checkpoint
+from latentflow.training.sharding import is_sharded
+
+from .forking import fork_ranks
+from .test_loop import CONFIG, Line
+
+STEPS = 6
+ALONE = dataclasses.replace(
+    CONFIG, max_train_steps=STEPS, checkpointing_steps=2, gradient_accumulation_steps=2, learning_rate=0.01,
+    lr_scheduler="constant", max_grad_norm=0.1, validation_steps=3,
+)  # fmt: skip
+PAIR = dataclasses.replace(ALONE, train_batch_size=3, shard=True)  # of two processes
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.inner(x))
+
+
+class Blocks(nn.Module):
+    """A regression through blocks that are sharded one by one, with odd sizes, a frozen weight and a buffer."""
+
+    _repeated_blocks = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = nn.Linear(1, 8)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.last = nn.Linear(8, 1)
+        self.same = self.last  # tied weights have two names
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        error = self.last(self.blocks(self.first(batch["x"]))) * self.scale - batch["y"]
+        return {"loss": error.square().mean()}
+
+
+def train(folder: Path, config: LoopConfig, module: nn.Module | None = None) -> None:
+    network = module or Blocks()
+
+    def export(place: Path) -> None:
+        place.mkdir()
+        save_file(dict(network.named_parameters()), place / "weights.safetensors")
+
+    callbacks = Callbacks(
+        validate=lambda: {"loss": float(network({"x": torch.ones(1, 1), "y": torch.ones(1, 1)})["loss"])},
+        export=export,
+        export_to=folder / "result",
+    )
+    assert fit({"flow": network}, Line(), config, folder, callbacks=callbacks)
+
+
+def in_two(folder: Path, config: LoopConfig) -> None:
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: train(folder, config))] == [0, 0]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All of the last checkpoint, and the result."""
+
+    def flat(value: Any, path: str) -> dict[str, torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            return {path: value}
+        items = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        )
+        return {name: one for key, item in items for name, one in flat(item, f"{path}/{key}").items()}
+
+    state = load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+    return flat(state, "") | flat(load_file(folder / "result" / "weights.safetensors"), "result")
+
+
+def assert_close(a: Path, b: Path, atol: float) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys() and len(first) > 30
+    for name, one in first.items():
+        torch.testing.assert_close(one, second[name], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_sharded_runs_learn_what_one_process_learns_and_go_on_from_one_anothers_checkpoints(
+    tmp_path: Path, optimizer: str
+) -> None:
+    alone, pair = (dataclasses.replace(one, optimizer=optimizer) for one in (ALONE, PAIR))
+    train(tmp_path / "alone", alone)
+    in_two(tmp_path / "pair", pair)
+    assert len(list((list_checkpoints(tmp_path / "pair" / "checkpoints")[-1]).glob("shard-*"))) == 2
+    assert_close(tmp_path / "alone", tmp_path / "pair", 1e-6)
+    # Two processes go on from one, one from two.
+    for folder, first, second in (("to-pair", alone, pair), ("to-alone", pair, alone)):
+        for config, steps in ((first, STEPS // 2), (second, STEPS)):
+            some = dataclasses.replace(config, max_train_steps=steps)
+            (in_two if config is pair else train)(tmp_path / folder, some)
+        assert_close(tmp_path / "alone", tmp_path / folder, 1e-6)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_optimizer_is_refused_in_words(tmp_path: Path) -> None:
+    def other(rank: int) -> None:
+        with pytest.raises(UserError, match="does not fit"):
+            train(tmp_path, dataclasses.replace(PAIR, max_train_steps=8, optimizer="muon"))
+
+    train(tmp_path, ALONE)
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, other)] == [0, 0]
+
+
+def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair: Any = SimpleNamespace(num_processes=2, scaler=None)
+    assert is_sharded(PAIR, pair) and not is_sharded(ALONE, pair)
+    assert not is_sharded(PAIR, SimpleNamespace(num_processes=1, scaler=None))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--auto-micro-batch cannot be used with --shard"):
+        is_sharded(dataclasses.replace(PAIR, auto_micro_batch=True), pair)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what accelerate launch --use_fsdp sets
+    assert LoopConfig().shard
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(UserError, match="offload"):
+        is_sharded(PAIR, pair)
