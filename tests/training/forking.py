@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable
 
 from accelerate.state import AcceleratorState, PartialState
+from tqdm.auto import tqdm
 
 
 def fork_ranks(processes: int, function: Callable[[int], object]) -> list[int]:
@@ -31,6 +33,7 @@ def _run_as(rank: int, processes: int, port: int, function: Callable[[int], obje
     try:
         PartialState._reset_state()
         AcceleratorState._reset_state()
+        tqdm.set_lock(threading.RLock())  # its default is shared by forks, and a killed one may have left it locked
         if processes > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
