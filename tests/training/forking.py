@@ -33,7 +33,9 @@ def _run_as(rank: int, processes: int, port: int, function: Callable[[int], obje
     try:
         PartialState._reset_state()
         AcceleratorState._reset_state()
-        tqdm.set_lock(threading.RLock())  # its default is shared by forks, and a killed one may have left it locked
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its default is shared by forks, and a killed one may have left it locked
         if processes > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}

@@ -15,7 +15,9 @@ from torch import nn
 
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, LoopConfig, fit
+from latentflow.training.batches import by_group
 from latentflow.training.checkpoint import list_checkpoints, load_checkpoint
+from latentflow.training.order import DataOrder, Draw
 from latentflow.training.sharding import is_sharded
 
 from .forking import fork_ranks
@@ -58,8 +60,18 @@ class Blocks(nn.Module):
         return {"loss": error.square().mean()}
 
 
-def train(folder: Path, config: LoopConfig, module: nn.Module | None = None) -> None:
-    network = module or Blocks()
+class Sorts(Line):
+    """Points of several groups, which cannot pass through a network together."""
+
+    groups = torch.arange(20) % 7
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        assert len({int(self.groups[draw.index]) for draw in draws}) == 1
+        return super().__getitems__(draws)
+
+
+def train(folder: Path, config: LoopConfig, data: Line | None = None) -> None:
+    network = Blocks()
 
     def export(place: Path) -> None:
         place.mkdir()
@@ -70,11 +82,14 @@ def train(folder: Path, config: LoopConfig, module: nn.Module | None = None) -> 
         export=export,
         export_to=folder / "result",
     )
-    assert fit({"flow": network}, Line(), config, folder, callbacks=callbacks)
+    assert fit({"flow": network}, data or Line(), config, folder, callbacks=callbacks)
 
 
-def in_two(folder: Path, config: LoopConfig) -> None:
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: train(folder, config))] == [0, 0]
+def in_two(folder: Path, config: LoopConfig, data: Line | None = None) -> None:
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: train(folder, config, data))] == [
+        0,
+        0,
+    ]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,6 +129,21 @@ def test_sharded_runs_learn_what_one_process_learns_and_go_on_from_one_anothers_
             some = dataclasses.replace(config, max_train_steps=steps)
             (in_two if config is pair else train)(tmp_path / folder, some)
         assert_close(tmp_path / "alone", tmp_path / folder, 1e-6)
+
+
+@pytest.mark.parametrize("shard", [True, False])
+def test_processes_whose_batches_have_different_numbers_of_parts_learn_what_one_learns(
+    tmp_path: Path, shard: bool
+) -> None:
+    order = DataOrder(size=20, batch_size=3, accumulation=2, processes=2, groups=Sorts.groups)
+    parts = [
+        [len(by_group(draws, Sorts.groups)) for draws in order.batches(0, STEPS, process)]
+        for process in (0, 1)
+    ]
+    assert any(a < b for a, b in zip(*parts, strict=True)) and any(a > b for a, b in zip(*parts, strict=True))
+    train(tmp_path / "alone", ALONE, Sorts())
+    in_two(tmp_path / "pair", dataclasses.replace(PAIR, shard=shard), Sorts())
+    assert_close(tmp_path / "alone", tmp_path / "pair", 1e-6)
 
 
 @pytest.mark.slow
