@@ -175,14 +175,20 @@ def write_random(folder: Path, entries: int) -> None:
     classes = tuple(f"class {number}" for number in range(10))
     examples = tuple(Nothing(f"{number:08d}", label=classes[number % 10]) for number in range(entries))
     source = Source("random", examples, "class", classes)
-    wanted = Precomputation(source=source, vae=vae, data=DataConfig(data=""), pixels=False, given="")
+    wanted = Precomputation(
+        framing=one_size(source, (SIDE, SIDE)), vae=vae, data=DataConfig(data=""), pixels=False, given=""
+    )
     vae.save_pretrained(folder / "autoencoder")
     (folder / "latents").mkdir()
     for start in range(0, entries, 4096):
         keys = digests(example.content_key() for example in examples[start : start + 4096])
         write_shard(folder / "latents", make_shard(keys, {"mean": torch.randn(len(keys), 1, 4, 8, 8)}))
     describe(
-        wanted, folder, wanted.tables(), complete=True, index=write_index(source, folder, np.arange(entries))
+        wanted,
+        folder,
+        wanted.tables(),
+        complete=True,
+        index=write_index(wanted.framing, folder, np.arange(entries)),
     )
 
 

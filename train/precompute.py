@@ -9,10 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from latentflow.autoencoder import AutoencoderConfig, load_autoencoder
+from latentflow.autoencoder import AutoencoderConfig, downscale_factor, load_autoencoder
 from latentflow.cli import parse, run
-from latentflow.data import find_source, fingerprint, readable
-from latentflow.data.config import DataConfig
+from latentflow.data import find_source, fingerprint, frame, readable
+from latentflow.data.config import DataConfig, FramingConfig
 from latentflow.data.precomputing import Precomputation, own_autoencoder, plan_latents, write_latents
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig, log_to, resume_line
@@ -29,6 +29,10 @@ class Config:
     """The folder of latents."""
     vae: str
     """The diffusers autoencoder (folder or hub id); the folder keeps a copy."""
+    buckets: bool = False
+    """Several aspect ratios, each picture at the one nearest to its own, so that little is cut off."""
+    patch_size: int = 2
+    """With --buckets: the sides must suit networks of patches of up to this many latent pixels."""
     pixels: bool = False
     """Store the pictures at the resolution as well, which inpainting needs."""
     batch_size: int = 64
@@ -76,7 +80,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # ---- latents ----
-    wanted = Precomputation(source=source, vae=vae, data=data, pixels=config.pixels, given=given)
+    unit = downscale_factor(vae) * config.patch_size
+    framing = FramingConfig(buckets=config.buckets)
+    framed = frame(
+        source, data.resolution, unit, framing, told=True
+    )  # sizes are stored for --size-conditioning
+    if config.buckets:
+        for line in framed.lines():
+            log.info(line)
+    wanted = Precomputation(framing=framed, vae=vae, data=data, pixels=config.pixels, given=given)
     if config.dry_run:
         for line in plan_latents(wanted, output, batch_size=config.batch_size, device=device):
             log.info(line)

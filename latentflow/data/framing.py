@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
@@ -129,24 +130,43 @@ def frame(source: Source, resolution: int, unit: int, config: FramingConfig, tol
         unit: what the sides of a picture must be multiples of.
         told: whether the network is told sizes and crops.
 
+    The pictures of a folder of latents were cut when it was made.
+
     Raises:
-        UserError: a folder of latents, whose pictures were cut when it was made, or a wrong setting.
+        UserError: a wrong setting, or one that does not fit a folder of latents.
     """
-    if isinstance(source, LatentFolder) and (config.buckets or config.crops > 1 or told):
-        raise UserError(
-            f"{source.name} is a folder of latents: how pictures are cut was decided when it was made",
-            "Leave --buckets, --crops and --size-conditioning out, or train on the pictures.",
-        )
+    if isinstance(source, LatentFolder):
+        return _as_stored(source, unit, config)
     square = ((resolution, resolution),)
     if not (config.buckets or told):
         return one_size(source, square[0], config.crops)
     natural = _natural_sizes(source)
-    sizes = np.asarray(bucket_sizes(resolution, unit) if config.buckets else square)
-    ratios = np.log(sizes[:, 1] / sizes[:, 0])
+    sizes = bucket_sizes(resolution, unit) if config.buckets else square
+    ratios = np.log([width / height for height, width in sizes])
     nearest = np.abs(np.log(natural[:, 1] / natural[:, 0])[:, None] - ratios).argmin(1)
-    used, bucket = np.unique(nearest, return_inverse=True)
-    chosen = tuple((int(height), int(width)) for height, width in sizes[used])
-    return Framing(source, chosen, bucket.astype(np.int32), natural, config.crops)
+    return _framing(source, sizes, nearest, natural, config.crops)
+
+
+def _as_stored(source: LatentFolder, unit: int, config: FramingConfig) -> Framing:
+    if config.crops > 1 or (config.buckets and all(height == width for height, width in source.sizes)):
+        raise UserError(
+            f"{source.name} is a folder of latents: how pictures are cut was decided when it was made",
+            "Leave --crops out, precompute again with --buckets into another folder, or train on the pictures.",
+        )
+    for size in source.sizes:
+        if size[0] % unit or size[1] % unit:
+            raise UserError(
+                f"{source.name} holds pictures of {size[1]} x {size[0]} pixels; the network needs multiples of {unit}",
+                "Use a smaller --patch-size, or precompute again with a multiple of the resolution.",
+            )
+    return _framing(source, source.sizes, source.buckets(), source.natural())
+
+
+def _framing(source: Source, sizes: Sequence[Size], bucket: Array, natural: Array, crops: int = 1) -> Framing:
+    """With those of ``sizes`` that are used."""
+    used, inverse = np.unique(bucket, return_inverse=True)
+    chosen = tuple(sizes[number] for number in used.tolist())
+    return Framing(source, chosen, inverse.astype(np.int32), natural, crops)
 
 
 def _natural_sizes(source: Source) -> Array:

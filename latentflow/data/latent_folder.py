@@ -1,9 +1,9 @@
 """A folder of latents that `latentflow precompute` wrote: a source to train from, without the pictures.
 
     latents.json     what it holds and how that was made
-    index.arrow      a row for each picture: name, captions, class, weight, keys (Arrow's file format)
+    index.arrow      a row for each picture: name, captions, class, weight, sizes, keys (Arrow's file format)
     autoencoder/     the autoencoder that encoded them
-    latents/, pixels/, masks/    shards
+    latents/, pixels/, masks/    shards of squares; of another size in latents-48x80/ (height x width) and so on
 
 The index is mapped, so a picture costs no memory until it is asked for.
 """
@@ -54,7 +54,8 @@ def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
         )
     _refuse_decided(data, description, wanted)
     if wanted.masks == "none":
-        description["tables"].pop("masks", None)
+        tables = description["tables"].items()
+        description["tables"] = {name: made for name, made in tables if kind_of(name) != "masks"}
     kind: Kind = "unconditional" if wanted.condition == "none" else description["kind"]
     index = _open_index(folder / INDEX, description["index"])
     store = LatentStore(folder, description)
@@ -120,11 +121,23 @@ def _open_index(path: Path, hash: str) -> _Index:
         ) from error
 
 
+def place_of(kind: str, size: Sequence[int]) -> str:
+    """The folder of the shards of ``kind`` of pictures of (height, width) ``size``."""
+    height, width = size
+    return kind if height == width else f"{kind}-{height}x{width}"
+
+
+def kind_of(place: str) -> str:
+    """What the shards of a folder hold."""
+    return place.split("-")[0]
+
+
 class LatentStore:
     """The shards in a folder of latents, and what they were made with."""
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
         self.folder, self.description = folder, description
+        self.kinds = {kind_of(name) for name in description["tables"]}
 
     def shards(self, kind: str, settings: dict[str, object]) -> ShardSet:
         """The shards of ``kind``: latents, pixels or masks.
@@ -132,13 +145,20 @@ class LatentStore:
         Raises:
             UserError: there are none, or they were not made with these settings.
         """
-        held = self.description["tables"].get(kind)
-        if held is None:
+        place = place_of(kind, settings["size"])  # type: ignore[arg-type]
+        held = self.description["tables"].get(place)
+        if kind not in self.kinds:
             raise UserError(
                 f"{self.folder} holds no {kind}, which inpainting and evaluation need",
                 "Run its `latentflow precompute` line again with --pixels, or do without.",
             )
         wanted = json.loads(json.dumps(settings))
+        if held is None:
+            height, width = wanted["size"]
+            raise UserError(
+                f"{self.folder} holds no {kind} of {width} x {height} pixels",
+                "Leave --resolution out, or precompute again into another folder.",
+            )
         differ = [
             f"{name} {held.get(name)}, not {wanted[name]}"
             for name in wanted
@@ -149,27 +169,25 @@ class LatentStore:
                 f"the {kind} in {self.folder} were made with {'; '.join(differ)}",
                 "Use those settings, or precompute again into another folder.",
             )
-        return ShardSet(self.folder / kind, kind, read_only=True)
+        return ShardSet(self.folder / place, kind, read_only=True)
 
     def mask(self, key: str) -> Path | None:
         """Where the mask of this key lies; None where there is none, or masks are not wanted."""
-        return self.folder / "masks" if key and "masks" in self.description["tables"] else None
+        return self.folder / "masks" if key and "masks" in self.kinds else None
 
     def picture(self, key: str) -> Image.Image:
         """The stored pixels of a picture."""
-        shards = self._pixels
-        place = shards.place(key)
-        if place is None:
-            raise UserError(
-                f"{shards.folder} lacks a picture", "Start its `latentflow precompute` line again."
-            )
-        number, row = place
-        pixels = shards.shard(number).row("pixels", row)
-        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        for shards in self._pixels:
+            if (place := shards.place(key)) is not None:
+                number, row = place
+                pixels = shards.shard(number).row("pixels", row)
+                return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        raise UserError(f"{self.folder} lacks a picture", "Start its `latentflow precompute` line again.")
 
     @functools.cached_property
-    def _pixels(self) -> ShardSet:
-        return ShardSet(self.folder / "pixels", "pixels", read_only=True)
+    def _pixels(self) -> list[ShardSet]:
+        places = [name for name in self.description["tables"] if kind_of(name) == "pixels"]
+        return [ShardSet(self.folder / place, "pixels", read_only=True) for place in places]
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,7 @@ class StoredExample(Example):
     store: LatentStore = field(kw_only=True, repr=False, compare=False)
 
     def open(self) -> Image.Image:
-        if "pixels" not in self.store.description["tables"]:
+        if "pixels" not in self.store.kinds:
             raise UserError(
                 f"{self.store.folder} holds latents only, not the picture {self.name}",
                 "Start its `latentflow precompute` line again (with --pixels where pictures are needed): it makes what "
@@ -211,12 +229,32 @@ class LatentFolder(Source):
 
     @property
     def has_masks(self) -> bool:
-        return "masks" in self.store.description["tables"]
+        return "masks" in self.store.kinds
 
     @property
     def has_flips(self) -> bool:
         """Whether it holds mirror images as well."""
-        return bool(self.store.description["tables"]["latents"]["flips"])
+        return bool(self._made["flips"])
+
+    @property
+    def _made(self) -> dict[str, Any]:
+        """The settings of the latents, of one of the sizes."""
+        tables = self.store.description["tables"].items()
+        made: dict[str, Any] = next(one for name, one in tables if kind_of(name) == "latents")
+        return made
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of what is stored of the pictures."""
+        return tuple((height, width) for height, width in self.store.description["sizes"])
+
+    def buckets(self) -> Array:
+        """(N,): which of ``sizes`` each picture has."""
+        return self.index.numbers("bucket", self.rows)
+
+    def natural(self) -> Array:
+        """(N, 2): heights and widths of the pictures as they were."""
+        return np.stack([self.index.numbers(name, self.rows) for name in ("height", "width")], axis=1)
 
     def adopt(self, data: DataConfig) -> DataConfig:
         """The settings of the data with what the folder decides: resolution and background.
@@ -224,8 +262,8 @@ class LatentFolder(Source):
         Raises:
             UserError: other ones were asked for, or mirror images, which it does not hold.
         """
-        held = self.store.description["tables"]["latents"]
-        side, background = held["size"][0], "#{:02x}{:02x}{:02x}".format(*held["background"])
+        side = self.store.description["resolution"]
+        background = "#{:02x}{:02x}{:02x}".format(*self._made["background"])
         if data.resolution not in (side, DataConfig.resolution):
             raise UserError(
                 f"{self.name} holds latents of {side} pixels, not of {data.resolution}",
@@ -273,16 +311,20 @@ class LatentFolder(Source):
     def damage(self) -> list[str]:
         """What is missing in the folder or is not what was written: every row is read."""
         keys, masks = list(self.content_keys()), self.index.values("mask_key", self.rows)
-        wanted = {"latents": keys, "pixels": keys}
-        wanted["masks"] = [f"{key} {mask}" for key, mask in zip(keys, masks, strict=True) if mask]
+        wanted: dict[str, list[str]] = {name: [] for name in self.store.description["tables"]}
+        for key, mask, bucket in zip(keys, masks, self.buckets().tolist(), strict=True):
+            held = {"latents": key, "pixels": key} | ({"masks": f"{key} {mask}"} if mask else {})
+            for kind, what in held.items():
+                if (place := place_of(kind, self.sizes[bucket])) in wanted:
+                    wanted[place].append(what)
         told = []
-        for kind in self.store.description["tables"]:
-            shards = ShardSet(self.store.folder / kind, kind, read_only=True)
+        for place in wanted:
+            shards = ShardSet(self.store.folder / place, kind_of(place), read_only=True)
             shards.verify()
-            missing = int((shards.find(digests(wanted[kind]))[:, 0] < 0).sum())
+            missing = int((shards.find(digests(wanted[place]))[:, 0] < 0).sum())
             if missing:
                 told.append(
-                    f"{missing} of {len(wanted[kind])} {kind} are missing or damaged: start the "
+                    f"{missing} of {len(wanted[place])} {place} are missing or damaged: start the "
                     "`latentflow precompute` line that made them again, it makes only these"
                 )
         return told

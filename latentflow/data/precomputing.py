@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from latentflow.errors import UserError
@@ -31,7 +32,17 @@ from .cache import (
 from .checking.source import groups_of
 from .config import DataConfig
 from .examples import Source
-from .latent_folder import AUTOENCODER, DESCRIPTION, INDEX, VERSION, import_arrow, read_description
+from .framing import Framing
+from .latent_folder import (
+    AUTOENCODER,
+    DESCRIPTION,
+    INDEX,
+    VERSION,
+    import_arrow,
+    kind_of,
+    place_of,
+    read_description,
+)
 from .shards import Array, digests
 from .store import ShardSet, sweep
 
@@ -43,18 +54,22 @@ class Precomputation:
     """What a folder of latents is to hold.
 
     Attributes:
-        source: the pictures, all of them readable.
+        framing: the pictures, all of them readable, and the size of each.
         vae: the frozen autoencoder, with its statistics.
         data: resolution, background, and whether mirror images are stored.
         pixels: whether to store the pictures themselves (uint8), for inpainting.
         given: fingerprint of the autoencoder as the user gave it, perhaps without statistics.
     """
 
-    source: Source
+    framing: Framing
     vae: Any
     data: DataConfig
     pixels: bool
     given: str
+
+    @property
+    def source(self) -> Source:
+        return self.framing.source
 
     def __post_init__(self) -> None:
         if self.source.has_masks and not self.pixels:
@@ -64,24 +79,28 @@ class Precomputation:
             )
 
     def tables(self) -> dict[str, Settings]:
-        """The settings of every table."""
-        side, background = self.data.resolution, self.data.background
-        tables = {"latents": latent_settings(self.vae, side, background, self.data.random_flip)}
-        if self.pixels:
-            tables["pixels"] = pixel_settings(side, background)
-        if self.source.has_masks:
-            tables["masks"] = mask_settings(side)
+        """The settings of every table, by the folder that it lies in."""
+        background = self.data.background
+        tables: dict[str, Settings] = {}
+        for size in self.framing.sizes:
+            made = {"latents": latent_settings(self.vae, size, background, self.data.random_flip)}
+            if self.pixels:
+                made["pixels"] = pixel_settings(size, background)
+            if self.source.has_masks:
+                made["masks"] = mask_settings(size)
+            tables |= {place_of(kind, size): settings for kind, settings in made.items()}
         return tables
 
     def row_bytes(self) -> dict[str, int]:
-        """Size of a picture's row in every table."""
+        """Size of a picture's row of every kind (the largest of all sizes of pictures)."""
         side = self.data.resolution
         sizes = {
             "latents": latent_bytes(self.vae, side, self.data.random_flip),
             "pixels": 3 * side**2,
             "masks": side**2,
         }
-        return {name: sizes[name] for name in self.tables()}
+        kinds = {kind_of(name) for name in self.tables()}
+        return {kind: size for kind, size in sizes.items() if kind in kinds}
 
 
 def write_latents(
@@ -97,27 +116,32 @@ def write_latents(
     tables = wanted.tables()
     _begin(wanted, folder, tables)
     source, data = wanted.source, wanted.data
-    sets = {name: ShardSet(folder / name, name) for name in tables}
+    sets = {name: ShardSet(folder / name, kind_of(name)) for name in tables}
     for one in sets.values():
         one.folder.mkdir(exist_ok=True)
         sweep(one.folder)
         one.verify()
-    latent_table(
-        source, wanted.vae, data.resolution, sets["latents"], background=data.background,
-        flips=data.random_flip, batch_size=batch_size, device=device, progress=progress,
-    )  # fmt: skip
-    if wanted.pixels:
-        located_pixels(source, data.resolution, data.background, sets["pixels"], progress=progress)
-    if source.has_masks:
-        mask_table(source, data.resolution, sets["masks"], progress=progress)
-    index = write_index(source, folder, groups_of(source))
+    for number, size in enumerate(wanted.framing.sizes):
+        part = wanted.framing.part(number)
+        latent_table(
+            part, wanted.vae, size, sets[place_of("latents", size)], background=data.background,
+            flips=data.random_flip, batch_size=batch_size, device=device, progress=progress,
+        )  # fmt: skip
+        if wanted.pixels:
+            located_pixels(part, size, data.background, sets[place_of("pixels", size)], progress=progress)
+        if source.has_masks:
+            mask_table(part, size, sets[place_of("masks", size)], progress=progress)
+    index = write_index(wanted.framing, folder, groups_of(source))
     describe(wanted, folder, tables, complete=True, index=index)
 
 
 def plan_latents(wanted: Precomputation, folder: Path, *, batch_size: int, device: torch.device) -> list[str]:
     """What would be written and how long it takes; the time is measured on two batches."""
     keys = digests(set(wanted.source.content_keys()))
-    done = ShardSet(folder / "latents", "latents", read_only=True).find(keys)[:, 0] >= 0
+    done = np.zeros(len(keys), dtype=bool)
+    for size in wanted.framing.sizes:
+        shards = ShardSet(folder / place_of("latents", size), "latents", read_only=True)
+        done |= shards.find(keys)[:, 0] >= 0
     sizes = wanted.row_bytes()
     total = sum(sizes.values()) * len(keys)
     some = list(wanted.source.examples[: 2 * batch_size])
@@ -198,6 +222,8 @@ def describe(
         "kind": source.kind,
         "classes": source.classes,
         "notes": source.notes,
+        "resolution": wanted.data.resolution,
+        "sizes": wanted.framing.sizes,
         "tables": tables,
         "given": wanted.given,
         "index": index,
@@ -206,7 +232,7 @@ def describe(
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_index(source: Source, folder: Path, groups: Array) -> str:
+def write_index(framing: Framing, folder: Path, groups: Array) -> str:
     """``index.arrow``, a row for each picture in the source's order; its hash.
 
     ``groups`` (N,) are the numbers of their groups of near duplicates, which a split keeps together.
@@ -223,8 +249,13 @@ def write_index(source: Source, folder: Path, groups: Array) -> str:
             ("key", arrow.string()),
             ("mask_key", arrow.string()),
             ("group", arrow.int64()),
+            ("bucket", arrow.int32()),
+            ("height", arrow.int32()),
+            ("width", arrow.int32()),
         ]
     )
+    source = framing.source
+    natural = np.asarray(framing.sizes)[framing.bucket] if framing.natural is None else framing.natural
     ids = {name: number for number, name in enumerate(source.classes)}
     with (
         _replaced(folder / INDEX) as temporary,
@@ -244,6 +275,9 @@ def write_index(source: Source, folder: Path, groups: Array) -> str:
                     "key": example.content_key(),
                     "mask_key": example.mask_key(),
                     "group": int(groups[row]),
+                    "bucket": int(framing.bucket[row]),
+                    "height": int(natural[row, 0]),
+                    "width": int(natural[row, 1]),
                 }
                 for row, example in enumerate(part, start)
             ]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow import LatentFlowPipeline
-from latentflow.data import LatentFolder, LatentTable, find_source, frame
+from latentflow.data import LatentTable, find_source, frame
 from latentflow.data.config import FramingConfig
 from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet
@@ -174,11 +174,3 @@ def test_a_checkpoint_that_knows_no_sizes_says_so() -> None:
     pipe = LatentFlowPipeline(vae=None, transformer=DiT(in_channels=2, width=32, depth=1, heads=2))
     with pytest.raises(UserError, match="not trained to be told sizes"):
         pipe(height=16, width=16, original_size=(64, 64), output_type="latent")
-
-
-def test_a_folder_of_latents_was_cut_when_it_was_made() -> None:
-    latents = object.__new__(LatentFolder)
-    object.__setattr__(latents, "name", "latents")
-    for refused in (FramingConfig(buckets=True), FramingConfig(crops=2)):
-        with pytest.raises(UserError, match="was decided when it was made"):
-            frame(latents, 64, 8, refused)

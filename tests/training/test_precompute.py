@@ -221,3 +221,34 @@ def test_an_index_that_is_not_what_was_written_is_refused(
             find_source(str(latents))
         precompute(capsys, *line)
         assert index.read_bytes() == whole and sum(encoded) == 12
+
+
+def test_latents_of_several_aspect_ratios_train_as_their_pictures_do(
+    vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, latents, stored = tmp_path / "data", tmp_path / "latents", tmp_path / "cache"
+    data.mkdir()
+    for row, size in enumerate([(16, 16), (16, 16), (24, 10), (10, 24), (10, 24), (40, 10)] * 2):
+        Image.effect_mandelbrot(size, (-2, -1.5 + row / 9, 1, 1.5), 20).convert("RGB").save(
+            data / f"{row}.png"
+        )
+    Image.new("L", (24, 10), 255).save(data / "2-mask.png")
+    line = [data, "--vae", vae, "-o", latents, "--resolution", 16, "--buckets", "--patch-size", 1, "--pixels"]
+    said = precompute(capsys, *line)
+    assert "none left out" in said and sum(encoded) == 12
+    precompute(capsys, *line)
+    assert sum(encoded) == 12
+    source = find_source(str(latents))
+    assert isinstance(source, LatentFolder) and not source.damage() and len(source.sizes) == 4
+    pictures = find_source(str(data))
+    for example, whole in zip(source.examples, pictures.examples, strict=True):
+        assert example.name == whole.name and example.open().size in {(w, h) for h, w in source.sizes}
+
+    quick = [*TINY, "--max-train-steps", 3, "--preview-steps", 0, "--size-conditioning", "--inpainting"]
+    call(stored, data, "-o", tmp_path / "with", *quick, "--vae", vae, "--buckets")
+    data.rename(tmp_path / "away")
+    call(stored, latents, "-o", tmp_path / "without", *quick)
+    assert losses(tmp_path / "without") == pytest.approx(losses(tmp_path / "with"), rel=1e-3)
+
+    for flags, told in (["--crops", 2], "--crops"), (["--patch-size", 4], "needs multiples of 8"):
+        assert told in call(stored, latents, "-o", tmp_path / "bad", *quick, *flags, expect=2)
