@@ -224,7 +224,7 @@ def test_killed_at_any_call_a_replaced_folder_is_the_old_or_the_new_one_whole(
             died = False
         except KilledError:
             died = True
-    assert died == (call < 8)
+    assert died == (call < 9)
     clean_up(tmp_path, "result")
     contents = {file.read_text() for file in folder.iterdir()}
     assert contents in ({"old"}, {"new"}) and len(list(folder.iterdir())) == 2
