@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from tqdm.auto import tqdm
 
@@ -30,6 +31,7 @@ def fork_ranks(processes: int, function: Callable[[int], object]) -> list[int]:
 
 def _run_as(rank: int, processes: int, port: int, function: Callable[[int], object]) -> None:
     status = 1
+    torch.set_num_threads(1)  # OpenMP's threads are not forked with the process
     try:
         PartialState._reset_state()
         AcceleratorState._reset_state()
