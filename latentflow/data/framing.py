@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from PIL import Image
@@ -76,6 +77,13 @@ class Framing:
         whole = self.source.subset(self.members[number].tolist()) if len(self.sizes) > 1 else self.source
         return whole if self.crops == 1 else cropped(whole, self.crops)
 
+    @cached_property
+    def centres(self) -> Array:
+        """(N, crops, 2), where the crops lie, of the pictures as they are when this is first asked for."""
+        return np.asarray(
+            [[centering(one, crop) for crop in range(self.crops)] for one in self.source.examples], np.float32
+        )
+
     def told(self, rows: Array, crops: Array, flips: Array) -> Array:
         """What SDXL tells its network of a picture (arXiv:2307.01952, section 2.2): (B, 6) float32.
 
@@ -89,7 +97,7 @@ class Framing:
         out = np.empty((len(rows), 6), dtype=np.float32)
         for i, (row, crop, flip) in enumerate(zip(rows, crops, flips, strict=True)):
             natural, size = self.natural[row], np.asarray(self.sizes[self.bucket[row]])
-            across, down = centering(self.source.examples[row], crop)
+            across, down = self.centres[row, crop].tolist()
             across = 1 - across if flip else across
             cut = natural * (size / natural).max() - size
             out[i] = (*natural, *np.rint(cut * (down, across)), *size)
@@ -133,9 +141,11 @@ def frame(source: Source, resolution: int, unit: int, config: FramingConfig, tol
         UserError: a folder of latents, whose pictures were cut when it was made, or a wrong setting.
     """
     if isinstance(source, LatentFolder) and (config.buckets or config.crops > 1 or told):
+        fix = "Leave --buckets, --crops and --size-conditioning out, or train on the pictures."
+        if told and not config.size_conditioning:
+            fix = "The checkpoint that is fine-tuned is told how: train on the pictures, or start from another one."
         raise UserError(
-            f"{source.name} is a folder of latents: how pictures are cut was decided when it was made",
-            "Leave --buckets, --crops and --size-conditioning out, or train on the pictures.",
+            f"{source.name} is a folder of latents: how pictures are cut was decided when it was made", fix
         )
     square = ((resolution, resolution),)
     if not (config.buckets or told):
@@ -167,11 +177,11 @@ class Crop(Example):
     """A picture of which another part than the middle is used."""
 
     whole: Example = field(kw_only=True)
-    centre: tuple[float, float] = field(kw_only=True)
+    number: int = field(kw_only=True)
 
     @property
     def centering(self) -> tuple[float, float]:
-        return self.centre
+        return centering(self.whole, self.number)
 
     def open(self) -> Image.Image:
         return self.whole.open()
@@ -180,7 +190,7 @@ class Crop(Example):
         return self.whole.open_mask()
 
     def content_key(self) -> str:
-        return hashlib.sha256(f"{self.whole.content_key()} cut at {self.centre}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.whole.content_key()} cut at {self.centering}".encode()).hexdigest()
 
     def mask_key(self) -> str:
         return self.whole.mask_key()
@@ -188,14 +198,32 @@ class Crop(Example):
 
 def cropped(source: Source, crops: int) -> Source:
     """``crops`` examples for each of ``source``, next to one another, the middle first."""
-    examples = []
-    for whole in source.examples:
+    examples: Any = _Crops(source.examples, crops)
+    return dataclasses.replace(source, examples=examples)
+
+
+@dataclass(frozen=True)
+class _Crops(Sequence[Example]):
+    """The crops of all pictures; each is made when it is asked for: there may be many millions."""
+
+    wholes: Sequence[Example]
+    crops: int
+
+    def __len__(self) -> int:
+        return len(self.wholes) * self.crops
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        whole, number = self.wholes[place // self.crops], place % self.crops
+        if number == 0:
+            return whole
         shared = {one.name: getattr(whole, one.name) for one in dataclasses.fields(Example)}
-        examples.append(whole)
-        examples += [
-            Crop(**shared, whole=whole, centre=centering(whole, number)) for number in range(1, crops)
-        ]
-    return dataclasses.replace(source, examples=tuple(examples))
+        return Crop(**shared, whole=whole, number=number)
 
 
 def centering(example: Example, crop: int) -> tuple[float, float]:
