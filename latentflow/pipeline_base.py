@@ -331,19 +331,33 @@ class FlowPipeline(CheckpointPipeline):
         call = RunningCall(
             self, ids, embeds, negative_embeds, mask, negative_mask, rows, callback_on_step_end, wanted
         )
+        size = height, width
+        call.sizes = self._sizes_told(
+            rows, original_size or size, crops_coords_top_left, target_size or size, size
+        )
+        return call
+
+    def _sizes_told(self, rows: int, original: Size, crop: Size, target: Size, drawn: Size) -> Tensor | None:
+        """(rows, 6), see ``Condition``; None for a network that takes no sizes.
+
+        Raises:
+            UserError: something that is no size, or other than what is drawn for a network that takes none.
+        """
+        named = {"original_size": original, "crops_coords_top_left": crop, "target_size": target}
+        for name, value in named.items():
+            least = 0 if name == "crops_coords_top_left" else 1
+            if not isinstance(value, tuple | list) or len(value) != 2 or min(value) < least:
+                what = "top and left" if least == 0 else "height and width"
+                raise UserError(f"{name} is {value}", f"Give two numbers of pixels: {what}.")
         if self._network_config("size_conditioning"):
-            told = (
-                *(original_size or (height, width)),
-                *crops_coords_top_left,
-                *(target_size or (height, width)),
-            )
-            call.sizes = torch.tensor([told] * rows, dtype=torch.float32, device=self._execution_device)
-        elif original_size or target_size or tuple(crops_coords_top_left) != (0, 0):
+            told = [*original, *crop, *target]
+            return torch.tensor([told] * rows, dtype=torch.float32, device=self._execution_device)
+        if [*map(tuple, named.values())] != [drawn, (0, 0), drawn]:
             raise UserError(
                 "this checkpoint was not trained to be told sizes and crops",
                 "Leave original_size, crops_coords_top_left and target_size out.",
             )
-        return call
+        return None
 
     def encode_prompt(
         self,

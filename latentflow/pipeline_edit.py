@@ -372,7 +372,10 @@ class LatentFlowEditPipeline(FlowPipeline):
             self._guidance_scale, self._interrupt = guidance_scale, False
             self._check_output_type(output_type)
             wanted = wanted_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-            return RunningCall(self, None, None, None, None, None, rows, callback_on_step_end, wanted)
+            call = RunningCall(self, None, None, None, None, None, rows, callback_on_step_end, wanted)
+            canvas = height, width
+            call.sizes = self._sizes_told(rows, canvas, (0, 0), canvas, canvas)
+            return call
         return self.start_call(
             prompt=prompt,
             height=height,

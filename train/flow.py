@@ -173,7 +173,7 @@ def train(config: Config, again: str) -> None:
     for line in framed.lines():
         log.info(line)
     if config.dry_run:
-        views = 0 if isinstance(source, LatentFolder) else 1 + data.random_flip
+        views = 0 if isinstance(source, LatentFolder) else framing.crops * (1 + data.random_flip)
         for line in estimate_lines(stage, networks, vae, source, loop, latent_size, views):
             log.info(line)
         return

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from PIL import Image
@@ -77,6 +77,14 @@ class Framing:
         whole = self.source.subset(self.members[number].tolist()) if len(self.sizes) > 1 else self.source
         return whole if self.crops == 1 else cropped(whole, self.crops)
 
+    @cached_property
+    def centres(self) -> Array:
+        """(N, crops, 2), where the crops lie, of the pictures as they are when this is first asked for."""
+        centres = np.full((len(self.source), self.crops, 2), 0.5, dtype=np.float32)
+        for row, example in enumerate(self.source.examples) if self.crops > 1 else ():
+            centres[row] = [centering(example, crop) for crop in range(self.crops)]
+        return centres
+
     def told(self, rows: Array, crops: Array, flips: Array) -> Array:
         """What SDXL tells its network of a picture (arXiv:2307.01952, section 2.2): (B, 6) float32.
 
@@ -90,7 +98,7 @@ class Framing:
         out = np.empty((len(rows), 6), dtype=np.float32)
         for i, (row, crop, flip) in enumerate(zip(rows, crops, flips, strict=True)):
             natural, size = self.natural[row], np.asarray(self.sizes[self.bucket[row]])
-            across, down = centering(self.source.examples[row], crop)
+            across, down = self.centres[row, crop].tolist()
             across = 1 - across if flip else across
             cut = natural * (size / natural).max() - size
             out[i] = (*natural, *np.rint(cut * (down, across)), *size)
@@ -151,7 +159,8 @@ def _as_stored(source: LatentFolder, unit: int, config: FramingConfig) -> Framin
     if config.crops > 1 or (config.buckets and all(height == width for height, width in source.sizes)):
         raise UserError(
             f"{source.name} is a folder of latents: how pictures are cut was decided when it was made",
-            "Leave --crops out, precompute again with --buckets into another folder, or train on the pictures.",
+            "Leave --crops and --buckets out (`latentflow precompute --buckets` stores several aspect ratios), or "
+            "train on the pictures.",
         )
     for size in source.sizes:
         if size[0] % unit or size[1] % unit:
@@ -187,11 +196,11 @@ class Crop(Example):
     """A picture of which another part than the middle is used."""
 
     whole: Example = field(kw_only=True)
-    centre: tuple[float, float] = field(kw_only=True)
+    number: int = field(kw_only=True)
 
     @property
     def centering(self) -> tuple[float, float]:
-        return self.centre
+        return centering(self.whole, self.number)
 
     def open(self) -> Image.Image:
         return self.whole.open()
@@ -200,7 +209,7 @@ class Crop(Example):
         return self.whole.open_mask()
 
     def content_key(self) -> str:
-        return hashlib.sha256(f"{self.whole.content_key()} cut at {self.centre}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.whole.content_key()} cut at {self.centering}".encode()).hexdigest()
 
     def mask_key(self) -> str:
         return self.whole.mask_key()
@@ -208,14 +217,32 @@ class Crop(Example):
 
 def cropped(source: Source, crops: int) -> Source:
     """``crops`` examples for each of ``source``, next to one another, the middle first."""
-    examples = []
-    for whole in source.examples:
+    examples: Any = _Crops(source.examples, crops)
+    return dataclasses.replace(source, examples=examples)
+
+
+@dataclass(frozen=True)
+class _Crops(Sequence[Example]):
+    """The crops of all pictures; each is made when it is asked for: there may be many millions."""
+
+    wholes: Sequence[Example]
+    crops: int
+
+    def __len__(self) -> int:
+        return len(self.wholes) * self.crops
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        whole, number = self.wholes[place // self.crops], place % self.crops
+        if number == 0:
+            return whole
         shared = {one.name: getattr(whole, one.name) for one in dataclasses.fields(Example)}
-        examples.append(whole)
-        examples += [
-            Crop(**shared, whole=whole, centre=centering(whole, number)) for number in range(1, crops)
-        ]
-    return dataclasses.replace(source, examples=tuple(examples))
+        return Crop(**shared, whole=whole, number=number)
 
 
 def centering(example: Example, crop: int) -> tuple[float, float]:

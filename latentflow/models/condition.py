@@ -70,8 +70,9 @@ class Condition:
         return self._map(lambda value: value.repeat_interleave(n, dim=0))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """Moved to ``device``; ``dtype`` applies to the floating-point fields only."""
-        return self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))
+        """Moved to ``device``; ``dtype`` applies to text and channels: in half precision sizes would be others."""
+        moved = self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))
+        return moved if self.sizes is None else replace(moved, sizes=self.sizes.to(device))
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -66,6 +66,8 @@ class LatentData:
         self._place = np.zeros(len(framing.source), dtype=np.int32)  # among those of the same size
         for members in framing.members:
             self._place[members] = np.arange(len(members))
+        if told:
+            _ = framing.centres  # now: later, in the processes that load, a picture may have gone
         self._uses = np.asarray(framing.source.uses(), dtype=np.int32)
         self.groups = (
             torch.from_numpy(framing.bucket[self._uses].astype(np.int64)) if len(sized) > 1 else None

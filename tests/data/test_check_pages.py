@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -23,7 +24,14 @@ from .pictures import load_program, save_all
 
 def report(side: int, pictures: int = 5000) -> Report:
     sizes = [(side, 2 * side)] * pictures
-    return Report("my cats", "class", pictures, sizes={f"{side}x{2 * side}": pictures}, reach=reach(sizes))
+    return Report(
+        "my cats",
+        "class",
+        pictures,
+        sizes={f"{side}x{2 * side}": pictures},
+        reach=reach(sizes),
+        kept_by_square_crop=0.5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,15 @@ def test_a_suggestion_is_a_line_that_train_takes(
     ours = next(one for one in _PRESETS if one.name == preset)
     assert PRESETS[preset]["train_batch_size"] == ours.batch == config.loop.train_batch_size
     assert config.loop.max_train_steps <= PRESETS[preset]["max_train_steps"] == ours.most_steps
+
+
+@pytest.mark.parametrize(("kept", "buckets"), [(0.5, True), (0.89, True), (0.91, False), (1.0, False)])
+def test_several_aspect_ratios_are_suggested_where_a_square_cuts_off_much(kept: float, buckets: bool) -> None:
+    suggestion = suggest(dataclasses.replace(report(64), kept_by_square_crop=kept), gpu=False)
+    assert suggestion is not None
+    assert ("--buckets" in shlex.split(suggestion.command)) == buckets == ("--buckets" in suggestion.reasons)
+    if buckets:
+        assert f"{1 - kept:.0%} of a picture" in suggestion.reasons["--buckets"]
 
 
 def test_nothing_is_suggested_for_what_cannot_be_trained_on() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,17 @@ def test_what_a_crop_says_of_its_picture(source: Source) -> None:
     assert (
         frame(source, 64, 8, FramingConfig(crops=2)).part(0).examples[1].content_key() == crop.content_key()
     )
+
+
+def test_many_crops_take_no_memory_before_they_are_asked_for(source: Source) -> None:
+    tracemalloc.start()
+    part = cropped(dataclasses.replace(source, examples=source.examples * 1000), 64)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(part) == 64 * 5000 and held < 2**20
+    assert part.examples[-1] == part.examples[len(part) - 1] and len(part.examples[64:192]) == 128
+    with pytest.raises(IndexError):
+        part.examples[len(part)]
 
 
 def test_too_many_crops_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from latentflow.models import Condition, DiT, UNet
 from latentflow.training.batches import by_group, groups_of, load_batches, numbered
 from latentflow.training.flow import FlowConfig, FlowStage
 from latentflow.training.latent_data import LatentData, Sized
-from latentflow.training.order import DataOrder
+from latentflow.training.order import DataOrder, Draw
 
 from .command import TINY, call
 
@@ -86,6 +87,15 @@ def test_both_crops_of_a_picture_are_drawn_by_seed_and_running_number(folder: Pa
 
     one = crops(0)
     assert 100 < sum(one) < 180 and crops(0) == one and crops(1) != one
+
+
+def test_what_is_told_of_a_crop_needs_its_picture_no_more(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    kept, gone = latent_data(folder), latent_data(copy)
+    shutil.rmtree(copy)
+    draws = [Draw(index, number) for index in (3, 10) for number in range(8)]
+    told = [numbered(data, draws)["sizes"] for data in (kept, gone)]
+    assert torch.equal(*told) and len(told[0].unique(dim=0)) > 2
 
 
 def test_a_batch_in_parts_has_the_loss_and_gradient_of_its_samples(folder: Path) -> None:

@@ -132,15 +132,19 @@ def test_an_extended_network_draws_what_it_drew_before(
             parameter.normal_(0, 0.2)
     LatentFlowPipeline(vae, old).save_pretrained(tmp_path / "plain")
     source = find_source(str(pictures), condition="none")
-    new = networks_from(str(tmp_path / "plain"), source, FlowConfig(), inpainting=True).network
+    new = networks_from(
+        str(tmp_path / "plain"), source, FlowConfig(), inpainting=True, size_conditioning=True
+    ).network
     assert new.config.condition_channels == mask_channels(vae)
     x, t = torch.randn(2, CHANNELS, 8, 8), torch.tensor([0.3, 0.8])
-    told = Condition(channels=torch.randn(2, mask_channels(vae), 8, 8))
+    told = Condition(channels=torch.randn(2, mask_channels(vae), 8, 8), sizes=torch.rand(2, 6) * 512)
     expected = old(x, t)
     torch.testing.assert_close(new(x, t, told), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(new(x, t), expected, rtol=0, atol=1e-6)
     same = networks_from(str(tmp_path / "plain"), source, FlowConfig()).network
-    assert same.config.condition_channels == 0
+    assert same.config.condition_channels == 0 and not same.config.size_conditioning
+    LatentFlowPipeline(vae, new).save_pretrained(tmp_path / "told")
+    assert networks_from(str(tmp_path / "told"), source, FlowConfig()).network.config.size_conditioning
 
 
 def test_one_flag_trains_to_inpaint_and_extends_a_checkpoint(pictures: Path, tmp_path: Path) -> None:

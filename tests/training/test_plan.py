@@ -198,8 +198,10 @@ def test_a_small_network_is_timed_on_this_machine(pictures: Path, tmp_path: Path
     def encoding(said: str) -> float:
         return float(said.split("encode the pictures before it, ")[1].split()[0])
 
-    mirrored = call(tmp_path, pictures, "-o", tmp_path / "run", *TINY, "--random-flip", "--dry-run")
-    assert encoding(mirrored) == pytest.approx(2 * encoding(out), rel=0.01)
+    mirrored = call(
+        tmp_path, pictures, "-o", tmp_path / "run", *TINY, "--random-flip", "--crops", 3, "--dry-run"
+    )
+    assert encoding(mirrored) == pytest.approx(6 * encoding(out), rel=0.01)
 
 
 def test_costs_add() -> None:

@@ -11,6 +11,7 @@ from .report import Report
 _REACHED = 0.9  # share of the pictures that have to be large enough
 _PASSES = 70  # over the data: the shipped checkpoint took 72 over 3,208 pictures
 _LEAST_STEPS = 2000
+_MUCH_LOST = 0.1  # share of a picture that a square cuts off, on average, from which buckets pay
 _PRETRAINED_FROM = 256  # pixels
 _PRETRAINED = "stabilityai/sd-vae-ft-mse"
 
@@ -59,6 +60,11 @@ def suggest(report: Report, *, gpu: bool, flags: tuple[str, ...] = ()) -> Sugges
     )
     words = ["latentflow", "train", report.data, "-o", f"runs/{_name(report.data)}", "--preset", preset.name]
     words += ["--resolution", str(resolution)]
+    if (lost := 1 - report.kept_by_square_crop) > _MUCH_LOST:
+        words.append("--buckets")
+        reasons["--buckets"] = (
+            f"a square would cut off {lost:.0%} of a picture on average; this trains each at its own aspect ratio"
+        )
     if resolution >= _PRETRAINED_FROM:
         words += ["--vae", _PRETRAINED]
         reasons[f"--vae {_PRETRAINED}"] = (
