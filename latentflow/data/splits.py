@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 
+import numpy as np
+
 from latentflow.errors import UserError
 
 from .checking.source import groups_of
 from .examples import Source
+from .shards import Array
 
 log = logging.getLogger(__name__)
 
@@ -35,29 +38,29 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
         raise _impossible(validation, total)
     if not wanted:
         return list(range(total)), []
-    ranks = [hashlib.sha256(f"{seed}:{key}".encode()).hexdigest() for key in source.content_keys()]
+    digests = (hashlib.sha256(f"{seed}:{key}".encode()).digest() for key in source.content_keys())
+    ranks = np.fromiter((int.from_bytes(one[:8], "big") for one in digests), np.uint64, total)
     held_out = _lowest(_joined(source, ranks), wanted)
     if len(held_out) > max(2 * wanted, len(alone := _lowest(ranks, wanted))):
         log.warning("most pictures are near duplicates of others: some are validated on, others trained on")
         held_out = alone
     if len(held_out) == total:
         raise _impossible(validation, total)
-    chosen = set(held_out)
-    return [i for i in range(total) if i not in chosen], held_out
+    kept = np.ones(total, dtype=bool)
+    kept[held_out] = False
+    return np.flatnonzero(kept).tolist(), held_out.tolist()
 
 
-def _lowest(ranks: list[str], wanted: int) -> list[int]:
-    limit = sorted(ranks)[wanted - 1]
-    return [i for i, rank in enumerate(ranks) if rank <= limit]
+def _lowest(ranks: Array, wanted: int) -> Array:
+    return np.flatnonzero(ranks <= np.partition(ranks, wanted - 1)[wanted - 1])
 
 
-def _joined(source: Source, ranks: list[str]) -> list[str]:
+def _joined(source: Source, ranks: Array) -> Array:
     """The ranks, near duplicates having the highest among theirs."""
-    groups = groups_of(source).tolist()
-    highest: dict[int, str] = {}
-    for rank, group in zip(ranks, groups, strict=True):
-        highest[group] = max(rank, highest.get(group, ""))
-    return [highest[group] for group in groups]
+    groups, numbers = np.unique(groups_of(source), return_inverse=True)
+    highest = np.zeros(len(groups), dtype=np.uint64)
+    np.maximum.at(highest, numbers, ranks)
+    return highest[numbers]
 
 
 def _impossible(validation: float | int, total: int) -> UserError:
