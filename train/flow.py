@@ -100,17 +100,7 @@ def train(config: Config, again: str) -> None:
     else:
         output.mkdir(parents=True, exist_ok=True)
         log = log_to(output)
-    source = readable(
-        find_source(
-            data.data,
-            condition=data.condition,
-            missing_caption=data.missing_caption,
-            masks=data.masks,
-            columns=data.columns,
-            shuffle_tags=data.shuffle_tags,
-            keep_tags=data.keep_tags,
-        )
-    )
+    source = readable(find_source(data.data, **data.wanted()))
     given = config.vae or config.init_from
     if isinstance(source, LatentFolder):
         data, given = source.adopt(data), given or source.autoencoder

@@ -50,17 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--validation is chosen when training", "Leave it out here.")
 
     # ---- data ----
-    source = readable(
-        find_source(
-            data.data,
-            condition=data.condition,
-            missing_caption=data.missing_caption,
-            masks=data.masks,
-            columns=data.columns,
-            shuffle_tags=data.shuffle_tags,
-            keep_tags=data.keep_tags,
-        )
-    )
+    source = readable(find_source(data.data, **data.wanted()))
     for note in source.notes:
         log.info(f"{source.name}: {note}")
     if source.root is not None and output.resolve().is_relative_to(source.root.resolve()):

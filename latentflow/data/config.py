@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -40,6 +40,11 @@ class DataConfig:
     """Share of the pictures held out for validation."""
     random_flip: bool = False
     """Mirror pictures at random (leave it off where left and right matter)."""
+
+    def wanted(self) -> dict[str, Any]:
+        """The keywords of `find_source`."""
+        names = ("condition", "missing_caption", "masks", "columns", "shuffle_tags", "keep_tags")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
