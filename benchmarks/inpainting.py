@@ -81,7 +81,7 @@ def main() -> None:
     side = pipes["steered"].vae_scale_factor * pipes["steered"].transformer.config.sample_size
     task = read(source.subset(rows), side, options.condition)
     methods = {"mean fill": mean_fill} | {
-        name: drawn_by(pipes[kind], name)
+        name: drawn_by(pipes[kind], name, options.seed)
         for name, (kind, _, _) in ROWS.items()
         if kind in pipes and (options.methods is None or name in options.methods)
     }
@@ -133,8 +133,11 @@ def mean_fill(task: Task, mask: str, evaluations: int) -> tuple[Tensor, float]:
     return torch.where(kept > 0, task.images, colour), 0.0
 
 
-def drawn_by(pipe: Any, name: str) -> Method:
-    """A method of the pipeline, at as many steps as the evaluations pay for; these are counted."""
+def drawn_by(pipe: Any, name: str, seed: int) -> Method:
+    """A method of the pipeline, at as many steps as the evaluations pay for; these are counted.
+
+    The picture at row i is drawn from the seed 1000 ``seed`` + i.
+    """
     counted = [0]
 
     def count(module: Any, given: Any, output: Any) -> None:
@@ -157,7 +160,9 @@ def drawn_by(pipe: Any, name: str) -> Method:
                     guidance_scale=1.0,
                     solver=solver,
                     method=method,
-                    generator=[torch.Generator().manual_seed(start + i) for i in range(len(conditions))],
+                    generator=[
+                        torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(conditions))
+                    ],
                     output_type="pt",
                 ).images
             )
@@ -252,6 +257,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--coupling")
     parser.add_argument("-o", "--output", required=True, help="FILE without its ending")
     parser.add_argument("-n", type=int, default=80, help="pictures, spread over DATA")
+    parser.add_argument("--seed", type=int, default=0, help="other noise, for the spread of the figures")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[10, 20, 50])
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument(
