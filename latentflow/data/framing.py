@@ -95,22 +95,17 @@ class Framing:
             rows, crops, flips: (B,) integers: the pictures, which crop of each, and 1 where it is mirrored.
         """
         assert self.natural is not None
-        out = np.empty((len(rows), 6), dtype=np.float32)
-        for i, (row, crop, flip) in enumerate(zip(rows, crops, flips, strict=True)):
-            natural, size = self.natural[row], np.asarray(self.sizes[self.bucket[row]])
-            across, down = self.centres[row, crop].tolist()
-            across = 1 - across if flip else across
-            cut = natural * (size / natural).max() - size
-            out[i] = (*natural, *np.rint(cut * (down, across)), *size)
-        return out
+        natural, sizes = self.natural[rows], np.asarray(self.sizes)[self.bucket[rows]]
+        cut = natural * (sizes / natural).max(1, keepdims=True) - sizes
+        across, down = self.centres[rows, crops].astype(np.float64).T
+        places = np.stack([down, np.where(flips, 1 - across, across)], axis=1)
+        return np.concatenate([natural, np.rint(cut * places), sizes], axis=1).astype(np.float32)
 
     def lines(self) -> list[str]:
         """How the pictures are spread over the sizes, and what is cut off."""
         if self.natural is None:
             return []
-        sizes = np.asarray(self.sizes)[self.bucket]
-        ratio = np.log(self.natural[:, 1] / self.natural[:, 0]) - np.log(sizes[:, 1] / sizes[:, 0])
-        lost = 1 - np.exp(-np.abs(ratio))
+        lost = _cut_off(self.natural, np.asarray(self.sizes)[self.bucket])
         shares = ", ".join(
             f"{width}x{height}: {len(rows)}"
             for (height, width), rows in zip(self.sizes, self.members, strict=True)
@@ -119,11 +114,17 @@ class Framing:
             f"sizes (width x height: pictures): {shares}; none left out",
             f"cut off: {lost.mean():.1%} of a picture on average, {lost.max():.1%} of "
             f"{self.source.examples[int(lost.argmax())].name} at most; a square would cut off "
-            f"{(1 - np.exp(-np.abs(np.log(self.natural[:, 1] / self.natural[:, 0])))).mean():.1%} on average",
+            f"{_cut_off(self.natural, np.ones((1, 2))).mean():.1%} on average",
         ]
         if much := int((lost > _MUCH).sum()):
             lines.append(f"WARNING: {much} pictures lose more than {_MUCH:.0%} of themselves")
         return lines
+
+
+def _cut_off(natural: Array, sizes: Array) -> Array:
+    """(N,): the share that is lost of pictures of (height, width) ``natural`` brought to the shapes ``sizes``."""
+    ratio = natural[:, 1] / natural[:, 0] / (sizes[:, 1] / sizes[:, 0])
+    return 1 - np.minimum(ratio, 1 / ratio)
 
 
 def one_size(source: Source, size: Size, crops: int = 1) -> Framing:

@@ -283,9 +283,8 @@ class _Loop:
             player.forget_gradients()
         release_memory()
         kept = "Nothing was trained yet"
-        if self.sharded and not isinstance(
-            error, DataFailed
-        ):  # others, which have their parts, may not know of it
+        # Only of data that failed do the other processes, which have their parts of the weights, know.
+        if self.sharded and not isinstance(error, DataFailed):
             newest = self.saver.newest()
             kept = kept if newest is None else f"The last checkpoint is step-{newest:06d}"
         elif (self.main or self.sharded) and self.step > 0:
@@ -406,9 +405,8 @@ class _Loop:
 
     def _check_same(self, state: checkpoint.State) -> None:
         before = state["description"]
-        if (
-            state["step"] >= self.config.max_train_steps
-        ):  # nothing is left of which the batch could change anything
+        # A finished stage: nothing is left of which the batch could change anything.
+        if state["step"] >= self.config.max_train_steps:
             before = before | {"batch": self.description["batch"]}
         changes = list(checkpoint.difference(before, self.description))
         if not changes or self.config.allow_changes:
@@ -432,9 +430,8 @@ def _accelerator(config: LoopConfig) -> Accelerator:
         raise UserError(
             "--mixed-precision fp16 needs a GPU", "Leave it out: auto takes the fastest there is."
         )
-    precision = resolve(
-        config.mixed_precision, process_state().device
-    )  # and before accelerate makes its own state
+    # `process_state` comes before accelerate makes a state of its own.
+    precision = resolve(config.mixed_precision, process_state().device)
     AcceleratorState._reset_state()  # a process may train an autoencoder and then a flow with other settings
     kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # `LoopConfig.shard` decides; see sharding.py

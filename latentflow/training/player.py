@@ -63,9 +63,8 @@ class Player:
         part, *path = key.split("/")
         if part in (f"{self.name}-weights", f"{self.name}-average"):
             return dict(self.trained.named_parameters(remove_duplicate=False)).get("/".join(path))
-        if part == f"{self.name}-optimizer" and path[1:2] == [
-            "state"
-        ]:  # <optimiser>/state/<parameter>/exp_avg
+        # <optimiser>/state/<parameter>/exp_avg
+        if part == f"{self.name}-optimizer" and path[1:2] == ["state"]:
             with suppress(IndexError):  # of another optimiser: `load` refuses it in words
                 groups = self.optimizers[int(path[0])].param_groups
                 parameter: Tensor = [one for group in groups for one in group["params"]][int(path[2])]

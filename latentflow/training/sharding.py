@@ -46,9 +46,8 @@ def sharded(module: nn.Module, device: torch.device, processes: int, *, compiled
     trained = copy.deepcopy(module)
     mesh = init_device_mesh(device.type, (processes,))
     names = {name for one in trained.modules() for name in getattr(one, "_repeated_blocks", None) or ()}
-    for block in [one for one in trained.modules() if type(one).__name__ in names][
-        ::-1
-    ]:  # the inner ones first
+    blocks = [one for one in trained.modules() if type(one).__name__ in names]
+    for block in reversed(blocks):  # the inner ones first
         if compiled:
             block.compile()
         fully_shard(block, mesh=mesh)
