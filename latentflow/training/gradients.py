@@ -90,38 +90,37 @@ class Gradients:
     def _backward_passes(self, micros: Iterable[list[Batch]]) -> tuple[dict[str, float], list[str]]:
         values: dict[str, float] = {}
         suspects: list[str] = []
-        micro_steps, size = self._config.gradient_accumulation_steps, self._config.train_batch_size
-        for micro, batches in enumerate(micros):
-            parts = [part for batch in batches for part in split_rows(batch, self.micro_batch)]
-            passes = self._passes(len(parts))
-            for number in range(passes):
-                part, counts = parts[min(number, len(parts) - 1)], number < len(parts)
-                rows = len(part["numbers"])
-                parts_in_step = micro_steps * size / rows
-                last = micro == micro_steps - 1 and number == passes - 1
-                part = to_device(part, self._accelerator.device)
-                for player in self._players:
-                    with ExitStack() as stack:
-                        if not last or self._reduces_itself:
-                            stack.enter_context(self._accelerator.no_sync(player.prepared))
-                        result = player.prepared(part)
-                        if not result:
-                            continue
-                        self._accelerator.backward(result["loss"] / parts_in_step * counts)
-                    if counts:
-                        _accumulate(values, result, parts_in_step)
-                        suspects += self._nonfinite_samples(part, result)
+        samples = self._config.gradient_accumulation_steps * self._config.train_batch_size
+        for part, counts, last in self._passes(micros):
+            parts_in_step = samples / len(part["numbers"])
+            part = to_device(part, self._accelerator.device)
+            for player in self._players:
+                with ExitStack() as stack:
+                    if not last or self._reduces_itself:
+                        stack.enter_context(self._accelerator.no_sync(player.prepared))
+                    result = player.prepared(part)
+                    if not result:
+                        continue
+                    self._accelerator.backward(result["loss"] / parts_in_step * counts)
+                if counts:
+                    _accumulate(values, result, parts_in_step)
+                    suspects += self._nonfinite_samples(part, result)
         return values, suspects
 
-    def _passes(self, parts: int) -> int:
-        """How often a batch of so many parts passes through the network.
+    def _passes(self, micros: Iterable[list[Batch]]) -> Iterator[tuple[Batch, bool, bool]]:
+        """What passes through the network in a step: rows, whether they count, whether they are the last.
 
         In a sharded run the processes need one another in every pass, and a batch of pictures of several sizes may
         have more parts in another one: then a part passes again, and counts for nothing.
         """
-        if not self._players[0].sharded:
-            return parts
-        return most_of_any_process(self._accelerator, parts)
+        for micro, batches in enumerate(micros, 1):
+            parts = [part for batch in batches for part in split_rows(batch, self.micro_batch)]
+            passes = len(parts)
+            if self._players[0].sharded:
+                passes = most_of_any_process(self._accelerator, passes)
+            for number in range(passes):
+                last = micro == self._config.gradient_accumulation_steps and number == passes - 1
+                yield parts[min(number, len(parts) - 1)], number < len(parts), last
 
     def _nonfinite_samples(self, batch: Batch, result: Batch) -> list[str]:
         if "per_sample" not in result or torch.isfinite(result["loss"]):
