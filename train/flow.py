@@ -36,6 +36,7 @@ from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
 from latentflow.training.card import CardFacts, write_card
 from latentflow.training.conditions import conditions_of
+from latentflow.training.cost import sample_flops
 from latentflow.training.export import carry_over
 from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
 from latentflow.training.hub import check_push, push
@@ -235,6 +236,7 @@ def train(config: Config, again: str) -> None:
         write_card(folder, output, facts)
         carry_over(output / "pipeline", folder)
 
+    flops = sample_flops(networks.network, stage.text_encoder, train_data, latent_size)
     if loop.compile:
         networks.network.compile()
     finished = fit(
@@ -257,6 +259,7 @@ def train(config: Config, again: str) -> None:
             "seed": loop.seed,
         },
         resume_line=again,
+        flops=flops,
     )
     if finished:
         try_it = shlex.join(["latentflow", "generate", "--checkpoint", str(output / "pipeline")])

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
 from ..errors import RunError, UserError
@@ -76,7 +77,8 @@ def load_batches(
 def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
     while True:
         try:
-            batch = next(batches)
+            with record_function("load"):
+                batch = next(batches)
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:

@@ -68,6 +68,8 @@ class LoopConfig:
     shard: bool = field(default_factory=lambda: parse_flag_from_env("ACCELERATE_USE_FSDP"))
     """Spread weights, gradients, average and optimiser over the processes (FSDP2) instead of holding them in each.
     `accelerate launch --use_fsdp` switches it on."""
+    profile: bool = False
+    """Write a trace of a few steps and a table of where their time goes to the run's folder `profile`."""
     max_nonfinite_steps: int = 10
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
     allow_changes: bool = False

@@ -15,10 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..autoencoder import Autoencoder
 from ..models import Condition
+from .batches import TrainingData, by_group, groups_of, numbered
 from .config import LoopConfig
 from .muon import Muon
 from .optimizers import make_optimizers
+from .order import Draw
 
+_FIRST = 64  # samples that tell how long captions are
 _ROWS = 2  # of the batch on the meta device; what does not grow with the rows is too little to matter
 
 
@@ -91,6 +94,22 @@ def text_encoder_cost(encoder: nn.Module, input_ids: Tensor) -> Cost:
     for one, grad in zip(encoder.parameters(), before, strict=True):
         one.grad = grad
     return cost
+
+
+def sample_flops(network: nn.Module, text_encoder: nn.Module | None, data: TrainingData, size: int) -> float:
+    """Of one sample, forward and backward: the network, and the text encoder that is trained along.
+
+    The first batch of ``data`` says how long captions are; latents are ``size`` x ``size``. What a teacher or a frozen
+    encoder computes does not count: it is not the model.
+    """
+    draws = [Draw(index, index) for index in range(min(len(data), _FIRST))]
+    batch = numbered(data, by_group(draws, groups_of(data))[0])
+    tokens, text = batch.get("input_ids"), batch.get("text")
+    length = tokens.shape[1] if tokens is not None else text.shape[1] if text is not None else 0
+    flops = network_cost(network, size, length).flops
+    if tokens is not None and text_encoder is not None:
+        flops += text_encoder_cost(text_encoder, tokens[:1]).flops
+    return flops
 
 
 def encoding_flops(vae: Autoencoder, resolution: int) -> float:

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..memory import OutOfMemory, is_out_of_memory, out_of_memory, release_memory
 from . import checkpoint
@@ -98,10 +99,12 @@ class Gradients:
                 with ExitStack() as stack:
                     if not last or self._reduces_itself:
                         stack.enter_context(self._accelerator.no_sync(player.prepared))
-                    result = player.prepared(part)
+                    with record_function("forward"):
+                        result = player.prepared(part)
                     if not result:
                         continue
-                    self._accelerator.backward(result["loss"] / parts_in_step * counts)
+                    with record_function("backward"):
+                        self._accelerator.backward(result["loss"] / parts_in_step * counts)
                 if counts:
                     _accumulate(values, result, parts_in_step)
                     suspects += self._nonfinite_samples(part, result)

@@ -9,6 +9,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from ..errors import RunError, UserError
 from ..memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
@@ -30,13 +32,15 @@ from .gradients import Gradients
 from .optimizers import learning_rate
 from .order import DataOrder
 from .player import Player
-from .precision import resolve
+from .precision import compute_dtype, resolve
 from .processes import in_any_process, process_state, together
+from .profiling import profiler
 from .report import Reporter
 from .run_lock import run_lock
 from .saving import Saver, attempts, cannot_write
 from .sharding import whole
 from .signals import stop_on_signal
+from .speed import matrix_product_rate
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ def fit(
     description: Mapping[str, Any] | None = None,
     resume_line: str = "",
     phase: str = "train",
+    flops: float | None = None,
 ) -> bool:
     """Train modules until ``config.max_train_steps``, resuming from the newest checkpoint in ``output``.
 
@@ -65,6 +70,9 @@ def fit(
         description: what must not change between resumed runs (architecture, data), as nested dicts of plain values.
         resume_line: the command that resumes this run, printed when it stops before its end.
         phase: what to call the training when memory runs out; a key of `latentflow.memory.ADVICE`.
+        flops: of a sample, forward and backward; with them the model FLOPs utilisation is reported: the share of the
+            machine's rate of matrix products that goes into the model (Chowdhery et al. 2022, arXiv:2204.02311,
+            appendix B).
 
     Returns:
         True when the target step is reached, False when a signal stopped the run (after saving).
@@ -76,7 +84,14 @@ def fit(
     """
     with run_lock(output):
         loop = _Loop(
-            players, data, config, Path(output), callbacks or Callbacks(), dict(description or {}), phase
+            players,
+            data,
+            config,
+            Path(output),
+            callbacks or Callbacks(),
+            dict(description or {}),
+            phase,
+            flops,
         )
         return loop.run(resume_line)
 
@@ -91,6 +106,7 @@ class _Loop:
         callbacks: Callbacks,
         description: dict[str, Any],
         phase: str,
+        flops: float | None,
     ) -> None:
         self.config, self.data, self.output, self.callbacks = config, data, output, callbacks
         self.accelerator = _accelerator(config)
@@ -109,7 +125,7 @@ class _Loop:
         self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))
         self.step = 0
         self.skipped_in_a_row = 0
-        self.phase = phase
+        self.phase, self.flops = phase, flops
         self.gradients = Gradients(self.players, data, config, self.accelerator, phase)
 
     # ---- the run, top to bottom ----
@@ -130,6 +146,7 @@ class _Loop:
             samples_per_epoch=len(self.data),
             report_to=self.config.report_to,
             active=self.main,
+            full_rate=self._full_rate() if self.main else None,
         )
         try:
             if self.step < last:
@@ -152,7 +169,7 @@ class _Loop:
             num_workers=self.config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        with stop_on_signal() as stop:
+        with stop_on_signal() as stop, self._profiler() as profiled:
             while self.step < last:
                 try:
                     values, suspects = self.gradients.compute(batches, self.step + 1)
@@ -161,7 +178,9 @@ class _Loop:
                 values = self._update(values, suspects)
                 self.step += 1
                 stopping = in_any_process(self.accelerator, stop.requested)
-                self._after_step(values, stopping)
+                with record_function("report"):
+                    self._after_step(values, stopping)
+                profiled()
                 if stopping and self.step < last:
                     self.report.say(f"stopped at step {self.step}, saved; resume with:\n  {self.resume_line}")
                     return False
@@ -171,7 +190,8 @@ class _Loop:
     def _update(self, values: dict[str, float], suspects: list[str]) -> dict[str, float]:
         rate = learning_rate(self.step, self.config)
         values = self._mean_over_processes(values)
-        norms = [self._clip(player) for player in self.players]
+        with record_function("clip"):
+            norms = [self._clip(player) for player in self.players]
         values |= {"lr": rate, "grad_norm": norms[0]}
         # fp16: the scaler deals with overflowing gradients itself.
         scaled = self.accelerator.scaler is not None
@@ -208,6 +228,19 @@ class _Loop:
             self.accelerator.wait_for_everyone()
 
     # ---- parts ----
+
+    def _profiler(self) -> AbstractContextManager[Callable[[], None]]:
+        if self.config.profile and self.main:
+            return profiler(self.output / "profile", self.report.say)
+        return nullcontext(lambda: None)
+
+    def _full_rate(self) -> float | None:
+        """Samples per second if all devices did nothing but multiply matrices."""
+        if self.flops is None:
+            return None
+        device = self.accelerator.device
+        rate = matrix_product_rate(device, compute_dtype(self.config.mixed_precision, device))
+        return float(rate * self.accelerator.num_processes / self.flops)
 
     def _clip(self, player: Player) -> float:
         limit = self.config.max_grad_norm or math.inf

@@ -18,8 +18,9 @@ from .config import LoopConfig
 from .cost import GPUS, UTILISATION, Cost, Gpu, encoding_flops, network_cost, state_bytes, text_encoder_cost
 from .flow import FlowStage
 from .order import SampleRandom
-from .precision import resolve
+from .precision import compute_dtype, resolve
 from .processes import process_state
+from .speed import matrix_product_rate
 from .start import Networks
 
 _FEW = 1000
@@ -95,8 +96,7 @@ class _Estimate:
 
     @property
     def dtype(self) -> torch.dtype:
-        precision = resolve(self.loop.mixed_precision, process_state().device)
-        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        return compute_dtype(self.loop.mixed_precision, process_state().device)
 
     @property
     def micro_batches(self) -> int:
@@ -138,7 +138,7 @@ class _Estimate:
     def time_here(self) -> str:
         """Timed, on as many samples as take seconds and fit; by the speed of matrix products where one is too many."""
         device, batch, cost = process_state().device, self.loop.train_batch_size, self.cost(self.dtype)
-        speed = _speed(device, self.dtype)
+        speed = matrix_product_rate(device, self.dtype)
         room = 0.7 * _free_bytes(device) - 8 * _count(self.stage)  # weights and gradients
         rows = int(min(batch, _TIMED_SECONDS * speed / cost.flops, room / cost.activations))
         if rows < 1:
@@ -198,18 +198,6 @@ def _fill(network: nn.Module, device: torch.device) -> None:
         weight.normal_(std=0.02)
     for one in network.buffers():
         one.zero_()
-
-
-def _speed(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a matrix product."""
-    size = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return float(2 * size**3 / min(seconds))
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from .config import LoopConfig
 from .ema import WeightAverage
@@ -101,10 +102,12 @@ class Player:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            if not skip:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.average.update(step)
+            with record_function("optimizer"):
+                if not skip:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        with record_function("average"):
+            self.average.update(step)
 
     def forget_gradients(self) -> None:
         """Drop what backward passes have left so far."""

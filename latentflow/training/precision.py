@@ -19,6 +19,13 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def compute_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """The type that matrix products run in."""
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        resolve(mixed_precision, device)
+    ]
+
+
 def resolve(mixed_precision: str, device: torch.device) -> Precision:
     """``mixed_precision`` as asked for; "auto" is bf16 where it is fast, else no."""
     if mixed_precision == "auto":

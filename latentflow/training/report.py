@@ -26,6 +26,7 @@ class Reporter:
         first_step, last_step: the range that this process will run.
         samples_per_epoch: size of the data set.
         report_to: "none", "tensorboard" or "wandb".
+        full_rate: samples per second if the devices did nothing but multiply matrices; None: not known.
         active: False on every process but the main one.
     """
 
@@ -38,10 +39,12 @@ class Reporter:
         samples_per_epoch: int,
         report_to: str,
         active: bool,
+        full_rate: float | None = None,
     ) -> None:
         self._active = active
         self._last_step = last_step
         self._samples_per_epoch = samples_per_epoch
+        self._full_rate = full_rate
         self._smoothed: float | None = None
         self._extra: dict[str, float] = {}
         self._mark = (time.perf_counter(), 0)
@@ -77,7 +80,10 @@ class Reporter:
         elapsed, done = now - self._mark[0], self._samples - self._mark[1]
         rate = done / elapsed if elapsed > 0 else 0.0
         self._mark = (now, self._samples)
-        self._write(step, values | {"images_per_second": rate, "memory_gib": peak_gib()})
+        speed = {"images_per_second": rate, "memory_gib": peak_gib()}
+        if self._full_rate is not None:
+            speed["model_flops_utilisation"] = rate / self._full_rate
+        self._write(step, values | speed)
         per_step = samples_seen / step
         eta = (self._last_step - step) * per_step / rate if rate else 0.0
         parts = {
@@ -86,6 +92,7 @@ class Reporter:
             **{name: f"{value:.4f}" for name, value in self._extra.items()},
             "lr": f"{values['lr']:.1e}",
             "img/s": f"{rate:.0f}",
+            **({} if self._full_rate is None else {"MFU": f"{rate / self._full_rate:.0%}"}),
             "mem": f"{peak_gib():.1f}G",
             "ETA": _duration(eta),
         }

@@ -50,6 +50,7 @@ _TITLES = {
     "lr": "learning rate",
     "grad_norm": "norm of the gradient, before clipping",
     "images_per_second": "pictures per second",
+    "model_flops_utilisation": "model FLOPs utilisation, 1 is a matrix product's speed",
     "memory_gib": "peak memory, GiB",
     "psnr": "PSNR, dB",
     "ssim": "SSIM, 1 is equality",

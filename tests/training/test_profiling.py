@@ -1,0 +1,113 @@
+"""Where the time of a step goes, and how much of the machine's speed becomes training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentflow.data import LatentTable, find_source, frame
+from latentflow.data.config import FramingConfig
+from latentflow.models import DiT
+from latentflow.training import LoopConfig, fit
+from latentflow.training.checkpoint import load_checkpoint
+from latentflow.training.cost import sample_flops
+from latentflow.training.flow import FlowConfig, FlowStage
+from latentflow.training.latent_data import LatentData, Sized
+from latentflow.training.profiling import SECTIONS
+from latentflow.training.speed import matrix_product_rate
+
+CONFIG = LoopConfig(
+    max_train_steps=12, train_batch_size=8, mixed_precision="no", checkpointing_steps=12, validation_steps=0,
+    preview_steps=0, log_steps=1,
+)  # fmt: skip
+
+
+def data() -> LatentData:
+    source = find_source("shapes", condition="class").subset(list(range(32)))
+    latents = torch.randn(32, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    framed = frame(source, 64, 8, FramingConfig())
+    labels = {"class_labels": torch.as_tensor(source.class_ids())}
+    return LatentData(framed, [Sized(LatentTable(latents, None))], labels, flips=False)
+
+
+def network() -> DiT:
+    torch.manual_seed(0)
+    return DiT(in_channels=4, width=32, depth=2, heads=2, num_classes=24, sample_size=8)
+
+
+def trained(folder: Path, config: LoopConfig, flops: float | None = None) -> dict[str, torch.Tensor]:
+    fit({"flow": FlowStage(network(), FlowConfig(), 0)}, data(), config, folder, flops=flops)
+    weights: dict[str, torch.Tensor] = load_checkpoint(folder / "checkpoints" / "step-000012")["flow-weights"]
+    return weights
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profiled")
+    trained(folder, dataclasses.replace(CONFIG, profile=True))
+    return folder
+
+
+def test_the_sections_of_a_step_make_up_the_step(profiled: Path) -> None:
+    lines = (profiled / "profile" / "table.txt").read_text().splitlines()
+    whole = float(re.search(r"a step takes ([\d.]+) ms", lines[0])[1])
+    values = {
+        match[1]: float(match[2])
+        for line in lines[1:]
+        if (match := re.match(r"  (\w[\w ]*?) +([\d.]+) ms", line))
+    }
+    sections = {name: values[name] for name in (*SECTIONS, "everything else")}
+    assert sum(sections.values()) == pytest.approx(whole, rel=0.02)
+    assert all(value >= 0 for value in sections.values())
+    assert sections["forward"] + sections["backward"] > 0.3 * whole
+    assert any(line.strip().startswith("aten::") for line in lines)
+
+
+def test_the_trace_holds_six_steps_for_a_viewer(profiled: Path) -> None:
+    events = json.loads((profiled / "profile" / "trace.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
+    for section in ("forward", "backward", "optimizer", "average"):
+        assert names.count(section) == 6, section
+
+
+def test_profiled_steps_learn_the_same(profiled: Path, tmp_path: Path) -> None:
+    plain = trained(tmp_path, CONFIG)
+    same = load_checkpoint(profiled / "checkpoints" / "step-000012")["flow-weights"]
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_sample_costs_six_operations_a_weight_and_token() -> None:
+    """Forward 2, backward 4 (Kaplan et al. 2020); attention and what runs once a sample come on top."""
+    net = network()
+    block = net.blocks[0]
+    per_token = sum(
+        layer.weight.numel() for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    )
+    dense = 6 * 64 * 2 * per_token
+    attention = 2 * (3 + 0.5) * 2 * 2 * 64 * 64 * 32  # the fused backward pass computes the scores once more
+    flops = sample_flops(net, None, data(), 8)
+    assert dense + 0.5 * attention < flops < 1.3 * (dense + attention)
+
+
+def test_utilisation_is_the_share_of_the_speed_of_matrix_products(tmp_path: Path) -> None:
+    trained(tmp_path, CONFIG, flops=1e6)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["images_per_second"] * 1e6 / row["model_flops_utilisation"] for row in rows]
+    assert max(rates) == pytest.approx(min(rates), rel=1e-3)  # one measurement for the run
+    here = matrix_product_rate(torch.device("cpu"), torch.float32)
+    assert 0.1 < rates[0] / here < 10  # the machine may be busy with other things meanwhile
+
+
+def test_a_machine_that_multiplies_twice_as_fast_is_used_half_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentflow.training.loop.matrix_product_rate", lambda device, dtype: 4e9)
+    trained(tmp_path, CONFIG, flops=2e6)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["model_flops_utilisation"] == pytest.approx(row["images_per_second"] * 2e6 / 4e9, rel=1e-4)
