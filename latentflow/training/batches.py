@@ -39,6 +39,11 @@ def groups_of(data: TrainingData) -> Tensor | None:
     return groups
 
 
+def second_of(data: TrainingData) -> tuple[int, float]:
+    """How many samples, the last ones, are a second set that is mixed in, and which share of each step is of it."""
+    return getattr(data, "second", 0), getattr(data, "second_share", 0.0)
+
+
 class DataFailed(RunError):  # noqa: N818 (says what happened)
     """A batch could not be had: a file that cannot be read, or a process that loads data has died."""
 
@@ -84,7 +89,7 @@ def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
             # torch names a dead worker; what it had sent and is fetched from it only now fails in other ways.
             workers = getattr(batches, "_workers", ())
-            wait([one.sentinel for one in workers], timeout=2)  # its connection breaks before it is gone
+            wait([one.sentinel for one in workers], timeout=20)  # its connection breaks before it is gone
             dead = [one for one in workers if not one.is_alive()]
             if not dead and "DataLoader worker" not in str(error):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 import pytest
@@ -200,8 +201,9 @@ def test_a_picture_that_changes_while_it_is_read_is_not_stored(
 
     def edit(example: object, **settings: object) -> torch.Tensor:
         read = prepare(example, **settings)
-        noise(98).save(folder.parent / "new.png")
-        (folder.parent / "new.png").replace(folder / "c.png")  # at once: no thread sees half a picture
+        new = folder.parent / f"new-{get_ident()}.png"  # each of the threads that read has its own
+        noise(98).save(new)
+        new.replace(folder / "c.png")  # at once: no thread sees half a picture
         return read
 
     monkeypatch.setattr(module, "_pixels", edit)
