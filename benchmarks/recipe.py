@@ -1,0 +1,378 @@
+"""Training recipes at equal wall-clock: which levers pay, and by how much (docs/recipe.md).
+
+    python benchmarks/recipe.py DATA --vae AUTOENCODER -o runs/recipe-emoji [--seconds 200] [--seeds 0 1] [--only NAME]
+    python benchmarks/recipe.py DATA --vae AUTOENCODER -o runs/recipe-emoji --table docs/recipe-emoji
+
+DATA is what `latentflow train` takes, a folder or `shapes`. Every recipe is a set of that command's flags (RECIPES),
+on the same small network and latents. First the time of a step is measured, each recipe's turn by turn with vanilla's
+(with one thread in CPU time, so that other work on the machine does not count): a recipe gets as many steps as fit into
+--seconds, and its learning rate decays over them. All see the samples in the same order and are validated on the same
+held-out pictures, noises and times (uniform), by the plain squared error of the velocity, with the averaged weights.
+
+Results are files in --output, one for each recipe and seed; what is there is not computed again. --table writes
+FILE.md and FILE.png from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from recipe_table import write_table
+from torch import Tensor, nn
+
+from latentflow.autoencoder import decode, downscale_factor, load_autoencoder
+from latentflow.data import (
+    Source,
+    cached_latents,
+    cached_pixels,
+    find_source,
+    frame,
+    pixels_to_images,
+    readable,
+    split,
+)
+from latentflow.data.config import FramingConfig
+from latentflow.data.shapes import check
+from latentflow.errors import lookup
+from latentflow.flow import guide, integrate
+from latentflow.metrics import caption_retrieval, features, frechet_distance
+from latentflow.models import Condition
+from latentflow.models.config import NetworkConfig, TextConfig
+from latentflow.training import Callbacks, LoopConfig, fit
+from latentflow.training.alignment import AlignmentConfig, make_alignment
+from latentflow.training.conditions import conditions_of
+from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.latent_data import LatentData, Sized
+from latentflow.training.routing import Routing, RoutingConfig
+from latentflow.training.start import Networks, new_networks
+
+Recipe = dict[str, Any]
+
+# What all have in common: the size.
+SIZE: Recipe = {
+    "patch_size": 2, "width": 96, "depth": 4, "heads": 3, "text_width": 96, "text_depth": 1, "text_heads": 3,
+    "train_batch_size": 64,
+}  # fmt: skip
+# The default of `latentflow train --preset tiny`.
+DEFAULT: Recipe = {"optimizer": "muon", "learning_rate": 2e-3}
+# SiT's own (arXiv:2401.08740): its block, uniform times, AdamW at a constant 1e-4, weight average 0.9999.
+VANILLA: Recipe = {
+    "block": "plain", "time_density": "uniform", "optimizer": "adamw", "learning_rate": 1e-4, "adam_beta2": 0.999,
+    "weight_decay": 0.0, "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_grad_norm": 0.0, "ema_decay": 0.9999,
+}  # fmt: skip
+RECIPES: dict[str, Recipe] = {
+    "vanilla": VANILLA,
+    "vanilla, network of diffusers": VANILLA | {"network": "diffusers"},
+    "vanilla, learning rate 1e-3": VANILLA | {"learning_rate": 1e-3},
+    "default": DEFAULT,
+    # one lever less
+    "AdamW for Muon": DEFAULT | {"optimizer": "adamw", "learning_rate": 1e-3},
+    "plain block": DEFAULT | {"block": "plain"},
+    "uniform times": DEFAULT | {"time_density": "uniform"},
+    "no decay": DEFAULT | {"lr_scheduler": "constant"},
+    "average 0.9999": DEFAULT | {"ema_decay": 0.9999},
+    "beta2 0.999": DEFAULT | {"adam_beta2": 0.999},
+    "no clipping": DEFAULT | {"max_grad_norm": 0.0},
+    "no dropped conditions": DEFAULT | {"condition_dropout": 0.0},
+    "schedule-free for Muon": DEFAULT | {"optimizer": "schedule-free", "lr_scheduler": "constant"},
+    # the rate
+    "learning rate 1e-3": DEFAULT | {"learning_rate": 1e-3},
+    "learning rate 4e-3": DEFAULT | {"learning_rate": 4e-3},
+    # one lever more
+    "uniform times from 0.8 on": DEFAULT | {"time_uniform_from": 0.8},
+    "direction loss": DEFAULT | {"direction_weight": 1.0},
+    "contrastive": DEFAULT | {"contrastive_weight": 0.05},
+    "condition-aware OT": DEFAULT | {"coupling": "conditional-ot"},
+    "4 registers": DEFAULT | {"registers": 4},
+    "routing": DEFAULT | {"route_share": 0.5},
+    "self-alignment": DEFAULT | {"alignment": "self"},
+}
+CURVE_POINTS = 10
+SAMPLES, SAMPLER_STEPS, GUIDANCE = 100, 10, 3.0
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    names = options.only or list(RECIPES)
+    if options.table:
+        write_table(options.output, options.table, list(RECIPES))
+        return
+    bench = Bench(options.data, options.vae, options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:  # a whole table of one seed first
+        for name in names:
+            file = options.output / f"{name}-{seed}.json"
+            settings = lookup(RECIPES, name, "recipe")
+            # diffusers' network takes classes, no text
+            if file.exists() or ("network" in settings and bench.source.kind == "text"):
+                continue
+            seconds = step_seconds(bench, name, settings, options.output)
+            steps = max(1, round(options.seconds / seconds))
+            print(f"{name}, seed {seed}: {steps} steps of {seconds:.3f} s", flush=True)
+            result = bench.run(settings, steps, seed, seconds)
+            file.write_text(json.dumps(result | {"name": name, "settings": settings}, indent=1))
+            print(f"  validation loss {result['curve'][-1]['loss']:.4f}  {result['samples']}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ one recipe
+
+
+class DiffusersDiT(nn.Module):
+    """diffusers' own `DiTTransformer2DModel`, called as our networks are. Classes only: it takes no text."""
+
+    def __init__(self, channels: int, side: int, classes: int) -> None:
+        super().__init__()
+        from diffusers import DiTTransformer2DModel
+
+        self.inner = DiTTransformer2DModel(
+            num_attention_heads=SIZE["heads"],
+            attention_head_dim=SIZE["width"] // SIZE["heads"],
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=SIZE["depth"],
+            sample_size=side,
+            patch_size=SIZE["patch_size"],
+            num_embeds_ada_norm=classes,
+        )
+        # It drops classes by itself while it trains; the rows to drop are given here.
+        for one in self.inner.modules():
+            if hasattr(one, "dropout_prob"):
+                one.dropout_prob = 0.0
+                one.embedding_table = nn.Embedding(classes + 1, SIZE["width"])
+        self.classes = classes
+
+    def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        labels = cond.class_labels
+        if labels is None:
+            labels = torch.full((len(x),), self.classes)
+        if cond.drop is not None:
+            labels = torch.where(cond.drop, self.classes, labels)
+        times = 1000.0 * t.expand(len(x))
+        out: Tensor = self.inner(x, timestep=times, class_labels=labels).sample
+        return out
+
+
+def config_of(config_class: type, settings: Recipe) -> Any:
+    """The fields of a config among the settings."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{name: value for name, value in settings.items() if name in names})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The data, and what is done with every recipe.
+
+    Attributes:
+        data: as for `latentflow train`.
+        vae_folder: a trained autoencoder.
+        threads: of torch.
+    """
+
+    data: str
+    vae_folder: str
+    threads: int
+
+    @cached_property
+    def source(self) -> Source:
+        return readable(find_source(self.data))
+
+    @cached_property
+    def vae(self) -> Any:
+        return load_autoencoder(self.vae_folder).requires_grad_(False)
+
+    @cached_property
+    def parts(self) -> tuple[Source, Source]:
+        training, held_out = split(self.source, 0.05, 0)
+        return self.source.subset(training), self.source.subset(held_out)
+
+    @property
+    def side(self) -> int:
+        return 64 // int(downscale_factor(self.vae))
+
+    @cached_property
+    def pictures(self) -> tuple[Tensor, list[str]]:
+        """The training pictures (N, 3, 64, 64) and what they show."""
+        part = self.parts[0]
+        return pixels_to_images(cached_pixels(part, 64)[:]), texts_of(part)
+
+    def networks(self, settings: Recipe, seed: int) -> Networks:
+        torch.manual_seed(seed)
+        if settings.get("network") == "diffusers":
+            return Networks(network=DiffusersDiT(16, self.side, len(self.source.classes)))
+        size = SIZE | settings
+        return new_networks(
+            self.source, self.vae, self.side, config_of(NetworkConfig, size), config_of(TextConfig, size)
+        )
+
+    def latents(self, part: Source, networks: Networks, seed: int) -> LatentData:
+        framed = frame(part, 64, int(downscale_factor(self.vae)) * SIZE["patch_size"], FramingConfig())
+        table = cached_latents(part, self.vae, 64, flips=False)
+        return LatentData(framed, [Sized(table)], conditions_of(part, networks, seed), flips=False, seed=seed)
+
+    def stage(self, networks: Networks, settings: Recipe, seed: int, steps: int) -> FlowStage:
+        batch = config_of(LoopConfig, SIZE | settings).train_batch_size
+        routing = None
+        if settings.get("route_share"):
+            routing = Routing(config_of(RoutingConfig, settings), networks.network, (steps * batch, batch))
+        return FlowStage(
+            networks.network,
+            config_of(FlowConfig, settings),
+            seed,
+            networks.text_encoder if networks.trained_text else None,
+            routing=routing,
+            alignment=make_alignment(config_of(AlignmentConfig, settings), networks.network),
+            samples=steps * batch,
+        )
+
+    def run(self, settings: Recipe, steps: int, seed: int, seconds: float) -> dict[str, Any]:
+        """Train for so many steps -> the curve of the validation loss and figures of samples."""
+        networks = self.networks(settings, seed)
+        training, held_out = (self.latents(part, networks, seed) for part in self.parts)
+        stage = self.stage(networks, settings, seed, steps)
+        plain = FlowStage(networks.network, FlowConfig(time_density="uniform"), 1, stage.text_encoder)
+        loop = config_of(LoopConfig, SIZE | settings)
+        every = max(1, steps // CURVE_POINTS)
+        curve: list[dict[str, float]] = []
+        samples: dict[str, float] = {}
+
+        def validate() -> dict[str, float]:
+            plain.eval()
+            loss = validation_loss(plain, held_out, torch.device("cpu"))
+            step = min((len(curve) + 1) * every, steps)
+            curve.append(
+                {
+                    "step": step,
+                    "images": step * loop.train_batch_size,
+                    "seconds": step * seconds,
+                    "loss": loss,
+                }
+            )
+            if step == steps:
+                samples.update(self.samples(networks))
+            return {"loss": loss}
+
+        loop = dataclasses.replace(
+            loop, max_train_steps=steps, seed=seed, validation_steps=every, preview_steps=0, checkpointing_steps=10**9,
+            log_steps=10**9,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            fit({"flow": stage}, training, loop, folder, callbacks=Callbacks(validate=validate))
+        parameters = sum(one.numel() for one in stage.parameters())
+        return {
+            "seed": seed, "steps": steps, "step_seconds": seconds, "parameters": parameters, "curve": curve,
+            "samples": samples,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def samples(self, networks: Networks) -> dict[str, float]:
+        """Draw from conditions of the training set -> share of right ones, Frechet distance to that set."""
+        images, texts = self.pictures
+        different = sorted(set(texts))
+        order = torch.randperm(len(different), generator=torch.Generator().manual_seed(0)).tolist()
+        asked = [different[order[i % len(order)]] for i in range(SAMPLES)]
+        cond = self.condition(networks, asked)
+        noise = torch.randn(SAMPLES, 16, self.side, self.side, generator=torch.Generator().manual_seed(0))
+        network = networks.network
+        if cond.batch_size:
+            velocity = guide(
+                lambda x, t: network(x, t, cond), lambda x, t: network(x, t, cond.unconditional()), GUIDANCE
+            )
+        else:
+            velocity = lambda x, t: network(x, t, cond)  # noqa: E731
+        drawn = decode(self.vae, integrate(velocity, noise, torch.linspace(0, 1, SAMPLER_STEPS + 1), "heun"))
+        space = "pixels-16"
+        figures = {"frechet": frechet_distance(features(drawn, space), features(images, space))}
+        if self.data == "shapes" and self.source.kind == "text":
+            figures["right"] = sum(map(check, drawn, asked)) / SAMPLES
+        elif cond.batch_size:
+            figures["right"] = caption_retrieval(drawn, asked, images, texts)[1]
+        return figures
+
+    def condition(self, networks: Networks, asked: list[str]) -> Condition:
+        if self.source.kind == "class":
+            return Condition(class_labels=torch.tensor([self.source.classes.index(name) for name in asked]))
+        if self.source.kind != "text":
+            return Condition()
+        made = networks.tokenizer(asked, padding=True, truncation=True, return_tensors="pt")
+        mask = made["attention_mask"]
+        text = networks.text_encoder(input_ids=made["input_ids"], attention_mask=mask).last_hidden_state
+        return Condition(text=text, text_mask=mask.bool())
+
+
+def texts_of(part: Source) -> list[str]:
+    if part.kind == "class":
+        return [example.label or "" for example in part.examples]
+    return part.captions() if part.kind == "text" else [""] * len(part)
+
+
+# ------------------------------------------------------------------------------------------------ time of a step
+
+
+class Timed(LatentData):
+    """Notes the clock when each batch is asked for."""
+
+    clock: Callable[[], float]
+
+    def __getitems__(self, draws: list[Any]) -> dict[str, Any]:
+        self.times.append(self.clock())
+        return super().__getitems__(draws)
+
+
+def step_seconds(bench: Bench, name: str, settings: Recipe, output: Path) -> float:
+    """Seconds of a step of `fit`: vanilla's, kept with the results, times the ratio of the two in turns beside it."""
+    file = output / "step-seconds.json"
+    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    if name not in known:
+        reference = lookup(RECIPES, "vanilla", "recipe")
+        turns = [(timed_steps(bench, reference), timed_steps(bench, settings)) for _ in range(3)]
+        known.setdefault("vanilla", min(vanilla for vanilla, _ in turns))
+        if name != "vanilla":
+            known[name] = known["vanilla"] * statistics.median(one / vanilla for vanilla, one in turns)
+        file.write_text(json.dumps(known, indent=1))
+    return known[name]
+
+
+def timed_steps(bench: Bench, settings: Recipe, warm_up: int = 2, steps: int = 6) -> float:
+    networks = bench.networks(settings, 0)
+    data = bench.latents(bench.parts[0], networks, 0)
+    data.__class__ = Timed
+    data.times, data.clock = [], time.process_time if bench.threads == 1 else time.perf_counter
+    loop = dataclasses.replace(
+        config_of(LoopConfig, SIZE | settings), max_train_steps=warm_up + steps + 1, validation_steps=0,
+        preview_steps=0, checkpointing_steps=10**9,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        fit({"flow": bench.stage(networks, settings, 0, warm_up + steps + 1)}, data, loop, Path(folder))
+    return statistics.median(b - a for a, b in pairwise(data.times[warm_up:]))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("--vae", required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help=f"of: {', '.join(RECIPES)}")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--table", type=Path, default=None, metavar="FILE", help="write FILE.md and FILE.png, and stop"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
