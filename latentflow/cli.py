@@ -79,6 +79,21 @@ def parse(
     return settings
 
 
+def given(config_class: type, argv: Sequence[str] | None = None) -> frozenset[str]:
+    """The keys that flags or the YAML file of ``--config`` set, not a preset: what a program must not choose itself.
+
+    Args:
+        config_class: the dataclass that `parse` builds of the same arguments.
+        argv: the arguments after the program's name; ``sys.argv[1:]`` if None.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    file = _peek(args, "config")
+    keys = set() if file is None else set(_checked(config_class, _read_yaml(Path(file)), file))
+    flags = {_normal(arg.partition("=")[0]) for arg in args if arg.startswith("-")}
+    flags |= {flag.removeprefix("no_") for flag in flags}
+    return frozenset(keys | (flags & {leaf.key for leaf in _fields(config_class)}))
+
+
 def write_config(config: Any, path: str | os.PathLike[str]) -> None:
     """Write a dataclass as flat YAML that :func:`parse` reads back to an equal dataclass."""
     import yaml

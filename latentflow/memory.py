@@ -17,11 +17,12 @@ ADVICE = {
     "encode": "Lower --resolution, or free memory that other programs use.",
     "train": "Add --auto-micro-batch (splits batches as far as needed; what is learnt stays the same), "
     "--gradient-checkpointing or --mixed-precision bf16; or halve --train-batch-size and double "
-    "--gradient-accumulation-steps.",
+    "--gradient-accumulation-steps. A fine-tune (--init-from) needs least with --lora-rank 16.",
     "train the autoencoder": "Add --auto-micro-batch, or lower --autoencoder-batch-size, --autoencoder-widths or "
     "--resolution.",
     "preview": "--preview-steps 0 leaves previews out.",
     "validate": "--validation-steps 0 leaves validations out.",
+    "draw prior samples": "Free memory that other programs use, or leave them out: --prior-samples 0.",
     "draw": "Ask for smaller pictures, or free memory that other programs use.",
     "decode": "Ask for smaller pictures, or free memory that other programs use; from Python: "
     "pipe.vae.enable_tiling().",

@@ -32,6 +32,7 @@ from .flow import (
 )
 from .flow import Path as FlowPath
 from .models import Condition, encode_text
+from .pipeline_adapters import AdapterMixin
 from .pipeline_call import (
     CALLBACK_TENSORS,
     RunningCall,
@@ -53,7 +54,7 @@ Sampler: TypeAlias = Callable[..., Tensor]
 ROUNDING = 1e-9
 
 
-class FlowPipeline(CheckpointPipeline):
+class FlowPipeline(AdapterMixin, CheckpointPipeline):
     """The common part of the pipelines; not called itself.
 
     What a checkpoint is conditioned on is read from its network's config: ``text_dim`` set means captions,

@@ -11,11 +11,12 @@ from typing import Annotated
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.drawing.adapters import AdapterChoice
 from latentflow.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class AppConfig:
+class AppConfig(AdapterChoice):
     """A web page to generate, inpaint and edit pictures."""
 
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.web.page import serve
     from latentflow.web.studio import Studio
 
-    serve(Studio(config.checkpoint, config.device), config.host, config.port)
+    serve(Studio(config.checkpoint, config.device, config), config.host, config.port)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     picture = read_picture(config.image)
     anew = config.method == "image-to-image"
     kind = "LatentFlowImg2ImgPipeline" if anew else "LatentFlowEditPipeline"
-    pipe = open_pipeline(kind, config.checkpoint, config.device)
+    pipe = open_pipeline(kind, config.checkpoint, config.device, config)
     shown = conditions(pipe, config.prompt, config.class_labels, config.negative, optional=anew)
 
     # Edit: all of the first prompt, all of the second, ...

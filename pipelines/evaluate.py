@@ -32,6 +32,7 @@ from latentflow.cli import parse, run
 from latentflow.data import Source, cached_pixels, find_source, pixels_to_images, readable, split
 from latentflow.data import shapes as shapes_data
 from latentflow.data.config import DataConfig
+from latentflow.drawing.adapters import AdapterChoice, add_adapters
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, CondOT, flow_matching_loss
 from latentflow.metrics import learned
@@ -43,7 +44,7 @@ VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(AdapterChoice):
     """What to measure, and how pictures are drawn."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
@@ -119,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---------------------------------------------------------------- the checkpoint and the pictures
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = LatentFlowPipeline.from_pretrained(config.checkpoint).to(device)
+    pipe = LatentFlowPipeline.from_pretrained(config.checkpoint)
+    add_adapters(pipe, config)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     train, held_out, test = read_parts(pipe, config)
     unseen = {"held_out": held_out} if test is None else {"held_out": held_out, "test": test}

@@ -35,7 +35,7 @@ class GenerateConfig(DrawingConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(GenerateConfig, argv, prog="latentflow generate")
     config.check()
-    pipe = open_pipeline("LatentFlowPipeline", config.checkpoint, config.device)
+    pipe = open_pipeline("LatentFlowPipeline", config.checkpoint, config.device, config)
     shown = conditions(pipe, config.prompt, config.class_labels, config.negative)
 
     # Draw: all of the first prompt, all of the second, ...

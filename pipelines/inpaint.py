@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(InpaintConfig, argv, prog="latentflow inpaint")
     config.check()
     picture, mask, prompts = read(config)
-    pipe = open_pipeline("LatentFlowInpaintPipeline", config.checkpoint, config.device)
+    pipe = open_pipeline("LatentFlowInpaintPipeline", config.checkpoint, config.device, config)
     shown = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
 
     # Paint: all of the first prompt, all of the second, ...

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(what) > 2:
             raise UserError(f"{len(what)} prompts or classes", "Give the first and the last.")
     images = [read_picture(path) for path in config.images] if any(config.images) else None
-    pipe = open_pipeline("LatentFlowEditPipeline", config.checkpoint, config.device)
+    pipe = open_pipeline("LatentFlowEditPipeline", config.checkpoint, config.device, config)
     rows: list[Condition] = [{}]
     if config.prompt or config.class_labels:
         rows = conditions(pipe, config.prompt, config.class_labels)

@@ -88,6 +88,23 @@ def test_precedence_is_defaults_preset_config_flags(tmp_path: Path) -> None:
     assert parse("--learning-rate", "0.9", "d", "--config", config).optimiser.learning_rate == 0.9
 
 
+def test_what_flags_and_the_file_set_is_told_from_presets_and_defaults(tmp_path: Path) -> None:
+    config = write(tmp_path, "optimiser: {betas: [0.0, 1.0]}\n")
+    line = [
+        "pictures",
+        "--preset",
+        "tiny",
+        "--no-ema",
+        "--learning_rate=0.1",
+        "--class",
+        "a",
+        "--config",
+        config,
+    ]
+    assert cli.given(Settings, line) == {"ema", "learning_rate", "class", "betas"}
+    assert cli.given(Settings, ["pictures"]) == frozenset()
+
+
 @pytest.mark.parametrize(
     "text", ["learning_rate: 0.1\nbetas: [0, 1]", "optimiser: {learning-rate: 1e-1, betas: [0.0, 1.0]}"]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from latentflow.autoencoder import AutoencoderConfig, downscale_factor
-from latentflow.cli import parse, run, write_config
+from latentflow.cli import given, parse, run, write_config
 from latentflow.data import (
     Framing,
     LatentFolder,
@@ -34,20 +34,41 @@ from latentflow.memory import memory_phase
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
+from latentflow.training.adapters import Adapter, AdapterConfig
+from latentflow.training.alignment import AlignmentConfig, make_alignment
+from latentflow.training.base import with_base_classes, with_base_flow
 from latentflow.training.card import CardFacts, write_card
 from latentflow.training.conditions import conditions_of
 from latentflow.training.cost import sample_flops
 from latentflow.training.export import carry_over
+from latentflow.training.fine_tuning import (
+    FEW,
+    FineTuningConfig,
+    fine_tuning_lines,
+    fitted,
+    held_out_share,
+    refuse_without_base,
+)
 from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.folders import write_folder
 from latentflow.training.hub import check_push, push
 from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.masking import Masking
+from latentflow.training.memorised import tell_memorised
 from latentflow.training.plan import estimate_lines, plan_lines
 from latentflow.training.presets import PRESETS
 from latentflow.training.preview import preview_grid
+from latentflow.training.prior import MixedData, asked_of, prior_data
 from latentflow.training.processes import process_state
+from latentflow.training.routing import Routing, RoutingConfig
 from latentflow.training.run_lock import run_lock
-from latentflow.training.start import networks_from, new_networks, refuse_renumbered_classes
+from latentflow.training.start import (
+    Networks,
+    is_pipeline,
+    networks_from,
+    new_networks,
+    refuse_renumbered_classes,
+)
 from latentflow.training.vae import autoencoder_for
 
 
@@ -68,11 +89,15 @@ class Config:
     """Put the result on the Hugging Face hub under this name, owner/name. A new repository is private."""
     dry_run: bool = False
     """Print the plan, the sizes and an estimate of memory and time, and stop."""
+    fine_tuning: FineTuningConfig = FineTuningConfig()
     framing: FramingConfig = FramingConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     network: NetworkConfig = NetworkConfig()
     text: TextConfig = TextConfig()
+    adapter: AdapterConfig = AdapterConfig()
     flow: FlowConfig = FlowConfig()
+    routing: RoutingConfig = RoutingConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
@@ -80,18 +105,32 @@ class Config:
             raise UserError(
                 "--mirror-captions without --random-flip", "Add --random-flip: nothing is mirrored."
             )
+        if not self.init_from:
+            refuse_without_base(self.fine_tuning)
+        if self.adapter.lora_rank and not self.init_from:
+            raise UserError("--lora-rank without --init-from", "Name the checkpoint that it adapts.")
+        if self.adapter.lora_rank and self.loop.optimizer == "muon":
+            raise UserError(
+                "--optimizer muon with --lora-rank: it turns whole matrices, an adapter's are only their factors",
+                "Leave it out: AdamW is the default.",
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator on a folder of images."""
     config = parse(Config, argv, prog="latentflow train", presets=PRESETS)
     with nullcontext() if config.dry_run else run_lock(config.output):
-        train(config, resume_line("train", argv))
+        train(config, resume_line("train", argv), given(Config, argv))
 
 
-def train(config: Config, again: str) -> None:
-    """The run, from top to bottom."""
+def train(config: Config, again: str, given_keys: Collection[str]) -> None:
+    """The run, from top to bottom; ``given_keys`` are those that no default may change."""
     loop, data, framing, output = config.loop, config.data, config.framing, Path(config.output)
+    if config.init_from and Path(config.init_from).is_dir() and not is_pipeline(config.init_from):
+        raise UserError(
+            f"--init-from {config.init_from} is not a pipeline folder: it holds no model_index.json",
+            "Give a pipeline folder, such as runs/cats/pipeline.",
+        )
     if config.push_to_hub and not config.dry_run:
         check_push(config.push_to_hub)
 
@@ -105,9 +144,27 @@ def train(config: Config, again: str) -> None:
     given = config.vae or config.init_from
     if isinstance(source, LatentFolder):
         data, given = source.adopt(data), given or source.autoencoder
+    if config.init_from:
+        source = with_base_classes(source, config.init_from, output)
+        data = dataclasses.replace(data, validation=held_out_share(given_keys, data.validation, len(source)))
     training, validation = (source.subset(rows) for rows in split(source, data.validation, loop.seed))
     refuse_renumbered_classes(output / "pipeline", source)
-    for line in plan_lines(source, training, validation, loop):
+
+    # ---- a fine-tune: what the checkpoint is reminded of, defaults that fit ----
+    prior, fine_lines = [], []
+    if config.init_from:
+        prior, told_of = asked_of(config.init_from, config.fine_tuning, len(training), loop.seed, config.vae)
+        own_share = 1 - config.fine_tuning.prior_share if prior else 1.0
+        uses = len(training.uses())
+        loop = fitted(loop, given_keys, uses, own_share, adapter=bool(config.adapter.lora_rank))
+        fine_lines = [*fine_tuning_lines(config.init_from, loop, given_keys, uses, own_share), told_of]
+        config = dataclasses.replace(
+            config,
+            loop=loop,
+            data=dataclasses.replace(config.data, validation=data.validation),
+            flow=with_base_flow(config.flow, config.init_from, given_keys),
+        )
+    for line in (*plan_lines(source, training, validation, loop), *fine_lines):
         log.info(line)
     if not config.dry_run and process_state().is_main_process:
         write_config(config, output / "config.yaml")
@@ -133,7 +190,9 @@ def train(config: Config, again: str) -> None:
     own_masks = source.has_masks
     inpainting = config.flow.inpainting or own_masks
     if config.init_from:
-        networks = networks_from(config.init_from, source, config.flow, inpainting, framing.size_conditioning)
+        networks = networks_from(
+            config.init_from, source, config.flow, inpainting, framing.size_conditioning, latent_size
+        )
     else:
         networks = new_networks(
             source,
@@ -145,17 +204,30 @@ def train(config: Config, again: str) -> None:
             framing.size_conditioning,
             device="meta" if config.dry_run else "cpu",
         )
+    adapter = None
+    if config.init_from and config.adapter.lora_rank:
+        adapter = Adapter(networks, config.adapter, config.init_from, source.classes)
+        networks = adapter.networks
+        for line in adapter.lines():
+            log.info(line)
     if config.network.gradient_checkpointing:
         networks.network.enable_gradient_checkpointing()
     masking = None
     if networks.network.config.condition_channels:
         masking = Masking(vae, config.flow.shapes(own_masks), loop.seed)
+    batch = loop.train_batch_size * loop.gradient_accumulation_steps * process_state().num_processes
+    routing = None
+    if config.routing.route_share:
+        routing = Routing(config.routing, networks.network, (loop.max_train_steps * batch, batch))
     stage = FlowStage(
         networks.network,
         config.flow,
         loop.seed,
         networks.text_encoder if networks.trained_text else None,
         masking,
+        routing,
+        make_alignment(config.alignment, networks.network),
+        samples=loop.max_train_steps * batch,
     )
     told = bool(networks.network.config.size_conditioning)
     unit = downscale_factor(vae) * networks.network.config.get("patch_size", 1)
@@ -173,7 +245,7 @@ def train(config: Config, again: str) -> None:
     def sized(framed: Framing, number: int) -> Sized:
         part, size = framed.part(number), framed.sizes[number]
         views = {}
-        if masking is not None:
+        if stage.needs_pixels:
             views["pixels"] = cached_pixels(part, size, data.background)
         if own_masks:
             own = cached_masks(part, size)
@@ -200,16 +272,22 @@ def train(config: Config, again: str) -> None:
             seed=loop.seed,
         )
 
-    train_data = latent_data(framed)
+    own_data = latent_data(framed)
+    train_data: LatentData | MixedData = own_data
+    if prior:
+        samples = prior_data(
+            str(config.init_from), prior, networks, output / "prior", loop.seed, masking is not None, told
+        )
+        train_data = MixedData(own_data, samples, config.fine_tuning.prior_share)
     centre = dataclasses.replace(framing, crops=1)
     held_out = latent_data(cut(validation.once(), config=centre)) if len(validation) else None
     vae.cpu()
 
     # ---- training ----
     device = process_state().device
-    id2label = dict(enumerate(source.classes)) if source.kind == "class" else None
+    id2label = dict(enumerate(networks.classes)) or None
 
-    def pipeline() -> LatentFlowPipeline:
+    def pipeline(networks: Networks = networks) -> LatentFlowPipeline:
         return LatentFlowPipeline(
             vae=vae,
             transformer=networks.network,
@@ -223,7 +301,7 @@ def train(config: Config, again: str) -> None:
         )
 
     def export(folder: Path) -> None:
-        result = pipeline()
+        result = pipeline() if adapter is None else pipeline(adapter.merged())
         if config.export_dtype != "float32":
             result = copy.deepcopy(result).to(dtype=getattr(torch, config.export_dtype))
         result.save_pretrained(folder)
@@ -235,6 +313,8 @@ def train(config: Config, again: str) -> None:
         )
         write_card(folder, output, facts)
         carry_over(output / "pipeline", folder)
+        if adapter is not None:
+            write_folder(output / "adapter", partial(adapter.save, earlier=output / "adapter"))
 
     flops = sample_flops(networks.network, stage.text_encoder, train_data, latent_size)
     if loop.compile:
@@ -252,15 +332,27 @@ def train(config: Config, again: str) -> None:
         ),
         description={
             "network": networks.describe(),
-            "flow": dataclasses.asdict(config.flow),
+            **({} if adapter is None else {"adapter": adapter.description()}),
+            "flow": config.flow.describe(),
             "data": training.fingerprint(),
-            **({"framing": dataclasses.asdict(framing)} if framing != FramingConfig() else {}),
-            "batch": loop.train_batch_size * loop.gradient_accumulation_steps * process_state().num_processes,
+            **({"prior": [len(prior), config.fine_tuning.prior_share]} if prior else {}),
+            **{
+                name: dataclasses.asdict(one)
+                for name, one in {
+                    "framing": framing,
+                    "routing": config.routing,
+                    "alignment": config.alignment,
+                }.items()
+                if one != type(one)()
+            },
+            "batch": batch,
             "seed": loop.seed,
         },
         resume_line=again,
         flops=flops,
     )
+    if finished and config.init_from and len(training) <= FEW and process_state().is_main_process:
+        tell_memorised(output, training, validation, data.background, device)
     if finished:
         try_it = shlex.join(["latentflow", "generate", "--checkpoint", str(output / "pipeline")])
         log.info(f"done: {output / 'pipeline'}; try it with\n  {try_it}")

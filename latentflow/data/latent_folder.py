@@ -299,7 +299,9 @@ class LatentFolder(Source):
         return np.repeat(np.arange(len(self), dtype=np.int32), repeats)  # type: ignore[return-value]
 
     def class_ids(self) -> list[int]:
-        return self.index.numbers("class_id", self.rows).astype(np.int64)  # type: ignore[return-value]
+        stored = self.index.numbers("class_id", self.rows)
+        numbers = [self.classes.index(name) for name in self.store.description["classes"]]
+        return np.asarray(numbers, dtype=np.int64)[stored]  # type: ignore[return-value]
 
     def groups(self) -> Array:
         """(N,): the number of the group of near duplicates that each picture was in."""

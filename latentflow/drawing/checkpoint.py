@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .adapters import AdapterChoice, add_adapters
 
 # In an installed wheel under latentflow/programs/, in a clone beside latentflow/.
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -53,16 +54,22 @@ def taken_by(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Takes:
     )
 
 
-def open_pipeline(kind: str, checkpoint: str | None = None, device: str = "auto") -> Any:
+def open_pipeline(
+    kind: str,
+    checkpoint: str | None = None,
+    device: str = "auto",
+    adapters: AdapterChoice | None = None,
+) -> Any:
     """The pipeline of the class that ``latentflow`` calls ``kind``, on its device.
 
     Args:
         kind: such as "LatentFlowPipeline".
         checkpoint: pipeline folder, run folder or hub id; None: the shipped checkpoint.
         device: "auto" (a GPU if there is one) or torch's name of one.
+        adapters: what is merged into it.
 
     Raises:
-        UserError: there is no such checkpoint, or the shipped one is missing.
+        UserError: there is no such checkpoint, or the shipped one is missing; an adapter does not fit.
     """
     source = _source(checkpoint)
     import diffusers.utils.logging
@@ -74,6 +81,8 @@ def open_pipeline(kind: str, checkpoint: str | None = None, device: str = "auto"
         library.set_verbosity_error()
         library.disable_progress_bar()  # of loading; drawing has its own
     pipeline = getattr(latentflow, kind).from_pretrained(source)
+    if adapters is not None:
+        add_adapters(pipeline, adapters)
     return pipeline.to(fastest_device() if device == "auto" else device)
 
 

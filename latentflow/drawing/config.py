@@ -8,11 +8,12 @@ from typing import Annotated
 import tyro
 
 from ..errors import UserError
+from .adapters import AdapterChoice
 from .files import check_format
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingConfig:
+class DrawingConfig(AdapterChoice):
     """How pictures are drawn, and where they go."""
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "out.png"

@@ -29,7 +29,7 @@ class Memorisation(NamedTuple):
 
 
 def memorisation(
-    generated: Tensor, train: Tensor, held_out: Tensor, *, space: str = "pixels-32"
+    generated: Tensor, train: Tensor, held_out: Tensor | None, *, space: str = "pixels-32"
 ) -> Memorisation:
     """Compare nearest-neighbour distances in a feature space, without learned weights.
 
@@ -37,19 +37,25 @@ def memorisation(
     raises the ratio and hides copies: hold out what is as new as a generated picture should be.
 
     Args:
-        generated, train, held_out: (N, 3, H, W) in [-1, 1], each with at least one image.
+        generated, train, held_out: (N, 3, H, W) in [-1, 1], each with at least one image. Without ``held_out`` each
+            training picture stands for one that was held out, beside the others (of which there must be one).
 
     Raises:
         ValueError: a set is empty.
     """
-    if not (len(generated) and len(train) and len(held_out)):
+    fresh = train[1:] if held_out is None else held_out
+    if not (len(generated) and len(train) and len(fresh)):
         raise ValueError(
-            f"a set is empty: {len(generated)} generated, {len(train)} train, {len(held_out)} held out"
+            f"a set is empty: {len(generated)} generated, {len(train)} train, {len(fresh)} held out"
         )
     reference = features(train, space)
     scale = reference.shape[1] ** 0.5
     near_generated = distances(features(generated, space), reference).amin(1) / scale
-    near_held_out = distances(features(held_out, space), reference).amin(1) / scale
+    if held_out is None:
+        among = distances(reference, reference).fill_diagonal_(float("inf"))
+    else:
+        among = distances(features(held_out, space), reference)
+    near_held_out = among.amin(1) / scale
     threshold = torch.quantile(near_held_out, 0.05)
     medians = float(near_generated.quantile(0.5)), float(near_held_out.quantile(0.5))
     return Memorisation(

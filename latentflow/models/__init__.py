@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from .condition import Condition
 from .dit import DiT
-from .presets import DIT_PRESETS, dit_config
-from .text import encode_text, load_text_encoder, small_text_encoder, train_tokenizer
+from .presets import BLOCKS, DIT_PRESETS, dit_config
+from .text import encode_text, load_text_encoder, small_text_encoder, train_tokenizer, with_words
 from .unet import UNet
 
 MODELS: dict[str, type[DiT] | type[UNet]] = {"dit": DiT, "unet": UNet}
 
 __all__ = [
+    "BLOCKS",
     "DIT_PRESETS",
     "MODELS",
     "Condition",
@@ -21,4 +22,5 @@ __all__ = [
     "load_text_encoder",
     "small_text_encoder",
     "train_tokenizer",
+    "with_words",
 ]

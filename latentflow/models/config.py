@@ -22,12 +22,17 @@ class NetworkConfig:
     """Number of blocks (dit)."""
     heads: int | None = None
     """Attention heads (dit)."""
+    block: Literal["modern", "plain"] | None = None
+    """The next four at once, and the scale of the times (dit): modern (RMSNorm, SwiGLU, rotary positions, normalised
+    queries and keys), or plain as in DiT and SiT (LayerNorm, GELU, sin-cos positions)."""
     norm: Literal["rms", "layer"] | None = None
     """Normalisation (dit)."""
     activation: Literal["swiglu", "gelu"] | None = None
     """Feed-forward activation (dit)."""
     position: Literal["rope", "sincos"] | None = None
     """Positions: rotary, or the fixed sin-cos table alone (dit)."""
+    qk_norm: bool | None = None
+    """Normalise queries and keys (dit)."""
     registers: int | None = None
     """Register tokens (dit)."""
     gradient_checkpointing: bool = False

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from diffusers import ModelMixin  # as a name of this module: diffusers' loader looks for it here
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -28,11 +29,24 @@ from .embeddings import (
     unpatchify,
 )
 from .inputs import check_inputs
+from .routing import Rope, Route
 
 POSITIONS = ("rope", "sincos")
 
 
-class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class WithFeatures(NamedTuple):
+    """What training may ask a `DiT` for.
+
+    Attributes:
+        velocity: (B, in_channels, H, W); None if only the features were asked for.
+        features: (B, N, width), the tokens of the latent behind some block; with a route, of those that pass.
+    """
+
+    velocity: Tensor | None
+    features: Tensor
+
+
+class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Diffusion transformer with adaLN-zero (arXiv:2212.09748), for any rectangular latent.
 
     The default is the modern block (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries
@@ -121,8 +135,16 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 self.pos_embed.copy_(sincos_table(self.grid[0], self.grid[1], width, torch.device("cpu")))
 
     def forward(
-        self, x: Tensor, t: Tensor | float, cond: Condition | None = None, return_dict: bool = False
-    ) -> Tensor | Transformer2DModelOutput:
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        cond: Condition | None = None,
+        return_dict: bool = False,
+        *,
+        route: Route | None = None,
+        features: int | None = None,
+        only_features: bool = False,
+    ) -> Tensor | Transformer2DModelOutput | WithFeatures:
         """The velocity at ``x`` and time ``t``.
 
         Args:
@@ -130,6 +152,9 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
             t: in [0, 1], 0 = noise, 1 = data; a scalar or (B,).
             cond: None = every row is the learned null.
             return_dict: return diffusers' `Transformer2DModelOutput` instead of the tensor.
+            route: spare some tokens the middle blocks (training only).
+            features: also return the tokens behind this many blocks, 1 .. ``depth``, see `WithFeatures`.
+            only_features: stop there.
 
         Returns:
             (B, in_channels, H, W), in the type of ``x``.
@@ -149,17 +174,39 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         c = self.t_embedder(times)
         c = c if vector is None else c + vector
         tokens = self._embed_latent(x, cond.channels, height, width)
-        rope = self._rope(height, width, tokens)
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, c, rope, text, text_mask)
-            else:
-                tokens = block(tokens, c, rope, text, text_mask)
-        if self.register_tokens is not None:
-            tokens = tokens[:, len(self.register_tokens) :]
-        features = self.final_layer(tokens, c)
-        velocity = unpatchify(features, patch, height, width)[:, : x.shape[1]].to(x.dtype)
+        rope = all_rope = self._rope(height, width, tokens)
+        registers, everything, seen = tokens.shape[1] - height * width, tokens, tokens
+        for number, block in enumerate(self.blocks):
+            if route is not None and number == route.first:
+                everything = tokens
+                tokens, rope = route.leave(tokens, all_rope, registers)
+            tokens = self._block(block, tokens, c, rope, text, text_mask)
+            if route is not None and number + 1 == route.last:
+                tokens, rope = route.come_back(everything, tokens, registers), all_rope
+            if number + 1 == features:
+                seen = tokens[:, registers:]
+                if only_features:
+                    return WithFeatures(None, seen)
+        patches = self.final_layer(tokens[:, registers:], c)
+        velocity = unpatchify(patches, patch, height, width)[:, : x.shape[1]].to(x.dtype)
+        if features is not None:
+            return WithFeatures(velocity, seen)
         return Transformer2DModelOutput(sample=velocity) if return_dict else velocity
+
+    def _block(
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        c: Tensor,
+        rope: Rope | None,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+    ) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            recomputed: Tensor = self._gradient_checkpointing_func(block, tokens, c, rope, text, text_mask)
+            return recomputed
+        out: Tensor = block(tokens, c, rope, text, text_mask)
+        return out
 
     def _embed_latent(self, x: Tensor, channels: Tensor | None, height: int, width: int) -> Tensor:
         """-> (B, registers + height * width, D)."""
@@ -180,7 +227,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
             return self.pos_embed.to(tokens.dtype)
         return sincos_table(height, width, tokens.shape[-1], tokens.device).to(tokens.dtype)
 
-    def _rope(self, height: int, width: int, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _rope(self, height: int, width: int, tokens: Tensor) -> Rope | None:
         if self.position != "rope":
             return None
         registers = tokens.shape[1] - height * width

@@ -6,6 +6,26 @@ from typing import Any
 
 from ..errors import lookup
 
+# What a block and its inputs are made of. Both have as many parameters, but for the few of `qk_norm`.
+BLOCKS: dict[str, dict[str, Any]] = {
+    # LightningDiT's (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries and keys.
+    "modern": {
+        "norm": "rms",
+        "activation": "swiglu",
+        "position": "rope",
+        "qk_norm": True,
+        "time_scale": 1000.0,
+    },
+    # DiT's (arXiv:2212.09748) with the times of SiT (arXiv:2401.08740).
+    "plain": {
+        "norm": "layer",
+        "activation": "gelu",
+        "position": "sincos",
+        "qk_norm": False,
+        "time_scale": 1.0,
+    },
+}
+
 
 def _sit(width: int, depth: int, heads: int) -> dict[str, Any]:
     """SiT (arXiv:2401.08740, table 1) with patches of 2 as released: ImageNet-256, 4 x 32 x 32 latents."""
@@ -17,14 +37,9 @@ def _sit(width: int, depth: int, heads: int) -> dict[str, Any]:
         "depth": depth,
         "heads": heads,
         "mlp_ratio": 4.0,
-        "norm": "layer",
-        "activation": "gelu",
-        "position": "sincos",
-        "qk_norm": False,
         "num_classes": 1000,
-        "time_scale": 1.0,
         "sample_size": 32,
-    }
+    } | BLOCKS["plain"]
 
 
 def _modern(width: int, depth: int, heads: int) -> dict[str, Any]:
@@ -42,15 +57,18 @@ DIT_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def dit_config(preset: str, **changes: Any) -> dict[str, Any]:
+def dit_config(preset: str, block: str | None = None, **changes: Any) -> dict[str, Any]:
     """The arguments of `DiT` for a preset on other data: ``DiT(**dit_config("B", in_channels=16))``.
 
-    Other ``in_channels`` also drop the preset's ``out_channels``, unless ``changes`` give them.
+    ``block``, one of ``BLOCKS``, takes the place of the preset's own. Other ``in_channels`` also drop the preset's
+    ``out_channels``, unless ``changes`` give them.
 
     Raises:
-        UserError: there is no such preset.
+        UserError: there is no such preset, or no such block.
     """
     config = dict(lookup(DIT_PRESETS, preset, "preset"))
+    if block is not None:
+        config |= lookup(BLOCKS, block, "block")
     if changes.get("in_channels", config.get("in_channels")) != config.get("in_channels"):
         config.pop("out_channels", None)
     return config | changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -65,6 +66,19 @@ def train_tokenizer(
         single=f"{START} $A", special_tokens=[(START, vocabulary.index(START))]
     )
     tokenizer.decoder = decoders.WordPiece()
+    return _fast(tokenizer, max_length)
+
+
+def with_words(tokenizer: PreTrainedTokenizerFast, words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of `train_tokenizer` that knows ``words`` as well: their ids come after those that there are."""
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = document["model"]["vocab"]
+    for word in words:
+        vocabulary.setdefault(word, len(vocabulary))
+    return _fast(Tokenizer.from_str(json.dumps(document)), tokenizer.model_max_length)
+
+
+def _fast(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

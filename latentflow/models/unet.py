@@ -13,6 +13,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from .embeddings import LabelEmbed, SizeEmbed, TextEmbed, embed_condition, times
 from .inputs import check_inputs
 
 
-class UNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class UNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """A convolutional velocity network, with attention at every resolution but the first.
 
     Class and text become one vector, added to the time embedding; with text, the attention also looks at its

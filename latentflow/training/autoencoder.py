@@ -191,6 +191,9 @@ def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:
         optimizer=config.autoencoder_optimizer,
         lr_scheduler="linear",
         lr_decay_share=0.7,
+        ema_lengths=(),
+        lr_layer_decay=1.0,
+        early_stop=0,
         shard=False,  # small, and an adversarial step needs weights of both networks at once
     )
 

@@ -136,7 +136,8 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         "pipeline_tag": _TAGS.get(kind, "text-to-image"),
         "tags": ["latentflow", "flow-matching", *(["inpainting"] if facts.inpaints else [])],
     }
-    caption, label = _first(facts.source.captions() if kind == "text" else []), _first(facts.source.classes)
+    caption = _first(facts.source.captions() if kind == "text" else [])
+    label = (facts.source.examples[0].label or "") if kind == "class" else ""
     asked = {"text": [caption], "class": ["--class", label]}.get(kind, [])
     measured, figures = _last_figures(run.rows)
     return str(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ UTILISATION = 0.4  # of the peak: what well-run transformers of this size reach
 
 
 def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
-    """The cost of one sample of ``size`` x ``size`` latents and captions of ``text_length`` tokens, in float32.
+    """The cost of one sample of ``size`` x ``size`` latents and captions of ``text_length`` tokens (0: without one),
+    in float32.
 
     Args:
         network: a velocity network on any device, also the meta device; it is not changed.
@@ -72,8 +74,8 @@ def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
     x = _meta(_ROWS, config.in_channels, size, size)
     condition = Condition(
         class_labels=None if config.num_classes is None else _meta(_ROWS, dtype=torch.long),
-        text=None if config.text_dim is None else _meta(_ROWS, text_length, config.text_dim),
-        text_mask=None if config.text_dim is None else _meta(_ROWS, text_length, dtype=torch.bool),
+        text=_meta(_ROWS, text_length, config.text_dim) if config.text_dim and text_length else None,
+        text_mask=_meta(_ROWS, text_length, dtype=torch.bool) if config.text_dim and text_length else None,
         channels=_meta(_ROWS, config.condition_channels, size, size) if config.condition_channels else None,
         sizes=_meta(_ROWS, 6) if config.size_conditioning else None,
     )
@@ -121,14 +123,26 @@ def encoding_flops(vae: Autoencoder, resolution: int) -> float:
 
 
 def state_bytes(stage: nn.Module, loop: LoopConfig, dtype: torch.dtype) -> float:
-    """Weights, gradients, weight average and optimiser in float32, and the weights once more in ``dtype`` if lower."""
+    """Weights, gradients, weight averages and optimiser in float32, and the weights once more in ``dtype`` if lower."""
     trained = sum(one.numel() for one in stage.parameters() if one.requires_grad)
-    copies = 12 + (dtype.itemsize if dtype != torch.float32 else 0)
-    optimizer = 0.0
-    for one in make_optimizers(stage, loop):
-        moments = 1 if isinstance(one, Muon) else 2
-        optimizer += 4 * moments * sum(p.numel() for group in one.param_groups for p in group["params"])
+    copies = 12 + 4 * len(loop.ema_lengths) + (dtype.itemsize if dtype != torch.float32 else 0)
+    optimizer = sum(
+        _moment_bytes(one, parameter.numel())
+        for one in make_optimizers(stage, loop)
+        for group in one.param_groups
+        for parameter in group["params"]
+    )
     return copies * trained + optimizer
+
+
+def _moment_bytes(optimizer: torch.optim.Optimizer, size: int) -> int:
+    """What an optimiser keeps of a parameter of ``size`` elements."""
+    if isinstance(optimizer, Muon):
+        return 4 * size
+    # Two moments; in 8 bits with a float32 scale for each block of 256, where the tensor is large enough.
+    if type(optimizer).__name__ == "AdamW8bit" and size >= 4096:
+        return 2 * (size + 4 * math.ceil(size / 256))
+    return 8 * size
 
 
 def _count(forward: Callable[[], Tensor], weights: set[Tensor]) -> Cost:

@@ -1,24 +1,40 @@
-"""Exponential moving average of the weights."""
+"""Moving averages of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .post_hoc import exponent
 from .sharding import local
+
+
+def warmed_up(decay: float) -> Callable[[int], float]:
+    """An exponential average's ``min(decay, (1 + step) / (10 + step))``: initial weights do not rule short runs."""
+    return lambda step: min(decay, (1 + step) / (10 + step))
+
+
+def power_function(length: float) -> Callable[[int], float]:
+    """The average whose profile is a power of time: Karras et al. 2024 (EDM2, arXiv:2312.02696), section 3.1.
+
+    Args:
+        length: relative; see `exponent`.
+    """
+    power = exponent(length) + 1.0
+    return lambda step: (1.0 - 1.0 / step) ** power
 
 
 class WeightAverage:
     """Moving average of a module's trainable parameters, kept in float32 beside them.
 
-    The decay grows as ``min(decay, (1 + step) / (10 + step))``, so that the initial weights do not
-    rule short runs.
+    Args:
+        decay: step (1-based) -> the share of the average that stays; see `warmed_up` and `power_function`.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: Callable[[int], float]) -> None:
         self.decay = decay
         self._parameters = {name: one for name, one in module.named_parameters() if one.requires_grad}
         self.averages: dict[str, Tensor] = {
@@ -26,11 +42,15 @@ class WeightAverage:
         }
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the averages towards the current weights, after ``step`` (1-based) updates."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, step: int, instead: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Move the averages towards the current weights, after ``step`` (1-based) updates.
+
+        Args:
+            instead: parameter -> what to average in its place, or this process's part of it.
+        """
         averages = [local(one) for one in self.averages.values()]
-        torch._foreach_lerp_(averages, [local(one) for one in self._parameters.values()], 1 - decay)
+        weights = [local((instead or {}).get(one, one)) for one in self._parameters.values()]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
 
     @torch.no_grad()
     def load(self, averages: dict[str, Tensor]) -> None:

@@ -39,6 +39,11 @@ def signed(card: str) -> str:
     return f"{card}\n{_SIGNATURE.format(_digest(card))}\n"
 
 
+def unsigned(card: str) -> str:
+    """A card of `signed` without its last line."""
+    return card.replace("\r\n", "\n").rstrip("\n").rpartition("\n")[0]
+
+
 def is_generated(card: str) -> bool:
     """Whether a model card is one that `signed` made, and nobody has changed it since."""
     text, _, signature = card.replace("\r\n", "\n").rstrip("\n").rpartition("\n")

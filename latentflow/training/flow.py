@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,17 +25,23 @@ from ..flow import (
     WEIGHTINGS,
     Coupling,
     Path,
+    PathSample,
     TimeDensity,
+    UniformTimes,
     Weighting,
     loss_factor,
     make,
 )
 from ..models import Condition
+from .alignment import Alignment, Teacher
 from .batches import by_group, groups_of, numbered, to_device
+from .ema import WeightAverage
 from .latent_data import LatentData
 from .masking import OWN, Masking
 from .order import Draw, SampleRandom, seeded
+from .routing import Routing
 
+_LATER = {"time_uniform_from": 1.0}  # settings that earlier runs do not know, and what they did
 _VALIDATION_TIMES = 4  # noises and times per validation picture
 
 
@@ -70,6 +78,9 @@ class FlowConfig:
     with a weighting uniform, where the density decides nothing but how noisy the loss is."""
     time_options: dict[str, float] = field(default_factory=dict)
     """Its settings, such as `mean 0.5 std 1`; `shift 3` leans towards the noise, as large images need."""
+    time_uniform_from: float = 1.0
+    """Share of the run after which the training times are uniform, whatever the density before, such as 0.8; 1 for
+    never. (Logit-normal times speed up the start; see the public notes on LightningDiT, arXiv:2501.01423.)"""
     direction_weight: float = 0.0
     """Weight of the velocity-direction (cosine) term."""
     contrastive_weight: float = 0.0
@@ -101,6 +112,10 @@ class FlowConfig:
             raise UserError(
                 f"contrastive_weight {self.contrastive_weight}", "Use 0 to below 1; 0.05 is usual."
             )
+        if not 0.0 <= self.time_uniform_from <= 1.0:
+            raise UserError(
+                f"time_uniform_from {self.time_uniform_from}", "Use 0 to 1, a share of the run; 1 is never."
+            )
         if self.weighting_options and choices.weighting is None:
             raise UserError("weighting_options are given without a weighting", "Name one with --weighting.")
 
@@ -110,6 +125,12 @@ class FlowConfig:
             **DEFAULT_SHAPES,
             **({OWN: sum(DEFAULT_SHAPES.values())} if has_masks else {}),
         }
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values; a resumed run must have the same. What came later is left out where it changes nothing, so that
+        runs of before go on."""
+        values = dataclasses.asdict(self)
+        return {name: one for name, one in values.items() if name not in _LATER or one != _LATER[name]}
 
     def choices(self) -> Choices:
         """The entries of the tables that this config names."""
@@ -145,7 +166,9 @@ class FlowStage(nn.Module):
     what the condition needs: ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text``
     (B, L, D) and ``text_mask`` (B, L), or ``sizes`` (B, 6); perhaps ``weights`` (B,), factors on the losses in their
     mean, of which ``per_sample`` holds the plain ones. With ``masking`` the network also gets what is known of each
-    picture, and the batch holds what `Masking` needs.
+    picture, and the batch holds what `Masking` needs. With ``routing`` some tokens skip blocks while it is trained;
+    with ``alignment`` a second loss is added, logged as ``alignment``, and the batch may have to hold ``pixels``.
+    ``samples`` is how many draws the whole run has, which ``time_uniform_from`` is a share of.
     """
 
     def __init__(
@@ -155,24 +178,48 @@ class FlowStage(nn.Module):
         seed: int,
         text_encoder: PreTrainedModel | None = None,
         masking: Masking | None = None,
+        routing: Routing | None = None,
+        alignment: Alignment | None = None,
+        samples: int | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.text_encoder = text_encoder
-        self._config, self._seed, self._masking = config, seed, masking
+        self.alignment = alignment
+        self._average: WeightAverage | None = None
+        self._config, self._seed, self._masking, self._routing = config, seed, masking, routing
         self._choices = config.choices()
+        self._uniform = UniformTimes(shift=self._choices.density.shift)
+        if samples is None and config.time_uniform_from < 1.0:
+            raise ValueError("time_uniform_from is a share of the run: give the samples of the run")
+        self._uniform_from = math.inf if samples is None else config.time_uniform_from * samples
 
     @property
     def masked(self) -> bool:
-        """Whether the network sees masked pictures, and a batch must hold ``pixels``."""
+        """Whether the network sees masked pictures."""
         return self._masking is not None
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether a batch must hold ``pixels``."""
+        return self.masked or (self.alignment is not None and self.alignment.needs_pixels)
+
+    @property
+    def learns_from_average(self) -> bool:
+        """Whether the loop must hand over the weight average (`use_average`)."""
+        return self.alignment is not None and self.alignment.needs_average
+
+    def use_average(self, average: WeightAverage) -> None:
+        """Learn from this average of the stage's weights; without one, from the weights as they are."""
+        self._average = average
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         config, choices = self._config, self._choices
         x1 = batch["latents"]
         random = SampleRandom(self._seed, batch["numbers"], x1.device)
         u = random.uniform()
-        t = choices.density.quantile(u)
+        late = self._late(batch["numbers"], u)
+        t = torch.where(late, self._uniform.quantile(u), choices.density.quantile(u))
         drop = random.uniform() < (config.condition_dropout if self.training else 0.0)
         x0 = random.normal(x1.shape[1:])
         if "latents_std" in batch:
@@ -185,29 +232,78 @@ class FlowStage(nn.Module):
                 x0 = known_source(x0, masked.known, masked.hole)
         x0 = choices.coupling(x0, x1, _for_coupling(condition), seeded(self._seed, 2, batch["numbers"][0]))
         sample = choices.path.sample(x0, x1, t.to(x1.dtype))
-        output = self.network(choices.path.scale_input(sample.xt, sample.t), sample.t, condition)
+        output, distance = self._predict(batch, sample, condition, random)
         per_sample = choices.objective(
             output,
             sample,
             path=choices.path,
             prediction=config.prediction,
-            weight=self._weight(t, u),
+            weight=self._weight(t, u, late),
             direction_weight=config.direction_weight,
             contrastive_weight=config.contrastive_weight if self.training and len(x1) > 1 else 0.0,
         )
-        weighted = per_sample * batch["weights"] if "weights" in batch else per_sample
-        return {"loss": weighted.mean(), "per_sample": per_sample.detach(), "t": t.detach()}
+        result = {"per_sample": per_sample.detach(), "t": t.detach()}
+        total = per_sample
+        if distance is not None and self.alignment is not None:
+            total = per_sample + self.alignment.weight * distance
+            result["alignment"] = distance.detach().mean()
+        return {"loss": (total * batch["weights"] if "weights" in batch else total).mean()} | result
 
-    def _weight(self, t: Tensor, u: Tensor) -> Tensor | None:
+    def _predict(
+        self, batch: dict[str, Any], sample: PathSample, condition: Condition, random: SampleRandom
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's prediction, and (B,) how far its features are from what they shall be like, if anything."""
+        given = self._choices.path.scale_input(sample.xt, sample.t), sample.t, condition
+        if not self.training or (self._routing is None and self.alignment is None):
+            return self.network(*given), None
+        route = None
+        if self._routing is not None:
+            route = self._routing(sample.xt.shape, random, batch["numbers"][0])
+        if self.alignment is None:
+            return self.network(*given, route=route), None
+        patch = self.alignment.patch_size
+        grid = sample.xt.shape[2] // patch, sample.xt.shape[3] // patch
+        teacher = self._teacher(batch, sample, condition)
+        target = self.alignment.target(batch, sample.t, grid, random, teacher)
+        output, features = self.network(*given, route=route, features=self.alignment.block)
+        return output, self.alignment(features, target, route)
+
+    def _teacher(self, batch: dict[str, Any], sample: PathSample, condition: Condition) -> Teacher:
+        """The averaged network, and text encoder, on the same pairs under the same conditions."""
+
+        def features(t: Tensor, blocks: int) -> Tensor:
+            kind, average = t.device.type, self._average
+            # Autocast must not keep the averages' copies in lower precision: it would take them for the weights'.
+            lower = torch.autocast(
+                kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+            )
+            with torch.no_grad(), lower, average.applied() if average is not None else nullcontext():
+                averaged = self._condition(batch, condition.drop)
+                averaged = dataclasses.replace(averaged, channels=condition.channels)
+                path, t = self._choices.path, t.to(sample.xt.dtype)
+                xt = path.scale_input(path.sample(sample.x0, sample.x1, t).xt, t)
+                seen: Tensor = self.network(xt, t, averaged, features=blocks, only_features=True).features
+                return seen
+
+        return features
+
+    def _late(self, numbers: list[int], u: Tensor) -> Tensor:
+        """(B,) which draws have uniform times: of each by its own running number. None in validation."""
+        return torch.tensor(
+            [self.training and number >= self._uniform_from for number in numbers], device=u.device
+        )
+
+    def _weight(self, t: Tensor, u: Tensor, late: Tensor) -> Tensor | None:
         """(B,) factors on the squared errors; None for the plain loss."""
         path, weighting = self._choices.path, self._choices.weighting
         if weighting is None:
             return None
-        return loss_factor(weighting, path, self._config.prediction, t, self._choices.density.slope(u))
+        slope = torch.where(late, self._uniform.slope(u), self._choices.density.slope(u))
+        return loss_factor(weighting, path, self._config.prediction, t, slope)
 
-    def _condition(self, batch: dict[str, Any], drop: Tensor) -> Condition:
+    def _condition(self, batch: dict[str, Any], drop: Tensor | None) -> Condition:
         text, mask = batch.get("text"), batch.get("text_mask")
-        if self.text_encoder is not None:
+        if self.text_encoder is not None and "input_ids" in batch:
             length = int(
                 batch["attention_mask"].sum(1).max()
             )  # no work on columns that are padding in all rows

@@ -49,9 +49,10 @@ class Gradients:
         self._accelerator, self._phase = accelerator, phase
         self.micro_batch = config.train_batch_size
         self.random: checkpoint.State = {}
+        self._losses: list[Batch] = []  # of the last step, by sample
 
-    def compute(self, batches: Iterator[list[Batch]], step: int) -> tuple[dict[str, float], list[str]]:
-        """The gradients of step ``step`` (1-based) -> its values to log, and the samples whose loss is not finite.
+    def compute(self, batches: Iterator[list[Batch]], step: int) -> dict[str, Tensor]:
+        """The gradients of step ``step`` (1-based) -> its values to log, on the device: reading them waits for it.
 
         Raises:
             DataFailed, OutOfMemory: the weights and their optimisers are as before the step.
@@ -88,9 +89,13 @@ class Gradients:
             )
         return micros
 
-    def _backward_passes(self, micros: Iterable[list[Batch]]) -> tuple[dict[str, float], list[str]]:
-        values: dict[str, float] = {}
-        suspects: list[str] = []
+    def suspects(self) -> list[str]:
+        """The samples of the last step whose loss is not finite."""
+        return [name for part in self._losses for name in self._nonfinite_samples(part)]
+
+    def _backward_passes(self, micros: Iterable[list[Batch]]) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        self._losses.clear()
         samples = self._config.gradient_accumulation_steps * self._config.train_batch_size
         for part, counts, last in self._passes(micros):
             parts_in_step = samples / len(part["numbers"])
@@ -107,8 +112,11 @@ class Gradients:
                         self._accelerator.backward(result["loss"] / parts_in_step * counts)
                 if counts:
                     _accumulate(values, result, parts_in_step)
-                    suspects += self._nonfinite_samples(part, result)
-        return values, suspects
+                    if "per_sample" in result:
+                        self._losses.append(
+                            {"index": part["index"], "per_sample": result["per_sample"], "t": result.get("t")}
+                        )
+        return values
 
     def _passes(self, micros: Iterable[list[Batch]]) -> Iterator[tuple[Batch, bool, bool]]:
         """What passes through the network in a step: rows, whether they count, whether they are the last.
@@ -125,13 +133,11 @@ class Gradients:
                 last = micro == self._config.gradient_accumulation_steps and number == passes - 1
                 yield parts[min(number, len(parts) - 1)], number < len(parts), last
 
-    def _nonfinite_samples(self, batch: Batch, result: Batch) -> list[str]:
-        if "per_sample" not in result or torch.isfinite(result["loss"]):
-            return []
-        bad = (~torch.isfinite(result["per_sample"])).nonzero().flatten().tolist()
-        times = result.get("t")
+    def _nonfinite_samples(self, part: Batch) -> list[str]:
+        bad = (~torch.isfinite(part["per_sample"])).nonzero().flatten().tolist()
+        times = part["t"]
         return [
-            self._data.name(int(batch["index"][row]))
+            self._data.name(int(part["index"][row]))
             + (f" (t = {float(times[row]):.4f})" if times is not None else "")
             for row in bad
         ]
@@ -170,7 +176,8 @@ class Gradients:
         )
 
 
-def _accumulate(values: dict[str, float], result: Batch, parts: float) -> None:
+def _accumulate(values: dict[str, Tensor], result: Batch, parts: float) -> None:
     for name, value in result.items():
         if isinstance(value, Tensor) and value.ndim == 0:
-            values[name] = values.get(name, 0.0) + float(value.detach()) / parts
+            value = value.detach().double() / parts
+            values[name] = values[name] + value if name in values else value

@@ -24,9 +24,10 @@ from torch.profiler import record_function
 from ..errors import RunError, UserError
 from ..memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
 from . import checkpoint
-from .batches import DataFailed, TrainingData, groups_of, load_batches
+from .batches import DataFailed, TrainingData, groups_of, load_batches, second_of
 from .callbacks import Callbacks, with_averages
 from .config import LoopConfig
+from .early_stop import EarlyStop
 from .folders import clean_up, write_folder
 from .gradients import Gradients
 from .optimizers import learning_rate
@@ -40,6 +41,7 @@ from .run_lock import run_lock
 from .saving import Saver, attempts, cannot_write
 from .sharding import whole
 from .signals import stop_on_signal
+from .snapshots import Snapshots
 from .speed import matrix_product_rate
 
 log = logging.getLogger(__name__)
@@ -113,6 +115,13 @@ class _Loop:
         self.main = self.accelerator.is_main_process
         self.players = [Player(name, one, config, self.accelerator) for name, one in players.items()]
         self.sharded = any(player.sharded for player in self.players)
+        if config.early_stop and (callbacks.validate is None or not config.validation_steps):
+            raise UserError(
+                "--early-stop without validations",
+                "Hold pictures out (--validation 0.1), and validate (--validation-steps).",
+            )
+        self.early = EarlyStop(config.early_stop, self.players, self.accelerator)
+        second, second_share = second_of(data)
         self.order = DataOrder(
             size=len(data),
             batch_size=config.train_batch_size,
@@ -120,12 +129,16 @@ class _Loop:
             processes=self.accelerator.num_processes,
             seed=config.seed,
             groups=groups_of(data),
+            second=second,
+            second_share=second_share,
         )
         # As it comes back from a checkpoint.
         self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))
         self.step = 0
         self.skipped_in_a_row = 0
+        self._validated: float | None = None  # the loss of the running step's validation
         self.phase, self.flops = phase, flops
+        self.snapshots = Snapshots(output, self.players, config, main=self.main)
         self.gradients = Gradients(self.players, data, config, self.accelerator, phase)
 
     # ---- the run, top to bottom ----
@@ -149,16 +162,24 @@ class _Loop:
             full_rate=self._full_rate() if self.main else None,
         )
         try:
-            if self.step < last:
+            if self.step < last and not self.early.stopped:
+                self.snapshots.begin(self.step)
                 return self._train(last)
-            self.report.say(
-                f"step {last}, the target, is already reached in {self.output}: nothing to do (a higher target goes on)"
-            )
+            if self.early.stopped:
+                self.report.say(
+                    f"{self.early.line(self.step)}: nothing to do (a higher --early-stop goes on)"
+                )
+            else:
+                self.report.say(
+                    f"step {last}, the target, is already reached in {self.output}: nothing to do (a higher target "
+                    "goes on)"
+                )
             self._export()  # if the run was killed before it was complete
             return True
         finally:
             try:
                 self.saver.close()
+                self.snapshots.close()
             finally:
                 self.report.close()
 
@@ -170,12 +191,12 @@ class _Loop:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         with stop_on_signal() as stop, self._profiler() as profiled:
-            while self.step < last:
+            while self.step < last and not self.early.stopped:
                 try:
-                    values, suspects = self.gradients.compute(batches, self.step + 1)
+                    computed = self.gradients.compute(batches, self.step + 1)
                 except (DataFailed, OutOfMemory) as error:  # no weight has changed in this step
                     raise self._saved_before(error) from error
-                values = self._update(values, suspects)
+                values = self._update(computed)
                 self.step += 1
                 stopping = in_any_process(self.accelerator, stop.requested)
                 with record_function("report"):
@@ -184,22 +205,24 @@ class _Loop:
                 if stopping and self.step < last:
                     self.report.say(f"stopped at step {self.step}, saved; resume with:\n  {self.resume_line}")
                     return False
+        if self.config.early_stop:
+            self.report.say(self.early.line(self.step))
         self._export()
         return True
 
-    def _update(self, values: dict[str, float], suspects: list[str]) -> dict[str, float]:
+    def _update(self, computed: dict[str, Tensor]) -> dict[str, float]:
         rate = learning_rate(self.step, self.config)
-        values = self._mean_over_processes(values)
         with record_function("clip"):
             norms = [self._clip(player) for player in self.players]
-        values |= {"lr": rate, "grad_norm": norms[0]}
+        values, read_norms = self._read(computed, norms)
+        values |= {"lr": rate, "grad_norm": read_norms[0]}
         # fp16: the scaler deals with overflowing gradients itself.
         scaled = self.accelerator.scaler is not None
-        finite = math.isfinite(values["loss"]) and (scaled or all(map(math.isfinite, norms)))
+        finite = math.isfinite(values["loss"]) and (scaled or all(map(math.isfinite, read_norms)))
         if finite:
             self.skipped_in_a_row = 0
         else:
-            self._skip(suspects, values)
+            self._skip(self.gradients.suspects(), values)
         with memory_phase(self.phase):
             for player in self.players:
                 player.update(self.step + 1, rate, skip=not finite)
@@ -215,15 +238,20 @@ class _Loop:
         validating, previewing = (
             _due(step, every, final) for every in (config.validation_steps, config.preview_steps)
         )
-        saving = _due(step, config.checkpointing_steps, final) or stopping
         if validating or previewing:
             self._gather_averages()
-        if self.main and validating:
-            self._attempt("validate", self._validate)
+        if validating:
+            self._validated = None
+            if self.main:
+                self._attempt("validate", self._validate)
+            self.early.validated(step, self._validated)
         if self.main and previewing:
             self._attempt("preview", self._preview)
-        if saving:
-            together(lambda: self._save(now=final or stopping))
+        ending = final or stopping or self.early.stopped
+        if _due(step, config.snapshot_steps, ending):
+            self.snapshots.take(step)  # before a checkpoint, which has all before it
+        if _due(step, config.checkpointing_steps, ending):
+            together(lambda: self._save(now=ending))
         elif validating or previewing:
             self.accelerator.wait_for_everyone()
 
@@ -242,9 +270,19 @@ class _Loop:
         rate = matrix_product_rate(device, compute_dtype(self.config.mixed_precision, device))
         return float(rate * self.accelerator.num_processes / self.flops)
 
-    def _clip(self, player: Player) -> float:
+    def _read(self, computed: dict[str, Tensor], norms: list[Tensor]) -> tuple[dict[str, float], list[float]]:
+        """The step's values, their mean over the processes, and norms: read at once, as that waits for the device."""
+        device = self.accelerator.device
+        values = torch.stack([one.double().to(device) for one in computed.values()])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, reduction="mean")
+        # The norm of no gradients at all (a player that sits out) is on the CPU.
+        numbers = torch.cat([values, torch.stack([one.to(values) for one in norms])]).tolist()
+        return dict(zip(computed, numbers, strict=False)), numbers[len(computed) :]
+
+    def _clip(self, player: Player) -> Tensor:
         limit = self.config.max_grad_norm or math.inf
-        return float(whole(self.accelerator.clip_grad_norm_(player.trained.parameters(), limit)))
+        return whole(self.accelerator.clip_grad_norm_(player.trained.parameters(), limit))
 
     def _skip(self, suspects: list[str], values: dict[str, float]) -> None:
         self.skipped_in_a_row += 1
@@ -263,7 +301,9 @@ class _Loop:
 
     def _validate(self) -> None:
         if self.callbacks.validate is not None:
-            self.report.validation(self.step, with_averages(self.players, self.callbacks.validate))
+            values = with_averages(self.players, self.callbacks.validate)
+            self._validated = values.get("loss")
+            self.report.validation(self.step, values)
 
     def _preview(self) -> None:
         if self.callbacks.preview is None:
@@ -298,15 +338,6 @@ class _Loop:
     def _gather_averages(self) -> None:
         for player in self.players:
             player.gather_averages()
-
-    # ---- several processes ----
-
-    def _mean_over_processes(self, values: dict[str, float]) -> dict[str, float]:
-        if self.accelerator.num_processes == 1:
-            return values
-        stacked = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
-        mean = self.accelerator.reduce(stacked, reduction="mean")
-        return dict(zip(values, mean.tolist(), strict=True))
 
     # ---- when something gives out ----
 
@@ -344,7 +375,7 @@ class _Loop:
         }
         for player in self.players:
             state |= player.state()
-        return state
+        return state | self.early.state()
 
     def _save(self, *, now: bool) -> None:
         if not (self.main or self.sharded):
@@ -368,6 +399,7 @@ class _Loop:
             ) from error
 
     def _export(self) -> None:
+        self.early.take_best()
         self._gather_averages()
         together(self._export_by_main)
 
@@ -392,7 +424,9 @@ class _Loop:
     def _clean_up(self) -> None:
         """Remove what a killed run left half-written; only here, where nobody else writes."""
         folder = self.callbacks.export_to
-        places = [(self.output / "checkpoints", checkpoint.CHECKPOINT_NAME)]
+        places = [
+            (one, checkpoint.CHECKPOINT_NAME) for one in (self.output / "checkpoints", self.snapshots.folder)
+        ]
         places += [(folder.parent, re.escape(folder.name))] if folder is not None else []
         for parent, name in places if self.main else ():
             for path in clean_up(parent, name):
@@ -404,9 +438,11 @@ class _Loop:
         if state is None:
             return
         self._check_same(state)
+        self.snapshots.check(state)
         try:
             for player in self.players:
                 player.load(state)
+            self.early.load(state)
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the checkpoint in {self.output} does not fit the networks: {str(error).splitlines()[0]}",

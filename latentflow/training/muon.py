@@ -37,6 +37,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
+# torch.optim.Muon takes each parameter as one 2-D matrix: neither the parts of a fused one nor convolutions.
 class Muon(torch.optim.Optimizer):
     """Muon for weight matrices and convolutions; embeddings, vectors and first and last layers belong to AdamW.
 

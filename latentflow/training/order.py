@@ -22,6 +22,8 @@ class Draw:
 class DataOrder:
     """Every epoch is a fresh permutation; batches run on across epoch ends, so no sample is dropped or repeated.
 
+    Of two sets that are mixed each has epochs of its own, and every step has the same number of samples of each.
+
     Args:
         size: samples in the data set.
         batch_size: of one forward pass of one process.
@@ -29,6 +31,8 @@ class DataOrder:
         processes: processes that share a step.
         seed: of the permutations.
         groups: (size,) int64; samples of one group share steps where they can (see `grouped_permutation`).
+        second: how many of the samples, the last ones, are a second set.
+        second_share: the share of each step that is of the second set, rounded to samples; some of each at least.
     """
 
     size: int
@@ -37,11 +41,20 @@ class DataOrder:
     processes: int = 1
     seed: int = 0
     groups: torch.Tensor | None = None
+    second: int = 0
+    second_share: float = 0.0
 
     @property
     def global_batch(self) -> int:
         """Samples per optimiser step over all processes."""
         return self.batch_size * self.accumulation * self.processes
+
+    @property
+    def second_per_step(self) -> int:
+        """Those of them that are of the second set."""
+        if not self.second:
+            return 0
+        return min(max(1, round(self.second_share * self.global_batch)), self.global_batch - 1)
 
     def batches(self, first_step: int, last_step: int, process: int) -> Iterator[list[Draw]]:
         """The forward passes of one process for the steps ``first_step`` .. ``last_step - 1``, in order.
@@ -49,23 +62,37 @@ class DataOrder:
         Micro-batch m of step s covers the running numbers from ``s * global_batch + (m * processes + process) *
         batch_size``, so the union over processes is the same whatever their number.
         """
-        epoch, permutation = -1, torch.empty(0, dtype=torch.long)
+        kept = [(-1, torch.empty(0, dtype=torch.long))] * 2  # epoch and permutation of either set
         for step in range(first_step, last_step):
             for micro in range(self.accumulation):
                 start = step * self.global_batch + (micro * self.processes + process) * self.batch_size
                 draws = []
                 for number in range(start, start + self.batch_size):
-                    if number // self.size != epoch:
-                        epoch = number // self.size
-                        permutation = self._permutation(epoch)
-                    draws.append(Draw(int(permutation[number % self.size]), number))
+                    part, place = self._place(number)
+                    size = self.second if part else self.size - self.second
+                    if place // size != kept[part][0]:
+                        kept[part] = place // size, self._permutation(place // size, part)
+                    draws.append(Draw(int(kept[part][1][place % size]), number))
                 yield draws
 
-    def _permutation(self, epoch: int) -> torch.Tensor:
+    def _place(self, number: int) -> tuple[int, int]:
+        """Which set a running number is of, and its running number among those of that set: spread over the step."""
+        step, place = divmod(number, self.global_batch)
+        share = self.second_per_step
+        before, after = (one * share // self.global_batch for one in (place, place + 1))
+        if after > before:
+            return 1, step * share + before
+        return 0, step * (self.global_batch - share) + place - before
+
+    def _permutation(self, epoch: int, part: int) -> torch.Tensor:
+        first = self.size - self.second
+        if part:
+            return first + torch.randperm(self.second, generator=seeded(self.seed, 5, epoch))
         generator = seeded(self.seed, 0, epoch)
         if self.groups is None:
-            return torch.randperm(self.size, generator=generator)
-        return grouped_permutation(self.groups, epoch * self.size, self.global_batch, generator)
+            return torch.randperm(first, generator=generator)
+        batch = self.global_batch - self.second_per_step
+        return grouped_permutation(self.groups[:first], epoch * first, batch, generator)
 
 
 def seeded(seed: int, stream: int, number: int) -> torch.Generator:

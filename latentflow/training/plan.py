@@ -230,7 +230,7 @@ def _random_batch(
     elif source.kind == "text":
         batch["text"] = torch.zeros(rows, 16, networks.network.config["text_dim"], device=device)
         batch["text_mask"] = torch.ones(rows, 16, dtype=torch.bool, device=device)
-    if stage.masked:
+    if stage.needs_pixels:
         side = latent_size * downscale_factor(vae)
         batch["pixels"] = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=device)
     return batch

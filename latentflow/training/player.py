@@ -11,14 +11,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from ..errors import UserError
 from .config import LoopConfig
-from .ema import WeightAverage
-from .optimizers import make_optimizers
+from .ema import WeightAverage, power_function, warmed_up
+from .optimizers import evaluated_weights, make_optimizers
 from .sharding import is_sharded, sharded, whole
 
 
 class Player:
     """A module with its optimisers and its weight average. Most runs have one, an adversarial run two.
+
+    A module with a true ``learns_from_average`` is given its average (``use_average``), to call while it is applied.
 
     Attributes:
         module: the module as the loop got it, and callbacks see it.
@@ -29,6 +32,11 @@ class Player:
     def __init__(self, name: str, module: nn.Module, config: LoopConfig, accelerator: Accelerator) -> None:
         self.name, self.module = name, module
         self.sharded = is_sharded(config, accelerator)
+        if self.sharded and getattr(module, "learns_from_average", False):
+            raise UserError(
+                "--alignment self cannot be used with --shard: no process holds the averaged network",
+                "Leave out one of the two; --alignment encoder can be sharded.",
+            )
         self._device, self._main = accelerator.device, accelerator.is_main_process
         if self.sharded:
             self.trained = sharded(
@@ -36,7 +44,15 @@ class Player:
             )
         else:
             self.trained = module.to(accelerator.device)
-        self.average = WeightAverage(self.trained, config.ema_decay)
+        # Schedule-free's x is an average by itself: with a decay of 0 this one is x.
+        decay = 0.0 if config.optimizer == "schedule-free" else config.ema_decay
+        self.average = WeightAverage(self.trained, warmed_up(decay))
+        self._tracked = {
+            f"{name}-average-{length:g}": WeightAverage(self.trained, power_function(length))
+            for length in config.ema_lengths
+        }
+        if getattr(module, "learns_from_average", False):
+            module.use_average(self.average)  # type: ignore[operator]
         optimizers = make_optimizers(self.trained, config)
         # Evaluation mode: autocast only, without averaging gradients over the processes, which FSDP2 does itself.
         self.prepared: nn.Module = accelerator.prepare_model(
@@ -50,19 +66,28 @@ class Player:
             f"{self.name}-weights": self.trained.state_dict(),
             f"{self.name}-average": self.average.averages,
             f"{self.name}-optimizer": [one.optimizer.state_dict() for one in self.optimizers],
+            **self.tracked(),
         }
+
+    def tracked(self) -> dict[str, dict[str, Tensor]]:
+        """The power-function averages by their names in a checkpoint, live: not a copy."""
+        return {name: one.averages for name, one in self._tracked.items()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.trained.load_state_dict(state[f"{self.name}-weights"])
         self.average.load(state[f"{self.name}-average"])
+        for name, average in self._tracked.items():
+            average.load(state[name])
         for optimizer, one in zip(self.optimizers, state[f"{self.name}-optimizer"], strict=True):
             optimizer.optimizer.load_state_dict(one)
+            optimizer.train()  # schedule-free's, if it was saved in its other mode
 
     def parameter_of(self, key: str) -> Tensor | None:
         """The parameter that a tensor of `state` belongs to, by its name in a checkpoint; None if to none."""
         part, *path = key.split("/")
-        if part in (f"{self.name}-weights", f"{self.name}-average"):
+        weights = (f"{self.name}-weights", f"{self.name}-average", f"{self.name}-best", *self._tracked)
+        if part in weights:
             return dict(self.trained.named_parameters(remove_duplicate=False)).get("/".join(path))
         # <optimiser>/state/<parameter>/exp_avg
         if part == f"{self.name}-optimizer" and path[1:2] == ["state"]:
@@ -101,13 +126,15 @@ class Player:
         """Step ``step`` (1-based): the optimisers, unless ``skip``, at learning rate ``rate``; and the average."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             with record_function("optimizer"):
                 if not skip:
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         with record_function("average"):
-            self.average.update(step)
+            weights = evaluated_weights(one.optimizer for one in self.optimizers)
+            for average in (self.average, *self._tracked.values()):
+                average.update(step, weights)
 
     def forget_gradients(self) -> None:
         """Drop what backward passes have left so far."""

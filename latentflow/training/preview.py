@@ -33,7 +33,9 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
         captions = source.captions()
         asked = {"prompt": [captions[row] for row in rows]}
     elif source.kind == "class":
-        asked = {"class_labels": [index % len(source.classes) for index in range(_IMAGES)]}
+        shown = set(source.class_ids())  # first: a fine-tune's own classes, beside those of its checkpoint
+        order = sorted(range(len(source.classes)), key=lambda number: number not in shown)
+        asked = {"class_labels": [order[index % len(order)] for index in range(_IMAGES)]}
     settings: dict[str, Any] = {"num_inference_steps": 10, "output_type": "pt"}
     with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
         images = pipe(**asked, generator=_generators(_IMAGES), **settings).images.float().cpu()

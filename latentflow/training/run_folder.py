@@ -52,7 +52,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.result.is_dir() and (self.target is None or self.step >= self.target)
+        at_end = self.target is None or self.step >= self.target
+        stopped_early = any("stopped early at step" in line for line in self.log)  # `EarlyStop.line`
+        return self.result.is_dir() and (at_end or stopped_early)
 
     @property
     def processes(self) -> int:

@@ -30,6 +30,11 @@ def is_sharded(config: LoopConfig, accelerator: Accelerator) -> bool:
             "Leave it out; --gradient-checkpointing, or a smaller --train-batch-size and more "
             "--gradient-accumulation-steps, need less memory.",
         )
+    if config.optimizer == "adamw-8bit":
+        raise UserError(
+            "--optimizer adamw-8bit cannot be used with --shard: bitsandbytes has no sharded 8-bit moments",
+            "Use adamw: sharding spreads its moments over the processes.",
+        )
     if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise UserError("accelerate's --fsdp_offload_params is not supported", "Leave it out.")
     if accelerator.scaler is not None:

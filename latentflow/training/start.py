@@ -18,6 +18,7 @@ from ..data.described import few
 from ..errors import UserError
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ..models.config import NetworkConfig, TextConfig
+from .base import class_names, open_base, refuse_other_flow
 from .flow import FlowConfig
 
 log = logging.getLogger(__name__)
@@ -31,12 +32,14 @@ class Networks:
         network: the velocity network.
         text_encoder, tokenizer: None without captions.
         trained_text: whether the text encoder is trained along.
+        classes: the names of the classes, in the order of their numbers.
     """
 
     network: Any
     text_encoder: PreTrainedModel | None = None
     tokenizer: Any = None
     trained_text: bool = False
+    classes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """The architecture as plain values; a resumed run must have the same."""
@@ -82,10 +85,18 @@ def new_networks(
         if network.network == "unet":
             built: Any = UNet(**arguments)
         else:
-            names = ("patch_size", "width", "depth", "heads", "norm", "activation", "position", "registers")
+            names = (
+                "patch_size", "width", "depth", "heads", "norm", "activation", "position", "qk_norm", "registers",
+            )  # fmt: skip
             chosen = {name: getattr(network, name) for name in names if getattr(network, name) is not None}
-            built = DiT(**dit_config(network.network_preset, **arguments, **chosen))
-    return Networks(network=built, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
+            built = DiT(**dit_config(network.network_preset, network.block, **arguments, **chosen))
+    return Networks(
+        network=built,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        trained_text=trained,
+        classes=source.classes,
+    )
 
 
 def networks_from(
@@ -94,31 +105,27 @@ def networks_from(
     flow: FlowConfig,
     inpainting: bool = False,
     size_conditioning: bool = False,
+    latent_size: int | None = None,
 ) -> Networks:
     """A checkpoint's networks, fitted to other data: new classes get new rows, new words new embeddings.
+
+    Nothing else changes: latents of another size get the positions that belong to them, which are computed.
 
     With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero, and likewise
     with ``size_conditioning``: it draws exactly what it drew before.
 
     Args:
         checkpoint: a pipeline folder.
-        source: what they will be trained on. Rows of classes and words that the checkpoint knows are kept.
+        source: what they will be trained on, its classes those of `with_base_classes`.
         flow: how they will be trained; path and prediction must be the checkpoint's.
+        latent_size: side of the latents that they will be trained on; None: the checkpoint's.
 
     Raises:
         UserError: the checkpoint cannot be opened, is conditioned on something else than the source, or was
             trained on another path or to another prediction.
     """
-    from ..pipeline import LatentFlowPipeline
-
-    try:
-        pipe = LatentFlowPipeline.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--init-from {checkpoint}: {str(error).splitlines()[0]}",
-            "Give a pipeline folder, such as runs/cats/pipeline.",
-        ) from error
-    _check_same_flow(checkpoint, pipe, flow)
+    pipe = open_base(checkpoint)
+    refuse_other_flow(checkpoint, pipe, flow)
     old, config = pipe.transformer, dict(pipe.transformer.config)
     kinds = {"text": config.get("text_dim") is not None, "class": config.get("num_classes") is not None}
     if source.kind != "unconditional" and not kinds[source.kind]:
@@ -133,17 +140,24 @@ def networks_from(
         changes["condition_channels"] = mask_channels(pipe.vae)
     if size_conditioning:
         changes["size_conditioning"] = True
+    if latent_size not in (None, config["sample_size"]):
+        changes["sample_size"] = latent_size
     network = old
-    if changes:
+    if any(config.get(name) != value for name, value in changes.items()):
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
         network = type(old)(**(arguments | changes))
-        rows = [*(pipe.labels.get(name) for name in source.classes), config["num_classes"]]
-        _copy_weights(old, network, rows if source.kind == "class" else None)
+        _copy_weights(old, network)
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
-    trained = encoder is not None and getattr(tokenizer, "bos_token", None) == "[START]"  # one of ours
+    trained = encoder is not None and is_small_tokenizer(tokenizer)
     if trained and source.kind == "text":
         tokenizer, encoder = _extended_text(tokenizer, encoder, _texts(source))
-    return Networks(network=network, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained)
+    return Networks(
+        network=network,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        trained_text=trained,
+        classes=source.classes or class_names(pipe),
+    )
 
 
 def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
@@ -176,39 +190,24 @@ def _texts(source: Source) -> list[str]:
     return [caption for captions in source.all_captions() for caption in captions]
 
 
-def _check_same_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:
-    """What a network's output means is part of its weights."""
-    for name in ("path", "path_options", "prediction"):
-        trained, asked = pipe.config.get(name), getattr(flow, name)
-        if trained != asked:
-            flag = "--" + name.replace("_", "-")
-            words = (
-                [f"{key} {value}" for key, value in trained.items()]
-                if isinstance(trained, dict)
-                else [trained]
-            )
-            raise UserError(
-                f"--init-from {checkpoint} was trained with {name} {trained}, this run asks for {asked}",
-                f"Use {flag} {' '.join(words)}." if words else f"Leave {flag} out.",
-            )
-
-
 @torch.no_grad()
-def _copy_weights(old: nn.Module, new: nn.Module, rows: list[int | None] | None) -> None:
-    """Copy all weights; of class tables ``rows[i]`` of the old to row i of the new.
+def _copy_weights(old: nn.Module, new: nn.Module) -> None:
+    """Copy all weights. Class tables have rows for the old classes, then for new ones, then for the null.
 
-    The weights of input channels that only the new one has stay as they are: zero.
+    The weights of input channels that only the new one has stay as they are: zero. A table of positions of another
+    size stays as it was computed.
     """
     sources = dict(old.named_parameters())
     for name, target in new.named_parameters():
         if name not in sources:  # what is new says nothing at first
             continue
         source = sources[name]
-        if rows is not None and "embedding_table" in name:
-            _copy_rows(source, target, rows)
-        elif source.shape == target.shape:
+        if source.shape == target.shape:
             target.copy_(source)
-        else:
+        elif "embedding_table" in name:
+            known, new_rows = len(source) - 1, len(target) - len(source)
+            _copy_rows(source, target, [*range(known), *[None] * new_rows, known])
+        elif name != "pos_embed":
             target[:, : source.shape[1]] = source
 
 
@@ -233,6 +232,11 @@ def _extended_text(
     _copy_rows(source, encoder.get_input_embeddings().weight, [known.get(word) for word, _ in vocabulary])
     log.info("%d new words join the %d that the checkpoint knows", len(new_words), len(known))
     return longer, encoder
+
+
+def is_small_tokenizer(tokenizer: Any) -> bool:
+    """Whether the tokenizer is one of `train_tokenizer`, whose encoder is trained along."""
+    return getattr(tokenizer, "bos_token", None) == "[START]"
 
 
 def _text_dim(encoder: PreTrainedModel | None) -> int | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..drawing.adapters import AdapterChoice
 from ..drawing.checkpoint import open_pipeline, taken_by, takes
 from ..drawing.conditions import conditions
 from ..drawing.draw import BATCH, draw
@@ -67,12 +68,17 @@ class Order:
 class Studio:
     """One checkpoint, drawing for whoever asks, one request at a time."""
 
-    def __init__(self, checkpoint: str | None = None, device: str = "auto") -> None:
-        self._checkpoint, self._device = checkpoint, device
+    def __init__(
+        self, checkpoint: str | None = None, device: str = "auto", adapters: AdapterChoice | None = None
+    ) -> None:
+        self._checkpoint, self._device, self._adapters = checkpoint, device, adapters
         self._pipe: Any = None
         self._loading = threading.Lock()
         self._turns = Turns()
-        self.takes = takes(checkpoint) or taken_by(self.pipe.config, self.pipe.transformer.config)
+        known = (
+            None if adapters is not None and adapters.lora else takes(checkpoint)
+        )  # they may bring classes
+        self.takes = known or taken_by(self.pipe.config, self.pipe.transformer.config)
 
     @property
     def pipe(self) -> Any:
@@ -83,7 +89,9 @@ class Studio:
         """
         with self._loading:
             if self._pipe is None:
-                self._pipe = open_pipeline("LatentFlowPipeline", self._checkpoint, self._device)
+                self._pipe = open_pipeline(
+                    "LatentFlowPipeline", self._checkpoint, self._device, self._adapters
+                )
             return self._pipe
 
     # Everything below asks for the pipeline before it imports anything: of two threads that import torch or

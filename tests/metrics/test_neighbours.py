@@ -82,6 +82,9 @@ def test_memorisation_is_one_for_new_pictures_and_zero_for_copies() -> None:
     copied = memorisation(train[:20], train, held_out)
     assert (copied.ratio, copied.copies, copied.generated) == (0.0, 1.0, 0.0)
     assert memorisation(held_out, train, held_out).copies == pytest.approx(0.05, abs=0.03)
+    alone = memorisation(new, train, None)  # each training picture beside the others
+    assert alone.ratio == pytest.approx(1, abs=0.02)
+    assert memorisation(train[:20], train, None).ratio == 0.0
 
 
 def test_numbers_that_do_not_match_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentflow.errors import UserError
-from latentflow.models import DIT_PRESETS, Condition, DiT, dit_config
+from latentflow.models import BLOCKS, DIT_PRESETS, Condition, DiT, dit_config
 from latentflow.models.blocks import SwiGluMlp, attention, rms_norm
 from latentflow.models.embeddings import patchify, rope_table, rotate, sincos_table, unpatchify
 
@@ -259,3 +259,17 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 def test_a_latent_that_patches_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="5x4 does not divide into patches of 2"):
         build("dit", patch_size=2)(latents(1, 5, 4), 0.5)
+
+
+def test_the_plain_block_is_sits_and_the_modern_one_is_the_default() -> None:
+    plain = DIT_PRESETS["S"]
+    assert dit_config("small", "plain") == DIT_PRESETS["small"] | {
+        name: plain[name] for name in BLOCKS["plain"]
+    }
+    modern = on_meta(dit_config("S", "modern"))
+    assert {name: modern.config[name] for name in BLOCKS["modern"]} == {
+        name: on_meta(DIT_PRESETS["small"]).config[name] for name in BLOCKS["modern"]
+    }
+    assert dit_config("S", "modern", norm="layer")["norm"] == "layer"
+    with pytest.raises(UserError, match="'plain'"):
+        dit_config("S", "plan")

@@ -152,6 +152,7 @@ def test_conditional_ot_is_told_the_classes() -> None:
         ({"weighting": "sigmoids"}, "(?s)unknown weighting 'sigmoids'.*'sigmoid'"),
         ({"weighting_options": {"bias": 1.0}}, "without a weighting"),
         ({"time_density": "logitnormal"}, "(?s)'logitnormal'.*'logit-normal'"),
+        ({"time_uniform_from": 1.5}, "time_uniform_from 1.5"),
         ({"time_options": {"std": -1.0}, "time_density": "logit-normal"}, "std"),
     ],
 )
@@ -173,10 +174,10 @@ def test_a_diffusion_model_is_one_line(pictures: Path, tmp_path: Path) -> None:
     assert pipe("a red circle", num_inference_steps=3, solver="ddpm").images[0].size == (16, 16)
 
     again = [*line, "-o", tmp_path / "again", "--init-from", tmp_path / "run" / "pipeline"]
-    said = call(tmp_path / "cache", *again, expect=2)
-    assert "was trained with path variance-preserving" in said
-    assert "--path variance-preserving" in said
-    call(tmp_path / "cache", *again, *choices)
+    said = call(tmp_path / "cache", *again, "--prediction", "velocity", expect=2)
+    assert "was trained with prediction noise" in said and "--prediction noise" in said
+    call(tmp_path / "cache", *again)
+    assert LatentFlowPipeline.from_pretrained(tmp_path / "again" / "pipeline").path == pipe.path
 
 
 def test_validation_has_no_contrastive_term() -> None:
@@ -188,3 +189,40 @@ def test_validation_has_no_contrastive_term() -> None:
 
 def test_configs_compare_by_value() -> None:
     assert FlowConfig() == dataclasses.replace(FlowConfig())
+
+
+def test_late_times_are_uniform_each_by_its_own_number() -> None:
+    config = FlowConfig(time_uniform_from=0.75, time_options={"mean": 0.5, "shift": 2.0})
+    late = FlowStage(Exact(config), config, seed=0, samples=4000)
+    usual, uniform = (
+        stage(time_density=name, time_options={"shift": 2.0} | more)
+        for name, more in (("logit-normal", {"mean": 0.5}), ("uniform", {}))
+    )
+    rows = batch() | {
+        "numbers": list(range(3000 - ROWS // 2, 3000 + ROWS // 2))
+    }  # the change falls into a batch
+    t, before, after = (one(rows)["t"] for one in (late, usual, uniform))
+    half = ROWS // 2
+    assert torch.equal(t[:half], before[:half]) and torch.equal(t[half:], after[half:])
+    assert not torch.equal(before[half:], after[half:])
+    # Another micro-batch, and so another number of processes, changes nothing; validation stays what it was.
+    alone = batch(1) | {"numbers": rows["numbers"][-1:]}
+    assert torch.equal(late(alone)["t"], t[-1:])
+    assert torch.equal(late.eval()(rows)["t"], before)
+
+
+def test_a_weighting_means_the_same_before_and_after_the_change_of_times() -> None:
+    """What a sample's loss is divided by is the density that its own time was drawn from."""
+    config = FlowConfig(weighting="sigmoid", time_density="logit-normal", time_uniform_from=0.5)
+    late = FlowStage(Exact(config), config, seed=0, samples=2 * ROWS)
+    uniform = stage(weighting="sigmoid", time_density="uniform")
+    for one in (late, uniform):
+        one.network.register_forward_hook(lambda module, given, output: output + 0.1)
+    rows = batch() | {"numbers": list(range(ROWS, 2 * ROWS))}
+    torch.testing.assert_close(late(rows)["per_sample"], uniform(rows)["per_sample"])
+
+
+def test_runs_of_before_do_not_know_new_settings() -> None:
+    assert "time_uniform_from" not in FlowConfig().describe()
+    assert FlowConfig(time_uniform_from=0.8).describe()["time_uniform_from"] == 0.8
+    assert FlowConfig().describe()["path"] == "condot"

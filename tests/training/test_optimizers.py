@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from latentflow.errors import UserError
 from latentflow.models import DiT
+from latentflow.training import fit
+from latentflow.training.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.config import LoopConfig
-from latentflow.training.ema import WeightAverage
+from latentflow.training.cost import state_bytes
+from latentflow.training.ema import WeightAverage, warmed_up
 from latentflow.training.muon import Muon, orthogonalise
 from latentflow.training.optimizers import OPTIMIZERS, learning_rate, make_optimizers
+from latentflow.training.player import Player
+from latentflow.training.sharding import is_sharded
+
+from .test_loop import CONFIG, Line, Regression, assert_equal_weights, weights
 
 
 def test_orthogonalise_brings_singular_values_near_one() -> None:
@@ -53,7 +67,7 @@ def test_muon_refuses_vectors() -> None:
 def test_optimizers_own_every_parameter_once_and_learn(name: str) -> None:
     torch.manual_seed(0)
     network = DiT(in_channels=4, width=32, depth=2, heads=2, num_classes=3)
-    config = LoopConfig(optimizer=name, learning_rate=3e-3)
+    config = LoopConfig(optimizer=name, learning_rate=3e-3, lr_scheduler="constant")
     optimizers = make_optimizers(network, config)
     owned = [
         id(one) for optimizer in optimizers for group in optimizer.param_groups for one in group["params"]
@@ -85,7 +99,7 @@ def test_learning_rate_warms_up_and_decays_to_zero() -> None:
 
 def test_weight_average_follows_its_formula_and_swaps_back() -> None:
     module = nn.Linear(3, 2)
-    average = WeightAverage(module, decay=0.5)
+    average = WeightAverage(module, warmed_up(0.5))
     expected = module.weight.detach().clone()
     for step in range(1, 6):
         with torch.no_grad():
@@ -111,3 +125,150 @@ def test_muon_takes_inner_matrices_only() -> None:
     parts = {names[id(one)]: group["parts"] for group in muon.param_groups for one in group["params"]}
     assert parts["blocks.0.attn.qkv.weight"] == 3 and parts["blocks.0.adaLN_modulation.1.weight"] == 6
     assert all(group["weight_decay"] == 0 for group in adamw.param_groups if group["params"])
+
+
+class Wide(Regression):
+    """Wide enough for moments in 8 bits, which small tensors do not get; optionally ill at some samples, or killed."""
+
+    def __init__(self, poison: set[int] | None = None, dies_at: int | None = None) -> None:
+        super().__init__(poison)
+        self.layers = nn.Sequential(nn.Linear(1, 4096), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4096, 1))
+        self.dies_at = dies_at
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if self.dies_at in batch["numbers"]:
+            raise InterruptedError
+        return super().forward(batch)
+
+
+def steady(name: str) -> LoopConfig:
+    return dataclasses.replace(CONFIG, optimizer=name, lr_scheduler="constant", learning_rate=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])  # adamw: test_loop.py
+def test_a_run_that_died_and_goes_on_equals_the_uninterrupted_one(tmp_path: Path, name: str) -> None:
+    fit({"flow": Wide()}, Line(), steady(name), tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        fit({"flow": Wide(dies_at=7 * 6)}, Line(), steady(name), tmp_path / "died")
+    fit({"flow": Wide()}, Line(), steady(name), tmp_path / "died")
+    assert_equal_weights(tmp_path / "whole", tmp_path / "died")
+    if name == "adamw-8bit":
+        assert torch.uint8 in {one.dtype for one in weights(tmp_path / "whole").values()}
+
+
+def test_schedule_free_is_judged_by_its_own_average(tmp_path: Path) -> None:
+    """Of what a run leaves, through a skipped step: the average is what the package calls evaluation weights."""
+    module = Wide(poison={4 * 6})
+    fit({"flow": module}, Line(), steady("schedule-free"), tmp_path)
+    state = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    (optimizer,) = make_optimizers(module, steady("schedule-free"))
+    module.load_state_dict(state["flow-weights"])
+    optimizer.load_state_dict(state["flow-optimizer"][0])
+    trained = {name: one.detach().clone() for name, one in module.named_parameters()}
+    optimizer.eval()  # type: ignore[attr-defined]
+    assert any(not torch.allclose(one, trained[name]) for name, one in module.named_parameters())
+    for name, one in module.named_parameters():
+        torch.testing.assert_close(one.detach(), state["flow-average"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_schedule_free_goes_on_from_a_state_in_its_evaluation_mode() -> None:
+    def player() -> Player:
+        return Player("flow", Wide(), steady("schedule-free"), Accelerator(cpu=True))
+
+    def step(one: Player, number: int) -> None:
+        torch.manual_seed(number)
+        one.trained({"x": torch.ones(2, 1), "y": torch.zeros(2, 1), "numbers": [0, 1]})["loss"].backward()
+        one.update(number, 1e-3, skip=False)
+
+    whole, second = player(), player()
+    for number in (1, 2):
+        step(whole, number)
+    whole.optimizers[0].eval()
+    second.load(copy.deepcopy(whole.state()))
+    whole.optimizers[0].train()
+    for one in (whole, second):
+        step(one, 3)
+    for a, b in zip(whole.trained.parameters(), second.trained.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"lr_scheduler": "cosine"}, "--lr-scheduler constant"), ({"adam_beta1": 0.0}, "--adam-beta1 0")],
+)
+def test_settings_that_contradict_schedule_free_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(steady("schedule-free"), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("schedule-free", "schedulefree"), ("adamw-8bit", "bitsandbytes.optim")]
+)
+def test_a_missing_package_is_named_with_the_line_that_installs_it(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"pip install \"latentflow\["):
+        make_optimizers(Regression(), steady(name))
+
+
+def test_moments_in_8_bits_cannot_be_sharded() -> None:
+    pair: Any = SimpleNamespace(num_processes=2, scaler=None)
+    with pytest.raises(UserError, match="adamw-8bit cannot be used with --shard"):
+        is_sharded(dataclasses.replace(steady("adamw-8bit"), shard=True), pair)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_plan_counts_what_optimizers_really_keep(name: str) -> None:
+    network = DiT(in_channels=4, width=64, depth=2, heads=2, num_classes=3)
+    optimizers = make_optimizers(network, steady(name))
+    network(torch.randn(2, 4, 4, 4), 0.5).mean().backward()
+    kept, seen = 0, set()
+    for optimizer in optimizers:
+        optimizer.step()
+        for state in optimizer.state.values():
+            for key, one in state.items():
+                if isinstance(one, torch.Tensor) and key != "step" and one.data_ptr() not in seen:
+                    seen.add(one.data_ptr())  # all share the table of 8-bit values
+                    kept += one.numel() * one.element_size()
+    size = sum(one.numel() for one in network.parameters())
+    assert state_bytes(network, steady(name), torch.float32) - 12 * size == pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_layer_decay_scales_rates_by_the_distance_from_the_end_and_spares_tables(name: str) -> None:
+    network = DiT(in_channels=4, width=32, depth=2, heads=2, num_classes=3)
+    stage = nn.ModuleDict({"network": network})
+    config = dataclasses.replace(steady(name), lr_layer_decay=0.5, lr_embeddings=10.0)
+    scale = {
+        id(one): group["lr_scale"]
+        for optimizer in make_optimizers(stage, config)
+        for group in optimizer.param_groups
+        for one in group["params"]
+    }
+    assert scale.keys() == {id(one) for one in network.parameters() if one.requires_grad}
+    assert {scale[id(one)] for one in network.blocks[1].parameters()} == {0.5}
+    assert {scale[id(one)] for one in network.blocks[0].parameters()} == {0.25}
+    assert {scale[id(one)] for one in network.x_embedder.parameters()} == {0.125}
+    assert {scale[id(one)] for one in network.final_layer.parameters()} == {1.0}
+    assert scale[id(network.y_embedder.embedding_table.weight)] == 10.0
+    with pytest.raises(UserError, match="network of blocks"):
+        make_optimizers(nn.ModuleDict({"network": nn.Linear(2, 2)}), config)
+
+
+def test_a_scaled_rate_reaches_the_weights() -> None:
+    from accelerate import Accelerator
+
+    from latentflow.training.player import Player
+
+    torch.manual_seed(0)
+    stage = nn.ModuleDict({"network": DiT(in_channels=4, width=32, depth=2, heads=2)})
+    config = LoopConfig(lr_layer_decay=0.5, weight_decay=0.0)
+    player = Player("flow", stage, config, Accelerator(cpu=True))
+    before = {key: one.detach().clone() for key, one in stage.named_parameters()}
+    for one in stage.parameters():
+        one.grad = torch.ones_like(one)
+    player.update(1, 0.01, skip=False)  # AdamW's first step has the length of its rate
+    moved = {key: float((one.detach() - before[key]).abs().max()) for key, one in stage.named_parameters()}
+    assert moved["network.final_layer.linear.bias"] == pytest.approx(0.01, rel=1e-3)
+    assert moved["network.blocks.0.attn.proj.bias"] == pytest.approx(0.0025, rel=1e-3)

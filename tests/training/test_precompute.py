@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -252,3 +253,16 @@ def test_latents_of_several_aspect_ratios_train_as_their_pictures_do(
 
     for flags, told in (["--crops", 2], "--crops"), (["--patch-size", 4], "needs multiples of 8"):
         assert told in call(stored, latents, "-o", tmp_path / "bad", *quick, *flags, expect=2)
+
+
+def test_classes_of_a_checkpoint_may_come_before_those_of_the_folder(
+    vae: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, encoded: list[int]
+) -> None:
+    for number, label in enumerate(["ant", "cow", "cow"]):
+        (tmp_path / "data" / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (80 * number, 0, 0)).save(tmp_path / "data" / label / f"{number}.png")
+    precompute(capsys, tmp_path / "data", "-o", tmp_path / "latents", "--vae", vae, "--resolution", 16)
+    source = find_source(str(tmp_path / "latents"))
+    assert list(source.class_ids()) == [0, 1, 1]
+    joined = dataclasses.replace(source, classes=("cow", "dog", "ant"))
+    assert list(joined.class_ids()) == [2, 0, 0] and list(joined.subset([1]).class_ids()) == [0]

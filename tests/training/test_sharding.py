@@ -114,7 +114,9 @@ def assert_close(a: Path, b: Path, atol: float) -> None:
         torch.testing.assert_close(one, second[name], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "schedule-free", pytest.param("muon", marks=pytest.mark.slow)]
+)
 def test_sharded_runs_learn_what_one_process_learns_and_go_on_from_one_anothers_checkpoints(
     tmp_path: Path, optimizer: str
 ) -> None:

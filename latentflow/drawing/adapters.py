@@ -1,0 +1,56 @@
+"""Adapters (LoRA) that a program puts onto the checkpoint it opens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterChoice:
+    """Which adapters, and how much of each."""
+
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER[:WEIGHT]")] = ()
+    """An adapter (LoRA): folder, file, run folder or hub id, and how much of it, such as runs/hats:0.8. Several: once
+    more for each."""
+    lora_any_base: bool = False
+    """Take adapters also if they were made for another base of the same architecture."""
+
+
+def add_adapters(pipe: Any, choice: AdapterChoice) -> None:
+    """Put the adapters into the pipeline's weights, each times its weight.
+
+    Raises:
+        UserError: one cannot be loaded, see ``load_lora_weights``.
+    """
+    if not choice.lora:
+        return
+    wanted = [_split(text) for text in choice.lora]
+    names = [f"adapter-{number}" for number in range(len(wanted))]
+    for name, (source, _) in zip(names, wanted, strict=True):
+        pipe.load_lora_weights(source, adapter_name=name, any_base=choice.lora_any_base)
+    pipe.set_adapters(names, [weight for _, weight in wanted])
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+
+
+def _split(text: str) -> tuple[str, float]:
+    """``runs/hats:0.8`` -> where its adapter is, 0.8."""
+    source, colon, number = text.rpartition(":")
+    try:
+        weight = float(number) if colon and source else 1.0
+    except ValueError:  # a colon of the path's own
+        weight = 1.0
+    else:
+        text = source if colon and source else text
+    inside_run = Path(text) / "adapter"
+    if inside_run.is_dir():
+        return str(inside_run), weight
+    if not Path(text).exists() and len(Path(text).parts) != 2:
+        raise UserError(f"--lora {text}: no such folder or file", "A run's adapter is in RUN/adapter.")
+    return text, weight

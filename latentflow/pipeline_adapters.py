@@ -1,0 +1,428 @@
+"""Adapters (LoRA, DoRA) of our pipelines, loaded, weighed, fused and unloaded as diffusers' own are.
+
+Beside diffusers' format a file of ours tells which base it was made for, and brings the words and classes that the base
+does not know: of each the distance of its embedding from the mean of the base's, which is where training began.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.utils import USE_PEFT_BACKEND, get_adapter_name
+from diffusers.utils.peft_utils import _create_lora_config
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .errors import UserError
+from .models import with_words
+
+PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
+METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata
+WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """What a file of ours says beyond diffusers' format.
+
+    Attributes:
+        base: type of numbers -> hash of the base's network in it, see `base_hashes`.
+        base_name: what the base was called.
+        words, classes: what the base does not know, in the order of the rows.
+    """
+
+    base: dict[str, str] = field(default_factory=dict)
+    base_name: str = ""
+    words: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+
+    def metadata(self) -> dict[str, str]:
+        """As an entry of a safetensors file's metadata."""
+        return {METADATA_KEY: json.dumps(asdict(self))}
+
+
+def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
+    """What `AdapterFacts.metadata` wrote; nothing of a file that others made."""
+    return AdapterFacts(**json.loads((metadata or {}).get(METADATA_KEY, "{}")))
+
+
+def base_hashes(network: nn.Module) -> dict[str, str]:
+    """The hash of a network's weights, rounded to each type of numbers in which pipelines are loaded."""
+    return {_name(dtype): _hash(network, dtype) for dtype in _DTYPES}
+
+
+def _hash(network: nn.Module, dtype: torch.dtype) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        if "lora_" not in name:
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(value.shape)}".encode())
+            raw = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+            digest.update(raw.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(kw_only=True)
+class _Added:
+    """What is loaded onto a network beside its layers' adapters, kept on it: pipelines may share it.
+
+    Attributes:
+        base: type of numbers and hash of the network as it was before.
+        tokenizer, classes, num_classes: of the pipeline as it was before.
+        rows: adapter -> word -> (D,), and class -> (D,).
+        weights: adapter -> part of the pipeline -> weight.
+        scale: of what is fused.
+    """
+
+    base: tuple[str, str]
+    tokenizer: Any
+    classes: dict[str, int]
+    num_classes: int
+    words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    scale: float = 1.0
+
+
+class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
+    """diffusers' methods for adapters, for a pipeline with a ``transformer`` and perhaps a ``text_encoder``."""
+
+    _lora_loadable_modules: ClassVar[list[str]] = [*PARTS]
+    transformer_name, text_encoder_name = PARTS
+    transformer: Any
+    text_encoder: Any
+    tokenizer: Any
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        any_base: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load an adapter: a folder, a file, a hub id or tensors by name.
+
+        Args:
+            adapter_name: what to call it; several may be loaded at once, see ``set_adapters``.
+            any_base: load it also if it was made for another base of the same architecture.
+            kwargs: see ``diffusers.loaders.StableDiffusionLoraLoaderMixin.lora_state_dict``.
+
+        Raises:
+            UserError: peft is missing; there is no such file, or it is damaged or no adapter; it was made for another
+                architecture or another base.
+        """
+        if not USE_PEFT_BACKEND:
+            raise UserError("adapters need peft", 'pip install "latentflow[lora]"')
+        source = pretrained_model_name_or_path_or_dict
+        shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
+        low_memory = kwargs.pop("low_cpu_mem_usage", True)
+        state, metadata, facts = _read(source, shown, kwargs)
+        added = {key: state.pop(key) for key in (WORDS, CLASSES) if key in state}
+        self._check_architecture(state, shown, facts)
+        self._check_base(shown, facts, any_base)
+        name = adapter_name or get_adapter_name(self.transformer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
+            self.transformer.load_lora_adapter(
+                {**state},
+                adapter_name=name,
+                metadata=metadata,
+                _pipeline=self,
+                low_cpu_mem_usage=low_memory,
+                hotswap=hotswap,
+            )
+            self._load_into_text_encoder(state, name, metadata, low_memory)
+        loaded = self._added()
+        loaded.words[name] = dict(zip(facts.words, added.get(WORDS, ()), strict=True))
+        loaded.labels[name] = dict(zip(facts.classes, added.get(CLASSES, ()), strict=True))
+        self._renew()
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """The tensors of an adapter, and with ``return_lora_metadata`` its settings, as diffusers has them."""
+        with_metadata = kwargs.pop("return_lora_metadata", False)
+        state, metadata, _ = _read(pretrained_model_name_or_path_or_dict, "the adapter", kwargs)
+        return (state, metadata) if with_metadata else state
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike[str],
+        transformer_lora_layers: Any = None,
+        text_encoder_lora_layers: Any = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Write layers as an adapter; see ``diffusers.loaders.StableDiffusionLoraLoaderMixin.save_lora_weights``."""
+        layers = {"transformer": transformer_lora_layers, "text_encoder": text_encoder_lora_layers}
+        metadata = {
+            "transformer": transformer_lora_adapter_metadata,
+            "text_encoder": text_encoder_lora_adapter_metadata,
+        }
+        given = {part: one for part, one in layers.items() if one}
+        if not given:
+            raise ValueError("pass transformer_lora_layers or text_encoder_lora_layers")
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers=given,
+            lora_metadata={part: metadata[part] for part in given},
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the pipeline folder.
+
+        Raises:
+            UserError: adapters are loaded, which the folder could not hold.
+        """
+        if getattr(self.transformer, "peft_config", None):
+            raise UserError(
+                "a pipeline cannot be saved while adapters are loaded",
+                "pipe.fuse_lora(); pipe.unload_lora_weights() puts them into the weights, "
+                "pipe.unload_lora_weights() alone takes them away.",
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # ---------------------------------------------------------------- weights, fusing, unloading
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """Use these adapters, each with its weight; see ``diffusers.loaders.LoraBaseMixin.set_adapters``."""
+        super().set_adapters(adapter_names, adapter_weights)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        loaded = self._added()
+        loaded.weights = {name: _by_part(weight) for name, weight in zip(names, weights, strict=True)}
+        self._renew()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Forget these adapters."""
+        super().delete_adapters(adapter_names)
+        loaded = self._added()
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for rows in (loaded.words, loaded.labels, loaded.weights):
+                rows.pop(name, None)
+        self._renew()
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] = PARTS,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the adapters to the weights, which makes drawing as fast as without them."""
+        super().fuse_lora(list(components), lora_scale, safe_fusing, adapter_names, **kwargs)
+        self._added().scale = lora_scale
+        self._renew()
+
+    def unfuse_lora(self, components: Sequence[str] = PARTS, **kwargs: Any) -> None:
+        """Take fused adapters out of the weights again; they stay loaded."""
+        super().unfuse_lora(list(components), **kwargs)
+        self._added().scale = 1.0
+        self._renew()
+
+    def unload_lora_weights(self) -> None:
+        """Take the adapters away, with their words and classes; what is fused stays in the weights."""
+        fused = bool(self.fused_loras)
+        super().unload_lora_weights()
+        loaded = self._added()
+        if fused:
+            loaded.tokenizer, loaded.classes = self.tokenizer, self.labels
+            loaded.num_classes = self.transformer.config.get("num_classes") or 0
+        loaded.words, loaded.labels, loaded.weights, loaded.scale = {}, {}, {}, 1.0
+        self._renew()
+
+    # ---------------------------------------------------------------- loading
+
+    def _check_architecture(self, state: Mapping[str, Tensor], shown: str, facts: AdapterFacts) -> None:
+        fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
+        for part in PARTS:
+            model = getattr(self, part, None)
+            if model is None:  # loaded without its text encoder, to be given embeddings
+                continue
+            layers = dict(model.named_modules())
+            for key, value in state.items():
+                layer, found, side = key.removeprefix(f"{part}.").rpartition(".lora_")
+                if not key.startswith(f"{part}.") or not found or side not in ("A.weight", "B.weight"):
+                    continue
+                weight = getattr(layers.get(layer), "weight", None)
+                if weight is None:
+                    raise UserError(
+                        f"{shown} is for another architecture: there is no layer {part}.{layer} here", fix
+                    )
+                theirs, ours = (value.shape[1], weight.shape[1])
+                if side == "B.weight":
+                    theirs, ours = value.shape[0], weight.shape[0]
+                if theirs != ours:
+                    raise UserError(
+                        f"{shown} is for another architecture: {part}.{layer} has {theirs} "
+                        f"{'inputs' if side == 'A.weight' else 'outputs'} there, {ours} here",
+                        fix,
+                    )
+
+    def _check_base(self, shown: str, facts: AdapterFacts, any_base: bool) -> None:
+        dtype, base = self._added().base
+        if any_base or facts.base.get(dtype) in (None, base):
+            return
+        raise UserError(
+            f"{shown} was made for a base with other weights ({facts.base_name or 'unnamed'})",
+            "Load it onto that one. To try it on this one all the same: any_base=True, on the command line "
+            "--lora-any-base.",
+        )
+
+    def _load_into_text_encoder(
+        self, state: Mapping[str, Tensor], name: str, metadata: dict[str, Any] | None, low_memory: bool
+    ) -> None:
+        """diffusers' own function for this knows the layers of CLIP only."""
+        prefix = "text_encoder."
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if not own or self.text_encoder is None:
+            return
+        from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+        settings = {
+            key.removeprefix(prefix): value
+            for key, value in (metadata or {}).items()
+            if key.startswith(prefix)
+        }
+        ranks = {f"^{key}": value.shape[1] for key, value in own.items() if ".lora_B." in key}
+        config = _create_lora_config(own, None, settings or None, ranks)
+        memory = {"low_cpu_mem_usage": low_memory}
+        inject_adapter_in_model(config, self.text_encoder, name, state_dict=own, **memory)
+        set_peft_model_state_dict(self.text_encoder, own, name, **memory)
+        self.text_encoder._hf_peft_config_loaded = True
+        self.text_encoder.to(device=self.text_encoder.device, dtype=self.text_encoder.dtype)
+
+    # ---------------------------------------------------------------- new words and classes
+
+    def _added(self) -> _Added:
+        loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
+        if loaded is None:
+            dtype = self.transformer.dtype
+            loaded = _Added(
+                base=(_name(dtype), _hash(self.transformer, dtype)),
+                tokenizer=self.tokenizer,
+                classes=self.labels,
+                num_classes=self.transformer.config.get("num_classes") or 0,
+            )
+            self.transformer._adapters_added = loaded
+        return loaded
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        """Words and classes as the active adapters' weights have them: mean + scale * sum of weight * distance."""
+        loaded = self._added()
+        active = self.get_active_adapters()
+        if self.text_encoder is not None and self.tokenizer is not None:
+            known = loaded.tokenizer.get_vocab()
+            sums = _summed(loaded, loaded.words, active, "text_encoder", known)
+            if sums or len(self.tokenizer) != len(known):
+                self._set_words(loaded, sums)
+        sums = _summed(loaded, loaded.labels, active, "transformer", loaded.classes)
+        if sums or self.labels != loaded.classes:
+            self._set_classes(loaded, sums)
+
+    def _set_words(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
+        known = len(loaded.tokenizer)
+        if len(self.tokenizer) != known + len(sums) or any(
+            word not in self.tokenizer.get_vocab() for word in sums
+        ):
+            self.register_modules(tokenizer=with_words(loaded.tokenizer, sums) if sums else loaded.tokenizer)
+            self.text_encoder.resize_token_embeddings(known + len(sums), mean_resizing=False)
+        table = self.text_encoder.get_input_embeddings().weight
+        if sums:
+            ids = [self.tokenizer.get_vocab()[word] for word in sums]
+            table[ids] = _around_mean(table[:known], sums)
+
+    def _set_classes(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
+        embed = self.transformer.y_embedder
+        table, known = embed.embedding_table.weight, loaded.num_classes
+        base = torch.cat([table[:known], table[-1:]])
+        rows = [base[:known], *([_around_mean(base, sums)] if sums else []), base[known:]]
+        names = {**loaded.classes, **{name: known + place for place, name in enumerate(sums)}}
+        embed.embedding_table = nn.Embedding.from_pretrained(torch.cat(rows))
+        embed.num_classes = known + len(sums)
+        self.transformer.register_to_config(num_classes=known + len(sums))
+        self.labels = names
+        self.register_to_config(id2label={str(number): name for name, number in names.items()})
+
+
+def _summed(
+    loaded: _Added, rows: dict[str, dict[str, Tensor]], active: list[str], part: str, known: Any
+) -> dict[str, Tensor]:
+    """New name -> sum over the active adapters of weight * row; zero for those of others."""
+    sums = {
+        name: torch.zeros_like(row) for one in rows.values() for name, row in one.items() if name not in known
+    }
+    for adapter in active:
+        weight = loaded.scale * loaded.weights.get(adapter, {}).get(part, 1.0)
+        for name, row in rows.get(adapter, {}).items():
+            if name in sums:
+                sums[name] = sums[name] + weight * row
+    return sums
+
+
+def _around_mean(table: Tensor, sums: dict[str, Tensor]) -> Tensor:
+    rows = torch.stack([*sums.values()]).to(table.device, torch.float32)
+    return (table.float().mean(0) + rows).to(table.dtype)
+
+
+def _by_part(weight: Any) -> dict[str, float]:
+    """An adapter's weight in each part of the pipeline; diffusers also takes one for each block of a part."""
+    given = weight if isinstance(weight, dict) else dict.fromkeys(PARTS, weight)
+    return {part: float(one) for part, one in given.items() if isinstance(one, int | float)}
+
+
+def _read(
+    source: Any, shown: str, options: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any] | None, AdapterFacts]:
+    """Tensors, settings as diffusers keeps them, and our facts."""
+    names = ("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision")
+    wanted: dict[str, Any] = {name: options.get(name) for name in (*names, "subfolder")}
+    if isinstance(source, os.PathLike):
+        source = str(source)
+    if isinstance(source, str) and Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
+        raise UserError(f"{shown} holds no .safetensors file", "A run's adapter is in RUN/adapter.")
+    try:
+        state, metadata, file_metadata = _fetch_state_dict(
+            source,
+            use_safetensors=True,
+            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            allow_pickle=False,
+            return_file_metadata=True,
+            **wanted,
+        )
+        facts = facts_of(file_metadata)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{shown} could not be read: {str(error).strip().partition(chr(10))[0]}",
+            "Give a folder with pytorch_lora_weights.safetensors, that file, or a hub id.",
+        ) from error
+    state = dict(state)
+    if not state or not all("lora" in key or key in (WORDS, CLASSES) for key in state):
+        raise UserError(
+            f"{shown} is no adapter: it holds other weights", "A run's adapter is in RUN/adapter."
+        )
+    return state, metadata, facts

@@ -1,0 +1,141 @@
+"""The checkpoint that a fine-tune starts from: what it is, and how its classes and the data's become one list."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ..data import Source
+from ..data.described import few
+from ..errors import UserError
+from ..models import DiT
+from ..pipeline import LatentFlowPipeline
+from .flow import FlowConfig
+
+
+def open_base(checkpoint: str) -> LatentFlowPipeline:
+    """The pipeline of ``--init-from``.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        pipe: LatentFlowPipeline = LatentFlowPipeline.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise _no_checkpoint(checkpoint, error) from error
+    return pipe
+
+
+def base_classes(checkpoint: str) -> tuple[str, ...]:
+    """The names of a checkpoint's classes; see `class_names`. Loads no weights.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline.
+    """
+    try:
+        names = LatentFlowPipeline.load_config(checkpoint).get("id2label")
+        count = DiT.load_config(checkpoint, subfolder="transformer").get("num_classes")
+    except (OSError, ValueError) as error:
+        raise _no_checkpoint(checkpoint, error) from error
+    return _named(names, count)
+
+
+def class_names(pipe: LatentFlowPipeline) -> tuple[str, ...]:
+    """The names of a pipeline's classes in the order of their ids; where there are none, the ids."""
+    return _named(pipe.config.get("id2label"), pipe.transformer.config.get("num_classes"))
+
+
+def _named(names: dict[str, str] | None, count: int | None) -> tuple[str, ...]:
+    return tuple((names or {}).get(str(number), str(number)) for number in range(count or 0))
+
+
+def with_base_classes(source: Source, checkpoint: str, output: str | Path) -> Source:
+    """``source`` with the checkpoint's classes before its own new ones: known classes keep their numbers.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline, the run would write its result over it, or a class differs from one
+            of the checkpoint's only in case or spaces.
+    """
+    if Path(checkpoint).expanduser().resolve() == (Path(output) / "pipeline").resolve():
+        raise UserError(
+            f"--init-from {checkpoint} is the place of this run's own result, which would replace it",
+            "Use another output folder.",
+        )
+    known = base_classes(checkpoint)
+    if source.kind != "class" or not known:
+        return source
+    _refuse_nearly_equal(source, checkpoint, known)
+    shared = [name for name in source.classes if name in known]
+    new = [name for name in source.classes if name not in known]
+    note = f"classes of {checkpoint}: all {len(known)} stay, under their numbers"
+    note += f"; {len(shared)} of them are in the data and trained on: {few(shared, 12)}" if shared else ""
+    note += f"; {len(new)} new ones follow: {few(new, 12)}" if new else "; none is new"
+    return dataclasses.replace(source, classes=(*known, *new)).noted(note)
+
+
+def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
+    """``flow`` as the checkpoint was trained, but for what is ``given``: path, prediction and coupling.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline.
+    """
+    try:
+        config = LatentFlowPipeline.load_config(checkpoint)
+    except (OSError, ValueError) as error:
+        raise _no_checkpoint(checkpoint, error) from error
+    adopted = {
+        name: config[name]
+        for name in ("path", "path_options", "prediction", "coupling")
+        if name in config and name not in given and not (name == "path_options" and "path" in given)
+    }
+    if adopted.get("coupling") == "data-dependent":
+        adopted["inpainting"] = True
+    return dataclasses.replace(flow, **adopted)
+
+
+def _refuse_nearly_equal(source: Source, checkpoint: str, known: tuple[str, ...]) -> None:
+    plain = {_plain(name): name for name in known}
+    near = [
+        f"'{name}' and '{plain[_plain(name)]}'"
+        for name in source.classes
+        if name not in known and _plain(name) in plain
+    ]
+    if near:
+        raise UserError(
+            f"classes of {source.name} and of {checkpoint} differ only in case or spaces: {few(near)}",
+            "Spell them as the checkpoint does if they are the same; if not, give them names of their own.",
+        )
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+def _no_checkpoint(checkpoint: str, error: Exception) -> UserError:
+    return UserError(
+        f"--init-from {checkpoint}: {str(error).splitlines()[0]}",
+        "Give a pipeline folder, such as runs/cats/pipeline.",
+    )
+
+
+def refuse_other_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:
+    """What a network's output means is part of its weights.
+
+    Raises:
+        UserError: the checkpoint was trained on another path, or to another prediction.
+    """
+    for name in ("path", "path_options", "prediction"):
+        trained, asked = pipe.config.get(name), getattr(flow, name)
+        if trained != asked:
+            flag = "--" + name.replace("_", "-")
+            words = (
+                [f"{key} {value}" for key, value in trained.items()]
+                if isinstance(trained, dict)
+                else [trained]
+            )
+            raise UserError(
+                f"--init-from {checkpoint} was trained with {name} {trained}, this run asks for {asked}",
+                f"Use {flag} {' '.join(words)}." if words else f"Leave {flag} out.",
+            )

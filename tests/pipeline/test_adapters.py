@@ -1,0 +1,374 @@
+"""Adapters on pipelines: loaded, weighed, fused and unloaded as diffusers' users do it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latentflow import (
+    LatentFlowEditPipeline,
+    LatentFlowImg2ImgPipeline,
+    LatentFlowInpaintPipeline,
+    pipeline_adapters,
+)
+from latentflow.errors import UserError
+from latentflow.pipeline import LatentFlowPipeline
+
+pytest.importorskip("peft", reason='needs peft: pip install -e ".[lora]"')
+from .adapters import make_adapter
+
+FILE = "pytorch_lora_weights.safetensors"
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"lora_dora": True},
+    {"lora_alpha": 6.0, "lora_layers": ("all",)},
+    {"lora_text_encoder": True},
+]
+
+
+def opened(folder: Path, kind: Any = LatentFlowPipeline, **options: Any) -> Any:
+    pipe = kind.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe: Any, **condition: Any) -> Tensor:
+    condition = condition or {"prompt": ["a red apple"]}
+    generator = torch.Generator().manual_seed(0)
+    images: Tensor = pipe(
+        **condition, generator=generator, output_type="latent", num_inference_steps=2
+    ).images
+    return images
+
+
+def pipeline_of(base: Path, networks: Any, **config: Any) -> Any:
+    """The base with other networks, as the training's result is one."""
+    pipe = LatentFlowPipeline(
+        LatentFlowPipeline.from_pretrained(base).vae,
+        networks.network,
+        networks.text_encoder,
+        networks.tokenizer,
+        **config,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_an_adapter_before_its_first_step_changes_nothing(dit_folder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(dit_folder, tmp_path, size=0.0, lora_text_encoder=True)
+    pipe = opened(dit_folder)
+    before = drawn(pipe)
+    assert torch.equal(drawn(pipeline_of(dit_folder, adapter.networks)), before)
+    pipe.load_lora_weights(tmp_path, adapter_name="fresh")
+    assert torch.equal(drawn(pipe), before)
+
+
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_trained_merged_loaded_and_fused_are_the_same(
+    dit_folder: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    adapter = make_adapter(dit_folder, tmp_path, words=["zebra"], **config)
+    pipe = opened(dit_folder)
+    asked = {"prompt": ["a red zebra"]}
+    base = drawn(pipe, **asked)
+    trained = drawn(pipeline_of(dit_folder, adapter.networks), **asked)
+    assert (trained - base).abs().max() > 0.1
+    torch.testing.assert_close(
+        drawn(pipeline_of(dit_folder, adapter.merged()), **asked), trained, atol=1e-4, rtol=0
+    )
+    pipe.load_lora_weights(tmp_path / FILE, adapter_name="one")
+    assert pipe.get_active_adapters() == ["one"]
+    torch.testing.assert_close(drawn(pipe, **asked), trained, atol=1e-4, rtol=0)
+    pipe.fuse_lora()
+    torch.testing.assert_close(drawn(pipe, **asked), trained, atol=1e-4, rtol=0)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(drawn(pipe, **asked), trained, atol=1e-4, rtol=0)
+
+
+def test_after_unloading_the_base_is_what_it_was(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path, words=["zebra"], lora_text_encoder=True)
+    pipe = opened(dit_folder)
+    vocabulary, weights = pipe.tokenizer.get_vocab(), pipe.text_encoder.state_dict()
+    before = [drawn(pipe), drawn(pipe, prompt=["a zebra"])]
+    pipe.load_lora_weights(tmp_path, adapter_name="one")
+    assert not torch.equal(drawn(pipe), before[0])
+    pipe.unload_lora_weights()
+    assert torch.equal(drawn(pipe), before[0]) and torch.equal(drawn(pipe, prompt=["a zebra"]), before[1])
+    assert pipe.tokenizer.get_vocab() == vocabulary
+    after = pipe.text_encoder.state_dict()
+    assert weights.keys() == after.keys() and all(torch.equal(weights[name], after[name]) for name in weights)
+
+
+def test_two_at_once_are_the_weighted_sum(dit_folder: Path, tmp_path: Path) -> None:
+    weights = {"left": 0.75, "right": -0.5}
+    pipe = opened(dit_folder)
+    by_hand = opened(dit_folder)
+    with torch.no_grad():
+        layers = dict(by_hand.transformer.named_modules())
+        for seed, (name, weight) in enumerate(weights.items()):
+            make_adapter(dit_folder, tmp_path / name, seed=seed, lora_alpha=3.0)
+            pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+            state = load_file(tmp_path / name / FILE)
+            for key, down in state.items():
+                if key.endswith("lora_A.weight"):
+                    layer = layers[key.removeprefix("transformer.").removesuffix(".lora_A.weight")]
+                    layer.weight += weight * 3.0 / 2 * state[key.replace("lora_A", "lora_B")] @ down
+    pipe.set_adapters(list(weights), list(weights.values()))
+    assert sorted(pipe.get_active_adapters()) == ["left", "right"]
+    torch.testing.assert_close(drawn(pipe), drawn(by_hand), atol=1e-4, rtol=0)
+    pipe.fuse_lora()
+    torch.testing.assert_close(drawn(pipe), drawn(by_hand), atol=1e-4, rtol=0)
+
+
+def test_a_word_that_two_bring_is_their_weighted_sum(dit_folder: Path, tmp_path: Path) -> None:
+    rows = {}
+    pipe = opened(dit_folder)
+    for seed, words in enumerate((["zebra", "lynx"], ["emu", "zebra"])):
+        make_adapter(dit_folder, tmp_path / str(seed), seed=seed, words=words)
+        pipe.load_lora_weights(tmp_path / str(seed), adapter_name=f"one{seed}")
+        state = load_file(tmp_path / str(seed) / FILE)["added.words"]
+        rows |= {(seed, word): state[place] for place, word in enumerate(words)}
+    mean = LatentFlowPipeline.from_pretrained(dit_folder).text_encoder.get_input_embeddings().weight.mean(0)
+    pipe.set_adapters(["one0", "one1"], [0.5, 0.25])
+    table, vocabulary = pipe.text_encoder.get_input_embeddings().weight, pipe.tokenizer.get_vocab()
+    expected = {"lynx": 0.5 * rows[0, "lynx"], "emu": 0.25 * rows[1, "emu"]}
+    expected["zebra"] = 0.5 * rows[0, "zebra"] + 0.25 * rows[1, "zebra"]
+    for word, distance in expected.items():
+        torch.testing.assert_close(table[vocabulary[word]], mean + distance)
+    pipe.delete_adapters("one0")
+    assert "lynx" not in pipe.tokenizer.get_vocab() and "emu" in pipe.tokenizer.get_vocab()
+
+
+def test_new_classes_join_those_of_the_base(class_folder: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(class_folder, tmp_path, classes=["boat", "car"])
+    names = {0: "boat", 1: "car", 2: "apple", 3: "hat", 4: "tree"}
+    trained = pipeline_of(class_folder, adapter.merged(), id2label=names)
+    pipe = opened(class_folder)
+    before = drawn(pipe, class_labels=["hat"])
+    pipe.load_lora_weights(tmp_path, adapter_name="vehicles")
+    assert pipe.labels == {"apple": 0, "hat": 1, "tree": 2, "boat": 3, "car": 4}
+    for name in names.values():
+        torch.testing.assert_close(
+            drawn(pipe, class_labels=[name]), drawn(trained, class_labels=[name]), atol=1e-4, rtol=0
+        )
+    pipe.unload_lora_weights()
+    assert torch.equal(drawn(pipe, class_labels=["hat"]), before)
+    with pytest.raises(UserError, match="unknown class 'boat'"):
+        drawn(pipe, class_labels=["boat"])
+
+
+@pytest.mark.parametrize(
+    "kind", [LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline, LatentFlowEditPipeline]
+)
+def test_every_pipeline_takes_them(kind: Any, dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path)
+    pipe = opened(dit_folder, kind)
+    pipe.load_lora_weights(tmp_path, adapter_name="one")
+    assert pipe.get_list_adapters() == {"transformer": ["one"]}
+    assert drawn(opened(dit_folder)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_base_is_known_in_half_precision(dtype: torch.dtype, dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path)
+    pipe = opened(dit_folder, dtype=dtype)
+    pipe.load_lora_weights(tmp_path)
+    assert pipe.get_active_adapters() == ["default_0"]
+
+
+def test_another_base_is_refused_unless_forced(
+    dit_folder: Path, tmp_path: Path, assemble: Callable[[Any], Any]
+) -> None:
+    make_adapter(dit_folder, tmp_path)
+    pipe = opened(dit_folder)
+    with torch.no_grad():
+        pipe.transformer.blocks[0].attn.proj.weight[0, 0] += 0.01
+    with pytest.raises(UserError, match=r"other weights .*\n.*any_base=True"):
+        pipe.load_lora_weights(tmp_path, adapter_name="one")
+    assert not pipe.get_list_adapters()
+    pipe.load_lora_weights(tmp_path, adapter_name="one", any_base=True)
+    assert pipe.get_active_adapters() == ["one"]
+
+
+def test_a_fused_pipeline_takes_another_adapter_of_its_base(dit_folder: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_adapter(dit_folder, tmp_path / str(seed), seed=seed, words=["zebra"])
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "0")
+    asked = {"prompt": ["a zebra"]}
+    with_one = drawn(pipe, **asked)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(drawn(pipe, **asked), with_one, atol=1e-4, rtol=0)
+    pipe.load_lora_weights(tmp_path / "1")
+    assert (drawn(pipe, **asked) - with_one).abs().max() > 0.1
+
+
+def test_another_architecture_is_refused(dit_folder: Path, class_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path / "text")
+    with pytest.raises(UserError, match=r"another architecture: there is no layer .*cross_attn"):
+        opened(class_folder).load_lora_weights(tmp_path / "text")
+    state = load_file(tmp_path / "text" / FILE)
+    wider = {key: torch.cat([one, one], -1) if "lora_A" in key else one for key, one in state.items()}
+    save_file(wider, tmp_path / "wide.safetensors")
+    with pytest.raises(UserError, match=r"another architecture: .* has 32 inputs there, 16 here"):
+        opened(dit_folder).load_lora_weights(tmp_path / "wide.safetensors")
+
+
+def test_files_that_are_no_adapters_are_refused(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path / "whole")
+    pipe = opened(dit_folder)
+    (tmp_path / "half").mkdir()
+    whole = (tmp_path / "whole" / FILE).read_bytes()
+    (tmp_path / "half" / FILE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="could not be read"):
+        pipe.load_lora_weights(tmp_path / "half")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no \.safetensors"):
+        pipe.load_lora_weights(tmp_path / "empty")
+    with pytest.raises(UserError, match="is no adapter"):
+        pipe.load_lora_weights(dit_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert not pipe.get_list_adapters()
+
+
+def test_what_others_made_loads_without_our_facts(dit_folder: Path, tmp_path: Path) -> None:
+    """A file in diffusers' format alone, from tensors that `save_lora_weights` got."""
+    make_adapter(dit_folder, tmp_path / "ours")
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "ours", adapter_name="one")
+    expected = drawn(pipe)
+    state = load_file(tmp_path / "ours" / FILE)
+    bare = {key.removeprefix("transformer."): one for key, one in state.items()}
+    LatentFlowPipeline.save_lora_weights(tmp_path / "bare", transformer_lora_layers=bare)
+    again = opened(dit_folder)
+    again.load_lora_weights(tmp_path / "bare", adapter_name="one")
+    torch.testing.assert_close(drawn(again), expected, atol=1e-5, rtol=0)
+
+
+def test_a_pipeline_with_loaded_adapters_is_not_saved_in_halves(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path / "one")
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "one")
+    expected = drawn(pipe)
+    with pytest.raises(UserError, match="while adapters are loaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(drawn(opened(tmp_path / "saved")), expected, atol=1e-4, rtol=0)
+
+
+def test_without_peft_the_line_that_installs_it(
+    dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_adapters, "USE_PEFT_BACKEND", False)
+    with pytest.raises(UserError, match=r'pip install "latentflow\[lora\]"'):
+        opened(dit_folder).load_lora_weights(tmp_path)
+
+
+# ---------------------------------------------------------------- the programs
+
+
+@pytest.fixture
+def program(load_program: Callable[[str], Any]) -> Callable[..., None]:
+    def run(name: str, *arguments: object) -> None:
+        load_program(name).main([str(argument) for argument in arguments])
+
+    return run
+
+
+def test_generate_draws_with_adapters(
+    program: Callable[..., None], dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image, ImageChops
+
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        make_adapter(dit_folder, tmp_path / name / "adapter", seed=seed, words=["zebra"])
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights("a/adapter", adapter_name="one")
+    pipe.load_lora_weights("b/adapter", adapter_name="two")
+    pipe.set_adapters(["one", "two"], [0.5, 1.0])
+    expected = pipe(["a zebra"], generator=[torch.Generator().manual_seed(3)], num_inference_steps=1).images[
+        0
+    ]
+    plain = ["a zebra", "--device", "cpu", "--steps", 1, "--seed", 3, "--checkpoint", dit_folder]
+    program("generate", *plain, "-o", "base.png")
+    program("generate", *plain, "--lora", "a:0.5", "--lora", "b/adapter", "-o", "both.png")
+    with Image.open("both.png") as both, Image.open("base.png") as base:
+        assert max(high for _, high in ImageChops.difference(both, expected).getextrema()) <= 1
+        assert max(high for _, high in ImageChops.difference(both, base).getextrema()) > 8
+    with pytest.raises(UserError, match="--lora nowhere/at/all: no such folder"):
+        program("generate", *plain, "--lora", "nowhere/at/all:0.5")
+
+
+def test_generate_says_why_an_adapter_does_not_fit(
+    program: Callable[..., None],
+    dit_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_adapter(dit_folder, tmp_path / "other" / "adapter")
+    state = load_file(tmp_path / "other" / "adapter" / FILE)
+    deeper = {key.replace("blocks.0", "blocks.7"): one for key, one in state.items()}
+    save_file(deeper, tmp_path / "deeper.safetensors")
+    other = opened(dit_folder)
+    with torch.no_grad():
+        other.transformer.blocks[0].attn.proj.weight[0, 0] += 0.01
+    other.save_pretrained(tmp_path / "base")
+    (tmp_path / "half.safetensors").write_bytes((tmp_path / "other" / "adapter" / FILE).read_bytes()[:500])
+    line = ["a", "--device", "cpu", "--steps", 1, "--checkpoint", "base", "-o", "a.png", "--lora"]
+    for adapter, words in (
+        ("./deeper.safetensors", "another architecture: there is no layer transformer.blocks.7"),
+        ("other", "--lora-any-base"),
+        ("./half.safetensors", "could not be read"),
+        ("base/transformer", "is no adapter"),
+        ("base", "holds no .safetensors"),
+    ):
+        with pytest.raises(UserError, match=words):
+            program("generate", *line, adapter)
+    assert not Path("a.png").exists()
+    program("generate", *line, "other", "--lora-any-base")
+    assert Path("a.png").exists()
+
+
+def test_export_merges(program: Callable[..., None], dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path / "run" / "adapter", words=["zebra"], lora_text_encoder=True)
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "run" / "adapter", adapter_name="one")
+    pipe.set_adapters("one", 0.5)
+    merged = tmp_path / "merged"
+    program("export", dit_folder, "--lora", f"{tmp_path / 'run'}:0.5", "-o", merged)
+    for asked in ({"prompt": ["a zebra"]}, {"prompt": ["a red apple"]}):
+        torch.testing.assert_close(drawn(opened(merged), **asked), drawn(pipe, **asked), atol=1e-4, rtol=0)
+
+
+def test_export_writes_the_adapter_of_a_run(
+    program: Callable[..., None], dit_folder: Path, tmp_path: Path
+) -> None:
+    make_adapter(dit_folder, tmp_path / "run" / "adapter")
+    program("export", tmp_path / "run", "--adapter", "-o", tmp_path / "alone")
+    opened(dit_folder).load_lora_weights(tmp_path / "alone")
+    with pytest.raises(UserError, match="holds no adapter"):
+        program("export", dit_folder, "--adapter", "-o", tmp_path / "other")
+
+
+def test_export_overwrites_nothing(program: Callable[..., None], dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path / "run" / "adapter")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "model_index.json").write_text("mine")
+    with pytest.raises(UserError, match="Nothing is overwritten"):
+        program("export", tmp_path / "run", "--adapter", "-o", mine)
+    assert (mine / "model_index.json").read_text() == "mine"
+    shutil.rmtree(mine)
+    with pytest.raises(UserError, match=r"either --lora .* or --adapter"):
+        program("export", tmp_path / "run", "-o", mine)

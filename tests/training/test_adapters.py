@@ -1,0 +1,246 @@
+"""`latentflow train --lora-rank`: what learns, what is written, what is refused; by the real command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentflow.models import DiT, UNet, small_text_encoder, train_tokenizer
+from latentflow.pipeline import LatentFlowPipeline
+from latentflow.training.adapters import Adapter, AdapterConfig, chosen_layers
+
+from .command import TINY, call
+from .forking import fork_ranks
+
+pytest.importorskip("peft", reason='needs peft: pip install -e ".[lora]"')
+
+FILE = "adapter/pytorch_lora_weights.safetensors"
+LORA = ["--lora-rank", "4", "--preview-steps", "0", "--validation-steps", "0"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def base(pictures: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that a run made."""
+    run = tmp_path_factory.mktemp("base")
+    call(cache, pictures, "-o", run, *TINY, "--max-train-steps", 3, "--preview-steps", 0)
+    return run / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def others(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures under captions with two words that the base does not know."""
+    folder = tmp_path_factory.mktemp("others")
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        (folder / row["file_name"]).write_bytes((pictures / row["file_name"]).read_bytes())
+        row["text"] = "a glimmering wug"
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def drawn(pipe: Any, prompt: str) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images: torch.Tensor = pipe(
+        [prompt], generator=generator, output_type="latent", num_inference_steps=2
+    ).images
+    return images
+
+
+@pytest.fixture(scope="module")
+def run(others: Path, cache: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run with an adapter, and what it said."""
+    folder = tmp_path_factory.mktemp("lora")
+    line = [others, "-o", folder, *TINY, *LORA, "--init-from", base, "--learning-rate", "0.05"]
+    return folder, call(cache, *line, "--max-train-steps", 4, "--checkpointing-steps", 2)
+
+
+def test_the_plan_says_what_is_trained(run: tuple[Path, str]) -> None:
+    # One block of width 16: qkv, proj, q, kv, proj, fc1 (16 -> 2 x 64), fc2 (64 -> 16), each 4 (in + out).
+    count = 4 * (64 + 32 + 32 + 48 + 32 + 144 + 80)
+    assert "adapter: LoRA of rank 4 in 7 layers, " in run[1]
+    words = int(run[1].split("7 layers, ")[1].split(" new words")[0])
+    assert f": {count + 16 * words:,} trained parameters" in run[1]
+
+
+def test_the_result_is_the_base_with_the_adapter(run: tuple[Path, str], base: Path) -> None:
+    result = LatentFlowPipeline.from_pretrained(run[0] / "pipeline")
+    pipe = LatentFlowPipeline.from_pretrained(base)
+    before = drawn(pipe, "a glimmering wug")
+    pipe.load_lora_weights(run[0] / "adapter", adapter_name="one")
+    for prompt in ("a glimmering wug", "a red circle"):
+        torch.testing.assert_close(drawn(pipe, prompt), drawn(result, prompt), atol=1e-4, rtol=0)
+    assert not torch.allclose(drawn(pipe, "a glimmering wug"), before, atol=1e-3)
+
+
+def test_only_the_adapter_learns(run: tuple[Path, str], base: Path) -> None:
+    average = load_file(run[0] / "checkpoints" / "step-000004" / "flow-average.safetensors")
+    assert average and all("lora_" in name or "trainable_tokens" in name for name in average)
+    weights = load_file(run[0] / "checkpoints" / "step-000004" / "flow-weights.safetensors")
+    old = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, value in old.items():
+        layer, _, leaf = name.rpartition(".")
+        kept = [f"flow-weights/network.{one}" for one in (name, f"{layer}.base_layer.{leaf}")]
+        assert any(one in weights and torch.equal(weights[one], value) for one in kept), name
+    state = load_file(run[0] / FILE)
+    # Four steps at this rate moved everything: the words as well.
+    assert all(one.abs().max() > 0 for name, one in state.items() if "lora_B" in name or "added" in name)
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(
+    others: Path, cache: Path, base: Path, run: tuple[Path, str], tmp_path: Path
+) -> None:
+    line = [others, "-o", tmp_path, *TINY, *LORA, "--init-from", base, "--learning-rate", "0.05"]
+    line += ["--checkpointing-steps", 2, "--lr-scheduler", "constant"]
+    whole = [one if one != tmp_path else tmp_path / "whole" for one in line]
+    part = [one if one != tmp_path else tmp_path / "part" for one in line]
+    call(cache, *whole, "--max-train-steps", 4)
+    call(cache, *part, "--max-train-steps", 2)
+    call(cache, *part, "--max-train-steps", 4)
+    for file in (
+        FILE,
+        *(f"checkpoints/step-000004/flow-{one}.safetensors" for one in ("weights", "optimizer")),
+    ):
+        files = [load_file(tmp_path / one / file) for one in ("whole", "part")]
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    said = call(cache, *part, "--max-train-steps", 6, "--lora-alpha", 8, expect=2)
+    assert "adapter.lora_alpha: None -> 8.0" in said
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+def test_two_processes_learn_what_one_learns(
+    sharded: bool, others: Path, cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    line = [others, *TINY, *LORA, "--init-from", base, "--lora-text-encoder", "--mixed-precision", "no"]
+    line += ["--lora-dora"] * (not sharded) + ["--max-train-steps", 4]
+    call(cache, *line, "-o", tmp_path / "one")
+    line += ["-o", tmp_path / "two", "--train-batch-size", 2, *(["--shard"] * sharded)]
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: call(cache, *line))] == [0, 0]
+    one, two = (load_file(tmp_path / name / FILE) for name in ("one", "two"))
+    assert one.keys() == two.keys() and any(key.startswith("text_encoder.") for key in one)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow  # compiling takes a minute
+def test_a_compiled_adapter_learns_the_same(others: Path, cache: Path, base: Path, tmp_path: Path) -> None:
+    line = [others, *TINY, *LORA, "--init-from", base, "--mixed-precision", "no", "--max-train-steps", 2]
+    call(cache, *line, "-o", tmp_path / "plain")
+    call(cache, *line, "-o", tmp_path / "compiled", "--compile")
+    plain, compiled = (load_file(tmp_path / name / FILE) for name in ("plain", "compiled"))
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lora-rank", "8"], "--lora-rank without --init-from"),
+        (["--lora-dora"], "--lora-dora without --lora-rank"),
+        (["--lora-rank", "-1"], "--lora-rank is -1"),
+        (["--lora-rank", "4", "--lora-alpha", "0"], "--lora-alpha is 0"),
+        (
+            ["BASE", "--lora-rank", "17"],
+            "--lora-rank 17 is above what the layer blocks.0.attn.qkv (16 to 48) can",
+        ),
+        (
+            ["BASE", "--lora-rank", "4", "--lora-layers", "atention"],
+            "--lora-layers atention: DiT has no such layers",
+        ),
+        (["BASE", "--lora-rank", "4", "--optimizer", "muon"], "--optimizer muon with --lora-rank"),
+        (["BASE", "--lora-rank", "4", "--inpainting"], "lacks the inputs for --inpainting"),
+        (["--init-from", "EMPTY", "--lora-rank", "4"], "is not a pipeline folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_had_is_said(
+    flags: list[str], words: str, pictures: Path, cache: Path, base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    given: list[object] = []
+    for flag in flags:
+        given += (
+            ["--init-from", base] if flag == "BASE" else [tmp_path / "empty"] if flag == "EMPTY" else [flag]
+        )
+    said = call(cache, pictures, "-o", tmp_path / "run", *TINY, *given, "--max-train-steps", 1, expect=2)
+    assert words in said and "Traceback" not in said
+
+
+def test_without_peft_the_line_that_installs_it(
+    pictures: Path, cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find_spec(name, *rest)
+    )
+    line = [pictures, "-o", tmp_path / "run", *TINY, *LORA, "--init-from", base]
+    assert 'pip install "latentflow[lora]"' in call(cache, *line, expect=2)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def networks() -> dict[str, torch.nn.Module]:
+    text = {"in_channels": 2, "text_dim": 16, "num_classes": 3, "sample_size": 4}
+    return {
+        "dit": DiT(width=16, depth=2, heads=2, **text),
+        "unet": UNet(channels=(16, 16), head_dim=8, layers_per_block=1, **text),
+        "text": small_text_encoder(train_tokenizer(["a red apple"]), width=16, depth=1, heads=2),
+    }
+
+
+def test_groups_name_the_layers_of_every_network() -> None:
+    for kind, network in networks().items():
+        attention, feed = (set(chosen_layers(network, [group])) for group in ("attention", "feed-forward"))
+        everything = set(chosen_layers(network, ["all"]))
+        assert attention and feed and not attention & feed, kind
+        assert (attention | feed) < everything or kind == "text", kind
+    assert set(chosen_layers(networks()["dit"], ["blocks.1", "attn"])) == {
+        *(f"blocks.1.{one}" for one in (
+            "attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.kv", "cross_attn.proj", "mlp.fc1", "mlp.fc2",
+            "adaLN_modulation.1",
+        )), "blocks.0.attn.qkv", "blocks.0.attn.proj",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_every_parameter_of_an_adapter_gets_a_gradient(dora: bool, tmp_path: Path) -> None:
+    """A layer whose weights are read past its `forward` would never learn."""
+    from latentflow.models import Condition
+    from latentflow.training.start import Networks
+
+    condition = Condition(
+        text=torch.randn(2, 3, 16),
+        text_mask=torch.ones(2, 3, dtype=torch.bool),
+        class_labels=torch.tensor([0, 1]),
+    )
+    for kind in ("dit", "unet"):
+        network = networks()[kind]
+        with torch.no_grad():
+            for one in network.parameters():
+                one.copy_(0.2 * torch.randn(one.shape))
+        LatentFlowPipeline(None, network).save_pretrained(tmp_path / kind)
+        config = AdapterConfig(lora_rank=2, lora_layers=("all",), lora_dora=dora)
+        Adapter(Networks(network=network), config, str(tmp_path / kind))
+        with torch.no_grad():
+            for name, one in network.named_parameters():
+                if "lora_B" in name:
+                    one.normal_()
+        network(torch.randn(2, 2, 4, 4), torch.tensor([0.3, 0.6]), condition).square().sum().backward()
+        for name, one in network.named_parameters():
+            assert one.requires_grad == ("lora_" in name), name
+            assert not one.requires_grad or (one.grad is not None and one.grad.abs().sum() > 0), name

@@ -1,0 +1,313 @@
+"""Features drawn towards those of the weight average, or of a vision model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    T5Config,
+    T5EncoderModel,
+)
+
+from latentflow.errors import UserError
+from latentflow.models import DiT, UNet
+from latentflow.training import LoopConfig, fit, player
+from latentflow.training.alignment import AlignmentConfig, make_alignment
+from latentflow.training.checkpoint import list_checkpoints, load_checkpoint
+from latentflow.training.ema import WeightAverage
+from latentflow.training.flow import FlowConfig, FlowStage
+from latentflow.training.order import Draw
+from latentflow.training.routing import Routing, RoutingConfig
+from latentflow.training.vision import VisionEncoder
+
+from ..models.tiny import perturb
+from .command import TINY, call
+from .forking import fork_ranks
+
+SIDE, ROWS, WIDTH = 4, 6, 16
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(5)
+    config = Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2
+    )
+    folder = tmp_path_factory.mktemp("dinov2")
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def stage(config: AlignmentConfig, *, share: float = 0.0) -> FlowStage:
+    torch.manual_seed(0)
+    network = DiT(in_channels=2, width=WIDTH, depth=4, heads=2, registers=1)
+    perturb(network)
+    routing = Routing(RoutingConfig(route_share=share), network, (10**6, 10)) if share else None
+    return FlowStage(
+        network, FlowConfig(), seed=3, routing=routing, alignment=make_alignment(config, network)
+    )
+
+
+def settings(kind: str, encoder: Path, **more: Any) -> AlignmentConfig:
+    return AlignmentConfig(
+        alignment=kind, alignment_encoder=str(encoder) if kind == "encoder" else None, **more
+    )
+
+
+def batch(rows: int = ROWS, start: int = 0) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(1)
+    return {
+        "latents": torch.randn(1, 2, SIDE, SIDE, generator=g).expand(rows, -1, -1, -1),
+        "pixels": torch.randint(256, (1, 3, 16, 16), generator=g, dtype=torch.uint8).expand(rows, -1, -1, -1),
+        "numbers": list(range(start, start + rows)),
+    }
+
+
+def exchanged(one: FlowStage) -> dict[str, Any]:
+    """What the stage's network was called with and returned, by call."""
+    calls: dict[str, Any] = {}
+
+    def keep(module: Any, given: Any, asked: Any, out: Any) -> None:
+        calls["teacher" if asked.get("only_features") else "student"] = (*given, asked, out)
+
+    one.network.register_forward_hook(keep, with_kwargs=True)
+    return calls
+
+
+def test_the_teacher_is_the_average_on_the_same_pairs_nearer_to_the_data() -> None:
+    one = stage(AlignmentConfig(alignment="self"))
+    average = WeightAverage(one, 0.9)
+    averaged = copy.deepcopy(one.network)
+    perturb(one.network)
+    live = {name: value.clone() for name, value in one.state_dict().items()}
+    one.use_average(average)
+    calls = exchanged(one)
+    one(batch())
+    (x, t, _, _, _), (cleaner, later, _, asked, out) = calls["student"], calls["teacher"]
+    assert ((later > t) & (later <= (t + 0.2).clamp(max=1.0))).all() and (later - t).std() > 0.01
+    # x = t x1 + (1 - t) x0, for the same x0 and x1.
+    x1 = batch()["latents"]
+    t, later = (one.view(-1, 1, 1, 1).float() for one in (t, later))
+    torch.testing.assert_close(cleaner, later * x1 + (1 - later) * (x - t * x1) / (1 - t))
+    assert asked["features"] == 3  # seven in ten of four
+    expected = averaged(cleaner, later.flatten(), features=3, only_features=True).features
+    torch.testing.assert_close(out.features, expected)
+    assert all(torch.equal(value, live[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["self", "encoder"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_loss_and_all_gradients_are_there_in_lower_precision_too(
+    kind: str, share: float, encoder: Path
+) -> None:
+    one, plain = stage(settings(kind, encoder), share=share), stage(AlignmentConfig(), share=share)
+    one.use_average(WeightAverage(one, 0.9))
+    for network in (one.network, plain.network):  # the average is no longer what the weights are
+        torch.manual_seed(7)
+        perturb(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, without = one(batch()), plain(batch())
+    usual = {"self": 0.2, "encoder": 0.5}[kind]
+    torch.testing.assert_close(result["per_sample"], without["per_sample"])
+    torch.testing.assert_close(result["loss"], without["loss"] + usual * result["alignment"])
+    assert result["alignment"] > 0.01
+    result["loss"].backward()
+    assert [name for name, value in one.named_parameters() if value.grad is None] == []
+    assert not one.eval()(batch()).keys() & {"alignment"}
+    assert torch.equal(one(batch())["loss"], plain.eval()(batch())["loss"])
+
+
+def test_distances_are_those_of_the_papers(encoder: Path) -> None:
+    ours, theirs = (
+        make_alignment(settings(kind, encoder), stage(AlignmentConfig()).network)
+        for kind in ("self", "encoder")
+    )
+    assert ours is not None and theirs is not None
+    a, b = torch.tensor([[[0.02, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    # Smooth L1: d^2 / (2 * 0.05) up to 0.05, then d - 0.025.
+    torch.testing.assert_close(ours.distance(a, b), torch.tensor([[(0.02**2 / 0.1 + 0.975) / 2]]))
+    torch.testing.assert_close(theirs.distance(a, b), torch.tensor([[1.0]]))
+    torch.testing.assert_close(theirs.distance(a, -3 * a), torch.tensor([[2.0]]))
+
+
+@pytest.mark.parametrize("kind", ["self", "encoder"])
+def test_a_target_depends_on_the_running_number_alone(kind: str, encoder: Path) -> None:
+    one = stage(settings(kind, encoder), share=0.5)
+    together, alone = (one(given)["per_sample"] for given in (batch(), batch(rows=1, start=4)))
+    torch.testing.assert_close(together[4:5], alone)
+    calls = exchanged(one)
+    if kind == "self":
+        one(batch())
+        times = calls["teacher"][1]
+        one(batch(rows=1, start=4))
+        assert torch.equal(times[4:5], calls["teacher"][1])
+
+
+class Latents:
+    """A dozen random latents with their pictures."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        rows = [torch.Generator().manual_seed(draw.index) for draw in draws]
+        return {
+            "latents": torch.stack([torch.randn(2, SIDE, SIDE, generator=row) for row in rows]),
+            "pixels": torch.stack(
+                [torch.randint(256, (3, 16, 16), generator=row, dtype=torch.uint8) for row in rows]
+            ),
+        }
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+def train(folder: Path, config: AlignmentConfig, steps: int, **changes: Any) -> dict[str, Tensor]:
+    """Train, routed as well, and return the last checkpoint's tensors."""
+    settings: dict[str, Any] = {
+        "max_train_steps": steps, "train_batch_size": 4, "lr_scheduler": "constant", "mixed_precision": "bf16",
+        "checkpointing_steps": 3, "validation_steps": 0, "preview_steps": 0, "log_steps": 1, "ema_decay": 0.5,
+    }  # fmt: skip
+    assert fit({"flow": stage(config, share=0.5)}, Latents(), LoopConfig(**settings | changes), folder)
+    return weights(folder)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    last = load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+    return {
+        f"{part}/{name}": value
+        for part in ("flow-weights", "flow-average")
+        for name, value in last[part].items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["self", "encoder"])
+def test_a_resumed_run_equals_one_that_never_stopped(kind: str, encoder: Path, tmp_path: Path) -> None:
+    config = settings(kind, encoder)
+    train(tmp_path / "stopped", config, 3)
+    resumed, straight = (train(tmp_path / name, config, 6) for name in ("stopped", "straight"))
+    assert any("alignment.head" in name for name in straight)
+    assert [name for name, value in straight.items() if not torch.equal(value, resumed[name])] == []
+    lines = (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()
+    assert "alignment" in json.loads(lines[0])
+
+
+@pytest.mark.parametrize(("kind", "shard"), [("self", False), ("encoder", True)])
+def test_two_processes_learn_what_one_learns(kind: str, shard: bool, encoder: Path, tmp_path: Path) -> None:
+    config = settings(kind, encoder)
+    alone = train(tmp_path / "alone", config, 3, mixed_precision="no")
+
+    def half(rank: int) -> None:
+        train(tmp_path / "pair", config, 3, mixed_precision="no", train_batch_size=2, shard=shard)
+
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, half)] == [0, 0]
+    pair = weights(tmp_path / "pair")
+    assert alone.keys() == pair.keys()
+    for name, one in alone.items():
+        torch.testing.assert_close(one, pair[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_vision_model_sees_normalised_pictures_whose_patches_are_the_cells(
+    encoder: Path, tmp_path: Path
+) -> None:
+    pixels = batch(2)["pixels"]
+    model = Dinov2Model.from_pretrained(encoder)
+    images = F.interpolate(pixels.float() / 255, (21, 28), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(one).view(3, 1, 1) for one in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        expected = model((images - mean) / std).last_hidden_state[:, 1:]
+    torch.testing.assert_close(VisionEncoder(str(encoder))(pixels, (3, 4)), expected)
+
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(
+            {"image_processor_type": "BitImageProcessor", "image_mean": [0.1] * 3, "image_std": [0.7] * 3}
+        )
+    )
+    with torch.no_grad():
+        expected = model((images - 0.1) / 0.7).last_hidden_state[:, 1:]
+    torch.testing.assert_close(VisionEncoder(str(tmp_path))(pixels, (3, 4)), expected)
+
+
+def test_the_image_half_of_clip_will_do_and_a_text_model_will_not(tmp_path: Path) -> None:
+    clip = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    CLIPVisionModel(clip).save_pretrained(tmp_path / "clip")
+    one = VisionEncoder(str(tmp_path / "clip"))
+    assert one.width == 8 and one(batch(2)["pixels"], (3, 5)).shape == (2, 15, 8)
+    text = T5Config(vocab_size=8, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1)
+    T5EncoderModel(text).save_pretrained(tmp_path / "text")
+    with pytest.raises(UserError, match=r"(?s)gives no features of patches.*DINOv2"):
+        VisionEncoder(str(tmp_path / "text"))
+    with pytest.raises(UserError, match=r"(?s)could not be loaded.*a folder, or a hub id"):
+        VisionEncoder(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"alignment": "selv"}, "(?s)'selv'.*'self'"),
+        ({"alignment": "encoder"}, "(?s)Give both"),
+        ({"alignment": "self", "alignment_encoder": "x"}, "(?s)Give both"),
+        ({"alignment": "self", "alignment_weight": 0.0}, "alignment_weight 0.0"),
+    ],
+)
+def test_choices_that_cannot_work_are_refused_at_once(choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AlignmentConfig(**choices)
+
+
+def test_what_cannot_be_aligned_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"(?s)a DiT.*--network dit"):
+        make_alignment(AlignmentConfig(alignment="self"), UNet(channels=(16, 32), head_dim=16))
+    for block in (0, 5):
+        with pytest.raises(UserError, match="of 4 blocks"):
+            stage(AlignmentConfig(alignment="self", alignment_block=block))
+    monkeypatch.setattr(player, "is_sharded", lambda *_: True)
+    accelerator: Any = type("Accelerator", (), {"device": torch.device("cpu"), "is_main_process": True})()
+    with pytest.raises(UserError, match="--shard"):
+        player.Player("flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator)
+
+
+def test_the_command_routes_and_aligns_and_nothing_of_it_is_in_the_result(
+    pictures: Path, encoder: Path, tmp_path: Path
+) -> None:
+    line = [
+        pictures,
+        *TINY,
+        "--depth",
+        3,
+        "--block",
+        "plain",
+        "--max-train-steps",
+        2,
+        "--checkpointing-steps",
+        2,
+    ]
+    choices = ["--route-share", 0.5, "--alignment", "encoder", "--alignment-encoder", encoder]
+    call(tmp_path / "cache", *line, "-o", tmp_path / "run", *choices)
+    folder = tmp_path / "run" / "pipeline" / "transformer"
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert weights.keys() == DiT.from_pretrained(folder).state_dict().keys()
+    assert DiT.from_pretrained(folder).config.norm == "layer"
+    said = call(tmp_path / "cache", *line, "-o", tmp_path / "run", "--alignment", "self", expect=2)
+    assert "alignment" in said and "--allow-changes" in said

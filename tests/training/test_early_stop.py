@@ -1,0 +1,102 @@
+"""Ending a run on its validation loss, with the weights of the best validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentflow.errors import UserError
+from latentflow.training import Callbacks
+from latentflow.training.checkpoint import list_checkpoints
+
+from .forking import fork_ranks
+from .test_loop import CONFIG, Regression, assert_equal_weights, run
+
+STOPPING = dataclasses.replace(CONFIG, validation_steps=2, early_stop=2)
+LOSSES = {
+    2: 5.0,
+    4: 3.0,
+    6: 4.0,
+    8: 3.5,
+    10: 1.0,
+    12: 1.0,
+}  # by step: 4 is the best, 8 the second that is not better
+
+
+def callbacks(module: Regression, folder: Path, seen: dict[int, torch.Tensor] | None = None) -> Callbacks:
+    """Validations that say ``LOSSES``, and an export of the weights as the callbacks see them."""
+
+    def validate() -> dict[str, float]:
+        file = folder.parent / f"{folder.name}-validations"
+        step = 2 * (int(file.read_text()) + 1) if file.exists() else 2
+        file.write_text(str(step // 2))
+        if seen is not None:
+            seen[step] = module.layers[0].weight.detach().clone()
+        return {"loss": LOSSES[step]}
+
+    def export(to: Path) -> None:
+        to.mkdir()
+        save_file({"weight": module.layers[0].weight.detach().clone()}, to / "result.safetensors")
+
+    return Callbacks(validate=validate, export=export, export_to=folder / "result")
+
+
+def result(folder: Path) -> torch.Tensor:
+    return load_file(folder / "result" / "result.safetensors")["weight"]
+
+
+def test_it_ends_after_its_patience_and_the_result_is_of_the_best_validation(tmp_path: Path) -> None:
+    module, seen = Regression(), dict[int, torch.Tensor]()
+    assert run(tmp_path / "run", STOPPING, module, callbacks=callbacks(module, tmp_path / "run", seen))
+    assert list(seen) == [2, 4, 6, 8]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000008"
+    assert torch.equal(result(tmp_path / "run"), seen[4]) and not torch.equal(seen[8], seen[4])
+    # The same line again finds it done; the result, were it lost, is made again of the same weights.
+    (tmp_path / "run" / "result" / "result.safetensors").unlink()
+    (tmp_path / "run" / "result").rmdir()
+    again = Regression()
+    assert run(tmp_path / "run", STOPPING, again, callbacks=callbacks(again, tmp_path / "run", seen))
+    assert list(seen) == [2, 4, 6, 8] and torch.equal(result(tmp_path / "run"), seen[4])
+
+
+def test_a_run_that_reaches_its_end_exports_its_best_as_well(tmp_path: Path) -> None:
+    module, seen = Regression(), dict[int, torch.Tensor]()
+    config = dataclasses.replace(STOPPING, early_stop=9)
+    assert run(tmp_path / "run", config, module, callbacks=callbacks(module, tmp_path / "run", seen))
+    assert list(seen) == [2, 4, 6, 8, 10, 12]
+    assert torch.equal(result(tmp_path / "run"), seen[10])  # as low as 12, and earlier
+
+
+def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
+    whole = Regression()
+    assert run(tmp_path / "whole", STOPPING, whole, callbacks=callbacks(whole, tmp_path / "whole"))
+    stopped = Regression()
+    stopped.interrupt_at = 6 * 6 + 1  # in step 7
+    assert not run(tmp_path / "run", STOPPING, stopped, callbacks=callbacks(stopped, tmp_path / "run"))
+    resumed = Regression()
+    assert run(tmp_path / "run", STOPPING, resumed, callbacks=callbacks(resumed, tmp_path / "run"))
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000008"
+    assert_equal_weights(tmp_path / "whole", tmp_path / "run")
+    assert torch.equal(result(tmp_path / "whole"), result(tmp_path / "run"))
+
+
+def test_two_processes_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = dataclasses.replace(STOPPING, train_batch_size=3)
+
+    def rank(number: int) -> None:
+        module = Regression()
+        assert run(tmp_path / "run", config, module, callbacks=callbacks(module, tmp_path / "run"))
+
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, rank)] == [0, 0]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000008"
+
+
+def test_without_validations_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--early-stop without validations"):
+        run(tmp_path, STOPPING)

@@ -1,0 +1,343 @@
+"""Fine-tuning: what the checkpoint knew stays, what is chosen for it, and what it is reminded of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from latentflow import LatentFlowPipeline
+from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
+from latentflow.data import Source
+from latentflow.errors import UserError
+from latentflow.models import DiT, small_text_encoder, train_tokenizer
+from latentflow.training import LoopConfig
+from latentflow.training.base import with_base_classes
+from latentflow.training.fine_tuning import FineTuningConfig, fitted, held_out_share
+from latentflow.training.order import DataOrder
+from latentflow.training.prior import asked_of
+
+from .command import TINY, call
+from .forking import fork_ranks
+
+QUICK = [
+    *TINY, "--validation", 0, "--preview-steps", 0, "--validation-steps", 0, "--checkpointing-steps", 100,
+    "--train-batch-size", 4,
+]  # fmt: skip
+
+
+def checkpoint(folder: Path, **network: Any) -> Path:
+    """A pipeline with random weights, 16 px: of classes cat and dog, or of captions where ``text_dim`` is given."""
+    torch.manual_seed(0)
+    vae = build_autoencoder(
+        AutoencoderConfig(
+            latent_channels=4, autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(0, 1)
+        ),
+        16,
+    )
+    vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scaling_factor=1.0)
+    text: dict[str, Any] = {}
+    if "text_dim" in network:
+        tokenizer = train_tokenizer(["a red circle", "a small blue square"])
+        text = {
+            "tokenizer": tokenizer,
+            "text_encoder": small_text_encoder(tokenizer, network["text_dim"], 1, 1),
+        }
+    else:
+        network["num_classes"] = 2
+        text = {"id2label": {0: "cat", 1: "dog"}}
+    dit = DiT(**{"in_channels": 4, "width": 16, "depth": 2, "heads": 1, "sample_size": 8} | network)
+    with torch.no_grad():
+        for one in dit.parameters():
+            one += 0.05 * torch.randn_like(one)
+    LatentFlowPipeline(vae=vae, transformer=dit, **text).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("base") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures each of ant, dog and cow."""
+    folder = tmp_path_factory.mktemp("animals")
+    for index, label in enumerate(["ant", "dog", "cow"]):
+        (folder / label).mkdir()
+        for number in range(3):
+            Image.new("RGB", (16, 16), (80 * index, 40 * number, 9)).save(folder / label / f"{number}.png")
+    return folder
+
+
+def drawn(folder: Path, **asked: Any) -> torch.Tensor:
+    pipe = LatentFlowPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images: torch.Tensor = pipe(**asked, num_inference_steps=2, generator=generator, output_type="pt").images
+    return images
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    last = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return {f"{f.name}/{key}": one for f in last.glob("*.safetensors") for key, one in load_file(f).items()}
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_new_classes_follow_those_of_the_checkpoint_which_draws_what_it_drew(
+    base: Path, animals: Path, cache: Path, tmp_path: Path
+) -> None:
+    still = ["--learning-rate", 0, "--weight-decay", 0, "--max-train-steps", 1, "--prior-samples", 4]
+    said = call(cache, animals, "-o", tmp_path, *QUICK, "--init-from", base, *still)
+    assert "all 2 stay" in said and "1 of them are in the data and trained on: dog" in said
+    assert "2 new ones follow: ant, cow" in said
+    result = LatentFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    assert result.labels == {"cat": 0, "dog": 1, "ant": 2, "cow": 3}
+    old = LatentFlowPipeline.from_pretrained(base).transformer.y_embedder.embedding_table.weight
+    new = result.transformer.y_embedder.embedding_table.weight
+    assert torch.equal(new[[0, 1, 4]], old)  # the null is the last
+    torch.testing.assert_close(new[2], old.mean(0))
+    for name in ("cat", "dog"):
+        kept = drawn(base, class_labels=name), drawn(tmp_path / "pipeline", class_labels=name)
+        torch.testing.assert_close(*kept, rtol=0, atol=1e-5)
+    # Begun with these numbers: the same data with fewer classes known would train pictures under other ones.
+    with pytest.raises(UserError, match="'dog' was 1, is 2"):
+        from latentflow.training.start import refuse_renumbered_classes
+
+        refuse_renumbered_classes(tmp_path / "pipeline", Source("d", (), "class", ("ant", "cow", "dog")))
+
+
+def test_classes_that_differ_in_case_or_spaces_only_are_refused(base: Path, tmp_path: Path) -> None:
+    def joined(*classes: str) -> Source:
+        return with_base_classes(Source("d", (), "class", classes), str(base), tmp_path)
+
+    assert joined("cat", "Catfish").classes == ("cat", "dog", "Catfish")
+    for name in ("Cat", " dog "):
+        with pytest.raises(UserError, match=r"case or spaces.*\n.*Spell them as the checkpoint"):
+            joined("cat", name)
+
+
+def test_fine_tuning_without_its_condition_keeps_the_classes(
+    base: Path, animals: Path, cache: Path, tmp_path: Path
+) -> None:
+    line = ["--init-from", base, "--condition", "none", "--max-train-steps", 1, "--prior-samples", 4]
+    call(cache, animals, "-o", tmp_path, *QUICK, *line)
+    assert LatentFlowPipeline.from_pretrained(tmp_path / "pipeline").labels == {"cat": 0, "dog": 1}
+
+
+# ---------------------------------------------------------------- another resolution
+
+
+@pytest.mark.parametrize("position", ["rope", "sincos"])
+def test_another_resolution_has_its_own_positions(
+    position: str, animals: Path, cache: Path, tmp_path: Path
+) -> None:
+    base = checkpoint(tmp_path / "base", position=position)
+    still = ["--learning-rate", 0, "--weight-decay", 0, "--max-train-steps", 1, "--prior-samples", 4]
+    call(cache, animals, "-o", tmp_path / "run", *QUICK, "--resolution", 24, "--init-from", base, *still)
+    pipe = LatentFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.transformer.config.sample_size == 12
+    assert drawn(tmp_path / "run" / "pipeline", class_labels="dog").shape == (1, 3, 24, 24)
+    # The size that it is asked for decides, not the size that it is configured for: it computes what the base does.
+    known = DiT.from_pretrained(base, subfolder="transformer")
+    if position == "sincos":
+        assert pipe.transformer.pos_embed.shape == (1, 144, 16)
+        fresh = DiT(in_channels=4, width=16, depth=1, heads=1, sample_size=12, position="sincos")
+        assert torch.equal(pipe.transformer.pos_embed, fresh.pos_embed)
+    x = torch.randn(1, 4, 12, 12)
+    torch.testing.assert_close(pipe.transformer(x, 0.5), known(x, 0.5), rtol=0, atol=1e-5)
+    # Its own samples are of the size that it knew.
+    assert load_file(tmp_path / "run" / "prior" / "000000.safetensors")["latents"].shape == (4, 4, 8, 8)
+
+
+# ---------------------------------------------------------------- the checkpoint's own samples
+
+
+def test_a_step_has_its_share_of_both_sets_and_each_has_its_own_epochs() -> None:
+    def draws(processes: int, batch: int, first: int, last: int) -> list[tuple[int, int]]:
+        order = DataOrder(size=25, batch_size=batch, processes=processes, seed=1, second=10, second_share=0.4)
+        assert order.second_per_step == 4  # of 10
+        found = [order.batches(first, last, process) for process in range(processes)]
+        return sorted((d.number, d.index) for one in found for part in one for d in part)
+
+    whole = draws(1, 10, 0, 15)
+    for step in range(15):
+        assert sum(index >= 15 for _, index in whole[10 * step : 10 * step + 10]) == 4
+    uses = Counter(index for _, index in whole)
+    assert {uses[index] for index in range(15)} == {6} and {uses[index] for index in range(15, 25)} == {6}
+    assert whole == draws(2, 5, 0, 15) == draws(1, 10, 0, 7) + draws(2, 5, 7, 15)
+    lone = DataOrder(size=5, batch_size=2, second=3, second_share=0.01)
+    assert lone.second_per_step == 1
+
+
+def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
+    base: Path, animals: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = [animals, *QUICK, "--init-from", base, "--prior-samples", 6, "--max-train-steps", 4]
+    line += ["--checkpointing-steps", 2, "--inpainting"]  # so that their pixels are kept as well
+    monkeypatch.setattr("latentflow.training.prior._TOGETHER", 4)
+    said = call(cache, *line, "-o", tmp_path / "whole")
+    assert "6 samples of" in said and "its 2 classes" in said
+    files = sorted((tmp_path / "whole" / "prior").glob("*.safetensors"))
+    assert [len(load_file(file)["latents"]) for file in files] == [4, 2]
+    assert load_file(files[0])["pixels"].dtype == torch.uint8
+    # Killed after the first file, and again in training.
+    begun = tmp_path / "begun" / "prior"
+    begun.mkdir(parents=True)
+    for name in ("prior.json", files[0].name):
+        (begun / name).write_bytes((tmp_path / "whole" / "prior" / name).read_bytes())
+    before = (begun / files[0].name).stat().st_mtime_ns
+    resumed = [*line, "-o", tmp_path / "begun"]
+    call(cache, *resumed, "--max-train-steps", 2, "--lr-scheduler", "constant")
+    call(cache, *line, "-o", tmp_path / "straight", "--lr-scheduler", "constant")
+    call(cache, *resumed, "--lr-scheduler", "constant")
+    assert (begun / files[0].name).stat().st_mtime_ns == before
+    one, other = state(tmp_path / "straight"), state(tmp_path / "begun")
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    said = call(cache, *line[:-5], "-o", tmp_path / "begun", "--prior-samples", 5, "--inpainting", expect=2)
+    assert "drawn otherwise (asked)" in said
+
+
+def test_two_processes_mix_as_one_does(
+    base: Path, animals: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    line = [animals, *QUICK, "--init-from", base, "--prior-samples", 6, "--max-train-steps", 4]
+    line += ["--mixed-precision", "no"]
+    call(cache, *line, "-o", tmp_path / "one")
+    two = [*line, "-o", tmp_path / "two", "--train-batch-size", 2]
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: call(cache, *two))] == [0, 0]
+
+    def losses(run: str) -> list[float]:
+        rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows]
+
+    assert len(losses("one")) == 4 and losses("two") == pytest.approx(losses("one"), abs=1e-4)
+
+
+def test_the_samples_are_the_checkpoints_own_under_its_conditions(base: Path, tmp_path: Path) -> None:
+    asked, line = asked_of(str(base), FineTuningConfig(prior_samples=5), 9, 0)
+    assert asked == ["cat", "dog", "cat", "dog", "cat"] and "50% of each step" in line
+    assert len(asked_of(str(base), FineTuningConfig(), 1000, 0)[0]) == 200
+    none, advice = asked_of(str(base), FineTuningConfig(), 1001, 0)
+    assert none == [] and "--prior-samples 200" in advice
+    with pytest.raises(UserError, match="takes no captions"):
+        asked_of(str(base), FineTuningConfig(prior_prompts="some.txt"), 9, 0)
+    with pytest.raises(UserError, match="--vae names another"):
+        asked_of(str(base), FineTuningConfig(prior_samples=5), 9, 0, vae="other")
+
+    captioned = str(checkpoint(tmp_path / "captioned", text_dim=8))
+    known = {"red", "circle", "small", "blue", "square"}
+    words, line = asked_of(captioned, FineTuningConfig(), 9, 0)
+    assert len(words) == 200 and set(" ".join(words).split()) == known and "--prior-prompts" in line
+    (tmp_path / "captions.txt").write_text("a red circle\n\n a blue square \n")
+    prompts = FineTuningConfig(prior_samples=3, prior_prompts=str(tmp_path / "captions.txt"))
+    assert asked_of(captioned, prompts, 9, 0)[0] == ["a red circle", "a blue square", "a red circle"]
+
+
+def test_captions_words_and_no_condition_go_through_training(
+    cache: Path, pictures: Path, tmp_path: Path
+) -> None:
+    base = checkpoint(tmp_path / "base", text_dim=8)
+    line = [pictures, *QUICK, "--init-from", base, "--prior-samples", 4, "--max-train-steps", 2]
+    call(cache, *line, "-o", tmp_path / "a")
+    call(cache, *line, "-o", tmp_path / "b", "--condition", "none")
+    found = json.loads((tmp_path / "a" / "memorisation.json").read_text())
+    assert found["drawn"] == 16 and found["ratio"] > 0
+
+
+# ---------------------------------------------------------------- defaults
+
+
+def test_defaults_follow_from_the_number_of_pictures_and_flags_win() -> None:
+    loop = LoopConfig(train_batch_size=64)
+    few = fitted(loop, (), 40, own_share=0.5)
+    assert few.learning_rate == pytest.approx(1e-4) and few.lr_embeddings == 10
+    assert few.max_train_steps == 313  # 250 uses of 40 pictures, 32 a step
+    assert (few.lr_warmup_steps, few.validation_steps, few.preview_steps) == (31, 31, 78)
+    more = fitted(loop, (), 500, own_share=1.0)
+    assert 64 * more.max_train_steps / 500 == pytest.approx(79, abs=1)
+    assert fitted(loop, (), 10**6, own_share=1.0).max_train_steps == 20_000
+    own = fitted(loop, {"learning_rate", "max_train_steps"}, 40, own_share=0.5)
+    assert (own.learning_rate, own.max_train_steps, own.lr_warmup_steps) == (1e-3, 20_000, 100)
+    assert own.lr_embeddings == 1
+    adapter = fitted(loop, (), 40, own_share=0.5, adapter=True)  # begins at nothing, as from scratch
+    assert (adapter.learning_rate, adapter.lr_embeddings, adapter.max_train_steps) == (1e-3, 1, 313)
+    assert held_out_share((), 0.02, 19) == 0 and held_out_share((), 0.02, 20) == 0.02
+    assert held_out_share({"validation"}, 0.02, 5) == 0.02
+
+
+def test_the_plan_says_what_was_chosen(base: Path, animals: Path, cache: Path, tmp_path: Path) -> None:
+    line = [animals, "-o", tmp_path / "run", "--resolution", 16, "--init-from", base, "--dry-run"]
+    said = call(cache, *line, "--preset", "tiny")
+    assert "--learning-rate 0.0002" in said  # a tenth of the preset's
+    assert "9 pictures to train on, 0 held out" in said and "few pictures (9)" in said
+    assert "200 samples of" in said
+    said = call(cache, *line, "--learning_rate", "0.003", "--max-train-steps=7", "--prior-samples", 0)
+    assert "learning rate 0.003" in said and "plan: 7 steps" in said and "prior: none" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tune_goes_on_with_what_the_checkpoint_was_trained_for(
+    animals: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Path, prediction and coupling are the checkpoint's without being named; what is named wins, or is refused."""
+    base = checkpoint(tmp_path / "base", condition_channels=8)
+    pipe = LatentFlowPipeline.from_pretrained(base)
+    asked = {
+        "path": "polynomial",
+        "path_options": {"degree": 3.0},
+        "prediction": "data",
+        "coupling": "data-dependent",
+    }
+    LatentFlowPipeline(**pipe.components, id2label=pipe.config.id2label, **asked).save_pretrained(base)
+    line = [animals, *QUICK, "--init-from", base, "--max-train-steps", 1, "--prior-samples", 0]
+    call(cache, *line, "-o", tmp_path / "run")
+    result = LatentFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline").config
+    assert {name: result[name] for name in asked} == asked
+    call(cache, *line, "-o", tmp_path / "own", "--coupling", "independent")
+    assert LatentFlowPipeline.load_config(tmp_path / "own" / "pipeline")["coupling"] == "independent"
+    said = call(cache, *line, "-o", tmp_path / "other", "--path", "condot", expect=2)
+    assert "was trained with path polynomial" in said
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (lambda base: ["--init-from", base.parent], "Give a pipeline folder"),
+        (lambda base: ["--init-from", "/nowhere"], "Give a pipeline folder"),
+        (lambda base: ["--init-from", base, "-o", base.parent], "would replace it"),
+        (lambda base: ["--init-from", base], "not conditioned on text, the data is"),
+        (lambda base: ["--prior-samples", 5], "--prior-samples without --init-from"),
+        (lambda base: ["--init-from", base, "--prior-share", 1], "--prior-share is 1"),
+        (lambda base: ["--early-stop", 3, "--validation", 0], "--early-stop without validations"),
+    ],
+)
+def test_bad_input_names_the_remedy(
+    flags: Callable[[Path], list[object]],
+    message: str,
+    base: Path,
+    pictures: Path,
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    said = call(cache, pictures, "-o", tmp_path, *TINY, "--max-train-steps", 1, *flags(base), expect=2)
+    assert message in said and "Traceback" not in said
