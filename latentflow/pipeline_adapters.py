@@ -10,15 +10,21 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.loaders.lora_base import (
+    LORA_WEIGHT_NAME_SAFE,
+    LoraBaseMixin,
+    _fetch_state_dict,
+    set_adapters_for_text_encoder,
+)
 from diffusers.utils import USE_PEFT_BACKEND, get_adapter_name
-from diffusers.utils.peft_utils import _create_lora_config
+from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's or its successor's
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -28,7 +34,14 @@ from .models import with_words
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
 METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata
 WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
+# The side of a tensor that must be as long as its layer's weight.
+_SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
+_SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Of a file's settings those that say what its tensors mean. peft has others, some of which import what they name.
+_SETTINGS = {
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora", "lora_bias"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +65,16 @@ class AdapterFacts:
 
 
 def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
-    """What `AdapterFacts.metadata` wrote; nothing of a file that others made."""
-    return AdapterFacts(**json.loads((metadata or {}).get(METADATA_KEY, "{}")))
+    """What `AdapterFacts.metadata` wrote; nothing of a file that others made.
+
+    Raises:
+        TypeError, ValueError: it did not write this.
+    """
+    facts = AdapterFacts(**json.loads((metadata or {}).get(METADATA_KEY, "{}")))
+    for name, empty in asdict(AdapterFacts()).items():
+        if type(getattr(facts, name)) is not type(empty):
+            raise ValueError(f"{name} of its facts is no {type(empty).__name__}")
+    return facts
 
 
 def base_hashes(network: nn.Module) -> dict[str, str]:
@@ -82,9 +103,11 @@ class _Added:
     Attributes:
         base: type of numbers and hash of the network as it was before.
         tokenizer, classes, num_classes: of the pipeline as it was before.
-        rows: adapter -> word -> (D,), and class -> (D,).
+        words, labels: adapter -> word or class that the base does not know -> (D,).
+        fused_words, fused_labels: word or class -> (D,), of adapters that were unloaded while fused.
         weights: adapter -> part of the pipeline -> weight.
-        scale: of what is fused.
+        scale: part of the pipeline -> scale of what is fused into it.
+        disabled: no adapter is in effect for now.
     """
 
     base: tuple[str, str]
@@ -93,8 +116,11 @@ class _Added:
     num_classes: int
     words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    fused_words: dict[str, Tensor] = field(default_factory=dict)
+    fused_labels: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
-    scale: float = 1.0
+    scale: dict[str, float] = field(default_factory=dict)
+    disabled: bool = False
 
 
 class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
@@ -123,7 +149,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
         Raises:
             UserError: peft is missing; there is no such file, or it is damaged or no adapter; it was made for another
-                architecture or another base.
+                architecture or another base; ``hotswap`` with layers of the text encoder.
+            ValueError: ``adapter_name`` is taken.
         """
         if not USE_PEFT_BACKEND:
             raise UserError("adapters need peft", 'pip install "latentflow[lora]"')
@@ -131,10 +158,17 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
         state, metadata, facts = _read(source, shown, kwargs)
-        added = {key: state.pop(key) for key in (WORDS, CLASSES) if key in state}
         self._check_architecture(state, shown, facts)
         self._check_base(shown, facts, any_base)
+        words = _take_rows(state, WORDS, facts.words, shown)
+        labels = _take_rows(state, CLASSES, facts.classes, shown)
         name = adapter_name or get_adapter_name(self.transformer)
+        replaced = getattr(self.text_encoder, "peft_config", {})
+        if hotswap and (name in replaced or any(key.startswith("text_encoder.") for key in state)):
+            raise UserError(
+                "hotswap replaces layers of the transformer alone, here the text encoder has some as well",
+                f'pipe.delete_adapters("{name}"), and load it without hotswap.',
+            )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
             self.transformer.load_lora_adapter(
@@ -147,15 +181,23 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             )
             self._load_into_text_encoder(state, name, metadata, low_memory)
         loaded = self._added()
-        loaded.words[name] = dict(zip(facts.words, added.get(WORDS, ()), strict=True))
-        loaded.labels[name] = dict(zip(facts.classes, added.get(CLASSES, ()), strict=True))
+        known = {} if loaded.tokenizer is None else loaded.tokenizer.get_vocab()
+        loaded.words[name] = {word: row for word, row in words.items() if word not in known}
+        loaded.labels[name] = {label: row for label, row in labels.items() if label not in loaded.classes}
         self._renew()
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
-        """The tensors of an adapter, and with ``return_lora_metadata`` its settings, as diffusers has them."""
+        """The tensors of an adapter, and with ``return_lora_metadata`` its settings, as diffusers has them.
+
+        Its new words and classes are left out: tensors alone do not tell their names.
+
+        Raises:
+            UserError: there is no such file, or it is damaged or no adapter.
+        """
         with_metadata = kwargs.pop("return_lora_metadata", False)
         state, metadata, _ = _read(pretrained_model_name_or_path_or_dict, "the adapter", kwargs)
+        state = {key: value for key, value in state.items() if key not in (WORDS, CLASSES)}
         return (state, metadata) if with_metadata else state
 
     @classmethod
@@ -171,7 +213,14 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         transformer_lora_adapter_metadata: dict[str, Any] | None = None,
         text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Write layers as an adapter; see ``diffusers.loaders.StableDiffusionLoraLoaderMixin.save_lora_weights``."""
+        """Write layers as an adapter; see ``diffusers.loaders.StableDiffusionLoraLoaderMixin.save_lora_weights``.
+
+        Raises:
+            ValueError: no layers are given.
+            UserError: ``safe_serialization`` is off.
+        """
+        if not safe_serialization:
+            raise UserError("adapters are written as safetensors only", "Leave safe_serialization out.")
         layers = {"transformer": transformer_lora_layers, "text_encoder": text_encoder_lora_layers}
         metadata = {
             "transformer": transformer_lora_adapter_metadata,
@@ -187,7 +236,6 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             is_main_process=is_main_process,
             weight_name=weight_name,
             save_function=save_function,
-            safe_serialization=safe_serialization,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -216,12 +264,27 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         self._renew()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """Forget these adapters."""
+        """Forget these adapters; with the last one the pipeline is as it was before the first."""
         super().delete_adapters(adapter_names)
         loaded = self._added()
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for rows in (loaded.words, loaded.labels, loaded.weights):
                 rows.pop(name, None)
+        if any(self.get_list_adapters().values()):
+            self._renew()
+        else:  # the emptied wrappers of the layers would be saved
+            self.unload_lora_weights()
+
+    def disable_lora(self) -> None:
+        """Put no adapter into effect until ``enable_lora``; their words and classes stand at the mean meanwhile."""
+        super().disable_lora()
+        self._added().disabled = True
+        self._renew()
+
+    def enable_lora(self) -> None:
+        """Put the active adapters into effect again."""
+        super().enable_lora()
+        self._added().disabled = False
         self._renew()
 
     def fuse_lora(
@@ -234,51 +297,56 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     ) -> None:
         """Add the adapters to the weights, which makes drawing as fast as without them."""
         super().fuse_lora(list(components), lora_scale, safe_fusing, adapter_names, **kwargs)
-        self._added().scale = lora_scale
+        self._added().scale.update(dict.fromkeys(components, lora_scale))
         self._renew()
 
     def unfuse_lora(self, components: Sequence[str] = PARTS, **kwargs: Any) -> None:
         """Take fused adapters out of the weights again; they stay loaded."""
         super().unfuse_lora(list(components), **kwargs)
-        self._added().scale = 1.0
+        for part in components:  # diffusers leaves the layers at the scale of fusing
+            if getattr(self, part, None) is not None:
+                unscale_lora_layers(getattr(self, part), self._added().scale.pop(part, None))
         self._renew()
 
     def unload_lora_weights(self) -> None:
         """Take the adapters away, with their words and classes; what is fused stays in the weights."""
-        fused = bool(self.fused_loras)
+        loaded, fused = self._added(), self._fused()
+        words, labels = (
+            {name: one for name, one in rows.items() if name in fused}
+            for rows in (loaded.words, loaded.labels)
+        )
+        loaded.fused_words = _summed(loaded.fused_words, words, self._weights("text_encoder"))
+        loaded.fused_labels = _summed(loaded.fused_labels, labels, self._weights("transformer"))
         super().unload_lora_weights()
-        loaded = self._added()
-        if fused:
-            loaded.tokenizer, loaded.classes = self.tokenizer, self.labels
-            loaded.num_classes = self.transformer.config.get("num_classes") or 0
-        loaded.words, loaded.labels, loaded.weights, loaded.scale = {}, {}, {}, 1.0
+        for one in (loaded.words, loaded.labels, loaded.weights, loaded.scale):
+            one.clear()
+        loaded.disabled = False
         self._renew()
 
     # ---------------------------------------------------------------- loading
 
     def _check_architecture(self, state: Mapping[str, Tensor], shown: str, facts: AdapterFacts) -> None:
         fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
-        for part in PARTS:
-            model = getattr(self, part, None)
-            if model is None:  # loaded without its text encoder, to be given embeddings
-                continue
-            layers = dict(model.named_modules())
-            for key, value in state.items():
-                layer, found, side = key.removeprefix(f"{part}.").rpartition(".lora_")
-                if not key.startswith(f"{part}.") or not found or side not in ("A.weight", "B.weight"):
-                    continue
-                weight = getattr(layers.get(layer), "weight", None)
-                if weight is None:
+        parts = {part: one for part in PARTS if (one := getattr(self, part, None)) is not None}
+        layers = {
+            f"{part}.{name}": one for part, whole in parts.items() for name, one in whole.named_modules()
+        }
+        if "text_encoder" in parts:
+            layers[WORDS] = self.text_encoder.get_input_embeddings()
+        if getattr(self.transformer, "y_embedder", None) is not None:
+            layers[CLASSES] = self.transformer.y_embedder.embedding_table
+        for key, value in state.items():
+            if "text_encoder" not in parts and key.startswith(("text_encoder.", WORDS)):
+                continue  # loaded without, to be given embeddings
+            layer = key.rpartition(".lora")[0] or key
+            weight = getattr(layers.get(layer), "weight", None)
+            if weight is None:
+                raise UserError(f"{shown} is for another architecture: there is no layer {layer} here", fix)
+            for end, (side, what) in _SIDES.items():
+                if key.endswith(end) and value.shape[side] != weight.shape[side]:
                     raise UserError(
-                        f"{shown} is for another architecture: there is no layer {part}.{layer} here", fix
-                    )
-                theirs, ours = (value.shape[1], weight.shape[1])
-                if side == "B.weight":
-                    theirs, ours = value.shape[0], weight.shape[0]
-                if theirs != ours:
-                    raise UserError(
-                        f"{shown} is for another architecture: {part}.{layer} has {theirs} "
-                        f"{'inputs' if side == 'A.weight' else 'outputs'} there, {ours} here",
+                        f"{shown} is for another architecture: {layer} has {value.shape[side]} {what} there, "
+                        f"{weight.shape[side]} here",
                         fix,
                     )
 
@@ -298,7 +366,11 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         """diffusers' own function for this knows the layers of CLIP only."""
         prefix = "text_encoder."
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if not own or self.text_encoder is None:
+        if self.text_encoder is None:
+            return
+        if not own:  # those of other adapters give way all the same, as in the transformer
+            if hasattr(self.text_encoder, "peft_config"):
+                set_adapters_for_text_encoder(name, self.text_encoder)
             return
         from peft import inject_adapter_in_model, set_peft_model_state_dict
 
@@ -330,17 +402,28 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             self.transformer._adapters_added = loaded
         return loaded
 
+    def _fused(self) -> set[str]:
+        """The adapters that are fused now; diffusers' ``fused_loras`` counts unloaded ones as well."""
+        models = [one for part in PARTS if (one := getattr(self, part, None)) is not None]
+        layers = [layer for model in models for layer in model.modules()]
+        return {name for layer in layers for name in getattr(layer, "merged_adapters", ())}
+
+    def _weights(self, part: str) -> dict[str, float]:
+        """Adapter -> its weight in this part of the pipeline now; where some are fused, no others count."""
+        loaded = self._added()
+        active = [] if loaded.disabled else self._fused() or self.get_active_adapters()
+        scale = loaded.scale.get(part, 1.0)
+        return {name: scale * loaded.weights.get(name, {}).get(part, 1.0) for name in active}
+
     @torch.no_grad()
     def _renew(self) -> None:
-        """Words and classes as the active adapters' weights have them: mean + scale * sum of weight * distance."""
+        """Words and classes as the adapters' weights have them: mean + scale * sum of weight * distance."""
         loaded = self._added()
-        active = self.get_active_adapters()
         if self.text_encoder is not None and self.tokenizer is not None:
-            known = loaded.tokenizer.get_vocab()
-            sums = _summed(loaded, loaded.words, active, "text_encoder", known)
-            if sums or len(self.tokenizer) != len(known):
+            sums = _summed(loaded.fused_words, loaded.words, self._weights("text_encoder"))
+            if sums or len(self.tokenizer) != len(loaded.tokenizer):
                 self._set_words(loaded, sums)
-        sums = _summed(loaded, loaded.labels, active, "transformer", loaded.classes)
+        sums = _summed(loaded.fused_labels, loaded.labels, self._weights("transformer"))
         if sums or self.labels != loaded.classes:
             self._set_classes(loaded, sums)
 
@@ -370,18 +453,27 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
 
 def _summed(
-    loaded: _Added, rows: dict[str, dict[str, Tensor]], active: list[str], part: str, known: Any
+    fused: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """New name -> sum over the active adapters of weight * row; zero for those of others."""
-    sums = {
-        name: torch.zeros_like(row) for one in rows.values() for name, row in one.items() if name not in known
-    }
-    for adapter in active:
-        weight = loaded.scale * loaded.weights.get(adapter, {}).get(part, 1.0)
-        for name, row in rows.get(adapter, {}).items():
-            if name in sums:
-                sums[name] = sums[name] + weight * row
+    """New name -> what is fused + the sum over adapters of weight * row; an adapter without a weight counts 0."""
+    sums = dict(fused)
+    for adapter, own in rows.items():
+        for name, row in own.items():
+            sums[name] = sums.get(name, torch.zeros_like(row)) + weights.get(adapter, 0.0) * row
     return sums
+
+
+def _take_rows(
+    state: MutableMapping[str, Tensor], key: str, names: Sequence[str], shown: str
+) -> dict[str, Tensor]:
+    """Takes the rows of new words or classes out of ``state``; by name."""
+    rows = state.pop(key, torch.empty(0))
+    if len(rows) != len(names):
+        raise UserError(
+            f"{shown} has {len(rows)} rows of {key} and {len(names)} names for them",
+            "The names are in the file that training wrote, not in its tensors: load that file.",
+        )
+    return dict(zip(names, rows, strict=True))
 
 
 def _around_mean(table: Tensor, sums: dict[str, Tensor]) -> Tensor:
@@ -392,19 +484,29 @@ def _around_mean(table: Tensor, sums: dict[str, Tensor]) -> Tensor:
 def _by_part(weight: Any) -> dict[str, float]:
     """An adapter's weight in each part of the pipeline; diffusers also takes one for each block of a part."""
     given = weight if isinstance(weight, dict) else dict.fromkeys(PARTS, weight)
-    return {part: float(one) for part, one in given.items() if isinstance(one, int | float)}
+    return {part: float(one) for part, one in given.items() if one is not None and not isinstance(one, dict)}
 
 
 def _read(
     source: Any, shown: str, options: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, AdapterFacts]:
-    """Tensors, settings as diffusers keeps them, and our facts."""
+    """Tensors, settings as diffusers keeps them, and our facts.
+
+    Raises:
+        UserError: there is no such file, or it is damaged, or no adapter.
+    """
     names = ("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision")
     wanted: dict[str, Any] = {name: options.get(name) for name in (*names, "subfolder")}
     if isinstance(source, os.PathLike):
         source = str(source)
-    if isinstance(source, str) and Path(source).is_dir() and not any(Path(source).glob("*.safetensors")):
-        raise UserError(f"{shown} holds no .safetensors file", "A run's adapter is in RUN/adapter.")
+    if wanted["weight_name"] and not wanted["weight_name"].endswith(".safetensors"):
+        raise UserError(
+            f"weight_name {wanted['weight_name']} is no .safetensors file", "Others are not read."
+        )
+    there = isinstance(source, dict) or Path(source).exists()
+    folder = None if isinstance(source, dict) else Path(source, wanted["subfolder"] or "")
+    if folder is not None and folder.is_dir() and not wanted["weight_name"]:
+        wanted["weight_name"] = _file_in(folder, shown)
     try:
         state, metadata, file_metadata = _fetch_state_dict(
             source,
@@ -415,9 +517,12 @@ def _read(
             **wanted,
         )
         facts = facts_of(file_metadata)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError, HTTPError) as error:
+        what = (
+            "could not be read" if there else "is no file or folder here, and could not be had from the hub"
+        )
         raise UserError(
-            f"{shown} could not be read: {str(error).strip().partition(chr(10))[0]}",
+            f"{shown} {what}: {str(error).strip().partition(chr(10))[0]}",
             "Give a folder with pytorch_lora_weights.safetensors, that file, or a hub id.",
         ) from error
     state = dict(state)
@@ -425,4 +530,15 @@ def _read(
         raise UserError(
             f"{shown} is no adapter: it holds other weights", "A run's adapter is in RUN/adapter."
         )
-    return state, metadata, facts
+    settings = {name: one for name, one in (metadata or {}).items() if name.rpartition(".")[2] in _SETTINGS}
+    return state, settings or None, facts
+
+
+def _file_in(folder: Path, shown: str) -> str:
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{shown} holds no .safetensors file", "A run's adapter is in RUN/adapter.")
+    usual = str(LORA_WEIGHT_NAME_SAFE)
+    if len(files) > 1 and usual not in files:
+        raise UserError(f"{shown} holds several adapters: {', '.join(files)}", "Give the path of one.")
+    return usual if usual in files else files[0]

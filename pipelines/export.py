@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "latentflow export --help shows both.",
         )
 
+    if config.adapter and config.export_dtype != "float32":
+        raise UserError("--export-dtype with --adapter: it is copied as it is", "Leave --export-dtype out.")
+
     # ---- the adapter alone ----
     if config.adapter:
         made = Path(config.source) / "adapter"

@@ -36,10 +36,11 @@ from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training import Callbacks, LoopConfig, fit, log_to, resume_line
 from latentflow.training.adapters import Adapter, AdapterConfig
 from latentflow.training.alignment import AlignmentConfig, make_alignment
-from latentflow.training.base import with_base_classes, with_base_flow
+from latentflow.training.base import base_resolution, with_base_classes, with_base_flow
 from latentflow.training.card import CardFacts, write_card
 from latentflow.training.conditions import conditions_of
 from latentflow.training.cost import sample_flops
+from latentflow.training.early_stop import refuse_unvalidated
 from latentflow.training.export import carry_over
 from latentflow.training.fine_tuning import (
     FEW,
@@ -57,7 +58,7 @@ from latentflow.training.masking import Masking
 from latentflow.training.memorised import tell_memorised
 from latentflow.training.plan import estimate_lines, plan_lines
 from latentflow.training.presets import PRESETS
-from latentflow.training.preview import preview_grid
+from latentflow.training.preview import preview_grid, preview_source
 from latentflow.training.prior import MixedData, asked_of, prior_data
 from latentflow.training.processes import process_state
 from latentflow.training.routing import Routing, RoutingConfig
@@ -109,10 +110,10 @@ class Config:
             refuse_without_base(self.fine_tuning)
         if self.adapter.lora_rank and not self.init_from:
             raise UserError("--lora-rank without --init-from", "Name the checkpoint that it adapts.")
-        if self.adapter.lora_rank and self.loop.optimizer == "muon":
+        if self.adapter.lora_rank and self.loop.ema_lengths:
             raise UserError(
-                "--optimizer muon with --lora-rank: it turns whole matrices, an adapter's are only their factors",
-                "Leave it out: AdamW is the default.",
+                "--ema-lengths with --lora-rank: averages of another length are not made for adapters",
+                "Leave out one of the two.",
             )
 
 
@@ -147,21 +148,25 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
     if config.init_from:
         source = with_base_classes(source, config.init_from, output)
         data = dataclasses.replace(data, validation=held_out_share(given_keys, data.validation, len(source)))
+        if "resolution" not in given_keys and not isinstance(source, LatentFolder):
+            data = dataclasses.replace(data, resolution=base_resolution(config.init_from) or data.resolution)
     training, validation = (source.subset(rows) for rows in split(source, data.validation, loop.seed))
     refuse_renumbered_classes(output / "pipeline", source)
+    refuse_unvalidated(loop, len(validation) > 0)
 
     # ---- a fine-tune: what the checkpoint is reminded of, defaults that fit ----
     prior, fine_lines = [], []
     if config.init_from:
         prior, told_of = asked_of(config.init_from, config.fine_tuning, len(training), loop.seed, config.vae)
         own_share = 1 - config.fine_tuning.prior_share if prior else 1.0
-        uses = len(training.uses())
-        loop = fitted(loop, given_keys, uses, own_share, adapter=bool(config.adapter.lora_rank))
-        fine_lines = [*fine_tuning_lines(config.init_from, loop, given_keys, uses, own_share), told_of]
+        pictures = len(training)
+        loop = fitted(loop, given_keys, pictures, own_share, adapter=bool(config.adapter.lora_rank))
+        fine_lines = fine_tuning_lines(config.init_from, loop, given_keys, pictures, own_share)
+        fine_lines += [f"resolution: {data.resolution} pixels", told_of]
         config = dataclasses.replace(
             config,
             loop=loop,
-            data=dataclasses.replace(config.data, validation=data.validation),
+            data=dataclasses.replace(config.data, validation=data.validation, resolution=data.resolution),
             flow=with_base_flow(config.flow, config.init_from, given_keys),
         )
     for line in (*plan_lines(source, training, validation, loop), *fine_lines):
@@ -276,7 +281,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
     train_data: LatentData | MixedData = own_data
     if prior:
         samples = prior_data(
-            str(config.init_from), prior, networks, output / "prior", loop.seed, masking is not None, told
+            str(config.init_from), prior, networks, output / "prior", loop.seed, stage.needs_pixels, told
         )
         train_data = MixedData(own_data, samples, config.fine_tuning.prior_share)
     centre = dataclasses.replace(framing, crops=1)
@@ -326,7 +331,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
         output,
         callbacks=Callbacks(
             validate=None if held_out is None else lambda: {"loss": validation_loss(stage, held_out, device)},
-            preview=lambda: preview_grid(pipeline(), validation if len(validation) else training, device),
+            preview=lambda: preview_grid(pipeline(), preview_source(training, validation), device),
             export=export,
             export_to=output / "pipeline",
         ),
@@ -350,6 +355,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
         },
         resume_line=again,
         flops=flops,
+        partly=bool(config.init_from) and source.kind == "unconditional",
     )
     if finished and config.init_from and len(training) <= FEW and process_state().is_main_process:
         tell_memorised(output, training, validation, data.background, device)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 from diffusers import AutoencoderDC, AutoencoderKL
 
@@ -21,7 +25,8 @@ class AutoencoderConfig:
     latent_channels: int = 16
     """Channels of the latents."""
     autoencoder_widths: tuple[int, ...] = (16, 64, 128, 256)
-    """Channels at each resolution, finest first; n entries downscale by 2^(n-1)."""
+    """Channels at each resolution, finest first; n entries downscale by 2^(n-1). With dc each is 4 times a divisor of
+    the one before."""
     encoder_layers: tuple[int, ...] = (0, 1, 1, 2)
     """Residual blocks at each resolution of the encoder; a leading 0 is the space-to-channel stem (dc only)."""
     decoder_layers: tuple[int, ...] = (1, 2, 2, 2)
@@ -42,14 +47,31 @@ class AutoencoderConfig:
     """Weight of the PatchGAN hinge loss, before the adaptive factor."""
     adversarial_start: int = 1_500
     """Step from which the adversarial loss counts."""
+    equivariance: float = 0.0
+    """Probability of a step whose latents are made smaller and turned, and decoded to the pictures made smaller and
+    turned alike (EQ-VAE, arXiv:2502.09509; 0.5 is usual). 0: off."""
+    latent_noise: float = 0.0
+    """Noise on the latents that the decoder learns from, drawn for each sample between none and this many times their
+    spread (as in l-DeTok, arXiv:2507.15856, which goes up to noise alone; 0.5 is mild). 0: off."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.equivariance <= 1:
+            raise UserError(f"--equivariance is {self.equivariance}", "It must be from 0 to 1.")
+        if not 0 <= self.latent_noise < math.inf:
+            raise UserError(f"--latent-noise is {self.latent_noise}", "It must be finite, and not negative.")
+
+    def describe(self) -> dict[str, Any]:
+        """What must not change between resumed runs. Levers that are off are left out: earlier runs had none."""
+        levers = ("equivariance", "latent_noise")
+        return {name: one for name, one in dataclasses.asdict(self).items() if one or name not in levers}
 
 
 def build_autoencoder(config: AutoencoderConfig, resolution: int) -> Autoencoder:
     """A new autoencoder for (3, resolution, resolution) images.
 
     Raises:
-        UserError: the resolution is not divisible by the downscale factor (the nearest valid one is named), or the
-            numbers of widths and layers differ.
+        UserError: the resolution is not divisible by the downscale factor, or the widths do not go together (the
+            nearest valid ones are named), or the numbers of widths and layers differ.
     """
     levels = len(config.autoencoder_widths)
     if not levels == len(config.encoder_layers) == len(config.decoder_layers):
@@ -84,6 +106,7 @@ def _dc(config: AutoencoderConfig) -> AutoencoderDC:
             f"latent_channels, {config.latent_channels}",
             "AutoencoderDC averages groups of channels into the latent: choose a multiple.",
         )
+    _check_widths(config)
     return AutoencoderDC(
         latent_channels=config.latent_channels,
         encoder_block_out_channels=config.autoencoder_widths,
@@ -93,6 +116,46 @@ def _dc(config: AutoencoderConfig) -> AutoencoderDC:
         encoder_qkv_multiscales=((),) * levels,
         decoder_qkv_multiscales=((),) * levels,
     )
+
+
+def _check_widths(config: AutoencoderConfig) -> None:
+    """Refuse widths between which AutoencoderDC has no shortcut.
+
+    Going down it averages groups of the 4 a channels of 2 x 2 pixels to b channels, going up it repeats b channels to
+    4 a: both need b to divide 4 a, and its space-to-channel layers need 4 to divide b.
+    """
+    widths = config.autoencoder_widths
+    # Where neither has a block at full size, the first width is not used.
+    first = 0 if config.encoder_layers[0] or config.decoder_layers[0] else 1
+    wrong = [
+        f"{a} {b}"
+        for level, (a, b) in enumerate(pairwise(widths))
+        if b % 4 or (level >= first and a % (b // 4))
+    ]
+    if wrong:
+        nearest = (*widths[:first], *_nearest_widths(widths[first:], config.latent_channels))
+        raise UserError(
+            f"autoencoder_widths {' '.join(map(str, widths))}: AutoencoderDC cannot join "
+            f"{' nor '.join(wrong)}; each width must be 4 times a divisor of the one before",
+            f"The nearest that work: --autoencoder-widths {' '.join(map(str, nearest))}",
+        )
+
+
+def _nearest_widths(wanted: Sequence[int], latent_channels: int) -> tuple[int, ...]:
+    """Multiples of 4, each 4 times a divisor of the one before, with the least sum of |log(width / wanted)|."""
+    most = 4 * max(wanted)  # the least common multiple of 4 and latent_channels, repeated, is one
+    chains: dict[int, tuple[float, tuple[int, ...]]] = {  # the best by their last width
+        width: (abs(math.log(width / wanted[0])), (width,)) for width in range(4, most + 1, 4)
+    }
+    for aim in wanted[1:]:
+        longer = [
+            (cost + abs(math.log(4 * (end // part) / aim)), (*chain, 4 * (end // part)))
+            for end, (cost, chain) in chains.items()
+            for part in range(1, 17)
+            if end % part == 0 and 4 * (end // part) <= most
+        ]
+        chains = {chain[-1]: (cost, chain) for cost, chain in sorted(longer, reverse=True)}
+    return min(one for end, one in chains.items() if end % latent_channels == 0)[1]
 
 
 def _kl(config: AutoencoderConfig, resolution: int) -> AutoencoderKL:

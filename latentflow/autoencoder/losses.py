@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
+SMALLEST_PICTURE = (
+    16  # side in pixels that LPIPS can take (VGG halves it four times) and the discriminator (three times)
+)
+
 
 class PatchDiscriminator(nn.Module):
     """Scores overlapping patches as real (high) or reconstructed (low): Isola et al. 2017 (arXiv:1611.07004).

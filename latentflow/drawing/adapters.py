@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ def add_adapters(pipe: Any, choice: AdapterChoice) -> None:
     """Put the adapters into the pipeline's weights, each times its weight.
 
     Raises:
-        UserError: one cannot be loaded, see ``load_lora_weights``.
+        UserError: one cannot be loaded, see ``load_lora_weights``, or its weight is no finite number.
     """
     if not choice.lora:
         return
@@ -41,16 +42,18 @@ def add_adapters(pipe: Any, choice: AdapterChoice) -> None:
 
 def _split(text: str) -> tuple[str, float]:
     """``runs/hats:0.8`` -> where its adapter is, 0.8."""
-    source, colon, number = text.rpartition(":")
+    source, _, number = text.rpartition(":")
     try:
-        weight = float(number) if colon and source else 1.0
-    except ValueError:  # a colon of the path's own
-        weight = 1.0
-    else:
-        text = source if colon and source else text
-    inside_run = Path(text) / "adapter"
+        weight = float(number)
+    except ValueError:
+        source = ""
+    if not source or Path(text).exists():  # no colon, or one of the path's own
+        source, weight = text, 1.0
+    if not math.isfinite(weight):
+        raise UserError(f"--lora {text}: the weight is {weight}", "It must be a number such as 0.8.")
+    inside_run = Path(source) / "adapter"
     if inside_run.is_dir():
         return str(inside_run), weight
-    if not Path(text).exists() and len(Path(text).parts) != 2:
-        raise UserError(f"--lora {text}: no such folder or file", "A run's adapter is in RUN/adapter.")
-    return text, weight
+    if not Path(source).exists() and len(Path(source).parts) != 2:
+        raise UserError(f"--lora {source}: no such folder or file", "A run's adapter is in RUN/adapter.")
+    return source, weight

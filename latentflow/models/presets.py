@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import lookup
 
-# What a block and its inputs are made of. Both have as many parameters, but for the few of `qk_norm`.
+# What a block and its inputs are made of. Both have about as many parameters.
 BLOCKS: dict[str, dict[str, Any]] = {
     # LightningDiT's (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries and keys.
     "modern": {

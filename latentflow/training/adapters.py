@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -56,12 +57,15 @@ class AdapterConfig:
         if self.lora_rank < 0:
             raise UserError(f"--lora-rank is {self.lora_rank}", "It must be at least 1; 8 is usual.")
         if not self.lora_rank:
-            for name in ("lora_alpha", "lora_dora", "lora_text_encoder"):
-                if getattr(self, name):
-                    raise UserError(f"--{name.replace('_', '-')} without --lora-rank", "Add --lora-rank 8.")
+            for one in dataclasses.fields(self):
+                if getattr(self, one.name) != one.default:
+                    flag = f"--{one.name.replace('_', '-')}"
+                    raise UserError(f"{flag} without --lora-rank", "Add --lora-rank 8.")
             return
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise UserError(f"--lora-alpha is {self.lora_alpha}", "It must be above 0; default: the rank.")
+        if not self.lora_layers:
+            raise UserError("--lora-layers names none", "Name some, or leave it out.")
         if importlib.util.find_spec("peft") is None:
             raise UserError("--lora-rank needs peft", 'pip install "latentflow[lora]"')
 
@@ -203,7 +207,12 @@ class Adapter:
 
 def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> None:
     shapes = [
-        {name: tuple(one.shape) for name, one in module.named_parameters() if "embedding_table" not in name}
+        # But for the classes, and for positions, which are computed.
+        {
+            name: tuple(one.shape)
+            for name, one in module.named_parameters()
+            if "embedding_table" not in name and name != "pos_embed"
+        }
         for module in (base, network)
     ]
     if shapes[0] != shapes[1]:

@@ -31,7 +31,8 @@ class AlignmentConfig:
     """Feature alignment: a second loss on the tokens of an early block. Neither validation nor the result knows it.
 
     Raises:
-        UserError: an unknown alignment, a negative weight, or an encoder that is missing or of no use.
+        UserError: an unknown alignment, a weight that is not positive, an encoder that is missing, or settings of no
+            use.
     """
 
     alignment: str | None = None
@@ -52,6 +53,10 @@ class AlignmentConfig:
             raise UserError(
                 f"--alignment {self.alignment} with --alignment-encoder {self.alignment_encoder}",
                 "Give both: --alignment encoder --alignment-encoder FOLDER_OR_HUB_ID; or leave the encoder out.",
+            )
+        if self.alignment is None and (self.alignment_weight, self.alignment_block) != (None, None):
+            raise UserError(
+                "--alignment-weight or --alignment-block without --alignment", "Add --alignment self."
             )
         if self.alignment_weight is not None and not self.alignment_weight > 0:
             raise UserError(

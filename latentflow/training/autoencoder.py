@@ -22,7 +22,14 @@ from ..autoencoder import (
     load_autoencoder,
     measure_statistics,
 )
-from ..autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss, perceptual_loss
+from ..autoencoder.losses import (
+    SMALLEST_PICTURE,
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_loss,
+    perceptual_loss,
+)
+from ..autoencoder.regularisation import noisy, scales, transformed
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..metrics import psnr, ssim
 from .callbacks import Callbacks
@@ -30,7 +37,8 @@ from .config import LoopConfig
 from .export import carry_over
 from .images import PixelData
 from .loop import fit
-from .order import SampleRandom
+from .order import SampleRandom, seeded
+from .processes import process_state
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +61,21 @@ class AutoencoderStage(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images = batch["images"].contiguous(memory_format=torch.channels_last)
-        reconstruction, kl = self._reconstruct(images, batch["numbers"])
-        reconstruction = reconstruction.float()
+        pixels = images[0].numel()
+        random = SampleRandom(self._seed, batch["numbers"], images.device)
+        latents, kl = self._encode(images, random)
+        if self.training and self._config.equivariance:
+            images, latents = self._transform(images, latents, batch["numbers"][0])
+        if self.training and self._config.latent_noise:
+            level = self._config.latent_noise * random.uniform()
+            latents = noisy(latents.float(), level, random.normal(latents.shape[1:]))
+        reconstruction = self.vae.decode(latents).sample.float()
         per_sample = (reconstruction - images).abs().flatten(1).mean(1)
         loss = l1 = per_sample.mean()
         values = {"l1": l1.detach(), "per_sample": per_sample.detach()}
         if kl is not None:
-            values["kl"] = kl.detach() / images[0].numel()
-            loss = loss + self._config.kl_weight * kl / images[0].numel()
+            values["kl"] = kl.detach() / pixels
+            loss = loss + self._config.kl_weight * kl / pixels
         discriminator, lpips = self._others
         if lpips is not None:
             perceptual = lpips.to(images.device)(reconstruction, images).mean()
@@ -74,15 +89,27 @@ class AutoencoderStage(nn.Module):
             values["adversarial"] = adversarial.detach()
         return values | {"loss": loss}
 
-    def _reconstruct(self, images: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor | None]:
-        """-> reconstruction, and the KL divergence to N(0, I) in nats per image (None if deterministic)."""
+    def _encode(self, images: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor | None]:
+        """-> raw latents, and the KL divergence to N(0, I) in nats per image (None if deterministic)."""
         encoded = self.vae.encode(images)
         if not hasattr(encoded, "latent_dist"):
-            return self.vae.decode(encoded.latent).sample, None
+            return encoded.latent, None
         posterior = encoded.latent_dist
-        noise = SampleRandom(self._seed, numbers, images.device).normal(posterior.mean.shape[1:])
-        reconstruction: Tensor = self.vae.decode(posterior.mean + posterior.std * noise).sample
-        return reconstruction, posterior.kl().mean()
+        noise = random.normal(posterior.mean.shape[1:])
+        return posterior.mean + posterior.std * noise, posterior.kl().mean()
+
+    def _transform(self, images: Tensor, latents: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Pictures and latents transformed alike, or, by chance, as they are; one draw for the whole step."""
+        step = number // (self._config.autoencoder_batch_size * process_state().num_processes)
+        random = seeded(self._seed, 7, step)
+        if torch.rand((), generator=random) >= self._config.equivariance:
+            return images, latents
+        # The discriminator and LPIPS see these pictures as well, and cannot see the smallest.
+        smallest = 1 if self._others == (None, None) else SMALLEST_PICTURE
+        choices = scales(latents.shape[2], latents.shape[3], smallest * latents.shape[3] // images.shape[3])
+        scale = choices[int(torch.randint(len(choices), (), generator=random))]
+        quarter_turns = int(torch.randint(1, 4, (), generator=random))
+        return transformed(images, scale, quarter_turns), transformed(latents.float(), scale, quarter_turns)
 
     def _adversarial(self, batch: dict[str, Any]) -> bool:
         return bool(
@@ -170,7 +197,7 @@ def train_autoencoder(
             export_to=output / "autoencoder",
         ),
         description={
-            "autoencoder": dataclasses.asdict(config),
+            "autoencoder": config.describe(),
             "resolution": resolution,
             "data": train.fingerprint(),
         },

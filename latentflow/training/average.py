@@ -40,8 +40,8 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
         output: the folder to make.
 
     Raises:
-        UserError: the run is not finished or has no snapshots, one is damaged, the length cannot be, or ``output``
-            exists.
+        UserError: the run is not finished, has no snapshots or trained an adapter, a snapshot is damaged, the length
+            cannot be, or ``output`` exists.
     """
     result = run / "pipeline"
     if not is_pipeline(result):
@@ -49,6 +49,13 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
     if output.exists():
         raise UserError(f"{output} exists", "Choose another name.")
     weights, step = reconstruct(run / FOLDER, length)
+    # The head of a feature alignment was trained along, and is no part of the result.
+    weights = {name: one for name, one in weights.items() if not name.startswith("alignment.")}
+    if any("lora_" in name for name in weights):
+        raise UserError(
+            f"the averages in {run / FOLDER} are of an adapter, without the weights that it adapts",
+            "Train with --ema-lengths but without --lora-rank.",
+        )
     pipe = LatentFlowPipeline.from_pretrained(result)
     parts = {"network": pipe.transformer, "text_encoder": pipe.text_encoder}
     trained = nn.ModuleDict({name: one for name, one in parts.items() if isinstance(one, nn.Module)})

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from ..autoencoder import downscale_factor, load_autoencoder
 from ..data import Source
 from ..data.described import few
 from ..errors import UserError
-from ..models import DiT
+from ..models import DiT, UNet
 from ..pipeline import LatentFlowPipeline
 from .flow import FlowConfig
 
@@ -19,12 +24,15 @@ def open_base(checkpoint: str) -> LatentFlowPipeline:
     """The pipeline of ``--init-from``.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: it cannot be opened, or its network is not one of ours.
     """
     try:
         pipe: LatentFlowPipeline = LatentFlowPipeline.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _no_checkpoint(checkpoint, error) from error
+    if not isinstance(pipe.transformer, DiT | UNet):
+        kind = type(pipe.transformer).__name__
+        raise _no_checkpoint(checkpoint, f"its network is a {kind}, which latentflow does not train")
     return pipe
 
 
@@ -42,6 +50,22 @@ def base_classes(checkpoint: str) -> tuple[str, ...]:
     return _named(names, count)
 
 
+def base_resolution(checkpoint: str) -> int | None:
+    """Side in pixels of the pictures that a checkpoint was trained on (the longer one); None if it does not say.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline.
+    """
+    try:
+        size = DiT.load_config(checkpoint, subfolder="transformer").get("sample_size")
+    except (OSError, ValueError) as error:
+        raise _no_checkpoint(checkpoint, error) from error
+    if size is None:
+        return None
+    side = size if isinstance(size, int) else max(size)
+    return int(side * downscale_factor(load_autoencoder(checkpoint, subfolder="vae")))
+
+
 def class_names(pipe: LatentFlowPipeline) -> tuple[str, ...]:
     """The names of a pipeline's classes in the order of their ids; where there are none, the ids."""
     return _named(pipe.config.get("id2label"), pipe.transformer.config.get("num_classes"))
@@ -56,7 +80,7 @@ def with_base_classes(source: Source, checkpoint: str, output: str | Path) -> So
 
     Raises:
         UserError: ``checkpoint`` is no pipeline, the run would write its result over it, or a class differs from one
-            of the checkpoint's only in case or spaces.
+            of the checkpoint's only in case, spaces, hyphens or underscores.
     """
     if Path(checkpoint).expanduser().resolve() == (Path(output) / "pipeline").resolve():
         raise UserError(
@@ -90,7 +114,7 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
         for name in ("path", "path_options", "prediction", "coupling")
         if name in config and name not in given and not (name == "path_options" and "path" in given)
     }
-    if adopted.get("coupling") == "data-dependent":
+    if adopted.get("coupling") == "data-dependent" and "inpainting" not in given:
         adopted["inpainting"] = True
     return dataclasses.replace(flow, **adopted)
 
@@ -104,16 +128,17 @@ def _refuse_nearly_equal(source: Source, checkpoint: str, known: tuple[str, ...]
     ]
     if near:
         raise UserError(
-            f"classes of {source.name} and of {checkpoint} differ only in case or spaces: {few(near)}",
+            f"classes of {source.name} and of {checkpoint} differ only in case or spaces (or - or _): {few(near)}",
             "Spell them as the checkpoint does if they are the same; if not, give them names of their own.",
         )
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.split()).casefold()
+    """What names have in common that look alike; macOS writes the letters of file names in parts (NFD)."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
 
 
-def _no_checkpoint(checkpoint: str, error: Exception) -> UserError:
+def _no_checkpoint(checkpoint: str, error: Exception | str) -> UserError:
     return UserError(
         f"--init-from {checkpoint}: {str(error).splitlines()[0]}",
         "Give a pipeline folder, such as runs/cats/pipeline.",

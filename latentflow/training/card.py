@@ -72,7 +72,8 @@ pipe({{ call }}).images[0].save("picture.png")
 
 {{ step }} steps of {{ batch }} samples
 {%- if time %}, {{ time }}{% endif %}
-{%- if device %} on {{ device }}{% endif %}.
+{%- if device %} on {{ device }}{% endif %}
+{%- if result_step != step %}; the weights are of step {{ result_step }}, the best on held-out pictures{% endif %}.
 
 | setting | value |
 |---|---|
@@ -139,7 +140,7 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
     caption = _first(facts.source.captions() if kind == "text" else [])
     label = (facts.source.examples[0].label or "") if kind == "class" else ""
     asked = {"text": [caption], "class": ["--class", label]}.get(kind, [])
-    measured, figures = _last_figures(run.rows)
+    measured, figures = _last_figures([row for row in run.rows if row["step"] <= run.result_step])
     return str(
         Environment(keep_trailing_newline=True)
         .from_string(_CARD)
@@ -157,6 +158,7 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
             sample=sample,
             sample_step=sample_step,
             step=run.step,
+            result_step=run.result_step,
             batch=run.batch,
             time=duration(run.seconds) if run.seconds else "",
             device=run.starts[-1]["device"] if run.starts else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -101,6 +102,12 @@ class LoopConfig:
                 value = getattr(self, name)
                 if not allowed(value):
                     raise UserError(f"--{name.replace('_', '-')} is {value}", words)
+        package, extra = _PACKAGES.get(self.optimizer, ("torch", ""))
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--optimizer {self.optimizer} needs the package {package}",
+                f'pip install "latentflow[{extra}]"',
+            )
         for length in self.ema_lengths:
             exponent(length)  # raises where there is none
         if self.optimizer == "schedule-free" and self.lr_scheduler != "constant":
@@ -119,6 +126,11 @@ class LoopConfig:
         return self.ema_snapshot_steps or math.ceil(self.max_train_steps / SNAPSHOTS)
 
 
+# Of optimisers that are others' work: the package, and the extra that brings it.
+_PACKAGES = {
+    "schedule-free": ("schedulefree", "schedule-free"),
+    "adamw-8bit": ("bitsandbytes", "bitsandbytes"),
+}
 # Settings, what they may be, and how to say so.
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (

@@ -10,10 +10,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..errors import UserError
+from .config import LoopConfig
 from .player import Player
 from .processes import most_of_any_process
 
 _BETTER, _WORSE = 1, 2
+
+
+def refuse_unvalidated(config: LoopConfig, validated: bool) -> None:
+    """Refuse ``--early-stop`` for a run that nothing is held out of, or that does not validate.
+
+    Raises:
+        UserError: it is asked for.
+    """
+    if config.early_stop and not (validated and config.validation_steps):
+        raise UserError(
+            "--early-stop without validations",
+            "Hold pictures out (--validation 0.1), and validate (--validation-steps).",
+        )
 
 
 class EarlyStop:

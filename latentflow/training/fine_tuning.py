@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UserError
 from .config import LoopConfig
@@ -66,7 +67,7 @@ def held_out_share(given: Collection[str], validation: float, pictures: int) -> 
 
 
 def fitted(
-    loop: LoopConfig, given: Collection[str], uses: int, own_share: float, adapter: bool = False
+    loop: LoopConfig, given: Collection[str], pictures: int, own_share: float, adapter: bool = False
 ) -> LoopConfig:
     """The loop's settings for a fine-tune. What is ``given`` stays; a preset's are for a training from scratch.
 
@@ -80,17 +81,32 @@ def fitted(
     Args:
         loop: as flags, file, preset and defaults have it.
         given: keys of what flags or a file set.
-        uses: pictures that an epoch uses.
+        pictures: of the data; ``repeats`` decide which are used more often, not how often they are on average.
         own_share: share of the samples that are pictures of the data.
         adapter: whether an adapter is trained. It starts at nothing, and learns at the rate from scratch.
+
+    Raises:
+        UserError: a step has one sample, and shall have some of two kinds; an adapter shall be trained with Muon.
     """
-    changes: dict[str, float] = {}
+    if own_share < 1 and _samples(loop) < 2:
+        raise UserError(
+            "a step of one sample cannot have --prior-share of it from the checkpoint",
+            "Use --gradient-accumulation-steps 4 or so, or --prior-samples 0.",
+        )
+    if adapter and "optimizer" in given and loop.optimizer == "muon":
+        raise UserError(
+            "--optimizer muon with --lora-rank: it turns whole matrices, an adapter's are only their factors",
+            "Leave it out: an adapter is trained with AdamW.",
+        )
+    changes: dict[str, Any] = {}
+    if adapter and loop.optimizer == "muon":  # a preset's
+        changes["optimizer"] = "adamw"
     if not adapter:
         changes["learning_rate"] = loop.learning_rate / _SLOWER
     if not adapter and "learning_rate" not in given:
         changes["lr_embeddings"] = loop.lr_embeddings * _SLOWER
     own = own_share * _samples(loop)
-    steps = math.ceil(_USES * math.sqrt(uses * min(uses, FEW)) / own)
+    steps = math.ceil(_USES * math.sqrt(pictures * min(pictures, FEW)) / own)
     changes["max_train_steps"] = steps = min(max(steps, 100), loop.max_train_steps)
     if "max_train_steps" in given:
         steps = loop.max_train_steps
@@ -98,11 +114,11 @@ def fitted(
     for name, parts in (("validation_steps", 10), ("preview_steps", 4), ("checkpointing_steps", 4)):
         changes[name] = min(getattr(loop, name), max(1, steps // parts))
     kept = {name: value for name, value in changes.items() if name not in given}
-    return dataclasses.replace(loop, **kept)  # type: ignore[arg-type]
+    return dataclasses.replace(loop, **kept)
 
 
 def fine_tuning_lines(
-    checkpoint: str, loop: LoopConfig, given: Collection[str], uses: int, own_share: float
+    checkpoint: str, loop: LoopConfig, given: Collection[str], pictures: int, own_share: float
 ) -> list[str]:
     """What is done otherwise than from scratch."""
     own = own_share * loop.max_train_steps * _samples(loop)
@@ -112,12 +128,12 @@ def fine_tuning_lines(
         if name not in given and ("learning_rate" not in given or name != "lr_embeddings")
     ]
     lines = [
-        f"fine-tuning {checkpoint}: each picture is used about {own / uses:.0f} times"
+        f"fine-tuning {checkpoint}: each picture is used about {own / pictures:.0f} times"
         + (f"; chosen for that (flags win): {' '.join(chosen)}" if chosen else "")
     ]
-    if uses <= FEW:
+    if pictures <= FEW:
         lines.append(
-            f"few pictures ({uses}): how near the result comes to copying them is measured at the end; "
+            f"few pictures ({pictures}): how near the result comes to copying them is measured at the end; "
             + "mirror images would double them (--random-flip), where left and right do not matter"
         )
     return lines

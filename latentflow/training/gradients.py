@@ -155,10 +155,13 @@ class Gradients:
         return self._config.auto_micro_batch and self._accelerator.num_processes > 1
 
     def _reduce_gradients(self) -> None:
-        for player in self._players:
-            for parameter in player.trained.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.copy_(self._accelerator.reduce(parameter.grad, reduction="mean"))
+        parameters = [one for player in self._players for one in player.trained.parameters()]
+        used = torch.tensor([one.grad is not None for one in parameters], device=self._accelerator.device)
+        anywhere = self._accelerator.reduce(used.int(), reduction="sum").tolist()
+        for parameter, processes in zip(parameters, anywhere, strict=True):
+            if processes:  # the samples of one of them may be all that uses it
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self._accelerator.reduce(grad, reduction="mean")
 
     def _take_smaller_parts(self, failure: OutOfMemory | None, step: int) -> None:
         """Make ready to repeat the step with forward passes of half the size, or raise ``failure``."""

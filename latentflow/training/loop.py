@@ -27,7 +27,7 @@ from . import checkpoint
 from .batches import DataFailed, TrainingData, groups_of, load_batches, second_of
 from .callbacks import Callbacks, with_averages
 from .config import LoopConfig
-from .early_stop import EarlyStop
+from .early_stop import EarlyStop, refuse_unvalidated
 from .folders import clean_up, write_folder
 from .gradients import Gradients
 from .optimizers import learning_rate
@@ -58,6 +58,7 @@ def fit(
     resume_line: str = "",
     phase: str = "train",
     flops: float | None = None,
+    partly: bool = False,
 ) -> bool:
     """Train modules until ``config.max_train_steps``, resuming from the newest checkpoint in ``output``.
 
@@ -75,6 +76,7 @@ def fit(
         flops: of a sample, forward and backward; with them the model FLOPs utilisation is reported: the share of the
             machine's rate of matrix products that goes into the model (Chowdhery et al. 2022, arXiv:2204.02311,
             appendix B).
+        partly: whether a pass may leave parameters out, so that several processes must look for those that it uses.
 
     Returns:
         True when the target step is reached, False when a signal stopped the run (after saving).
@@ -94,6 +96,7 @@ def fit(
             dict(description or {}),
             phase,
             flops,
+            partly,
         )
         return loop.run(resume_line)
 
@@ -109,17 +112,14 @@ class _Loop:
         description: dict[str, Any],
         phase: str,
         flops: float | None,
+        partly: bool,
     ) -> None:
         self.config, self.data, self.output, self.callbacks = config, data, output, callbacks
-        self.accelerator = _accelerator(config)
+        self.accelerator = _accelerator(config, partly)
         self.main = self.accelerator.is_main_process
         self.players = [Player(name, one, config, self.accelerator) for name, one in players.items()]
         self.sharded = any(player.sharded for player in self.players)
-        if config.early_stop and (callbacks.validate is None or not config.validation_steps):
-            raise UserError(
-                "--early-stop without validations",
-                "Hold pictures out (--validation 0.1), and validate (--validation-steps).",
-            )
+        refuse_unvalidated(config, callbacks.validate is not None)
         self.early = EarlyStop(config.early_stop, self.players, self.accelerator)
         second, second_share = second_of(data)
         self.order = DataOrder(
@@ -494,7 +494,7 @@ class _Loop:
         )
 
 
-def _accelerator(config: LoopConfig) -> Accelerator:
+def _accelerator(config: LoopConfig, partly: bool) -> Accelerator:
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError(
             "--mixed-precision fp16 needs a GPU", "Leave it out: auto takes the fastest there is."
@@ -502,7 +502,9 @@ def _accelerator(config: LoopConfig) -> Accelerator:
     # `process_state` comes before accelerate makes a state of its own.
     precision = resolve(config.mixed_precision, process_state().device)
     AcceleratorState._reset_state()  # a process may train an autoencoder and then a flow with other settings
-    kwargs = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    kwargs = DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=partly
+    )
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # `LoopConfig.shard` decides; see sharding.py
         return Accelerator(mixed_precision=precision, kwargs_handlers=[kwargs])
 

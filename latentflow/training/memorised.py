@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from ..data import Source, cached_pixels, pixels_to_images
-from ..metrics import memorisation
+from ..errors import UserError
+from ..memory import memory_phase
+from ..metrics import Memorisation, memorisation
 from ..pipeline import LatentFlowPipeline
 
 log = logging.getLogger(__name__)
@@ -24,23 +26,47 @@ def tell_memorised(
 ) -> None:
     """Draw pictures of what ``training`` shows with the result in ``output``, and say how near to it they come.
 
-    Written to ``memorisation.json`` as well; where that is of this result, nothing is drawn.
+    Written to ``memorisation.json`` as well; where that is of this result, nothing is drawn. A failure is a warning:
+    the result is there.
     """
     result, file = output / "pipeline", output / "memorisation.json"
     if len(training) < 2 or (
         file.is_file() and file.stat().st_mtime > (result / "model_index.json").stat().st_mtime
     ):
         return
+    try:
+        with memory_phase("draw"):
+            found = _measured(result, training, validation, background, device)
+        if found is None:
+            return
+        told = json.dumps(found._asdict() | {"drawn": _DRAWN}, indent=2)
+        file.write_text(told + "\n", encoding="utf-8")
+    except (UserError, OSError) as error:
+        log.warning(f"WARNING: how near the result comes to your pictures was not measured: {error}")
+        return
+    line = (
+        f"memorisation: drawn pictures are {found.ratio:.2f} times as far from the nearest training picture as other "
+        f"pictures of yours are (near 0: copies); {found.copies:.0%} of {_DRAWN} are nearer than nearly all of those"
+    )
+    if found.copies >= _COPIES:
+        line = f"WARNING: {line}. It redraws your pictures: use more of them, fewer --max-train-steps, or --random-flip"
+    log.info(line)
+
+
+def _measured(
+    result: Path, training: Source, validation: Source, background: str, device: torch.device
+) -> Memorisation | None:
+    """None: there is nothing to ask the result for."""
     pipe = LatentFlowPipeline.from_pretrained(result).to(device)
     pipe.set_progress_bar_config(disable=True)
-    rows = [number % len(training) for number in range(_DRAWN)]
+    rows = [number * len(training) // _DRAWN for number in range(_DRAWN)]  # spread over all classes
     asked: dict[str, Any] = {"num_images_per_prompt": _DRAWN}
     if training.kind == "text":
         asked = {"prompt": [training.captions()[row] for row in rows]}
     elif training.kind == "class":
         asked = {"class_labels": [int(training.class_ids()[row]) for row in rows]}
     elif pipe.takes_text or pipe.takes_classes:
-        return  # nothing to ask it for
+        return None
     side = pipe.vae_scale_factor * pipe.transformer.config.sample_size
     generators = [torch.Generator().manual_seed(seed) for seed in range(_DRAWN)]
     drawn = (
@@ -50,14 +76,5 @@ def tell_memorised(
     def pictures(source: Source) -> torch.Tensor:
         return pixels_to_images(cached_pixels(source, side, background, progress=False)[:])
 
-    found = memorisation(
-        drawn * 2 - 1, pictures(training), pictures(validation) if len(validation) >= 5 else None
-    )
-    file.write_text(json.dumps(found._asdict() | {"drawn": _DRAWN}, indent=2) + "\n", encoding="utf-8")
-    line = (
-        f"memorisation: drawn pictures are {found.ratio:.2f} times as far from the nearest training picture as other "
-        f"pictures of yours are (near 0: copies); {found.copies:.0%} of {_DRAWN} are nearer than nearly all of those"
-    )
-    if found.copies >= _COPIES:
-        line = f"WARNING: {line}. It redraws your pictures: use more of them, fewer --max-train-steps, or --random-flip"
-    log.info(line)
+    held_out = pictures(validation) if len(validation) >= 5 else None
+    return memorisation(drawn * 2 - 1, pictures(training), held_out)

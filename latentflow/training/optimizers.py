@@ -49,10 +49,8 @@ def _adamw(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torc
 
 def _adamw_8bit(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch.optim.Optimizer]:
     """AdamW with moments in 8 bits, quantised block by block (Dettmers et al. 2022, arXiv:2110.02861)."""
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise _missing("adamw-8bit", "bitsandbytes", "bitsandbytes") from error
+    from bitsandbytes.optim import AdamW8bit
+
     return [AdamW8bit(**_adam_arguments(parameters, config))]
 
 
@@ -62,19 +60,11 @@ def _schedule_free(parameters: dict[str, nn.Parameter], config: LoopConfig) -> l
     It stays in its training mode, where the weights are the paper's y; `evaluated_weights` are its x. A warm-up of the
     rate from outside is what its own would be: it weighs an iterate by the square of the highest rate so far.
     """
-    try:
-        from schedulefree import AdamWScheduleFree
-    except ImportError as error:
-        raise _missing("schedule-free", "schedulefree", "schedule-free") from error
+    from schedulefree import AdamWScheduleFree
+
     optimizer = AdamWScheduleFree(**_adam_arguments(parameters, config))
     optimizer.train()
     return [optimizer]
-
-
-def _missing(optimizer: str, package: str, extra: str) -> UserError:
-    return UserError(
-        f"--optimizer {optimizer} needs the package {package}", f'pip install "latentflow[{extra}]"'
-    )
 
 
 def _muon(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch.optim.Optimizer]:
@@ -114,7 +104,7 @@ def make_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.O
     """The optimisers that together own every trainable parameter of ``module``.
 
     Raises:
-        UserError: unknown ``config.optimizer``, or its package is not installed; a layer decay for a network without
+        UserError: unknown ``config.optimizer``; a layer decay for a network without
             layers in a row.
     """
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -126,6 +116,7 @@ def make_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.O
 
 
 _TABLES = ("embedding_table", "shared", "embed_tokens")  # of classes and words
+_LAST = ("final_layer", "alignment.")  # behind the blocks
 
 
 def rate_scales(names: Sequence[str], layer_decay: float, embeddings: float) -> dict[str, float]:
@@ -149,8 +140,9 @@ def rate_scales(names: Sequence[str], layer_decay: float, embeddings: float) -> 
     def scale(name: str) -> float:
         if any(part in name for part in _TABLES):
             return embeddings
-        distance = 0 if "final_layer" in name else count - blocks[name] if name in blocks else count + 1
-        return float(layer_decay**distance)
+        if any(part in name for part in _LAST):
+            return 1.0
+        return float(layer_decay ** (count - blocks.get(name, -1)))
 
     return {name: scale(name) for name in names}
 

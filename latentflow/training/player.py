@@ -81,6 +81,7 @@ class Player:
             average.load(state[name])
         for optimizer, one in zip(self.optimizers, state[f"{self.name}-optimizer"], strict=True):
             optimizer.optimizer.load_state_dict(one)
+            _lay_out_as_parameters(optimizer.optimizer)
             optimizer.train()  # schedule-free's, if it was saved in its other mode
 
     def parameter_of(self, key: str) -> Tensor | None:
@@ -140,3 +141,18 @@ class Player:
         """Drop what backward passes have left so far."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+
+def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Lay moments out in memory as their parameters are, such as channels last.
+
+    A file holds them row by row, and sums over another layout round otherwise: a resumed run would drift away.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, one in state.items():
+            if (
+                isinstance(one, Tensor)
+                and one.shape == parameter.shape
+                and one.stride() != parameter.stride()
+            ):
+                state[name] = torch.empty_like(parameter, dtype=one.dtype).copy_(one)

@@ -20,6 +20,11 @@ from .precision import has_fast_bfloat16
 _IMAGES, _ROW = 16, 8
 
 
+def preview_source(training: Source, validation: Source) -> Source:
+    """What previews are of: pictures that are held out, if there are enough for a grid."""
+    return validation if len(validation) >= _IMAGES else training
+
+
 def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device) -> Image.Image:
     """A grid of 16 pictures with fixed seeds, of captions or classes spread over ``source``.
 

@@ -182,7 +182,9 @@ def prior_data(
 
 
 def _in_turn(names: list[str], count: int) -> list[str]:
-    return [names[number % len(names)] for number in range(count)]
+    """Each as often as the others; of more than ``count`` some that are spread over all of them."""
+    spread = max(len(names), count)
+    return [names[number * spread // count % len(names)] for number in range(count)]
 
 
 def _read_prompts(file: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from functools import cached_property
 from pathlib import Path
@@ -53,8 +54,19 @@ class Run:
     @property
     def finished(self) -> bool:
         at_end = self.target is None or self.step >= self.target
-        stopped_early = any("stopped early at step" in line for line in self.log)  # `EarlyStop.line`
-        return self.result.is_dir() and (at_end or stopped_early)
+        return self.result.is_dir() and (at_end or self.stopped_early)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether it ended early, and has not gone on since; see `EarlyStop.line`."""
+        return any(f"stopped early at step {self.step};" in line for line in self.log)
+
+    @property
+    def result_step(self) -> int:
+        """The step that the result's weights are of: the last one, or what `EarlyStop.line` says."""
+        told = re.compile(rf"step {self.step}(?: is reached)?; the result is of step (\d+)")
+        found = [match for line in self.log if (match := told.search(line))]
+        return int(found[-1][1]) if found else self.step
 
     @property
     def processes(self) -> int:
@@ -90,10 +102,12 @@ class Run:
         return [int(row["step"]) for row in rows], [row[name] for row in rows]
 
     def resume(self) -> str:
-        """The command that goes on with the run; a finished one for as many steps again."""
+        """The command that goes on with the run; a finished one for as many steps again, or with more patience."""
         command = ["latentflow", "autoencoder" if self.is_autoencoder else "train"]
         command += ["--config", str(self.folder / "config.yaml"), "-o", str(self.folder)]
-        if self.finished:
+        if self.finished and self.stopped_early:
+            command += ["--early-stop", str(2 * int(self.config.get("early_stop", 1)))]
+        elif self.finished:
             flag = "--autoencoder-steps" if self.is_autoencoder else "--max-train-steps"
             command += [flag, str(2 * self.step)]
         return shlex.join(command)

@@ -42,7 +42,7 @@ class VisionEncoder:
                 f"Without a network, download it where there is one (`hf download {name}`) and give that folder.",
             ) from error
         self._model.eval().requires_grad_(False)
-        self._mean, self._std = _normalisation(name)
+        self._colours = torch.tensor(_normalisation(name)).view(2, -1, 1, 1)  # mean and standard deviation
         self._patch = getattr(self._model.config, "patch_size", None) or 1
         parameters = inspect.signature(self._model.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
@@ -68,9 +68,8 @@ class VisionEncoder:
         rows, columns = grid
         size = rows * self._patch, columns * self._patch
         images = F.interpolate(pixels.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (
-            torch.tensor(one, device=pixels.device).view(-1, 1, 1) for one in (self._mean, self._std)
-        )
+        self._colours = self._colours.to(pixels.device)
+        mean, std = self._colours
         states = self._model((images - mean) / std, **self._options).last_hidden_state
         if states.ndim != 3 or states.shape[1] < rows * columns:
             raise ValueError(f"{tuple(states.shape)} for {rows * columns} patches")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from latentflow.data.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig
 from latentflow.training.autoencoder import AutoencoderStage, DiscriminatorStage, train_autoencoder
+
+from ..training.command import TINY, call
 
 SMALL = AutoencoderConfig(
     latent_channels=4, autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(1, 1), autoencoder_steps=60,
@@ -46,6 +49,79 @@ def test_a_resolution_that_does_not_divide_names_the_nearest() -> None:
         build_autoencoder(dataclasses.replace(SMALL, encoder_layers=(1,)), 16)
     with pytest.raises(UserError, match="multiple"):
         build_autoencoder(dataclasses.replace(SMALL, latent_channels=3), 16)
+
+
+def with_widths(widths: tuple[int, ...], full_size: tuple[int, int] = (0, 1)) -> AutoencoderConfig:
+    """An AutoencoderDC of these widths; how many blocks its encoder and decoder have at full size."""
+    encoder, decoder = ((blocks, *(1,) * (len(widths) - 1)) for blocks in full_size)
+    return AutoencoderConfig(
+        latent_channels=4, autoencoder_widths=widths, encoder_layers=encoder, decoder_layers=decoder
+    )
+
+
+def size_of_reconstruction(config: AutoencoderConfig) -> torch.Size:
+    vae = build_autoencoder(config, 8)
+    size: torch.Size = vae.decode(vae.encode(torch.zeros(1, 3, 8, 8)).latent).sample.shape
+    return size
+
+
+@pytest.mark.parametrize("widths", [(24, 48, 96, 128), (16, 64), (64, 16), (6, 12, 16), (8, 4)])
+def test_widths_between_which_there_are_shortcuts_work(widths: tuple[int, ...]) -> None:
+    for full_size in ((1, 1), (0, 1), (0, 0)):
+        assert size_of_reconstruction(with_widths(widths, full_size)) == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("widths", "pairs"),
+    [
+        ((16, 48, 96, 160), "16 48 nor 96 160"),
+        ((8, 64), "8 64"),
+        ((16, 96, 20), "16 96 nor 96 20"),
+        ((7, 14, 28), "7 14"),
+    ],
+)
+def test_other_widths_are_refused_with_the_nearest_that_work(widths: tuple[int, ...], pairs: str) -> None:
+    with pytest.raises(UserError, match=f"cannot join {pairs};") as error:
+        build_autoencoder(with_widths(widths), 8)
+    nearest = tuple(map(int, re.findall(r"\d+", error.value.fix)))
+    assert len(nearest) == len(widths)
+    assert size_of_reconstruction(with_widths(nearest)) == (1, 3, 8, 8)
+
+
+def test_the_nearest_widths_are_those_one_would_choose() -> None:
+    with pytest.raises(UserError, match=r"--autoencoder-widths 12 48 96 192$"):
+        build_autoencoder(with_widths((16, 48, 96, 160)), 8)
+    with pytest.raises(UserError, match=r"--autoencoder-widths 32 64 128 256$"):
+        build_autoencoder(with_widths((24, 64, 128, 256)), 8)
+
+
+def test_nothing_is_asked_of_a_width_that_is_not_used_nor_of_the_other_class() -> None:
+    assert size_of_reconstruction(with_widths((16, 96, 96), (0, 0))) == (1, 3, 8, 8)
+    with pytest.raises(UserError, match="16 18"):
+        build_autoencoder(with_widths((16, 18, 36), (0, 0)), 8)
+    build_autoencoder(dataclasses.replace(with_widths((16, 48, 160)), autoencoder_class="kl"), 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--autoencoder-widths", 16, 96, "--decoder-layers", 1, 1], "cannot join 16 96; "),
+        (["--equivariance", 1.5], "--equivariance is 1.5"),
+        (["--latent-noise", -1], "--latent-noise is -1.0"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_screen_without_a_traceback(
+    flags: list[object], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    for number, example in enumerate(train_source().examples[:5]):
+        example.open().resize((16, 16)).save(tmp_path / "pictures" / f"{number}.png")
+    own = TINY[: TINY.index("--network-preset")]
+    said = call(
+        tmp_path, tmp_path / "pictures", "-o", tmp_path / "run", *own, *flags, file="autoencoder", expect=2
+    )
+    assert message in said and "Traceback" not in said and len(said.splitlines()) < 20
 
 
 def test_hinge_loss_by_hand() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +22,7 @@ from latentflow import (
     LatentFlowInpaintPipeline,
     pipeline_adapters,
 )
+from latentflow.drawing.adapters import AdapterChoice, add_adapters
 from latentflow.errors import UserError
 from latentflow.pipeline import LatentFlowPipeline
 
@@ -127,6 +132,123 @@ def test_two_at_once_are_the_weighted_sum(dit_folder: Path, tmp_path: Path) -> N
     torch.testing.assert_close(drawn(pipe), drawn(by_hand), atol=1e-4, rtol=0)
 
 
+def test_the_last_that_is_loaded_is_active_alone(dit_folder: Path, tmp_path: Path) -> None:
+    """Also where it has no layers and the first one has: in the text encoder, in the feed-forward."""
+    make_adapter(dit_folder, tmp_path / "wide", lora_text_encoder=True)
+    make_adapter(dit_folder, tmp_path / "narrow", seed=1, lora_layers=("attention",))
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "narrow", adapter_name="narrow")
+    alone = drawn(pipe)
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "wide", adapter_name="wide")
+    pipe.load_lora_weights(tmp_path / "narrow", adapter_name="narrow")
+    assert pipe.get_active_adapters() == ["narrow"]
+    assert torch.equal(drawn(pipe), alone)
+
+
+def test_weights_are_numbers_of_any_kind(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path, words=["zebra"])
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path, adapter_name="one")
+    images = []
+    for weight in (0.5, np.float32(0.5), torch.tensor(0.5)):
+        pipe.set_adapters(["one"], [weight])
+        images.append(drawn(pipe, prompt=["a zebra"]))
+    torch.testing.assert_close(images[1], images[0])
+    torch.testing.assert_close(images[2], images[0])
+
+
+def test_the_scale_of_fusing_is_a_weight_and_goes_with_it(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path, words=["zebra"], lora_text_encoder=True)
+    pipe = opened(dit_folder)
+    asked = {"prompt": ["a red zebra"]}
+    pipe.load_lora_weights(tmp_path, adapter_name="one")
+    whole = drawn(pipe, **asked)
+    pipe.set_adapters("one", 0.5)
+    half = drawn(pipe, **asked)
+    pipe.set_adapters("one")
+    pipe.fuse_lora(lora_scale=0.5)
+    torch.testing.assert_close(drawn(pipe, **asked), half, atol=1e-4, rtol=0)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(drawn(pipe, **asked), whole, atol=1e-4, rtol=0)
+
+
+def test_fused_one_after_the_other_or_at_once(dit_folder: Path, tmp_path: Path) -> None:
+    pipe, by_turns = opened(dit_folder), opened(dit_folder)
+    for seed, name in enumerate(("left", "right")):
+        words = ["zebra", name]
+        make_adapter(dit_folder, tmp_path / name, seed=seed, words=words, lora_text_encoder=True)
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+        by_turns.load_lora_weights(tmp_path / name, adapter_name=name)
+        by_turns.fuse_lora()
+        by_turns.unload_lora_weights()
+    pipe.set_adapters(["left", "right"])
+    for prompt in ("a red zebra", "left right"):
+        torch.testing.assert_close(
+            drawn(by_turns, prompt=[prompt]), drawn(pipe, prompt=[prompt]), atol=1e-4, rtol=0
+        )
+
+
+def test_unloading_keeps_what_is_fused_and_no_more(dit_folder: Path, tmp_path: Path) -> None:
+    for seed, word in enumerate(("zebra", "lynx")):
+        make_adapter(dit_folder, tmp_path / word, seed=seed, words=[word])
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "zebra")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    asked = {"prompt": ["a zebra, a lynx"]}
+    fused = drawn(pipe, **asked)
+    pipe.load_lora_weights(tmp_path / "lynx")
+    assert not torch.equal(drawn(pipe, **asked), fused)
+    pipe.unload_lora_weights()
+    assert torch.equal(drawn(pipe, **asked), fused)
+    assert "zebra" in pipe.tokenizer.get_vocab() and "lynx" not in pipe.tokenizer.get_vocab()
+
+
+def test_without_the_last_one_the_base_is_saved(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path / "one", words=["zebra"], lora_text_encoder=True)
+    pipe = opened(dit_folder)
+    before = drawn(pipe)
+    pipe.load_lora_weights(tmp_path / "one", adapter_name="one")
+    pipe.delete_adapters("one")
+    assert not pipe.get_list_adapters() and torch.equal(drawn(pipe), before)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(drawn(opened(tmp_path / "saved")), before)
+
+
+def test_disabled_adapters_do_nothing_until_they_are_enabled(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path, words=["zebra"], lora_text_encoder=True)
+    pipe = opened(dit_folder)
+    before = drawn(pipe)
+    mean = pipe.text_encoder.get_input_embeddings().weight.mean(0)
+    pipe.load_lora_weights(tmp_path, adapter_name="one")
+    with_it = drawn(pipe, prompt=["a zebra"])
+    pipe.disable_lora()
+    assert torch.equal(drawn(pipe), before)
+    zebra = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.get_vocab()["zebra"]]
+    torch.testing.assert_close(zebra, mean)
+    pipe.enable_lora()
+    assert torch.equal(drawn(pipe, prompt=["a zebra"]), with_it)
+
+
+def test_hotswap_replaces_layers_of_the_transformer_only(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path / "text", lora_text_encoder=True)
+    for seed, name in enumerate("ab"):
+        make_adapter(dit_folder, tmp_path / name, seed=seed, words=["zebra"])
+    pipe, other = opened(dit_folder), opened(dit_folder)
+    other.load_lora_weights(tmp_path / "b")
+    pipe.load_lora_weights(tmp_path / "a", adapter_name="one")
+    pipe.load_lora_weights(tmp_path / "b", adapter_name="one", hotswap=True)
+    asked = {"prompt": ["a zebra"]}
+    assert torch.equal(drawn(pipe, **asked), drawn(other, **asked))
+    with pytest.raises(UserError, match="hotswap"):
+        pipe.load_lora_weights(tmp_path / "text", adapter_name="one", hotswap=True)
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "text", adapter_name="one")
+    with pytest.raises(UserError, match="hotswap"):
+        pipe.load_lora_weights(tmp_path / "b", adapter_name="one", hotswap=True)
+
+
 def test_a_word_that_two_bring_is_their_weighted_sum(dit_folder: Path, tmp_path: Path) -> None:
     rows = {}
     pipe = opened(dit_folder)
@@ -220,6 +342,90 @@ def test_another_architecture_is_refused(dit_folder: Path, class_folder: Path, t
     save_file(wider, tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match=r"another architecture: .* has 32 inputs there, 16 here"):
         opened(dit_folder).load_lora_weights(tmp_path / "wide.safetensors")
+    # Of other models, in diffusers' and in kohya's spelling: diffusers itself loads nothing of them, and warns.
+    for layer in ("unet.down_blocks.0.to_q.lora_A.weight", "lora_unet_down_blocks_0_to_q.lora_down.weight"):
+        save_file({layer: torch.zeros(2, 16)}, tmp_path / "unet.safetensors")
+        with pytest.raises(UserError, match=r"another architecture: there is no layer .*unet.down_blocks"):
+            opened(dit_folder).load_lora_weights(tmp_path / "unet.safetensors")
+
+
+def test_words_that_do_not_fit_are_refused_before_anything_is_loaded(
+    dit_folder: Path, tmp_path: Path
+) -> None:
+    make_adapter(dit_folder, tmp_path / "one", words=["zebra"])
+    pipe = opened(dit_folder)
+    state = load_file(tmp_path / "one" / FILE)
+    with pytest.raises(UserError, match=r"1 rows of added.words and 0 names"):
+        pipe.load_lora_weights(state)  # which tensors alone do not have
+    rewritten(tmp_path / "one" / FILE, tmp_path / "wide.safetensors", {"added.words": torch.zeros(1, 7)})
+    with pytest.raises(UserError, match=r"added.words has 7 columns there, 16 here"):
+        pipe.load_lora_weights(tmp_path / "wide.safetensors")
+    assert not pipe.get_list_adapters()
+    pipe.load_lora_weights(pipe.lora_state_dict(tmp_path / "one"))
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
+
+
+def test_settings_that_say_nothing_of_the_tensors_are_not_read(dit_folder: Path, tmp_path: Path) -> None:
+    """Those of later versions of peft, and those by which it would import a module."""
+    make_adapter(dit_folder, tmp_path, lora_alpha=6.0)
+    others = {"transformer.of_the_future": 1, "transformer.megatron_core": "antigravity"}
+    rewritten(tmp_path / FILE, tmp_path / "new.safetensors", {}, others)
+    pipe, other = opened(dit_folder), opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / FILE)
+    other.load_lora_weights(tmp_path / "new.safetensors")
+    assert torch.equal(drawn(other), drawn(pipe))
+    assert other.transformer.peft_config["default_0"].megatron_core == "megatron.core"  # peft's default
+
+
+def rewritten(
+    file: Path, to: Path, tensors: dict[str, Tensor], settings: dict[str, Any] | None = None
+) -> None:
+    """A copy of an adapter's file with other tensors or settings."""
+    with safe_open(file, "pt") as opened_file:
+        metadata = dict(opened_file.metadata())
+    key = "lora_adapter_metadata"
+    metadata[key] = json.dumps({**json.loads(metadata[key]), **(settings or {})})
+    save_file({**load_file(file), **tensors}, to, metadata=metadata)
+
+
+def test_the_file_of_a_folder(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path / "run" / "adapter")
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "run", subfolder="adapter", adapter_name="inside")
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    shutil.copy(tmp_path / "run" / "adapter" / FILE, odd / "checkpoint-500.safetensors")
+    pipe.load_lora_weights(odd, adapter_name="only")
+    shutil.copy(tmp_path / "run" / "adapter" / FILE, odd / "checkpoint-900.safetensors")
+    with pytest.raises(UserError, match=r"several adapters: checkpoint-500.*, checkpoint-900"):
+        pipe.load_lora_weights(odd)
+    pipe.load_lora_weights(odd, weight_name="checkpoint-900.safetensors", adapter_name="named")
+    shutil.copy(tmp_path / "run" / "adapter" / FILE, odd / FILE)
+    pipe.load_lora_weights(odd, adapter_name="usual")
+    assert pipe.get_list_adapters() == {"transformer": ["inside", "only", "named", "usual"]}
+
+
+def test_only_safetensors_are_read_and_written(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path)
+    state = load_file(tmp_path / FILE)
+    torch.save(state, tmp_path / "other.bin")
+    pipe = opened(dit_folder)
+    with pytest.raises(UserError, match=r"no \.safetensors file"):
+        pipe.load_lora_weights(tmp_path, weight_name="other.bin")
+    with pytest.raises(UserError, match="could not be read"):
+        pipe.load_lora_weights(tmp_path / "other.bin")
+    with pytest.raises(UserError, match="safetensors only"):
+        pipe.save_lora_weights(tmp_path / "saved", state, safe_serialization=False)
+    assert not (tmp_path / "saved").exists() and not pipe.get_list_adapters()
+
+
+def test_what_is_neither_here_nor_on_the_hub(dit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise pipeline_adapters.HTTPError("Name or service not known")
+
+    monkeypatch.setattr(pipeline_adapters, "_fetch_state_dict", no_network)
+    with pytest.raises(UserError, match="runs/hat is no file or folder here"):
+        opened(dit_folder).load_lora_weights("runs/hat")
 
 
 def test_files_that_are_no_adapters_are_refused(dit_folder: Path, tmp_path: Path) -> None:
@@ -235,6 +441,10 @@ def test_files_that_are_no_adapters_are_refused(dit_folder: Path, tmp_path: Path
         pipe.load_lora_weights(tmp_path / "empty")
     with pytest.raises(UserError, match="is no adapter"):
         pipe.load_lora_weights(dit_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    rewritten_facts = tmp_path / "facts.safetensors"
+    save_file(load_file(tmp_path / "whole" / FILE), rewritten_facts, metadata={"latentflow": '{"base": "1"}'})
+    with pytest.raises(UserError, match="base of its facts is no dict"):
+        pipe.load_lora_weights(rewritten_facts)
     assert not pipe.get_list_adapters()
 
 
@@ -307,6 +517,19 @@ def test_generate_draws_with_adapters(
         assert max(high for _, high in ImageChops.difference(both, base).getextrema()) > 8
     with pytest.raises(UserError, match="--lora nowhere/at/all: no such folder"):
         program("generate", *plain, "--lora", "nowhere/at/all:0.5")
+    with pytest.raises(UserError, match="--lora a:nan: the weight is nan"):
+        program("generate", *plain, "--lora", "a:nan")
+
+
+def test_a_colon_may_be_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("hats", "hats:2"):
+        (tmp_path / run / "adapter").mkdir(parents=True)
+    pipe = Mock()
+    add_adapters(pipe, AdapterChoice(lora=("hats", "hats:0.5", "hats:2", "hats:2:-1", "user/name:3")))
+    folders = ["hats/adapter", "hats/adapter", "hats:2/adapter", "hats:2/adapter", "user/name"]
+    assert [call.args[0] for call in pipe.load_lora_weights.call_args_list] == folders
+    assert pipe.set_adapters.call_args.args[1] == [1.0, 0.5, 1.0, -1.0, 3.0]
 
 
 def test_generate_says_why_an_adapter_does_not_fit(
@@ -359,6 +582,11 @@ def test_export_writes_the_adapter_of_a_run(
     opened(dit_folder).load_lora_weights(tmp_path / "alone")
     with pytest.raises(UserError, match="holds no adapter"):
         program("export", dit_folder, "--adapter", "-o", tmp_path / "other")
+    with pytest.raises(UserError, match="--export-dtype with --adapter"):
+        program(
+            "export", tmp_path / "run", "--adapter", "--export-dtype", "float16", "-o", tmp_path / "other"
+        )
+    assert not (tmp_path / "other").exists()
 
 
 def test_export_overwrites_nothing(program: Callable[..., None], dit_folder: Path, tmp_path: Path) -> None:

@@ -66,9 +66,9 @@ def environment(cache: Path) -> dict[str, str]:
     return os.environ | {"LATENTFLOW_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def call(cache: Path, *arguments: object, expect: int = 0) -> str:
-    """Run `train/flow.py` in this process: its `main` under the command line's error handling; what it said."""
-    spec = importlib.util.spec_from_file_location("train_flow", ROOT / "train" / "flow.py")
+def call(cache: Path, *arguments: object, expect: int = 0, file: str = "flow") -> str:
+    """Run ``train/FILE.py`` in this process: its `main` under the command line's error handling; what it said."""
+    spec = importlib.util.spec_from_file_location("train_flow", ROOT / "train" / f"{file}.py")
     assert spec is not None and spec.loader is not None
     program = importlib.util.module_from_spec(spec)
     said = io.StringIO()

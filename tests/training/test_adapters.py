@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from latentflow.models import DiT, UNet, small_text_encoder, train_tokenizer
+from latentflow.errors import UserError
+from latentflow.models import Condition, DiT, UNet, small_text_encoder, train_tokenizer
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training.adapters import Adapter, AdapterConfig, chosen_layers
+from latentflow.training.start import Networks
 
 from .command import TINY, call
 from .forking import fork_ranks
@@ -120,6 +123,17 @@ def test_a_stopped_run_goes_on_bit_by_bit(
     assert "adapter.lora_alpha: None -> 8.0" in said
 
 
+def test_a_run_does_not_go_on_beside_another_base(
+    others: Path, cache: Path, base: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(base, tmp_path / "base")
+    line = [others, "-o", tmp_path / "run", *TINY, *LORA, "--init-from", copy, "--prior-samples", 0]
+    call(cache, *line, "--max-train-steps", 1)
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * one for name, one in load_file(file).items()}, file)
+    assert "adapter.base" in call(cache, *line, "--max-train-steps", 2, expect=2)
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
 def test_two_processes_learn_what_one_learns(
     sharded: bool, others: Path, cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,8 +165,11 @@ def test_a_compiled_adapter_learns_the_same(others: Path, cache: Path, base: Pat
     [
         (["--lora-rank", "8"], "--lora-rank without --init-from"),
         (["--lora-dora"], "--lora-dora without --lora-rank"),
+        (["--lora-layers", "all"], "--lora-layers without --lora-rank"),
+        (["--lora-rank", "4", "--lora-layers"], "--lora-layers names none"),
         (["--lora-rank", "-1"], "--lora-rank is -1"),
         (["--lora-rank", "4", "--lora-alpha", "0"], "--lora-alpha is 0"),
+        (["--lora-rank", "4", "--lora-alpha", "nan"], "--lora-alpha is nan"),
         (
             ["BASE", "--lora-rank", "17"],
             "--lora-rank 17 is above what the layer blocks.0.attn.qkv (16 to 48) can",
@@ -217,12 +234,20 @@ def test_groups_name_the_layers_of_every_network() -> None:
     }  # fmt: skip
 
 
+def test_another_resolution_is_no_missing_input(tmp_path: Path) -> None:
+    """SiT's table of positions, which is computed, is of one size."""
+    arguments = {"in_channels": 2, "width": 16, "depth": 1, "heads": 2, "position": "sincos"}
+    LatentFlowPipeline(None, DiT(**arguments, sample_size=4)).save_pretrained(tmp_path)
+    networks = Networks(network=DiT(**arguments, sample_size=8))
+    Adapter(networks, AdapterConfig(lora_rank=2), str(tmp_path))
+    with pytest.raises(UserError, match="lacks the inputs for --inpainting or --size-conditioning"):
+        wider = Networks(network=DiT(**arguments, sample_size=8, condition_channels=3))
+        Adapter(wider, AdapterConfig(lora_rank=2), str(tmp_path))
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_every_parameter_of_an_adapter_gets_a_gradient(dora: bool, tmp_path: Path) -> None:
     """A layer whose weights are read past its `forward` would never learn."""
-    from latentflow.models import Condition
-    from latentflow.training.start import Networks
-
     condition = Condition(
         text=torch.randn(2, 3, 16),
         text_mask=torch.ones(2, 3, dtype=torch.bool),

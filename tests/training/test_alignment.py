@@ -269,6 +269,8 @@ def test_the_image_half_of_clip_will_do_and_a_text_model_will_not(tmp_path: Path
         ({"alignment": "encoder"}, "(?s)Give both"),
         ({"alignment": "self", "alignment_encoder": "x"}, "(?s)Give both"),
         ({"alignment": "self", "alignment_weight": 0.0}, "alignment_weight 0.0"),
+        ({"alignment_weight": 0.5}, "(?s)without --alignment.*--alignment self"),
+        ({"alignment_block": 2}, "(?s)without --alignment.*--alignment self"),
     ],
 )
 def test_choices_that_cannot_work_are_refused_at_once(choices: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentflow.data import Source
 from latentflow.errors import UserError
 from latentflow.training import Callbacks
+from latentflow.training.card import CardFacts, write_card
 from latentflow.training.checkpoint import list_checkpoints
+from latentflow.training.early_stop import EarlyStop
+from latentflow.training.run_folder import read_run
 
 from .forking import fork_ranks
 from .test_loop import CONFIG, Regression, assert_equal_weights, run
@@ -95,6 +100,32 @@ def test_two_processes_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, rank)] == [0, 0]
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000008"
+
+
+def test_card_and_report_tell_whose_weights_the_result_has(tmp_path: Path) -> None:
+    early = EarlyStop(2, (), None)
+    early.step, early.loss, early._since = 4, 3.0, 2
+    (tmp_path / "run" / "pipeline").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("network: dit\nmax_train_steps: 12\nearly_stop: 2\n")
+    rows = [{"step": step, "val_loss": LOSSES[step]} for step in (2, 4, 6, 8)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    log = tmp_path / "run" / "train.log"
+    log.write_text(f"2025-01-01 00:00:00 {early.line(8)}\n")
+    found = read_run(tmp_path / "run")
+    assert found.finished and found.result_step == 4
+    assert found.resume().endswith("--early-stop 4")
+    facts = CardFacts(where="x", source=Source("d", (), "unconditional"), parts={})
+    write_card(tmp_path, tmp_path / "run", facts)
+    card = (tmp_path / "README.md").read_text()
+    assert "the weights are of step 4" in card and "at step 4: `val_loss` 3.0000" in card
+    # It went on: what was said at step 8 is of before.
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 10, "val_loss": 1.0}\n')
+    found = read_run(tmp_path / "run")
+    assert not found.finished and found.result_step == 10
+    early._since = 0
+    log.write_text(early.line(10))
+    assert read_run(tmp_path / "run").result_step == 4
 
 
 def test_without_validations_it_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Dinov2Config, Dinov2Model
 
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
@@ -20,10 +22,12 @@ from latentflow.data import Source
 from latentflow.errors import UserError
 from latentflow.models import DiT, small_text_encoder, train_tokenizer
 from latentflow.training import LoopConfig
-from latentflow.training.base import with_base_classes
+from latentflow.training.base import open_base, with_base_classes
 from latentflow.training.fine_tuning import FineTuningConfig, fitted, held_out_share
+from latentflow.training.memorised import tell_memorised
 from latentflow.training.order import DataOrder
-from latentflow.training.prior import asked_of
+from latentflow.training.preview import preview_source
+from latentflow.training.prior import PriorExample, asked_of
 
 from .command import TINY, call
 from .forking import fork_ranks
@@ -52,8 +56,8 @@ def checkpoint(folder: Path, **network: Any) -> Path:
             "text_encoder": small_text_encoder(tokenizer, network["text_dim"], 1, 1),
         }
     else:
-        network["num_classes"] = 2
-        text = {"id2label": {0: "cat", 1: "dog"}}
+        text = {"id2label": network.pop("id2label", {0: "cat", 1: "dog"})}
+        network["num_classes"] = len(text["id2label"])
     dit = DiT(**{"in_channels": 4, "width": 16, "depth": 2, "heads": 1, "sample_size": 8} | network)
     with torch.no_grad():
         for one in dit.parameters():
@@ -127,7 +131,8 @@ def test_classes_that_differ_in_case_or_spaces_only_are_refused(base: Path, tmp_
         return with_base_classes(Source("d", (), "class", classes), str(base), tmp_path)
 
     assert joined("cat", "Catfish").classes == ("cat", "dog", "Catfish")
-    for name in ("Cat", " dog "):
+    assert joined("caterpillar").classes[2:] == ("caterpillar",)
+    for name in ("Cat", " dog ", "dog_", "ｄｏｇ"):
         with pytest.raises(UserError, match=r"case or spaces.*\n.*Spell them as the checkpoint"):
             joined("cat", name)
 
@@ -140,7 +145,40 @@ def test_fine_tuning_without_its_condition_keeps_the_classes(
     assert LatentFlowPipeline.from_pretrained(tmp_path / "pipeline").labels == {"cat": 0, "dog": 1}
 
 
+def test_a_class_that_macos_spells_in_parts_is_nearly_equal(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", id2label={0: "café_noir"})
+    with pytest.raises(UserError, match="Spell them as the checkpoint"):
+        with_base_classes(Source("d", (), "class", ("cafe\u0301 noir",)), str(base), tmp_path)
+
+
 # ---------------------------------------------------------------- another resolution
+
+
+def test_the_resolution_is_the_checkpoints_unless_one_is_given(
+    animals: Path, cache: Path, tmp_path: Path
+) -> None:
+    base = checkpoint(tmp_path / "base", sample_size=(8, 12))
+    plain = QUICK[2:]
+    assert QUICK[0] == "--resolution"
+    line = [
+        animals,
+        "-o",
+        tmp_path / "run",
+        "--init-from",
+        base,
+        "--max-train-steps",
+        1,
+        "--prior-samples",
+        0,
+    ]
+    said = call(cache, *line, *plain, "--preset", "tiny")  # whose own is 32
+    assert "resolution: 24 pixels" in said
+    assert (
+        LatentFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config.sample_size == 12
+    )
+    settings = ["--config", tmp_path / "run" / "config.yaml", "--dry-run"]
+    assert "resolution: 24 pixels" in call(cache, *line, *settings)
+    assert "resolution: 16 pixels" in call(cache, *line, *QUICK, "--dry-run")
 
 
 @pytest.mark.parametrize("position", ["rope", "sincos"])
@@ -230,6 +268,57 @@ def test_two_processes_mix_as_one_does(
     assert len(losses("one")) == 4 and losses("two") == pytest.approx(losses("one"), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "flags", [["--prior-samples", 0], ["--prior-samples", 6], ["--prior-samples", 6, "--auto-micro-batch"]]
+)
+def test_two_processes_leave_out_what_the_data_do_not_say(
+    flags: list[object], pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without captions the text encoder is used by none, or by one process alone: that with the step's sample."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    base = checkpoint(tmp_path / "base", text_dim=8)
+    line = [pictures, *QUICK, "--init-from", base, "--condition", "none", *flags]
+    line += ["--prior-share", 0.25, "--max-train-steps", 3, "--mixed-precision", "no"]
+    call(cache, *line, "-o", tmp_path / "one")
+    two = [*line, "-o", tmp_path / "two", "--train-batch-size", 2]
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: call(cache, *two))] == [0, 0]
+    one, other = state(tmp_path / "one"), state(tmp_path / "two")
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-4)
+
+
+def test_samples_have_pixels_where_an_alignment_needs_them(
+    base: Path, animals: Path, cache: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    shape = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 7,
+    }
+    Dinov2Model(Dinov2Config(**shape)).save_pretrained(tmp_path / "encoder")
+    line = [
+        animals,
+        *QUICK,
+        "--init-from",
+        base,
+        "--prior-samples",
+        4,
+        "--max-train-steps",
+        2,
+        "-o",
+        tmp_path / "run",
+    ]
+    call(
+        cache, *line, "--alignment", "encoder", "--alignment-encoder", tmp_path / "encoder", "--log-steps", 1
+    )
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["alignment"] > 0 for row in rows)
+
+
 def test_the_samples_are_the_checkpoints_own_under_its_conditions(base: Path, tmp_path: Path) -> None:
     asked, line = asked_of(str(base), FineTuningConfig(prior_samples=5), 9, 0)
     assert asked == ["cat", "dog", "cat", "dog", "cat"] and "50% of each step" in line
@@ -248,6 +337,29 @@ def test_the_samples_are_the_checkpoints_own_under_its_conditions(base: Path, tm
     (tmp_path / "captions.txt").write_text("a red circle\n\n a blue square \n")
     prompts = FineTuningConfig(prior_samples=3, prior_prompts=str(tmp_path / "captions.txt"))
     assert asked_of(captioned, prompts, 9, 0)[0] == ["a red circle", "a blue square", "a red circle"]
+    (tmp_path / "captions.txt").write_text(
+        "\n".join(map(str, range(1000)))
+    )  # more than samples: not the first
+    assert asked_of(captioned, prompts, 9, 0)[0] == ["0", "333", "666"]
+
+
+def test_memorisation_is_measured_on_all_classes_and_its_failure_is_a_warning(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "pipeline").symlink_to(base)
+    examples = tuple(PriorExample(f"{n}", label="cat" if n < 18 else "dog") for n in range(20))
+    source, asked = Source("d", examples, "class", ("cat", "dog")), []
+    draw = LatentFlowPipeline.__call__
+
+    def drawn(self: LatentFlowPipeline, **settings: Any) -> Any:
+        asked.extend(settings["class_labels"])
+        return draw(self, **settings, num_inference_steps=1)
+
+    monkeypatch.setattr(LatentFlowPipeline, "__call__", drawn)
+    tell_memorised(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
+    assert Counter(asked) == {0: 15, 1: 1}
+    assert "was not measured: 0 was drawn as latents" in caplog.text
+    assert not (tmp_path / "memorisation.json").exists()
 
 
 def test_captions_words_and_no_condition_go_through_training(
@@ -278,6 +390,8 @@ def test_defaults_follow_from_the_number_of_pictures_and_flags_win() -> None:
     assert own.lr_embeddings == 1
     adapter = fitted(loop, (), 40, own_share=0.5, adapter=True)  # begins at nothing, as from scratch
     assert (adapter.learning_rate, adapter.lr_embeddings, adapter.max_train_steps) == (1e-3, 1, 313)
+    with pytest.raises(UserError, match="a step of one sample"):
+        fitted(LoopConfig(train_batch_size=1), (), 40, own_share=0.5)
     assert held_out_share((), 0.02, 19) == 0 and held_out_share((), 0.02, 20) == 0.02
     assert held_out_share({"validation"}, 0.02, 5) == 0.02
 
@@ -312,11 +426,37 @@ def test_a_fine_tune_goes_on_with_what_the_checkpoint_was_trained_for(
     assert {name: result[name] for name in asked} == asked
     call(cache, *line, "-o", tmp_path / "own", "--coupling", "independent")
     assert LatentFlowPipeline.load_config(tmp_path / "own" / "pipeline")["coupling"] == "independent"
+    said = call(cache, *line, "-o", tmp_path / "none", "--no-inpainting", expect=2)
+    assert "Add --inpainting" in said
     said = call(cache, *line, "-o", tmp_path / "other", "--path", "condot", expect=2)
     assert "was trained with path polynomial" in said
 
 
+def test_previews_show_what_the_data_show_though_little_of_it_is_held_out() -> None:
+    source = Source("d", tuple(PriorExample(f"{n}") for n in range(40)), "unconditional")
+    few, many = source.subset([0]), source.subset(list(range(16)))
+    assert preview_source(source, few) is source and preview_source(source, many) is many
+
+
 # ---------------------------------------------------------------- bad input
+
+
+def test_a_checkpoint_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", text_dim=8)
+    weights = base / "text_encoder" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="Give a pipeline folder"):
+        open_base(str(base))
+    weights.write_bytes(whole)
+    other = DiTTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, num_layers=1, norm_num_groups=1
+    )
+    LatentFlowPipeline(
+        **LatentFlowPipeline.from_pretrained(base).components | {"transformer": other}
+    ).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="its network is a DiTTransformer2DModel"):
+        open_base(str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import nn
 
 from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
-from latentflow.training import LoopConfig, fit
+from latentflow.training import LoopConfig, average, fit
 from latentflow.training.average import averaged_pipeline, reconstruct
 from latentflow.training.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.ema import WeightAverage, power_function
@@ -174,8 +174,11 @@ def test_two_processes_keep_the_averages_of_one(tmp_path: Path, shard: bool) -> 
     )
 
 
-def test_the_command_makes_a_pipeline(pictures: Path, tmp_path: Path) -> None:
+def test_the_command_makes_a_pipeline(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = [pictures, *TINY, "--max-train-steps", 6, "--ema-lengths", 0.05, 0.1, "--ema-snapshot-steps", 2]
+    line += ["--alignment", "self"]  # whose head is averaged as well, and is no part of the result
     said = call(tmp_path / "cache", *line, "-o", tmp_path / "run")
     assert "a snapshot of" in said and "in all" in said
     averaged_pipeline(tmp_path / "run", 0.1, tmp_path / "out")
@@ -192,3 +195,7 @@ def test_the_command_makes_a_pipeline(pictures: Path, tmp_path: Path) -> None:
         reconstruct(tmp_path / "run" / "checkpoints" / "none", 0.1)
     with pytest.raises(UserError, match="has no pipeline"):
         averaged_pipeline(tmp_path / "cache", 0.1, tmp_path / "other")
+    factors = {"network.blocks.0.attn.qkv.lora_A.default.weight": torch.zeros(1, 16)}
+    monkeypatch.setattr(average, "reconstruct", lambda folder, length: (factors, 6))
+    with pytest.raises(UserError, match=r"(?s)of an adapter.*without --lora-rank"):
+        averaged_pipeline(tmp_path / "run", 0.1, tmp_path / "other")
