@@ -155,7 +155,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
     refuse_unvalidated(loop, len(validation) > 0)
 
     # ---- a fine-tune: what the checkpoint is reminded of, defaults that fit ----
-    prior, fine_lines = [], []
+    prior, fine_lines, own_share = [], [], None
     if config.init_from:
         prior, told_of = asked_of(config.init_from, config.fine_tuning, len(training), loop.seed, config.vae)
         own_share = 1 - config.fine_tuning.prior_share if prior else 1.0
@@ -169,7 +169,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
             data=dataclasses.replace(config.data, validation=data.validation, resolution=data.resolution),
             flow=with_base_flow(config.flow, config.init_from, given_keys),
         )
-    for line in (*plan_lines(source, training, validation, loop), *fine_lines):
+    for line in (*plan_lines(source, training, validation, loop, own_share), *fine_lines):
         log.info(line)
     if not config.dry_run and process_state().is_main_process:
         write_config(config, output / "config.yaml")

@@ -28,18 +28,24 @@ _LONGEST = 512  # tokens of a caption, where the tokenizer names no limit
 _TIMED_SECONDS = 3.0  # of one of the steps that are timed, at the speed of a matrix product
 
 
-def plan_lines(source: Source, training: Source, validation: Source, loop: LoopConfig) -> list[str]:
-    """The data and the schedule."""
+def plan_lines(
+    source: Source, training: Source, validation: Source, loop: LoopConfig, own_share: float | None = None
+) -> list[str]:
+    """The data and the schedule.
+
+    Args:
+        own_share: of a fine-tune, the share of the samples that are pictures of the data.
+    """
     state = process_state()
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * state.num_processes
-    epochs = loop.max_train_steps * batch / max(1, len(training.uses()))
+    epochs = (own_share or 1.0) * loop.max_train_steps * batch / max(1, len(training.uses()))
     lines = [f"{source.name}: {note}" for note in source.notes]
     lines += [
         f"data: {len(training)} pictures to train on, {len(validation)} held out; condition: {source.kind}",
         f"plan: {loop.max_train_steps} steps of {batch} samples = {epochs:.1f} epochs, {loop.optimizer}, learning rate "
         f"{loop.learning_rate:g}, {_precision(loop)} on {state.device}",
     ]
-    if len(training) < _FEW:
+    if len(training) < _FEW and own_share is None:  # a fine-tune has lines of its own for few pictures
         lines.append(
             f"WARNING: {len(training)} pictures are few: the model will memorise many of them. `latentflow evaluate` "
             "measures it; more pictures, fewer steps or fine-tuning (--init-from) lessen it."
