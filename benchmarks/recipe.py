@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -335,29 +334,34 @@ class Timed(LatentData):
         return super().__getitems__(draws)
 
 
-# Settings that decide what a step computes. Recipes that agree in them are timed once: what they would differ by is
-# the noise of the measurement, and each would get another number of steps for it.
-COSTS = ("block", "network", "optimizer", "registers", "coupling", "route_share", "alignment", "contrastive_weight",
-         "direction_weight")  # fmt: skip
+# Settings that decide what a step computes, and what they are where a recipe does not say. Recipes that agree in them
+# are timed once: what they would differ by is the noise of the measurement, and each would get other steps for it.
+COSTS: Recipe = {
+    "block": "modern", "network": "dit", "optimizer": "adamw", "registers": 0, "coupling": "independent",
+    "route_share": 0.0, "alignment": None, "contrastive_weight": 0.0, "direction_weight": 0.0,
+}  # fmt: skip
 
 
 def step_seconds(bench: Bench, settings: Recipe, output: Path) -> float:
-    """Seconds of a step of `fit`: vanilla's, kept with the results, times the ratio of the two in turns beside it."""
+    """Seconds of a step of `fit`: vanilla's, kept with the results, times the ratio of the two, turn by turn."""
     file = output / "step-seconds.json"
     known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     reference, cost = (
-        " ".join(f"{name}={one[name]}" for name in COSTS if name in one) for one in (VANILLA, settings)
+        " ".join(f"{name}={value}" for name, value in (COSTS | one).items() if name in COSTS)
+        for one in (VANILLA, settings)
     )
     if cost not in known:
         turns = [(timed_steps(bench, VANILLA), timed_steps(bench, settings)) for _ in range(TURNS)]
-        known.setdefault(reference, min(vanilla for vanilla, _ in turns))
+        vanilla, one = (min(seconds) for seconds in zip(*turns, strict=True))
+        known.setdefault(reference, vanilla)
         if cost != reference:
-            known[cost] = known[reference] * statistics.median(one / vanilla for vanilla, one in turns)
+            known[cost] = known[reference] * one / vanilla
         file.write_text(json.dumps(known, indent=1))
     return known[cost]
 
 
 def timed_steps(bench: Bench, settings: Recipe, warm_up: int = 2, steps: int = 6) -> float:
+    """The seconds of the fastest of some steps."""
     networks = bench.networks(settings, 0)
     data = bench.latents(bench.parts[0], networks, 0)
     data.__class__ = Timed
@@ -368,7 +372,7 @@ def timed_steps(bench: Bench, settings: Recipe, warm_up: int = 2, steps: int = 6
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         fit({"flow": bench.stage(networks, settings, 0, warm_up + steps + 1)}, data, loop, Path(folder))
-    return statistics.median(b - a for a, b in pairwise(data.times[warm_up:]))
+    return min(b - a for a, b in pairwise(data.times[warm_up:]))
 
 
 def arguments() -> argparse.Namespace:

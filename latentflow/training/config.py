@@ -28,8 +28,8 @@ class LoopConfig:
     """Forward passes for one optimiser step."""
     auto_micro_batch: bool = False
     """When memory runs out, pass batches in halves, then quarters, ...; the samples of a step stay the same."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
+    learning_rate: float = 2e-3
+    """Peak learning rate. Right for a network of width 256; the best one falls as the width grows (docs/recipe.md)."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the decay after the warm-up: none, or down to zero at max_train_steps."""
     lr_decay_share: float = 1.0

@@ -15,7 +15,7 @@ from .processes import process_state
 FEW = 50  # pictures: from here down, each is used as often as it takes to learn it
 _USES = 250  # of each of so few; of more, by the square root of their number fewer
 _REPLAYED = 1000  # pictures: up to here the model's own samples are mixed in by default
-_SLOWER = 10  # times the learning rate from scratch
+_SLOWER = 5  # times the learning rate from scratch
 _LEAST_HELD_OUT_OF = 20  # pictures: of fewer none is held out by default
 
 
@@ -71,8 +71,8 @@ def fitted(
 ) -> LoopConfig:
     """The loop's settings for a fine-tune. What is ``given`` stays; a preset's are for a training from scratch.
 
-    The rate is a tenth of that from scratch, but for the tables of classes and words: there it stays, since in some
-    hundred steps of AdamW at a tenth a new row could not get as far from where it starts as the known ones are.
+    The rate is a fifth of that from scratch, but for the tables of classes and words: there it stays, since in some
+    hundred steps of AdamW at a fifth a new row could not get as far from where it starts as the known ones are.
 
     The weight average keeps its ramp: it begins at the checkpoint's weights and then spans the last tenth of the
     steps so far. Without the ramp a decay of 0.999 would still hold 74 % of the old weights after 300 steps, and give

@@ -379,17 +379,17 @@ def test_captions_words_and_no_condition_go_through_training(
 def test_defaults_follow_from_the_number_of_pictures_and_flags_win() -> None:
     loop = LoopConfig(train_batch_size=64)
     few = fitted(loop, (), 40, own_share=0.5)
-    assert few.learning_rate == pytest.approx(1e-4) and few.lr_embeddings == 10
+    assert few.learning_rate == pytest.approx(4e-4) and few.lr_embeddings == 5
     assert few.max_train_steps == 313  # 250 uses of 40 pictures, 32 a step
     assert (few.lr_warmup_steps, few.validation_steps, few.preview_steps) == (31, 31, 78)
     more = fitted(loop, (), 500, own_share=1.0)
     assert 64 * more.max_train_steps / 500 == pytest.approx(79, abs=1)
     assert fitted(loop, (), 10**6, own_share=1.0).max_train_steps == 20_000
     own = fitted(loop, {"learning_rate", "max_train_steps"}, 40, own_share=0.5)
-    assert (own.learning_rate, own.max_train_steps, own.lr_warmup_steps) == (1e-3, 20_000, 100)
+    assert (own.learning_rate, own.max_train_steps, own.lr_warmup_steps) == (2e-3, 20_000, 100)
     assert own.lr_embeddings == 1
     adapter = fitted(loop, (), 40, own_share=0.5, adapter=True)  # begins at nothing, as from scratch
-    assert (adapter.learning_rate, adapter.lr_embeddings, adapter.max_train_steps) == (1e-3, 1, 313)
+    assert (adapter.learning_rate, adapter.lr_embeddings, adapter.max_train_steps) == (2e-3, 1, 313)
     with pytest.raises(UserError, match="a step of one sample"):
         fitted(LoopConfig(train_batch_size=1), (), 40, own_share=0.5)
     assert held_out_share((), 0.02, 19) == 0 and held_out_share((), 0.02, 20) == 0.02
@@ -399,7 +399,7 @@ def test_defaults_follow_from_the_number_of_pictures_and_flags_win() -> None:
 def test_the_plan_says_what_was_chosen(base: Path, animals: Path, cache: Path, tmp_path: Path) -> None:
     line = [animals, "-o", tmp_path / "run", "--resolution", 16, "--init-from", base, "--dry-run"]
     said = call(cache, *line, "--preset", "tiny")
-    assert "--learning-rate 0.0002" in said  # a tenth of the preset's
+    assert "--learning-rate 0.0004" in said  # a fifth of the preset's
     assert "9 pictures to train on, 0 held out" in said and "few pictures (9)" in said
     assert "200 samples of" in said
     said = call(cache, *line, "--learning_rate", "0.003", "--max-train-steps=7", "--prior-samples", 0)
