@@ -172,9 +172,9 @@ def folded_velocity(
 ) -> Tensor:
     """The guided velocity that takes the place of the sample's in the target, (B, ...), without a graph.
 
-    Sec. 4.2 of MeanFlow and, for k, its appendix: w v + k u(x, r, r | condition) + (1 - w - k) u(x, r, r), with k = ``mixing`` and
-    w = (1 - k) ``guidance``. The network then learns the flow of u(x, r, r) + ``guidance`` (v - u(x, r, r)), whatever
-    k is: k takes from the noise of the sample's velocity.
+    Sec. 4.2 of MeanFlow and, for k, its appendix: w v + k u(x, r, r | condition) + (1 - w - k) u(x, r, r) with
+    k = ``mixing`` and w = (1 - k) ``guidance``. What the network then learns is the flow of the velocity guided at
+    scale ``guidance``, whatever k is: k only takes from the noise of the sample's velocity.
 
     Args:
         velocity: the sample's.

@@ -56,19 +56,19 @@ class GaussianAverage(nn.Module):
 
 
 def mixture_average(mixture) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The exact average velocity of a mixture, by 40 Runge-Kutta steps over the interval."""
+    """The exact average velocity of a mixture, by 100 Runge-Kutta steps over the interval."""
 
     def average(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-        start, h = column(r, x), column(t - r, x) / 40
+        start, h = column(r, x), column(t - r, x) / 100
         y = x
-        for k in range(40):
+        for k in range(100):
             s = start + k * h
             one = mixture.velocity(PATH, y, s)
             two = mixture.velocity(PATH, y + h / 2 * one, s + h / 2)
             three = mixture.velocity(PATH, y + h / 2 * two, s + h / 2)
             four = mixture.velocity(PATH, y + h * three, s + h)
             y = y + h / 6 * (one + 2 * two + 2 * three + four)
-        return (y - x) / (40 * h)
+        return (y - x) / (100 * h)
 
     return average
 
