@@ -150,7 +150,9 @@ class LatentFlowEditPipeline(FlowPipeline):
             pictures=count,
             **shared,
         )
-        self._guidance_scale = guidance_scale  # the target's: a callback sees it, and may change it
+        self._guidance_scale = self._guidance_of(
+            guidance_scale
+        )  # the target's: a callback sees it, and may change it
         if isinstance(generator, list) and len(generator) != target.rows:
             raise UserError(
                 f"{len(generator)} generators for {target.rows} images",
@@ -171,7 +173,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             return x
 
         if len(begins):
-            velocities = self._scaled(source.velocity, source_guidance_scale), target.velocity
+            scale = self._guidance_of(source_guidance_scale)
+            velocities = self._scaled(source.velocity, scale), target.velocity
             options = {"callback": after_step, "progress": self.progress_bar, **settings}
             try:
                 x1 = EDITING[method](*velocities, x1, times, **options)

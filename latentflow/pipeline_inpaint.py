@@ -44,9 +44,9 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         width: int | None = None,
         padding_mask_crop: int | None = None,
         strength: float = 1.0,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
@@ -82,7 +82,8 @@ class LatentFlowInpaintPipeline(FlowPipeline):
                 pictures much larger than those of the training.
             strength: in [0, 1]: the flow starts at t = 1 - strength from what is in the hole, mixed with noise. 1 draws
                 from pure noise, 0 returns the picture.
-            num_inference_steps: of the whole way; about strength * num_inference_steps are taken.
+            num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
+                or 4 of a checkpoint of average velocities.
             latents: the noise (B, C, h, w) to start from.
             output_type: as of ``LatentFlowPipeline``; "latent" are those of the part that was drawn, uncomposed.
             method: "trained", or a key of ``latentflow.flow.INPAINTING``; default:
@@ -136,7 +137,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         if call.channels is not None and self.config.coupling == "data-dependent":
             noise = known_source(noise, known, hole)
             velocity, after_step = only_in(hole, known, velocity, after_step)
-        if method == TRAINED and self.scheduler is None:
+        if method == TRAINED and self.scheduler is None and not self.average:
             solver = solver or TRAINED_SOLVER
         # 4. From noise to data; strength 1 is pure noise on every grid
         drawn = self.follow(

@@ -212,11 +212,17 @@ class Controls:
                 0, minimum=0, maximum=LARGEST_SEED, precision=0, label="Seed", elem_id=f"{self._tab}-seed"
             )
             self.new_seed = gr.Checkbox(True, label="New seed each time", elem_id=f"{self._tab}-new-seed")
-        conditional = self._studio.takes.condition
+        takes = self._studio.takes
+        steps, guidable = (4 if takes.few_steps else 20), takes.condition and not takes.guided
         with gr.Row():
-            self.steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps", elem_id=f"{self._tab}-steps")
+            self.steps = gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", elem_id=f"{self._tab}-steps")
             self.guidance = gr.Slider(
-                0, MOST_GUIDANCE, guidance, step=0.5, label="Guidance", visible=conditional
+                0,
+                MOST_GUIDANCE,
+                1.0 if takes.guided else guidance,
+                step=0.5,
+                label="Guidance",
+                visible=guidable,
             )
         with gr.Accordion("More", open=False):
             self.negative = gr.Textbox(label="Keep away from", visible=self._studio.takes.text)
