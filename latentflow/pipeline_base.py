@@ -137,7 +137,8 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
             )
         #: whether the network predicts average velocities
         self.average = average
-        self._folded_guidance, self._grid = folded_guidance, None
+        self._folded_guidance = folded_guidance
+        self._grid: Tensor | None = None  # of the running call, where average velocities are followed
         #: class name -> id
         self.labels: dict[str, int] = {name: int(key) for key, name in (names or {}).items()}
         self.vae_scale_factor = downscale_factor(vae) if vae is not None else 8
@@ -516,7 +517,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         def network(x: Tensor, t: Tensor) -> Tensor:
             times = t.to(x.device, torch.float32).expand(x.shape[0])
             # As ``chords`` of the running grid.
-            end = {} if self._grid is None else {"end": next_time(self._grid, times)}
+            end: dict[str, Tensor] = {} if self._grid is None else {"end": next_time(self._grid, times)}
             output: Tensor = self.transformer(self.path.scale_input(x, t).to(dtype), times, moved, **end)
             return output.float()
 

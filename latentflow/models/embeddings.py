@@ -149,8 +149,9 @@ class TimeEmbed(nn.Module):
         super().__init__()
         self.scale = scale
         self.features = features
-        last = linear(width, width, std=0.02, zero=zero)
-        self.mlp = nn.Sequential(linear(features, width, std=0.02), nn.SiLU(), last)
+        self.mlp = nn.Sequential(
+            linear(features, width, std=0.02), nn.SiLU(), linear(width, width, std=0.02, zero=zero)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         features = fourier_features(t.float() * self.scale, self.features)
