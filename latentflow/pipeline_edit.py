@@ -150,9 +150,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             pictures=count,
             **shared,
         )
-        self._guidance_scale = self._guidance_of(
-            guidance_scale
-        )  # the target's: a callback sees it, and may change it
+        # The target's: a callback sees it, and may change it
+        self._guidance_scale = self._guidance_of(guidance_scale)
         if isinstance(generator, list) and len(generator) != target.rows:
             raise UserError(
                 f"{len(generator)} generators for {target.rows} images",
@@ -278,7 +277,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         if frames < 2:
             raise UserError(f"{frames} frames", "Ask for at least 2, the first and the last.")
         if guidance_scale is None:
-            guidance_scale = 4.0 if image is None else 1.0
+            guidance_scale = self.usual_guidance if image is None else 1.0
         prompts = _as_many(prompt, 2, "prompt") or ["", ""]
         labels = _as_many(class_labels, 2, "class_labels")
         # 1. The noise of the first and the last frame

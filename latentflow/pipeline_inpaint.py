@@ -83,15 +83,15 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             strength: in [0, 1]: the flow starts at t = 1 - strength from what is in the hole, mixed with noise. 1 draws
                 from pure noise, 0 returns the picture.
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
-                or 4 of a checkpoint of average velocities.
+                or 4 where average velocities are followed, which of all methods "trained" does alone.
             latents: the noise (B, C, h, w) to start from.
             output_type: as of ``LatentFlowPipeline``; "latent" are those of the part that was drawn, uncomposed.
             method: "trained", or a key of ``latentflow.flow.INPAINTING``; default:
                 ``latentflow.flow.inpainting.DEFAULT_INPAINTING``, but "trained" where a checkpoint that is shall
-                follow a solver or the pipeline's scheduler. "trained" takes any of these, by itself 'ddpm'; the others
-                run on our own solvers. A checkpoint that was trained with masks is told of the hole by "trained" and
-                "pnp-flow", the others tell it nothing. "repaint" goes back in time, which the timesteps that a
-                callback is told do not show.
+                follow a solver or the pipeline's scheduler, or predicts average velocities. "trained" takes any of
+                these, by itself 'ddpm', or average velocities; the others run on our own solvers. A checkpoint that was
+                trained with masks is told of the hole by "trained" and "pnp-flow", the others tell it nothing.
+                "repaint" goes back in time, which the timesteps that a callback is told do not show.
             feather: blend over so many pixels around the hole.
 
         Returns:
@@ -168,7 +168,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             UserError: there is none of this name, or this checkpoint cannot.
         """
         if name is None:
-            follows = self.takes_masks and (solver is not None or self.scheduler is not None)
+            follows = self.takes_masks and (self.average or solver is not None or self.scheduler is not None)
             name = TRAINED if follows else DEFAULT_INPAINTING
         if name not in (TRAINED, *INPAINTING):
             raise unknown("inpainting method", name, [TRAINED, *INPAINTING])

@@ -170,7 +170,13 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
             data=dataclasses.replace(config.data, validation=data.validation, resolution=data.resolution),
             flow=with_base_flow(config.flow, config.init_from, given_keys),
         )
-    refuse_unfit(config.flow, loop, config.init_from if config.adapter.lora_rank else None)
+    refuse_unfit(
+        config.flow,
+        loop,
+        adapted=config.init_from if config.adapter.lora_rank else None,
+        routed=config.routing.route_share > 0,
+        bare=not config.init_from and source.kind == "unconditional",
+    )
     for line in (*plan_lines(source, training, validation, loop, own_share), *fine_lines):
         log.info(line)
     if not config.dry_run and process_state().is_main_process:

@@ -94,17 +94,17 @@ class MeanFlow:
 def slope(average: AverageVelocity, x: Tensor, r: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
     """du/dr along the flow, with the end t fixed: the derivative of u along (velocity, 1, 0) at (x, r, t).
 
-       Geng et al. 2025 (arXiv:2505.13447), eq. 8.
-    Exact (forward mode), for about the price of two evaluations, and without a graph: it is part of a target.
+    Geng et al. 2025 (arXiv:2505.13447), eq. 8. Exact (a Jacobian-vector product in forward mode), for about the price
+    of two evaluations, and without a graph: it is part of a target.
 
-       Args:
-           average: u; it must be differentiable forwards (``latentflow.models.DiT`` is).
-           x: (B, ...).
-           r, t: start and end, scalars or (B,), floating point.
-           velocity: shaped like ``x``: dx/dr there.
+    Args:
+        average: u; it must be differentiable forwards (``latentflow.models.DiT`` is).
+        x: (B, ...).
+        r, t: start and end, scalars or (B,), floating point.
+        velocity: shaped like ``x``: dx/dr there.
 
-       Returns:
-           (B, ...).
+    Returns:
+        (B, ...).
     """
     with torch.no_grad():
         # Contiguous: torch puts no tangent on an expanded tensor, whose elements share memory.
@@ -140,7 +140,7 @@ def mean_flow_loss(
         (B,), float32 or better.
 
     Raises:
-        ValueError: the output is not shaped like the velocity; an interval ends before it starts, or outside [0, 1].
+        ValueError: the output is not shaped like the velocity; an interval ends before it starts.
     """
     v = sample.velocity if velocity is None else velocity
     if not output.shape == v.shape == slope.shape:

@@ -115,10 +115,11 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
         for name in ("path", "path_options", "prediction", "coupling")
         if name in config and name not in given and not (name == "path_options" and "path" in given)
     }
-    if config.get("average") and "objective" not in given:
-        adopted["objective"] = "mean-flow"
-        if "objective_options" not in given:
-            adopted["objective_options"] = {"guidance": config.get("folded_guidance", 1.0)}
+    if config.get("average"):
+        adopted["objective"] = flow.objective if "objective" in given else "mean-flow"
+        if adopted["objective"] == "mean-flow":
+            learned = {"guidance": config.get("folded_guidance", 1.0)}
+            adopted["objective_options"] = learned | flow.objective_options
     if adopted.get("coupling") == "data-dependent" and "inpainting" not in given:
         adopted["inpainting"] = True
     return dataclasses.replace(flow, **adopted)

@@ -24,7 +24,6 @@ from ..flow import (
     WEIGHTINGS,
     CondOT,
     Coupling,
-    LogitNormal,
     Objective,
     Path,
     PathSample,
@@ -145,6 +144,11 @@ class FlowConfig:
                     f"{flag} with --objective {self.objective}",
                     "Leave it out: average velocities are learned on the straight path, with a weight of their own.",
                 )
+        if choices.settings.guided and not self.condition_dropout:
+            raise UserError(
+                f"guidance {choices.settings.guidance:g} of --objective {self.objective} with --condition-dropout 0",
+                "Leave --condition-dropout out: guidance needs what is learned without the condition.",
+            )
 
     def shapes(self, has_masks: bool) -> dict[str, float]:
         """Shares of the shapes of masks, for data that have masks of their own or have not."""
@@ -168,9 +172,8 @@ class FlowConfig:
             weighting = make(WEIGHTINGS, self.weighting, "weighting", **self.weighting_options)
         density = self.time_density or ("logit-normal" if weighting is None else "uniform")
         objective = lookup(OBJECTIVES, self.objective, "objective")
-        times = make(TIME_DENSITIES, density, "time density", **self.time_options)
-        if objective.average and self.time_density is None and not self.time_options:
-            times = LogitNormal(mean=0.4)  # MeanFlow, table 1d; its t = 1 is noise
+        # MeanFlow, table 1d; its t = 1 is noise
+        usual = {"mean": 0.4} if objective.average and (self.time_density or weighting) is None else {}
         return Choices(
             path=make(PATHS, self.path, "path", **self.path_options),
             coupling=make(COUPLINGS, self.coupling, "coupling", **self.coupling_options),
@@ -178,7 +181,7 @@ class FlowConfig:
             settings=make(
                 {self.objective: objective.settings}, self.objective, "objective", **self.objective_options
             ),
-            density=times,
+            density=make(TIME_DENSITIES, density, "time density", **usual | self.time_options),
             weighting=weighting,
         )
 

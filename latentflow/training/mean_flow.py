@@ -37,13 +37,10 @@ class MeanFlowStage(FlowStage):
                 "Use --network dit.",
             )
         if self._routing is not None:
-            raise UserError(f"--route-share with --objective {config.objective}", "Leave out one of the two.")
+            raise _routed(config)
         conditions = ("num_classes", "text_dim")
         if self._settings.guided and all(network.config.get(name) is None for name in conditions):
-            raise UserError(
-                f"guidance {self._settings.guidance:g} of --objective {config.objective} without a condition",
-                "Leave it out of --objective-options: there are no classes or captions to follow.",
-            )
+            raise _nothing_to_follow(config)
 
     @property
     def _settings(self) -> MeanFlow:
@@ -112,17 +109,32 @@ def stage_class(config: FlowConfig) -> type[FlowStage]:
     return MeanFlowStage if config.choices().objective.average else FlowStage
 
 
-def refuse_unfit(config: FlowConfig, loop: LoopConfig, adapted: str | None) -> None:
-    """Refuse what an objective of average velocities cannot be trained with.
+def refuse_unfit(
+    config: FlowConfig,
+    loop: LoopConfig,
+    *,
+    adapted: str | None = None,
+    routed: bool = False,
+    bare: bool = False,
+) -> None:
+    """Refuse what an objective of average velocities cannot be trained with, before anything is computed.
 
     Args:
         adapted: the checkpoint that a LoRA is trained for, if one is.
+        routed: tokens skip blocks.
+        bare: the network will have no condition.
 
     Raises:
-        UserError: a sharded run, or a LoRA of a checkpoint that has not learned average velocities.
+        UserError: a sharded or routed run, guidance without a condition, or a LoRA of a checkpoint that has not learned
+            average velocities.
     """
-    if not config.choices().objective.average:
+    choices = config.choices()
+    if not choices.objective.average:
         return
+    if routed:
+        raise _routed(config)
+    if bare and choices.settings.guided:
+        raise _nothing_to_follow(config)
     if loop.shard:
         raise UserError(
             f"--shard with --objective {config.objective}: sharded weights are not differentiated forwards",
@@ -133,3 +145,14 @@ def refuse_unfit(config: FlowConfig, loop: LoopConfig, adapted: str | None) -> N
             f"--lora-rank with --objective {config.objective} on {adapted}, which predicts velocities",
             "Leave out --lora-rank: the length of the interval is a new input, which a LoRA does not hold.",
         )
+
+
+def _routed(config: FlowConfig) -> UserError:
+    return UserError(f"--route-share with --objective {config.objective}", "Leave out one of the two.")
+
+
+def _nothing_to_follow(config: FlowConfig) -> UserError:
+    return UserError(
+        f"guidance {config.choices().settings.guidance:g} of --objective {config.objective} without a condition",
+        "Leave it out of --objective-options: there are no classes or captions to follow.",
+    )

@@ -12,7 +12,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline, LatentFlowPipeline
+from latentflow import (
+    LatentFlowEditPipeline,
+    LatentFlowImg2ImgPipeline,
+    LatentFlowInpaintPipeline,
+    LatentFlowPipeline,
+)
+from latentflow.autoencoder import mask_channels
 from latentflow.errors import UserError
 from latentflow.models import Condition
 
@@ -97,6 +103,30 @@ def test_image_to_image_starts_where_it_is_told() -> None:
     torch.testing.assert_close(drawn, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "masked", "expected"),
+    [(None, True, [0.25, 0.5, 0.75, 1.0]), ("repaint", True, [None]), (None, False, [None])],
+)
+def test_inpainting_leaps_where_masks_were_trained(
+    method: str | None, masked: bool, expected: list[float | None]
+) -> None:
+    """Without being told; the methods that steer a velocity are given one, in the usual number of steps."""
+    vae = tiny_vae()
+    network = tiny_dit(interval_conditioning=True, condition_channels=mask_channels(vae) if masked else 0)
+    pipe = LatentFlowInpaintPipeline(vae, network, average=True)
+    pipe.set_progress_bar_config(disable=True)
+    ends: list[float | None] = []
+
+    def see(_: Any, given: Any, named: dict[str, Any]) -> None:
+        ends.append(float(named["end"][0]) if "end" in named else None)
+
+    network.register_forward_pre_hook(see, with_kwargs=True)
+    picture, mask = torch.rand(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    pipe(image=picture, mask_image=(mask[:, :1] > 0.5).float(), method=method, output_type="latent")
+    assert ends == (expected if len(expected) > 1 else [None] * len(ends)) and len(ends) >= len(expected)
+    assert len(expected) > 1 or pipe.num_timesteps == 20
+
+
 def test_learned_guidance_is_not_added_to(caplog: pytest.LogCaptureFixture) -> None:
     pipe, x0 = pipeline(folded_guidance=3.0), noise(1)
     with caplog.at_level(logging.WARNING):
@@ -112,6 +142,9 @@ def test_learned_guidance_is_not_added_to(caplog: pytest.LogCaptureFixture) -> N
     picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     editor(image=picture, class_labels="tree", source_class_labels="hat", num_inference_steps=2)
     assert pipe.usual_guidance == 1.0 and editor.guidance_scale == 1.0
+    caplog.clear()
+    editor.interpolate(class_labels=["hat", "tree"], frames=2, num_inference_steps=1)
+    assert not caplog.records  # nobody asked for a scale
 
 
 def test_other_checkpoints_take_their_guidance_and_stay_as_they_are(class_pipe: LatentFlowPipeline) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.flow import MeanFlow
 from latentflow.models import Condition
+from latentflow.training.base import with_base_flow
 from latentflow.training.config import LoopConfig
+from latentflow.training.fine_tuning import FineTuningConfig
 from latentflow.training.flow import FlowConfig, FlowStage
 from latentflow.training.mean_flow import MeanFlowStage, refuse_unfit, stage_class
+from latentflow.training.prior import asked_of
 from latentflow.training.start import _copy_weights
 
 from ..models.tiny import build
@@ -116,6 +120,21 @@ def test_the_tangent_is_float32_and_weights_learn_under_autocast(options: dict[s
     assert all(weight.grad is not None for weight in one.network.parameters() if weight.requires_grad)
 
 
+def test_a_run_resumes_bit_for_bit(pictures: Path, tmp_path: Path) -> None:
+    """Whatever is taken together: captions, masks, guidance, the network's own velocity, bfloat16."""
+    options = ["guidance", 2, "share", 0.7, "mixing", 0.4, "improved", 1]
+    line = [pictures, *TINY, "--objective", "mean-flow", "--objective-options", *options, "--inpainting"]
+    line += ["--mixed-precision", "bf16", "--lr-scheduler", "constant"]
+
+    def losses(run: str, *stops: int) -> list[float]:
+        for steps in stops:
+            call(tmp_path, *line, "-o", tmp_path / run, "--max-train-steps", steps)
+        rows = [json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row]
+
+    assert losses("resumed", 2, 4) == losses("straight", 4)
+
+
 def test_guidance_leaves_dropped_rows_alone() -> None:
     one = stage(guidance=3.0)
     g = torch.Generator().manual_seed(1)
@@ -164,6 +183,7 @@ def test_the_end_matters_once_it_is_learned() -> None:
         ({"direction_weight": 0.5}, "--direction-weight"),
         ({"contrastive_weight": 0.05}, "--contrastive-weight"),
         ({"objective_options": {"guidence": 3}}, "guidence"),
+        ({"objective_options": {"guidance": 3}, "condition_dropout": 0.0}, "--condition-dropout 0"),
         ({"objective": "flow-matching", "objective_options": {"guidance": 3}}, "no options"),
     ],
 )
@@ -180,8 +200,20 @@ def test_networks_and_runs_that_cannot_are_refused() -> None:
         stage(network(num_classes=None), guidance=2.0)
     config = FlowConfig(objective="mean-flow")
     with pytest.raises(UserError, match="--shard with --objective mean-flow"):
-        refuse_unfit(config, LoopConfig(shard=True), None)
-    refuse_unfit(FlowConfig(), LoopConfig(shard=True), None)
+        refuse_unfit(config, LoopConfig(shard=True))
+    with pytest.raises(UserError, match="--route-share with --objective mean-flow"):
+        refuse_unfit(config, LoopConfig(), routed=True)
+    refuse_unfit(config, LoopConfig(), bare=True)
+    refuse_unfit(FlowConfig(), LoopConfig(shard=True), routed=True)
+
+
+def test_times_lean_to_the_data_whatever_else_is_said_of_them() -> None:
+    def median(**choices: Any) -> float:
+        half = torch.tensor([0.5], dtype=torch.float64)
+        return float(FlowConfig(objective="mean-flow", **choices).choices().density.quantile(half).logit())
+
+    assert median() == median(time_options={"std": 0.8}) == pytest.approx(0.4)
+    assert median(time_options={"mean": 0.0}) == median(time_density="logit-normal") == pytest.approx(0.0)
 
 
 def test_earlier_runs_go_on() -> None:
@@ -192,9 +224,12 @@ def test_earlier_runs_go_on() -> None:
 def test_the_command_from_scratch_and_from_a_velocity_model(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its pipeline draws in four evaluations without being told, in one when asked; a resumed run goes on."""
+    """Its pipeline draws in four evaluations without being told, in one when asked; so does a fine-tune's."""
     velocity, scratch, tuned = tmp_path / "velocity", tmp_path / "scratch", tmp_path / "tuned"
     few = ["--max-train-steps", 2]
+    bare = ["--condition", "none", "--objective", "mean-flow", "--objective-options", "guidance", 2]
+    said = call(tmp_path, pictures, "-o", tmp_path / "bare", *TINY, *bare, expect=2)
+    assert "without a condition" in said and "autoencoder" not in said  # before anything is trained
     mean_flow = ["--objective", "mean-flow", "--objective-options", "guidance", 2, "share", 0.5]
     call(tmp_path, pictures, "-o", scratch, *TINY, *few, *mean_flow)
     call(tmp_path, pictures, "-o", velocity, *TINY, *few)
@@ -202,7 +237,7 @@ def test_the_command_from_scratch_and_from_a_velocity_model(
     call(tmp_path, pictures, "-o", tuned, *TINY, *few, *mean_flow, *start)
     assert not LatentFlowPipeline.from_pretrained(velocity / "pipeline").average
     with pytest.raises(UserError, match="--lora-rank with --objective mean-flow"):
-        refuse_unfit(FlowConfig(objective="mean-flow"), LoopConfig(), str(velocity / "pipeline"))
+        refuse_unfit(FlowConfig(objective="mean-flow"), LoopConfig(), adapted=str(velocity / "pipeline"))
     assert "average" not in (velocity / "pipeline" / "model_index.json").read_text()
     assert LatentFlowPipeline.from_pretrained(scratch / "pipeline").transformer.config.time_scale == 1.0
     pipe = LatentFlowPipeline.from_pretrained(tuned / "pipeline")
@@ -223,6 +258,13 @@ def test_the_command_from_scratch_and_from_a_velocity_model(
     ends.clear()
     pipe("a picture", output_type="latent", solver="euler", num_inference_steps=2, guidance_scale=4.0)
     assert ends == [-1.0, -1.0]  # an ordinary solver follows the velocity; the guidance was learned along
+    base, more = str(tuned / "pipeline"), FlowConfig(objective="mean-flow", objective_options={"share": 0.4})
+    kept = with_base_flow(more, base, {"objective", "objective_options"})  # what is not said stays as it was
+    assert kept.objective_options == {"guidance": 2.0, "share": 0.4}
+    none, line = asked_of(base, FineTuningConfig(), 9, 0)
+    assert none == [] and "has learned guidance along" in line
+    with pytest.raises(UserError, match="has learned guidance along"):
+        asked_of(base, FineTuningConfig(prior_samples=5), 9, 0)
     again = tmp_path / "again"  # a fine-tune of it learns average velocities without being told, guided alike
     call(tmp_path, pictures, "-o", again, *TINY, *few, "--init-from", tuned / "pipeline")
     assert LatentFlowPipeline.from_pretrained(again / "pipeline").config.folded_guidance == 2.0
