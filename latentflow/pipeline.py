@@ -23,9 +23,9 @@ class LatentFlowPipeline(FlowPipeline):
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
@@ -51,9 +51,11 @@ class LatentFlowPipeline(FlowPipeline):
         Args:
             prompt: caption(s); image i * num_images_per_prompt + j is of prompt i. "" means no condition.
             height, width: in pixels, multiples of the autoencoder's factor; default: as trained.
-            num_inference_steps: from noise to data; heun evaluates the network twice a step, euler once.
+            num_inference_steps: from noise to data; heun evaluates the network twice a step, euler once. Default: 20,
+                or 4 of a checkpoint of average velocities, which evaluates once a step and draws in 1 to 4.
             sigmas: a grid of one's own, decreasing in (0, 1] (1 = noise); overrides the number of steps.
-            guidance_scale: 1 is off (and half the cost); more follows the condition harder.
+            guidance_scale: 1 is off (and half the cost); more follows the condition harder. Default: 4; a checkpoint
+                that has learned its guidance along takes no other.
             negative_prompt: what guidance leads away from; default: the learned null.
             num_images_per_prompt: images per prompt or class; of an unconditional checkpoint, all images.
             generator: one for all, or a list with one per image, each of which alone determines its image.
@@ -71,7 +73,8 @@ class LatentFlowPipeline(FlowPipeline):
             class_labels: class name(s), id(s) or a mixture.
             guidance_interval: guide only while t is in it (t = 0 noise, t = 1 data).
             solver: a key of ``latentflow.flow.SOLVERS``; default: ``pipe.scheduler`` if set, else heun
-                (exponential-adams for a network that predicts the data).
+                (exponential-adams for a network that predicts the data; average velocities, of which a solver sees
+                the velocities only, where the checkpoint predicts them).
             original_size, crops_coords_top_left, target_size: (height, width) or (top, left) in pixels, for checkpoints
                 trained with ``--size-conditioning``: a picture that was so large and cropped there. Default: of the
                 size that is drawn, uncropped.

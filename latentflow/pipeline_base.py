@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
@@ -28,6 +29,7 @@ from .flow import (
     guide_batched,
     integrate,
     make,
+    next_time,
     time_grid,
 )
 from .flow import Path as FlowPath
@@ -43,6 +45,8 @@ from .pipeline_call import (
 )
 from .pipeline_loading import CheckpointPipeline
 
+log = logging.getLogger(__name__)
+
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
 ClassLabels: TypeAlias = int | str | Sequence[int | str]
 #: (step, timestep as diffusers counts it, x) -> x
@@ -50,6 +54,10 @@ AfterStep: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
 Size: TypeAlias = tuple[int, int]  # (height, width)
 #: called as ``integrate`` is: (velocity, x, times, solver, callback=, progress=, generator=) -> x at times[-1]
 Sampler: TypeAlias = Callable[..., Tensor]
+#: steps by default, and of a network of average velocities
+USUAL_STEPS, FEW_STEPS = 20, 4
+#: guidance by default
+USUAL_GUIDANCE = 4.0
 # Times that differ by less are the same time of a grid, reached by different sums.
 ROUNDING = 1e-9
 
@@ -73,6 +81,9 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         prediction: what the network predicts: "velocity", "data", "noise" or "score".
         coupling: the coupling that it was trained with, a key of ``latentflow.flow.COUPLINGS``. "data-dependent" means
             that inpainting starts from the known latents, with noise in the hole only (arXiv:2310.03725).
+        average: the network predicts average velocities (arXiv:2505.13447): by default it is followed from time to time
+            of the grid, in `FEW_STEPS` steps of one evaluation. A solver that is named follows its velocities.
+        folded_guidance: the scale of the guidance that was learned along; where it is not 1, none is added.
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
@@ -96,6 +107,8 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         path_options: dict[str, float] | None = None,
         prediction: str = "velocity",
         coupling: str = "independent",
+        average: bool = False,
+        folded_guidance: float = 1.0,
     ) -> None:
         super().__init__()
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
@@ -108,6 +121,8 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
             path_options=dict(path_options or {}),
             prediction=prediction,
             coupling=coupling,
+            # Other checkpoints stay as they are, to the byte.
+            **({"average": True, "folded_guidance": folded_guidance} if average else {}),
         )
         if prediction not in PREDICTIONS:
             raise unknown("prediction", prediction, PREDICTIONS)
@@ -115,6 +130,15 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         self._prediction = prediction
         #: the probability path that the network was trained on
         self.path: FlowPath = make(PATHS, path, "path", **dict(path_options or {}))
+        if average and (prediction != "velocity" or self.path != CondOT()):
+            raise UserError(
+                f"average velocities with prediction {prediction} on path {path}",
+                "They are of velocities on the straight path: prediction velocity, path condot.",
+            )
+        #: whether the network predicts average velocities
+        self.average = average
+        self._folded_guidance = folded_guidance
+        self._grid: Tensor | None = None  # of the running call, where average velocities are followed
         #: class name -> id
         self.labels: dict[str, int] = {name: int(key) for key, name in (names or {}).items()}
         self.vae_scale_factor = downscale_factor(vae) if vae is not None else 8
@@ -145,6 +169,16 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         return self._interrupt
 
     # ---------------------------------------------------------------- what the checkpoint takes
+
+    @property
+    def usual_steps(self) -> int:
+        """Steps of a call that names neither their number nor a solver."""
+        return FEW_STEPS if self.average and self.scheduler is None else USUAL_STEPS
+
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance scale of a call that names none: what is added to that which the checkpoint has learned along."""
+        return self._guidance_of(None)
 
     @property
     def takes_text(self) -> bool:
@@ -268,7 +302,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         prompt: str | list[str] | None,
         height: int,
         width: int,
-        guidance_scale: float,
+        guidance_scale: float | None,
         negative_prompt: str | list[str] | None,
         num_images_per_prompt: int,
         prompt_embeds: Tensor | None,
@@ -290,6 +324,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
 
         Args:
             height, width: in pixels, of what is drawn.
+            guidance_scale: None is the usual one; see ``_guidance_of``.
             pictures: how many pictures the call brings; one prompt serves them all, and one picture all prompts.
                 Row i * num_images_per_prompt + j is of prompt i and picture i.
             original_size, crops_coords_top_left, target_size: what a network that takes sizes is told; by default that
@@ -310,7 +345,11 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
             wanted,
         )
         self._check_output_type(output_type)
-        self._guidance_scale, self._guidance_interval = guidance_scale, guidance_interval
+        self._guidance_scale = self._guidance_of(guidance_scale)
+        if guidance_scale not in (None, self._guidance_scale, self._folded_guidance):
+            told = (guidance_scale, self._folded_guidance)
+            log.warning("guidance_scale %g is left out: the checkpoint has learned guidance %g along", *told)
+        self._guidance_interval = guidance_interval
         self._interrupt = False
         encoded = self.encode_prompt(
             prompt,
@@ -337,6 +376,12 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
             rows, original_size or size, crops_coords_top_left, target_size or size, size
         )
         return call
+
+    def _guidance_of(self, scale: float | None) -> float:
+        """The guidance of a call, which a checkpoint that has learned its guidance along does without."""
+        if self._folded_guidance != 1.0:
+            return 1.0
+        return USUAL_GUIDANCE if scale is None else scale
 
     def _sizes_told(self, rows: int, original: Size, crop: Size, target: Size, drawn: Size) -> Tensor | None:
         """(rows, 6), see ``Condition``; None for a network that takes no sizes.
@@ -471,7 +516,9 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             times = t.to(x.device, torch.float32).expand(x.shape[0])
-            output: Tensor = self.transformer(self.path.scale_input(x, t).to(dtype), times, moved)
+            # As ``chords`` of the running grid.
+            end: dict[str, Tensor] = {} if self._grid is None else {"end": next_time(self._grid, times)}
+            output: Tensor = self.transformer(self.path.scale_input(x, t).to(dtype), times, moved, **end)
             return output.float()
 
         straight, trained = CondOT(), as_velocity(network, self.path, self._prediction)
@@ -535,7 +582,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         self,
         velocity: Velocity,
         x0: Tensor,
-        steps: int,
+        steps: int | None,
         sigmas: list[float] | None,
         solver: str | None,
         generator: Generators | None,
@@ -550,8 +597,9 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         Args:
             velocity: on the straight path.
             x0: noise (B, C, h, w).
-            steps, sigmas: the grid, as of a call.
-            solver: None = the scheduler where there is one, else our default.
+            steps, sigmas: the grid, as of a call; steps None = the usual number.
+            solver: None = the scheduler where there is one, else average velocities where the network predicts them,
+                else our default.
             generator: for solvers that draw noise.
             after_step: sees, and may replace, x after each step.
             strength: the part of the grid, counted from its end, that is followed: from t = 1 - strength on.
@@ -568,6 +616,9 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         def start(t: float) -> Tensor:
             return x0 if x1 is None else t * x1 + (1.0 - t) * x0
 
+        leaps = self.average and self.scheduler is None and solver is None and sampler is None
+        if steps is None:
+            steps = self.usual_steps if leaps else USUAL_STEPS
         try:
             if self.scheduler is not None and solver is None and sampler is None:
                 border.set_grid(self.scheduler, steps, sigmas, x0.device, strength)
@@ -576,13 +627,17 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
             times = time_grid(steps) if sigmas is None else border.times_from_sigmas(sigmas)
             times = last_part(times, strength)
             x = start(float(times[0]))
-            if sampler is None:
+            if leaps:
+                self._grid, sampler, solver = times, integrate, "euler"
+            elif sampler is None:
                 # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
                 usual = "exponential-adams" if self._prediction == "data" else "heun"
                 sampler, solver = integrate, solver or usual
             return self._follow_solver(sampler, velocity, x, times, solver, generator, stepped)
         except Interrupted as interrupted:
             return interrupted.latents
+        finally:
+            self._grid = None
 
     def _follow_scheduler(
         self, velocity: Velocity, x: Tensor, generator: Generators | None, after_step: AfterStep

@@ -150,7 +150,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             pictures=count,
             **shared,
         )
-        self._guidance_scale = guidance_scale  # the target's: a callback sees it, and may change it
+        # The target's: a callback sees it, and may change it
+        self._guidance_scale = self._guidance_of(guidance_scale)
         if isinstance(generator, list) and len(generator) != target.rows:
             raise UserError(
                 f"{len(generator)} generators for {target.rows} images",
@@ -171,7 +172,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             return x
 
         if len(begins):
-            velocities = self._scaled(source.velocity, source_guidance_scale), target.velocity
+            scale = self._guidance_of(source_guidance_scale)
+            velocities = self._scaled(source.velocity, scale), target.velocity
             options = {"callback": after_step, "progress": self.progress_bar, **settings}
             try:
                 x1 = EDITING[method](*velocities, x1, times, **options)
@@ -275,7 +277,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         if frames < 2:
             raise UserError(f"{frames} frames", "Ask for at least 2, the first and the last.")
         if guidance_scale is None:
-            guidance_scale = 4.0 if image is None else 1.0
+            guidance_scale = self.usual_guidance if image is None else 1.0
         prompts = _as_many(prompt, 2, "prompt") or ["", ""]
         labels = _as_many(class_labels, 2, "class_labels")
         # 1. The noise of the first and the last frame

@@ -28,9 +28,9 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
         prompt: str | list[str] | None = None,
         image: Pictures = None,
         strength: float = 0.6,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
@@ -57,7 +57,8 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
                 size, which is also the result's. One with several prompts, or several with one prompt, will do.
             strength: in [0, 1]: the flow starts at t = 1 - strength. 0 is the picture through the autoencoder, 1 is
                 drawn from pure noise.
-            num_inference_steps: of the whole way; about strength * num_inference_steps are taken.
+            num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
+                or 4 of a checkpoint of average velocities.
             latents: the noise (B, C, h, w) to mix in.
             height, width: resize the picture to them first. Networks draw best near the size that they were
                 trained at.

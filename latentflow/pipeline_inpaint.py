@@ -44,9 +44,9 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         width: int | None = None,
         padding_mask_crop: int | None = None,
         strength: float = 1.0,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
@@ -82,15 +82,16 @@ class LatentFlowInpaintPipeline(FlowPipeline):
                 pictures much larger than those of the training.
             strength: in [0, 1]: the flow starts at t = 1 - strength from what is in the hole, mixed with noise. 1 draws
                 from pure noise, 0 returns the picture.
-            num_inference_steps: of the whole way; about strength * num_inference_steps are taken.
+            num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
+                or 4 where average velocities are followed, which of all methods "trained" does alone.
             latents: the noise (B, C, h, w) to start from.
             output_type: as of ``LatentFlowPipeline``; "latent" are those of the part that was drawn, uncomposed.
             method: "trained", or a key of ``latentflow.flow.INPAINTING``; default:
                 ``latentflow.flow.inpainting.DEFAULT_INPAINTING``, but "trained" where a checkpoint that is shall
-                follow a solver or the pipeline's scheduler. "trained" takes any of these, by itself 'ddpm'; the others
-                run on our own solvers. A checkpoint that was trained with masks is told of the hole by "trained" and
-                "pnp-flow", the others tell it nothing. "repaint" goes back in time, which the timesteps that a
-                callback is told do not show.
+                follow a solver or the pipeline's scheduler, or predicts average velocities. "trained" takes any of
+                these, by itself 'ddpm', or average velocities; the others run on our own solvers. A checkpoint that was
+                trained with masks is told of the hole by "trained" and "pnp-flow", the others tell it nothing.
+                "repaint" goes back in time, which the timesteps that a callback is told do not show.
             feather: blend over so many pixels around the hole.
 
         Returns:
@@ -136,7 +137,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         if call.channels is not None and self.config.coupling == "data-dependent":
             noise = known_source(noise, known, hole)
             velocity, after_step = only_in(hole, known, velocity, after_step)
-        if method == TRAINED and self.scheduler is None:
+        if method == TRAINED and self.scheduler is None and not self.average:
             solver = solver or TRAINED_SOLVER
         # 4. From noise to data; strength 1 is pure noise on every grid
         drawn = self.follow(
@@ -167,7 +168,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             UserError: there is none of this name, or this checkpoint cannot.
         """
         if name is None:
-            follows = self.takes_masks and (solver is not None or self.scheduler is not None)
+            follows = self.takes_masks and (self.average or solver is not None or self.scheduler is not None)
             name = TRAINED if follows else DEFAULT_INPAINTING
         if name not in (TRAINED, *INPAINTING):
             raise unknown("inpainting method", name, [TRAINED, *INPAINTING])

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         [row for row in shown for _ in range(config.n)],
         config.seed,
         image=picture,
-        num_inference_steps=config.steps,
+        **({} if config.steps is None else {"num_inference_steps": config.steps}),
         solver=config.solver,
         **({} if anew else {"method": config.method} | source_of(pipe, config)),
         **({} if config.strength is None else {"strength": config.strength}),

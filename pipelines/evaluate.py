@@ -58,12 +58,12 @@ class EvaluateConfig(AdapterChoice):
 
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 200
     """Pictures to draw, one for each of as many captions or classes of the training part."""
-    steps: int = 20
-    """Steps from noise to data."""
-    guidance: float = 4.0
-    """Guidance scale; 1 is off."""
-    solver: Literal[tuple(SOLVERS)] = "heun"  # type: ignore[valid-type]
-    """Solver of the flow."""
+    steps: int | None = None
+    """Steps from noise to data; default: 20, or 4 of a few-step checkpoint."""
+    guidance: float | None = None
+    """Guidance scale; 1 is off. Default: 4, unless the checkpoint has learned its guidance along."""
+    solver: Literal[tuple(SOLVERS)] | None = None  # type: ignore[valid-type]
+    """Solver of the flow; default: heun, or none of a few-step checkpoint, which leaps from time to time."""
     seed: int = 0
     """Decides the captions and the noise."""
     batch_size: int = 50
@@ -99,8 +99,9 @@ class EvaluateConfig(AdapterChoice):
 
     def __post_init__(self) -> None:
         for name in ("n", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.n < 2:
             raise UserError("-n must be at least 2, to fit a distribution", "The default is 200.")
 
@@ -124,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_adapters(pipe, config)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
+    config = as_drawn(config, pipe)
     train, held_out, test = read_parts(pipe, config)
     unseen = {"held_out": held_out} if test is None else {"held_out": held_out, "test": test}
     print(f"{len(train.images)} training and {len(held_out.images)} held-out pictures")
@@ -193,6 +195,17 @@ def as_trained(config: EvaluateConfig) -> EvaluateConfig:
     }
     return dataclasses.replace(
         config, **{name: value for name, value in values.items() if getattr(config, name) in (None, {})}
+    )
+
+
+def as_drawn(config: EvaluateConfig, pipe: Any) -> EvaluateConfig:
+    """What is not given of how to draw is what suits the checkpoint, and stands in the report."""
+    solver = config.solver or (None if pipe.average else "heun")
+    return dataclasses.replace(
+        config,
+        steps=config.steps or (20 if solver else pipe.usual_steps),
+        guidance=pipe.usual_guidance if config.guidance is None else config.guidance,
+        solver=solver,
     )
 
 

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{name: [first[name], last[name]] for name in first},
         image=images,
         frames=config.n,
-        num_inference_steps=config.steps,
+        **({} if config.steps is None else {"num_inference_steps": config.steps}),
         guidance_scale=config.guidance,
         negative_prompt=config.negative,
         generator=None if images else noise(config.seed, ends=2 if first == last else 1),

@@ -50,15 +50,16 @@ from latentflow.training.fine_tuning import (
     held_out_share,
     refuse_without_base,
 )
-from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.flow import FlowConfig, validation_loss
 from latentflow.training.folders import write_folder
 from latentflow.training.hub import check_push, push
 from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.masking import Masking
+from latentflow.training.mean_flow import refuse_unfit, stage_class
 from latentflow.training.memorised import tell_memorised
 from latentflow.training.plan import estimate_lines, plan_lines
 from latentflow.training.presets import PRESETS
-from latentflow.training.preview import preview_grid, preview_source
+from latentflow.training.preview import preview_grid, preview_source, preview_steps
 from latentflow.training.prior import MixedData, asked_of, prior_data
 from latentflow.training.processes import process_state
 from latentflow.training.routing import Routing, RoutingConfig
@@ -169,6 +170,13 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
             data=dataclasses.replace(config.data, validation=data.validation, resolution=data.resolution),
             flow=with_base_flow(config.flow, config.init_from, given_keys),
         )
+    refuse_unfit(
+        config.flow,
+        loop,
+        adapted=config.init_from if config.adapter.lora_rank else None,
+        routed=config.routing.route_share > 0,
+        bare=not config.init_from and source.kind == "unconditional",
+    )
     for line in (*plan_lines(source, training, validation, loop, own_share), *fine_lines):
         log.info(line)
     if not config.dry_run and process_state().is_main_process:
@@ -193,6 +201,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
     torch.manual_seed(loop.seed)
     latent_size = data.resolution // downscale_factor(vae)
     own_masks = source.has_masks
+    averages = config.flow.choices().objective.average
     inpainting = config.flow.inpainting or own_masks
     if config.init_from:
         networks = networks_from(
@@ -208,6 +217,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
             inpainting,
             framing.size_conditioning,
             device="meta" if config.dry_run else "cpu",
+            intervals=averages,
         )
     adapter = None
     if config.init_from and config.adapter.lora_rank:
@@ -224,7 +234,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
     routing = None
     if config.routing.route_share:
         routing = Routing(config.routing, networks.network, (loop.max_train_steps * batch, batch))
-    stage = FlowStage(
+    stage = stage_class(config.flow)(
         networks.network,
         config.flow,
         loop.seed,
@@ -303,6 +313,8 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
             path_options=config.flow.path_options,
             prediction=config.flow.prediction,
             coupling=config.flow.coupling,
+            average=averages,
+            folded_guidance=config.flow.choices().settings.guidance if averages else 1.0,
         )
 
     def export(folder: Path) -> None:
@@ -315,6 +327,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
             source=source,
             parts={name: one for name, one in result.components.items() if isinstance(one, torch.nn.Module)},
             inpaints=result.takes_masks,
+            sample_steps=preview_steps(result),
         )
         write_card(folder, output, facts)
         carry_over(output / "pipeline", folder)

@@ -19,11 +19,18 @@ SHIPPED = _ROOT / "checkpoints" / "emoji-64"
 
 @dataclass(frozen=True)
 class Takes:
-    """What a checkpoint is asked with: a caption, one of these classes, a mask."""
+    """What a checkpoint is asked with: a caption, one of these classes, a mask; and how it likes to be asked.
+
+    Attributes:
+        few_steps: it predicts average velocities.
+        guided: it has learned its guidance along, and takes no other.
+    """
 
     text: bool
     labels: tuple[str, ...]
     masks: bool
+    few_steps: bool = False
+    guided: bool = False
 
     @property
     def condition(self) -> bool:
@@ -51,6 +58,8 @@ def taken_by(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Takes:
         text=network.get("text_dim") is not None,
         labels=tuple(names) or tuple(str(number) for number in range(network.get("num_classes") or 0)),
         masks=bool(network.get("condition_channels")),
+        few_steps=bool(pipe.get("average")),
+        guided=pipe.get("folded_guidance", 1.0) != 1.0,
     )
 
 

@@ -27,10 +27,12 @@ class DrawingConfig(AdapterChoice):
     """Pictures per prompt or class."""
     seed: int = 0
     """Picture i is drawn from seed + i."""
-    steps: int = 20
-    """Steps from noise to picture."""
-    guidance: float = 4.0
-    """How hard to follow the prompt or class; 1 is off, and twice as fast."""
+    steps: int | None = None
+    """Steps from noise to picture; default: 20, or 4 of a few-step checkpoint that no solver or edit
+    follows."""
+    guidance: float | None = None
+    """How hard to follow the prompt or class; 1 is off, and twice as fast. Default: 4, unless the checkpoint has
+    learned its guidance along."""
     solver: str | None = None
     """euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
     dopri5, or with fresh noise euler-maruyama, stochastic-heun, ddpm, churn, langevin; default: the scheduler that
@@ -51,6 +53,6 @@ class DrawingConfig(AdapterChoice):
             UserError: a number below 1, or a file name without a picture format.
         """
         for flag, value in (("-n", self.n), ("--steps", self.steps), ("--scale", self.scale)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise UserError(f"{flag} must be at least 1, not {value}")
         check_format(self.output)

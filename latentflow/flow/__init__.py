@@ -25,7 +25,16 @@ from .inpainting import DEFAULT_INPAINTING as DEFAULT_INPAINTING
 from .inpainting import INPAINTING as INPAINTING
 from .likelihood import bits_per_dim as bits_per_dim
 from .likelihood import log_likelihood as log_likelihood
+from .mean_flow import AverageVelocity as AverageVelocity
+from .mean_flow import MeanFlow as MeanFlow
+from .mean_flow import adaptive as adaptive
+from .mean_flow import chords as chords
+from .mean_flow import folded_velocity as folded_velocity
+from .mean_flow import mean_flow_loss as mean_flow_loss
+from .mean_flow import next_time as next_time
+from .mean_flow import slope as slope
 from .objectives import OBJECTIVES as OBJECTIVES
+from .objectives import Objective as Objective
 from .objectives import flow_matching_loss as flow_matching_loss
 from .paths import PATHS as PATHS
 from .paths import CondOT as CondOT

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentflow.errors import UserError, lookup
 
+from .mean_flow import MeanFlow, mean_flow_loss
 from .paths import CondOT, Path, PathSample
 from .tensors import compute_dtype
 
@@ -106,6 +109,30 @@ def _check_contrast(weight: float, rows: int) -> None:
         raise ValueError(f"{rows} row: the contrastive term needs another; use batches of at least 2 rows")
 
 
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "flow-matching": flow_matching_loss,
+def _no_settings() -> None:
+    """An objective without settings of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """An entry of ``OBJECTIVES``; called, it is its loss.
+
+    Attributes:
+        loss: (output, sample, ...) -> (B,): of what the network returned at ``sample``.
+        settings: makes the settings of its own from the options that a user wrote.
+        average: whether the network learns average velocities: its output is that of an interval, and the loss takes
+            ``end`` and ``slope`` (see ``mean_flow_loss``).
+    """
+
+    loss: Callable[..., Tensor]
+    settings: Callable[..., Any] = _no_settings
+    average: bool = False
+
+    def __call__(self, output: Tensor, sample: PathSample, **options: Any) -> Tensor:
+        return self.loss(output, sample, **options)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "flow-matching": Objective(loss=flow_matching_loss),
+    "mean-flow": Objective(loss=mean_flow_loss, settings=MeanFlow, average=True),
 }

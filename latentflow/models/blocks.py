@@ -8,10 +8,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .embeddings import linear, rotate
 
 Norm = Callable[[Tensor], Tensor]
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether a forward derivative is being taken through any of these, as by ``torch.func.jvp``.
+
+    A compiler cannot ask; nor does it differentiate forwards.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(forward_ad.unpack_dual(one).tangent is not None for one in tensors)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -60,9 +71,9 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without weights; the sum of squares is taken in float32."""
-    # On the CPU torch has no fused kernel; ours takes a third of the time with its derivative. Compilers fuse
-    # the formula by themselves, and cannot look into a Function with forward derivatives.
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    # On the CPU torch has no fused kernel; ours takes a third of the time with its derivative. Elsewhere torch's fused
+    # kernel has no forward derivative, ours has. Compilers fuse the formula by themselves, and cannot look into it.
+    if not torch.compiler.is_compiling() and (x.device.type == "cpu" or has_tangent(x)):
         out: Tensor = _RMSNorm.apply(x)
         return out
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
@@ -77,8 +88,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); ``mask`` (B, L) bool, True = a key that is seen."""
-    if q.device.type != "cpu" or k.shape[-2] > 256:
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); ``mask`` (B, L) bool, True = a key that is seen.
+
+    Differentiable backwards and forwards; forwards it holds the N x L scores and their tangents.
+    """
+    fused = q.device.type != "cpu" or k.shape[-2] > 256
+    if fused and not has_tangent(q, k, v):  # the fused kernels have no forward derivative
         return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
     # On short sequences the CPU's fused kernel is slower than plain matrix products: in bfloat16 2.5 times
     # forward, 5 times with its gradient (64 tokens).

@@ -69,6 +69,10 @@ class Condition:
         """Every row ``n`` times, copies of one row next to one another: (B * n, ...)."""
         return self._map(lambda value: value.repeat_interleave(n, dim=0))
 
+    def rows(self, index: Tensor) -> Condition:
+        """The rows of ``index``, (K,) int64 or (B,) bool."""
+        return self._map(lambda value: value[index])
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """Moved to ``device``; ``dtype`` applies to text and channels: in half precision sizes would be others."""
         moved = self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))

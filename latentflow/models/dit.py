@@ -71,6 +71,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         time_scale: t in [0, 1] is multiplied by it before its Fourier features are taken.
         sample_size: side, or (height, width), of the latents it was trained on; other sizes work as well.
         size_conditioning: take ``sizes`` in the condition.
+        interval_conditioning: take the end of an interval, and predict the average velocity up to there.
 
     Raises:
         UserError: the configuration contradicts itself, or names something unknown.
@@ -101,6 +102,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         time_scale: float = 1000.0,
         sample_size: int | Sequence[int] | None = None,
         size_conditioning: bool = False,
+        interval_conditioning: bool = False,
     ) -> None:
         super().__init__()
         check_shape(in_channels, out_channels, width, heads, position)
@@ -117,6 +119,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         self.y_embedder = LabelEmbed(num_classes, width) if num_classes is not None else None
         self.text_embedder = TextEmbed(text_dim, width) if text_dim is not None else None
         self.size_embedder = SizeEmbed(width) if size_conditioning else None
+        # MeanFlow's ablation (arXiv:2505.13447, table 1c) found t and the length best, better than start and end.
+        self.length_embedder = TimeEmbed(width, 1.0, zero=True) if interval_conditioning else None
         self.register_tokens = nn.Parameter(torch.randn(registers, width) * 0.02) if registers else None
         self.blocks = nn.ModuleList(
             DiTBlock(width, heads, mlp_ratio, norm_function, activation, qk_norm, text_dim is not None)
@@ -141,6 +145,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         cond: Condition | None = None,
         return_dict: bool = False,
         *,
+        end: Tensor | float | None = None,
         route: Route | None = None,
         features: int | None = None,
         only_features: bool = False,
@@ -152,6 +157,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
             t: in [0, 1], 0 = noise, 1 = data; a scalar or (B,).
             cond: None = every row is the learned null.
             return_dict: return diffusers' `Transformer2DModelOutput` instead of the tensor.
+            end: in [t, 1], a scalar or (B,): return the average velocity from ``t`` to it. None = ``t``, where that
+                is the velocity.
             route: spare some tokens the middle blocks (training only).
             features: also return the tokens behind this many blocks, 1 .. ``depth``, see `WithFeatures`.
             only_features: stop there.
@@ -173,6 +180,13 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         )
         c = self.t_embedder(times)
         c = c if vector is None else c + vector
+        if self.length_embedder is not None:
+            length = torch.zeros_like(times) if end is None else times_of_rows(end, batch, x.device) - times
+            c = c + self.length_embedder(length)
+        elif end is not None:
+            raise ValueError(
+                "end is given, but the network has no interval_conditioning: it predicts velocities at t only"
+            )
         tokens = self._embed_latent(x, cond.channels, height, width)
         rope = all_rope = self._rope(height, width, tokens)
         registers, everything, seen = tokens.shape[1] - height * width, tokens, tokens

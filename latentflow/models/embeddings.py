@@ -140,13 +140,18 @@ def fourier_features(values: Tensor, features: int) -> Tensor:
 
 
 class TimeEmbed(nn.Module):
-    """t (B,) -> (B, width): Fourier features [cos | sin], periods up to 2 pi 10000, and two linear layers."""
+    """t (B,) -> (B, width): Fourier features [cos | sin], periods up to 2 pi 10000, and two linear layers.
 
-    def __init__(self, width: int, scale: float, features: int = 256) -> None:
+    ``zero``: the last starts at zero, so that a network extended by it starts as it was.
+    """
+
+    def __init__(self, width: int, scale: float, features: int = 256, *, zero: bool = False) -> None:
         super().__init__()
         self.scale = scale
         self.features = features
-        self.mlp = nn.Sequential(linear(features, width, std=0.02), nn.SiLU(), linear(width, width, std=0.02))
+        self.mlp = nn.Sequential(
+            linear(features, width, std=0.02), nn.SiLU(), linear(width, width, std=0.02, zero=zero)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         features = fourier_features(t.float() * self.scale, self.features)

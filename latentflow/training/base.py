@@ -100,7 +100,8 @@ def with_base_classes(source: Source, checkpoint: str, output: str | Path) -> So
 
 
 def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
-    """``flow`` as the checkpoint was trained, but for what is ``given``: path, prediction and coupling.
+    """``flow`` as the checkpoint was trained, but for what is ``given``: path, prediction, coupling, and the objective
+    (with its guidance) of a checkpoint of average velocities.
 
     Raises:
         UserError: ``checkpoint`` is no pipeline.
@@ -114,6 +115,11 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
         for name in ("path", "path_options", "prediction", "coupling")
         if name in config and name not in given and not (name == "path_options" and "path" in given)
     }
+    if config.get("average"):
+        adopted["objective"] = flow.objective if "objective" in given else "mean-flow"
+        if adopted["objective"] == "mean-flow":
+            learned = {"guidance": config.get("folded_guidance", 1.0)}
+            adopted["objective_options"] = learned | flow.objective_options
     if adopted.get("coupling") == "data-dependent" and "inpainting" not in given:
         adopted["inpainting"] = True
     return dataclasses.replace(flow, **adopted)

@@ -42,7 +42,7 @@ Draws pictures of {{ resolution }} x {{ resolution }} pixels{{ asked }}. Made by
 {% if sample %}
 ![Samples]({{ sample }})
 
-*What it drew at step {{ sample_step }}, one try each, seeds 0 to 15, 10 steps.
+*What it drew at step {{ sample_step }}, one try each, seeds 0 to 15, {{ sample_steps }} steps.
 {%- if inpaints %} Below: pictures with holes, and what it put there.{% endif %}*
 {% endif %}
 ## Use
@@ -102,12 +102,14 @@ class CardFacts:
     Attributes:
         where: what to load it from: a folder, or ``owner/name`` on the hub.
         parts: name -> module of the pipeline, those that have parameters.
+        sample_steps: of the solver, in previews.
     """
 
     where: str
     source: Source
     parts: Mapping[str, Any]
     inpaints: bool = False
+    sample_steps: int = 10
 
 
 def write_card(folder: Path, run: Path, facts: CardFacts) -> None:
@@ -157,6 +159,7 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
             inpaints=facts.inpaints,
             sample=sample,
             sample_step=sample_step,
+            sample_steps=facts.sample_steps,
             step=run.step,
             result_step=run.result_step,
             batch=run.batch,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,7 +22,9 @@ from ..flow import (
     PREDICTIONS,
     TIME_DENSITIES,
     WEIGHTINGS,
+    CondOT,
     Coupling,
+    Objective,
     Path,
     PathSample,
     TimeDensity,
@@ -39,9 +40,13 @@ from .ema import WeightAverage
 from .latent_data import LatentData
 from .masking import OWN, Masking
 from .order import Draw, SampleRandom, seeded
+from .precision import uncached_autocast
 from .routing import Routing
 
-_LATER = {"time_uniform_from": 1.0}  # settings that earlier runs do not know, and what they did
+_LATER = {
+    "time_uniform_from": 1.0,
+    "objective_options": {},
+}  # settings that earlier runs do not know, and what they did
 _VALIDATION_TIMES = 4  # noises and times per validation picture
 
 
@@ -67,7 +72,10 @@ class FlowConfig:
     coupling_options: dict[str, float] = field(default_factory=dict)
     """Its settings, such as `regularization 0.05`."""
     objective: str = "flow-matching"
-    """Loss."""
+    """What is minimised: flow-matching learns velocities, mean-flow average velocities, which draw in one to four
+    evaluations (docs/few-step.md)."""
+    objective_options: dict[str, float] = field(default_factory=dict)
+    """Its settings, such as `guidance 3` of mean-flow."""
     weighting: str | None = None
     """Weighting of the noise levels as a function of the log-SNR: flow-matching, edm, min-snr, sigmoid, ...
     Empty: the plain squared error of the prediction, weighted by the density of the times."""
@@ -116,8 +124,31 @@ class FlowConfig:
             raise UserError(
                 f"time_uniform_from {self.time_uniform_from}", "Use 0 to 1, a share of the run; 1 is never."
             )
+        if choices.objective.average:
+            self._check_average(choices)
         if self.weighting_options and choices.weighting is None:
             raise UserError("weighting_options are given without a weighting", "Name one with --weighting.")
+
+    def _check_average(self, choices: Choices) -> None:
+        """Refuse what average velocities cannot be combined with."""
+        unfit = {
+            f"--path {self.path}": choices.path != CondOT(),
+            f"--prediction {self.prediction}": self.prediction != "velocity",
+            f"--weighting {self.weighting}": choices.weighting is not None,
+            "--direction-weight": self.direction_weight != 0.0,
+            "--contrastive-weight": self.contrastive_weight != 0.0,
+        }
+        for flag, given in unfit.items():
+            if given:
+                raise UserError(
+                    f"{flag} with --objective {self.objective}",
+                    "Leave it out: average velocities are learned on the straight path, with a weight of their own.",
+                )
+        if choices.settings.guided and not self.condition_dropout:
+            raise UserError(
+                f"guidance {choices.settings.guidance:g} of --objective {self.objective} with --condition-dropout 0",
+                "Leave --condition-dropout out: guidance needs what is learned without the condition.",
+            )
 
     def shapes(self, has_masks: bool) -> dict[str, float]:
         """Shares of the shapes of masks, for data that have masks of their own or have not."""
@@ -140,11 +171,17 @@ class FlowConfig:
         if self.weighting is not None:
             weighting = make(WEIGHTINGS, self.weighting, "weighting", **self.weighting_options)
         density = self.time_density or ("logit-normal" if weighting is None else "uniform")
+        objective = lookup(OBJECTIVES, self.objective, "objective")
+        # MeanFlow, table 1d; its t = 1 is noise
+        usual = {"mean": 0.4} if objective.average and (self.time_density or weighting) is None else {}
         return Choices(
             path=make(PATHS, self.path, "path", **self.path_options),
             coupling=make(COUPLINGS, self.coupling, "coupling", **self.coupling_options),
-            objective=lookup(OBJECTIVES, self.objective, "objective"),
-            density=make(TIME_DENSITIES, density, "time density", **self.time_options),
+            objective=objective,
+            settings=make(
+                {self.objective: objective.settings}, self.objective, "objective", **self.objective_options
+            ),
+            density=make(TIME_DENSITIES, density, "time density", **usual | self.time_options),
             weighting=weighting,
         )
 
@@ -154,9 +191,40 @@ class Choices(NamedTuple):
 
     path: Path
     coupling: Coupling
-    objective: Callable[..., Tensor]
+    objective: Objective
+    settings: Any  # the objective's own
     density: TimeDensity
     weighting: Weighting | None
+
+
+class Times(NamedTuple):
+    """The training times of a batch, each (B,) float64.
+
+    Attributes:
+        t: where the network is evaluated.
+        end: of the interval that starts there; None without intervals.
+        u: the uniform numbers that t comes from.
+        late: bool, whose times are uniform.
+    """
+
+    t: Tensor
+    end: Tensor | None
+    u: Tensor
+    late: Tensor
+
+
+class Losses(NamedTuple):
+    """Per-sample losses, each (B,).
+
+    Attributes:
+        plain: what curves and validation show.
+        trained: what is minimised: the same, or weighted by itself.
+        distance: of the features, with an alignment.
+    """
+
+    plain: Tensor
+    trained: Tensor
+    distance: Tensor | None
 
 
 class FlowStage(nn.Module):
@@ -217,9 +285,7 @@ class FlowStage(nn.Module):
         config, choices = self._config, self._choices
         x1 = batch["latents"]
         random = SampleRandom(self._seed, batch["numbers"], x1.device)
-        u = random.uniform()
-        late = self._late(batch["numbers"], u)
-        t = torch.where(late, self._uniform.quantile(u), choices.density.quantile(u))
+        times = self._times(random, batch["numbers"])
         drop = random.uniform() < (config.condition_dropout if self.training else 0.0)
         x0 = random.normal(x1.shape[1:])
         if "latents_std" in batch:
@@ -231,53 +297,86 @@ class FlowStage(nn.Module):
             if config.coupling == "data-dependent":
                 x0 = known_source(x0, masked.known, masked.hole)
         x0 = choices.coupling(x0, x1, _for_coupling(condition), seeded(self._seed, 2, batch["numbers"][0]))
-        sample = choices.path.sample(x0, x1, t.to(x1.dtype))
+        sample = choices.path.sample(x0, x1, times.t.to(x1.dtype))
+        losses = self._losses(batch, sample, condition, random, times)
+        result = {"per_sample": losses.plain.detach(), "t": times.t.detach()}
+        total = losses.trained
+        if total is not losses.plain:
+            result["error"] = losses.plain.detach().mean()
+        if losses.distance is not None and self.alignment is not None:
+            total = total + self.alignment.weight * losses.distance
+            result["alignment"] = losses.distance.detach().mean()
+        return {"loss": (total * batch["weights"] if "weights" in batch else total).mean()} | result
+
+    def _times(self, random: SampleRandom, numbers: list[int]) -> Times:
+        """The training times: a pure function of the samples' running numbers."""
+        u = random.uniform()
+        late = self._late(numbers, u)
+        return Times(self._quantile(u, late), None, u, late)
+
+    def _quantile(self, u: Tensor, late: Tensor) -> Tensor:
+        """(B,) the times of uniform numbers."""
+        return torch.where(late, self._uniform.quantile(u), self._choices.density.quantile(u))
+
+    def _losses(
+        self,
+        batch: dict[str, Any],
+        sample: PathSample,
+        condition: Condition,
+        random: SampleRandom,
+        times: Times,
+    ) -> Losses:
+        """What the objective says of the network at ``sample``."""
+        config, choices = self._config, self._choices
         output, distance = self._predict(batch, sample, condition, random)
         per_sample = choices.objective(
             output,
             sample,
             path=choices.path,
             prediction=config.prediction,
-            weight=self._weight(t, u, late),
+            weight=self._weight(times.t, times.u, times.late),
             direction_weight=config.direction_weight,
-            contrastive_weight=config.contrastive_weight if self.training and len(x1) > 1 else 0.0,
+            contrastive_weight=config.contrastive_weight if self.training and len(output) > 1 else 0.0,
         )
-        result = {"per_sample": per_sample.detach(), "t": t.detach()}
-        total = per_sample
-        if distance is not None and self.alignment is not None:
-            total = per_sample + self.alignment.weight * distance
-            result["alignment"] = distance.detach().mean()
-        return {"loss": (total * batch["weights"] if "weights" in batch else total).mean()} | result
+        return Losses(per_sample, per_sample, distance)
 
     def _predict(
-        self, batch: dict[str, Any], sample: PathSample, condition: Condition, random: SampleRandom
+        self,
+        batch: dict[str, Any],
+        sample: PathSample,
+        condition: Condition,
+        random: SampleRandom,
+        **more: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """The network's prediction, and (B,) how far its features are from what they shall be like, if anything."""
+        """The network's prediction, and (B,) how far its features are from what they shall be like, if anything.
+
+        ``more`` is given to the network as it is.
+        """
         given = self._choices.path.scale_input(sample.xt, sample.t), sample.t, condition
         if not self.training or (self._routing is None and self.alignment is None):
-            return self.network(*given), None
+            return self.network(*given, **more), None
         route = None
         if self._routing is not None:
             route = self._routing(sample.xt.shape, random, batch["numbers"][0])
         if self.alignment is None:
-            return self.network(*given, route=route), None
+            return self.network(*given, route=route, **more), None
         patch = self.alignment.patch_size
         grid = sample.xt.shape[2] // patch, sample.xt.shape[3] // patch
         teacher = self._teacher(batch, sample, condition)
         target = self.alignment.target(batch, sample.t, grid, random, teacher)
-        output, features = self.network(*given, route=route, features=self.alignment.block)
+        output, features = self.network(*given, route=route, features=self.alignment.block, **more)
         return output, self.alignment(features, target, route)
 
     def _teacher(self, batch: dict[str, Any], sample: PathSample, condition: Condition) -> Teacher:
         """The averaged network, and text encoder, on the same pairs under the same conditions."""
 
         def features(t: Tensor, blocks: int) -> Tensor:
-            kind, average = t.device.type, self._average
-            # Autocast must not keep the averages' copies in lower precision: it would take them for the weights'.
-            lower = torch.autocast(
-                kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
-            )
-            with torch.no_grad(), lower, average.applied() if average is not None else nullcontext():
+            average = self._average
+            with (
+                torch.no_grad(),
+                uncached_autocast(t.device),
+                average.applied() if average is not None else nullcontext(),
+            ):
                 averaged = self._condition(batch, condition.drop)
                 averaged = dataclasses.replace(averaged, channels=condition.channels)
                 path, t = self._choices.path, t.to(sample.xt.dtype)

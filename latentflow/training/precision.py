@@ -31,3 +31,15 @@ def resolve(mixed_precision: str, device: torch.device) -> Precision:
     if mixed_precision == "auto":
         return "bf16" if has_fast_bfloat16(device) else "no"
     return mixed_precision  # type: ignore[return-value]
+
+
+def uncached_autocast(device: torch.device) -> torch.autocast:
+    """Autocast as it is on ``device`` now, without its memory of weights in lower precision.
+
+    For what is computed without gradients in the middle of a training step, or with other weights in their place:
+    what the memory kept of those, the step would take for its own.
+    """
+    kind = device.type
+    return torch.autocast(
+        kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+    )

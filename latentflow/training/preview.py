@@ -25,6 +25,11 @@ def preview_source(training: Source, validation: Source) -> Source:
     return validation if len(validation) >= _IMAGES else training
 
 
+def preview_steps(pipe: LatentFlowPipeline) -> int:
+    """Steps of a preview: half of the usual ones, but all of a network that needs few."""
+    return pipe.usual_steps if pipe.average else 10
+
+
 def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device) -> Image.Image:
     """A grid of 16 pictures with fixed seeds, of captions or classes spread over ``source``.
 
@@ -41,7 +46,7 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
         shown = set(source.class_ids())  # first: a fine-tune's own classes, beside those of its checkpoint
         order = sorted(range(len(source.classes)), key=lambda number: number not in shown)
         asked = {"class_labels": [order[index % len(order)] for index in range(_IMAGES)]}
-    settings: dict[str, Any] = {"num_inference_steps": 10, "output_type": "pt"}
+    settings: dict[str, Any] = {"num_inference_steps": preview_steps(pipe), "output_type": "pt"}
     with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
         images = pipe(**asked, generator=_generators(_IMAGES), **settings).images.float().cpu()
         if pipe.takes_masks:

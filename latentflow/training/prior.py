@@ -112,17 +112,21 @@ def asked_of(
             f"--prior-prompts, but {checkpoint} takes no captions", "Leave it out: all classes are drawn."
         )
     no_captions = pipe.takes_text and not config.prior_prompts and not is_small_tokenizer(pipe.tokenizer)
-    if config.prior_samples and (vae or no_captions):
-        raise UserError(
-            f"{checkpoint} cannot draw --prior-samples: "
-            + ("--vae names another autoencoder" if vae else "it does not say of which captions"),
-            "Leave --vae out."
-            if vae
-            else "Give captions that it was trained on, one a line: --prior-prompts FILE.",
-        )
-    if not count or vae or no_captions:
-        advice = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "")
-        return [], f"prior: none; what your pictures do not show may be forgotten ({advice} reminds it)"
+    unfit = None
+    if vae:
+        unfit = "--vae names another autoencoder", "Leave --vae out."
+    elif pipe.config.get("folded_guidance", 1.0) != 1.0:
+        unfit = "it has learned guidance along, and what it draws would be guided again", "Leave them out."
+    elif no_captions:
+        fix = "Give captions that it was trained on, one a line: --prior-prompts FILE."
+        unfit = "it does not say of which captions", fix
+    if config.prior_samples and unfit:
+        raise UserError(f"{checkpoint} cannot draw --prior-samples: {unfit[0]}", unfit[1])
+    if not count or unfit:
+        told = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "") + " reminds it"
+        if unfit and not no_captions:
+            told = unfit[0]
+        return [], f"prior: none; what your pictures do not show may be forgotten ({told})"
     if config.prior_prompts:
         asked, told = (
             _in_turn(_read_prompts(config.prior_prompts), count),

@@ -58,10 +58,12 @@ def new_networks(
     inpainting: bool = False,
     size_conditioning: bool = False,
     device: str = "cpu",
+    intervals: bool = False,
 ) -> Networks:
     """Networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked pictures.
 
-    On the ``device`` "meta" the velocity network has shapes and no weights: enough for a plan, at no cost.
+    With ``intervals`` the velocity network takes the end of an interval. On the ``device`` "meta" it has shapes and no
+    weights: enough for a plan, at no cost.
 
     Raises:
         UserError: a setting does not fit (see `DiT` and `UNet`), or the text encoder cannot be loaded.
@@ -83,12 +85,18 @@ def new_networks(
     }
     with torch.device(device):
         if network.network == "unet":
+            if intervals:
+                raise _no_intervals("--network unet")
             built: Any = UNet(**arguments)
         else:
             names = (
                 "patch_size", "width", "depth", "heads", "norm", "activation", "position", "qk_norm", "registers",
             )  # fmt: skip
             chosen = {name: getattr(network, name) for name in names if getattr(network, name) is not None}
+            if intervals:
+                # The derivative by time is part of what is learned, and times 1000 makes noise of it: the plain time
+                # of continuous consistency models (arXiv:2410.11081, sec. 4.1).
+                chosen |= {"interval_conditioning": True, "time_scale": 1.0}
             built = DiT(**dit_config(network.network_preset, network.block, **arguments, **chosen))
     return Networks(
         network=built,
@@ -112,7 +120,8 @@ def networks_from(
     Nothing else changes: latents of another size get the positions that belong to them, which are computed.
 
     With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero, and likewise
-    with ``size_conditioning``: it draws exactly what it drew before.
+    with ``size_conditioning``: it draws exactly what it drew before. A network of velocities that shall learn averages
+    (``flow.objective``) gets the length of the interval in the same way: at first every average is the velocity.
 
     Args:
         checkpoint: a pipeline folder.
@@ -140,6 +149,10 @@ def networks_from(
         changes["condition_channels"] = mask_channels(pipe.vae)
     if size_conditioning:
         changes["size_conditioning"] = True
+    if flow.choices().objective.average:
+        if not isinstance(old, DiT):
+            raise _no_intervals(f"--init-from {checkpoint}, a {type(old).__name__},")
+        changes["interval_conditioning"] = True
     if latent_size not in (None, config["sample_size"]):
         changes["sample_size"] = latent_size
     network = old
@@ -157,6 +170,13 @@ def networks_from(
         tokenizer=tokenizer,
         trained_text=trained,
         classes=source.classes or class_names(pipe),
+    )
+
+
+def _no_intervals(what: str) -> UserError:
+    return UserError(
+        f"{what} with an objective of average velocities: only a DiT takes the end of an interval",
+        "Use --network dit, or --objective flow-matching.",
     )
 
 

@@ -99,7 +99,7 @@ def inpaint_tab(studio: Studio) -> tuple[gr.File, Results]:
             controls = Controls(studio, "inpaint", "What shall be there")
             go, cancel = buttons("inpaint")
             results = Results("inpaint", height=380)
-            controls.add_details()
+            controls.add_details(few_steps=studio.takes.masks)
             with gr.Row():
                 method = choice("Method", lambda: studio.inpainting_methods)
                 strength = gr.Slider(0, 1, 1, step=0.05, label="Strength (0 keeps, 1 draws from nothing)")
@@ -156,7 +156,7 @@ def edit_tab(studio: Studio) -> tuple[gr.File, Results]:
             controls = Controls(studio, "edit", "What it shall show", "green apple")
             go, cancel = buttons("edit")
             results = Results("edit", height=380)
-            controls.add_details(guidance=2.0)
+            controls.add_details(guidance=2.0, few_steps=False)
             with gr.Row():
                 method = choice("Method", lambda: studio.editing_methods)
                 strength = gr.Slider(0, 1, 0.9, step=0.05, label="Strength (0 keeps, 1 is free)")
@@ -205,18 +205,24 @@ class Controls:
         )
         self.pictures = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures", elem_id=f"{tab}-pictures")
 
-    def add_details(self, guidance: float = 4.0) -> None:
+    def add_details(self, guidance: float = 4.0, few_steps: bool = True) -> None:
         """The rest, below the buttons."""
         with gr.Row():
             self.seed = gr.Number(
                 0, minimum=0, maximum=LARGEST_SEED, precision=0, label="Seed", elem_id=f"{self._tab}-seed"
             )
             self.new_seed = gr.Checkbox(True, label="New seed each time", elem_id=f"{self._tab}-new-seed")
-        conditional = self._studio.takes.condition
+        takes = self._studio.takes
+        steps, guidable = (4 if takes.few_steps and few_steps else 20), takes.condition and not takes.guided
         with gr.Row():
-            self.steps = gr.Slider(1, MOST_STEPS, 20, step=1, label="Steps", elem_id=f"{self._tab}-steps")
+            self.steps = gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", elem_id=f"{self._tab}-steps")
             self.guidance = gr.Slider(
-                0, MOST_GUIDANCE, guidance, step=0.5, label="Guidance", visible=conditional
+                0,
+                MOST_GUIDANCE,
+                1.0 if takes.guided else guidance,
+                step=0.5,
+                label="Guidance",
+                visible=guidable,
             )
         with gr.Accordion("More", open=False):
             self.negative = gr.Textbox(label="Keep away from", visible=self._studio.takes.text)

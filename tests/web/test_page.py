@@ -19,10 +19,10 @@ from latentflow.web import page
 from latentflow.web.turns import Stopped
 
 
-def checkpoint(*, text: bool = False, classes: tuple[str, ...] = ()) -> Any:
+def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any) -> Any:
     """What the layout asks of a studio."""
     return SimpleNamespace(
-        takes=Takes(text=text, labels=classes, masks=True),
+        takes=Takes(**({"text": text, "labels": classes, "masks": True} | more)),
         solvers=["heun", "ddpm"],
         inpainting_methods=["trained", "repaint"],
         editing_methods=["flowedit", "image-to-image"] if text or classes else ["image-to-image"],
@@ -51,6 +51,15 @@ def test_the_page_asks_for_what_the_checkpoint_takes(studio: Any, shown: set[str
     }
     assert visible & conditional == shown
     assert {"Seed", "Steps", "Solver", "Pictures"} <= visible
+
+
+@pytest.mark.parametrize(("masks", "inpaint"), [(True, 4), (False, 20)])
+def test_few_steps_are_offered_where_they_suffice(masks: bool, inpaint: int) -> None:
+    """Edits, and inpainting that was not trained, follow the velocity, whatever the checkpoint."""
+    blocks = page.build(checkpoint(text=True, few_steps=True, guided=True, masks=masks)).blocks.values()
+    steps = {one.elem_id: one.value for one in blocks if getattr(one, "label", None) == "Steps"}
+    assert steps == {"generate-steps": 4, "inpaint-steps": inpaint, "edit-steps": 20}
+    assert not any(one.visible for one in blocks if getattr(one, "label", None) == "Guidance")
 
 
 @pytest.fixture
