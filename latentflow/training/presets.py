@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "network_preset": "small",
         "max_train_steps": 20_000,
         "train_batch_size": 64,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "optimizer": "muon",
     },
     # A GPU for a day.
