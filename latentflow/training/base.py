@@ -42,12 +42,8 @@ def base_classes(checkpoint: str) -> tuple[str, ...]:
     Raises:
         UserError: ``checkpoint`` is no pipeline.
     """
-    try:
-        names = LatentFlowPipeline.load_config(checkpoint).get("id2label")
-        count = DiT.load_config(checkpoint, subfolder="transformer").get("num_classes")
-    except (OSError, ValueError) as error:
-        raise _no_checkpoint(checkpoint, error) from error
-    return _named(names, count)
+    names = _pipeline_config(checkpoint).get("id2label")
+    return _named(names, _network_config(checkpoint).get("num_classes"))
 
 
 def base_resolution(checkpoint: str) -> int | None:
@@ -56,10 +52,7 @@ def base_resolution(checkpoint: str) -> int | None:
     Raises:
         UserError: ``checkpoint`` is no pipeline.
     """
-    try:
-        size = DiT.load_config(checkpoint, subfolder="transformer").get("sample_size")
-    except (OSError, ValueError) as error:
-        raise _no_checkpoint(checkpoint, error) from error
+    size = _network_config(checkpoint).get("sample_size")
     if size is None:
         return None
     side = size if isinstance(size, int) else max(size)
@@ -106,11 +99,8 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
     Raises:
         UserError: ``checkpoint`` is no pipeline.
     """
-    try:
-        config = LatentFlowPipeline.load_config(checkpoint)
-    except (OSError, ValueError) as error:
-        raise _no_checkpoint(checkpoint, error) from error
-    adopted = {
+    config = _pipeline_config(checkpoint)
+    adopted: dict[str, Any] = {
         name: config[name]
         for name in ("path", "path_options", "prediction", "coupling")
         if name in config and name not in given and not (name == "path_options" and "path" in given)
@@ -142,6 +132,22 @@ def _refuse_nearly_equal(source: Source, checkpoint: str, known: tuple[str, ...]
 def _plain(name: str) -> str:
     """What names have in common that look alike; macOS writes the letters of file names in parts (NFD)."""
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
+
+
+def _pipeline_config(checkpoint: str) -> dict[str, Any]:
+    return _config(LatentFlowPipeline, checkpoint)
+
+
+def _network_config(checkpoint: str) -> dict[str, Any]:
+    return _config(DiT, checkpoint, subfolder="transformer")
+
+
+def _config(kind: Any, checkpoint: str, **where: str) -> dict[str, Any]:
+    """What ``kind``'s file of settings says; no weights are loaded."""
+    try:
+        return dict(kind.load_config(checkpoint, **where))
+    except (OSError, ValueError) as error:
+        raise _no_checkpoint(checkpoint, error) from error
 
 
 def _no_checkpoint(checkpoint: str, error: Exception | str) -> UserError:
