@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import torch
@@ -88,9 +89,7 @@ def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
             return
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
             # torch names a dead worker; what it had sent and is fetched from it only now fails in other ways.
-            workers = getattr(batches, "_workers", ())
-            wait([one.sentinel for one in workers], timeout=20)  # its connection breaks before it is gone
-            dead = [one for one in workers if not one.is_alive()]
+            dead = _dead(getattr(batches, "_workers", ()))
             if not dead and "DataLoader worker" not in str(error):
                 raise
             names = ", ".join(f"process {one.pid}, exit status {one.exitcode}" for one in dead)
@@ -101,6 +100,15 @@ def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
         if isinstance(batch, _Failure):
             raise DataFailed(batch.what, batch.fix)
         yield batch
+
+
+def _dead(workers: Sequence[BaseProcess]) -> list[BaseProcess]:
+    """Those that have died or are about to: a connection breaks before its process is gone, and can be waited for."""
+    dying = set(wait([one.sentinel for one in workers], timeout=20))
+    for one in workers:
+        if one.sentinel in dying:
+            one.join(timeout=20)
+    return [one for one in workers if not one.is_alive()]
 
 
 class _Failure:

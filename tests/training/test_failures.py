@@ -20,7 +20,7 @@ from torch import nn
 from latentflow.autoencoder import latents
 from latentflow.errors import RunError, UserError
 from latentflow.memory import OutOfMemory, is_out_of_memory, memory_phase
-from latentflow.training import Callbacks, fit, log_to, loop, saving
+from latentflow.training import Callbacks, batches, fit, log_to, loop, saving
 from latentflow.training.checkpoint import list_checkpoints, load_latest
 from latentflow.training.order import Draw
 
@@ -298,6 +298,39 @@ def test_a_worker_that_is_killed_is_told_of_and_the_run_saved(tmp_path: Path) ->
     assert run(tmp_path / "run", dataclasses.replace(config, num_workers=1))  # another number of workers
     assert run(tmp_path / "plain")
     assert_equal_weights(tmp_path / "run", tmp_path / "plain")
+
+
+class Leaving:
+    """A process that has closed its files and is not yet reaped: it counts as alive until it is joined."""
+
+    def __init__(self, sentinel: int) -> None:
+        self.sentinel, self.alive, self.pid, self.exitcode = sentinel, True, 7, -9
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def join(self, timeout: float) -> None:
+        self.alive = False
+
+
+def test_a_worker_is_dead_although_its_end_is_not_yet_told() -> None:
+    ended, write = os.pipe()
+    os.close(write)
+    running, open_end = os.pipe()
+    leaving, working = Leaving(ended), Leaving(running)
+
+    class Broken:
+        _workers = (leaving, working)
+
+        def __next__(self) -> Any:
+            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    broken: Any = Broken()
+    with pytest.raises(batches.DataFailed, match=r"has died \(process 7, exit status -9\)"):
+        next(batches._checked(broken))
+    assert working.alive
+    for end in (ended, running, open_end):
+        os.close(end)
 
 
 # ---- disks ----
