@@ -19,10 +19,12 @@ from . import diffusers_border as border
 from .autoencoder import decode, downscale_factor, encode, mask_channels
 from .errors import UserError, lookup, unknown
 from .flow import (
+    CONSISTENCY_STEPS,
     COUPLINGS,
     PATHS,
     PREDICTIONS,
     CondOT,
+    Solver,
     Velocity,
     as_velocity,
     change_path,
@@ -82,8 +84,12 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         coupling: the coupling that it was trained with, a key of ``latentflow.flow.COUPLINGS``. "data-dependent" means
             that inpainting starts from the known latents, with noise in the hole only (arXiv:2310.03725).
         average: the network predicts average velocities (arXiv:2505.13447): by default it is followed from time to time
-            of the grid, in `FEW_STEPS` steps of one evaluation. A solver that is named follows its velocities.
+            of the grid, one evaluation a step. A solver that is named follows its velocities.
+        consistency: those average velocities lead to the data only: between steps noise is added again.
         folded_guidance: the scale of the guidance that was learned along; where it is not 1, none is added.
+        step_counts: the numbers of steps, of one evaluation each, that the network was made for, in increasing order;
+            by default the last is taken, and another is warned of. Empty: `FEW_STEPS` steps of average velocities, and
+            no few-step sampling of other networks.
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
@@ -108,7 +114,9 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         prediction: str = "velocity",
         coupling: str = "independent",
         average: bool = False,
+        consistency: bool = False,
         folded_guidance: float = 1.0,
+        step_counts: list[int] | None = None,
     ) -> None:
         super().__init__()
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
@@ -122,7 +130,10 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
             prediction=prediction,
             coupling=coupling,
             # Other checkpoints stay as they are, to the byte.
-            **({"average": True, "folded_guidance": folded_guidance} if average else {}),
+            **({"average": True} if average else {}),
+            **({"folded_guidance": folded_guidance} if average or folded_guidance != 1.0 else {}),
+            **({"consistency": True} if consistency else {}),
+            **({"step_counts": list(step_counts)} if step_counts else {}),
         )
         if prediction not in PREDICTIONS:
             raise unknown("prediction", prediction, PREDICTIONS)
@@ -135,8 +146,15 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
                 f"average velocities with prediction {prediction} on path {path}",
                 "They are of velocities on the straight path: prediction velocity, path condot.",
             )
+        if consistency and not average:
+            raise UserError("consistency without average", "A consistency model predicts average velocities.")
+        if any(not isinstance(one, int) or one < 1 for one in step_counts or ()):
+            raise UserError(f"step_counts {step_counts}", "Give numbers of steps, such as [1, 2, 4].")
         #: whether the network predicts average velocities
         self.average = average
+        self._consistency = consistency
+        #: the numbers of steps that it was made for, if it is one for few
+        self.step_counts: tuple[int, ...] = tuple(step_counts or ())
         self._folded_guidance = folded_guidance
         self._grid: Tensor | None = None  # of the running call, where average velocities are followed
         #: class name -> id
@@ -173,7 +191,14 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
     @property
     def usual_steps(self) -> int:
         """Steps of a call that names neither their number nor a solver."""
-        return FEW_STEPS if self.average and self.scheduler is None else USUAL_STEPS
+        if not self.few_steps or self.scheduler is not None:
+            return USUAL_STEPS
+        return self.step_counts[-1] if self.step_counts else FEW_STEPS
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether the network is made to be followed in a few steps of one evaluation."""
+        return self.average or bool(self.step_counts)
 
     @property
     def usual_guidance(self) -> float:
@@ -584,7 +609,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         x0: Tensor,
         steps: int | None,
         sigmas: list[float] | None,
-        solver: str | None,
+        solver: str | Solver | None,
         generator: Generators | None,
         after_step: AfterStep,
         *,
@@ -616,9 +641,12 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         def start(t: float) -> Tensor:
             return x0 if x1 is None else t * x1 + (1.0 - t) * x0
 
-        leaps = self.average and self.scheduler is None and solver is None and sampler is None
+        leaps = self.few_steps and self.scheduler is None and solver is None and sampler is None
         if steps is None:
             steps = self.usual_steps if leaps else USUAL_STEPS
+        if leaps and self.step_counts and steps not in self.step_counts:
+            made = " or ".join(map(str, self.step_counts))
+            log.warning("%d steps of a checkpoint that was made for %s", steps, made)
         try:
             if self.scheduler is not None and solver is None and sampler is None:
                 border.set_grid(self.scheduler, steps, sigmas, x0.device, strength)
@@ -628,7 +656,9 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
             times = last_part(times, strength)
             x = start(float(times[0]))
             if leaps:
-                self._grid, sampler, solver = times, integrate, "euler"
+                sampler, solver = integrate, CONSISTENCY_STEPS if self._consistency else "euler"
+                if self.average:
+                    self._grid = times[[0, -1]] if self._consistency else times
             elif sampler is None:
                 # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
                 usual = "exponential-adams" if self._prediction == "data" else "heun"
@@ -658,7 +688,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         velocity: Velocity,
         x: Tensor,
         times: Tensor,
-        solver: str | None,
+        solver: str | Solver | None,
         generator: Generators | None,
         after_step: AfterStep,
     ) -> Tensor:

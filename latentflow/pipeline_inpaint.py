@@ -137,7 +137,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         if call.channels is not None and self.config.coupling == "data-dependent":
             noise = known_source(noise, known, hole)
             velocity, after_step = only_in(hole, known, velocity, after_step)
-        if method == TRAINED and self.scheduler is None and not self.average:
+        if method == TRAINED and self.scheduler is None and not self.few_steps:
             solver = solver or TRAINED_SOLVER
         # 4. From noise to data; strength 1 is pure noise on every grid
         drawn = self.follow(
@@ -168,7 +168,9 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             UserError: there is none of this name, or this checkpoint cannot.
         """
         if name is None:
-            follows = self.takes_masks and (self.average or solver is not None or self.scheduler is not None)
+            follows = self.takes_masks and (
+                self.few_steps or solver is not None or self.scheduler is not None
+            )
             name = TRAINED if follows else DEFAULT_INPAINTING
         if name not in (TRAINED, *INPAINTING):
             raise unknown("inpainting method", name, [TRAINED, *INPAINTING])

@@ -200,7 +200,7 @@ def as_trained(config: EvaluateConfig) -> EvaluateConfig:
 
 def as_drawn(config: EvaluateConfig, pipe: Any) -> EvaluateConfig:
     """What is not given of how to draw is what suits the checkpoint, and stands in the report."""
-    solver = config.solver or (None if pipe.average else "heun")
+    solver = config.solver or (None if pipe.few_steps else "heun")
     return dataclasses.replace(
         config,
         steps=config.steps or (20 if solver else pipe.usual_steps),

@@ -22,7 +22,7 @@ class Takes:
     """What a checkpoint is asked with: a caption, one of these classes, a mask; and how it likes to be asked.
 
     Attributes:
-        few_steps: it predicts average velocities.
+        few_steps: it is made for a few steps of one evaluation.
         guided: it has learned its guidance along, and takes no other.
     """
 
@@ -58,7 +58,7 @@ def taken_by(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Takes:
         text=network.get("text_dim") is not None,
         labels=tuple(names) or tuple(str(number) for number in range(network.get("num_classes") or 0)),
         masks=bool(network.get("condition_channels")),
-        few_steps=bool(pipe.get("average")),
+        few_steps=bool(pipe.get("average") or pipe.get("step_counts")),
         guided=pipe.get("folded_guidance", 1.0) != 1.0,
     )
 

@@ -5,9 +5,20 @@ Conventions: t = 0 is noise (x0), t = 1 is data (x1), x_t = alpha(t) x1 + sigma(
 
 from __future__ import annotations
 
+from .average_velocity import AverageObjective as AverageObjective
+from .average_velocity import AverageVelocity as AverageVelocity
+from .average_velocity import Draws as Draws
+from .average_velocity import adaptive as adaptive
+from .average_velocity import average_velocity_loss as average_velocity_loss
+from .average_velocity import chords as chords
+from .average_velocity import folded_velocity as folded_velocity
+from .average_velocity import next_time as next_time
+from .average_velocity import total_derivative as total_derivative
 from .bridges import BridgeSample as BridgeSample
 from .bridges import SchrodingerBridge as SchrodingerBridge
 from .bridges import bridge_matching_loss as bridge_matching_loss
+from .consistency import CONSISTENCY_STEPS as CONSISTENCY_STEPS
+from .consistency import Consistency as Consistency
 from .couplings import COUPLINGS as COUPLINGS
 from .couplings import ConditionalOptimalTransport as ConditionalOptimalTransport
 from .couplings import Coupling as Coupling
@@ -25,14 +36,8 @@ from .inpainting import DEFAULT_INPAINTING as DEFAULT_INPAINTING
 from .inpainting import INPAINTING as INPAINTING
 from .likelihood import bits_per_dim as bits_per_dim
 from .likelihood import log_likelihood as log_likelihood
-from .mean_flow import AverageVelocity as AverageVelocity
+from .mean_flow import AlphaFlow as AlphaFlow
 from .mean_flow import MeanFlow as MeanFlow
-from .mean_flow import adaptive as adaptive
-from .mean_flow import chords as chords
-from .mean_flow import folded_velocity as folded_velocity
-from .mean_flow import mean_flow_loss as mean_flow_loss
-from .mean_flow import next_time as next_time
-from .mean_flow import slope as slope
 from .objectives import OBJECTIVES as OBJECTIVES
 from .objectives import Objective as Objective
 from .objectives import flow_matching_loss as flow_matching_loss
@@ -51,6 +56,7 @@ from .predictions import change_path as change_path
 from .predictions import convert as convert
 from .rectification import reflow_pairs as reflow_pairs
 from .rectification import straightness as straightness
+from .shortcut import Shortcut as Shortcut
 from .solvers import DIFFUSIONS as DIFFUSIONS
 from .solvers import SOLVERS as SOLVERS
 from .solvers import Counted as Counted

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from latentflow.errors import UserError, lookup
 
-from .mean_flow import MeanFlow, mean_flow_loss
+from .average_velocity import AverageObjective, average_velocity_loss
+from .consistency import Consistency
+from .mean_flow import AlphaFlow, MeanFlow
 from .paths import CondOT, Path, PathSample
+from .shortcut import Shortcut
 from .tensors import compute_dtype
 
 _STRAIGHT = CondOT()
@@ -120,8 +123,8 @@ class Objective:
     Attributes:
         loss: (output, sample, ...) -> (B,): of what the network returned at ``sample``.
         settings: makes the settings of its own from the options that a user wrote.
-        average: whether the network learns average velocities: its output is that of an interval, and the loss takes
-            ``end`` and ``slope`` (see ``mean_flow_loss``).
+        average: whether the network learns average velocities: its output is that of an interval, and the settings,
+            an ``AverageObjective``, say what that shall be.
     """
 
     loss: Callable[..., Tensor]
@@ -132,7 +135,16 @@ class Objective:
         return self.loss(output, sample, **options)
 
 
+def _averages(settings: type[AverageObjective]) -> Objective:
+    """The objective with these settings: its targets are theirs, its loss is ``average_velocity_loss``."""
+
+    def loss(output: Tensor, sample: PathSample, *, target: Tensor, **weight: float) -> Tensor:
+        return average_velocity_loss(output, target, **weight)
+
+    return Objective(loss=loss, settings=settings, average=True)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "flow-matching": Objective(loss=flow_matching_loss),
-    "mean-flow": Objective(loss=mean_flow_loss, settings=MeanFlow, average=True),
+    **{one.name: _averages(one) for one in (MeanFlow, AlphaFlow, Shortcut, Consistency)},
 }

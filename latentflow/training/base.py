@@ -15,6 +15,7 @@ from ..autoencoder import downscale_factor, load_autoencoder
 from ..data import Source
 from ..data.described import few
 from ..errors import UserError
+from ..flow import OBJECTIVES
 from ..models import DiT, UNet
 from ..pipeline import LatentFlowPipeline
 from .flow import FlowConfig
@@ -106,8 +107,9 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
         if name in config and name not in given and not (name == "path_options" and "path" in given)
     }
     if config.get("average"):
-        adopted["objective"] = flow.objective if "objective" in given else "mean-flow"
-        if adopted["objective"] == "mean-flow":
+        usual = "consistency" if config.get("consistency") else "mean-flow"
+        adopted["objective"] = flow.objective if "objective" in given else usual
+        if OBJECTIVES[adopted["objective"]].average:
             learned = {"guidance": config.get("folded_guidance", 1.0)}
             adopted["objective_options"] = learned | flow.objective_options
     if adopted.get("coupling") == "data-dependent" and "inpainting" not in given:

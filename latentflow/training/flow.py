@@ -232,7 +232,8 @@ class FlowStage(nn.Module):
 
     A batch holds ``latents`` (B, C, h, w), perhaps ``latents_std`` of the same shape, ``numbers`` (the draws), and
     what the condition needs: ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text``
-    (B, L, D) and ``text_mask`` (B, L), or ``sizes`` (B, 6); perhaps ``weights`` (B,), factors on the losses in their
+    (B, L, D) and ``text_mask`` (B, L), or ``sizes`` (B, 6); perhaps ``noise``, shaped like the latents, that they are
+    coupled with; perhaps ``weights`` (B,), factors on the losses in their
     mean, of which ``per_sample`` holds the plain ones. With ``masking`` the network also gets what is known of each
     picture, and the batch holds what `Masking` needs. With ``routing`` some tokens skip blocks while it is trained;
     with ``alignment`` a second loss is added, logged as ``alignment``, and the batch may have to hold ``pixels``.
@@ -260,6 +261,7 @@ class FlowStage(nn.Module):
         self._uniform = UniformTimes(shift=self._choices.density.shift)
         if samples is None and config.time_uniform_from < 1.0:
             raise ValueError("time_uniform_from is a share of the run: give the samples of the run")
+        self._samples = samples
         self._uniform_from = math.inf if samples is None else config.time_uniform_from * samples
 
     @property
@@ -287,10 +289,10 @@ class FlowStage(nn.Module):
         random = SampleRandom(self._seed, batch["numbers"], x1.device)
         times = self._times(random, batch["numbers"])
         drop = random.uniform() < (config.condition_dropout if self.training else 0.0)
-        x0 = random.normal(x1.shape[1:])
+        x0 = batch["noise"] if "noise" in batch else random.normal(x1.shape[1:])
         if "latents_std" in batch:
             x1 = x1 + batch["latents_std"] * random.normal(x1.shape[1:])
-        condition = self._condition(batch, drop)
+        condition = self.condition(batch, drop)
         if self._masking is not None:
             masked = self._masking(batch)
             condition = dataclasses.replace(condition, channels=masked.channels)
@@ -377,7 +379,7 @@ class FlowStage(nn.Module):
                 uncached_autocast(t.device),
                 average.applied() if average is not None else nullcontext(),
             ):
-                averaged = self._condition(batch, condition.drop)
+                averaged = self.condition(batch, condition.drop)
                 averaged = dataclasses.replace(averaged, channels=condition.channels)
                 path, t = self._choices.path, t.to(sample.xt.dtype)
                 xt = path.scale_input(path.sample(sample.x0, sample.x1, t).xt, t)
@@ -400,7 +402,8 @@ class FlowStage(nn.Module):
         slope = torch.where(late, self._uniform.slope(u), self._choices.density.slope(u))
         return loss_factor(weighting, path, self._config.prediction, t, slope)
 
-    def _condition(self, batch: dict[str, Any], drop: Tensor | None) -> Condition:
+    def condition(self, batch: dict[str, Any], drop: Tensor | None = None) -> Condition:
+        """What the network is told of a batch; of ``drop`` (B,) rows the null."""
         text, mask = batch.get("text"), batch.get("text_mask")
         if self.text_encoder is not None and "input_ids" in batch:
             length = int(

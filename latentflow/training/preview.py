@@ -27,7 +27,7 @@ def preview_source(training: Source, validation: Source) -> Source:
 
 def preview_steps(pipe: LatentFlowPipeline) -> int:
     """Steps of a preview: half of the usual ones, but all of a network that needs few."""
-    return pipe.usual_steps if pipe.average else 10
+    return pipe.usual_steps if pipe.few_steps else 10
 
 
 def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device) -> Image.Image:

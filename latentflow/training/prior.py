@@ -7,55 +7,21 @@ that the network has learnt, and training on them leaves that where it is.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ..data import Example, Framing, LatentTable, Source, to_pil
-from ..data.examples import Kind
 from ..errors import UserError
-from ..memory import memory_phase
-from ..pipeline import LatentFlowPipeline
 from .base import class_names, open_base
 from .batches import Batch
-from .conditions import conditions_of
+from .drawn import Drawing, drawn_data
 from .fine_tuning import FineTuningConfig
-from .latent_data import LatentData, Sized
+from .latent_data import LatentData
 from .order import Draw, seeded
-from .processes import process_state
 from .start import Networks, is_small_tokenizer
 
-log = logging.getLogger(__name__)
-
-_STEPS = 20  # of the solver
-_TOGETHER = 50  # samples in a file, and drawn at once,
-_PIXELS = 2**20  # unless they have more pixels in all
 _STREAM = 6  # of random numbers; see `seeded`
-
-
-@dataclass(frozen=True)
-class PriorExample(Example):
-    """A sample of the checkpoint; only its latents are kept, and its pixels where masks need them."""
-
-    pixels: Tensor | None = field(kw_only=True, default=None, compare=False, repr=False)
-
-    def open(self) -> Image.Image:
-        if self.pixels is None:
-            raise UserError(f"{self.name} was drawn as latents", "Open a picture of the data.")
-        return to_pil(self.pixels.float() / 127.5 - 1)
-
-    def content_key(self) -> str:
-        return hashlib.sha256(f"prior {self.name} {self.text} {self.label}".encode()).hexdigest()
 
 
 class MixedData:
@@ -129,7 +95,7 @@ def asked_of(
         return [], f"prior: none; what your pictures do not show may be forgotten ({told})"
     if config.prior_prompts:
         asked, told = (
-            _in_turn(_read_prompts(config.prior_prompts), count),
+            in_turn(_read_prompts(config.prior_prompts), count),
             f"the captions in {config.prior_prompts}",
         )
     elif pipe.takes_text:
@@ -137,7 +103,7 @@ def asked_of(
         told = "words that it knows (--prior-prompts FILE with captions that it was trained on keeps more)"
     else:
         names = list(class_names(pipe))
-        asked, told = _in_turn(names or [""], count), f"its {len(names)} classes" if names else "no condition"
+        asked, told = in_turn(names or [""], count), f"its {len(names)} classes" if names else "no condition"
     share = f"{config.prior_share:.0%} of each step" + (
         "" if config.prior_samples else "; --prior-samples 0: none"
     )
@@ -147,45 +113,11 @@ def asked_of(
 def prior_data(
     checkpoint: str, asked: list[str], networks: Networks, folder: Path, seed: int, pixels: bool, told: bool
 ) -> LatentData:
-    """The samples as training data, drawn into ``folder`` where they are not there yet.
-
-    Args:
-        checkpoint: the pipeline that draws.
-        asked: a caption, a class or "" for each sample.
-        networks: what is trained, whose tokenizer and classes are used.
-        folder: where the samples are kept, as latents; what a killed run has drawn is not drawn again.
-        seed: with the sample's number decides its noise.
-        pixels: whether the pictures are needed as well, to be masked.
-        told: whether the network is told sizes.
-
-    Raises:
-        UserError: ``folder`` holds other samples.
-    """
-    state = process_state()
-    with memory_phase("draw prior samples"), state.main_process_first():
-        tensors, kind, side = _drawn(checkpoint, asked, folder, seed, pixels, state.device)
-    pictures = tensors.get("pixels")
-    examples = tuple(
-        PriorExample(
-            f"prior sample {number}",
-            text=name if kind == "text" else None,
-            label=name if kind == "class" else None,
-            pixels=None if pictures is None else pictures[number],
-        )
-        for number, name in enumerate(asked)
-    )
-    source = Source(f"samples of {checkpoint}", examples, kind, networks.classes if kind == "class" else ())
-    natural = np.full((len(asked), 2), side, dtype=np.int32)
-    framing = Framing(source, ((side, side),), np.zeros(len(asked), dtype=np.int32), natural)
-    sized = Sized(
-        LatentTable(tensors["latents"][:, None], None), {} if pictures is None else {"pixels": pictures}
-    )
-    return LatentData(
-        framing, [sized], conditions_of(source, networks, seed), flips=False, told=told, seed=seed
-    )
+    """The samples as training data, drawn into ``folder`` where they are not there yet; see `drawn_data`."""
+    return drawn_data(checkpoint, asked, networks, folder, Drawing(seed=seed, pixels=pixels), told)
 
 
-def _in_turn(names: list[str], count: int) -> list[str]:
+def in_turn(names: list[str], count: int) -> list[str]:
     """Each as often as the others; of more than ``count`` some that are spread over all of them."""
     spread = max(len(names), count)
     return [names[number * spread // count % len(names)] for number in range(count)]
@@ -209,87 +141,3 @@ def _words(tokenizer: Any, count: int, seed: int) -> list[str]:
     words = [word for word, _ in vocabulary if word.isalpha() and len(word) > 1] or [vocabulary[-1][0]]
     places = torch.randint(len(words), (count, 2), generator=seeded(seed, _STREAM, -1)).tolist()
     return [" ".join(words[place] for place in row[: 1 + number % 2]) for number, row in enumerate(places)]
-
-
-def _drawn(
-    checkpoint: str, asked: list[str], folder: Path, seed: int, pixels: bool, device: torch.device
-) -> tuple[dict[str, Tensor], Kind, int]:
-    """``latents`` (N, C, h, w) and perhaps ``pixels`` (N, 3, H, W) uint8; what they are conditioned on; their side."""
-    pipe = open_base(checkpoint)
-    pipe.set_progress_bar_config(disable=True)
-    kind: Kind = "text" if pipe.takes_text else "class" if pipe.takes_classes else "unconditional"
-    native = pipe.transformer.config.sample_size
-    if native is None:
-        raise UserError(f"{checkpoint} does not say of which size its samples are", "Use --prior-samples 0.")
-    side = pipe.vae_scale_factor * int(native if isinstance(native, int) else max(native))
-    made_of = {
-        "checkpoint": _digest(pipe.transformer), "asked": asked, "seed": seed, "side": side, "pixels": pixels,
-        "steps": _STEPS,
-    }  # fmt: skip
-    _claim(folder, made_of)
-    parts = []
-    together = min(_TOGETHER, max(1, _PIXELS // side**2))
-    for start in tqdm(range(0, len(asked), together), desc="drawing prior samples", disable=None):
-        file = folder / f"{start:06d}.safetensors"
-        if not file.is_file():
-            names = asked[start : start + together]
-            _write(file, _draw(pipe.to(device), kind, names, start, seed, side, pixels))
-        parts.append(load_file(file))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, kind, side
-
-
-def _draw(
-    pipe: LatentFlowPipeline, kind: Kind, names: list[str], start: int, seed: int, side: int, pixels: bool
-) -> dict[str, Tensor]:
-    generators = [
-        torch.Generator().manual_seed(seeded(seed, _STREAM, start + row).initial_seed())
-        for row in range(len(names))
-    ]
-    asked: dict[str, Any] = {"num_images_per_prompt": len(names)}
-    if kind == "text":
-        asked = {"prompt": names}
-    elif kind == "class":
-        asked = {"class_labels": names if pipe.labels else [int(name) for name in names]}
-    latents = pipe(
-        **asked, height=side, width=side, guidance_scale=1.0, num_inference_steps=_STEPS, generator=generators,
-        output_type="latent",
-    ).images  # fmt: skip
-    drawn = {"latents": latents.float().cpu()}
-    if pixels:
-        images = pipe.decode_latents(latents).cpu()
-        drawn["pixels"] = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return drawn
-
-
-def _claim(folder: Path, made_of: dict[str, Any]) -> None:
-    """Say what the samples in ``folder`` are drawn from, or check that it is the same."""
-    file = folder / "prior.json"
-    if not file.is_file():
-        if process_state().is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            half = file.with_suffix(".tmp")
-            half.write_text(json.dumps(made_of, ensure_ascii=False), encoding="utf-8")
-            half.replace(file)
-        return
-    held = json.loads(file.read_text(encoding="utf-8"))
-    differ = [name for name in made_of if made_of[name] != held.get(name)]
-    if differ:
-        raise UserError(
-            f"{folder} holds samples that were drawn otherwise ({', '.join(differ)})",
-            "Use another output folder, or the same checkpoint and --prior flags as before.",
-        )
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    half = file.with_suffix(".tmp")
-    save_file({name: one.contiguous() for name, one in tensors.items()}, half)
-    half.replace(file)
-
-
-def _digest(module: nn.Module) -> str:
-    """Hash of a network's weights."""
-    digest = hashlib.sha256()
-    for name, one in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(one.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

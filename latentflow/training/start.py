@@ -114,6 +114,7 @@ def networks_from(
     inpainting: bool = False,
     size_conditioning: bool = False,
     latent_size: int | None = None,
+    student: bool = False,
 ) -> Networks:
     """A checkpoint's networks, fitted to other data: new classes get new rows, new words new embeddings.
 
@@ -128,13 +129,16 @@ def networks_from(
         source: what they will be trained on, its classes those of `with_base_classes`.
         flow: how they will be trained; path and prediction must be the checkpoint's.
         latent_size: side of the latents that they will be trained on; None: the checkpoint's.
+        student: they learn what the checkpoint draws, on the straight path whatever its own. Its text encoder, which
+            both share, is frozen.
 
     Raises:
         UserError: the checkpoint cannot be opened, is conditioned on something else than the source, or was
             trained on another path or to another prediction.
     """
     pipe = open_base(checkpoint)
-    refuse_other_flow(checkpoint, pipe, flow)
+    if not student:
+        refuse_other_flow(checkpoint, pipe, flow)
     old, config = pipe.transformer, dict(pipe.transformer.config)
     kinds = {"text": config.get("text_dim") is not None, "class": config.get("num_classes") is not None}
     if source.kind != "unconditional" and not kinds[source.kind]:
@@ -161,7 +165,7 @@ def networks_from(
         network = type(old)(**(arguments | changes))
         _copy_weights(old, network)
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
-    trained = encoder is not None and is_small_tokenizer(tokenizer)
+    trained = encoder is not None and is_small_tokenizer(tokenizer) and not student
     if trained and source.kind == "text":
         tokenizer, encoder = _extended_text(tokenizer, encoder, _texts(source))
     return Networks(

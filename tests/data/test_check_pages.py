@@ -18,6 +18,7 @@ from latentflow.data.checking.suggest import _PRESETS
 from latentflow.data.checking.words import caption_facts
 from latentflow.errors import UserError
 from latentflow.training.presets import PRESETS
+from latentflow.training.run import RunConfig
 
 from .pictures import load_program, save_all
 
@@ -47,7 +48,7 @@ def test_a_suggestion_is_a_line_that_train_takes(
     words = shlex.split(suggestion.command)
     assert words[:3] == ["latentflow", "train", "my cats"]
     config = load_program(repository / "train" / "flow.py").parse(
-        load_program(repository / "train" / "flow.py").Config,
+        RunConfig,
         words[2:],
         prog="latentflow train",
         presets=PRESETS,

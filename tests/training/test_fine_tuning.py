@@ -23,11 +23,12 @@ from latentflow.errors import UserError
 from latentflow.models import DiT, small_text_encoder, train_tokenizer
 from latentflow.training import LoopConfig
 from latentflow.training.base import open_base, with_base_classes
+from latentflow.training.drawn import DrawnExample
 from latentflow.training.fine_tuning import FineTuningConfig, fitted, held_out_share
 from latentflow.training.memorised import tell_memorised
 from latentflow.training.order import DataOrder
 from latentflow.training.preview import preview_source
-from latentflow.training.prior import PriorExample, asked_of
+from latentflow.training.prior import asked_of
 
 from .command import TINY, call
 from .forking import fork_ranks
@@ -228,7 +229,7 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
 ) -> None:
     line = [animals, *QUICK, "--init-from", base, "--prior-samples", 6, "--max-train-steps", 4]
     line += ["--checkpointing-steps", 2, "--inpainting"]  # so that their pixels are kept as well
-    monkeypatch.setattr("latentflow.training.prior._TOGETHER", 4)
+    monkeypatch.setattr("latentflow.training.drawn._TOGETHER", 4)
     said = call(cache, *line, "-o", tmp_path / "whole")
     assert "6 samples of" in said and "its 2 classes" in said
     files = sorted((tmp_path / "whole" / "prior").glob("*.safetensors"))
@@ -237,7 +238,7 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
     # Killed after the first file, and again in training.
     begun = tmp_path / "begun" / "prior"
     begun.mkdir(parents=True)
-    for name in ("prior.json", files[0].name):
+    for name in ("drawn.json", files[0].name):
         (begun / name).write_bytes((tmp_path / "whole" / "prior" / name).read_bytes())
     before = (begun / files[0].name).stat().st_mtime_ns
     resumed = [*line, "-o", tmp_path / "begun"]
@@ -347,7 +348,7 @@ def test_memorisation_is_measured_on_all_classes_and_its_failure_is_a_warning(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "pipeline").symlink_to(base)
-    examples = tuple(PriorExample(f"{n}", label="cat" if n < 18 else "dog") for n in range(20))
+    examples = tuple(DrawnExample(f"{n}", label="cat" if n < 18 else "dog") for n in range(20))
     source, asked = Source("d", examples, "class", ("cat", "dog")), []
     draw = LatentFlowPipeline.__call__
 
@@ -433,7 +434,7 @@ def test_a_fine_tune_goes_on_with_what_the_checkpoint_was_trained_for(
 
 
 def test_previews_show_what_the_data_show_though_little_of_it_is_held_out() -> None:
-    source = Source("d", tuple(PriorExample(f"{n}") for n in range(40)), "unconditional")
+    source = Source("d", tuple(DrawnExample(f"{n}") for n in range(40)), "unconditional")
     few, many = source.subset([0]), source.subset(list(range(16)))
     assert preview_source(source, few) is source and preview_source(source, many) is many
 

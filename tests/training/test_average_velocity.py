@@ -13,13 +13,13 @@ from torch import Tensor
 
 from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
-from latentflow.flow import MeanFlow
+from latentflow.flow import MeanFlow, total_derivative
 from latentflow.models import Condition
+from latentflow.training.average_velocity import AverageVelocityStage, refuse_unfit, stage_class
 from latentflow.training.base import with_base_flow
 from latentflow.training.config import LoopConfig
 from latentflow.training.fine_tuning import FineTuningConfig
 from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.mean_flow import MeanFlowStage, refuse_unfit, stage_class
 from latentflow.training.prior import asked_of
 from latentflow.training.start import _copy_weights
 
@@ -34,11 +34,11 @@ def network(**arguments: Any) -> Any:
     return build("dit", **(usual | arguments))
 
 
-def stage(one: Any = None, **options: float) -> MeanFlowStage:
+def stage(one: Any = None, **options: float) -> AverageVelocityStage:
     config = FlowConfig(objective="mean-flow", objective_options=options)
-    assert stage_class(config) is MeanFlowStage
+    assert stage_class(config) is AverageVelocityStage
     made = stage_class(config)(one or network(), config, 0)
-    assert isinstance(made, MeanFlowStage)
+    assert isinstance(made, AverageVelocityStage)
     return made
 
 
@@ -95,7 +95,7 @@ def test_the_target_is_the_identity() -> None:
 def test_where_no_interval_has_a_length_no_derivative_is_taken() -> None:
     one = stage(share=1e-9, power=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentflow.training.mean_flow.slope", None)
+        patch.setattr("latentflow.flow.mean_flow.total_derivative", None)
         result = one(batch())
     plain = FlowStage(one.network, FlowConfig(), 0)
     assert "error" not in plain(batch())
@@ -103,11 +103,17 @@ def test_where_no_interval_has_a_length_no_derivative_is_taken() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance": 3.0, "mixing": 0.5, "improved": 1}])
-def test_the_tangent_is_float32_and_weights_learn_under_autocast(options: dict[str, float]) -> None:
+def test_the_tangent_is_float32_and_weights_learn_under_autocast(
+    options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = stage(share=1.0, **options)
     made: list[Tensor] = []
-    inner = one._slope
-    one._slope = lambda *given: made.append(inner(*given)) or made[-1]  # type: ignore[method-assign]
+
+    def spy(*given: Any) -> Tensor:
+        made.append(total_derivative(*given))
+        return made[-1]
+
+    monkeypatch.setattr("latentflow.flow.mean_flow.total_derivative", spy)
     full = one(batch())
     with torch.autocast("cpu", torch.bfloat16):
         half = one(batch())
@@ -142,7 +148,7 @@ def test_guidance_leaves_dropped_rows_alone() -> None:
         FlowConfig().choices().path.sample(*torch.randn(2, 6, 4, 4, 4, generator=g), torch.full((6,), 0.5))
     )
     condition = Condition(class_labels=torch.arange(6) % 3, drop=torch.arange(6) < 2)
-    velocity = one._target_velocity(sample, condition)
+    velocity = one._velocity(sample, condition, torch.ones(6, dtype=torch.bool))
     assert torch.equal(velocity[:2], sample.velocity[:2])
     null = one.network(sample.xt, sample.t, condition.unconditional())
     torch.testing.assert_close(velocity[2:], (null + 3.0 * (sample.velocity - null))[2:].detach())

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from latentflow.flow import (
     CondOT,
+    Draws,
     MeanFlow,
+    average_velocity_loss,
     chords,
     flow_matching_loss,
     integrate,
-    mean_flow_loss,
-    slope,
     time_grid,
 )
 
@@ -60,12 +60,12 @@ def train(
             sample = PATH.sample(x0, x1, u)
             loss = flow_matching_loss(network(sample.xt, sample.t, sample.t), sample)
         else:
-            r, t = settings.interval(u, second, coin)
+            r, t = settings.interval(Draws(lambda one: one, u, second, coin))
             sample = PATH.sample(x0, x1, r)
             with torch.no_grad():
                 along = network(sample.xt, r, r)  # as improved MeanFlow does: far less noise
-            du = slope(network, sample.xt, r, t, along)
-            loss = mean_flow_loss(network(sample.xt, r, t), sample, end=t, slope=du, power=settings.power)
+            target = settings.target(network, sample.xt, r, t, sample.velocity, along=along)
+            loss = average_velocity_loss(network(sample.xt, r, t), target, settings.power)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()

@@ -1,0 +1,82 @@
+"""Shortcut models: a long step is two steps of half its length. Frans et al. 2024 (arXiv:2410.12557).
+
+With m between r and t and x_m = x + (m - r) u(x, r, m), the average velocity satisfies
+
+    (t - r) u(x, r, t) = (m - r) u(x, r, m) + (t - m) u(x_m, m, t),
+
+with m half-way the network's own shorter steps are the target of its longer ones (their eq. 5). No derivative is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .average_velocity import AverageObjective, AverageVelocity, Draws
+from .tensors import expand_t
+
+
+@dataclass(frozen=True)
+class Shortcut(AverageObjective):
+    """The settings of the objective "shortcut". Targets come from the averaged network, as in the paper.
+
+    Attributes:
+        share: of the samples that learn from two shorter steps; the paper's is a quarter.
+        power: of the adaptive weight; the paper has none.
+        guidance, mixing: see ``AverageObjective``.
+        finest: number of the shortest steps from noise to data, a power of two; the paper's is 128. The halves of
+            those are steps of the velocity itself. Trained are the lengths 1, 1/2, 1/4, ..., 1 / finest, each as often,
+            from multiples of themselves.
+
+    Raises:
+        UserError: a value outside its bounds.
+    """
+
+    power: float = 0.0
+    finest: int = 128
+
+    name: ClassVar[str] = "shortcut"
+    averaged: ClassVar[bool] = True
+    follows_velocity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = self.finest == int(self.finest) and self.finest >= 1
+        power_of_two = whole and not int(self.finest) & (int(self.finest) - 1)
+        self._refuse(
+            finest=(power_of_two, "Use a power of two; 128 is the paper's, 8 is enough for a teacher.")
+        )
+
+    def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Lengths 2^-k, k = 0 ... log2(finest), from multiples of themselves; velocities at the density's times."""
+        levels = int(math.log2(self.finest)) + 1
+        # One coin says whether there is a length, and which: what is left of it is uniform again.
+        level = (draws.coin / self.share * levels).floor().clamp(max=levels - 1)
+        count = 2.0**level
+        place = (draws.second * count).floor().clamp(max=count - 1)
+        long = draws.coin < self.share
+        start = torch.where(long, place / count, draws.quantile(draws.first))
+        return start, torch.where(long, (place + 1) / count, start)
+
+    def target(
+        self,
+        average: AverageVelocity,
+        x: Tensor,
+        r: Tensor,
+        t: Tensor,
+        velocity: Tensor,
+        progress: Tensor | None = None,
+        along: Tensor | None = None,
+    ) -> Tensor:
+        """The mean of two steps of half the length; no velocity is looked at."""
+        middle = (r + t) / 2
+        shortest = (t - r) * self.finest < 1.5
+        with torch.no_grad():
+            first = average(x, r, torch.where(shortest, r, middle))
+            reached = x + expand_t(middle - r, x) * first.to(x.dtype)
+            second = average(reached, middle, torch.where(shortest, middle, t))
+            return (first + second) / 2

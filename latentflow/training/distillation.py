@@ -1,0 +1,217 @@
+"""Distillation: a student of a checkpoint that draws what it draws, guided, in a few evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data import Source
+from ..errors import UserError, lookup
+from ..flow import OBJECTIVES, SOLVERS, AverageObjective, straightness, time_grid
+from ..pipeline import LatentFlowPipeline
+from ..pipeline_adapters import base_hashes
+from .average_velocity import AverageVelocityStage, OneStepStage, stage_class
+from .base import open_base
+from .batches import numbered, to_device
+from .drawn import Drawing, drawn_data
+from .flow import FlowConfig, FlowStage
+from .latent_data import LatentData
+from .order import Draw, SampleRandom
+from .prior import in_turn
+from .start import Networks
+from .teacher import VelocityTeacher
+
+
+class Method(NamedTuple):
+    """How a student learns.
+
+    Attributes:
+        objective: a key of `OBJECTIVES`. Those of average velocities learn from the teacher's velocity.
+        pairs: it learns from pairs of noise and what the teacher draws from it instead.
+        stage: what is trained by that; None: the objective's own.
+    """
+
+    objective: str
+    pairs: bool = False
+    stage: type[FlowStage] | None = None
+
+
+#: the methods of `latentflow distill`
+METHODS: dict[str, Method] = {
+    **{name: Method(name) for name, one in OBJECTIVES.items() if one.average},
+    "reflow": Method("flow-matching", pairs=True),
+    "one-step": Method("flow-matching", pairs=True, stage=OneStepStage),
+}
+
+
+_TRAJECTORIES = 32  # to measure straightness on
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """What the student takes from its teacher."""
+
+    guidance: float | None = None
+    """Guidance scale at which the teacher is followed, and which the student then has without being asked. Empty: that
+    at which the teacher draws (4; 1 without a condition)."""
+    step_counts: tuple[int, ...] = (1, 2, 4)
+    """The numbers of evaluations that the student is made for; it draws in the last of them unless told otherwise.
+    (Method one-step: 1.)"""
+    pairs: int = 10_000
+    """Of the methods reflow and one-step: how many pairs the teacher draws, of the captions or classes of the data in
+    turn."""
+    pairs_steps: int = 20
+    """Steps in which it draws them."""
+    pairs_solver: str | None = None
+    """By this solver. Empty: the teacher's own."""
+    pairs_folder: str | None = None
+    """Where they are kept; what is there is not drawn again. Empty: in the run folder."""
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and not 0.0 < self.guidance < float("inf"):
+            raise UserError(f"--guidance is {self.guidance}", "Use 1 for none; 2 to 5 are usual.")
+        rising = [*self.step_counts] == sorted({*self.step_counts})
+        for name in ("pairs", "pairs_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "Give at least 1.")
+        if self.pairs_solver is not None:
+            solver = lookup(SOLVERS, self.pairs_solver, "solver")
+            if solver.stochastic:
+                raise UserError(
+                    f"--pairs-solver {self.pairs_solver} draws noise on its way, and forgets that which it began with",
+                    "Use heun or dopri5.",
+                )
+        if not self.step_counts or not rising or self.step_counts[0] < 1:
+            raise UserError(
+                f"--step-counts {' '.join(map(str, self.step_counts))}", "Give rising numbers, such as 1 2 4."
+            )
+
+
+class Distillation:
+    """What a run takes from its teacher.
+
+    Attributes:
+        method: an entry of `METHODS`, called ``name``.
+        guidance: at which the teacher is followed.
+        folded_guidance: which the student has when it has learned it: that, or what the teacher had learned itself.
+        step_counts: the student is made for.
+
+    Raises:
+        UserError: the checkpoint cannot be opened, or guidance is asked for where it can have none.
+    """
+
+    def __init__(self, checkpoint: str, config: DistillationConfig, method: str) -> None:
+        self.method = lookup(METHODS, method, "method")
+        self._pipe = open_base(checkpoint)
+        learned = float(self._pipe.config.get("folded_guidance", 1.0))
+        conditional = self._pipe.takes_text or self._pipe.takes_classes
+        self.guidance = self._pipe.usual_guidance if conditional else 1.0
+        if config.guidance is not None:
+            if not conditional and config.guidance != 1.0:
+                raise UserError(
+                    f"--guidance {config.guidance:g}: {checkpoint} has no classes or captions to follow",
+                    "Leave it out.",
+                )
+            if learned not in (1.0, config.guidance):
+                raise UserError(
+                    f"--guidance {config.guidance:g}: {checkpoint} has learned guidance {learned:g} along",
+                    "Leave it out: its student has the same.",
+                )
+            self.guidance = config.guidance if learned == 1.0 else 1.0
+        self.folded_guidance = self.guidance if learned == 1.0 else learned
+        self.checkpoint, self.name, self._config = checkpoint, method, config
+        self.step_counts = (1,) if self.method.stage is OneStepStage else config.step_counts
+
+    def stage(self, flow: FlowConfig) -> Callable[..., FlowStage]:
+        """What is trained."""
+        if self.method.pairs:
+            return self.method.stage or stage_class(flow)
+        return partial(AverageVelocityStage, teacher=VelocityTeacher(self._pipe, self.guidance))
+
+    def pairs(
+        self, source: Source, networks: Networks, run: Path, seed: int, told: bool, pixels: bool
+    ) -> LatentData:
+        """The teacher's pairs as training data, of what ``source`` is conditioned on; drawn where they are missing.
+
+        Raises:
+            UserError: the folder holds pairs of another teacher, or drawn otherwise.
+        """
+        config = self._config
+        drawing = Drawing(
+            what="pair",
+            phase="draw pairs",
+            seed=seed,
+            noise=True,
+            pixels=pixels,
+            guidance=self.guidance,
+            steps=config.pairs_steps,
+            solver=config.pairs_solver,
+        )
+        names = [""]
+        if source.kind == "text":
+            names = [caption for captions in source.all_captions() for caption in captions]
+        elif source.kind == "class":
+            names = [source.classes[number] for number in sorted({*source.class_ids()})]
+        folder = Path(config.pairs_folder) if config.pairs_folder else run / "pairs"
+        return drawn_data(self.checkpoint, in_turn(names, config.pairs), networks, folder, drawing, told)
+
+    def straightness(self, student: LatentFlowPipeline, stage: FlowStage, data: LatentData) -> str:
+        """A line on how straight the trajectories of teacher and student are, from the same noise under the same
+        conditions."""
+        batch = numbered(data, [Draw(row, row) for row in range(min(len(data), _TRAJECTORIES))])
+        noise = SampleRandom(0, batch["numbers"]).normal(batch["latents"].shape[1:])
+        device = student.transformer.device
+        condition = stage.condition(to_device(batch, device))
+        found = []
+        for pipe, guidance in ((self._pipe, self.guidance), (student, 1.0)):
+            velocity = partial(VelocityTeacher(pipe, guidance), condition=condition)
+            of_rows = straightness(velocity, noise.to(device), time_grid(20))
+            found.append(float(of_rows.mean()) / noise[0].numel())
+        return (
+            f"straightness (mean square of velocity less chord, 0 is straight): teacher {found[0]:.4f}, "
+            f"student {found[1]:.4f}"
+        )
+
+    def lines(self) -> list[str]:
+        """What the student learns, for the plan."""
+        pipe = self._pipe
+        lines = [
+            f"student of {self.checkpoint}: {self.name}, guidance {self.folded_guidance:g} learned along, made for "
+            f"{', '.join(map(str, self.step_counts))} evaluations"
+        ]
+        if pipe.config.prediction != "velocity" or pipe.config.path != "condot":
+            lines.append(
+                f"the teacher predicts the {pipe.config.prediction} on the path {pipe.config.path}; the student learns "
+                "velocities on the straight one, anew from its weights: give it more steps"
+            )
+        return lines
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that a resumed run must have as well."""
+        return {
+            "method": self.name,
+            "guidance": self.guidance,
+            "teacher": base_hashes(self._pipe.transformer)["float32"],
+            **({"pairs": self._config.pairs} if self.method.pairs else {}),
+        }
+
+
+def few_steps(flow: FlowConfig, distillation: Distillation | None) -> dict[str, Any]:
+    """What a pipeline is told of how its network is followed."""
+    choices = flow.choices()
+    told: dict[str, Any] = {}
+    if choices.objective.average:
+        settings: AverageObjective = choices.settings
+        told = {"average": True, "folded_guidance": settings.guidance}
+        told |= {"consistency": True} if settings.sampler == "consistency" else {}
+    if distillation is not None:
+        told |= {"folded_guidance": distillation.folded_guidance, "step_counts": [*distillation.step_counts]}
+    return told
+
+
+def student_keys(given: Collection[str]) -> frozenset[str]:
+    """``given`` with what a student does not adopt from its teacher: it learns velocities on the straight path."""
+    return frozenset(given) | {"objective", "path", "path_options", "prediction"}

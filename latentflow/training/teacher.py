@@ -1,0 +1,33 @@
+"""The checkpoint that a student learns from: its guided velocity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..models import Condition
+from ..pipeline import LatentFlowPipeline
+from .precision import uncached_autocast
+
+
+class VelocityTeacher:
+    """The velocity of a pipeline on the straight path, whatever its own path and prediction, guided at one scale.
+
+    Args:
+        pipe: the teacher. Its weights are not trained.
+        guidance: scale of classifier-free guidance; 1 is none.
+    """
+
+    def __init__(self, pipe: LatentFlowPipeline, guidance: float) -> None:
+        pipe.transformer.requires_grad_(False).eval()
+        pipe._guidance_scale = guidance
+        self._pipe, self._guided = pipe, guidance != 1.0
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """(B, C, h, w) dx/dt at x and t (B,), float32. Where the condition is dropped there is nothing to guide."""
+        if self._pipe.transformer.device != x.device:
+            self._pipe.transformer.to(x.device)
+        with uncached_autocast(x.device):
+            against = condition.unconditional() if self._guided else None
+            return self._pipe.velocity(condition, against)(x, t)

@@ -1,0 +1,365 @@
+"""Average velocities: the identity, the loss and the sampler against flows that are known exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+from latentflow.errors import UserError
+from latentflow.flow import (
+    CONSISTENCY_STEPS,
+    OBJECTIVES,
+    AlphaFlow,
+    CondOT,
+    Consistency,
+    Counted,
+    Draws,
+    MeanFlow,
+    Shortcut,
+    adaptive,
+    average_velocity_loss,
+    chords,
+    flow_matching_loss,
+    folded_velocity,
+    integrate,
+    next_time,
+    time_grid,
+    total_derivative,
+)
+
+PATH = CondOT()
+MEAN, STD = 1.5, 0.4  # of the fixture `gaussian`
+
+
+def column(t: Tensor, x: Tensor) -> Tensor:
+    return t.reshape(-1, *(1,) * (x.ndim - 1)) if t.ndim else t
+
+
+class GaussianAverage(nn.Module):
+    """The exact average velocity of x1 ~ N(mean, std^2): phi(x) = t m + sqrt(V(t) / V(r)) (x - r m)."""
+
+    def __init__(self, mean: float = MEAN, std: float = STD) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+        self.std = nn.Parameter(torch.tensor(std, dtype=torch.float64))
+
+    def variance(self, t: Tensor) -> Tensor:
+        return (t * self.std) ** 2 + (1 - t) ** 2
+
+    def forward(self, x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        r, t = column(r, x), column(t, x)
+        ratio = (self.variance(t) / self.variance(r)).sqrt()
+        moved = t * self.mean + ratio * (x - r * self.mean)
+        velocity = self.mean + (r * self.std**2 - (1 - r)) / self.variance(r) * (x - r * self.mean)
+        length = t - r
+        return torch.where(length > 0, (moved - x) / length.clamp(min=1e-12), velocity)
+
+
+def mixture_average(mixture) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The exact average velocity of a mixture, by 100 Runge-Kutta steps over the interval."""
+
+    def average(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        start, h = column(r, x), column(t - r, x) / 100
+        y = x
+        for k in range(100):
+            s = start + k * h
+            one = mixture.velocity(PATH, y, s)
+            two = mixture.velocity(PATH, y + h / 2 * one, s + h / 2)
+            three = mixture.velocity(PATH, y + h / 2 * two, s + h / 2)
+            four = mixture.velocity(PATH, y + h * three, s + h)
+            y = y + h / 6 * (one + 2 * two + 2 * three + four)
+        return (y - x) / (100 * h)
+
+    return average
+
+
+def intervals(rows: int) -> tuple[Tensor, Tensor]:
+    first, second = torch.rand(2, rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.minimum(first, second), torch.maximum(first, second)
+
+
+@pytest.mark.parametrize("target", ["gaussian", "mixture"])
+def test_the_exact_average_velocity_satisfies_the_identity(target: str, gaussian, mixture, draw) -> None:
+    """u = v + (t - r) du/dr, to 1e-6."""
+    exact = gaussian if target == "gaussian" else mixture
+    average = GaussianAverage() if target == "gaussian" else mixture_average(mixture)
+    r, t = intervals(24)
+    x = 2.0 * draw(24, 3)
+    velocity = exact.velocity(PATH, x, r[:, None])
+    du = total_derivative(average, x, r, t, velocity)
+    right = velocity + (t - r)[:, None] * du
+    torch.testing.assert_close(average(x, r, t).detach(), right, rtol=1e-6, atol=1e-6)
+    # Told apart from what is nearly right: the sign of the second term, and a derivative with x left where it is.
+    assert (average(x, r, t) - (velocity - (t - r)[:, None] * du)).abs().max() > 0.1
+    still = total_derivative(average, x, r, t, torch.zeros_like(x))
+    assert (average(x, r, t) - (velocity + (t - r)[:, None] * still)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_steps_of_the_exact_average_velocity_are_exact(steps: int, mixture, draw) -> None:
+    """However few: the quantiles of the mixture, one evaluation a step."""
+    x0 = draw(16, 2)
+    counted = Counted(chords(mixture_average(mixture), time_grid(steps)))
+    x1 = integrate(counted, x0, time_grid(steps), "euler")
+    cdf = sum(
+        w * scipy.stats.norm.cdf(x1.numpy(), m, s)
+        for w, m, s in zip(mixture.weights, mixture.means, mixture.stds, strict=True)
+    )
+    np.testing.assert_allclose(cdf, scipy.stats.norm.cdf(x0.numpy()), atol=1e-6)
+    assert counted.evaluations == steps
+
+
+def test_times_of_a_grid_are_met_in_any_precision() -> None:
+    grid = torch.tensor([0.0, 1 / 3, 2 / 3, 1.0], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        given = torch.tensor([0.0, 1 / 3, 0.5, 2 / 3, 1.0], dtype=dtype)
+        expected = torch.tensor([1 / 3, 2 / 3, 2 / 3, 1.0, 1.0], dtype=dtype)
+        assert torch.equal(next_time(grid, given), expected)
+        assert torch.equal(next_time(grid, given[1]), expected[1])
+    with pytest.raises(ValueError, match="strictly increase"):
+        chords(GaussianAverage(), grid.flip(0))
+
+
+#: objectives whose target at the exact average velocity is that itself
+EXACT = [MeanFlow(), MeanFlow(improved=1), AlphaFlow(), Consistency(), Shortcut()]
+
+
+def exact_sample(gaussian, x: Tensor, r: Tensor):
+    """A sample at (x, r) whose velocity is that of the flow itself, not of one pair."""
+    sample = PATH.sample(x, x, r)
+    return sample._replace(xt=x, velocity=gaussian.velocity(PATH, x, r[:, None]))
+
+
+@pytest.mark.parametrize("objective", EXACT, ids=repr)
+def test_the_exact_solution_has_no_loss_and_no_gradient(objective, gaussian, draw) -> None:
+    r, t = intervals(24)
+    if isinstance(objective, Consistency):
+        t = torch.ones_like(r)
+    sample = exact_sample(gaussian, draw(24, 3), r)
+
+    def loss_and_gradient(network: GaussianAverage) -> tuple[float, float]:
+        target = objective.target(network, sample.xt, r, t, sample.velocity)
+        loss = average_velocity_loss(network(sample.xt, r, t), target).mean()
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        return float(loss), max(float(one.abs()) for one in gradients)
+
+    assert max(loss_and_gradient(GaussianAverage())) < 1e-12
+    wrong = loss_and_gradient(GaussianAverage(mean=MEAN - 0.1))
+    if objective.follows_velocity:
+        assert min(wrong) > 1e-3
+    else:  # any flow agrees with itself: what tells flows apart are the samples without a length
+        assert max(wrong) < 1e-12
+
+
+def test_over_the_pairs_through_a_point_the_target_is_exact_on_average(draw) -> None:
+    """The sample's velocity is random given x, and enters twice: linearly, so that the mean is the exact target."""
+    network = GaussianAverage()
+    r, t = torch.tensor(0.35, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+    nodes, weights = (torch.tensor(one) for one in np.polynomial.hermite_e.hermegauss(20))
+    weights = weights / weights.sum()
+    for x in draw(4, 1):
+        gain = r * STD**2 / network.variance(r)
+        data = MEAN + gain * (x - r * MEAN) + (STD**2 - gain * r * STD**2).sqrt() * nodes  # x1 given x_r = x
+        velocities = ((data - x) / (1 - r))[:, None].detach()
+        points = x.expand(20, 1)
+        du = total_derivative(network, points, r.expand(20), t.expand(20), velocities)
+        mean = (weights[:, None] * (velocities + (t - r) * du)).sum(0)
+        torch.testing.assert_close(mean, network(x[None], r, t)[0].detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_the_gradient_is_that_of_the_loss_with_its_target_stopped(power: float, gaussian, draw) -> None:
+    network = GaussianAverage(1.1, 0.7)
+    r, t = intervals(12)
+    sample = PATH.sample(draw(12, 2), MEAN + STD * draw(12, 2), r)
+    target = MeanFlow().target(network, sample.xt, r, t, sample.velocity)
+
+    def error() -> Tensor:
+        return (network(sample.xt, r, t) - target).square().mean(1)
+
+    weight = (error().detach() + 1e-3) ** -power
+    loss = average_velocity_loss(network(sample.xt, r, t), target, power).mean()
+    loss.backward()
+    for parameter in network.parameters():
+        values = []
+        for change in (1e-6, -1e-6):
+            with torch.no_grad():
+                parameter += change
+                values.append((weight * error()).mean())
+                parameter -= change
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, (values[0] - values[1]) / 2e-6, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name, one in OBJECTIVES.items() if one.average])
+def test_without_length_it_is_flow_matching(name: str, draw) -> None:
+    sample = PATH.sample(draw(5, 2, 3, 3), draw(5, 2, 3, 3), torch.rand(5, dtype=torch.float64))
+    output = draw(5, 2, 3, 3)
+    plain = flow_matching_loss(output, sample)
+    same = OBJECTIVES[name](output, sample, target=sample.velocity)
+    torch.testing.assert_close(same, plain, rtol=0, atol=0)
+    weighted = average_velocity_loss(output, sample.velocity, power=1.0)
+    torch.testing.assert_close(weighted, plain / (plain + 1e-3))
+    torch.testing.assert_close(adaptive(plain, 0.5), plain / (plain + 1e-3).sqrt())
+
+
+def test_guidance_is_learned_where_it_settles(draw) -> None:
+    """At the network's own fixed point the target is u + guidance (v - u), whatever the mixing."""
+    conditional_truth, unconditional = draw(3, 4), draw(3, 4)
+    guided = unconditional + 3.0 * (conditional_truth - unconditional)
+    for mixing in (0.0, 0.5, 0.9):
+        settings = MeanFlow(guidance=3.0, mixing=mixing)
+        target = folded_velocity(conditional_truth, guided, unconditional, settings.guidance, settings.mixing)
+        torch.testing.assert_close(target, guided)
+    plain = MeanFlow()
+    assert not plain.guided
+    assert torch.equal(folded_velocity(guided, guided, unconditional, 1.0), guided)
+
+
+def draws(rows: int) -> Draws:
+    return Draws(
+        torch.sqrt, *torch.rand(3, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, one in OBJECTIVES.items() if one.average])
+def test_intervals_are_in_order_and_a_share_has_a_length(name: str) -> None:
+    given = draws(4000)
+    start, end = OBJECTIVES[name].settings(share=0.25).interval(given)
+    assert bool((start <= end).all()) and bool((start >= 0).all()) and bool((end <= 1).all())
+    assert float((end > start).double().mean()) == pytest.approx(0.25, abs=0.03)
+    short = start[end == start]  # the velocity is learned at times of the density, or at the earlier of two
+    assert set(short.tolist()) <= {*given.first.sqrt().tolist(), *given.second.sqrt().tolist()}
+
+
+def test_intervals_of_each_objective() -> None:
+    given = draws(4000)
+    one, other = given.first.sqrt(), given.second.sqrt()
+    start, end = MeanFlow(share=0.25).interval(given)
+    assert torch.equal(start, torch.minimum(one, other))
+    assert torch.equal(end[given.coin < 0.25], torch.maximum(one, other)[given.coin < 0.25])
+    start, end = Consistency(share=1.0).interval(given)
+    assert torch.equal(start, one) and bool((end == 1).all())
+    start, end = Shortcut(share=1.0, finest=8).interval(given)
+    length = end - start
+    for level in (1, 2, 4, 8):  # each length as often, from each of its multiples as often
+        rows = length == 1 / level
+        assert float(rows.double().mean()) == pytest.approx(0.25, abs=0.03)
+        assert torch.equal((start[rows] * level).round(), start[rows] * level)
+        assert torch.bincount((start[rows] * level).long()).min() > 0.7 * rows.sum() / level
+
+
+def test_alpha_flow_goes_from_the_velocity_to_the_derivative(gaussian, draw) -> None:
+    network = GaussianAverage(1.1, 0.7)
+    r, t = intervals(12)
+    x, velocity = draw(12, 2), draw(12, 2)
+    objective = AlphaFlow()
+
+    def at(progress: float) -> Tensor:
+        return objective.target(network, x, r, t, velocity, torch.full((12,), progress)).detach()
+
+    assert torch.equal(at(0.0), velocity)
+    exact = MeanFlow().target(network, x, r, t, velocity).detach()
+    assert torch.equal(at(1.0), exact)
+    errors = [float((at(progress) - exact).square().mean()) for progress in (0.0, 0.5, 0.65, 0.7)]
+    assert errors == sorted(errors, reverse=True)
+    # Of first order in alpha: a finite difference along the step.
+    alphas = objective.alpha(torch.tensor([0.65, 0.7]))
+    assert errors[3] / errors[2] == pytest.approx(float(alphas[1] / alphas[0]) ** 2, rel=0.1)
+    # Rows of one batch may stand on both sides of the change.
+    mixed = objective.target(network, x, r, t, velocity, torch.tensor([0.5] * 6 + [1.0] * 6)).detach()
+    assert torch.equal(mixed, torch.cat([at(0.5)[:6], at(1.0)[6:]]))
+    # The paper's own form of it has the same gradient.
+    alpha = float(objective.alpha(torch.tensor(0.5)))
+    step = alpha * (t - r)
+    reached = x + step[:, None] * velocity
+    theirs = alpha * velocity + (1 - alpha) * network(reached, r + step, t).detach()
+    u = network(x, r, t)
+    ours = torch.autograd.grad((u - at(0.5)).square().mean(), list(network.parameters()), retain_graph=True)
+    paper = torch.autograd.grad((u - theirs).square().mean() / alpha, list(network.parameters()))
+    torch.testing.assert_close(ours, paper, rtol=1e-5, atol=1e-8)
+
+
+def test_a_shortcut_is_two_steps(mixture, draw) -> None:
+    average = mixture_average(mixture)
+    r = torch.tensor([0.0, 0.25, 0.5, 0.0], dtype=torch.float64)
+    t = r + torch.tensor([1.0, 0.5, 0.5, 0.25], dtype=torch.float64)
+    x = draw(4, 2)
+    target = Shortcut(finest=128).target(average, x, r, t, x)
+    torch.testing.assert_close(target, average(x, r, t), rtol=1e-6, atol=1e-6)
+    # The halves of the shortest steps are steps of the velocity.
+    asked: list[Tensor] = []
+
+    def spy(y: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        asked.append(end - start)
+        return y
+
+    Shortcut(finest=4).target(spy, x, r, t, x)
+    assert [one[3].item() for one in asked] == [0.0, 0.0]
+    assert [one[0].item() for one in asked] == [0.5, 0.5]
+
+
+def test_consistency_steps_lead_to_the_data_and_back(draw) -> None:
+    """Exact averages: each step's result has the data's distribution, whatever noise is added again."""
+    average, ends = GaussianAverage(), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    x0 = draw(200_000, 1)
+    for steps in (1, 3):
+        counted = Counted(chords(average, ends))
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            x1 = integrate(counted, x0, time_grid(steps), CONSISTENCY_STEPS, generator=generator)
+        assert counted.evaluations == steps
+        assert x1.mean().item() == pytest.approx(MEAN, abs=0.01)
+        assert x1.std().item() == pytest.approx(STD, abs=0.01)
+        correlation = torch.corrcoef(torch.stack([x0[:, 0], x1[:, 0]]))[0, 1].item()
+        assert (correlation > 0.999) == (steps == 1)
+
+
+def test_the_tangent_of_consistency_is_normalised_and_warmed_up(draw) -> None:
+    network, objective = GaussianAverage(1.1, 0.7), Consistency(warmup=0.5)
+    r = torch.rand(12, dtype=torch.float64)
+    x, velocity, t = draw(12, 3), draw(12, 3), torch.ones(12, dtype=torch.float64)
+    cold = objective.target(network, x, r, t, velocity, torch.zeros(12))
+    assert torch.equal(cold, velocity)
+    half = objective.target(network, x, r, t, velocity, torch.full((12,), 0.25))
+    full = objective.target(network, x, r, t, velocity)
+    torch.testing.assert_close(half, (velocity + full) / 2)
+    output = network(x, r, t).detach().requires_grad_()
+    average_velocity_loss(output, full, objective.power, objective.floor).sum().backward()
+    assert output.grad is not None
+    tangent = (full - output).detach()
+    size = (tangent.square().mean(1, keepdim=True) + 0.1**2).sqrt()
+    torch.testing.assert_close(output.grad, -2 / 3 * tangent / size)
+
+
+@pytest.mark.parametrize(
+    ("objective", "setting", "value"),
+    [
+        *(
+            (one, setting, value)
+            for one in (MeanFlow, AlphaFlow, Shortcut, Consistency)
+            for setting, value in (
+                ("share", 0.0), ("share", 1.5), ("power", -1.0), ("guidance", 0.0), ("mixing", 1.0),
+            )
+        ),
+        (MeanFlow, "improved", 2),
+        (AlphaFlow, "begin", 1.0),
+        (AlphaFlow, "end", 1.5),
+        (AlphaFlow, "least", 1.0),
+        (Shortcut, "finest", 6),
+        (Consistency, "warmup", 2.0),
+    ],
+)  # fmt: skip
+def test_settings_out_of_bounds_are_refused(objective, setting: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{objective.name}'s {setting} is {value}"):
+        objective(**{setting: value})
+
+
+def test_what_is_no_output_is_refused(draw) -> None:
+    with pytest.raises(ValueError, match=r"returned shape \(2, 4\)"):
+        average_velocity_loss(draw(2, 4), draw(2, 3))

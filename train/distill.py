@@ -1,0 +1,82 @@
+"""Make a few-step student of a checkpoint: `latentflow distill CHECKPOINT DATA -o runs/fast`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from latentflow.cli import given, parse, run, write_config
+from latentflow.data.config import DataConfig, FramingConfig
+from latentflow.errors import UserError, lookup
+from latentflow.training import LoopConfig, resume_line
+from latentflow.training.adapters import AdapterConfig
+from latentflow.training.distillation import METHODS, Distillation, DistillationConfig
+from latentflow.training.flow import FlowConfig
+from latentflow.training.run import RunConfig, train
+from latentflow.training.run_lock import run_lock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Make a student of a checkpoint that draws in one to four evaluations; the same line again resumes.
+
+    DATA are pictures such as the checkpoint was trained on: the student learns on the way from noise to them.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """The teacher: a pipeline folder, such as runs/cats/pipeline."""
+    data: DataConfig
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """Run folder; the student is its subfolder `pipeline`, with --lora-rank also `adapter`."""
+    method: str = "mean-flow"
+    """mean-flow, alpha-flow, shortcut, consistency, reflow or one-step (docs/few-step.md)."""
+    method_options: dict[str, float] = field(default_factory=dict)
+    """Its settings, such as `share 0.5`."""
+    condition_dropout: float = 0.1
+    """Share of the samples that are learned without their condition."""
+    mask_shapes: dict[str, float] = field(default_factory=dict)
+    """Shares of the masks, of a checkpoint that inpaints; see `latentflow train --help`."""
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
+    dry_run: bool = False
+    """Print the plan, the sizes and an estimate of memory and time, and stop."""
+    distillation: DistillationConfig = DistillationConfig()
+    framing: FramingConfig = FramingConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    loop: LoopConfig = LoopConfig()
+
+    def run(self) -> RunConfig:
+        """The run that it comes to: a fine-tune of the teacher by another objective."""
+        shared = ("data", "output", "export_dtype", "dry_run", "framing", "adapter", "loop")
+        if "guidance" in self.method_options:
+            raise UserError("guidance among --method-options", "It is the teacher's: use --guidance.")
+        method = lookup(METHODS, self.method, "method")
+        return RunConfig(
+            init_from=self.checkpoint,
+            flow=FlowConfig(
+                objective=method.objective,
+                objective_options=self.method_options,
+                condition_dropout=0.0 if method.pairs else self.condition_dropout,
+                mask_shapes={"full": 1.0}
+                if method.pairs
+                else self.mask_shapes,  # pairs are of whole pictures
+            ),
+            **{name: getattr(self, name) for name in shared},
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a student."""
+    config = parse(Config, argv, prog="latentflow distill")
+    settings = config.run()
+    student = Distillation(config.checkpoint, config.distillation, config.method)
+    with nullcontext() if config.dry_run else run_lock(config.output):
+        train(settings, resume_line("distill", argv), given(Config, argv), write_config, student)
+
+
+if __name__ == "__main__":
+    run(main)
