@@ -30,10 +30,12 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .models import with_words
+from .pipeline_few_steps import FewSteps
 
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
 METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata
 WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
+INTERVALS = "added.intervals."  # and a parameter's name: of the embedder of an interval's length, which the base lacks
 # The side of a tensor that must be as long as its layer's weight.
 _SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
 _SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
@@ -52,12 +54,14 @@ class AdapterFacts:
         base: type of numbers -> hash of the base's network in it, see `base_hashes`.
         base_name: what the base was called.
         words, classes: what the base does not know, in the order of the rows.
+        few_steps: how the network is followed with the adapter, as `FewSteps.plain` has it; empty: as without.
     """
 
     base: dict[str, str] = field(default_factory=dict)
     base_name: str = ""
     words: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
+    few_steps: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
         """As an entry of a safetensors file's metadata."""
@@ -105,8 +109,12 @@ class _Added:
         tokenizer, classes, num_classes: of the pipeline as it was before.
         words, labels: adapter -> word or class that the base does not know -> (D,).
         fused_words, fused_labels: word or class -> (D,), of adapters that were unloaded while fused.
+        fused_intervals: the parameters of the length's embedder of one that was.
+        followed: how the network is followed without adapters.
+        few: adapter -> how it is followed with it, and the parameters of the length's embedder, if it has one.
         weights: adapter -> part of the pipeline -> weight.
         scale: part of the pipeline -> scale of what is fused into it.
+        own_intervals: the network takes the end of an interval without adapters.
         disabled: no adapter is in effect for now.
     """
 
@@ -114,12 +122,16 @@ class _Added:
     tokenizer: Any
     classes: dict[str, int]
     num_classes: int
+    followed: FewSteps
+    few: dict[str, tuple[FewSteps, dict[str, Tensor]]] = field(default_factory=dict)
     words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fused_words: dict[str, Tensor] = field(default_factory=dict)
     fused_labels: dict[str, Tensor] = field(default_factory=dict)
+    fused_intervals: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
+    own_intervals: bool = False
     disabled: bool = False
 
 
@@ -131,6 +143,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     transformer: Any
     text_encoder: Any
     tokenizer: Any
+    few_steps: FewSteps
 
     def load_lora_weights(
         self,
@@ -162,6 +175,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         self._check_base(shown, facts, any_base)
         words = _take_rows(state, WORDS, facts.words, shown)
         labels = _take_rows(state, CLASSES, facts.classes, shown)
+        followed, intervals = self._take_few_steps(state, shown, facts)
         name = adapter_name or get_adapter_name(self.transformer)
         replaced = getattr(self.text_encoder, "peft_config", {})
         if hotswap and (name in replaced or any(key.startswith("text_encoder.") for key in state)):
@@ -184,6 +198,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         known = {} if loaded.tokenizer is None else loaded.tokenizer.get_vocab()
         loaded.words[name] = {word: row for word, row in words.items() if word not in known}
         loaded.labels[name] = {label: row for label, row in labels.items() if label not in loaded.classes}
+        if followed:
+            loaded.few[name] = followed, intervals
         self._renew()
 
     @classmethod
@@ -197,7 +213,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         """
         with_metadata = kwargs.pop("return_lora_metadata", False)
         state, metadata, _ = _read(pretrained_model_name_or_path_or_dict, "the adapter", kwargs)
-        state = {key: value for key, value in state.items() if key not in (WORDS, CLASSES)}
+        state = {key: value for key, value in state.items() if not key.startswith("added.")}
         return (state, metadata) if with_metadata else state
 
     @classmethod
@@ -268,7 +284,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         super().delete_adapters(adapter_names)
         loaded = self._added()
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for rows in (loaded.words, loaded.labels, loaded.weights):
+            for rows in (loaded.words, loaded.labels, loaded.weights, loaded.few):
                 rows.pop(name, None)
         if any(self.get_list_adapters().values()):
             self._renew()
@@ -317,8 +333,11 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         )
         loaded.fused_words = _summed(loaded.fused_words, words, self._weights("text_encoder"))
         loaded.fused_labels = _summed(loaded.fused_labels, labels, self._weights("transformer"))
+        for name in {*loaded.few} & fused:
+            loaded.followed = loaded.few[name][0]
+            loaded.fused_intervals = loaded.few[name][1]
         super().unload_lora_weights()
-        for one in (loaded.words, loaded.labels, loaded.weights, loaded.scale):
+        for one in (loaded.words, loaded.labels, loaded.weights, loaded.scale, loaded.few):
             one.clear()
         loaded.disabled = False
         self._renew()
@@ -336,6 +355,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         if getattr(self.transformer, "y_embedder", None) is not None:
             layers[CLASSES] = self.transformer.y_embedder.embedding_table
         for key, value in state.items():
+            if key.startswith(INTERVALS):
+                continue  # see `_take_few_steps`
             if "text_encoder" not in parts and key.startswith(("text_encoder.", WORDS)):
                 continue  # loaded without, to be given embeddings
             layer = key.rpartition(".lora")[0] or key
@@ -359,6 +380,26 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             "Load it onto that one. To try it on this one all the same: any_base=True, on the command line "
             "--lora-any-base.",
         )
+
+    def _take_few_steps(
+        self, state: MutableMapping[str, Tensor], shown: str, facts: AdapterFacts
+    ) -> tuple[FewSteps, dict[str, Tensor]]:
+        """How the network is followed with the adapter; takes what it knows of intervals out of ``state``."""
+        names = [key for key in state if key.startswith(INTERVALS)]
+        intervals = {key.removeprefix(INTERVALS): state.pop(key) for key in names}
+        try:
+            followed = FewSteps.of(facts.few_steps)
+        except (TypeError, UserError) as error:
+            raise UserError(f"{shown} does not say how it is followed: {error}", "Train it again.") from error
+        if intervals:
+            make = getattr(self.transformer, "new_length_embedder", None)
+            own = {} if make is None else {name: one.shape for name, one in make().state_dict().items()}
+            if own != {name: one.shape for name, one in intervals.items()}:
+                raise UserError(
+                    f"{shown} is for another architecture: what it knows of intervals does not fit this network",
+                    f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from.",
+                )
+        return followed, intervals
 
     def _load_into_text_encoder(
         self, state: Mapping[str, Tensor], name: str, metadata: dict[str, Any] | None, low_memory: bool
@@ -398,6 +439,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
                 tokenizer=self.tokenizer,
                 classes=self.labels,
                 num_classes=self.transformer.config.get("num_classes") or 0,
+                followed=self.few_steps,
+                own_intervals=bool(self.transformer.config.get("interval_conditioning")),
             )
             self.transformer._adapters_added = loaded
         return loaded
@@ -426,6 +469,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         sums = _summed(loaded.fused_labels, loaded.labels, self._weights("transformer"))
         if sums or self.labels != loaded.classes:
             self._set_classes(loaded, sums)
+        self._set_few_steps(loaded)
 
     def _set_words(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
         known = len(loaded.tokenizer)
@@ -438,6 +482,25 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         if sums:
             ids = [self.tokenizer.get_vocab()[word] for word in sums]
             table[ids] = _around_mean(table[:known], sums)
+
+    def _set_few_steps(self, loaded: _Added) -> None:
+        """Follow the network as the last active adapter says that says something, else as without adapters."""
+        followed, intervals = loaded.followed, loaded.fused_intervals
+        for name in self._weights("transformer"):
+            followed, intervals = loaded.few.get(name, (followed, intervals))
+        if followed == self.few_steps:
+            return
+        self.few_steps = followed
+        self.register_to_config(
+            **{"average": False, "folded_guidance": 1.0, "step_counts": None, **followed.plain()}
+        )
+        if not loaded.own_intervals:
+            self.transformer.register_to_config(interval_conditioning=bool(intervals))
+            embedder = self.transformer.new_length_embedder() if intervals else None
+            if embedder is not None:
+                embedder.load_state_dict(intervals)
+                embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
+            self.transformer.length_embedder = embedder
 
     def _set_classes(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
         embed = self.transformer.y_embedder
@@ -526,7 +589,7 @@ def _read(
             "Give a folder with pytorch_lora_weights.safetensors, that file, or a hub id.",
         ) from error
     state = dict(state)
-    if not state or not all("lora" in key or key in (WORDS, CLASSES) for key in state):
+    if not state or not all("lora" in key or key.startswith((WORDS, CLASSES, INTERVALS)) for key in state):
         raise UserError(
             f"{shown} is no adapter: it holds other weights", "A run's adapter is in RUN/adapter."
         )

@@ -45,6 +45,7 @@ from .pipeline_call import (
     repeated_to,
     wanted_tensors,
 )
+from .pipeline_few_steps import FewSteps
 from .pipeline_loading import CheckpointPipeline
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,14 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         super().__init__()
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
         self.register_modules(vae=vae, transformer=transformer, **components)
+        few = FewSteps.of(
+            {
+                "average": average,
+                "consistency": consistency,
+                "folded_guidance": folded_guidance,
+                "step_counts": step_counts,
+            }
+        )
         # Keys as JSON has them, so that the config is the same before and after saving.
         names = None if id2label is None else {str(key): name for key, name in id2label.items()}
         self.register_to_config(
@@ -129,11 +138,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
             path_options=dict(path_options or {}),
             prediction=prediction,
             coupling=coupling,
-            # Other checkpoints stay as they are, to the byte.
-            **({"average": True} if average else {}),
-            **({"folded_guidance": folded_guidance} if average or folded_guidance != 1.0 else {}),
-            **({"consistency": True} if consistency else {}),
-            **({"step_counts": list(step_counts)} if step_counts else {}),
+            **few.plain(),
         )
         if prediction not in PREDICTIONS:
             raise unknown("prediction", prediction, PREDICTIONS)
@@ -146,16 +151,8 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
                 f"average velocities with prediction {prediction} on path {path}",
                 "They are of velocities on the straight path: prediction velocity, path condot.",
             )
-        if consistency and not average:
-            raise UserError("consistency without average", "A consistency model predicts average velocities.")
-        if any(not isinstance(one, int) or one < 1 for one in step_counts or ()):
-            raise UserError(f"step_counts {step_counts}", "Give numbers of steps, such as [1, 2, 4].")
-        #: whether the network predicts average velocities
-        self.average = average
-        self._consistency = consistency
-        #: the numbers of steps that it was made for, if it is one for few
-        self.step_counts: tuple[int, ...] = tuple(step_counts or ())
-        self._folded_guidance = folded_guidance
+        #: how the network is followed; an adapter may say otherwise
+        self.few_steps = few
         self._grid: Tensor | None = None  # of the running call, where average velocities are followed
         #: class name -> id
         self.labels: dict[str, int] = {name: int(key) for key, name in (names or {}).items()}
@@ -193,12 +190,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         """Steps of a call that names neither their number nor a solver."""
         if not self.few_steps or self.scheduler is not None:
             return USUAL_STEPS
-        return self.step_counts[-1] if self.step_counts else FEW_STEPS
-
-    @property
-    def few_steps(self) -> bool:
-        """Whether the network is made to be followed in a few steps of one evaluation."""
-        return self.average or bool(self.step_counts)
+        return self.few_steps.step_counts[-1] if self.few_steps.step_counts else FEW_STEPS
 
     @property
     def usual_guidance(self) -> float:
@@ -371,8 +363,8 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         )
         self._check_output_type(output_type)
         self._guidance_scale = self._guidance_of(guidance_scale)
-        if guidance_scale not in (None, self._guidance_scale, self._folded_guidance):
-            told = (guidance_scale, self._folded_guidance)
+        if guidance_scale not in (None, self._guidance_scale, self.few_steps.folded_guidance):
+            told = (guidance_scale, self.few_steps.folded_guidance)
             log.warning("guidance_scale %g is left out: the checkpoint has learned guidance %g along", *told)
         self._guidance_interval = guidance_interval
         self._interrupt = False
@@ -404,7 +396,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
 
     def _guidance_of(self, scale: float | None) -> float:
         """The guidance of a call, which a checkpoint that has learned its guidance along does without."""
-        if self._folded_guidance != 1.0:
+        if self.few_steps.folded_guidance != 1.0:
             return 1.0
         return USUAL_GUIDANCE if scale is None else scale
 
@@ -641,11 +633,11 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         def start(t: float) -> Tensor:
             return x0 if x1 is None else t * x1 + (1.0 - t) * x0
 
-        leaps = self.few_steps and self.scheduler is None and solver is None and sampler is None
+        leaps = bool(self.few_steps) and self.scheduler is None and solver is None and sampler is None
         if steps is None:
             steps = self.usual_steps if leaps else USUAL_STEPS
-        if leaps and self.step_counts and steps not in self.step_counts:
-            made = " or ".join(map(str, self.step_counts))
+        if leaps and self.few_steps.step_counts and steps not in self.few_steps.step_counts:
+            made = " or ".join(map(str, self.few_steps.step_counts))
             log.warning("%d steps of a checkpoint that was made for %s", steps, made)
         try:
             if self.scheduler is not None and solver is None and sampler is None:
@@ -656,9 +648,9 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
             times = last_part(times, strength)
             x = start(float(times[0]))
             if leaps:
-                sampler, solver = integrate, CONSISTENCY_STEPS if self._consistency else "euler"
-                if self.average:
-                    self._grid = times[[0, -1]] if self._consistency else times
+                sampler, solver = integrate, CONSISTENCY_STEPS if self.few_steps.consistency else "euler"
+                if self.few_steps.average:
+                    self._grid = times[[0, -1]] if self.few_steps.consistency else times
             elif sampler is None:
                 # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
                 usual = "exponential-adams" if self._prediction == "data" else "heun"

@@ -119,8 +119,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         self.y_embedder = LabelEmbed(num_classes, width) if num_classes is not None else None
         self.text_embedder = TextEmbed(text_dim, width) if text_dim is not None else None
         self.size_embedder = SizeEmbed(width) if size_conditioning else None
-        # MeanFlow's ablation (arXiv:2505.13447, table 1c) found t and the length best, better than start and end.
-        self.length_embedder = TimeEmbed(width, 1.0, zero=True) if interval_conditioning else None
+        self.length_embedder = self.new_length_embedder() if interval_conditioning else None
         self.register_tokens = nn.Parameter(torch.randn(registers, width) * 0.02) if registers else None
         self.blocks = nn.ModuleList(
             DiTBlock(width, heads, mlp_ratio, norm_function, activation, qk_norm, text_dim is not None)
@@ -137,6 +136,13 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), width), requires_grad=False)
             with torch.no_grad():
                 self.pos_embed.copy_(sincos_table(self.grid[0], self.grid[1], width, torch.device("cpu")))
+
+    def new_length_embedder(self) -> TimeEmbed:
+        """What ``interval_conditioning`` brings; it says nothing at first.
+
+        MeanFlow's ablation (arXiv:2505.13447, table 1c) found t and the length best, better than start and end.
+        """
+        return TimeEmbed(self.t_embedder.mlp[2].out_features, 1.0, zero=True)
 
     def forward(
         self,

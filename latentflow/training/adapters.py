@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..pipeline_adapters import CLASSES, WORDS, AdapterFacts, base_hashes
+from ..pipeline_adapters import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
 from .export import carry_over
 from .start import Networks
 
@@ -78,7 +78,12 @@ class Adapter:
     """
 
     def __init__(
-        self, networks: Networks, config: AdapterConfig, checkpoint: str, classes: Sequence[str] = ()
+        self,
+        networks: Networks,
+        config: AdapterConfig,
+        checkpoint: str,
+        classes: Sequence[str] = (),
+        few_steps: dict[str, Any] | None = None,
     ) -> None:
         """Put an adapter into ``networks``, in place; at first it changes nothing.
 
@@ -86,6 +91,7 @@ class Adapter:
             networks: the checkpoint's, fitted to the data.
             checkpoint: the pipeline folder or hub id that they came from.
             classes: what the network's classes are called, by their numbers.
+            few_steps: how the network is followed with the adapter, as `FewSteps.plain` has it.
 
         Raises:
             UserError: the networks have inputs that the checkpoint has not, which no adapter can hold; a rank is above
@@ -113,7 +119,12 @@ class Adapter:
             base_name="/".join(Path(checkpoint).parts[-2:]),
             words=[*words],
             classes=[*names],
+            few_steps=few_steps or {},
         )
+        # An input that the base lacks: the adapter brings all of it.
+        self._intervals: nn.Module | None = None
+        if not base.transformer.config.get("interval_conditioning"):
+            self._intervals = getattr(network, "length_embedder", None)
         self._whole = _count(network) + (_count(encoder) if networks.trained_text else 0)
         self._layers = _inject(network, config)
         if encoder is not None:
@@ -124,6 +135,8 @@ class Adapter:
             _learn_rows(encoder, encoder.get_input_embeddings(), [*words.values()])
         if names:
             _learn_rows(network, network.y_embedder.embedding_table, [*names.values()])
+        if self._intervals is not None:
+            self._intervals.requires_grad_(True)
         learns = bool(words) or config.lora_text_encoder
         self.networks = dataclasses.replace(networks, trained_text=learns)
 
@@ -174,6 +187,8 @@ class Adapter:
                 for name, value in module.peft_config[_NAME].to_dict().items()
             }
         tensors |= self._added_rows()
+        if self._intervals is not None:
+            tensors |= {f"{INTERVALS}{name}": one for name, one in self._intervals.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
@@ -211,7 +226,9 @@ def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> 
         {
             name: tuple(one.shape)
             for name, one in module.named_parameters()
-            if "embedding_table" not in name and name != "pos_embed"
+            if "embedding_table" not in name
+            and name != "pos_embed"
+            and not name.startswith("length_embedder")
         }
         for module in (base, network)
     ]
@@ -228,6 +245,7 @@ def _inject(module: nn.Module, config: AdapterConfig) -> int:
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = chosen_layers(module, config.lora_layers)
+    layers = {name: one for name, one in layers.items() if not name.startswith("length_embedder")}
     smallest = min(layers, key=lambda name: min(layers[name].weight.shape))
     most = min(layers[smallest].weight.shape)
     if config.lora_rank > most:

@@ -183,20 +183,17 @@ def refuse_unfit(
     config: FlowConfig,
     loop: LoopConfig,
     *,
-    adapted: str | None = None,
     routed: bool = False,
     bare: bool = False,
 ) -> None:
     """Refuse what an objective of average velocities cannot be trained with, before anything is computed.
 
     Args:
-        adapted: the checkpoint that a LoRA is trained for, if one is.
         routed: tokens skip blocks.
         bare: the network will have no condition.
 
     Raises:
-        UserError: a sharded or routed run, guidance without a condition, or a LoRA of a checkpoint that has not learned
-            average velocities.
+        UserError: a sharded or routed run, or guidance without a condition.
     """
     choices = config.choices()
     if not choices.objective.average:
@@ -209,11 +206,6 @@ def refuse_unfit(
         raise UserError(
             f"--shard with --objective {config.objective}: sharded weights are not differentiated forwards",
             "Leave it out; the derivative keeps no graph, so that memory is nearly that of flow matching.",
-        )
-    if adapted is not None and not LatentFlowPipeline.load_config(adapted).get("average"):
-        raise UserError(
-            f"--lora-rank with --objective {config.objective} on {adapted}, which predicts velocities",
-            "Leave out --lora-rank: the length of the interval is a new input, which a LoRA does not hold.",
         )
 
 

@@ -33,6 +33,7 @@ from ..errors import UserError
 from ..memory import memory_phase
 from ..models.config import NetworkConfig, TextConfig
 from ..pipeline import LatentFlowPipeline
+from ..pipeline_few_steps import FewSteps
 from .adapters import Adapter, AdapterConfig
 from .alignment import AlignmentConfig, make_alignment
 from .average_velocity import refuse_unfit, stage_class
@@ -191,7 +192,6 @@ def train(
     refuse_unfit(
         config.flow,
         loop,
-        adapted=config.init_from if config.adapter.lora_rank else None,
         routed=config.routing.route_share > 0,
         bare=not config.init_from and source.kind == "unconditional",
     )
@@ -245,7 +245,8 @@ def train(
         )
     adapter = None
     if config.init_from and config.adapter.lora_rank:
-        adapter = Adapter(networks, config.adapter, config.init_from, source.classes)
+        followed = FewSteps.of(few_steps(config.flow, distillation)).plain()
+        adapter = Adapter(networks, config.adapter, config.init_from, source.classes, followed)
         networks = adapter.networks
         for line in adapter.lines():
             log.info(line)

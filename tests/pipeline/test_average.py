@@ -97,7 +97,7 @@ def test_image_to_image_starts_where_it_is_told() -> None:
         guidance_scale=1.0,
         output_type="latent",
     ).images
-    assert pipe.average and pipe.transformer.ends == [0.5, 0.75, 1.0]
+    assert pipe.few_steps.average and pipe.transformer.ends == [0.5, 0.75, 1.0]
     start = 0.4 * pipe.encode_images(2.0 * picture - 1.0) + 0.6 * noise(1)
     expected = pipe.transformer.end_from(pipe.transformer.means[[1]], start, 0.4)
     torch.testing.assert_close(drawn, expected.detach(), rtol=1e-4, atol=1e-5)
@@ -160,7 +160,7 @@ def test_what_it_is_survives_saving(tmp_path: Path) -> None:
     LatentFlowPipeline(tiny_vae(), network, average=True, folded_guidance=2.5).save_pretrained(tmp_path)
     read = LatentFlowPipeline.from_pretrained(tmp_path)
     read.set_progress_bar_config(disable=True)
-    assert read.average and read.config.folded_guidance == 2.5
+    assert read.few_steps.average and read.config.folded_guidance == 2.5
     x0 = noise(1)
     drawn = read(latents=x0, num_inference_steps=1, output_type="latent").images
     with torch.no_grad():

@@ -45,7 +45,7 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     pipe = LatentFlowPipeline.from_pretrained(run / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     counts = (1,) if method == "one-step" else (1, 2, 4)
-    assert pipe.step_counts == counts and pipe.usual_steps == counts[-1]
+    assert pipe.few_steps.step_counts == counts and pipe.usual_steps == counts[-1]
     assert pipe.usual_guidance == 1.0 and pipe.config.folded_guidance == 3.0
     evaluations: list[float] = []
     pipe.transformer.register_forward_pre_hook(lambda module, given: evaluations.append(float(given[1][0])))
@@ -58,3 +58,41 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     assert len(evaluations) == 3
     assert warned == [f"3 steps of a checkpoint that was made for {' or '.join(map(str, counts))}"]
     assert ("straightness" in said) == METHODS[method].pairs
+
+
+def test_a_student_may_be_an_adapter(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    """It brings the input that the teacher lacks; the pipeline follows it while it is in effect, and not after."""
+    run = tmp_path / "run"
+    distill(tmp_path, teacher, pictures, "-o", run, *FEW, "--lora-rank", 2, "--guidance", 2)
+    whole = LatentFlowPipeline.from_pretrained(run / "pipeline")
+    pipe = LatentFlowPipeline.from_pretrained(teacher)
+    for one in (whole, pipe):
+        one.set_progress_bar_config(disable=True)
+    ask: dict[str, Any] = {"prompt": "a picture", "output_type": "latent"}
+
+    def drawn(one: Any, **more: Any) -> Tensor:
+        latents: Tensor = one(**ask, generator=torch.Generator().manual_seed(1), **more).images
+        return latents
+
+    before, config = drawn(pipe), dict(pipe.config)
+    pipe.load_lora_weights(run / "adapter")
+    assert pipe.few_steps == whole.few_steps and pipe.usual_steps == 4 and pipe.usual_guidance == 1.0
+    for steps in (1, 4):
+        expected = drawn(whole, num_inference_steps=steps)
+        torch.testing.assert_close(drawn(pipe, num_inference_steps=steps), expected, rtol=1e-4, atol=1e-5)
+    pipe.disable_lora()
+    assert not pipe.few_steps and torch.equal(drawn(pipe), before)
+    pipe.enable_lora()
+    assert pipe.few_steps == whole.few_steps
+    pipe.unload_lora_weights()
+    assert not pipe.few_steps and torch.equal(drawn(pipe), before)
+    assert {name: one for name, one in pipe.config.items() if name in config} == config
+    # Fused and saved it is the student.
+    pipe.load_lora_weights(run / "adapter")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "fused")
+    fused = LatentFlowPipeline.from_pretrained(tmp_path / "fused")
+    fused.set_progress_bar_config(disable=True)
+    assert fused.few_steps == whole.few_steps
+    torch.testing.assert_close(drawn(fused), drawn(whole), rtol=1e-4, atol=1e-5)
