@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .errors import UserError
@@ -47,6 +47,9 @@ class FewSteps:
 
     def plain(self) -> dict[str, Any]:
         """Plain values, without what is as usual: the config of an ordinary checkpoint stays as it is, to the byte."""
-        values = {**asdict(self), "step_counts": [*self.step_counts]}
-        kept = {name: one for name, one in values.items() if one not in (False, 1.0, [])}
-        return kept | ({"folded_guidance": self.folded_guidance} if self.average else {})
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        told = {one.name for one in fields(self) if values[one.name] != one.default}
+        if self.average:
+            told.add("folded_guidance")
+        values["step_counts"] = [*self.step_counts]
+        return {name: value for name, value in values.items() if name in told}

@@ -20,7 +20,6 @@ from ..flow import (
     folded_velocity,
 )
 from ..models import Condition
-from ..pipeline import LatentFlowPipeline
 from .config import LoopConfig
 from .flow import FlowConfig, FlowStage, Losses, Times
 from .order import SampleRandom
@@ -128,9 +127,15 @@ class AverageVelocityStage(FlowStage):
         return nullcontext() if average is None else average.applied()
 
     def _average_velocity(self, condition: Condition) -> AverageVelocity:
+        """The network; where an interval has no length the teacher, if there is one: its velocity is exact."""
+
         def average(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
             with uncached_autocast(x.device) if torch.is_autocast_enabled(x.device.type) else nullcontext():
-                return self._network(x, r, condition, end=t)
+                u = self._network(x, r, condition, end=t)
+            still = (t == r).nonzero().flatten()
+            if self._velocities is not None and not self._settings.differentiates and len(still):
+                u[still] = self._velocities(x[still], r[still], condition.rows(still)).to(u.dtype)
+            return u
 
         return average
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from latentflow import LatentFlowPipeline, pipeline_base
 from latentflow.errors import UserError
+from latentflow.flow import OBJECTIVES
 from latentflow.models import Condition
+from latentflow.training.average_velocity import AverageVelocityStage
 from latentflow.training.distillation import METHODS, Distillation, DistillationConfig
+from latentflow.training.flow import FlowConfig
 from latentflow.training.teacher import VelocityTeacher
 
-from ..conftest import load_program
+from ..models.tiny import build
 from .command import TINY, call
 
 FEW = ["--max-train-steps", 2, "--train-batch-size", 4, "--lr-warmup-steps", 2, "--validation", 0.2]
@@ -46,6 +51,8 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     pipe.set_progress_bar_config(disable=True)
     counts = (1,) if method == "one-step" else (1, 2, 4)
     assert pipe.few_steps.step_counts == counts and pipe.usual_steps == counts[-1]
+    averages = OBJECTIVES[METHODS[method].objective].average
+    assert pipe.few_steps.average == averages and pipe.few_steps.consistency == (method == "consistency")
     assert pipe.usual_guidance == 1.0 and pipe.config.folded_guidance == 3.0
     evaluations: list[float] = []
     pipe.transformer.register_forward_pre_hook(lambda module, given: evaluations.append(float(given[1][0])))
@@ -96,3 +103,134 @@ def test_a_student_may_be_an_adapter(teacher: Path, pictures: Path, tmp_path: Pa
     fused.set_progress_bar_config(disable=True)
     assert fused.few_steps == whole.few_steps
     torch.testing.assert_close(drawn(fused), drawn(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:
+    """On its own path or another, under a condition or none, at a time for each row."""
+    x, t = torch.randn(3, 4, 4, 4), torch.tensor([0.2, 0.5, 0.9])
+    condition = Condition(class_labels=torch.arange(3), drop=torch.tensor([False, False, True]))
+    for prediction, path in (("velocity", "condot"), ("noise", "variance-preserving")):
+        pipe = LatentFlowPipeline(
+            vae=None, transformer=build("dit", num_classes=3), prediction=prediction, path=path
+        )
+        under, null = (
+            torch.cat(
+                [pipe.velocity(one.rows(torch.tensor([row])), None)(x[[row]], t[row]) for row in range(3)]
+            )
+            for one in (condition, condition.unconditional())
+        )
+        expected = null + 3.0 * (under - null)
+        torch.testing.assert_close(
+            VelocityTeacher(pipe, 3.0)(x, t, condition), expected, rtol=1e-3, atol=1e-4
+        )
+        torch.testing.assert_close(expected[2], null[2])
+        torch.testing.assert_close(VelocityTeacher(pipe, 1.0)(x, t, condition), under, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if not one.pairs])
+def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> None:
+    """Where an interval has no length the target is the teacher's velocity."""
+    network = build("dit", num_classes=3, interval_conditioning=True)
+    pipe = LatentFlowPipeline(vae=None, transformer=copy.deepcopy(network))
+    config = FlowConfig(
+        objective=method, objective_options={"share": 1e-9, "power": 0.0}, condition_dropout=0.0
+    )
+    batch = {
+        "latents": torch.randn(5, 4, 4, 4),
+        "numbers": [*range(5)],
+        "class_labels": torch.tensor([0, 1, 2, 0, 1]),
+    }
+    own = AverageVelocityStage(network, config, 0, teacher=VelocityTeacher(pipe, 1.0))
+    torch.testing.assert_close(own(batch)["per_sample"], torch.zeros(5), rtol=0, atol=1e-9)
+    guided = AverageVelocityStage(network, config, 0, teacher=VelocityTeacher(pipe, 3.0))
+    assert float(guided(batch)["per_sample"].min()) > 1e-4
+
+
+def test_pairs_are_the_teachers_and_are_drawn_once(
+    teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, pairs = tmp_path / "run", tmp_path / "pairs"
+    flags = [*FEW, *PAIRS, "--pairs-folder", pairs, "--pairs-solver", "euler", "--method", "reflow"]
+    distill(tmp_path, teacher, pictures, "-o", run, *flags)
+    held = load_file(pairs / "000000.safetensors")
+    asked = json.loads((pairs / "drawn.json").read_text())["asked"]
+    assert len(asked) == 6 == len(held["noise"])
+    pipe = LatentFlowPipeline.from_pretrained(teacher)
+    pipe.set_progress_bar_config(disable=True)
+    again = pipe(
+        asked, latents=held["noise"], solver="euler", num_inference_steps=2, guidance_scale=4.0, output_type="latent"
+    ).images  # fmt: skip
+    torch.testing.assert_close(again, held["latents"], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr("latentflow.training.drawn._draw", None)
+    distill(tmp_path, teacher, pictures, "-o", tmp_path / "second", *flags)
+    said = distill(tmp_path, teacher, pictures, "-o", tmp_path / "third", *flags, "--guidance", 2, expect=2)
+    assert "drawn otherwise (guidance)" in said
+    said = distill(tmp_path, run / "pipeline", pictures, "-o", tmp_path / "fourth", *flags, expect=2)
+    assert "checkpoint" in said and "drawn otherwise" in said
+
+
+def test_a_student_resumes_bit_for_bit(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    line = [teacher, pictures, *FEW, "--method", "shortcut", "--method-options", "share", 0.7, "finest", 2]
+    line += ["--lr-scheduler", "constant", "--log-steps", 1]
+
+    def losses(run: str, *stops: int) -> list[float]:
+        for steps in stops:
+            distill(tmp_path, *line, "-o", tmp_path / run, "--max-train-steps", steps)
+        rows = [json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows if "loss" in row]
+
+    assert losses("resumed", 2, 4) == losses("straight", 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--method", "mean-flo"], "mean-flow"),
+        (["--guidance", "0"], "--guidance is 0"),
+        (["--step-counts", "4", "2"], "--step-counts 4 2"),
+        (["--step-counts", "0"], "--step-counts 0"),
+        (["--method-options", "guidance", "3"], "use --guidance"),
+        (["--method-options", "finest", "4"], "finest"),
+        (["--method", "reflow", "--method-options", "share", "1"], "share"),
+        (["--method", "reflow", "--pairs", "0"], "--pairs is 0"),
+        (["--method", "reflow", "--pairs-solver", "ddpm"], "forgets that which it began with"),
+        (["--shard"], "--shard"),
+    ],
+)
+def test_bad_input_is_refused(
+    flags: list[str], what: str, teacher: Path, pictures: Path, tmp_path: Path
+) -> None:
+    said = distill(tmp_path, teacher, pictures, "-o", tmp_path / "run", *FEW, *flags, expect=2)
+    assert what.lower() in said.lower()
+
+
+def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(pictures: Path, tmp_path: Path) -> None:
+    said = distill(tmp_path, pictures, pictures, "-o", tmp_path / "run", *FEW, expect=2)
+    assert "Give a pipeline folder" in said
+    call(tmp_path, pictures, "-o", tmp_path / "bare", *TINY, "--max-train-steps", 1, "--condition", "none")
+    bare = tmp_path / "bare" / "pipeline"
+    said = distill(tmp_path, bare, pictures, "-o", tmp_path / "run", *FEW, "--guidance", 2, expect=2)
+    assert "no classes or captions to follow" in said
+    more = ["--condition", "none", "--method", "consistency"]
+    assert "guidance 1 learned along" in distill(
+        tmp_path, bare, pictures, "-o", tmp_path / "few", *FEW, *more
+    )
+    few = tmp_path / "few" / "pipeline"
+    assert LatentFlowPipeline.from_pretrained(few).few_steps.consistency
+
+
+def test_a_students_student_has_the_guidance_that_it_learned(
+    teacher: Path, pictures: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    distill(tmp_path, teacher, pictures, "-o", first, *FEW, "--guidance", 3)
+    one = Distillation(str(first / "pipeline"), DistillationConfig(), "shortcut")
+    assert (one.guidance, one.folded_guidance) == (1.0, 3.0)
+    with pytest.raises(UserError, match="has learned guidance 3 along"):
+        Distillation(str(first / "pipeline"), DistillationConfig(guidance=4.0), "shortcut")
+
+
+def test_the_plan_of_a_student_is_told_in_advance(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    said = distill(tmp_path, teacher, pictures, "-o", tmp_path / "run", *FEW, "--dry-run")
+    assert "student of" in said and "compute:" in said
+    assert not (tmp_path / "run").exists()
