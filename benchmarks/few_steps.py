@@ -54,7 +54,9 @@ METHODS = {
         "0.25",
     ],
     "shortcut": ["--method", "shortcut", "--method-options", "share", "0.5", "finest", "8"],
+    "progressive": ["--method", "progressive"],
     "consistency": ["--method", "consistency"],
+    "distribution matching": ["--method", "distribution-matching"],
     "reflow": ["--method", "reflow", "--pairs", "2400", "--pairs-steps", "10"],
     "one-step distillation": ["--method", "one-step", "--pairs", "2400", "--pairs-steps", "10"],
 }

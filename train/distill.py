@@ -33,7 +33,8 @@ class Config:
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """Run folder; the student is its subfolder `pipeline`, with --lora-rank also `adapter`."""
     method: str = "mean-flow"
-    """mean-flow, alpha-flow, shortcut, consistency, reflow or one-step (docs/few-step.md)."""
+    """mean-flow, alpha-flow, shortcut, progressive, consistency, distribution-matching, reflow or one-step
+    (docs/few-step.md)."""
     method_options: dict[str, float] = field(default_factory=dict)
     """Its settings, such as `share 0.5`."""
     condition_dropout: float = 0.1

@@ -26,6 +26,7 @@ from .couplings import DataDependent as DataDependent
 from .couplings import Independent as Independent
 from .couplings import OptimalTransport as OptimalTransport
 from .couplings import Sinkhorn as Sinkhorn
+from .distribution_matching import distribution_matching_target as distribution_matching_target
 from .editing import EDITING as EDITING
 from .editing import flow_edit as flow_edit
 from .editing import inversion_edit as inversion_edit
@@ -56,6 +57,7 @@ from .predictions import change_path as change_path
 from .predictions import convert as convert
 from .rectification import reflow_pairs as reflow_pairs
 from .rectification import straightness as straightness
+from .shortcut import Progressive as Progressive
 from .shortcut import Shortcut as Shortcut
 from .solvers import DIFFUSIONS as DIFFUSIONS
 from .solvers import SOLVERS as SOLVERS

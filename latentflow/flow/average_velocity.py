@@ -41,12 +41,14 @@ class Draws(NamedTuple):
     Attributes:
         quantile: of the density of the training times: uniform numbers -> times.
         first, second, coin: (B,) uniform numbers, independent.
+        progress: (B,) how much of the run lies behind, in [0, 1], for what changes along it; None: all.
     """
 
     quantile: Callable[[Tensor], Tensor]
     first: Tensor
     second: Tensor
     coin: Tensor
+    progress: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class AverageObjective(ABC):
     floor: ClassVar[float] = 1e-3
     #: whether targets come from the averaged network
     averaged: ClassVar[bool] = False
+    #: whether there is nothing to learn without a teacher
+    needs_teacher: ClassVar[bool] = False
     #: whether targets are taken ``along`` the network's own velocity u(x, r, r) in the place of the sample's
     own_velocity: ClassVar[bool] = False
     #: whether the targets of intervals look at the velocity
@@ -125,7 +129,7 @@ class AverageObjective(ABC):
             x: (B, ...) at the starts.
             r, t: (B,) start and end.
             velocity: shaped like ``x``: dx/dr there, of the sample or a teacher; it is what u averages.
-            progress: (B,) how much of the run lies behind, in [0, 1], for what changes along it; None: all.
+            progress: of the draws.
             along: shaped like ``x``: the velocity whose trajectory is followed; default: ``velocity``. That of the
                 network itself, u(x, r, r), is less noisy than a sample's.
 

@@ -15,7 +15,7 @@ from .average_velocity import AverageObjective, average_velocity_loss
 from .consistency import Consistency
 from .mean_flow import AlphaFlow, MeanFlow
 from .paths import CondOT, Path, PathSample
-from .shortcut import Shortcut
+from .shortcut import Progressive, Shortcut
 from .tensors import compute_dtype
 
 _STRAIGHT = CondOT()
@@ -146,5 +146,5 @@ def _averages(settings: type[AverageObjective]) -> Objective:
 
 OBJECTIVES: dict[str, Objective] = {
     "flow-matching": Objective(loss=flow_matching_loss),
-    **{one.name: _averages(one) for one in (MeanFlow, AlphaFlow, Shortcut, Consistency)},
+    **{one.name: _averages(one) for one in (MeanFlow, AlphaFlow, Shortcut, Consistency, Progressive)},
 }

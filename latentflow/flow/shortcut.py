@@ -1,10 +1,12 @@
-"""Shortcut models: a long step is two steps of half its length. Frans et al. 2024 (arXiv:2410.12557).
+"""Shortcut models and progressive distillation: a long step is two steps of half its length.
 
 With m between r and t and x_m = x + (m - r) u(x, r, m), the average velocity satisfies
 
     (t - r) u(x, r, t) = (m - r) u(x, r, m) + (t - m) u(x_m, m, t),
 
-with m half-way the network's own shorter steps are the target of its longer ones (their eq. 5). No derivative is taken.
+with m half-way the network's own shorter steps are the target of its longer ones: all lengths at once in shortcut
+models (Frans et al. 2024, arXiv:2410.12557, eq. 5), one after the other in progressive distillation (Salimans & Ho
+2022, arXiv:2202.00512). No derivative is taken.
 """
 
 from __future__ import annotations
@@ -56,7 +58,10 @@ class Shortcut(AverageObjective):
         levels = int(math.log2(self.finest)) + 1
         # One coin says whether there is a length, and which: what is left of it is uniform again.
         level = (draws.coin / self.share * levels).floor().clamp(max=levels - 1)
-        count = 2.0**level
+        return self._steps(draws, 2.0**level)
+
+    def _steps(self, draws: Draws, count: Tensor) -> tuple[Tensor, Tensor]:
+        """One of ``count`` equal steps from noise to data, or a time of the density without a length."""
         place = (draws.second * count).floor().clamp(max=count - 1)
         long = draws.coin < self.share
         start = torch.where(long, place / count, draws.quantile(draws.first))
@@ -80,3 +85,36 @@ class Shortcut(AverageObjective):
             reached = x + expand_t(middle - r, x) * first.to(x.dtype)
             second = average(reached, middle, torch.where(shortest, middle, t))
             return (first + second) / 2
+
+
+@dataclass(frozen=True)
+class Progressive(Shortcut):
+    """The settings of the objective "progressive": the run is cut into stages, each with steps twice as long.
+
+    Targets come from the network as it was when the stage began, those of the first stage from the teacher.
+
+    Attributes:
+        share: of the samples that learn steps; the others keep the velocity, which other solvers and inpainting follow.
+        power, guidance, mixing: see ``AverageObjective``.
+        finest: number of steps from noise to data in the first stage, a power of two; the last stage has one.
+
+    Raises:
+        UserError: a value outside its bounds.
+    """
+
+    share: float = 0.9
+    finest: int = 8
+
+    name: ClassVar[str] = "progressive"
+    averaged: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = True
+
+    def stage(self, progress: Tensor) -> Tensor:
+        """The number of the stage, from 0, after these shares of the run."""
+        stages = int(math.log2(self.finest)) + 1
+        return (progress * stages).floor().clamp(max=stages - 1)
+
+    def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Steps of the stage's length from multiples of it; velocities at the density's times."""
+        progress = torch.ones_like(draws.first) if draws.progress is None else draws.progress.to(draws.first)
+        return self._steps(draws, self.finest / 2.0 ** self.stage(progress))

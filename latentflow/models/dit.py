@@ -142,7 +142,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
 
         MeanFlow's ablation (arXiv:2505.13447, table 1c) found t and the length best, better than start and end.
         """
-        return TimeEmbed(self.t_embedder.mlp[2].out_features, 1.0, zero=True)
+        return TimeEmbed(int(self.config["width"]), 1.0, zero=True)
 
     def forward(
         self,

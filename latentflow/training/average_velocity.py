@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flow import (
@@ -15,6 +16,7 @@ from ..flow import (
     AverageVelocity,
     Draws,
     PathSample,
+    Progressive,
     adaptive,
     average_velocity_loss,
     folded_velocity,
@@ -42,6 +44,9 @@ class AverageVelocityStage(FlowStage):
             differentiated through another), or guidance is asked for where there is no condition.
     """
 
+    earlier: nn.Module
+    earlier_stage: Tensor
+
     def __init__(
         self,
         network: Any,
@@ -52,6 +57,12 @@ class AverageVelocityStage(FlowStage):
     ) -> None:
         super().__init__(network, config, *arguments, **more)
         self._velocities = teacher
+        if self._settings.needs_teacher and teacher is None:
+            raise _needs_teacher(config)
+        if isinstance(self._settings, Progressive):
+            # Part of the state: a resumed run asks the same network.
+            self.earlier = copy.deepcopy(network).requires_grad_(False)
+            self.register_buffer("earlier_stage", torch.zeros((), dtype=torch.long))
         if not network.config.get("interval_conditioning"):
             raise UserError(
                 f"--objective {config.objective} needs a network that takes the end of an interval",
@@ -75,7 +86,8 @@ class AverageVelocityStage(FlowStage):
     def _times(self, random: SampleRandom, numbers: list[int]) -> Times:
         one = super()._times(random, numbers)
         quantile = partial(self._quantile, late=one.late)
-        r, t = self._settings.interval(Draws(quantile, one.u, random.uniform(), random.uniform()))
+        draws = Draws(quantile, one.u, random.uniform(), random.uniform(), self._progress(numbers, one.u))
+        r, t = self._settings.interval(draws)
         return one._replace(t=r, end=t)
 
     def _losses(
@@ -88,7 +100,10 @@ class AverageVelocityStage(FlowStage):
     ) -> Losses:
         assert times.end is not None
         settings, end = self._settings, times.end.to(sample.t)
-        target = self._target(sample, condition, end, self._progress(batch["numbers"], end))
+        progress = self._progress(batch["numbers"], end)
+        if isinstance(settings, Progressive) and progress is not None:
+            self._begin_stage(int(settings.stage(progress[0])))
+        target = self._target(sample, condition, end, progress)
         output, distance = self._predict(batch, sample, condition, random, end=end)
         plain = average_velocity_loss(output, target)
         return Losses(plain, adaptive(plain, settings.power, settings.floor), distance)
@@ -121,17 +136,25 @@ class AverageVelocityStage(FlowStage):
         target[rows] = asked.to(target.dtype)
         return target
 
+    def _begin_stage(self, stage: int) -> None:
+        """With a new stage its targets come from what the network is now."""
+        if stage != int(self.earlier_stage):
+            self.earlier.load_state_dict(self.network.state_dict())
+            self.earlier_stage.fill_(stage)
+
     def _asked(self) -> Any:
         """Within the context the network is the one that targets come from. Validation is of the average as it is."""
         average = self._average if self._settings.averaged and self.training else None
         return nullcontext() if average is None else average.applied()
 
     def _average_velocity(self, condition: Condition) -> AverageVelocity:
-        """The network; where an interval has no length the teacher, if there is one: its velocity is exact."""
+        """The network, or what it was when the stage began; where an interval has no length the teacher, if there is
+        one: its velocity is exact."""
+        network = self.earlier.forward if isinstance(self._settings, Progressive) else self._network
 
         def average(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
             with uncached_autocast(x.device) if torch.is_autocast_enabled(x.device.type) else nullcontext():
-                u = self._network(x, r, condition, end=t)
+                u: Tensor = network(x, r, condition, end=t)
             still = (t == r).nonzero().flatten()
             if self._velocities is not None and not self._settings.differentiates and len(still):
                 u[still] = self._velocities(x[still], r[still], condition.rows(still)).to(u.dtype)
@@ -190,21 +213,25 @@ def refuse_unfit(
     *,
     routed: bool = False,
     bare: bool = False,
+    taught: bool = False,
 ) -> None:
     """Refuse what an objective of average velocities cannot be trained with, before anything is computed.
 
     Args:
         routed: tokens skip blocks.
         bare: the network will have no condition.
+        taught: there is a teacher.
 
     Raises:
-        UserError: a sharded or routed run, or guidance without a condition.
+        UserError: a sharded or routed run, guidance without a condition, or no teacher where one is needed.
     """
     choices = config.choices()
     if not choices.objective.average:
         return
     if routed:
         raise _routed(config)
+    if choices.settings.needs_teacher and not taught:
+        raise _needs_teacher(config)
     if bare and choices.settings.guided:
         raise _nothing_to_follow(config)
     if loop.shard:
@@ -216,6 +243,13 @@ def refuse_unfit(
 
 def _routed(config: FlowConfig) -> UserError:
     return UserError(f"--route-share with --objective {config.objective}", "Leave out one of the two.")
+
+
+def _needs_teacher(config: FlowConfig) -> UserError:
+    return UserError(
+        f"--objective {config.objective} needs a teacher",
+        f"latentflow distill CHECKPOINT DATA --method {config.objective}",
+    )
 
 
 def _nothing_to_follow(config: FlowConfig) -> UserError:

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from ..data import Source
 from ..errors import UserError, lookup
 from ..flow import OBJECTIVES, SOLVERS, AverageObjective, straightness, time_grid
@@ -16,6 +18,7 @@ from ..pipeline_adapters import base_hashes
 from .average_velocity import AverageVelocityStage, OneStepStage, stage_class
 from .base import open_base
 from .batches import numbered, to_device
+from .distribution_matching import FakeStage, GeneratorStage
 from .drawn import Drawing, drawn_data
 from .flow import FlowConfig, FlowStage
 from .latent_data import LatentData
@@ -42,6 +45,8 @@ class Method(NamedTuple):
 #: the methods of `latentflow distill`
 METHODS: dict[str, Method] = {
     **{name: Method(name) for name, one in OBJECTIVES.items() if one.average},
+    # Sampled as consistency models are: to the data, and back.
+    "distribution-matching": Method("consistency", stage=GeneratorStage),
     "reflow": Method("flow-matching", pairs=True),
     "one-step": Method("flow-matching", pairs=True, stage=OneStepStage),
 }
@@ -125,11 +130,24 @@ class Distillation:
         self.checkpoint, self.name, self._config = checkpoint, method, config
         self.step_counts = (1,) if self.method.stage is OneStepStage else config.step_counts
 
-    def stage(self, flow: FlowConfig) -> Callable[..., FlowStage]:
+    def stage(self, flow: FlowConfig, samples_per_step: int) -> Callable[..., FlowStage]:
         """What is trained."""
         if self.method.pairs:
             return self.method.stage or stage_class(flow)
+        if self.method.stage is GeneratorStage:
+            return partial(
+                GeneratorStage,
+                teacher=VelocityTeacher(self._pipe, self.guidance),
+                step_counts=self.step_counts,
+                samples_per_step=samples_per_step,
+            )
         return partial(AverageVelocityStage, teacher=VelocityTeacher(self._pipe, self.guidance))
+
+    @staticmethod
+    def players(stage: FlowStage) -> dict[str, nn.Module]:
+        """What the loop trains: the stage, and what learns beside it."""
+        more = {"fake": FakeStage(stage)} if isinstance(stage, GeneratorStage) else {}
+        return {"flow": stage, **more}
 
     def pairs(
         self, source: Source, networks: Networks, run: Path, seed: int, told: bool, pixels: bool

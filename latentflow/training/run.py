@@ -193,6 +193,7 @@ def train(
         config.flow,
         loop,
         routed=config.routing.route_share > 0,
+        taught=distillation is not None,
         bare=not config.init_from and source.kind == "unconditional",
     )
     for line in (*plan_lines(source, training, validation, loop, own_share), *fine_lines):
@@ -259,7 +260,7 @@ def train(
     routing = None
     if config.routing.route_share:
         routing = Routing(config.routing, networks.network, (loop.max_train_steps * batch, batch))
-    make_stage = stage_class(config.flow) if distillation is None else distillation.stage(config.flow)
+    make_stage = stage_class(config.flow) if distillation is None else distillation.stage(config.flow, batch)
     stage = make_stage(
         networks.network,
         config.flow,
@@ -365,7 +366,7 @@ def train(
     if loop.compile:
         networks.network.compile()
     finished = fit(
-        {"flow": stage},
+        {"flow": stage} if distillation is None else distillation.players(stage),
         train_data,
         loop,
         output,

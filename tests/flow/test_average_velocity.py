@@ -20,6 +20,7 @@ from latentflow.flow import (
     Counted,
     Draws,
     MeanFlow,
+    Progressive,
     Shortcut,
     adaptive,
     average_velocity_loss,
@@ -302,6 +303,18 @@ def test_a_shortcut_is_two_steps(mixture, draw) -> None:
     Shortcut(finest=4).target(spy, x, r, t, x)
     assert [one[3].item() for one in asked] == [0.0, 0.0]
     assert [one[0].item() for one in asked] == [0.5, 0.5]
+
+
+def test_progressive_stages_have_steps_twice_as_long() -> None:
+    given = draws(4000)
+    objective = Progressive(share=1.0, finest=8)
+    for progress, length in ((0.0, 1 / 8), (0.3, 1 / 4), (0.6, 1 / 2), (0.8, 1.0), (1.0, 1.0)):
+        start, end = objective.interval(given._replace(progress=torch.full((4000,), progress)))
+        assert torch.equal(end - start, torch.full_like(start, length))
+        assert len(start.unique()) == round(1 / length)
+    assert torch.equal(
+        *(objective.interval(one)[0] for one in (given, given._replace(progress=torch.ones(4000))))
+    )
 
 
 def test_consistency_steps_lead_to_the_data_and_back(draw) -> None:

@@ -18,7 +18,9 @@ from latentflow.flow import OBJECTIVES
 from latentflow.models import Condition
 from latentflow.training.average_velocity import AverageVelocityStage
 from latentflow.training.distillation import METHODS, Distillation, DistillationConfig
+from latentflow.training.distribution_matching import FakeStage, GeneratorStage
 from latentflow.training.flow import FlowConfig
+from latentflow.training.order import SampleRandom
 from latentflow.training.teacher import VelocityTeacher
 
 from ..models.tiny import build
@@ -52,7 +54,9 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     counts = (1,) if method == "one-step" else (1, 2, 4)
     assert pipe.few_steps.step_counts == counts and pipe.usual_steps == counts[-1]
     averages = OBJECTIVES[METHODS[method].objective].average
-    assert pipe.few_steps.average == averages and pipe.few_steps.consistency == (method == "consistency")
+    assert pipe.few_steps.average == averages and pipe.few_steps.consistency == (
+        METHODS[method].objective == "consistency"
+    )
     assert pipe.usual_guidance == 1.0 and pipe.config.folded_guidance == 3.0
     evaluations: list[float] = []
     pipe.transformer.register_forward_pre_hook(lambda module, given: evaluations.append(float(given[1][0])))
@@ -127,7 +131,9 @@ def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:
         torch.testing.assert_close(VelocityTeacher(pipe, 1.0)(x, t, condition), under, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if not one.pairs])
+@pytest.mark.parametrize(
+    "method", [name for name, one in METHODS.items() if one.stage is None and not one.pairs]
+)
 def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> None:
     """Where an interval has no length the target is the teacher's velocity."""
     network = build("dit", num_classes=3, interval_conditioning=True)
@@ -169,8 +175,15 @@ def test_pairs_are_the_teachers_and_are_drawn_once(
     assert "checkpoint" in said and "drawn otherwise" in said
 
 
-def test_a_student_resumes_bit_for_bit(teacher: Path, pictures: Path, tmp_path: Path) -> None:
-    line = [teacher, pictures, *FEW, "--method", "shortcut", "--method-options", "share", 0.7, "finest", 2]
+@pytest.mark.parametrize(
+    "method",
+    [["shortcut", "--method-options", "share", 0.7, "finest", 2], ["distribution-matching"]],
+    ids=lambda method: method[0],
+)
+def test_a_student_resumes_bit_for_bit(
+    method: list[Any], teacher: Path, pictures: Path, tmp_path: Path
+) -> None:
+    line = [teacher, pictures, *FEW, "--method", *method]
     line += ["--lr-scheduler", "constant", "--log-steps", 1]
 
     def losses(run: str, *stops: int) -> list[float]:
@@ -234,3 +247,66 @@ def test_the_plan_of_a_student_is_told_in_advance(teacher: Path, pictures: Path,
     said = distill(tmp_path, teacher, pictures, "-o", tmp_path / "run", *FEW, "--dry-run")
     assert "student of" in said and "compute:" in said
     assert not (tmp_path / "run").exists()
+
+
+def few_classes() -> dict[str, Any]:
+    g = torch.Generator().manual_seed(3)
+    return {
+        "latents": torch.randn(6, 4, 4, 4, generator=g),
+        "numbers": [*range(6)],
+        "class_labels": torch.arange(6) % 3,
+    }
+
+
+def teacher_of(network: Any) -> VelocityTeacher:
+    return VelocityTeacher(LatentFlowPipeline(vae=None, transformer=copy.deepcopy(network)), 1.0)
+
+
+def test_a_new_stage_learns_from_what_the_last_one_has_become() -> None:
+    network = build("dit", num_classes=3, interval_conditioning=True)
+    config = FlowConfig(objective="progressive", objective_options={"share": 1.0, "finest": 4})
+    stage = AverageVelocityStage(
+        network, config, 0, teacher=teacher_of(network), samples=60
+    )  # 20 for each stage
+    first = copy.deepcopy(network.state_dict())
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(0.01)
+
+    def lengths(start: int) -> set[float]:
+        batch = few_classes() | {"numbers": [*range(start, start + 6)]}
+        random = SampleRandom(0, batch["numbers"])
+        times = stage._times(random, batch["numbers"])
+        stage(batch)
+        assert times.end is not None
+        return set((times.end - times.t).tolist())
+
+    assert lengths(0) == {0.25} and int(stage.earlier_stage) == 0
+    torch.testing.assert_close(dict(stage.earlier.state_dict()), dict(first), rtol=0, atol=0)
+    assert lengths(20) == {0.5} and int(stage.earlier_stage) == 1
+    torch.testing.assert_close(dict(stage.earlier.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
+    assert lengths(40) == {1.0} and int(stage.earlier_stage) == 2
+    assert not any(weight.requires_grad for weight in stage.earlier.parameters())
+    assert "earlier_stage" in stage.state_dict()  # a resumed run knows
+
+
+def test_a_generator_that_draws_as_its_teacher_is_left_alone_and_has_its_turns() -> None:
+    """The fake network begins as the teacher: their velocities agree, and nothing pulls."""
+    network = build("dit", num_classes=3, interval_conditioning=True)
+    config = FlowConfig(objective="consistency", condition_dropout=0.0)
+    made = GeneratorStage(
+        network, config, 0, teacher=teacher_of(network), step_counts=(1, 2, 4), samples_per_step=6, turns=3
+    )
+    fake = FakeStage(made)
+    for step in range(6):
+        result = made(few_classes() | {"numbers": [*range(6 * step, 6 * step + 6)]})
+        assert bool(result) == (step % 3 == 0)
+        loss = fake(few_classes())["loss"]
+        loss.backward()
+        if result:
+            torch.testing.assert_close(result["per_sample"], torch.zeros(6), rtol=0, atol=1e-9)
+    with torch.no_grad():
+        for weight in made.fake.parameters():
+            weight.mul_(1.1)
+    assert float(made(few_classes())["per_sample"].min()) > 1e-6
+    assert not any(name.startswith("fake") for name, _ in made.named_parameters())
