@@ -39,6 +39,7 @@ INTERVALS = "added.intervals."  # and a parameter's name: of the embedder of an 
 # The side of a tensor that must be as long as its layer's weight.
 _SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
 _SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
+_MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of a file's settings those that say what its tensors mean. peft has others, some of which import what they name.
 _SETTINGS = {
@@ -201,6 +202,43 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         if followed:
             loaded.few[name] = followed, intervals
         self._renew()
+
+    @torch.no_grad()
+    def merge_lora_weights(self, source: str | os.PathLike[str], any_base: bool = False) -> None:
+        """Add an adapter to the weights for good, without peft: ``load_lora_weights``, ``fuse_lora`` and
+        ``unload_lora_weights`` in one, for those of plain LoRA that bring no words and classes.
+
+        Args:
+            source: a folder, a file or a hub id.
+            any_base: merge it also if it was made for another base of the same architecture.
+
+        Raises:
+            UserError: as ``load_lora_weights``; or it is more than plain LoRA.
+        """
+        shown = f"the adapter {source}"
+        state, metadata, facts = _read(source, shown, {})
+        self._check_architecture(state, shown, facts)
+        self._check_base(shown, facts, any_base)
+        followed, intervals = self._take_few_steps(state, shown, facts)
+        settings = metadata or {}
+        plain = not any(settings.get(f"{part}.{name}") for part in PARTS for name in _MORE_THAN_PLAIN)
+        ends = tuple(_SIDES)[:2]
+        if not plain or not all(name.endswith(ends) for name in state):
+            raise UserError(
+                f"{shown} is more than plain LoRA", 'pip install "latentflow[lora]", and use --lora.'
+            )
+        for name, down in state.items():
+            if name.endswith(ends[1]):
+                continue
+            layer, up = name.removesuffix(ends[0]), state[name.replace("lora_A", "lora_B")]
+            part, _, path = layer.partition(".")
+            alpha = settings.get(f"{part}.lora_alpha") or len(down)
+            weight = getattr(self, part).get_submodule(path).weight
+            weight += (alpha / len(down) * up.float() @ down.float()).to(weight)
+        if followed:
+            loaded = self._added()
+            loaded.followed, loaded.fused_intervals = followed, intervals
+            self._set_few_steps(loaded)
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
@@ -486,7 +524,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     def _set_few_steps(self, loaded: _Added) -> None:
         """Follow the network as the last active adapter says that says something, else as without adapters."""
         followed, intervals = loaded.followed, loaded.fused_intervals
-        for name in self._weights("transformer"):
+        for name in self._weights("transformer") if loaded.few else ():
             followed, intervals = loaded.few.get(name, (followed, intervals))
         if followed == self.few_steps:
             return

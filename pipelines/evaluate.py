@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---------------------------------------------------------------- the checkpoint and the pictures
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     pipe = LatentFlowPipeline.from_pretrained(config.checkpoint)
-    add_adapters(pipe, config)
+    add_adapters(pipe, config, config.checkpoint)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     config = as_drawn(config, pipe)

@@ -16,6 +16,8 @@ from ..errors import UserError
 class AdapterChoice:
     """Which adapters, and how much of each."""
 
+    fast: bool = False
+    """Draw in a few evaluations, by the adapter that the checkpoint brings for that (its folder `fast`)."""
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER[:WEIGHT]")] = ()
     """An adapter (LoRA): folder, file, run folder or hub id, and how much of it, such as runs/hats:0.8. Several: once
     more for each."""
@@ -23,12 +25,25 @@ class AdapterChoice:
     """Take adapters also if they were made for another base of the same architecture."""
 
 
-def add_adapters(pipe: Any, choice: AdapterChoice) -> None:
+def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
     """Put the adapters into the pipeline's weights, each times its weight.
 
+    Args:
+        checkpoint: folder or hub id that the pipeline comes from.
+
     Raises:
-        UserError: one cannot be loaded, see ``load_lora_weights``, or its weight is no finite number.
+        UserError: one cannot be loaded, see ``load_lora_weights``, or its weight is no finite number; the checkpoint
+            brings none for ``fast``.
     """
+    if choice.fast:
+        folder = Path(checkpoint) / "fast"
+        if not folder.is_dir():
+            raise UserError(
+                f"--fast: {checkpoint} brings no adapter for few steps (a folder `fast`)",
+                "Make a student: latentflow distill CHECKPOINT DATA -o runs/fast --lora-rank 32, and draw with it: "
+                "--lora runs/fast. A student of all weights is a checkpoint of its own: --checkpoint runs/fast.",
+            )
+        pipe.merge_lora_weights(folder, any_base=choice.lora_any_base)
     if not choice.lora:
         return
     wanted = [_split(text) for text in choice.lora]

@@ -91,7 +91,7 @@ def open_pipeline(
         library.disable_progress_bar()  # of loading; drawing has its own
     pipeline = getattr(latentflow, kind).from_pretrained(source)
     if adapters is not None:
-        add_adapters(pipeline, adapters)
+        add_adapters(pipeline, adapters, source)
     return pipeline.to(fastest_device() if device == "auto" else device)
 
 

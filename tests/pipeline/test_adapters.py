@@ -526,7 +526,7 @@ def test_a_colon_may_be_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for run in ("hats", "hats:2"):
         (tmp_path / run / "adapter").mkdir(parents=True)
     pipe = Mock()
-    add_adapters(pipe, AdapterChoice(lora=("hats", "hats:0.5", "hats:2", "hats:2:-1", "user/name:3")))
+    add_adapters(pipe, AdapterChoice(lora=("hats", "hats:0.5", "hats:2", "hats:2:-1", "user/name:3")), ".")
     folders = ["hats/adapter", "hats/adapter", "hats:2/adapter", "hats:2/adapter", "user/name"]
     assert [call.args[0] for call in pipe.load_lora_weights.call_args_list] == folders
     assert pipe.set_adapters.call_args.args[1] == [1.0, 0.5, 1.0, -1.0, 3.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentflow import LatentFlowPipeline, pipeline_base
+from latentflow.drawing.adapters import AdapterChoice
+from latentflow.drawing.checkpoint import open_pipeline
 from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
 from latentflow.models import Condition
@@ -107,6 +110,19 @@ def test_a_student_may_be_an_adapter(teacher: Path, pictures: Path, tmp_path: Pa
     fused.set_progress_bar_config(disable=True)
     assert fused.few_steps == whole.few_steps
     torch.testing.assert_close(drawn(fused), drawn(whole), rtol=1e-4, atol=1e-5)
+    # So it is when merged without peft, as --fast does with the adapter that a checkpoint brings.
+    shutil.copytree(teacher, tmp_path / "with fast")
+    shutil.copytree(run / "adapter", tmp_path / "with fast" / "fast")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latentflow.pipeline_adapters.USE_PEFT_BACKEND", False)
+        quick = open_pipeline(
+            "LatentFlowPipeline", str(tmp_path / "with fast"), "cpu", AdapterChoice(fast=True)
+        )
+    quick.set_progress_bar_config(disable=True)
+    assert quick.few_steps == whole.few_steps
+    torch.testing.assert_close(drawn(quick), drawn(whole), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="brings no adapter for few steps"):
+        open_pipeline("LatentFlowPipeline", str(teacher), "cpu", AdapterChoice(fast=True))
 
 
 def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:
