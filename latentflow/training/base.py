@@ -117,6 +117,12 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
     return dataclasses.replace(flow, **adopted)
 
 
+def lost_guidance(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> float:
+    """The guidance that a checkpoint has learned along, if ``flow`` trains it to something that has none; else 1."""
+    learned = float(_pipeline_config(checkpoint).get("folded_guidance", 1.0))
+    return 1.0 if with_base_flow(flow, checkpoint, given).choices().objective.average else learned
+
+
 def _refuse_nearly_equal(source: Source, checkpoint: str, known: tuple[str, ...]) -> None:
     plain = {_plain(name): name for name in known}
     near = [

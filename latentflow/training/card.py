@@ -42,7 +42,8 @@ Draws pictures of {{ resolution }} x {{ resolution }} pixels{{ asked }}. Made by
 {% if sample %}
 ![Samples]({{ sample }})
 
-*What it drew at step {{ sample_step }}, one try each, seeds 0 to 15, {{ sample_steps }} steps.
+*What it drew at step {{ sample_step }}, one try each, seeds 0 to 15, {{ sample_steps }} steps
+{%- if sample_rows > 2 %}, two rows each{% endif %}.
 {%- if inpaints %} Below: pictures with holes, and what it put there.{% endif %}*
 {% endif %}
 ## Use
@@ -102,14 +103,14 @@ class CardFacts:
     Attributes:
         where: what to load it from: a folder, or ``owner/name`` on the hub.
         parts: name -> module of the pipeline, those that have parameters.
-        sample_steps: of the solver, in previews.
+        sample_steps: numbers of steps in which previews are drawn, one after the other.
     """
 
     where: str
     source: Source
     parts: Mapping[str, Any]
     inpaints: bool = False
-    sample_steps: int = 10
+    sample_steps: tuple[int, ...] = (10,)
 
 
 def write_card(folder: Path, run: Path, facts: CardFacts) -> None:
@@ -159,7 +160,8 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
             inpaints=facts.inpaints,
             sample=sample,
             sample_step=sample_step,
-            sample_steps=facts.sample_steps,
+            sample_steps=" and ".join(map(str, facts.sample_steps)),
+            sample_rows=2 * len(facts.sample_steps),
             step=run.step,
             result_step=run.result_step,
             batch=run.batch,

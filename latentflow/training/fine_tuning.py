@@ -118,9 +118,18 @@ def fitted(
 
 
 def fine_tuning_lines(
-    checkpoint: str, loop: LoopConfig, given: Collection[str], pictures: int, own_share: float
+    checkpoint: str,
+    loop: LoopConfig,
+    given: Collection[str],
+    pictures: int,
+    own_share: float,
+    folded_guidance: float = 1.0,
 ) -> list[str]:
-    """What is done otherwise than from scratch."""
+    """What is done otherwise than from scratch.
+
+    Args:
+        folded_guidance: which the checkpoint has learned along and the run does not.
+    """
     own = own_share * loop.max_train_steps * _samples(loop)
     chosen = [
         f"--{name.replace('_', '-')} {getattr(loop, name):g}"
@@ -131,6 +140,11 @@ def fine_tuning_lines(
         f"fine-tuning {checkpoint}: each picture is used about {own / pictures:.0f} times"
         + (f"; chosen for that (flags win): {' '.join(chosen)}" if chosen else "")
     ]
+    if folded_guidance != 1.0:
+        lines.append(
+            f"WARNING: {checkpoint} has learned guidance {folded_guidance:g} along, this objective does not: the "
+            "result is an ordinary checkpoint, and draws with guidance of its own; guide it less than others (--guidance)"
+        )
     if pictures <= FEW:
         lines.append(
             f"few pictures ({pictures}): how near the result comes to copying them is measured at the end; "

@@ -25,13 +25,14 @@ def preview_source(training: Source, validation: Source) -> Source:
     return validation if len(validation) >= _IMAGES else training
 
 
-def preview_steps(pipe: LatentFlowPipeline) -> int:
-    """Steps of a preview: half of the usual ones, but all of a network that needs few."""
-    return pipe.usual_steps if pipe.few_steps else 10
+def preview_steps(pipe: LatentFlowPipeline) -> tuple[int, ...]:
+    """Numbers of steps of a preview: half of the usual one, but all those that a network for few was made for."""
+    return (pipe.few_steps.step_counts or (pipe.usual_steps,)) if pipe.few_steps else (10,)
 
 
 def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device) -> Image.Image:
-    """A grid of 16 pictures with fixed seeds, of captions or classes spread over ``source``.
+    """A grid of 16 pictures with fixed seeds, of captions or classes spread over ``source``; the same again for each
+    number of `preview_steps`.
 
     Below them, of a network that inpaints: eight pictures of ``source`` with holes (grey), and what fills them.
     """
@@ -46,17 +47,17 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
         shown = set(source.class_ids())  # first: a fine-tune's own classes, beside those of its checkpoint
         order = sorted(range(len(source.classes)), key=lambda number: number not in shown)
         asked = {"class_labels": [order[index % len(order)] for index in range(_IMAGES)]}
-    settings: dict[str, Any] = {"num_inference_steps": preview_steps(pipe), "output_type": "pt"}
+    drawn = [asked | {"num_inference_steps": steps, "output_type": "pt"} for steps in preview_steps(pipe)]
     with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
-        images = pipe(**asked, generator=_generators(_IMAGES), **settings).images.float().cpu()
+        images = torch.cat(
+            [pipe(**one, generator=_generators(_IMAGES)).images.float().cpu() for one in drawn]
+        )
         if pipe.takes_masks:
-            images = torch.cat([images, *_filled(pipe, source, rows[::2], settings)])
+            images = torch.cat([images, *_filled(pipe, source, rows[::2], preview_steps(pipe)[-1])])
     return to_pil(make_grid(images * 2 - 1, nrow=_ROW, padding=2, pad_value=1.0))
 
 
-def _filled(
-    pipe: LatentFlowPipeline, source: Source, rows: list[int], settings: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _filled(pipe: LatentFlowPipeline, source: Source, rows: list[int], steps: int) -> tuple[Tensor, Tensor]:
     """Pictures (8, 3, H, W) in [0, 1] with grey holes, and the same with the holes filled."""
     some = source.subset(rows)
     side = pipe.transformer.config.sample_size * downscale_factor(pipe.vae)
@@ -71,7 +72,12 @@ def _filled(
     painter = LatentFlowInpaintPipeline.from_pipe(pipe)
     painter.set_progress_bar_config(disable=True)
     images = painter(
-        **asked, image=pictures, mask_image=masks, generator=_generators(len(rows)), **settings
+        **asked,
+        image=pictures,
+        mask_image=masks,
+        generator=_generators(len(rows)),
+        num_inference_steps=steps,
+        output_type="pt",
     ).images
     return torch.where(masks > 0, 0.5, pictures), images.float().cpu()
 

@@ -37,7 +37,7 @@ from ..pipeline_few_steps import FewSteps
 from .adapters import Adapter, AdapterConfig
 from .alignment import AlignmentConfig, make_alignment
 from .average_velocity import refuse_unfit, stage_class
-from .base import base_resolution, with_base_classes, with_base_flow
+from .base import base_resolution, lost_guidance, with_base_classes, with_base_flow
 from .callbacks import Callbacks
 from .card import CardFacts, write_card
 from .conditions import conditions_of
@@ -177,7 +177,8 @@ def train(
         own_share = 1 - config.fine_tuning.prior_share if prior else 1.0
         pictures = len(training)
         loop = fitted(loop, given_keys, pictures, own_share, adapter=bool(config.adapter.lora_rank))
-        fine_lines = fine_tuning_lines(config.init_from, loop, given_keys, pictures, own_share)
+        lost = lost_guidance(config.flow, config.init_from, given_keys) if distillation is None else 1.0
+        fine_lines = fine_tuning_lines(config.init_from, loop, given_keys, pictures, own_share, lost)
         fine_lines += [f"resolution: {data.resolution} pixels", *told_of]
         config = dataclasses.replace(
             config,

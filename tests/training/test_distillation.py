@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -72,6 +73,11 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     assert len(evaluations) == 3
     assert warned == [f"3 steps of a checkpoint that was made for {' or '.join(map(str, counts))}"]
     assert ("straightness" in said) == METHODS[method].pairs
+    # Previews: two rows of eight pictures for each number of steps, and two of holes.
+    preview = Image.open(sorted((run / "samples").glob("*.png"))[-1])
+    assert preview.height == (2 * len(counts) + 2) * (16 + 2) + 2
+    card = (run / "pipeline" / "README.md").read_text()
+    assert ("1 steps." if len(counts) == 1 else "1 and 2 and 4 steps, two rows each.") in card
 
 
 def test_a_student_may_be_an_adapter(teacher: Path, pictures: Path, tmp_path: Path) -> None:
@@ -253,6 +259,9 @@ def test_a_students_student_has_the_guidance_that_it_learned(
 ) -> None:
     first = tmp_path / "first"
     distill(tmp_path, teacher, pictures, "-o", first, *FEW, "--guidance", 3)
+    tuned = ["--init-from", first / "pipeline", *TINY, "--max-train-steps", 1]
+    said = call(tmp_path, pictures, "-o", tmp_path / "tuned", *tuned, "--objective", "flow-matching")
+    assert "has learned guidance 3 along, this objective does not" in said
     one = Distillation(str(first / "pipeline"), DistillationConfig(), "shortcut")
     assert (one.guidance, one.folded_guidance) == (1.0, 3.0)
     with pytest.raises(UserError, match="has learned guidance 3 along"):
