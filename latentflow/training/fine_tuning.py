@@ -143,7 +143,7 @@ def fine_tuning_lines(
     if folded_guidance != 1.0:
         lines.append(
             f"WARNING: {checkpoint} has learned guidance {folded_guidance:g} along, this objective does not: the "
-            "result is an ordinary checkpoint, and draws with guidance of its own; guide it less than others (--guidance)"
+            "result is an ordinary checkpoint, and draws with more guidance on top; guide it less than others"
         )
     if pictures <= FEW:
         lines.append(
