@@ -78,7 +78,7 @@ def with_base_classes(source: Source, checkpoint: str, output: str | Path) -> So
     """
     if Path(checkpoint).expanduser().resolve() == (Path(output) / "pipeline").resolve():
         raise UserError(
-            f"--init-from {checkpoint} is the place of this run's own result, which would replace it",
+            f"{checkpoint} is the place of this run's own result, which would replace it",
             "Use another output folder.",
         )
     known = base_classes(checkpoint)
@@ -160,7 +160,7 @@ def _config(kind: Any, checkpoint: str, **where: str) -> dict[str, Any]:
 
 def _no_checkpoint(checkpoint: str, error: Exception | str) -> UserError:
     return UserError(
-        f"--init-from {checkpoint}: {str(error).splitlines()[0]}",
+        f"{checkpoint} is no checkpoint to start from: {str(error).splitlines()[0]}",
         "Give a pipeline folder, such as runs/cats/pipeline.",
     )
 
@@ -181,6 +181,6 @@ def refuse_other_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:
                 else [trained]
             )
             raise UserError(
-                f"--init-from {checkpoint} was trained with {name} {trained}, this run asks for {asked}",
+                f"{checkpoint} was trained with {name} {trained}, this run asks for {asked}",
                 f"Use {flag} {' '.join(words)}." if words else f"Leave {flag} out.",
             )

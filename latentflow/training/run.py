@@ -139,7 +139,7 @@ def train(
     loop, data, framing, output = config.loop, config.data, config.framing, Path(config.output)
     if config.init_from and Path(config.init_from).is_dir() and not is_pipeline(config.init_from):
         raise UserError(
-            f"--init-from {config.init_from} is not a pipeline folder: it holds no model_index.json",
+            f"{config.init_from} is not a pipeline folder: it holds no model_index.json",
             "Give a pipeline folder, such as runs/cats/pipeline.",
         )
     if config.push_to_hub and not config.dry_run:

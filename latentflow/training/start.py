@@ -155,7 +155,7 @@ def networks_from(
         changes["size_conditioning"] = True
     if flow.choices().objective.average:
         if not isinstance(old, DiT):
-            raise _no_intervals(f"--init-from {checkpoint}, a {type(old).__name__},")
+            raise _no_intervals(f"{checkpoint}, a {type(old).__name__},")
         changes["interval_conditioning"] = True
     if latent_size not in (None, config["sample_size"]):
         changes["sample_size"] = latent_size
@@ -179,8 +179,8 @@ def networks_from(
 
 def _no_intervals(what: str) -> UserError:
     return UserError(
-        f"{what} with an objective of average velocities: only a DiT takes the end of an interval",
-        "Use --network dit, or --objective flow-matching.",
+        f"{what} cannot learn average velocities: only a DiT takes the end of an interval",
+        "Use --network dit, or --objective flow-matching; students of any network: --method reflow or one-step.",
     )
 
 
