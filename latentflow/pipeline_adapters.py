@@ -11,9 +11,9 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from diffusers.loaders.lora_base import (
@@ -101,6 +101,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+#: how a network is followed, and the parameters of a length's embedder that it is given for that
+Followed: TypeAlias = tuple[FewSteps, dict[str, Tensor]]
+
+
 @dataclass(kw_only=True)
 class _Added:
     """What is loaded onto a network beside its layers' adapters, kept on it: pipelines may share it.
@@ -110,9 +114,10 @@ class _Added:
         tokenizer, classes, num_classes: of the pipeline as it was before.
         words, labels: adapter -> word or class that the base does not know -> (D,).
         fused_words, fused_labels: word or class -> (D,), of adapters that were unloaded while fused.
-        fused_intervals: the parameters of the length's embedder of one that was.
-        followed: how the network is followed without adapters.
-        few: adapter -> how it is followed with it, and the parameters of the length's embedder, if it has one.
+        own: how the network is followed without adapters, and the parameters of the length's embedder that one brought
+            which was unloaded while fused.
+        installed: the same as it is now.
+        few: adapter -> the same with it.
         weights: adapter -> part of the pipeline -> weight.
         scale: part of the pipeline -> scale of what is fused into it.
         own_intervals: the network takes the end of an interval without adapters.
@@ -123,13 +128,13 @@ class _Added:
     tokenizer: Any
     classes: dict[str, int]
     num_classes: int
-    followed: FewSteps
-    few: dict[str, tuple[FewSteps, dict[str, Tensor]]] = field(default_factory=dict)
+    own: Followed
+    installed: Followed
+    few: dict[str, Followed] = field(default_factory=dict)
     words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fused_words: dict[str, Tensor] = field(default_factory=dict)
     fused_labels: dict[str, Tensor] = field(default_factory=dict)
-    fused_intervals: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
     own_intervals: bool = False
@@ -144,7 +149,14 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     transformer: Any
     text_encoder: Any
     tokenizer: Any
-    few_steps: FewSteps
+    _own_few_steps: FewSteps
+
+    @property
+    def few_steps(self) -> FewSteps:
+        """How the network is followed: as the checkpoint says, or an adapter that is in effect, whichever pipeline that
+        shares the network loaded it."""
+        loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
+        return self._own_few_steps if loaded is None else loaded.installed[0]
 
     def load_lora_weights(
         self,
@@ -204,19 +216,22 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         self._renew()
 
     @torch.no_grad()
-    def merge_lora_weights(self, source: str | os.PathLike[str], any_base: bool = False) -> None:
+    def merge_lora_weights(
+        self, source: str | os.PathLike[str], any_base: bool = False, subfolder: str | None = None
+    ) -> None:
         """Add an adapter to the weights for good, without peft: ``load_lora_weights``, ``fuse_lora`` and
         ``unload_lora_weights`` in one, for those of plain LoRA that bring no words and classes.
 
         Args:
             source: a folder, a file or a hub id.
+            subfolder: of it, where the adapter is.
             any_base: merge it also if it was made for another base of the same architecture.
 
         Raises:
             UserError: as ``load_lora_weights``; or it is more than plain LoRA.
         """
         shown = f"the adapter {source}"
-        state, metadata, facts = _read(source, shown, {})
+        state, metadata, facts = _read(source, shown, {"subfolder": subfolder})
         self._check_architecture(state, shown, facts)
         self._check_base(shown, facts, any_base)
         followed, intervals = self._take_few_steps(state, shown, facts)
@@ -232,12 +247,14 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
                 continue
             layer, up = name.removesuffix(ends[0]), state[name.replace("lora_A", "lora_B")]
             part, _, path = layer.partition(".")
+            if getattr(self, part) is None:
+                continue  # loaded without, to be given embeddings
             alpha = settings.get(f"{part}.lora_alpha") or len(down)
             weight = getattr(self, part).get_submodule(path).weight
             weight += (alpha / len(down) * up.float() @ down.float()).to(weight)
         if followed:
             loaded = self._added()
-            loaded.followed, loaded.fused_intervals = followed, intervals
+            loaded.own = followed, intervals
             self._set_few_steps(loaded)
 
     @classmethod
@@ -371,9 +388,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         )
         loaded.fused_words = _summed(loaded.fused_words, words, self._weights("text_encoder"))
         loaded.fused_labels = _summed(loaded.fused_labels, labels, self._weights("transformer"))
-        for name in {*loaded.few} & fused:
-            loaded.followed = loaded.few[name][0]
-            loaded.fused_intervals = loaded.few[name][1]
+        for name, followed in loaded.few.items():  # in the order of loading: the last wins
+            loaded.own = followed if name in fused else loaded.own
         super().unload_lora_weights()
         for one in (loaded.words, loaded.labels, loaded.weights, loaded.scale, loaded.few):
             one.clear()
@@ -421,7 +437,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     def _take_few_steps(
         self, state: MutableMapping[str, Tensor], shown: str, facts: AdapterFacts
-    ) -> tuple[FewSteps, dict[str, Tensor]]:
+    ) -> Followed:
         """How the network is followed with the adapter; takes what it knows of intervals out of ``state``."""
         names = [key for key in state if key.startswith(INTERVALS)]
         intervals = {key.removeprefix(INTERVALS): state.pop(key) for key in names}
@@ -429,6 +445,11 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             followed = FewSteps.of(facts.few_steps)
         except (TypeError, UserError) as error:
             raise UserError(f"{shown} does not say how it is followed: {error}", "Train it again.") from error
+        if followed.average and not intervals and not self.transformer.config.get("interval_conditioning"):
+            raise UserError(
+                f"{shown} was made for a network that takes the end of an interval",
+                f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from.",
+            )
         if intervals:
             make = getattr(self.transformer, "new_length_embedder", None)
             own = {} if make is None else {name: one.shape for name, one in make().state_dict().items()}
@@ -472,12 +493,14 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
         if loaded is None:
             dtype = self.transformer.dtype
+            followed: Followed = (self.few_steps, {})
             loaded = _Added(
                 base=(_name(dtype), _hash(self.transformer, dtype)),
                 tokenizer=self.tokenizer,
                 classes=self.labels,
                 num_classes=self.transformer.config.get("num_classes") or 0,
-                followed=self.few_steps,
+                own=followed,
+                installed=followed,
                 own_intervals=bool(self.transformer.config.get("interval_conditioning")),
             )
             self.transformer._adapters_added = loaded
@@ -523,22 +546,23 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     def _set_few_steps(self, loaded: _Added) -> None:
         """Follow the network as the last active adapter says that says something, else as without adapters."""
-        followed, intervals = loaded.followed, loaded.fused_intervals
+        wanted = loaded.own
         for name in self._weights("transformer") if loaded.few else ():
-            followed, intervals = loaded.few.get(name, (followed, intervals))
-        if followed == self.few_steps:
+            wanted = loaded.few.get(name, wanted)
+        if wanted is loaded.installed:
             return
-        self.few_steps = followed
-        self.register_to_config(
-            **{"average": False, "folded_guidance": 1.0, "step_counts": None, **followed.plain()}
-        )
-        if not loaded.own_intervals:
-            self.transformer.register_to_config(interval_conditioning=bool(intervals))
-            embedder = self.transformer.new_length_embedder() if intervals else None
-            if embedder is not None:
-                embedder.load_state_dict(intervals)
-                embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
-            self.transformer.length_embedder = embedder
+        loaded.installed = wanted
+        followed, intervals = wanted
+        usual = {one.name: one.default for one in fields(FewSteps)} | {"step_counts": None}
+        self.register_to_config(**(usual | followed.plain()))
+        if loaded.own_intervals:
+            return
+        self.transformer.register_to_config(interval_conditioning=bool(intervals))
+        embedder = self.transformer.new_length_embedder() if intervals else None
+        if embedder is not None:
+            embedder.load_state_dict(intervals)
+            embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
+        self.transformer.length_embedder = embedder
 
     def _set_classes(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
         embed = self.transformer.y_embedder

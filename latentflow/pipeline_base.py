@@ -151,8 +151,7 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
                 f"average velocities with prediction {prediction} on path {path}",
                 "They are of velocities on the straight path: prediction velocity, path condot.",
             )
-        #: how the network is followed; an adapter may say otherwise
-        self.few_steps = few
+        self._own_few_steps = few
         self._grid: Tensor | None = None  # of the running call, where average velocities are followed
         #: class name -> id
         self.labels: dict[str, int] = {name: int(key) for key, name in (names or {}).items()}

@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(config.output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"-o {output} exists", "Nothing is overwritten: choose another folder.")
-    if config.adapter == bool(config.lora):
+    if config.adapter == bool(config.lora or config.fast):
         raise UserError(
-            "give either --lora (merge these) or --adapter (write the run's adapter alone)",
+            "give either --lora or --fast (merge these) or --adapter (write the run's adapter alone)",
             "latentflow export --help shows both.",
         )
 

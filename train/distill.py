@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -12,6 +14,7 @@ import tyro
 from latentflow.cli import given, parse, run, write_config
 from latentflow.data.config import DataConfig, FramingConfig
 from latentflow.errors import UserError, lookup
+from latentflow.models.config import NetworkConfig
 from latentflow.training import LoopConfig, resume_line
 from latentflow.training.adapters import AdapterConfig
 from latentflow.training.distillation import METHODS, Distillation, DistillationConfig
@@ -38,11 +41,14 @@ class Config:
     method_options: dict[str, float] = field(default_factory=dict)
     """Its settings, such as `share 0.5`."""
     condition_dropout: float = 0.1
-    """Share of the samples that are learned without their condition."""
+    """Share of the samples that are learned without their condition (not by reflow and one-step)."""
     mask_shapes: dict[str, float] = field(default_factory=dict)
-    """Shares of the masks, of a checkpoint that inpaints; see `latentflow train --help`."""
+    """Shares of the masks, of a checkpoint that inpaints; see `latentflow train --help` (not by reflow and one-step,
+    whose pairs are of whole pictures)."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
+    gradient_checkpointing: bool = False
+    """Compute the network's blocks again in the backward pass: less memory, a third more time."""
     dry_run: bool = False
     """Print the plan, the sizes and an estimate of memory and time, and stop."""
     distillation: DistillationConfig = DistillationConfig()
@@ -56,6 +62,10 @@ class Config:
         if "guidance" in self.method_options:
             raise UserError("guidance among --method-options", "It is the teacher's: use --guidance.")
         method = lookup(METHODS, self.method, "method")
+        if self.method_options and not method.has_options:
+            raise UserError(
+                f"--method-options with --method {self.method}, which has none", "Leave them out."
+            )
         return RunConfig(
             init_from=self.checkpoint,
             flow=FlowConfig(
@@ -66,6 +76,7 @@ class Config:
                 if method.pairs
                 else self.mask_shapes,  # pairs are of whole pictures
             ),
+            network=NetworkConfig(gradient_checkpointing=self.gradient_checkpointing),
             **{name: getattr(self, name) for name in shared},
         )
 
@@ -74,9 +85,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a student."""
     config = parse(Config, argv, prog="latentflow distill")
     settings = config.run()
+
+    def keep(run: RunConfig, file: Path) -> None:
+        write_config(dataclasses.replace(config, data=run.data, loop=run.loop), file)
+
     student = Distillation(config.checkpoint, config.distillation, config.method)
     with nullcontext() if config.dry_run else run_lock(config.output):
-        train(settings, resume_line("distill", argv), given(Config, argv), write_config, student)
+        train(settings, resume_line("distill", argv), given(Config, argv), keep, student)
 
 
 if __name__ == "__main__":

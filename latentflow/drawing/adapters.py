@@ -36,14 +36,13 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
             brings none for ``fast``.
     """
     if choice.fast:
-        folder = Path(checkpoint) / "fast"
-        if not folder.is_dir():
+        if Path(checkpoint).is_dir() and not (Path(checkpoint) / "fast").is_dir():
             raise UserError(
                 f"--fast: {checkpoint} brings no adapter for few steps (a folder `fast`)",
                 "Make a student: latentflow distill CHECKPOINT DATA -o runs/fast --lora-rank 32, and draw with it: "
                 "--lora runs/fast. A student of all weights is a checkpoint of its own: --checkpoint runs/fast.",
             )
-        pipe.merge_lora_weights(folder, any_base=choice.lora_any_base)
+        pipe.merge_lora_weights(checkpoint, any_base=choice.lora_any_base, subfolder="fast")
     if not choice.lora:
         return
     wanted = [_split(text) for text in choice.lora]

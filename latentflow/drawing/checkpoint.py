@@ -22,14 +22,14 @@ class Takes:
     """What a checkpoint is asked with: a caption, one of these classes, a mask; and how it likes to be asked.
 
     Attributes:
-        few_steps: it is made for a few steps of one evaluation.
+        steps: how many it usually draws in.
         guided: it has learned its guidance along, and takes no other.
     """
 
     text: bool
     labels: tuple[str, ...]
     masks: bool
-    few_steps: bool = False
+    steps: int = 20
     guided: bool = False
 
     @property
@@ -58,7 +58,7 @@ def taken_by(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Takes:
         text=network.get("text_dim") is not None,
         labels=tuple(names) or tuple(str(number) for number in range(network.get("num_classes") or 0)),
         masks=bool(network.get("condition_channels")),
-        few_steps=bool(pipe.get("average") or pipe.get("step_counts")),
+        steps=(pipe.get("step_counts") or [4 if pipe.get("average") else 20])[-1],
         guided=pipe.get("folded_guidance", 1.0) != 1.0,
     )
 

@@ -28,8 +28,8 @@ class DrawingConfig(AdapterChoice):
     seed: int = 0
     """Picture i is drawn from seed + i."""
     steps: int | None = None
-    """Steps from noise to picture; default: 20, or 4 of a few-step checkpoint that no solver or edit
-    follows."""
+    """Steps from noise to picture; default: 20, or what a few-step checkpoint was made for, if no solver or edit
+    follows it."""
     guidance: float | None = None
     """How hard to follow the prompt or class; 1 is off, and twice as fast. Default: 4, unless the checkpoint has
     learned its guidance along."""

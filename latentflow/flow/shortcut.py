@@ -114,6 +114,10 @@ class Progressive(Shortcut):
         stages = int(math.log2(self.finest)) + 1
         return (progress * stages).floor().clamp(max=stages - 1)
 
+    def middle(self, stage: int) -> Tensor:
+        """The share of the run in the middle of a stage, float64."""
+        return torch.tensor((stage + 0.5) / (int(math.log2(self.finest)) + 1), dtype=torch.float64)
+
     def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Steps of the stage's length from multiples of it; velocities at the density's times."""
         progress = torch.ones_like(draws.first) if draws.progress is None else draws.progress.to(draws.first)

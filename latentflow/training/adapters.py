@@ -158,7 +158,10 @@ class Adapter:
 
     def description(self) -> dict[str, Any]:
         """What a resumed run must have as well, as plain values."""
-        return {**dataclasses.asdict(self._config), **dataclasses.asdict(self._facts)}
+        facts = dataclasses.asdict(self._facts)
+        if not facts["few_steps"]:  # as in runs from before there were any
+            del facts["few_steps"]
+        return {**dataclasses.asdict(self._config), **facts}
 
     def merged(self) -> Networks:
         """Copies of the networks with the adapter in their weights, as if there had been none."""

@@ -101,7 +101,7 @@ class AverageVelocityStage(FlowStage):
         assert times.end is not None
         settings, end = self._settings, times.end.to(sample.t)
         progress = self._progress(batch["numbers"], end)
-        if isinstance(settings, Progressive) and progress is not None:
+        if isinstance(settings, Progressive) and progress is not None and self.training:
             self._begin_stage(int(settings.stage(progress[0])))
         target = self._target(sample, condition, end, progress)
         output, distance = self._predict(batch, sample, condition, random, end=end)
@@ -109,10 +109,14 @@ class AverageVelocityStage(FlowStage):
         return Losses(plain, adaptive(plain, settings.power, settings.floor), distance)
 
     def _progress(self, numbers: list[int], like: Tensor) -> Tensor | None:
-        """(B,) how much of the run lies behind each sample; None in validation, which is of the run's end."""
+        """(B,) how much of the run lies behind each sample's step; None in validation, which is of the run's end."""
+        if isinstance(self._settings, Progressive) and not self.training:
+            return self._settings.middle(int(self.earlier_stage)).to(like).expand(like.shape)
         if not self.training or self._samples is None:
             return None
-        return torch.tensor(numbers, dtype=torch.float64).div(self._samples).clamp(max=1.0).to(like)
+        each = self._samples_per_step
+        begun = [number // each * each for number in numbers]  # alike in all passes and processes of a step
+        return torch.tensor(begun, dtype=torch.float64).div(self._samples).clamp(max=1.0).to(like)
 
     def _target(
         self, sample: PathSample, condition: Condition, end: Tensor, progress: Tensor | None
@@ -138,7 +142,7 @@ class AverageVelocityStage(FlowStage):
 
     def _begin_stage(self, stage: int) -> None:
         """With a new stage its targets come from what the network is now."""
-        if stage != int(self.earlier_stage):
+        if stage > int(self.earlier_stage):
             self.earlier.load_state_dict(self.network.state_dict())
             self.earlier_stage.fill_(stage)
 
@@ -152,15 +156,26 @@ class AverageVelocityStage(FlowStage):
         one: its velocity is exact."""
         network = self.earlier.forward if isinstance(self._settings, Progressive) else self._network
 
-        def average(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+        def average(x: Tensor, r: Tensor, t: Tensor, under: Condition = condition) -> Tensor:
             with uncached_autocast(x.device) if torch.is_autocast_enabled(x.device.type) else nullcontext():
-                u: Tensor = network(x, r, condition, end=t)
-            still = (t == r).nonzero().flatten()
-            if self._velocities is not None and not self._settings.differentiates and len(still):
-                u[still] = self._velocities(x[still], r[still], condition.rows(still)).to(u.dtype)
+                u: Tensor = network(x, r, under, end=t)
             return u
 
-        return average
+        def exact_where_still(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
+            assert self._velocities is not None
+            u = torch.empty_like(x)
+            for rows, still in (((t == r).nonzero().flatten(), True), ((t > r).nonzero().flatten(), False)):
+                if len(rows):
+                    under = condition.rows(rows)
+                    part = (
+                        self._velocities(x[rows], r[rows], under)
+                        if still
+                        else average(x[rows], r[rows], t[rows], under)
+                    )
+                    u[rows] = part.to(u.dtype)
+            return u
+
+        return average if self._velocities is None or self._settings.differentiates else exact_where_still
 
     def _velocity(self, sample: PathSample, condition: Condition, wanted: Tensor) -> Tensor:
         """(B, ...) the velocities to learn, where they are ``wanted`` (B,): the sample's, guided, or the teacher's."""
@@ -236,8 +251,8 @@ def refuse_unfit(
         raise _nothing_to_follow(config)
     if loop.shard:
         raise UserError(
-            f"--shard with --objective {config.objective}: sharded weights are not differentiated forwards",
-            "Leave it out; the derivative keeps no graph, so that memory is nearly that of flow matching.",
+            f"--shard with {config.objective}: sharded weights are not evaluated for its targets",
+            "Leave it out; targets keep no graph, so that memory is nearly that of flow matching.",
         )
 
 

@@ -110,7 +110,7 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
         usual = "consistency" if config.get("consistency") else "mean-flow"
         adopted["objective"] = flow.objective if "objective" in given else usual
         if OBJECTIVES[adopted["objective"]].average:
-            learned = {"guidance": config.get("folded_guidance", 1.0)}
+            learned = {} if "guidance" in given else {"guidance": config.get("folded_guidance", 1.0)}
             adopted["objective_options"] = learned | flow.objective_options
     if adopted.get("coupling") == "data-dependent" and "inpainting" not in given:
         adopted["inpainting"] = True

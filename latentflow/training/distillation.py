@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..data import Source
+from ..data.described import few
 from ..errors import UserError, lookup
 from ..flow import OBJECTIVES, SOLVERS, AverageObjective, straightness, time_grid
 from ..pipeline import LatentFlowPipeline
 from ..pipeline_adapters import base_hashes
 from .average_velocity import AverageVelocityStage, OneStepStage, stage_class
-from .base import open_base
-from .batches import numbered, to_device
+from .base import class_names, open_base
+from .batches import by_group, groups_of, numbered, to_device
+from .config import LoopConfig
 from .distribution_matching import FakeStage, GeneratorStage
 from .drawn import Drawing, drawn_data
 from .flow import FlowConfig, FlowStage
@@ -40,6 +42,11 @@ class Method(NamedTuple):
     objective: str
     pairs: bool = False
     stage: type[FlowStage] | None = None
+
+    @property
+    def has_options(self) -> bool:
+        """Whether the objective's settings are its own."""
+        return not self.pairs and self.stage is None
 
 
 #: the methods of `latentflow distill`
@@ -130,18 +137,49 @@ class Distillation:
         self.checkpoint, self.name, self._config = checkpoint, method, config
         self.step_counts = (1,) if self.method.stage is OneStepStage else config.step_counts
 
-    def stage(self, flow: FlowConfig, samples_per_step: int) -> Callable[..., FlowStage]:
+    @property
+    def validates(self) -> bool:
+        """Whether held-out pictures measure what is trained; pairs and matched distributions they do not."""
+        return not self.method.pairs and self.method.stage is None
+
+    def refuse_unfit(self, source: Source, size_conditioning: bool, loop: LoopConfig) -> None:
+        """Refuse data that ask of the teacher what it does not know, before anything is computed.
+
+        Raises:
+            UserError: new classes, data without what the teacher is conditioned on, masks or sizes that it does not
+                take, or an early stop by a loss that does not tell when the student is best.
+        """
+        pipe, shown = self._pipe, self.checkpoint
+        new = [name for name in source.classes if name not in class_names(pipe)]
+        if source.kind == "class" and new:
+            raise UserError(
+                f"{shown} does not know the classes {few(new)}",
+                "Teach them first: latentflow train DATA --init-from CHECKPOINT; then distil that.",
+            )
+        if source.kind == "unconditional" and (pipe.takes_text or pipe.takes_classes):
+            kind = "captions" if pipe.takes_text else "classes"
+            raise UserError(f"{shown} draws {kind}, and the data have none", f"Give pictures with {kind}.")
+        if source.has_masks and not pipe.takes_masks:
+            raise UserError(f"the data have masks, and {shown} does not inpaint", "Add --masks none.")
+        if size_conditioning != bool(pipe.transformer.config.get("size_conditioning")):
+            raise UserError(
+                f"--size-conditioning must be as {shown} has it",
+                "Leave it out." if size_conditioning else "Add --size-conditioning.",
+            )
+        if loop.early_stop and (not self.validates or self.name == "progressive"):
+            raise UserError(
+                f"--early-stop with {self.name}: no loss on held-out pictures says when its student is best",
+                "Leave it out, and give --max-train-steps.",
+            )
+
+    def stage(self, flow: FlowConfig) -> Callable[..., FlowStage]:
         """What is trained."""
         if self.method.pairs:
             return self.method.stage or stage_class(flow)
+        teacher = VelocityTeacher(self._pipe, self.guidance)
         if self.method.stage is GeneratorStage:
-            return partial(
-                GeneratorStage,
-                teacher=VelocityTeacher(self._pipe, self.guidance),
-                step_counts=self.step_counts,
-                samples_per_step=samples_per_step,
-            )
-        return partial(AverageVelocityStage, teacher=VelocityTeacher(self._pipe, self.guidance))
+            return partial(GeneratorStage, teacher=teacher, step_counts=self.step_counts)
+        return partial(AverageVelocityStage, teacher=teacher)
 
     @staticmethod
     def players(stage: FlowStage) -> dict[str, nn.Module]:
@@ -166,7 +204,8 @@ class Distillation:
             pixels=pixels,
             guidance=self.guidance,
             steps=config.pairs_steps,
-            solver=config.pairs_solver,
+            # A student's own steps are few, or add noise on their way: its pairs are those of its velocity.
+            solver=config.pairs_solver or ("heun" if self._pipe.few_steps else None),
         )
         names = [""]
         if source.kind == "text":
@@ -176,17 +215,22 @@ class Distillation:
         folder = Path(config.pairs_folder) if config.pairs_folder else run / "pairs"
         return drawn_data(self.checkpoint, in_turn(names, config.pairs), networks, folder, drawing, told)
 
-    def straightness(self, student: LatentFlowPipeline, stage: FlowStage, data: LatentData) -> str:
-        """A line on how straight the trajectories of teacher and student are, from the same noise under the same
-        conditions."""
-        batch = numbered(data, [Draw(row, row) for row in range(min(len(data), _TRAJECTORIES))])
-        noise = SampleRandom(0, batch["numbers"]).normal(batch["latents"].shape[1:])
-        device = student.transformer.device
+    def straightness(self, result: Path, stage: FlowStage, data: LatentData) -> str:
+        """A line on how straight the trajectories of the teacher and of the student in ``result`` are, from the same
+        noise under the same conditions."""
+        student = LatentFlowPipeline.from_pretrained(result)
+        draws = by_group([Draw(row, row) for row in range(min(len(data), _TRAJECTORIES))], groups_of(data))[0]
+        batch = numbered(data, draws)
+        device = next(stage.network.parameters()).device
+        noise = SampleRandom(0, batch["numbers"], device).normal(batch["latents"].shape[1:])
         condition = stage.condition(to_device(batch, device))
+        if stage.masked:  # nothing is known
+            channels = student.transformer.config.condition_channels
+            condition = replace(condition, channels=noise.new_zeros(len(noise), channels, *noise.shape[2:]))
         found = []
         for pipe, guidance in ((self._pipe, self.guidance), (student, 1.0)):
             velocity = partial(VelocityTeacher(pipe, guidance), condition=condition)
-            of_rows = straightness(velocity, noise.to(device), time_grid(20))
+            of_rows = straightness(velocity, noise, time_grid(20))
             found.append(float(of_rows.mean()) / noise[0].numel())
         return (
             f"straightness (mean square of velocity less chord, 0 is straight): teacher {found[0]:.4f}, "
@@ -214,6 +258,7 @@ class Distillation:
             "guidance": self.guidance,
             "teacher": base_hashes(self._pipe.transformer)["float32"],
             **({"pairs": self._config.pairs} if self.method.pairs else {}),
+            **({"step_counts": [*self.step_counts]} if self.method.stage is GeneratorStage else {}),
         }
 
 
@@ -232,4 +277,4 @@ def few_steps(flow: FlowConfig, distillation: Distillation | None) -> dict[str, 
 
 def student_keys(given: Collection[str]) -> frozenset[str]:
     """``given`` with what a student does not adopt from its teacher: it learns velocities on the straight path."""
-    return frozenset(given) | {"objective", "path", "path_options", "prediction"}
+    return frozenset(given) | {"objective", "path", "path_options", "prediction", "guidance"}

@@ -42,7 +42,6 @@ class GeneratorStage(FlowStage):
     Args:
         teacher: whose distribution is matched.
         step_counts: numbers of steps in which it is sampled; each is trained as often.
-        samples_per_step: of all processes.
         turns: of steps, in one of which it is trained.
     """
 
@@ -53,7 +52,6 @@ class GeneratorStage(FlowStage):
         *arguments: Any,
         teacher: VelocityTeacher,
         step_counts: Sequence[int],
-        samples_per_step: int,
         turns: int = 5,
         **more: Any,
     ) -> None:
@@ -63,7 +61,7 @@ class GeneratorStage(FlowStage):
                 "distribution matching needs a network that takes the end of an interval", "Use a DiT."
             )
         self._velocities, self._counts = teacher, tuple(step_counts)
-        self._samples_per_step, self._turns = samples_per_step, turns
+        self._turns = turns
         fake = copy.deepcopy(network)
         self._fake = (fake,)  # in a tuple: it has a stage of its own
         self.drawn: Drawn | None = None
@@ -102,10 +100,13 @@ class GeneratorStage(FlowStage):
             fake = self.fake(sample.xt, t, condition)
         target = distribution_matching_target(data.detach(), sample.xt, t, teacher, fake)
         per_sample = (data.float() - target).square().flatten(1).mean(1) / 2
-        return {"loss": per_sample.mean(), "per_sample": per_sample.detach(), "t": t.detach()}
+        loss = (per_sample * batch["weights"] if "weights" in batch else per_sample).mean()
+        matching = {"matching": loss.detach(), "per_sample": per_sample.detach(), "t": t.detach()}
+        return {"loss": loss} | matching
 
     def _is_its_turn(self, numbers: list[int]) -> bool:
-        return numbers[0] // self._samples_per_step % self._turns == 0
+        """The last of so many steps: those in which figures are logged among them."""
+        return (numbers[0] // self._samples_per_step + 1) % self._turns == 0
 
     def _simulated(self, source: Any, condition: Condition, random: SampleRandom) -> tuple[Tensor, Tensor]:
         """(B, ...) and (B,): where a step begins: in the noise, or at a later time of a grid, reached by itself."""
@@ -114,11 +115,14 @@ class GeneratorStage(FlowStage):
         place = (random.uniform() * counts).floor().clamp(max=counts - 1)
         x = source()
         at = torch.zeros_like(choice)
-        for step in range(int(place.max())):
+        for step in range(max(self._counts) - 1):
+            noise = source()  # drawn in any case: a row's numbers must not depend on its company
+            goes = place > step
+            if not bool(goes.any()):
+                continue
             ahead = (step + 1) / counts
             data = self._data_without_graph(x, at.to(x.dtype), condition)
-            further = _PATH.sample(source(), data, ahead.to(x.dtype).clamp(max=1.0)).xt
-            goes = place > step
+            further = _PATH.sample(noise, data, ahead.to(x.dtype).clamp(max=1.0)).xt
             x = torch.where(goes.view(-1, 1, 1, 1), further, x)
             at = torch.where(goes, ahead, at)
         return x, at.to(x.dtype)

@@ -121,7 +121,8 @@ def _drawn(
             "Nothing can be drawn from it before training.",
         )
     side = pipe.vae_scale_factor * int(native if isinstance(native, int) else max(native))
-    made_of = {"checkpoint": _digest(pipe.transformer), "asked": asked, "side": side, **asdict(drawing)}
+    settings = {name: one for name, one in asdict(drawing).items() if name not in ("what", "phase")}
+    made_of = {"checkpoint": _digest(pipe.transformer), "asked": asked, "side": side, **settings}
     _claim(folder, made_of)
     parts = []
     together = min(_TOGETHER, max(1, _PIXELS // side**2))

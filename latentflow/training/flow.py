@@ -237,7 +237,8 @@ class FlowStage(nn.Module):
     mean, of which ``per_sample`` holds the plain ones. With ``masking`` the network also gets what is known of each
     picture, and the batch holds what `Masking` needs. With ``routing`` some tokens skip blocks while it is trained;
     with ``alignment`` a second loss is added, logged as ``alignment``, and the batch may have to hold ``pixels``.
-    ``samples`` is how many draws the whole run has, which ``time_uniform_from`` is a share of.
+    ``samples`` is how many draws the whole run has, which ``time_uniform_from`` is a share of, ``samples_per_step``
+    those of a step over all processes.
     """
 
     def __init__(
@@ -250,6 +251,7 @@ class FlowStage(nn.Module):
         routing: Routing | None = None,
         alignment: Alignment | None = None,
         samples: int | None = None,
+        samples_per_step: int = 1,
     ) -> None:
         super().__init__()
         self.network = network
@@ -261,7 +263,7 @@ class FlowStage(nn.Module):
         self._uniform = UniformTimes(shift=self._choices.density.shift)
         if samples is None and config.time_uniform_from < 1.0:
             raise ValueError("time_uniform_from is a share of the run: give the samples of the run")
-        self._samples = samples
+        self._samples, self._samples_per_step = samples, samples_per_step
         self._uniform_from = math.inf if samples is None else config.time_uniform_from * samples
 
     @property
@@ -298,7 +300,10 @@ class FlowStage(nn.Module):
             condition = dataclasses.replace(condition, channels=masked.channels)
             if config.coupling == "data-dependent":
                 x0 = known_source(x0, masked.known, masked.hole)
-        x0 = choices.coupling(x0, x1, _for_coupling(condition), seeded(self._seed, 2, batch["numbers"][0]))
+        if "noise" not in batch:  # else they are pairs as they are
+            x0 = choices.coupling(
+                x0, x1, _for_coupling(condition), seeded(self._seed, 2, batch["numbers"][0])
+            )
         sample = choices.path.sample(x0, x1, times.t.to(x1.dtype))
         losses = self._losses(batch, sample, condition, random, times)
         result = {"per_sample": losses.plain.detach(), "t": times.t.detach()}

@@ -129,7 +129,10 @@ class Player:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
             with record_function("optimizer"):
-                if not skip:
+                # One that sat the step out has no gradients, and float16's scaler refuses to step without.
+                if not skip and any(
+                    one.grad is not None for group in optimizer.param_groups for one in group["params"]
+                ):
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         with record_function("average"):

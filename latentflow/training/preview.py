@@ -48,12 +48,20 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
         order = sorted(range(len(source.classes)), key=lambda number: number not in shown)
         asked = {"class_labels": [order[index % len(order)] for index in range(_IMAGES)]}
     drawn = [asked | {"num_inference_steps": steps, "output_type": "pt"} for steps in preview_steps(pipe)]
+    encoder = pipe.text_encoder
+    frozen_on = (
+        None if encoder is None else encoder.device
+    )  # one that is not trained along stays on the CPU else
+    if encoder is not None:
+        encoder.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
         images = torch.cat(
             [pipe(**one, generator=_generators(_IMAGES)).images.float().cpu() for one in drawn]
         )
         if pipe.takes_masks:
             images = torch.cat([images, *_filled(pipe, source, rows[::2], preview_steps(pipe)[-1])])
+    if encoder is not None:
+        encoder.to(frozen_on)
     return to_pil(make_grid(images * 2 - 1, nrow=_ROW, padding=2, pad_value=1.0))
 
 

@@ -164,6 +164,9 @@ def train(
     refuse_renumbered_classes(output / "pipeline", source)
     refuse_unvalidated(loop, len(validation) > 0)
 
+    if distillation is not None:
+        distillation.refuse_unfit(source, framing.size_conditioning, loop)
+
     # ---- a fine-tune: what the checkpoint is reminded of, defaults that fit ----
     prior: list[str] = []
     fine_lines: list[str] = []
@@ -261,7 +264,7 @@ def train(
     routing = None
     if config.routing.route_share:
         routing = Routing(config.routing, networks.network, (loop.max_train_steps * batch, batch))
-    make_stage = stage_class(config.flow) if distillation is None else distillation.stage(config.flow, batch)
+    make_stage = stage_class(config.flow) if distillation is None else distillation.stage(config.flow)
     stage = make_stage(
         networks.network,
         config.flow,
@@ -271,6 +274,7 @@ def train(
         routing,
         make_alignment(config.alignment, networks.network),
         samples=loop.max_train_steps * batch,
+        samples_per_step=batch,
     )
     told = bool(networks.network.config.size_conditioning)
     unit = downscale_factor(vae) * networks.network.config.get("patch_size", 1)
@@ -325,7 +329,8 @@ def train(
     if distillation is not None and distillation.method.pairs:
         train_data = distillation.pairs(training, networks, output, loop.seed, told, stage.needs_pixels)
     centre = dataclasses.replace(framing, crops=1)
-    held_out = latent_data(cut(validation.once(), config=centre)) if len(validation) else None
+    validates = len(validation) > 0 and (distillation is None or distillation.validates)
+    held_out = latent_data(cut(validation.once(), config=centre)) if validates else None
     vae.cpu()
 
     # ---- training ----
@@ -403,8 +408,13 @@ def train(
         flops=flops,
         partly=bool(config.init_from) and source.kind == "unconditional",
     )
-    if finished and distillation is not None and distillation.method.pairs:
-        log.info(distillation.straightness(pipeline(), stage, own_data))
+    if (
+        finished
+        and distillation is not None
+        and distillation.method.pairs
+        and process_state().is_main_process
+    ):
+        log.info(distillation.straightness(output / "pipeline", stage, own_data))
     if finished and config.init_from and len(training) <= FEW and process_state().is_main_process:
         tell_memorised(output, training, validation, data.background, device)
     if finished:

@@ -35,9 +35,14 @@ class Run:
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     @property
+    def is_student(self) -> bool:
+        """Whether this is a run of `latentflow distill`."""
+        return "method" in self.config
+
+    @property
     def is_autoencoder(self) -> bool:
         """Whether this is what trains an autoencoder: `latentflow autoencoder`, or the first stage of `train`."""
-        return "network" not in self.config
+        return "network" not in self.config and not self.is_student
 
     @property
     def target(self) -> int | None:
@@ -103,7 +108,8 @@ class Run:
 
     def resume(self) -> str:
         """The command that goes on with the run; a finished one for as many steps again, or with more patience."""
-        command = ["latentflow", "autoencoder" if self.is_autoencoder else "train"]
+        program = "autoencoder" if self.is_autoencoder else "distill" if self.is_student else "train"
+        command = ["latentflow", program]
         command += ["--config", str(self.folder / "config.yaml"), "-o", str(self.folder)]
         if self.finished and self.stopped_early:
             command += ["--early-stop", str(2 * int(self.config.get("early_stop", 1)))]

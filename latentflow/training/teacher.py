@@ -14,14 +14,20 @@ class VelocityTeacher:
     """The velocity of a pipeline on the straight path, whatever its own path and prediction, guided at one scale.
 
     Args:
-        pipe: the teacher. Its weights are not trained.
+        pipe: the teacher. Its network is frozen.
         guidance: scale of classifier-free guidance; 1 is none.
     """
 
     def __init__(self, pipe: LatentFlowPipeline, guidance: float) -> None:
-        pipe.transformer.requires_grad_(False).eval()
-        pipe._guidance_scale = guidance
-        self._pipe, self._guided = pipe, guidance != 1.0
+        names = ("path", "path_options", "prediction")
+        # Alone, so that nothing but the network says on which device it runs.
+        self._pipe = LatentFlowPipeline(
+            vae=None,
+            transformer=pipe.transformer.requires_grad_(False).eval(),
+            **{name: pipe.config[name] for name in names},
+        )
+        self._pipe._guidance_scale = guidance
+        self._guided = guidance != 1.0
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:

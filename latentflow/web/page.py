@@ -213,7 +213,7 @@ class Controls:
             )
             self.new_seed = gr.Checkbox(True, label="New seed each time", elem_id=f"{self._tab}-new-seed")
         takes = self._studio.takes
-        steps, guidable = (4 if takes.few_steps and few_steps else 20), takes.condition and not takes.guided
+        steps, guidable = (takes.steps if few_steps else 20), takes.condition and not takes.guided
         with gr.Row():
             self.steps = gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", elem_id=f"{self._tab}-steps")
             self.guidance = gr.Slider(

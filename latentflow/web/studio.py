@@ -76,7 +76,7 @@ class Studio:
         self._loading = threading.Lock()
         self._turns = Turns()
         known = (
-            None if adapters is not None and adapters.lora else takes(checkpoint)
+            None if adapters is not None and (adapters.lora or adapters.fast) else takes(checkpoint)
         )  # they may bring classes
         self.takes = known or taken_by(self.pipe.config, self.pipe.transformer.config)
 

@@ -205,7 +205,7 @@ def test_networks_and_runs_that_cannot_are_refused() -> None:
     with pytest.raises(UserError, match="without a condition"):
         stage(network(num_classes=None), guidance=2.0)
     config = FlowConfig(objective="mean-flow")
-    with pytest.raises(UserError, match="--shard with --objective mean-flow"):
+    with pytest.raises(UserError, match="--shard with mean-flow"):
         refuse_unfit(config, LoopConfig(shard=True))
     with pytest.raises(UserError, match="--route-share with --objective mean-flow"):
         refuse_unfit(config, LoopConfig(), routed=True)
