@@ -83,8 +83,9 @@ class AlphaFlow(MeanFlow):
     Attributes:
         share, power, guidance, mixing, improved: as of MeanFlow.
         begin, end: shares of the run between which alpha goes from 1 to 0, along a sigmoid.
-        least: alpha stays above it. Above 0 no derivative is ever taken, and fused attention serves throughout; a target
-            costs two evaluations. At 0.5 it is the self-consistency of shortcut models, the first half a velocity's.
+        least: alpha stays above it. Above 0 no derivative is ever taken, and fused attention serves throughout; a
+            target costs two evaluations. At 0.5 it is the self-consistency of shortcut models, with a velocity as the
+            first half.
 
     Raises:
         UserError: a value outside its bounds.
