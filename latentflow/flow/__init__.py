@@ -8,6 +8,7 @@ from __future__ import annotations
 from .average_velocity import AverageObjective as AverageObjective
 from .average_velocity import AverageVelocity as AverageVelocity
 from .average_velocity import Draws as Draws
+from .average_velocity import Interval as Interval
 from .average_velocity import adaptive as adaptive
 from .average_velocity import average_velocity_loss as average_velocity_loss
 from .average_velocity import chords as chords

@@ -8,7 +8,7 @@ so that x + (t - r) u is exact however long the step. An objective of average ve
 trained, and what u shall be there, in terms of the velocity and of u itself. All are regressions::
 
     r, t = objective.interval(Draws(quantile, first, second, coin))
-    target = objective.target(network, x, r, t, velocity)              # network(x, r, t) -> average velocity
+    target = objective.target(network, Interval(x, r, t, velocity))    # network(x, r, t) -> average velocity
     loss = average_velocity_loss(network(x, r, t), target, objective.power, objective.floor).mean()
 
 and all are sampled by ``integrate(chords(network, times), x0, times, "euler")``.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from latentflow.errors import UserError
 
-from .tensors import Velocity, compute_dtype
+from .tensors import Velocity, compute_dtype, expand_t
 
 #: u(x, r, t): x (B, ...), r and t scalar tensors or (B,), r <= t; the result is shaped like x.
 AverageVelocity: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -49,6 +49,36 @@ class Draws(NamedTuple):
     second: Tensor
     coin: Tensor
     progress: Tensor | None = None
+
+
+class Interval(NamedTuple):
+    """Intervals of the flow, a row each, that have a length.
+
+    Attributes:
+        x: (B, ...) at the starts.
+        r, t: (B,) start and end.
+        velocity: shaped like ``x``: dx/dr there, of the sample or a teacher; it is what u averages.
+        progress: of the draws.
+        along: shaped like ``x``: the velocity whose trajectory is followed; None: ``velocity``. That of the network
+            itself, u(x, r, r), is less noisy than a sample's.
+    """
+
+    x: Tensor
+    r: Tensor
+    t: Tensor
+    velocity: Tensor
+    progress: Tensor | None = None
+    along: Tensor | None = None
+
+    @property
+    def direction(self) -> Tensor:
+        """dx/dr of the trajectory that is followed."""
+        return self.velocity if self.along is None else self.along
+
+    @property
+    def length(self) -> Tensor:
+        """t - r, shaped to broadcast along the rows of ``x``."""
+        return expand_t(self.t - self.r, self.x)
 
 
 @dataclass(frozen=True)
@@ -112,26 +142,12 @@ class AverageObjective(ABC):
         """(r, t), r <= t, both (B,): what is trained. All but ``share`` of the rows have no length."""
 
     @abstractmethod
-    def target(
-        self,
-        average: AverageVelocity,
-        x: Tensor,
-        r: Tensor,
-        t: Tensor,
-        velocity: Tensor,
-        progress: Tensor | None = None,
-        along: Tensor | None = None,
-    ) -> Tensor:
+    def target(self, average: AverageVelocity, over: Interval) -> Tensor:
         """What u(x, r, t) shall be, where the interval has a length; without a graph.
 
         Args:
             average: u as it is now.
-            x: (B, ...) at the starts.
-            r, t: (B,) start and end.
-            velocity: shaped like ``x``: dx/dr there, of the sample or a teacher; it is what u averages.
-            progress: of the draws.
-            along: shaped like ``x``: the velocity whose trajectory is followed; default: ``velocity``. That of the
-                network itself, u(x, r, r), is less noisy than a sample's.
+            over: what is asked about.
 
         Returns:
             (B, ...).

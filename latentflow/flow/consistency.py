@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .average_velocity import AverageObjective, AverageVelocity, Draws, total_derivative
+from .average_velocity import AverageObjective, AverageVelocity, Draws, Interval, total_derivative
 from .solvers.base import Field, Solver, SolverOptions, Step
 from .tensors import expand_t, normal_like
 
@@ -52,22 +52,14 @@ class Consistency(AverageObjective):
         start = draws.quantile(draws.first)
         return start, torch.where(draws.coin < self.share, torch.ones_like(start), start)
 
-    def target(
-        self,
-        average: AverageVelocity,
-        x: Tensor,
-        r: Tensor,
-        t: Tensor,
-        velocity: Tensor,
-        progress: Tensor | None = None,
-        along: Tensor | None = None,
-    ) -> Tensor:
+    def target(self, average: AverageVelocity, over: Interval) -> Tensor:
         """v + w (1 - r) du/dr with the warm-up w: u plus the tangent."""
+        x, r, t = over.x, over.r, over.t
         warm = torch.ones_like(r)
-        if progress is not None and self.warmup > 0:
-            warm = (progress.to(r) / self.warmup).clamp(max=1.0)
-        return velocity + expand_t(warm * (t - r), x) * total_derivative(
-            average, x, r, t, velocity if along is None else along
+        if over.progress is not None and self.warmup > 0:
+            warm = (over.progress.to(r) / self.warmup).clamp(max=1.0)
+        return over.velocity + expand_t(warm * (t - r), x) * total_derivative(
+            average, x, r, t, over.direction
         )
 
 

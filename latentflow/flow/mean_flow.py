@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .average_velocity import AverageObjective, AverageVelocity, Draws, total_derivative
+from .average_velocity import AverageObjective, AverageVelocity, Draws, Interval, total_derivative
 from .tensors import expand_t
 
 _SHARPNESS = 25.0  # of alpha-Flow's sigmoid, its sec. 4.3
@@ -58,22 +58,9 @@ class MeanFlow(AverageObjective):
         start, end = torch.minimum(one, other), torch.maximum(one, other)
         return start, torch.where(draws.coin < self.share, end, start)
 
-    def target(
-        self,
-        average: AverageVelocity,
-        x: Tensor,
-        r: Tensor,
-        t: Tensor,
-        velocity: Tensor,
-        progress: Tensor | None = None,
-        along: Tensor | None = None,
-    ) -> Tensor:
-        """v + (t - r) du/dr, the derivative ``along`` the flow: eq. 9 of MeanFlow."""
-        return velocity + expand_t(t - r, x) * total_derivative(average, x, r, t, _along(velocity, along))
-
-
-def _along(velocity: Tensor, along: Tensor | None) -> Tensor:
-    return velocity if along is None else along
+    def target(self, average: AverageVelocity, over: Interval) -> Tensor:
+        """v + (t - r) du/dr, the derivative along the flow: eq. 9 of MeanFlow."""
+        return over.velocity + over.length * total_derivative(average, over.x, over.r, over.t, over.direction)
 
 
 @dataclass(frozen=True)
@@ -116,33 +103,24 @@ class AlphaFlow(MeanFlow):
         alpha = torch.where(alpha > 1.0 - _CLAMPED, 1.0, torch.where(alpha < _CLAMPED, 0.0, alpha))
         return alpha.clamp(min=self.least)
 
-    def target(
-        self,
-        average: AverageVelocity,
-        x: Tensor,
-        r: Tensor,
-        t: Tensor,
-        velocity: Tensor,
-        progress: Tensor | None = None,
-        along: Tensor | None = None,
-    ) -> Tensor:
-        """v + (t - s) (u(x_s, s, t) - u(x, r, t)) / (s - r) with x_s = x + (s - r) v, ``along`` the flow.
+    def target(self, average: AverageVelocity, over: Interval) -> Tensor:
+        """v + (t - s) (u(x_s, s, t) - u(x, r, t)) / (s - r) with x_s = x + (s - r) v, along the flow.
 
         Their loss, ||u - (alpha v + (1 - alpha) u(x_s, s, t))||^2 / alpha, has the gradient of this regression, whose
         limit at alpha = 0 is MeanFlow's.
         """
-        alpha = self.alpha(torch.ones_like(r) if progress is None else progress.to(r))
+        x, r, t = over.x, over.r, over.t
+        alpha = self.alpha(torch.ones_like(r) if over.progress is None else over.progress.to(r))
         derivative = alpha == 0.0
         if bool(derivative.all()):
-            return super().target(average, x, r, t, velocity, along=along)
+            return super().target(average, over)
         step = torch.where(derivative, 1.0, alpha) * (t - r)
         with torch.no_grad():
-            reached = x + expand_t(step, x) * _along(velocity, along).to(x.dtype)
+            reached = x + expand_t(step, x) * over.direction.to(x.dtype)
             # At alpha = 1 the step ends at t, where nothing is left to go.
             change = average(reached, torch.minimum(r + step, t), t) - average(x, r, t)
             rows = len(alpha), *(1,) * (x.ndim - 1)
-            finite = velocity + ((1.0 - alpha) / alpha.clamp(min=_CLAMPED)).reshape(rows) * change
+            finite = over.velocity + ((1.0 - alpha) / alpha.clamp(min=_CLAMPED)).reshape(rows) * change
         if not bool(derivative.any()):
             return finite
-        exact = super().target(average, x, r, t, velocity, along=along)
-        return torch.where(derivative.reshape(rows), exact, finite)
+        return torch.where(derivative.reshape(rows), super().target(average, over), finite)

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .average_velocity import AverageObjective, AverageVelocity, Draws
+from .average_velocity import AverageObjective, AverageVelocity, Draws, Interval
 from .tensors import expand_t
 
 
@@ -67,17 +67,9 @@ class Shortcut(AverageObjective):
         start = torch.where(long, place / count, draws.quantile(draws.first))
         return start, torch.where(long, (place + 1) / count, start)
 
-    def target(
-        self,
-        average: AverageVelocity,
-        x: Tensor,
-        r: Tensor,
-        t: Tensor,
-        velocity: Tensor,
-        progress: Tensor | None = None,
-        along: Tensor | None = None,
-    ) -> Tensor:
+    def target(self, average: AverageVelocity, over: Interval) -> Tensor:
         """The mean of two steps of half the length; no velocity is looked at."""
+        x, r, t = over.x, over.r, over.t
         middle = (r + t) / 2
         shortest = (t - r) * self.finest < 1.5
         with torch.no_grad():

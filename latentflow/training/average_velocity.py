@@ -15,6 +15,7 @@ from ..flow import (
     AverageObjective,
     AverageVelocity,
     Draws,
+    Interval,
     PathSample,
     Progressive,
     adaptive,
@@ -136,7 +137,9 @@ class AverageVelocityStage(FlowStage):
             self._asked(),
             torch.autocast(x.device.type, enabled=False) if settings.differentiates else nullcontext(),
         ):
-            asked = settings.target(self._average_velocity(under), x, r, t, target[rows], part, along)
+            asked = settings.target(
+                self._average_velocity(under), Interval(x, r, t, target[rows], part, along)
+            )
         target[rows] = asked.to(target.dtype)
         return target
 

@@ -19,6 +19,7 @@ from latentflow.flow import (
     Consistency,
     Counted,
     Draws,
+    Interval,
     MeanFlow,
     Progressive,
     Shortcut,
@@ -144,7 +145,7 @@ def test_the_exact_solution_has_no_loss_and_no_gradient(objective, gaussian, dra
     sample = exact_sample(gaussian, draw(24, 3), r)
 
     def loss_and_gradient(network: GaussianAverage) -> tuple[float, float]:
-        target = objective.target(network, sample.xt, r, t, sample.velocity)
+        target = objective.target(network, Interval(sample.xt, r, t, sample.velocity))
         loss = average_velocity_loss(network(sample.xt, r, t), target).mean()
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         return float(loss), max(float(one.abs()) for one in gradients)
@@ -178,7 +179,7 @@ def test_the_gradient_is_that_of_the_loss_with_its_target_stopped(power: float, 
     network = GaussianAverage(1.1, 0.7)
     r, t = intervals(12)
     sample = PATH.sample(draw(12, 2), MEAN + STD * draw(12, 2), r)
-    target = MeanFlow().target(network, sample.xt, r, t, sample.velocity)
+    target = MeanFlow().target(network, Interval(sample.xt, r, t, sample.velocity))
 
     def error() -> Tensor:
         return (network(sample.xt, r, t) - target).square().mean(1)
@@ -262,10 +263,10 @@ def test_alpha_flow_goes_from_the_velocity_to_the_derivative(gaussian, draw) -> 
     objective = AlphaFlow()
 
     def at(progress: float) -> Tensor:
-        return objective.target(network, x, r, t, velocity, torch.full((12,), progress)).detach()
+        return objective.target(network, Interval(x, r, t, velocity, torch.full((12,), progress))).detach()
 
     assert torch.equal(at(0.0), velocity)
-    exact = MeanFlow().target(network, x, r, t, velocity).detach()
+    exact = MeanFlow().target(network, Interval(x, r, t, velocity)).detach()
     assert torch.equal(at(1.0), exact)
     errors = [float((at(progress) - exact).square().mean()) for progress in (0.0, 0.5, 0.65, 0.7)]
     assert errors == sorted(errors, reverse=True)
@@ -273,7 +274,9 @@ def test_alpha_flow_goes_from_the_velocity_to_the_derivative(gaussian, draw) -> 
     alphas = objective.alpha(torch.tensor([0.65, 0.7]))
     assert errors[3] / errors[2] == pytest.approx(float(alphas[1] / alphas[0]) ** 2, rel=0.1)
     # Rows of one batch may stand on both sides of the change.
-    mixed = objective.target(network, x, r, t, velocity, torch.tensor([0.5] * 6 + [1.0] * 6)).detach()
+    mixed = objective.target(
+        network, Interval(x, r, t, velocity, torch.tensor([0.5] * 6 + [1.0] * 6))
+    ).detach()
     assert torch.equal(mixed, torch.cat([at(0.5)[:6], at(1.0)[6:]]))
     # The paper's own form of it has the same gradient.
     alpha = float(objective.alpha(torch.tensor(0.5)))
@@ -291,7 +294,7 @@ def test_a_shortcut_is_two_steps(mixture, draw) -> None:
     r = torch.tensor([0.0, 0.25, 0.5, 0.0], dtype=torch.float64)
     t = r + torch.tensor([1.0, 0.5, 0.5, 0.25], dtype=torch.float64)
     x = draw(4, 2)
-    target = Shortcut(finest=128).target(average, x, r, t, x)
+    target = Shortcut(finest=128).target(average, Interval(x, r, t, x))
     torch.testing.assert_close(target, average(x, r, t), rtol=1e-6, atol=1e-6)
     # The halves of the shortest steps are steps of the velocity.
     asked: list[Tensor] = []
@@ -300,7 +303,7 @@ def test_a_shortcut_is_two_steps(mixture, draw) -> None:
         asked.append(end - start)
         return y
 
-    Shortcut(finest=4).target(spy, x, r, t, x)
+    Shortcut(finest=4).target(spy, Interval(x, r, t, x))
     assert [one[3].item() for one in asked] == [0.0, 0.0]
     assert [one[0].item() for one in asked] == [0.5, 0.5]
 
@@ -337,10 +340,10 @@ def test_the_tangent_of_consistency_is_normalised_and_warmed_up(draw) -> None:
     network, objective = GaussianAverage(1.1, 0.7), Consistency(warmup=0.5)
     r = torch.rand(12, dtype=torch.float64)
     x, velocity, t = draw(12, 3), draw(12, 3), torch.ones(12, dtype=torch.float64)
-    cold = objective.target(network, x, r, t, velocity, torch.zeros(12))
+    cold = objective.target(network, Interval(x, r, t, velocity, torch.zeros(12)))
     assert torch.equal(cold, velocity)
-    half = objective.target(network, x, r, t, velocity, torch.full((12,), 0.25))
-    full = objective.target(network, x, r, t, velocity)
+    half = objective.target(network, Interval(x, r, t, velocity, torch.full((12,), 0.25)))
+    full = objective.target(network, Interval(x, r, t, velocity))
     torch.testing.assert_close(half, (velocity + full) / 2)
     output = network(x, r, t).detach().requires_grad_()
     average_velocity_loss(output, full, objective.power, objective.floor).sum().backward()

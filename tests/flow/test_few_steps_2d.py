@@ -17,6 +17,7 @@ from latentflow.flow import (
     CondOT,
     Consistency,
     Draws,
+    Interval,
     MeanFlow,
     Progressive,
     Shortcut,
@@ -74,7 +75,7 @@ def train(
             sample = PATH.sample(x0, x1, r)
             with torch.no_grad():
                 along = network(sample.xt, r, r)  # as improved MeanFlow does: far less noise
-            target = settings.target(network, sample.xt, r, t, sample.velocity, along=along)
+            target = settings.target(network, Interval(sample.xt, r, t, sample.velocity, along=along))
             loss = average_velocity_loss(network(sample.xt, r, t), target, settings.power)
         optimizer.zero_grad()
         loss.mean().backward()
@@ -153,7 +154,7 @@ def distilled(teacher: Perceptron, settings: AverageObjective, steps: int, rate:
             return torch.where(still, exact, network(y, start, end))
 
         target = torch.where(
-            (t > r)[:, None], settings.target(average, x, r, t, velocity, progress), velocity
+            (t > r)[:, None], settings.target(average, Interval(x, r, t, velocity, progress)), velocity
         )
         loss = average_velocity_loss(student(x, r, t), target, settings.power, settings.floor).mean()
         optimizer.zero_grad()
