@@ -67,8 +67,8 @@ METHODS = {
     "progressive": ["--method", "progressive"],
     "consistency": ["--method", "consistency"],
     "distribution matching": ["--method", "distribution-matching"],
-    "reflow": ["--method", "reflow", "--pairs", "2400", "--pairs-steps", "10"],
-    "one-step distillation": ["--method", "one-step", "--pairs", "2400", "--pairs-steps", "10"],
+    "reflow": ["--method", "reflow", "--pairs", "400", "--pairs-steps", "8"],
+    "one-step distillation": ["--method", "one-step", "--pairs", "400", "--pairs-steps", "8"],
 }
 STEPS = (1, 2, 4)
 TEACHERS_STEPS = (1, 2, 4, 8, 20, 50)
