@@ -35,8 +35,8 @@ class Config:
     data: DataConfig
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """Run folder; the student is its subfolder `pipeline`, with --lora-rank also `adapter`."""
-    method: str = "mean-flow"
-    """mean-flow, alpha-flow, shortcut, progressive, consistency, distribution-matching, reflow or one-step
+    method: str = "shortcut"
+    """shortcut, progressive, mean-flow, alpha-flow, consistency, distribution-matching, reflow or one-step
     (docs/few-step.md)."""
     method_options: dict[str, float] = field(default_factory=dict)
     """Its settings, such as `share 0.5`."""
@@ -70,7 +70,7 @@ class Config:
             init_from=self.checkpoint,
             flow=FlowConfig(
                 objective=method.objective,
-                objective_options=self.method_options,
+                objective_options={**method.usual, **self.method_options},
                 condition_dropout=0.0 if method.pairs else self.condition_dropout,
                 mask_shapes={"full": 1.0}
                 if method.pairs

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -37,11 +38,14 @@ class Method(NamedTuple):
         objective: a key of `OBJECTIVES`. Those of average velocities learn from the teacher's velocity.
         pairs: it learns from pairs of noise and what the teacher draws from it instead.
         stage: what is trained by that; None: the objective's own.
+        usual: the objective's settings where they are not those of a training from scratch: a teacher's velocity is
+            exact, and need not be learned as often; steps shorter than an eighth are hardly better than eighths.
     """
 
     objective: str
     pairs: bool = False
     stage: type[FlowStage] | None = None
+    usual: Mapping[str, float] = MappingProxyType({})
 
     @property
     def has_options(self) -> bool:
@@ -52,6 +56,9 @@ class Method(NamedTuple):
 #: the methods of `latentflow distill`
 METHODS: dict[str, Method] = {
     **{name: Method(name) for name, one in OBJECTIVES.items() if one.average},
+    "mean-flow": Method("mean-flow", usual={"share": 0.5}),
+    "alpha-flow": Method("alpha-flow", usual={"share": 0.5}),
+    "shortcut": Method("shortcut", usual={"share": 0.5, "finest": 8}),
     # Sampled as consistency models are: to the data, and back.
     "distribution-matching": Method("consistency", stage=GeneratorStage),
     "reflow": Method("flow-matching", pairs=True),

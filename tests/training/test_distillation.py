@@ -261,7 +261,7 @@ def test_a_student_resumes_bit_for_bit(
         (["--step-counts", "4", "2"], "--step-counts 4 2"),
         (["--step-counts", "0"], "--step-counts 0"),
         (["--method-options", "guidance", "3"], "use --guidance"),
-        (["--method-options", "finest", "4"], "finest"),
+        (["--method", "mean-flow", "--method-options", "finest", "4"], "finest"),
         (["--method", "reflow", "--method-options", "share", "1"], "which has none"),
         (["--method", "reflow", "--pairs", "0"], "--pairs is 0"),
         (["--method", "reflow", "--pairs-solver", "ddpm"], "forgets that which it began with"),
