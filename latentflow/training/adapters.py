@@ -43,7 +43,8 @@ class AdapterConfig:
     """
 
     lora_rank: int = 0
-    """With --init-from: train an adapter of this rank (LoRA), 8 is usual; 0 trains all weights."""
+    """Train an adapter of this rank (LoRA) beside the weights of the checkpoint that is started from, 8 is usual; 0
+    trains all weights."""
     lora_alpha: float | None = None
     """The adapter is scaled by alpha / rank; default: the rank."""
     lora_dora: bool = False

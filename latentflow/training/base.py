@@ -22,7 +22,7 @@ from .flow import FlowConfig
 
 
 def open_base(checkpoint: str) -> LatentFlowPipeline:
-    """The pipeline of ``--init-from``.
+    """The pipeline that a fine-tune or a student starts from.
 
     Raises:
         UserError: it cannot be opened, or its network is not one of ours.
