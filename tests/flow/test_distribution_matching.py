@@ -52,7 +52,7 @@ def test_a_generator_finds_the_data(draw) -> None:
         generated = mean + std * z
         xt = PATH.sample(noise, generated.detach(), t).xt
         teacher = velocity(xt, t[:, None], *DATA)
-        fake = velocity(xt, t[:, None], float(mean), float(std))
+        fake = velocity(xt, t[:, None], mean.item(), std.item())
         target = distribution_matching_target(generated.detach(), xt, t, teacher, fake)
         optimizer.zero_grad()
         ((generated - target).square().mean() / 2).backward()
