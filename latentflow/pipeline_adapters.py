@@ -84,10 +84,11 @@ def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
 
 def base_hashes(network: nn.Module) -> dict[str, str]:
     """The hash of a network's weights, rounded to each type of numbers in which pipelines are loaded."""
-    return {_name(dtype): _hash(network, dtype) for dtype in _DTYPES}
+    return {_name(dtype): weights_hash(network, dtype) for dtype in _DTYPES}
 
 
-def _hash(network: nn.Module, dtype: torch.dtype) -> str:
+def weights_hash(network: nn.Module, dtype: torch.dtype = torch.float32) -> str:
+    """The hash of a network's weights in this type of numbers, without adapters."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         if "lora_" not in name:
@@ -495,7 +496,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             dtype = self.transformer.dtype
             followed: Followed = (self.few_steps, {})
             loaded = _Added(
-                base=(_name(dtype), _hash(self.transformer, dtype)),
+                base=(_name(dtype), weights_hash(self.transformer, dtype)),
                 tokenizer=self.tokenizer,
                 classes=self.labels,
                 num_classes=self.transformer.config.get("num_classes") or 0,

@@ -53,11 +53,15 @@ class Shortcut(AverageObjective):
             finest=(power_of_two, "Use a power of two; 128 is the paper's, 8 is enough for a teacher.")
         )
 
+    @property
+    def lengths(self) -> int:
+        """How many lengths of steps there are, from 1 / finest to 1."""
+        return int(math.log2(self.finest)) + 1
+
     def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Lengths 2^-k, k = 0 ... log2(finest), from multiples of themselves; velocities at the density's times."""
-        levels = int(math.log2(self.finest)) + 1
         # One coin says whether there is a length, and which: what is left of it is uniform again.
-        level = (draws.coin / self.share * levels).floor().clamp(max=levels - 1)
+        level = (draws.coin / self.share * self.lengths).floor().clamp(max=self.lengths - 1)
         return self._steps(draws, 2.0**level)
 
     def _steps(self, draws: Draws, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,12 +107,11 @@ class Progressive(Shortcut):
 
     def stage(self, progress: Tensor) -> Tensor:
         """The number of the stage, from 0, after these shares of the run."""
-        stages = int(math.log2(self.finest)) + 1
-        return (progress * stages).floor().clamp(max=stages - 1)
+        return (progress * self.lengths).floor().clamp(max=self.lengths - 1)
 
     def middle(self, stage: int) -> Tensor:
         """The share of the run in the middle of a stage, float64."""
-        return torch.tensor((stage + 0.5) / (int(math.log2(self.finest)) + 1), dtype=torch.float64)
+        return torch.tensor((stage + 0.5) / self.lengths, dtype=torch.float64)
 
     def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Steps of the stage's length from multiples of it; velocities at the density's times."""

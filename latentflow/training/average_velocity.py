@@ -19,7 +19,6 @@ from ..flow import (
     PathSample,
     Progressive,
     adaptive,
-    average_velocity_loss,
     folded_velocity,
 )
 from ..models import Condition
@@ -106,7 +105,7 @@ class AverageVelocityStage(FlowStage):
             self._begin_stage(int(settings.stage(progress[0])))
         target = self._target(sample, condition, end, progress)
         output, distance = self._predict(batch, sample, condition, random, end=end)
-        plain = average_velocity_loss(output, target)
+        plain = self._choices.objective(output, sample, target=target)
         return Losses(plain, adaptive(plain, settings.power, settings.floor), distance)
 
     def _progress(self, numbers: list[int], like: Tensor) -> Tensor | None:

@@ -16,7 +16,8 @@ from ..data.described import few
 from ..errors import UserError, lookup
 from ..flow import OBJECTIVES, SOLVERS, AverageObjective, straightness, time_grid
 from ..pipeline import LatentFlowPipeline
-from ..pipeline_adapters import base_hashes
+from ..pipeline_adapters import weights_hash
+from ..pipeline_few_steps import FewSteps
 from .average_velocity import AverageVelocityStage, OneStepStage, stage_class
 from .base import class_names, open_base
 from .batches import by_group, groups_of, numbered, to_device
@@ -263,23 +264,27 @@ class Distillation:
         return {
             "method": self.name,
             "guidance": self.guidance,
-            "teacher": base_hashes(self._pipe.transformer)["float32"],
+            "teacher": weights_hash(self._pipe.transformer),
             **({"pairs": self._config.pairs} if self.method.pairs else {}),
             **({"step_counts": [*self.step_counts]} if self.method.stage is GeneratorStage else {}),
         }
 
 
-def few_steps(flow: FlowConfig, distillation: Distillation | None) -> dict[str, Any]:
-    """What a pipeline is told of how its network is followed."""
-    choices = flow.choices()
-    told: dict[str, Any] = {}
+def few_steps(flow: FlowConfig, distillation: Distillation | None) -> FewSteps:
+    """How the network that is trained is followed."""
+    choices, followed = flow.choices(), FewSteps()
     if choices.objective.average:
         settings: AverageObjective = choices.settings
-        told = {"average": True, "folded_guidance": settings.guidance}
-        told |= {"consistency": True} if settings.sampler == "consistency" else {}
-    if distillation is not None:
-        told |= {"folded_guidance": distillation.folded_guidance, "step_counts": [*distillation.step_counts]}
-    return told
+        followed = FewSteps(
+            average=True,
+            consistency=settings.sampler == "consistency",
+            folded_guidance=settings.guidance,
+        )
+    if distillation is None:
+        return followed
+    return replace(
+        followed, folded_guidance=distillation.folded_guidance, step_counts=distillation.step_counts
+    )
 
 
 def student_keys(given: Collection[str]) -> frozenset[str]:

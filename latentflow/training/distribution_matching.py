@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autoencoder import known_source
 from ..errors import UserError
 from ..flow import CondOT, distribution_matching_target, flow_matching_loss
 from ..models import Condition
@@ -76,16 +75,10 @@ class GeneratorStage(FlowStage):
         x1, numbers = batch["latents"], batch["numbers"]
         random = SampleRandom(self._seed, numbers, x1.device)
         drop = random.uniform() < (self._config.condition_dropout if self.training else 0.0)
-        condition, masked = self.condition(batch, drop), None
-        if self._masking is not None:
-            masked = self._masking(batch)
-            condition = dataclasses.replace(condition, channels=masked.channels)
+        condition, start = self._told(batch, drop)
 
         def source() -> Tensor:
-            noise = random.normal(x1.shape[1:])
-            if masked is None or self._config.coupling != "data-dependent":
-                return noise
-            return known_source(noise, masked.known, masked.hole)
+            return start(random.normal(x1.shape[1:]))
 
         x, r = self._simulated(source, condition, random)
         mine = not self.training or self._is_its_turn(numbers)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import Example, Framing, LatentTable, Source, to_pil
@@ -20,6 +20,7 @@ from ..data.examples import Kind
 from ..errors import UserError
 from ..memory import memory_phase
 from ..pipeline import LatentFlowPipeline
+from ..pipeline_adapters import weights_hash
 from .base import open_base
 from .conditions import conditions_of
 from .latent_data import LatentData, Sized
@@ -122,7 +123,7 @@ def _drawn(
         )
     side = pipe.vae_scale_factor * int(native if isinstance(native, int) else max(native))
     settings = {name: one for name, one in asdict(drawing).items() if name not in ("what", "phase")}
-    made_of = {"checkpoint": _digest(pipe.transformer), "asked": asked, "side": side, **settings}
+    made_of = {"checkpoint": weights_hash(pipe.transformer), "asked": asked, "side": side, **settings}
     _claim(folder, made_of)
     parts = []
     together = min(_TOGETHER, max(1, _PIXELS // side**2))
@@ -183,12 +184,3 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     half = file.with_suffix(".tmp")
     save_file({name: one.contiguous() for name, one in tensors.items()}, half)
     half.replace(file)
-
-
-def _digest(module: nn.Module) -> str:
-    """Hash of a network's weights."""
-    digest = hashlib.sha256()
-    for name, one in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(one.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

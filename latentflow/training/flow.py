@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -294,12 +295,8 @@ class FlowStage(nn.Module):
         x0 = batch["noise"] if "noise" in batch else random.normal(x1.shape[1:])
         if "latents_std" in batch:
             x1 = x1 + batch["latents_std"] * random.normal(x1.shape[1:])
-        condition = self.condition(batch, drop)
-        if self._masking is not None:
-            masked = self._masking(batch)
-            condition = dataclasses.replace(condition, channels=masked.channels)
-            if config.coupling == "data-dependent":
-                x0 = known_source(x0, masked.known, masked.hole)
+        condition, source = self._told(batch, drop)
+        x0 = source(x0)
         if "noise" not in batch:  # else they are pairs as they are
             x0 = choices.coupling(
                 x0, x1, _for_coupling(condition), seeded(self._seed, 2, batch["numbers"][0])
@@ -314,6 +311,17 @@ class FlowStage(nn.Module):
             total = total + self.alignment.weight * losses.distance
             result["alignment"] = losses.distance.detach().mean()
         return {"loss": (total * batch["weights"] if "weights" in batch else total).mean()} | result
+
+    def _told(self, batch: dict[str, Any], drop: Tensor) -> tuple[Condition, Callable[[Tensor], Tensor]]:
+        """The condition, with what is known of each picture; and what makes of noise where the flow starts."""
+        condition = self.condition(batch, drop)
+        if self._masking is None:
+            return condition, lambda noise: noise
+        masked = self._masking(batch)
+        condition = dataclasses.replace(condition, channels=masked.channels)
+        if self._config.coupling != "data-dependent":
+            return condition, lambda noise: noise
+        return condition, lambda noise: known_source(noise, masked.known, masked.hole)
 
     def _times(self, random: SampleRandom, numbers: list[int]) -> Times:
         """The training times: a pure function of the samples' running numbers."""

@@ -33,7 +33,6 @@ from ..errors import UserError
 from ..memory import memory_phase
 from ..models.config import NetworkConfig, TextConfig
 from ..pipeline import LatentFlowPipeline
-from ..pipeline_few_steps import FewSteps
 from .adapters import Adapter, AdapterConfig
 from .alignment import AlignmentConfig, make_alignment
 from .average_velocity import refuse_unfit, stage_class
@@ -250,7 +249,7 @@ def train(
         )
     adapter = None
     if config.init_from and config.adapter.lora_rank:
-        followed = FewSteps.of(few_steps(config.flow, distillation)).plain()
+        followed = few_steps(config.flow, distillation).plain()
         adapter = Adapter(networks, config.adapter, config.init_from, source.classes, followed)
         networks = adapter.networks
         for line in adapter.lines():
@@ -348,7 +347,7 @@ def train(
             path_options=config.flow.path_options,
             prediction=config.flow.prediction,
             coupling=config.flow.coupling,
-            **few_steps(config.flow, distillation),
+            **few_steps(config.flow, distillation).plain(),
         )
 
     def export(folder: Path) -> None:
