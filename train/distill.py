@@ -19,7 +19,8 @@ from latentflow.training import LoopConfig, resume_line
 from latentflow.training.adapters import AdapterConfig
 from latentflow.training.distillation import METHODS, Distillation, DistillationConfig
 from latentflow.training.flow import FlowConfig
-from latentflow.training.run import RunConfig, train
+from latentflow.training.run import train
+from latentflow.training.run_config import RunConfig
 from latentflow.training.run_lock import run_lock
 
 

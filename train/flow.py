@@ -7,9 +7,10 @@ from contextlib import nullcontext
 
 from latentflow.cli import given, parse, run, write_config
 from latentflow.training import resume_line
+from latentflow.training.lesson import Lesson
 from latentflow.training.presets import PRESETS
-from latentflow.training.run import RunConfig as Config
 from latentflow.training.run import train
+from latentflow.training.run_config import RunConfig as Config
 from latentflow.training.run_lock import run_lock
 
 
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator on a folder of images."""
     config = parse(Config, argv, prog="latentflow train", presets=PRESETS)
     with nullcontext() if config.dry_run else run_lock(config.output):
-        train(config, resume_line("train", argv), given(Config, argv), write_config)
+        train(config, resume_line("train", argv), given(Config, argv), write_config, Lesson())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import nn
 from ..data import Source
 from ..data.described import few
 from ..errors import UserError, lookup
-from ..flow import OBJECTIVES, SOLVERS, AverageObjective, straightness, time_grid
+from ..flow import OBJECTIVES, SOLVERS, straightness, time_grid
 from ..pipeline import LatentFlowPipeline
 from ..pipeline_adapters import weights_hash
 from ..pipeline_few_steps import FewSteps
@@ -26,8 +26,10 @@ from .distribution_matching import FakeStage, GeneratorStage
 from .drawn import Drawing, drawn_data
 from .flow import FlowConfig, FlowStage
 from .latent_data import LatentData
+from .lesson import Lesson
 from .order import Draw, SampleRandom
-from .prior import in_turn
+from .prior import MixedData, in_turn
+from .run_config import RunConfig
 from .start import Networks
 from .teacher import VelocityTeacher
 
@@ -110,8 +112,8 @@ class DistillationConfig:
             )
 
 
-class Distillation:
-    """What a run takes from its teacher.
+class Distillation(Lesson):
+    """Learning from a teacher.
 
     Attributes:
         method: an entry of `METHODS`, called ``name``.
@@ -122,6 +124,8 @@ class Distillation:
     Raises:
         UserError: the checkpoint cannot be opened, or guidance is asked for where it can have none.
     """
+
+    taught = True
 
     def __init__(self, checkpoint: str, config: DistillationConfig, method: str) -> None:
         self.method = lookup(METHODS, method, "method")
@@ -144,11 +148,8 @@ class Distillation:
         self.folded_guidance = self.guidance if learned == 1.0 else learned
         self.checkpoint, self.name, self._config = checkpoint, method, config
         self.step_counts = (1,) if self.method.stage is OneStepStage else config.step_counts
-
-    @property
-    def validates(self) -> bool:
-        """Whether held-out pictures measure what is trained; pairs and matched distributions they do not."""
-        return not self.method.pairs and self.method.stage is None
+        # Neither pairs nor matched distributions are measured by held-out pictures.
+        self.validates = not self.method.pairs and self.method.stage is None
 
     def refuse_unfit(self, source: Source, size_conditioning: bool, loop: LoopConfig) -> None:
         """Refuse data that ask of the teacher what it does not know, before anything is computed.
@@ -189,43 +190,52 @@ class Distillation:
             return partial(GeneratorStage, teacher=teacher, step_counts=self.step_counts)
         return partial(AverageVelocityStage, teacher=teacher)
 
-    @staticmethod
-    def players(stage: FlowStage) -> dict[str, nn.Module]:
-        """What the loop trains: the stage, and what learns beside it."""
+    def players(self, stage: FlowStage) -> dict[str, nn.Module]:
         more = {"fake": FakeStage(stage)} if isinstance(stage, GeneratorStage) else {}
         return {"flow": stage, **more}
 
-    def pairs(
-        self, source: Source, networks: Networks, run: Path, seed: int, told: bool, pixels: bool
-    ) -> LatentData:
-        """The teacher's pairs as training data, of what ``source`` is conditioned on; drawn where they are missing.
+    def data(
+        self,
+        own: LatentData,
+        source: Source,
+        prior: list[str],
+        networks: Networks,
+        config: RunConfig,
+        told: bool,
+        pixels: bool,
+    ) -> LatentData | MixedData:
+        """The pictures; or the teacher's pairs of what they are conditioned on, drawn where they are missing.
 
         Raises:
             UserError: the folder holds pairs of another teacher, or drawn otherwise.
         """
-        config = self._config
+        if not self.method.pairs:
+            return own
         drawing = Drawing(
             what="pair",
             phase="draw pairs",
-            seed=seed,
+            seed=config.loop.seed,
             noise=True,
             pixels=pixels,
             guidance=self.guidance,
-            steps=config.pairs_steps,
+            steps=self._config.pairs_steps,
             # A student's own steps are few, or add noise on their way: its pairs are those of its velocity.
-            solver=config.pairs_solver or ("heun" if self._pipe.few_steps else None),
+            solver=self._config.pairs_solver or ("heun" if self._pipe.few_steps else None),
         )
         names = [""]
         if source.kind == "text":
             names = [caption for captions in source.all_captions() for caption in captions]
         elif source.kind == "class":
             names = [source.classes[number] for number in sorted({*source.class_ids()})]
-        folder = Path(config.pairs_folder) if config.pairs_folder else run / "pairs"
-        return drawn_data(self.checkpoint, in_turn(names, config.pairs), networks, folder, drawing, told)
+        folder = Path(self._config.pairs_folder or Path(config.output) / "pairs")
+        asked = in_turn(names, self._config.pairs)
+        return drawn_data(self.checkpoint, asked, networks, folder, drawing, told)
 
-    def straightness(self, result: Path, stage: FlowStage, data: LatentData) -> str:
-        """A line on how straight the trajectories of the teacher and of the student in ``result`` are, from the same
-        noise under the same conditions."""
+    def lines_after(self, result: Path, stage: FlowStage, data: LatentData) -> list[str]:
+        """How straight the trajectories of the teacher and of the student are, from the same noise under the same
+        conditions: of students of pairs."""
+        if not self.method.pairs:
+            return []
         student = LatentFlowPipeline.from_pretrained(result)
         draws = by_group([Draw(row, row) for row in range(min(len(data), _TRAJECTORIES))], groups_of(data))[0]
         batch = numbered(data, draws)
@@ -240,13 +250,13 @@ class Distillation:
             velocity = partial(VelocityTeacher(pipe, guidance), condition=condition)
             of_rows = straightness(velocity, noise, time_grid(20))
             found.append(float(of_rows.mean()) / noise[0].numel())
-        return (
+        return [
             f"straightness (mean square of velocity less chord, 0 is straight): teacher {found[0]:.4f}, "
             f"student {found[1]:.4f}"
-        )
+        ]
 
-    def lines(self) -> list[str]:
-        """What the student learns, for the plan."""
+    def reminders(self, config: RunConfig, pictures: int) -> tuple[list[str], list[str]]:
+        """None; and what the student learns."""
         pipe = self._pipe
         lines = [
             f"student of {self.checkpoint}: {self.name}, guidance {self.folded_guidance:g} learned along, made for "
@@ -257,36 +267,27 @@ class Distillation:
                 f"the teacher predicts the {pipe.config.prediction} on the path {pipe.config.path}; the student learns "
                 "velocities on the straight one, anew from its weights: give it more steps"
             )
-        return lines
+        return [], lines
+
+    def flow(self, flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
+        """As `Lesson.flow`, but that a student learns velocities on the straight path."""
+        own = {"objective", "path", "path_options", "prediction", "guidance"}
+        return super().flow(flow, checkpoint, own.union(given))
+
+    def lost_guidance(self, flow: FlowConfig, checkpoint: str, given: Collection[str]) -> float:
+        return 1.0
+
+    def few_steps(self, flow: FlowConfig) -> FewSteps:
+        return replace(
+            super().few_steps(flow), folded_guidance=self.folded_guidance, step_counts=self.step_counts
+        )
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that a resumed run must have as well."""
-        return {
+        described = {
             "method": self.name,
             "guidance": self.guidance,
             "teacher": weights_hash(self._pipe.transformer),
             **({"pairs": self._config.pairs} if self.method.pairs else {}),
             **({"step_counts": [*self.step_counts]} if self.method.stage is GeneratorStage else {}),
         }
-
-
-def few_steps(flow: FlowConfig, distillation: Distillation | None) -> FewSteps:
-    """How the network that is trained is followed."""
-    choices, followed = flow.choices(), FewSteps()
-    if choices.objective.average:
-        settings: AverageObjective = choices.settings
-        followed = FewSteps(
-            average=True,
-            consistency=settings.sampler == "consistency",
-            folded_guidance=settings.guidance,
-        )
-    if distillation is None:
-        return followed
-    return replace(
-        followed, folded_guidance=distillation.folded_guidance, step_counts=distillation.step_counts
-    )
-
-
-def student_keys(given: Collection[str]) -> frozenset[str]:
-    """``given`` with what a student does not adopt from its teacher: it learns velocities on the straight path."""
-    return frozenset(given) | {"objective", "path", "path_options", "prediction", "guidance"}
+        return {"distillation": described}

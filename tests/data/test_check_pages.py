@@ -18,7 +18,7 @@ from latentflow.data.checking.suggest import _PRESETS
 from latentflow.data.checking.words import caption_facts
 from latentflow.errors import UserError
 from latentflow.training.presets import PRESETS
-from latentflow.training.run import RunConfig
+from latentflow.training.run_config import RunConfig
 
 from .pictures import load_program, save_all
 
