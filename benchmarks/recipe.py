@@ -4,10 +4,11 @@
     python benchmarks/recipe.py DATA --vae AUTOENCODER -o runs/recipe-emoji --table docs/recipe-emoji
 
 DATA is what `latentflow train` takes, a folder or `shapes`. Every recipe is a set of that command's flags (RECIPES),
-on the same small network and latents. First the time of a step is measured, each recipe's turn by turn with vanilla's
-(with one thread in CPU time, so that other work on the machine does not count): a recipe gets as many steps as fit into
---seconds, and its learning rate decays over them. All see the samples in the same order and are validated on the same
-held-out pictures, noises and times (uniform), by the plain squared error of the velocity, with the averaged weights.
+on the same network (--size) and latents. First the time of a step is measured, each recipe's turn by turn with
+vanilla's (with one thread in CPU time, so that other work on the machine does not count): a recipe gets as many steps
+as fit into --seconds, and its learning rate decays over them. All see the samples in the same order and are validated
+on the same held-out pictures, noises and times (uniform), by the plain squared error of the velocity, with the
+averaged weights.
 
 Results are files in --output, one for each recipe and seed; what is there is not computed again. --table writes
 FILE.md and FILE.png from them.
@@ -59,10 +60,15 @@ from latentflow.training.start import Networks, new_networks
 
 Recipe = dict[str, Any]
 
-# What all have in common: the size.
-SIZE: Recipe = {
-    "patch_size": 2, "width": 96, "depth": 4, "heads": 3, "text_width": 96, "text_depth": 1, "text_heads": 3,
-    "train_batch_size": 64,
+# What all recipes of a run have in common. Those named after presets have the preset's network and batch.
+SIZES: dict[str, Recipe] = {
+    "mini": {
+        "patch_size": 2, "width": 96, "depth": 4, "heads": 3, "text_width": 96, "text_depth": 1, "text_heads": 3,
+        "train_batch_size": 64,
+    },
+    # The preset's 16 tokens, here patches of 8 x 8 latents.
+    "tiny": {"network_preset": "tiny", "patch_size": 2, "text_width": 192, "text_heads": 3, "train_batch_size": 128},
+    "small": {"network_preset": "small", "train_batch_size": 64},
 }  # fmt: skip
 # That of `latentflow train`, at a rate for this width.
 DEFAULT: Recipe = {"learning_rate": 6e-3}
@@ -81,6 +87,7 @@ RECIPES: dict[str, Recipe] = {
     "plain block": DEFAULT | {"block": "plain"},
     "uniform times": DEFAULT | {"time_density": "uniform"},
     "no decay": DEFAULT | {"lr_scheduler": "constant"},
+    "no average": DEFAULT | {"ema_decay": 0.0},
     "average 0.9999": DEFAULT | {"ema_decay": 0.9999},
     "beta2 0.999": DEFAULT | {"adam_beta2": 0.999},
     "no clipping": DEFAULT | {"max_grad_norm": 0.0},
@@ -88,10 +95,15 @@ RECIPES: dict[str, Recipe] = {
     # the rate
     "learning rate 3e-3": DEFAULT | {"learning_rate": 3e-3},
     "learning rate 1.2e-2": DEFAULT | {"learning_rate": 1.2e-2},
+    "decay from the start": DEFAULT | {"lr_decay_share": 1.0},
     "decay over the last half": DEFAULT | {"lr_decay_share": 0.5},
+    # the presets' optimisers, at rates for their widths
+    "AdamW 2e-3": {"optimizer": "adamw", "learning_rate": 2e-3},
+    "AdamW 4e-3": {"optimizer": "adamw", "learning_rate": 4e-3},
+    "Muon 2e-3": {"optimizer": "muon", "learning_rate": 2e-3},
     # one lever more
     "Muon 8e-3": DEFAULT | {"optimizer": "muon", "learning_rate": 8e-3},
-    "Muon 4e-3": DEFAULT | {"optimizer": "muon", "learning_rate": 4e-3},
+    "Muon 4e-3": {"optimizer": "muon", "learning_rate": 4e-3},
     "schedule-free": DEFAULT | {"optimizer": "schedule-free", "lr_scheduler": "constant"},
     "uniform times from 0.8 on": DEFAULT | {"time_uniform_from": 0.8},
     "direction loss": DEFAULT | {"direction_weight": 1.0},
@@ -113,7 +125,7 @@ def main() -> None:
     if options.table:
         write_table(options.output, options.table, list(RECIPES))
         return
-    bench = Bench(options.data, options.vae, options.threads)
+    bench = Bench(options.data, options.vae, options.threads, SIZES[options.size])
     options.output.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:  # a whole table of one seed first
         for name in names:
@@ -136,25 +148,25 @@ def main() -> None:
 class DiffusersDiT(nn.Module):
     """diffusers' own `DiTTransformer2DModel`, called as our networks are. Classes only: it takes no text."""
 
-    def __init__(self, channels: int, side: int, classes: int) -> None:
+    def __init__(self, channels: int, side: int, classes: int, size: Recipe) -> None:
         super().__init__()
         from diffusers import DiTTransformer2DModel
 
         self.inner = DiTTransformer2DModel(
-            num_attention_heads=SIZE["heads"],
-            attention_head_dim=SIZE["width"] // SIZE["heads"],
+            num_attention_heads=size["heads"],
+            attention_head_dim=size["width"] // size["heads"],
             in_channels=channels,
             out_channels=channels,
-            num_layers=SIZE["depth"],
+            num_layers=size["depth"],
             sample_size=side,
-            patch_size=SIZE["patch_size"],
+            patch_size=size["patch_size"],
             num_embeds_ada_norm=classes,
         )
         # It drops classes by itself while it trains; the rows to drop are given here.
         for one in self.inner.modules():
             if hasattr(one, "dropout_prob"):
                 one.dropout_prob = 0.0
-                one.embedding_table = nn.Embedding(classes + 1, SIZE["width"])
+                one.embedding_table = nn.Embedding(classes + 1, size["width"])
         self.classes = classes
 
     def forward(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -182,11 +194,13 @@ class Bench:
         data: as for `latentflow train`.
         vae_folder: a trained autoencoder.
         threads: of torch.
+        size: flags that all recipes have in common.
     """
 
     data: str
     vae_folder: str
     threads: int
+    size: Recipe
 
     @cached_property
     def source(self) -> Source:
@@ -214,19 +228,21 @@ class Bench:
     def networks(self, settings: Recipe, seed: int) -> Networks:
         torch.manual_seed(seed)
         if settings.get("network") == "diffusers":
-            return Networks(network=DiffusersDiT(16, self.side, len(self.source.classes)))
-        size = SIZE | settings
+            return Networks(network=DiffusersDiT(16, self.side, len(self.source.classes), self.size))
+        size = self.size | settings
         return new_networks(
             self.source, self.vae, self.side, config_of(NetworkConfig, size), config_of(TextConfig, size)
         )
 
     def latents(self, part: Source, networks: Networks, seed: int) -> LatentData:
-        framed = frame(part, 64, int(downscale_factor(self.vae)) * SIZE["patch_size"], FramingConfig())
+        framed = frame(
+            part, 64, int(downscale_factor(self.vae)) * self.size.get("patch_size", 1), FramingConfig()
+        )
         table = cached_latents(part, self.vae, 64, flips=False)
         return LatentData(framed, [Sized(table)], conditions_of(part, networks, seed), flips=False, seed=seed)
 
     def stage(self, networks: Networks, settings: Recipe, seed: int, steps: int) -> FlowStage:
-        batch = config_of(LoopConfig, SIZE | settings).train_batch_size
+        batch = config_of(LoopConfig, self.size | settings).train_batch_size
         routing = None
         if settings.get("route_share"):
             routing = Routing(config_of(RoutingConfig, settings), networks.network, (steps * batch, batch))
@@ -246,7 +262,7 @@ class Bench:
         training, held_out = (self.latents(part, networks, seed) for part in self.parts)
         stage = self.stage(networks, settings, seed, steps)
         plain = FlowStage(networks.network, FlowConfig(time_density="uniform"), 1, stage.text_encoder)
-        loop = config_of(LoopConfig, SIZE | settings)
+        loop = config_of(LoopConfig, self.size | settings)
         every = max(1, steps // CURVE_POINTS)
         curve: list[dict[str, float]] = []
         samples: dict[str, float] = {}
@@ -367,7 +383,7 @@ def timed_steps(bench: Bench, settings: Recipe, warm_up: int = 2, steps: int = 6
     data.__class__ = Timed
     data.times, data.clock = [], time.process_time if bench.threads == 1 else time.perf_counter
     loop = dataclasses.replace(
-        config_of(LoopConfig, SIZE | settings), max_train_steps=warm_up + steps + 1, validation_steps=0,
+        config_of(LoopConfig, bench.size | settings), max_train_steps=warm_up + steps + 1, validation_steps=0,
         preview_steps=0, checkpointing_steps=10**9,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -384,6 +400,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help=f"of: {', '.join(RECIPES)}")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="mini", help="of the network; an --output for each"
+    )
     parser.add_argument(
         "--table", type=Path, default=None, metavar="FILE", help="write FILE.md and FILE.png, and stop"
     )

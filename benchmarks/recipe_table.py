@@ -37,7 +37,7 @@ def rows(runs: dict[str, list[Result]]) -> list[str]:
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for name, seeds in runs.items():
         losses = [final(one) for one in seeds]
-        against = [100 * change for change in changes(seeds, runs["default"])]
+        against = [100 * change for change in changes(seeds, runs.get("default", []))]
         shares = [100 * one["samples"]["right"] for one in seeds if "right" in one["samples"]]
         cells = [
             name,
@@ -45,7 +45,7 @@ def rows(runs: dict[str, list[Result]]) -> list[str]:
             f"{1000 * seeds[0]['step_seconds']:.0f}",
             spread(losses, 4),
             "" if name == "default" else f"{spread(against, 2, sign=True)} %",
-            spread(reached(seeds, runs["vanilla"]), 2),
+            spread(reached(seeds, runs.get("vanilla", [])), 2),
             spread(shares, 0),
             spread([one["samples"]["frechet"] for one in seeds], 1),
         ]

@@ -32,7 +32,7 @@ class LoopConfig:
     """Peak learning rate. Right for a network of width 256; the best one falls as the width grows (docs/recipe.md)."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the decay after the warm-up: none, or down to zero at max_train_steps."""
-    lr_decay_share: float = 1.0
+    lr_decay_share: float = 0.2
     """Share of the run, at its end, over which the learning rate decays."""
     lr_warmup_steps: int = 100
     """Steps of linear warm-up."""

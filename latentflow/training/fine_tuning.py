@@ -111,6 +111,7 @@ def fitted(
     if "max_train_steps" in given:
         steps = loop.max_train_steps
     changes["lr_warmup_steps"] = min(loop.lr_warmup_steps, max(1, steps // 10))
+    changes["lr_decay_share"] = 1.0  # with which fine-tunes were measured (docs/fine-tuning.md)
     for name, parts in (("validation_steps", 10), ("preview_steps", 4), ("checkpointing_steps", 4)):
         changes[name] = min(getattr(loop, name), max(1, steps // parts))
     kept = {name: value for name, value in changes.items() if name not in given}

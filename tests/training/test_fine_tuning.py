@@ -383,6 +383,7 @@ def test_defaults_follow_from_the_number_of_pictures_and_flags_win() -> None:
     assert few.learning_rate == pytest.approx(4e-4) and few.lr_embeddings == 5
     assert few.max_train_steps == 313  # 250 uses of 40 pictures, 32 a step
     assert (few.lr_warmup_steps, few.validation_steps, few.preview_steps) == (31, 31, 78)
+    assert (few.lr_decay_share, LoopConfig().lr_decay_share) == (1.0, 0.2)
     more = fitted(loop, (), 500, own_share=1.0)
     assert 64 * more.max_train_steps / 500 == pytest.approx(79, abs=1)
     assert fitted(loop, (), 10**6, own_share=1.0).max_train_steps == 20_000
