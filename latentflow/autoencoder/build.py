@@ -166,7 +166,7 @@ def _kl(config: AutoencoderConfig, resolution: int) -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=max(1, *config.encoder_layers, *config.decoder_layers),
-        norm_num_groups=min(8, *config.autoencoder_widths),
+        norm_num_groups=math.gcd(8, *config.autoencoder_widths),
         mid_block_add_attention=False,
         sample_size=resolution,
         scaling_factor=1.0,

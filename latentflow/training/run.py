@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data import LatentFolder
-from ..errors import UserError
 from .average_velocity import refuse_unfit
 from .callbacks import Callbacks
 from .cost import sample_flops
@@ -30,7 +29,7 @@ from .run_data import Cache, Examples, find_examples
 from .run_networks import Built, build
 from .run_plan import Plan, plan
 from .run_result import Result
-from .start import is_pipeline, refuse_renumbered_classes
+from .start import refuse_renumbered_classes
 from .vae import autoencoder_for
 
 
@@ -50,7 +49,6 @@ def train(
         lesson: what is learned from.
     """
     output = Path(config.output)
-    _refuse_unfit_checkpoint(config)
     if config.push_to_hub and not config.dry_run:
         check_push(config.push_to_hub)
     if not config.dry_run:
@@ -145,15 +143,6 @@ def train(
     if finished and process_state().is_main_process:
         for line in _lines_after(config, examples, lesson, stage, own, result):
             log.info(line)
-
-
-def _refuse_unfit_checkpoint(config: RunConfig) -> None:
-    base = config.init_from
-    if base and Path(base).is_dir() and not is_pipeline(base):
-        raise UserError(
-            f"{base} is not a pipeline folder: it holds no model_index.json",
-            "Give a pipeline folder, such as runs/cats/pipeline.",
-        )
 
 
 def _estimate(config: RunConfig, examples: Examples, vae: Any, built: Built) -> list[str]:

@@ -37,6 +37,13 @@ def test_the_size_is_as_configured(kind: Any) -> None:
     assert vae.decode(latent).sample.shape == (1, 3, 16, 16)
 
 
+def test_a_kl_of_any_widths_is_built() -> None:
+    """GroupNorm wants groups that divide every width."""
+    config = dataclasses.replace(SMALL, autoencoder_class="kl", autoencoder_widths=(12, 20))
+    decoded = build_autoencoder(config, 16).decode(torch.zeros(1, 4, 8, 8)).sample
+    assert decoded.shape == (1, 3, 16, 16)
+
+
 def test_a_resolution_that_does_not_divide_names_the_nearest() -> None:
     with pytest.raises(UserError, match="--resolution 20"):
         build_autoencoder(

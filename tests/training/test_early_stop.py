@@ -77,6 +77,17 @@ def test_a_run_that_reaches_its_end_exports_its_best_as_well(tmp_path: Path) -> 
     assert torch.equal(result(tmp_path / "run"), seen[10])  # as low as 12, and earlier
 
 
+def test_without_a_loss_that_is_a_number_it_ends_and_says_whose_weights_these_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert run(tmp_path / "run", STOPPING, callbacks=Callbacks(validate=lambda: {"loss": float("nan")}))
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000004"
+    assert (
+        "stopped early at step 4; no val_loss was a number, so that the result is of this step" in caplog.text
+    )
+
+
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     whole = Regression()
     assert run(tmp_path / "whole", STOPPING, whole, callbacks=callbacks(whole, tmp_path / "whole"))
