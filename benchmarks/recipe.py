@@ -60,18 +60,23 @@ from latentflow.training.start import Networks, new_networks
 
 Recipe = dict[str, Any]
 
-# What all recipes of a run have in common. Those named after presets have the preset's network and batch.
+# What all recipes have in common, unless they say otherwise: network, batch, and a rate for this width. Those named
+# after presets have the preset's.
 SIZES: dict[str, Recipe] = {
     "mini": {
         "patch_size": 2, "width": 96, "depth": 4, "heads": 3, "text_width": 96, "text_depth": 1, "text_heads": 3,
-        "train_batch_size": 64,
+        "train_batch_size": 64, "learning_rate": 6e-3,
     },
-    # The preset's 16 tokens, here patches of 8 x 8 latents.
-    "tiny": {"network_preset": "tiny", "patch_size": 2, "text_width": 192, "text_heads": 3, "train_batch_size": 128},
-    "small": {"network_preset": "small", "train_batch_size": 64},
+    # Its 16 tokens are here patches of 8 x 8 latents.
+    "tiny": {
+        "network_preset": "tiny", "patch_size": 2, "width": 192, "heads": 3, "depth": 6, "text_width": 192,
+        "text_heads": 3, "train_batch_size": 128, "learning_rate": 2e-3,
+    },
+    "small": {
+        "network_preset": "small", "patch_size": 1, "width": 256, "heads": 4, "depth": 8, "train_batch_size": 64,
+        "learning_rate": 2e-3,
+    },
 }  # fmt: skip
-# That of `latentflow train`, at a rate for this width.
-DEFAULT: Recipe = {"learning_rate": 6e-3}
 # SiT's own (arXiv:2401.08740): its block, uniform times, AdamW at a constant 1e-4, weight average 0.9999.
 VANILLA: Recipe = {
     "block": "plain", "time_density": "uniform", "optimizer": "adamw", "learning_rate": 1e-4, "adam_beta2": 0.999,
@@ -82,36 +87,34 @@ RECIPES: dict[str, Recipe] = {
     "vanilla, network of diffusers": VANILLA | {"network": "diffusers"},
     "vanilla, learning rate 1e-3": VANILLA | {"learning_rate": 1e-3},
     "vanilla, learning rate 4e-3": VANILLA | {"learning_rate": 4e-3},
-    "default": DEFAULT,
+    "default": {},
     # one lever less
-    "plain block": DEFAULT | {"block": "plain"},
-    "uniform times": DEFAULT | {"time_density": "uniform"},
-    "no decay": DEFAULT | {"lr_scheduler": "constant"},
-    "no average": DEFAULT | {"ema_decay": 0.0},
-    "average 0.9999": DEFAULT | {"ema_decay": 0.9999},
-    "beta2 0.999": DEFAULT | {"adam_beta2": 0.999},
-    "no clipping": DEFAULT | {"max_grad_norm": 0.0},
-    "no dropped conditions": DEFAULT | {"condition_dropout": 0.0},
+    "plain block": {"block": "plain"},
+    "uniform times": {"time_density": "uniform"},
+    "no decay": {"lr_scheduler": "constant"},
+    "no average": {"ema_decay": 0.0},
+    "average 0.9999": {"ema_decay": 0.9999},
+    "beta2 0.999": {"adam_beta2": 0.999},
+    "no clipping": {"max_grad_norm": 0.0},
+    "no dropped conditions": {"condition_dropout": 0.0},
     # the rate
-    "learning rate 3e-3": DEFAULT | {"learning_rate": 3e-3},
-    "learning rate 1.2e-2": DEFAULT | {"learning_rate": 1.2e-2},
-    "decay from the start": DEFAULT | {"lr_decay_share": 1.0},
-    "decay over the last half": DEFAULT | {"lr_decay_share": 0.5},
-    # the presets' optimisers, at rates for their widths
-    "AdamW 2e-3": {"optimizer": "adamw", "learning_rate": 2e-3},
-    "AdamW 4e-3": {"optimizer": "adamw", "learning_rate": 4e-3},
-    "Muon 2e-3": {"optimizer": "muon", "learning_rate": 2e-3},
+    "learning rate 4e-3": {"learning_rate": 4e-3},
+    "learning rate 3e-3": {"learning_rate": 3e-3},
+    "learning rate 1.2e-2": {"learning_rate": 1.2e-2},
+    "decay from the start": {"lr_decay_share": 1.0},
+    "decay over the last half": {"lr_decay_share": 0.5},
     # one lever more
-    "Muon 8e-3": DEFAULT | {"optimizer": "muon", "learning_rate": 8e-3},
+    "Muon 8e-3": {"optimizer": "muon", "learning_rate": 8e-3},
     "Muon 4e-3": {"optimizer": "muon", "learning_rate": 4e-3},
-    "schedule-free": DEFAULT | {"optimizer": "schedule-free", "lr_scheduler": "constant"},
-    "uniform times from 0.8 on": DEFAULT | {"time_uniform_from": 0.8},
-    "direction loss": DEFAULT | {"direction_weight": 1.0},
-    "contrastive": DEFAULT | {"contrastive_weight": 0.05},
-    "condition-aware OT": DEFAULT | {"coupling": "conditional-ot"},
-    "4 registers": DEFAULT | {"registers": 4},
-    "routing": DEFAULT | {"route_share": 0.5},
-    "self-alignment": DEFAULT | {"alignment": "self"},
+    "Muon 2e-3": {"optimizer": "muon", "learning_rate": 2e-3},
+    "schedule-free": {"optimizer": "schedule-free", "lr_scheduler": "constant"},
+    "uniform times from 0.8 on": {"time_uniform_from": 0.8},
+    "direction loss": {"direction_weight": 1.0},
+    "contrastive": {"contrastive_weight": 0.05},
+    "condition-aware OT": {"coupling": "conditional-ot"},
+    "4 registers": {"registers": 4},
+    "routing": {"route_share": 0.5},
+    "self-alignment": {"alignment": "self"},
 }
 CURVE_POINTS = 10
 TURNS = 5  # of timing
@@ -127,6 +130,7 @@ def main() -> None:
         return
     bench = Bench(options.data, options.vae, options.threads, SIZES[options.size])
     options.output.mkdir(parents=True, exist_ok=True)
+    refuse_mixture(options)
     for seed in options.seeds:  # a whole table of one seed first
         for name in names:
             file = options.output / f"{name}-{seed}.json"
@@ -140,6 +144,15 @@ def main() -> None:
             result = bench.run(settings, steps, seed, seconds)
             file.write_text(json.dumps(result | {"name": name, "settings": settings}, indent=1))
             print(f"  validation loss {result['curve'][-1]['loss']:.4f}  {result['samples']}", flush=True)
+
+
+def refuse_mixture(options: argparse.Namespace) -> None:
+    """Refuse to add results to those of another experiment."""
+    experiment = {"data": options.data, "vae": options.vae, "seconds": options.seconds, "size": options.size}
+    file = options.output / "experiment.json"
+    if file.exists() and json.loads(file.read_text()) != experiment:
+        raise SystemExit(f"{options.output} holds results of {file.read_text()}: use another --output")
+    file.write_text(json.dumps(experiment))
 
 
 # ------------------------------------------------------------------------------------------------ one recipe
@@ -235,9 +248,7 @@ class Bench:
         )
 
     def latents(self, part: Source, networks: Networks, seed: int) -> LatentData:
-        framed = frame(
-            part, 64, int(downscale_factor(self.vae)) * self.size.get("patch_size", 1), FramingConfig()
-        )
+        framed = frame(part, 64, int(downscale_factor(self.vae)) * self.size["patch_size"], FramingConfig())
         table = cached_latents(part, self.vae, 64, flips=False)
         return LatentData(framed, [Sized(table)], conditions_of(part, networks, seed), flips=False, seed=seed)
 

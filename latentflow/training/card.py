@@ -27,7 +27,7 @@ _SHOWN = (
     "resolution", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from",
     "checkpoint", "method", "guidance", "text_encoder", "path", "prediction", "coupling", "objective", "weighting",
     "time_density", "condition_dropout", "inpainting", "max_train_steps", "train_batch_size",
-    "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler", "ema_decay", "seed",
+    "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
 )  # fmt: skip
 
 _CARD = """---

@@ -33,7 +33,7 @@ class LoopConfig:
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the decay after the warm-up: none, or down to zero at max_train_steps."""
     lr_decay_share: float = 0.2
-    """Share of the run, at its end, over which the learning rate decays."""
+    """Share of the run, at its end, over which the learning rate decays; of a fine-tune or student 1 unless given."""
     lr_warmup_steps: int = 100
     """Steps of linear warm-up."""
     lr_layer_decay: float = 1.0

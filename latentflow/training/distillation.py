@@ -182,7 +182,6 @@ class Distillation(Lesson):
             )
 
     def stage(self, flow: FlowConfig) -> Callable[..., FlowStage]:
-        """What is trained."""
         if self.method.pairs:
             return self.method.stage or stage_class(flow)
         teacher = VelocityTeacher(self._pipe, self.guidance)
@@ -256,7 +255,7 @@ class Distillation(Lesson):
         ]
 
     def reminders(self, config: RunConfig, pictures: int) -> tuple[list[str], list[str]]:
-        """None; and what the student learns."""
+        """Nothing; and what the student learns."""
         pipe = self._pipe
         lines = [
             f"student of {self.checkpoint}: {self.name}, guidance {self.folded_guidance:g} learned along, made for "

@@ -78,6 +78,8 @@ def fitted(
     steps so far. Without the ramp a decay of 0.999 would still hold 74 % of the old weights after 300 steps, and give
     back what is not learnt yet.
 
+    The rate decays from the start, with which docs/fine-tuning.md was measured.
+
     Args:
         loop: as flags, file, preset and defaults have it.
         given: keys of what flags or a file set.
@@ -111,7 +113,7 @@ def fitted(
     if "max_train_steps" in given:
         steps = loop.max_train_steps
     changes["lr_warmup_steps"] = min(loop.lr_warmup_steps, max(1, steps // 10))
-    changes["lr_decay_share"] = 1.0  # with which fine-tunes were measured (docs/fine-tuning.md)
+    changes["lr_decay_share"] = 1.0
     for name, parts in (("validation_steps", 10), ("preview_steps", 4), ("checkpointing_steps", 4)):
         changes[name] = min(getattr(loop, name), max(1, steps // parts))
     kept = {name: value for name, value in changes.items() if name not in given}
@@ -134,7 +136,7 @@ def fine_tuning_lines(
     own = own_share * loop.max_train_steps * _samples(loop)
     chosen = [
         f"--{name.replace('_', '-')} {getattr(loop, name):g}"
-        for name in ("learning_rate", "lr_embeddings", "max_train_steps", "lr_warmup_steps")
+        for name in ("learning_rate", "lr_embeddings", "max_train_steps", "lr_warmup_steps", "lr_decay_share")
         if name not in given and ("learning_rate" not in given or name != "lr_embeddings")
     ]
     lines = [

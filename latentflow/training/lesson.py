@@ -39,8 +39,8 @@ class Lesson:
 
     def reminders(self, config: RunConfig, pictures: int) -> tuple[list[str], list[str]]:
         """Of what the checkpoint draws the samples that it is trained on again; and lines about that for the plan."""
-        base = str(config.init_from)
-        prior, line = asked_of(base, config.fine_tuning, pictures, config.loop.seed, config.vae)
+        assert config.init_from
+        prior, line = asked_of(config.init_from, config.fine_tuning, pictures, config.loop.seed, config.vae)
         return prior, [line]
 
     def flow(self, flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
@@ -54,7 +54,7 @@ class Lesson:
     # ---- training ----
 
     def stage(self, flow: FlowConfig) -> Callable[..., FlowStage]:
-        """What is trained."""
+        """What makes the module that is trained, called as `FlowStage` is."""
         return stage_class(flow)
 
     def players(self, stage: FlowStage) -> dict[str, nn.Module]:
@@ -77,8 +77,12 @@ class Lesson:
             own: the pictures of ``source``.
             prior: see `reminders`.
             networks: that are trained.
+            config: of the run.
             told: whether they are told of sizes and crops.
             pixels: whether a batch must hold them.
+
+        Raises:
+            UserError: the run folder holds samples of another checkpoint, or drawn otherwise.
         """
         if not prior:
             return own

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import asdict
+from logging import Logger
 from pathlib import Path
 from typing import Any
 
+from ..autoencoder.latents import Autoencoder
 from ..data import LatentFolder
 from .average_velocity import refuse_unfit
 from .callbacks import Callbacks
 from .cost import sample_flops
 from .early_stop import refuse_unvalidated
 from .fine_tuning import FEW
-from .flow import FlowStage, validation_loss
+from .flow import validation_loss
 from .hub import check_push, push
-from .latent_data import LatentData
 from .lesson import Lesson
 from .logs import log_to
 from .loop import fit
@@ -25,7 +26,8 @@ from .plan import estimate_lines
 from .preview import preview_grid, preview_source
 from .processes import process_state
 from .run_config import RunConfig
-from .run_data import Cache, Examples, find_examples
+from .run_data import Examples, find_examples
+from .run_latents import LatentCache
 from .run_networks import Built, build
 from .run_plan import Plan, plan
 from .run_result import Result
@@ -91,9 +93,12 @@ def train(
 
     # ---- networks ----
     built = build(config, examples.source, examples.data.resolution, vae, lesson)
-    cache = Cache(config, examples, vae, built)
+    if built.adapter is not None:
+        for line in built.adapter.lines():
+            log.info(line)
+    cache = LatentCache(config, examples, vae, built)
     framed = cache.framed(examples.training)
-    for line in (*(built.adapter.lines() if built.adapter else ()), *framed.lines()):
+    for line in framed.lines():
         log.info(line)
     if config.dry_run:
         for line in _estimate(config, examples, vae, built):
@@ -141,11 +146,12 @@ def train(
         partly=bool(config.init_from) and examples.source.kind == "unconditional",
     )
     if finished and process_state().is_main_process:
-        for line in _lines_after(config, examples, lesson, stage, own, result):
+        for line in lesson.lines_after(result.folder, stage, own):
             log.info(line)
+        _finish(config, examples, result, log)
 
 
-def _estimate(config: RunConfig, examples: Examples, vae: Any, built: Built) -> list[str]:
+def _estimate(config: RunConfig, examples: Examples, vae: Autoencoder, built: Built) -> list[str]:
     """Sizes, operations, memory and time."""
     views = config.framing.crops * (1 + examples.data.random_flip)
     if isinstance(examples.source, LatentFolder):
@@ -175,22 +181,13 @@ def _description(planned: Plan, examples: Examples, built: Built, lesson: Lesson
     }
 
 
-def _lines_after(
-    config: RunConfig,
-    examples: Examples,
-    lesson: Lesson,
-    stage: FlowStage,
-    own: LatentData,
-    result: Result,
-) -> Iterator[str]:
-    """What is measured of the result, and how to try it; puts it on the hub, if that is wanted."""
-    yield from lesson.lines_after(result.folder, stage, own)
+def _finish(config: RunConfig, examples: Examples, result: Result, log: Logger) -> None:
+    """Measure how much of few pictures is learnt by heart, say how to draw, and put the result on the hub if asked."""
     if config.init_from and len(examples.training) <= FEW:
-        tell_memorised(
-            Path(config.output), examples.training, examples.validation, examples.data.background,
-            process_state().device,
-        )  # fmt: skip
+        device = process_state().device
+        background = examples.data.background
+        tell_memorised(Path(config.output), examples.training, examples.validation, background, device)
     try_it = shlex.join(["latentflow", "generate", "--checkpoint", str(result.folder)])
-    yield f"done: {result.folder}; try it with\n  {try_it}"
+    log.info(f"done: {result.folder}; try it with\n  {try_it}")
     if config.push_to_hub:
-        yield f"pushed: {push(result.folder, config.push_to_hub)}"
+        log.info(f"pushed: {push(result.folder, config.push_to_hub)}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..autoencoder import downscale_factor
+from ..autoencoder.latents import Autoencoder
 from ..data import Source
 from .adapters import Adapter
 from .alignment import make_alignment
@@ -49,7 +50,7 @@ class Built:
         return described if self.adapter is None else described | {"adapter": self.adapter.description()}
 
 
-def build(config: RunConfig, source: Source, resolution: int, vae: Any, lesson: Lesson) -> Built:
+def build(config: RunConfig, source: Source, resolution: int, vae: Autoencoder, lesson: Lesson) -> Built:
     """New networks for the pictures of ``source``, or those of the checkpoint; and how they are trained.
 
     Raises:
@@ -86,7 +87,9 @@ def build(config: RunConfig, source: Source, resolution: int, vae: Any, lesson: 
     return Built(networks, adapter, stage, latent_size, batch)
 
 
-def _networks(config: RunConfig, source: Source, latent_size: int, vae: Any, lesson: Lesson) -> Networks:
+def _networks(
+    config: RunConfig, source: Source, latent_size: int, vae: Autoencoder, lesson: Lesson
+) -> Networks:
     inpainting = config.flow.inpainting or source.has_masks
     told = config.framing.size_conditioning
     if config.init_from:

@@ -35,7 +35,7 @@ def plan(config: RunConfig, examples: Examples, given_keys: Collection[str], les
     """
     if config.init_from:
         return _fine_tune(config, config.init_from, examples, given_keys, lesson)
-    lines = plan_lines(examples.source, examples.training, examples.validation, config.loop, None)
+    lines = plan_lines(examples.source, examples.training, examples.validation, config.loop)
     return Plan(config, [], [*lines])
 
 

@@ -6,10 +6,10 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ..autoencoder.latents import Autoencoder
 from ..data import Source
 from ..pipeline import LatentFlowPipeline
 from ..pipeline_few_steps import FewSteps
@@ -28,7 +28,7 @@ class Result:
 
     Attributes:
         config: of the run.
-        source: what it was trained on.
+        source: its pictures, with those that were held out.
         vae: its autoencoder.
         built: what is trained.
         followed: how the network is followed.
@@ -36,7 +36,7 @@ class Result:
 
     config: RunConfig
     source: Source
-    vae: Any
+    vae: Autoencoder
     built: Built
     followed: FewSteps
 

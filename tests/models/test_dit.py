@@ -191,12 +191,37 @@ def test_rms_norm_of_zeros_is_zero_with_a_finite_gradient() -> None:
     assert x.grad.isfinite().all()
 
 
-def test_attention_is_torchs_with_and_without_a_mask() -> None:
-    q, k, v = torch.randn(3, 2, 2, 5, 4).unbind()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_softmax_of_the_scores(masked: bool, dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v = torch.randn(3, 2, 2, 5, 4).to(dtype).unbind()
     mask = torch.tensor([[True, True, False, True, False], [True, False, False, False, False]])
-    torch.testing.assert_close(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-    torch.testing.assert_close(attention(q, k, v, mask), expected)
+    scores = q.double() @ k.double().transpose(-1, -2) / 2
+    if masked:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    expected = scores.softmax(-1) @ v.double()
+    out = attention(q, k, v, mask if masked else None)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "fused"),
+    [
+        (torch.float32, 5, True),
+        (torch.float32, 300, True),
+        (torch.bfloat16, 5, False),
+        (torch.bfloat16, 300, True),
+    ],
+)
+def test_attention_is_fused_where_that_is_faster_on_the_cpu(
+    dtype: torch.dtype, keys: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given: calls.append(1) or kernel(*given))
+    attention(*(torch.randn(1, 1, keys, 4, dtype=dtype) for _ in range(3)))
+    assert bool(calls) == fused
 
 
 def test_swiglu_has_about_as_many_parameters_as_gelu() -> None:

@@ -14,7 +14,7 @@ from latentflow.models.blocks import NORMS, attention, has_tangent
 
 from .tiny import FULL, build, full_condition, latents
 
-KEYS = [7, 300]  # plain products; so many that the fused kernel is taken
+KEYS = [7, 300]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

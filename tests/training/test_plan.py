@@ -77,7 +77,7 @@ def test_activations_grow_with_depth_and_shrink_by_checkpointing_which_computes_
 def test_activations_are_what_autograd_keeps_of_a_real_pass() -> None:
     torch.manual_seed(0)
     network = DiT(in_channels=4, width=64, depth=2, heads=2, sample_size=20)
-    planned = network_cost(network, 20, 0)  # 400 tokens: attention is fused on the CPU as well
+    planned = network_cost(network, 20, 0)
     weights = {one.untyped_storage().data_ptr() for one in network.parameters()}
     kept: dict[int, Tensor] = {}
 
