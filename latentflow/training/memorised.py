@@ -56,7 +56,7 @@ def tell_memorised(
 def _measured(
     result: Path, training: Source, validation: Source, background: str, device: torch.device
 ) -> Memorisation | None:
-    """None: there is nothing to ask the result for."""
+    """None: there is nothing to ask the result for, or one picture, beside which none is new."""
     pipe = LatentFlowPipeline.from_pretrained(result).to(device)
     pipe.set_progress_bar_config(disable=True)
     rows = [number * len(training) // _DRAWN for number in range(_DRAWN)]  # spread over all classes
@@ -77,4 +77,7 @@ def _measured(
         return pixels_to_images(cached_pixels(source, side, background, progress=False)[:])
 
     held_out = pictures(validation) if len(validation) >= 5 else None
-    return memorisation(drawn * 2 - 1, pictures(training), held_out)
+    different = pictures(training).unique(dim=0)  # a picture beside its duplicate is not new
+    if held_out is None and len(different) < 2:
+        return None
+    return memorisation(drawn * 2 - 1, different, held_out)

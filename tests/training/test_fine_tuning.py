@@ -7,8 +7,10 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -18,7 +20,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
-from latentflow.data import Source
+from latentflow.data import Source, cached_pixels, find_source, pixels_to_images
 from latentflow.errors import UserError
 from latentflow.models import DiT, small_text_encoder, train_tokenizer
 from latentflow.training import LoopConfig
@@ -361,6 +363,28 @@ def test_memorisation_is_measured_on_all_classes_and_its_failure_is_a_warning(
     assert Counter(asked) == {0: 15, 1: 1}
     assert "was not measured: 0 was drawn as latents" in caplog.text
     assert not (tmp_path / "memorisation.json").exists()
+
+
+def test_a_duplicate_in_the_data_does_not_hide_copies(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "pipeline").symlink_to(base)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    for number in range(8):
+        folder = tmp_path / "data" / ("cat" if number < 4 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise[number // 2]).save(folder / f"{number}.png")
+    source = find_source(str(tmp_path / "data"))
+
+    def copies(self: LatentFlowPipeline, height: int, **settings: Any) -> Any:
+        pictures = pixels_to_images(cached_pixels(source, height, "white")[:])
+        return SimpleNamespace(images=(pictures.repeat(2, 1, 1, 1) + 1) / 2)
+
+    monkeypatch.setattr(LatentFlowPipeline, "__call__", copies)
+    monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
+    tell_memorised(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
+    assert "WARNING: memorisation" in caplog.text and "100% of 16" in caplog.text
 
 
 def test_captions_words_and_no_condition_go_through_training(
