@@ -299,7 +299,8 @@ class Bench:
             log_steps=10**9,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            fit({"flow": stage}, training, loop, folder, callbacks=Callbacks(validate=validate))
+            if not fit({"flow": stage}, training, loop, folder, callbacks=Callbacks(validate=validate)):
+                raise SystemExit("stopped: this run counts for nothing")
         parameters = sum(one.numel() for one in stage.parameters())
         return {
             "seed": seed, "steps": steps, "step_seconds": seconds, "parameters": parameters, "curve": curve,
