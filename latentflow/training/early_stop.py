@@ -99,6 +99,6 @@ class EarlyStop:
     def line(self, step: int) -> str:
         """What became of it."""
         why = f"stopped early at step {step}" if self.stopped else f"step {step} is reached"
-        if not self._best:
+        if math.isinf(self.loss):
             return f"{why}; no val_loss was a number, so that the result is of this step"
         return f"{why}; the result is of step {self.step}, whose val_loss was the lowest ({self.loss:.4f})"
