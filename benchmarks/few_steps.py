@@ -43,9 +43,9 @@ from latentflow.data.shapes import check, train_captions
 from latentflow.flow import OBJECTIVES
 from latentflow.metrics import caption_retrieval, features, frechet_distance
 from latentflow.models import DiT
-from latentflow.training.average_velocity import AverageVelocityStage
-from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.teacher import VelocityTeacher
+from latentflow.training.stages.average_velocity import AverageVelocityStage
+from latentflow.training.stages.flow import FlowConfig, FlowStage
+from latentflow.training.stages.teacher import VelocityTeacher
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

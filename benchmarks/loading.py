@@ -43,9 +43,9 @@ from latentflow.data.precomputing import Precomputation, describe, write_index
 from latentflow.data.read import to_pixels, to_rgb
 from latentflow.data.shards import digests, make_shard, write_shard
 from latentflow.models import DiT
-from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.latent_data import LatentData, Sized
-from latentflow.training.order import DataOrder
+from latentflow.training.loop.order import DataOrder
+from latentflow.training.stages.flow import FlowConfig, FlowStage
+from latentflow.training.stages.latent_data import LatentData, Sized
 
 BATCH, SIDE = 64, 64
 TINY = AutoencoderConfig(autoencoder_widths=(8, 8, 8, 8), encoder_layers=(0, 1, 1, 1), decoder_layers=(0, 1, 1, 1),

@@ -51,12 +51,12 @@ from latentflow.metrics import caption_retrieval, features, frechet_distance
 from latentflow.models import Condition
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.training import Callbacks, LoopConfig, fit
-from latentflow.training.alignment import AlignmentConfig, make_alignment
-from latentflow.training.conditions import conditions_of
-from latentflow.training.flow import FlowConfig, FlowStage, validation_loss
-from latentflow.training.latent_data import LatentData, Sized
-from latentflow.training.routing import Routing, RoutingConfig
-from latentflow.training.start import Networks, new_networks
+from latentflow.training.run.conditions import conditions_of
+from latentflow.training.run.start import Networks, new_networks
+from latentflow.training.stages.alignment import AlignmentConfig, make_alignment
+from latentflow.training.stages.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.stages.latent_data import LatentData, Sized
+from latentflow.training.stages.routing import Routing, RoutingConfig
 
 Recipe = dict[str, Any]
 

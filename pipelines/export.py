@@ -19,7 +19,7 @@ from latentflow.cli import parse, run
 from latentflow.drawing.adapters import AdapterChoice
 from latentflow.drawing.checkpoint import open_pipeline
 from latentflow.errors import UserError
-from latentflow.training.folders import write_folder
+from latentflow.training.loop.folders import write_folder
 
 
 @dataclass(frozen=True, kw_only=True)

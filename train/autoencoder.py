@@ -14,8 +14,8 @@ from latentflow.cli import parse, run, write_config
 from latentflow.data import find_source, readable, split
 from latentflow.data.config import DataConfig
 from latentflow.training import LoopConfig, log_to, resume_line
-from latentflow.training.autoencoder import train_autoencoder
-from latentflow.training.run_lock import run_lock
+from latentflow.training.loop.run_lock import run_lock
+from latentflow.training.run.autoencoder import train_autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)

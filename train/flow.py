@@ -7,11 +7,11 @@ from contextlib import nullcontext
 
 from latentflow.cli import given, parse, run, write_config
 from latentflow.training import resume_line
-from latentflow.training.lesson import Lesson
-from latentflow.training.presets import PRESETS
-from latentflow.training.run import train
-from latentflow.training.run_config import RunConfig as Config
-from latentflow.training.run_lock import run_lock
+from latentflow.training.loop.run_lock import run_lock
+from latentflow.training.run.config import RunConfig as Config
+from latentflow.training.run.lesson import Lesson
+from latentflow.training.run.presets import PRESETS
+from latentflow.training.run.train import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,8 +16,8 @@ from latentflow.data.config import DataConfig, FramingConfig
 from latentflow.data.precomputing import Precomputation, own_autoencoder, plan_latents, write_latents
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig, log_to, resume_line
-from latentflow.training.processes import process_state
-from latentflow.training.vae import autoencoder_for
+from latentflow.training.loop.processes import process_state
+from latentflow.training.run.vae import autoencoder_for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.html_page import refuse_existing
-from latentflow.training.run_report import report_page
+from latentflow.training.results.page import report_page
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .callbacks import Callbacks as Callbacks
-from .config import LoopConfig as LoopConfig
-from .logs import log_to as log_to
-from .logs import resume_line as resume_line
-from .loop import fit as fit
+from .loop.callbacks import Callbacks as Callbacks
+from .loop.config import LoopConfig as LoopConfig
+from .loop.fit import fit as fit
+from .loop.logs import log_to as log_to
+from .loop.logs import resume_line as resume_line

@@ -17,7 +17,8 @@ from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, h
 from latentflow.data.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig
-from latentflow.training.autoencoder import AutoencoderStage, DiscriminatorStage, train_autoencoder
+from latentflow.training.run.autoencoder import train_autoencoder
+from latentflow.training.stages.autoencoder import AutoencoderStage, DiscriminatorStage
 
 from ..training.command import TINY, call
 

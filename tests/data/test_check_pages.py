@@ -17,8 +17,8 @@ from latentflow.data.checking.sheet import spread
 from latentflow.data.checking.suggest import _PRESETS
 from latentflow.data.checking.words import caption_facts
 from latentflow.errors import UserError
-from latentflow.training.presets import PRESETS
-from latentflow.training.run_config import RunConfig
+from latentflow.training.run.config import RunConfig
+from latentflow.training.run.presets import PRESETS
 
 from .pictures import load_program, save_all
 

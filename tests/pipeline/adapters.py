@@ -10,8 +10,8 @@ import torch
 
 from latentflow.models import with_words
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.training.adapters import Adapter, AdapterConfig
-from latentflow.training.start import Networks
+from latentflow.training.run.adapters import Adapter, AdapterConfig
+from latentflow.training.run.start import Networks
 
 
 def make_adapter(

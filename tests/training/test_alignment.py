@@ -24,14 +24,15 @@ from transformers import (
 
 from latentflow.errors import UserError
 from latentflow.models import DiT, UNet
-from latentflow.training import LoopConfig, fit, player
-from latentflow.training.alignment import AlignmentConfig, make_alignment
-from latentflow.training.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.ema import WeightAverage
-from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.order import Draw
-from latentflow.training.routing import Routing, RoutingConfig
-from latentflow.training.vision import VisionEncoder
+from latentflow.training import LoopConfig, fit
+from latentflow.training.loop import player
+from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
+from latentflow.training.loop.ema import WeightAverage
+from latentflow.training.loop.order import Draw
+from latentflow.training.stages.alignment import AlignmentConfig, make_alignment
+from latentflow.training.stages.flow import FlowConfig, FlowStage
+from latentflow.training.stages.routing import Routing, RoutingConfig
+from latentflow.training.stages.vision import VisionEncoder
 
 from ..models.tiny import perturb
 from .command import TINY, call

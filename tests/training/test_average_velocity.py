@@ -15,13 +15,13 @@ from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.flow import MeanFlow, total_derivative
 from latentflow.models import Condition
-from latentflow.training.average_velocity import AverageVelocityStage, refuse_unfit, stage_class
-from latentflow.training.base import with_base_flow
-from latentflow.training.config import LoopConfig
-from latentflow.training.fine_tuning import FineTuningConfig
-from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.prior import asked_of
-from latentflow.training.start import _copy_weights
+from latentflow.training.loop.config import LoopConfig
+from latentflow.training.run.base import with_base_flow
+from latentflow.training.run.fine_tuning import FineTuningConfig
+from latentflow.training.run.prior import asked_of
+from latentflow.training.run.start import _copy_weights
+from latentflow.training.stages.average_velocity import AverageVelocityStage, refuse_unfit, stage_class
+from latentflow.training.stages.flow import FlowConfig, FlowStage
 
 from ..models.tiny import build
 from .command import TINY, call

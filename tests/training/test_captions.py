@@ -13,12 +13,12 @@ from torch import nn
 
 from latentflow.data import FileExample, LatentTable, Source, one_size
 from latentflow.models import train_tokenizer
-from latentflow.training.conditions import Captions, conditions_of, mirrored
-from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.images import is_flipped
-from latentflow.training.latent_data import LatentData, Sized
-from latentflow.training.order import DataOrder, Draw
-from latentflow.training.start import Networks
+from latentflow.training.loop.order import DataOrder, Draw
+from latentflow.training.run.conditions import Captions, conditions_of, mirrored
+from latentflow.training.run.start import Networks
+from latentflow.training.stages.flow import FlowConfig, FlowStage
+from latentflow.training.stages.images import is_flipped
+from latentflow.training.stages.latent_data import LatentData, Sized
 
 TEXTS = [("one",), ("two", "deux", "zwei"), ("three", "trois")]
 

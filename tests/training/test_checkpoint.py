@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latentflow.errors import UserError
-from latentflow.training.checkpoint import (
+from latentflow.training.loop.checkpoint import (
     difference,
     list_checkpoints,
     load_checkpoint,

@@ -21,13 +21,13 @@ from latentflow.drawing.checkpoint import open_pipeline
 from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
 from latentflow.models import Condition
-from latentflow.training.average_velocity import AverageVelocityStage
-from latentflow.training.distillation import METHODS, Distillation, DistillationConfig
-from latentflow.training.distribution_matching import FakeStage, GeneratorStage
-from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.order import SampleRandom
-from latentflow.training.run_folder import read_run
-from latentflow.training.teacher import VelocityTeacher
+from latentflow.training.loop.order import SampleRandom
+from latentflow.training.results.folder import read_run
+from latentflow.training.run.distillation import METHODS, Distillation, DistillationConfig
+from latentflow.training.stages.average_velocity import AverageVelocityStage
+from latentflow.training.stages.distribution_matching import FakeStage, GeneratorStage
+from latentflow.training.stages.flow import FlowConfig, FlowStage
+from latentflow.training.stages.teacher import VelocityTeacher
 
 from ..models.tiny import build
 from .command import TINY, call
@@ -211,7 +211,7 @@ def test_pairs_are_the_teachers_and_are_drawn_once(
         asked, latents=held["noise"], solver="euler", num_inference_steps=2, guidance_scale=4.0, output_type="latent"
     ).images  # fmt: skip
     torch.testing.assert_close(again, held["latents"], rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr("latentflow.training.drawn._draw", None)
+    monkeypatch.setattr("latentflow.training.run.drawn._draw", None)
     distill(tmp_path, teacher, pictures, "-o", tmp_path / "second", *flags)
     said = distill(tmp_path, teacher, pictures, "-o", tmp_path / "third", *flags, "--guidance", 2, expect=2)
     assert "drawn otherwise (guidance)" in said
@@ -245,7 +245,7 @@ def test_a_student_resumes_bit_for_bit(
             # Stopped, not ended: how far a run has come is part of what some methods do.
             with pytest.MonkeyPatch.context() as patch:
                 if steps < 4:
-                    patch.setattr("latentflow.training.loop.in_any_process", _stop_at(steps))
+                    patch.setattr("latentflow.training.loop.fit.in_any_process", _stop_at(steps))
                 distill(tmp_path, *line, "-o", tmp_path / run, "--max-train-steps", 4)
         rows = [json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in rows if "loss" in row]

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from latentflow.data import Source
 from latentflow.errors import UserError
 from latentflow.training import Callbacks
-from latentflow.training.card import CardFacts, write_card
-from latentflow.training.checkpoint import list_checkpoints
-from latentflow.training.early_stop import EarlyStop
-from latentflow.training.run_folder import read_run
+from latentflow.training.loop.checkpoint import list_checkpoints
+from latentflow.training.loop.early_stop import EarlyStop
+from latentflow.training.results.card import CardFacts, write_card
+from latentflow.training.results.folder import read_run
 
 from .forking import fork_ranks
 from .test_loop import CONFIG, Regression, assert_equal_weights, run

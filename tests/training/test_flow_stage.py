@@ -14,7 +14,7 @@ from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS
 from latentflow.flow.tensors import expand_t
-from latentflow.training.flow import FlowConfig, FlowStage
+from latentflow.training.stages.flow import FlowConfig, FlowStage
 
 from .command import TINY, call
 

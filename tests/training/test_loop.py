@@ -16,8 +16,8 @@ from torch import nn
 
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, LoopConfig, fit, log_to
-from latentflow.training.checkpoint import list_checkpoints
-from latentflow.training.order import Draw, SampleRandom
+from latentflow.training.loop.checkpoint import list_checkpoints
+from latentflow.training.loop.order import Draw, SampleRandom
 
 CONFIG = LoopConfig(
     max_train_steps=12, train_batch_size=6, learning_rate=0.1, lr_warmup_steps=2, weight_decay=0.0,

@@ -15,11 +15,11 @@ from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, mask_ch
 from latentflow.data import LatentTable, Source, find_source, one_size
 from latentflow.data.shapes import ShapeExample, all_specs
 from latentflow.models import Condition, DiT, UNet
-from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.latent_data import LatentData, Sized
-from latentflow.training.masking import Masking
-from latentflow.training.order import Draw
-from latentflow.training.start import networks_from
+from latentflow.training.loop.order import Draw
+from latentflow.training.run.start import networks_from
+from latentflow.training.stages.flow import FlowConfig, FlowStage
+from latentflow.training.stages.latent_data import LatentData, Sized
+from latentflow.training.stages.masking import Masking
 
 from .command import TINY, call
 

@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
 from latentflow.models import DIT_PRESETS, Condition, DiT, UNet, dit_config
-from latentflow.training import LoopConfig, plan
-from latentflow.training.cost import Cost, encoding_flops, network_cost, state_bytes
-from latentflow.training.ema import WeightAverage
-from latentflow.training.optimizers import make_optimizers
+from latentflow.training import LoopConfig
+from latentflow.training.loop.ema import WeightAverage
+from latentflow.training.loop.optimizers import make_optimizers
+from latentflow.training.run import estimate as plan
+from latentflow.training.run.cost import Cost, encoding_flops, network_cost, state_bytes
 
 from .command import ROOT, TINY, call
 

@@ -15,11 +15,12 @@ from torch import nn
 
 from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
-from latentflow.training import LoopConfig, average, fit
-from latentflow.training.average import averaged_pipeline, reconstruct
-from latentflow.training.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.ema import WeightAverage, power_function
-from latentflow.training.post_hoc import LONGEST, coefficients, exponent
+from latentflow.training import LoopConfig, fit
+from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
+from latentflow.training.loop.ema import WeightAverage, power_function
+from latentflow.training.loop.post_hoc import LONGEST, coefficients, exponent
+from latentflow.training.run import average
+from latentflow.training.run.average import averaged_pipeline, reconstruct
 
 from .command import TINY, call
 from .forking import fork_ranks

@@ -14,12 +14,12 @@ from latentflow.data import LatentTable, find_source, frame
 from latentflow.data.config import FramingConfig
 from latentflow.models import DiT
 from latentflow.training import LoopConfig, fit
-from latentflow.training.checkpoint import load_checkpoint
-from latentflow.training.cost import sample_flops
-from latentflow.training.flow import FlowConfig, FlowStage
-from latentflow.training.latent_data import LatentData, Sized
-from latentflow.training.profiling import SECTIONS
-from latentflow.training.speed import matrix_product_rate
+from latentflow.training.loop.checkpoint import load_checkpoint
+from latentflow.training.loop.profiling import SECTIONS
+from latentflow.training.loop.speed import matrix_product_rate
+from latentflow.training.run.cost import sample_flops
+from latentflow.training.stages.flow import FlowConfig, FlowStage
+from latentflow.training.stages.latent_data import LatentData, Sized
 
 CONFIG = LoopConfig(
     max_train_steps=12, train_batch_size=8, mixed_precision="no", checkpointing_steps=12, validation_steps=0,
@@ -107,7 +107,7 @@ def test_utilisation_is_the_share_of_the_speed_of_matrix_products(tmp_path: Path
 def test_a_machine_that_multiplies_twice_as_fast_is_used_half_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentflow.training.loop.matrix_product_rate", lambda device, dtype: 4e9)
+    monkeypatch.setattr("latentflow.training.loop.fit.matrix_product_rate", lambda device, dtype: 4e9)
     trained(tmp_path, CONFIG, flops=2e6)
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["model_flops_utilisation"] == pytest.approx(row["images_per_second"] * 2e6 / 4e9, rel=1e-4)

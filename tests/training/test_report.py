@@ -18,13 +18,14 @@ from PIL import Image
 from latentflow.cli import parse, write_config
 from latentflow.data import find_source
 from latentflow.errors import RunError, UserError
-from latentflow.training import hub, run_files, trackers
-from latentflow.training.card import CardFacts, write_card
-from latentflow.training.export import carry_over, is_generated, signed
-from latentflow.training.report import Reporter
-from latentflow.training.run_curves import thinned
-from latentflow.training.run_folder import Run, data_lines, read_run
-from latentflow.training.run_report import report_page
+from latentflow.training.loop import run_files, trackers
+from latentflow.training.loop.report import Reporter
+from latentflow.training.results import hub
+from latentflow.training.results.card import CardFacts, write_card
+from latentflow.training.results.curves import thinned
+from latentflow.training.results.export import carry_over, is_generated, signed
+from latentflow.training.results.folder import Run, data_lines, read_run
+from latentflow.training.results.page import report_page
 
 from .command import ROOT
 

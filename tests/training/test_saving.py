@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from latentflow.errors import RunError
-from latentflow.training import folders, saving
-from latentflow.training.checkpoint import list_checkpoints, load_checkpoint, load_latest, snapshot
-from latentflow.training.folders import clean_up, write_folder
-from latentflow.training.saving import Saver
+from latentflow.training.loop import folders, saving
+from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint, load_latest, snapshot
+from latentflow.training.loop.folders import clean_up, write_folder
+from latentflow.training.loop.saving import Saver
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,295 @@
+"""Checkpoints of a run: everything the loop needs, written whole or not at all, verified when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ...errors import UserError
+from .folders import as_os_error, begin_folder, finish_folder, remove_folder, temporary_folder, write_folder
+from .processes import together
+from .sharding import local
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Any]
+_TENSOR = "__tensor__"
+CHECKPOINT_NAME = r"step-\d+"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as it was at one instant, in CPU memory of its own: training goes on without changing it.
+
+    Attributes:
+        plain: the state with the names of tensors in their places.
+        files: name of a file -> name -> tensor, contiguous; each top-level entry that holds tensors is one file.
+    """
+
+    plain: State = field(default_factory=dict)
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors, over all processes."""
+        return sum(one.numel() * one.element_size() for file in self.files.values() for one in file.values())
+
+
+def snapshot(state: State, reuse: Snapshot | None = None, mesh: DeviceMesh | None = None) -> Snapshot:
+    """Copy ``state``: nested dicts and lists of tensors, numbers, strings, booleans and None.
+
+    Args:
+        state: what to copy.
+        reuse: an earlier snapshot whose memory may be overwritten (fresh memory costs several times the copy).
+        mesh: the processes on their CPUs, in a sharded run.
+    """
+    taken, earlier = Snapshot(), reuse or Snapshot()
+    on_gpu = False
+    for name, value in state.items():
+        tensors: dict[str, Tensor] = {}
+        taken.plain[name] = _strip_tensors(value, name, tensors)
+        on_gpu |= any(one.is_cuda for one in tensors.values())
+        if tensors:
+            buffers = earlier.files.get(name, {})
+            taken.files[name] = {key: _copied(one, buffers.get(key), mesh) for key, one in tensors.items()}
+    if on_gpu:
+        torch.cuda.synchronize()  # the copies above were only begun
+    return taken
+
+
+def write_checkpoint(folder: Path, taken: Snapshot, *, total_limit: int) -> None:
+    """Write a snapshot as ``folder`` (``step-001000``); then remove the oldest before it, beyond ``total_limit``.
+
+    Raises:
+        OSError: it could not be written; every earlier checkpoint is still there.
+    """
+    write_folder(folder, lambda temporary: _write(temporary, taken))
+    _remove_oldest(folder, total_limit)
+
+
+def write_shards(folder: Path, taken: Snapshot, group: dist.ProcessGroup, *, total_limit: int) -> None:
+    """`write_checkpoint` by all processes of a sharded run, each of which writes its share; ``folder`` is seen by all.
+
+    Raises:
+        OSError: in every process, if one of them could not write; every earlier checkpoint is still there.
+    """
+    main = dist.get_rank(group) == 0
+    tensors = {key: one for file in taken.files.values() for key, one in file.items()}
+    if not main:  # what is the same in all of them is the first one's
+        tensors = {key: one for key, one in tensors.items() if isinstance(one, DTensor)}
+    temporary = temporary_folder(folder)
+
+    def prepare() -> None:
+        if main:
+            begin_folder(folder).mkdir()
+
+    def write() -> None:
+        with _one_error():
+            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            save(tensors, storage_writer=writer, process_group=group)
+
+    def finish() -> None:
+        if main:
+            _write_plain(temporary, taken)
+            finish_folder(folder)
+            _remove_oldest(folder, total_limit)
+
+    for action in (prepare, write, finish):
+        together(action, group)
+
+
+def _remove_oldest(folder: Path, total_limit: int) -> None:
+    older = [one for one in list_checkpoints(folder.parent) if step_of(one) < step_of(folder)]
+    for old in older[: max(0, len(older) + 1 - max(1, total_limit))]:
+        remove_folder(old)
+
+
+def save_checkpoint(folder: Path, state: State, *, total_limit: int) -> None:
+    """`write_checkpoint` of a snapshot taken now."""
+    write_checkpoint(folder, snapshot(state), total_limit=total_limit)
+
+
+def _copied(tensor: Tensor, buffer: Tensor | None, mesh: DeviceMesh | None) -> Tensor:
+    if isinstance(tensor, DTensor):
+        assert mesh is not None
+        copy = _copied(tensor.to_local(), None if buffer is None else local(buffer), None)
+        shape, stride = tensor.shape, tensor.stride()
+        return DTensor.from_local(copy, mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return buffer.copy_(tensor.detach(), non_blocking=True)
+
+
+def _write(folder: Path, taken: Snapshot) -> None:
+    folder.mkdir()
+    for name, tensors in taken.files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    _write_plain(folder, taken)
+
+
+def _write_plain(folder: Path, taken: Snapshot) -> None:
+    """All but the tensors, which are there."""
+    hashes = {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    (folder / "state.json").write_text(json.dumps({"state": taken.plain, "sha256": hashes}))
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The checkpoints below ``root``, oldest first."""
+    found = [
+        path for path in root.glob("step-*") if re.fullmatch(CHECKPOINT_NAME, path.name) and path.is_dir()
+    ]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+Place = Callable[[str, torch.Size, torch.dtype], Tensor]
+
+
+def load_checkpoint(folder: Path, place: Place | None = None) -> State:
+    """Read what `save_checkpoint` or `write_shards` wrote, by whatever number of processes.
+
+    Args:
+        folder: the checkpoint.
+        place: (name, shape, dtype) -> the tensor to read into; a sharded one gets this process's part. None: new ones,
+            on the CPU.
+
+    Raises:
+        UserError: a file is missing, damaged or was changed.
+    """
+    try:
+        document = json.loads((folder / "state.json").read_text())
+        for name, expected in document["sha256"].items():
+            if _sha256(folder / name) != expected:
+                raise ValueError(f"{name} differs from what was written")
+        state: State = _restore_tensors(document["state"], _read(folder, place or _new))
+        return state
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError, CheckpointException) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {error}") from error
+
+
+def _read(folder: Path, place: Place) -> dict[str, Tensor]:
+    reader = HuggingFaceStorageReader(str(folder))
+    found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {key: place(key, one.size, one.properties.dtype) for key, one in found.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads what it needs
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def _new(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def load_latest(root: Path, place: Place | None = None) -> State | None:
+    """The newest checkpoint that can be read; damaged ones are passed over, loudly, and left in place.
+
+    Returns:
+        The state, or None if there is no checkpoint at all.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    found = list_checkpoints(root)
+    for folder in reversed(found):
+        try:
+            return load_checkpoint(folder, place)
+        except UserError as error:
+            log.warning("WARNING: %s; falling back to the one before it", error.what)
+    if found:
+        raise UserError(
+            f"all {len(found)} checkpoints in {root} are damaged",
+            "Move the run folder away to start anew, or restore one of them from a backup.",
+        )
+    return None
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Within the context, what failed in the processes that write together is the first one's `OSError`."""
+    try:
+        yield
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        if isinstance(first, OSError):
+            raise OSError(first.errno, first.strerror or str(first)) from error
+        if isinstance(first, safetensors.SafetensorError):
+            raise (as_os_error(first) or OSError(None, str(first))) from error
+        raise
+
+
+def _strip_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Replace tensors by their names, and gather them; dict keys keep their type through a list of pairs."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {_TENSOR: path}
+    if isinstance(value, dict):
+        return {
+            "__items__": [[key, _strip_tensors(one, f"{path}/{key}", tensors)] for key, one in value.items()]
+        }
+    if isinstance(value, (list, tuple)):
+        return [_strip_tensors(one, f"{path}/{index}", tensors) for index, one in enumerate(value)]
+    return value
+
+
+def _restore_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict) and _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if isinstance(value, dict) and "__items__" in value:
+        return {key: _restore_tensors(one, tensors) for key, one in value["__items__"]}
+    if isinstance(value, dict):  # the top level
+        return {key: _restore_tensors(one, tensors) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_restore_tensors(one, tensors) for one in value]
+    return value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def difference(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Lines that say where two nested descriptions differ: ``network.depth: 8 -> 12``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    elif old != new:
+        yield f"{path}: {old} -> {new}"
+
+
+def random_state() -> State:
+    """The state of torch's own generators (dropout and the like draw from them)."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_state(state: State) -> None:
+    """Restore what `random_state` returned (CUDA's only on as many devices as were saved)."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

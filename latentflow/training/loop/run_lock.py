@@ -1,0 +1,138 @@
+"""One run at a time in one folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ...errors import UserError
+from .processes import process_state
+from .saving import cannot_write
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 10.0  # the holder touches its file this often, for hosts that cannot see its lock
+_SILENT_BEATS = 3  # a holder on another host that misses as many is gone
+_held: dict[Path, int] = {}  # by this process -> the open file
+
+
+def _let_go() -> None:
+    for handle in _held.values():
+        os.close(handle)
+    _held.clear()
+
+
+# A process that loads data must not keep the lock when this one is killed.
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def run_lock(folder: str | Path) -> Iterator[None]:
+    """Within the context no other process may run in ``folder``; the file ``run.lock`` in it says who does.
+
+    The kernel drops the lock with the process, whatever ends it. Of several processes of one run only the main one
+    holds it; within one process it may be entered again.
+
+    Raises:
+        UserError: another run is there (its process, host and start are named), or the folder cannot be written.
+    """
+    path = Path(folder).resolve() / "run.lock"
+    if path in _held or not process_state().is_main_process:
+        yield
+        return
+    handle, stop = _acquire(path), threading.Event()
+    beats = threading.Thread(target=_beat, args=(handle, stop), daemon=True, name="run.lock")
+    beats.start()
+    _held[path] = handle
+    try:
+        yield
+    finally:
+        if _held.pop(path, None) is not None:  # else this is a fork of the holder
+            stop.set()
+            beats.join()
+            with suppress(OSError):  # the disk may have become read-only
+                os.ftruncate(handle, 0)  # an orderly end: nobody has to wait for a sign of life
+            os.close(handle)
+
+
+def _acquire(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise cannot_write(f"the run folder {path.parent}", path, error) from error
+    try:
+        # Not lockf: that is lost when anything in this process reads the file and closes it.
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            holder = _holder(handle)
+            os.close(handle)
+            raise _in_use(path, holder) from error
+        log.warning(f"WARNING: {path.parent} is on a file system without locks: start no second run there")
+    _wait_for_other_host(path, handle)
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    words = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+    with suppress(OSError):  # on a full disk the lock holds all the same, only its holder is not named
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(words).encode(), 0)
+    return handle
+
+
+def _wait_for_other_host(path: Path, handle: int) -> None:
+    """A lock may not be visible from another host: a run there, if it lives, touches the file."""
+    holder = _holder(handle)
+    if not holder or holder["host"] == socket.gethostname():
+        return  # a dead process of this host, or nobody
+    seconds = BEAT_SECONDS * _SILENT_BEATS
+    log.info(
+        f"{path.parent} was last used on host {holder['host']}: waiting {seconds:.0f} s for a sign of life"
+    )
+    touched = _touched(path)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(BEAT_SECONDS / 10)
+        if _touched(path) != touched:
+            os.close(handle)
+            raise _in_use(path, holder)
+
+
+def _beat(handle: int, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        try:
+            os.utime(handle)
+        except OSError as error:
+            log.debug("run.lock: %s", error)  # a full or lost disk is told of by what needs it
+
+
+def _touched(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _holder(handle: int) -> dict[str, str]:
+    try:
+        words = json.loads(os.pread(handle, 4096, 0))
+        return {name: str(words[name]) for name in ("pid", "host", "started")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _in_use(path: Path, holder: dict[str, str]) -> UserError:
+    if not holder:
+        return UserError(
+            f"another run uses {path.parent}", "Wait for it to end, or use another output folder."
+        )
+    pid, host = holder["pid"], holder["host"]
+    return UserError(
+        f"another run uses {path.parent}: process {pid} on host {host}, started {holder['started']}",
+        f"Wait for it to end, stop it (on {host}: kill {pid}; it saves and ends), or use another output folder.",
+    )
