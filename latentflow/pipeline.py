@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pipeline_base import ClassLabels, FlowPipeline, Generators, Size
+from .pipeline_base import FlowPipeline, Generators
 from .pipeline_call import StepCallback
+from .pipeline_conditions import ClassLabels
+from .pipeline_images import Size
 
 
 class LatentFlowPipeline(FlowPipeline):

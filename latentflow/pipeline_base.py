@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import diffusers_border as border
-from .autoencoder import decode, downscale_factor, encode, mask_channels
+from .autoencoder import decode, downscale_factor, encode
 from .errors import UserError, lookup, unknown
 from .flow import (
     CONSISTENCY_STEPS,
@@ -35,7 +35,7 @@ from .flow import (
     time_grid,
 )
 from .flow import Path as FlowPath
-from .models import Condition, encode_text
+from .models import Condition
 from .pipeline_adapters import AdapterMixin
 from .pipeline_call import (
     CALLBACK_TENSORS,
@@ -45,16 +45,16 @@ from .pipeline_call import (
     repeated_to,
     wanted_tensors,
 )
+from .pipeline_conditions import ClassLabels, ConditionMixin
 from .pipeline_few_steps import FewSteps
+from .pipeline_images import Size
 from .pipeline_loading import CheckpointPipeline
 
 log = logging.getLogger(__name__)
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
-ClassLabels: TypeAlias = int | str | Sequence[int | str]
 #: (step, timestep as diffusers counts it, x) -> x
 AfterStep: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
-Size: TypeAlias = tuple[int, int]  # (height, width)
 #: called as ``integrate`` is: (velocity, x, times, solver, callback=, progress=, generator=) -> x at times[-1]
 Sampler: TypeAlias = Callable[..., Tensor]
 #: steps by default, and of a network of average velocities
@@ -65,7 +65,7 @@ USUAL_GUIDANCE = 4.0
 ROUNDING = 1e-9
 
 
-class FlowPipeline(AdapterMixin, CheckpointPipeline):
+class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
     """The common part of the pipelines; not called itself.
 
     What a checkpoint is conditioned on is read from its network's config: ``text_dim`` set means captions,
@@ -196,80 +196,6 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         """Guidance scale of a call that names none: what is added to that which the checkpoint has learned along."""
         return self._guidance_of(None)
 
-    @property
-    def takes_text(self) -> bool:
-        """Whether the network is conditioned on captions."""
-        return self._network_config("text_dim") is not None
-
-    @property
-    def takes_classes(self) -> bool:
-        """Whether the network is conditioned on a class."""
-        return self._network_config("num_classes") is not None
-
-    @property
-    def takes_masks(self) -> bool:
-        """Whether the network was trained to inpaint."""
-        return self.vae is not None and self._network_config("condition_channels") == mask_channels(self.vae)
-
-    def _network_config(self, name: str, default: Any = None) -> Any:
-        return default if self.transformer is None else self.transformer.config.get(name, default)
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Class ids of class names.
-
-        Raises:
-            UserError: a name is unknown (the nearest is suggested), or the checkpoint has no class names.
-        """
-        names = [label] if isinstance(label, str) else list(label)
-        if names and not self.labels:
-            raise UserError(f"class '{names[0]}': this checkpoint has no class names", self._takes())
-        return [lookup(self.labels, name, "class") for name in names]
-
-    def class_ids(self, class_labels: ClassLabels) -> list[int]:
-        """Class ids of names, ids or a mixture.
-
-        Raises:
-            UserError: a name or an id is unknown.
-        """
-        labels = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
-        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in labels]
-        for number in ids:
-            if not 0 <= number < self._network_config("num_classes"):
-                raise UserError(f"class id {number} does not exist", self._takes())
-        return ids
-
-    def _takes(self) -> str:
-        """What the checkpoint takes, as the second half of an error."""
-        count, names = self._network_config("num_classes"), list(self.labels)
-        if self.takes_text and self.takes_classes:
-            return "It takes a prompt, class_labels, or both."
-        if self.takes_text:
-            return 'It takes a prompt: pipe(prompt="..."); prompt="" draws without a condition.'
-        if names:
-            shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
-            return f"It takes class_labels: {shown}."
-        if self.takes_classes:
-            return f"It takes class_labels: ids from 0 to {count - 1}."
-        return "It takes no condition: num_images_per_prompt is the number of images."
-
-    def check_condition(
-        self, prompt: Any = None, negative_prompt: Any = None, class_labels: Any = None
-    ) -> None:
-        """Refuse a condition that the checkpoint does not take, or the lack of one (None = not given).
-
-        Raises:
-            UserError: says what the checkpoint takes.
-        """
-        given = {"prompt": prompt, "negative_prompt": negative_prompt, "class_labels": class_labels}
-        taken = {"prompt": self.takes_text, "negative_prompt": self.takes_text}
-        taken["class_labels"] = self.takes_classes
-        for name, value in given.items():
-            if value is not None and not taken[name]:
-                raise UserError(f"this checkpoint does not take {name}", self._takes())
-        needed = [name for name in ("prompt", "class_labels") if taken[name]]
-        if needed and all(given[name] is None for name in needed):
-            raise UserError(f"{' or '.join(needed)} is missing", self._takes())
-
     def check_inputs(
         self,
         prompt: str | list[str] | None,
@@ -398,112 +324,6 @@ class FlowPipeline(AdapterMixin, CheckpointPipeline):
         if self.few_steps.folded_guidance != 1.0:
             return 1.0
         return USUAL_GUIDANCE if scale is None else scale
-
-    def _sizes_told(self, rows: int, original: Size, crop: Size, target: Size, drawn: Size) -> Tensor | None:
-        """(rows, 6), see ``Condition``; None for a network that takes no sizes.
-
-        Raises:
-            UserError: something that is no size, or other than what is drawn for a network that takes none.
-        """
-        named = {"original_size": original, "crops_coords_top_left": crop, "target_size": target}
-        for name, value in named.items():
-            least = 0 if name == "crops_coords_top_left" else 1
-            if not isinstance(value, tuple | list) or len(value) != 2 or min(value) < least:
-                what = "top and left" if least == 0 else "height and width"
-                raise UserError(f"{name} is {value}", f"Give two numbers of pixels: {what}.")
-        if self._network_config("size_conditioning"):
-            told = [*original, *crop, *target]
-            return torch.tensor([told] * rows, dtype=torch.float32, device=self._execution_device)
-        if [*map(tuple, named.values())] != [drawn, (0, 0), drawn]:
-            raise UserError(
-                "this checkpoint was not trained to be told sizes and crops",
-                "Leave original_size, crops_coords_top_left and target_size out.",
-            )
-        return None
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        do_classifier_free_guidance: bool = True,
-        num_images_per_prompt: int = 1,
-        device: torch.device | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        prompt_attention_mask: Tensor | None = None,
-        negative_prompt_attention_mask: Tensor | None = None,
-        max_sequence_length: int | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Token embeddings of prompts, each repeated ``num_images_per_prompt`` times in place: a, a, b, b.
-
-        An empty prompt becomes a row without tokens (mask all False), which means the learned null. Without a
-        negative prompt the negative tensors are None, and guidance starts from that same null.
-
-        Returns:
-            prompt_embeds (B, L, D), negative_prompt_embeds (B, L', D), prompt_attention_mask (B, L) bool,
-            negative_prompt_attention_mask (B, L') bool; None for what is not there.
-
-        Raises:
-            UserError: no text encoder is loaded, or the numbers of prompts and negative prompts differ.
-        """
-        device = device or self._execution_device
-        if prompt is not None:
-            prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-            prompt_embeds, prompt_attention_mask = self._embed(prompt, max_sequence_length)
-        count = 0 if prompt_embeds is None else prompt_embeds.shape[0]
-        if not do_classifier_free_guidance:
-            negative_prompt_embeds = negative_prompt_attention_mask = None
-        elif negative_prompt is not None:
-            negative = (
-                [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
-            )
-            negative_prompt_embeds, negative_prompt_attention_mask = self._embed(
-                negative, max_sequence_length
-            )
-        if negative_prompt_embeds is not None and negative_prompt_embeds.shape[0] != count:
-            raise UserError(
-                f"{negative_prompt_embeds.shape[0]} negative prompts for {count} prompts",
-                "Pass one negative prompt for all, or one for each prompt.",
-            )
-        prompt_embeds, prompt_attention_mask = _repeated(
-            prompt_embeds, prompt_attention_mask, num_images_per_prompt, device
-        )
-        negative_prompt_embeds, negative_prompt_attention_mask = _repeated(
-            negative_prompt_embeds, negative_prompt_attention_mask, num_images_per_prompt, device
-        )
-        return prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
-
-    def _embed(self, prompts: list[str], max_length: int | None) -> tuple[Tensor, Tensor]:
-        """(P, L, D) and (P, L) bool; an empty prompt has no tokens, unless there is a class beside it."""
-        if self.text_encoder is None or self.tokenizer is None:
-            raise UserError(
-                "a prompt was given, but the pipeline was loaded without its text encoder or tokenizer",
-                "Load them, or pass prompt_embeds (from pipe.encode_prompt) instead.",
-            )
-        embeds, mask = encode_text(self.tokenizer, self.text_encoder, prompts, max_length)
-        if self.takes_classes:
-            return embeds, mask
-        written = torch.tensor([bool(text.strip()) for text in prompts], device=mask.device)
-        return embeds, mask & written[:, None]
-
-    def condition(
-        self,
-        class_ids: list[int] | None,
-        text: Tensor | None,
-        mask: Tensor | None,
-        channels: Tensor | None = None,
-        sizes: Tensor | None = None,
-    ) -> Condition | None:
-        """The network's condition of B rows, or None without any. Rows without tokens become the null."""
-        if class_ids is None and text is None and channels is None and sizes is None:
-            return None
-        device = self._execution_device
-        labels = None if class_ids is None else torch.tensor(class_ids, device=device)
-        empty = None if mask is None else ~mask.any(dim=1)
-        drop = empty if empty is not None and bool(empty.any()) else None
-        return Condition(
-            class_labels=labels, text=text, text_mask=mask, channels=channels, sizes=sizes, drop=drop
-        )
 
     def velocity(self, positive: Condition | None, negative: Condition | None) -> Velocity:
         """The guided velocity over B rows, float32 whatever the network's precision.
@@ -781,13 +601,3 @@ class Interrupted(Exception):  # noqa: N818 - no error: the way out of any solve
     def __init__(self, latents: Tensor) -> None:
         super().__init__("interrupted by a callback")
         self.latents = latents
-
-
-def _repeated(
-    embeds: Tensor | None, mask: Tensor | None, times: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Each row ``times`` times in place, on ``device``; a missing mask becomes all True."""
-    if embeds is None:
-        return None, None
-    mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
-    return embeds.to(device).repeat_interleave(times, 0), mask.to(device).repeat_interleave(times, 0)

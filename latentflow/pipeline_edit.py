@@ -13,17 +13,10 @@ from . import diffusers_border as border
 from .errors import UserError, lookup
 from .flow import EDITING, Velocity, integrate, slerp, time_grid
 from .flow.editing import deterministic
-from .pipeline_base import (
-    ClassLabels,
-    FlowPipeline,
-    Generators,
-    Interrupted,
-    Size,
-    check_strength,
-    last_part,
-)
+from .pipeline_base import FlowPipeline, Generators, Interrupted, check_strength, last_part
 from .pipeline_call import RunningCall, StepCallback, wanted_tensors
-from .pipeline_images import Pictures, read_pictures
+from .pipeline_conditions import ClassLabels
+from .pipeline_images import Pictures, Size, read_pictures
 from .pipeline_windows import seen_pictures, whole
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pipeline_base import ClassLabels, FlowPipeline, Generators, check_strength
+from .pipeline_base import FlowPipeline, Generators, check_strength
 from .pipeline_call import StepCallback
+from .pipeline_conditions import ClassLabels
 from .pipeline_images import Pictures, read_pictures
 from .pipeline_windows import seen_pictures, whole
 

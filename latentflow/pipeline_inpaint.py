@@ -12,8 +12,9 @@ from .autoencoder import known_source, latent_channels, latent_mask, masked_cond
 from .errors import UserError, unknown
 from .flow import Velocity
 from .flow.inpainting import DEFAULT_INPAINTING, INPAINTING
-from .pipeline_base import AfterStep, ClassLabels, FlowPipeline, Generators, Sampler, check_strength
+from .pipeline_base import AfterStep, FlowPipeline, Generators, Sampler, check_strength
 from .pipeline_call import RunningCall, StepCallback
+from .pipeline_conditions import ClassLabels
 from .pipeline_images import Pictures, read_masks, read_pictures
 from .pipeline_windows import Painting, prepared
 

@@ -20,6 +20,7 @@ from latentflow import (
     LatentFlowEditPipeline,
     LatentFlowImg2ImgPipeline,
     LatentFlowInpaintPipeline,
+    pipeline_adapter_files,
     pipeline_adapters,
 )
 from latentflow.drawing.adapters import AdapterChoice, add_adapters
@@ -421,9 +422,9 @@ def test_only_safetensors_are_read_and_written(dit_folder: Path, tmp_path: Path)
 
 def test_what_is_neither_here_nor_on_the_hub(dit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*_: object, **__: object) -> None:
-        raise pipeline_adapters.HTTPError("Name or service not known")
+        raise pipeline_adapter_files.HTTPError("Name or service not known")
 
-    monkeypatch.setattr(pipeline_adapters, "_fetch_state_dict", no_network)
+    monkeypatch.setattr(pipeline_adapter_files, "_fetch_state_dict", no_network)
     with pytest.raises(UserError, match="runs/hat is no file or folder here"):
         opened(dit_folder).load_lora_weights("runs/hat")
 

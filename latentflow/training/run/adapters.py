@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...pipeline_adapters import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
+from ...pipeline_adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
 from ..results.export import carry_over
 from .start import Networks
 

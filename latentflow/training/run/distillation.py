@@ -16,7 +16,7 @@ from ...data.described import few
 from ...errors import UserError, lookup
 from ...flow import OBJECTIVES, SOLVERS, straightness, time_grid
 from ...pipeline import LatentFlowPipeline
-from ...pipeline_adapters import weights_hash
+from ...pipeline_adapter_files import weights_hash
 from ...pipeline_few_steps import FewSteps
 from ..loop.batches import by_group, groups_of, numbered, to_device
 from ..loop.config import LoopConfig

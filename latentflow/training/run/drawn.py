@@ -20,7 +20,7 @@ from ...data.examples import Kind
 from ...errors import UserError
 from ...memory import memory_phase
 from ...pipeline import LatentFlowPipeline
-from ...pipeline_adapters import weights_hash
+from ...pipeline_adapter_files import weights_hash
 from ..loop.order import seeded
 from ..loop.processes import process_state
 from ..stages.latent_data import LatentData, Sized
