@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .autoencoder import load_autoencoder as load_autoencoder
-    from .diffusers_border import register_with_diffusers as register_with_diffusers
     from .models import DiT as DiT
     from .models import UNet as UNet
     from .pipeline import LatentFlowPipeline as LatentFlowPipeline
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from .pipeline_images import expand_canvas as expand_canvas
     from .pipeline_img2img import LatentFlowImg2ImgPipeline as LatentFlowImg2ImgPipeline
     from .pipeline_inpaint import LatentFlowInpaintPipeline as LatentFlowInpaintPipeline
+    from .pipeline_registration import register_with_diffusers as register_with_diffusers
     from .training import fit as fit
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _OWNERS = {
     "UNet": ".models",
     "load_autoencoder": ".autoencoder",
     "fit": ".training",
-    "register_with_diffusers": ".diffusers_border",
+    "register_with_diffusers": ".pipeline_registration",
 }
 
 __all__ = sorted(_OWNERS)

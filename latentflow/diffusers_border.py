@@ -152,27 +152,3 @@ def integrate_with_scheduler(
         replacement = callback(i, t, x) if callback is not None else None
         x = x if replacement is None else replacement
     return x
-
-
-def register_with_diffusers() -> None:
-    """Let stock ``DiffusionPipeline.from_pretrained(folder)`` and the ``AutoPipelineFor...`` Text2Image,
-    Image2Image and Inpainting open our checkpoints.
-
-    diffusers looks a pipeline's class up among its own attributes, and a component's class in modules that
-    are already imported; this puts ours there. Nothing in the checkpoint's folder is executed. Calling it
-    again changes nothing.
-    """
-    import diffusers
-    from diffusers.pipelines import auto_pipeline
-
-    from .pipeline import LatentFlowPipeline  # imports the modules of the networks as well
-    from .pipeline_img2img import LatentFlowImg2ImgPipeline
-    from .pipeline_inpaint import LatentFlowInpaintPipeline
-
-    for mapping, pipeline in (
-        (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, LatentFlowPipeline),
-        (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, LatentFlowImg2ImgPipeline),
-        (auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING, LatentFlowInpaintPipeline),
-    ):
-        mapping["latentflow"] = pipeline
-        setattr(diffusers, pipeline.__name__, pipeline)
