@@ -23,8 +23,8 @@ from latentflow.autoencoder.regularisation import noisy, scales, transformed
 from latentflow.data.shapes import train_source
 from latentflow.training import LoopConfig
 from latentflow.training.loop.order import SampleRandom
-from latentflow.training.run import autoencoder as training
 from latentflow.training.run.autoencoder import train_autoencoder
+from latentflow.training.stages import autoencoder as training
 from latentflow.training.stages.autoencoder import AutoencoderStage, DiscriminatorStage
 
 HALF, QUARTER = Fraction(1, 2), Fraction(1, 4)

@@ -101,7 +101,9 @@ def test_utilisation_is_the_share_of_the_speed_of_matrix_products(tmp_path: Path
     rates = [row["images_per_second"] * 1e6 / row["model_flops_utilisation"] for row in rows]
     assert max(rates) == pytest.approx(min(rates), rel=1e-3)  # one measurement for the run
     here = matrix_product_rate(torch.device("cpu"), torch.float32)
-    assert 0.1 < rates[0] / here < 10  # the machine may be busy with other things meanwhile
+    assert (
+        0.01 < rates[0] / here < 100
+    )  # of one unit; a machine busy with other things was 12 times slower meanwhile
 
 
 def test_a_machine_that_multiplies_twice_as_fast_is_used_half_as_well(
