@@ -27,11 +27,11 @@ from ..stages.flow import FlowConfig, FlowStage
 from ..stages.latent_data import LatentData
 from ..stages.teacher import VelocityTeacher
 from .base import class_names, open_base
+from .built import Built
 from .config import RunConfig
 from .drawn import Drawing, drawn_data
 from .lesson import Lesson
 from .prior import MixedData, in_turn
-from .start import Networks
 
 
 class Method(NamedTuple):
@@ -198,10 +198,8 @@ class Distillation(Lesson):
         own: LatentData,
         source: Source,
         prior: list[str],
-        networks: Networks,
+        built: Built,
         config: RunConfig,
-        told: bool,
-        pixels: bool,
     ) -> LatentData | MixedData:
         """The pictures; or the teacher's pairs of what they are conditioned on, drawn where they are missing.
 
@@ -215,7 +213,7 @@ class Distillation(Lesson):
             phase="draw pairs",
             seed=config.loop.seed,
             noise=True,
-            pixels=pixels,
+            pixels=built.stage.needs_pixels,
             guidance=self.guidance,
             steps=self._config.pairs_steps,
             # A student's own steps are few, or add noise on their way: its pairs are those of its velocity.
@@ -228,7 +226,7 @@ class Distillation(Lesson):
             names = [source.classes[number] for number in sorted({*source.class_ids()})]
         folder = Path(self._config.pairs_folder or Path(config.output) / "pairs")
         asked = in_turn(names, self._config.pairs)
-        return drawn_data(self.checkpoint, asked, networks, folder, drawing, told)
+        return drawn_data(self.checkpoint, asked, built.networks, folder, drawing, built.told)
 
     def lines_after(self, result: Path, stage: FlowStage, data: LatentData) -> list[str]:
         """How straight the trajectories of the teacher and of the student are, from the same noise under the same

@@ -12,10 +12,10 @@ from ...data import Framing, Rows, Source, cached_latents, cached_masks, cached_
 from ...memory import memory_phase
 from ..loop.processes import process_state
 from ..stages.latent_data import LatentData, Sized
+from .built import Built
 from .conditions import conditions_of
 from .config import RunConfig
 from .examples import Examples
-from .networks import Built
 
 
 class LatentCache:

@@ -16,9 +16,9 @@ from ..stages.average_velocity import stage_class
 from ..stages.flow import FlowConfig, FlowStage
 from ..stages.latent_data import LatentData
 from .base import lost_guidance, with_base_flow
+from .built import Built
 from .config import RunConfig
 from .prior import MixedData, asked_of, prior_data
-from .start import Networks
 
 
 class Lesson:
@@ -66,20 +66,16 @@ class Lesson:
         own: LatentData,
         source: Source,
         prior: list[str],
-        networks: Networks,
+        built: Built,
         config: RunConfig,
-        told: bool,
-        pixels: bool,
     ) -> LatentData | MixedData:
         """What it is trained on.
 
         Args:
             own: the pictures of ``source``.
             prior: see `reminders`.
-            networks: that are trained.
+            built: what is trained.
             config: of the run.
-            told: whether they are told of sizes and crops.
-            pixels: whether a batch must hold them.
 
         Raises:
             UserError: the run folder holds samples of another checkpoint, or drawn otherwise.
@@ -87,7 +83,10 @@ class Lesson:
         if not prior:
             return own
         folder = Path(config.output) / "prior"
-        samples = prior_data(str(config.init_from), prior, networks, folder, config.loop.seed, pixels, told)
+        pixels = built.stage.needs_pixels
+        samples = prior_data(
+            str(config.init_from), prior, built.networks, folder, config.loop.seed, pixels, built.told
+        )
         return MixedData(own, samples, config.fine_tuning.prior_share)
 
     def describe(self) -> dict[str, Any]:

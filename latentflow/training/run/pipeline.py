@@ -16,8 +16,8 @@ from ...pipeline_few_steps import FewSteps
 from ..loop.folders import write_folder
 from ..results.card import CardFacts, write_card
 from ..results.export import carry_over
+from .built import Built
 from .config import RunConfig
-from .networks import Built
 from .preview import preview_steps
 from .start import Networks
 

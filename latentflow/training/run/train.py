@@ -19,6 +19,7 @@ from ..loop.processes import process_state
 from ..results.hub import check_push, push
 from ..stages.average_velocity import refuse_unfit
 from ..stages.flow import validation_loss
+from .built import Built
 from .config import RunConfig
 from .cost import sample_flops
 from .estimate import estimate_lines
@@ -27,7 +28,7 @@ from .fine_tuning import FEW
 from .latents import LatentCache
 from .lesson import Lesson
 from .memorised import tell_memorised
-from .networks import Built, build
+from .networks import build
 from .pipeline import Result
 from .plan import Plan, plan
 from .preview import preview_grid, preview_source
@@ -107,15 +108,7 @@ def train(
 
     # ---- latents and conditions, cached ----
     own = cache.latents(framed)
-    data = lesson.data(
-        own,
-        examples.training,
-        planned.prior,
-        built.networks,
-        config,
-        told=built.told,
-        pixels=built.stage.needs_pixels,
-    )
+    data = lesson.data(own, examples.training, planned.prior, built, config)
     held_out = None
     if len(examples.validation) > 0 and lesson.validates:
         held_out = cache.latents(cache.framed(examples.validation.once(), crops=1))
