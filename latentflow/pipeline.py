@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .pipeline_base import FlowPipeline, Generators
-from .pipeline_call import StepCallback
+from .pipeline_call import Size, StepCallback
 from .pipeline_conditions import ClassLabels
-from .pipeline_images import Size
 
 
 class LatentFlowPipeline(FlowPipeline):

@@ -9,10 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from diffusers.loaders.lora_base import (
-    LoraBaseMixin,
-    set_adapters_for_text_encoder,
-)
+from diffusers.loaders.lora_base import LoraBaseMixin, set_adapters_for_text_encoder
 from diffusers.utils import USE_PEFT_BACKEND, get_adapter_name
 from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
 from torch import Tensor, nn

@@ -40,6 +40,7 @@ from .pipeline_adapters import AdapterMixin
 from .pipeline_call import (
     CALLBACK_TENSORS,
     RunningCall,
+    Size,
     StepCallback,
     count_rows,
     repeated_to,
@@ -47,7 +48,6 @@ from .pipeline_call import (
 )
 from .pipeline_conditions import ClassLabels, ConditionMixin
 from .pipeline_few_steps import FewSteps
-from .pipeline_images import Size
 from .pipeline_loading import CheckpointPipeline
 
 log = logging.getLogger(__name__)

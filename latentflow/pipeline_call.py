@@ -15,6 +15,7 @@ from .flow.tensors import expand_t
 if TYPE_CHECKING:
     from .pipeline_base import FlowPipeline
 
+Size: TypeAlias = tuple[int, int]  # (height, width)
 StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 #: what a callback may ask for; "prediction" cannot be replaced
 CALLBACK_TENSORS = ["latents", "prompt_embeds", "negative_prompt_embeds", "prediction"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from .autoencoder import mask_channels
 from .errors import UserError, lookup
 from .models import Condition, encode_text
-from .pipeline_images import Size
+from .pipeline_call import Size
 
 ClassLabels: TypeAlias = int | str | Sequence[int | str]
 

@@ -14,9 +14,9 @@ from .errors import UserError, lookup
 from .flow import EDITING, Velocity, integrate, slerp, time_grid
 from .flow.editing import deterministic
 from .pipeline_base import FlowPipeline, Generators, Interrupted, check_strength, last_part
-from .pipeline_call import RunningCall, StepCallback, wanted_tensors
+from .pipeline_call import RunningCall, Size, StepCallback, wanted_tensors
 from .pipeline_conditions import ClassLabels
-from .pipeline_images import Pictures, Size, read_pictures
+from .pipeline_images import Pictures, read_pictures
 from .pipeline_windows import seen_pictures, whole
 
 

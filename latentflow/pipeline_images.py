@@ -14,12 +14,12 @@ from torch import Tensor
 from .data.mask_files import read_mask
 from .data.read import to_pixels, to_rgb
 from .errors import UserError
+from .pipeline_call import Size
 
 log = logging.getLogger(__name__)
 
 #: A PIL picture, an array ((B,) H, W, C), a tensor ((B,) C, H, W), both in [0, 1], or a list of these.
 Pictures: TypeAlias = Any
-Size: TypeAlias = tuple[int, int]  # (height, width)
 
 
 def read_pictures(pictures: Pictures, height: int | None = None, width: int | None = None) -> Tensor:

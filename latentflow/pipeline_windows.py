@@ -16,7 +16,8 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from .errors import UserError
-from .pipeline_images import Size, resized
+from .pipeline_call import Size
+from .pipeline_images import resized
 
 log = logging.getLogger(__name__)
 

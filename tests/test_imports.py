@@ -149,6 +149,7 @@ def test_nothing_unpickles(file: Path) -> None:
         ("latentflow", ["torch", "diffusers", "transformers", "tyro"]),
         ("latentflow.cli", ["torch", "diffusers", "transformers", "tyro"]),
         ("latentflow.flow", ["diffusers", "transformers", "accelerate", "tyro"]),
+        ("latentflow.pipeline", ["latentflow.data", "latentflow.training", "tyro"]),
     ],
 )
 def test_light_imports_stay_light(module: str, absent: list[str]) -> None:

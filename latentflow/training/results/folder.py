@@ -13,7 +13,7 @@ import yaml
 
 from ...errors import UserError
 from ..loop.run_files import Row, metric_lines, read_metrics, read_starts
-from ..stages.autoencoder import ENOUGH_STEPS
+from ..stages.autoencoder import autoencoder_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Run:
         """The steps that the run shall have."""
         steps: int | None = self.config.get("max_train_steps")
         if self.is_autoencoder and steps is not None:
-            return self.config.get("autoencoder_steps") or min(steps, ENOUGH_STEPS)
+            return autoencoder_steps(self.config.get("autoencoder_steps"), steps)
         return steps
 
     @property

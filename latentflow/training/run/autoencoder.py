@@ -30,7 +30,7 @@ from ..loop.callbacks import Callbacks
 from ..loop.config import LoopConfig
 from ..loop.fit import fit
 from ..results.export import carry_over
-from ..stages.autoencoder import ENOUGH_STEPS, AutoencoderStage, DiscriminatorStage
+from ..stages.autoencoder import AutoencoderStage, DiscriminatorStage, autoencoder_steps
 from ..stages.images import PixelData
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:
     """The loop's settings for the autoencoder."""
     return dataclasses.replace(
         loop,
-        max_train_steps=config.autoencoder_steps or min(loop.max_train_steps, ENOUGH_STEPS),
+        max_train_steps=autoencoder_steps(config.autoencoder_steps, loop.max_train_steps),
         train_batch_size=config.autoencoder_batch_size,
         gradient_accumulation_steps=1,
         learning_rate=config.autoencoder_learning_rate,

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ...autoencoder import Autoencoder, AutoencoderConfig
-from ...autoencoder.losses import (
-    SMALLEST_PICTURE,
-    adaptive_weight,
-    hinge_loss,
-    perceptual_loss,
-)
+from ...autoencoder.losses import SMALLEST_PICTURE, adaptive_weight, hinge_loss, perceptual_loss
 from ...autoencoder.regularisation import noisy, scales, transformed
 from ..loop.order import SampleRandom, seeded
 from ..loop.processes import process_state
 
-ENOUGH_STEPS = 3000  # 64 px pictures are beyond 33 dB by then
+_ENOUGH_STEPS = 3000  # 64 px pictures are beyond 33 dB by then
+
+
+def autoencoder_steps(asked: int | None, max_train_steps: int) -> int:
+    """Steps of an autoencoder in a run of so many, unless others are asked for."""
+    return asked or min(max_train_steps, _ENOUGH_STEPS)
 
 
 class AutoencoderStage(nn.Module):
