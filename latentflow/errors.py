@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,12 +14,14 @@ T = TypeVar("T")
 class UserError(ValueError):
     """A mistake that the user can mend: ``what`` is wrong (with the value and the place), and the ``fix``.
 
-    Programs print it without a traceback and exit with ``status``.
+    Programs print it without a traceback and exit with ``status``. Its text is `printable`: names of files and
+    words of captions in it cannot steer a terminal.
     """
 
     status = 2
 
     def __init__(self, what: str, fix: str = "") -> None:
+        what, fix = printable(what), printable(fix)
         super().__init__(f"{what}\n{fix}" if fix else what)
         self.what = what
         self.fix = fix
@@ -27,6 +31,54 @@ class RunError(UserError):
     """What stopped a run and was no mistake in its settings: a full disk, too little memory, a worker that died."""
 
     status = 1
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with control and format characters and lone surrogates written as escapes.
+
+    Line ends, tabs and the joiner inside emoji stay. What others wrote (names of files, captions, messages of
+    libraries) passes through here before it reaches a terminal or a file.
+    """
+    return "".join(one if _is_printable(one) else _escaped(one) for one in text)
+
+
+def _is_printable(character: str) -> bool:
+    return (
+        character in "\n\t\u200d"
+        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception says: its first line that is not empty, at most 300 characters; else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0][:300] if lines else type(error).__name__).rstrip(".")
+
+
+@contextmanager
+def reading(file: object, *failures: type[BaseException], fix: str = "") -> Iterator[None]:
+    """Turn failures of the library that reads ``file`` into a `UserError` that names the file and the reason.
+
+    Only the library's call belongs inside, and only exceptions that it is known to raise belong in ``failures``: an
+    exception of code of ours is a defect, and keeps its traceback.
+
+    Args:
+        file: what is read, as a user would call it.
+        fix: what the user can do.
+
+    Raises:
+        UserError: in the place of any of ``failures``; a `UserError` passes as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except failures as error:
+        raise UserError(f"{file} cannot be read: {reason(error)}", fix) from error
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
