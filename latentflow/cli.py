@@ -15,11 +15,14 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from . import __version__
-from .errors import UserError, nearest, unknown
+from .documents import read_yaml
+from .errors import UserError, nearest, printable, shown, unknown
 
 C = TypeVar("C")
 
@@ -157,14 +160,9 @@ def _peek(args: Sequence[str], flag: str) -> str | None:
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
-    import yaml
-
     if not path.is_file():
         raise UserError(f"config file not found: {path}", "Give --config the path of a YAML file.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML", str(error)) from error
+    values = read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -209,10 +207,14 @@ def _convert(field: _Field, value: Any, where: str) -> Any:
     positional: Any = tyro.conf.Positional
     leaf = dataclasses.make_dataclass("Leaf", [("value", positional[field.hint])])
     try:
-        parsed: Any = tyro.cli(leaf, args=["--", *_tokens(value)], console_outputs=False)
+        with (
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+        ):  # tyro's own message names a flag that is none
+            parsed: Any = tyro.cli(leaf, args=["--", *_tokens(value)], console_outputs=False)
     except SystemExit:
         expected = field.hint.__name__ if isinstance(field.hint, type) else str(field.hint)
-        raise UserError(f"{where}: {value!r} is not a valid value", f"Expected: {expected}") from None
+        raise UserError(f"{where}: {shown(value)} is not a valid value", f"Expected: {expected}") from None
     return parsed.value
 
 
@@ -332,8 +334,8 @@ def run(main: Callable[[], None]) -> None:
 
 def _message(error: UserError | OSError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return str(error)
+        return printable(f"{error.strerror}: {error.filename}")
+    return printable(str(error))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+LENGTH = 3000  # characters of an error's text, at most: a screen
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: ``what`` is wrong (with the value and the place), and the ``fix``.
 
     Programs print it without a traceback and exit with ``status``. Its text is `printable`: names of files and
-    words of captions in it cannot steer a terminal.
+    words of captions in it cannot steer a terminal. Of more than ``LENGTH`` characters the middle is left out.
     """
 
     status = 2
 
     def __init__(self, what: str, fix: str = "") -> None:
-        what, fix = printable(what), printable(fix)
+        what, fix = _shortened(printable(what)), _shortened(printable(fix))
         super().__init__(f"{what}\n{fix}" if fix else what)
         self.what = what
         self.fix = fix
@@ -36,17 +38,38 @@ class RunError(UserError):
 def printable(text: str) -> str:
     """Return ``text`` with control and format characters and lone surrogates written as escapes.
 
-    Line ends, tabs and the joiner inside emoji stay. What others wrote (names of files, captions, messages of
-    libraries) passes through here before it reaches a terminal or a file.
+    Line ends, tabs and the joiners inside emoji and words stay. What others wrote (names of files, captions, messages
+    of libraries) passes through here before it reaches a terminal or a file.
     """
     return "".join(one if _is_printable(one) else _escaped(one) for one in text)
 
 
+def one_line(text: str) -> str:
+    """Return ``text`` as `printable` does, line ends and tabs written as escapes too: a name in a list, a log line."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """Return ``repr(value)``, cut to a line or two however large or deep the value is."""
+    return _SHORT.repr(value)
+
+
 def _is_printable(character: str) -> bool:
-    return (
-        character in "\n\t\u200d"
-        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return character in "\n\t\u200c\u200d" or unicodedata.category(character) not in (
+        "Cc",
+        "Cf",
+        "Cs",
+        "Zl",
+        "Zp",
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LENGTH else f"{text[: LENGTH - 500]} [...] {text[-490:]}"
 
 
 def _escaped(character: str) -> str:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .documents import parse_json
 from .errors import UserError
 
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
@@ -61,7 +62,7 @@ def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
     Raises:
         TypeError, ValueError: it did not write this.
     """
-    facts = AdapterFacts(**json.loads((metadata or {}).get(METADATA_KEY, "{}")))
+    facts = AdapterFacts(**parse_json((metadata or {}).get(METADATA_KEY, "{}"), "its metadata"))
     for name, empty in asdict(AdapterFacts()).items():
         if type(getattr(facts, name)) is not type(empty):
             raise ValueError(f"{name} of its facts is no {type(empty).__name__}")

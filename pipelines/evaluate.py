@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-import yaml
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
@@ -32,6 +31,7 @@ from latentflow.cli import parse, run
 from latentflow.data import Source, cached_pixels, find_source, pixels_to_images, readable, split
 from latentflow.data import shapes as shapes_data
 from latentflow.data.config import DataConfig
+from latentflow.documents import read_yaml
 from latentflow.drawing.adapters import AdapterChoice, add_adapters
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, CondOT, flow_matching_loss
@@ -183,7 +183,8 @@ def checked_output(config: EvaluateConfig) -> Path:
 def as_trained(config: EvaluateConfig) -> EvaluateConfig:
     """What is not given is taken from the run that the checkpoint lies in, or from the defaults."""
     file = Path(config.checkpoint).parent / "config.yaml"
-    run_values: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    held = read_yaml(file, "Mend it or move it away.") if file.is_file() else {}
+    run_values: dict[str, Any] = held if isinstance(held, dict) else {}
     values = {
         "validation": run_values.get("validation", DataConfig.validation),
         "validation_seed": run_values.get("seed", LoopConfig.seed),

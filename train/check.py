@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +15,10 @@ import tyro
 from PIL import Image
 
 from latentflow.cli import parse, run
-from latentflow.data.checking import contact_sheet, look_through, printable, report_page, suggest
+from latentflow.data.checking import contact_sheet, look_through, report_page, suggest
 from latentflow.data.find import Condition, MissingCaption
 from latentflow.data.mask_finding import Masks
-from latentflow.errors import UserError
+from latentflow.errors import UserError, one_line, printable
 from latentflow.html_page import refuse_existing
 
 
@@ -68,20 +67,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             "suggestion": None if suggestion is None else dataclasses.asdict(suggestion)
         }
         text = json.dumps(told, indent=2, ensure_ascii=False)
-        # Names that are no text in any encoding are written as JSON's escapes.
-        print(re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
+        # What cannot be written, or would steer a terminal, stands there in JSON's escapes.
+        print("".join(one if one == printable(one) else json.dumps(one)[1:-1] for one in text))
     else:
         print("\n".join(report.lines()))
         if suggestion is not None:
-            print(f"\nto start with:\n  {printable(suggestion.command)}")
-            print("\n".join(f"    {choice}: {why}" for choice, why in suggestion.reasons.items()))
+            print(f"\nto start with:\n  {one_line(suggestion.command)}")
+            print("\n".join(f"    {choice}: {one_line(why)}" for choice, why in suggestion.reasons.items()))
     if config.sheet is not None and source is not None and len(source):
         save_sheet(contact_sheet(source), Path(config.sheet))
     if config.report is not None:
         report_page(report, source, suggestion).write(config.report, config.overwrite)
     for file in (config.sheet, config.report):
         if file is not None and Path(file).exists():
-            print(f"written: {file}", file=sys.stderr)
+            print(f"written: {one_line(file)}", file=sys.stderr)
     if report.problems:
         sys.exit(1)
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from latentflow.errors import UserError, nearest
+from latentflow.documents import refuse_no_text
+from latentflow.errors import UserError, nearest, shown
 
 KNOWN = ("image", "file_name", "text", "label", "mask", "weight")
 _MEANT = {
@@ -16,7 +17,7 @@ _MEANT = {
     "mask": ("masks", "mask_file", "mask_file_name", "mask_path", "mask_image"),
     "weight": ("weights", "loss_weight", "sample_weight"),
 }
-_NUMBERED = re.compile(r"text_(\d+)")
+_NUMBERED = re.compile(r"text_([0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,12 @@ def rename(columns: Iterable[str], meant: Mapping[str, str], where: str) -> dict
     return {name: ours_of.get(name, name) for name in own}
 
 
+def unused(ours: Mapping[str, str], image: str) -> list[str]:
+    """Return a table's own names of columns that are not used; ``image`` is our name of the one with the images."""
+    read = {image, *KNOWN} - ({"image", "file_name"} - {image})
+    return [name for name, one in ours.items() if one not in read and not is_text(one)]
+
+
 def refuse_synonyms(where: str, columns: Collection[str]) -> None:
     """Refuses a table that says with another word what would otherwise be passed over."""
     for column, synonyms in _MEANT.items():
@@ -102,22 +109,26 @@ def refuse_synonyms(where: str, columns: Collection[str]) -> None:
 def _texts(value: object, where: str) -> list[str]:
     if value is None:
         return []
-    if isinstance(value, str):
-        return [value.strip()] if value.strip() else []
-    if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
-        return [text.strip() for text in value if text.strip()]
-    raise UserError(f"{where} is {value!r}, not a string or a list of strings", "Write it in quotes.")
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{where} is {shown(value)}, not a string or a list of strings", "Write it in quotes."
+        )
+    for text in texts:
+        refuse_no_text(text, where)
+    return [text.strip() for text in texts if text.strip()]
 
 
 def _label(value: object, where: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, str):
+        refuse_no_text(value, f"{where}: label")
         return value.strip() or None
     if isinstance(value, int):
         return str(value)
     raise UserError(
-        f"{where}: label is {value!r}, neither a string nor a whole number", "Write it in quotes."
+        f"{where}: label is {shown(value)}, neither a string nor a whole number", "Write it in quotes."
     )
 
 
@@ -126,11 +137,11 @@ def _weight(value: object, where: str) -> float:
         return 1.0
     try:
         weight = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
         raise UserError(
-            f"{where}: weight is {value!r}",
+            f"{where}: weight is {shown(value)}",
             "Give a number above 0 (1 is usual); to leave a picture out, leave its row out.",
         )
     return weight

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from latentflow.errors import UserError
+from latentflow.errors import UserError, one_line
 
 from .columns import Said
 from .examples import Example, FileExample, Kind, Source
@@ -127,8 +127,8 @@ def masked(examples: Sequence[FileExample], masks: Masks) -> tuple[list[FileExam
 
 
 def few(names: Iterable[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    listed = list(names)
+    """The first few names, each on one line whatever it holds, and how many more there are."""
+    listed = [one_line(str(name)) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
@@ -173,4 +173,4 @@ def _refuse_equal_names(examples: Iterable[Example]) -> None:
 
 def _numbers_first(label: str) -> tuple[int, int, str]:
     """Labels that are whole numbers in their order (2 before 10), then words in theirs."""
-    return (0, int(label), label) if label.isdecimal() else (1, 0, label)
+    return (0, int(label), label) if label.isdecimal() and len(label) < 100 else (1, 0, label)

@@ -6,17 +6,20 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 
+from latentflow.documents import storable
 from latentflow.errors import UserError
 
 from .described import Condition, Wanted, few, fields_of, source_of
 from .examples import FileExample, Kind, Source
-from .folder import SUFFIXES, Folder, read_sidecars
+from .folder import CAPTIONS, SUFFIXES, Folder, Sidecars, read_sidecars
 from .mask_finding import MaskFiles, Masks, find_masks
 from .metadata import METADATA_NAMES, Metadata, read_metadata
 
 _FOREIGN = (".heic", ".heif", ".svg", ".psd", ".raw", ".cr2", ".nef", ".arw", ".dng", ".jxl", ".eps", ".pdf")
 _PACKED = (".tar", ".zip", ".parquet", ".arrow")
+_SYSTEM = ("thumbs.db", "desktop.ini")
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
@@ -34,12 +37,12 @@ def folder_source(data: str, folder: Folder, wanted: Wanted) -> Source:
         raise _nothing_here(folder)
     sidecars = read_sidecars(folder)
     kind, notes = _decide(folder, metadata, sidecars, wanted.condition)
-    if kind == "text" and metadata is not None:
+    if kind == "text":
         _refuse_contradiction(metadata, sidecars)
-    examples = _examples(folder, metadata, sidecars, kind)
+    examples = _examples(folder, metadata, sidecars.texts, kind)
     examples, told = _with_masks(examples, mask_files, wanted.masks)
     source = source_of(data, examples, kind, wanted, notes, folder.root if folder.root.is_dir() else None)
-    return source.noted(*told, *_left_out(folder, metadata))
+    return source.noted(*told, *_left_out(folder, metadata, sidecars))
 
 
 def _examples(
@@ -54,32 +57,37 @@ def _examples(
         if not fields.get("text"):
             fields |= {"text": sidecars.get(name), "texts": ()}
         if subfolders:
-            fields["label"] = name.split("/")[0] if "/" in name else None
+            # A name of a folder may be no text, which a class must be.
+            fields["label"] = storable(name.split("/")[0]) if "/" in name else None
         examples.append(FileExample(name, path=folder.file(name), **fields))
     return examples
 
 
 def _decide(
-    folder: Folder, metadata: Metadata | None, sidecars: dict[str, str], condition: Condition
+    folder: Folder, metadata: Metadata | None, sidecars: Sidecars, condition: Condition
 ) -> tuple[Kind, list[str]]:
     """What to condition on, and the notes that say why and what was passed over."""
-    has_text = (metadata is not None and metadata.has_text) or bool(sidecars)
+    has_text = (metadata is not None and metadata.has_text) or bool(sidecars.texts)
     has_label = metadata is not None and metadata.has_label
     if condition == "none":
         return "unconditional", ["unconditional, as asked: captions and classes are not used"]
     if condition == "text" and not has_text:
         raise UserError(
-            f"there are no captions in {folder.root} (no metadata with a text column, no .txt files)",
+            f"there are no captions in {folder.root} (no metadata with a text column, no .txt or .caption files)",
             "Add metadata.jsonl (file_name, text) or a .txt beside each picture, or use --condition none.",
         )
     if condition == "auto" and metadata is not None and metadata.has_text:
-        rest = [("label", has_label), ("sidecar texts", bool(sidecars))]
+        rest = [("label", has_label), ("sidecar texts", bool(sidecars.texts))]
         return "text", [f"captions from {metadata.path.name}", *_passed_over(rest)]
     if condition == "auto" and has_label and metadata is not None:
-        rest = [("sidecar texts", bool(sidecars))]
+        rest = [("sidecar texts", bool(sidecars.texts))]
         return "class", [f"classes from {metadata.path.name}", *_passed_over(rest)]
     if condition == "text" or (condition == "auto" and has_text):
-        origin = metadata.path.name if metadata and metadata.has_text else ".txt files beside the pictures"
+        origin = (
+            metadata.path.name
+            if metadata and metadata.has_text
+            else f"{_endings(sidecars)} files beside the pictures"
+        )
         _refuse_splits(folder)
         rest = [("subfolders", len(folder.per_subfolder()) > 1)]
         return "text", [f"captions from {origin}", *_passed_over(rest)]
@@ -87,7 +95,7 @@ def _decide(
         origin = metadata.path.name if metadata and has_label else "subfolders"
         if origin == "subfolders":
             _refuse_unclassed(folder)
-        return "class", [f"classes from {origin}"]
+        return "class", [f"classes from {origin}", *_passed_over([("captions", has_text)])]
     if folder.per_subfolder():
         _refuse_wrong_level(folder)
         return "class", ["classes from subfolders"]
@@ -125,22 +133,35 @@ def _with_masks(
     return [dataclasses.replace(e, mask=paths.get(e.name)) for e in examples], notes
 
 
-def _refuse_contradiction(metadata: Metadata, sidecars: dict[str, str]) -> None:
+def _endings(sidecars: Sidecars) -> str:
+    return " and ".join(
+        ending for ending in CAPTIONS if any(name.lower().endswith(ending) for name in sidecars.files)
+    )
+
+
+def _refuse_contradiction(metadata: Metadata | None, sidecars: Sidecars) -> None:
+    if sidecars.clashes:
+        raise UserError(
+            f"{len(sidecars.clashes)} pictures have captions that differ: {few(sidecars.clashes)}",
+            "Keep one caption file for each picture, or use --condition class|none.",
+        )
+    if metadata is None:
+        return
     clash = [
-        name for name, text in sidecars.items()
+        name for name, text in sidecars.texts.items()
         if (row := metadata.rows.get(name))
         and row.said.texts
         and text not in {" ".join(one.split()) for one in row.said.texts}
     ]  # fmt: skip
     if clash:
         raise UserError(
-            f"{metadata.path.name} and the .txt files differ on {len(clash)} pictures: {few(clash)}",
+            f"{metadata.path.name} and the {_endings(sidecars)} files differ on {len(clash)} pictures: {few(clash)}",
             "Keep one of the two (rename the other), or use --condition class|none.",
         )
 
 
 def _nothing_here(folder: Folder) -> UserError:
-    held = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in folder.others.items())
+    held = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in folder.suffixes().items())
     what = f"there are no pictures in {folder.root} or below it"
     if folder.ignored:
         what += f" except {len(folder.ignored)} hidden or macOS resource files ({few(folder.ignored)})"
@@ -195,8 +216,10 @@ def _refuse_unclassed(folder: Folder) -> None:
         )
 
 
-def _left_out(folder: Folder, metadata: Metadata | None) -> list[str]:
+def _left_out(folder: Folder, metadata: Metadata | None, sidecars: Sidecars) -> list[str]:
     notes = []
+    if metadata is not None and metadata.unused:
+        notes.append(f"columns of {metadata.path.name} not used: {few(metadata.unused)}")
     strange = sorted(set(metadata.rows) - set(folder.images)) if metadata else []
     if strange:
         notes.append(f"metadata name {len(strange)} files that are not read as pictures: {few(strange)}")
@@ -207,17 +230,31 @@ def _left_out(folder: Folder, metadata: Metadata | None) -> list[str]:
         notes.append(
             f"{len(folder.closed)} folders cannot be opened and are passed over: {few(folder.closed)}"
         )
-    foreign = {suffix: n for suffix, n in folder.others.items() if suffix in _FOREIGN}
+    foreign = {suffix: n for suffix, n in folder.suffixes().items() if suffix in _FOREIGN}
     if foreign:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in foreign.items())
         notes.append(f"{counts} files are not read: convert them to PNG or JPEG to use them")
-    packed = {suffix: n for suffix, n in folder.others.items() if suffix in _PACKED}
+    packed = {suffix: n for suffix, n in folder.suffixes().items() if suffix in _PACKED}
     if packed:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in packed.items())
         notes.append(
             f"{counts} files lie beside the pictures and are not read: give them as DATA of their own"
         )
+    read = sidecars.files | ({metadata.path.name} if metadata is not None else set())
+    unread = [name for name in folder.others if name not in read and not _is_told(name)]
+    if unread:
+        notes.append(
+            f"{len(unread)} other files are not read: {few(unread)}; captions are read from "
+            f"{' or '.join(METADATA_NAMES)}, or from a {' or '.join(CAPTIONS)} file named like its picture"
+        )
     return notes
+
+
+def _is_told(name: str) -> bool:
+    """Whether a file has a note of its own, or was put there by the system."""
+    place = PurePosixPath(name)
+    system = place.name.startswith(".") or place.name.lower() in _SYSTEM
+    return system or place.suffix.lower() in (*_FOREIGN, *_PACKED)
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from PIL import Image
 
-from latentflow.errors import UserError
+from latentflow.errors import UserError, one_line
 
 from .checking.looks import looks_at
 from .config import FramingConfig
@@ -113,7 +113,7 @@ class Framing:
         lines = [
             f"sizes (width x height: pictures): {shares}; none left out",
             f"cut off: {lost.mean():.1%} of a picture on average, {lost.max():.1%} of "
-            f"{self.source.examples[int(lost.argmax())].name} at most; a square would cut off "
+            f"{one_line(self.source.examples[int(lost.argmax())].name)} at most; a square would cut off "
             f"{_cut_off(self.natural, np.ones((1, 2))).mean():.1%} on average",
         ]
         if much := int((lost > _MUCH).sum()):

@@ -9,7 +9,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from latentflow.errors import UserError
+from latentflow.errors import UserError, reading
 
 from .columns import KNOWN, class_name, is_text, rename, said
 from .described import Wanted, decide, fields_of, masked, source_of
@@ -23,6 +23,7 @@ _LIKELY = {
     "label": ("labels", "class", "fine_label", "category"),
     "mask": ("segmentation_mask", "conditioning_image"),
 }
+_AGAIN = "Save it again with save_to_disk."
 _HUB = re.compile(r"hub:(?P<name>[^:]+/[^:]+)(:(?P<part>.+))?")
 
 
@@ -35,9 +36,13 @@ class ArrowMember(Member):
     column: str
     rows: Any = field(compare=False, repr=False)
 
-    def read(self) -> bytes:
-        value = self.rows[self.row][self.column]
-        return value["bytes"] if value["bytes"] is not None else read_bytes(Path(value["path"]))
+    def _read(self, bound: int) -> bytes:
+        with reading(self, *_failures(), fix=_AGAIN):
+            value = self.rows[self.row][self.column]
+        held: bytes | None = value["bytes"] if value is not None else None
+        if held is None and (value is None or value["path"] is None):
+            raise UserError(f"{self} holds no picture", "Leave the row out.")
+        return read_bytes(Path(value["path"]), bound) if held is None else held
 
     def __str__(self) -> str:
         return f"{self.column} of row {self.row}"
@@ -64,10 +69,9 @@ def read_saved(data: str, wanted: Wanted) -> Source:
             pictures (the columns are listed); captions or classes are missing.
     """
     path = Path(data).expanduser()
-    try:
-        loaded = _library().load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{data} cannot be read: {error}", "Save it again with save_to_disk.") from None
+    library = _library()
+    with reading(data, *_failures(), fix=_AGAIN):
+        loaded = library.load_from_disk(str(path))
     if isinstance(loaded, Mapping):
         if len(loaded) != 1:
             best = "train" if "train" in loaded else next(iter(loaded))
@@ -104,6 +108,9 @@ def _source(data: str, rows: Any, wanted: Wanted, root: Path | None) -> Source:
     theirs = {name: column for column, name in ours.items()}
     if rows.num_rows == 0:
         raise UserError(f"{data} has no rows", "Give a data set with pictures.")
+    with reading(data, *_failures(), fix=_AGAIN):
+        rows.data.validate(full=True)  # offsets of a damaged file would lead out of the memory
+        rows = rows.with_format(None)  # all columns as plain values, however it was saved
     examples = list(_examples(data, rows, theirs))
     kind, more = decide(examples, wanted.condition, data, "a column text or label")
     examples, told = masked(examples, wanted.masks)
@@ -115,13 +122,14 @@ def _examples(data: str, rows: Any, theirs: Mapping[str, str]) -> Iterator[FileE
     import datasets
 
     pictures = {name: theirs[name] for name in ("image", "mask") if name in theirs}
-    undecoded = rows.select_columns(list(pictures.values()))
-    for column in pictures.values():
-        undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
     spoken = [name for name in theirs if name not in pictures]
-    told = rows.select_columns([theirs[name] for name in spoken])
+    with reading(data, *_failures(), fix=_AGAIN):
+        undecoded = rows.select_columns(list(pictures.values()))
+        for column in pictures.values():
+            undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
+        told = rows.select_columns([theirs[name] for name in spoken])
     names = getattr(rows.features.get(theirs.get("label", "")), "names", None)
-    for row, values in enumerate(told if spoken else repeat({}, rows.num_rows)):
+    for row, values in enumerate(_each(data, told) if spoken else repeat({}, rows.num_rows)):
         record = {name: values[theirs[name]] for name in spoken}
         if names is not None:
             record["label"] = class_name(names, record.get("label"), f"{data}, row {row}")
@@ -130,6 +138,21 @@ def _examples(data: str, rows: Any, theirs: Mapping[str, str]) -> Iterator[FileE
         }
         fields = fields_of(said(record, f"{data}, row {row}"))
         yield FileExample(f"row {row:08d}", path=places["image"], mask=places.get("mask"), **fields)
+
+
+def _each(data: str, rows: Any) -> Iterator[Any]:
+    """Yield every row.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    left = iter(rows)
+    while True:
+        with reading(data, *_failures(), fix=_AGAIN):
+            values = next(left, None)
+        if values is None:
+            return
+        yield values
 
 
 def _columns(data: str, features: Mapping[str, Any], wanted: Wanted) -> tuple[dict[str, str], list[str]]:
@@ -163,6 +186,16 @@ def _columns(data: str, features: Mapping[str, Any], wanted: Wanted) -> tuple[di
     unused = [name for name in features if name not in used]
     notes = ["inferred: " + ", ".join(inferred) + " (--columns decides)"] if inferred else []
     return used, notes + (["columns not used: " + ", ".join(unused)] if unused else [])
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """Return what `datasets` raises on damaged files: it checks little of what they say."""
+    import pyarrow
+
+    return (
+        pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+        NotImplementedError,
+    )  # fmt: skip
 
 
 def _library() -> Any:

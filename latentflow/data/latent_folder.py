@@ -17,12 +17,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import numpy as np
 from PIL import Image
 
-from latentflow.errors import UserError
+from latentflow.documents import read_json, storable
+from latentflow.errors import UserError, reading, shown
 
 from .config import DataConfig
 from .described import Wanted
@@ -57,7 +58,7 @@ def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
         tables = description["tables"].items()
         description["tables"] = {name: made for name, made in tables if kind_of(name) != "masks"}
     kind: Kind = "unconditional" if wanted.condition == "none" else description["kind"]
-    index = _open_index(folder / INDEX, description["index"])
+    index = _open_index(folder / INDEX, description)
     store = LatentStore(folder, description)
     return LatentFolder(
         name=data,
@@ -87,38 +88,132 @@ def _refuse_decided(data: str, description: dict[str, Any], wanted: Wanted) -> N
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What ``latents.json`` says."""
-    try:
-        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        if description["version"] != VERSION:
-            raise UserError(
-                f"{folder} was written in version {description['version']} of its format, this is {VERSION}",
-                "Update latentflow, or precompute again into another folder.",
-            )
-    except (OSError, ValueError, KeyError) as error:
+    """Return what ``latents.json`` says.
+
+    Raises:
+        UserError: it cannot be read, is of another version, or holds not what ``describe`` in precomputing.py writes.
+    """
+    file, fix = folder / DESCRIPTION, "Precompute into another folder."
+    description = read_json(file, fix)
+    version = description.get("version") if isinstance(description, dict) else None
+    if isinstance(version, int) and version != VERSION:
         raise UserError(
-            f"{folder / DESCRIPTION} cannot be read: {error}", "Precompute into another folder."
-        ) from error
-    return description
+            f"{folder} was written in version {version} of its format, this is {VERSION}",
+            "Update latentflow, or precompute again into another folder.",
+        )
+    for name, is_right in _RIGHT.items():
+        held = description.get(name) if isinstance(description, dict) else None
+        if not is_right(held):
+            raise UserError(f"{file} is damaged: {name} is {shown(held)}", fix)
+    places = [place_of(kind, size) for size in description["sizes"] for kind in _KINDS]
+    for name in description["tables"]:
+        if name not in places:
+            raise UserError(f"{file} is damaged: it tells of {name!r} and of no such size", fix)
+    found: dict[str, Any] = description
+    return found
 
 
-def _open_index(path: Path, hash: str) -> _Index:
+def _is_whole(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _are_words(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and storable(value) == value
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(size, list) and len(size) == 2 and all(_is_whole(side, 1) for side in size)
+        for size in value
+    )
+
+
+def _are_tables(value: object) -> bool:
+    """Whether these are settings of tables, those of latents with what `LatentFolder` reads of them."""
+    if not isinstance(value, dict) or not all(isinstance(made, dict) for made in value.values()):
+        return False
+    made = [one for name, one in value.items() if kind_of(name) == "latents"]
+    return bool(made) and all(
+        isinstance(one.get("flips"), bool)
+        and isinstance(one.get("background"), list)
+        and len(one["background"]) == 3
+        and all(_is_whole(level) and level < 256 for level in one["background"])
+        for one in made
+    )
+
+
+_KINDS = ("latents", "pixels", "masks")
+# What every entry of ``latents.json`` must be.
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "version": lambda value: value == VERSION,
+    "complete": lambda value: isinstance(value, bool),
+    "name": _is_text,
+    "pictures": _is_whole,
+    "kind": lambda value: value in get_args(Kind),
+    "classes": _are_words,
+    "notes": _are_words,
+    "resolution": lambda value: _is_whole(value, 1),
+    "sizes": _are_sizes,
+    "tables": _are_tables,
+    "given": _is_text,
+    "index": _is_text,
+}
+
+
+def index_schema() -> Any:
+    """Return the columns of ``index.arrow``, which has a row for each picture."""
+    arrow = import_arrow()
+    return arrow.schema(
+        [
+            ("name", arrow.string()),
+            ("texts", arrow.list_(arrow.string())),
+            ("label", arrow.string()),
+            ("class_id", arrow.int32()),
+            ("weight", arrow.float32()),
+            ("repeats", arrow.int32()),
+            ("key", arrow.string()),
+            ("mask_key", arrow.string()),
+            ("group", arrow.int64()),
+            ("bucket", arrow.int32()),
+            ("height", arrow.int32()),
+            ("width", arrow.int32()),
+        ]
+    )
+
+
+def _open_index(path: Path, description: dict[str, Any]) -> _Index:
     """The index, mapped.
 
     Raises:
         UserError: it is not what was written beside ``latents.json``.
     """
     arrow = import_arrow()
-    try:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != hash:
-                raise ValueError(f"it is not the one that {DESCRIPTION} was written with")
-        return _Index(arrow.ipc.open_file(arrow.memory_map(str(path))).read_all())
-    except (OSError, ValueError) as error:
+    fix = "Start the `latentflow precompute` line that made it again: it encodes only what is missing."
+    with reading(path, OSError, fix=fix), path.open("rb") as file:
+        hash = hashlib.file_digest(file, "sha256").hexdigest()
+    if hash != description["index"]:
+        raise UserError(f"{path} cannot be read: it is not the one that {DESCRIPTION} was written with", fix)
+    with reading(path, OSError, arrow.ArrowException, UnicodeDecodeError, fix=fix):
+        table = arrow.ipc.open_file(arrow.memory_map(str(path))).read_all()
+        table.validate(full=True)
+    if not table.schema.equals(index_schema()) or table.num_rows != description["pictures"]:
         raise UserError(
-            f"{path} cannot be read: {error}",
-            "Start the `latentflow precompute` line that made it again: it encodes only what is missing.",
-        ) from error
+            f"{path} does not hold the {description['pictures']} rows that {DESCRIPTION} tells of", fix
+        )
+    index = _Index(table)
+    least = 0 if description["kind"] == "class" else -1
+    ranges = {"bucket": (0, len(description["sizes"])), "class_id": (least, len(description["classes"]))}
+    ranges |= dict.fromkeys(("repeats", "height", "width"), (1, 2**31))
+    for name in index_schema().names:
+        numbers = index.numbers(name, None) if name in ranges and not table[name].null_count else np.zeros(0)
+        first, end = ranges.get(name, (0, 0))
+        if (table[name].null_count and name != "label") or ((numbers < first) | (numbers >= end)).any():
+            raise UserError(f"{path} is damaged: its column {name} holds what was never written", fix)
+    return index
 
 
 def place_of(kind: str, size: Sequence[int]) -> str:
@@ -335,6 +430,9 @@ class LatentFolder(Source):
         rows = np.arange(len(self), dtype=np.int32) if self.rows is None else self.rows
         told = f"{self.store.description['index']} {hashlib.sha256(rows.tobytes()).hexdigest()}"
         return hashlib.sha256(told.encode()).hexdigest()
+
+    def order(self) -> str:
+        return self.fingerprint()  # of which the rows are a part, in their order
 
 
 class _Index:

@@ -12,6 +12,11 @@ from typing import BinaryIO
 
 from latentflow.errors import UserError
 
+# What is read into memory of one file or member, at most, in bytes: its size is no measure of what it unpacks to.
+IMAGE_BYTES = 512 * 2**20  # more than Pillow's limit of pixels takes in eight-bit RGB
+CAPTION_BYTES = 2**20  # of a file or member that describes one image
+METADATA_BYTES = 2**30
+
 
 @dataclass(frozen=True, slots=True)
 class Container:
@@ -47,12 +52,23 @@ class Container:
 class Member(ABC):
     """A file inside another one. Its text says where it lies; equal members hold the same bytes."""
 
-    @abstractmethod
-    def read(self) -> bytes:
-        """Its bytes.
+    def read(self, limit: int | None = None) -> bytes:
+        """Return its bytes, at most ``limit`` (None: ``IMAGE_BYTES``).
 
         Raises:
-            UserError: the file around it has changed or is damaged there.
+            UserError: it holds more, or says so; the file around it has changed or is damaged there.
+        """
+        bound = IMAGE_BYTES if limit is None else limit
+        held = self._read(bound)
+        refuse_large(str(self), len(held), bound)
+        return held
+
+    @abstractmethod
+    def _read(self, bound: int) -> bytes:
+        """Return its bytes. Where its size is told, `refuse_large` it before anything is unpacked.
+
+        Raises:
+            UserError: as for ``read``.
         """
 
     @abstractmethod
@@ -62,9 +78,30 @@ class Member(ABC):
 File = Path | Member
 
 
-def read_bytes(file: File) -> bytes:
-    """The bytes of a file, wherever it lies."""
-    return file.read() if isinstance(file, Member) else file.read_bytes()
+def read_bytes(file: File, limit: int | None = None) -> bytes:
+    """Return the bytes of a file, wherever it lies, at most ``limit`` (None: ``IMAGE_BYTES``).
+
+    Raises:
+        UserError: it holds more.
+        OSError: it cannot be read.
+    """
+    if isinstance(file, Member):
+        return file.read(limit)
+    refuse_large(str(file), file.stat().st_size, IMAGE_BYTES if limit is None else limit)
+    return file.read_bytes()
+
+
+def refuse_large(name: str, size: int, bound: int) -> None:
+    """Refuse to read more than ``bound`` bytes.
+
+    Raises:
+        UserError: ``size`` is more.
+    """
+    if size > bound:
+        raise UserError(
+            f"{name} holds {size:,} bytes, more than the {bound:,} that are read of such a file",
+            "It is damaged, or made to fill the memory: leave it out.",
+        )
 
 
 def open_stream(file: File) -> BinaryIO:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentflow.errors import UserError
+from latentflow.documents import decode, parse_json
+from latentflow.errors import UserError, shown
 
-from .columns import Said, refuse_synonyms, rename, said
-from .folder import Folder, read_text
-from .members import File
+from .columns import Said, refuse_synonyms, rename, said, unused
+from .folder import Folder
+from .members import METADATA_BYTES, File, read_bytes
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
@@ -34,6 +34,7 @@ class Metadata:
 
     path: Path
     rows: Mapping[str, Row]
+    unused: tuple[str, ...] = ()  # columns
 
     @property
     def has_text(self) -> bool:
@@ -79,7 +80,7 @@ def read_metadata(folder: Folder, meant: Mapping[str, str]) -> Metadata | None:
     _refuse_absent(folder, path, list(rows), "files", "file_name")
     _refuse_absent(folder, path, [row.mask for row in rows.values() if row.mask], "masks", "mask")
     _refuse_itself(path, rows)
-    return Metadata(path, rows)
+    return Metadata(path, rows, tuple(unused(ours, "file_name")))
 
 
 def read_records(file: File, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -88,7 +89,7 @@ def read_records(file: File, path: Path) -> Iterator[tuple[int, dict[str, object
     Raises:
         UserError: it is not UTF-8, or a line cannot be read.
     """
-    text = io.StringIO(read_text(file, str(path)), newline="")
+    text = io.StringIO(decode(read_bytes(file, METADATA_BYTES), str(path)), newline="")
     if path.suffix.lower() != ".csv":
         for number, line in enumerate(text, start=1):
             if line.strip():
@@ -108,21 +109,15 @@ def read_records(file: File, path: Path) -> Iterator[tuple[int, dict[str, object
             yield reader.line_num, dict(row)
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num} cannot be read: {error}", "Mend that line."
+            f"{path}, line {reader.reader.line_num} cannot be read: {error}", "Mend that line."
         ) from None
 
 
 def _json_row(path: Path, number: int, text: str) -> dict[str, object]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {number} is not JSON: {error}", 'Write one {"file_name": ..., "text": ...} a line.'
-        ) from None
+    where, fix = f"{path}, line {number}", 'Write one {"file_name": ..., "text": ...} a line.'
+    row = parse_json(text, where, fix)
     if not isinstance(row, dict):
-        raise UserError(
-            f"{path}, line {number} is not an object", 'Write one {"file_name": ..., "text": ...} a line.'
-        )
+        raise UserError(f"{where} is not an object", fix)
     return row
 
 
@@ -135,12 +130,14 @@ def text_of(record: Mapping[str, object], column: str, where: str) -> str | None
     value = record.get(column)
     if value is None or isinstance(value, str):
         return (value or "").strip() or None
-    raise UserError(f"{where}: {column} is {value!r}, not a string", "Write it in quotes.")
+    raise UserError(f"{where}: {column} is {shown(value)}, not a string", "Write it in quotes.")
 
 
 def _required(record: Mapping[str, object], where: str) -> str:
     name = record.get("file_name")
-    if not isinstance(name, str) or not name:
+    if name is not None and not isinstance(name, str):
+        raise UserError(f"{where}: file_name is {shown(name)}, not a string", "Write it in quotes.")
+    if not name:
         raise UserError(
             f"{where} has no file_name (it has {', '.join(record) or 'nothing'})",
             "Name the column file_name; it is relative to the folder of the metadata.",

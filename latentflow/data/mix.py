@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from latentflow.errors import UserError, unknown
+from latentflow.documents import read_yaml
+from latentflow.errors import UserError, shown, unknown
 
 from .described import Wanted, few, source_of
 from .examples import Source
 from .latent_folder import is_latent_folder
 from .store import refuse_inside
 
+MOST_REPEATS = 1_000_000  # every use of a picture in an epoch takes some bytes
 _KEYS = ("data", "repeats", "weight", "regularisation")
 _FIX = "Write: sources: [{data: cats, repeats: 2}, {data: more, weight: 0.5}]"
 
@@ -82,10 +83,7 @@ def read_mix(data: str, wanted: Wanted, find: Find) -> Source:
 
 
 def _parts(path: Path) -> list[Part]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}", _FIX) from None
+    content = read_yaml(path, _FIX)
     listed = content.get("sources") if isinstance(content, Mapping) else None
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{path} lists no sources", _FIX)
@@ -110,12 +108,14 @@ def _part(where: str, entry: Any) -> Part:
             raise unknown(f"key in {where}:", str(key), _KEYS)
     repeats, weight = entry.get("repeats"), entry.get("weight", 1.0)
     regularisation = entry.get("regularisation", False)
-    if repeats is not None and (isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1):
-        raise UserError(f"{where}: repeats is {repeats!r}", "Give a whole number from 1 on.")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise UserError(f"{where}: weight is {weight!r}", "Give a number above 0.")
+    if repeats is not None and (type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS):
+        raise UserError(
+            f"{where}: repeats is {shown(repeats)}", f"Give a whole number from 1 to {MOST_REPEATS:,}."
+        )
+    if type(weight) not in (int, float) or not 0 < weight <= sys.float_info.max:
+        raise UserError(f"{where}: weight is {shown(weight)}", "Give a number above 0.")
     if not isinstance(regularisation, bool):
-        raise UserError(f"{where}: regularisation is {regularisation!r}", "Write true or false.")
+        raise UserError(f"{where}: regularisation is {shown(regularisation)}", "Write true or false.")
     return Part(entry["data"], repeats, float(weight), regularisation)
 
 

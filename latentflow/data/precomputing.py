@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentflow.documents import storable
 from latentflow.errors import UserError
 
 from .cache import (
@@ -39,6 +40,7 @@ from .latent_folder import (
     INDEX,
     VERSION,
     import_arrow,
+    index_schema,
     kind_of,
     place_of,
     read_description,
@@ -217,11 +219,11 @@ def describe(
     description = {
         "version": VERSION,
         "complete": complete,
-        "name": source.name,
+        "name": storable(source.name),
         "pictures": len(source),
         "kind": source.kind,
         "classes": source.classes,
-        "notes": source.notes,
+        "notes": [storable(note) for note in source.notes],
         "resolution": wanted.data.resolution,
         "sizes": wanted.framing.sizes,
         "tables": tables,
@@ -238,22 +240,7 @@ def write_index(framing: Framing, folder: Path, groups: Array) -> str:
     ``groups`` (N,) are the numbers of their groups of near duplicates, which a split keeps together.
     """
     arrow = import_arrow()
-    schema = arrow.schema(
-        [
-            ("name", arrow.string()),
-            ("texts", arrow.list_(arrow.string())),
-            ("label", arrow.string()),
-            ("class_id", arrow.int32()),
-            ("weight", arrow.float32()),
-            ("repeats", arrow.int32()),
-            ("key", arrow.string()),
-            ("mask_key", arrow.string()),
-            ("group", arrow.int64()),
-            ("bucket", arrow.int32()),
-            ("height", arrow.int32()),
-            ("width", arrow.int32()),
-        ]
-    )
+    schema = index_schema()
     source = framing.source
     natural = np.asarray(framing.sizes)[framing.bucket] if framing.natural is None else framing.natural
     ids = {name: number for number, name in enumerate(source.classes)}
@@ -266,7 +253,7 @@ def write_index(framing: Framing, folder: Path, groups: Array) -> str:
             part = source.examples[start : start + _ROWS_AT_ONCE]
             rows = [
                 {
-                    "name": example.name,
+                    "name": storable(example.name),  # a name of a file may be no text
                     "texts": list(example.captions),
                     "label": example.label,
                     "class_id": ids.get(example.label or "", -1),

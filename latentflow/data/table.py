@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentflow.errors import UserError, nearest
+from latentflow.documents import decode, parse_json
+from latentflow.errors import UserError, nearest, reading, reason, shown
 
-from .columns import KNOWN, class_name, is_text, refuse_synonyms, rename, said
+from .columns import KNOWN, class_name, is_text, refuse_synonyms, rename, said, unused
 from .described import Wanted, decide, few, fields_of, masked, source_of
 from .examples import FileExample, Source
 from .folder import SUFFIXES
-from .members import Container, File, Member
+from .members import IMAGE_BYTES, Container, File, Member, refuse_large
 from .metadata import read_records, text_of
 from .paths import common_folder, many_paths
 
 _PARTS = ("train", "test", "validation", "valid", "val", "dev")
 _LOCK = threading.Lock()
+MOST_UNPACKED = (
+    100  # times the size of a parquet file, of a group of rows that is larger than ``IMAGE_BYTES``
+)
+_BUFFER = 2**16  # bytes that are read ahead; without, a row is read with all of its column in the group
+_AGAIN = "Copy or download it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +41,14 @@ class Cell(Member):
     row: int  # in the group
     column: str
 
-    def read(self) -> bytes:
+    def _read(self, bound: int) -> bytes:
         self.table.open().close()  # unchanged
         with _LOCK:  # else every thread would read the same group
             values = _column(self.table, self.group, self.column, os.getpid())
         value = values[self.row].as_py()
-        held: bytes = value["bytes"] if isinstance(value, Mapping) else value
+        held: bytes | None = value["bytes"] if isinstance(value, Mapping) else value
+        if held is None:
+            raise UserError(f"{self} holds no picture", _AGAIN)
         return held
 
     def __str__(self) -> str:
@@ -68,12 +76,11 @@ def read_table(data: str, wanted: Wanted) -> Source:
     paths = _parquet_files(folder) if folder.is_dir() else many_paths(data)
     _refuse_parts(data, paths)
     examples: list[FileExample] = []
-    root = common_folder(paths)
+    root, passed_over = common_folder(paths), dict[str, None]()  # columns
     for path in paths:
         prefix = "" if len(paths) == 1 else path.absolute().relative_to(root).with_suffix("").as_posix() + "/"
-        found = list(
-            _csv_rows(path, wanted) if path.suffix.lower() == ".csv" else _parquet_rows(path, wanted)
-        )
+        read = _csv_rows if path.suffix.lower() == ".csv" else _parquet_rows
+        found = list(read(path, wanted, passed_over))
         examples += [_example(path, prefix, *row) for row in found]
     if not examples:
         raise UserError(f"there are no rows in {data}", "Write one row for each picture.")
@@ -81,18 +88,21 @@ def read_table(data: str, wanted: Wanted) -> Source:
     kind, more = decide(examples, wanted.condition, data, "a column text or label")
     examples, told = masked(examples, wanted.masks)
     notes = [f"{len(examples)} rows of {few([path.name for path in paths])}", *outside, *more, *told]
+    if passed_over:
+        notes.append(f"columns not used: {few(passed_over)}")
     return source_of(data, examples, kind, wanted, notes, folder if folder.is_dir() else None)
 
 
 _Row = tuple[str, File, File | None, dict[str, Any]]  # name, picture, mask, what else is said
 
 
-def _csv_rows(path: Path, wanted: Wanted) -> Iterator[_Row]:
+def _csv_rows(path: Path, wanted: Wanted, passed_over: dict[str, None]) -> Iterator[_Row]:
     records = list(read_records(path, path))
     if not records:
         return
     ours = _ours(path, list(records[0][1]), wanted)
     column = _picture_column(path, ours.values())
+    passed_over |= dict.fromkeys(unused(ours, column))
     for line, record in records:
         record = {ours[name]: value for name, value in record.items()}
         where = f"{path}, line {line}"
@@ -104,19 +114,22 @@ def _csv_rows(path: Path, wanted: Wanted) -> Iterator[_Row]:
         yield place, file, _place(path, mask, where) if mask else None, fields_of(said(record, where))
 
 
-def _parquet_rows(path: Path, wanted: Wanted) -> Iterator[_Row]:
+def _parquet_rows(path: Path, wanted: Wanted, passed_over: dict[str, None]) -> Iterator[_Row]:
     file = _parquet(path)
     container = Container.of(path)
     ours = _ours(path, file.schema_arrow.names, wanted)
     column = _picture_column(path, ours.values())
+    passed_over |= dict.fromkeys(unused(ours, column))
     theirs = {ours_: name for name, ours_ in ours.items()}
     held = {name for name in ("image", "mask") if name in theirs and _holds_bytes(file, theirs[name])}
     spoken = [theirs[name] for name in theirs if name not in held and (name in KNOWN or is_text(name))]
-    classes = _class_names(file).get(theirs.get("label", ""))
+    classes = _class_names(path, file).get(theirs.get("label", ""))
     number = 0
+    if file.metadata.num_rows > container.size:
+        raise UserError(f"{path} tells of {file.metadata.num_rows} rows in {container.size} bytes", _AGAIN)
     for group in range(file.num_row_groups):
-        said_there = file.read_row_group(group, columns=spoken).to_pylist() if spoken else None
-        filled = {name: _filled(file, group, theirs[name]) for name in held}
+        said_there = _rows(path, file, group, spoken) if spoken else None
+        filled = {name: _filled(path, file, group, theirs[name]) for name in held}
         for row in range(file.metadata.row_group(group).num_rows):
             where = f"{path}, row {number}"
             record = {ours[name]: value for name, value in said_there[row].items()} if said_there else {}
@@ -143,6 +156,9 @@ def _example(path: Path, prefix: str, name: str, file: File, mask: File | None, 
 
 def _ours(path: Path, columns: list[str], wanted: Wanted) -> dict[str, str]:
     """Our name of every column."""
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} has two columns named '{twice[0]}'", "Rename one of them.")
     ours = rename(columns, wanted.columns, str(path))
     refuse_synonyms(str(path), set(ours.values()))
     return ours
@@ -228,9 +244,50 @@ def _parquet(path: Path) -> Any:
             f"{path} cannot be read: pyarrow is not installed", 'pip install "latentflow[parquet]"'
         ) from None
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowIOError, OSError) as error:
-        raise UserError(f"{path} is no intact parquet file: {error}", "Copy or download it again.") from None
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER)
+        file.schema_arrow  # noqa: B018 (made, and refused, when it is asked for)
+    except _failures() as error:
+        raise UserError(f"{path} is no intact parquet file: {reason(error)}", _AGAIN) from None
+    return file
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """Return what pyarrow raises on a damaged file."""
+    import pyarrow
+
+    return (
+        pyarrow.ArrowException, OSError, MemoryError, ValueError, OverflowError, NotImplementedError, LookupError
+    )  # fmt: skip
+
+
+def _group(path: Path, file: Any, group: int, columns: list[str]) -> Any:
+    """Read some columns of a group of rows: an Arrow table.
+
+    Raises:
+        UserError: a page is damaged; a column would unpack to far more than it takes in the file.
+    """
+    _refuse_bomb(path, file, group)
+    with reading(path, *_failures(), fix=_AGAIN):
+        table = file.read_row_group(group, columns=columns)
+        table.validate(full=True)
+    rows = file.metadata.row_group(group).num_rows
+    if table.num_rows != rows:
+        raise UserError(f"{path} holds {table.num_rows} rows in group {group}, not {rows}", _AGAIN)
+    return table
+
+
+def _refuse_bomb(path: Path, file: Any, group: int) -> None:
+    unpacked = file.metadata.row_group(group).total_byte_size
+    if unpacked > MOST_UNPACKED * path.stat().st_size:
+        refuse_large(f"{path}: group {group}", unpacked, IMAGE_BYTES)
+
+
+def _rows(path: Path, file: Any, group: int, columns: list[str]) -> list[dict[str, Any]]:
+    """Read some columns of a group of rows: a dict for each row."""
+    table = _group(path, file, group, columns)
+    with reading(path, *_failures(), fix=_AGAIN):
+        rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
 
 
 def _holds_bytes(file: Any, column: str) -> bool:
@@ -238,35 +295,66 @@ def _holds_bytes(file: Any, column: str) -> bool:
     import pyarrow.types as types
 
     kind = file.schema_arrow.field(column).type
-    if types.is_struct(kind):
-        return bool(kind.get_field_index("bytes") >= 0)
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _filled(file: Any, group: int, column: str) -> list[bool]:
+def _filled(path: Path, file: Any, group: int, column: str) -> list[bool]:
     """Which cells of a column of bytes hold any; where the file counts the empty ones and there are none, unread."""
     import pyarrow.types as types
 
     told = file.metadata.row_group(group)
-    for leaf in map(told.column, range(told.num_columns)):
-        counts = leaf.statistics if leaf.path_in_schema in (column, f"{column}.bytes") else None
-        if counts is not None and counts.has_null_count and counts.null_count == 0:
-            return [True] * told.num_rows
+    _refuse_bomb(path, file, group)
+    with reading(path, *_failures(), fix=_AGAIN):
+        # Asking for damaged statistics would end the process; reading a row first is refused as an error.
+        next(file.iter_batches(batch_size=1, row_groups=[group], columns=[column]), None)
+        names = [file.schema.column(leaf).path for leaf in range(len(file.schema))]
+        for leaf, name in enumerate(names):
+            counts = told.column(leaf).statistics if name in (column, f"{column}.bytes") else None
+            if counts is not None and counts.has_null_count and counts.null_count == 0:
+                return [True] * int(told.num_rows)
 
-    values = file.read_row_group(group, columns=[column]).column(column).combine_chunks()
+    values = _group(path, file, group, [column]).column(column).combine_chunks()
     if types.is_struct(values.type):
         values = values.field("bytes")
     return [bool(filled) for filled in values.is_valid().to_pylist()]
 
 
-def _class_names(file: Any) -> dict[str, list[str]]:
-    """Names of classes by column, where `datasets` has written them into the file."""
-    told = (file.schema_arrow.metadata or {}).get(b"huggingface")
-    features = json.loads(told).get("info", {}).get("features") or {} if told else {}
-    return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
+def _class_names(path: Path, file: Any) -> dict[str, list[str]]:
+    """Names of classes by column, where `datasets` has written them into the file.
+
+    Raises:
+        UserError: it has not written what is there.
+    """
+    raw = (file.schema_arrow.metadata or {}).get(b"huggingface")
+    if raw is None:
+        return {}
+    where, fix = (
+        f"the metadata 'huggingface' of {path}",
+        "Write the table again, with `datasets` or without them.",
+    )
+    told = parse_json(decode(raw, where), where, fix)
+    for name in ("info", "features"):
+        told = {} if told is None else told
+        if not isinstance(told, Mapping):
+            raise UserError(f"{where} hold {shown(told)} where {name} should be", fix)
+        told = told.get(name)
+    if not isinstance(told or {}, Mapping):
+        raise UserError(f"{where}: features is {shown(told)}, not an object", fix)
+    classes = {}
+    for name, one in (told or {}).items():
+        if isinstance(one, Mapping) and "names" in one:
+            names = one["names"]
+            if not isinstance(names, list) or not all(isinstance(word, str) for word in names):
+                raise UserError(
+                    f"{where}: the names of {name} are {shown(names)}, not a list of strings", fix
+                )
+            classes[name] = names
+    return classes
 
 
 @functools.lru_cache(maxsize=2)
 def _column(table: Container, group: int, column: str, process: int) -> Any:
     """One column of one group of rows; the last ones are kept, as rows are mostly read in order."""
-    return _parquet(table.path).read_row_group(group, columns=[column]).column(column)
+    return _group(table.path, _parquet(table.path), group, [column]).column(column)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latentflow.errors import UserError
+from latentflow.documents import decode, parse_json
+from latentflow.errors import UserError, one_line, reason, shown
 
 from .columns import Said, said
 from .described import Wanted, decide, few, fields_of, masked, source_of
 from .examples import FileExample, Source
-from .folder import SUFFIXES, read_text
-from .members import Container, Member
+from .folder import CAPTIONS, SUFFIXES
+from .members import CAPTION_BYTES, Container, Member, read_bytes, refuse_large
 from .paths import common_folder, many_paths
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_TELLING = ("txt", "cls", "json")
+_CAPTIONS = tuple(ending[1:] for ending in CAPTIONS)
+_TELLING = (*_CAPTIONS, "cls", "json")
+# tarfile checks headers, and little of the extended ones.
+_FAILURES = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, LookupError)
 _TAIL = 1 << 20  # bytes looked at behind the end; writers pad with zeros to 10 KiB or so
 
 
@@ -33,7 +35,8 @@ class TarMember(Member):
     offset: int
     size: int
 
-    def read(self) -> bytes:
+    def _read(self, bound: int) -> bytes:
+        refuse_large(str(self), self.size, bound)
         with self.tar.open() as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -75,7 +78,7 @@ def read_shards(data: str, wanted: Wanted) -> Source:
         raise UserError("tar files have no columns", "Leave --columns out.")
     folder = Path(data).expanduser()
     paths = sorted(folder.glob("*.tar")) if folder.is_dir() else many_paths(data)
-    root, unread = common_folder(paths), Counter[str]()
+    root, unread = common_folder(paths), dict[str, list[str]]()
     examples: list[FileExample] = []
     empty: list[str] = []
     for path in paths:
@@ -94,13 +97,15 @@ def read_shards(data: str, wanted: Wanted) -> Source:
     if empty:
         notes.append(f"{len(empty)} samples have no picture and are left out: {few(empty)}")
     if unread:
-        notes.append("members not read: " + few(f".{ending} ({count})" for ending, count in unread.items()))
+        endings = [f".{one_line(ending)} ({len(names)}): {few(names, 2)}" for ending, names in unread.items()]
+        more = f"; and {len(endings) - 5} more endings" if len(endings) > 5 else ""
+        notes.append(f"members not read: {'; '.join(endings[:5])}{more}")
     examples, told = masked(examples, wanted.masks)
     return source_of(data, examples, kind, wanted, [*notes, *told], folder if folder.is_dir() else None)
 
 
-def _samples(path: Path, unread: Counter[str]) -> dict[str, _Sample]:
-    """The samples of one shard in its order; ``unread`` counts the endings of other members."""
+def _samples(path: Path, unread: dict[str, list[str]]) -> dict[str, _Sample]:
+    """The samples of one shard in its order; ``unread`` gets the names of other members, by their ending."""
     samples: dict[str, _Sample] = {}
     for member in _members(path, unread):
         folder, slash, name = member.name.removeprefix("./").lstrip("/").rpartition("/")
@@ -109,21 +114,27 @@ def _samples(path: Path, unread: Counter[str]) -> dict[str, _Sample]:
         stem, _, ending = name.partition(".")
         ending = ending.lower()
         is_mask = ending == "mask" or (ending.startswith("mask.") and ending[4:] in SUFFIXES)
-        if not (is_mask or f".{ending}" in SUFFIXES or ending in _TELLING):
-            unread[ending] += 1
+        if not (is_mask or f".{ending}" in SUFFIXES or _meaning(ending) in _TELLING):
+            unread.setdefault(ending, []).append(member.name)
             continue
         sample = samples.setdefault(folder + slash + stem, _Sample())
         if is_mask:
             sample.mask = _only(sample.mask, member)
-        elif ending in _TELLING:
+        elif _meaning(ending) in _TELLING:
             sample.told[ending] = _only(sample.told.get(ending), member)
         else:
             sample.image = _only(sample.image, member)
     return samples
 
 
-def _members(path: Path, unread: Counter[str]) -> Iterator[TarMember]:
-    """The regular files of a tar file; ``unread`` counts its links, which hold nothing themselves.
+def _meaning(ending: str) -> str:
+    """Return what an ending says: of ``png.txt`` and ``png.caption``, a caption as without the suffix of the image."""
+    first, _, last = ending.partition(".")
+    return last if last in _CAPTIONS and f".{first}" in SUFFIXES else ending
+
+
+def _members(path: Path, unread: dict[str, list[str]]) -> Iterator[TarMember]:
+    """The regular files of a tar file; ``unread`` gets its links, which hold nothing themselves.
 
     Raises:
         UserError: it is compressed, broken or cut off.
@@ -135,35 +146,56 @@ def _members(path: Path, unread: Counter[str]) -> Iterator[TarMember]:
         )
     container = Container.of(path)
     try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if info.isreg() and not info.issparse():
-                    yield TarMember(container, info.name, info.offset_data, info.size)
-                elif not info.isdir():
-                    unread[info.name.rpartition(".")[2] + ", a link" * (info.issym() or info.islnk())] += 1
-                tar.members.clear()  # type: ignore[attr-defined]  # else it remembers them all
-            end = tar.offset
-    except (tarfile.TarError, OSError) as error:
-        raise _broken(path, str(error)) from None
+        tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed below)
+    except _FAILURES as error:
+        raise _broken(path, reason(error)) from None
+    with tar:
+        while (info := _next(path, tar)) is not None:
+            if info.isreg() and not info.issparse():
+                yield TarMember(container, info.name, info.offset_data, info.size)
+            elif not info.isdir():
+                kind = info.name.rpartition(".")[2] + ", a link" * (info.issym() or info.islnk())
+                unread.setdefault(kind, []).append(info.name)
+            tar.members.clear()  # type: ignore[attr-defined]  # else it remembers them all
+        end = tar.offset
     with path.open("rb") as file:  # tarfile stops without a word at a header that it cannot read
         file.seek(end)
         if any(file.read(_TAIL)):
             raise _broken(path, f"neither a member nor the end at byte {end}")
 
 
+def _next(path: Path, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """Return the next member; None at the end.
+
+    Raises:
+        UserError: the file is broken or cut off.
+    """
+    try:
+        return tar.next()
+    except _FAILURES as error:
+        raise _broken(path, reason(error)) from None
+
+
 def _said(name: str, sample: _Sample) -> Said:
-    """What the text members say: .json, .txt and .cls, which must not contradict each other."""
-    told = {ending: read_text(member, str(member)).strip() for ending, member in sample.told.items()}
+    """What the text members say: .json, .txt, .caption and .cls, which must not contradict each other."""
+    told = {
+        ending: decode(read_bytes(member, CAPTION_BYTES), str(member)).strip()
+        for ending, member in sample.told.items()
+    }
     row = Said()
     if "json" in told:
         member = sample.told["json"]
         row = said(_object(told["json"], member), str(member))
-    text, label = " ".join(told.get("txt", "").split()), told.get("cls")
-    if text and row.texts and text not in {" ".join(one.split()) for one in row.texts}:
-        raise _contradiction(name, ".txt", text)
+    label = told.get("cls")
+    written = {ending: " ".join(one.split()) for ending, one in told.items() if _meaning(ending) in _CAPTIONS}
+    text = next((one for one in written.values() if one), "")
+    held = {" ".join(one.split()) for one in row.texts} or {text}
+    for ending, one in written.items():
+        if one and one not in held:
+            raise _contradiction(name, ending, one, "json" if row.texts else next(iter(written)))
     # A number in .cls and a name in .json are one class said in two ways: the name is the better label.
     if label and row.label and label != row.label and label.isdecimal() == row.label.isdecimal():
-        raise _contradiction(name, ".cls", label)
+        raise _contradiction(name, "cls", label, "json")
     return dataclasses.replace(
         row, texts=row.texts or ((text,) if text else ()), label=row.label or label or None
     )
@@ -171,10 +203,7 @@ def _said(name: str, sample: _Sample) -> Said:
 
 def _object(text: str, member: TarMember) -> dict[str, object]:
     """A .json member; ``caption``, as downloaders call it, counts as ``text``."""
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{member} is not JSON: {error}", "Write the shard again.") from None
+    row = parse_json(text, str(member), "Write the shard again.")
     if not isinstance(row, dict):
         raise UserError(f"{member} is not an object", 'Write {"text": ..., "label": ...}.')
     return row if "text" in row or "caption" not in row else {**row, "text": row["caption"]}
@@ -189,9 +218,9 @@ def _only(first: TarMember | None, member: TarMember) -> TarMember:
     return member
 
 
-def _contradiction(name: str, ending: str, value: str) -> UserError:
+def _contradiction(name: str, ending: str, value: str, other: str) -> UserError:
     return UserError(
-        f"the members of {name} contradict each other: {ending} says {value!r}, .json something else",
+        f"the members of {name} contradict each other: .{ending} says {shown(value)}, .{other} something else",
         "Write the shard again with one of the two.",
     )
 

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import functools
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from latentflow.errors import UserError
+from latentflow.errors import UserError, reading, reason
 
 from .described import Wanted
 from .examples import Source
 from .folder import SUFFIXES, ArchivedFolder
 from .folder_source import folder_source
-from .members import Container, Member
+from .members import Container, Member, refuse_large
+
+# BadZipFile tells a wrong checksum, RuntimeError a password; what headers of nonsense lead to is not wrapped.
+_FAILURES = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, RuntimeError, OSError, EOFError,
+    ValueError, OverflowError, LookupError, MemoryError,
+)  # fmt: skip
+# Bytes that are read at once. Only some decompressors are told how much may come out; the others' input is small.
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_STEP, _SMALL_STEP = 2**16, 2**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +37,16 @@ class ZipMember(Member):
     zip: Container
     name: str
 
-    def read(self) -> bytes:
+    def _read(self, bound: int) -> bytes:
         self.zip.open().close()  # unchanged
-        try:
-            return _opened(self.zip, os.getpid()).read(self.name)
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-            RuntimeError,
-            OSError,
-            EOFError,
-        ) as error:
-            # BadZipFile tells a wrong checksum, RuntimeError a password.
-            raise UserError(f"{self} cannot be read: {error}", "Pack the folder again.") from None
+        archive, parts = _opened(self.zip, os.getpid()), []
+        told = archive.getinfo(self.name)
+        refuse_large(str(self), told.file_size, bound)
+        with reading(self, *_FAILURES, fix="Pack the folder again."), archive.open(told) as stream:
+            # No more than the size that was told comes out, but in one piece it might all be unpacked before.
+            while part := stream.read(_STEP if told.compress_type in _BOUNDED else _SMALL_STEP):
+                parts.append(part)
+        return b"".join(parts)
 
     def __str__(self) -> str:
         return f"{self.zip.path}: {self.name}"
@@ -61,9 +68,12 @@ def read_zip(data: str, wanted: Wanted) -> Source:
     path = Path(data).expanduser()
     container = Container.of(path)
     try:
-        infos = [info for info in _opened(container, os.getpid()).infolist() if not info.is_dir()]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is no intact zip file: {error}", "Copy or download it again.") from None
+        archive = _opened(container, os.getpid())
+    except _FAILURES as error:
+        raise UserError(
+            f"{path} is no intact zip file: {reason(error)}", "Copy or download it again."
+        ) from None
+    infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
     # Some programs write the separators of Windows.
     places = {info.filename: PurePosixPath(info.filename.replace("\\", "/")) for info in infos}
     strange = [name for name, place in places.items() if place.is_absolute() or ".." in place.parts]
@@ -85,7 +95,7 @@ def read_zip(data: str, wanted: Wanted) -> Source:
 def _folder(path: Path, members: dict[str, Member]) -> ArchivedFolder:
     images: list[str] = []
     ignored: list[str] = []
-    others = Counter[str]()
+    others: list[str] = []
     for name in sorted(members):
         place = PurePosixPath(name)
         if any(part.startswith(".") for part in place.parts[:-1]):
@@ -93,8 +103,8 @@ def _folder(path: Path, members: dict[str, Member]) -> ArchivedFolder:
         if place.suffix.lower() in SUFFIXES:
             (ignored if place.name.startswith(".") else images).append(name)
         else:
-            others[place.suffix.lower()] += 1
-    return ArchivedFolder(path, tuple(images), tuple(ignored), others, members)
+            others.append(name)
+    return ArchivedFolder(path, tuple(images), tuple(ignored), tuple(others), members)
 
 
 def _common(places: list[PurePosixPath]) -> PurePosixPath:

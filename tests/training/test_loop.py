@@ -153,6 +153,29 @@ def test_changed_data_or_architecture_is_refused_with_the_difference_unless_allo
     assert run(tmp_path, allowed, description={"data": "abc", "network": {"depth": 3}})
 
 
+def test_the_same_data_in_another_order_is_refused_in_words(tmp_path: Path) -> None:
+    """A step takes samples by their number: renamed files would have it take others."""
+    first = {"data": "abc", "data_order": "1"}
+    assert run(tmp_path, description=first)
+    longer = dataclasses.replace(CONFIG, max_train_steps=14)
+    told = r"data_order: the same pictures in another order \(files were renamed or moved\)"
+    with pytest.raises(UserError, match=told):
+        run(tmp_path, longer, description={"data": "abc", "data_order": "2"})
+    with pytest.raises(UserError, match="data: abc -> abd") as refused:
+        run(tmp_path, longer, description={"data": "abd", "data_order": "2"})
+    assert "data_order" not in str(refused.value)
+    assert run(tmp_path, longer, description=first)
+
+
+def test_a_run_of_before_that_tells_no_order_goes_on(tmp_path: Path) -> None:
+    assert run(tmp_path, description={"data": "abc"})
+    longer = dataclasses.replace(CONFIG, max_train_steps=14)
+    assert run(tmp_path, longer, description={"data": "abc", "data_order": "1"})
+    longer = dataclasses.replace(CONFIG, max_train_steps=16)
+    with pytest.raises(UserError, match="another order"):  # from then on it is told
+        run(tmp_path, longer, description={"data": "abc", "data_order": "2"})
+
+
 def test_a_checkpoint_of_other_shapes_is_refused_in_words(tmp_path: Path) -> None:
     assert run(tmp_path)
     with pytest.raises(UserError, match="does not fit the networks"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -25,9 +26,9 @@ from latentflow.data import (
     split,
 )
 from latentflow.data.latent_folder import INDEX
-from latentflow.errors import UserError
+from latentflow.errors import UserError, one_line
 
-from ..data.pictures import load_program
+from ..data.pictures import load_program, noise
 from ..data.test_near import save_copies
 from .command import ROOT, TINY, call
 
@@ -253,6 +254,35 @@ def test_latents_of_several_aspect_ratios_train_as_their_pictures_do(
 
     for flags, told in (["--crops", 2], "--crops"), (["--patch-size", 4], "needs multiples of 8"):
         assert told in call(stored, latents, "-o", tmp_path / "bad", *quick, *flags, expect=2)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+def test_what_check_calls_ready_trains_whatever_its_names(
+    vae: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, encoded: list[int]
+) -> None:
+    """Names that are no text in any encoding, or would steer a terminal: written as escapes wherever they are."""
+    data = tmp_path / os.fsdecode(b"da\xe9ta")
+    for number in range(12):
+        folder = data / os.fsdecode(b"cl\xe9\n\x1b[31m%d" % (number % 2))
+        folder.mkdir(parents=True, exist_ok=True)
+        noise(number, 24, 20).save(folder / os.fsdecode(b"\xe9\n\x1b[31m%d.png" % number))
+    classes = [f"cl\\udce9\n\x1b[31m{number}" for number in range(2)]
+    stored, latents, quick = tmp_path / "cache", tmp_path / "latents", [*TINY, "--preview-steps", 0]
+    said = call(stored, data, "--report", tmp_path / "report.html", file="check")
+    assert "ready to train" in said and one_line(classes[0]) in said
+    said += call(stored, data, "-o", tmp_path / "run", *quick, "--vae", vae, "--max-train-steps", 1)
+    said += precompute(capsys, data, "--vae", vae, "-o", latents, "--resolution", 16)
+    said += call(stored, latents, "-o", tmp_path / "run-2", *quick, "--max-train-steps", 1)
+    for run_folder in (tmp_path / "run", tmp_path / "run-2"):
+        index = json.loads((run_folder / "pipeline" / "model_index.json").read_text("utf-8"))
+        assert list(index["id2label"].values()) == classes
+        said += (run_folder / "train.log").read_text("utf-8") + (
+            run_folder / "pipeline" / "README.md"
+        ).read_text("utf-8")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "run-2"), rel=1e-3)
+    names = [example.name for example in find_source(str(latents)).examples]
+    assert names[0] == f"{classes[0]}/\\udce9\n\x1b[31m0.png"
+    assert "\x1b" not in said and one_line(classes[0]) in said and said.encode()
 
 
 def test_classes_of_a_checkpoint_may_come_before_those_of_the_folder(

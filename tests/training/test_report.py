@@ -13,10 +13,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from latentflow.cli import parse, write_config
 from latentflow.data import find_source
+from latentflow.data.described import few
 from latentflow.errors import RunError, UserError
 from latentflow.training.loop import run_files, trackers
 from latentflow.training.loop.report import Reporter
@@ -320,7 +323,7 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: 
     for text in (
         'from_pretrained("owner/cats")', f"prompt={caption!r}", "`transformer` | Linear | 1.00 M",
         "- data: 9 to train on",
-        "- cats: <b>9</b>", "# cats", "| width | 96 |", "| vae | vae |",
+        "- cats: \\<b\\>9\\</b\\>", "# cats", "| width | 96 |", "| vae | vae |",
         "6 steps of 4 samples, 3 s.", "at step 5: `val_loss` 3.0000. They", "![Samples](sample.png)",
         "What it drew at step 5,",  # the last preview
     ):  # fmt: skip
@@ -351,6 +354,46 @@ def test_what_a_reader_pastes_is_quoted_and_names_no_place_on_the_author_s_disk(
     (killed / "config.yaml").write_text(yaml.safe_dump({"data": ".", "network": "dit"}))
     write_card(folder, killed, CardFacts(where="owner/cats", source=source, parts={}))
     assert "- 5.5 % of 1/2" in (folder / "README.md").read_text()
+
+
+HOSTILE = (
+    "a\n```\n# injected\n---\nlicense: mit\n---\n<script>alert(1)</script> [x](http://y) | `z` ``` "
+    "\x1b[31m\u202e \\ $(reboot) 'q' \"r\""
+)
+
+
+@pytest.mark.parametrize("kind", ["text", "class"])
+def test_text_of_the_data_is_no_markup_in_the_card(kind: str, killed: Path, pictures: Path) -> None:
+    settings = {"data": "cats", "network": "dit", "checkpoint": HOSTILE, "width": 96}
+    (killed / "config.yaml").write_text(yaml.safe_dump(settings))
+    told = [f"cats: 1 left out: {few([HOSTILE])}", HOSTILE.splitlines()[-1], "plan: 8"]
+    (killed / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in told))
+    source = find_source(str(pictures))
+    example = dataclasses.replace(source.examples[0], text=HOSTILE, label=HOSTILE)
+    source = dataclasses.replace(source, examples=(example,), kind=kind, classes=(HOSTILE,))
+    folder = killed.parent / "new"
+    folder.mkdir()
+    write_card(folder, killed, CardFacts(where=f"runs/{HOSTILE}", source=source, parts={}))
+    text = (folder / "README.md").read_text("utf-8")
+    assert ModelCard(text, ignore_metadata_errors=False).data.to_dict() == {
+        "library_name": "diffusers", "pipeline_tag": "text-to-image" if kind == "text" else "image-generation",
+        "tags": ["latentflow", "flow-matching"],
+    }  # fmt: skip
+    assert not set(text) & set("\x1b\u202e")
+    tokens = MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
+    inside = [child for token in tokens for child in token.children or ()]
+    assert [token.info for token in tokens if token.type == "fence"] == ["python", "bash"]
+    assert sum(token.type == "heading_open" for token in tokens) == 6  # the name, and the card's own
+    assert [token.type for token in [*tokens, *inside] if "html" in token.type] == [
+        "html_block"
+    ]  # the signature
+    links = [child.attrs["href"] for child in inside if child.type == "link_open"]
+    assert links == ["https://pypi.org/project/latentflow/"]
+    python, bash = (token.content for token in tokens if token.type == "fence")
+    compile(python, "card", "exec")
+    words = shlex.split(bash)
+    assert words[:2] == ["latentflow", "generate"] and words[-1] == "picture.png" and len(words) in (7, 8)
+    assert any("<script>alert(1)</script> [x](http://y) | `z` ```" in child.content for child in inside)
 
 
 def test_a_card_of_ours_is_renewed_and_one_of_the_user_s_stays(killed: Path, pictures: Path) -> None:

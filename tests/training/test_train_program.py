@@ -22,6 +22,7 @@ from latentflow.data import Source
 from latentflow.errors import UserError
 from latentflow.training.run.start import refuse_renumbered_classes
 
+from ..data.pictures import noise
 from .command import ROOT, TINY, call, environment
 from .forking import fork_ranks
 
@@ -249,6 +250,25 @@ def test_a_run_is_not_resumed_with_other_numbers_of_its_classes(tmp_path: Path) 
     for same in (("10", "2", "cat"), ("10", "2", "kitten")):
         refuse_renumbered_classes(tmp_path, Source("d", (), "class", same))
     refuse_renumbered_classes(tmp_path / "none", Source("d", (), "class", ("2", "10", "cat")))
+
+
+def test_a_run_goes_on_with_renamed_pictures_only_where_their_order_is_the_same(
+    cache: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(12):
+        noise(number, 24, 20).save(data / f"{number:02}.png")
+    line = [data, "-o", tmp_path / "run", *TINY, "--preview-steps", 0]
+    call(cache, *line, "--max-train-steps", 2)
+    (data / "00.png").rename(data / "00-cat.png")  # still the first
+    assert "step 3" in call(cache, *line, "--max-train-steps", 3)
+    (data / "00-cat.png").rename(data / "cat.png")
+    said = call(cache, *line, "--max-train-steps", 4, expect=2)
+    assert (
+        "the same pictures in another order (files were renamed or moved)" in said
+        and "--allow-changes" in said
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .page import report_page
-from .report import Report, printable
+from .report import Report
 from .sheet import contact_sheet
 from .source import check_source, look_through, readable
 from .suggest import Suggestion, suggest
@@ -14,7 +14,6 @@ __all__ = [
     "check_source",
     "contact_sheet",
     "look_through",
-    "printable",
     "readable",
     "report_page",
     "suggest",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from latentflow.errors import one_line
 from latentflow.html_page import Page, Section
 
 from ..examples import Source
-from .report import NEAR, Report, printable
+from .report import NEAR, Report
 from .sheet import contact_sheet, strip
 from .suggest import Suggestion
 
@@ -17,18 +18,18 @@ _SIZES = 12
 
 def report_page(report: Report, source: Source | None, suggestion: Suggestion | None) -> Page:
     """One page: what to do next, what is wrong, how the pictures look, then the details."""
-    page = Page(printable(f"Data: {report.data}"))
-    page.text(printable(f"{report.headline}. {report.verdict[0].upper()}{report.verdict[1:]}."))
+    page = Page(one_line(f"Data: {report.data}"))
+    page.text(one_line(f"{report.headline}. {report.verdict[0].upper()}{report.verdict[1:]}."))
     if report.problems:
         page.heading("Problems")
-        page.list(map(printable, report.problems))
+        page.list(map(one_line, report.problems))
     if suggestion is not None:
         page.heading("A first training")
         page.code(suggestion.command)
         page.table(["choice", "why"], list(suggestion.reasons.items()))
     if report.warnings:
         page.heading("Worth knowing")
-        page.list(map(printable, report.warnings))
+        page.list(map(one_line, report.warnings))
     if source is not None and len(source):
         page.heading("Contact sheet")
         page.picture(contact_sheet(source), f"Some of {len(source)} pictures, evenly spread", "webp")
@@ -70,7 +71,7 @@ def _sizes(page: Page, report: Report) -> None:
 def _said(page: Page, report: Report) -> None:
     if report.classes:
         page.heading(f"{len(report.classes)} classes")
-        page.bars({printable(name): count for name, count in report.classes.items()})
+        page.bars({one_line(name): count for name, count in report.classes.items()})
     if report.condition == "text":
         facts = report.caption_facts
         lengths = facts.shortest, facts.median, facts.longest
@@ -96,9 +97,9 @@ def _duplicates(page: Page, report: Report, source: Source) -> None:
     examples = {example.name: example for example in source.examples}
     for names in report.near_duplicates[:_GROUPS]:
         page.picture(
-            strip([examples[name] for name in names[:8]], cell=88), printable(" = ".join(names[:8])), "webp"
+            strip([examples[name] for name in names[:8]], cell=88), one_line(" = ".join(names[:8])), "webp"
         )
-    groups = [[printable(" = ".join(names))] for names in (*report.duplicates, *report.near_duplicates)]
+    groups = [[one_line(" = ".join(names))] for names in (*report.duplicates, *report.near_duplicates)]
     _names(page, "groups", groups, ["files"])
 
 
@@ -110,10 +111,10 @@ def _files(page: Page, report: Report) -> None:
     _names(
         page, "animated pictures, of which the first frame is used", [[n] for n in report.animated], ["file"]
     )
-    page.list(map(printable, report.notes))
+    page.list(map(one_line, report.notes))
 
 
 def _names(section: Section, what: str, rows: Iterable[Iterable[str]], header: list[str]) -> None:
-    cells = [[printable(cell) for cell in row] for row in rows]
+    cells = [[one_line(cell) for cell in row] for row in rows]
     if cells:
         section.details(f"{len(cells)} {what}").table(header, cells)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from latentflow.errors import one_line
 
 from ..described import few
 from .near import BITS, LEVELS
@@ -83,7 +84,7 @@ class Report:
             lines.append(f"{len(self.unreadable)} cannot be read and are skipped: {listed(self.unreadable)}")
         lines += [f"warning: {line}" for line in self.warnings]
         lines += [f"PROBLEM: {line}" for line in self.problems]
-        return [printable(line) for line in [*lines, self.verdict]]
+        return [one_line(line) for line in [*lines, self.verdict]]
 
     @property
     def headline(self) -> str:
@@ -107,8 +108,3 @@ def joined(groups: Iterable[tuple[str, ...]]) -> str:
     return few(
         " = ".join(names[:4]) + (f" = {len(names) - 4} more" if len(names) > 4 else "") for names in groups
     )
-
-
-def printable(line: str) -> str:
-    """The line with control characters and bytes that are no text, as names of files may hold, written out."""
-    return re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", lambda match: ascii(match[0])[1:-1], line)

@@ -7,10 +7,11 @@ from collections import Counter
 
 from PIL import Image, ImageDraw, ImageFont
 
+from latentflow.errors import one_line
+
 from ..examples import Example, Source
 from ..parallel import map_threaded
 from ..read import to_rgb
-from .report import printable
 
 _GAP, _TEXT, _PAPER, _INK = 8, 13, (250, 250, 250), (40, 40, 40)
 
@@ -79,7 +80,7 @@ def _small(example: Example, cell: int) -> Image.Image:
 def _fitting(
     example: Example, pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int
 ) -> str:
-    text = printable(example.text or example.label or example.name)
+    text = one_line(example.text or example.label or example.name)
     if pen.textlength(text, font) <= width:
         return text
     while text and pen.textlength(text + "…", font) > width:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from latentflow.errors import UserError
+from latentflow.errors import UserError, one_line
 
 from ..described import Condition, MissingCaption, few
 from ..examples import Example, Source
@@ -21,7 +21,7 @@ from ..mask_finding import Masks
 from .look import Look
 from .looks import looks_at
 from .near import near_duplicates
-from .report import NEAR, Report, joined, listed, most, printable
+from .report import NEAR, Report, joined, listed, most
 from .shapes import aspect_histogram, kept_by_square_crop, reach
 from .words import caption_facts
 
@@ -53,7 +53,7 @@ def look_through(
             source = find_source(data, missing_caption=missing, **wanted)
             break
         except UserError as error:
-            problems.append(printable(f"{error.what}. {error.fix}".rstrip(". ")))
+            problems.append(one_line(f"{error.what}. {error.fix}".rstrip(". ")))
     if source is None:
         return Report(data, "unknown", problems=tuple(problems[:1])), None
     if isinstance(source, LatentFolder):  # its pictures were checked when it was made
@@ -91,7 +91,7 @@ def readable(source: Source, progress: bool = True) -> Source:
     kept = [index for index, example in enumerate(source.examples) if example.name not in errors]
     note = f"{len(errors)} pictures cannot be read and are skipped: {listed(errors)}"
     note += "; `latentflow check --json` names all" if len(errors) > 5 else ""
-    return source.subset(kept).noted(printable(note))
+    return source.subset(kept).noted(one_line(note))
 
 
 def near_groups(looks: Sequence[Look]) -> NDArray[np.int64]:
@@ -198,7 +198,7 @@ def _problems(source: Source, unreadable: Mapping[str, str]) -> list[str]:
     if share <= MOST_UNREADABLE:
         return []
     told = f"{len(unreadable)} of {len(source)} pictures cannot be read ({share:.0%}, at most 5 % may)"
-    return [printable(f"{told}: {listed(unreadable)}")]
+    return [one_line(f"{told}: {listed(unreadable)}")]
 
 
 def _mask_problems(unreadable: Mapping[str, str]) -> list[str]:

@@ -187,7 +187,9 @@ def load_checkpoint(folder: Path, place: Place | None = None) -> State:
                 raise ValueError(f"{name} differs from what was written")
         state: State = _restore_tensors(document["state"], _read(folder, place or _new))
         return state
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError, CheckpointException) as error:
+    except (
+        OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError, CheckpointException
+    ) as error:  # fmt: skip
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
 
 

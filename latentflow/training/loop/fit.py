@@ -8,7 +8,7 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -472,12 +472,25 @@ class _Loop:
                 return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return torch.empty(shape, dtype=dtype)
 
+    def _changes(self, before: dict[str, Any]) -> Iterator[str]:
+        now, order = self.description, "data_order"
+        if order not in before and order in now:  # a run of before says none
+            before = before | {order: now[order]}
+        for line in checkpoint.difference(before, now):
+            if not line.startswith(f"{order}: "):
+                yield line
+            elif before.get("data") == now.get("data"):  # else that line says enough
+                yield (
+                    f"{order}: the same pictures in another order (files were renamed or moved), so that each step "
+                    "would use others than it would have"
+                )
+
     def _check_same(self, state: checkpoint.State) -> None:
         before = state["description"]
         # A finished stage: nothing is left of which the batch could change anything.
         if state["step"] >= self.config.max_train_steps:
             before = before | {"batch": self.description["batch"]}
-        changes = list(checkpoint.difference(before, self.description))
+        changes = list(self._changes(before))
         if not changes or self.config.allow_changes:
             return
         fix = "Use another output folder, undo the changes, or pass --allow-changes to go on all the same."

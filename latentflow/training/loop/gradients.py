@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.profiler import record_function
 
+from ...errors import one_line
 from ...memory import OutOfMemory, is_out_of_memory, out_of_memory, release_memory
 from . import checkpoint
 from .batches import Batch, DataFailed, TrainingData, split_rows, to_device
@@ -91,7 +92,7 @@ class Gradients:
 
     def suspects(self) -> list[str]:
         """The samples of the last step whose loss is not finite."""
-        return [name for part in self._losses for name in self._nonfinite_samples(part)]
+        return [one_line(name) for part in self._losses for name in self._nonfinite_samples(part)]
 
     def _backward_passes(self, micros: Iterable[list[Batch]]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}

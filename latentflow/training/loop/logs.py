@@ -10,12 +10,21 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ...errors import printable
+
 
 class _Terminal(logging.Handler):
     """Writes above a running progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _Printable(logging.Formatter):
+    """Names of files and words of captions in a line cannot steer the terminal that it is read on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _File(logging.FileHandler):
@@ -43,9 +52,11 @@ def log_to(folder: Path | None) -> logging.Logger:
     logger.setLevel(logging.INFO)
     if folder is not None:
         file = _File(folder / "train.log")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        file.setFormatter(_Printable("%(asctime)s %(message)s"))
         logger.addHandler(file)
-    logger.addHandler(_Terminal())
+    terminal = _Terminal()
+    terminal.setFormatter(_Printable())
+    logger.addHandler(terminal)
     return logger
 
 

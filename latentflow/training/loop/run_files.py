@@ -96,7 +96,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         for text in (line, line[line.rfind("{") :]):
             try:
                 row = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 yield row

@@ -122,7 +122,7 @@ def _holder(handle: int) -> dict[str, str]:
     try:
         words = json.loads(os.pread(handle, 4096, 0))
         return {name: str(words[name]) for name in ("pid", "host", "started")}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

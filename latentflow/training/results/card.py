@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment
 
 from ...data import Source
+from ...errors import one_line, printable
 from .export import is_generated, signed
 from .folder import Run, data_lines, duration, preview_step, read_run
 
@@ -79,7 +80,7 @@ pipe({{ call }}).images[0].save("picture.png")
 | setting | value |
 |---|---|
 {% for name, value in settings -%}
-| {{ name }} | {{ value | replace("|", "\\\\|") }} |
+| {{ name }} | {{ value }} |
 {% endfor %}
 ## Figures
 
@@ -140,8 +141,9 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         "pipeline_tag": _TAGS.get(kind, "text-to-image"),
         "tags": ["latentflow", "flow-matching", *(["inpainting"] if facts.inpaints else [])],
     }
-    caption = _first(facts.source.captions() if kind == "text" else [])
-    label = (facts.source.examples[0].label or "") if kind == "class" else ""
+    caption = _in_a_line(_first(facts.source.captions() if kind == "text" else []))
+    label = _in_a_line((facts.source.examples[0].label or "") if kind == "class" else "")
+    where = one_line(facts.where)
     asked = {"text": [caption], "class": ["--class", label]}.get(kind, [])
     measured, figures = _last_figures([row for row in run.rows if row["step"] <= run.result_step])
     return str(
@@ -149,13 +151,13 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         .from_string(_CARD)
         .render(
             header=yaml.safe_dump(header, sort_keys=False),
-            name=(run.folder.resolve() if Path(facts.where).name == "pipeline" else Path(facts.where)).name,
-            where=json.dumps(facts.where),
+            name=_as_text((run.folder.resolve() if Path(where).name == "pipeline" else Path(where)).name),
+            where=json.dumps(where),
             resolution=run.config.get("resolution", "?"),
             asked={"text": " from captions", "class": " of its classes"}.get(kind, ""),
             call={"text": f"prompt={caption!r}", "class": f"class_labels=[{label!r}]"}.get(kind, ""),
             command=shlex.join(
-                ["latentflow", "generate", *asked, "--checkpoint", facts.where, "-o", "picture.png"]
+                ["latentflow", "generate", *asked, "--checkpoint", where, "-o", "picture.png"]
             ),
             inpaints=facts.inpaints,
             sample=sample,
@@ -166,12 +168,18 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
             result_step=run.result_step,
             batch=run.batch,
             time=duration(run.seconds) if run.seconds else "",
-            device=run.starts[-1]["device"] if run.starts else "",
+            device=_as_text(str(run.starts[-1].get("device", ""))) if run.starts else "",
             parts=[
                 (n, type(m).__name__, sum(p.numel() for p in m.parameters())) for n, m in facts.parts.items()
             ],
-            data=[_without_places(line, str(run.config.get("data"))) for line in data_lines(run.log)],
-            settings=[(n, _shown(run.config[n])) for n in _SHOWN if run.config.get(n) not in (None, {}, [])],
+            data=[
+                _as_text(_without_places(line, str(run.config.get("data")))) for line in data_lines(run.log)
+            ],
+            settings=[
+                (n, _as_text(_shown(run.config[n])))
+                for n in _SHOWN
+                if run.config.get(n) not in (None, {}, [])
+            ],
             measured=measured,
             figures=", ".join(f"`{name}` {value:.4f}" for name, value in figures),
         )
@@ -188,6 +196,16 @@ def _last_figures(rows: Sequence[Mapping[str, float]]) -> tuple[int, list[tuple[
 
 def _first(names: Sequence[str]) -> str:
     return names[0] if names else ""
+
+
+def _in_a_line(text: str) -> str:
+    """Text of the data for a block of code: a line of its own in it could end the block."""
+    return " ".join(printable(text).split())
+
+
+def _as_text(text: str) -> str:
+    """Text of the data or of the machine for Markdown, in which it is no markup."""
+    return re.sub(r"([\\`*\[\]<>|&~#])", r"\\\1", one_line(text))
 
 
 def _without_places(line: str, data: str) -> str:

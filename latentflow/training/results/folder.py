@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ...documents import read_yaml
 from ...errors import UserError
 from ..loop.run_files import Row, metric_lines, read_metrics, read_starts
 from ..stages.autoencoder import autoencoder_steps
@@ -132,10 +131,7 @@ def read_run(folder: str | Path, config: dict[str, Any] | None = None) -> Run:
         fix = f"Did you mean '{inside[0]}'?" if inside else "Give what -o of `latentflow train` named."
         raise UserError(f"'{folder}' is not a run folder: it holds no config.yaml and no metrics.jsonl", fix)
     if config is None and settings.is_file():
-        try:
-            config = yaml.safe_load(settings.read_text(encoding="utf-8", errors="replace"))
-        except yaml.YAMLError as error:
-            raise UserError(f"{settings} is not valid YAML: {error}", "Mend it or move it away.") from error
+        config = read_yaml(settings, "Mend it or move it away.")
     return Run(
         folder=folder,
         config=config if isinstance(config, dict) else {},

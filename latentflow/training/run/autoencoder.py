@@ -104,6 +104,7 @@ def train_autoencoder(
             "autoencoder": config.describe(),
             "resolution": resolution,
             "data": train.fingerprint(),
+            "data_order": train.order(),
         },
         resume_line=resume_line,
         phase="train the autoencoder",

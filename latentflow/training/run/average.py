@@ -124,6 +124,6 @@ def _averages(snapshot: Path) -> list[str]:
     """The names of the averages in a snapshot, without reading them."""
     try:
         state = json.loads((snapshot / "state.json").read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{snapshot} is damaged: {error}", "Move it away: the others will do.") from error
     return [name for name in state if name.startswith(_PREFIX)]

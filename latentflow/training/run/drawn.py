@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ...data import Example, Framing, LatentTable, Source, to_pil
 from ...data.examples import Kind
+from ...documents import read_json
 from ...errors import UserError
 from ...memory import memory_phase
 from ...pipeline import LatentFlowPipeline
@@ -171,8 +172,8 @@ def _claim(folder: Path, made_of: dict[str, Any]) -> None:
             half.write_text(json.dumps(made_of, ensure_ascii=False), encoding="utf-8")
             half.replace(file)
         return
-    held = json.loads(file.read_text(encoding="utf-8"))
-    differ = [name for name in made_of if made_of[name] != held.get(name)]
+    held = read_json(file, "Use another output folder.")
+    differ = [name for name in made_of if not isinstance(held, dict) or made_of[name] != held.get(name)]
     if differ:
         raise UserError(
             f"{folder} holds samples that were drawn otherwise ({', '.join(differ)})",

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ...errors import UserError
+from ...documents import decode
+from ...errors import UserError, reading
 from ..loop.batches import Batch
 from ..loop.order import Draw, seeded
 from ..stages.latent_data import LatentData
@@ -124,12 +125,9 @@ def in_turn(names: list[str], count: int) -> list[str]:
 
 
 def _read_prompts(file: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in Path(file).expanduser().read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prior-prompts {file} cannot be read: {error}", "Give a text file, one caption a line."
-        ) from None
+    with reading(f"--prior-prompts {file}", OSError, fix="Give a text file, one caption a line."):
+        raw = Path(file).expanduser().read_bytes()
+    lines = [line.strip() for line in decode(raw, f"--prior-prompts {file}").splitlines()]
     if not any(lines):
         raise UserError(f"--prior-prompts {file} holds no caption", "Write one a line.")
     return [line for line in lines if line]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from ...autoencoder import Autoencoder, latent_channels, mask_channels
 from ...data import Source
 from ...data.described import few
+from ...documents import read_json
 from ...errors import UserError
 from ...models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ...models.config import NetworkConfig, TextConfig
@@ -193,10 +193,7 @@ def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
     file = pipeline / "model_index.json"
     if source.kind != "class" or not file.is_file():
         return
-    numbers = {
-        name: int(number)
-        for number, name in (json.loads(file.read_text("utf-8")).get("id2label") or {}).items()
-    }
+    numbers = {name: int(number) for number, name in (read_json(file).get("id2label") or {}).items()}
     moved = [
         f"'{name}' was {numbers[name]}, is {number}"
         for number, name in enumerate(source.classes)

@@ -167,6 +167,7 @@ def _description(planned: Plan, examples: Examples, built: Built, lesson: Lesson
         **lesson.describe(),
         "flow": config.flow.describe(),
         "data": examples.training.fingerprint(),
+        "data_order": examples.training.order(),
         **({"prior": [len(planned.prior), config.fine_tuning.prior_share]} if planned.prior else {}),
         **{name: asdict(one) for name, one in optional.items() if one != type(one)()},
         "batch": built.batch,
