@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from .features import refuse_not_finite
+
+SSIM_SIDE = 11  # pixels of the window
+
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, (B,); infinite for an exact copy.
@@ -13,6 +17,9 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
     Args:
         images: (B, 3, H, W) in [-1, 1].
         originals: of the same shape.
+
+    Raises:
+        UserError: an image holds values that are not finite.
     """
     pairs = zip(_unit(images), _unit(originals), strict=True)
     return torch.stack(
@@ -26,7 +33,13 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     Args:
         images: (B, 3, H, W) in [-1, 1], at least 11 pixels a side.
         originals: of the same shape.
+
+    Raises:
+        ValueError: the images are smaller than the window.
+        UserError: an image holds values that are not finite.
     """
+    if min(images.shape[2:]) < SSIM_SIDE:
+        raise ValueError(f"images of {tuple(images.shape[2:])} are smaller than the {SSIM_SIDE}-pixel window")
     value = structural_similarity_index_measure(
         _unit(images), _unit(originals), data_range=1.0, reduction="none"
     )
@@ -35,4 +48,5 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
 
 
 def _unit(images: Tensor) -> Tensor:
+    refuse_not_finite(images, "images")
     return (images.detach().float().clamp(-1, 1) + 1) / 2
