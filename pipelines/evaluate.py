@@ -136,10 +136,15 @@ class EvaluateConfig(AdapterChoice):
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Images (N, 3, H, W) in [-1, 1], with a caption or class name each ("" without any)."""
+    """Images (N, 3, H, W) in [-1, 1], with a caption or class name each ("" without any).
+
+    Attributes:
+        trained_on: how many of a part that should not be are in DATA too.
+    """
 
     images: Tensor
     captions: list[str]
+    trained_on: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -163,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     order = metrics.in_proportion(train.captions, config.seed)
     asked = [train.captions[order[i % len(order)]] for i in range(config.n)]
     real = metrics.real_split(order, config.n)
-    notes = remarks(pipe, source, config, asks, real)
+    notes = remarks(pipe, source, config, asks, real, unseen)
+    counterparts = attributes_of(train, unseen, asks, config) if config.attributes else None
     if clip is not None and not any(asked):
         raise UserError("--clip compares images with captions, and DATA has none", "Leave --clip out.")
 
@@ -183,12 +189,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if asks != "nothing" and any(asked):
         report["caption_retrieval"] = caption_retrieval(generated, asked, train, unseen)
     report["memorisation"] = memorised(generated, train, unseen)
-    if config.data == "shapes":
+    if config.data == "shapes" and asks == "prompt":
         report["shapes"] = shapes_right(pipe, generated, asked, train, real, asks, config)
-    if config.attributes:
-        report["attributes"] = attributes_right(
-            pipe, train, unseen.get("test") or unseen["held_out"], asks, config
-        )
+    if counterparts is not None:
+        report["attributes"] = attributes_right(pipe, counterparts, size, asks, config)
     if fid is not None:
         report["fid"] = inception(fid, generated, train, real, config.batch_size)
     if clip is not None:
@@ -321,7 +325,9 @@ def read_parts(pipe: Any, source: Source, config: EvaluateConfig) -> tuple[Part,
         )
     unseen = {"held_out": read_part(pipe, source.subset(out), config)} if out else {}
     if test is not None:
-        unseen["test"] = read_part(pipe, test, config)
+        known = set(source.content_keys())
+        trained_on = sum(key in known for key in test.content_keys())
+        unseen["test"] = dataclasses.replace(read_part(pipe, test, config), trained_on=trained_on)
     return train, unseen
 
 
@@ -346,10 +352,18 @@ def numbers_of(parts: dict[str, Part]) -> str:
 
 
 def remarks(
-    pipe: Any, source: Source, config: EvaluateConfig, asks: Asks, real: metrics.RealSplit
+    pipe: Any,
+    source: Source,
+    config: EvaluateConfig,
+    asks: Asks,
+    real: metrics.RealSplit,
+    unseen: dict[str, Part],
 ) -> list[str]:
-    """Return what makes figures of this report say less than they seem to, a line each."""
+    """Return what was inferred, and what makes figures of this report say less than they seem to, a line each."""
     notes = list(source.notes)
+    if "test" in unseen and unseen["test"].trained_on:
+        test = unseen["test"]
+        notes.append(f"{test.trained_on} of the {len(test.images)} images of --test are in DATA too")
     beside = len(real.beside)
     if beside < config.n:
         notes.append(
@@ -628,28 +642,56 @@ def shapes_right(
     }
 
 
-def attributes_right(
-    pipe: Any, train: Part, unseen: Part, asks: Asks, config: EvaluateConfig
-) -> dict[str, Any]:
-    """Share of held-out captions whose image is nearest to the real counterpart with that attribute."""
-    images = torch.cat([train.images, unseen.images])
-    groups = metrics.attribute_groups(unseen.captions, config.attributes, [*train.captions, *unseen.captions])
-    # Of counterparts that are one image nobody can tell which is meant.
+@dataclass(frozen=True, kw_only=True)
+class Counterparts:
+    """N captions that were not trained on, each beside K real images that differ from one another by an attribute.
+
+    Attributes:
+        candidates: (N, K, 3, H, W).
+        own: which of K the caption says.
+        equal: captions left out because two of their candidates are one image: nobody could tell which is meant.
+    """
+
+    captions: list[str]
+    candidates: Tensor
+    own: list[int]
+    equal: int
+
+
+def attributes_of(train: Part, unseen: dict[str, Part], asks: Asks, config: EvaluateConfig) -> Counterparts:
+    """Return the captions of --attributes.
+
+    Raises:
+        UserError: there is none, or the checkpoint takes none.
+    """
+    part = unseen.get("test") or unseen["held_out"]
+    images = torch.cat([train.images, part.images])
+    groups = metrics.attribute_groups(part.captions, config.attributes, [*train.captions, *part.captions])
     apart = [group for group in groups if len(images[group[2]].flatten(1).unique(dim=0)) == len(group[2])]
-    if not apart:
+    if not apart or asks == "nothing":
         raise UserError(
             f"no held-out caption has a counterpart for each of {', '.join(config.attributes)}, all different images",
             "Name all attributes as the captions spell them; --test FOLDER gives the captions.",
         )
-    asked = [unseen.captions[index] for index, _, _ in apart]
-    drawn = draw(pipe, asked, asks, images.shape[2:], config, HELD_OUT_CAPTIONS, "held-out captions")
-    candidates = torch.stack([images[counterparts] for _, _, counterparts in apart])
-    expected = [own for _, own, _ in apart]
-    right = metrics.attribute_retrieval(drawn, candidates, expected, space=RETRIEVAL_SPACE)
+    return Counterparts(
+        captions=[part.captions[index] for index, _, _ in apart],
+        candidates=torch.stack([images[rows] for _, _, rows in apart]),
+        own=[own for _, own, _ in apart],
+        equal=len(groups) - len(apart),
+    )
+
+
+def attributes_right(
+    pipe: Any, asked: Counterparts, size: Sequence[int], asks: Asks, config: EvaluateConfig
+) -> dict[str, Any]:
+    """Share of held-out captions whose image is nearest to the real counterpart with that attribute."""
+    drawn = draw(pipe, asked.captions, asks, size, config, HELD_OUT_CAPTIONS, "held-out captions")
+    right = metrics.attribute_retrieval(drawn, asked.candidates, asked.own, space=RETRIEVAL_SPACE)
+    n = len(asked.own)
     return {
-        "right": share(round(right * len(apart)), len(apart)),
+        "right": share(round(right * n), n),
         "chance": 1 / len(config.attributes),
-        "left_out_as_equal": len(groups) - len(apart),
+        "left_out_as_equal": asked.equal,
         "features": RETRIEVAL_SPACE,
     }
 

@@ -284,23 +284,21 @@ def test_an_exact_copy_does_not_make_the_mean_infinite(
 
 
 def test_counterparts_that_are_one_image_are_left_out(
-    program: ModuleType, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     levels = torch.tensor([-0.5, 0.5, 0.1, 0.1])[:, None, None, None]
     names = ["light hat", "dark hat", "light shoe", "dark shoe"]
-    unseen = program.Part(images=levels.expand(4, 3, 16, 16), captions=names)
-    none = program.Part(images=unseen.images[:0], captions=[])
+    part = program.Part(images=levels.expand(4, 3, 16, 16), captions=names)
+    none = program.Part(images=part.images[:0], captions=[])
     config = program.EvaluateConfig(checkpoint="c", data="d", attributes=("light", "dark"))
-    asked: list[str] = []
-
-    def draw(pipe: Any, captions: list[str], *rest: Any) -> torch.Tensor:
-        asked.extend(captions)
-        return unseen.images[[names.index(caption) for caption in captions]]
-
-    monkeypatch.setattr(program, "draw", draw)
-    found = program.attributes_right(None, none, unseen, "prompt", config)
-    assert asked == names[:2]
-    assert (found["right"]["count"], found["right"]["n"], found["left_out_as_equal"]) == (2, 2, 2)
+    found = program.attributes_of(none, {"held_out": part}, "prompt", config)
+    assert (found.captions, found.own, found.equal) == (names[:2], [0, 1], 2)
+    monkeypatch.setattr(program, "draw", lambda *rest: part.images[[0, 0]])
+    right = program.attributes_right(None, found, (16, 16), "prompt", config)["right"]
+    assert (right["count"], right["n"]) == (1, 2)  # both light
+    with pytest.raises(UserError, match="no held-out caption has a counterpart"):
+        program.attributes_of(none, {"held_out": program.Part(images=part.images[2:], captions=names[2:])}, "prompt",
+                              config)  # fmt: skip
 
 
 def test_images_that_are_not_finite_are_not_measured(
@@ -364,6 +362,16 @@ def test_settings_that_cannot_be_are_told_in_a_sentence(
     assert told in str(error.value)
 
 
+def test_a_test_set_that_was_trained_on_is_told(
+    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-n", 2, "--steps", 1, "--validation", 0.25, "--device", "cpu", "--test", pictures]
+    evaluate(program, checkpoint, pictures, "-o", tmp_path / "x.json", *flags)
+    told = "12 of the 12 images of --test are in DATA too"
+    assert told in json.loads((tmp_path / "x.json").read_text())["notes"]
+    assert told in capsys.readouterr().out
+
+
 def test_data_that_the_checkpoint_does_not_know_are_refused(
     program: ModuleType, pictures: Path, checkpoint: Path, class_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -398,7 +406,7 @@ def test_data_that_the_checkpoint_does_not_know_are_refused(
         ("seed: many", "seed is 'many'"),
         ("columns: text", "columns is 'text'"),
         ("condition: [", "config.yaml cannot be read"),
-        ("a: " + "[" * 5000, "config.yaml cannot be read"),
+        ("a: " + "[" * 1500, "config.yaml cannot be read"),
     ],
 )
 def test_a_damaged_config_of_the_run_is_told(
