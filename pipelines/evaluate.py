@@ -494,6 +494,7 @@ def reconstruction(pipe: Any, part: Part, batch_size: int) -> dict[str, Any]:
     large = min(part.images.shape[2:]) >= metrics.SSIM_SIDE
     for images in tqdm(part.images.split(batch_size), desc="reconstructing"):
         copies = decode(pipe.vae, encode(pipe.vae, images)).cpu()
+        metrics.refuse_not_finite(copies, "reconstructions")
         psnr.append(metrics.psnr(copies, images))
         if large:
             ssim.append(metrics.ssim(copies, images))

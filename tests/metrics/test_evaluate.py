@@ -279,6 +279,12 @@ def test_an_exact_copy_does_not_make_the_mean_infinite(
     monkeypatch.setattr(program, "decode", lambda vae, latents: latents)
     found = program.reconstruction(SimpleNamespace(vae=None), part, 3)
     assert (found["psnr"], found["psnr_reason"]) == (None, "every image is reproduced exactly")
+    monkeypatch.setattr(program, "decode", lambda vae, latents: latents / errors)
+    with pytest.raises(
+        UserError, match="1 of 3 reconstructions hold values that are not finite, first number 0"
+    ):
+        program.reconstruction(SimpleNamespace(vae=None), part, 3)
+    monkeypatch.setattr(program, "decode", lambda vae, latents: latents)
     tiny = program.Part(images=images[:, :, :8, :8], captions=[""] * 3)
     assert "fewer than 11 pixels" in program.reconstruction(SimpleNamespace(vae=None), tiny, 3)["ssim_reason"]
 
