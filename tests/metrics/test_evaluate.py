@@ -224,8 +224,8 @@ def test_a_perfect_generator_is_at_the_floor_which_is_none_of_its_own_reference(
     for kind in ("new images", "the data"):
         distance = played[kind]["frechet_distance"]
         assert (distance["generated"], distance["real"], distance["reference"]) == (160, 160, 220)
-        assert distance["floor"] > 0.05  # a subset of its own reference would be nearer
-        assert distance["value"] == pytest.approx(distance["floor"], abs=1.0)
+        # Two independent sets of these sizes are 0.14 to 0.29 apart; one that is in its own reference 0.06 to 0.08.
+        assert 0.12 < distance["floor"] < 0.4 and 0.12 < distance["value"] < 0.4
     # The same generator, asked for both classes equally often: what it would have scored.
     perfect = Perfect("new images", classes)
     balanced = perfect(class_labels=["common", "rare"] * 80).images * 2 - 1
