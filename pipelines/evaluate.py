@@ -32,6 +32,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
+import latentflow
 from latentflow import metrics
 from latentflow.autoencoder import decode, encode
 from latentflow.cli import parse, run
@@ -52,6 +53,7 @@ FRECHET_SPACE = "pixels-16"
 VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 FEW = 50  # images; the covariance of fewer says little
 MOST = 1_000_000  # images; they are held in memory
+MOST_NAMED = 1000  # classes or captions whose proportions are reported, of which the terminal shows 30
 DRAWN, HELD_OUT_CAPTIONS, VALIDATION = (
     8,
     9,
@@ -396,35 +398,23 @@ def told(source: Source, train: Part, unseen: dict[str, Part]) -> dict[str, Any]
 def proportions(asked: list[str], captions: list[str], asks: Asks) -> dict[str, Any]:
     """Return what was asked how often, beside the share of it in the training part; of captions, how many there are."""
     drawn, real = Counter(asked), Counter(captions)
-    report: dict[str, Any] = {
-        "with": asks,
-        "n": len(asked),
-        "different": len(drawn),
-        "in_training": len(real),
+    counts = {"n": len(asked), "different": len(drawn), "in_training": len(real)}
+    if not 1 < len(real) <= MOST_NAMED:
+        return {"with": asks, **counts}
+    shares = {
+        name: {"asked": drawn[name] / len(asked), "training": count / len(captions)}
+        for name, count in sorted(real.items())
     }
-    if 1 < len(real) <= 100:
-        report["proportions"] = {
-            name: {"asked": drawn[name] / len(asked), "training": count / len(captions)}
-            for name, count in sorted(real.items())
-        }
-    return report
+    return {"with": asks, **counts, "proportions": shares}
 
 
 def versions() -> dict[str, str]:
-    names = (
-        "latentflow",
-        "torch",
-        "torchvision",
-        "diffusers",
-        "transformers",
-        "torchmetrics",
-        "numpy",
-        "pillow",
-    )
+    libraries = ("torch", "torchvision", "diffusers", "transformers", "torchmetrics", "numpy", "pillow")
     return {
+        "latentflow": latentflow.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: importlib.metadata.version(name) for name in names},
+        **{name: importlib.metadata.version(name) for name in libraries},
     }
 
 
@@ -785,6 +775,8 @@ def lines(report: dict[str, Any], indent: str = "") -> list[str]:
             out.append(
                 f"{indent}{name:<28}{value['asked']:.1%} (of the training images {value['training']:.1%})"
             )
+        elif isinstance(value, dict) and len(value) > 30:
+            out.append(f"{indent}{name:<28}of {len(value)}: see the report")
         elif isinstance(value, dict):
             out += [f"{indent}{name}", *lines(value, indent + "  ")]
         elif not isinstance(value, list | tuple):

@@ -25,8 +25,8 @@ class RealSplit(NamedTuple):
 def in_proportion(labels: Sequence[str], seed: int) -> list[int]:
     """Return the indices of ``labels`` in a random order of which every beginning has the labels' own proportions.
 
-    The first k hold each label as often as its share of k says, give or take two (Sampford-like systematic sampling
-    from a random start within each label). Equal labels and seeds give equal orders.
+    The first k hold each label as often as its share of k says, give or take two: each label is spread evenly over the
+    order, from a random start. Equal labels and seeds give equal orders.
 
     Args:
         labels: class, caption or "" of every image.

@@ -18,9 +18,10 @@ from PIL import Image
 
 from latentflow import DiT, LatentFlowPipeline
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, downscale_factor, latent_channels
-from latentflow.data import find_source, to_pil, to_tensor
+from latentflow.data import Source, find_source, to_pil, to_tensor
 from latentflow.errors import UserError
 from latentflow.models import small_text_encoder, train_tokenizer
+from latentflow.training.run.drawn import DrawnExample
 
 COLOURS = ["red", "lime", "blue", "yellow", "white", "black"]
 THINGS = ["hat", "shoe"]
@@ -253,6 +254,67 @@ def test_images_that_are_played_back_are_copies_and_new_ones_are_not(played: dic
     assert (new["new"], new["compared"]) == ("left out", 380)
     assert new["copies"]["usual"][0] <= new["copies"]["share"] <= new["copies"]["usual"][1] < 0.12
     assert new["ratio"] == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "takes", "asks"),
+    [
+        ("class", "classes", "class_labels"),
+        ("class", "both", "class_labels"),
+        ("class", "text", "prompt"),
+        ("class", "nothing", "nothing"),
+        ("text", "text", "prompt"),
+        ("text", "both", "prompt"),
+        ("text", "nothing", "nothing"),
+        ("text", "classes", None),
+        ("unconditional", "text", "prompt"),
+        ("unconditional", "nothing", "nothing"),
+        ("unconditional", "classes", None),
+    ],
+)
+def test_a_checkpoint_is_asked_with_what_it_takes(
+    program: ModuleType, kind: Any, takes: str, asks: str | None
+) -> None:
+    pipe = SimpleNamespace(
+        takes_text=takes in ("text", "both"),
+        takes_classes=takes in ("classes", "both"),
+        labels={"cat": 0, "dog": 1},
+        get_label_ids=lambda names: [{"cat": 0, "dog": 1}[name] for name in names],
+    )
+    example = DrawnExample("1", text="a cat", label="cat")
+    source = Source("d", (example,), kind, ("cat",) if kind == "class" else ())
+    if asks is None:
+        with pytest.raises(UserError, match="takes classes"):
+            program.asked_with(pipe, source)
+        return
+    assert program.asked_with(pipe, source) == asks
+    config = program.EvaluateConfig(checkpoint="c", data="d")
+    split = program.metrics.real_split(range(400), 200)
+    notes = "\n".join(program.remarks(pipe, source, config, asks, split, {}))
+    assert ("dog" in notes) == (asks == "class_labels")  # a class that DATA has not
+    assert ("takes captions, and DATA has none" in notes) == (asks == "prompt" and kind != "text")
+    assert ("takes no condition" in notes) == (asks == "nothing" and kind != "unconditional")
+
+
+def test_a_checkpoint_of_captions_and_classes_is_asked_for_the_classes_of_its_data(
+    program: ModuleType, classes: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    shape = {"autoencoder_widths": (8, 16), "encoder_layers": (0, 1), "decoder_layers": (0, 1)}
+    vae = build_autoencoder(AutoencoderConfig(latent_channels=4, **shape), 16)
+    tokenizer = train_tokenizer(["common", "rare"])
+    encoder = small_text_encoder(tokenizer, width=16, depth=1, heads=2)
+    side = 16 // downscale_factor(vae)
+    network = DiT(in_channels=4, width=16, depth=1, heads=1, num_classes=2, text_dim=16, sample_size=side)
+    pipe = LatentFlowPipeline(
+        vae.eval(), network.eval(), encoder.eval(), tokenizer, id2label={0: "common", 1: "rare"}
+    )
+    pipe.save_pretrained(tmp_path / "pipeline")
+    flags = ["-n", 2, "--steps", 1, "--validation", 0.05, "--device", "cpu"]
+    evaluate(program, tmp_path / "pipeline", classes, "-o", tmp_path / "x.json", *flags)
+    report = json.loads((tmp_path / "x.json").read_text())
+    assert report["asked"]["with"] == "class_labels"
+    assert report["validation_loss"]["held_out"]["value"] > 0.9
 
 
 # ---------------------------------------------------------------- the report, and mistakes
