@@ -491,17 +491,14 @@ def reconstruction(pipe: Any, part: Part, batch_size: int) -> dict[str, Any]:
     decibels = torch.cat(psnr)
     exact = int(decibels.isinf().sum())
     report: dict[str, Any] = {"images": len(part.images), "exact_copies": exact}
-    # Of an exact copy it is infinite, and so would the mean be.
-    report |= (
-        {"psnr": float(decibels[decibels.isfinite()].mean())}
-        if exact < len(decibels)
-        else unknown("psnr", "every image is reproduced exactly")
-    )
-    report |= (
-        {"ssim": float(torch.cat(ssim).mean())}
-        if large
-        else unknown("ssim", f"images of fewer than {metrics.SSIM_SIDE} pixels a side have none")
-    )
+    if exact < len(decibels):  # the PSNR of an exact copy is infinite, and so would the mean be
+        report["psnr"] = float(decibels[decibels.isfinite()].mean())
+    else:
+        report |= unknown("psnr", "every image is reproduced exactly")
+    if large:
+        report["ssim"] = float(torch.cat(ssim).mean())
+    else:
+        report |= unknown("ssim", f"images of fewer than {metrics.SSIM_SIDE} pixels a side have none")
     return report
 
 
@@ -531,16 +528,12 @@ def validation_loss(pipe: Any, part: Part, asks: Asks, config: EvaluateConfig) -
     of_images = torch.cat(losses).double()
     metrics.refuse_not_finite(of_images[:, None], "images' validation losses")
     n = len(of_images)
-    return {
-        "value": float(of_images.mean()),
-        **(
-            {"standard_error": float(of_images.std() / n**0.5)}
-            if n > 1
-            else unknown("standard_error", "it needs two images")
-        ),
-        "images": n,
-        "times": VALIDATION_TIMES,
-    }
+    error = (
+        {"standard_error": float(of_images.std() / n**0.5)}
+        if n > 1
+        else unknown("standard_error", "one image")
+    )
+    return {"value": float(of_images.mean()), **error, "images": n, "times": VALIDATION_TIMES}
 
 
 def condition(pipe: Any, captions: list[str], asks: Asks) -> Any:
@@ -712,15 +705,12 @@ def clip_scores(
     report: dict[str, Any] = {}
     for name, (images, captions) in sets.items():
         rows = [row for row, caption in enumerate(captions) if caption]
+        if not rows:
+            report |= unknown(name, "no image has a caption")
+            continue
         texts = [captions[row] for row in rows]
-        report |= (
-            {
-                name: learned.clip_score(clip, images[rows], texts, batch_size=batch_size),
-                f"{name}_n": len(rows),
-            }
-            if rows
-            else unknown(name, "no image has a caption")
-        )
+        report[name] = learned.clip_score(clip, images[rows], texts, batch_size=batch_size)
+        report[f"{name}_images"] = len(rows)
     return report
 
 
