@@ -172,7 +172,7 @@ def of_checkpoints(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     side = int(first.vae_scale_factor * first.transformer.config.sample_size)
     source = find_source(options.data, condition="text")
     real, captions = pixels_to_images(cached_pixels(source, side)[:]), source.captions()
-    order = in_proportion(captions, 0)  # as of `latentflow evaluate -n 100 --validation 0`
+    order = in_proportion(captions, 0)  # as `latentflow evaluate` chooses them, but of the whole folder
     asked = [captions[row] for row in order[:100]]
     reference = features(real[real_split(order, 100).reference], "pixels-16")
 
