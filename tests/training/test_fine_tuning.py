@@ -384,7 +384,10 @@ def test_a_duplicate_in_the_data_does_not_hide_copies(
     monkeypatch.setattr(LatentFlowPipeline, "__call__", copies)
     monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
     tell_memorised(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
-    assert "WARNING: memorisation" in caplog.text and "100% of 16" in caplog.text
+    assert "WARNING: memorisation" in caplog.text and "16 of 16 are nearer" in caplog.text
+    found = json.loads((tmp_path / "memorisation.json").read_text())
+    assert (found["ratio"], found["copied"], found["drawn"]) == (0.0, 16, 16)
+    assert (found["new"], found["compared"]) == ("left out", 4)  # different images
 
 
 def test_captions_words_and_no_condition_go_through_training(
