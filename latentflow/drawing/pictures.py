@@ -16,7 +16,7 @@ def read_picture(path: str) -> Image:
     Raises:
         UserError: no such file, no picture, damaged, or too large.
     """
-    from ..data.mask_files import open_picture
+    from ..data.image_files import open_picture
     from ..data.read import to_rgb
 
     return to_rgb(open_picture(path))
@@ -28,7 +28,8 @@ def read_mask_of(path: str, picture: Image, threshold: float | None = None) -> I
     Raises:
         UserError: as ``read_picture``; or it is in colour and there is no threshold.
     """
-    from ..data.mask_files import open_picture, read_mask
+    from ..data.image_files import open_picture
+    from ..data.mask_files import read_mask
 
     mask = open_picture(path)
     mask.filename = path  # type: ignore[attr-defined]  # named in errors
