@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     auth = credentials(config.auth or os.environ.get("LATENTFLOW_APP_AUTH"))
     if auth is None and not is_loopback(config.host):
-        print("Whoever reaches this machine can use the page: --auth USER:PASSWORD asks for one.", file=sys.stderr)
+        print(
+            "Whoever reaches this machine can use the page: --auth USER:PASSWORD asks for one.",
+            file=sys.stderr,
+        )
     serve(
         Studio(config.checkpoint, config.device, config),
         config.host,

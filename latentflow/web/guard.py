@@ -131,11 +131,16 @@ class Guard:
 
     def _refusal(self, scope: Message) -> tuple[int, str] | None:
         """Return status and sentence of a request that is refused."""
-        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         hosts = [value for name, value in headers if name == "host"]
         if len(hosts) != 1 or not self._hosts.knows(hosts[0]):
             shown = printable(", ".join(hosts))[:100]
-            return 421, f"This page is not served as '{shown}'. Start it with --allowed-host NAME if it shall be."
+            return (
+                421,
+                f"This page is not served as '{shown}'. Start it with --allowed-host NAME if it shall be.",
+            )
+        if re.search(r"/file=\w\w+:/", scope["path"]):
+            return 403, "Nothing is fetched from other addresses."
         if scope.get("method") in ("GET", "HEAD", "OPTIONS"):
             return None
         header = dict(headers)
@@ -156,7 +161,9 @@ class Guard:
         try:
             kept = await to_thread(make_room, self._uploads, MOST_KEPT - self._coming)
             if kept + self._coming > MOST_KEPT:
-                await _refuse(scope, send, 503, "The server is busy: too many uploads. Try again in a minute.")
+                await _refuse(
+                    scope, send, 503, "The server is busy: too many uploads. Try again in a minute."
+                )
             else:
                 await self._app(scope, receive, send)
         finally:

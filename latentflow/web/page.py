@@ -9,22 +9,24 @@ import html
 import logging
 import os
 import random
+import sys
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import gradio as gr
 from gradio import processing_utils
 from gradio.components.base import server
 from gradio.context import LocalContext
+from PIL import Image
 from starlette.middleware import Middleware
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from .guard import LARGEST_UPLOAD, Guard, Hosts
 from .studio import (
     CANVAS,
@@ -37,9 +39,6 @@ from .studio import (
     Progress,
     Studio,
 )
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 Values: TypeAlias = dict[str, Any]  # as a request gives them, by the names of its inputs
@@ -94,7 +93,7 @@ def generate_tab(studio: Studio, listeners: Counter[str]) -> Results:
 
     def generate(values: Values, progress: Progress) -> Any:
         order = controls.order(values)
-        return captioned(studio.generate(order, progress), order)
+        return results.of(studio, studio.generate(order, progress), order)
 
     connect("generate", generate, listeners, controls.inputs, results, go, cancel)
     return results
@@ -142,9 +141,9 @@ def inpaint_tab(studio: Studio, listeners: Counter[str]) -> tuple[gr.File, Resul
         strokes = [studio.stroke(path) for path in painted.take(values["strokes"])]
         settings = {name: values[name] for name in ("strength", "feather", "margin")}
         method = chosen(values["method"])
-        return captioned(
-            studio.inpaint(order, progress, uploaded(values["image"]), strokes, method=method, **settings), order
-        )
+        image = uploaded(values["image"])
+        images = studio.inpaint(order, progress, image, strokes, method=method, **settings)
+        return results.of(studio, images, order)
 
     inputs = {"image": file, "strokes": editor, "method": method, "strength": strength}
     inputs |= {"feather": feather, "margin": margin}
@@ -188,10 +187,9 @@ def edit_tab(studio: Studio, listeners: Counter[str]) -> tuple[gr.File, Results]
     def edit(values: Values, progress: Progress) -> Any:
         order = controls.order(values)
         shown = values.get("source_prompt") or values.get("source_class") or ""
-        method = chosen(values["method"])
-        return captioned(
-            studio.edit(order, progress, uploaded(values["image"]), shown, method, values["strength"]), order
-        )
+        image, method = uploaded(values["image"]), chosen(values["method"])
+        images = studio.edit(order, progress, image, shown, method, values["strength"])
+        return results.of(studio, images, order, shown if order.label is None else None)
 
     inputs = {"image": file, "method": method, "strength": strength}
     inputs |= {"source_prompt": source} if studio.takes.text else {}
@@ -296,7 +294,7 @@ class Painted:
 
 
 class Results:
-    """The pictures that a tab has drawn, and what may be done with them."""
+    """The images that a tab has drawn, and what may be done with them."""
 
     def __init__(self, tab: str, height: int = 520) -> None:
         self.gallery = gr.Gallery(
@@ -311,11 +309,26 @@ class Results:
             type="filepath",
             buttons=["download", "download_all", "fullscreen"],
         )
+        self.unknown = gr.Textbox(
+            label="Words that the checkpoint does not know", visible=False
+        )  # for programs
         with gr.Row():
             self._onward = {
                 "inpaint": gr.Button("Paint on this one", size="sm", elem_id=f"{tab}-to-inpaint"),
                 "edit": gr.Button("Edit this one", size="sm", elem_id=f"{tab}-to-edit"),
             }
+
+    def of(self, studio: Studio, images: list[Image.Image], order: Order, *prompts: str | None) -> Any:
+        """Return what a request gives: images with their seeds, the first seed, and words that were not understood.
+
+        Args:
+            prompts: further ones than the order's.
+        """
+        words = ", ".join(studio.unknown_words(order.prompt, order.negative, *prompts))
+        if words:
+            said = f"The checkpoint does not know these words, and draws something of its own: {words}"
+            gr.Warning(html.escape(printable(said), quote=False))
+        return [(image, f"seed {order.seed + i}") for i, image in enumerate(images)], order.seed, words
 
     def hand_on(self, tabs: gr.Tabs, fields: dict[str, gr.File]) -> None:
         """Let the picture that is looked at, else the first, become the picture of another tab."""
@@ -360,7 +373,7 @@ def uploaded(value: dict[str, Any] | None) -> str | None:
     return value["path"] if value else None
 
 
-def enlarged(studio: Studio, path: str) -> Image:
+def enlarged(studio: Studio, path: str) -> Image.Image:
     """An uploaded picture as it is shown, small ones large enough to paint on."""
     picture, note = studio.opened(path)
     if note:
@@ -377,11 +390,6 @@ def buttons(tab: str) -> tuple[gr.Button, gr.Button]:
     with gr.Row():
         go = gr.Button(tab.capitalize(), variant="primary", elem_id=f"{tab}-go")
         return go, gr.Button("Cancel", elem_id=f"{tab}-cancel")
-
-
-def captioned(images: list[Image], order: Order) -> tuple[list[tuple[Image, str]], int]:
-    """Return images with their seeds, and the first seed."""
-    return [(image, f"seed {order.seed + i}") for i, image in enumerate(images)], order.seed
 
 
 def connect(
@@ -418,7 +426,7 @@ def connect(
         triggers,
         handler,
         None,
-        [results.gallery, inputs["seed"]],
+        [results.gallery, inputs["seed"], results.unknown],
         inputs_kwargs=inputs,
         preprocess=False,  # what a request gives is checked and opened by us
         show_progress_on=results.gallery,
@@ -449,11 +457,25 @@ def told(work: Callable[..., Any]) -> Callable[..., Any]:
 
 def line(error: UserError) -> str:
     """Return an error as one line that holds no markup: the page shows messages as HTML."""
-    return html.escape(". ".join(filter(None, (error.what, error.fix))).replace("\n", " "), quote=False)
+    said = f"{error.what}. {error.fix[:1].upper()}{error.fix[1:]}" if error.fix else error.what
+    return html.escape(said.replace("\n", " "), quote=False)
 
 
-async def _fetch_nothing(url: str, *_: Any, **__: Any) -> str:
-    raise gr.Error("Files of other addresses are not fetched: upload it.", print_exception=False)
+async def _fetch_nothing(*_: Any, **__: Any) -> str:
+    raise gr.Error("Nothing is fetched from other addresses: upload the image.", print_exception=False)
+
+
+class Escaped:
+    """A text stream that steers no terminal: Gradio writes what strangers sent to it, such as names of files."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> Any:
+        return self._stream.write("\r".join(printable(part) for part in text.split("\r")))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def start(
@@ -473,8 +495,6 @@ def start(
     Raises:
         UserError: the port is taken or may not be listened on.
     """
-    from PIL import Image
-
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # of this process
     processing_utils.async_ssrf_protected_download = _fetch_nothing
     listeners: Counter[str] = Counter()
@@ -503,7 +523,9 @@ def start(
             prevent_thread_lock=True,
         )
     except OSError:  # Gradio's message speaks of its own arguments
-        raise UserError(f"{host}:{port} is taken, or no address of this machine", "Try --port 7861.") from None
+        raise UserError(
+            f"{host}:{port} is taken, or no address of this machine", "Try --port 7861."
+        ) from None
     return page
 
 
@@ -516,9 +538,15 @@ def serve(studio: Studio, host: str, port: int, **settings: Any) -> None:
     Raises:
         UserError: see ``start``; the checkpoint cannot be loaded.
     """
-    with tempfile.TemporaryDirectory(prefix="latentflow-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # a folder of our own: Gradio's is everybody's
+    with (
+        tempfile.TemporaryDirectory(prefix="latentflow-app-", ignore_cleanup_errors=True) as folder,
+        redirect_stderr(Escaped(sys.stderr)),
+    ):
+        os.environ["GRADIO_TEMP_DIR"] = folder  # of our own: Gradio's usual one is everybody's
         page = start(studio, host, port, **settings)
         print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
         studio.pipe  # noqa: B018
+        from ..data.image_files import open_no_others  # after the models: it imports torch
+
+        open_no_others()
         page.block_thread()

@@ -65,7 +65,7 @@ def text(name: str, value: Any) -> str | None:
         UserError: it is no text, or a long one.
     """
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{name} is no text", 'Give words, such as "red apple".')
+        raise UserError(f"{name} is no text", "Give one in quotation marks.")
     if len(value or "") > LONGEST_PROMPT:
         raise UserError(f"{name} has {len(value or '')} characters", f"At most {LONGEST_PROMPT}.")
     return value
@@ -90,10 +90,13 @@ class Order:
         Raises:
             UserError: one is outside of its bounds, which are those of the page's sliders; or a text is none.
         """
-        numbers = {name: number(name, getattr(self, name)) for name in ("images", "seed", "steps", "guidance")}
-        texts = {"prompt": "the prompt", "label": "the class", "negative": "the negative prompt", "solver": "the solver"}
-        for name, shown in texts.items():
-            text(shown, getattr(self, name))
+        numbers = {
+            name: number(name, getattr(self, name)) for name in ("images", "seed", "steps", "guidance")
+        }
+        text("prompt", self.prompt)
+        text("class_label", self.label)
+        text("negative_prompt", self.negative)
+        text("solver", self.solver)
         return replace(self, **numbers)
 
 
@@ -153,6 +156,12 @@ class Studio:
 
         return [*(EDITING if self.takes.condition else ()), ANEW]
 
+    def unknown_words(self, *prompts: str | None) -> list[str]:
+        """Return the words of prompts that the checkpoint's vocabulary lacks."""
+        find = getattr(self.pipe, "unknown_words", None)
+        given = [prompt for prompt in prompts if prompt]
+        return list(find(given)) if find is not None and given and self.takes.text else []
+
     def opened(self, upload: str) -> tuple[Image, str]:
         """An uploaded picture as upright RGB, and "" or, if it was too large for the checkpoint, how it was shrunk.
 
@@ -175,7 +184,7 @@ class Studio:
             UserError: as ``opened``.
         """
         self.pipe  # noqa: B018
-        from ..data.mask_files import open_picture
+        from ..data.image_files import open_picture
 
         return _hiding_folder(open_picture, upload)
 
@@ -204,7 +213,7 @@ class Studio:
             margin: pixels around the hole that are looked at; 0: everywhere.
         """
         settings = {
-            "method": text("the method", method),
+            "method": text("method", method),
             "strength": number("strength", strength),
             "feather": number("feather", feather),
             "padding_mask_crop": number("margin", margin) or None,
@@ -231,7 +240,7 @@ class Studio:
             method: of ``editing_methods``; None: the pipeline's own, or anew where nothing can be said.
         """
         text("what it shows now", source)
-        text("the method", method)
+        text("method", method)
         settings: dict[str, Any] = {"strength": number("strength", strength), "image": self._needed(upload)}
         if method == ANEW or not self.takes.condition:
             return self._draw("LatentFlowImg2ImgPipeline", order, progress, **settings)
