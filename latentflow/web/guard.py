@@ -28,7 +28,7 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MEBIBYTE = 2**20
 LARGEST_UPLOAD = 32 * MEBIBYTE
-#: Bytes of a request's body, by the end of its address. The rest of Gradio's requests are a few hundred bytes.
+#: Bytes of a request that brings files, by the end of its address. All others are a few hundred bytes long.
 LARGEST_BODIES = {"/upload": LARGEST_UPLOAD + MEBIBYTE, "/component_server": 4 * MEBIBYTE}
 LARGEST_BODY = MEBIBYTE // 4
 MOST_KEPT = 512 * MEBIBYTE  # uploads and drawn images together
@@ -88,7 +88,7 @@ def _is_address(name: str) -> bool:
 def _name(host: str) -> str | None:
     """Return a Host header without port and brackets, in lower case; None where it is none."""
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::\d+)?", host.lower())
-    return match and (match[1] or match[2])
+    return (match[1] or match[2]) if match else None
 
 
 class Guard:
@@ -112,7 +112,7 @@ class Guard:
         refusal = self._refusal(scope)
         if refusal is not None:
             await _refuse(scope, send, *refusal)
-        elif scope.get("method") == "POST" and scope["path"].endswith("/upload"):
+        elif scope.get("method") == "POST" and scope["path"].endswith(tuple(LARGEST_BODIES)):
             await self._take_upload(scope, receive, send)
         else:
             listener = _listener(scope)

@@ -24,10 +24,10 @@ from gradio import processing_utils
 from gradio.components.base import server
 from gradio.context import LocalContext
 from PIL import Image
-from starlette.middleware import Middleware
+from starlette.middleware import Middleware  # type: ignore[import-not-found,unused-ignore]
 
 from ..errors import UserError, printable
-from .guard import LARGEST_UPLOAD, Guard, Hosts
+from .guard import LARGEST_UPLOAD, MOST_KEPT, Guard, Hosts, make_room
 from .studio import (
     CANVAS,
     LARGEST_SEED,
@@ -267,16 +267,15 @@ class Controls:
 
 
 class Painted:
-    """The strokes of an editor, until they are drawn: files among the uploads.
+    """The strokes of an editor: files among the uploads, whose oldest make room.
 
-    The editor would keep all that windows send, in memory and for ever, and open it as any format.
+    The editor itself would keep all that windows send, in memory and for ever, and open it as any format.
     """
 
     def __init__(self, editor: gr.ImageEditor) -> None:
         self._folder = Path(editor.GRADIO_CACHE)
-        editor.accept_blobs = self.accept
+        editor.accept_blobs = server(lambda data: self.accept(data))
 
-    @server
     def accept(self, data: Any) -> None:
         """Keep what a window has painted, under the window's own name for it."""
         if data.data.get("type") == "layer" and data.files:
@@ -324,6 +323,7 @@ class Results:
         Args:
             prompts: further ones than the order's.
         """
+        make_room(Path(self.gallery.GRADIO_CACHE), MOST_KEPT)
         words = ", ".join(studio.unknown_words(order.prompt, order.negative, *prompts))
         if words:
             said = f"The checkpoint does not know these words, and draws something of its own: {words}"

@@ -239,6 +239,18 @@ def test_an_upload_that_made_room_is_asked_for_again(client: httpx.Client) -> No
     )
 
 
+def test_drawn_images_take_the_room_of_the_oldest_files(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Path(upload(client, "old.png", encoded(Image.new("RGB", (8, 8), "green")))["path"])
+    os.utime(old, (0, 0))
+    assert ask(client, "generate", prompt="red apple", steps=1)[0] == "complete"
+    assert old.exists()
+    monkeypatch.setattr(page, "MOST_KEPT", 1000)
+    assert ask(client, "generate", prompt="red apple", steps=1)[0] == "complete"
+    assert not old.exists()
+
+
 # ---------------------------------------------------------------- whose turn it is
 
 
