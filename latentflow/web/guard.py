@@ -35,6 +35,8 @@ MOST_KEPT = 512 * MEBIBYTE  # uploads and drawn images together
 SMALLEST_FILE = 2**16  # what a file counts at least, so that their number has a bound too
 YOUNG = 60.0  # seconds in which a file is not removed for another
 
+ARRIVED = "latentflow.arrived"  # in a request's scope: when it came, in seconds of ``time.monotonic``
+
 HERE = ("localhost", "127.0.0.1", "::1")
 
 
@@ -115,6 +117,7 @@ class Guard:
         elif scope.get("method") == "POST" and scope["path"].endswith(tuple(LARGEST_BODIES)):
             await self._take_upload(scope, receive, send)
         else:
+            scope[ARRIVED] = time.monotonic()
             listener = _listener(scope)
             if listener is not None:
                 self._listeners[listener] += 1

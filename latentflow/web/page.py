@@ -12,9 +12,10 @@ import random
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,7 +28,7 @@ from PIL import Image
 from starlette.middleware import Middleware  # type: ignore[import-not-found,unused-ignore]
 
 from ..errors import UserError, printable
-from .guard import LARGEST_UPLOAD, MOST_KEPT, Guard, Hosts, make_room
+from .guard import ARRIVED, LARGEST_UPLOAD, MOST_KEPT, Guard, Hosts, make_room
 from .studio import (
     CANVAS,
     LARGEST_SEED,
@@ -46,7 +47,7 @@ USUAL = "the checkpoint's own"
 MOST_WAITING = 16
 MOST_SESSIONS = 500  # of whose inputs Gradio keeps a copy
 MOST_PIXELS = 50_000_000  # of an upload
-PATIENCE = 3.0  # seconds in which a client starts to listen for the answer
+PATIENCE = 3.0  # seconds from its request in which a client starts to listen for the answer
 # What the page does besides drawing and opening files waits for nobody.
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # Fonts of the reader's machine: Gradio's own would come from the network.
@@ -412,11 +413,10 @@ def connect(
                 raise Left
             progress((done, total), desc=what, unit="steps")
 
+        deadline = request.request.scope[ARRIVED] + PATIENCE  # it may have waited for its turn
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(PATIENCE):
-                    while not any(listeners[name] for name in names):
-                        await asyncio.sleep(0.05)
+            while time.monotonic() < deadline and not any(listeners[name] for name in names):
+                await asyncio.sleep(0.05)
             return await asyncio.to_thread(told(work), values, show)
         finally:
             cancelled.set()  # Gradio's Cancel cancels this; the thread ends at its next step

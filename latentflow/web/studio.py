@@ -264,6 +264,9 @@ class Studio:
         import latentflow
 
         order = order.checked()
+        if self.takes.labels and not self.takes.text and not order.label:
+            some = ", ".join(self.takes.labels[:10]) + (", ..." if self.takes.labels[10:] else "")
+            raise UserError("no class is chosen", f"Choose one: {some}.")
         if self._pipe is None:
             progress(0, 1, "Loading the models")
         loaded = self.pipe  # before the name of a pipeline imports it

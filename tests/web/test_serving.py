@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import httpx
 from gradio import processing_utils
 
-from latentflow.drawing.checkpoint import Takes
 from latentflow.web import page
 from latentflow.web.studio import Order, Progress, Studio
 
@@ -47,21 +45,31 @@ class Held(Studio):
         return super()._draw(kind, order, progress, **settings)
 
 
-@pytest.fixture(scope="module")
-def served(
-    caption_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Held, Callable[..., httpx.Client]]]:
+@contextlib.contextmanager
+def serving(studio: Studio, **settings: Any) -> Iterator[httpx.Client]:
+    """Serve a page, and undo what that changes in the process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
         patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         fetch = "async_ssrf_protected_download"
         patch.setattr(processing_utils, fetch, getattr(processing_utils, fetch))
+        started = page.start(studio, "127.0.0.1", free_port(), **settings)
+        try:
+            with httpx.Client(base_url=f"{started.local_url}gradio_api", timeout=60) as client:
+                yield client
+        finally:
+            started.close()
+
+
+@pytest.fixture(scope="module")
+def served(
+    caption_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Held, httpx.Client]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         studio = Held(str(caption_checkpoint))
-        started = page.start(studio, "127.0.0.1", free_port(), allowed_hosts=["draw.example"])
-        with httpx.Client(base_url=f"{started.local_url}gradio_api", timeout=60) as client:
+        with serving(studio, allowed_hosts=["draw.example"]) as client:
             yield studio, client
-        started.close()
 
 
 @pytest.fixture
@@ -175,6 +183,7 @@ def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) 
         ({"tab": "edit", "image": "a", "method": 3}, "method is no text"),
         ({"tab": "edit", "image": "a", "strength": 1.5}, "strength is 1.5. It is a number from 0 to 1."),
         ({"tab": "edit", "image": "text", "strength": 0.5}, "a.png is not a picture"),
+        ({"tab": "edit", "image": "huge"}, "a.png is too large: 7200 x 7200 pixels"),
         ({"tab": "edit", "image": "http"}, "Nothing is fetched from other addresses"),
         ({"tab": "edit", "image": "elsewhere"}, "was not uploaded"),
         ({"tab": "edit", "image": {}}, "validation error"),
@@ -191,6 +200,7 @@ def test_a_program_is_told_what_was_wrong(
     images = {
         "a": lambda: upload(client, "a.png", encoded(Image.new("RGB", (8, 8), "red"))),
         "text": lambda: upload(client, "a.png", b"no image"),
+        "huge": lambda: upload(client, "a.png", encoded(Image.new("1", (7200, 7200)))),
         "http": lambda: {"path": "http://192.0.2.1/a.png", "meta": {"_type": "gradio.FileData"}},
         "elsewhere": lambda: {
             "path": str(tmp_path / "elsewhere.png"),
@@ -257,6 +267,7 @@ def test_drawn_images_take_the_room_of_the_oldest_files(
 def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(
     studio: Held, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(page, "PATIENCE", 1.0)
     with listening(client, begin(client, "hold")):
         until(lambda: studio.drawn)
         events = [begin(client, str(i)) for i in range(page.MOST_WAITING)]
@@ -275,11 +286,10 @@ def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(
         studio.go_on.set()
         for thread in threads:
             thread.join(20)
-    monkeypatch.setattr(page, "PATIENCE", 0.1)
     assert studio.drawn == ["hold", "0", "1", "2", "3"]
     assert set(states.values()) == {"complete"}
-    # Nobody listens for the other twelve: none is drawn.
-    until(lambda: client.get("/queue/status").json()["queue_size"] == 0)
+    # Nobody listens for the other twelve: none is drawn, and all together hold nobody up for longer than one.
+    until(lambda: client.get("/queue/status").json()["queue_size"] == 0, 5)
     state, data = result(client, events[-2])
     assert state == "error" and "Nobody waited" in data["error"]
     assert studio.drawn == ["hold", "0", "1", "2", "3"]
@@ -386,29 +396,47 @@ def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client: httpx.Cl
     assert drawn.crop((0, 0, 4, 8)).getcolors() != [(32, (255, 0, 0))]
 
 
-def test_a_name_and_a_password_are_asked_for_and_classes_hold_no_markup(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def locked(class_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
+    """The page of a checkpoint of classes, with a name and a password."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    hostile = "</script><script>alert(1)</script>"
-    takes = Takes(text=False, labels=(hostile,), masks=False)
-    studio: Any = SimpleNamespace(takes=takes, solvers=[], inpainting_methods=[], editing_methods=[])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    fetch = "async_ssrf_protected_download"
-    monkeypatch.setattr(processing_utils, fetch, getattr(processing_utils, fetch))
-    started = page.start(studio, "127.0.0.1", free_port(), auth=("anna", "a:b"))
-    with httpx.Client(base_url=started.local_url) as client:
-        for method, path in (
-            ("GET", "config"),
-            ("GET", "gradio_api/info"),
-            ("POST", "gradio_api/upload"),
-            ("POST", "gradio_api/queue/join"),
-            ("GET", "gradio_api/queue/data?session_hash=a"),
-        ):
-            kind = {"json": {"data": [], "session_hash": "a", "fn_index": 0}} if method == "POST" else {}
-            assert client.request(method, path, **kind).status_code == 401, path
-        assert client.post("login", data={"username": "anna", "password": "a"}).status_code == 400
-        assert client.post("login", data={"username": "anna", "password": "a:b"}).status_code == 200
-        assert client.get("config").status_code == 200
-        assert hostile not in client.get("").text
-    started.close()
+    with serving(Studio(str(class_checkpoint), "cpu"), auth=("anna", "a:b")) as client:
+        yield client
+
+
+def test_a_name_and_a_password_are_asked_for(locked: httpx.Client) -> None:
+    requests = {
+        "/config": "GET",
+        "/gradio_api/info": "GET",
+        "/gradio_api/queue/data?session_hash=a": "GET",
+        "/gradio_api/upload": "POST",
+        "/gradio_api/queue/join": "POST",
+        "/gradio_api/call/generate": "POST",
+    }
+    root = str(locked.base_url).removesuffix("/gradio_api/")
+    for path, method in requests.items():
+        body = {"json": {"data": [], "session_hash": "a", "fn_index": 0}} if method == "POST" else {}
+        assert locked.request(method, root + path, **body).status_code == 401, path
+    for password, status in (("a", 400), ("a:b", 200)):
+        login = {"username": "anna", "password": password}
+        assert locked.post(f"{root}/login", data=login).status_code == status
+    assert locked.get(f"{root}/config").status_code == 200
+    assert markup(locked) not in locked.get(f"{root}/").text
+
+    state, data = ask(locked, "generate", class_label="hta", steps=1)
+    assert state == "error" and data["error"].startswith("unknown class 'hta'. Did you mean 'hat'?")
+    assert "<" not in data["error"]
+    assert ask(locked, "generate", class_label=None)[1]["error"].startswith(
+        "no class is chosen. Choose one: hat"
+    )
+    assert ask(locked, "generate", class_label=["hat"])[1]["error"].startswith("class_label is no text")
+    assert ask(locked, "generate", class_label=markup(locked), steps=1)[0] == "complete"
+
+
+def markup(client: httpx.Client) -> str:
+    """Return the last class that is offered."""
+    config = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
+    label = next(one["props"] for one in config["components"] if one["props"].get("label") == "Class")
+    name: str = label["choices"][-1][1]
+    assert name.startswith("</script>")
+    return name
