@@ -9,6 +9,7 @@ import html
 import logging
 import os
 import random
+import signal
 import sys
 import tempfile
 import threading
@@ -47,7 +48,7 @@ USUAL = "the checkpoint's own"
 MOST_WAITING = 16
 MOST_SESSIONS = 500  # of whose inputs Gradio keeps a copy
 MOST_PIXELS = 50_000_000  # of an upload
-PATIENCE = 3.0  # seconds from its request in which a client starts to listen for the answer
+PATIENCE = 10.0  # seconds from its request in which a client starts to listen for the answer
 # What the page does besides drawing and opening files waits for nobody.
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # Fonts of the reader's machine: Gradio's own would come from the network.
@@ -542,6 +543,7 @@ def serve(studio: Studio, host: str, port: int, **settings: Any) -> None:
         tempfile.TemporaryDirectory(prefix="latentflow-app-", ignore_cleanup_errors=True) as folder,
         redirect_stderr(Escaped(sys.stderr)),
     ):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the folder is removed
         os.environ["GRADIO_TEMP_DIR"] = folder  # of our own: Gradio's usual one is everybody's
         page = start(studio, host, port, **settings)
         print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
