@@ -124,10 +124,10 @@ class Guard:
             try:
                 await self._app(scope, receive, send)
             except (TypeError, KeyError) as error:
-                if "/call/v2/" not in scope["path"]:
+                if scope.get("method") != "POST" or "/call/v2/" not in scope["path"]:
                     raise
                 # Gradio's own, before it answers: of a name that a program gives wrongly, or not at all.
-                await _refuse(scope, send, 422, reason(error))
+                await _refuse(scope, send, 422, f"The request is not understood: {reason(error)}")
             finally:
                 if listener is not None:
                     self._listeners -= Counter([listener])
@@ -144,8 +144,6 @@ class Guard:
             )
         if re.search(r"/file=\w\w+:/", scope["path"]):
             return 403, "Nothing is fetched from other addresses."
-        if scope.get("method") in ("GET", "HEAD", "OPTIONS"):
-            return None
         header = dict(headers)
         if "origin" in header and not self._hosts.same_site(header["origin"], hosts[0]):
             return 403, "This request comes from the page of another site."

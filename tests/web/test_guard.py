@@ -118,6 +118,8 @@ def test_no_stranger_s_websocket_is_opened() -> None:
         ({"origin": "http://127.0.0.1:7860"}, "/gradio_api/queue/join", 200),
         ({"origin": "http://evil.example"}, "/gradio_api/queue/join", 403),
         ({"origin": "null"}, "/gradio_api/upload", 403),
+        ({"method": "GET", "origin": "http://evil.example"}, "/config", 403),
+        ({"method": "GET", "origin": "http://127.0.0.1:7860"}, "/config", 200),
         ({"content-length": str(LARGEST_BODY)}, "/gradio_api/queue/join", 200),
         ({"content-length": str(LARGEST_BODY + 1)}, "/gradio_api/queue/join", 413),
         ({"content-length": "900000"}, "/gradio_api/call/generate", 413),
@@ -131,7 +133,8 @@ def test_no_stranger_s_websocket_is_opened() -> None:
     ],
 )
 def test_what_may_be_sent(headers: dict[str, str], path: str, status: int, tmp_path: Path) -> None:
-    assert asked(HERE | headers, path=path, uploads=tmp_path)[0] == status
+    method = headers.get("method", "POST")
+    assert asked(HERE | headers, method, path, uploads=tmp_path)[0] == status
 
 
 def test_who_listens_is_known_while_the_answer_is_open() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +18,7 @@ from latentflow.errors import UserError
 pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import gradio as gr
 
+from latentflow.data import image_files
 from latentflow.drawing.checkpoint import Takes
 from latentflow.web import page
 
@@ -90,3 +95,31 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         port = mine.getsockname()[1]
         with pytest.raises(UserError, match=f"{port} is taken"):
             page.serve(checkpoint(), "127.0.0.1", port)
+
+
+def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders, restricted = [], []
+
+    def block_thread() -> None:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        folders.append(folder)
+        (folder / "upload.png").touch()
+        assert os.name == "nt" or folder.stat().st_mode & 0o077 == 0
+        print("a name: \x1b[2J", file=sys.stderr)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "somebody's")
+    monkeypatch.setattr(page, "start", lambda *_, **__: SimpleNamespace(block_thread=block_thread))
+    monkeypatch.setattr(image_files, "open_no_others", lambda: restricted.append(True))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            page.serve(SimpleNamespace(pipe=None), "::1", 7860)  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert restricted and not folders[0].exists()
+    said = capsys.readouterr()
+    assert said.out == "http://[::1]:7860\n" and said.err == "a name: \\x1b[2J\n"
