@@ -11,12 +11,10 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from latentflow.errors import UserError, nearest, reason
+from latentflow.image_formats import FORMATS, readable_formats
 
 from .members import File, Member, open_stream
 
-#: Pillow's names of the formats that are read. Of others it knows some are programs: PostScript, in a file of any
-#: name, is handed to Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _DAMAGED = "It may be damaged or cut off: copy or save it again."
 
 
@@ -44,7 +42,7 @@ def open_image(file: File) -> Image.Image:
     except OSError as error:
         raise ImageFileError(name, _said(error), "Check the path, and that you may read it.") from error
     with decoding(name):
-        return Image.open(place, formats=_readable())  # type: ignore[arg-type]
+        return Image.open(place, formats=readable_formats())  # type: ignore[arg-type]
 
 
 def open_picture(path: str | os.PathLike[str] | Member) -> Image.Image:
@@ -103,23 +101,6 @@ def decoding(name: str) -> Iterator[None]:
         raise _too_large(name, str(error)) from error
     except Exception as error:
         raise ImageFileError(name, _said(error)) from error
-
-
-def open_no_others() -> None:
-    """Keep Pillow from opening any format but ``FORMATS`` in this process, whoever asks.
-
-    For a server: its framework opens what strangers upload before any code of ours sees it.
-    """
-    kept = _readable()
-    for other in set(Image.OPEN) - set(kept):
-        del Image.OPEN[other]
-    Image.ID[:] = kept
-
-
-def _readable() -> list[str]:
-    """Those of ``FORMATS`` that this Pillow was built with."""
-    Image.init()
-    return [one for one in FORMATS if one in Image.OPEN]
 
 
 def _refuse_special(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import gradio as gr
 
 from ..errors import UserError
+from ..image_formats import open_no_others
 from .studio import (
     CANVAS,
     LARGEST_SEED,
@@ -313,6 +314,9 @@ def enlarged(studio: Studio, path: str) -> Image:
     picture, note = studio.opened(path)
     if note:
         gr.Info(note)
+    from ..data.read import to_rgb  # not before the pipeline: the page is there before torch is
+
+    picture = to_rgb(picture)  # the canvas is opaque
     scale = CANVAS / max(picture.size)
     return picture.resize([max(1, round(scale * side)) for side in picture.size])
 
@@ -395,6 +399,7 @@ def serve(studio: Studio, host: str, port: int) -> None:
     Raises:
         UserError: the port is taken or may not be listened on; the checkpoint cannot be loaded.
     """
+    open_no_others()
     page = build(studio)
     try:
         page.launch(
