@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -26,8 +27,8 @@ class ImageFileError(UserError):
         self.why = why
 
 
-def open_image(file: File) -> Image.Image:
-    """Return the image in a file or a member, not yet decoded, in its own mode, its EXIF rotation not applied.
+def open_image(file: File | BinaryIO) -> Image.Image:
+    """Return the image in a file, a member or a stream, not yet decoded, in its own mode, its EXIF rotation not applied.
 
     Raises:
         ImageFileError: there is no such file, it is of none of ``FORMATS``, damaged, or has far too many pixels.
@@ -36,13 +37,11 @@ def open_image(file: File) -> Image.Image:
     try:
         if isinstance(file, Path):
             _refuse_special(file)
-            place: Path | object = file
-        else:
-            place = open_stream(file)
+        place = open_stream(file) if isinstance(file, Member) else file
     except OSError as error:
         raise ImageFileError(name, _said(error), "Check the path, and that you may read it.") from error
     with decoding(name):
-        return Image.open(place, formats=readable_formats())  # type: ignore[arg-type]
+        return Image.open(place, formats=readable_formats())
 
 
 def open_picture(path: str | os.PathLike[str] | Member) -> Image.Image:
