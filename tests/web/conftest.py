@@ -5,6 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def formats_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server gives up all but a few formats, for as long as its process lives."""
+    Image.init()
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from latentflow.errors import UserError
 
 pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import gradio as gr
+from PIL import Image
 
 from latentflow.drawing.checkpoint import Takes
 from latentflow.web import page
@@ -99,3 +100,4 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         port = mine.getsockname()[1]
         with pytest.raises(UserError, match=f"{port} is taken"):
             page.serve(checkpoint(), "127.0.0.1", port)
+    assert "PNG" in Image.OPEN and "EPS" not in Image.OPEN  # Gradio opens uploads itself
