@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .data.mask_files import read_mask
 from .data.colours import profile_of
+from .data.mask_files import read_mask
 from .data.read import to_pixels, to_rgb, upright
 from .errors import UserError
 from .pipeline_call import Size
@@ -52,8 +52,8 @@ def read_pictures(pictures: Pictures, height: int | None = None, width: int | No
 def transparent_again(images: list[Image.Image], pictures: Pictures, painted: Tensor) -> list[Image.Image]:
     """Return images with the transparency of the pictures that they were painted on; those of opaque ones as they are.
 
-    What was kept has its picture's own colours and alpha, to the byte and under alpha 0 too; what was painted is opaque;
-    in between both blend, so that on white an image looks as it did.
+    What was kept has its picture's own colours and alpha, to the byte and under alpha 0 too; what was painted is
+    opaque; in between both blend, so that on white an image looks as it did.
 
     Args:
         images: B RGB images, painted on white ground.
@@ -72,7 +72,7 @@ def transparent_again(images: list[Image.Image], pictures: Pictures, painted: Te
 def _uncovered(
     image: Image.Image, original: Image.Image, painted: np.ndarray[Any, np.dtype[np.float64]]
 ) -> Image.Image:
-    """Return an RGBA image that looks on white as ``image`` does; ``painted`` (H, W, 1) is opaque, the rest original."""
+    """Return RGBA that looks on white as ``image`` does: opaque where ``painted`` (H, W, 1), else the original."""
     kept = np.asarray(original if original.size == image.size else original.resize(image.size))
     alpha = painted + (1.0 - painted) * (kept[..., 3:] / 255.0)
     ground = 255.0 * (1.0 - alpha)

@@ -161,11 +161,11 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             images = call.rows_of(painting.pictures)
         else:
             images = painting.finished((self.decode_latents(drawn) / 2.0 + 0.5).clamp(0.0, 1.0))
-        images = self.output_images(images, output_type)
+        result = self.output_images(images, output_type)
         if output_type == "pil":
             painted = painting.painted if strength > 0.0 else torch.zeros_like(painting.masks)
-            images = transparent_again(images, image, painted)
-        return self.finish_call(images, return_dict)
+            result = transparent_again(result, image, painted)
+        return self.finish_call(result, return_dict)
 
     def _method(self, name: str | None, solver: str | None) -> str:
         """The method that a call uses.

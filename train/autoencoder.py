@@ -45,9 +45,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
     # ---- data ----
     data = as_begun(config.data, output, given_keys)
     config = replace(config, data=data)
-    source = readable(
-        find_source(data.data, condition="none", columns=data.columns, colours=data.colours)
-    )
+    source = readable(find_source(data.data, condition="none", columns=data.columns, colours=data.colours))
     for note in source.notes:
         log.info(note)
     training, validation = split(source, config.data.validation, config.loop.seed)

@@ -125,9 +125,12 @@ def _conversion(profile: bytes, mode: str) -> _Conversion:
         seen = None if mode == "CMYK" else transform.apply(probe)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         return _Conversion(Profile(name, reason(error)))
-    if seen is not None and np.abs(np.subtract(seen, probe.convert("RGB"), dtype=int)).max() <= _TOLERANCE:
+    if seen is None:
+        return _Conversion(Profile(name), transform)
+    before = np.asarray(probe.convert("RGB"), dtype=int)
+    if np.abs(np.asarray(seen) - before).max() <= _TOLERANCE:
         return _Conversion()
-    if seen is not None and mode == "L":
+    if mode == "L":
         return _Conversion(Profile(name), table=list(seen.convert("L").tobytes()))
     return _Conversion(Profile(name), transform)
 

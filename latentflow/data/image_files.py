@@ -28,7 +28,7 @@ class ImageFileError(UserError):
 
 
 def open_image(file: File | BinaryIO) -> Image.Image:
-    """Return the image in a file, a member or a stream, not yet decoded, in its own mode, its EXIF rotation not applied.
+    """Return the image in a file, a member or a stream, not yet decoded, in its own mode, not yet turned by EXIF.
 
     Raises:
         ImageFileError: there is no such file, it is of none of ``FORMATS``, damaged, or has far too many pixels.
@@ -94,8 +94,10 @@ def decoding(name: str) -> Iterator[None]:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        what, fix = f"{name} is not a picture that can be read", f"Formats that are read: {', '.join(FORMATS)}."
-        raise ImageFileError(name, "not a picture", fix, what) from error
+        fix = f"Formats that are read: {', '.join(FORMATS)}."
+        raise ImageFileError(
+            name, "not a picture", fix, f"{name} is not a picture that can be read"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error)) from error
     except Exception as error:

@@ -45,10 +45,15 @@ def _as_format(pictures: list[Image], output: str) -> list[Image]:
     from ..data.read import to_rgb
 
     suffix = Path(output).suffix.lower()
-    if Image.registered_extensions().get(suffix) in _TRANSPARENT or not any(one.mode == "RGBA" for one in pictures):
+    if Image.registered_extensions().get(suffix) in _TRANSPARENT or not any(
+        one.mode == "RGBA" for one in pictures
+    ):
         return pictures
     if any(map(is_transparent, pictures)):
-        print(f"{suffix} has no transparency: what is transparent lies on white; .png keeps it.", file=sys.stderr)
+        print(
+            f"{suffix} has no transparency: what is transparent lies on white; .png keeps it.",
+            file=sys.stderr,
+        )
     return [to_rgb(one) for one in pictures]
 
 

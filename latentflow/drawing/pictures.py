@@ -48,7 +48,7 @@ def read_opaque(path: str) -> Image:
 
 def is_transparent(picture: Image) -> bool:
     """Whether any pixel of an RGB or RGBA picture is less than opaque."""
-    return picture.mode == "RGBA" and picture.getchannel("A").getextrema()[0] < 255
+    return picture.mode == "RGBA" and any(picture.getchannel("A").histogram()[:255])
 
 
 def read_mask_of(path: str, picture: Image, threshold: float | None = None) -> Image:

@@ -121,7 +121,7 @@ class Studio:
         return [*(EDITING if self.takes.condition else ()), ANEW]
 
     def opened(self, upload: str) -> tuple[Image, str]:
-        """An uploaded picture, upright, RGB or RGBA, and "" or, if it was too large for the checkpoint, how it was shrunk.
+        """An uploaded picture, upright, RGB or RGBA; and "" or, if it was too large for the checkpoint, how it shrank.
 
         Raises:
             UserError: it cannot be read; the message names the file and not where the server keeps it.

@@ -74,7 +74,9 @@ def cmyk_profile(inks: Callable[[tuple[int, int, int, int]], tuple[float, float,
     """A profile with a table that holds the colours (L, a, b) of every ink alone and of all overprints."""
     corners = [tuple(number >> shift & 1 for shift in (3, 2, 1, 0)) for number in range(16)]
     table = bytes(
-        level for corner in corners for level in _lab_levels(inks(corner))  # type: ignore[arg-type]
+        level
+        for corner in corners
+        for level in _lab_levels(inks(corner))  # type: ignore[arg-type]
     )
     identity = bytes(range(256))
     one = [struct.pack(">i", round(65536 * value)) for value in np.eye(3).ravel()]
@@ -102,7 +104,8 @@ def _profile(space: str, kind: str, name: str, tags: dict[str, bytes], connectio
     for tag, value in tags.items():
         table += tag.encode() + struct.pack(">II", start + len(body), len(value))
         body += value + b"\0" * (-len(value) % 4)
-    head = struct.pack(">I4sI4s4s4s", start + len(body), b"none", 0x02100000, *map(str.encode, (kind, space, connection)))
+    kinds = (kind.encode(), space.encode(), connection.encode())
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"none", 0x02100000, *kinds)
     head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + _fixed(D50) + bytes(48)
     return head + struct.pack(">I", len(tags)) + table + body
 

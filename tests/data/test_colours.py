@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from latentflow.data import FileExample, cached_pixels, check_source, find_source, read_image, read_mask, readable
+from latentflow.data import (
+    FileExample,
+    cached_pixels,
+    check_source,
+    find_source,
+    read_image,
+    read_mask,
+    readable,
+)
 from latentflow.data.colours import profile_of
 from latentflow.data.read import to_rgb, upright
 from latentflow.errors import UserError
@@ -32,7 +40,9 @@ from .profiles import (
 
 WIDE = [space for space in SPACES if space != "sRGB"]
 # Every fifteenth level of each channel
-LEVELS = np.stack(np.meshgrid(*[np.arange(0, 256, 15)] * 3, indexing="ij"), -1).reshape(72, 81, 3).astype(np.uint8)
+LEVELS = (
+    np.stack(np.meshgrid(*[np.arange(0, 256, 15)] * 3, indexing="ij"), -1).reshape(72, 81, 3).astype(np.uint8)
+)
 P3 = rgb_profile("Display P3")
 
 
@@ -209,7 +219,7 @@ def test_a_training_is_told_of_profiles(mixed: Path) -> None:
     assert "3 images have another colour profile than sRGB and are converted" in notes and "junk.png" in notes
     notes = "\n".join(readable(find_source(str(mixed), colours="stored"), progress=False).notes)
     assert "3 images have another colour profile than sRGB, not used (--colours stored)" in notes
-    with pytest.raises(UserError, match="unknown colours 'srbg'.*\n.*did you mean 'srgb'"):
+    with pytest.raises(UserError, match=r"unknown colours 'srbg'\ndid you mean 'srgb'"):
         find_source(str(mixed), colours="srbg")  # type: ignore[arg-type]
 
 
@@ -227,7 +237,9 @@ def test_only_what_is_converted_has_new_keys_in_the_caches(mixed: Path) -> None:
     before, after = (cached_pixels(one, 32, progress=False) for one in (stored, source))
     for row, (example, old) in enumerate(zip(source.examples, stored.examples, strict=True)):
         levels, numbers = (table[row].permute(1, 2, 0).numpy() for table in (after, before))
-        assert np.array_equal(levels, read_image(example, 32)) and np.array_equal(numbers, read_image(old, 32))
+        assert np.array_equal(levels, read_image(example, 32)) and np.array_equal(
+            numbers, read_image(old, 32)
+        )
         assert np.array_equal(levels, numbers) == (example.name not in changed)
         if example.name == "p3.png":
             assert np.abs(levels - in_srgb(numbers, "Display P3")).max() <= 1

@@ -85,7 +85,7 @@ def of_tar(hostile: Path) -> Iterator[object]:
 
 
 def of_parquet(hostile: Path) -> Iterator[object]:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     table = pyarrow.table({"image": [hostile.read_bytes()], "mask": [hostile.read_bytes()]})
@@ -96,7 +96,8 @@ def of_parquet(hostile: Path) -> Iterator[object]:
 
 
 def of_saved(hostile: Path) -> Iterator[object]:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = datasets.Features({"image": datasets.Image()})
     rows = {"image": [{"bytes": hostile.read_bytes(), "path": None}]}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(hostile.parent / "saved"))
@@ -190,7 +191,11 @@ def test_images_are_opened_in_one_place() -> None:
     places = []
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            called = isinstance(node, ast.Attribute) and node.attr == "open" and ast.unparse(node.value).endswith("Image")
+            called = (
+                isinstance(node, ast.Attribute)
+                and node.attr == "open"
+                and ast.unparse(node.value).endswith("Image")
+            )
             imported = isinstance(node, ast.ImportFrom) and node.module == "PIL.Image"
             if called or (imported and any(name.name == "open" for name in node.names)):
                 places.append(str(file.relative_to(root)))

@@ -522,7 +522,9 @@ def test_an_outpainted_picture_keeps_the_old_one(inpaint_pipe: LatentFlowInpaint
 
 
 @pytest.mark.parametrize("form", ["PIL", "palette", "grey", "array", "tensor"])
-def test_transparent_pictures_come_back_transparent(inpaint_pipe: LatentFlowInpaintPipeline, form: str) -> None:
+def test_transparent_pictures_come_back_transparent(
+    inpaint_pipe: LatentFlowInpaintPipeline, form: str
+) -> None:
     """Several masks of one picture, among opaque ones: each result has the alpha of its own picture."""
     levels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
     clear = Image.fromarray(levels)

@@ -246,7 +246,17 @@ def test_a_format_without_alpha_says_so(
 ) -> None:
     image, _ = see_through()
     image.save("clear.png")
-    arguments = ["clear.png", "mask.png", "hat", "--checkpoint", str(dit_folder), "--steps", "2", "--device", "cpu"]
+    arguments = [
+        "clear.png",
+        "mask.png",
+        "hat",
+        "--checkpoint",
+        str(dit_folder),
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
     load_program("inpaint").main([*arguments, "-o", "a.jpg"])
     said = capsys.readouterr()
     assert ".jpg has no transparency: what is transparent lies on white" in said.err

@@ -53,7 +53,9 @@ def test_a_run_begun_before_goes_on_with_the_colours_as_they_are_stored(
     said = train(begun)
     assert len(re.findall("was begun before colour profiles were converted", said)) == 1
     assert "6 images have another colour profile than sRGB, not used (--colours stored)" in said
-    one, other = (load_file(run / f"checkpoints/step-000002/{player}-weights.safetensors") for run in (begun, whole))
+    one, other = (
+        load_file(run / f"checkpoints/step-000002/{player}-weights.safetensors") for run in (begun, whole)
+    )
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert yaml.safe_load((begun / "config.yaml").read_text())["colours"] == "stored"  # and so for good
     assert "data: " in train(begun, "--colours", "srgb", expect=2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+
 from ...autoencoder import AutoencoderConfig
 from ...data.config import DataConfig
 from ...data.image_files import open_image
