@@ -13,10 +13,9 @@ from PIL import Image, ImageCms
 from latentflow.errors import printable, reason
 
 from .image_files import ImageFileError, open_image
-from .members import File, Member, read_bytes
+from .members import File, Member, open_stream
 
 _TOLERANCE = 1  # levels of 255 by which profiles of sRGB differ, which many programs write in their own way
-_MARKS = (b"acsp", b"iCCP")  # in every ICC profile, and before a compressed one in a PNG
 _LONGEST, _LARGEST = 60, 2**22  # characters of a profile's name, bytes of a profile; some are kept
 
 
@@ -75,15 +74,13 @@ def key_and_profile(file: File) -> tuple[str, Profile | None]:
 
 @functools.lru_cache(maxsize=1_000_000)
 def _key_and_profile(file: File, size: int, modified: int) -> tuple[str, Profile | None]:
-    content = read_bytes(file)
-    key = hashlib.sha256(content).hexdigest()
-    if not any(mark in content for mark in _MARKS):
-        return key, None
-    try:
-        with open_image(file) as image:
-            return key, profile_of(image)
-    except ImageFileError:
-        return key, None
+    with open_stream(file) as stream:
+        key = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(0)
+        try:
+            return key, profile_of(open_image(stream))
+        except ImageFileError:
+            return key, None
 
 
 @dataclass(frozen=True)
@@ -122,15 +119,18 @@ def _conversion(profile: bytes, mode: str) -> _Conversion:
             of,
             "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0),
         )
         probe = ramp.convert(of) if mode == "L" else _probe()
         seen = None if mode == "CMYK" else transform.apply(probe)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         return _Conversion(Profile(name, reason(error)))
-    if seen is not None and np.abs(np.subtract(seen, probe.convert("RGB"), dtype=int)).max() <= _TOLERANCE:
+    if seen is None:
+        return _Conversion(Profile(name), transform)
+    before = np.asarray(probe.convert("RGB"), dtype=int)
+    if np.abs(np.asarray(seen) - before).max() <= _TOLERANCE:
         return _Conversion()
-    if seen is not None and mode == "L":
+    if mode == "L":
         return _Conversion(Profile(name), table=list(seen.convert("L").tobytes()))
     return _Conversion(Profile(name), transform)
 

@@ -7,16 +7,15 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from latentflow.errors import UserError, nearest, reason
+from latentflow.image_formats import FORMATS, readable_formats
 
 from .members import File, Member, open_stream
 
-#: Pillow's names of the formats that are read. Of others it knows some are programs: PostScript, in a file of any
-#: name, is handed to Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _DAMAGED = "It may be damaged or cut off: copy or save it again."
 
 
@@ -28,8 +27,8 @@ class ImageFileError(UserError):
         self.why = why
 
 
-def open_image(file: File) -> Image.Image:
-    """Return the image in a file or a member, not yet decoded, in its own mode, its EXIF rotation not applied.
+def open_image(file: File | BinaryIO) -> Image.Image:
+    """Return the image in a file, a member or a stream, not yet decoded, in its own mode, not yet turned by EXIF.
 
     Raises:
         ImageFileError: there is no such file, it is of none of ``FORMATS``, damaged, or has far too many pixels.
@@ -38,13 +37,11 @@ def open_image(file: File) -> Image.Image:
     try:
         if isinstance(file, Path):
             _refuse_special(file)
-            place: Path | object = file
-        else:
-            place = open_stream(file)
+        place = open_stream(file) if isinstance(file, Member) else file
     except OSError as error:
         raise ImageFileError(name, _said(error), "Check the path, and that you may read it.") from error
     with decoding(name):
-        return Image.open(place, formats=_readable())  # type: ignore[arg-type]
+        return Image.open(place, formats=readable_formats())
 
 
 def open_picture(path: str | os.PathLike[str] | Member) -> Image.Image:
@@ -97,29 +94,14 @@ def decoding(name: str) -> Iterator[None]:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        what, fix = f"{name} is not a picture that can be read", f"Formats that are read: {', '.join(FORMATS)}."
-        raise ImageFileError(name, "not a picture", fix, what) from error
+        fix = f"Formats that are read: {', '.join(FORMATS)}."
+        raise ImageFileError(
+            name, "not a picture", fix, f"{name} is not a picture that can be read"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error)) from error
     except Exception as error:
         raise ImageFileError(name, _said(error)) from error
-
-
-def open_no_others() -> None:
-    """Keep Pillow from opening any format but ``FORMATS`` in this process, whoever asks.
-
-    For a server: its framework opens what strangers upload before any code of ours sees it.
-    """
-    kept = _readable()
-    for other in set(Image.OPEN) - set(kept):
-        del Image.OPEN[other]
-    Image.ID[:] = kept
-
-
-def _readable() -> list[str]:
-    """Those of ``FORMATS`` that this Pillow was built with."""
-    Image.init()
-    return [one for one in FORMATS if one in Image.OPEN]
 
 
 def _refuse_special(path: Path) -> None:

@@ -329,9 +329,7 @@ class LatentFolder(Source):
         keys, masks = list(self.content_keys()), self.index.values("mask_key", self.rows)
         pixel_keys = self.pixel_keys()
         wanted: dict[str, list[str]] = {name: [] for name in self.store.description["tables"]}
-        for key, pixels, mask, bucket in zip(
-            keys, pixel_keys, masks, self.buckets().tolist(), strict=True
-        ):
+        for key, pixels, mask, bucket in zip(keys, pixel_keys, masks, self.buckets().tolist(), strict=True):
             held = {"latents": pixels, "pixels": pixels} | ({"masks": f"{key} {mask}"} if mask else {})
             for kind, what in held.items():
                 if (place := place_of(kind, self.sizes[bucket])) in wanted:

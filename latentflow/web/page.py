@@ -29,6 +29,7 @@ from PIL import Image
 from starlette.middleware import Middleware  # type: ignore[import-not-found,unused-ignore]
 
 from ..errors import UserError, printable
+from ..image_formats import open_no_others
 from .guard import ARRIVED, LARGEST_UPLOAD, MOST_KEPT, Guard, Hosts, make_room
 from .studio import (
     CANVAS,
@@ -380,6 +381,9 @@ def enlarged(studio: Studio, path: str) -> Image.Image:
     picture, note = studio.opened(path)
     if note:
         gr.Info(note)
+    from ..data.read import to_rgb  # not before the pipeline: the page is there before torch is
+
+    picture = to_rgb(picture)  # the canvas is opaque
     scale = CANVAS / max(picture.size)
     return picture.resize([max(1, round(scale * side)) for side in picture.size])
 
@@ -496,6 +500,7 @@ def start(
     Raises:
         UserError: the port is taken or may not be listened on.
     """
+    open_no_others()
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # of this process
     processing_utils.async_ssrf_protected_download = _fetch_nothing
     listeners: Counter[str] = Counter()
@@ -548,7 +553,4 @@ def serve(studio: Studio, host: str, port: int, **settings: Any) -> None:
         page = start(studio, host, port, **settings)
         print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
         studio.pipe  # noqa: B018
-        from ..data.image_files import open_no_others  # after the models: it imports torch
-
-        open_no_others()
         page.block_thread()

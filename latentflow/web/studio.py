@@ -163,7 +163,7 @@ class Studio:
         return list(find(given)) if find is not None and given and self.takes.text else []
 
     def opened(self, upload: str) -> tuple[Image, str]:
-        """An uploaded picture as upright RGB, and "" or, if it was too large for the checkpoint, how it was shrunk.
+        """An uploaded picture, upright, RGB or RGBA; and "" or, if it was too large for the checkpoint, how it shrank.
 
         Raises:
             UserError: it cannot be read; the message names the file and not where the server keeps it.

@@ -6,6 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def formats_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server gives up all but a few formats and sizes, for as long as its process lives."""
+    Image.init()
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from latentflow.errors import UserError
 
 pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import gradio as gr
+from PIL import Image
 
-from latentflow.data import image_files
 from latentflow.drawing.checkpoint import Takes
 from latentflow.web import page
 
@@ -94,13 +94,14 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         mine.listen()
         port = mine.getsockname()[1]
         with pytest.raises(UserError, match=f"{port} is taken"):
-            page.serve(checkpoint(), "127.0.0.1", port)
+            page.start(checkpoint(), "127.0.0.1", port)
+    assert "PNG" in Image.OPEN and "EPS" not in Image.OPEN  # Gradio opens uploads itself
 
 
 def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders, restricted = [], []
+    folders = []
 
     def block_thread() -> None:
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
@@ -112,7 +113,6 @@ def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", "somebody's")
     monkeypatch.setattr(page, "start", lambda *_, **__: SimpleNamespace(block_thread=block_thread))
-    monkeypatch.setattr(image_files, "open_no_others", lambda: restricted.append(True))
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as ended:
@@ -120,6 +120,6 @@ def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143
-    assert restricted and not folders[0].exists()
+    assert not folders[0].exists()
     said = capsys.readouterr()
     assert said.out == "http://[::1]:7860\n" and said.err == "a name: \\x1b[2J\n"

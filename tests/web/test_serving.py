@@ -50,6 +50,8 @@ def serving(studio: Studio, **settings: Any) -> Iterator[httpx.Client]:
     """Serve a page, and undo what that changes in the process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        for name, value in {"OPEN": dict(Image.OPEN), "ID": list(Image.ID)}.items():
+            patch.setattr(Image, name, value)
         patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         fetch = "async_ssrf_protected_download"
         patch.setattr(processing_utils, fetch, getattr(processing_utils, fetch))

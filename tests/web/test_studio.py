@@ -144,6 +144,14 @@ def test_a_bad_upload_is_named_without_the_server_s_folders(studio: Studio, tmp_
         studio.inpaint(ORDER, silent, str(path), [])
 
 
+def test_an_upload_of_another_format_is_refused(studio: Studio, tmp_path: Path) -> None:
+    (tmp_path / "drawing.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+    )
+    with pytest.raises(UserError, match=r"drawing\.png is not a picture"):
+        studio.opened(str(tmp_path / "drawing.png"))
+
+
 def test_large_uploads_are_shrunk_and_that_is_said(studio: Studio, picture: Path, tmp_path: Path) -> None:
     Image.new("RGB", (400, 200)).save(tmp_path / "large.png")
     shrunk, note = studio.opened(str(tmp_path / "large.png"))

@@ -98,7 +98,9 @@ def _look_at(example: Example) -> Look:
         hash, thumbnail = _fingerprint(turned)
     if orientation in _TURNED:
         width, height = height, width
-    look = Look(width, height, mode, format, orientation != 1, animated, example.content_key(), hash, thumbnail)
+    look = Look(
+        width, height, mode, format, orientation != 1, animated, example.content_key(), hash, thumbnail
+    )
     profile = example.profile()
     if profile is None:
         return look

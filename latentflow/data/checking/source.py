@@ -102,7 +102,8 @@ def _profile_notes(source: Source, looks: Mapping[str, Look]) -> list[str]:
     profiles, unusable = _profiles(looks)
     notes = [profile_line(profiles)] if profiles else []
     if profiles and any(isinstance(one, FileExample) and one.colours == "stored" for one in source.examples):
-        notes = [f"{sum(profiles.values())} images have another colour profile than sRGB, not used (--colours stored)"]
+        count = sum(profiles.values())
+        notes = [f"{count} images have another colour profile than sRGB, not used (--colours stored)"]
     return [printable(note) for note in [*notes, *_profile_warnings(unusable)]]
 
 
@@ -113,9 +114,8 @@ def _profiles(looks: Mapping[str, Look]) -> tuple[dict[str, int], dict[str, str]
 
 
 def _profile_warnings(unusable: Mapping[str, str]) -> list[str]:
-    if not unusable:
-        return []
-    return [f"{len(unusable)} images have a colour profile that cannot be used, and are read as sRGB: {listed(unusable)}"]
+    what = f"{len(unusable)} images have a colour profile that cannot be used, and are read as sRGB"
+    return [f"{what}: {listed(unusable)}"] if unusable else []
 
 
 def near_groups(looks: Sequence[Look]) -> NDArray[np.int64]:
