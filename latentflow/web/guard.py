@@ -190,18 +190,20 @@ def make_room(folder: Path, most: int) -> int:
     for modified, size, path in sorted(files):
         if kept <= most or modified > now - YOUNG:
             break
-        path.unlink(missing_ok=True)
-        kept -= size
+        with suppress(OSError):  # removed meanwhile, or in use
+            path.unlink()
+            kept -= size
     return kept
 
 
 def _listener(scope: Message) -> str | None:
     """Return the session or event for whose answer a request waits, if it does."""
-    path = scope["path"]
+    path: str = scope["path"]
     if scope.get("method") != "GET":
         return None
     if path.endswith("/queue/data"):
-        return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [None])[0]
+        query: str = scope["query_string"].decode("latin-1")
+        return parse_qs(query).get("session_hash", [""])[0]
     return path.rpartition("/")[2] if "/call/" in path else None
 
 
