@@ -67,7 +67,7 @@ def read_bytes(file: File) -> bytes:
     return file.read() if isinstance(file, Member) else file.read_bytes()
 
 
-def open_stream(file: File) -> BinaryIO:
+def open_stream(file: File) -> io.BytesIO | io.BufferedReader:
     """The bytes of a file as a seekable stream."""
     return io.BytesIO(file.read()) if isinstance(file, Member) else file.open("rb")
 
