@@ -26,7 +26,7 @@ from gradio import processing_utils
 from gradio.components.base import server
 from gradio.context import LocalContext
 from PIL import Image
-from starlette.middleware import Middleware  # type: ignore[import-not-found,unused-ignore]
+from starlette.middleware import Middleware
 
 from ..errors import UserError, printable
 from ..image_formats import open_no_others
