@@ -49,7 +49,7 @@ LEVELS = (
 P3 = rgb_profile("Display P3")
 
 
-def with_profile(image: Image.Image, profile: bytes) -> Image.Image:
+def with_profile(image: Image.Image, profile: object) -> Image.Image:
     image.info["icc_profile"] = profile
     return image
 
@@ -165,11 +165,13 @@ def test_profiles_of_srgb_are_rounded_by_everybody_in_another_way() -> None:
         (P3[:128] + b"\xff" * (len(P3) - 128), ""),
         (grey_profile(gamma(2.2)), "cannot build transform"),  # not of this mode
         (P3 + bytes(2**22), "bytes"),
+        (None, "damaged"),  # of what could not be put together, and of a TIFF whose tag has another type
+        ((12, 7), "damaged"),
     ],
-    ids=["junk", "cut off", "tags destroyed", "of another mode", "huge"],
+    ids=["junk", "cut off", "tags destroyed", "of another mode", "huge", "none", "numbers"],
 )
 def test_a_profile_that_cannot_be_used_is_told_and_changes_nothing(
-    profile: bytes, why: str, caplog: pytest.LogCaptureFixture
+    profile: object, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = with_profile(noise(1, 16, 16), profile)
     found = profile_of(image)
