@@ -33,14 +33,12 @@ def in_srgb(image: Image.Image) -> Image.Image:
     The intent is relative colorimetric with black-point compensation. Without a profile, with one of sRGB, or with one
     that cannot be used, the pixels and the mode stay as they are.
     """
-    if not image.info.get("icc_profile"):
+    if "icc_profile" not in image.info:
         return image
-    conversion = _conversion(image.info["icc_profile"], _colours_of(image))
-    bare = image.copy()
-    del bare.info["icc_profile"]
+    bare, mode = image.copy(), _colours_of(image)
+    conversion = _conversion(bare.info.pop("icc_profile"), mode)
     if conversion.profile is None or conversion.profile.problem:
         return bare
-    mode = _colours_of(bare)
     if not bare.has_transparency_data:
         return conversion.of(bare.convert(mode))
     whole = bare.convert("LA" if mode == "L" else "RGBA")
@@ -56,8 +54,6 @@ def profile_of(image: Image.Image) -> Profile | None:
     """
     if "icc_profile" not in image.info:
         return None
-    if not image.info["icc_profile"]:  # what Pillow could not put together
-        return Profile("damaged", "it is damaged")
     return _conversion(image.info["icc_profile"], _colours_of(image)).profile
 
 
@@ -102,8 +98,12 @@ class _Conversion:
 
 
 @functools.lru_cache(maxsize=32)
-def _conversion(profile: bytes, mode: str) -> _Conversion:
-    """Return what ``profile`` does to colours of ``mode``: L, RGB or CMYK."""
+def _conversion(profile: object, mode: str) -> _Conversion:
+    """Return what becomes of colours of ``mode`` (L, RGB or CMYK) under ``profile``, which Pillow read from a file."""
+    if not isinstance(
+        profile, bytes
+    ):  # nothing where it could not put it together, numbers from a damaged TIFF
+        return _Conversion(Profile("unknown", "it is damaged"))
     ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
     if len(profile) > _LARGEST:
         return _Conversion(Profile("unknown", f"it has {len(profile)} bytes"))
@@ -111,7 +111,7 @@ def _conversion(profile: bytes, mode: str) -> _Conversion:
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = opened.profile.xcolor_space.strip()
-        name = printable(opened.profile.profile_description or space)[:_LONGEST]
+        name = printable(" ".join((opened.profile.profile_description or space).split()))[:_LONGEST]
         of = "RGB" if mode == "L" and space == "RGB" else mode  # grey is a colour of an RGB profile too
         transform = ImageCms.buildTransform(
             opened,

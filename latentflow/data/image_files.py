@@ -22,9 +22,14 @@ _DAMAGED = "It may be damaged or cut off: copy or save it again."
 class ImageFileError(UserError):
     """An image that cannot be read; ``why`` is the reason alone, for lists of names and reasons."""
 
-    def __init__(self, name: str, why: str, fix: str = _DAMAGED, what: str | None = None) -> None:
-        super().__init__(what or f"{name} cannot be read: {why}", fix)
-        self.why = why
+    def __init__(self, what: str, why: str = "", fix: str = "") -> None:
+        super().__init__(what, fix)
+        self.why = why or what
+
+
+def unreadable(name: str, why: str, fix: str = _DAMAGED) -> ImageFileError:
+    """Return the error for an image that cannot be read."""
+    return ImageFileError(f"{name} cannot be read: {why}", why, fix)
 
 
 def open_image(file: File | BinaryIO) -> Image.Image:
@@ -39,9 +44,12 @@ def open_image(file: File | BinaryIO) -> Image.Image:
             _refuse_special(file)
         place = open_stream(file) if isinstance(file, Member) else file
     except OSError as error:
-        raise ImageFileError(name, _said(error), "Check the path, and that you may read it.") from error
+        raise unreadable(name, _said(error), "Check the path, and that you may read it.") from error
     with decoding(name):
-        return Image.open(place, formats=readable_formats())
+        image = Image.open(place, formats=readable_formats())
+    if isinstance(file, Member):
+        image.filename = name  # for later messages
+    return image
 
 
 def open_picture(path: str | os.PathLike[str] | Member) -> Image.Image:
@@ -56,7 +64,6 @@ def open_picture(path: str | os.PathLike[str] | Member) -> Image.Image:
         if not path.is_file():
             raise _no_file(path)
     with open_image(path) as image:
-        image.filename = str(path)  # type: ignore[attr-defined]  # for later messages
         loaded(image)
         with decoding(str(path)):
             image.getexif()  # in a TIFF it is read from the file
@@ -94,23 +101,21 @@ def decoding(name: str) -> Iterator[None]:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        fix = f"Formats that are read: {', '.join(FORMATS)}."
-        raise ImageFileError(
-            name, "not a picture", fix, f"{name} is not a picture that can be read"
-        ) from error
+        what, fix = f"{name} is not a picture that can be read", f"Formats: {', '.join(FORMATS)}."
+        raise ImageFileError(what, "not a picture", fix) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error)) from error
     except Exception as error:
-        raise ImageFileError(name, _said(error)) from error
+        raise unreadable(name, _said(error)) from error
 
 
 def _refuse_special(path: Path) -> None:
     """Refuse a pipe, which would be waited for without end, and what is empty."""
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
-        raise ImageFileError(str(path), "not a regular file", "Give an image file.")
+        raise unreadable(str(path), "not a regular file", "Give an image file.")
     if not state.st_size:
-        raise ImageFileError(str(path), "the file is empty", "Copy or save it again.")
+        raise unreadable(str(path), "the file is empty", "Copy or save it again.")
 
 
 def _said(error: Exception) -> str:
@@ -119,13 +124,14 @@ def _said(error: Exception) -> str:
 
 def _no_file(path: Path) -> ImageFileError:
     if path.is_dir():
-        return ImageFileError(str(path), "a folder", "Give one picture in it.", f"{path} is a folder")
+        return ImageFileError(f"{path} is a folder", "a folder", "Give one picture in it.")
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, beside)
     fix = f"Did you mean {path.parent / near}?" if near else "Check the path."
-    return ImageFileError(str(path), "no such file", fix, f"there is no file {path}")
+    return ImageFileError(f"there is no file {path}", "no such file", fix)
 
 
 def _too_large(name: str, why: str) -> ImageFileError:
-    fix = f"Shrink it below {Image.MAX_IMAGE_PIXELS} pixels."
-    return ImageFileError(name, why, fix, f"{name} is too large: {why}")
+    return ImageFileError(
+        f"{name} is too large: {why}", why, f"Shrink it below {Image.MAX_IMAGE_PIXELS} pixels."
+    )

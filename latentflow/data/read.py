@@ -11,7 +11,7 @@ from latentflow.errors import UserError
 
 from .colours import in_srgb
 from .examples import Example
-from .image_files import ImageFileError, decoding, name_of
+from .image_files import decoding, name_of, unreadable
 
 
 def read_image(example: Example, resolution: int | tuple[int, int], background: str = "white") -> Image.Image:
@@ -60,8 +60,8 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     image = upright(image)
     if image.mode == "RGBA":
         canvas = Image.new("RGBA", image.size, (*colour, 255))
-        image = Image.alpha_composite(canvas, image)
-    return image.convert("RGB")
+        image = Image.alpha_composite(canvas, image).convert("RGB")
+    return image
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -85,10 +85,10 @@ def _wide_to_grey(image: Image.Image, name: str) -> Image.Image:
     """16-bit, 32-bit and float greyscale as 8 bits. Pillow's own conversion would clip them at 255."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ImageFileError(name, "it holds infinite or undefined values", "Write numbers from 0 to 1.")
+        raise unreadable(name, "it holds infinite or undefined values", "Write numbers from 0 to 1.")
     if values.max() > 65535 or values.min() < 0:
         told = f"its values reach from {values.min():g} to {values.max():g}"
-        raise ImageFileError(name, told, "Save it with 8 or 16 bits a pixel, or as numbers from 0 to 1.")
+        raise unreadable(name, told, "Save it with 8 or 16 bits a pixel, or as numbers from 0 to 1.")
     if image.mode == "F":  # floats carry no scale of their own; programs write 0..1, 0..255, 0..65535
         full = next((limit for limit in (1.0, 255.0) if values.max() <= limit), 65535.0)
     else:  # mode I also holds 16-bit values; only a picture that never leaves 8 bits is read as such

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import UserError, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,11 +24,11 @@ def read_picture(path: str) -> Image:
     from ..data.read import upright
 
     image = open_picture(path)
-    profile = profile_of(image)
+    profile, name = profile_of(image), printable(path)
     if profile is not None and profile.problem:
-        log.warning("%s is read as sRGB: its colour profile cannot be used (%s)", path, profile.problem)
+        log.warning("%s is read as sRGB: its colour profile cannot be used (%s)", name, profile.problem)
     elif profile is not None:
-        log.warning("%s is converted to sRGB from its colour profile, %s", path, profile.name)
+        log.warning("%s is converted to sRGB from its colour profile, %s", name, profile.name)
     return upright(image)
 
 
@@ -42,7 +42,9 @@ def read_opaque(path: str) -> Image:
 
     picture = read_picture(path)
     if is_transparent(picture):
-        log.warning("%s has transparent parts: they lie on white, and all of the result is opaque", path)
+        log.warning(
+            "%s has transparent parts: they lie on white, and all of the result is opaque", printable(path)
+        )
     return to_rgb(picture)
 
 

@@ -57,9 +57,12 @@ def in_srgb(levels: NDArray[np.uint8], space: str) -> NDArray[np.float64]:
     return 255.0 * to_srgb(light @ np.linalg.inv(matrix_of("sRGB")).T)
 
 
-def rgb_profile(space: str) -> bytes:
-    """A profile of version 2 with a matrix and curves."""
-    _, _, curve = SPACES[space]
+def rgb_profile(space: str, gain: float = 1.0) -> bytes:
+    """A profile of version 2 with a matrix and curves, the light times ``gain``."""
+
+    def curve(v: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.minimum(1.0, gain * SPACES[space][2](v))
+
     matrix = matrix_of(space)
     tags = {f"{name}XYZ": _xyz(matrix[:, i]) for i, name in enumerate("rgb")}
     tags |= {f"{name}TRC": _curve(curve) for name in "rgb"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image, ImageCms
 
 from latentflow.data import (
     FileExample,
+    Source,
     cached_pixels,
     check_source,
     find_source,
@@ -19,6 +21,7 @@ from latentflow.data import (
     read_mask,
     readable,
 )
+from latentflow.data.checking.looks import looks_at
 from latentflow.data.colours import profile_of
 from latentflow.data.read import to_rgb, upright
 from latentflow.errors import UserError
@@ -46,7 +49,7 @@ LEVELS = (
 P3 = rgb_profile("Display P3")
 
 
-def with_profile(image: Image.Image, profile: bytes) -> Image.Image:
+def with_profile(image: Image.Image, profile: object) -> Image.Image:
     image.info["icc_profile"] = profile
     return image
 
@@ -145,6 +148,15 @@ def test_a_profile_of_srgb_changes_no_pixel(name: str, mode: str) -> None:
     assert after.tobytes() == before and "icc_profile" not in after.info
 
 
+def test_profiles_of_srgb_are_rounded_by_everybody_in_another_way() -> None:
+    image, near, far = Image.fromarray(LEVELS), rgb_profile("sRGB", 1.008), rgb_profile("sRGB", 1.03)
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(near))
+    moved = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert moved is not None and off(moved, LEVELS) == 1  # what a conversion would do
+    assert np.array_equal(to_rgb(with_profile(image.copy(), near)), LEVELS)
+    assert 1 < off(to_rgb(with_profile(image.copy(), far)), LEVELS) < 4
+
+
 @pytest.mark.parametrize(
     ("profile", "why"),
     [
@@ -153,11 +165,13 @@ def test_a_profile_of_srgb_changes_no_pixel(name: str, mode: str) -> None:
         (P3[:128] + b"\xff" * (len(P3) - 128), ""),
         (grey_profile(gamma(2.2)), "cannot build transform"),  # not of this mode
         (P3 + bytes(2**22), "bytes"),
+        (None, "damaged"),  # of what could not be put together, and of a TIFF whose tag has another type
+        ((12, 7), "damaged"),
     ],
-    ids=["junk", "cut off", "tags destroyed", "of another mode", "huge"],
+    ids=["junk", "cut off", "tags destroyed", "of another mode", "huge", "none", "numbers"],
 )
 def test_a_profile_that_cannot_be_used_is_told_and_changes_nothing(
-    profile: bytes, why: str, caplog: pytest.LogCaptureFixture
+    profile: object, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = with_profile(noise(1, 16, 16), profile)
     found = profile_of(image)
@@ -241,5 +255,9 @@ def test_only_what_is_converted_has_new_keys_in_the_caches(mixed: Path) -> None:
             numbers, read_image(old, 32)
         )
         assert np.array_equal(levels, numbers) == (example.name not in changed)
+        looks = [
+            next(looks_at(Source("one", (one,), "unconditional"), progress=False)) for one in (old, example)
+        ]
+        assert (looks[0].thumbnail == looks[1].thumbnail) == (example.name not in changed)
         if example.name == "p3.png":
             assert np.abs(levels - in_srgb(numbers, "Display P3")).max() <= 1

@@ -14,12 +14,14 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from latentflow.data import FileExample, check_source, find_source, open_picture, read_image, readable
+from latentflow.data.checking.look import look_at
 from latentflow.data.folder import SUFFIXES
 from latentflow.data.image_files import open_image
 from latentflow.errors import UserError
 from latentflow.image_formats import FORMATS, open_no_others
 
 from .pictures import load_program, noise
+from .profiles import rgb_profile
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -200,3 +202,40 @@ def test_images_are_opened_in_one_place() -> None:
             if called or (imported and any(name.name == "open" for name in node.names)):
                 places.append(str(file.relative_to(root)))
     assert places == ["latentflow/data/image_files.py"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("suffix", sorted(set(SUFFIXES) - {".jpeg", ".jfif", ".tiff"}))
+def test_a_damaged_image_is_a_sentence_that_names_it(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes changed, cut out, put in and cut off: a `UserError`, or an image; from every function that decodes."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a header may come to promise many millions
+    path = tmp_path / f"a{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = noise(0, 24, 20).convert("L" if suffix == ".pgm" else "RGB")
+    image.save(path, icc_profile=rgb_profile("Display P3"), exif=exif)
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    example = FileExample("a", path=path, mask=path)
+    told = 0
+    for _ in range(40):
+        data = bytearray(whole)
+        for at in generator.integers(0, len(data), generator.choice([1, 4, 16])).tolist():
+            data[at] = generator.integers(0, 256)
+        start, end = sorted(generator.integers(4, len(data), 2).tolist())
+        data = [
+            data,
+            data[:end],
+            data[:start] + data[end:],
+            data[:start] + b"\xff\xff\xff\xff" + data[start:],
+        ][generator.integers(4)]
+        path.write_bytes(data)
+        assert look_at(example).error != "" and example.pixel_key()
+        for read in (open_picture, lambda path: read_image(FileExample("a", path=path), 8)):
+            try:
+                read(path)
+            except UserError as error:
+                assert str(path) in error.what and error.fix
+                told += 1
+    assert told >= 10

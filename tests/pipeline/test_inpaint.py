@@ -550,6 +550,8 @@ def test_transparent_pictures_come_back_transparent(
     assert np.array_equal(np.asarray(opaque)[:, :4], levels[:, :4, :3])
     unchanged = inpaint_pipe(**call | {"strength": 0.0}).images
     assert np.array_equal(np.asarray(unchanged[0]), kept)
+    larger = inpaint_pipe(**call | {"height": 16, "width": 16}).images
+    assert [image.mode for image in larger] == ["RGBA", "RGBA", "RGB", "RGB"] and larger[0].size == (16, 16)
 
 
 # ------------------------------------------------------------------ masks of all kinds

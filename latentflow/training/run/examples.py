@@ -82,4 +82,5 @@ def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) 
             f"the run in {output} was begun before colour profiles were converted to sRGB: it goes on with the colours "
             "as they are stored"
         )
-    return replace(data, colours=begun.get("colours", "stored"))
+    colours = begun.get("colours", "stored")
+    return replace(data, colours=colours) if colours in ("srgb", "stored") else data
