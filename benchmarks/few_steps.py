@@ -41,7 +41,7 @@ from latentflow import LatentFlowPipeline
 from latentflow.data import cached_pixels, find_source, pixels_to_images, to_pil
 from latentflow.data.shapes import check, train_captions
 from latentflow.flow import OBJECTIVES
-from latentflow.metrics import caption_retrieval, features, frechet_distance
+from latentflow.metrics import caption_retrieval, features, frechet_distance, in_proportion, real_split
 from latentflow.models import DiT
 from latentflow.training.stages.average_velocity import AverageVelocityStage
 from latentflow.training.stages.flow import FlowConfig, FlowStage
@@ -172,13 +172,13 @@ def of_checkpoints(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     side = int(first.vae_scale_factor * first.transformer.config.sample_size)
     source = find_source(options.data, condition="text")
     real, captions = pixels_to_images(cached_pixels(source, side)[:]), source.captions()
-    different = sorted(set(captions))  # and so the same captions as `latentflow evaluate -n 100`
-    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(0))[:100].tolist()
-    asked = [different[row] for row in order]
+    order = in_proportion(captions, 0)  # as `latentflow evaluate` chooses them, but of the whole folder
+    asked = [captions[row] for row in order[:100]]
+    reference = features(real[real_split(order, 100).reference], "pixels-16")
 
     def quality(images: Tensor, captions_asked: list[str]) -> dict[str, float]:
         tops = caption_retrieval(images, captions_asked, real, captions)
-        distance = frechet_distance(features(images, "pixels-16"), features(real, "pixels-16"))
+        distance = frechet_distance(features(images, "pixels-16"), reference)
         return {"top-1": tops[1], "top-5": tops[5], "Frechet": distance}
 
     figures = Figures(folder, asked, quality)

@@ -47,7 +47,7 @@ from latentflow.data.config import FramingConfig
 from latentflow.data.shapes import check
 from latentflow.errors import lookup
 from latentflow.flow import guide, integrate
-from latentflow.metrics import caption_retrieval, features, frechet_distance
+from latentflow.metrics import caption_retrieval, features, frechet_distance, in_proportion, real_split
 from latentflow.models import Condition
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.training import Callbacks, LoopConfig, fit
@@ -309,11 +309,12 @@ class Bench:
 
     @torch.no_grad()
     def samples(self, networks: Networks) -> dict[str, float]:
-        """Draw from conditions of the training set -> share of right ones, Frechet distance to that set."""
+        """Draw from conditions of the training set, in its own proportions -> share of right ones, Frechet distance to
+        that set but for as many images as are drawn, and theirs ("floor")."""
         images, texts = self.pictures
-        different = sorted(set(texts))
-        order = torch.randperm(len(different), generator=torch.Generator().manual_seed(0)).tolist()
-        asked = [different[order[i % len(order)]] for i in range(SAMPLES)]
+        order = in_proportion(texts, 0)
+        asked = [texts[order[i % len(order)]] for i in range(SAMPLES)]
+        beside, reference = (images[rows] for rows in real_split(order, SAMPLES))
         cond = self.condition(networks, asked)
         noise = torch.randn(SAMPLES, 16, self.side, self.side, generator=torch.Generator().manual_seed(0))
         network = networks.network
@@ -324,8 +325,9 @@ class Bench:
         else:
             velocity = lambda x, t: network(x, t, cond)  # noqa: E731
         drawn = decode(self.vae, integrate(velocity, noise, torch.linspace(0, 1, SAMPLER_STEPS + 1), "heun"))
-        space = "pixels-16"
-        figures = {"frechet": frechet_distance(features(drawn, space), features(images, space))}
+        sets = {"frechet": drawn[: len(beside)], "floor": beside}
+        real = features(reference, "pixels-16")
+        figures = {name: frechet_distance(features(one, "pixels-16"), real) for name, one in sets.items()}
         if self.data == "shapes" and self.source.kind == "text":
             figures["right"] = sum(map(check, drawn, asked)) / SAMPLES
         elif cond.batch_size:

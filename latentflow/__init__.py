@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from .training import fit as fit
 
 __version__ = "0.1.0"
+
+# diffusers imports bitsandbytes wherever it is installed, which then complains of a kernel that only inference in 4
+# bits on a CPU would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Public name -> module that owns it. Imported on first use, so that the mathematics (`latentflow.flow`) and
 # `latentflow --help` do not pay for diffusers and transformers.

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .data.colours import profile_of
 from .data.mask_files import read_mask
-from .data.read import to_pixels, to_rgb
+from .data.read import to_pixels, to_rgb, upright
 from .errors import UserError
 from .pipeline_call import Size
 
@@ -24,6 +25,8 @@ Pictures: TypeAlias = Any
 
 def read_pictures(pictures: Pictures, height: int | None = None, width: int | None = None) -> Tensor:
     """(N, 3, H, W) float32 in [0, 1]. Any mode of Pillow's is upright RGB here; transparency lies on white.
+
+    PIL images with a colour profile other than sRGB are converted to it.
 
     Args:
         pictures: as ``Pictures``, with 1 (grey), 3 or 4 (RGBA) channels.
@@ -44,6 +47,38 @@ def read_pictures(pictures: Pictures, height: int | None = None, width: int | No
             "Make them one size first (in Python, height and width do).",
         )
     return torch.stack(rows)
+
+
+def transparent_again(images: list[Image.Image], pictures: Pictures, painted: Tensor) -> list[Image.Image]:
+    """Return images with the transparency of the pictures that they were painted on; those of opaque ones as they are.
+
+    What was kept has its picture's own colours and alpha, to the byte and under alpha 0 too; what was painted is
+    opaque; in between both blend, so that on white an image looks as it did.
+
+    Args:
+        images: B RGB images, painted on white ground.
+        pictures: P ``Pictures`` as `read_pictures` takes them; image b belongs to picture b * P // B.
+        painted: (M, 1, H, W) in [0, 1], the share of every pixel that was painted; of image b row b * M // B.
+    """
+    originals = [row for picture in _listed(pictures, "image") for row in _rgba(picture)]
+    count, result = len(images), []
+    for number, image in enumerate(images):
+        original = originals[number * len(originals) // count]
+        share = painted[number * len(painted) // count, 0, :, :, None].double().cpu().numpy()
+        result.append(image if original is None else _uncovered(image, original, share))
+    return result
+
+
+def _uncovered(
+    image: Image.Image, original: Image.Image, painted: np.ndarray[Any, np.dtype[np.float64]]
+) -> Image.Image:
+    """Return RGBA that looks on white as ``image`` does: opaque where ``painted`` (H, W, 1), else the original."""
+    kept = np.asarray(original if original.size == image.size else original.resize(image.size))
+    alpha = painted + (1.0 - painted) * (kept[..., 3:] / 255.0)
+    ground = 255.0 * (1.0 - alpha)
+    colours = (np.asarray(image) - ground) / np.where(alpha > 0, alpha, 1.0)
+    drawn = np.rint(np.concatenate([colours, 255.0 * alpha], axis=2)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(np.where(painted > 0, drawn, kept))
 
 
 def read_masks(masks: Pictures, size: Size) -> Tensor:
@@ -82,6 +117,9 @@ def _listed(values: Pictures, name: str) -> list[Any]:
 def _rgb(picture: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:
     """(n, 3, H, W) of one entry of a list."""
     if isinstance(picture, Image.Image):
+        profile = profile_of(picture)
+        if profile is not None and profile.problem:
+            log.warning("an image is read as sRGB: its colour profile cannot be used (%s)", profile.problem)
         return to_pixels(to_rgb(picture))[None].float() / 255.0
     values = _channels_first(picture) if picture.ndim in (3, 4) else torch.empty(0, 0)
     channels = values.shape[1]
@@ -95,6 +133,18 @@ def _rgb(picture: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:
     if channels == 4:
         return values[:, :3] * values[:, 3:] + (1.0 - values[:, 3:])
     return values.expand(-1, 3, -1, -1)
+
+
+def _rgba(picture: Image.Image | np.ndarray[Any, Any] | Tensor) -> list[Image.Image | None]:
+    """Return the pictures in one entry of a list as RGBA, None for each that has no alpha."""
+    if isinstance(picture, Image.Image):
+        image = upright(picture)
+        return [image if image.mode == "RGBA" else None]
+    rows = _channels_first(picture)
+    if rows.shape[1] != 4:
+        return [None] * len(rows)
+    levels = (rows * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(np.ascontiguousarray(row)) for row in levels.numpy()]
 
 
 def _mask_rows(mask: np.ndarray[Any, Any] | Tensor) -> Tensor:
@@ -158,7 +208,7 @@ def expand_canvas(
     >>> pipe(prompt, image=image, mask_image=mask).images[0]
 
     Args:
-        image: any mode; the result is RGB.
+        image: any mode; the result is RGB, or RGBA where it has transparency.
         left, top, right, bottom: pixels to add. They repeat the picture's edge, which the inpainting does not look at.
 
     Raises:
@@ -169,7 +219,7 @@ def expand_canvas(
             f"cannot add {left}, {top}, {right}, {bottom} pixels",
             "Give numbers of at least 0; crop with image.crop.",
         )
-    rgb = to_rgb(image)
+    image = upright(image)
     margins = ((top, bottom), (left, right))
-    mask = np.pad(np.zeros((rgb.height, rgb.width), np.uint8), margins, constant_values=255)
-    return Image.fromarray(np.pad(np.asarray(rgb), (*margins, (0, 0)), mode="edge")), Image.fromarray(mask)
+    mask = np.pad(np.zeros((image.height, image.width), np.uint8), margins, constant_values=255)
+    return Image.fromarray(np.pad(np.asarray(image), (*margins, (0, 0)), mode="edge")), Image.fromarray(mask)

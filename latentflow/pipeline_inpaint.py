@@ -15,7 +15,7 @@ from .flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 from .pipeline_base import AfterStep, FlowPipeline, Generators, Sampler, check_strength
 from .pipeline_call import RunningCall, StepCallback
 from .pipeline_conditions import ClassLabels
-from .pipeline_images import Pictures, read_masks, read_pictures
+from .pipeline_images import Pictures, read_masks, read_pictures, transparent_again
 from .pipeline_windows import Painting, prepared
 
 TRAINED = "trained"
@@ -97,7 +97,8 @@ class LatentFlowInpaintPipeline(FlowPipeline):
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple. Pixels where the (feathered) mask is 0 are the
-            picture's own.
+            picture's own, in sRGB. PIL images are RGBA where the picture has transparency: what is kept keeps its
+            alpha and the colours under it, what is painted is opaque. Arrays and tensors are RGB, on white.
 
         Raises:
             UserError: as ``LatentFlowPipeline``; also pictures, masks, a strength or a method that are none.
@@ -160,7 +161,11 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             images = call.rows_of(painting.pictures)
         else:
             images = painting.finished((self.decode_latents(drawn) / 2.0 + 0.5).clamp(0.0, 1.0))
-        return self.finish_call(self.output_images(images, output_type), return_dict)
+        result = self.output_images(images, output_type)
+        if output_type == "pil":
+            painted = painting.painted if strength > 0.0 else torch.zeros_like(painting.masks)
+            result = transparent_again(result, image, painted)
+        return self.finish_call(result, return_dict)
 
     def _method(self, name: str | None, solver: str | None) -> str:
         """The method that a call uses.

@@ -119,6 +119,11 @@ class Painting:
         return (self.masks >= 0.5).to(self.masks)
 
     @property
+    def painted(self) -> Tensor:
+        """(P, 1, H, W) in [0, 1]: the share of every pixel that is drawn anew."""
+        return feathered(self.masks, self.feather)
+
+    @property
     def unchanged(self) -> bool:
         """Whether there is no hole in any of them."""
         return not bool(self.holes.any())
@@ -140,7 +145,7 @@ class Painting:
         pictures = self.pictures.repeat_interleave(each, 0)
         windows = [window for window in self.windows for _ in range(each)]
         placed = put_back(drawn.cpu(), pictures, windows)
-        masks = feathered(self.masks, self.feather).repeat_interleave(each, 0)
+        masks = self.painted.repeat_interleave(each, 0)
         return composite(masks, placed, pictures).to(drawn.device)
 
 

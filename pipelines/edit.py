@@ -14,7 +14,7 @@ from latentflow.drawing.conditions import Condition, conditions
 from latentflow.drawing.config import DrawingConfig
 from latentflow.drawing.draw import draw
 from latentflow.drawing.files import save
-from latentflow.drawing.pictures import read_picture
+from latentflow.drawing.pictures import read_opaque
 from latentflow.drawing.sheets import enlarged, sheet
 from latentflow.errors import UserError
 
@@ -49,7 +49,7 @@ class EditConfig(DrawingConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(EditConfig, argv, prog="latentflow edit")
     check(config)
-    picture = read_picture(config.image)
+    picture = read_opaque(config.image)
     anew = config.method == "image-to-image"
     kind = "LatentFlowImg2ImgPipeline" if anew else "LatentFlowEditPipeline"
     pipe = open_pipeline(kind, config.checkpoint, config.device, config)

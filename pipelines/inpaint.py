@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class InpaintConfig(DrawingConfig):
-    """Paint part of a picture anew. Every pixel outside of the mask stays as it is.
+    """Paint part of a picture anew. Every pixel outside of the mask stays as it is, transparent or not, in sRGB.
 
     latentflow inpaint face.png mask.png "a red hat" -o hat.png
     latentflow inpaint face.png "a red hat" --expand 0 32 0 0 -o taller.png

@@ -13,7 +13,7 @@ from latentflow.drawing.checkpoint import open_pipeline
 from latentflow.drawing.conditions import Condition, conditions
 from latentflow.drawing.config import DrawingConfig
 from latentflow.drawing.files import save
-from latentflow.drawing.pictures import read_picture
+from latentflow.drawing.pictures import read_opaque
 from latentflow.drawing.sheets import enlarged, sheet
 from latentflow.errors import UserError
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for what in (config.prompt, config.class_labels):
         if len(what) > 2:
             raise UserError(f"{len(what)} prompts or classes", "Give the first and the last.")
-    images = [read_picture(path) for path in config.images] if any(config.images) else None
+    images = [read_opaque(path) for path in config.images] if any(config.images) else None
     pipe = open_pipeline("LatentFlowEditPipeline", config.checkpoint, config.device, config)
     rows: list[Condition] = [{}]
     if config.prompt or config.class_labels:

@@ -20,11 +20,14 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run tests marked slow (minutes each)")
     parser.addoption("--run-gpu", action="store_true", help="run tests marked gpu (need CUDA)")
+    parser.addoption(
+        "--run-network", action="store_true", help="run tests marked network (need a package index)"
+    )
     parser.addoption("--run-data", metavar="FOLDER", help="run tests marked data, on the data sets in FOLDER")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for marker in ("slow", "gpu", "data"):
+    for marker in ("slow", "gpu", "network", "data"):
         if config.getoption(f"--run-{marker}"):
             continue
         skip = pytest.mark.skip(reason=f"marked {marker}: run with --run-{marker}")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from latentflow.autoencoder import AutoencoderConfig
-from latentflow.cli import parse, run, write_config
+from latentflow.cli import given, parse, run, write_config
 from latentflow.data import find_source, readable, split
 from latentflow.data.config import DataConfig
 from latentflow.training import LoopConfig, log_to, resume_line
 from latentflow.training.loop.run_lock import run_lock
 from latentflow.training.run.autoencoder import train_autoencoder
+from latentflow.training.run.examples import as_begun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +34,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train an autoencoder."""
     config = parse(Config, argv, prog="latentflow autoencoder")
     with run_lock(config.output):
-        train(config, resume_line("autoencoder", argv))
+        train(config, resume_line("autoencoder", argv), given(Config, argv))
 
 
-def train(config: Config, again: str) -> None:
+def train(config: Config, again: str, given_keys: Collection[str]) -> None:
     """The run, from top to bottom."""
     output = Path(config.output)
     log = log_to(output)
 
     # ---- data ----
-    source = readable(find_source(config.data.data, condition="none", columns=config.data.columns))
+    data = as_begun(config.data, output, given_keys)
+    config = replace(config, data=data)
+    source = readable(find_source(data.data, condition="none", columns=data.columns, colours=data.colours))
     for note in source.notes:
         log.info(note)
     training, validation = split(source, config.data.validation, config.loop.seed)

@@ -17,8 +17,9 @@ from .eviction import cache_root
 from .examples import Example, FileExample, Source
 from .find import find_source
 from .framing import Framing, frame, one_size
+from .image_files import open_picture
 from .latent_folder import LatentFolder
-from .mask_files import open_picture, read_mask
+from .mask_files import read_mask
 from .read import pixels_to_images, read_image, to_pil, to_tensor
 from .rows import Rows
 from .splits import split

@@ -25,6 +25,7 @@ from latentflow.errors import UserError
 
 from .eviction import cache_root
 from .examples import Example, Source
+from .image_files import ImageFileError
 from .latent_folder import LatentFolder
 from .parallel import map_threaded
 from .read import parse_colour, pixels_to_images, read_image, read_own_mask, to_pixels
@@ -261,8 +262,8 @@ def located_pixels(
     return located(
         shards,
         source.examples,
-        source.content_keys,
-        methodcaller("content_key"),
+        source.pixel_keys,
+        methodcaller("pixel_key"),
         encode,
         3 * height * width,
         told,
@@ -323,7 +324,7 @@ def latent_table(
         return encode_latents(examples, vae, resolution, background, flips, batch_size, device)
 
     found = located(
-        shards, source.examples, source.content_keys, methodcaller("content_key"), encode,
+        shards, source.examples, source.pixel_keys, methodcaller("pixel_key"), encode,
         latent_bytes(vae, resolution, flips), _told("encoding pictures", progress),
     )  # fmt: skip
     mean = found.table("mean")
@@ -451,26 +452,14 @@ def _size(resolution: Resolution) -> tuple[int, int]:
 def _pixels(example: Example, resolution: Resolution, background: str) -> Tensor:
     try:
         return to_pixels(read_image(example, resolution, background))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise _unreadable(example, error) from error
+    except ImageFileError as error:
+        fix = "`latentflow check` lists every file that cannot be read."
+        raise UserError(f"cannot read {example.name}: {error.why}", fix) from error
 
 
 def _mask(example: Example, resolution: tuple[int, int]) -> tuple[Tensor, bool]:
     """(1, H, W) uint8, and whether there is a mask."""
-    try:
-        mask = read_own_mask(example, resolution)
-    except UserError:
-        raise
-    except Exception as error:  # the picture, opened for its size
-        raise _unreadable(example, error) from error
+    mask = read_own_mask(example, resolution)
     if mask is None:  # the alpha channel was to be it, and there is none
         return torch.zeros(1, *resolution, dtype=torch.uint8), False
     return torch.from_numpy(np.array(mask))[None], True
-
-
-def _unreadable(example: Example, error: Exception) -> UserError:
-    return UserError(
-        f"cannot read {example.name}: {error}", "`latentflow check` lists every file that cannot be read."
-    )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from latentflow.errors import UserError, one_line
 
 from .columns import Said
-from .examples import Example, FileExample, Kind, Source
+from .examples import Colours, Example, FileExample, Kind, Source
 from .mask_finding import Masks
 
 Condition = Literal["auto", "none", "class", "text"]
@@ -28,6 +28,7 @@ class Wanted:
     missing_caption: MissingCaption = "error"
     masks: Masks = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
+    colours: Colours = "srgb"
 
 
 def fields_of(said: Said) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from typing import Literal
 
 from PIL import Image
 
-from .mask_files import alpha_mask, open_picture, read_mask, without_alpha
-from .members import File, Member, file_key, open_stream
+from .colours import Profile, key_and_profile
+from .image_files import open_image, open_picture
+from .mask_files import alpha_mask, read_mask, without_alpha
+from .members import File, file_key
 
 Kind = Literal["text", "class", "unconditional"]
+Colours = Literal["srgb", "stored"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,20 @@ class Example(ABC):
     def content_key(self) -> str:
         """Hexadecimal hash of what the picture shows: another picture under the same name has another key."""
 
+    def profile(self) -> Profile | None:
+        """Return the picture's colour profile where it has another than sRGB."""
+        return None
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether its colours are converted to sRGB, and its pixels are thus not those of its file."""
+        return False
+
+    def pixel_key(self) -> str:
+        """Return the hash of what its pixels are made of: ``content_key``, and the conversion of its colours."""
+        key = self.content_key()
+        return hashlib.sha256(f"in sRGB {key}".encode()).hexdigest() if self.is_converted else key
+
     def open_mask(self) -> Image.Image | None:
         """The user's own mask at its own size, upright (mode "L", 255 = repaint); None where there is none.
 
@@ -70,19 +87,30 @@ class FileExample(Example):
     """A picture in a file, or in a member of an archive or a table; its key is the hash of the file's bytes.
 
     Where the alpha channel is the mask it is no transparency: ``open`` leaves it out, and shows what it hid.
+    ``colours`` "stored" leaves the profile out: the numbers are read as they are stored.
     """
 
     path: File = field(kw_only=True)
+    colours: Colours = field(default="srgb", kw_only=True)
 
     def open(self) -> Image.Image:
-        place = open_stream(self.path) if isinstance(self.path, Member) else self.path
-        return without_alpha(Image.open(place)) if self._alpha_is_mask else Image.open(place)
+        image = open_image(self.path)
+        if self.colours == "stored":
+            image.info.pop("icc_profile", None)
+        return without_alpha(image) if self._alpha_is_mask else image
+
+    def profile(self) -> Profile | None:
+        return key_and_profile(self.path)[1]
+
+    @property
+    def is_converted(self) -> bool:
+        return self.colours == "srgb" and (found := self.profile()) is not None and not found.problem
 
     def open_mask(self) -> Image.Image | None:
         return alpha_mask(open_picture(self.path)) if self._alpha_is_mask else super().open_mask()
 
     def content_key(self) -> str:
-        key = file_key(self.path)  # with and without its alpha channel a picture looks different
+        key, _ = key_and_profile(self.path)  # with and without its alpha channel a picture looks different
         return hashlib.sha256(f"without alpha {key}".encode()).hexdigest() if self._alpha_is_mask else key
 
     @property
@@ -151,6 +179,9 @@ class Source:
     def content_keys(self) -> list[str]:
         return [example.content_key() for example in self.examples]
 
+    def pixel_keys(self) -> list[str]:
+        return [example.pixel_key() for example in self.examples]
+
     def fingerprint(self) -> str:
         """Hash of all pictures and what is said of them, whatever their names and order: tells changed data."""
         rows = sorted(_told(example) for example in self.examples)
@@ -175,6 +206,8 @@ def _told(example: Example) -> str:
     parts = [example.content_key(), example.text, example.label]
     if mask := example.mask_key():
         parts.append(mask)
+    if example.is_converted:
+        parts.append("in sRGB")
     parts += [f"or {text}" for text in example.texts]
     if example.weight != 1:
         parts.append(f"weight {example.weight}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from latentflow.errors import UserError, lookup, nearest
 
 from .described import Condition, MissingCaption, Wanted, few
-from .examples import Source
+from .examples import Colours, FileExample, Source
 from .folder import list_folder
 from .folder_source import folder_source
 from .hugging_face import is_hub, is_saved, read_hub, read_saved
@@ -43,6 +44,7 @@ def find_source(
     columns: Mapping[str, str] | None = None,
     shuffle_tags: int = 0,
     keep_tags: int = 0,
+    colours: Colours = "srgb",
 ) -> Source:
     """The pictures of ``data``, which is of one of ``KINDS``, and what they are conditioned on (docs/data.md).
 
@@ -59,6 +61,8 @@ def find_source(
     ``shuffle_tags`` is the number of orders that each caption's tags are trained in (0: as written), of which the
     first ``keep_tags`` stay in place.
 
+    ``colours`` "srgb" converts by colour profiles, "stored" takes the numbers of all pictures as they are.
+
     Raises:
         UserError: the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
             contradict sidecars; captions or classes are missing; a picture has two different masks.
@@ -66,10 +70,25 @@ def find_source(
     lookup(dict.fromkeys(("auto", "none", "class", "text")), condition, "condition")
     lookup(dict.fromkeys(("error", "empty", "skip")), missing_caption, "missing-caption")
     lookup(dict.fromkeys(("auto", "none", "alpha")), masks, "masks")
+    lookup(dict.fromkeys(("srgb", "stored")), colours, "colours")
     wanted = Wanted(
-        condition=condition, missing_caption=missing_caption, masks=masks, columns=dict(columns or {})
+        condition=condition,
+        missing_caption=missing_caption,
+        masks=masks,
+        columns=dict(columns or {}),
+        colours=colours,
     )
-    return with_tag_orders(_find(data, wanted), shuffle_tags, keep_tags)
+    source = with_tag_orders(_find(data, wanted), shuffle_tags, keep_tags)
+    return _as_stored(source) if colours == "stored" else source
+
+
+def _as_stored(source: Source) -> Source:
+    """The source with the colours of its files as they are stored."""
+    stored = tuple(
+        dataclasses.replace(one, colours="stored") if isinstance(one, FileExample) else one
+        for one in source.examples
+    )
+    return dataclasses.replace(source, examples=stored)
 
 
 def _find(data: str, wanted: Wanted) -> Source:

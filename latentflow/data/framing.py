@@ -212,6 +212,9 @@ class Crop(Example):
     def content_key(self) -> str:
         return hashlib.sha256(f"{self.whole.content_key()} cut at {self.centering}".encode()).hexdigest()
 
+    def pixel_key(self) -> str:
+        return hashlib.sha256(f"{self.whole.pixel_key()} cut at {self.centering}".encode()).hexdigest()
+
     def mask_key(self) -> str:
         return self.whole.mask_key()
 

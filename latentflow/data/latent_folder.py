@@ -60,12 +60,18 @@ def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
     kind: Kind = "unconditional" if wanted.condition == "none" else description["kind"]
     index = _open_index(folder / INDEX, description)
     store = LatentStore(folder, description)
+    notes = [f"latents of {description['name']}: {len(index)} pictures", *description["notes"]]
+    if not index.has_pixel_keys:
+        notes.append(
+            "made before colour profiles were converted to sRGB; `latentflow check` says which images have others: "
+            "if any do, precompute them again"
+        )
     return LatentFolder(
         name=data,
         examples=_Examples(store, index, None),  # type: ignore[arg-type]  # a sequence; a tuple would be N objects
         kind=kind,
         classes=tuple(description["classes"]) if kind == "class" else (),
-        notes=(f"latents of {description['name']}: {len(index)} pictures", *description["notes"]),
+        notes=tuple(notes),
         root=folder,
         store=store,
         index=index,
@@ -78,6 +84,7 @@ def _refuse_decided(data: str, description: dict[str, Any], wanted: Wanted) -> N
         "--masks alpha": wanted.masks == "alpha",
         f"--missing-caption {wanted.missing_caption}": wanted.missing_caption != "error",
         "--columns": bool(wanted.columns),
+        f"--colours {wanted.colours}": wanted.colours != "srgb",
     }
     for flag, is_refused in refused.items():
         if is_refused:
@@ -176,6 +183,7 @@ def index_schema() -> Any:
             ("weight", arrow.float32()),
             ("repeats", arrow.int32()),
             ("key", arrow.string()),
+            ("pixel_key", arrow.string()),
             ("mask_key", arrow.string()),
             ("group", arrow.int64()),
             ("bucket", arrow.int32()),
@@ -200,7 +208,10 @@ def _open_index(path: Path, description: dict[str, Any]) -> _Index:
     with reading(path, OSError, arrow.ArrowException, UnicodeDecodeError, fix=fix):
         table = arrow.ipc.open_file(arrow.memory_map(str(path))).read_all()
         table.validate(full=True)
-    if not table.schema.equals(index_schema()) or table.num_rows != description["pictures"]:
+    schema = index_schema()
+    if "pixel_key" not in table.schema.names:  # of a folder from before colour profiles were converted
+        schema = schema.remove(schema.get_field_index("pixel_key"))
+    if not table.schema.equals(schema) or table.num_rows != description["pictures"]:
         raise UserError(
             f"{path} does not hold the {description['pictures']} rows that {DESCRIPTION} tells of", fix
         )
@@ -208,7 +219,7 @@ def _open_index(path: Path, description: dict[str, Any]) -> _Index:
     least = 0 if description["kind"] == "class" else -1
     ranges = {"bucket": (0, len(description["sizes"])), "class_id": (least, len(description["classes"]))}
     ranges |= dict.fromkeys(("repeats", "height", "width"), (1, 2**31))
-    for name in index_schema().names:
+    for name in schema.names:
         numbers = index.numbers(name, None) if name in ranges and not table[name].null_count else np.zeros(0)
         first, end = ranges.get(name, (0, 0))
         if (table[name].null_count and name != "label") or ((numbers < first) | (numbers >= end)).any():
@@ -290,6 +301,7 @@ class StoredExample(Example):
     """A picture of which only what was stored is there."""
 
     key: str = field(kw_only=True)
+    own_pixel_key: str = field(kw_only=True)
     own_mask_key: str = field(kw_only=True)
     store: LatentStore = field(kw_only=True, repr=False, compare=False)
 
@@ -300,10 +312,13 @@ class StoredExample(Example):
                 "Start its `latentflow precompute` line again (with --pixels where pictures are needed): it makes what "
                 "is missing or damaged.",
             )
-        return self.store.picture(self.key)
+        return self.store.picture(self.own_pixel_key)
 
     def content_key(self) -> str:
         return self.key
+
+    def pixel_key(self) -> str:
+        return self.own_pixel_key
 
     def mask_key(self) -> str:
         return self.own_mask_key
@@ -405,12 +420,16 @@ class LatentFolder(Source):
     def content_keys(self) -> list[str]:
         return _Lazy(len(self), lambda: self.index.values("key", self.rows))  # type: ignore[return-value]
 
+    def pixel_keys(self) -> list[str]:
+        return _Lazy(len(self), lambda: self.index.values("pixel_key", self.rows))  # type: ignore[return-value]
+
     def damage(self) -> list[str]:
         """What is missing in the folder or is not what was written: every row is read."""
         keys, masks = list(self.content_keys()), self.index.values("mask_key", self.rows)
+        pixel_keys = self.pixel_keys()
         wanted: dict[str, list[str]] = {name: [] for name in self.store.description["tables"]}
-        for key, mask, bucket in zip(keys, masks, self.buckets().tolist(), strict=True):
-            held = {"latents": key, "pixels": key} | ({"masks": f"{key} {mask}"} if mask else {})
+        for key, pixels, mask, bucket in zip(keys, pixel_keys, masks, self.buckets().tolist(), strict=True):
+            held = {"latents": pixels, "pixels": pixels} | ({"masks": f"{key} {mask}"} if mask else {})
             for kind, what in held.items():
                 if (place := place_of(kind, self.sizes[bucket])) in wanted:
                     wanted[place].append(what)
@@ -440,6 +459,7 @@ class _Index:
 
     def __init__(self, table: Any, repeats: bool = True) -> None:
         self._table, self._repeats = table, repeats
+        self.has_pixel_keys = "pixel_key" in table.column_names  # else they are the keys
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -448,7 +468,8 @@ class _Index:
         return _Index(self._table, repeats=False)
 
     def row(self, row: int) -> dict[str, Any]:
-        return {name: self._table[name][row].as_py() for name in self._table.column_names}
+        values = {name: self._table[name][row].as_py() for name in self._table.column_names}
+        return {"pixel_key": values["key"]} | values
 
     def numbers(self, name: str, rows: Array | None) -> Array:
         """A column of numbers at ``rows`` (None: all)."""
@@ -459,6 +480,8 @@ class _Index:
 
     def values(self, name: str, rows: Array | None) -> Iterator[Any]:
         """Entries of a column at ``rows`` (None: all), a few thousand of them in memory at once."""
+        if name == "pixel_key" and not self.has_pixel_keys:
+            name = "key"
         column, step = self._table[name], 8192
         for start in range(0, len(self) if rows is None else len(rows), step):
             part = column.slice(start, step) if rows is None else column.take(rows[start : start + step])
@@ -507,6 +530,7 @@ class _Examples(Sequence[StoredExample]):
             weight=row["weight"],
             repeats=row["repeats"],
             key=row["key"],
+            own_pixel_key=row["pixel_key"],
             own_mask_key=row["mask_key"],
             store=self._store,
         )

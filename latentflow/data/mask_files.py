@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from latentflow.errors import UserError, nearest
+from latentflow.errors import UserError
 
-from .members import Member, open_stream
+from .image_files import decoding, loaded, name_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +50,9 @@ def read_mask(
         )
     name = f"the mask {getattr(image, 'filename', '')}".rstrip()
     lossy = image.format in _LOSSY
-    upright = ImageOps.exif_transpose(_loaded(image, name))
+    loaded(image, name)
+    with decoding(name):
+        upright = ImageOps.exif_transpose(image)
     levels = _levels(upright, name, coloured=threshold is not None)
     if threshold is not None:
         levels = np.where(levels >= threshold * 255, np.uint8(255), np.uint8(0))
@@ -71,76 +71,19 @@ def alpha_mask(image: Image.Image) -> Image.Image | None:
 
     None where nothing is transparent.
     """
-    upright = ImageOps.exif_transpose(image)
-    if not upright.has_transparency_data:
-        return None
-    mask = ImageOps.invert(upright.convert("RGBA").getchannel("A"))
+    with decoding(name_of(image)):
+        upright = ImageOps.exif_transpose(image)
+        if not upright.has_transparency_data:
+            return None
+        mask = ImageOps.invert(upright.convert("RGBA").getchannel("A"))
     return mask if mask.getbbox() else None
 
 
 def without_alpha(image: Image.Image) -> Image.Image:
     """The picture, upright, as if nothing in it were transparent: the colours that its file holds there."""
-    upright = ImageOps.exif_transpose(image)
-    return upright.convert("RGBA").convert("RGB") if upright.has_transparency_data else upright
-
-
-def open_picture(path: str | os.PathLike[str] | Member) -> Image.Image:
-    """The picture in a file or a member, wholly decoded, in its own mode, its EXIF rotation not yet applied.
-
-    Raises:
-        UserError: there is no such file, it is no picture, damaged, or larger than Pillow decodes
-            (``PIL.Image.MAX_IMAGE_PIXELS``).
-    """
-    if not isinstance(path, Member):
-        path = Path(path).expanduser()
-        if not path.is_file():
-            raise _no_file(path)
-    try:
-        with open_stream(path) as stream, Image.open(stream) as image:
-            image.filename = str(path)  # for later messages
-            _loaded(image, str(path)).getexif()  # in a TIFF it is read from the file
-            return image
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is not a picture that can be read", "Give a PNG, JPEG or WebP.") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(str(path), str(error)) from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise _undecodable(str(path), error) from error
-
-
-def _loaded(image: Image.Image, name: str) -> Image.Image:
-    """The image, decoded."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if (
-        limit is not None and image.width * image.height > limit
-    ):  # Pillow itself refuses only from twice that on
-        raise _too_large(name, f"{image.width} x {image.height} pixels")
-    try:
-        image.load()
-    except Exception as error:
-        raise _undecodable(name, error) from error
-    return image
-
-
-def _undecodable(name: str, error: Exception) -> UserError:
-    why = str(error) or type(error).__name__
-    return UserError(f"{name} cannot be read: {why}", "It may be damaged or cut off: copy or save it again.")
-
-
-def _no_file(path: Path) -> UserError:
-    if path.is_dir():
-        return UserError(f"{path} is a folder", "Give one picture in it.")
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = nearest(path.name, beside)
-    return UserError(
-        f"there is no file {path}", f"Did you mean {path.parent / near}?" if near else "Check the path."
-    )
-
-
-def _too_large(name: str, what: str) -> UserError:
-    return UserError(f"{name} is too large: {what}", f"Shrink it below {Image.MAX_IMAGE_PIXELS} pixels.")
+    with decoding(name_of(image)):
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert("RGBA").convert("RGB") if upright.has_transparency_data else upright
 
 
 def _levels(image: Image.Image, name: str, *, coloured: bool) -> NDArray[np.uint8]:

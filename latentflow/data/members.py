@@ -104,7 +104,7 @@ def refuse_large(name: str, size: int, bound: int) -> None:
         )
 
 
-def open_stream(file: File) -> BinaryIO:
+def open_stream(file: File) -> io.BytesIO | io.BufferedReader:
     """The bytes of a file as a seekable stream."""
     return io.BytesIO(file.read()) if isinstance(file, Member) else file.open("rb")
 

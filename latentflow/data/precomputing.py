@@ -139,7 +139,7 @@ def write_latents(
 
 def plan_latents(wanted: Precomputation, folder: Path, *, batch_size: int, device: torch.device) -> list[str]:
     """What would be written and how long it takes; the time is measured on two batches."""
-    keys = digests(set(wanted.source.content_keys()))
+    keys = digests(set(wanted.source.pixel_keys()))
     done = np.zeros(len(keys), dtype=bool)
     for size in wanted.framing.sizes:
         shards = ShardSet(folder / place_of("latents", size), "latents", read_only=True)
@@ -260,6 +260,7 @@ def write_index(framing: Framing, folder: Path, groups: Array) -> str:
                     "weight": example.weight,
                     "repeats": example.repeats,
                     "key": example.content_key(),
+                    "pixel_key": example.pixel_key(),
                     "mask_key": example.mask_key(),
                     "group": int(groups[row]),
                     "bucket": int(framing.bucket[row]),

@@ -9,22 +9,23 @@ from torch import Tensor
 
 from latentflow.errors import UserError
 
+from .colours import in_srgb
 from .examples import Example
+from .image_files import decoding, name_of, unreadable
 
 
 def read_image(example: Example, resolution: int | tuple[int, int], background: str = "white") -> Image.Image:
     """The example as an RGB picture of ``resolution`` (a side, or (height, width)).
 
-    EXIF rotation is applied, transparency is composited on ``background``, any mode is converted; then the
-    largest part of the right shape, at the example's ``centering``, is resized, antialiased.
+    EXIF rotation is applied, colours are converted to sRGB by the profile, transparency is composited on
+    ``background``, any mode is converted; then the largest part of the right shape, at the example's ``centering``, is
+    resized, antialiased.
 
     Raises:
-        UserError: ``background`` is no colour.
-        OSError, ValueError and others of Pillow's: the picture cannot be decoded.
+        UserError: ``background`` is no colour; the image cannot be decoded.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     with example.open() as image:
-        image.load()
         rgb = to_rgb(image, background)
     return ImageOps.fit(rgb, (width, height), method=Image.Resampling.LANCZOS, centering=example.centering)
 
@@ -41,7 +42,7 @@ def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.
     mask = example.open_mask()
     if mask is None:
         return None
-    with example.open() as image:
+    with example.open() as image, decoding(name_of(image)):
         size = ImageOps.exif_transpose(image).size
     nearest = Image.Resampling.NEAREST
     whole = mask.resize(size, nearest)
@@ -50,30 +51,51 @@ def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Upright RGB of a picture in any of Pillow's modes, at its own size."""
+    """Upright sRGB of a picture in any of Pillow's modes and of any colour profile, at its own size.
+
+    Raises:
+        UserError: ``background`` is no colour; the image cannot be decoded.
+    """
     colour = parse_colour(background)
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        return _wide_to_grey(image).convert("RGB")
-    if image.has_transparency_data:
+    image = upright(image)
+    if image.mode == "RGBA":
         canvas = Image.new("RGBA", image.size, (*colour, 255))
-        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(canvas, image).convert("RGB")
+    return image
 
 
-def _wide_to_grey(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """Return a picture in any of Pillow's modes and of any colour profile upright in sRGB: RGB or, where it has
+    transparency, RGBA.
+
+    Raises:
+        UserError: the image cannot be decoded.
+    """
+    name = name_of(image)
+    with decoding(name):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _wide_to_grey(image, name)
+    image = in_srgb(image)
+    with decoding(name):
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _wide_to_grey(image: Image.Image, name: str) -> Image.Image:
     """16-bit, 32-bit and float greyscale as 8 bits. Pillow's own conversion would clip them at 255."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("it holds infinite or undefined values")
+        raise unreadable(name, "it holds infinite or undefined values", "Write numbers from 0 to 1.")
     if values.max() > 65535 or values.min() < 0:
         told = f"its values reach from {values.min():g} to {values.max():g}"
-        raise ValueError(f"{told}: save it with 8 or 16 bits a pixel, or as numbers from 0 to 1")
+        raise unreadable(name, told, "Save it with 8 or 16 bits a pixel, or as numbers from 0 to 1.")
     if image.mode == "F":  # floats carry no scale of their own; programs write 0..1, 0..255, 0..65535
         full = next((limit for limit in (1.0, 255.0) if values.max() <= limit), 65535.0)
     else:  # mode I also holds 16-bit values; only a picture that never leaves 8 bits is read as such
         full = 255.0 if image.mode == "I" and values.max() <= 255 else 65535.0
-    return Image.fromarray(np.rint(values / full * 255).astype(np.uint8))
+    grey = Image.fromarray(np.rint(values / full * 255).astype(np.uint8))
+    grey.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    return grey
 
 
 def parse_colour(name: str) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..libraries import quiet_libraries
 from .adapters import AdapterChoice, add_adapters
 
 # In an installed wheel under latentflow/programs/, in a clone beside latentflow/.
@@ -81,14 +82,9 @@ def open_pipeline(
         UserError: there is no such checkpoint, or the shipped one is missing; an adapter does not fit.
     """
     source = _source(checkpoint)
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
     import latentflow
 
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()  # of loading; drawing has its own
+    quiet_libraries()
     pipeline = getattr(latentflow, kind).from_pretrained(source)
     if adapters is not None:
         add_adapters(pipeline, adapters, source)

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .pictures import is_transparent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_TRANSPARENT = ("PNG", "WEBP", "TIFF", "AVIF")  # formats that keep every alpha
 
 
 def check_format(output: str) -> None:
@@ -26,11 +30,31 @@ def check_format(output: str) -> None:
 
 
 def save(pictures: list[Image], output: str, overwrite: bool = False) -> None:
-    """Write the pictures under free names, and print the names."""
+    """Write the pictures under free names, and print the names; on white where the format has no transparency."""
+    pictures = _as_format(pictures, output)
     for picture, path in zip(pictures, free_paths(Path(output), len(pictures), overwrite), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         print(path)
+
+
+def _as_format(pictures: list[Image], output: str) -> list[Image]:
+    """Return the pictures without alpha where the format would lose it, which is said if anything is transparent."""
+    from PIL import Image
+
+    from ..data.read import to_rgb
+
+    suffix = Path(output).suffix.lower()
+    if Image.registered_extensions().get(suffix) in _TRANSPARENT or not any(
+        one.mode == "RGBA" for one in pictures
+    ):
+        return pictures
+    if any(map(is_transparent, pictures)):
+        print(
+            f"{suffix} has no transparency: what is transparent lies on white; .png keeps it.",
+            file=sys.stderr,
+        )
+    return [to_rgb(one) for one in pictures]
 
 
 def free_paths(output: Path, count: int, overwrite: bool = False) -> list[Path]:

@@ -23,5 +23,6 @@ def sheet(pictures: list[Image], columns: int) -> Image:
     width, height = pictures[0].size
     paper = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
     for i, picture in enumerate(pictures):
-        paper.paste(picture, (i % columns * width, i // columns * height))
+        place = (i % columns * width, i // columns * height)
+        paper.paste(picture, place, picture if picture.mode == "RGBA" else None)
     return paper

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentflow.errors import lookup
+from latentflow.errors import UserError, lookup
 
 
 def _pixels(images: Tensor, side: int) -> Tensor:
@@ -30,10 +30,25 @@ def features(images: Tensor, space: str = "pixels-32", batch_size: int = 256) ->
     "pixels-16" and "pixels-32" are the RGB values of the antialiased 16x16 and 32x32 thumbnail.
 
     Raises:
-        UserError: there is no such space.
+        UserError: there is no such space, or an image holds values that are not finite.
     """
     function = lookup(FEATURES, space, "feature space")
+    refuse_not_finite(images, "images")
     return torch.cat([function(batch).cpu() for batch in images.split(batch_size)])
+
+
+def refuse_not_finite(images: Tensor, what: str) -> None:
+    """Refuse images (B, ...) with NaN or infinity: every figure of them would be one of its own.
+
+    Raises:
+        UserError: says how many of ``what``, and which the first is.
+    """
+    broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(images)} {what} hold values that are not finite, first number {broken[0]}",
+            "Weights that are damaged, or that overflow in half precision, do that; such images are not measured.",
+        )
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:

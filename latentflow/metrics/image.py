@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+SSIM_SIDE = 11  # pixels of the window
+
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, (B,); infinite for an exact copy.
@@ -26,7 +28,12 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     Args:
         images: (B, 3, H, W) in [-1, 1], at least 11 pixels a side.
         originals: of the same shape.
+
+    Raises:
+        ValueError: the images are smaller than the window.
     """
+    if min(images.shape[2:]) < SSIM_SIDE:
+        raise ValueError(f"images of {tuple(images.shape[2:])} are smaller than the {SSIM_SIDE}-pixel window")
     value = structural_similarity_index_measure(
         _unit(images), _unit(originals), data_range=1.0, reduction="none"
     )

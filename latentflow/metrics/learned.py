@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,14 @@ from tqdm.auto import tqdm
 
 from latentflow.errors import UserError
 
+from .features import refuse_not_finite
 
-def inception_fid(
-    generated: Tensor, real: Tensor, *, batch_size: int = 50, network: nn.Module | None = None
-) -> float:
-    """Frechet Inception distance (Heusel et al. 2017, arXiv:1706.08500).
+
+def open_fid(network: nn.Module | None = None) -> Any:
+    """Open Inception for `inception_fid`.
 
     Args:
-        generated, real: (N, 3, H, W) in [-1, 1]. Figures in papers use N = 50,000; fewer raise the distance.
-        network: uint8 images (B, 3, H, W) -> features (B, D), in place of Inception.
+        network: uint8 images (B, 3, H, W) -> features (B, D), in place of Inception; its ``num_features`` is D.
 
     Raises:
         UserError: the extra is not installed, or the weights cannot be fetched.
@@ -26,24 +26,46 @@ def inception_fid(
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     try:
-        metric = FrechetInceptionDistance(feature=network if network is not None else 2048)
+        metric = FrechetInceptionDistance(
+            feature=network if network is not None else 2048, reset_real_features=False
+        )
     except ModuleNotFoundError as error:
         raise UserError("--fid needs torch-fidelity", 'pip install "latentflow[metrics]"') from error
     except OSError as error:
         raise _no_weights("Inception's weights", error) from error
     metric.set_dtype(torch.float64)
-    for images, is_real in ((real, True), (generated, False)):
-        for batch in tqdm(images.split(batch_size), desc="inception features"):
-            metric.update(_bytes(batch), real=is_real)
-    return float(metric.compute())
+    return metric
 
 
-def clip_score(generated: Tensor, captions: Sequence[str], model: str, *, batch_size: int = 50) -> float:
-    """100 cos(image, caption) under CLIP, averaged (Hessel et al. 2021, arXiv:2104.08718).
+def inception_fid(metric: Any, sets: Sequence[Tensor], real: Tensor, *, batch_size: int = 50) -> list[float]:
+    """Frechet Inception distance (Heusel et al. 2017, arXiv:1706.08500) of each set to the real images.
 
     Args:
-        generated: (N, 3, H, W) in [-1, 1].
-        captions: the N captions asked for.
+        metric: from `open_fid`.
+        sets, real: (N, 3, H, W) in [-1, 1], at least two images each. Figures in papers use N = 50,000; fewer raise the
+            distance: compare sets of one size only.
+
+    Raises:
+        UserError: an image holds values that are not finite.
+    """
+    metric.reset_real_features = True
+    metric.reset()
+    metric.reset_real_features = False
+    for batch in tqdm(real.split(batch_size), desc="inception features"):
+        metric.update(_bytes(batch), real=True)
+    found = []
+    for images in sets:
+        metric.reset()  # but for the real ones
+        for batch in tqdm(images.split(batch_size), desc="inception features"):
+            metric.update(_bytes(batch), real=False)
+        found.append(float(metric.compute()))
+    return found
+
+
+def open_clip(model: str) -> Any:
+    """Open a CLIP model for `clip_score`.
+
+    Args:
         model: hub id or folder of a CLIP model.
 
     Raises:
@@ -52,16 +74,31 @@ def clip_score(generated: Tensor, captions: Sequence[str], model: str, *, batch_
     from torchmetrics.multimodal import CLIPScore
 
     try:
-        metric = CLIPScore(model_name_or_path=model)  # type: ignore[arg-type]
+        return CLIPScore(model_name_or_path=model)  # type: ignore[arg-type]
     except OSError as error:
         raise _no_weights(f"the CLIP model '{model}'", error) from error
+
+
+def clip_score(metric: Any, images: Tensor, captions: Sequence[str], *, batch_size: int = 50) -> float:
+    """100 cos(image, caption) under CLIP, averaged (Hessel et al. 2021, arXiv:2104.08718).
+
+    Args:
+        metric: from `open_clip`.
+        images: (N, 3, H, W) in [-1, 1].
+        captions: N.
+
+    Raises:
+        UserError: an image holds values that are not finite.
+    """
+    metric.reset()
     for start in tqdm(range(0, len(captions), batch_size), desc="clip scores"):
         rows = slice(start, start + batch_size)
-        metric.update(list(_bytes(generated[rows])), list(captions[rows]))
+        metric.update(list(_bytes(images[rows])), list(captions[rows]))
     return float(metric.compute())
 
 
 def _bytes(images: Tensor) -> Tensor:
+    refuse_not_finite(images, "images")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

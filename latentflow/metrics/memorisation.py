@@ -1,31 +1,51 @@
-"""Are generated pictures copies of training pictures?"""
+"""Are generated images copies of training images?"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from scipy.stats import betabinom
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .features import distances, features
 
+COMMON = 0.95  # share of new real images that are farther from the training images than what counts as a copy
+ENOUGH = 50  # held-out images; of fewer, the share above is noise
+_LEFT_OUT = 1000  # training images at most that are each compared with all others
+
 
 class Memorisation(NamedTuple):
-    """Distances to the nearest training picture, generated beside held-out ones.
+    """Distances to the nearest training image, of generated images beside those of new real ones.
 
     Attributes:
-        ratio: median distance of generated pictures over that of held-out real ones. About 1: as new as real
-            pictures that were never trained on. Near 0: copies.
-        copies: share of generated pictures nearer to a training picture than 95 % of the held-out ones are.
-            About 0.05 without memorisation.
-        generated: that median distance, per feature (root mean square), for generated pictures.
-        held_out: the same for held-out pictures.
+        ratio: median distance of generated images over that of new real ones. About 1: as new as real images that
+            were never trained on. Near 0: copies.
+        copies: share of generated images nearer to a training image than 95 % of new real ones are.
+        copied: their number.
+        drawn: the number of generated images.
+        expected: ``copies`` of a generator that memorises nothing, on average: 0.05, more where there are fewer than
+            19 new real images.
+        usual: (low, high) between which ``copies`` of such a generator is in 95 of 100 measurements with as many
+            generated and new real images as here.
+        generated: that median distance, per feature (root mean square), for generated images.
+        real: the same for new real images.
+        compared: the number of new real images.
+        new: what stands for new images: "held out"; or "left out": each training image, compared with the others.
     """
 
     ratio: float
     copies: float
+    copied: int
+    drawn: int
+    expected: float
+    usual: tuple[float, float]
     generated: float
-    held_out: float
+    real: float
+    compared: int
+    new: Literal["held out", "left out"]
 
 
 def memorisation(
@@ -33,34 +53,69 @@ def memorisation(
 ) -> Memorisation:
     """Compare nearest-neighbour distances in a feature space, without learned weights.
 
-    Held-out pictures that are near variants of training pictures have small distances themselves, which
-    raises the ratio and hides copies: hold out what is as new as a generated picture should be.
+    New real images are the held-out ones, where at least 50 different ones are none of ``train``. Else each training
+    image (1,000 at most, evenly spread) stands for one that was held out, beside the others. Equal images count as
+    one, so that what is in ``train`` twice does not pass for a new image that is near.
+
+    Near variants of training images among the new ones raise the ratio and hide copies: hold out what is as new as a
+    generated image should be.
 
     Args:
-        generated, train, held_out: (N, 3, H, W) in [-1, 1], each with at least one image. Without ``held_out`` each
-            training picture stands for one that was held out, beside the others (of which there must be one).
+        generated, train, held_out: (N, 3, H, W) in [-1, 1].
 
     Raises:
-        ValueError: a set is empty.
+        ValueError: nothing was generated, or no two training images differ.
+        UserError: an image holds values that are not finite.
     """
-    fresh = train[1:] if held_out is None else held_out
-    if not (len(generated) and len(train) and len(fresh)):
+    reference = features(train, space).unique(dim=0)
+    if not len(generated) or len(reference) < 2:
         raise ValueError(
-            f"a set is empty: {len(generated)} generated, {len(train)} train, {len(fresh)} held out"
+            f"{len(generated)} generated images and {len(reference)} different training images: "
+            "give at least one and two"
         )
-    reference = features(train, space)
+    near_generated = nearest(features(generated, space), reference)
+    near_real = torch.zeros(0)
+    if held_out is not None and len(held_out) >= ENOUGH:
+        near_real = nearest(features(held_out, space).unique(dim=0), reference)
+        near_real = near_real[near_real > 0]
+    held = len(near_real) >= ENOUGH
+    if not held:
+        rows = torch.linspace(0, len(reference) - 1, min(len(reference), _LEFT_OUT)).round().long()
+        near_real = nearest(reference[rows], reference, left_out=rows)
+
+    # The r-th smallest of h distances has r / (h + 1) of all new images below it, on average; where r is no whole
+    # number, it lies between two. What is below then is distributed as Beta(r, h + 1 - r).
+    h, drawn = len(near_real), len(near_generated)
+    r = max((1 - COMMON) * (h + 1), 1.0)
+    threshold = float(np.quantile(near_real.double().numpy(), r / (h + 1), method="weibull"))
+    copied = int((near_generated < threshold).sum())
+    low, high = betabinom(drawn, r, h + 1 - r).interval(0.95)
+    medians = float(near_generated.quantile(0.5)), float(near_real.quantile(0.5))
     scale = reference.shape[1] ** 0.5
-    near_generated = distances(features(generated, space), reference).amin(1) / scale
-    if held_out is None:
-        among = distances(reference, reference).fill_diagonal_(float("inf"))
-    else:
-        among = distances(features(held_out, space), reference)
-    near_held_out = among.amin(1) / scale
-    threshold = torch.quantile(near_held_out, 0.05)
-    medians = float(near_generated.quantile(0.5)), float(near_held_out.quantile(0.5))
     return Memorisation(
-        ratio=medians[0] / medians[1] if medians[1] else float("nan"),
-        copies=float((near_generated < threshold).double().mean()),
-        generated=medians[0],
-        held_out=medians[1],
+        ratio=medians[0] / medians[1],
+        copies=copied / drawn,
+        copied=copied,
+        drawn=drawn,
+        expected=r / (h + 1),
+        usual=(float(low) / drawn, float(high) / drawn),
+        generated=medians[0] / scale,
+        real=medians[1] / scale,
+        compared=h,
+        new="held out" if held else "left out",
     )
+
+
+def nearest(rows: Tensor, reference: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Return the distance of each of ``rows`` (N, D) to the nearest of ``reference`` (M, D): (N,).
+
+    Args:
+        left_out: (N,), the index in ``reference`` with which each row is not compared: its own.
+    """
+    found = torch.empty(len(rows))
+    for part in tqdm(torch.arange(len(rows)).split(64), desc="nearest images", delay=3, leave=False):
+        apart = distances(rows[part], reference)
+        if left_out is not None:
+            apart.scatter_(1, left_out[part, None], float("inf"))
+        found[part] = apart.amin(1)
+    return found

@@ -2,12 +2,74 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .features import distances, features
+
+
+class Retrieval(NamedTuple):
+    """How often the caption asked for is among those of the k nearest data images.
+
+    Attributes:
+        n: images.
+        hits: k -> number of images whose own caption is.
+        chance: k -> share that images would get whose captions were dealt out among them at random.
+    """
+
+    n: int
+    hits: dict[int, int]
+    chance: dict[int, float]
+
+
+def retrieve(
+    generated: Tensor,
+    captions: Sequence[str],
+    data_images: Tensor,
+    data_captions: Sequence[str],
+    *,
+    space: str = "pixels-32",
+    tops: Sequence[int] = (1, 5),
+) -> Retrieval:
+    """For each k of ``tops``: count the images whose caption is among those of the k nearest data images.
+
+    A caption is among them if fewer than k data images are nearer than its nearest one. So of data images that are
+    equal under several captions, each caption is found.
+
+    Args:
+        generated: (N, 3, H, W) in [-1, 1].
+        captions: the N captions (or class names) that were asked for.
+        data_images: (M, 3, H', W') in [-1, 1].
+        data_captions: their M captions.
+
+    Raises:
+        ValueError: numbers of images and captions differ, or a set is empty.
+        UserError: an image holds values that are not finite.
+    """
+    _same_length("generated", generated, captions)
+    _same_length("data", data_images, data_captions)
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    own = torch.tensor([numbers[caption] for caption in captions])
+    counts = torch.bincount(own, minlength=len(numbers)).double()
+    # Data of captions that nobody asked for go into one more column.
+    column = torch.tensor([numbers.get(caption, len(numbers)) for caption in data_captions])
+    rows, reference = features(generated, space), features(data_images, space)
+    hits, by_chance = dict.fromkeys(tops, 0), dict.fromkeys(tops, 0.0)
+    for part in tqdm(torch.arange(len(rows)).split(64), desc="nearest images", delay=3, leave=False):
+        apart = distances(rows[part], reference)
+        first = torch.full((len(part), len(numbers) + 1), float("inf"))
+        first = first.scatter_reduce(1, column.expand(len(part), -1), apart, "amin")[:, :-1]
+        nearer = torch.searchsorted(apart.sort(1).values, first.contiguous())  # data images that are
+        for k in tops:
+            found = (nearer < k) & first.isfinite()
+            hits[k] += int(found.gather(1, own[part, None]).sum())
+            by_chance[k] += float((found.double() @ counts).sum())
+    return Retrieval(len(rows), hits, {k: total / len(rows) ** 2 for k, total in by_chance.items()})
 
 
 def caption_retrieval(
@@ -19,29 +81,9 @@ def caption_retrieval(
     space: str = "pixels-32",
     tops: Sequence[int] = (1, 5),
 ) -> dict[int, float]:
-    """For each k of ``tops``: the share of images whose caption is among those of the k nearest data images.
-
-    Args:
-        generated: (N, 3, H, W) in [-1, 1].
-        captions: the N captions (or class names) that were asked for.
-        data_images: (M, 3, H', W') in [-1, 1].
-        data_captions: their M captions.
-
-    Raises:
-        ValueError: numbers of images and captions differ, or a set is empty.
-    """
-    _same_length("generated", generated, captions)
-    _same_length("data", data_images, data_captions)
-    space_of_data = features(data_images, space)
-    nearest = distances(features(generated, space), space_of_data).argsort(1)[:, : max(tops)].tolist()
-    return {
-        k: sum(
-            caption in {data_captions[i] for i in row[:k]}
-            for caption, row in zip(captions, nearest, strict=True)
-        )
-        / len(captions)
-        for k in tops
-    }
+    """Return the shares of what `retrieve` counts: k -> share."""
+    found = retrieve(generated, captions, data_images, data_captions, space=space, tops=tops)
+    return {k: hits / found.n for k, hits in found.hits.items()}
 
 
 def attribute_groups(
@@ -50,8 +92,8 @@ def attribute_groups(
     """The captions that have one counterpart in the data for every attribute.
 
     A caption such as "waving hand: dark skin tone" carries one of ``attributes`` ("light skin tone",
-    "dark skin tone", ...; the longest that fits counts). Its counterparts are the same words with each
-    attribute in turn.
+    "dark skin tone", ...) as whole words; the longest that fits counts. Its counterparts are the same words with
+    each attribute in turn.
 
     Returns:
         (index of the caption, index of its attribute, data index of the counterpart per attribute). Captions
@@ -59,12 +101,14 @@ def attribute_groups(
     """
     where = {caption: i for i, caption in reversed(list(enumerate(data_captions)))}
     by_length = sorted(range(len(attributes)), key=lambda i: -len(attributes[i]))
+    words = [re.compile(rf"(?<!\w){re.escape(attribute)}(?!\w)") for attribute in attributes]
     groups = []
     for index, caption in enumerate(captions):
-        own = next((i for i in by_length if attributes[i] in caption), None)
+        own = next((i for i in by_length if words[i].search(caption)), None)
         if own is None:
             continue
-        counterparts = [where.get(caption.replace(attributes[own], other)) for other in attributes]
+        others = [other.join(words[own].split(caption)) for other in attributes]
+        counterparts = [where.get(other) for other in others]
         found = [i for i in counterparts if i is not None]
         if len(found) == len(attributes):
             groups.append((index, own, found))
@@ -83,6 +127,7 @@ def attribute_retrieval(
 
     Raises:
         ValueError: numbers of images and expected attributes differ, or there are none.
+        UserError: an image holds values that are not finite.
     """
     _same_length("generated", generated, expected)
     _same_length("candidates", candidates, expected)

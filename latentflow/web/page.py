@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import hashlib
 import html
 import logging
+import os
 import random
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import gradio as gr
+from gradio import processing_utils
+from gradio.components.base import server
+from gradio.context import LocalContext
+from PIL import Image
+from starlette.middleware import Middleware
 
-from ..errors import UserError
+from ..errors import UserError, printable
+from ..image_formats import open_no_others
+from .guard import ARRIVED, LARGEST_UPLOAD, MOST_KEPT, Guard, Hosts, make_room
 from .studio import (
     CANVAS,
     LARGEST_SEED,
@@ -23,45 +42,50 @@ from .studio import (
     Progress,
     Studio,
 )
-from .turns import LONGEST_LINE, Stopped
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
-Values: TypeAlias = dict[Any, Any]  # component -> what it holds
+Values: TypeAlias = dict[str, Any]  # as a request gives them, by the names of its inputs
 USUAL = "the checkpoint's own"
-LARGEST_UPLOAD = "32mb"
+MOST_WAITING = 16
+MOST_SESSIONS = 500  # of whose inputs Gradio keeps a copy
+MOST_PIXELS = 50_000_000  # of an upload
+PATIENCE = 10.0  # seconds from its request in which a client starts to listen for the answer
+# What the page does besides drawing and opening files waits for nobody.
+AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # Fonts of the reader's machine: Gradio's own would come from the network.
 THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
 
 
-def build(studio: Studio) -> Any:
-    """The page of one checkpoint."""
+class Left(Exception):  # noqa: N818 - no error: the user pressed Cancel or closed the window
+    """Nobody waits for the result any longer."""
+
+
+def build(studio: Studio, listeners: Counter[str] | None = None) -> Any:
+    """Return the page of one checkpoint.
+
+    Args:
+        listeners: streams that are open, by session or event: a request is drawn while its own is.
+    """
     with gr.Blocks(title="latentflow", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        listeners = Counter() if listeners is None else listeners
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
-                generated = generate_tab(studio)
+                generated = generate_tab(studio, listeners)
             with gr.Tab("Inpaint", id="inpaint"):
-                paint_on, inpainted = inpaint_tab(studio)
+                paint_on, inpainted = inpaint_tab(studio, listeners)
             with gr.Tab("Edit", id="edit"):
-                edit_of, edited = edit_tab(studio)
+                edit_of, edited = edit_tab(studio, listeners)
         for results in (generated, inpainted, edited):
             results.hand_on(tabs, {"inpaint": paint_on, "edit": edit_of})
-
-        def leave(request: gr.Request) -> None:  # the window is closed
-            for tab in ("generate", "inpaint", "edit"):
-                studio.stop(owner(request, tab))
-
-        page.unload(leave)
-    page.queue(default_concurrency_limit=LONGEST_LINE, api_open=False)
+    # Images are drawn by all cores or the one GPU: two at once would finish no sooner.
+    page.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
 
 # ---------------------------------------------------------------- the tabs
 
 
-def generate_tab(studio: Studio) -> Results:
+def generate_tab(studio: Studio, listeners: Counter[str]) -> Results:
     with gr.Row():
         with gr.Column(scale=2):
             controls = Controls(studio, "generate", "What to draw")
@@ -70,16 +94,15 @@ def generate_tab(studio: Studio) -> Results:
         with gr.Column(scale=3):
             results = Results("generate")
 
-    def generate(values: Values, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+    def generate(values: Values, progress: Progress) -> Any:
         order = controls.order(values)
-        pictures = studio.generate(owner(request, "generate"), order, bar(progress))
-        return captioned(pictures, order), order.seed
+        return results.of(studio, studio.generate(order, progress), order)
 
-    connect("generate", studio, generate, controls, set(), results, go, cancel)
+    connect("generate", generate, listeners, controls.inputs, results, go, cancel)
     return results
 
 
-def inpaint_tab(studio: Studio) -> tuple[gr.File, Results]:
+def inpaint_tab(studio: Studio, listeners: Counter[str]) -> tuple[gr.File, Results]:
     with gr.Row():
         with gr.Column(scale=2):
             file = picture_field("inpaint")
@@ -95,6 +118,7 @@ def inpaint_tab(studio: Studio) -> tuple[gr.File, Results]:
                 canvas_size=(CANVAS, CANVAS),
                 height=540,
             )
+            painted = Painted(editor)
         with gr.Column(scale=3):
             controls = Controls(studio, "inpaint", "What shall be there")
             go, cancel = buttons("inpaint")
@@ -115,32 +139,28 @@ def inpaint_tab(studio: Studio) -> tuple[gr.File, Results]:
 
     file.change(show, file, editor, show_progress="hidden", api_visibility="private")
 
-    def inpaint(values: Values, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+    def inpaint(values: Values, progress: Progress) -> Any:
         order = controls.order(values)
-        pictures = studio.inpaint(
-            owner(request, "inpaint"),
-            order,
-            bar(progress),
-            values[file],
-            (values[editor] or {}).get("layers", []),
-            method=chosen(values[method]),
-            strength=values[strength],
-            feather=values[feather],
-            padding_mask_crop=int(values[margin]) or None,
-        )
-        return captioned(pictures, order), order.seed
+        strokes = [studio.stroke(path) for path in painted.take(values["strokes"])]
+        settings = {name: values[name] for name in ("strength", "feather", "margin")}
+        method = chosen(values["method"])
+        image = uploaded(values["image"])
+        images = studio.inpaint(order, progress, image, strokes, method=method, **settings)
+        return results.of(studio, images, order)
 
-    inputs = {file, editor, method, strength, feather, margin}
-    connect("inpaint", studio, inpaint, controls, inputs, results, go, cancel)
+    inputs = {"image": file, "strokes": editor, "method": method, "strength": strength}
+    inputs |= {"feather": feather, "margin": margin}
+    connect("inpaint", inpaint, listeners, controls.inputs | inputs, results, go, cancel)
     return file, results
 
 
-def edit_tab(studio: Studio) -> tuple[gr.File, Results]:
+def edit_tab(studio: Studio, listeners: Counter[str]) -> tuple[gr.File, Results]:
     with gr.Row():
         with gr.Column(scale=2):
             file = picture_field("edit")
             picture = gr.Image(label="Picture", interactive=False, height=320, buttons=[])
             source = gr.Textbox(
+                "",
                 label="What it shows now",
                 placeholder="red apple",
                 visible=studio.takes.text,
@@ -167,21 +187,17 @@ def edit_tab(studio: Studio) -> tuple[gr.File, Results]:
 
     file.change(show, file, picture, show_progress="hidden", api_visibility="private")
 
-    def edit(values: Values, request: gr.Request, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+    def edit(values: Values, progress: Progress) -> Any:
         order = controls.order(values)
-        pictures = studio.edit(
-            owner(request, "edit"),
-            order,
-            bar(progress),
-            values[file],
-            values[source] or values[source_label] or "",
-            chosen(values[method]),
-            values[strength],
-        )
-        return captioned(pictures, order), order.seed
+        shown = values.get("source_prompt") or values.get("source_class") or ""
+        image, method = uploaded(values["image"]), chosen(values["method"])
+        images = studio.edit(order, progress, image, shown, method, values["strength"])
+        return results.of(studio, images, order, shown if order.label is None else None)
 
-    inputs = {file, source, source_label, method, strength}
-    connect("edit", studio, edit, controls, inputs, results, go, cancel)
+    inputs = {"image": file, "method": method, "strength": strength}
+    inputs |= {"source_prompt": source} if studio.takes.text else {}
+    inputs |= {"source_class": source_label} if studio.takes.labels else {}
+    connect("edit", edit, listeners, controls.inputs | inputs, results, go, cancel)
     return file, results
 
 
@@ -194,6 +210,7 @@ class Controls:
     def __init__(self, studio: Studio, tab: str, prompt: str, example: str = "red apple") -> None:
         self._studio, self._tab = studio, tab
         self.prompt = gr.Textbox(
+            "",
             label=prompt,
             placeholder=example,
             visible=studio.takes.text,
@@ -225,29 +242,61 @@ class Controls:
                 visible=guidable,
             )
         with gr.Accordion("More", open=False):
-            self.negative = gr.Textbox(label="Keep away from", visible=self._studio.takes.text)
+            self.negative = gr.Textbox("", label="Keep away from", visible=self._studio.takes.text)
             self.solver = choice("Solver", lambda: self._studio.solvers)
 
     @property
-    def components(self) -> set[Any]:
-        return {value for value in vars(self).values() if isinstance(value, gr.components.Component)}
+    def inputs(self) -> dict[str, Any]:
+        """The components by the names that a program gives them; those alone that the checkpoint takes."""
+        named = {"images": self.pictures, "seed": self.seed, "new_seed": self.new_seed, "steps": self.steps}
+        named |= {"guidance": self.guidance, "solver": self.solver}
+        takes = self._studio.takes
+        named |= {"prompt": self.prompt, "negative_prompt": self.negative} if takes.text else {}
+        return named | ({"class_label": self.label} if takes.labels else {})
 
     def order(self, values: Values) -> Order:
-        takes_text = self._studio.takes.text
-        return Order(
-            prompt=values[self.prompt] or "" if takes_text and not values[self.label] else None,
-            label=values[self.label],
-            negative=values[self.negative] if takes_text else None,
-            pictures=int(values[self.pictures]),
-            seed=random.randrange(LARGEST_SEED) if values[self.new_seed] else int(values[self.seed] or 0),
-            steps=int(values[self.steps]),
-            guidance=values[self.guidance],
-            solver=chosen(values[self.solver]),
-        )
+        label, takes_text = values.get("class_label"), self._studio.takes.text
+        order = Order(
+            prompt=values["prompt"] or "" if takes_text and not label else None,
+            label=label,
+            negative=values.get("negative_prompt"),
+            images=values["images"],
+            seed=0 if values["new_seed"] else values["seed"],
+            steps=values["steps"],
+            guidance=values["guidance"],
+            solver=chosen(values["solver"]),
+        ).checked()
+        return replace(order, seed=random.randrange(LARGEST_SEED)) if values["new_seed"] else order
+
+
+class Painted:
+    """The strokes of an editor: files among the uploads, whose oldest make room.
+
+    The editor itself would keep all that windows send, in memory and for ever, and open it as any format.
+    """
+
+    def __init__(self, editor: gr.ImageEditor) -> None:
+        self._folder = Path(editor.GRADIO_CACHE)
+        editor.accept_blobs = server(lambda data: self.accept(data))
+
+    def accept(self, data: Any) -> None:
+        """Keep what a window has painted, under the window's own name for it."""
+        if data.data.get("type") == "layer" and data.files:
+            self._file(data.data.get("id")).write_bytes(data.files[0][1])
+
+    def take(self, value: dict[str, Any] | None) -> list[str]:
+        """Return the files of an editor's value; the page gives a name that was told to ``accept``."""
+        if value and value.get("id"):
+            file = self._file(value["id"])
+            return [str(file)] if file.is_file() else []
+        return [layer["path"] for layer in (value or {}).get("layers", [])]
+
+    def _file(self, name: object) -> Path:
+        return self._folder / f"{hashlib.sha256(str(name).encode()).hexdigest()}.png"
 
 
 class Results:
-    """The pictures that a tab has drawn, and what may be done with them."""
+    """The images that a tab has drawn, and what may be done with them."""
 
     def __init__(self, tab: str, height: int = 520) -> None:
         self.gallery = gr.Gallery(
@@ -262,11 +311,27 @@ class Results:
             type="filepath",
             buttons=["download", "download_all", "fullscreen"],
         )
+        self.unknown = gr.Textbox(
+            label="Words that the checkpoint does not know", visible=False
+        )  # for programs
         with gr.Row():
             self._onward = {
                 "inpaint": gr.Button("Paint on this one", size="sm", elem_id=f"{tab}-to-inpaint"),
                 "edit": gr.Button("Edit this one", size="sm", elem_id=f"{tab}-to-edit"),
             }
+
+    def of(self, studio: Studio, images: list[Image.Image], order: Order, *prompts: str | None) -> Any:
+        """Return what a request gives: images with their seeds, the first seed, and words that were not understood.
+
+        Args:
+            prompts: further ones than the order's.
+        """
+        make_room(Path(self.gallery.GRADIO_CACHE), MOST_KEPT)
+        words = ", ".join(studio.unknown_words(order.prompt, order.negative, *prompts))
+        if words:
+            said = f"The checkpoint does not know these words, and draws something of its own: {words}"
+            gr.Warning(html.escape(printable(said), quote=False))
+        return [(image, f"seed {order.seed + i}") for i, image in enumerate(images)], order.seed, words
 
     def hand_on(self, tabs: gr.Tabs, fields: dict[str, gr.File]) -> None:
         """Let the picture that is looked at, else the first, become the picture of another tab."""
@@ -278,14 +343,12 @@ class Results:
         def take(index: int, pictures: list[tuple[str, str]] | None) -> Any:
             return pictures[min(index, len(pictures) - 1)][0] if pictures else gr.skip()
 
-        self.gallery.change(lambda: 0, None, looked_at, show_progress="hidden", api_visibility="private")
-        self.gallery.select(look, None, looked_at, show_progress="hidden", api_visibility="private")
+        self.gallery.change(lambda: 0, None, looked_at, **AT_ONCE)
+        self.gallery.select(look, None, looked_at, **AT_ONCE)
         for tab, button in self._onward.items():
-            taken = button.click(
-                take, [looked_at, self.gallery], fields[tab], show_progress="hidden", api_visibility="private"
-            )
+            taken = button.click(take, [looked_at, self.gallery], fields[tab], **AT_ONCE)
             select = functools.partial(gr.Tabs, selected=tab)
-            taken.success(select, None, tabs, show_progress="hidden", api_visibility="private")
+            taken.success(select, None, tabs, **AT_ONCE)
 
 
 def choice(label: str, offered: Callable[[], list[str]]) -> gr.Dropdown:
@@ -298,21 +361,29 @@ def choice(label: str, offered: Callable[[], list[str]]) -> gr.Dropdown:
         None,
         lambda: gr.Dropdown([USUAL, *offered()]),
         outputs=field,
-        show_progress="hidden",
-        api_visibility="private",
+        **AT_ONCE,
     )
     return field
 
 
-def chosen(value: str) -> str | None:
+def chosen(value: Any) -> Any:
+    """Return a choice as it was made; None where it was left open."""
     return None if value == USUAL else value
 
 
-def enlarged(studio: Studio, path: str) -> Image:
+def uploaded(value: dict[str, Any] | None) -> str | None:
+    """Return the path of a file as Gradio hands it on."""
+    return value["path"] if value else None
+
+
+def enlarged(studio: Studio, path: str) -> Image.Image:
     """An uploaded picture as it is shown, small ones large enough to paint on."""
     picture, note = studio.opened(path)
     if note:
         gr.Info(note)
+    from ..data.read import to_rgb  # not before the pipeline: the page is there before torch is
+
+    picture = to_rgb(picture)  # the canvas is opaque
     scale = CANVAS / max(picture.size)
     return picture.resize([max(1, round(scale * side)) for side in picture.size])
 
@@ -327,92 +398,159 @@ def buttons(tab: str) -> tuple[gr.Button, gr.Button]:
         return go, gr.Button("Cancel", elem_id=f"{tab}-cancel")
 
 
-def captioned(pictures: list[Image], order: Order) -> list[tuple[Image, str]]:
-    return [(picture, f"seed {order.seed + i}") for i, picture in enumerate(pictures)]
-
-
 def connect(
     tab: str,
-    studio: Studio,
-    work: Callable[..., Any],
-    controls: Controls,
-    inputs: set[Any],
+    work: Callable[[Values, Progress], Any],
+    listeners: Counter[str],
+    inputs: dict[str, Any],
     results: Results,
     go: gr.Button,
     cancel: gr.Button,
 ) -> None:
-    """The button, or Enter in the prompt, does the work; Cancel ends it."""
+    """Let the button, or Enter in the prompt, do the work, one request after the other; Cancel ends it."""
 
-    def stop(request: gr.Request) -> None:
-        studio.stop(owner(request, tab))
+    async def handler(request: gr.Request, progress: gr.Progress = gr.Progress(), **values: Any) -> Any:  # noqa: B008
+        names = {request.session_hash, LocalContext.event_id.get(None)}
+        cancelled = threading.Event()
 
-    gr.on(
-        [go.click, controls.prompt.submit],
-        told(work),
-        controls.components | inputs,
-        [results.gallery, controls.seed],
+        def show(done: int, total: int, what: str) -> None:
+            if cancelled.is_set() or not any(listeners[name] for name in names):
+                raise Left
+            progress((done, total), desc=what, unit="steps")
+
+        deadline = request.request.scope[ARRIVED] + PATIENCE  # it may have waited for its turn
+        try:
+            while time.monotonic() < deadline and not any(listeners[name] for name in names):
+                await asyncio.sleep(0.05)
+            return await asyncio.to_thread(told(work), values, show)
+        finally:
+            cancelled.set()  # Gradio's Cancel cancels this; the thread ends at its next step
+
+    triggers = [go.click] + ([inputs["prompt"].submit] if "prompt" in inputs else [])
+    drawing = gr.on(
+        triggers,
+        handler,
+        None,
+        [results.gallery, inputs["seed"], results.unknown],
+        inputs_kwargs=inputs,
+        preprocess=False,  # what a request gives is checked and opened by us
         show_progress_on=results.gallery,
         trigger_mode="once",
         api_name=tab,
+        concurrency_id="drawing",
     )
-    cancel.click(stop, queue=False, api_visibility="private")
-
-
-def owner(request: gr.Request, tab: str) -> str:
-    """Whose request this is: one browser tab's, in one of the page's."""
-    return f"{request.session_hash}/{tab}"
-
-
-def bar(progress: gr.Progress) -> Progress:
-    def show(done: int, total: int, what: str) -> None:
-        progress((done, total), desc=what, unit="steps")
-
-    return show
+    cancel.click(None, cancels=[drawing])
 
 
 def told(work: Callable[..., Any]) -> Callable[..., Any]:
-    """``work`` whose mistakes of the user and own defects become messages on the page."""
+    """Return ``work`` whose mistakes of the user and own defects become messages on the page and to programs."""
 
     @functools.wraps(work)
     def handler(*arguments: Any) -> Any:
         try:
             return work(*arguments)
-        except Stopped:
-            gr.Info("Cancelled.", duration=3)
+        except Left:
+            raise gr.Error("Nobody waited for the result: it was not drawn.", print_exception=False) from None
         except UserError as error:
-            gr.Warning(html.escape(str(error)).replace("\n", "<br>"))
+            raise gr.Error(line(error), print_exception=False) from None
         except Exception:
             log.exception("a request failed")
             raise gr.Error("The terminal says what went wrong.", print_exception=False) from None
-        return gr.skip()
 
     return handler
 
 
-def serve(studio: Studio, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C; the models are loaded while it is looked at.
+def line(error: UserError) -> str:
+    """Return an error as one line that holds no markup: the page shows messages as HTML."""
+    said = f"{error.what}. {error.fix[:1].upper()}{error.fix[1:]}" if error.fix else error.what
+    return html.escape(said.replace("\n", " "), quote=False)
+
+
+async def _fetch_nothing(*_: Any, **__: Any) -> str:
+    raise gr.Error("Nothing is fetched from other addresses: upload the image.", print_exception=False)
+
+
+class Escaped:
+    """A text stream that steers no terminal: Gradio writes what strangers sent to it, such as names of files."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> Any:
+        return self._stream.write("\r".join(printable(part) for part in text.split("\r")))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def start(
+    studio: Studio,
+    host: str,
+    port: int,
+    *,
+    auth: tuple[str, str] | None = None,
+    allowed_hosts: Sequence[str] = (),
+) -> Any:
+    """Serve the page in a thread, and return it.
+
+    Args:
+        auth: name and password that are asked for.
+        allowed_hosts: names besides this machine's under which the page is asked for.
 
     Raises:
-        UserError: the port is taken or may not be listened on; the checkpoint cannot be loaded.
+        UserError: the port is taken or may not be listened on.
     """
-    page = build(studio)
+    open_no_others()
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # of this process
+    processing_utils.async_ssrf_protected_download = _fetch_nothing
+    listeners: Counter[str] = Counter()
+    page = build(studio, listeners)
+    guard = Middleware(
+        Guard,
+        hosts=Hosts(host, allowed_hosts),
+        uploads=Path(page.GRADIO_CACHE),
+        listeners=listeners,
+    )
     try:
         page.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             share=False,
             quiet=True,
+            show_error=True,  # to programs, what Gradio itself refuses
             ssr_mode=False,
             run_history=False,
             footer_links=[],
             max_file_size=LARGEST_UPLOAD,
+            state_session_capacity=MOST_SESSIONS,
+            auth=auth,
             theme=THEME,
+            app_kwargs={"middleware": [guard]},
             prevent_thread_lock=True,
         )
     except OSError:  # Gradio's message speaks of its own arguments
         raise UserError(
             f"{host}:{port} is taken, or no address of this machine", "Try --port 7861."
         ) from None
-    print(f"http://{host}:{port}", flush=True)
-    studio.pipe  # noqa: B018
-    page.block_thread()
+    return page
+
+
+def serve(studio: Studio, host: str, port: int, **settings: Any) -> None:
+    """Serve the page until Ctrl-C; the models are loaded while it is looked at.
+
+    Args:
+        settings: of ``start``.
+
+    Raises:
+        UserError: see ``start``; the checkpoint cannot be loaded.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="latentflow-app-", ignore_cleanup_errors=True) as folder,
+        redirect_stderr(Escaped(sys.stderr)),
+    ):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the folder is removed
+        os.environ["GRADIO_TEMP_DIR"] = folder  # of our own: Gradio's usual one is everybody's
+        page = start(studio, host, port, **settings)
+        print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
+        studio.pipe  # noqa: B018
+        page.block_thread()

@@ -1,7 +1,8 @@
-"""What a request of the web page does: bounds, pictures in, pictures out. Knows nothing of Gradio."""
+"""What a request of the web page does: bounds, images in, images out. Knows nothing of Gradio."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from ..drawing.conditions import conditions
 from ..drawing.draw import BATCH, draw
 from ..drawing.pictures import read_picture
 from ..errors import UserError
-from .turns import Turn, Turns
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,9 +27,48 @@ LARGEST_PICTURE = 4  # times the side that the checkpoint was trained at
 CANVAS = 512  # pixels of a picture's longer side as it is shown
 LARGEST_SEED = 2**32 - 1
 
+#: Least and greatest of every number that a request gives, and whether it is a whole one.
+BOUNDS: dict[str, tuple[float, float, type]] = {
+    "images": (1, MOST_PICTURES, int),
+    "seed": (0, LARGEST_SEED, int),
+    "steps": (1, MOST_STEPS, int),
+    "guidance": (0, MOST_GUIDANCE, float),
+    "strength": (0, 1, float),
+    "feather": (0, 32, int),
+    "margin": (0, 64, int),
+}
+
 ANEW = "image-to-image"
-#: (steps done, steps in all, what is going on)
+#: Told (steps done, steps in all, what is going on); what it raises ends the drawing.
 Progress = Callable[[int, int, str], None]
+
+
+def number(name: str, value: Any) -> Any:
+    """Return a request's number, a whole one as an int.
+
+    Raises:
+        UserError: it is no number, not whole, or outside of its bounds: what would keep the machine busy too long.
+    """
+    low, high, kind = BOUNDS[name]
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not usable or kind(value) != value:
+        shown = repr(value) if isinstance(value, str) else str(value)
+        whole = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name} is {shown[:50]}", f"It is {whole} from {low} to {high}.")
+    return kind(value)
+
+
+def text(name: str, value: Any) -> str | None:
+    """Return a request's text, or None where it gives none.
+
+    Raises:
+        UserError: it is no text, or a long one.
+    """
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{name} is no text", "Give one in quotation marks.")
+    if len(value or "") > LONGEST_PROMPT:
+        raise UserError(f"{name} has {len(value or '')} characters", f"At most {LONGEST_PROMPT}.")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +78,26 @@ class Order:
     prompt: str | None = None
     label: str | None = None
     negative: str | None = None
-    pictures: int = 1
+    images: int = 1
     seed: int = 0
     steps: int = 20
     guidance: float = 4.0
     solver: str | None = None
 
-    def check(self) -> None:
-        """Refuse what would keep the machine busy for too long; the page's sliders end at the same bounds.
+    def checked(self) -> Order:
+        """Return the order with its numbers as the drawing takes them.
 
         Raises:
-            UserError: names the bound.
+            UserError: one is outside of its bounds, which are those of the page's sliders; or a text is none.
         """
-        bounds = {
-            "pictures": (1, MOST_PICTURES),
-            "seed": (0, LARGEST_SEED),
-            "steps": (1, MOST_STEPS),
-            "guidance": (0, MOST_GUIDANCE),
+        numbers = {
+            name: number(name, getattr(self, name)) for name in ("images", "seed", "steps", "guidance")
         }
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} is {getattr(self, name)}", f"It goes from {low} to {high}.")
-        for text in (self.prompt, self.negative):
-            if len(text or "") > LONGEST_PROMPT:
-                raise UserError(f"a prompt of {len(text or '')} characters", f"At most {LONGEST_PROMPT}.")
+        text("prompt", self.prompt)
+        text("class_label", self.label)
+        text("negative_prompt", self.negative)
+        text("solver", self.solver)
+        return replace(self, **numbers)
 
 
 class Studio:
@@ -74,7 +109,8 @@ class Studio:
         self._checkpoint, self._device, self._adapters = checkpoint, device, adapters
         self._pipe: Any = None
         self._loading = threading.Lock()
-        self._turns = Turns()
+        # The pipelines and tokenizers are not made for several threads.
+        self._drawing = threading.Lock()
         known = (
             None if adapters is not None and (adapters.lora or adapters.fast) else takes(checkpoint)
         )  # they may bring classes
@@ -120,17 +156,20 @@ class Studio:
 
         return [*(EDITING if self.takes.condition else ()), ANEW]
 
+    def unknown_words(self, *prompts: str | None) -> list[str]:
+        """Return the words of prompts that the checkpoint's vocabulary lacks."""
+        find = getattr(self.pipe, "unknown_words", None)
+        given = [prompt for prompt in prompts if prompt]
+        return list(find(given)) if find is not None and given and self.takes.text else []
+
     def opened(self, upload: str) -> tuple[Image, str]:
-        """An uploaded picture as upright RGB, and "" or, if it was too large for the checkpoint, how it was shrunk.
+        """An uploaded picture, upright, RGB or RGBA; and "" or, if it was too large for the checkpoint, how it shrank.
 
         Raises:
             UserError: it cannot be read; the message names the file and not where the server keeps it.
         """
         pipe = self.pipe
-        try:
-            picture = read_picture(upload)
-        except UserError as error:
-            raise UserError(error.what.replace(upload, Path(upload).name), error.fix) from error
+        picture = _hiding_folder(read_picture, upload)
         side = pipe.transformer.config.get("sample_size") or 64
         trained = pipe.vae_scale_factor * (max(side) if isinstance(side, list | tuple) else side)
         width, height = picture.size
@@ -138,41 +177,56 @@ class Studio:
         shrunk = f"Shrunk from {width} x {height} to {picture.width} x {picture.height} pixels."
         return picture, shrunk if picture.size != (width, height) else ""
 
+    def stroke(self, upload: str) -> Image:
+        """Return an uploaded image as it is, for its transparency.
+
+        Raises:
+            UserError: as ``opened``.
+        """
+        self.pipe  # noqa: B018
+        from ..data.image_files import open_picture
+
+        return _hiding_folder(open_picture, upload)
+
     # ---------------------------------------------------------------- requests
 
-    def stop(self, owner: str) -> None:
-        """End what ``owner`` has waiting or running."""
-        self._turns.stop(owner)
-
-    def generate(self, owner: str, order: Order, progress: Progress) -> list[Image]:
-        """Pictures of words or a class alone."""
-        return self._draw("LatentFlowPipeline", owner, order, progress)
+    def generate(self, order: Order, progress: Progress) -> list[Image]:
+        """Return images of words or a class alone."""
+        return self._draw("LatentFlowPipeline", order, progress)
 
     def inpaint(
         self,
-        owner: str,
         order: Order,
         progress: Progress,
         upload: str | None,
         strokes: list[Image],
-        **settings: Any,
+        *,
+        method: str | None = None,
+        strength: float = 1.0,
+        feather: int = 0,
+        margin: int = 0,
     ) -> list[Image]:
-        """A picture with what was painted over drawn anew.
+        """Return an image with what was painted over drawn anew.
 
         Args:
-            strokes: RGBA pictures of the canvas, opaque where it was painted over.
-            settings: of ``LatentFlowInpaintPipeline``.
+            strokes: RGBA images of the canvas, opaque where it was painted over.
+            margin: pixels around the hole that are looked at; 0: everywhere.
         """
+        settings = {
+            "method": text("method", method),
+            "strength": number("strength", strength),
+            "feather": number("feather", feather),
+            "padding_mask_crop": number("margin", margin) or None,
+        }
         picture = self._needed(upload)
         mask = painted(strokes, picture.size)
         if mask.getbbox() is None:
             raise UserError("nothing is painted over", "Paint over the part that is to be drawn anew.")
         kind = "LatentFlowInpaintPipeline"
-        return self._draw(kind, owner, order, progress, image=picture, mask_image=mask, **settings)
+        return self._draw(kind, order, progress, image=picture, mask_image=mask, **settings)
 
     def edit(
         self,
-        owner: str,
         order: Order,
         progress: Progress,
         upload: str | None,
@@ -180,17 +234,18 @@ class Studio:
         method: str | None,
         strength: float,
     ) -> list[Image]:
-        """A picture changed by words, from what ``source`` says it shows, or drawn anew.
+        """Return an image changed by words, from what ``source`` says it shows, or drawn anew.
 
         Args:
             method: of ``editing_methods``; None: the pipeline's own, or anew where nothing can be said.
         """
-        picture = self._needed(upload)
-        settings: dict[str, Any] = {"image": picture, "strength": strength}
+        text("what it shows now", source)
+        text("method", method)
+        settings: dict[str, Any] = {"strength": number("strength", strength), "image": self._needed(upload)}
         if method == ANEW or not self.takes.condition:
-            return self._draw("LatentFlowImg2ImgPipeline", owner, order, progress, **settings)
+            return self._draw("LatentFlowImg2ImgPipeline", order, progress, **settings)
         if method == "inversion":  # draws no noise: more would be equal
-            order = replace(order, pictures=1)
+            order = replace(order, images=1)
         if source:
             shown = conditions(
                 self.pipe, (source,) if order.label is None else (), (source,) if order.label else ()
@@ -198,17 +253,20 @@ class Studio:
             settings |= {f"source_{name}": value for name, value in shown[0].items()}
         if method is not None:
             settings["method"] = method
-        return self._draw("LatentFlowEditPipeline", owner, order, progress, **settings)
+        return self._draw("LatentFlowEditPipeline", order, progress, **settings)
 
     def _needed(self, upload: str | None) -> Image:
         if upload is None:
-            raise UserError("there is no picture", "Drop one into the field, or take one that was generated.")
+            raise UserError("there is no image", "Drop one into the field, or take one that was generated.")
         return self.opened(upload)[0]
 
-    def _draw(self, kind: str, owner: str, order: Order, progress: Progress, **settings: Any) -> list[Image]:
+    def _draw(self, kind: str, order: Order, progress: Progress, **settings: Any) -> list[Image]:
         import latentflow
 
-        order.check()
+        order = order.checked()
+        if self.takes.labels and not self.takes.text and not order.label:
+            some = ", ".join(self.takes.labels[:10]) + (", ..." if self.takes.labels[10:] else "")
+            raise UserError("no class is chosen", f"Choose one: {some}.")
         if self._pipe is None:
             progress(0, 1, "Loading the models")
         loaded = self.pipe  # before the name of a pipeline imports it
@@ -220,15 +278,16 @@ class Studio:
             (order.label,) if order.label else (),
             order.negative or None,
         )
-        with self._turns.take(owner, lambda ahead: progress(0, 1, f"Waiting, {ahead} ahead")) as turn:
+        with self._drawing:
+            progress(0, 1, "Drawing")
             return draw(
                 pipe,
-                shown * order.pictures,
+                shown * order.images,
                 order.seed,
                 num_inference_steps=order.steps,
                 guidance_scale=order.guidance,
                 solver=order.solver,
-                callback_on_step_end=_after_step(turn, progress),
+                callback_on_step_end=_after_step(progress),
                 **settings,
             )
 
@@ -244,9 +303,19 @@ def painted(strokes: list[Image], size: tuple[int, int]) -> Image:
     return mask.point(lambda level: 255 * (level >= 128))
 
 
-def _after_step(turn: Turn, progress: Progress) -> Callable[..., dict[str, Any]]:
+def _hiding_folder(read: Callable[[str], Image], upload: str) -> Image:
+    """Return what ``read`` does of a file; its errors name the file and not where the server keeps it."""
+    if not Path(upload).is_file():  # the oldest make room for new ones
+        raise UserError(f"{Path(upload).name} is kept no longer", "Upload it again.")
+    try:
+        return read(upload)
+    except UserError as error:
+        folder = f"{Path(upload).parent}{os.sep}"
+        raise UserError(error.what.replace(folder, ""), error.fix.replace(folder, "")) from error
+
+
+def _after_step(progress: Progress) -> Callable[..., dict[str, Any]]:
     def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        turn.check()
         progress(i + 1, pipe.num_timesteps, "Drawing")
         return {}
 

@@ -127,7 +127,8 @@ def latents(folder: Path) -> None:
     import pyarrow
 
     row = {
-        "texts": ["a"], "label": None, "class_id": -1, "weight": 1.0, "repeats": 1, "key": "k", "mask_key": "",
+        "texts": ["a"], "label": None, "class_id": -1, "weight": 1.0, "repeats": 1, "key": "k", "pixel_key": "k",
+        "mask_key": "",
         "group": 0, "bucket": 0, "height": 8, "width": 8,
     }  # fmt: skip
     rows = [row | {"name": "0.png"}, row | {"name": "1.png", "texts": [], "bucket": 1}]

@@ -22,6 +22,7 @@ from latentflow.data import cached_pixels, find_source
 from latentflow.data.columns import class_name
 from latentflow.data.find import KINDS
 from latentflow.data.paths import many_paths
+from latentflow.data.read import read_image, read_own_mask
 from latentflow.errors import UserError
 
 from .pictures import load_program, noise, write_jsonl
@@ -428,6 +429,17 @@ def test_a_parquet_file_is_cached_from_front_to_back(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # threads, which may overtake one another
     cached_pixels(source, 8, progress=False)
     assert groups == list(range(12))
+
+
+def test_an_image_in_an_archive_is_named_in_errors(tmp_path: Path) -> None:
+    """Not read as itself, nor as what a mask is registered with."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("cut.png", png(0)[:60])
+        archive.writestr("cut-mask.png", MASK.getvalue())
+    (example,) = find_source(str(tmp_path / "a.zip")).examples
+    for read in (read_image, read_own_mask):
+        with pytest.raises(UserError, match=r"a\.zip: cut\.png cannot be read"):
+            read(example, 8)
 
 
 def test_numbers_of_classes_that_stand_for_no_name(tmp_path: Path) -> None:

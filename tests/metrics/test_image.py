@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from latentflow.metrics import psnr, ssim
@@ -41,3 +42,9 @@ def test_ssim_of_two_flat_images_is_its_luminance_term() -> None:
     flat = [torch.full((1, 3, 16, 16), 2 * value - 1) for value in (a, b)]
     expected = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
     torch.testing.assert_close(ssim(*flat), torch.tensor([expected]), atol=1e-3, rtol=0)
+
+
+def test_ssim_needs_its_window() -> None:
+    assert ssim(torch.zeros(1, 3, 11, 11), torch.zeros(1, 3, 11, 11)).isfinite().all()
+    with pytest.raises(ValueError, match="11-pixel window"):
+        ssim(torch.zeros(1, 3, 10, 16), torch.zeros(1, 3, 10, 16))

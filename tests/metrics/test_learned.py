@@ -18,11 +18,16 @@ class Levels(torch.nn.Module):
         return images.double().mean((2, 3))
 
 
-def test_fid_is_the_frechet_distance_of_its_features() -> None:
-    pytest.importorskip("torch_fidelity", reason='needs pip install -e ".[metrics]"')
+def test_fid_of_several_sets_is_the_frechet_distance_of_their_features() -> None:
     generator = torch.Generator().manual_seed(0)
-    generated, real = (torch.rand(30, 3, 8, 8, generator=generator) * 2 - 1 for _ in range(2))
-    real = real * 0.5
-    value = learned.inception_fid(generated, real, batch_size=7, network=Levels())
-    levels = [Levels()(((images + 1) * 127.5).round().to(torch.uint8)) for images in (generated, real)]
-    assert value == pytest.approx(frechet_distance(*levels), rel=1e-4)
+    generated, beside, real, others = (
+        torch.rand(n, 3, 8, 8, generator=generator) * 2 - 1 for n in (30, 20, 40, 9)
+    )
+    metric = learned.open_fid(Levels())
+    levels = [
+        Levels()(((images + 1) * 127.5).round().to(torch.uint8))
+        for images in (generated, beside, real, others)
+    ]
+    for reference, features in ((real, levels[2]), (others, levels[3])):  # a metric holds nothing of before
+        values = learned.inception_fid(metric, [generated, beside], reference, batch_size=7)
+        assert values == pytest.approx([frechet_distance(one, features) for one in levels[:2]], rel=1e-4)

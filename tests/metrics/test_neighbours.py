@@ -13,6 +13,7 @@ from latentflow.metrics import (
     distances,
     features,
     memorisation,
+    retrieve,
 )
 
 
@@ -75,20 +76,104 @@ def test_attribute_retrieval_compares_with_a_pictures_own_candidates() -> None:
     assert attribute_retrieval(flat(0.45, 0.45), candidates, [1, 0]) == 0.5
 
 
+def test_equal_images_under_several_captions_are_found_under_each() -> None:
+    data, names = flat(0.2, 0.2, 0.2, 0.9), ["a", "b", "c", "d"]
+    for caption in "abc":
+        assert caption_retrieval(flat(0.2), [caption], data, names, tops=(1, 2)) == {1: 1.0, 2: 1.0}
+    # Three are nearer than the fourth.
+    assert caption_retrieval(flat(0.2), ["d"], data, names, tops=(1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 1.0}
+    assert caption_retrieval(flat(0.2), ["not there"], data, names, tops=(1, 9)) == {1: 0.0, 9: 0.0}
+
+
+def test_chance_is_what_captions_dealt_out_at_random_get() -> None:
+    data = flat(*[0.1] * 5, *[0.9] * 5)
+    names = ["common"] * 5 + ["rare"] * 5
+    asked = ["common"] * 19 + ["rare"]  # and "common" is drawn whatever is asked
+    found = retrieve(flat(*[0.1] * 20), asked, data, names)
+    assert (found.n, found.hits) == (20, {1: 19, 5: 19})
+    assert found.chance == pytest.approx({1: 0.95, 5: 0.95})
+    right = retrieve(flat(*[0.1] * 19, 0.9), asked, data, names)
+    assert right.hits[1] == 20 and right.chance[1] == pytest.approx(0.95**2 + 0.05**2)
+
+
+def test_attributes_are_whole_words() -> None:
+    data = ["red hat", "blue hat", "bored cat", "bobluecat"]
+    assert attribute_groups(["red hat", "bored cat"], ["red", "blue"], data) == [(0, 0, [0, 1])]
+
+
+# ---------------------------------------------------------------- memorisation
+
+
 def test_memorisation_is_one_for_new_pictures_and_zero_for_copies() -> None:
-    train, held_out, new = pictures(40, 1), pictures(40, 2), pictures(40, 3)
+    train, held_out, new = pictures(60, 1), pictures(60, 2), pictures(60, 3)
     fresh = memorisation(new, train, held_out)
+    assert (fresh.new, fresh.compared, fresh.drawn) == ("held out", 60, 60)
     assert fresh.ratio == pytest.approx(1, abs=0.02)
     copied = memorisation(train[:20], train, held_out)
-    assert (copied.ratio, copied.copies, copied.generated) == (0.0, 1.0, 0.0)
-    assert memorisation(held_out, train, held_out).copies == pytest.approx(0.05, abs=0.03)
+    assert (copied.ratio, copied.copies, copied.copied, copied.generated) == (0.0, 1.0, 20, 0.0)
+    assert memorisation(held_out, train, held_out).copies == pytest.approx(0.05, abs=0.02)
     alone = memorisation(new, train, None)  # each training picture beside the others
+    assert (alone.new, alone.compared) == ("left out", 60)
     assert alone.ratio == pytest.approx(1, abs=0.02)
     assert memorisation(train[:20], train, None).ratio == 0.0
+
+
+@pytest.mark.parametrize("held_out", [0, 10, 60])
+@pytest.mark.parametrize("blur", [0.0, 1e-3])
+def test_copies_of_what_is_in_the_data_twice_are_copies(held_out: int, blur: float) -> None:
+    """All of it, some of it; also where the held-out images are among the training images."""
+    once = pictures(30, 1)
+    for train in (once.repeat(2, 1, 1, 1), torch.cat([once, once[:5], once[:5]])):
+        fresh = torch.cat([train[:5], pictures(held_out, 2)]) if held_out else None
+        found = memorisation(train + blur * pictures(len(train), 3), train, fresh)
+        assert (found.copies, found.copied) == (1.0, len(train))
+        assert found.ratio < 0.01
+
+
+@pytest.mark.parametrize("held_out", [10, 50, 500])
+def test_new_images_are_copies_as_often_as_is_expected(held_out: int) -> None:
+    """Over many draws of everything the mean is the nominal 5 %, and 95 of 100 shares lie where they usually do."""
+    generator = torch.Generator().manual_seed(held_out)
+
+    def images(n: int) -> torch.Tensor:  # of few degrees of freedom, as real images are
+        return (torch.randn(n, 3, 4, 4, generator=generator) / 4).clamp(-1, 1)
+
+    found = [memorisation(images(100), images(120), images(held_out), space="pixels-16") for _ in range(40)]
+    assert {one.new for one in found} == {"held out" if held_out >= 50 else "left out"}
+    assert all(one.expected == pytest.approx(0.05) for one in found)
+    assert sum(one.copies for one in found) / 40 == pytest.approx(0.05, abs=0.015)
+    inside = [one.usual[0] <= one.copies <= one.usual[1] for one in found]
+    assert sum(inside) >= 35  # of 40; 38 are expected
+    assert all(one.usual[1] < 0.25 for one in found)
+
+
+def test_very_few_images_say_how_little_they_say() -> None:
+    found = memorisation(pictures(10, 1), pictures(4, 2), None)
+    assert found.expected == 1 / 5  # of 4 new images' distances the smallest is the threshold
+    assert found.usual[0] == 0 and found.usual[1] >= 0.6
+
+
+# ---------------------------------------------------------------- what is no image
 
 
 def test_numbers_that_do_not_match_are_refused() -> None:
     with pytest.raises(ValueError, match="2 images for 1 labels"):
         caption_retrieval(flat(0, 1), ["a"], flat(0), ["a"])
-    with pytest.raises(ValueError, match="empty"):
-        memorisation(flat(0), flat(0), pictures(0))
+    for generated, train in ((flat(0), flat(0, 0)), (flat(0)[:0], flat(0, 1))):
+        with pytest.raises(ValueError, match="different training images"):
+            memorisation(generated, train, pictures(1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_no_images(value: float) -> None:
+    broken = flat(0.0, 0.5, 0.5).clone()
+    broken[1, 0, 3, 4] = value
+    fine = flat(0.1, 0.2, 0.3)
+    for measure in (
+        lambda: features(broken),
+        lambda: memorisation(broken, fine, None),
+        lambda: caption_retrieval(fine, list("abc"), broken, list("abc")),
+        lambda: attribute_retrieval(broken, torch.stack([fine, fine], dim=1), [0, 1, 0]),
+    ):
+        with pytest.raises(UserError, match=r"1 of 3 images .* first number 1"):
+            measure()

@@ -160,3 +160,22 @@ def test_the_code_of_the_page_on_editing_runs(
         exec(compile(block, "editing.md", "exec"), names)
     assert names["noise"].error.shape == (1,)
     assert names["larger"].size == (32, 64)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("edit", "clear.png", "hat", "--from", "red apple"),
+        ("edit", "clear.png", "hat", "--method", "image-to-image"),
+        ("interpolate", "--images", "clear.png", "b.png", "--frames", 2),
+    ],
+)
+def test_transparency_is_lost_with_a_word(
+    program: Program, dit_folder: Path, arguments: tuple[object, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    picture = Image.open("a.png").convert("RGBA")
+    picture.putpixel((0, 0), (9, 9, 9, 0))
+    picture.save("clear.png")
+    for path in program(*arguments, "--checkpoint", dit_folder):
+        assert Image.open(path).mode == "RGB"
+    assert "clear.png has transparent parts: they lie on white" in caplog.text

@@ -518,6 +518,42 @@ def test_an_outpainted_picture_keeps_the_old_one(inpaint_pipe: LatentFlowInpaint
         expand_canvas(picture, top=-1)
 
 
+# ------------------------------------------------------------------ transparency
+
+
+@pytest.mark.parametrize("form", ["PIL", "palette", "grey", "array", "tensor"])
+def test_transparent_pictures_come_back_transparent(
+    inpaint_pipe: LatentFlowInpaintPipeline, form: str
+) -> None:
+    """Several masks of one picture, among opaque ones: each result has the alpha of its own picture."""
+    levels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
+    clear = Image.fromarray(levels)
+    given: Any = clear
+    if form == "palette":
+        given = clear.convert("RGB").quantize(8)
+        given.info["transparency"] = bytes(range(0, 256, 32))
+    elif form == "grey":
+        given = clear.convert("LA")
+    elif form != "PIL":
+        given = np.asarray(clear) / np.float32(255)
+        given = torch.from_numpy(given).permute(2, 0, 1) if form == "tensor" else given
+    kept = np.asarray(given.convert("RGBA")) if isinstance(given, Image.Image) else levels
+    call: dict[str, Any] = {"class_labels": 0, "num_inference_steps": 2, "num_images_per_prompt": 2}
+    call |= {"image": [given, clear.convert("RGB")], "mask_image": torch.cat([ODD, HALF])}
+    first, again, opaque, _ = inpaint_pipe(**call).images
+    hole = ODD[0, 0].numpy() > 0
+    for image in (first, again):
+        seen = np.asarray(image)
+        assert image.mode == "RGBA" and np.array_equal(seen[~hole], kept[~hole])
+        assert (seen[hole][:, 3] == 255).all()
+    assert first.tobytes() != again.tobytes() and opaque.mode == "RGB"
+    assert np.array_equal(np.asarray(opaque)[:, :4], levels[:, :4, :3])
+    unchanged = inpaint_pipe(**call | {"strength": 0.0}).images
+    assert np.array_equal(np.asarray(unchanged[0]), kept)
+    larger = inpaint_pipe(**call | {"height": 16, "width": 16}).images
+    assert [image.mode for image in larger] == ["RGBA", "RGBA", "RGB", "RGB"] and larger[0].size == (16, 16)
+
+
 # ------------------------------------------------------------------ masks of all kinds
 
 

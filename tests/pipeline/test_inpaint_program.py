@@ -14,6 +14,8 @@ from PIL import Image
 from latentflow.errors import UserError
 from latentflow.flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 
+from ..data.profiles import in_srgb, rgb_profile
+
 Inpaint = Callable[..., list[Path]]
 WIDTH, HEIGHT = 14, 10  # what neither autoencoder nor network divides
 HOLE = (slice(2, 7), slice(4, 11))
@@ -197,3 +199,86 @@ def test_the_help_names_every_method(
     text = re.sub(r"[\s│]", "", capsys.readouterr().out)  # a name may be broken over two lines
     assert [name for name in INPAINTING if name not in text] == []
     assert f"Default:{DEFAULT_INPAINTING}," in text
+
+
+def see_through() -> tuple[Image.Image, Any]:
+    """An RGBA picture whose alpha takes every value, with colours under alpha 0, and its bytes."""
+    levels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 4), np.uint8)
+    levels[:2, :, 3], levels[8:, :, 3] = 0, 255
+    return Image.fromarray(levels), levels
+
+
+def test_what_is_kept_keeps_its_alpha_to_the_byte(inpaint: Inpaint, dit_folder: Path) -> None:
+    image, levels = see_through()
+    image.save("clear.png")
+    [path] = inpaint("clear.png", "mask.png", "hat", "--checkpoint", dit_folder)
+    with Image.open(path) as result:
+        assert result.mode == "RGBA"
+        seen = np.asarray(result)
+    hole = pixels("mask.png").any(-1)
+    assert np.array_equal(seen[~hole], levels[~hole])  # colours under alpha 0 too
+    assert (seen[hole][:, 3] == 255).all() and (seen[hole] != levels[hole]).any(-1).mean() > 0.5
+    # On white it is what an opaque picture on white becomes.
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    white.save("white.png")
+    [opaque] = inpaint("white.png", "mask.png", "hat", "--checkpoint", dit_folder, "-o", "opaque.png")
+    assert np.array_equal(seen[hole][:, :3], pixels(opaque)[hole])
+
+
+def test_soft_edges_blend_alpha_and_colours(inpaint: Inpaint, dit_folder: Path) -> None:
+    image, levels = see_through()
+    image.save("clear.png")
+    arguments = ("mask.png", "hat", "--feather", 2, "--checkpoint", dit_folder)
+    [path] = inpaint("clear.png", *arguments)
+    seen = np.asarray(Image.open(path)).astype(int)
+    assert np.array_equal(seen[0, 0], levels[0, 0])  # more than two pixels from the hole
+    edge, expected = seen[1, 5, 3], 255 * 2 / 3  # one pixel from it, over what was transparent
+    assert abs(edge - expected) <= 1
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    white.save("white.png")
+    [opaque] = inpaint("white.png", *arguments, "-o", "opaque.png")
+    shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), Image.open(path))
+    assert np.abs(np.asarray(shown.convert("RGB")).astype(int) - pixels(opaque)).max() <= 1
+
+
+def test_a_format_without_alpha_says_so(
+    inpaint: Inpaint, dit_folder: Path, load_program: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, _ = see_through()
+    image.save("clear.png")
+    arguments = [
+        "clear.png",
+        "mask.png",
+        "hat",
+        "--checkpoint",
+        str(dit_folder),
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    load_program("inpaint").main([*arguments, "-o", "a.jpg"])
+    said = capsys.readouterr()
+    assert ".jpg has no transparency: what is transparent lies on white" in said.err
+    assert said.out == "a.jpg\n" and Image.open("a.jpg").mode == "RGB"
+
+
+def test_expanding_keeps_alpha(inpaint: Inpaint, dit_folder: Path) -> None:
+    image, levels = see_through()
+    image.save("clear.png")
+    [path] = inpaint("clear.png", "hat", "--expand", 3, 1, 2, 0, "--checkpoint", dit_folder)
+    seen = np.asarray(Image.open(path))
+    assert np.array_equal(seen[1:, 3:-2], levels) and (seen[0, :, 3] == 255).all()
+
+
+def test_kept_pixels_are_those_in_srgb(
+    inpaint: Inpaint, dit_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    levels = np.asarray(Image.open("in.png"))
+    Image.open("in.png").save("p3.png", icc_profile=rgb_profile("Display P3"))
+    [path] = inpaint("p3.png", "mask.png", "hat", "--checkpoint", dit_folder)
+    kept = ~pixels("mask.png").any(-1)
+    wanted = in_srgb(levels, "Display P3")
+    assert np.abs(pixels(path) - wanted)[kept].max() <= 1 < 10 < np.abs(levels - wanted)[kept].max()
+    assert "icc_profile" not in Image.open(path).info
+    assert "p3.png is converted to sRGB from its colour profile, Display P3" in caplog.text

@@ -81,7 +81,7 @@ def test_guidance_leads_away_from_the_negative_prompt(
     swapped = text_pipe(
         prompts, negative_prompt=[negative, "green tree"], guidance_scale=3.0, latents=x0(2), **EXACT
     )
-    close(swapped.images[:1], out.images[:1])
+    close(swapped.images[:1], out.images[:1], 1e-3)
     close(swapped.images[1:], text_pipe.transformer.end(text_mean(text_pipe, "green tree"), x0(2)[1:]), 1e-3)
 
 

@@ -32,7 +32,7 @@ from latentflow.training.run.memorised import tell_memorised
 from latentflow.training.run.preview import preview_source
 from latentflow.training.run.prior import asked_of
 
-from .command import TINY, call
+from .command import ROOT, TINY, call
 from .forking import fork_ranks
 
 QUICK = [
@@ -384,7 +384,10 @@ def test_a_duplicate_in_the_data_does_not_hide_copies(
     monkeypatch.setattr(LatentFlowPipeline, "__call__", copies)
     monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
     tell_memorised(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
-    assert "WARNING: memorisation" in caplog.text and "100% of 16" in caplog.text
+    assert "WARNING: memorisation" in caplog.text and "16 of 16 are nearer" in caplog.text
+    found = json.loads((tmp_path / "memorisation.json").read_text())
+    assert (found["ratio"], found["copied"], found["drawn"]) == (0.0, 16, 16)
+    assert (found["new"], found["compared"]) == ("left out", 4)  # different images
 
 
 def test_captions_words_and_no_condition_go_through_training(
@@ -507,3 +510,22 @@ def test_bad_input_names_the_remedy(
 ) -> None:
     said = call(cache, pictures, "-o", tmp_path, *TINY, "--max-train-steps", 1, *flags(base), expect=2)
     assert message in said and "Traceback" not in said
+
+
+def test_the_plan_of_a_fine_tune_is_all_that_is_printed(
+    tmp_path: Path, pictures: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the libraries' bars of loading nor their warnings, of which nobody who asked for a plan has any use."""
+    plan = call(
+        tmp_path,
+        pictures,
+        "--init-from",
+        ROOT / "checkpoints" / "emoji-64",
+        "-o",
+        tmp_path / "run",
+        "--dry-run",
+    )
+    said = plan + "".join(capfd.readouterr())
+    assert "fine-tuning" in said
+    for noise in ("Loading", "it/s", "kept in float32", "gemm_4bit"):
+        assert noise not in said, said

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
 from latentflow.models import DIT_PRESETS, Condition, DiT, UNet, dit_config
@@ -17,7 +18,7 @@ from latentflow.training import LoopConfig
 from latentflow.training.loop.ema import WeightAverage
 from latentflow.training.loop.optimizers import make_optimizers
 from latentflow.training.run import estimate as plan
-from latentflow.training.run.cost import Cost, encoding_flops, network_cost, state_bytes
+from latentflow.training.run.cost import Cost, encoding_flops, network_cost, state_bytes, text_encoder_cost
 
 from .command import ROOT, TINY, call
 
@@ -107,6 +108,33 @@ def test_every_kind_of_network_can_be_counted_and_stays_as_it_is(network: str) -
     assert torch.isfinite(
         built(torch.randn(1, 4, 8, 8), torch.rand(1))
     ).all()  # its tables are no meta tensors
+
+
+@pytest.mark.parametrize("family", ["T5", "CLIP", "BERT"])
+def test_attention_of_a_text_encoder_is_counted_whatever_kernel_computes_it(family: str) -> None:
+    """Twice the tokens cost twice as much, and four times in attention: 2 products, 2.5 as many backwards (4 or 5)."""
+    width, depth, length = 32, 2, 16
+    sizes = {"vocab_size": 9, "hidden_size": width, "intermediate_size": 8}
+    heads = {"num_hidden_layers": depth, "num_attention_heads": 2}
+    encoder: nn.Module = {
+        "T5": lambda: T5EncoderModel(
+            T5Config(
+                vocab_size=9, d_model=width, d_kv=16, num_heads=2, d_ff=8, num_layers=depth, use_cache=False
+            )
+        ),
+        "CLIP": lambda: CLIPTextModel(CLIPTextConfig(**sizes, **heads)),
+        "BERT": lambda: BertModel(BertConfig(**sizes, **heads)),
+    }[family]()
+    once, twice = (
+        text_encoder_cost(encoder, torch.ones(1, tokens, dtype=torch.long)).flops
+        for tokens in (length, 2 * length)
+    )
+    product = 2 * depth * width * length**2
+    pooled = (
+        2 * width**2 if family == "BERT" else 0
+    )  # once a caption, whatever its length; the loss does not see it
+    assert 2 * 6 * product <= twice - 2 * once + pooled <= 2 * 7 * product
+    assert not any(one.is_meta or one.grad is not None for one in encoder.parameters())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

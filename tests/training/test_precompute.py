@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.ipc
 import pytest
 import torch
 from PIL import Image
@@ -29,6 +32,7 @@ from latentflow.data.latent_folder import INDEX
 from latentflow.errors import UserError, one_line
 
 from ..data.pictures import load_program, noise
+from ..data.profiles import rgb_profile
 from ..data.test_near import save_copies
 from .command import ROOT, TINY, call
 
@@ -296,3 +300,51 @@ def test_classes_of_a_checkpoint_may_come_before_those_of_the_folder(
     assert list(source.class_ids()) == [0, 1, 1]
     joined = dataclasses.replace(source, classes=("cow", "dog", "ant"))
     assert list(joined.class_ids()) == [2, 0, 0] and list(joined.subset([1]).class_ids()) == [0]
+
+
+def test_latents_of_converted_images_have_keys_of_their_own(
+    data: Path, vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("02.png", "05.png"):
+        Image.open(data / name).save(data / name, icc_profile=rgb_profile("ProPhoto RGB"))
+    line = [data, "--vae", vae, "-o", tmp_path / "latents", "--resolution", 16, "--pixels"]
+    precompute(capsys, *line, "--colours", "stored")
+    before = [example.open().tobytes() for example in find_source(str(tmp_path / "latents")).examples]
+    encoded.clear()
+    said = precompute(capsys, *line)  # only what is read otherwise is made again
+    assert sum(encoded) == 2 and "2 images have another colour profile than sRGB and are converted" in said
+
+    source, pictures = find_source(str(tmp_path / "latents")), find_source(str(data))
+    assert list(source.content_keys()) == pictures.content_keys()  # split as its pictures are
+    assert list(source.pixel_keys()) == pictures.pixel_keys() != pictures.content_keys()
+    after = [example.open().tobytes() for example in source.examples]
+    assert [row for row in range(12) if before[row] != after[row]] == [2, 5]
+    assert not check_source(str(tmp_path / "latents")).problems
+    network = load_autoencoder(vae)
+    direct = cached_latents(pictures, network, 16, flips=False, progress=False)
+    torch.testing.assert_close(
+        cached_latents(source, network, 16, flips=False, progress=False).mean[:], direct.mean[:]
+    )
+    with pytest.raises(UserError, match="--colours stored was decided when it was made"):
+        find_source(str(tmp_path / "latents"), colours="stored")
+
+
+def test_a_folder_of_latents_from_before_profiles_were_converted(
+    data: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latents = tmp_path / "latents"
+    precompute(capsys, data, "--vae", vae, "-o", latents, "--resolution", 16, "--pixels")
+    assert not any("before colour profiles" in note for note in find_source(str(latents)).notes)
+    table = pyarrow.ipc.open_file(latents / INDEX).read_all().drop_columns(["pixel_key"])
+    with (
+        pyarrow.OSFile(str(latents / INDEX), "wb") as sink,
+        pyarrow.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    description = json.loads((latents / "latents.json").read_text())
+    description["index"] = hashlib.sha256((latents / INDEX).read_bytes()).hexdigest()
+    (latents / "latents.json").write_text(json.dumps(description))
+    source = find_source(str(latents))
+    assert any("before colour profiles were converted" in note for note in source.notes)
+    assert list(source.pixel_keys()) == list(source.content_keys())
+    assert source.examples[0].open().size == (16, 16) and not check_source(str(latents)).problems

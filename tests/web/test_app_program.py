@@ -22,3 +22,46 @@ def test_without_gradio_it_says_what_to_install(
 
 def test_it_listens_on_this_machine_alone_unless_told_otherwise(load_program: Callable[[str], Any]) -> None:
     assert load_program("app").AppConfig().host == "127.0.0.1"
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Host and settings of every page that is served."""
+    pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
+    from latentflow.web import page, studio
+
+    pages: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.delenv("LATENTFLOW_APP_AUTH", raising=False)
+    monkeypatch.setattr(studio, "Studio", lambda *arguments: None)
+    monkeypatch.setattr(page, "serve", lambda studio, host, port, **settings: pages.append((host, settings)))
+    return pages
+
+
+def test_everybody_is_let_in_with_a_warning_or_a_password(
+    load_program: Callable[[str], Any],
+    served: list[tuple[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    program = load_program("app")
+    program.main(["--host", "0.0.0.0"])
+    assert "--auth USER:PASSWORD" in capsys.readouterr().err
+    program.main([])
+    program.main(["--host", "0.0.0.0", "--auth", "anna:a:b", "--allowed-host", "a.example", "b.example"])
+    monkeypatch.setenv("LATENTFLOW_APP_AUTH", "ben:c")
+    program.main(["--host", "0.0.0.0"])
+    program.main(["--auth", "anna:a"])
+    assert capsys.readouterr().err == ""
+    assert served == [
+        ("0.0.0.0", {"auth": None, "allowed_hosts": ()}),
+        ("127.0.0.1", {"auth": None, "allowed_hosts": ()}),
+        ("0.0.0.0", {"auth": ("anna", "a:b"), "allowed_hosts": ("a.example", "b.example")}),
+        ("0.0.0.0", {"auth": ("ben", "c"), "allowed_hosts": ()}),
+        ("127.0.0.1", {"auth": ("anna", "a"), "allowed_hosts": ()}),
+    ]
+
+
+@pytest.mark.parametrize("auth", ["anna", "anna:", ":a", " :a"])
+def test_half_a_password_is_refused(load_program: Callable[[str], Any], auth: str) -> None:
+    with pytest.raises(UserError, match="USER:PASSWORD"):
+        load_program("app").credentials(auth)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +17,10 @@ from latentflow.errors import UserError
 
 pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import gradio as gr
+from PIL import Image
 
 from latentflow.drawing.checkpoint import Takes
 from latentflow.web import page
-from latentflow.web.turns import Stopped
 
 
 def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any) -> Any:
@@ -56,18 +60,10 @@ def test_the_page_asks_for_what_the_checkpoint_takes(studio: Any, shown: set[str
 @pytest.mark.parametrize(("masks", "inpaint"), [(True, 4), (False, 20)])
 def test_few_steps_are_offered_where_they_suffice(masks: bool, inpaint: int) -> None:
     """Edits, and inpainting that was not trained, follow the velocity, whatever the checkpoint."""
-    blocks = page.build(checkpoint(text=True, few_steps=True, guided=True, masks=masks)).blocks.values()
+    blocks = page.build(checkpoint(text=True, steps=4, guided=True, masks=masks)).blocks.values()
     steps = {one.elem_id: one.value for one in blocks if getattr(one, "label", None) == "Steps"}
     assert steps == {"generate-steps": 4, "inpaint-steps": inpaint, "edit-steps": 20}
     assert not any(one.visible for one in blocks if getattr(one, "label", None) == "Guidance")
-
-
-@pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    messages: list[str] = []
-    for name in ("Info", "Warning"):
-        monkeypatch.setattr(page.gr, name, lambda message, **options: messages.append(message))
-    return messages
 
 
 def raising(error: Exception) -> Callable[[], Any]:
@@ -78,11 +74,11 @@ def raising(error: Exception) -> Callable[[], Any]:
     return work
 
 
-def test_mistakes_become_messages_that_hold_no_markup(said: list[str]) -> None:
-    assert raising(UserError("<b>.png is no picture", "Take another."))() == gr.skip()
-    assert said == ["&lt;b&gt;.png is no picture<br>Take another."]
-    assert raising(Stopped())() == gr.skip()
-    assert len(said) == 2
+def test_mistakes_become_messages_that_hold_no_markup() -> None:
+    with pytest.raises(gr.Error) as error:
+        raising(UserError("<b>.png is no\npicture", "take another."))()
+    assert error.value.message == "&lt;b&gt;.png is no picture. Take another."
+    assert not error.value.print_exception
 
 
 def test_defects_are_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None:
@@ -98,4 +94,32 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         mine.listen()
         port = mine.getsockname()[1]
         with pytest.raises(UserError, match=f"{port} is taken"):
-            page.serve(checkpoint(), "127.0.0.1", port)
+            page.start(checkpoint(), "127.0.0.1", port)
+    assert "PNG" in Image.OPEN and "EPS" not in Image.OPEN  # Gradio opens uploads itself
+
+
+def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = []
+
+    def block_thread() -> None:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        folders.append(folder)
+        (folder / "upload.png").touch()
+        assert os.name == "nt" or folder.stat().st_mode & 0o077 == 0
+        print("a name: \x1b[2J", file=sys.stderr)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "somebody's")
+    monkeypatch.setattr(page, "start", lambda *_, **__: SimpleNamespace(block_thread=block_thread))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            page.serve(SimpleNamespace(pipe=None), "::1", 7860)  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert not folders[0].exists()
+    said = capsys.readouterr()
+    assert said.out == "http://[::1]:7860\n" and said.err == "a name: \\x1b[2J\n"

@@ -17,7 +17,6 @@ from PIL import Image
 from latentflow.drawing.checkpoint import Takes, taken_by
 from latentflow.errors import UserError
 from latentflow.web.studio import MOST_PICTURES, Order, Studio, painted
-from latentflow.web.turns import Stopped, Turns
 
 Checkpoint = Callable[..., Path]
 
@@ -43,18 +42,16 @@ ORDER = Order(prompt="red apple", steps=2)
 
 def test_two_at_once_get_what_each_would_get_alone(studio: Studio) -> None:
     orders = {
-        f"tab{i}": replace(
-            ORDER, prompt=("red apple", "blue hat")[i % 2], seed=i, steps=3, pictures=1 + i % 2
-        )
+        f"tab{i}": replace(ORDER, prompt=("red apple", "blue hat")[i % 2], seed=i, steps=3, images=1 + i % 2)
         for i in range(4)
     }
-    alone = {who: studio.generate(who, order, silent) for who, order in orders.items()}
+    alone = {who: studio.generate(order, silent) for who, order in orders.items()}
     together: dict[str, list[Image.Image]] = {}
     start = threading.Barrier(len(orders))
 
     def ask(who: str) -> None:
         start.wait()
-        together[who] = studio.generate(who, orders[who], silent)
+        together[who] = studio.generate(orders[who], silent)
 
     threads = [threading.Thread(target=ask, args=(who,)) for who in orders]
     for thread in threads:
@@ -68,57 +65,31 @@ def test_two_at_once_get_what_each_would_get_alone(studio: Studio) -> None:
 
 def test_progress_counts_the_steps(studio: Studio) -> None:
     seen: list[tuple[int, int]] = []
-    studio.generate("me", replace(ORDER, steps=4), lambda done, total, what: seen.append((done, total)))
-    assert seen == [(i, 4) for i in (1, 2, 3, 4)]
+    studio.generate(replace(ORDER, steps=4), lambda done, total, what: seen.append((done, total)))
+    assert seen == [(0, 1), *((i, 4) for i in (1, 2, 3, 4))]
 
 
-def test_a_cancelled_request_ends_at_once_and_no_other_does(studio: Studio) -> None:
-    steps = 0
+def test_what_progress_raises_ends_a_request_at_its_step(studio: Studio) -> None:
+    class Left(Exception):  # noqa: N818
+        pass
 
-    def stop_me(done: int, total: int, what: str) -> None:
-        nonlocal steps
-        steps = done
-        studio.stop("somebody else")
+    steps = []
+
+    def leave(done: int, total: int, what: str) -> None:
+        steps.append(done)
         if done == 2:
-            studio.stop("me")
+            raise Left
 
-    with pytest.raises(Stopped):
-        studio.generate("me", replace(ORDER, steps=50), stop_me)
-    assert steps == 2
-    assert len(studio.generate("me", ORDER, silent)) == 1  # the next one is not stopped
-
-
-def test_whoever_waits_can_be_stopped_and_the_others_keep_their_order() -> None:
-    turns, done = Turns(), list[str]()
-    working, waiting = threading.Event(), threading.Event()
-
-    def ask(who: str) -> None:
-        try:
-            with turns.take(who, lambda ahead: waiting.set()):
-                done.append(who)
-        except Stopped:
-            done.append(f"{who} stopped")
-
-    with turns.take("first"):
-        threads = []
-        for who in ("second", "third", "fourth"):
-            waiting.clear()
-            threads.append(threading.Thread(target=ask, args=(who,)))
-            threads[-1].start()
-            assert waiting.wait(10)
-        turns.stop("third")
-        threads[1].join(10)
-        assert done == ["third stopped"]
-        working.set()
-    for thread in threads:
-        thread.join(10)
-    assert done == ["third stopped", "second", "fourth"]
+    with pytest.raises(Left):
+        studio.generate(replace(ORDER, steps=50), leave)
+    assert steps == [0, 1, 2]
+    assert len(studio.generate(ORDER, silent)) == 1  # the next one is drawn
 
 
 def test_only_what_was_painted_over_changes(studio: Studio, picture: Path) -> None:
     stroke = Image.new("RGBA", (48, 32))  # the canvas is four times as large
     stroke.paste((255, 0, 255, 255), (16, 8, 32, 24))
-    [result] = studio.inpaint("me", ORDER, silent, str(picture), [stroke])
+    [result] = studio.inpaint(ORDER, silent, str(picture), [stroke])
     changed = (np.asarray(result) != np.asarray(Image.open(picture))).any(-1)
     hole = np.zeros((8, 12), bool)
     hole[2:6, 4:8] = True
@@ -134,20 +105,20 @@ def test_strokes_that_do_not_meet_the_pixels_are_rounded() -> None:
 
 @pytest.mark.parametrize("method", ["flowedit", "inversion", "image-to-image"])
 def test_editing(studio: Studio, picture: Path, method: str) -> None:
-    def edited(strength: float, pictures: int = 1) -> list[Image.Image]:
-        order = replace(ORDER, pictures=pictures)
-        return studio.edit("me", order, silent, str(picture), "blue hat", method, strength)
+    def edited(strength: float, images: int = 1) -> list[Image.Image]:
+        order = replace(ORDER, images=images)
+        return studio.edit(order, silent, str(picture), "blue hat", method, strength)
 
     assert edited(1.0)[0].size == (12, 8)
     assert edited(1.0)[0].tobytes() != edited(0.0)[0].tobytes()
-    assert len(edited(1.0, pictures=2)) == (1 if method == "inversion" else 2)
+    assert len(edited(1.0, images=2)) == (1 if method == "inversion" else 2)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pictures": MOST_PICTURES + 1}, "pictures is 17"),
-        ({"pictures": 0}, "pictures is 0"),
+        ({"images": MOST_PICTURES + 1}, "images is 17"),
+        ({"images": 0}, "images is 0"),
         ({"steps": 10_000}, "steps is 10000"),
         ({"seed": -1}, "seed is -1"),
         ({"guidance": float("nan")}, "guidance is nan"),
@@ -157,20 +128,28 @@ def test_editing(studio: Studio, picture: Path, method: str) -> None:
 )
 def test_bounds(studio: Studio, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        studio.generate("me", replace(ORDER, **changes), silent)
+        studio.generate(replace(ORDER, **changes), silent)
 
 
 def test_a_bad_upload_is_named_without_the_server_s_folders(studio: Studio, tmp_path: Path) -> None:
     path = tmp_path / "notes.png"
     path.write_text("not a picture")
     with pytest.raises(UserError, match=r"notes\.png is not a picture") as error:
-        studio.edit("me", ORDER, silent, str(path), "", "flowedit", 0.5)
+        studio.edit(ORDER, silent, str(path), "", "flowedit", 0.5)
     assert str(tmp_path) not in str(error.value)
-    with pytest.raises(UserError, match="there is no picture"):
-        studio.edit("me", ORDER, silent, None, "", "flowedit", 0.5)
+    with pytest.raises(UserError, match="there is no image"):
+        studio.edit(ORDER, silent, None, "", "flowedit", 0.5)
     with pytest.raises(UserError, match="nothing is painted over"):
         Image.new("RGB", (8, 8)).save(path)
-        studio.inpaint("me", ORDER, silent, str(path), [])
+        studio.inpaint(ORDER, silent, str(path), [])
+
+
+def test_an_upload_of_another_format_is_refused(studio: Studio, tmp_path: Path) -> None:
+    (tmp_path / "drawing.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+    )
+    with pytest.raises(UserError, match=r"drawing\.png is not a picture"):
+        studio.opened(str(tmp_path / "drawing.png"))
 
 
 def test_large_uploads_are_shrunk_and_that_is_said(studio: Studio, picture: Path, tmp_path: Path) -> None:
@@ -187,8 +166,8 @@ def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint
     assert studio.takes == Takes(text=True, labels=(), masks=False)
     assert taken_by(studio.pipe.config, studio.pipe.transformer.config) == studio.takes
     told: list[str] = []
-    Studio(str(caption_checkpoint), "cpu").generate("me", ORDER, lambda *step: told.append(step[2]))
-    assert told == ["Loading the models", "Drawing", "Drawing"]
+    Studio(str(caption_checkpoint), "cpu").generate(ORDER, lambda *step: told.append(step[2]))
+    assert told == ["Loading the models", "Drawing", "Drawing", "Drawing"]
 
 
 @pytest.mark.parametrize(
@@ -238,9 +217,11 @@ for request in (
     lambda: one.inpainting_methods,
     lambda: one.editing_methods,
     lambda: one.opened(upload),
-    lambda: one.generate("me", order, quiet),
-    lambda: one.inpaint("me", order, quiet, upload, []),
-    lambda: one.edit("me", order, quiet, upload, "", None, 1),
+    lambda: one.stroke(upload),
+    lambda: one.unknown_words("red"),
+    lambda: one.generate(order, quiet),
+    lambda: one.inpaint(order, quiet, upload, []),
+    lambda: one.edit(order, quiet, upload, "", None, 1),
 ):
     try:
         request()

@@ -35,6 +35,7 @@ import tyro
 from PIL import Image
 
 from latentflow.cli import parse, run
+from latentflow.data.image_files import open_picture
 from latentflow.errors import UserError
 
 TONES = {
@@ -176,8 +177,7 @@ def write(folder: Path, rows: Sequence[Row], pictures: Mapping[str, Path], resol
     """The pictures, square and resized (colours weighted by opacity), and their metadata."""
     folder.mkdir(parents=True)
     for row in rows:
-        with Image.open(pictures[row.file_name.removesuffix(".png")]) as opened:
-            picture = opened.convert("RGBA")
+        picture = open_picture(pictures[row.file_name.removesuffix(".png")]).convert("RGBA")
         side = max(picture.size)
         canvas = Image.new("RGBA", (side, side))
         canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))

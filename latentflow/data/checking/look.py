@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import imagehash
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from latentflow.errors import UserError
 
-from ..examples import Example, FileExample
-from ..members import Member
+from ..examples import Example
+from ..image_files import ImageFileError, decoding, name_of
 from ..read import to_rgb
 
 THUMBNAIL = 8  # pixels, the side of what near duplicates are compared by
@@ -35,6 +35,8 @@ class Look:
         hash: perceptual hash (64 bits, as a signed number): few bits differ between copies of one picture.
         thumbnail: RGB pixels, ``THUMBNAIL`` x ``THUMBNAIL``, row by row.
         mask_width, mask_height: of its mask, 0 where there is none.
+        profile: the name of its colour profile where that is another than sRGB.
+        profile_problem: why the profile cannot be used.
         error: why it cannot be used; everything else is then empty.
         mask_error: why its mask cannot be used.
     """
@@ -50,6 +52,8 @@ class Look:
     thumbnail: bytes = b""
     mask_width: int = 0
     mask_height: int = 0
+    profile: str = ""
+    profile_problem: str = ""
     error: str | None = None
     mask_error: str | None = None
 
@@ -66,8 +70,8 @@ def look_at(example: Example) -> Look:
     """The picture and its mask, decoded. What cannot be read is a result, not an error."""
     try:
         look = _look_at(example)
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        return Look(error=_reason(error))
+    except UserError as error:
+        return Look(error=error.why if isinstance(error, ImageFileError) else error.what)
     try:
         mask = example.open_mask()
     except UserError as error:
@@ -80,35 +84,30 @@ def look_at_all(examples: list[Example]) -> list[Look]:
 
 
 def _look_at(example: Example) -> Look:
-    if isinstance(example, FileExample) and not isinstance(example.path, Member):
-        _refuse_special(example)
     with example.open() as image:
         width, height = image.size
         mode, format = image.mode, image.format or ""
-        # A JPEG is decoded at an eighth of its size where that is enough: all its data are read, the fewer
-        # pixels only save time.
-        image.draft(None, (_ENOUGH, _ENOUGH))  # None keeps the mode
-        image.load()
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        animated = format != "MPO" and bool(getattr(image, "is_animated", False))
-        hash, thumbnail = _fingerprint(image)
+        with decoding(name_of(image)):
+            # A JPEG is decoded at an eighth of its size where that is enough: all its data are read, the fewer
+            # pixels only save time.
+            image.draft(None, (_ENOUGH, _ENOUGH))  # None keeps the mode
+            image.load()
+            orientation = image.getexif().get(_ORIENTATION, 1)
+            animated = format != "MPO" and bool(getattr(image, "is_animated", False))
+            turned = ImageOps.exif_transpose(image)
+        hash, thumbnail = _fingerprint(turned)
     if orientation in _TURNED:
         width, height = height, width
-    key = example.content_key()
-    return Look(width, height, mode, format, orientation != 1, animated, key, hash, thumbnail)
+    look = Look(
+        width, height, mode, format, orientation != 1, animated, example.content_key(), hash, thumbnail
+    )
+    profile = example.profile()
+    if profile is None:
+        return look
+    return dataclasses.replace(look, profile=profile.name, profile_problem=profile.problem)
 
 
-def _refuse_special(example: FileExample) -> None:
-    """A pipe would be waited for without end."""
-    assert not isinstance(example.path, Member)
-    if not example.path.stat().st_size and example.path.is_file():
-        raise ValueError("the file is empty")
-    if not example.path.is_file():
-        raise ValueError("not a regular file")
-
-
-def _fingerprint(image: Image.Image) -> tuple[int, bytes]:
-    upright = ImageOps.exif_transpose(image)
+def _fingerprint(upright: Image.Image) -> tuple[int, bytes]:
     factor = min(upright.size) // _ENOUGH
     if factor > 1 and upright.mode in _REDUCIBLE and "transparency" not in upright.info:
         upright = upright.reduce(factor)
@@ -116,13 +115,3 @@ def _fingerprint(image: Image.Image) -> tuple[int, bytes]:
     bits = np.packbits(imagehash.phash(small).hash)
     thumbnail = small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     return int(bits.view(np.dtype(">i8"))[0]), thumbnail.tobytes()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture"
-    if isinstance(error, UserError):
-        return error.what
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error) or type(error).__name__

@@ -27,7 +27,7 @@ from .look import Look, look_at_all
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when the meaning of a look changes
+_VERSION = 2  # raise it when the meaning of a look changes
 _TASK = 32  # pictures that a worker is given at once
 _AT_ONCE = 1024  # looks that are remembered at once: a disk may take 20 ms to take anything for good
 _MANY = 1000  # pictures from which starting processes pays
@@ -192,7 +192,8 @@ def _place(example: Example) -> tuple[bytes, str] | None:
         return None
     place = os.fsencode(files[0].absolute()) if isinstance(files[0], Path) else repr(files[0]).encode()
     alpha = b" alpha" if files[0] == files[1] else b""
-    return place + alpha, f"{PIL.__version__} {states}"
+    stored = b" stored" if isinstance(example, FileExample) and example.colours == "stored" else b""
+    return place + alpha + stored, f"{PIL.__version__} {states}"
 
 
 def _state(file: Path) -> str:

@@ -55,11 +55,12 @@ def _sizes(page: Page, report: Report) -> None:
         ["width x height", "pictures"], sizes[:_SIZES]
     )
     page.table(
-        ["formats", "modes", "turned by EXIF", "animated", "with a mask"],
+        ["formats", "modes", "colour profiles other than sRGB", "turned by EXIF", "animated", "with a mask"],
         [
             [
                 ", ".join(f"{name} {count}" for name, count in report.formats.items()),
                 ", ".join(f"{name} {count}" for name, count in report.modes.items()),
+                one_line(", ".join(f"{name} {count}" for name, count in report.profiles.items())) or "none",
                 report.rotated,
                 len(report.animated),
                 report.masks,
@@ -107,6 +108,7 @@ def _files(page: Page, report: Report) -> None:
     page.heading("Files")
     _names(page, "files that cannot be read and are skipped", report.unreadable.items(), ["file", "why"])
     _names(page, "masks that cannot be used", report.unreadable_masks.items(), ["file", "why"])
+    _names(page, "colour profiles that cannot be used", report.unusable_profiles.items(), ["file", "why"])
     _names(page, "files named as another format", report.misnamed.items(), ["file", "format"])
     _names(
         page, "animated pictures, of which the first frame is used", [[n] for n in report.animated], ["file"]

@@ -44,6 +44,8 @@ class Report:
     misnamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     animated: tuple[str, ...] = ()
     rotated: int = 0
+    profiles: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    unusable_profiles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
     masks: int = 0
     unreadable_masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -78,6 +80,8 @@ class Report:
             )
             lines.append("modes: " + most(self.modes) + f"; {self.rotated} rotated by EXIF")
             lines.append("formats: " + most(self.formats))
+        if self.profiles:
+            lines.append(profile_line(self.profiles))
         if self.masks:
             lines.append(f"{self.masks} of {self.pictures} pictures have a mask of their own")
         if self.unreadable:
@@ -97,6 +101,12 @@ class Report:
 
 def most(counts: Mapping[str, int], limit: int = 5) -> str:
     return few([f"{name} ({count})" for name, count in counts.items()], limit)
+
+
+def profile_line(profiles: Mapping[str, int]) -> str:
+    """What becomes of the images that have these colour profiles."""
+    count = sum(profiles.values())
+    return f"{count} images have another colour profile than sRGB and are converted: {most(profiles)}"
 
 
 def listed(unreadable: Mapping[str, str]) -> str:

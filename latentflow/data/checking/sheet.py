@@ -70,7 +70,6 @@ def _halved(place: int, count: int) -> float:
 def _small(example: Example, cell: int) -> Image.Image:
     with example.open() as image:
         image.draft(None, (cell, cell))
-        image.load()
         picture = to_rgb(image)
     scale = cell / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))

@@ -14,14 +14,14 @@ from PIL import Image
 from latentflow.errors import UserError, one_line
 
 from ..described import Condition, MissingCaption, few
-from ..examples import Example, Source
+from ..examples import Example, FileExample, Source
 from ..find import find_source
 from ..latent_folder import LatentFolder
 from ..mask_finding import Masks
 from .look import Look
 from .looks import looks_at
 from .near import near_duplicates
-from .report import NEAR, Report, joined, listed, most
+from .report import NEAR, Report, joined, listed, most, profile_line
 from .shapes import aspect_histogram, kept_by_square_crop, reach
 from .words import caption_facts
 
@@ -78,11 +78,14 @@ def readable(source: Source, progress: bool = True) -> Source:
     """
     if isinstance(source, LatentFolder):
         return source  # checked when it was made
-    errors = {
-        example.name: look.error
+    notable = {
+        example.name: look
         for example, look in zip(source.examples, looks_at(source, progress), strict=True)
-        if look.error is not None
+        if look.error is not None or look.profile
     }
+    errors = {name: look.error for name, look in notable.items() if look.error is not None}
+    if notes := _profile_notes(source, notable):
+        source = source.noted(*notes)
     if not errors:
         return source
     problems = _problems(source, errors)
@@ -92,6 +95,27 @@ def readable(source: Source, progress: bool = True) -> Source:
     note = f"{len(errors)} pictures cannot be read and are skipped: {listed(errors)}"
     note += "; `latentflow check --json` names all" if len(errors) > 5 else ""
     return source.subset(kept).noted(one_line(note))
+
+
+def _profile_notes(source: Source, looks: Mapping[str, Look]) -> list[str]:
+    """What becomes of colour profiles, for the notes of a source."""
+    profiles, unusable = _profiles(looks)
+    notes = [profile_line(profiles)] if profiles else []
+    if profiles and any(isinstance(one, FileExample) and one.colours == "stored" for one in source.examples):
+        count = sum(profiles.values())
+        notes = [f"{count} images have another colour profile than sRGB, not used (--colours stored)"]
+    return [one_line(note) for note in [*notes, *_profile_warnings(unusable)]]
+
+
+def _profiles(looks: Mapping[str, Look]) -> tuple[dict[str, int], dict[str, str]]:
+    """How many images have each colour profile other than sRGB, and why others cannot be used, by image."""
+    profiles = _counted(one.profile for one in looks.values() if one.profile and not one.profile_problem)
+    return profiles, {name: one.profile_problem for name, one in looks.items() if one.profile_problem}
+
+
+def _profile_warnings(unusable: Mapping[str, str]) -> list[str]:
+    what = f"{len(unusable)} images have a colour profile that cannot be used, and are read as sRGB"
+    return [f"{what}: {listed(unusable)}"] if unusable else []
 
 
 def near_groups(looks: Sequence[Look]) -> NDArray[np.int64]:
@@ -132,6 +156,7 @@ def _report(source: Source, problems: list[str], progress: bool) -> tuple[Report
     }
     animated = tuple(name for name, look in zip(names, looks, strict=True) if look.animated)
     facts = caption_facts(good) if source.kind == "text" else caption_facts([])
+    profiles, unusable_profiles = _profiles(dict(zip(names, looks, strict=True)))
     report = Report(
         source.name,
         source.kind,
@@ -148,6 +173,8 @@ def _report(source: Source, problems: list[str], progress: bool) -> tuple[Report
         misnamed=misnamed,
         animated=animated,
         rotated=sum(look.rotated for look in looks),
+        profiles=profiles,
+        unusable_profiles=unusable_profiles,
         unreadable=unreadable,
         masks=sum(look.mask_size is not None for look in looks),
         unreadable_masks=bad_masks,
@@ -162,6 +189,7 @@ def _report(source: Source, problems: list[str], progress: bool) -> tuple[Report
             *_class_warnings(classes),
             *_size_warnings(dict(zip(names, sizes, strict=True))),
             *_format_warnings(misnamed, animated),
+            *_profile_warnings(unusable_profiles),
             *_mask_warnings(dict(zip(names, looks, strict=True))),
         ),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ...errors import printable
+from ...libraries import quiet_libraries
 
 
 class _Terminal(logging.Handler):
@@ -37,9 +38,11 @@ class _File(logging.FileHandler):
 def log_to(folder: Path | None) -> logging.Logger:
     """The logger of all our modules, writing to the terminal and, with a folder, to its ``train.log``.
 
-    Of several processes only the main one writes.
+    Of several processes only the main one writes; other libraries write errors only.
     """
     from .processes import process_state
+
+    quiet_libraries()
 
     logger = logging.getLogger("latentflow")
     for handler in list(logger.handlers):

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 
 from ...autoencoder import AutoencoderConfig
 from ...data.config import DataConfig
+from ...data.image_files import open_image
+from ...data.read import to_rgb
+from ...errors import UserError
 from ...html_page import Page, Section
 from ...models.config import NetworkConfig, TextConfig
 from ..loop.checkpoint import list_checkpoints
@@ -132,10 +134,9 @@ def _samples(page: Section, run: Run) -> None:
         page.text(f"{len(chosen)} of {len(pictures)} in {run.folder / 'samples'}.")
     for path in (pictures[index] for index in chosen):
         try:
-            with Image.open(path) as image:
-                image.load()
-                shown = image.convert("RGB")
-        except (OSError, SyntaxError):  # PIL's names for broken files
+            with open_image(path) as image:
+                shown = to_rgb(image)
+        except UserError:
             page.text(f"{path.name} cannot be read: the run was killed while writing it.")
             continue
         if shown.width > _PICTURE_WIDTH:

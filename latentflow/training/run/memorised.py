@@ -39,16 +39,17 @@ def tell_memorised(
             found = _measured(result, training, validation, background, device)
         if found is None:
             return
-        told = json.dumps(found._asdict() | {"drawn": _DRAWN}, indent=2)
+        told = json.dumps(found._asdict(), indent=2)
         file.write_text(told + "\n", encoding="utf-8")
     except (UserError, OSError) as error:
         log.warning(f"WARNING: how near the result comes to your pictures was not measured: {error}")
         return
     line = (
         f"memorisation: drawn pictures are {found.ratio:.2f} times as far from the nearest training picture as other "
-        f"pictures of yours are (near 0: copies); {found.copies:.0%} of {_DRAWN} are nearer than nearly all of those"
+        f"pictures of yours are (near 0: copies); {found.copied} of {found.drawn} are nearer than nearly all of those "
+        f"(0 to {round(found.usual[1] * found.drawn)} without memorising)"
     )
-    if found.copies >= _COPIES:
+    if found.copies >= _COPIES and found.copies > found.usual[1]:  # of very few pictures half may be chance
         line = f"WARNING: {line}. It redraws your pictures: use more of them, fewer --max-train-steps, or --random-flip"
     log.info(line)
 
@@ -56,7 +57,7 @@ def tell_memorised(
 def _measured(
     result: Path, training: Source, validation: Source, background: str, device: torch.device
 ) -> Memorisation | None:
-    """None: there is nothing to ask the result for, or one picture, beside which none is new."""
+    """None: there is nothing to ask the result for, or one picture only, beside which none is new."""
     pipe = LatentFlowPipeline.from_pretrained(result).to(device)
     pipe.set_progress_bar_config(disable=True)
     rows = [number * len(training) // _DRAWN for number in range(_DRAWN)]  # spread over all classes
@@ -73,11 +74,11 @@ def _measured(
         pipe(**asked, height=side, width=side, generator=generators, output_type="pt").images.float().cpu()
     )
 
-    def pictures(source: Source) -> torch.Tensor:
+    def images(source: Source) -> torch.Tensor:
         return pixels_to_images(cached_pixels(source, side, background, progress=False)[:])
 
-    held_out = pictures(validation) if len(validation) >= 5 else None
-    different = pictures(training).unique(dim=0)  # a picture beside its duplicate is not new
-    if held_out is None and len(different) < 2:
+    known = images(training)
+    if len(known.unique(dim=0)) < 2:
         return None
-    return memorisation(drawn * 2 - 1, different, held_out)
+    drawn = pixels_to_images((drawn.clamp(0, 1) * 255).round())  # in 256 levels, as real images are
+    return memorisation(drawn, known, images(validation) if len(validation) else None)

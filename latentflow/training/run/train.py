@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from logging import Logger
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .built import Built
 from .config import RunConfig
 from .cost import sample_flops
 from .estimate import estimate_lines
-from .examples import Examples, find_examples
+from .examples import Examples, as_begun, find_examples
 from .fine_tuning import FEW
 from .latents import LatentCache
 from .lesson import Lesson
@@ -59,6 +59,7 @@ def train(
     log = log_to(None if config.dry_run else output)
 
     # ---- data, and what follows from them ----
+    config = replace(config, data=as_begun(config.data, output, given_keys))
     examples = find_examples(config, given_keys)
     refuse_renumbered_classes(output / "pipeline", examples.source)
     refuse_unvalidated(config.loop, len(examples.validation) > 0)

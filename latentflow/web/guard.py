@@ -1,0 +1,221 @@
+"""What stands between the network and the page: which requests are answered, and how much they may leave here.
+
+Of Gradio it knows only the addresses of its requests.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import socket
+import time
+from asyncio import to_thread
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeAlias
+from urllib.parse import parse_qs, urlsplit
+
+from ..errors import printable, reason
+
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
+
+MEBIBYTE = 2**20
+LARGEST_UPLOAD = 32 * MEBIBYTE
+#: Bytes of a request that brings files, by the end of its address. All others are a few hundred bytes long.
+LARGEST_BODIES = {"/upload": LARGEST_UPLOAD + MEBIBYTE, "/component_server": 4 * MEBIBYTE}
+LARGEST_BODY = MEBIBYTE // 4
+MOST_KEPT = 512 * MEBIBYTE  # uploads and drawn images together
+SMALLEST_FILE = 2**16  # what a file counts at least, so that their number has a bound too
+YOUNG = 60.0  # seconds in which a file is not removed for another
+
+ARRIVED = "latentflow.arrived"  # in a request's scope: when it came, in seconds of ``time.monotonic``
+
+HERE = ("localhost", "127.0.0.1", "::1")
+
+
+class Hosts:
+    """The names under which the page is served.
+
+    A page of a stranger can make its own name point to this machine (DNS rebinding); the browser then lets it read
+    the answers. Its requests still carry that name. Where others are let in, any address made of numbers is fine:
+    such a request was addressed to it.
+
+    Args:
+        listening: address or name that is listened on.
+        allowed: further names, of a reverse proxy for instance.
+    """
+
+    def __init__(self, listening: str, allowed: Sequence[str] = ()) -> None:
+        self._allowed = {name.lower().strip("[]") for name in allowed}
+        self._names = {*HERE, *self._allowed}
+        self.only_here = is_loopback(listening)
+        if not self.only_here:
+            self._names |= {listening.lower(), socket.gethostname().lower()}
+
+    def knows(self, host: str) -> bool:
+        """Return whether a Host header names the page, whatever the port."""
+        name = _name(host)
+        return name in self._names or (not self.only_here and name is not None and _is_address(name))
+
+    def same_site(self, origin: str, host: str) -> bool:
+        """Return whether an Origin header is the page itself, or a name that was allowed."""
+        try:
+            netloc = urlsplit(origin).netloc.lower()
+        except ValueError:
+            return False
+        return netloc != "" and (netloc == host.lower() or _name(netloc) in self._allowed)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether nobody but this machine reaches an address."""
+    name = host.lower().strip("[]")
+    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _name(host: str) -> str | None:
+    """Return a Host header without port and brackets, in lower case; None where it is none."""
+    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::\d+)?", host.lower())
+    return (match[1] or match[2]) if match else None
+
+
+class Guard:
+    """ASGI middleware that refuses strangers' names, requests from other sites, and what is too large.
+
+    It also knows who is listening for an answer: a request whose client has left is not drawn.
+
+    Args:
+        uploads: folder in which files of requests are kept, at most about ``MOST_KEPT`` bytes.
+        listeners: streams that are open, by session or event; kept up to date here.
+    """
+
+    def __init__(self, app: App, *, hosts: Hosts, uploads: Path, listeners: Counter[str]) -> None:
+        self._app, self._hosts, self._uploads, self._listeners = app, hosts, uploads, listeners
+        self._coming = 0  # bytes of uploads that are being received
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await _refuse(scope, send, *refusal)
+        elif scope.get("method") == "POST" and scope["path"].endswith(tuple(LARGEST_BODIES)):
+            await self._take_upload(scope, receive, send)
+        else:
+            scope[ARRIVED] = time.monotonic()
+            listener = _listener(scope)
+            if listener is not None:
+                self._listeners[listener] += 1
+            try:
+                await self._app(scope, receive, send)
+            except (TypeError, KeyError) as error:
+                if scope.get("method") != "POST" or "/call/v2/" not in scope["path"]:
+                    raise
+                # Gradio's own, before it answers: of a name that a program gives wrongly, or not at all.
+                await _refuse(scope, send, 422, f"The request is not understood: {reason(error)}")
+            finally:
+                if listener is not None:
+                    self._listeners -= Counter([listener])
+
+    def _refusal(self, scope: Message) -> tuple[int, str] | None:
+        """Return status and sentence of a request that is refused."""
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        hosts = [value for name, value in headers if name == "host"]
+        if len(hosts) != 1 or not self._hosts.knows(hosts[0]):
+            shown = printable(", ".join(hosts))[:100]
+            return (
+                421,
+                f"This page is not served as '{shown}'. Start it with --allowed-host NAME if it shall be.",
+            )
+        if re.search(r"/file=\w\w+:/", scope["path"]):
+            return 403, "Nothing is fetched from other addresses."
+        header = dict(headers)
+        if "origin" in header and not self._hosts.same_site(header["origin"], hosts[0]):
+            return 403, "This request comes from the page of another site."
+        if scope.get("method") != "POST":
+            return None
+        if not header.get("content-length", "").isdecimal():
+            return 411, "The length of the request is missing."
+        most = next((n for end, n in LARGEST_BODIES.items() if scope["path"].endswith(end)), LARGEST_BODY)
+        if int(header["content-length"]) > most:
+            return 413, f"The request is too large: at most {most:,} bytes."
+        return None
+
+    async def _take_upload(self, scope: Message, receive: Receive, send: Send) -> None:
+        size = max(SMALLEST_FILE, int(dict(scope["headers"])[b"content-length"]))
+        self._coming += size
+        try:
+            kept = await to_thread(make_room, self._uploads, MOST_KEPT - self._coming)
+            if kept + self._coming > MOST_KEPT:
+                await _refuse(
+                    scope, send, 503, "The server is busy: too many uploads. Try again in a minute."
+                )
+            else:
+                await self._app(scope, receive, send)
+        finally:
+            self._coming -= size
+
+
+def make_room(folder: Path, most: int) -> int:
+    """Remove a folder's oldest files until the others have at most ``most`` bytes, and return how many they have.
+
+    Files younger than ``YOUNG`` seconds stay, whatever their size.
+    """
+    now, files = time.time(), []
+    for parent, folders, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # removed meanwhile
+                status = os.lstat(Path(parent, name))
+                files.append((status.st_mtime, max(SMALLEST_FILE, status.st_size), Path(parent, name)))
+        if not folders and not names and parent != str(folder):
+            with suppress(OSError):
+                if os.lstat(parent).st_mtime < now - YOUNG:
+                    Path(parent).rmdir()
+    kept = sum(size for _, size, _ in files)
+    for modified, size, path in sorted(files):
+        if kept <= most or modified > now - YOUNG:
+            break
+        with suppress(OSError):  # removed meanwhile, or in use
+            path.unlink()
+            kept -= size
+    return kept
+
+
+def _listener(scope: Message) -> str | None:
+    """Return the session or event for whose answer a request waits, if it does."""
+    path: str = scope["path"]
+    if scope.get("method") != "GET":
+        return None
+    if path.endswith("/queue/data"):
+        query: str = scope["query_string"].decode("latin-1")
+        return parse_qs(query).get("session_hash", [""])[0]
+    return path.rpartition("/")[2] if "/call/" in path else None
+
+
+async def _refuse(scope: Message, send: Send, status: int, sentence: str) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": sentence})
+        return
+    body = json.dumps({"detail": sentence}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),  # its body is not read
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,241 @@
+"""Images are opened in one place, as the formats that are promised: PostScript of any name starts no Ghostscript."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image
+
+from latentflow.data import FileExample, check_source, find_source, open_picture, read_image, readable
+from latentflow.data.checking.look import look_at
+from latentflow.data.folder import SUFFIXES
+from latentflow.data.image_files import open_image
+from latentflow.errors import UserError
+from latentflow.image_formats import FORMATS, open_no_others
+
+from .pictures import load_program, noise
+from .profiles import rgb_profile
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """A stand-in `gs`, first on the path; tells whether it was started."""
+    started = tmp_path / "started"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho >> {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow remembers whether there is one
+    return started.exists
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    path = tmp_path / "hostile.png"
+    path.write_bytes(POSTSCRIPT)
+    return path
+
+
+def test_pillow_would_start_it(ghostscript: Callable[[], bool], hostile: Path) -> None:
+    with pytest.raises(OSError), Image.open(hostile) as image:
+        image.load()
+    assert ghostscript()
+
+
+def folder(hostile: Path) -> Path:
+    data = hostile.parent / "data"
+    data.mkdir()
+    for seed in range(30):
+        noise(seed).save(data / f"{seed}.png")
+    hostile.rename(data / "hostile.png")
+    return data
+
+
+def of_folder(hostile: Path) -> Iterator[object]:
+    data = folder(hostile)
+    report = check_source(str(data), progress=False)
+    assert report.unreadable == {"hostile.png": "not a picture"} and report.pictures == 30
+    assert len(readable(find_source(str(data)), progress=False)) == 30
+    yield lambda: read_image(FileExample("hostile", path=data / "hostile.png"), 8)
+
+
+def of_zip(hostile: Path) -> Iterator[object]:
+    with zipfile.ZipFile(hostile.parent / "data.zip", "w") as archive:
+        archive.write(hostile, "hostile.png")
+    source = find_source(str(hostile.parent / "data.zip"))
+    assert check_source(str(hostile.parent / "data.zip"), progress=False).unreadable
+    yield lambda: read_image(source.examples[0], 8)
+
+
+def of_tar(hostile: Path) -> Iterator[object]:
+    import tarfile
+
+    with tarfile.open(hostile.parent / "data.tar", "w") as archive:
+        archive.add(hostile, "hostile.png")
+    source = find_source(str(hostile.parent / "data.tar"))
+    yield lambda: read_image(source.examples[0], 8)
+
+
+def of_parquet(hostile: Path) -> Iterator[object]:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"image": [hostile.read_bytes()], "mask": [hostile.read_bytes()]})
+    pyarrow.parquet.write_table(table, hostile.parent / "data.parquet")
+    source = find_source(str(hostile.parent / "data.parquet"))
+    yield lambda: read_image(source.examples[0], 8)
+    yield source.examples[0].open_mask
+
+
+def of_saved(hostile: Path) -> Iterator[object]:
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [{"bytes": hostile.read_bytes(), "path": None}]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(hostile.parent / "saved"))
+    source = find_source(str(hostile.parent / "saved"))
+    yield lambda: read_image(source.examples[0], 8)
+
+
+def of_masks(hostile: Path) -> Iterator[object]:
+    data = folder(hostile)
+    (data / "hostile.png").rename(data / "3-mask.png")
+    assert "3.png" in check_source(str(data), progress=False).unreadable_masks
+    masked = next(one for one in find_source(str(data)).examples if one.mask is not None)
+    yield masked.open_mask
+    alpha = next(iter(find_source(str(data), masks="alpha").examples))
+    (data / "0.png").write_bytes(POSTSCRIPT)
+    yield alpha.open_mask
+    yield alpha.open
+
+
+def of_programs(hostile: Path) -> Iterator[object]:
+    good = hostile.parent / "good.png"
+    noise(0).save(good)
+    programs = Path(__file__).parents[2] / "pipelines"
+    for name, arguments in {
+        "inpaint": [[hostile, good], [good, hostile], [hostile, "--expand", 1, 1, 1, 1]],
+        "edit": [[hostile, "a hat", "--from", "a cat"]],
+        "interpolate": [["--images", hostile, good]],
+    }.items():
+        program = load_program(programs / f"{name}.py")
+        for argv in arguments:
+            full = [*map(str, argv), "-o", str(hostile.parent / "out.png")]
+            yield lambda program=program, full=full: program.main(full)
+
+
+def of_picture(hostile: Path) -> Iterator[object]:
+    yield lambda: open_picture(hostile)
+    yield lambda: open_image(io.BytesIO(hostile.read_bytes()))
+
+
+WAYS = [of_folder, of_zip, of_tar, of_parquet, of_saved, of_masks, of_programs, of_picture]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_postscript_is_refused_on_every_way_in(
+    way: Callable[[Path], Iterator[Callable[[], object]]], ghostscript: Callable[[], bool], hostile: Path
+) -> None:
+    ways = list(way(hostile))
+    assert ways
+    for attempt in ways:
+        with pytest.raises(UserError, match="not a picture"):
+            attempt()
+    assert not ghostscript()
+
+
+def test_a_server_opens_no_other_format_whoever_asks(
+    ghostscript: Callable[[], bool], hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.init()
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    open_no_others()
+    with pytest.raises(Image.UnidentifiedImageError):
+        Image.open(hostile)
+    assert not ghostscript()
+    noise(0).save(hostile)
+    with Image.open(hostile) as image:
+        assert image.tobytes() == noise(0).tobytes()
+
+
+def test_the_error_says_which_formats_are_read(hostile: Path) -> None:
+    with pytest.raises(UserError, match="not a picture") as error:
+        open_picture(hostile)
+    assert all(name in error.value.fix for name in FORMATS)
+
+
+def test_every_promised_suffix_is_read(tmp_path: Path) -> None:
+    assert {Image.registered_extensions()[suffix] for suffix in SUFFIXES} == set(FORMATS)
+    for suffix in SUFFIXES:
+        path = tmp_path / f"a{suffix}"
+        image = noise(0, 16, 16).convert("L" if suffix == ".pgm" else "RGB")
+        image.save(path)
+        with Image.open(path) as stored:
+            assert np.array_equal(np.asarray(open_picture(path)), np.asarray(stored))
+    noise(0, 16, 16).save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[noise(1, 16, 16)])
+    assert open_picture(tmp_path / "two.jpg").format == "MPO"
+
+
+def test_images_are_opened_in_one_place() -> None:
+    root = Path(__file__).parents[2]
+    files = [file for name in ("latentflow", "train", "pipelines") for file in (root / name).rglob("*.py")]
+    places = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            called = (
+                isinstance(node, ast.Attribute)
+                and node.attr == "open"
+                and ast.unparse(node.value).endswith("Image")
+            )
+            imported = isinstance(node, ast.ImportFrom) and node.module == "PIL.Image"
+            if called or (imported and any(name.name == "open" for name in node.names)):
+                places.append(str(file.relative_to(root)))
+    assert places == ["latentflow/data/image_files.py"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("suffix", sorted(set(SUFFIXES) - {".jpeg", ".jfif", ".tiff"}))
+def test_a_damaged_image_is_a_sentence_that_names_it(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes changed, cut out, put in and cut off: a `UserError`, or an image; from every function that decodes."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a header may come to promise many millions
+    path = tmp_path / f"a{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = noise(0, 24, 20).convert("L" if suffix == ".pgm" else "RGB")
+    image.save(path, icc_profile=rgb_profile("Display P3"), exif=exif)
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    example = FileExample("a", path=path, mask=path)
+    told = 0
+    for _ in range(40):
+        data = bytearray(whole)
+        for at in generator.integers(0, len(data), generator.choice([1, 4, 16])).tolist():
+            data[at] = generator.integers(0, 256)
+        start, end = sorted(generator.integers(4, len(data), 2).tolist())
+        data = [
+            data,
+            data[:end],
+            data[:start] + data[end:],
+            data[:start] + b"\xff\xff\xff\xff" + data[start:],
+        ][generator.integers(4)]
+        path.write_bytes(data)
+        assert look_at(example).error != "" and example.pixel_key()
+        for read in (open_picture, lambda path: read_image(FileExample("a", path=path), 8)):
+            try:
+                read(path)
+            except UserError as error:
+                assert str(path) in error.what and error.fix
+                told += 1
+    assert told >= 10

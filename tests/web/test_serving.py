@@ -1,0 +1,441 @@
+"""The page as programs and strangers meet it: a server in this process, over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
+import httpx
+from gradio import processing_utils
+
+from latentflow.web import page
+from latentflow.web.studio import Order, Progress, Studio
+
+
+class Held(Studio):
+    """A studio that draws "hold" for as long as somebody wants it."""
+
+    def __init__(self, checkpoint: str) -> None:
+        super().__init__(checkpoint, "cpu")
+        self.drawn: list[str] = []
+        self.steps = 0
+        self.go_on = threading.Event()
+
+    def _draw(self, kind: str, order: Order, progress: Progress, **settings: Any) -> list[Image.Image]:
+        if order.prompt in ("hold", "next") or (order.prompt or "").isdigit():
+            progress(0, 1, "Drawing")
+            self.drawn.append(order.prompt or "")
+            end = time.monotonic() + 60
+            while order.prompt == "hold" and time.monotonic() < end and not self.go_on.wait(0.01):
+                self.steps += 1
+                progress(self.steps, 1000, "Drawing")
+            return [Image.new("RGB", (8, 8))]
+        return super()._draw(kind, order, progress, **settings)
+
+
+@contextlib.contextmanager
+def serving(studio: Studio, **settings: Any) -> Iterator[httpx.Client]:
+    """Serve a page, and undo what that changes in the process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        for name, value in {"OPEN": dict(Image.OPEN), "ID": list(Image.ID)}.items():
+            patch.setattr(Image, name, value)
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        fetch = "async_ssrf_protected_download"
+        patch.setattr(processing_utils, fetch, getattr(processing_utils, fetch))
+        started = page.start(studio, "127.0.0.1", free_port(), **settings)
+        try:
+            with httpx.Client(base_url=f"{started.local_url}gradio_api", timeout=60) as client:
+                yield client
+        finally:
+            started.close()
+
+
+@pytest.fixture(scope="module")
+def served(
+    caption_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Held, httpx.Client]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        studio = Held(str(caption_checkpoint))
+        with serving(studio, allowed_hosts=["draw.example"]) as client:
+            yield studio, client
+
+
+@pytest.fixture
+def studio(served: Any) -> Held:
+    studio: Held = served[0]
+    studio.drawn.clear()
+    studio.go_on.clear()
+    return studio
+
+
+@pytest.fixture
+def client(served: Any) -> httpx.Client:
+    client: httpx.Client = served[1]
+    return client
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def begin(client: httpx.Client, prompt: str, tab: str = "generate") -> str:
+    """Ask for an image, and return the event."""
+    answer = client.post(f"/call/v2/{tab}", json={"prompt": prompt})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["event_id"])
+
+
+def result(client: httpx.Client, event: str, tab: str = "generate") -> tuple[str, Any]:
+    """Listen for the answer: "complete" or "error", and its data."""
+    lines = client.get(f"/call/v2/{tab}/{event}").text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line in ("event: complete", "event: error"))
+    return lines[start].removeprefix("event: "), json.loads(lines[start + 1].removeprefix("data: "))
+
+
+def ask(client: httpx.Client, tab: str, **values: Any) -> tuple[str, Any]:
+    """Ask for an image and listen for the answer."""
+    answer = client.post(f"/call/v2/{tab}", json=values)
+    return result(client, answer.json()["event_id"], tab)
+
+
+@contextlib.contextmanager
+def listening(client: httpx.Client, event: str) -> Iterator[None]:
+    """Listen in the background while the block runs, and leave then."""
+    with client.stream("GET", f"/call/v2/generate/{event}"):
+        yield
+
+
+def until(condition: Callable[[], Any], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def upload(client: httpx.Client, name: str, content: bytes) -> dict[str, Any]:
+    [path] = client.post("/upload", files={"files": (name, content)}).json()
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+# ---------------------------------------------------------------- what programs get
+
+
+def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) -> None:
+    def pixels(**values: Any) -> bytes:
+        state, data = ask(client, "generate", prompt="red apple", seed=5, new_seed=False, steps=3, **values)
+        assert state == "complete", data
+        gallery, seed, unknown = data
+        assert (seed, unknown) == (5, "") and gallery[0]["caption"] == "seed 5"
+        return client.get(gallery[0]["image"]["url"]).content
+
+    usual, heun, euler = pixels(), pixels(solver="heun"), pixels(solver="euler")
+    assert usual == pixels(solver=page.USUAL) and len({heun, euler}) == 2
+    image = upload(client, "a.png", encoded(Image.new("RGB", (8, 8), "red")))
+    stroke = upload(client, "stroke.png", encoded(Image.new("RGBA", (8, 8), "white")))
+    strokes = {"background": None, "layers": [stroke], "composite": None}
+    for values in (
+        {"tab": "inpaint", "image": image, "strokes": strokes, "method": "repaint", "feather": 2},
+        {"tab": "edit", "image": image, "method": "image-to-image", "strength": 0.5},
+    ):
+        assert ask(client, prompt="red apple", steps=2, **values)[0] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"solver": "huen"}, "Unknown solver 'huen'. Did you mean 'heun'?"),
+        ({"solver": ["heun"]}, "solver is no text"),
+        ({"seed": -1, "new_seed": False}, "seed is -1. It is a whole number from 0 to 4294967295."),
+        ({"seed": 2**70, "new_seed": False}, f"seed is {2**70}. It is a whole number"),
+        ({"seed": None, "new_seed": False}, "seed is None"),
+        ({"steps": 201}, "steps is 201. It is a whole number from 1 to 200."),
+        ({"steps": "many"}, "steps is 'many'"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": True}, "steps is True"),
+        ({"images": 10**9}, "images is 1000000000. It is a whole number from 1 to 16."),
+        ({"guidance": "NaN"}, "guidance is 'NaN'. It is a number from 0 to 20"),
+        ({"prompt": 3}, "prompt is no text"),
+        ({"prompt": "a" * 1001}, "prompt has 1001 characters"),
+        ({"negative_prompt": {}}, "negative_prompt is no text"),
+        ({"tab": "edit", "image": None}, "there is no image"),
+        ({"tab": "edit", "image": "a", "method": "flowedti"}, "did you mean 'flowedit'"),
+        ({"tab": "edit", "image": "a", "method": 3}, "method is no text"),
+        ({"tab": "edit", "image": "a", "strength": 1.5}, "strength is 1.5. It is a number from 0 to 1."),
+        ({"tab": "edit", "image": "text", "strength": 0.5}, "a.png is not a picture"),
+        ({"tab": "edit", "image": "huge"}, "a.png is too large: 7200 x 7200 pixels"),
+        ({"tab": "edit", "image": "http"}, "Nothing is fetched from other addresses"),
+        ({"tab": "edit", "image": "elsewhere"}, "was not uploaded"),
+        ({"tab": "edit", "image": {}}, "validation error"),
+        ({"tab": "inpaint", "image": "a", "strokes": None}, "nothing is painted over"),
+        ({"tab": "inpaint", "image": "a", "strokes": {"id": "none"}}, "nothing is painted over"),
+        ({"tab": "inpaint", "image": "a", "strokes": None, "margin": 65}, "margin is 65"),
+        ({"tab": "inpaint", "image": "a", "strokes": None, "feather": -1}, "feather is -1"),
+    ],
+)
+def test_a_program_is_told_what_was_wrong(
+    client: httpx.Client, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "elsewhere.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
+    images = {
+        "a": lambda: upload(client, "a.png", encoded(Image.new("RGB", (8, 8), "red"))),
+        "text": lambda: upload(client, "a.png", b"no image"),
+        "huge": lambda: upload(client, "a.png", encoded(Image.new("1", (7200, 7200)))),
+        "http": lambda: {"path": "http://192.0.2.1/a.png", "meta": {"_type": "gradio.FileData"}},
+        "elsewhere": lambda: {
+            "path": str(tmp_path / "elsewhere.png"),
+            "meta": {"_type": "gradio.FileData"},
+        },
+    }
+    values = {"tab": "generate", "prompt": "red apple", "steps": 2} | values
+    if isinstance(values.get("image"), str):
+        values["image"] = images[values["image"]]()
+    state, data = ask(client, **values)
+    assert state == "error"
+    assert message.lower() in data["error"].lower()
+
+
+def test_words_that_the_checkpoint_does_not_know_are_named(
+    client: httpx.Client, studio: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def unknown_words(prompts: list[str]) -> list[str]:
+        asked.append(prompts)
+        return ["<b>zeppelin", "blorp"]
+
+    monkeypatch.setattr(studio.pipe, "unknown_words", unknown_words, raising=False)
+    body = {"prompt": "red <b>zeppelin blorp", "negative_prompt": "blorp", "steps": 1}
+    event = client.post("/call/v2/generate", json=body).json()["event_id"]
+    messages = client.get("/queue/data", params={"session_hash": event}).text
+    assert asked == [["red <b>zeppelin blorp", "blorp"]]
+    said = [one for one in map(json.loads, re.findall("(?m)^data: (.*)$", messages)) if one["msg"] == "log"]
+    assert [one["level"] for one in said] == ["warning"]
+    assert said[0]["log"].endswith(": &lt;b&gt;zeppelin, blorp")
+    assert ask(client, "generate", **body)[1][2] == "<b>zeppelin, blorp"
+
+
+def test_names_that_are_none_are_refused_with_a_sentence(client: httpx.Client) -> None:
+    for values, said in (({"solvre": "heun"}, "solvre"), ({"prompt": "red"}, "image")):
+        answer = client.post("/call/v2/edit", json=values)
+        assert answer.status_code == 422 and said in answer.json()["detail"]
+
+
+def test_an_upload_that_made_room_is_asked_for_again(client: httpx.Client) -> None:
+    image = upload(client, "gone.png", encoded(Image.new("RGB", (8, 8), "blue")))
+    Path(image["path"]).unlink()
+    assert ask(client, "edit", prompt="red", image=image)[1]["error"] == (
+        "gone.png is kept no longer. Upload it again."
+    )
+
+
+def test_drawn_images_take_the_room_of_the_oldest_files(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Path(upload(client, "old.png", encoded(Image.new("RGB", (8, 8), "green")))["path"])
+    os.utime(old, (0, 0))
+    assert ask(client, "generate", prompt="red apple", steps=1)[0] == "complete"
+    assert old.exists()
+    monkeypatch.setattr(page, "MOST_KEPT", 1000)
+    assert ask(client, "generate", prompt="red apple", steps=1)[0] == "complete"
+    assert not old.exists()
+
+
+# ---------------------------------------------------------------- whose turn it is
+
+
+def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(
+    studio: Held, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with listening(client, begin(client, "hold")):
+        until(lambda: studio.drawn)
+        events = [begin(client, str(i)) for i in range(page.MOST_WAITING)]
+        refused = client.post("/call/v2/generate", json={"prompt": "one more"})
+        assert refused.status_code == 503 and "full" in refused.json()["detail"]
+        large = client.post("/call/v2/generate", json={"prompt": "a" * 900_000})
+        assert large.status_code == 413
+        with contextlib.ExitStack() as stack:
+            streams = [
+                stack.enter_context(client.stream("GET", f"/call/v2/generate/{event}"))
+                for event in events[:4]
+            ]
+            monkeypatch.setattr(page, "PATIENCE", 1.0)
+            studio.go_on.set()
+            for stream in streams:
+                assert "event: complete" in stream.read().decode()
+    assert studio.drawn == ["hold", "0", "1", "2", "3"]
+    # Nobody listens for the other twelve: none is drawn, and all together hold nobody up for longer than one.
+    until(lambda: client.get("/queue/status").json()["queue_size"] == 0, 5)
+    state, data = result(client, events[-2])
+    assert state == "error" and "Nobody waited" in data["error"]
+    assert studio.drawn == ["hold", "0", "1", "2", "3"]
+
+
+def test_a_client_that_leaves_ends_its_request_at_the_next_step(studio: Held, client: httpx.Client) -> None:
+    with listening(client, begin(client, "hold")):
+        until(lambda: studio.drawn)
+        waiting = begin(client, "0")
+        with listening(client, waiting):
+            assert client.get("/queue/status").json()["queue_size"] == 1
+        until(lambda: client.get("/queue/status").json()["queue_size"] == 0)
+    assert ask(client, "generate", prompt="next")[0] == "complete"
+    steps = studio.steps
+    time.sleep(0.1)
+    assert studio.steps == steps
+    assert studio.drawn == ["hold", "next"]
+
+
+def test_cancel_ends_the_running_request_and_no_other(studio: Held, client: httpx.Client) -> None:
+    config = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
+    generate = next(one["id"] for one in config["dependencies"] if one["api_name"] == "generate")
+    event = begin(client, "hold")
+    with listening(client, event):
+        until(lambda: studio.drawn)
+        waiting = begin(client, "next")
+        with listening(client, waiting):
+            body = {"session_hash": event, "fn_index": generate, "event_id": event}
+            assert client.post("/cancel", json=body).status_code == 200
+            until(lambda: studio.drawn == ["hold", "next"])
+            steps = studio.steps
+            time.sleep(0.1)
+            assert studio.steps == steps
+
+
+# ---------------------------------------------------------------- what strangers get
+
+
+def test_the_guard_stands_before_everything(client: httpx.Client) -> None:
+    stranger = {"host": "evil.example"}
+    root = str(client.base_url).removesuffix("gradio_api/")
+    for path in ("", "config", "gradio_api/info", "gradio_api/queue/data?session_hash=a"):
+        assert client.get(root + path, headers=stranger).status_code == 421
+        if "data" not in path:
+            assert client.get(root + path, headers={"host": "draw.example"}).status_code == 200
+    for headers in (stranger, {"origin": "http://evil.example"}):
+        files = {"files": ("a.png", b"a")}
+        assert client.post("/upload", files=files, headers=headers).status_code in (403, 421)
+        assert client.post("/call/generate", json={"data": []}, headers=headers).status_code in (403, 421)
+    assert client.get("/file=http://192.0.2.1/a.png").status_code == 403
+
+
+def test_no_upload_is_read_as_a_program(
+    client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of any name may be PostScript, which Pillow hands to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    program, image = (
+        upload(client, "a.png", script),
+        upload(client, "b.png", encoded(Image.new("RGB", (8, 8)))),
+    )
+    layer = {"background": None, "layers": [program], "composite": program}
+    config = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
+    editor = next(one["id"] for one in config["components"] if one["type"] == "imageeditor")
+    for kind in ("layer", "background", "composite"):
+        data = {"component_id": editor, "session_hash": "me", "fn_name": "accept_blobs"}
+        data |= {"type": kind, "id": "mine", "index": str(10**12)}
+        sent = client.post("/component_server", data=data, files={"file": ("a.png", script)})
+        assert sent.status_code == 200
+    for values in (
+        {"tab": "edit", "image": program},
+        {"tab": "inpaint", "image": program, "strokes": None},
+        {"tab": "inpaint", "image": image, "strokes": layer},
+        {"tab": "inpaint", "image": image, "strokes": {"id": "mine"}},
+    ):
+        state, data = ask(client, prompt="red apple", **values)
+        assert state == "error" and "is not a picture" in data["error"], data
+    for one in config["dependencies"]:  # what the page itself asks when a file is dropped
+        if one["targets"] and one["targets"][0][1] == "change" and one["inputs"]:
+            body = {"data": [program], "fn_index": one["id"], "session_hash": "me"}
+            assert client.post("/queue/join", json=body).status_code == 200
+            assert "is not a picture" in client.get("/queue/data", params={"session_hash": "me"}).text
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client: httpx.Client) -> None:
+    config = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
+    editor = next(one["id"] for one in config["components"] if one["type"] == "imageeditor")
+    image = upload(client, "b.png", encoded(Image.new("RGB", (8, 8), "red")))
+    data = {"component_id": editor, "session_hash": "me", "fn_name": "accept_blobs", "type": "layer"}
+    data |= {"id": "../painted", "index": "0"}
+    stroke = Image.new("RGBA", (8, 8))
+    stroke.paste("white", (0, 0, 4, 8))
+    client.post("/component_server", data=data, files={"file": ("layer.png", encoded(stroke))})
+    state, data = ask(
+        client, "inpaint", prompt="red apple", steps=2, image=image, strokes={"id": "../painted"}
+    )
+    assert state == "complete", data
+    drawn = Image.open(io.BytesIO(client.get(data[0][0]["image"]["url"]).content))
+    assert drawn.crop((4, 0, 8, 8)).getcolors() == [(32, (255, 0, 0))]
+    assert drawn.crop((0, 0, 4, 8)).getcolors() != [(32, (255, 0, 0))]
+
+
+@pytest.fixture
+def locked(class_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
+    """The page of a checkpoint of classes, with a name and a password."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with serving(Studio(str(class_checkpoint), "cpu"), auth=("anna", "a:b")) as client:
+        yield client
+
+
+def test_a_name_and_a_password_are_asked_for(locked: httpx.Client) -> None:
+    requests = {
+        "/config": "GET",
+        "/gradio_api/info": "GET",
+        "/gradio_api/queue/data?session_hash=a": "GET",
+        "/gradio_api/upload": "POST",
+        "/gradio_api/queue/join": "POST",
+        "/gradio_api/call/generate": "POST",
+    }
+    root = str(locked.base_url).removesuffix("/gradio_api/")
+    for path, method in requests.items():
+        body = {"json": {"data": [], "session_hash": "a", "fn_index": 0}} if method == "POST" else {}
+        assert locked.request(method, root + path, **body).status_code == 401, path
+    for password, status in (("a", 400), ("a:b", 200)):
+        login = {"username": "anna", "password": password}
+        assert locked.post(f"{root}/login", data=login).status_code == status
+    assert locked.get(f"{root}/config").status_code == 200
+    assert markup(locked) not in locked.get(f"{root}/").text
+
+    state, data = ask(locked, "generate", class_label="hta", steps=1)
+    assert state == "error" and data["error"].startswith("unknown class 'hta'. Did you mean 'hat'?")
+    assert "<" not in data["error"]
+    assert ask(locked, "generate", class_label=None)[1]["error"].startswith(
+        "no class is chosen. Choose one: hat"
+    )
+    assert ask(locked, "generate", class_label=["hat"])[1]["error"].startswith("class_label is no text")
+    assert ask(locked, "generate", class_label=markup(locked), steps=1)[0] == "complete"
+
+
+def markup(client: httpx.Client) -> str:
+    """Return the last class that is offered."""
+    config = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
+    label = next(one["props"] for one in config["components"] if one["props"].get("label") == "Class")
+    name: str = label["choices"][-1][1]
+    assert name.startswith("</script>")
+    return name
