@@ -473,8 +473,8 @@ def test_data_that_the_checkpoint_does_not_know_are_refused(
         ("validation: [0.3]", "validation is [0.3]"),
         ("seed: many", "seed is 'many'"),
         ("columns: text", "columns is 'text'"),
-        ("condition: [", "config.yaml cannot be read"),
-        ("a: " + "[" * 1500, "config.yaml cannot be read"),
+        ("condition: [", "config.yaml is not valid YAML"),
+        ("a: " + "[" * 1500, "config.yaml is nested too deep"),
     ],
 )
 def test_a_damaged_config_of_the_run_is_told(
