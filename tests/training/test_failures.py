@@ -374,7 +374,6 @@ def test_an_export_of_an_earlier_target_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def export(folder: Path) -> None:
-        folder.mkdir()
         (folder / "made").touch()
 
     callbacks = Callbacks(export=export, export_to=tmp_path / "result")

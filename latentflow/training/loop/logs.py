@@ -6,16 +6,18 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 
 class _Terminal(logging.Handler):
-    """Writes above a running progress bar."""
+    """Writes above a running progress bar; a terminal that is gone (closed, disconnected) ends no run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _File(logging.FileHandler):
