@@ -24,6 +24,7 @@ from transformers import (
 
 from latentflow.errors import UserError
 from latentflow.models import DiT, UNet
+from latentflow.models.routing import Route
 from latentflow.training import LoopConfig, fit
 from latentflow.training.loop import player
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
@@ -129,6 +130,38 @@ def test_the_loss_and_all_gradients_are_there_in_lower_precision_too(
     assert [name for name, value in one.named_parameters() if value.grad is None] == []
     assert not one.eval()(batch()).keys() & {"alignment"}
     assert torch.equal(one(batch())["loss"], plain.eval()(batch())["loss"])
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_no_gradient_reaches_the_teacher(averaged: bool) -> None:
+    """Neither through the average nor, without one, through the weights themselves."""
+    one = stage(AlignmentConfig(alignment="self"))
+    if averaged:
+        one.use_average(WeightAverage(one, lambda step: 0.9))
+    calls, targets = exchanged(one), []
+    assert one.alignment is not None
+    one.alignment.register_forward_pre_hook(lambda module, given: targets.append(given[1]))
+    one(batch())["loss"].backward()
+    assert calls["teacher"][-1].features.grad_fn is None and not calls["teacher"][-1].features.requires_grad
+    assert calls["student"][-1][1].requires_grad
+    assert len(targets) == 1 and not targets[0].requires_grad
+
+
+@pytest.mark.parametrize("kind", ["self", "encoder"])
+def test_routed_tokens_are_compared_with_what_their_own_places_shall_be(kind: str, encoder: Path) -> None:
+    one = stage(settings(kind, encoder, alignment_block=2)).alignment
+    assert one is not None
+    one.head = torch.nn.Identity()
+    target = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    route = Route(torch.tensor([[0, 2, 5], [1, 3, 4]]), first=1, last=3)
+    own = torch.stack([target[0, [0, 2, 5]], target[1, [1, 3, 4]]])
+    torch.testing.assert_close(one(own, target, route), torch.zeros(2), rtol=0, atol=1e-6)
+    apart = one.distance(own.roll(1, dims=1), own).mean(1)
+    torch.testing.assert_close(one(own.roll(1, dims=1), target, route), apart)
+    assert (apart > 0.1).all()
+    # Where all tokens are there, each is compared with its own.
+    for everywhere in (None, Route(route.kept, first=2, last=4)):
+        torch.testing.assert_close(one(target, target, everywhere), torch.zeros(2), rtol=0, atol=1e-6)
 
 
 def test_distances_are_those_of_the_papers(encoder: Path) -> None:
