@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, h
 from latentflow.data.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig
+from latentflow.training.loop.run_files import read_metrics
 from latentflow.training.run.autoencoder import train_autoencoder
 from latentflow.training.stages.autoencoder import AutoencoderStage, DiscriminatorStage
 
 from ..training.command import TINY, call
+from ..training.forking import fork_ranks
 
 SMALL = AutoencoderConfig(
     latent_channels=4, autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(1, 1), autoencoder_steps=60,
@@ -179,6 +182,38 @@ def test_the_adversarial_term_starts_when_told_and_never_moves_the_discriminator
     other(late)["loss"].backward()
     assert all(one.grad is not None for one in discriminator.parameters())
     assert all(one.grad is None for one in vae.parameters())
+
+
+def test_the_adversarial_term_starts_at_the_same_step_in_all_numbers_of_processes(tmp_path: Path) -> None:
+    """Two processes have twice the samples of a step: counted in samples it would start earlier, and in one of them."""
+    source = train_source().subset(list(range(0, 400, 20)))
+    loop = LoopConfig(
+        validation_steps=0, preview_steps=0, lr_warmup_steps=2, mixed_precision="no", log_steps=1
+    )
+    config = dataclasses.replace(
+        SMALL, autoencoder_steps=7, adversarial_weight=0.1, adversarial_start=3, equivariance=0.5
+    )
+
+    def train(folder: Path, batch: int) -> None:
+        one = dataclasses.replace(config, autoencoder_batch_size=batch)
+        pictures = {"resolution": 16, "background": "white", "flips": True}
+        assert train_autoencoder(source, source.subset([]), one, loop, folder, **pictures) is not None
+
+    def told(folder: Path) -> list[int]:
+        rows = read_metrics(folder)
+        assert [row["step"] for row in rows] == list(range(1, 8))
+        assert all(("discriminator" in row) == ("adversarial" in row) for row in rows)
+        return [int(row["step"]) for row in rows if "adversarial" in row]
+
+    train(tmp_path / "one", 8)
+    ranks = fork_ranks(2, lambda rank: train(tmp_path / "two", 4))
+    assert [os.waitpid(one, 0)[1] for one in ranks] == [0, 0]
+    assert (
+        told(tmp_path / "one") == told(tmp_path / "two") == [4, 5, 6, 7]
+    )  # from the fourth: three have none
+    # Before it starts, and in what is turned alike, two processes learn what one learns.
+    first, second = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "two"))
+    assert first[:3] == pytest.approx(second[:3], rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "adversarial"), [("dc", 0.0), ("kl", 0.1)])

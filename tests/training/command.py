@@ -88,4 +88,5 @@ def call(cache: Path, *arguments: object, expect: int = 0, file: str = "flow") -
         finally:
             torch.set_num_threads(threads)
     assert code == expect, said.getvalue()
+    assert "Traceback" not in said.getvalue(), said.getvalue()  # of a preview, too, that training did without
     return said.getvalue()
