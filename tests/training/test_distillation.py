@@ -390,6 +390,31 @@ def test_a_generator_that_draws_as_its_teacher_is_left_alone_and_has_its_turns()
     assert not any(name.startswith("fake") for name, _ in made.named_parameters())
 
 
+def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And its fake network, and the fake's own lesson, are under the conditions that it drew under."""
+    network = build("dit", num_classes=3, interval_conditioning=True)
+    config = FlowConfig(objective="consistency", condition_dropout=0.25)
+    made = GeneratorStage(
+        network, config, 0, teacher=teacher_of(network), step_counts=(1,), samples_per_step=400, turns=1
+    )
+    fake, given = FakeStage(made), list[Any]()
+    made.fake.register_forward_pre_hook(lambda module, arguments: given.append(arguments[2]))
+    batch = few_classes()
+    many = {name: value.repeat_interleave(67, 0)[:400] for name, value in batch.items() if name != "numbers"}
+    made(many | {"numbers": list(range(400))})
+    fake(batch)
+    assert made.drawn is not None
+    dropped = made.drawn.condition.drop
+    assert float(dropped.double().mean()) == pytest.approx(0.25, abs=5 * (0.1875 / 400) ** 0.5)
+    assert len(given) == 2
+    for one in given:
+        assert torch.equal(one.drop, dropped) and torch.equal(one.class_labels, many["class_labels"])
+    made.eval()(batch)
+    assert not made.drawn.condition.drop.any()
+
+
 def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> None:
     for label in ("red", "blue", "green"):
         for folder in ("both",) if label == "green" else ("both", "two"):

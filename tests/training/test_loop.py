@@ -141,7 +141,7 @@ def test_the_loop_takes_the_steps_that_are_written_out_here(tmp_path: Path, limi
     config = dataclasses.replace(
         CONFIG, max_train_steps=14, train_batch_size=3, gradient_accumulation_steps=2, learning_rate=0.03,
         lr_warmup_steps=4, lr_scheduler="linear", lr_decay_share=0.5, weight_decay=0.2, max_grad_norm=limit,
-        ema_decay=0.35, adam_beta1=0.8, adam_beta2=0.9,
+        ema_decay=0.6, adam_beta1=0.8, adam_beta2=0.9,
     )  # fmt: skip
     assert run(tmp_path, config, module=Plain())
     logged = read_metrics(tmp_path)
@@ -165,7 +165,7 @@ def test_the_loop_takes_the_steps_that_are_written_out_here(tmp_path: Path, limi
                     one.mul_(1 - rate * 0.2)
                 moment, size = first[key] / (1 - 0.8**step), second[key] / (1 - 0.9**step)
                 one.sub_(rate * moment / (size.sqrt() + 1e-8))
-                kept = min(0.35, (1 + step) / (10 + step))
+                kept = min(0.6, (1 + step) / (10 + step))
                 average.get_parameter(key).mul_(kept).add_((1 - kept) * one)
         row = logged[step - 1]
         assert row["step"] == step

@@ -90,7 +90,8 @@ class AutoencoderStage(nn.Module):
 
     def _step(self, number: int) -> int:
         """The step (0-based) of a running number: the same in all processes and passes of that step."""
-        return number // (self._config.autoencoder_batch_size * process_state().num_processes)
+        samples: int = self._config.autoencoder_batch_size * process_state().num_processes
+        return number // samples
 
 
 class DiscriminatorStage(nn.Module):
