@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from latentflow import LatentFlowPipeline
 from latentflow.errors import RunError
 from latentflow.training import Callbacks, Stop, fit
 from latentflow.training.loop import report, saving
@@ -191,6 +192,17 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
         said = call(cache, *line)
     assert "done:" in said and "resume with" not in said
 
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:  # what is ours in the export is tried again, and told in words
+        patch.setattr(saving, "RETRY_SECONDS", (0.0,))
+        patch.setattr(LatentFlowPipeline, "save_pretrained", full)
+        said = call(cache, *line, "--max-train-steps", 4, expect=1)
+    assert said.count("Trying again") == 1 and "the same line makes the rest" in said
+    assert f"the result {out}/pipeline could not be written: No space left on device" in said
+    assert "done:" in call(cache, *line, "--max-train-steps", 4)
+
     alone = [pictures, "-o", tmp_path / "autoencoder", *own_flags()]
     with monkeypatch.context() as patch:
         interrupting(AutoencoderStage, signal.SIGHUP, 1 * 4, patch)
@@ -232,6 +244,9 @@ def test_closing_the_terminal_saves_and_ends_with_129(pictures: Path, tmp_path: 
     os.close(terminal)
     while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.02)
+    if not ended[0]:
+        os.kill(process, signal.SIGKILL)
+        ended = os.waitpid(process, 0)
     assert os.waitstatus_to_exitcode(ended[1]) == 129
     (step,) = steps(tmp_path / "run")
     log = (tmp_path / "run" / "train.log").read_text()
