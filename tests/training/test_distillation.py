@@ -6,6 +6,7 @@ import copy
 import json
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +221,9 @@ def test_pairs_are_the_teachers_and_are_drawn_once(
 
 
 def _stop_at(steps: int) -> Any:
-    """What `in_any_process` says of a run that gets a signal in this step."""
+    """What the processes of a run agree on that gets SIGTERM in this step."""
     asked = iter(range(1, 100))
-    return lambda accelerator, here: next(asked) >= steps
+    return lambda accelerator, here: signal.SIGTERM if next(asked) >= steps else 0
 
 
 @pytest.mark.parametrize(
@@ -245,8 +246,10 @@ def test_a_student_resumes_bit_for_bit(
             # Stopped, not ended: how far a run has come is part of what some methods do.
             with pytest.MonkeyPatch.context() as patch:
                 if steps < 4:
-                    patch.setattr("latentflow.training.loop.fit.in_any_process", _stop_at(steps))
-                distill(tmp_path, *line, "-o", tmp_path / run, "--max-train-steps", 4)
+                    patch.setattr("latentflow.training.loop.fit.most_of_any_process", _stop_at(steps))
+                every = [*line, "-o", tmp_path / run, "--max-train-steps", 4]
+                said = distill(tmp_path, *every, expect=143 if steps < 4 else 0)
+                assert ("resume with:\n  latentflow distill" in said) == (steps < 4)
         rows = [json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in rows if "loss" in row]
 

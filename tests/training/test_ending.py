@@ -175,6 +175,7 @@ def own_flags() -> list[Any]:
 def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`latentflow distill`: test_distillation.py."""
     cache, out = tmp_path / "cache", tmp_path / "run"
     line = [pictures, "-o", out, *FEW]
     with monkeypatch.context() as patch:  # the autoencoder's last step: it is finished, the run is not
@@ -210,22 +211,6 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
     with monkeypatch.context() as patch:
         interrupting(AutoencoderStage, signal.SIGHUP, 2 * 4, patch)
         assert "done:" in call(cache, *alone, file="autoencoder")
-
-    student = [
-        out / "pipeline",
-        pictures,
-        "-o",
-        tmp_path / "student",
-        "--resolution",
-        16,
-        "--train-batch-size",
-        4,
-    ]
-    student += ["--max-train-steps", 3, "--validation-steps", 0, "--preview-steps", 0]
-    with monkeypatch.context() as patch:
-        interrupting(FlowStage, signal.SIGTERM, 1 * 4, patch)
-        said = call(cache, *student, file="distill", expect=143)
-    assert "resume with:\n  latentflow distill" in said
 
 
 def test_closing_the_terminal_saves_and_ends_with_129(pictures: Path, tmp_path: Path) -> None:
