@@ -15,6 +15,7 @@ from latentflow.errors import UserError
 from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS
 from latentflow.flow.tensors import expand_t
 from latentflow.training.loop.order import Draw
+from latentflow.training.stages.average_velocity import OneStepStage
 from latentflow.training.stages.flow import FlowConfig, FlowStage, validation_loss
 
 from .command import TINY, call
@@ -159,6 +160,16 @@ def test_as_many_conditions_as_asked_are_dropped_in_training_and_none_in_validat
     assert "loss" in again and (not dropout or not torch.equal(dropped, one.network.cond.drop))
     one.eval()(batch(rows))
     assert not one.network.cond.drop.any()
+
+
+def test_a_one_step_student_learns_the_way_from_the_noise_of_its_pair() -> None:
+    config = FlowConfig()
+    one = OneStepStage(Exact(config), config, seed=0)
+    one.network.register_forward_hook(lambda module, given, output: torch.zeros_like(output))
+    noise = torch.randn(ROWS, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    result = one(batch() | {"noise": noise})
+    assert torch.equal(result["t"], torch.zeros_like(result["t"])) and torch.equal(one.network.seen, noise)
+    torch.testing.assert_close(result["per_sample"], (POINT - noise).square().mean((1, 2, 3)))
 
 
 def test_weights_of_samples_are_factors_in_the_mean() -> None:
