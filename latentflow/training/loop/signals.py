@@ -49,7 +49,7 @@ def stop_on_signal() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
 
 
 def leave_to_parent() -> None:
