@@ -172,16 +172,6 @@ def test_a_one_step_student_learns_the_way_from_the_noise_of_its_pair() -> None:
     torch.testing.assert_close(result["per_sample"], (POINT - noise).square().mean((1, 2, 3)))
 
 
-def test_weights_of_samples_are_factors_in_the_mean() -> None:
-    one = stage()
-    one.network.register_forward_hook(lambda module, given, output: output + given[1].view(-1, 1, 1, 1))
-    weights = torch.arange(ROWS).float()
-    plain, weighted = one(batch()), one(batch() | {"weights": weights})
-    assert torch.equal(plain["per_sample"], weighted["per_sample"])
-    torch.testing.assert_close(plain["loss"], plain["per_sample"].mean())
-    torch.testing.assert_close(weighted["loss"], (weights * plain["per_sample"]).mean())
-
-
 def test_validation_is_the_mean_over_all_rows_at_fixed_noises() -> None:
     """Also of the last, smaller batch; and the same each time."""
 
