@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
 from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
@@ -16,7 +17,7 @@ from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGH
 from latentflow.flow.tensors import expand_t
 from latentflow.training.loop.order import Draw
 from latentflow.training.stages.average_velocity import OneStepStage
-from latentflow.training.stages.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.stages.flow import FlowConfig, FlowStage, _for_coupling, validation_loss
 
 from .command import TINY, call
 
@@ -170,6 +171,27 @@ def test_a_one_step_student_learns_the_way_from_the_noise_of_its_pair() -> None:
     result = one(batch() | {"noise": noise})
     assert torch.equal(result["t"], torch.zeros_like(result["t"])) and torch.equal(one.network.seen, noise)
     torch.testing.assert_close(result["per_sample"], (POINT - noise).square().mean((1, 2, 3)))
+
+
+def test_captions_are_read_to_the_end_of_the_longest_and_padding_says_nothing() -> None:
+    torch.manual_seed(0)
+    encoder = T5EncoderModel(
+        T5Config(vocab_size=9, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1)
+    ).eval()
+    one = FlowStage(Exact(FlowConfig()), FlowConfig(), seed=0, text_encoder=encoder)
+    rows = [[3, 4, 5, 6, 1], [7, 1], [8, 2, 1]]
+    ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long)
+    for row, words in enumerate(rows):
+        ids[row, : len(words)], mask[row, : len(words)] = torch.tensor(words), 1
+    told = one.condition({"input_ids": ids, "attention_mask": mask})
+    assert told.text is not None and told.text_mask is not None
+    assert told.text.shape == (3, 5, 8) and told.text_mask.sum(1).tolist() == [5, 2, 3]
+    means = _for_coupling(told)
+    assert means is not None
+    for row, words in enumerate(rows):
+        alone = encoder(input_ids=torch.tensor([words])).last_hidden_state[0]
+        torch.testing.assert_close(told.text[row, : len(words)], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(means[row], alone.mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_validation_is_the_mean_over_all_rows_at_fixed_noises() -> None:
