@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from latentflow.errors import UserError
-from latentflow.models import DiT, UNet
+from latentflow.models import Condition, DiT, UNet
 from latentflow.models.routing import Route
 from latentflow.training import LoopConfig, fit
 from latentflow.training.loop import player
@@ -130,6 +131,29 @@ def test_the_loss_and_all_gradients_are_there_in_lower_precision_too(
     assert [name for name, value in one.named_parameters() if value.grad is None] == []
     assert not one.eval()(batch()).keys() & {"alignment"}
     assert torch.equal(one(batch())["loss"], plain.eval()(batch())["loss"])
+
+
+def test_the_teacher_is_told_what_the_student_is_told() -> None:
+    """The same conditions are dropped, and the same is known of masked pictures."""
+    one = stage(AlignmentConfig(alignment="self"))
+
+    class Told(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor, cond: Condition, **asked: Any) -> Any:
+            self.cond = cond
+            return SimpleNamespace(features=x)
+
+    one.network = Told()
+    labels, drop = torch.tensor([2, 0, 1]), torch.tensor([True, False, True])
+    known = torch.randn(3, 5, SIDE, SIDE)
+    told = Condition(class_labels=labels, channels=known, drop=drop)
+    pair = torch.randn(2, 3, 2, SIDE, SIDE)
+    sample = FlowConfig().choices().path.sample(*pair, torch.full((3,), 0.5))
+    one._teacher({"class_labels": labels}, sample, told)(torch.full((3,), 0.6), 2)
+    found = one.network.cond
+    assert all(
+        torch.equal(getattr(found, name), getattr(told, name))
+        for name in ("class_labels", "channels", "drop")
+    )
 
 
 @pytest.mark.parametrize("averaged", [True, False])

@@ -173,6 +173,20 @@ def test_a_one_step_student_learns_the_way_from_the_noise_of_its_pair() -> None:
     torch.testing.assert_close(result["per_sample"], (POINT - noise).square().mean((1, 2, 3)))
 
 
+def test_every_batch_is_paired_by_chances_of_its_own() -> None:
+    seeds = []
+
+    def spy(x0: Tensor, x1: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
+        seeds.append(generator.initial_seed())
+        return x0
+
+    one = stage()
+    one._choices = one._choices._replace(coupling=spy)
+    for start in (0, ROWS, 0):
+        one(batch() | {"numbers": list(range(start, start + ROWS))})
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
 def test_captions_are_read_to_the_end_of_the_longest_and_padding_says_nothing() -> None:
     torch.manual_seed(0)
     encoder = T5EncoderModel(
