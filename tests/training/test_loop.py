@@ -196,6 +196,17 @@ def test_a_non_finite_loss_names_the_sample_skips_the_update_and_goes_on(tmp_pat
     ]  # no invented loss for the skipped step
 
 
+def test_a_skipped_update_moves_no_weight_and_no_moment(tmp_path: Path) -> None:
+    """Although the gradient itself is finite here."""
+    three = dataclasses.replace(CONFIG, max_train_steps=3, lr_scheduler="constant")
+    assert run(tmp_path / "three", three)
+    four = dataclasses.replace(three, max_train_steps=4)
+    assert run(tmp_path / "four", four, module=Regression(poison={3 * 6 + 2}))
+    first, second = weights(tmp_path / "three"), weights(tmp_path / "four")
+    kept = [key for key in first if not key.startswith("flow-average")]
+    assert len(kept) > 8 and all(torch.equal(first[key], second[key]) for key in kept)
+
+
 def test_a_run_that_stays_non_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     module = Regression(poison=set(range(5 * 6, 10**4)))
     with pytest.raises(UserError, match="3 updates in a row") as caught:
