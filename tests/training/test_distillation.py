@@ -390,6 +390,8 @@ def test_a_generator_that_draws_as_its_teacher_is_left_alone_and_has_its_turns()
         for row in range(6)
     ]
     torch.testing.assert_close(torch.cat(alone), together, rtol=1e-3, atol=1e-7)
+    weights = torch.arange(6.0)
+    torch.testing.assert_close(made(its_turn | {"weights": weights})["loss"], (weights * together).mean())
     assert not any(name.startswith("fake") for name, _ in made.named_parameters())
 
 
