@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from latentflow.autoencoder import AutoencoderConfig
 from latentflow.cli import given, parse, run, write_config
 from latentflow.data import find_source, readable, split
 from latentflow.data.config import DataConfig
-from latentflow.training import LoopConfig, log_to, resume_line
+from latentflow.training import LoopConfig, Stop, log_to, resume_line
 from latentflow.training.loop.run_lock import run_lock
 from latentflow.training.run.autoencoder import train_autoencoder
 from latentflow.training.run.examples import as_begun
@@ -53,6 +54,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
 
     # ---- training ----
     write_config(config, output / "config.yaml")
+    stop = Stop()
     vae = train_autoencoder(
         source.subset(training),
         source.subset(validation),
@@ -63,9 +65,11 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
         background=config.data.background,
         flips=config.data.random_flip,
         resume_line=again,
+        stop=stop,
     )
-    if vae is not None:
-        log.info(f"done: {output / 'autoencoder'}")
+    if vae is None:
+        sys.exit(stop.status)
+    log.info(f"done: {output / 'autoencoder'}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class AutoencoderConfig:
     autoencoder_steps: int | None = None
     """Optimiser steps. Empty: as many as max_train_steps, but at most 3000."""
     autoencoder_batch_size: int = 16
-    """Images per step."""
+    """Images in one step of one process."""
     autoencoder_learning_rate: float = 2e-3
     """Peak learning rate."""
     autoencoder_optimizer: Literal["adamw", "muon"] = "muon"

@@ -7,3 +7,4 @@ from .loop.config import LoopConfig as LoopConfig
 from .loop.fit import fit as fit
 from .loop.logs import log_to as log_to
 from .loop.logs import resume_line as resume_line
+from .loop.signals import Stop as Stop

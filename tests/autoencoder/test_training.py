@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, h
 from latentflow.data.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig
+from latentflow.training.loop.order import Draw, SampleRandom
+from latentflow.training.loop.run_files import read_metrics
 from latentflow.training.run.autoencoder import train_autoencoder
 from latentflow.training.stages.autoencoder import AutoencoderStage, DiscriminatorStage
+from latentflow.training.stages.images import PixelData, is_flipped
 
 from ..training.command import TINY, call
+from ..training.forking import fork_ranks
 
 SMALL = AutoencoderConfig(
     latent_channels=4, autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(1, 1), autoencoder_steps=60,
@@ -160,6 +165,57 @@ def test_the_kl_term_is_the_closed_form() -> None:
     assert float(values["loss"].detach()) == pytest.approx(float(values["l1"] + 0.5 * values["kl"]), rel=1e-5)
 
 
+def test_the_decoder_learns_from_samples_of_the_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with the noise of its own running number."""
+    config = dataclasses.replace(SMALL, autoencoder_class="kl")
+    torch.manual_seed(0)
+    vae = build_autoencoder(config, 16)
+    images, seen = torch.rand(3, 3, 16, 16) * 2 - 1, list[torch.Tensor]()
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda latents: (seen.append(latents), decode(latents))[1])
+    AutoencoderStage(vae, config, 5)({"images": images, "numbers": [7, 8, 9]})
+    posterior = vae.encode(images).latent_dist
+    noise = SampleRandom(5, [7, 8, 9]).normal(posterior.mean.shape[1:])
+    torch.testing.assert_close((seen[0] - posterior.mean) / posterior.std, noise, rtol=1e-3, atol=1e-3)
+
+
+def test_both_sides_of_the_adversarial_loss_are_their_formulas() -> None:
+    config = dataclasses.replace(SMALL, adversarial_weight=0.3, adversarial_start=0)
+    torch.manual_seed(0)
+    vae, discriminator = build_autoencoder(config, 16), PatchDiscriminator(8)
+    stage = AutoencoderStage(vae, config, 0, discriminator)
+    images = torch.rand(8, 3, 16, 16) * 2 - 1
+    values = stage({"images": images, "numbers": list(range(8))})
+    made = vae.decode(vae.encode(images).latent).sample
+    l1, adversarial = (made - images).abs().mean(), -discriminator(made).mean()  # scored as real, it is low
+    torch.testing.assert_close(values["adversarial"], adversarial.detach(), rtol=1e-4, atol=1e-6)
+    last = [one for one in vae.decoder.modules() if isinstance(one, nn.Conv2d)][-1].weight
+    factor = adaptive_weight(l1, adversarial, last)
+    torch.testing.assert_close(values["loss"], l1 + 0.3 * factor * adversarial, rtol=1e-3, atol=1e-5)
+    told = DiscriminatorStage(discriminator, stage)({})
+    real, fake = discriminator(images), discriminator(made.detach())
+    expected = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+    torch.testing.assert_close(told["loss"], expected, rtol=1e-4, atol=1e-6)
+    assert not values["adversarial"].requires_grad and real.mean() != fake.mean()
+    stage.eval()  # a validation is of what is drawn
+    assert "adversarial" not in stage({"images": images, "numbers": list(range(8))})
+
+
+def test_half_of_the_pictures_are_mirrored_each_use_by_its_number() -> None:
+    source = train_source().subset([0, 1])
+    pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    draws = [Draw(number % 2, number) for number in range(2000)]
+    plain, flipped = (
+        PixelData(source, pixels, flips=flips).__getitems__(draws)["images"] for flips in (False, True)
+    )
+    torch.testing.assert_close(plain[:2], pixels.float() / 127.5 - 1)
+    mirrored = torch.tensor([is_flipped(draw.number) for draw in draws])
+    assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1))
+    assert torch.equal(flipped[~mirrored], plain[~mirrored])
+    for picture in (0, 1):
+        assert 0.4 < mirrored[picture::2].float().mean() < 0.6
+
+
 def test_the_adversarial_term_starts_when_told_and_never_moves_the_discriminator() -> None:
     config = dataclasses.replace(SMALL, adversarial_weight=0.1, adversarial_start=2)
     torch.manual_seed(0)
@@ -179,6 +235,38 @@ def test_the_adversarial_term_starts_when_told_and_never_moves_the_discriminator
     other(late)["loss"].backward()
     assert all(one.grad is not None for one in discriminator.parameters())
     assert all(one.grad is None for one in vae.parameters())
+
+
+def test_the_adversarial_term_starts_at_the_same_step_in_all_numbers_of_processes(tmp_path: Path) -> None:
+    """Two processes have twice the samples of a step: counted in samples it would start earlier, and in one of them."""
+    source = train_source().subset(list(range(0, 400, 20)))
+    loop = LoopConfig(
+        validation_steps=0, preview_steps=0, lr_warmup_steps=2, mixed_precision="no", log_steps=1
+    )
+    config = dataclasses.replace(
+        SMALL, autoencoder_steps=7, adversarial_weight=0.1, adversarial_start=3, equivariance=0.5
+    )
+
+    def train(folder: Path, batch: int) -> None:
+        one = dataclasses.replace(config, autoencoder_batch_size=batch)
+        pictures = {"resolution": 16, "background": "white", "flips": True}
+        assert train_autoencoder(source, source.subset([]), one, loop, folder, **pictures) is not None
+
+    def told(folder: Path) -> list[int]:
+        rows = read_metrics(folder)
+        assert [row["step"] for row in rows] == list(range(1, 8))
+        assert all(("discriminator" in row) == ("adversarial" in row) for row in rows)
+        return [int(row["step"]) for row in rows if "adversarial" in row]
+
+    train(tmp_path / "one", 8)
+    ranks = fork_ranks(2, lambda rank: train(tmp_path / "two", 4))
+    assert [os.waitpid(one, 0)[1] for one in ranks] == [0, 0]
+    assert (
+        told(tmp_path / "one") == told(tmp_path / "two") == [4, 5, 6, 7]
+    )  # from the fourth: three have none
+    # Before it starts, and in what is turned alike, two processes learn what one learns.
+    first, second = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("one", "two"))
+    assert first[:3] == pytest.approx(second[:3], rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "adversarial"), [("dc", 0.0), ("kl", 0.1)])

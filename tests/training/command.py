@@ -88,4 +88,6 @@ def call(cache: Path, *arguments: object, expect: int = 0, file: str = "flow") -
         finally:
             torch.set_num_threads(threads)
     assert code == expect, said.getvalue()
+    for words in ("Traceback", "could not preview", "could not validate"):  # what training can do without
+        assert words not in said.getvalue(), said.getvalue()
     return said.getvalue()

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from transformers import (
 )
 
 from latentflow.errors import UserError
-from latentflow.models import DiT, UNet
+from latentflow.models import Condition, DiT, UNet
+from latentflow.models.routing import Route
 from latentflow.training import LoopConfig, fit
 from latentflow.training.loop import player
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
@@ -129,6 +131,61 @@ def test_the_loss_and_all_gradients_are_there_in_lower_precision_too(
     assert [name for name, value in one.named_parameters() if value.grad is None] == []
     assert not one.eval()(batch()).keys() & {"alignment"}
     assert torch.equal(one(batch())["loss"], plain.eval()(batch())["loss"])
+
+
+def test_the_teacher_is_told_what_the_student_is_told() -> None:
+    """The same conditions are dropped, and the same is known of masked pictures."""
+    one = stage(AlignmentConfig(alignment="self"))
+
+    class Told(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor, cond: Condition, **asked: Any) -> Any:
+            self.cond = cond
+            return SimpleNamespace(features=x)
+
+    one.network = Told()
+    labels, drop = torch.tensor([2, 0, 1]), torch.tensor([True, False, True])
+    known = torch.randn(3, 5, SIDE, SIDE)
+    told = Condition(class_labels=labels, channels=known, drop=drop)
+    pair = torch.randn(2, 3, 2, SIDE, SIDE)
+    sample = FlowConfig().choices().path.sample(*pair, torch.full((3,), 0.5))
+    one._teacher({"class_labels": labels}, sample, told)(torch.full((3,), 0.6), 2)
+    found = one.network.cond
+    assert all(
+        torch.equal(getattr(found, name), getattr(told, name))
+        for name in ("class_labels", "channels", "drop")
+    )
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_no_gradient_reaches_the_teacher(averaged: bool) -> None:
+    """Neither through the average nor, without one, through the weights themselves."""
+    one = stage(AlignmentConfig(alignment="self"))
+    if averaged:
+        one.use_average(WeightAverage(one, lambda step: 0.9))
+    calls, targets = exchanged(one), []
+    assert one.alignment is not None
+    one.alignment.register_forward_pre_hook(lambda module, given: targets.append(given[1]))
+    one(batch())["loss"].backward()
+    assert calls["teacher"][-1].features.grad_fn is None and not calls["teacher"][-1].features.requires_grad
+    assert calls["student"][-1][1].requires_grad
+    assert len(targets) == 1 and not targets[0].requires_grad
+
+
+@pytest.mark.parametrize("kind", ["self", "encoder"])
+def test_routed_tokens_are_compared_with_what_their_own_places_shall_be(kind: str, encoder: Path) -> None:
+    one = stage(settings(kind, encoder, alignment_block=2)).alignment
+    assert one is not None
+    one.head = torch.nn.Identity()
+    target = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    route = Route(torch.tensor([[0, 2, 5], [1, 3, 4]]), first=1, last=3)
+    own = torch.stack([target[0, [0, 2, 5]], target[1, [1, 3, 4]]])
+    torch.testing.assert_close(one(own, target, route), torch.zeros(2), rtol=0, atol=1e-6)
+    apart = one.distance(own.roll(1, dims=1), own).mean(1)
+    torch.testing.assert_close(one(own.roll(1, dims=1), target, route), apart)
+    assert (apart > 0.1).all()
+    # Where all tokens are there, each is compared with its own.
+    for everywhere in (None, Route(route.kept, first=2, last=4)):
+        torch.testing.assert_close(one(target, target, everywhere), torch.zeros(2), rtol=0, atol=1e-6)
 
 
 def test_distances_are_those_of_the_papers(encoder: Path) -> None:

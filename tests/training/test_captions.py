@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -87,6 +88,14 @@ def test_weights_multiply_the_loss_and_not_what_is_measured() -> None:
     table = LatentTable(torch.zeros(3, 1, 1, 1, 1), None)
     assert "weights" not in latent_data(source(), table).__getitems__([Draw(0, 0)])
     assert latent_data(source(weight=0.5), table).__getitems__([Draw(2, 0)])["weights"].tolist() == [0.5]
+    # Each use has its picture's, however often those before it are used.
+    examples = [
+        dataclasses.replace(one, repeats=repeats, weight=weight)
+        for one, repeats, weight in zip(source().examples, (3, 1, 2), (1.0, 2.0, 3.0), strict=True)
+    ]
+    data = latent_data(Source("numbers", tuple(examples), "text"), table)
+    told = data.__getitems__([Draw(index, index) for index in range(6)])["weights"]
+    assert told.tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]
 
 
 class Linear(nn.Module):

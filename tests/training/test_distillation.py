@@ -6,6 +6,7 @@ import copy
 import json
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +221,9 @@ def test_pairs_are_the_teachers_and_are_drawn_once(
 
 
 def _stop_at(steps: int) -> Any:
-    """What `in_any_process` says of a run that gets a signal in this step."""
+    """What the processes of a run agree on that gets SIGTERM in this step."""
     asked = iter(range(1, 100))
-    return lambda accelerator, here: next(asked) >= steps
+    return lambda accelerator, here: signal.SIGTERM if next(asked) >= steps else 0
 
 
 @pytest.mark.parametrize(
@@ -245,8 +246,10 @@ def test_a_student_resumes_bit_for_bit(
             # Stopped, not ended: how far a run has come is part of what some methods do.
             with pytest.MonkeyPatch.context() as patch:
                 if steps < 4:
-                    patch.setattr("latentflow.training.loop.fit.in_any_process", _stop_at(steps))
-                distill(tmp_path, *line, "-o", tmp_path / run, "--max-train-steps", 4)
+                    patch.setattr("latentflow.training.loop.fit.most_of_any_process", _stop_at(steps))
+                every = [*line, "-o", tmp_path / run, "--max-train-steps", 4]
+                said = distill(tmp_path, *every, expect=143 if steps < 4 else 0)
+                assert ("resume with:\n  latentflow distill" in said) == (steps < 4)
         rows = [json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         return [row["loss"] for row in rows if "loss" in row]
 
@@ -387,7 +390,34 @@ def test_a_generator_that_draws_as_its_teacher_is_left_alone_and_has_its_turns()
         for row in range(6)
     ]
     torch.testing.assert_close(torch.cat(alone), together, rtol=1e-3, atol=1e-7)
+    weights = torch.arange(6.0)
+    torch.testing.assert_close(made(its_turn | {"weights": weights})["loss"], (weights * together).mean())
     assert not any(name.startswith("fake") for name, _ in made.named_parameters())
+
+
+def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And its fake network, and the fake's own lesson, are under the conditions that it drew under."""
+    network = build("dit", num_classes=3, interval_conditioning=True)
+    config = FlowConfig(objective="consistency", condition_dropout=0.25)
+    made = GeneratorStage(
+        network, config, 0, teacher=teacher_of(network), step_counts=(1,), samples_per_step=400, turns=1
+    )
+    fake, given = FakeStage(made), list[Any]()
+    made.fake.register_forward_pre_hook(lambda module, arguments: given.append(arguments[2]))
+    batch = few_classes()
+    many = {name: value.repeat_interleave(67, 0)[:400] for name, value in batch.items() if name != "numbers"}
+    made(many | {"numbers": list(range(400))})
+    fake(batch)
+    assert made.drawn is not None
+    dropped = made.drawn.condition.drop
+    assert float(dropped.double().mean()) == pytest.approx(0.25, abs=5 * (0.1875 / 400) ** 0.5)
+    assert len(given) == 2
+    for one in given:
+        assert torch.equal(one.drop, dropped) and torch.equal(one.class_labels, many["class_labels"])
+    made.eval()(batch)
+    assert not made.drawn.condition.drop.any()
 
 
 def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> None:

@@ -45,7 +45,6 @@ def callbacks(module: Regression, folder: Path, seen: dict[int, torch.Tensor] | 
         return {"loss": LOSSES[step]}
 
     def export(to: Path) -> None:
-        to.mkdir()
         save_file({"weight": module.layers[0].weight.detach().clone()}, to / "result.safetensors")
 
     return Callbacks(validate=validate, export=export, export_to=folder / "result")

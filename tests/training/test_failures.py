@@ -24,7 +24,7 @@ from latentflow.training import Callbacks, fit, log_to
 from latentflow.training.loop import batches, saving
 from latentflow.training.loop import fit as loop
 from latentflow.training.loop.checkpoint import list_checkpoints, load_latest
-from latentflow.training.loop.order import Draw
+from latentflow.training.loop.order import DataOrder, Draw
 
 from .forking import fork_ranks
 from .test_loop import CONFIG, Line, Regression, assert_equal_weights, run
@@ -241,6 +241,8 @@ def test_previews_and_validations_that_fail_never_stop_a_run_and_are_tried_again
     assert "step 4: could not preview: TypeError: no such thing (test_failures.py, line" in said
     assert "out of memory (phase: preview)" in said and "--preview-steps 0" in said
     assert "step 6: could not validate: UserError: cannot read broken.png" in said
+    # A defect keeps its traceback; what the user or the machine causes needs none.
+    assert said.count("Traceback") == 1 and 'raise TypeError("no such thing")' in said
     assert [file.name for file in (tmp_path / "run" / "samples").iterdir()] == ["step-000012.png"]
     assert run(tmp_path / "plain")
     assert_equal_weights(tmp_path / "run", tmp_path / "plain")  # and leave no trace in what is learnt
@@ -374,7 +376,6 @@ def test_an_export_of_an_earlier_target_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def export(folder: Path) -> None:
-        folder.mkdir()
         (folder / "made").touch()
 
     callbacks = Callbacks(export=export, export_to=tmp_path / "result")
@@ -410,6 +411,36 @@ def test_another_global_batch_is_refused_with_what_it_must_be(tmp_path: Path) ->
     split = dataclasses.replace(other, train_batch_size=2, gradient_accumulation_steps=3)
     assert run(tmp_path, split)
     assert run(tmp_path, other)  # nothing is left to train with it: it may be the first stage of a longer run
+
+
+def test_what_the_main_process_alone_finds_wrong_ends_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(*arguments: Any, active: bool, **more: Any) -> None:
+        if active:
+            raise UserError("--report-to wandb could not start", "Run `wandb login`.")
+
+    monkeypatch.setattr(loop, "Reporter", begin)
+
+    def rank(number: int) -> None:
+        with pytest.raises(UserError, match="wandb login"):
+            run(tmp_path, dataclasses.replace(CONFIG, train_batch_size=3))
+
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, rank)] == [0, 0]
+
+
+def test_a_sample_that_another_process_has_is_blamed_as_well(tmp_path: Path) -> None:
+    def rank(number: int) -> None:
+        module = Regression(poison={2 * 6 + 4})  # in the second process's half of step 3
+        config = dataclasses.replace(CONFIG, train_batch_size=3, max_train_steps=4)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        log_to(tmp_path / "run")
+        assert run(tmp_path / "run", config, module=module)
+
+    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, rank)] == [0, 0]
+    index = [one for batch in DataOrder(size=20, batch_size=6).batches(2, 3, 0) for one in batch][4].index
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert "step 3: the loss or its gradient is not finite" in said and f"samples: point {index} (t" in said
 
 
 @pytest.mark.slow

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
 from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS
 from latentflow.flow.tensors import expand_t
-from latentflow.training.stages.flow import FlowConfig, FlowStage
+from latentflow.training.loop.order import Draw
+from latentflow.training.stages.average_velocity import OneStepStage
+from latentflow.training.stages.flow import FlowConfig, FlowStage, _for_coupling, validation_loss
 
 from .command import TINY, call
 
@@ -115,6 +118,114 @@ def test_the_default_is_the_loss_that_shipped_checkpoints_were_trained_with() ->
     torch.testing.assert_close(
         result["per_sample"], (POINT - x0).square().mean((1, 2, 3)).float(), rtol=1e-3, atol=1e-4
     )
+
+
+def test_the_data_are_samples_of_the_posterior() -> None:
+    """The best prediction where a latent has a deviation of its own: its loss is the conditional variance, and the
+    gradient with respect to a factor on it and a shift of it is zero."""
+    rows, spread = 4000, 1.5
+    one = stage(time_density="uniform")
+    factor, shift = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+
+    def variance_and_slope(t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x1 - x0, x1 ~ N(POINT, spread^2), x0 ~ N(0, 1), given t x1 + (1 - t) x0."""
+        whole, shared = (t * spread).square() + (1 - t).square(), t * spread**2 - (1 - t)
+        return spread**2 + 1 - shared.square() / whole, shared / whole
+
+    def best(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        t = expand_t(given[1], given[0])
+        return (POINT + variance_and_slope(t)[1] * (given[0] - t * POINT)) * factor + shift
+
+    one.network.register_forward_hook(best)
+    given = batch(rows)
+    result = one(given | {"latents_std": torch.full_like(given["latents"], spread)})
+    variance, _ = variance_and_slope(result["t"])
+    assert float((result["per_sample"] / variance).mean()) == pytest.approx(1.0, abs=0.02)
+    result["loss"].backward()
+    assert abs(float(factor.grad)) < 0.05 and abs(float(shift.grad)) < 0.05
+    plain = one(given)["per_sample"] / variance  # of the mean alone it would be another
+    assert abs(float(plain.mean()) - 1) > 0.1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
+def test_as_many_conditions_as_asked_are_dropped_in_training_and_none_in_validation(dropout: float) -> None:
+    rows, one = 4000, stage(condition_dropout=dropout)
+    t = one(batch(rows))["t"]
+    dropped = one.network.cond.drop
+    assert float(dropped.double().mean()) == pytest.approx(
+        dropout, abs=5 * (0.25 / rows) ** 0.5 * (dropout > 0)
+    )
+    if dropout:  # whichever their times are
+        assert float(t[dropped].mean() - t[~dropped].mean()) == pytest.approx(0.0, abs=0.05)
+    again = one(batch(rows) | {"numbers": list(range(rows, 2 * rows))})
+    assert "loss" in again and (not dropout or not torch.equal(dropped, one.network.cond.drop))
+    one.eval()(batch(rows))
+    assert not one.network.cond.drop.any()
+
+
+def test_a_one_step_student_learns_the_way_from_the_noise_of_its_pair() -> None:
+    config = FlowConfig()
+    one = OneStepStage(Exact(config), config, seed=0)
+    one.network.register_forward_hook(lambda module, given, output: torch.zeros_like(output))
+    noise = torch.randn(ROWS, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    result = one(batch() | {"noise": noise})
+    assert torch.equal(result["t"], torch.zeros_like(result["t"])) and torch.equal(one.network.seen, noise)
+    torch.testing.assert_close(result["per_sample"], (POINT - noise).square().mean((1, 2, 3)))
+
+
+def test_every_batch_is_paired_by_chances_of_its_own() -> None:
+    seeds = []
+
+    def spy(x0: Tensor, x1: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
+        seeds.append(generator.initial_seed())
+        return x0
+
+    one = stage()
+    one._choices = one._choices._replace(coupling=spy)
+    for start in (0, ROWS, 0):
+        one(batch() | {"numbers": list(range(start, start + ROWS))})
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
+def test_captions_are_read_to_the_end_of_the_longest_and_padding_says_nothing() -> None:
+    torch.manual_seed(0)
+    encoder = T5EncoderModel(
+        T5Config(vocab_size=9, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1)
+    ).eval()
+    one = FlowStage(Exact(FlowConfig()), FlowConfig(), seed=0, text_encoder=encoder)
+    rows = [[3, 4, 5, 6, 1], [7, 1], [8, 2, 1]]
+    ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long)
+    for row, words in enumerate(rows):
+        ids[row, : len(words)], mask[row, : len(words)] = torch.tensor(words), 1
+    told = one.condition({"input_ids": ids, "attention_mask": mask})
+    assert told.text is not None and told.text_mask is not None
+    assert told.text.shape == (3, 5, 8) and told.text_mask.sum(1).tolist() == [5, 2, 3]
+    means = _for_coupling(told)
+    assert means is not None
+    for row, words in enumerate(rows):
+        alone = encoder(input_ids=torch.tensor([words])).last_hidden_state[0]
+        torch.testing.assert_close(told.text[row, : len(words)], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(means[row], alone.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_validation_is_the_mean_over_all_rows_at_fixed_noises() -> None:
+    """Also of the last, smaller batch; and the same each time."""
+
+    class Rows:
+        def __len__(self) -> int:
+            return 7
+
+        def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+            latents = torch.stack([POINT[0] * (1 + draw.index) for draw in draws])
+            return {"latents": latents, "class_labels": torch.zeros(len(draws), dtype=torch.long)}
+
+    one = stage().eval()
+    data: Any = Rows()
+    draws = [Draw(index, index * 4 + k) for index in range(7) for k in range(4)]
+    expected = one(data.__getitems__(draws) | {"numbers": [draw.number for draw in draws]})["per_sample"]
+    for size in (64, 5):
+        found = validation_loss(one, data, torch.device("cpu"), batch_size=size)
+        assert found == pytest.approx(float(expected.double().mean()), rel=1e-5)
 
 
 def test_conditional_ot_is_told_the_classes() -> None:

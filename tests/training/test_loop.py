@@ -17,7 +17,8 @@ from torch import nn
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, LoopConfig, fit, log_to
 from latentflow.training.loop.checkpoint import list_checkpoints
-from latentflow.training.loop.order import Draw, SampleRandom
+from latentflow.training.loop.order import DataOrder, Draw, SampleRandom
+from latentflow.training.loop.run_files import read_metrics
 
 CONFIG = LoopConfig(
     max_train_steps=12, train_batch_size=6, learning_rate=0.1, lr_warmup_steps=2, weight_decay=0.0,
@@ -118,6 +119,66 @@ def test_accumulation_gives_the_same_update_as_one_large_batch(tmp_path: Path) -
         torch.testing.assert_close(first[key], second[key], rtol=1e-4, atol=1e-5)
 
 
+class Plain(nn.Module):
+    """Everything that an optimiser treats in its own way: matrices, biases, a norm, a buffer that forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.Sequential(
+            nn.Linear(1, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)
+        )
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        self.calls += 1  # type: ignore[operator]
+        return {"loss": (self.layers(batch["x"]) - batch["y"]).square().mean()}
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.0])
+def test_the_loop_takes_the_steps_that_are_written_out_here(tmp_path: Path, limit: float) -> None:
+    """In float64: the samples of a step, their mean loss, clipping, rate, AdamW, average; and the log says so."""
+    config = dataclasses.replace(
+        CONFIG, max_train_steps=14, train_batch_size=3, gradient_accumulation_steps=2, learning_rate=0.03,
+        lr_warmup_steps=4, lr_scheduler="linear", lr_decay_share=0.5, weight_decay=0.2, max_grad_norm=limit,
+        ema_decay=0.6, adam_beta1=0.8, adam_beta2=0.9,
+    )  # fmt: skip
+    assert run(tmp_path, config, module=Plain())
+    logged = read_metrics(tmp_path)
+    plain, average = Plain().double(), Plain().double()
+    parameters = dict(plain.named_parameters())
+    first, second = ({key: torch.zeros_like(one) for key, one in parameters.items()} for _ in range(2))
+    passes = iter(DataOrder(size=20, batch_size=3, accumulation=2).batches(0, 14, 0))
+    for step in range(1, 15):
+        draws = [*next(passes), *next(passes)]
+        loss = plain({name: one.double() for name, one in Line().__getitems__(draws).items()})["loss"]
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        norm = torch.stack([one.norm() for one in gradients.values()]).norm()
+        scale = min(1.0, limit / float(norm)) if limit else 1.0
+        rate = 0.03 * min(1.0, step / 4) * min(1.0, (15 - step) / 7)
+        with torch.no_grad():
+            for key, one in parameters.items():
+                g = gradients[key] * scale
+                first[key] = 0.8 * first[key] + 0.2 * g
+                second[key] = 0.9 * second[key] + 0.1 * g.square()
+                if one.ndim == 2:
+                    one.mul_(1 - rate * 0.2)
+                moment, size = first[key] / (1 - 0.8**step), second[key] / (1 - 0.9**step)
+                one.sub_(rate * moment / (size.sqrt() + 1e-8))
+                kept = min(0.6, (1 + step) / (10 + step))
+                average.get_parameter(key).mul_(kept).add_((1 - kept) * one)
+        row = logged[step - 1]
+        assert row["step"] == step
+        for name, value in (("loss", float(loss.detach())), ("grad_norm", float(norm)), ("lr", rate)):
+            assert row[name] == pytest.approx(value, rel=1e-3), (step, name)
+    found = weights(tmp_path)
+    assert int(found["flow-weights/calls"]) == 2 * 14 and "flow-average/calls" not in found
+    for key, one in parameters.items():
+        torch.testing.assert_close(found[f"flow-weights/{key}"].double(), one.detach(), rtol=0, atol=2e-5)
+        averaged = average.get_parameter(key).detach()
+        torch.testing.assert_close(found[f"flow-average/{key}"].double(), averaged, rtol=0, atol=2e-5)
+
+
 def test_a_non_finite_loss_names_the_sample_skips_the_update_and_goes_on(tmp_path: Path) -> None:
     log = tmp_path / "run" / "train.log"
     log.parent.mkdir()
@@ -133,6 +194,17 @@ def test_a_non_finite_loss_names_the_sample_skips_the_update_and_goes_on(tmp_pat
         2,
         3,
     ]  # no invented loss for the skipped step
+
+
+def test_a_skipped_update_moves_no_weight_and_no_moment(tmp_path: Path) -> None:
+    """Although the gradient itself is finite here."""
+    three = dataclasses.replace(CONFIG, max_train_steps=3, lr_scheduler="constant")
+    assert run(tmp_path / "three", three)
+    four = dataclasses.replace(three, max_train_steps=4)
+    assert run(tmp_path / "four", four, module=Regression(poison={3 * 6 + 2}))
+    first, second = weights(tmp_path / "three"), weights(tmp_path / "four")
+    kept = [key for key in first if not key.startswith("flow-average")]
+    assert len(kept) > 8 and all(torch.equal(first[key], second[key]) for key in kept)
 
 
 def test_a_run_that_stays_non_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -188,10 +260,10 @@ def test_a_reached_target_changes_nothing(tmp_path: Path) -> None:
     assert run(tmp_path)
     before = weights(tmp_path)
     # The export is made if the run died between its last checkpoint and it, and left alone if it is there.
-    assert run(tmp_path, callbacks=Callbacks(export=Path.mkdir, export_to=tmp_path / "result"))
+    assert run(tmp_path, callbacks=Callbacks(export=lambda folder: None, export_to=tmp_path / "result"))
     assert (tmp_path / "result").is_dir()
     (tmp_path / "result" / "note").touch()
-    assert run(tmp_path, callbacks=Callbacks(export=Path.mkdir, export_to=tmp_path / "result"))
+    assert run(tmp_path, callbacks=Callbacks(export=lambda folder: None, export_to=tmp_path / "result"))
     assert (tmp_path / "result" / "note").exists()
     assert all(torch.equal(before[key], one) for key, one in weights(tmp_path).items())
 

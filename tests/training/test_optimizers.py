@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from latentflow.errors import UserError
 from latentflow.models import DiT
 from latentflow.training import fit
+from latentflow.training.loop import muon
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.config import LoopConfig
 from latentflow.training.loop.ema import WeightAverage, warmed_up
@@ -56,6 +58,51 @@ def test_muon_orthogonalises_stacked_maps_part_by_part() -> None:
     torch.testing.assert_close(stacked.detach(), torch.cat(alone), rtol=0, atol=0.05)  # bfloat16 iterations
     norms = stacked.detach().view(3, -1).norm(dim=1)
     assert norms.max() / norms.min() < 1.2  # each part takes a step of one size, whatever its gradient's
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24), (8, 3, 3, 3)])
+def test_muon_s_steps_are_its_formula(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps in float64: Nesterov momentum, five Newton-Schulz iterations, 0.2 sqrt(max(M, N)), decoupled decay."""
+    monkeypatch.setattr(muon, "has_fast_bfloat16", lambda device: False)
+    generator = torch.Generator().manual_seed(2)
+    start, *gradients = torch.randn(3, *shape, generator=generator)
+    rate, momentum, decay = 0.05, 0.9, 0.3
+    parameter = nn.Parameter(start.clone())
+    optimizer = Muon([{"params": [parameter]}], lr=rate, momentum=momentum, weight_decay=decay)
+    expected, moment = start.double().flatten(1), torch.zeros_like(start).double().flatten(1)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        g = gradient.double().flatten(1)
+        moment = momentum * moment + (1 - momentum) * g
+        x = momentum * moment + (1 - momentum) * g
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        expected = (1 - rate * decay) * expected - rate * 0.2 * max(expected.shape) ** 0.5 * x
+        torch.testing.assert_close(parameter.detach().double().flatten(1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_inner_matrices_decay(name: str) -> None:
+    """Without a gradient's push: of norms, biases, embeddings, first and last layers nothing is taken."""
+    network = nn.ModuleDict({"network": DiT(in_channels=4, width=32, depth=1, heads=2, num_classes=3)})
+    before = {key: one.detach().clone().fill_(1.0) for key, one in network.named_parameters()}
+    with torch.no_grad():
+        for one in network.parameters():
+            one.fill_(1.0)
+            one.grad = torch.zeros_like(one)
+    for optimizer in make_optimizers(
+        network, LoopConfig(optimizer=name, learning_rate=0.1, weight_decay=0.5)
+    ):
+        optimizer.step()
+    inner = re.compile(r"network\.blocks\.0\.(attn|mlp|adaLN_modulation)\b.*\.weight")
+    decayed = {key for key, one in network.named_parameters() if not torch.equal(one.detach(), before[key])}
+    matrices = {key for key, one in before.items() if inner.fullmatch(key) and one.ndim >= 2}
+    assert decayed == matrices and len(matrices) >= 5
+    for key in matrices:
+        torch.testing.assert_close(network.get_parameter(key).detach(), 0.95 * before[key])
 
 
 def test_muon_refuses_vectors() -> None:
@@ -116,8 +163,8 @@ def test_weight_average_follows_its_formula_and_swaps_back() -> None:
 def test_muon_takes_inner_matrices_only() -> None:
     network = DiT(in_channels=4, width=32, depth=1, heads=2, num_classes=3, registers=2, text_dim=8)
     names = {id(one): name for name, one in network.named_parameters()}
-    muon, adamw = make_optimizers(network, LoopConfig(optimizer="muon"))
-    taken = {names[id(one)] for group in muon.param_groups for one in group["params"]}
+    inner, adamw = make_optimizers(network, LoopConfig(optimizer="muon"))
+    taken = {names[id(one)] for group in inner.param_groups for one in group["params"]}
     assert taken == {
         f"blocks.0.{name}.weight"
         for name in (
@@ -125,7 +172,7 @@ def test_muon_takes_inner_matrices_only() -> None:
             "adaLN_modulation.1",
         )
     }  # fmt: skip
-    parts = {names[id(one)]: group["parts"] for group in muon.param_groups for one in group["params"]}
+    parts = {names[id(one)]: group["parts"] for group in inner.param_groups for one in group["params"]}
     assert parts["blocks.0.cross_attn.kv.weight"] == 2 and parts["blocks.0.cross_attn.q.weight"] == 1
     assert parts["blocks.0.attn.qkv.weight"] == 3 and parts["blocks.0.adaLN_modulation.1.weight"] == 6
     assert all(group["weight_decay"] == 0 for group in adamw.param_groups if group["params"])

@@ -17,6 +17,8 @@ from latentflow.errors import RunError, UserError
 from latentflow.training.loop import run_lock as module
 from latentflow.training.loop.run_lock import run_lock
 
+from .forking import fork_ranks
+
 
 def forked(function: Callable[[], None]) -> int:
     """A process that calls ``function`` and ends; its id."""
@@ -138,3 +140,17 @@ def test_only_the_main_process_of_a_run_holds_the_lock(
     monkeypatch.setattr(module, "process_state", Second)
     with run_lock(tmp_path):
         assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_folder_in_use_is_refused_in_every_process_and_none_waits_for_the_other(tmp_path: Path) -> None:
+    def rank(number: int) -> None:
+        with pytest.raises(UserError, match=f"process {os.getppid()} on host"):
+            run_lock(tmp_path).__enter__()
+        with run_lock(tmp_path / "free"):  # entered by all, held by one
+            assert ((tmp_path / "free" / "run.lock").read_text() != "") or number
+            with run_lock(tmp_path / "free"):
+                pass
+
+    with run_lock(tmp_path):
+        assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, rank)] == [0, 0]
+    assert (tmp_path / "free" / "run.lock").read_text() == ""

@@ -232,7 +232,6 @@ def test_killed_at_any_call_a_replaced_folder_is_the_old_or_the_new_one_whole(
 
 
 def fill(path: Path, text: str) -> None:
-    path.mkdir()
     for name in "ab":
         (path / name).write_text(text)
 

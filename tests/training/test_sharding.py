@@ -74,7 +74,6 @@ def train(folder: Path, config: LoopConfig, data: Line | None = None) -> None:
     network = Blocks()
 
     def export(place: Path) -> None:
-        place.mkdir()
         save_file(dict(network.named_parameters()), place / "weights.safetensors")
 
     callbacks = Callbacks(

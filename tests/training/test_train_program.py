@@ -76,9 +76,9 @@ def test_the_pipeline_generates_from_a_caption(finished: tuple[Path, str]) -> No
     assert image.size == (16, 16) and image.mode == "RGB"
 
 
-def begin(run: Path, cache: Path, *arguments: object, losses: int) -> int:
+def begin(run: Path, cache: Path, *arguments: object, losses: int, expect: int = 0) -> int:
     """Start a run in a forked process, and wait until it has logged so many losses; the process' id."""
-    (process,) = fork_ranks(1, lambda rank: call(cache, *arguments, "-o", run))
+    (process,) = fork_ranks(1, lambda rank: call(cache, *arguments, "-o", run, expect=expect))
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.is_file() and metrics.read_text().count('"loss"') >= losses):
         assert time.monotonic() < deadline
@@ -127,7 +127,8 @@ def test_config_yaml_reproduces_the_run(finished: tuple[Path, str], cache: Path,
 
 
 def test_sigterm_saves_and_prints_the_line_that_resumes(pictures: Path, cache: Path, tmp_path: Path) -> None:
-    process = begin(tmp_path, cache, pictures, *TINY, "--max-train-steps", 100000, losses=3)
+    line = [pictures, *TINY, "--max-train-steps", 100000]
+    process = begin(tmp_path, cache, *line, losses=3, expect=143)
     os.kill(process, signal.SIGTERM)
     assert os.waitpid(process, 0)[1] == 0
     said = (tmp_path / "train.log").read_text()

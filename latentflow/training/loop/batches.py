@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ...errors import RunError, UserError
 from ...memory import is_out_of_memory
 from .order import Draw
+from .signals import leave_to_parent
 
 Batch = dict[str, Any]
 
@@ -69,6 +70,7 @@ def load_batches(
         num_workers=num_workers,
         generator=torch.Generator(),  # its own seed must not be drawn from the run's random state
         pin_memory=pin_memory,
+        worker_init_fn=_begin_worker,
     )
     previous = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
@@ -78,6 +80,10 @@ def load_batches(
         with suppress(ValueError):  # not the main thread: torch has set none
             signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
     return _checked(batches)
+
+
+def _begin_worker(number: int) -> None:
+    leave_to_parent()
 
 
 def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:

@@ -20,8 +20,9 @@ T = TypeVar("T")
 class Callbacks:
     """What the loop calls, always with the averaged weights in place and on the main process only.
 
-    A validation or a preview that fails is a warning. ``export`` fills a folder that becomes ``export_to``, at the end
-    of the run.
+    A validation or a preview that fails is a warning. ``export`` fills an empty folder that becomes ``export_to``, at
+    the end of the run, when its last checkpoint is complete. A `RunError` of it is tried again, as when the disk is
+    full; anything else that it raises ends the run.
     """
 
     validate: Callable[[], dict[str, float]] | None = None

@@ -101,7 +101,7 @@ def write_shards(folder: Path, taken: Snapshot, group: dist.ProcessGroup, *, tot
 
     def prepare() -> None:
         if main:
-            begin_folder(folder).mkdir()
+            begin_folder(folder)
 
     def write() -> None:
         with _one_error():
@@ -141,7 +141,6 @@ def _copied(tensor: Tensor, buffer: Tensor | None, mesh: DeviceMesh | None) -> T
 
 
 def _write(folder: Path, taken: Snapshot) -> None:
-    folder.mkdir()
     for name, tensors in taken.files.items():
         save_file(tensors, folder / f"{name}.safetensors")
     _write_plain(folder, taken)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -16,31 +17,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, patch_environment
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from ...errors import RunError, UserError
+from ...errors import RunError, UserError, reason
 from ...memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
 from . import checkpoint
 from .batches import DataFailed, TrainingData, groups_of, load_batches, second_of
 from .callbacks import Callbacks, with_averages
 from .config import LoopConfig
 from .early_stop import EarlyStop, refuse_unvalidated
-from .folders import clean_up, write_folder
+from .folders import begin_folder, clean_up, finish_folder
 from .gradients import Gradients
 from .optimizers import learning_rate
 from .order import DataOrder
 from .player import Player
 from .precision import compute_dtype, resolve
-from .processes import in_any_process, process_state, together
+from .processes import most_of_any_process, process_state, together
 from .profiling import profiler
 from .report import Reporter
 from .run_lock import run_lock
-from .saving import Saver, attempts, cannot_write
+from .saving import Saver, attempts, writing
 from .sharding import whole
-from .signals import stop_on_signal
+from .signals import Stop, stop_on_signal
 from .snapshots import Snapshots
 from .speed import matrix_product_rate
 
@@ -59,6 +60,7 @@ def fit(
     phase: str = "train",
     flops: float | None = None,
     partly: bool = False,
+    stop: Stop | None = None,
 ) -> bool:
     """Train modules until ``config.max_train_steps``, resuming from the newest checkpoint in ``output``.
 
@@ -77,9 +79,11 @@ def fit(
             machine's rate of matrix products that goes into the model (Chowdhery et al. 2022, arXiv:2204.02311,
             appendix B).
         partly: whether a pass may leave parameters out, so that several processes must look for those that it uses.
+        stop: is told which signal stopped the run, or came during its last step.
 
     Returns:
-        True when the target step is reached, False when a signal stopped the run (after saving).
+        True when the run is finished, False when SIGINT, SIGTERM or SIGHUP stopped it before (after saving): a program
+        then exits with ``stop.status``.
 
     Raises:
         UserError: the checkpoint does not fit the description, another run uses the folder, or the loss stayed
@@ -97,6 +101,7 @@ def fit(
             phase,
             flops,
             partly,
+            stop or Stop(),
         )
         return loop.run(resume_line)
 
@@ -113,8 +118,10 @@ class _Loop:
         phase: str,
         flops: float | None,
         partly: bool,
+        stop: Stop,
     ) -> None:
         self.config, self.data, self.output, self.callbacks = config, data, output, callbacks
+        self.stop = stop
         self.accelerator = _accelerator(config, partly)
         self.main = self.accelerator.is_main_process
         self.players = [Player(name, one, config, self.accelerator) for name, one in players.items()]
@@ -137,6 +144,7 @@ class _Loop:
         self.step = 0
         self.skipped_in_a_row = 0
         self._validated: float | None = None  # the loss of the running step's validation
+        self._shown: dict[str, float] = {}  # in the progress line, before a resume
         self.phase, self.flops = phase, flops
         self.snapshots = Snapshots(output, self.players, config, main=self.main)
         self.gradients = Gradients(self.players, data, config, self.accelerator, phase)
@@ -146,21 +154,13 @@ class _Loop:
     def run(self, resume_line: str) -> bool:
         self.resume_line = resume_line
         self._clean_up()
-        self._resume()
+        together(self._resume)
         last = self.config.max_train_steps
         self.saver = Saver(
             self.output / "checkpoints", self.config.checkpoints_total_limit, sharded=self.sharded
         )
         self.saver.saved = self.step
-        self.report = Reporter(
-            self.output,
-            self.step,
-            last,
-            samples_per_epoch=len(self.data),
-            report_to=self.config.report_to,
-            active=self.main,
-            full_rate=self._full_rate() if self.main else None,
-        )
+        together(self._begin_report)
         try:
             if self.step < last and not self.early.stopped:
                 self.snapshots.begin(self.step)
@@ -190,21 +190,29 @@ class _Loop:
             num_workers=self.config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        with stop_on_signal() as stop, self._profiler() as profiled:
+        with stop_on_signal() as asked, self._profiler() as profiled:
             while self.step < last and not self.early.stopped:
                 try:
                     computed = self.gradients.compute(batches, self.step + 1)
                 except (DataFailed, OutOfMemory) as error:  # no weight has changed in this step
-                    raise self._saved_before(error) from error
+                    kept = self._kept_before(error)
+                    # SIGTERM to all of a run ends the processes that load its data at once.
+                    if isinstance(error, DataFailed) and self._asked_to_stop(asked):
+                        self.report.say(f"stopped: {kept}")
+                        return False
+                    what = f"step {self.step + 1}: {error.what}"
+                    raise type(error)(what, f"{error.fix}\n{kept}") from error
                 values = self._update(computed)
                 self.step += 1
-                stopping = in_any_process(self.accelerator, stop.requested)
+                stopping = self._asked_to_stop(asked)
                 with record_function("report"):
                     self._after_step(values, stopping)
                 profiled()
-                if stopping and self.step < last:
+                if stopping and self.step < last and not self.early.stopped:
                     self.report.say(f"stopped at step {self.step}, saved; resume with:\n  {self.resume_line}")
                     return False
+            # While the last step was saved, perhaps: the caller may have more to do than this run.
+            self._asked_to_stop(asked)
         if self.config.early_stop:
             self.report.say(self.early.line(self.step))
         self._export()
@@ -222,7 +230,7 @@ class _Loop:
         if finite:
             self.skipped_in_a_row = 0
         else:
-            self._skip(self.gradients.suspects(), values)
+            self._skip(values)
         with memory_phase(self.phase):
             for player in self.players:
                 player.update(self.step + 1, rate, skip=not finite)
@@ -257,6 +265,23 @@ class _Loop:
 
     # ---- parts ----
 
+    def _asked_to_stop(self, asked: Stop) -> bool:
+        """Whether any process of the run was; all of them must ask."""
+        self.stop.signal = most_of_any_process(self.accelerator, asked.signal)
+        return self.stop.signal > 0
+
+    def _begin_report(self) -> None:
+        self.report = Reporter(
+            self.output,
+            self.step,
+            self.config.max_train_steps,
+            samples_per_epoch=len(self.data),
+            report_to=self.config.report_to,
+            active=self.main,
+            full_rate=self._full_rate() if self.main else None,
+            shown=self._shown,
+        )
+
     def _profiler(self) -> AbstractContextManager[Callable[[], None]]:
         if self.config.profile and self.main:
             return profiler(self.output / "profile", self.report.say)
@@ -284,8 +309,9 @@ class _Loop:
         limit = self.config.max_grad_norm or math.inf
         return whole(self.accelerator.clip_grad_norm_(player.trained.parameters(), limit))
 
-    def _skip(self, suspects: list[str], values: dict[str, float]) -> None:
+    def _skip(self, values: dict[str, float]) -> None:
         self.skipped_in_a_row += 1
+        suspects = gather_object(self.gradients.suspects())  # any process may have them
         culprits = f"; samples: {', '.join(suspects[:5])}" if suspects else "; no single sample is to blame"
         what = (
             f"step {self.step + 1}: the loss or its gradient is not finite (loss {values['loss']}, gradient norm "
@@ -321,19 +347,24 @@ class _Loop:
         self.report.picture(self.step, image)
 
     def _attempt(self, phase: str, function: Callable[[], None]) -> None:
-        """Call what training can do without: a failure is a warning."""
+        """Call what training can do without: a failure is a warning, with its traceback where it is a defect."""
+        defect = None
         try:
             function()
             return
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+            why = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
             if is_out_of_memory(error):
-                reason = str(out_of_memory(phase, error))
+                why = str(out_of_memory(phase, error))
+            elif not isinstance(error, UserError | OSError):
+                defect = traceback.format_exc()
         release_memory()
         self.report.say(
-            f"WARNING: step {self.step}: could not {phase}: {reason}\nTraining goes on; the next time is the next try."
+            f"WARNING: step {self.step}: could not {phase}: {why}\nTraining goes on; the next time is the next try."
         )
+        if defect is not None:
+            self.report.say(defect)
 
     def _gather_averages(self) -> None:
         for player in self.players:
@@ -341,8 +372,8 @@ class _Loop:
 
     # ---- when something gives out ----
 
-    def _saved_before(self, error: RunError) -> RunError:
-        """The error to end with, after saving what the last finished step left."""
+    def _kept_before(self, error: RunError) -> str:
+        """Save what the last finished step left; say what is kept of the run, and how it goes on."""
         for player in self.players:
             player.forget_gradients()
         release_memory()
@@ -356,9 +387,10 @@ class _Loop:
                 self.saver.save_now(self.step, self._state(self.gradients.random), retry=False)
                 kept = f"Saved at step {self.step}"
             except Exception as second:  # the first one is what has to be told
-                kept = f"Step {self.step} could not be saved ({str(second).splitlines()[0]})"
-        line = f"; resume with:\n  {self.resume_line}" if self.resume_line else ""
-        return type(error)(f"step {self.step + 1}: {error.what}", f"{error.fix}\n{kept}{line}")
+                kept = f"Step {self.step} could not be saved ({reason(second)})"
+                if not (isinstance(second, RunError) or is_out_of_memory(second)):
+                    self.report.say(traceback.format_exc())
+        return kept + (f"; resume with:\n  {self.resume_line}" if self.resume_line else "")
 
     # ---- saving and resuming ----
 
@@ -372,6 +404,7 @@ class _Loop:
             "micro_batch": self.gradients.micro_batch,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": random,
+            "shown": self.report.shown,
         }
         for player in self.players:
             state |= player.state()
@@ -409,17 +442,24 @@ class _Loop:
             # Beside the weights that it was made of: an export of an earlier target is made again.
             done = checkpoint.list_checkpoints(self.output / "checkpoints")[-1] / "exported"
             if not (done.exists() and folder.exists()):
-                attempts(lambda: self._export_to(folder, export, done))
+                try:
+                    attempts(lambda: self._export_to(folder, export, done))
+                except RunError as error:
+                    rest = "The checkpoint is complete: the same line makes the rest."
+                    raise type(error)(error.what, f"{error.fix} {rest}") from error
 
     def _export_to(self, folder: Path, export: Callable[[Path], None], done: Path) -> None:
-        try:
-            with_averages(self.players, lambda: write_folder(folder, export))
+        what = f"the result {folder}"
+        with writing(what, folder):
+            temporary = begin_folder(folder)
+        try:  # what this raises is the caller's own, and no failure of the disk
+            with_averages(self.players, lambda: export(temporary))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        with writing(what, folder):
+            finish_folder(folder)
             done.touch()
-        except OSError as error:
-            problem = cannot_write(f"the result {folder}", folder, error)
-            raise RunError(
-                problem.what, f"{problem.fix} The checkpoint is complete: the same line makes the rest."
-            ) from error
 
     def _clean_up(self) -> None:
         """Remove what a killed run left half-written; only here, where nobody else writes."""
@@ -445,13 +485,14 @@ class _Loop:
             self.early.load(state)
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(
-                f"the checkpoint in {self.output} does not fit the networks: {str(error).splitlines()[0]}",
+                f"the checkpoint in {self.output} does not fit the networks: {reason(error)}",
                 "Use another output folder, or --init-from to start a new run from its weights.",
             ) from error
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         checkpoint.restore_random_state(state["random"])
         self.step = int(state["step"])
+        self._shown = state.get("shown", {})
         before, now = state.get("processes"), self.accelerator.num_processes
         if before not in (None, now):
             log.info(

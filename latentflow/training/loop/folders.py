@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a temporary folder, and put it in the place of ``folder``, an earlier one of this run.
+    """Let ``write`` fill an empty temporary folder, and put it in the place of ``folder``, an earlier one of this run.
 
     The earlier one goes only when the new one is complete and on the disk.
 
@@ -37,10 +37,11 @@ def temporary_folder(folder: Path) -> Path:
 
 
 def begin_folder(folder: Path) -> Path:
-    """The place of `temporary_folder`, free for writing."""
+    """Make `temporary_folder`, empty, and return it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     return temporary
 
 

@@ -6,6 +6,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -15,10 +16,11 @@ from ...libraries import quiet_libraries
 
 
 class _Terminal(logging.Handler):
-    """Writes above a running progress bar."""
+    """Writes above a running progress bar; a terminal that is gone (closed, disconnected) ends no run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _Printable(logging.Formatter):

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,11 @@ class Reporter:
         report_to: "none", "tensorboard" or "wandb".
         full_rate: samples per second if the devices did nothing but multiply matrices; None: not known.
         active: False on every process but the main one.
+        shown: the attribute of the run that this one goes on from.
+
+    Attributes:
+        shown: name -> figure of the progress line that earlier steps have a part in: the running mean of the loss, and
+            the last validation's.
     """
 
     def __init__(
@@ -40,13 +46,13 @@ class Reporter:
         report_to: str,
         active: bool,
         full_rate: float | None = None,
+        shown: Mapping[str, float] | None = None,
     ) -> None:
         self._active = active
         self._last_step = last_step
         self._samples_per_epoch = samples_per_epoch
         self._full_rate = full_rate
-        self._smoothed: float | None = None
-        self._extra: dict[str, float] = {}
+        self.shown: dict[str, float] = dict(shown or {})
         self._mark = (time.perf_counter(), 0)
         self._samples = 0
         self._metrics_failed = False
@@ -74,8 +80,7 @@ class Reporter:
         """Record training metrics of a step."""
         if not self._active:
             return
-        loss = values["loss"]
-        self._smoothed = loss if self._smoothed is None else 0.9 * self._smoothed + 0.1 * loss
+        self.shown["loss"] = 0.9 * self.shown.get("loss", values["loss"]) + 0.1 * values["loss"]
         now = time.perf_counter()
         elapsed, done = now - self._mark[0], self._samples - self._mark[1]
         rate = done / elapsed if elapsed > 0 else 0.0
@@ -88,8 +93,7 @@ class Reporter:
         eta = (self._last_step - step) * per_step / rate if rate else 0.0
         parts = {
             "epoch": f"{samples_seen / self._samples_per_epoch:.1f}",
-            "loss": f"{self._smoothed:.4f}",
-            **{name: f"{value:.4f}" for name, value in self._extra.items()},
+            **{name: f"{value:.4f}" for name, value in self.shown.items()},
             "lr": f"{values['lr']:.1e}",
             "img/s": f"{rate:.0f}",
             **({} if self._full_rate is None else {"MFU": f"{rate / self._full_rate:.0%}"}),
@@ -100,16 +104,16 @@ class Reporter:
         if self._lines and now - self._last_line > 5:
             self._last_line = now
             line = "  ".join(f"{name} {value}" for name, value in parts.items())
-            print(f"step {step}/{self._last_step}  {line}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # nobody reads it any more
+                print(f"step {step}/{self._last_step}  {line}", file=sys.stderr, flush=True)
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Record validation figures; they stay in the progress line."""
         if self._active:
-            self._extra = {f"val_{name}": value for name, value in values.items()}
-            self._write(step, self._extra)
-            self.say(
-                f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in self._extra.items())
-            )
+            figures = {f"val_{name}": value for name, value in values.items()}
+            self.shown |= figures
+            self._write(step, figures)
+            self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
     def picture(self, step: int, image: Image) -> None:
         """Hand a preview picture to the tracker; its file is the caller's."""

@@ -15,19 +15,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...errors import UserError
-from .processes import process_state
+from .processes import process_state, together
 from .saving import cannot_write
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0  # the holder touches its file this often, for hosts that cannot see its lock
 _SILENT_BEATS = 3  # a holder on another host that misses as many is gone
-_held: dict[Path, int] = {}  # by this process -> the open file
+_held: dict[Path, int | None] = {}  # by this process -> the open file; None: by the main process, for all
 
 
 def _let_go() -> None:
     for handle in _held.values():
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
     _held.clear()
 
 
@@ -43,20 +44,24 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     holds it; within one process it may be entered again.
 
     Raises:
-        UserError: another run is there (its process, host and start are named), or the folder cannot be written.
+        UserError: in every process: another run is there (its process, host and start are named), or the folder cannot
+            be written.
     """
     path = Path(folder).resolve() / "run.lock"
-    if path in _held or not process_state().is_main_process:
+    if path in _held:
         yield
         return
-    handle, stop = _acquire(path), threading.Event()
-    beats = threading.Thread(target=_beat, args=(handle, stop), daemon=True, name="run.lock")
-    beats.start()
+    main, acquired = process_state().is_main_process, list[int]()
+    together(lambda: acquired.append(_acquire(path)) if main else None)
+    stop, handle = threading.Event(), acquired[0] if main else None
     _held[path] = handle
+    if handle is not None:
+        beats = threading.Thread(target=_beat, args=(handle, stop), daemon=True, name="run.lock")
+        beats.start()
     try:
         yield
     finally:
-        if _held.pop(path, None) is not None:  # else this is a fork of the holder
+        if _held.pop(path, None) is not None and handle is not None:  # else this is a fork of the holder
             stop.set()
             beats.join()
             with suppress(OSError):  # the disk may have become read-only

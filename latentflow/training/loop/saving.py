@@ -7,18 +7,21 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import RunError
 from ...memory import is_out_of_memory, size_text
 from . import checkpoint
 from .checkpoint import Snapshot, State
+from .folders import as_os_error
 from .processes import PATIENCE, together
 
 log = logging.getLogger(__name__)
@@ -119,15 +122,13 @@ class Saver:
             if shutil.disk_usage(self.root).free < taken.size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        try:
+        with writing(f"checkpoint {folder}", folder, taken.size):
             self._together(has_room)
             if self._group is None:
                 checkpoint.write_checkpoint(folder, taken, total_limit=self._total_limit)
             else:
                 checkpoint.write_shards(folder, taken, self._group, total_limit=self._total_limit)
-            self.saved = step
-        except OSError as error:
-            raise cannot_write(f"checkpoint {folder}", folder, error, taken.size) from error
+        self.saved = step
 
     def _together(self, action: Callable[[], None]) -> None:
         if self._group is None:
@@ -141,6 +142,23 @@ class Saver:
         log.warning(
             f"WARNING: {error.what}. {kept}. Training goes on; the next save tries again. {error.fix}"
         )
+
+
+@contextmanager
+def writing(what: str, path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn what the disk says within the context into a `RunError`; see `cannot_write`.
+
+    Raises:
+        RunError: an `OSError`, or safetensors' of a failed write, was raised.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        if (system := as_os_error(error)) is None:
+            raise
+        raise cannot_write(what, path, system, needed) from error
+    except OSError as error:
+        raise cannot_write(what, path, error, needed) from error
 
 
 def cannot_write(what: str, path: Path, error: OSError, needed: int | None = None) -> RunError:

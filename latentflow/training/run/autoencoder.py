@@ -29,6 +29,8 @@ from ...metrics import psnr, ssim
 from ..loop.callbacks import Callbacks
 from ..loop.config import LoopConfig
 from ..loop.fit import fit
+from ..loop.saving import writing
+from ..loop.signals import Stop
 from ..results.export import carry_over
 from ..stages.autoencoder import AutoencoderStage, DiscriminatorStage, autoencoder_steps
 from ..stages.images import PixelData
@@ -49,12 +51,14 @@ def train_autoencoder(
     background: str,
     flips: bool,
     resume_line: str = "",
+    stop: Stop | None = None,
 ) -> Autoencoder | None:
     """Train (or go on training) an autoencoder in ``output``; its best weights end in ``output / "autoencoder"``.
 
     Args:
         train, validation: pictures to learn from, and held-out ones for PSNR and SSIM (may be empty).
         config: what to train. loop: how; the ``autoencoder_*`` settings replace its steps, batch and learning rate.
+        stop: is told which signal stopped the run; see `fit`.
 
     Returns:
         The autoencoder with the averaged weights and measured latent statistics; None if a signal stopped the run.
@@ -86,8 +90,9 @@ def train_autoencoder(
             pixels[torch.linspace(0, len(pixels) - 1, min(len(pixels), _STATISTICS_IMAGES)).long()]
         )
         measure_statistics(vae, sample.split(64))
-        vae.save_pretrained(folder)
-        carry_over(output / "autoencoder", folder)
+        with writing(f"the autoencoder {output / 'autoencoder'}", output):
+            vae.save_pretrained(folder)
+            carry_over(output / "autoencoder", folder)
 
     finished = fit(
         players,
@@ -108,6 +113,7 @@ def train_autoencoder(
         },
         resume_line=resume_line,
         phase="train the autoencoder",
+        stop=stop,
     )
     return load_autoencoder(output / "autoencoder") if finished else None
 

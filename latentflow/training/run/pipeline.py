@@ -14,6 +14,7 @@ from ...data import Source
 from ...pipeline import LatentFlowPipeline
 from ...pipeline_few_steps import FewSteps
 from ..loop.folders import write_folder
+from ..loop.saving import writing
 from ..results.card import CardFacts, write_card
 from ..results.export import carry_over
 from .built import Built
@@ -62,12 +63,15 @@ class Result:
         )
 
     def export(self, folder: Path) -> None:
-        """Write the pipeline with its card; of an adapter the merged one, and the adapter beside it."""
+        """Write the pipeline with its card; of an adapter the merged one, and the adapter beside it.
+
+        Raises:
+            RunError: the disk gave out.
+        """
         config, adapter = self.config, self.built.adapter
         result = self.pipeline() if adapter is None else self.pipeline(adapter.merged())
         if config.export_dtype != "float32":
             result = copy.deepcopy(result).to(dtype=getattr(torch, config.export_dtype))
-        result.save_pretrained(folder)
         facts = CardFacts(
             where=config.push_to_hub or str(self.folder),
             source=self.source,
@@ -76,7 +80,9 @@ class Result:
             sample_steps=preview_steps(result),
         )
         output = Path(config.output)
-        write_card(folder, output, facts)
-        carry_over(self.folder, folder)
-        if adapter is not None:
-            write_folder(output / "adapter", partial(adapter.save, earlier=output / "adapter"))
+        with writing(f"the result {self.folder}", self.folder):
+            result.save_pretrained(folder)
+            write_card(folder, output, facts)
+            carry_over(self.folder, folder)
+            if adapter is not None:
+                write_folder(output / "adapter", partial(adapter.save, earlier=output / "adapter"))

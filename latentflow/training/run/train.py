@@ -16,6 +16,7 @@ from ..loop.early_stop import refuse_unvalidated
 from ..loop.fit import fit
 from ..loop.logs import log_to
 from ..loop.processes import process_state
+from ..loop.signals import Stop
 from ..results.hub import check_push, push
 from ..stages.average_velocity import refuse_unfit
 from ..stages.flow import validation_loss
@@ -50,6 +51,9 @@ def train(
         given_keys: of the settings that no default may change.
         write_config: writes the settings into a file.
         lesson: what is learned from.
+
+    Raises:
+        SystemExit: a signal stopped the run before its end, after saving; the status is 128 + its number.
     """
     output = Path(config.output)
     if config.push_to_hub and not config.dry_run:
@@ -79,6 +83,7 @@ def train(
         write_config(config, output / "config.yaml")
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
+    stop = Stop()
     vae = autoencoder_for(
         examples.autoencoder,
         examples.training,
@@ -89,9 +94,13 @@ def train(
         data=examples.data,
         resume_line=again,
         untrained=config.dry_run,
+        stop=stop,
     )
     if vae is None:
-        return  # stopped by a signal; the line that resumes was printed
+        raise SystemExit(stop.status)  # the line that resumes was printed
+    if stop.signal:  # it came in the autoencoder's last step
+        log.info(f"stopped, the autoencoder is trained; resume with:\n  {again}")
+        raise SystemExit(stop.status)
 
     # ---- networks ----
     built = build(config, examples.source, examples.data.resolution, vae, lesson)
@@ -138,8 +147,11 @@ def train(
         resume_line=again,
         flops=flops,
         partly=bool(config.init_from) and examples.source.kind == "unconditional",
+        stop=stop,
     )
-    if finished and process_state().is_main_process:
+    if not finished:
+        raise SystemExit(stop.status)
+    if process_state().is_main_process:
         for line in lesson.lines_after(result.folder, stage, own):
             log.info(line)
         _finish(config, examples, result, log)

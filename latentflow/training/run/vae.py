@@ -20,6 +20,7 @@ from ...autoencoder import (
 from ...data import Source, cached_pixels, pixels_to_images
 from ...data.config import DataConfig
 from ..loop.config import LoopConfig
+from ..loop.signals import Stop
 from .autoencoder import train_autoencoder
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,12 @@ def autoencoder_for(
     data: DataConfig,
     resume_line: str,
     untrained: bool = False,
+    stop: Stop | None = None,
 ) -> Autoencoder | None:
     """The autoencoder of a run, frozen, with latent statistics; None if a signal stopped its training.
 
     A ``given`` one without per-channel statistics gets them measured on the training pictures. Without one, a new
-    one is trained in ``output`` (only built if ``untrained``).
+    one is trained in ``output`` (only built if ``untrained``), and ``stop`` is told which signal came meanwhile.
 
     Raises:
         UserError: the resolution is not divisible by its downscale factor; the nearest valid one is named.
@@ -60,6 +62,7 @@ def autoencoder_for(
             background=data.background,
             flips=data.random_flip,
             resume_line=resume_line,
+            stop=stop,
         )
         return None if vae is None else vae.requires_grad_(False)
     vae = load_autoencoder(given).requires_grad_(False)

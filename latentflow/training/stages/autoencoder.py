@@ -75,8 +75,7 @@ class AutoencoderStage(nn.Module):
 
     def _transform(self, images: Tensor, latents: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Pictures and latents transformed alike, or, by chance, as they are; one draw for the whole step."""
-        step = number // (self._config.autoencoder_batch_size * process_state().num_processes)
-        random = seeded(self._seed, 7, step)
+        random = seeded(self._seed, 7, self._step(number))
         if torch.rand((), generator=random) >= self._config.equivariance:
             return images, latents
         # The discriminator and LPIPS see these pictures as well, and cannot see the smallest.
@@ -87,9 +86,12 @@ class AutoencoderStage(nn.Module):
         return transformed(images, scale, quarter_turns), transformed(latents.float(), scale, quarter_turns)
 
     def _adversarial(self, batch: dict[str, Any]) -> bool:
-        return bool(
-            batch["numbers"][0] >= self._config.adversarial_start * self._config.autoencoder_batch_size
-        )
+        return self._step(batch["numbers"][0]) >= self._config.adversarial_start
+
+    def _step(self, number: int) -> int:
+        """The step (0-based) of a running number: the same in all processes and passes of that step."""
+        samples: int = self._config.autoencoder_batch_size * process_state().num_processes
+        return number // samples
 
 
 class DiscriminatorStage(nn.Module):
