@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pipeline_arguments import checked
 from .pipeline_base import FlowPipeline, Generators
 from .pipeline_call import Size, StepCallback
 from .pipeline_conditions import ClassLabels
@@ -18,6 +19,7 @@ class LatentFlowPipeline(FlowPipeline):
     Open one with ``LatentFlowPipeline.from_pretrained(folder_or_hub_id)``; components: see ``FlowPipeline``.
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
@@ -86,7 +88,7 @@ class LatentFlowPipeline(FlowPipeline):
         Raises:
             UserError: see ``check_inputs``; also unknown solvers, bad grids, values that are not finite.
         """
-        height, width = self._size(height, width, latents)
+        height, width = self.image_size(height, width, latents)
         # 1. The condition, one row per image
         call = self.start_call(
             prompt=prompt,
@@ -105,6 +107,8 @@ class LatentFlowPipeline(FlowPipeline):
             guidance_interval=guidance_interval,
             prompt_attention_mask=prompt_attention_mask,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
+            generator=generator,
+            latents=latents,
             original_size=original_size,
             crops_coords_top_left=crops_coords_top_left,
             target_size=target_size,

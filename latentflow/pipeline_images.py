@@ -14,6 +14,7 @@ from torch import Tensor
 from .data.mask_files import read_mask
 from .data.read import to_pixels, to_rgb
 from .errors import UserError
+from .memory import require_memory
 from .pipeline_call import Size
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,11 @@ def _mask_rows(mask: np.ndarray[Any, Any] | Tensor) -> Tensor:
 def _channels_first(values: np.ndarray[Any, Any] | Tensor) -> Tensor:
     """Arrays are (..., H, W, C), tensors (..., C, H, W); both get rows. float32."""
     if isinstance(values, np.ndarray):
-        values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, -3)))
+        if values.dtype.kind not in "buif":
+            raise UserError(f"an array of dtype {values.dtype}", "Pass numbers in [0, 1], such as float32.")
+        values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, -3), dtype=np.float32))
+    elif values.is_complex():
+        raise UserError(f"a tensor of dtype {values.dtype}", "Pass real numbers in [0, 1].")
     values = values.detach().cpu().float()
     return values if values.ndim != 3 else values[None]
 
@@ -169,6 +174,8 @@ def expand_canvas(
             f"cannot add {left}, {top}, {right}, {bottom} pixels",
             "Give numbers of at least 0; crop with image.crop.",
         )
+    width, height = image.width + left + right, image.height + top + bottom
+    require_memory(f"a canvas of {width} x {height} pixels", 4 * width * height)
     rgb = to_rgb(image)
     margins = ((top, bottom), (left, right))
     mask = np.pad(np.zeros((rgb.height, rgb.width), np.uint8), margins, constant_values=255)

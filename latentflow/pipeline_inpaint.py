@@ -12,7 +12,8 @@ from .autoencoder import known_source, latent_channels, latent_mask, masked_cond
 from .errors import UserError, unknown
 from .flow import Velocity
 from .flow.inpainting import DEFAULT_INPAINTING, INPAINTING
-from .pipeline_base import AfterStep, FlowPipeline, Generators, Sampler, check_strength
+from .pipeline_arguments import checked
+from .pipeline_base import AfterStep, FlowPipeline, Generators, Sampler
 from .pipeline_call import RunningCall, StepCallback
 from .pipeline_conditions import ClassLabels
 from .pipeline_images import Pictures, read_masks, read_pictures
@@ -34,6 +35,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
     Outpainting: ``image, mask = latentflow.expand_canvas(picture, right=32)`` makes the arguments.
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
@@ -102,7 +104,6 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         Raises:
             UserError: as ``LatentFlowPipeline``; also pictures, masks, a strength or a method that are none.
         """
-        check_strength(strength)
         method = self._method(method, solver)
         # 1. Pictures, masks, and the window of each that is drawn
         painting = self._painting(image, mask_image, height, width, padding_mask_crop, feather)
@@ -126,6 +127,8 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             guidance_interval=guidance_interval,
             prompt_attention_mask=prompt_attention_mask,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
+            generator=generator,
+            latents=latents,
             pictures=len(painting.pictures),
         )
         # 3. The noise, what is known, and how to go from one to the other
@@ -196,7 +199,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             pictures = read_pictures(image, height, width)
             canvas = (pictures.shape[2], pictures.shape[3])
         else:
-            pictures, canvas = read_pictures(image), self._size(height, width, None)
+            pictures, canvas = read_pictures(image), self.image_size(height, width, None)
         masks = read_masks(mask_image, (pictures.shape[2], pictures.shape[3]))
         return prepared(pictures, masks, feather, self._canvas(canvas), padding_mask_crop)
 

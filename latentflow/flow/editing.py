@@ -58,8 +58,8 @@ def flow_edit(
         The edited data, in the shape and dtype of x1.
 
     Raises:
-        UserError: the solver is stochastic or unknown; draws < 1; plain_from outside [0, 1]; times that do not increase;
-            and as in ``integrate``.
+        UserError: the solver is stochastic or unknown; draws < 1; plain_from outside [0, 1]; times that do not
+            increase; and as in ``integrate``.
     """
     method = deterministic(solver)
     if draws < 1:

@@ -289,11 +289,18 @@ def checked_times(times: Tensor | Sequence[float], *, rising: bool = False) -> l
     """
     try:
         grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:  # what torch raises for strings, None and ragged lists
-        raise UserError(f"times are {shown(times)}", "Pass a row of numbers, such as time_grid(20).") from error
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what torch raises for strings, None and ragged lists
+        raise UserError(
+            f"times are {shown(times)}", "Pass a row of numbers, such as time_grid(20)."
+        ) from error
     if grid.ndim != 1 or len(grid) < 2:
         raise UserError(
-            f"times has shape {tuple(grid.shape)}", "Pass N + 1 times for N >= 1 steps that increase, such as time_grid(20)."
+            f"times has shape {tuple(grid.shape)}",
+            "Pass N + 1 times for N >= 1 steps that increase, such as time_grid(20).",
         )
     if not bool(((grid >= 0) & (grid <= 1)).all()):
         raise UserError(

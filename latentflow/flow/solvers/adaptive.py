@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def dormand_prince(options: SolverOptions, *, by_row: bool = False) -> Step:
             return values.to(x.dtype).to(x.device).reshape(shape)
 
         def slope(y: Tensor, time: Tensor) -> Tensor:
-            return field(y, time.to(x.dtype).to(x.device) if by_row else time.item())
+            at: Any = time.to(x.dtype).to(x.device) if by_row else time.item()
+            return field(y, at)
 
         first = slope(x, now)
         while not torch.equal(now, end):

@@ -81,9 +81,7 @@ def integrate(
             replacement = callback(index, _scalar(grid[index + 1], state), state.to(dtype))
             if replacement is not None:
                 _require_shape(replacement, state, "the callback")
-                require_finite(
-                    replacement, f"the callback's x after step {index + 1}", "Check the callback."
-                )
+                require_finite(replacement, f"the callback's x after step {index + 1}", "Check the callback.")
                 state = replacement.to(state)
     require_finite(state, f"x at t = {grid[-1]:g}", "Take smaller steps, or another solver ('heun').")
     return state.to(dtype)

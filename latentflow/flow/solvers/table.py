@@ -34,7 +34,7 @@ SOLVERS: dict[str, Solver] = {
     "langevin": langevin(),
 }
 
-#: The entries whose rows would depend on one another, so that they do not: for velocities that take t of shape (B,) too.
+#: The entries whose rows would depend on one another, so that they do not: for velocities that take t of shape (B,).
 BY_ROW: dict[str, Solver] = {
     "dopri5": Solver(order=5, evaluations=None, start=partial(dormand_prince, by_row=True)),
 }
