@@ -23,6 +23,8 @@ T = TypeVar("T")
 #: (name, value) -> the value, in the form that the pipelines work with.
 Check = Callable[[str, Any], Any]
 
+#: Of a side in pixels, and of a text in tokens: whatever is larger is a mistake.
+LARGEST = 2**20
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -145,8 +147,9 @@ def _solver(name: str, value: Any) -> str | Solver:
 
 
 def _output_type(name: str, value: Any) -> str:
+    _instance(str, f"Pass one of {', '.join(OUTPUT_TYPES)}.")(name, value)
     if value not in OUTPUT_TYPES:
-        raise unknown(name, shown(value) if not isinstance(value, str) else value, OUTPUT_TYPES)
+        raise unknown(name, value, OUTPUT_TYPES)
     return str(value)
 
 
@@ -179,8 +182,8 @@ CHECKS: dict[str, Check] = {
     "source_prompt": texts,
     "class_labels": labels,
     "source_class_labels": labels,
-    "height": _whole(1, fix="Give a whole number of pixels."),
-    "width": _whole(1, fix="Give a whole number of pixels."),
+    "height": _whole(1, LARGEST, "Give a whole number of pixels."),
+    "width": _whole(1, LARGEST, "Give a whole number of pixels."),
     "num_inference_steps": _whole(1, MOST_STEPS, STEPS_FIX),
     "sigmas": lambda name, value: checked_sigmas(value),
     "guidance_scale": _finite(),
@@ -195,7 +198,7 @@ CHECKS: dict[str, Check] = {
     "negative_prompt_embeds": _EMBEDS,
     "prompt_attention_mask": _MASK,
     "negative_prompt_attention_mask": _MASK,
-    "max_sequence_length": _whole(1),
+    "max_sequence_length": _whole(1, LARGEST),
     "output_type": _output_type,
     "return_dict": _FLAG,
     "measure": _FLAG,
@@ -204,9 +207,9 @@ CHECKS: dict[str, Check] = {
     "solver": _solver,
     "method": _instance(str, "Pass the name of a method."),
     "strength": _finite(0.0, 1.0, "Use 0 (nothing changes) to 1 (drawn from pure noise)."),
-    "draws": _whole(1),
+    "draws": _whole(1, 10_000),
     "plain_from": _finite(0.0, 1.0, "Use a time in [0, 1]; 1 is off."),
-    "padding_mask_crop": _whole(0, fix="Give a number of pixels, at least 0."),
+    "padding_mask_crop": _whole(0, LARGEST, fix="Give a number of pixels, at least 0."),
     "feather": _finite(0.0, fix="Give a number of pixels, at least 0."),
     "original_size": _SIZE,
     "target_size": _SIZE,

@@ -318,7 +318,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         prompts = _number(prompt, prompt_embeds)
         _check_negatives(negative_prompt, negative_prompt_embeds, prompts)
         rows = count_rows(num_images_per_prompt, prompts, None if ids is None else len(ids), pictures)
-        require_memory(f"{rows} images of {width} x {height} pixels", rows * width * height * _PIXEL_BYTES)
+        self._require_room(rows, height, width)
         self._check_noise(rows, self.transformer.config.in_channels, height, width, generator, latents)
         self._guidance_scale = self._guidance_of(guidance_scale)
         if guidance_scale not in (None, self._guidance_scale, self.few_steps.folded_guidance):
@@ -357,6 +357,10 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
             rows, original_size or size, crops_coords_top_left, target_size or size, size
         )
         return call
+
+    def _require_room(self, rows: int, height: int, width: int) -> None:
+        """Refuse more pixels than this machine has memory for."""
+        require_memory(f"{rows} images of {width} x {height} pixels", rows * width * height * _PIXEL_BYTES)
 
     def _guidance_of(self, scale: float | None) -> float:
         """The guidance of a call, which a checkpoint that has learned its guidance along does without."""

@@ -119,6 +119,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             )
         pictures = read_pictures(image, height, width)
         size = (pictures.shape[2], pictures.shape[3])
+        if source_class_labels is not None and self.takes_classes:
+            self.class_ids(source_class_labels)  # refused before the target's prompt is encoded
         # 1. What the pictures shall show, and what they show now, one row per image
         shared: dict[str, Any] = {
             "size": size,
@@ -297,27 +299,13 @@ class LatentFlowEditPipeline(FlowPipeline):
             guidance_scale = self.usual_guidance if image is None else 1.0
         prompts = _as_many(prompt, 2, "prompt") or ["", ""]
         labels = _as_many(class_labels, 2, "class_labels")
-        # 1. The noise of the first and the last frame
-        if image is None:
-            size = self.image_size(height, width, None)
-            noise = self._drawn_ends(size, generator)
-        else:
-            pictures = read_pictures(image, height, width)
-            if len(pictures) != 2:
-                raise UserError(f"{len(pictures)} pictures to interpolate between", "Pass [first, last].")
-            inversion = self._inverted(
-                pictures,
-                prompts,
-                num_inference_steps,
-                guidance_scale,
-                negative_prompt,
-                labels,
-                solver,
-                False,
-                max_sequence_length,
-            )
-            noise, size = inversion.latents, inversion.size
-        # 2. The two conditions, each for all frames
+        pictures = None if image is None else read_pictures(image, height, width)
+        if pictures is not None and len(pictures) != 2:
+            raise UserError(f"{len(pictures)} pictures to interpolate between", "Pass [first, last].")
+        if isinstance(generator, list) and len(generator) > 2:
+            raise UserError(f"{len(generator)} generators", "Pass one for all frames, or [first, last].")
+        size = self.image_size(height, width) if pictures is None else (pictures.shape[2], pictures.shape[3])
+        # 1. The two conditions, each for all frames
         first, last = (
             self._start(
                 prompts[end],
@@ -334,6 +322,22 @@ class LatentFlowEditPipeline(FlowPipeline):
             )
             for end in (0, 1)
         )
+        # 2. The noise of the first and the last frame
+        if pictures is None:
+            ends = len(generator) if isinstance(generator, list) else 1
+            noise = self.prepare_noise(ends, *size, generator, None)
+        else:
+            noise = self._inverted(
+                pictures,
+                prompts,
+                num_inference_steps,
+                guidance_scale,
+                negative_prompt,
+                labels,
+                solver,
+                False,
+                max_sequence_length,
+            ).latents
         # 3. From noise to data
         shares = torch.linspace(0.0, 1.0, frames, device=noise.device)
         one_condition = prompts[0] == prompts[1] and (labels is None or labels[0] == labels[1])
@@ -355,12 +359,6 @@ class LatentFlowEditPipeline(FlowPipeline):
         size = (pictures.shape[2], pictures.shape[3])
         seen = seen_pictures(pictures, [whole(size)] * len(pictures), self._canvas(size))
         return self.encode_images(2.0 * seen.to(self._execution_device) - 1.0)
-
-    def _drawn_ends(self, size: Size, generator: Generators | None) -> Tensor:
-        count = len(generator) if isinstance(generator, list) else 1
-        if count > 2:
-            raise UserError(f"{count} generators", "Pass one for all frames, or [first, last].")
-        return self.prepare_noise(count, *size, generator, None)
 
     def _start(
         self,
@@ -388,6 +386,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             if negative_prompt is not None:
                 raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
             rows = pictures * num_images_per_prompt
+            self._require_room(rows, height, width)
             self._guidance_scale, self._interrupt = guidance_scale, False
             wanted = callback_on_step_end_tensor_inputs or ["latents"]
             call = RunningCall(self, None, None, None, None, None, rows, callback_on_step_end, wanted)

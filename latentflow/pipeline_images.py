@@ -34,6 +34,8 @@ def read_pictures(pictures: Pictures, height: int | None = None, width: int | No
         UserError: not pictures; values outside [0, 1]; several sizes where none is asked for.
     """
     rows = [row for picture in _listed(pictures, "image") for row in _rgb(picture)]
+    if height and width:
+        require_memory(f"{len(rows)} images of {width} x {height} pixels", 12 * len(rows) * width * height)
     for what, side in (("height", height), ("width", width)):
         if side is not None and side < 1:
             raise UserError(f"{what} is {side}", "Give a number of pixels.")

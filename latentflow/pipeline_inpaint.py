@@ -109,6 +109,14 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         painting = self._painting(image, mask_image, height, width, padding_mask_crop, feather)
         if painting.unchanged:
             strength = 0.0
+        if masked_image_latents is not None:
+            cells = (side // self.vae_scale_factor for side in painting.canvas)
+            shape = (len(painting.pictures), self.transformer.config.in_channels, *cells)
+            if tuple(masked_image_latents.shape) != shape:
+                raise UserError(
+                    f"masked_image_latents have shape {tuple(masked_image_latents.shape)}",
+                    f"For these inputs it is {shape}.",
+                )
         # 2. The condition, one row per image
         call = self.start_call(
             prompt=prompt,
@@ -215,11 +223,6 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             else:
                 told, known = None, masked_latents(vae, seen, holes)
         if given is not None:
-            if given.shape != known.shape:
-                raise UserError(
-                    f"masked_image_latents have shape {tuple(given.shape)}",
-                    f"For these inputs it is {tuple(known.shape)}.",
-                )
             known = given.to(known)
         if told is not None:
             call.channels = call.rows_of(torch.cat([told[:, :-channels], known], 1))
