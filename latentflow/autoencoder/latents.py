@@ -181,12 +181,13 @@ def in_float32(vae: Autoencoder) -> Iterator[None]:
             f"the autoencoder overflows in {str(own).removeprefix('torch.')}, and is offloaded",
             "Load it in float32 (vae=load_autoencoder(...)), or in bfloat16.",
         )
-    vae.to(torch.float32)
+    # diffusers' own `to` warns of modules to be kept in float32, also where there are none.
+    torch.nn.Module.to(vae, torch.float32)
     try:
         with torch.autocast(vae.device.type, enabled=False):
             yield
     finally:
-        vae.to(own)
+        torch.nn.Module.to(vae, own)
 
 
 @torch.no_grad()
