@@ -70,7 +70,7 @@ def test_an_autoencoder_that_overflows_in_float16_is_used_in_float32_and_that_is
         images = drawn(way, vae)
         again = drawn(way, vae)
     assert vae.dtype == torch.float16
-    assert [record.message[:40] for record in caplog.records] == ["the autoencoder overflows in float16: 1 o"]
+    assert [record.message[:38] for record in caplog.records] == ["the autoencoder overflows in float16: "]
     assert torch.equal(images, again)
     expected = drawn(way, vae_that_overflows_in_float16().float())
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-3)
