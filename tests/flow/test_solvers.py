@@ -182,7 +182,9 @@ def test_rows_that_step_on_their_own_do_not_depend_on_one_another(name, times, d
         assert torch.equal(together[row : row + 1], alone)
         cost.append(counted.evaluations)
     assert 4 * cost[0] < cost[2]
-    angle = speeds * sum(1.5 * (1.0 if t == 1.0 else 0.0) * sign for t, sign in ((times[-1], 1), (times[0], -1)))
+    angle = speeds * sum(
+        1.5 * (1.0 if t == 1.0 else 0.0) * sign for t, sign in ((times[-1], 1), (times[0], -1))
+    )
     exact = torch.stack(
         [angle.cos() * x0[:, 0] - angle.sin() * x0[:, 1], angle.sin() * x0[:, 0] + angle.cos() * x0[:, 1]], 1
     )

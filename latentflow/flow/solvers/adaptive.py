@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ MATRIX = (
     (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
-#: weights of order 5 less those of order 4
+#: The weights of order 5 less those of order 4.
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 FIRST_STEP, SAFETY, SHRINK, GROW = 0.05, 0.9, 0.2, 10.0
 
@@ -87,7 +88,7 @@ def dormand_prince(options: SolverOptions, *, by_row: bool = False) -> Step:
     return step
 
 
-def _weighted(weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+def _weighted(weights: Sequence[float], slopes: list[Tensor]) -> Tensor:
     """Sum of weights_i slopes_i."""
     total = weights[0] * slopes[0]
     for weight, slope in zip(weights[1:], slopes[1:], strict=True):
