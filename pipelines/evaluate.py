@@ -33,6 +33,7 @@ from latentflow.data import Source, cached_pixels, find_source, pixels_to_images
 from latentflow.data import shapes as shapes_data
 from latentflow.data.config import DataConfig
 from latentflow.drawing.adapters import AdapterChoice, add_adapters
+from latentflow.drawing.files import check_writable, whole_file
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, CondOT, flow_matching_loss
 from latentflow.metrics import learned
@@ -157,10 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---------------------------------------------------------------- the report
     report["seconds"] = round(time.monotonic() - started, 1)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(finite(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole_file(output) as partial:
+        partial.write_text(json.dumps(finite(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shown = generated[:64]
-    save_image((shown + 1) / 2, output.with_suffix(".png"), nrow=math.ceil(len(shown) ** 0.5))
+    with whole_file(output.with_suffix(".png")) as partial:
+        save_image((shown + 1) / 2, partial, nrow=math.ceil(len(shown) ** 0.5))
     print("\n".join(lines({name: value for name, value in report.items() if name != "settings"})))
     print(f"Wrote {output} and {output.with_suffix('.png')}")
 
@@ -177,6 +179,7 @@ def checked_output(config: EvaluateConfig) -> Path:
     taken = [file for file in (output, output.with_suffix(".png")) if file.exists()]
     if taken and not config.overwrite:
         raise UserError(f"{taken[0]} exists", "Choose another -o, or replace it with --overwrite.")
+    check_writable(config.output)
     return output
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, time_grid
 from latentflow.models import DiT
+from latentflow.models.text import UnknownWords
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline_edit import LatentFlowEditPipeline
 from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
@@ -350,6 +353,47 @@ def test_hooks_are_freed_after_the_call(
     assert len(out.images) == 1
     # diffusers frees the hooks by putting fresh ones in their place.
     assert all(hook not in class_pipe._all_hooks for hook in hooks)
+
+
+# ------------------------------------------------------------------ words that nobody taught
+
+
+def test_words_that_are_not_known_are_warned_of_once_a_call_where_it_was_made(
+    text_pipe: LatentFlowPipeline,
+) -> None:
+    edit = LatentFlowEditPipeline(**text_pipe.components)
+    edit.set_progress_bar_config(disable=True)
+    pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    quick: dict[str, Any] = {"num_inference_steps": 1}
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (
+            lambda: text_pipe(["zorgon, red", "a Blorp"], negative_prompt="blorp", **quick),
+            "'zorgon', 'blorp'",
+        ),
+        (lambda: edit("a zorgon", pictures, source_prompt=["a hat", "blorp"], **quick), "'zorgon', 'blorp'"),
+        (lambda: edit.invert(pictures, "zorgon", **quick), "'zorgon'"),
+        (lambda: edit.interpolate(["zorgon", "blorp"], pictures, 2, **quick), "'zorgon', 'blorp'"),
+    ]
+    for call, words in calls:
+        for _ in range(2):
+            with pytest.warns(UnknownWords, match=f"not know, and that it cannot draw: {words}$") as caught:
+                call()
+            assert [Path(one.filename) for one in caught] == [Path(__file__)]
+    assert text_pipe.unknown_words(["zorgon, red", "a Blorp"]) == ["zorgon", "blorp"]
+    assert text_pipe.unknown_words("small green tree") == []
+
+
+def test_nothing_is_said_of_words_that_are_known_or_not_read(
+    text_pipe: LatentFlowPipeline, class_pipe: LatentFlowPipeline
+) -> None:
+    embeds, _, mask, _ = text_pipe.encode_prompt("zorgon")
+    assert embeds is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnknownWords)
+        text_pipe(["A RED apple", ""], num_inference_steps=1)
+        text_pipe(prompt_embeds=embeds.detach(), prompt_attention_mask=mask, num_inference_steps=1)
+        class_pipe(class_labels="hat", num_inference_steps=1)
+        assert class_pipe.unknown_words("zorgon") == []
 
 
 # ------------------------------------------------------------------ an image and the batch around it
