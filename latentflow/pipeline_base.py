@@ -418,7 +418,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
     ) -> Tensor:
         """The noise to start from, (B, C, height / factor, width / factor), or ``latents`` as they are.
 
-        With a list of generators image b comes from generator b alone, whatever else is in the batch.
+        With a list of generators the noise of image b comes from generator b alone, whatever else is in the batch.
 
         Raises:
             UserError: the list's length is not the number of images, or ``latents`` have another shape.

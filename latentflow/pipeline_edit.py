@@ -93,7 +93,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             guidance_scale: towards ``prompt``. 1 to 2 keep most of the picture; more, where an edit is too weak, costs
                 sharpness.
             source_guidance_scale: towards ``source_prompt``, on the way back.
-            generator: for the noise of "flowedit": one for all, or one for each image, which alone determines it;
+            generator: for the noise of "flowedit": one for all, or one for each image, which alone determines it
+                (up to rounding, as in ``LatentFlowPipeline``);
                 "inversion" draws none.
             callback_on_step_end: as in ``LatentFlowPipeline``; prompt_embeds are the target's. Inversion's first half
                 of the steps goes back towards noise.

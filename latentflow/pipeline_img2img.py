@@ -21,7 +21,7 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
     ``LatentFlowImg2ImgPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines.
 
     Variations of one picture: ``pipe(prompt, image=picture, generator=[...], num_images_per_prompt=4)``, a generator
-    for each; image b depends on generator b alone.
+    for each; image b depends on generator b alone, up to rounding (one level of 255).
     """
 
     @checked
