@@ -42,7 +42,7 @@ def checked(call: Callable[P, T]) -> Callable[P, T]:
             if name in CHECKS and not (value is None and signature.parameters[name].default is None):
                 given.arguments[name] = CHECKS[name](name, value)
         words = [given.arguments.get(name) for name in ("prompt", "negative_prompt", "source_prompt")]
-        given.arguments["self"].warn_of_unknown_words(*words, stacklevel=3)
+        given.arguments["self"].warn_of_unknown_words(*words, stacklevel=2)
         return call(*given.args, **given.kwargs)
 
     return checking
@@ -113,7 +113,7 @@ def _pair(least: int, what: str) -> Check:
         if not isinstance(value, tuple | list) or len(value) != 2:
             raise UserError(f"{name} is {shown(value)}", f"Give two numbers of pixels: {what}.")
         first, second = (
-            whole(name, side, least, fix=f"Give two numbers of pixels: {what}.") for side in value
+            whole(name, side, least, LARGEST, fix=f"Give two numbers of pixels: {what}.") for side in value
         )
         return first, second
 

@@ -170,21 +170,13 @@ def _bad_rows(results: tuple[Tensor, ...]) -> Tensor:
 
 @contextmanager
 def in_float32(vae: Autoencoder) -> Iterator[None]:
-    """Within the context, the autoencoder computes in float32, whatever its weights are kept in.
-
-    Raises:
-        UserError: its weights are offloaded one by one, and cannot be widened.
-    """
-    own = vae.dtype
-    if any(parameter.device.type == "meta" for parameter in vae.parameters()):
-        raise UserError(
-            f"the autoencoder overflows in {str(own).removeprefix('torch.')}, and is offloaded",
-            "Load it in float32 (vae=load_autoencoder(...)), or in bfloat16.",
-        )
+    """Within the context, the autoencoder computes in float32, whatever its weights are kept in."""
+    own, place = vae.dtype, next(vae.parameters()).device.type
     # diffusers' own `to` warns of modules to be kept in float32, also where there are none.
     torch.nn.Module.to(vae, torch.float32)
     try:
-        with torch.autocast(vae.device.type, enabled=False):
+        # Weights on "meta" are offloaded, from an accelerator, and come back as wide as they are marked here.
+        with torch.autocast("cuda" if place == "meta" else place, enabled=False):
             yield
     finally:
         torch.nn.Module.to(vae, own)

@@ -8,7 +8,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         fix = "Free some space, or give another -o" if full else "Give another -o"
         raise RunError(f"{path} cannot be written: {_why(error)}", f"{fix}.") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or cannot be: what failed is told already
+            partial.unlink()
 
 
 def _why(error: OSError) -> str:

@@ -49,7 +49,7 @@ NO_LATENTS = [
 NO_EMBEDS = [EMBEDS[0], EMBEDS[None], torch.zeros(1, 3, 7), torch.zeros(1, 0, 16), torch.zeros(0, 3, 16),
              EMBEDS.long(), EMBEDS + NAN, EMBEDS.numpy(), [EMBEDS]]  # fmt: skip
 NO_MASK = [torch.ones(3), torch.ones(1, 4), torch.ones(2, 3), [True], np.ones((1, 3)), torch.ones(1, 3) * 1j]
-NO_SIZE = ["8x8", 8, (8,), (8, 8, 8), (8, 0), (8.0, 8), ("8", 8), (True, 8), (8, NAN), {8, 9}]
+NO_SIZE = ["8x8", 8, (8,), (8, 8, 8), (8, 0), (8.0, 8), ("8", 8), (True, 8), (8, NAN), {8, 9}, (8, 10**30)]
 
 #: argument -> values that no call may take; beside None, which means "as usual" only where it is the default
 WRONG: dict[str, list[Any]] = {
