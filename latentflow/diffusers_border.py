@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import finite, shown
 from .errors import UserError
+from .flow.tensors import require_finite
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -35,19 +37,27 @@ def times_from_sigmas(sigmas: Sequence[float]) -> Tensor:
     Raises:
         UserError: ``sigmas`` is empty, leaves (0, 1] or does not decrease.
     """
-    return 1.0 - torch.tensor([*_checked(sigmas), 0.0], dtype=torch.float64)
+    return 1.0 - torch.tensor([*checked_sigmas(sigmas), 0.0], dtype=torch.float64)
 
 
-def _checked(sigmas: Sequence[float]) -> list[float]:
-    values = [float(sigma) for sigma in sigmas]
+def checked_sigmas(sigmas: Any) -> list[float]:
+    """Return diffusers' ``sigmas`` (a list, array or tensor) as numbers, without the final 0.
+
+    Raises:
+        UserError: empty, no numbers, not finite, outside (0, 1], or not decreasing, in float32 either: diffusers'
+            schedulers compute in it.
+    """
+    rows = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
+    fix = "Pass values that decrease within (0, 1], such as [1.0, 0.75, 0.5]; the final 0 is implied."
+    if not isinstance(rows, list | tuple):
+        raise UserError(f"sigmas is {shown(sigmas)}", fix)
+    values = [finite("a value of sigmas", row, fix=fix) for row in rows]
     if len(values) > 1 and values[-1] == 0.0:
         values.pop()  # the final 0 may be written or left out
-    falling = all(high > low for high, low in pairwise(values))
+    times = 1.0 - torch.tensor([*values, 0.0], dtype=torch.float32)  # that none of them becomes the last one
+    falling = all(high > low for high, low in pairwise(values)) and bool((times.diff() > 0).all())
     if not values or not falling or values[0] > 1.0 or values[-1] <= 0.0:
-        raise UserError(
-            f"sigmas = {values} is no grid from noise (1) to data (0)",
-            "Pass values that decrease within (0, 1], such as [1.0, 0.75, 0.5]; the final 0 is implied.",
-        )
+        raise UserError(f"sigmas = {shown(values)} is no grid from noise (1) to data (0)", fix)
     return values
 
 
@@ -91,19 +101,38 @@ def set_grid(
     does not take it. Of N steps the last N * ``strength``, rounded up, are to be taken, as in diffusers.
     """
     check_scheduler(scheduler)
-    count = steps if sigmas is None else len(_checked(sigmas))
+    count = steps if sigmas is None else len(checked_sigmas(sigmas))
     if sigmas is None and not type(scheduler).__name__.startswith("FlowMatch"):
         scheduler.set_timesteps(steps, device=device)
     else:
-        grid = np.linspace(1.0, 1.0 / steps, steps) if sigmas is None else np.array(_checked(sigmas))
+        grid = np.linspace(1.0, 1.0 / steps, steps) if sigmas is None else np.array(checked_sigmas(sigmas))
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             scheduler.set_timesteps(sigmas=grid, device=device)
         else:
             scheduler.set_timesteps(len(grid), device=device)
             _overwrite_grid(scheduler, grid, device)
+    _check_grid(scheduler)
     # Count the steps rather than look them up by timestep, which some schedulers round to an integer.
     skipped = count - math.ceil(count * strength - 1e-6)  # a product such as 0.07 * 100 is a little above 7
     scheduler.set_begin_index(skipped * scheduler.order)
+
+
+def _check_grid(scheduler: Any) -> None:
+    """Refuse the grid that a scheduler has made of its steps and settings if it does not lead from noise to data.
+
+    Raises:
+        UserError: its sigmas are not finite, leave [0, 1], rise, or do not end at the data (0).
+    """
+    sigmas = torch.as_tensor(scheduler.sigmas, dtype=torch.float64, device="cpu")
+    inside = bool(((sigmas >= 0.0) & (sigmas <= 1.0)).all())
+    # A level may come twice in a row: Heun visits it with two evaluations.
+    if not inside or bool((sigmas.diff() > 0.0).any()) or not float(sigmas[0]) > float(sigmas[-1]) == 0.0:
+        raise UserError(
+            f"the scheduler {type(scheduler).__name__} does not step from noise (sigma 1) to data (sigma 0): "
+            f"its sigmas go from {float(sigmas[0]):g} to {float(sigmas[-1]):g}",
+            "Build it without invert_sigmas, with a positive shift, and with a grid that falls; "
+            "pipe.scheduler = None: our solvers.",
+        )
 
 
 def remaining_steps(scheduler: Any) -> int:
@@ -142,13 +171,22 @@ def integrate_with_scheduler(
     The time of every evaluation is read from the scheduler's float sigmas, not from its timesteps, which
     several schedulers round to integers. ``callback(i, t, x)`` runs after each scheduler step that began at
     time t and may return a replacement for x.
+
+    Raises:
+        UserError: the velocity, or x after a step, is not finite (the step is named).
     """
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
     begin = scheduler.begin_index
     for i, timestep in enumerate(progress(scheduler.timesteps[begin:])):
         t = 1.0 - scheduler.sigmas[begin + i].to(torch.float64)
-        x = scheduler.step(-velocity(x, t), timestep, x, return_dict=False, **extra)[0]
+        value, where = velocity(x, t), f"in step {i + 1} of {len(scheduler.timesteps) - begin}"
+        fix = "If the network runs in float16, use bfloat16 or float32; otherwise look at its training log."
+        require_finite(value, f"the velocity at t = {float(t):g} {where}", fix)
+        x = scheduler.step(-value, timestep, x, return_dict=False, **extra)[0]
+        require_finite(
+            x, f"x {where} of the scheduler {type(scheduler).__name__}", "Use another grid or scheduler."
+        )
         replacement = callback(i, t, x) if callback is not None else None
         x = x if replacement is None else replacement
     return x

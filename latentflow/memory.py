@@ -8,9 +8,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 
-from .errors import RunError
+from .errors import RunError, UserError
 
 # What each phase of a program can be asked to do with less memory.
 ADVICE = {
@@ -84,6 +85,23 @@ def inner_phase(phase: str) -> Iterator[None]:
         raise
 
 
+def require_memory(what: str, size: int) -> None:
+    """Refuse what cannot fit into this machine's main memory, whatever else runs.
+
+    Args:
+        size: in bytes, at least needed.
+
+    Raises:
+        UserError: says how much is needed and how much there is.
+    """
+    total = psutil.virtual_memory().total
+    if size > total:
+        raise UserError(
+            f"{what} need {size_text(size)} of memory at least, more than the {size_text(total)} of this machine",
+            "Ask for fewer or smaller ones, or in several calls.",
+        )
+
+
 def release_memory() -> None:
     """Give back what the last failure left behind, so that the next attempt has it."""
     gc.collect()
@@ -101,7 +119,7 @@ def peak_gib() -> float:
 
 def size_text(size: int) -> str:
     """Bytes in words: ``1.2 GiB``."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} bytes"

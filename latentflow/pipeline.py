@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pipeline_arguments import checked
 from .pipeline_base import FlowPipeline, Generators
 from .pipeline_call import Size, StepCallback
 from .pipeline_conditions import ClassLabels
@@ -18,6 +19,7 @@ class LatentFlowPipeline(FlowPipeline):
     Open one with ``LatentFlowPipeline.from_pretrained(folder_or_hub_id)``; components: see ``FlowPipeline``.
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
@@ -54,12 +56,14 @@ class LatentFlowPipeline(FlowPipeline):
             height, width: in pixels, multiples of the autoencoder's factor; default: as trained.
             num_inference_steps: from noise to data; heun evaluates the network twice a step, euler once. Default: 20,
                 or 4 of a checkpoint of average velocities, which evaluates once a step and draws in 1 to 4.
-            sigmas: a grid of one's own, decreasing in (0, 1] (1 = noise); overrides the number of steps.
+            sigmas: a grid of one's own, decreasing in (0, 1] (1 = noise), in float32 too; overrides the number of
+                steps.
             guidance_scale: 1 is off (and half the cost); more follows the condition harder. Default: 4; a checkpoint
                 that has learned its guidance along takes no other.
             negative_prompt: what guidance leads away from; default: the learned null.
             num_images_per_prompt: images per prompt or class; of an unconditional checkpoint, all images.
-            generator: one for all, or a list with one per image, each of which alone determines its image.
+            generator: one for all, or a list with one per image, each of which alone determines its image, up to
+                rounding: in a batch of another size it may differ by one level of 255.
             latents: noise (B, C, h, w) to start from.
             prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask:
                 what ``encode_prompt`` returns, instead of text; without a mask every token counts.
@@ -84,9 +88,15 @@ class LatentFlowPipeline(FlowPipeline):
             ``ImagePipelineOutput`` with ``images``, or the tuple.
 
         Raises:
-            UserError: see ``check_inputs``; also unknown solvers, bad grids, values that are not finite.
+            UserError: an argument that cannot work, before anything is computed (see ``CHECKS`` in
+                ``pipeline_arguments.py`` and ``check_inputs``); more images than the machine has memory for; values on
+                the way that are not finite, with the part that made them and the step. An autoencoder that overflows in
+                half precision is used in float32 instead, which is logged once.
+
+        Warns:
+            UnknownWords: once, of words that the checkpoint's vocabulary does not know; see ``unknown_words``.
         """
-        height, width = self._size(height, width, latents)
+        height, width = self.image_size(height, width, latents)
         # 1. The condition, one row per image
         call = self.start_call(
             prompt=prompt,
@@ -105,6 +115,8 @@ class LatentFlowPipeline(FlowPipeline):
             guidance_interval=guidance_interval,
             prompt_attention_mask=prompt_attention_mask,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
+            generator=generator,
+            latents=latents,
             original_size=original_size,
             crops_coords_top_left=crops_coords_top_left,
             target_size=target_size,

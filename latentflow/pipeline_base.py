@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import diffusers_border as border
-from .autoencoder import decode, downscale_factor, encode
+from .autoencoder import decode, downscale_factor, encode, in_float32
 from .errors import UserError, lookup, unknown
 from .flow import (
     CONSISTENCY_STEPS,
@@ -35,6 +35,8 @@ from .flow import (
     time_grid,
 )
 from .flow import Path as FlowPath
+from .flow.solvers import BY_ROW
+from .memory import require_memory
 from .models import Condition
 from .pipeline_adapters import AdapterMixin
 from .pipeline_call import (
@@ -44,7 +46,6 @@ from .pipeline_call import (
     StepCallback,
     count_rows,
     repeated_to,
-    wanted_tensors,
 )
 from .pipeline_conditions import ClassLabels, ConditionMixin
 from .pipeline_few_steps import FewSteps
@@ -61,6 +62,8 @@ Sampler: TypeAlias = Callable[..., Tensor]
 USUAL_STEPS, FEW_STEPS = 20, 4
 #: guidance by default
 USUAL_GUIDANCE = 4.0
+# Of an image while it is drawn, at least: three channels in float32.
+_PIXEL_BYTES = 12
 # Times that differ by less are the same time of a grid, reached by different sums.
 ROUNDING = 1e-9
 
@@ -205,31 +208,51 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         class_labels: ClassLabels | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
     ) -> None:
         """Refuse what cannot work, before anything is computed.
 
         Raises:
             UserError: a size that the autoencoder cannot make (the nearest is named), a condition that is
-                missing or that the checkpoint does not take, arguments that exclude each other.
+                missing or that the checkpoint does not take, arguments that exclude each other or do not fit one
+                another.
         """
         unit = self._unit
         for what, size in (("height", height), ("width", width)):
             if size <= 0 or size % unit:
                 valid = max(1, round(size / unit)) * unit
                 raise UserError(f"{what} {size} is not a multiple of {unit}", f"The nearest is {valid}.")
-        for name, text, embeds in (
-            ("prompt", prompt, prompt_embeds),
-            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        for name, text, embeds, mask in (
+            ("prompt", prompt, prompt_embeds, prompt_attention_mask),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask),
         ):
             if text is not None and embeds is not None:
                 raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
+            if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
+                shape = None if embeds is None else tuple(embeds.shape)
+                raise UserError(
+                    f"{name}_attention_mask has shape {tuple(mask.shape)}, {name}_embeds {shape}",
+                    "Pass both as encode_prompt returns them: (B, L) and (B, L, D).",
+                )
         self.check_condition(
             prompt if prompt_embeds is None else prompt_embeds,
             negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds,
             class_labels,
         )
-        wanted_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        width_of_text = self._network_config("text_dim")
+        for name, embeds in (("prompt", prompt_embeds), ("negative_prompt", negative_prompt_embeds)):
+            if embeds is not None and embeds.shape[-1] != width_of_text:
+                raise UserError(
+                    f"{name}_embeds has shape {tuple(embeds.shape)}",
+                    f"The network takes (B, L, {width_of_text}).",
+                )
+        limit = getattr(getattr(self.text_encoder, "config", None), "max_position_embeddings", None)
+        if limit is not None and (max_sequence_length or 0) > limit:
+            raise UserError(
+                f"max_sequence_length is {max_sequence_length}", f"The text encoder takes {limit} tokens."
+            )
 
     @property
     def _unit(self) -> int:
@@ -261,8 +284,10 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         original_size: Size | None = None,
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
     ) -> RunningCall:
-        """Check the arguments that all pipelines share and encode the condition, one row per image.
+        """Check how the arguments fit one another and encode the condition, one row per image.
 
         Args:
             height, width: in pixels, of what is drawn.
@@ -271,11 +296,12 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
                 Row i * num_images_per_prompt + j is of prompt i and picture i.
             original_size, crops_coords_top_left, target_size: what a network that takes sizes is told; by default that
                 of a picture of this size of which nothing was cut off.
+            generator, latents: checked only, where they are one for each row.
 
         Raises:
-            UserError: see ``check_inputs``; numbers of prompts, classes and pictures that do not fit one another.
+            UserError: see ``check_inputs``; numbers of prompts, classes, pictures and generators that do not fit one
+                another; more images than the machine has memory for.
         """
-        wanted = wanted_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         self.check_inputs(
             prompt,
             height,
@@ -284,9 +310,16 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
             prompt_embeds,
             negative_prompt_embeds,
             class_labels,
-            wanted,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            max_sequence_length,
         )
-        self._check_output_type(output_type)
+        ids = None if class_labels is None else self.class_ids(class_labels)
+        prompts = _number(prompt, prompt_embeds)
+        _check_negatives(negative_prompt, negative_prompt_embeds, prompts)
+        rows = count_rows(num_images_per_prompt, prompts, None if ids is None else len(ids), pictures)
+        self._require_room(rows, height, width)
+        self._check_noise(rows, self.transformer.config.in_channels, height, width, generator, latents)
         self._guidance_scale = self._guidance_of(guidance_scale)
         if guidance_scale not in (None, self._guidance_scale, self.few_steps.folded_guidance):
             told = (guidance_scale, self.few_steps.folded_guidance)
@@ -305,19 +338,29 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
             negative_prompt_attention_mask,
             max_sequence_length,
         )
-        ids = None if class_labels is None else self.class_ids(class_labels)
         ids = None if ids is None else [number for number in ids for _ in range(num_images_per_prompt)]
-        rows = count_rows(num_images_per_prompt, encoded[0], ids, pictures)
         embeds, negative_embeds, mask, negative_mask = (repeated_to(value, rows) for value in encoded)
         ids = None if ids is None else ids * (rows // len(ids))
         call = RunningCall(
-            self, ids, embeds, negative_embeds, mask, negative_mask, rows, callback_on_step_end, wanted
+            self,
+            ids,
+            embeds,
+            negative_embeds,
+            mask,
+            negative_mask,
+            rows,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs or ["latents"],
         )
         size = height, width
         call.sizes = self._sizes_told(
             rows, original_size or size, crops_coords_top_left, target_size or size, size
         )
         return call
+
+    def _require_room(self, rows: int, height: int, width: int) -> None:
+        """Refuse more pixels than this machine has memory for."""
+        require_memory(f"{rows} images of {width} x {height} pixels", rows * width * height * _PIXEL_BYTES)
 
     def _guidance_of(self, scale: float | None) -> float:
         """The guidance of a call, which a checkpoint that has learned its guidance along does without."""
@@ -375,24 +418,44 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
     ) -> Tensor:
         """The noise to start from, (B, C, height / factor, width / factor), or ``latents`` as they are.
 
-        With a list of generators image b comes from generator b alone, whatever else is in the batch.
+        With a list of generators the noise of image b comes from generator b alone, whatever else is in the batch.
 
         Raises:
             UserError: the list's length is not the number of images, or ``latents`` have another shape.
         """
-        factor = self.vae_scale_factor
-        shape = (batch_size, num_channels_latents, height // factor, width // factor)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise UserError(
-                f"{len(generator)} generators for {batch_size} images",
-                "Pass one for each image (prompts x num_images_per_prompt), or a single one.",
-            )
+        shape = self._check_noise(batch_size, num_channels_latents, height, width, generator, latents)
         if latents is None:
             noise: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
             return noise
-        if tuple(latents.shape) != shape:
-            raise UserError(f"latents have shape {tuple(latents.shape)}", f"For these inputs it is {shape}.")
         return latents.to(device, dtype)
+
+    def _check_noise(
+        self,
+        rows: int,
+        channels: int,
+        height: int,
+        width: int,
+        generator: Generators | None,
+        latents: Tensor | None,
+    ) -> tuple[int, int, int, int]:
+        """The shape of the noise, if the generators and the given ``latents`` fit it."""
+        factor = self.vae_scale_factor
+        shape = (rows, channels, height // factor, width // factor)
+        if isinstance(generator, list) and len(generator) != rows:
+            raise UserError(
+                f"{len(generator)} generators for {rows} images",
+                "Pass one for each image (prompts x num_images_per_prompt), or a single one.",
+            )
+        if latents is not None and tuple(latents.shape) != shape:
+            raise UserError(f"latents have shape {tuple(latents.shape)}", f"For these inputs it is {shape}.")
+        device = self._execution_device.type
+        for one in [generator] if isinstance(generator, torch.Generator) else generator or []:
+            if one.device.type not in ("cpu", device):
+                raise UserError(
+                    f"a generator is on {one.device}, the pipeline on {device}",
+                    "Make it on the CPU, where the same seed is the same noise everywhere: torch.Generator().",
+                )
+        return shape
 
     def prepare_noise(
         self, rows: int, height: int, width: int, generator: Generators | None, latents: Tensor | None
@@ -401,7 +464,9 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         channels, device = self.transformer.config.in_channels, self._execution_device
         return self.prepare_latents(rows, channels, height, width, torch.float32, device, generator, latents)
 
-    def _size(self, height: int | None, width: int | None, latents: Tensor | None) -> tuple[int, int]:
+    def image_size(
+        self, height: int | None = None, width: int | None = None, latents: Tensor | None = None
+    ) -> tuple[int, int]:
         """Height and width in pixels: as asked for, else of the given latents, else as in training."""
         native = self._network_config("sample_size") if latents is None else tuple(latents.shape[-2:])
         if native is None and (height is None or width is None):
@@ -474,6 +539,8 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
                 # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
                 usual = "exponential-adams" if self._prediction == "data" else "heun"
                 sampler, solver = integrate, solver or usual
+            if isinstance(solver, str):
+                solver = BY_ROW.get(solver, solver)  # a generator alone decides its image
             return self._follow_solver(sampler, velocity, x, times, solver, generator, stepped)
         except Interrupted as interrupted:
             return interrupted.latents
@@ -543,14 +610,8 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
                 "Load it; to draw without one, use output_type='latent'.",
             )
         widen = self.vae.dtype == torch.float16 and bool(self.vae.config.get("force_upcast", False))
-        if not widen:
+        with in_float32(self.vae) if widen else nullcontext():
             yield self.vae
-            return
-        self.vae.to(torch.float32)
-        try:
-            yield self.vae
-        finally:
-            self.vae.to(torch.float16)
 
     def to_images(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Latents as a caller wants to have them: "pil", "np", "pt" or "latent".
@@ -558,7 +619,6 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the pictures
         that the flow is heading for.
         """
-        self._check_output_type(output_type)
         if output_type == "latent":
             return latents
         return self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
@@ -572,21 +632,22 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @staticmethod
-    def _check_output_type(output_type: str) -> None:
-        kinds = ("pil", "np", "pt", "latent")
-        if output_type not in kinds:
-            raise unknown("output_type", output_type, kinds)
+
+def _number(text: str | list[str] | None, embeds: Tensor | None) -> int | None:
+    """How many prompts are given; None = none."""
+    if text is None:
+        return None if embeds is None else len(embeds)
+    return 1 if isinstance(text, str) else len(text)
 
 
-def check_strength(strength: float) -> None:
-    """Refuse what is no strength.
-
-    Raises:
-        UserError: strength is not in [0, 1].
-    """
-    if not 0.0 <= strength <= 1.0:
-        raise UserError(f"strength is {strength}", "Use 0 (nothing changes) to 1 (drawn from pure noise).")
+def _check_negatives(text: str | list[str] | None, embeds: Tensor | None, prompts: int | None) -> None:
+    """Refuse numbers of prompts and negative prompts that differ; one text serves all."""
+    count = None if isinstance(text, str) else _number(text, embeds)
+    if count is not None and count != prompts:
+        raise UserError(
+            f"{count} negative prompts for {prompts or 0} prompts",
+            "Pass one negative prompt for all, or one for each prompt.",
+        )
 
 
 def last_part(times: Tensor, strength: float) -> Tensor:

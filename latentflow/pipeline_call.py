@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .errors import UserError, unknown
+from .arguments import shown
+from .errors import UserError
 from .flow import Velocity
-from .flow.tensors import expand_t
+from .flow.tensors import expand_t, require_finite
 
 if TYPE_CHECKING:
     from .pipeline_base import FlowPipeline
@@ -85,6 +86,15 @@ class RunningCall:
         }
         given = {name: tensors[name] for name in self._wanted}
         changed = self._callback(self.pipe, i, timestep, given) or {}
+        if not isinstance(changed, dict):
+            raise UserError(
+                f"callback_on_step_end returned {shown(changed)} after step {i + 1}",
+                "Let it return None, or a dictionary of the tensors that are to be replaced.",
+            )
+        for name in {"latents", "prompt_embeds", "negative_prompt_embeds"} & changed.keys():
+            _check_replacement(
+                changed[name], tensors[name], f"{name} that the callback returned after step {i + 1}"
+            )
         for name in {"prompt_embeds", "negative_prompt_embeds"} & changed.keys():
             setattr(self, name, changed[name])
             self._velocity = None
@@ -104,40 +114,40 @@ class RunningCall:
         return self.pipe.velocity(positive, negative)
 
 
-def wanted_tensors(names: list[str] | None, known: Sequence[str]) -> list[str]:
-    """What the callback gets; by default the latents.
+def _check_replacement(value: Any, earlier: Tensor | None, what: str) -> None:
+    """Refuse a tensor in the place of another if it is none, or of another shape, or not finite."""
+    if value is None and earlier is None:
+        return
+    if not isinstance(value, Tensor) or earlier is None or value.shape != earlier.shape:
+        expected = (
+            "Leave it out: this call has none."
+            if earlier is None
+            else f"It has shape {tuple(earlier.shape)}."
+        )
+        raise UserError(f"{what} is {shown(value)}", expected)
+    require_finite(value, what, "Check the callback.")
 
-    Raises:
-        UserError: there is no tensor of that name.
-    """
-    for name in names or []:
-        if name not in known:
-            raise unknown("callback tensor", name, known)
-    return names or ["latents"]
 
-
-def count_rows(
-    images_per_prompt: int, prompt_embeds: Tensor | None, class_ids: list[int] | None, pictures: int
-) -> int:
+def count_rows(images_per_prompt: int, prompts: int | None, classes: int | None, pictures: int) -> int:
     """Rows of a call: prompts (or classes) x images_per_prompt; one prompt serves any number of pictures.
+
+    Args:
+        prompts, classes: how many are given; None = none.
 
     Raises:
         UserError: the numbers of prompts, classes and pictures do not fit one another.
     """
-    if images_per_prompt < 1:
-        raise UserError(f"num_images_per_prompt is {images_per_prompt}", "Ask for at least 1.")
-    rows = {len(value) for value in (prompt_embeds, class_ids) if value is not None}
-    if len(rows) > 1:
+    given = {count for count in (prompts, classes) if count is not None}
+    if len(given) > 1:
         raise UserError(
-            f"the numbers of prompts and class_labels differ: {sorted(rows)}", "Pass as many of each."
+            f"the numbers of prompts and class_labels differ: {sorted(given)}", "Pass as many of each."
         )
-    count = rows.pop() if rows else images_per_prompt
-    prompts = count // images_per_prompt
-    if 1 not in (prompts, pictures) and prompts != pictures:
+    count = given.pop() if given else 1
+    if 1 not in (count, pictures) and count != pictures:
         raise UserError(
-            f"{prompts} prompts or classes for {pictures} pictures", "Pass as many of each, or one of either."
+            f"{count} prompts or classes for {pictures} pictures", "Pass as many of each, or one of either."
         )
-    return max(prompts, pictures) * images_per_prompt
+    return max(count, pictures) * images_per_prompt
 
 
 def repeated_to(value: Tensor | None, rows: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -9,11 +10,24 @@ import torch
 from torch import Tensor
 
 from .autoencoder import mask_channels
-from .errors import UserError, lookup
+from .errors import UserError, lookup, printable
+from .flow.tensors import require_finite
 from .models import Condition, encode_text
+from .models.text import UnknownWords, unknown_words
+from .pipeline_arguments import labels, texts
 from .pipeline_call import Size
 
 ClassLabels: TypeAlias = int | str | Sequence[int | str]
+
+
+def unknown_words_text(words: Sequence[str]) -> str:
+    """A sentence for users that names the words; see ``ConditionMixin.unknown_words``."""
+    shown = ", ".join(f"'{word}'" for word in words[:10]) + (
+        f" and {len(words) - 10} more" if words[10:] else ""
+    )
+    return printable(
+        f"words that the checkpoint's vocabulary does not know, and that it cannot draw: {shown}"
+    )
 
 
 class ConditionMixin:
@@ -60,10 +74,11 @@ class ConditionMixin:
         """Class ids of names, ids or a mixture.
 
         Raises:
-            UserError: a name or an id is unknown.
+            UserError: a name or an id is unknown, or none.
         """
-        labels = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
-        ids = [self.get_label_ids(label)[0] if isinstance(label, str) else int(label) for label in labels]
+        given = labels("class_labels", class_labels)
+        rows = given if isinstance(given, list) else [given]
+        ids = [self.get_label_ids(row)[0] if isinstance(row, str) else row for row in rows]
         for number in ids:
             if not 0 <= number < self._network_config("num_classes"):
                 raise UserError(f"class id {number} does not exist", self._takes())
@@ -105,18 +120,12 @@ class ConditionMixin:
         """(rows, 6), see ``Condition``; None for a network that takes no sizes.
 
         Raises:
-            UserError: something that is no size, or other than what is drawn for a network that takes none.
+            UserError: other than what is drawn, for a network that takes none.
         """
-        named = {"original_size": original, "crops_coords_top_left": crop, "target_size": target}
-        for name, value in named.items():
-            least = 0 if name == "crops_coords_top_left" else 1
-            if not isinstance(value, tuple | list) or len(value) != 2 or min(value) < least:
-                what = "top and left" if least == 0 else "height and width"
-                raise UserError(f"{name} is {value}", f"Give two numbers of pixels: {what}.")
         if self._network_config("size_conditioning"):
             told = [*original, *crop, *target]
             return torch.tensor([told] * rows, dtype=torch.float32, device=self._execution_device)
-        if [*map(tuple, named.values())] != [drawn, (0, 0), drawn]:
+        if (original, crop, target) != (drawn, (0, 0), drawn):
             raise UserError(
                 "this checkpoint was not trained to be told sizes and crops",
                 "Leave original_size, crops_coords_top_left and target_size out.",
@@ -149,6 +158,9 @@ class ConditionMixin:
             UserError: no text encoder is loaded, or the numbers of prompts and negative prompts differ.
         """
         device = device or self._execution_device
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text is not None:
+                texts(name, text)
         if prompt is not None:
             prompt = [prompt] if isinstance(prompt, str) else list(prompt)
             prompt_embeds, prompt_attention_mask = self._embed(prompt, max_sequence_length)
@@ -175,6 +187,21 @@ class ConditionMixin:
         )
         return prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
 
+    def unknown_words(self, prompts: str | list[str]) -> list[str]:
+        """Words of prompts that the checkpoint's vocabulary does not know, each once: they cannot be drawn.
+
+        None without a tokenizer, or with one that spells everything in bytes.
+        """
+        if self.tokenizer is None:
+            return []
+        return unknown_words(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts)
+
+    def warn_of_unknown_words(self, *prompts: str | list[str] | None, stacklevel: int = 2) -> None:
+        """Warn once of all `unknown_words` of ``prompts``, as ``UnknownWords``."""
+        rows = [[text] if isinstance(text, str) else text or [] for text in prompts]
+        if words := self.unknown_words([text for row in rows for text in row]):
+            warnings.warn(UnknownWords(unknown_words_text(words)), stacklevel=stacklevel + 1)
+
     def _embed(self, prompts: list[str], max_length: int | None) -> tuple[Tensor, Tensor]:
         """(P, L, D) and (P, L) bool; an empty prompt has no tokens, unless there is a class beside it."""
         if self.text_encoder is None or self.tokenizer is None:
@@ -183,6 +210,11 @@ class ConditionMixin:
                 "Load them, or pass prompt_embeds (from pipe.encode_prompt) instead.",
             )
         embeds, mask = encode_text(self.tokenizer, self.text_encoder, prompts, max_length)
+        require_finite(
+            embeds,
+            "what the text encoder makes of the prompts",
+            "In float16 it may overflow: load it in bfloat16 or float32. Else its weights are damaged.",
+        )
         if self.takes_classes:
             return embeds, mask
         written = torch.tensor([bool(text.strip()) for text in prompts], device=mask.device)

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from . import diffusers_border as border
 from .errors import UserError, lookup
-from .flow import EDITING, Velocity, integrate, slerp, time_grid
+from .flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
 from .flow.editing import deterministic
-from .pipeline_base import FlowPipeline, Generators, Interrupted, check_strength, last_part
-from .pipeline_call import RunningCall, Size, StepCallback, wanted_tensors
+from .flow.solvers import BY_ROW
+from .pipeline_arguments import checked
+from .pipeline_base import FlowPipeline, Generators, Interrupted, last_part
+from .pipeline_call import RunningCall, Size, StepCallback
 from .pipeline_conditions import ClassLabels
 from .pipeline_images import Pictures, read_pictures
 from .pipeline_windows import seen_pictures, whole
@@ -45,6 +47,7 @@ class LatentFlowEditPipeline(FlowPipeline):
     by our own solvers alone: a diffusers scheduler cannot go back.
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
@@ -90,7 +93,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             guidance_scale: towards ``prompt``. 1 to 2 keep most of the picture; more, where an edit is too weak, costs
                 sharpness.
             source_guidance_scale: towards ``source_prompt``, on the way back.
-            generator: for the noise of "flowedit": one for all, or one for each image, which alone determines it;
+            generator: for the noise of "flowedit": one for all, or one for each image, which alone determines it
+                (up to rounding, as in ``LatentFlowPipeline``);
                 "inversion" draws none.
             callback_on_step_end: as in ``LatentFlowPipeline``; prompt_embeds are the target's. Inversion's first half
                 of the steps goes back towards noise.
@@ -108,14 +112,16 @@ class LatentFlowEditPipeline(FlowPipeline):
             UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, a picture, strength, method,
                 solver or setting that is none, numbers of pictures and (source) prompts that do not fit.
         """
-        check_strength(strength)
         settings = _settings(method, solver=solver, draws=draws, plain_from=plain_from)
         if not (self.takes_text or self.takes_classes):
             fix = "Vary the picture with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
             raise UserError(
                 "this checkpoint takes neither prompt nor classes: there is nothing to edit by", fix
             )
-        x1, size = self._latents_of(image, height, width)
+        pictures = read_pictures(image, height, width)
+        size = (pictures.shape[2], pictures.shape[3])
+        if source_class_labels is not None and self.takes_classes:
+            self.class_ids(source_class_labels)  # refused before the target's prompt is encoded
         # 1. What the pictures shall show, and what they show now, one row per image
         shared: dict[str, Any] = {
             "size": size,
@@ -131,7 +137,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             negative_prompt=negative_prompt,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            pictures=len(x1),
+            pictures=len(pictures),
+            generator=generator,
             **shared,
         )
         count = target.rows // num_images_per_prompt
@@ -145,15 +152,10 @@ class LatentFlowEditPipeline(FlowPipeline):
         )
         # The target's: a callback sees it, and may change it
         self._guidance_scale = self._guidance_of(guidance_scale)
-        if isinstance(generator, list) and len(generator) != target.rows:
-            raise UserError(
-                f"{len(generator)} generators for {target.rows} images",
-                "Pass one for each image, or a single one.",
-            )
         if "generator" in inspect.signature(EDITING[method]).parameters:
             settings["generator"] = generator
         # 2. From picture to picture
-        x1 = target.rows_of(x1)
+        x1 = target.rows_of(self._latents_of(pictures))
         times = last_part(time_grid(num_inference_steps), strength)
         begins = times[:-1] if method != "inversion" else torch.cat([times.flip(0)[:-1], times[:-1]])
         self._num_timesteps = len(begins)
@@ -175,6 +177,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         # 3. From latents to images of the pictures' size
         return self.finish_call(self._cropped(x1, size, output_type), return_dict)
 
+    @checked
     @torch.no_grad()
     def invert(
         self,
@@ -204,8 +207,33 @@ class LatentFlowEditPipeline(FlowPipeline):
         Raises:
             UserError: as a call.
         """
-        method = deterministic(solver)
-        x1, size = self._latents_of(image, height, width)
+        deterministic(solver)
+        return self._inverted(
+            read_pictures(image, height, width),
+            prompt,
+            num_inference_steps,
+            guidance_scale,
+            negative_prompt,
+            class_labels,
+            solver,
+            measure,
+            max_sequence_length,
+        )
+
+    def _inverted(
+        self,
+        pictures: Tensor,
+        prompt: str | list[str],
+        num_inference_steps: int,
+        guidance_scale: float,
+        negative_prompt: str | list[str] | None,
+        class_labels: ClassLabels | None,
+        solver: str | Solver,
+        measure: bool,
+        max_sequence_length: int | None,
+    ) -> Inversion:
+        """``invert``, its arguments checked and its pictures read."""
+        method, size = _by_row(solver), (pictures.shape[2], pictures.shape[3])
         call = self._start(
             prompt,
             class_labels,
@@ -214,9 +242,9 @@ class LatentFlowEditPipeline(FlowPipeline):
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
             max_sequence_length=max_sequence_length,
-            pictures=len(x1),
+            pictures=len(pictures),
         )
-        x1, times = call.rows_of(x1), time_grid(num_inference_steps)
+        x1, times = call.rows_of(self._latents_of(pictures)), time_grid(num_inference_steps)
         noise = integrate(call.velocity, x1, times.flip(0), method, progress=self.progress_bar)
         error = None
         if measure:
@@ -225,6 +253,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         self.maybe_free_model_hooks()
         return Inversion(noise, error, size)
 
+    @checked
     @torch.no_grad()
     def interpolate(
         self,
@@ -267,33 +296,17 @@ class LatentFlowEditPipeline(FlowPipeline):
             UserError: as a call; not two of what two are needed of.
         """
         deterministic(solver)
-        if frames < 2:
-            raise UserError(f"{frames} frames", "Ask for at least 2, the first and the last.")
         if guidance_scale is None:
             guidance_scale = self.usual_guidance if image is None else 1.0
         prompts = _as_many(prompt, 2, "prompt") or ["", ""]
         labels = _as_many(class_labels, 2, "class_labels")
-        # 1. The noise of the first and the last frame
-        if image is None:
-            size = self._size(height, width, None)
-            noise = self._drawn_ends(size, generator)
-        else:
-            pictures = read_pictures(image, height, width)
-            if len(pictures) != 2:
-                raise UserError(f"{len(pictures)} pictures to interpolate between", "Pass [first, last].")
-            inversion = self.invert(
-                pictures,
-                prompts,
-                num_inference_steps,
-                guidance_scale,
-                negative_prompt,
-                labels,
-                solver,
-                measure=False,
-                max_sequence_length=max_sequence_length,
-            )
-            noise, size = inversion.latents, inversion.size
-        # 2. The two conditions, each for all frames
+        pictures = None if image is None else read_pictures(image, height, width)
+        if pictures is not None and len(pictures) != 2:
+            raise UserError(f"{len(pictures)} pictures to interpolate between", "Pass [first, last].")
+        if isinstance(generator, list) and len(generator) > 2:
+            raise UserError(f"{len(generator)} generators", "Pass one for all frames, or [first, last].")
+        size = self.image_size(height, width) if pictures is None else (pictures.shape[2], pictures.shape[3])
+        # 1. The two conditions, each for all frames
         first, last = (
             self._start(
                 prompts[end],
@@ -310,6 +323,22 @@ class LatentFlowEditPipeline(FlowPipeline):
             )
             for end in (0, 1)
         )
+        # 2. The noise of the first and the last frame
+        if pictures is None:
+            ends = len(generator) if isinstance(generator, list) else 1
+            noise = self.prepare_noise(ends, *size, generator, None)
+        else:
+            noise = self._inverted(
+                pictures,
+                prompts,
+                num_inference_steps,
+                guidance_scale,
+                negative_prompt,
+                labels,
+                solver,
+                False,
+                max_sequence_length,
+            ).latents
         # 3. From noise to data
         shares = torch.linspace(0.0, 1.0, frames, device=noise.device)
         one_condition = prompts[0] == prompts[1] and (labels is None or labels[0] == labels[1])
@@ -326,18 +355,11 @@ class LatentFlowEditPipeline(FlowPipeline):
 
     # ---------------------------------------------------------------- the parts of a call
 
-    def _latents_of(self, image: Pictures, height: int | None, width: int | None) -> tuple[Tensor, Size]:
-        """(P, C, h, w) and the pictures' size, (height, width) in pixels."""
-        pictures = read_pictures(image, height, width)
+    def _latents_of(self, pictures: Tensor) -> Tensor:
+        """(P, C, h, w) of pictures (P, 3, H, W) in [0, 1]."""
         size = (pictures.shape[2], pictures.shape[3])
         seen = seen_pictures(pictures, [whole(size)] * len(pictures), self._canvas(size))
-        return self.encode_images(2.0 * seen.to(self._execution_device) - 1.0), size
-
-    def _drawn_ends(self, size: Size, generator: Generators | None) -> Tensor:
-        count = len(generator) if isinstance(generator, list) else 1
-        if count > 2:
-            raise UserError(f"{count} generators", "Pass one for all frames, or [first, last].")
-        return self.prepare_noise(count, *size, generator, None)
+        return self.encode_images(2.0 * seen.to(self._execution_device) - 1.0)
 
     def _start(
         self,
@@ -355,6 +377,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int | None = None,
         pictures: int = 1,
+        generator: Generators | None = None,
     ) -> RunningCall:
         """``start_call``; where a condition may lack, "" and None are the network without any."""
         height, width = self._canvas(size)
@@ -364,9 +387,9 @@ class LatentFlowEditPipeline(FlowPipeline):
             if negative_prompt is not None:
                 raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
             rows = pictures * num_images_per_prompt
+            self._require_room(rows, height, width)
             self._guidance_scale, self._interrupt = guidance_scale, False
-            self._check_output_type(output_type)
-            wanted = wanted_tensors(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+            wanted = callback_on_step_end_tensor_inputs or ["latents"]
             call = RunningCall(self, None, None, None, None, None, rows, callback_on_step_end, wanted)
             canvas = height, width
             call.sizes = self._sizes_told(rows, canvas, (0, 0), canvas, canvas)
@@ -389,6 +412,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             prompt_attention_mask=None,
             negative_prompt_attention_mask=None,
             pictures=pictures,
+            generator=generator,
         )
 
     def _scaled(self, velocity: Velocity, scale: float) -> Velocity:
@@ -414,10 +438,17 @@ def _settings(method: str, **given: Any) -> dict[str, Any]:
     """Those of ``given`` that are not None, if the method has them."""
     known = inspect.signature(lookup(EDITING, method, "editing method")).parameters
     settings = {name: value for name, value in given.items() if value is not None}
+    if "solver" in settings:
+        settings["solver"] = _by_row(settings["solver"])
     for name in settings:
         if name not in known:
             raise UserError(f"{name} is given, but method '{method}' has no such setting", "Leave it out.")
     return settings
+
+
+def _by_row(solver: str | Solver) -> str | Solver:
+    """The solver whose rows do not depend on one another, where there are two of this name."""
+    return BY_ROW.get(solver, solver) if isinstance(solver, str) else solver
 
 
 def _as_many(values: Any, count: int, name: str) -> list[Any] | None:

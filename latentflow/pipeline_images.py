@@ -15,6 +15,7 @@ from .data.colours import profile_of
 from .data.mask_files import read_mask
 from .data.read import to_pixels, to_rgb, upright
 from .errors import UserError
+from .memory import require_memory
 from .pipeline_call import Size
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def read_pictures(pictures: Pictures, height: int | None = None, width: int | No
         UserError: not pictures; values outside [0, 1]; several sizes where none is asked for.
     """
     rows = [row for picture in _listed(pictures, "image") for row in _rgb(picture)]
+    if height and width:
+        require_memory(f"{len(rows)} images of {width} x {height} pixels", 12 * len(rows) * width * height)
     for what, side in (("height", height), ("width", width)):
         if side is not None and side < 1:
             raise UserError(f"{what} is {side}", "Give a number of pixels.")
@@ -164,7 +167,11 @@ def _mask_rows(mask: np.ndarray[Any, Any] | Tensor) -> Tensor:
 def _channels_first(values: np.ndarray[Any, Any] | Tensor) -> Tensor:
     """Arrays are (..., H, W, C), tensors (..., C, H, W); both get rows. float32."""
     if isinstance(values, np.ndarray):
-        values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, -3)))
+        if values.dtype.kind not in "buif":
+            raise UserError(f"an array of dtype {values.dtype}", "Pass numbers in [0, 1], such as float32.")
+        values = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, -3), dtype=np.float32))
+    elif values.is_complex():
+        raise UserError(f"a tensor of dtype {values.dtype}", "Pass real numbers in [0, 1].")
     values = values.detach().cpu().float()
     return values if values.ndim != 3 else values[None]
 
@@ -219,6 +226,8 @@ def expand_canvas(
             f"cannot add {left}, {top}, {right}, {bottom} pixels",
             "Give numbers of at least 0; crop with image.crop.",
         )
+    width, height = image.width + left + right, image.height + top + bottom
+    require_memory(f"a canvas of {width} x {height} pixels", 4 * width * height)
     image = upright(image)
     margins = ((top, bottom), (left, right))
     mask = np.pad(np.zeros((image.height, image.width), np.uint8), margins, constant_values=255)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pipeline_base import FlowPipeline, Generators, check_strength
+from .pipeline_arguments import checked
+from .pipeline_base import FlowPipeline, Generators
 from .pipeline_call import StepCallback
 from .pipeline_conditions import ClassLabels
 from .pipeline_images import Pictures, read_pictures
@@ -20,9 +21,10 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
     ``LatentFlowImg2ImgPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines.
 
     Variations of one picture: ``pipe(prompt, image=picture, generator=[...], num_images_per_prompt=4)``, a generator
-    for each; image b depends on generator b alone.
+    for each; image b depends on generator b alone, up to rounding (one level of 255).
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
@@ -71,7 +73,6 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
         Raises:
             UserError: as ``LatentFlowPipeline``; also a picture or a strength that is none.
         """
-        check_strength(strength)
         pictures = read_pictures(image, height, width)
         size = (pictures.shape[2], pictures.shape[3])
         canvas, windows = self._canvas(size), [whole(size)] * len(pictures)
@@ -93,6 +94,8 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
             guidance_interval=guidance_interval,
             prompt_attention_mask=prompt_attention_mask,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
+            generator=generator,
+            latents=latents,
             pictures=len(pictures),
         )
         # 2. The picture's latents and the noise

@@ -12,7 +12,8 @@ from .autoencoder import known_source, latent_channels, latent_mask, masked_cond
 from .errors import UserError, unknown
 from .flow import Velocity
 from .flow.inpainting import DEFAULT_INPAINTING, INPAINTING
-from .pipeline_base import AfterStep, FlowPipeline, Generators, Sampler, check_strength
+from .pipeline_arguments import checked
+from .pipeline_base import AfterStep, FlowPipeline, Generators, Sampler
 from .pipeline_call import RunningCall, StepCallback
 from .pipeline_conditions import ClassLabels
 from .pipeline_images import Pictures, read_masks, read_pictures, transparent_again
@@ -34,6 +35,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
     Outpainting: ``image, mask = latentflow.expand_canvas(picture, right=32)`` makes the arguments.
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
@@ -103,12 +105,19 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         Raises:
             UserError: as ``LatentFlowPipeline``; also pictures, masks, a strength or a method that are none.
         """
-        check_strength(strength)
         method = self._method(method, solver)
         # 1. Pictures, masks, and the window of each that is drawn
         painting = self._painting(image, mask_image, height, width, padding_mask_crop, feather)
         if painting.unchanged:
             strength = 0.0
+        if masked_image_latents is not None:
+            cells = (side // self.vae_scale_factor for side in painting.canvas)
+            shape = (len(painting.pictures), self.transformer.config.in_channels, *cells)
+            if tuple(masked_image_latents.shape) != shape:
+                raise UserError(
+                    f"masked_image_latents have shape {tuple(masked_image_latents.shape)}",
+                    f"For these inputs it is {shape}.",
+                )
         # 2. The condition, one row per image
         call = self.start_call(
             prompt=prompt,
@@ -127,6 +136,8 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             guidance_interval=guidance_interval,
             prompt_attention_mask=prompt_attention_mask,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
+            generator=generator,
+            latents=latents,
             pictures=len(painting.pictures),
         )
         # 3. The noise, what is known, and how to go from one to the other
@@ -201,7 +212,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             pictures = read_pictures(image, height, width)
             canvas = (pictures.shape[2], pictures.shape[3])
         else:
-            pictures, canvas = read_pictures(image), self._size(height, width, None)
+            pictures, canvas = read_pictures(image), self.image_size(height, width, None)
         masks = read_masks(mask_image, (pictures.shape[2], pictures.shape[3]))
         return prepared(pictures, masks, feather, self._canvas(canvas), padding_mask_crop)
 
@@ -217,11 +228,6 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             else:
                 told, known = None, masked_latents(vae, seen, holes)
         if given is not None:
-            if given.shape != known.shape:
-                raise UserError(
-                    f"masked_image_latents have shape {tuple(given.shape)}",
-                    f"For these inputs it is {tuple(known.shape)}.",
-                )
             known = given.to(known)
         if told is not None:
             call.channels = call.rows_of(torch.cat([told[:, :-channels], known], 1))

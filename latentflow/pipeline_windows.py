@@ -201,5 +201,6 @@ def feathered(masks: Tensor, feather: float) -> Tensor:
 
 
 def composite(masks: Tensor, drawn: Tensor, pictures: Tensor) -> Tensor:
-    """masks * drawn + (1 - masks) * pictures; where the mask is 0 the picture, to the last bit."""
-    return masks * drawn + (1.0 - masks) * pictures
+    """masks * drawn + (1 - masks) * pictures; where the mask is 0 the picture, to the last bit, whatever was drawn."""
+    blended = masks * drawn + (1.0 - masks) * pictures
+    return torch.where(masks == 0.0, pictures, torch.where(masks == 1.0, drawn, blended))

@@ -10,9 +10,9 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.drawing.checkpoint import open_pipeline
-from latentflow.drawing.conditions import Condition, conditions
+from latentflow.drawing.conditions import Condition, conditions, tell_unknown_words
 from latentflow.drawing.config import DrawingConfig
-from latentflow.drawing.draw import draw
+from latentflow.drawing.draw import check_room, draw
 from latentflow.drawing.files import save
 from latentflow.drawing.pictures import read_opaque
 from latentflow.drawing.sheets import enlarged, sheet
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = "LatentFlowImg2ImgPipeline" if anew else "LatentFlowEditPipeline"
     pipe = open_pipeline(kind, config.checkpoint, config.device, config)
     shown = conditions(pipe, config.prompt, config.class_labels, config.negative, optional=anew)
+    check_room(len(shown) * config.n, (picture.height, picture.width), config.scale)
+    tell_unknown_words(pipe, *config.prompt, config.negative, None if config.class_labels else config.source)
 
     # Edit: all of the first prompt, all of the second, ...
     pictures = draw(

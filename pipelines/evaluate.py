@@ -15,7 +15,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import time
 from collections import Counter
@@ -41,7 +40,8 @@ from latentflow.data.config import DataConfig
 from latentflow.documents import read_yaml
 from latentflow.drawing.adapters import AdapterChoice
 from latentflow.drawing.checkpoint import open_pipeline
-from latentflow.errors import RunError, UserError, printable, reason
+from latentflow.drawing.files import check_writable, whole_file
+from latentflow.errors import UserError, printable
 from latentflow.flow import SOLVERS, CondOT, flow_matching_loss
 from latentflow.memory import memory_phase
 from latentflow.metrics import learned
@@ -224,10 +224,7 @@ def checked_output(config: EvaluateConfig) -> Path:
             raise UserError(f"{file} is a folder", "Choose another -o.")
         if file.exists() and not config.overwrite:
             raise UserError(f"{file} exists", "Choose another -o, or replace it with --overwrite.")
-    folder = next(one for one in output.absolute().parents if one.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        told = "cannot be written to" if folder.is_dir() else "is no folder"
-        raise UserError(f"{output} cannot be written: {folder} {told}", "Choose another -o.")
+    check_writable(config.output)
     return output
 
 
@@ -734,17 +731,10 @@ def write(output: Path, report: dict[str, Any], shown: Tensor) -> None:
     Raises:
         RunError: a file cannot be written.
     """
-    for file in (output, output.with_suffix(".png")):
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            if file == output:
-                file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            else:
-                save_image((shown + 1) / 2, file, nrow=math.ceil(len(shown) ** 0.5))
-        except OSError as error:
-            raise RunError(
-                f"{file} could not be written: {reason(error)}", "The figures are above."
-            ) from error
+    with whole_file(output) as partial:
+        partial.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with whole_file(output.with_suffix(".png")) as partial:
+        save_image((shown + 1) / 2, partial, nrow=math.ceil(len(shown) ** 0.5))
 
 
 def lines(report: dict[str, Any], indent: str = "") -> list[str]:

@@ -11,9 +11,9 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.drawing.checkpoint import open_pipeline
-from latentflow.drawing.conditions import conditions
+from latentflow.drawing.conditions import conditions, tell_unknown_words
 from latentflow.drawing.config import DrawingConfig
-from latentflow.drawing.draw import draw
+from latentflow.drawing.draw import check_room, draw
 from latentflow.drawing.files import save
 from latentflow.drawing.sheets import enlarged, sheet
 
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.check()
     pipe = open_pipeline("LatentFlowPipeline", config.checkpoint, config.device, config)
     shown = conditions(pipe, config.prompt, config.class_labels, config.negative)
+    check_room(len(shown) * config.n, pipe.image_size(config.height, config.width), config.scale)
+    tell_unknown_words(pipe, *config.prompt, config.negative)
 
     # Draw: all of the first prompt, all of the second, ...
     pictures = draw(

@@ -11,9 +11,9 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.drawing.checkpoint import open_pipeline
-from latentflow.drawing.conditions import conditions
+from latentflow.drawing.conditions import conditions, tell_unknown_words
 from latentflow.drawing.config import DrawingConfig
-from latentflow.drawing.draw import draw
+from latentflow.drawing.draw import check_room, draw
 from latentflow.drawing.files import save
 from latentflow.drawing.pictures import read_mask_of, read_picture
 from latentflow.drawing.sheets import enlarged, sheet
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     picture, mask, prompts = read(config)
     pipe = open_pipeline("LatentFlowInpaintPipeline", config.checkpoint, config.device, config)
     shown = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
+    check_room(len(shown) * config.n, (picture.height, picture.width), config.scale)
+    tell_unknown_words(pipe, *prompts, config.negative)
 
     # Paint: all of the first prompt, all of the second, ...
     pictures = draw(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from latentflow.cli import parse, run
 from latentflow.drawing.checkpoint import open_pipeline
-from latentflow.drawing.conditions import Condition, conditions
+from latentflow.drawing.conditions import Condition, conditions, tell_unknown_words
 from latentflow.drawing.config import DrawingConfig
+from latentflow.drawing.draw import check_room, generators
 from latentflow.drawing.files import save
 from latentflow.drawing.pictures import read_opaque
 from latentflow.drawing.sheets import enlarged, sheet
@@ -55,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.prompt or config.class_labels:
         rows = conditions(pipe, config.prompt, config.class_labels)
     first, last = rows[0], rows[-1]
+    size = (images[0].height, images[0].width) if images else pipe.image_size()
+    check_room(config.n, size, config.scale)
+    tell_unknown_words(pipe, *config.prompt, config.negative)
 
-    # Draw
+    # Draw, from one noise for the whole way, or from that of the first and that of the last
     pictures = pipe.interpolate(
         **{name: [first[name], last[name]] for name in first},
         image=images,
@@ -64,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **({} if config.steps is None else {"num_inference_steps": config.steps}),
         guidance_scale=config.guidance,
         negative_prompt=config.negative,
-        generator=None if images else noise(config.seed, ends=2 if first == last else 1),
+        generator=None if images else generators(config.seed, count=2 if first == last else 1),
         solver=config.solver,
     ).images
 
@@ -72,13 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.grid:
         pictures = [sheet(pictures, columns=len(pictures))]
     save([enlarged(each, config.scale) for each in pictures], config.output, config.overwrite)
-
-
-def noise(seed: int, ends: int) -> Any:
-    """Generators of one noise for the whole way, or of the first and the last."""
-    import torch
-
-    return [torch.Generator().manual_seed(seed + i) for i in range(ends)]
 
 
 if __name__ == "__main__":

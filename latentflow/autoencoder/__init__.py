@@ -11,6 +11,7 @@ from .latents import denormalise as denormalise
 from .latents import downscale_factor as downscale_factor
 from .latents import encode as encode
 from .latents import has_statistics as has_statistics
+from .latents import in_float32 as in_float32
 from .latents import latent_channels as latent_channels
 from .latents import measure_statistics as measure_statistics
 from .latents import normalise as normalise

@@ -8,17 +8,26 @@ the first, with ``scaling_factor = 1``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+from ..flow.tensors import require_finite
 from ..memory import inner_phase
+
+log = logging.getLogger(__name__)
 
 # Any of diffusers' autoencoder classes; they share no base class that declares encode, decode and config.
 Autoencoder: TypeAlias = Any
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
+
+# Autoencoders that were warned of.
+_OVERFLOWING: WeakSet[Any] = WeakSet()
 
 # diffusers keeps config entries that a class does not declare (AutoencoderDC: our latent statistics), and warns of
 # them at every load although nothing is lost.
@@ -56,12 +65,21 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
     Returns:
         Mean and standard deviation, each (B, C, h, w) float32; the deviation is None for a deterministic autoencoder.
+
+    Raises:
+        UserError: the images are not finite, or what the autoencoder makes of them is not, in float32 either.
     """
-    encoded = vae.encode(_placed(vae, images))
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-    raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-    return raw.float(), None
+
+    def moments(rows: Tensor) -> tuple[Tensor, ...]:
+        encoded = vae.encode(_placed(vae, rows))
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        return (raw.float(),)
+
+    require_finite(images, "an image to encode", "Check where it comes from.")
+    mean, *std = _finite(vae, moments, images, "latent")
+    return mean, std[0] if std else None
 
 
 def normalise(vae: Autoencoder, raw: Tensor) -> Tensor:
@@ -93,11 +111,75 @@ def encode(vae: Autoencoder, images: Tensor, *, generator: Generators | None = N
 
 
 def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1] (not clipped)."""
-    raw = denormalise(vae, latents.float())
+    """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1] (not clipped).
+
+    Raises:
+        UserError: the latents are not finite, or the images are not, in float32 either.
+    """
+    require_finite(
+        latents, "a latent to decode", "It comes from sampling: look at the network and its guidance."
+    )
+
+    def images(rows: Tensor) -> tuple[Tensor, ...]:
+        return (vae.decode(_placed(vae, rows), return_dict=False)[0].float(),)
+
     with inner_phase("decode"):
-        images: Tensor = vae.decode(_placed(vae, raw), return_dict=False)[0]
-    return images.float()
+        return _finite(vae, images, denormalise(vae, latents.float()), "image")[0]
+
+
+def _finite(
+    vae: Autoencoder, function: Callable[[Tensor], tuple[Tensor, ...]], values: Tensor, what: str
+) -> tuple[Tensor, ...]:
+    """``function(values)``; the rows of it that are not finite once more, in float32.
+
+    Row by row, so that what overflows beside an image changes nothing of it.
+
+    Raises:
+        UserError: a row is not finite in float32 either; names a weight that is not, if there is one.
+    """
+    results = function(values)
+    bad = _bad_rows(results)
+    if not len(bad):
+        return results
+    total, dtype = len(values), str(vae.dtype).removeprefix("torch.")
+    with in_float32(vae):
+        again = function(values[bad])
+    if left := len(_bad_rows(again)):
+        weight = next((name for name, one in vae.state_dict().items() if not torch.isfinite(one).all()), None)
+        raise UserError(
+            f"{left} of {total} {what}s of the autoencoder {'is' if left == 1 else 'are'} not finite, in float32 too"
+            + (f": its weight {weight} is not" if weight else ""),
+            "Its weights are damaged: copy or download the checkpoint again, or take another autoencoder.",
+        )
+    if vae not in _OVERFLOWING:
+        _OVERFLOWING.add(vae)
+        log.warning(
+            "the autoencoder overflows in %s: %d of %d %ss are made again in float32. To save that time, load it in "
+            "float32 (pipe.vae.to(torch.float32)) or bfloat16",
+            *(dtype, len(bad), total, what),
+        )
+    rows = bad.to(values.device)
+    return tuple(one.index_copy(0, rows.to(one.device), new) for one, new in zip(results, again, strict=True))
+
+
+def _bad_rows(results: tuple[Tensor, ...]) -> Tensor:
+    """Numbers of the rows that are not finite."""
+    fine = torch.stack([torch.isfinite(one).flatten(1).all(1) for one in results]).all(0)
+    return (~fine).nonzero()[:, 0]
+
+
+@contextmanager
+def in_float32(vae: Autoencoder) -> Iterator[None]:
+    """Within the context, the autoencoder computes in float32, whatever its weights are kept in."""
+    own, place = vae.dtype, next(vae.parameters()).device.type
+    # diffusers' own `to` warns of modules to be kept in float32, also where there are none.
+    torch.nn.Module.to(vae, torch.float32)
+    try:
+        # Weights on "meta" are offloaded, from an accelerator, and come back as wide as they are marked here.
+        with torch.autocast("cuda" if place == "meta" else place, enabled=False):
+            yield
+    finally:
+        torch.nn.Module.to(vae, own)
 
 
 @torch.no_grad()

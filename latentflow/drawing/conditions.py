@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +46,16 @@ def conditions(
         return [{"prompt": prompt} | extra for prompt in prompts]
     ids = pipe.class_ids([_number_or_name(pipe, name) for name in classes]) if classes else []
     return [{"class_labels": number} for number in ids] or [{}]
+
+
+def tell_unknown_words(pipe: Any, *texts: str | None) -> None:
+    """Say once on stderr, before anything is drawn, which words the checkpoint does not know."""
+    from ..models.text import UnknownWords
+    from ..pipeline_conditions import unknown_words_text
+
+    if words := pipe.unknown_words([text for text in texts if text]):
+        print(f"Warning: {unknown_words_text(words)}.", file=sys.stderr)
+    warnings.simplefilter("ignore", UnknownWords)  # each batch would say it again
 
 
 def _instead(pipe: Any) -> str:

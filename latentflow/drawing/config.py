@@ -7,9 +7,11 @@ from typing import Annotated
 
 import tyro
 
+from ..arguments import finite, whole
 from ..errors import UserError
 from .adapters import AdapterChoice
-from .files import check_format
+from .draw import LARGEST_SEED
+from .files import check_format, check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,14 @@ class DrawingConfig(AdapterChoice):
         """Refuse at once what would fail after the drawing.
 
         Raises:
-            UserError: a number below 1, or a file name without a picture format.
+            UserError: a number below 1, out of range or not finite; a file name without a picture format, or where
+                nothing can be written.
         """
         for flag, value in (("-n", self.n), ("--steps", self.steps), ("--scale", self.scale)):
             if value is not None and value < 1:
                 raise UserError(f"{flag} must be at least 1, not {value}")
+        whole("--seed", self.seed, 0, LARGEST_SEED)
+        if self.guidance is not None:
+            finite("--guidance", self.guidance)
         check_format(self.output)
+        check_writable(self.output)

@@ -1,12 +1,18 @@
-"""Picture files: formats, and names that overwrite nothing."""
+"""Picture files: formats, names that overwrite nothing, and writing them whole or not at all."""
 
 from __future__ import annotations
 
+import errno
+import os
+import struct
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import RunError, UserError, reason
 from .pictures import is_transparent
 
 if TYPE_CHECKING:
@@ -29,12 +35,69 @@ def check_format(output: str) -> None:
         raise UserError(f"-o {output}: no picture format '{suffix}'", "Use .png, .jpg or .webp.")
 
 
+def check_writable(output: str) -> None:
+    """Refuse a file that cannot be written, before anything is made that should go there.
+
+    Raises:
+        UserError: its folder, or the nearest that there is, takes no file; or its name is none.
+    """
+    path = Path(output)
+    try:
+        folder = next(folder for folder in path.parents if folder.exists())
+        if folder == path.parent:
+            path.is_file()  # a name that is too long fails here
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"-o {output} cannot be written: {_why(error)}", "Give a file in a folder that you may write to."
+        ) from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write in the place of ``path``, which it becomes when it is complete; of what fails nothing remains.
+
+    Raises:
+        RunError: it cannot be written; says why.
+    """
+    path = path.resolve()  # what a link leads to, and not the link, is replaced
+    partial = path.with_name(f".latentflow-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "Free some space, or give another -o" if full else "Give another -o"
+        raise RunError(f"{path} cannot be written: {_why(error)}", f"{fix}.") from error
+    finally:
+        with suppress(OSError):  # it is not there, or cannot be: what failed is told already
+            partial.unlink()
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or reason(error)
+
+
 def save(pictures: list[Image], output: str, overwrite: bool = False) -> None:
-    """Write the pictures under free names, and print the names; on white where the format has no transparency."""
+    """Write the pictures under free names, each whole or not at all, and print the names; on white where the format has
+    no transparency.
+
+    Raises:
+        RunError: one cannot be written; those before it are.
+        UserError: the format does not take pictures of this size.
+    """
     pictures = _as_format(pictures, output)
     for picture, path in zip(pictures, free_paths(Path(output), len(pictures), overwrite), strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with whole_file(path) as partial:
+            try:
+                picture.save(partial)
+            except (ValueError, struct.error, OverflowError) as error:  # what Pillow's encoders raise
+                raise UserError(
+                    f"{path}: a picture of {picture.width} x {picture.height} cannot be written so: {reason(error)}",
+                    "Use .png, or a smaller --scale.",
+                ) from error
         print(path)
 
 

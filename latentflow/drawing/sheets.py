@@ -13,7 +13,10 @@ def enlarged(picture: Image, scale: int) -> Image:
     """The picture ``scale`` times as wide and high."""
     from PIL.Image import Resampling
 
-    return picture.resize((picture.width * scale, picture.height * scale), Resampling.LANCZOS)
+    from ..memory import memory_phase
+
+    with memory_phase("draw"):
+        return picture.resize((picture.width * scale, picture.height * scale), Resampling.LANCZOS)
 
 
 def sheet(pictures: list[Image], columns: int) -> Image:

@@ -17,7 +17,8 @@ from torch import Tensor
 from latentflow.errors import UserError, lookup
 
 from .solvers import SOLVERS, Solver, integrate
-from .tensors import Generators, Velocity, compute_dtype, normal_like
+from .tensors import Generators, Velocity, compute_dtype, expand_t, normal_like
+from .times import checked_times
 
 #: (step index, t reached, x) -> x, or None to leave it.
 Callback: TypeAlias = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -57,8 +58,8 @@ def flow_edit(
         The edited data, in the shape and dtype of x1.
 
     Raises:
-        UserError: the solver is stochastic or unknown; draws < 1; plain_from outside [0, 1]; values not finite.
-        ValueError: as in ``integrate``.
+        UserError: the solver is stochastic or unknown; draws < 1; plain_from outside [0, 1]; times that do not
+            increase; and as in ``integrate``.
     """
     method = deterministic(solver)
     if draws < 1:
@@ -71,9 +72,9 @@ def flow_edit(
     noises = [normal_like(data, generator) for _ in range(draws)]
 
     def difference(z: Tensor, t: Tensor) -> Tensor:
-        total = torch.zeros_like(data)
+        share, total = expand_t(t, data), torch.zeros_like(data)
         for noise in noises:
-            x = t * data + (1.0 - t) * noise
+            x = share * data + (1.0 - share) * noise
             target = target_velocity((z + x - data).to(z.dtype), t)
             total += target.to(total) - source_velocity(x.to(z.dtype), t).to(total)
         return (total / draws).to(z.dtype)
@@ -127,8 +128,7 @@ def inversion_edit(
         The edited data, in the shape and dtype of x1.
 
     Raises:
-        UserError: the solver is stochastic or unknown; values that are not finite.
-        ValueError: as in ``integrate``.
+        UserError: the solver is stochastic or unknown; times that do not increase; and as in ``integrate``.
     """
     method = deterministic(solver)
     grid = _rising(times)
@@ -189,10 +189,7 @@ def deterministic(solver: str | Solver) -> Solver:
 
 
 def _rising(times: Tensor | Sequence[float]) -> Tensor:
-    grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    if grid.ndim != 1 or len(grid) < 2 or not bool((grid.diff() > 0).all()):
-        raise ValueError(f"times must be at least two, and strictly increase, but are {grid.tolist()}")
-    return grid
+    return torch.tensor(checked_times(times, rising=True), dtype=torch.float64)
 
 
 def _counting_from(start: int, callback: Callback) -> Callback:

@@ -22,6 +22,7 @@ from latentflow.errors import UserError, lookup
 
 from .solvers import SOLVERS, Solver, integrate
 from .tensors import Velocity, compute_dtype
+from .times import checked_times
 
 #: Makes the vectors e, in chunks (n, B, ...), whose e . (dv/dx) e add up to the divergence times a constant.
 Vectors: TypeAlias = Callable[[], Iterable[Tensor]]
@@ -67,9 +68,8 @@ def log_likelihood(
 
     Raises:
         UserError: unknown divergence, probe or solver (the nearest is suggested); a stochastic solver; a velocity
-            without a graph; values not finite.
-        ValueError: x1 is not floating point (B, ...); probes or chunk_size < 1; times does not decrease; wrong
-            shapes.
+            without a graph; values not finite; times that do not decrease.
+        ValueError: x1 is not floating point (B, ...); probes or chunk_size < 1; wrong shapes.
     """
     if x1.ndim < 2 or not x1.is_floating_point():
         raise ValueError(
@@ -78,9 +78,10 @@ def log_likelihood(
     for name, count in (("probes", probes), ("chunk_size", chunk_size)):
         if count < 1:
             raise ValueError(f"{name} is {count}: pass at least 1")
-    if not times[0] > times[-1]:
-        raise ValueError(
-            f"times run from {times[0]:g} to {times[-1]:g}: pass decreasing times, from data to noise"
+    grid = checked_times(times)
+    if not grid[0] > grid[-1]:
+        raise UserError(
+            f"times run from {grid[0]:g} to {grid[-1]:g}", "Pass decreasing times, from data to noise."
         )
     solver = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
     if solver.stochastic:
@@ -102,7 +103,7 @@ def log_likelihood(
     with torch.set_grad_enabled(differentiable):
         x = x1.to(compute_dtype(x1)).flatten(1)
         state = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
-        state = integrate(augmented, state, times, solver, rtol=rtol, atol=atol)
+        state = integrate(augmented, state, grid, solver, rtol=rtol, atol=atol)
         # The integral ran from 1 to 0: it is minus the one from 0 to 1.
         return _log_density(log_source or _standard_normal, state[:, :-1].reshape(x1.shape)) + state[:, -1]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from latentflow.errors import UserError
 
 #: dx/dt at (x, t): x is (B, ...), t a scalar tensor or (B,), the result is shaped like x.
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -58,6 +61,20 @@ def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
             f"[{t.min().item():g}, {t.max().item():g}]; divide timesteps by their count, or clamp t"
         )
     return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
+
+
+def require_finite(value: Tensor, what: str, fix: str) -> None:
+    """Refuse values that are NaN or infinite.
+
+    Raises:
+        UserError: ``what`` is not finite; says how many of its values.
+    """
+    # One pass that only reads: a sum is finite unless an element is not, or unless it overflows by itself.
+    if math.isfinite(value.detach().sum()):
+        return
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise UserError(f"{what} is not finite: {bad} of {value.numel()} values are NaN or infinite", fix)
 
 
 def normal_like(x: Tensor, generator: Generators) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,16 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from latentflow.arguments import shown, whole
 from latentflow.errors import UserError
 
 from .tables import make
 
 # Slopes are taken at a u no nearer than this to 0 and 1, where the densities that vanish there have none.
 _EDGE = 2.0**-53
+#: Beyond, a step is so small that float32 rounds away much of what it adds.
+MOST_STEPS = 100_000
+STEPS_FIX = f"Use a whole number from 1 to {MOST_STEPS}; 20 to 50 are usual."
 
 
 @dataclass(frozen=True)
@@ -265,12 +269,54 @@ def time_grid(steps: int, shift: float = 1.0, kind: str = "uniform", **options: 
         options: the grid's own ("edm": rho, sigma_min, sigma_max).
 
     Raises:
-        UserError: steps < 1, shift <= 0, an unknown kind or option, or an option out of range.
+        UserError: steps is no whole number from 1 to ``MOST_STEPS``; shift <= 0, an unknown kind or option, or an
+            option out of range.
     """
-    if steps < 1:
-        raise UserError(f"{steps} sampling steps", "Use at least 1; 20 to 50 are usual.")
+    steps = whole("the number of sampling steps", steps, 1, MOST_STEPS, fix=STEPS_FIX)
     _check_positive(shift, "time shift", "1 is the uniform grid.")
     return shifted(make(TIME_GRIDS, kind, "time grid", steps=steps, **options), shift)
+
+
+def checked_times(times: Tensor | Sequence[float], *, rising: bool = False) -> list[float]:
+    """A grid that a solver can follow, in float64.
+
+    Args:
+        times: N + 1 of them for N steps.
+        rising: from noise to data only; else falling will do as well.
+
+    Raises:
+        UserError: fewer than two, not in one row, no numbers, outside [0, 1], or not strictly monotone.
+    """
+    try:
+        grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what torch raises for strings, None and ragged lists
+        raise UserError(
+            f"times are {shown(times)}", "Pass a row of numbers, such as time_grid(20)."
+        ) from error
+    if grid.ndim != 1 or len(grid) < 2:
+        raise UserError(
+            f"times has shape {tuple(grid.shape)}",
+            "Pass N + 1 times for N >= 1 steps that increase, such as time_grid(20).",
+        )
+    if not bool(((grid >= 0) & (grid <= 1)).all()):
+        raise UserError(
+            f"times must lie in [0, 1], but are {_brief(grid)}", "t = 0 is noise, t = 1 is data: scale them."
+        )
+    gaps = grid.diff()
+    if not (bool((gaps > 0).all()) or (bool((gaps < 0).all()) and not rising)):
+        way = "increase from noise to data" if rising else "strictly increase or strictly decrease"
+        raise UserError(f"times must {way}, but are {_brief(grid)}", "Sort them, and remove repeats.")
+    values: list[float] = grid.tolist()
+    return values
+
+
+def _brief(grid: Tensor) -> str:
+    values = [f"{value:g}" for value in grid.tolist()]
+    return "[" + ", ".join(values if len(values) <= 12 else [*values[:6], "...", *values[-5:]]) + "]"
 
 
 def _cosine_map(u: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -181,6 +182,36 @@ def encode_text(
     ids, mask = tokens["input_ids"].to(encoder.device), tokens["attention_mask"].to(encoder.device)
     embeddings: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     return embeddings, mask.bool()
+
+
+class UnknownWords(UserWarning):
+    """A prompt holds words that the checkpoint has never seen."""
+
+
+def unknown_words(tokenizer: Any, texts: Iterable[str]) -> list[str]:
+    """Return the words of ``texts`` that the tokenizer does not know, each once.
+
+    Of a tokenizer of `train_tokenizer` those are the words that it has to spell, since a network trained beside it
+    has not learnt what they mean; of others those with an unknown token (of a byte-level one, none).
+    """
+    ours = getattr(tokenizer, "bos_token", None) == START and tokenizer.is_fast
+    vocabulary = tokenizer.get_vocab() if ours else {}
+    found: dict[str, None] = {}
+    for text in texts:
+        if ours:
+            backend = tokenizer.backend_tokenizer
+            pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+            missing = [word for word, _ in pieces if word not in vocabulary]
+        else:
+            words = text.split() if tokenizer.unk_token_id is not None else []
+            tokens = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+            missing = [word for word, ids in zip(words, tokens, strict=True) if tokenizer.unk_token_id in ids]
+        found |= dict.fromkeys(word for word in missing if not _is_punctuation(word))
+    return list(found)
+
+
+def _is_punctuation(word: str) -> bool:
+    return all(unicodedata.category(character).startswith("P") for character in word)
 
 
 def _longest(tokenizer: Any, encoder: PreTrainedModel) -> int:

@@ -131,7 +131,7 @@ def test_a_generator_samples_the_posterior_row_by_row() -> None:
 def test_statistics_refuse_nothing_and_nan() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         measure_statistics(kl(), [])
-    with pytest.raises(ValueError, match="finite latents"):
+    with pytest.raises(ValueError, match="not finite"):
         measure_statistics(kl(), [IMAGES * float("nan")])
 
 

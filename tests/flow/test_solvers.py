@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, CondOT, Counted, Path, Polynomial, integrate, time_grid
-from latentflow.flow.solvers import adams_bashforth
+from latentflow.flow.solvers import BY_ROW, adams_bashforth
 
 DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.stochastic]
 FIXED = [name for name in DETERMINISTIC if SOLVERS[name].evaluations is not None]
@@ -161,6 +161,34 @@ def test_adaptive_keeps_its_tolerance_and_pays_for_it(velocity, draw, solver, ti
     assert cost == sorted(cost)
     assert cost[0] < 30 * (len(times) - 1)
     assert cost[0] < cost[-1] < 600
+
+
+@pytest.mark.parametrize("times", [[0.0, 1.0], [1.0, 0.3, 0.0]])
+@pytest.mark.parametrize("name", BY_ROW)
+def test_rows_that_step_on_their_own_do_not_depend_on_one_another(name, times, draw) -> None:
+    """One row turns fast and needs short steps, another is still: beside one another they are as they are alone."""
+    speeds = torch.tensor([0.0, 1.0, 40.0], dtype=torch.float64)
+
+    def velocity(x: Tensor, t: Tensor, speeds: Tensor = speeds) -> Tensor:
+        turned = torch.stack([-x[:, 1], x[:, 0]], 1)
+        return (speeds * (1.0 + t))[:, None] * turned  # by speed * (t + t^2 / 2) in all
+
+    x0 = draw(3, 2)
+    together = integrate(velocity, x0, times, BY_ROW[name], rtol=1e-6, atol=1e-6)
+    cost = []
+    for row in range(3):
+        counted = Counted(lambda x, t, row=row: velocity(x, t, speeds[row : row + 1]))
+        alone = integrate(counted, x0[row : row + 1], times, BY_ROW[name], rtol=1e-6, atol=1e-6)
+        assert torch.equal(together[row : row + 1], alone)
+        cost.append(counted.evaluations)
+    assert 4 * cost[0] < cost[2]
+    angle = speeds * sum(
+        1.5 * (1.0 if t == 1.0 else 0.0) * sign for t, sign in ((times[-1], 1), (times[0], -1))
+    )
+    exact = torch.stack(
+        [angle.cos() * x0[:, 0] - angle.sin() * x0[:, 1], angle.sin() * x0[:, 0] + angle.cos() * x0[:, 1]], 1
+    )
+    assert (together - exact).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
@@ -445,19 +473,35 @@ def test_an_assertion_of_the_network_is_left_alone() -> None:
         ([0.0, float("nan"), 1.0], "must lie in \\[0, 1\\].*nan"),
         ([0.0, 0.5, 0.5, 1.0], "strictly increase"),
         ([0.0, 0.6, 0.4, 1.0], "strictly increase.*0.6, 0.4"),
+        ([0.0, float("inf")], "must lie in \\[0, 1\\].*inf"),
+        ([0.0, 1.0 + 1e-9], "must lie in \\[0, 1\\]"),
+        ([], "N \\+ 1 times"),
+        (0.5, "N \\+ 1 times"),
+        ("0 1", "times are '0 1'"),
+        (None, "times are None"),
+        ([0.0, None], "times are"),
+        ([[0.0], [0.5, 1.0]], "times are"),
+        ({0.0: 1.0}, "times are"),
     ],
 )
 def test_bad_times_are_refused(velocity, times, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        integrate(velocity, torch.ones(1, 1), torch.tensor(times))
+    with pytest.raises(UserError, match=message):
+        integrate(forbidden, torch.ones(1, 1), times)
+    if isinstance(times, list) and times and isinstance(times[0], float) and None not in times:
+        with pytest.raises(UserError, match=message):
+            integrate(forbidden, torch.ones(1, 1), torch.tensor(times, dtype=torch.float64))
+
+
+def forbidden(x: Tensor, t: Tensor) -> Tensor:
+    raise AssertionError("evaluated")
 
 
 def test_other_bad_arguments_are_refused(velocity) -> None:
     with pytest.raises(UserError, match=r"(?s)unknown solver 'huen'.*did you mean 'heun'"):
         integrate(velocity, torch.ones(1, 1), [0, 1], "huen")
-    with pytest.raises(ValueError, match="int64"):
+    with pytest.raises(UserError, match="int64"):
         integrate(velocity, torch.ones(1, 1, dtype=torch.int64), [0, 1])
-    with pytest.raises(ValueError, match=r"the velocity returned shape \(1, 2\), but must keep .* \(1, 1\)"):
+    with pytest.raises(UserError, match=r"the velocity returned shape \(1, 2\), but must keep .* \(1, 1\)"):
         integrate(lambda x, t: torch.ones(1, 2), torch.ones(1, 1), [0, 1])
 
 

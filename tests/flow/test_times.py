@@ -247,8 +247,13 @@ def test_the_cosine_grid_takes_equal_steps_of_the_angle() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "0 sampling steps"),
-        ({"steps": -5}, "-5 sampling steps"),
+        ({"steps": 0}, "the number of sampling steps is 0"),
+        ({"steps": -5}, "the number of sampling steps is -5"),
+        ({"steps": 2.5}, "the number of sampling steps is 2.5"),
+        ({"steps": "4"}, "the number of sampling steps is '4'"),
+        ({"steps": True}, "the number of sampling steps is True"),
+        ({"steps": float("nan")}, "the number of sampling steps is nan"),
+        ({"steps": 10**9}, "the number of sampling steps is 1000000000"),
         ({"steps": 10, "shift": 0.0}, "time shift is 0"),
         ({"steps": 10, "shift": -1.0}, "time shift is -1"),
         ({"steps": 10, "shift": float("nan")}, "time shift is nan"),

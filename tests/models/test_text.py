@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from latentflow.errors import UserError
-from latentflow.models import encode_text, load_text_encoder, small_text_encoder, train_tokenizer
+from latentflow.models import encode_text, load_text_encoder, small_text_encoder, train_tokenizer, with_words
+from latentflow.models.text import unknown_words
 
 CAPTIONS = ["a red circle left of a blue square", "Waving hand: medium-light skin tone", "a red apple!"]
 
@@ -130,3 +132,38 @@ def test_a_missing_encoder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="could not be loaded") as raised:
         load_text_encoder(tmp_path / "nothing-here")
     assert "hf download" in raised.value.fix
+
+
+# ------------------------------------------------------------------ words that are not known
+
+
+def test_words_that_our_tokenizer_has_to_spell_are_unknown(tmp_path: Path) -> None:
+    """Their letters are known, so that no token is unknown, but nobody learnt what they mean."""
+    tokenizer = train_tokenizer(["a red apple", "green tree, tall"])
+    texts = ["A red pear (tall), zap zap!", "Tree \u2603", ""]
+    assert "[UNK]" not in tokenizer.convert_ids_to_tokens(tokenizer("pear")["input_ids"])
+    assert unknown_words(tokenizer, texts) == ["pear", "zap", "\u2603"]
+    tokenizer.save_pretrained(tmp_path)
+    assert unknown_words(AutoTokenizer.from_pretrained(tmp_path), texts) == ["pear", "zap", "\u2603"]
+    assert unknown_words(with_words(tokenizer, ["pear"]), texts) == ["zap", "\u2603"]
+    assert unknown_words(tokenizer, []) == []
+
+
+def test_of_other_tokenizers_words_with_an_unknown_token_are_unknown() -> None:
+    vocabulary = {"[UNK]": 0, "red": 1, "app": 2, "##le": 3, "[CLS]": 4}
+    pieces = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bert = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="[UNK]", cls_token="[CLS]")
+    assert unknown_words(bert, ["red apple pear red", "pear ..."]) == ["pear"]
+
+
+def test_a_tokenizer_of_bytes_knows_every_word() -> None:
+    """As CLIP's, whose unknown token is the one that ends every text."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate([*alphabet, "<end>"])}, merges=[])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    clip = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<end>", eos_token="<end>")
+    assert unknown_words(clip, ["a red zorgon \u2603"]) == []
+    assert unknown_words(PreTrainedTokenizerFast(tokenizer_object=backend), ["zorgon"]) == []

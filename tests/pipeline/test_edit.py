@@ -372,7 +372,7 @@ def test_mistakes_in_inversion_and_interpolation_are_named(
         (lambda: edit.invert(pictures, [APPLE, TREE, HAT]), "3 prompts"),
         (lambda: of_classes.invert(pictures, negative_prompt="x"), "negative prompt without a prompt"),
         (lambda: of_classes.invert(pictures, "x"), "apple, hat, tree"),
-        (lambda: edit.interpolate(APPLE, frames=1), "1 frames"),
+        (lambda: edit.interpolate(APPLE, frames=1), "frames is 1"),
         (lambda: edit.interpolate([APPLE, TREE, HAT]), "3 of prompt where there are 2"),
         (lambda: edit.interpolate(APPLE, [pictures[0]]), "1 pictures to interpolate between"),
         (lambda: edit.interpolate(APPLE, generator=seeds(1, 2, 3)), "3 generators"),

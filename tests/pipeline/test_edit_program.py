@@ -130,7 +130,7 @@ def test_interpolation_between_pictures_in_one_row(program: Program, class_folde
             "did you mean 'hat'",
         ),
         (["interpolate", "a", "b", "c"], "3 prompts"),
-        (["interpolate", "a", "b", "--frames", "1"], "1 frames"),
+        (["interpolate", "a", "b", "--frames", "1"], "frames is 1"),
         (["interpolate", "--images", "a.png", "small.png"], "several sizes"),
     ],
 )

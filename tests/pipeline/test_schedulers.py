@@ -153,6 +153,10 @@ def test_callback_and_interrupt_with_a_scheduler(class_pipe: LatentFlowPipeline)
         (DPMSolverMultistepScheduler(), "takes prediction_type='epsilon'"),
         (UniPCMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=True"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=False"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
+        (FlowMatchEulerDiscreteScheduler(shift=-2.0), "does not step from noise"),
+        (FlowMatchEulerDiscreteScheduler(shift=float("nan")), "does not step from noise"),
+        (UniPCMultistepScheduler(**MULTISTEP, final_sigmas_type="sigma_min"), "does not step from noise"),
     ],
 )
 def test_schedulers_that_cannot_step_a_flow_are_refused(
@@ -161,6 +165,7 @@ def test_schedulers_that_cannot_step_a_flow_are_refused(
     class_pipe.scheduler = scheduler
     with pytest.raises(UserError, match=message):
         class_pipe(class_labels=0)
+    assert not class_pipe.transformer.calls
 
 
 def test_a_scheduler_that_was_set_is_saved(class_pipe: LatentFlowPipeline, x0: Noise, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from torch import Tensor
 
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, time_grid
+from latentflow.models import DiT
+from latentflow.models.text import UnknownWords
 from latentflow.pipeline import LatentFlowPipeline
+from latentflow.pipeline_edit import LatentFlowEditPipeline
+from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
 
 Noise = Callable[[int], Tensor]
 EXACT: dict[str, Any] = {"solver": "dopri5", "num_inference_steps": 2, "output_type": "latent"}
@@ -349,6 +354,111 @@ def test_hooks_are_freed_after_the_call(
     assert all(hook not in class_pipe._all_hooks for hook in hooks)
 
 
+# ------------------------------------------------------------------ words that nobody taught
+
+
+def test_words_that_are_not_known_are_warned_of_once_a_call_where_it_was_made(
+    text_pipe: LatentFlowPipeline,
+) -> None:
+    edit = LatentFlowEditPipeline(**text_pipe.components)
+    edit.set_progress_bar_config(disable=True)
+    pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    quick: dict[str, Any] = {"num_inference_steps": 1}
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (
+            lambda: text_pipe(["zorgon, red", "a Blorp"], negative_prompt="blorp", **quick),
+            "'zorgon', 'blorp'",
+        ),
+        (lambda: edit("a zorgon", pictures, source_prompt=["a hat", "blorp"], **quick), "'zorgon', 'blorp'"),
+        (lambda: edit.invert(pictures, "zorgon", **quick), "'zorgon'"),
+        (lambda: edit.interpolate(["zorgon", "blorp"], pictures, 2, **quick), "'zorgon', 'blorp'"),
+    ]
+    for call, words in calls:
+        for _ in range(2):
+            with pytest.warns(UnknownWords, match=f"not know, and that it cannot draw: {words}$") as caught:
+                call()
+            assert [one.lineno for one in caught] == [call.__code__.co_firstlineno]
+    assert text_pipe.unknown_words(["zorgon, red", "a Blorp"]) == ["zorgon", "blorp"]
+    assert text_pipe.unknown_words("small green tree") == []
+
+
+def test_nothing_is_said_of_words_that_are_known_or_not_read(
+    text_pipe: LatentFlowPipeline, class_pipe: LatentFlowPipeline
+) -> None:
+    embeds, _, mask, _ = text_pipe.encode_prompt("zorgon")
+    assert embeds is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnknownWords)
+        text_pipe(["A RED apple", ""], num_inference_steps=1)
+        text_pipe(prompt_embeds=embeds.detach(), prompt_attention_mask=mask, num_inference_steps=1)
+        class_pipe(class_labels="hat", num_inference_steps=1)
+        assert class_pipe.unknown_words("zorgon") == []
+
+
+# ------------------------------------------------------------------ an image and the batch around it
+
+
+@pytest.mark.parametrize(
+    "solver", [name for name, solver in SOLVERS.items() if solver.evaluations is not None]
+)
+def test_the_same_seed_is_the_same_image_in_any_batch_to_one_level_of_255(
+    solver: str, assemble: Callable[[Any], LatentFlowPipeline]
+) -> None:
+    """A network's matrix products round otherwise in a batch of another size; more than that must not show."""
+    pipe = assemble(DiT(in_channels=2, width=64, depth=2, heads=2, sample_size=4, num_classes=3))
+
+    def drawn(*seeds: int) -> Any:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        labels: list[int | str] = [seed % 3 for seed in seeds]
+        out = pipe(
+            class_labels=labels, generator=generators, num_inference_steps=3, solver=solver, output_type="pil"
+        )
+        return np.stack([np.asarray(image, np.int16) for image in out.images])
+
+    together = drawn(0, 1, 2, 3, 4)
+    assert np.abs(together[0] - together[3]).max() > 1
+    for seeds in ([3], [4, 3], [2, 0, 4]):
+        assert np.abs(drawn(*seeds) - together[seeds]).max() <= 1
+
+
+@pytest.mark.parametrize("way", ["generate", "replacement", "flowedit", "inversion"])
+def test_dopri5_chooses_the_steps_of_each_image_on_its_own(
+    way: str, class_pipe: LatentFlowPipeline, x0: Noise
+) -> None:
+    """Beside an image whose values are a thousand times as large, one takes the very steps that it takes alone."""
+    with torch.no_grad():
+        class_pipe.transformer.means[2] = 3000.0
+    parts: dict[str, Any] = {**class_pipe.components, "id2label": class_pipe.config.id2label}
+    pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 1.0}
+    hole = torch.ones(1, 1, 8, 8)
+    hole[..., :4] = 0.0
+
+    def drawn(rows: int, solver: Any) -> tuple[Tensor, list[float]]:
+        """The first image, and the times at which it was evaluated."""
+        labels: list[int | str] = [1, 2][:rows]
+        generators = [torch.Generator().manual_seed(seed) for seed in range(rows)]
+        asked: dict[str, Any] = {**call, "class_labels": labels, "generator": generators, "solver": solver}
+        pipe: Any = class_pipe
+        if way == "replacement":
+            pipe = LatentFlowInpaintPipeline(**parts)
+            asked |= {"image": pictures[:rows], "mask_image": hole, "method": way}
+        elif way != "generate":
+            pipe = LatentFlowEditPipeline(**parts)
+            asked |= {"image": pictures[:rows], "source_class_labels": 0, "method": way}
+        pipe.set_progress_bar_config(disable=True)
+        class_pipe.transformer.calls.clear()
+        images: Tensor = pipe(**asked).images
+        # At the end of a step it waits for the others.
+        return images[:1], [t for t, _ in groupby(round(t, 3) for _, t, _ in class_pipe.transformer.calls)]
+
+    (together, times), (alone, own) = drawn(2, "dopri5"), drawn(1, "dopri5")
+    close(together, alone, 1e-5)
+    assert len(own) > 10
+    assert times == pytest.approx(own, abs=0.02)
+    assert drawn(2, SOLVERS["dopri5"])[1] != pytest.approx(own, abs=0.02)  # steps that are shared
+
+
 # ------------------------------------------------------------------ what is refused, and what it says
 
 
@@ -362,10 +472,10 @@ def test_hooks_are_freed_after_the_call(
         ({"class_labels": 0, "negative_prompt": "a hat"}, "does not take negative_prompt"),
         ({}, "class_labels is missing\nIt takes class_labels: apple"),
         ({"class_labels": 0, "height": 9}, "height 9 is not a multiple of 2\nThe nearest is 8"),
-        ({"class_labels": 0, "width": 0}, "width 0 is not a multiple of 2\nThe nearest is 2"),
+        ({"class_labels": 0, "width": 0}, "width is 0"),
         ({"class_labels": 0, "solver": "huen"}, "did you mean 'heun'"),
         ({"class_labels": 0, "output_type": "pli"}, "did you mean 'pil'"),
-        ({"class_labels": 0, "num_inference_steps": 0}, "0 sampling steps"),
+        ({"class_labels": 0, "num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"class_labels": 0, "sigmas": [0.5, 1.0]}, "no grid from noise"),
         ({"class_labels": 0, "sigmas": [1.2, 0.5]}, "no grid from noise"),
         ({"class_labels": 0, "guidance_interval": (0.8, 0.2)}, "guidance interval"),

@@ -77,7 +77,8 @@ def test_the_lowest_versions_together_import_train_and_draw(
         "--preview-steps", "2", "--report-to", "tensorboard",
     )  # fmt: skip
     run(
-        "-m", "latentflow.cli", "train", pictures, "-o", tmp_path / "lora", "--init-from", tmp_path / "run" / "pipeline",
+        "-m", "latentflow.cli", "train", pictures, "-o", tmp_path / "lora",
+        "--init-from", tmp_path / "run" / "pipeline",
         "--lora-rank", "2", "--max-train-steps", "4",
     )  # fmt: skip
     run(

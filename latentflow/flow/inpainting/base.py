@@ -15,6 +15,7 @@ from ..paths import CondOT, Path
 from ..solvers import Solver, integrate
 from ..solvers.base import schedule
 from ..tensors import Generators, Velocity, compute_dtype
+from ..times import checked_times
 
 Times: TypeAlias = Tensor | Sequence[float]
 #: (step index, t reached, x) -> x in its place, or None
@@ -97,7 +98,8 @@ def prepare(
     """Check a method's arguments.
 
     Raises:
-        ValueError: shapes that do not fit, or times that do not increase.
+        UserError: times that do not increase.
+        ValueError: shapes that do not fit.
     """
     if known.shape != x0.shape:
         raise ValueError(f"known has shape {tuple(known.shape)} but x0 has shape {tuple(x0.shape)}")
@@ -110,15 +112,13 @@ def prepare(
             f"mask has shape {tuple(mask.shape)}, which does not broadcast to that of x0, {tuple(x0.shape)}: "
             "pass (B, 1, h, w), 1 = repaint"
         )
-    grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    if grid.ndim != 1 or len(grid) < 2 or not bool((grid.diff() > 0).all()):
-        raise ValueError(f"times must increase from noise to data, N + 1 of them for N steps, not {times}")
+    grid = checked_times(times, rising=True)
     precision, dtype = compute_dtype(x0), x0.dtype
     hole = mask.to(x0.device) > 0
     values = torch.where(hole, 0.0, known.to(x0.device, precision))
     wide: Velocity = lambda x, t: velocity(x.to(dtype), t).to(precision)  # noqa: E731
     return Task(
-        wide, x0.to(precision), Known(values, hole, path or CondOT()), grid.tolist(), dtype,
+        wide, x0.to(precision), Known(values, hole, path or CondOT()), grid, dtype,
         generator, callback, progress,
     )  # fmt: skip
 
@@ -126,7 +126,8 @@ def prepare(
 def refuse_solver(method: str, solver: str | Solver | None) -> None:
     """For the methods that are a way of stepping themselves."""
     if solver is not None:
+        named = f"the solver '{solver}'" if isinstance(solver, str) else "a solver"
         raise UserError(
-            f"the inpainting method '{method}' takes steps of its own, so the solver '{solver}' has no place in it",
+            f"the inpainting method '{method}' takes steps of its own, so {named} has no place in it",
             "Leave the solver out, or use the method 'replacement' or 'repaint', which take any.",
         )

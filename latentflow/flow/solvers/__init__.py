@@ -22,4 +22,5 @@ from .stochastic import ddpm as ddpm
 from .stochastic import euler_maruyama as euler_maruyama
 from .stochastic import langevin as langevin
 from .stochastic import stochastic_heun as stochastic_heun
+from .table import BY_ROW as BY_ROW
 from .table import SOLVERS as SOLVERS

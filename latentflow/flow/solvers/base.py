@@ -12,7 +12,8 @@ from torch import Tensor
 from ..paths import Path
 from ..tensors import Generators, Velocity
 
-#: The velocity as a solver sees it: (x, t as a Python float) -> dx/dt; checked, in x's own precision.
+#: The velocity as a solver sees it: (x, t as a Python float) -> dx/dt; checked, in x's own precision. (That of
+#: ``integrate`` also takes t of shape (B,), for rows that step on their own.)
 Field: TypeAlias = Callable[[Tensor, float], Tensor]
 #: (field, x, t, t_next) -> x at t_next. Evaluates the field only between t and t_next.
 Step: TypeAlias = Callable[[Field, Tensor, float, float], Tensor]

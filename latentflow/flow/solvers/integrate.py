@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor
 from latentflow.errors import UserError, lookup
 
 from ..paths import CondOT, Path
-from ..tensors import Generators, Velocity, compute_dtype
+from ..tensors import Generators, Velocity, compute_dtype, require_finite
+from ..times import checked_times
 from .base import Counted, Field, Solver, SolverOptions
 from .table import SOLVERS
 
@@ -44,7 +44,9 @@ def integrate(
             default: the straight path, ``CondOT()``.
         score: (x, t) -> the score, for stochastic solvers where it does not follow from the velocity (a
             Schrodinger bridge); default: from the same velocity evaluation, through the path.
-        rtol, atol: tolerances of the adaptive solvers.
+        rtol, atol: tolerances of the adaptive solvers, whose steps meet them on average over the whole batch: a row's
+            result depends, within them, on the rows beside it. ``BY_ROW`` in ``solvers/table.py`` has the solvers whose
+            rows step on their own.
         callback: called after each step with (step index, t reached, x); a tensor that it returns replaces x.
         progress: True for a progress bar, or a function that wraps the iterable of step indices (``tqdm`` or like
             it). A bar shows the evaluations done so far (NFE); to have their number, pass ``Counted(velocity)``.
@@ -54,14 +56,14 @@ def integrate(
         x at times[-1], in the dtype of x. Differentiable.
 
     Raises:
-        UserError: unknown solver (the nearest is suggested); values not finite (step and t are named).
-        ValueError: times or shapes that make no sense.
+        UserError: unknown solver (the nearest is suggested); values not finite (step and t are named); times or shapes
+            that make no sense.
     """
     method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
-    grid = _checked_times(times)
+    grid = checked_times(times)
     if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}: pass a floating-point tensor")
-    _require_finite(x, f"the starting x at t = {grid[0]:g}", "Check where it comes from.")
+        raise UserError(f"x has dtype {x.dtype}", "Pass a floating-point tensor.")
+    require_finite(x, f"the starting x at t = {grid[0]:g}", "Check where it comes from.")
     dtype, state = x.dtype, x.to(compute_dtype(x))
     own_score = None if score is None else lambda y, t: score(y.to(dtype), t)
     options = SolverOptions(path=path or CondOT(), score=own_score, rtol=rtol, atol=atol, generator=generator)
@@ -79,45 +81,21 @@ def integrate(
             replacement = callback(index, _scalar(grid[index + 1], state), state.to(dtype))
             if replacement is not None:
                 _require_shape(replacement, state, "the callback")
-                _require_finite(
-                    replacement, f"the callback's x after step {index + 1}", "Check the callback."
-                )
+                require_finite(replacement, f"the callback's x after step {index + 1}", "Check the callback.")
                 state = replacement.to(state)
-    _require_finite(state, f"x at t = {grid[-1]:g}", "Take smaller steps, or another solver ('heun').")
+    require_finite(state, f"x at t = {grid[-1]:g}", "Take smaller steps, or another solver ('heun').")
     return state.to(dtype)
-
-
-def _checked_times(times: Tensor | Sequence[float]) -> list[float]:
-    grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    if grid.ndim != 1 or len(grid) < 2:
-        raise ValueError(
-            f"times has shape {tuple(grid.shape)}: pass N + 1 times for N >= 1 steps, e.g. time_grid(20)"
-        )
-    if not bool(((grid >= 0) & (grid <= 1)).all()):
-        raise ValueError(f"times must lie in [0, 1] (t = 0 is noise, t = 1 is data), but are {_brief(grid)}")
-    gaps = grid.diff()
-    if not (bool((gaps > 0).all()) or bool((gaps < 0).all())):
-        raise ValueError(
-            f"times must strictly increase or strictly decrease, but are {_brief(grid)}: sort, remove repeats"
-        )
-    values: list[float] = grid.tolist()
-    return values
-
-
-def _brief(grid: Tensor) -> str:
-    values = [f"{value:g}" for value in grid.tolist()]
-    return "[" + ", ".join(values if len(values) <= 12 else [*values[:6], "...", *values[-5:]]) + "]"
 
 
 def _checked_field(velocity: Velocity, dtype: torch.dtype, where: str) -> Field:
     """``velocity`` called in the network's ``dtype``, its result checked and in the state's precision."""
 
-    def field(x: Tensor, t: float) -> Tensor:
-        value = velocity(x.to(dtype), _scalar(t, x))
+    def field(x: Tensor, t: float | Tensor) -> Tensor:
+        value = velocity(x.to(dtype), t if isinstance(t, Tensor) else _scalar(t, x))
         _require_shape(value, x, "the velocity")
-        _require_finite(
+        require_finite(
             value,
-            f"the velocity at t = {t:g} {where}",
+            f"the velocity at t = {_times_text(t)} {where}",
             "If the network runs in float16, use bfloat16 or float32; otherwise look at its training log.",
         )
         return value.to(x.dtype)
@@ -127,18 +105,16 @@ def _checked_field(velocity: Velocity, dtype: torch.dtype, where: str) -> Field:
 
 def _require_shape(value: Tensor, like: Tensor, what: str) -> None:
     if value.shape != like.shape:
-        raise ValueError(
+        raise UserError(
             f"{what} returned shape {tuple(value.shape)}, but must keep the shape of x, {tuple(like.shape)}"
         )
 
 
-def _require_finite(value: Tensor, what: str, fix: str) -> None:
-    # One pass that only reads: a sum is finite unless an element is not, or unless it overflows by itself.
-    if math.isfinite(value.detach().sum()):
-        return
-    bad = int((~torch.isfinite(value)).sum())
-    if bad:
-        raise UserError(f"{what} is not finite: {bad} of {value.numel()} values are NaN or infinite", fix)
+def _times_text(t: float | Tensor) -> str:
+    if not isinstance(t, Tensor):
+        return f"{t:g}"
+    low, high = float(t.min()), float(t.max())
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _scalar(t: float, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from .adaptive import dormand_prince
 from .base import Solver
 from .exponential import dpm_solver_2m, exponential_adams
@@ -30,4 +32,9 @@ SOLVERS: dict[str, Solver] = {
     "ddpm": ddpm(),
     "churn": churn(),
     "langevin": langevin(),
+}
+
+#: The entries whose rows would depend on one another, so that they do not: for velocities that take t of shape (B,).
+BY_ROW: dict[str, Solver] = {
+    "dopri5": Solver(order=5, evaluations=None, start=partial(dormand_prince, by_row=True)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torchvision.utils import make_grid
 from ...autoencoder import downscale_factor
 from ...data import Source, cached_pixels, to_pil
 from ...data.masks import DEFAULT_SHAPES, random_masks
+from ...models.text import UnknownWords
 from ...pipeline import LatentFlowPipeline
 from ...pipeline_inpaint import LatentFlowInpaintPipeline
 from ..loop.precision import has_fast_bfloat16
@@ -54,7 +56,8 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
     )  # one that is not trained along stays on the CPU else
     if encoder is not None:
         encoder.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)):
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)), catch_warnings():
+        simplefilter("ignore", UnknownWords)  # captions that are held out may well have some
         images = torch.cat(
             [pipe(**one, generator=_generators(_IMAGES)).images.float().cpu() for one in drawn]
         )
