@@ -1,4 +1,4 @@
-"""Saving and loading pipelines: safetensors only, and no code of a checkpoint's is executed."""
+"""Saving and loading pipelines: safetensors only, whole and fitting, and no code of a checkpoint's is executed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .components import MEND, check_settings, component_class, library_reads, load_module, read_json
 from .errors import UserError
-from .models import MODELS
+from .models import MODELS, load_tokenizer
+
+#: the pipelines that share one kind of folder
+FAMILY = (
+    "LatentFlowPipeline",
+    "LatentFlowEditPipeline",
+    "LatentFlowImg2ImgPipeline",
+    "LatentFlowInpaintPipeline",
+)
+_BASES: dict[str, type] = {
+    "vae": ModelMixin,
+    "transformer": ModelMixin,
+    "text_encoder": PreTrainedModel,
+    "tokenizer": PreTrainedTokenizerBase,
+    "scheduler": SchedulerMixin,
+}
+# Of from_pretrained: diffusers places the networks itself, and so reads them once more.
+_PLACING = {"device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config"}
 
 
 class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -34,9 +55,12 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a pipeline folder or hub id, safetensors only; see ``DiffusionPipeline.from_pretrained``.
 
+        Every weight of every component is from its file, fits the config and is finite.
+
         Raises:
-            UserError: the folder holds no pipeline (one found inside it is named), or there is neither a
-                folder nor a reachable hub repository of this name.
+            UserError: the folder holds no pipeline (one found inside it is named), or one of another kind; there is
+                neither a folder nor a reachable hub repository of this name; a file is missing or cannot be read;
+                weights and configs do not belong together.
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir() and not (folder / cls.config_name).is_file():
@@ -45,11 +69,67 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"'{folder}' is not a pipeline folder: it holds no {cls.config_name}", fix)
         if not folder.is_dir() and len(folder.parts) != 2:
             raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
+        if not folder.is_dir():
+            folder = Path(cls.download(pretrained_model_name_or_path, **kwargs))
         kwargs.setdefault("use_safetensors", True)
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             # diffusers' models widen half-precision files to float32 by default; transformers' do not.
             kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        index = cls.read_index(folder)
+        parts = {
+            name: cls._load_part(folder, name, entry, kwargs)
+            for name, entry in index.items()
+            if name in _BASES and name not in kwargs and entry != [None, None]
+        }
+        if "transformer" not in parts and "transformer" not in kwargs:
+            raise UserError(f"{folder / cls.config_name} names no transformer", MEND)
+        if _PLACING & kwargs.keys():
+            parts = {name: part for name, part in parts.items() if not isinstance(part, nn.Module)}
+        pipe = super().from_pretrained(str(folder), **parts, **kwargs)
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipe
+
+    @classmethod
+    def read_index(cls, folder: Path) -> dict[str, Any]:
+        """Return what ``folder``'s model_index.json says: components and settings.
+
+        Raises:
+            UserError: it cannot be read, is of another kind of pipeline, or its settings are none of this one's.
+        """
+        file = folder / cls.config_name
+        index = read_json(file)
+        kind = index.get("_class_name")
+        if kind not in (*FAMILY, cls.__name__):
+            raise UserError(
+                f"{folder} is a {kind}, no checkpoint of latentflow"
+                if isinstance(kind, str)
+                else f"{file} does not say of which class the pipeline is",
+                "Give a folder that latentflow has written, such as RUN/pipeline.",
+            )
+        check_settings(file, index, cls)
+        return index
+
+    @classmethod
+    def _load_part(cls, folder: Path, name: str, entry: Any, options: dict[str, Any]) -> Any:
+        kind = component_class(folder / cls.config_name, name, entry, _BASES[name])
+        part = folder / name
+        if not part.is_dir():
+            raise UserError(f"{folder} lacks the folder of its {name}, '{name}'", MEND)
+        if name == "tokenizer":
+            return load_tokenizer(kind, part)
+        if name == "scheduler":
+            read_json(part / kind.config_name)
+            with library_reads(part):
+                return kind.from_pretrained(part)
+        dtype = options.get("dtype", options.get("torch_dtype"))
+        if isinstance(dtype, dict):
+            dtype = dtype.get(name, dtype.get("default", torch.float32))
+        variant = options.get("variant")
+        if variant is not None and not any(part.glob(f"*.{variant}*")):
+            variant = None
+        return load_module(
+            kind, part, dtype=dtype, variant=variant, use_safetensors=options["use_safetensors"]
+        )
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:

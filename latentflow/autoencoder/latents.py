@@ -8,12 +8,14 @@ the first, with ``scaling_factor = 1``.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..memory import inner_phase
 
 # Any of diffusers' autoencoder classes; they share no base class that declares encode, decode and config.
@@ -46,6 +48,32 @@ def downscale_factor(vae: Autoencoder) -> int:
 def has_statistics(vae: Autoencoder) -> bool:
     """Whether the checkpoint carries per-channel latent statistics."""
     return vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+
+
+def check_statistics(vae: Autoencoder) -> None:
+    """Refuse an autoencoder whose config cannot scale its latents.
+
+    Raises:
+        UserError: a statistic is no finite number, a deviation or the scaling factor is not above 0, or there is not
+            one of each channel.
+    """
+    config, channels = vae.config, vae.config.get("latent_channels")
+    for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor"):
+        value = config.get(name)
+        values = [*value] if isinstance(value, list | tuple) else [] if value is None else [value]
+        positive = name in ("latents_std", "scaling_factor")
+        if any(
+            type(one) not in (int, float) or not math.isfinite(one) or (positive and one <= 0) for one in values
+        ):
+            raise UserError(
+                f"the autoencoder's {name} is {str(value)[:60]}",
+                f"Expected: finite numbers{' above 0' if positive else ''}. Restore its config.json.",
+            )
+        if name.startswith("latents") and value is not None and len(values) != channels:
+            raise UserError(
+                f"the autoencoder's {name} has {len(values)} numbers for {channels} channels of its latents",
+                "Restore its config.json.",
+            )
 
 
 def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
