@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 MEND = "Restore the file from where it came from, or train the checkpoint again."
 CONFIG, INDEX = "config.json", ".index.json"
-#: whole settings of networks that nothing in a file of weights bounds, and the largest that is believed
-LARGEST = {"sample_size": 2**12, "num_classes": 2**20, "condition_channels": 2**16}
+#: sizes that no file of weights bounds, and the largest that is believed
+LARGEST = {"sample_size": 2**12, "num_classes": 2**20, "condition_channels": 2**16, "registers": 2**16, "num_train_timesteps": 2**20}
 _STEMS = ("diffusion_pytorch_model", "model")  # of files of weights: diffusers', transformers'
 _FLOATS = ("F", "BF")  # how safetensors' types of floating-point numbers begin
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .components import library_reads
 from .errors import UserError
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -89,21 +90,38 @@ def set_grid(
     FlowMatch schedulers spend their last step on 0.001 -> 0 unless told the grid, so they get 1, 1 - 1/N,
     ..., 1/N; the multistep ones keep their own grid. ``sigmas`` is honoured also where ``set_timesteps``
     does not take it. Of N steps the last N * ``strength``, rounded up, are to be taken, as in diffusers.
+
+    Raises:
+        UserError: see `check_scheduler`; or the grid that its settings make does not lead from noise to data.
     """
     check_scheduler(scheduler)
-    count = steps if sigmas is None else len(_checked(sigmas))
-    if sigmas is None and not type(scheduler).__name__.startswith("FlowMatch"):
-        scheduler.set_timesteps(steps, device=device)
-    else:
+    count, name = steps if sigmas is None else len(_checked(sigmas)), type(scheduler).__name__
+    asked: dict[str, Any] = {"num_inference_steps": count}
+    grid = None
+    if sigmas is not None or name.startswith("FlowMatch"):
         grid = np.linspace(1.0, 1.0 / steps, steps) if sigmas is None else np.array(_checked(sigmas))
-        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(sigmas=grid, device=device)
-        else:
-            scheduler.set_timesteps(len(grid), device=device)
-            _overwrite_grid(scheduler, grid, device)
+    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if grid is not None and takes_sigmas:
+        asked = {"sigmas": grid}
+    with library_reads(f"the scheduler {name}", "Check its settings, or set pipe.scheduler = None: our solvers."):
+        scheduler.set_timesteps(**asked, device=device)
+    if grid is not None and not takes_sigmas:
+        _overwrite_grid(scheduler, grid, device)
+    _check_direction(scheduler)
     # Count the steps rather than look them up by timestep, which some schedulers round to an integer.
     skipped = count - math.ceil(count * strength - 1e-6)  # a product such as 0.07 * 100 is a little above 7
     scheduler.set_begin_index(skipped * scheduler.order)
+
+
+def _check_direction(scheduler: Any) -> None:
+    levels = torch.as_tensor(scheduler.sigmas).double().cpu()
+    falls = bool((levels.diff() < 1e-6).all()) and levels[0] > levels[-1]  # Heun visits levels twice
+    if not falls or levels[0] > 1.0 + 1e-6 or levels[-1] < 0.0:  # NaN does not fall
+        raise UserError(
+            f"the scheduler {type(scheduler).__name__} does not lead from noise (sigma 1) to data (0): its sigmas are "
+            f"{', '.join(f'{one:.3g}' for one in levels[:6].tolist())}{', ...' if len(levels) > 6 else ''}",
+            "Check its settings (shift, invert_sigmas, ...), or set pipe.scheduler = None: our solvers.",
+        )
 
 
 def remaining_steps(scheduler: Any) -> int:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _fetch_state_dict
@@ -20,7 +21,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .errors import UserError
+from .components import MEND, check_types, is_finite
+from .errors import UserError, reading, reason
 
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
 METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata
@@ -28,9 +30,22 @@ WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
 INTERVALS = "added.intervals."  # and a parameter's name: of the embedder of an interval's length, which the base lacks
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of a file's settings those that say what its tensors mean. peft has others, some of which import what they name.
-_SETTINGS = {
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora", "lora_bias"
-}  # fmt: skip
+_SETTINGS: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": float,
+    "rank_pattern": dict[str, int],
+    "alpha_pattern": dict[str, float],
+    "target_modules": list[str] | str | None,
+    "use_dora": bool,
+    "use_rslora": bool,
+    "lora_bias": bool,
+}
+# The two halves of a layer, in peft's spelling, of embeddings, and in an older one of diffusers.
+_HALVES = {
+    "lora_A.weight": "lora_B.weight",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora.down.weight": "lora.up.weight",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +77,7 @@ def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
         TypeError, ValueError: it did not write this.
     """
     facts = AdapterFacts(**json.loads((metadata or {}).get(METADATA_KEY, "{}")))
-    for name, empty in asdict(AdapterFacts()).items():
-        if type(getattr(facts, name)) is not type(empty):
-            raise ValueError(f"{name} of its facts is no {type(empty).__name__}")
+    check_types("its facts", asdict(facts), get_type_hints(AdapterFacts))
     return facts
 
 
@@ -95,7 +108,7 @@ def read_adapter(
     """Tensors, settings as diffusers keeps them, and our facts.
 
     Raises:
-        UserError: there is no such file, or it is damaged, or no adapter.
+        UserError: there is no such file, or it is damaged, holds numbers that are not finite, or is no adapter.
     """
     names = ("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision")
     wanted: dict[str, Any] = {name: options.get(name) for name in (*names, "subfolder")}
@@ -119,12 +132,12 @@ def read_adapter(
             **wanted,
         )
         facts = facts_of(file_metadata)
-    except (OSError, ValueError, TypeError, LookupError, SafetensorError, HTTPError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError, HTTPError) as error:
         what = (
             "could not be read" if there else "is no file or folder here, and could not be had from the hub"
         )
         raise UserError(
-            f"{shown} {what}: {str(error).strip().partition(chr(10))[0]}",
+            f"{shown} {what}: {reason(error)}",
             "Give a folder with pytorch_lora_weights.safetensors, that file, or a hub id.",
         ) from error
     state = dict(state)
@@ -132,8 +145,78 @@ def read_adapter(
         raise UserError(
             f"{shown} is no adapter: it holds other weights", "A run's adapter is in RUN/adapter."
         )
+    odd = [key for key, one in state.items() if not one.is_floating_point() or one.numel() and not is_finite(one)]
+    if odd:
+        raise UserError(f"{shown}: {odd[0]} is not of finite floating-point numbers", MEND)
+    if metadata is not None and not isinstance(metadata, dict):
+        raise UserError(f"{shown}: its settings are a {type(metadata).__name__}", MEND)
     settings = {name: one for name, one in (metadata or {}).items() if name.rpartition(".")[2] in _SETTINGS}
+    for part in PARTS:
+        _check_settings(settings_of(part, settings), f"{shown}: the settings for its {part}")
     return state, settings or None, facts
+
+
+def settings_of(part: str, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the settings of a file for one part of a pipeline, by their names in peft."""
+    prefix = f"{part}."
+    return {
+        key.removeprefix(prefix): one for key, one in (settings or {}).items() if key.startswith(prefix)
+    }
+
+
+def _check_settings(settings: Mapping[str, Any], shown: str) -> None:
+    check_types(shown, settings, _SETTINGS)
+    if not settings:
+        return  # a file without any: its tensors say it all
+    numbers = [settings.get("r", 0), settings.get("lora_alpha", 0)]
+    numbers += [*settings.get("rank_pattern", {}).values(), *settings.get("alpha_pattern", {}).values()]
+    if min(numbers) <= 0:
+        raise UserError(f"{shown} lack a rank (r) or an alpha (lora_alpha) above 0", MEND)
+    for pattern in (*settings.get("rank_pattern", {}), *settings.get("alpha_pattern", {})):
+        with reading(f"{shown}: the pattern {pattern!r}", re.error, RecursionError, OverflowError, fix=MEND):
+            re.compile(pattern)
+
+
+def check_layers(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None, shown: str) -> None:
+    """Refuse an adapter that lacks a tensor of a layer, or whose tensors or settings differ in the rank.
+
+    Args:
+        state: its tensors.
+        settings: see `read_adapter`.
+        shown: what it is called.
+
+    Raises:
+        UserError: names the layer.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        layer, dot, kind = key.partition(".lora")
+        if dot:
+            layers.setdefault(layer, {})[f"lora{kind}"] = value
+    for part in PARTS:
+        own = {layer: one for layer, one in layers.items() if layer.startswith(f"{part}.")}
+        kinds = dict.fromkeys(kind for one in own.values() for kind in one)
+        for down, up in _HALVES.items():
+            if down in kinds or up in kinds:
+                kinds |= dict.fromkeys((down, up))
+        told = settings_of(part, settings)
+        for layer, tensors in own.items():
+            missing = [kind for kind in kinds if kind not in tensors]
+            if missing:
+                raise UserError(f"{shown} lacks a part of a layer: {layer}.{missing[0]}", MEND)
+            ranks = {tensors[down].shape[0] for down in _HALVES if down in tensors}
+            ranks |= {tensors[up].shape[1] for up in _HALVES.values() if up in tensors}
+            if told:
+                patterns = told.get("rank_pattern", {}).items()
+                path = layer.removeprefix(f"{part}.")
+                # As peft reads them.
+                ranks.add(next((r for key, r in patterns if re.match(rf"(.*\.)?({key})$", path)), told["r"]))
+            if len(ranks) > 1:
+                raise UserError(
+                    f"{shown}: the tensors of {layer} and the file's settings differ in the rank: "
+                    f"{' and '.join(map(str, sorted(ranks)))}",
+                    MEND,
+                )
 
 
 def _file_in(folder: Path, shown: str) -> str:

@@ -13,9 +13,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .components import MEND, check_settings, component_class, library_reads, load_module, read_json
+from .autoencoder.latents import check_statistics
+from .components import MEND, check_settings, check_types, component_class, library_reads, load_module, read_json
+from .diffusers_border import set_grid
 from .errors import UserError
-from .models import MODELS, load_tokenizer
+from .models import MODELS, check_vocabulary, load_tokenizer
 
 #: the pipelines that share one kind of folder
 FAMILY = (
@@ -118,9 +120,12 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
         if name == "tokenizer":
             return load_tokenizer(kind, part)
         if name == "scheduler":
-            read_json(part / kind.config_name)
+            file = part / kind.config_name
+            check_types(file, read_json(file), {"num_train_timesteps": int})
             with library_reads(part):
-                return kind.from_pretrained(part)
+                scheduler = kind.from_pretrained(part)
+            set_grid(scheduler, 4)  # fails where its settings cannot step a flow
+            return scheduler
         dtype = options.get("dtype", options.get("torch_dtype"))
         if isinstance(dtype, dict):
             dtype = dtype.get(name, dtype.get("default", torch.float32))
@@ -169,6 +174,40 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"no folder '{name}', and no hub repository of that name could be fetched: {reason}",
                 "Check the spelling and the network; offline, pass a folder that you have downloaded before.",
             ) from error
+
+
+def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: Any, names: Any) -> None:
+    """Refuse components that cannot work together; any of them may be None.
+
+    Args:
+        names: class id -> name.
+
+    Raises:
+        UserError: says which two differ, and in what.
+    """
+    configs = [getattr(one, "config", {}) for one in (transformer, vae, text_encoder)]
+    network, autoencoder = ({} if one is None else one for one in configs[:2])
+    text = getattr(configs[2], "hidden_size", None)
+    if vae is not None:
+        check_statistics(vae)
+    if tokenizer is not None and text_encoder is not None:
+        check_vocabulary(tokenizer, text_encoder)
+    for name, here, other, there in (
+        ("in_channels", network.get("in_channels"), "the autoencoder's latents", autoencoder.get("latent_channels")),
+        ("text_dim", network.get("text_dim"), "the text encoder's features", text),
+    ):
+        if None not in (here, there) and here != there:
+            raise UserError(
+                f"the components do not belong together: the transformer's {name} is {here}, {other} are {there}",
+                "Take all folders from one and the same checkpoint.",
+            )
+    count = network.get("num_classes")
+    wrong = [key for key in names or {} if not str(key).isdecimal() or not int(key) < (count or 0)]
+    if wrong and transformer is not None:
+        raise UserError(
+            f"id2label names the class {str(wrong[0])[:60]!r}, but the transformer's num_classes is {count}",
+            "Restore model_index.json.",
+        )
 
 
 def _forget_origin(file: Path) -> None:

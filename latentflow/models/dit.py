@@ -28,7 +28,7 @@ from .embeddings import (
     times_of_rows,
     unpatchify,
 )
-from .inputs import check_inputs
+from .inputs import check_inputs, check_sizes
 from .routing import Rope, Route
 
 POSITIONS = ("rope", "sincos")
@@ -105,6 +105,10 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         interval_conditioning: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes(
+            sample_size, in_channels=in_channels, patch_size=patch_size, width=width, depth=depth, heads=heads,
+            mlp_ratio=mlp_ratio, num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
+        )  # fmt: skip
         check_shape(in_channels, out_channels, width, heads, position)
         lookup(MLPS, activation, "activation")
         norm_function = lookup(NORMS, norm, "norm")

@@ -127,6 +127,6 @@ def test_a_clip_folder_gives_its_text_half(tokenizer: Any, tmp_path: Path) -> No
 
 
 def test_a_missing_encoder_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="could not be loaded") as raised:
+    with pytest.raises(UserError, match="cannot be read") as raised:
         load_text_encoder(tmp_path / "nothing-here")
     assert "hf download" in raised.value.fix
