@@ -24,9 +24,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MEND = "Restore the file from where it came from, or train the checkpoint again."
-CONFIG, INDEX = "config.json", ".index.json"
-#: sizes that no file of weights bounds, and the largest that is believed
-LARGEST = {"sample_size": 2**12, "num_classes": 2**20, "condition_channels": 2**16, "registers": 2**16, "num_train_timesteps": 2**20}
+CONFIG = "config.json"
+#: sizes that a file of weights does not bound, or too late, and the largest that is believed
+LARGEST = {
+    "condition_channels": 2**16,
+    "mlp_ratio": 2**10,
+    "num_classes": 2**20,
+    "num_train_timesteps": 2**20,
+    "registers": 2**16,
+    "sample_size": 2**12,
+}
 _STEMS = ("diffusion_pytorch_model", "model")  # of files of weights: diffusers', transformers'
 _FLOATS = ("F", "BF")  # how safetensors' types of floating-point numbers begin
 
@@ -43,7 +50,7 @@ def read_json(file: Path) -> dict[str, Any]:
     with reading(file, OSError, ValueError, RecursionError, fix=MEND):
         document = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(document, dict):
-        raise UserError(f"{file} holds a {type(document).__name__} where settings are expected", MEND)
+        raise UserError(f"{file} holds {_shown(document)}, no settings", MEND)
     return document
 
 
@@ -75,7 +82,7 @@ def check_types(file: object, settings: Mapping[str, Any], hints: Mapping[str, A
         if not _fits(value, hint):
             raise UserError(f"{file}: {name} is {_shown(value)}", f"Expected: {_words(hint)}. {MEND}")
         sizes = value if isinstance(value, list | tuple) else [value]
-        if name in LARGEST and any(isinstance(size, int) and not 0 <= size <= LARGEST[name] for size in sizes):
+        if name in LARGEST and any(type(one) in (int, float) and not 0 <= one <= LARGEST[name] for one in sizes):
             raise UserError(f"{file}: {name} is {_shown(value)}", f"At most {LARGEST[name]} is read. {MEND}")
 
 
@@ -86,7 +93,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (None, type(None)):
         return value is None
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return is_number(value)
     if hint in (bool, int, str):
         return type(value) is hint
     if isinstance(origin, type) and issubclass(origin, Mapping):
@@ -94,6 +101,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(origin, type) and issubclass(origin, Collection):
         return isinstance(value, list | tuple) and all(_fits(one, inner[0]) for one in value)
     return True  # a component, or anything
+
+
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a finite number, and no truth value."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _words(hint: Any) -> str:
@@ -130,7 +142,7 @@ def component_class(file: object, name: str, entry: Any, base: type) -> Any:
         found = None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(
-            f"{file}: {name} is a {kind} of {library}, which is not known here or is none",
+            f"{file}: {name} is {library}.{kind}, which is no {base.__name__} that is known here",
             "latentflow executes no code of a checkpoint's: a component is a class of diffusers, transformers or "
             f"latentflow. Another one can be passed: from_pretrained(folder, {name}=...).",
         )
@@ -183,6 +195,8 @@ def load_module(
     ours = not kind.__module__.startswith(("diffusers.", "transformers."))
     if ours:
         check_settings(config_file, config, kind)
+    if options.get("use_safetensors") and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{shown or folder} has no file of weights (.safetensors)", fix)
     stored = stored_weights(folder, options.get("variant"))
     check_layers(config_file, config, stored)
 
@@ -196,6 +210,21 @@ def load_module(
     if "dtype" in options and not hasattr(kind, "config_class"):  # diffusers' word for it
         options["torch_dtype"] = options.pop("dtype")
     return load_checked(kind, str(folder), shown or folder, stored, fix=fix, **options)
+
+
+class Checked:
+    """A network of ours, whose ``from_pretrained`` refuses weights that do not fit, whoever calls it."""
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **options: Any) -> Any:
+        """Load the network; see ``diffusers.ModelMixin.from_pretrained``.
+
+        Raises:
+            UserError: weights are missing, unexpected, of another shape or not finite, or a file cannot be read.
+        """
+        if {"output_loading_info", "ignore_mismatched_sizes"} & options.keys():  # the caller looks himself
+            return super().from_pretrained(source, **options)  # type: ignore[misc]
+        return load_checked(cls, source, f"the network in '{source}'", **options)
 
 
 def load_transformers_model(
@@ -347,14 +376,14 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path] | None:
     """The files that the libraries read, whichever of them it is."""
     end = f".{variant}" if variant else ""
     for stem in _STEMS:
-        for index in (f"{stem}.safetensors{INDEX[:-5]}{end}.json", f"{stem}.safetensors{INDEX}"):
-            if (folder / index).is_file():
-                places = read_json(folder / index).get("weight_map")
-                if not isinstance(places, dict) or not all(
-                    isinstance(file, str) and Path(file).name == file for file in places.values()
-                ):
-                    raise UserError(f"{folder / index}: weight_map does not name files beside it", MEND)
-                return [folder / file for file in sorted({*places.values()})]
+        index = folder / f"{stem}.safetensors.index{end}.json"
+        if index.is_file():
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(
+                isinstance(file, str) and Path(file).name == file for file in places.values()
+            ):
+                raise UserError(f"{index}: weight_map does not name files beside it", MEND)
+            return [folder / file for file in sorted({*places.values()})]
         if (folder / f"{stem}{end}.safetensors").is_file():
             return [folder / f"{stem}{end}.safetensors"]
     return None
@@ -400,7 +429,8 @@ def check_size(
     import torch
 
     with ExitStack() as stack:
-        stack.enter_context(_without_reports() if ours else library_reads(file))
+        stack.enter_context(about(file) if ours else library_reads(file))
+        stack.enter_context(_without_reports())
         stack.enter_context(_no_larger(file, stored))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.device("meta"))
@@ -482,6 +512,15 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
                 f"{shown} needs code that it brings along, which latentflow does not execute",
                 "Use a model of a kind that the installed libraries know.",
             ) from error
+
+
+@contextmanager
+def about(shown: object) -> Iterator[None]:
+    """Within the context, a `UserError` names what it is about: a file, a checkpoint."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.what if str(shown) in error.what else f"{shown}: {error.what}", error.fix) from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .autoencoder.latents import check_statistics
-from .components import MEND, check_settings, check_types, component_class, library_reads, load_module, read_json
+from .components import MEND, about, check_settings, check_types, component_class, library_reads, load_module, read_json
 from .diffusers_border import set_grid
 from .errors import UserError
 from .models import MODELS, check_vocabulary, load_tokenizer
@@ -64,15 +64,7 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
                 neither a folder nor a reachable hub repository of this name; a file is missing or cannot be read;
                 weights and configs do not belong together.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir() and not (folder / cls.config_name).is_file():
-            inside = sorted(folder.glob(f"*/{cls.config_name}"))
-            fix = f"Did you mean '{inside[0].parent}'?" if inside else "A run's pipeline is in RUN/pipeline."
-            raise UserError(f"'{folder}' is not a pipeline folder: it holds no {cls.config_name}", fix)
-        if not folder.is_dir() and len(folder.parts) != 2:
-            raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
-        if not folder.is_dir():
-            folder = Path(cls.download(pretrained_model_name_or_path, **kwargs))
+        folder = cls.local_folder(pretrained_model_name_or_path, **kwargs)
         kwargs.setdefault("use_safetensors", True)
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             # diffusers' models widen half-precision files to float32 by default; transformers' do not.
@@ -87,9 +79,31 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError(f"{folder / cls.config_name} names no transformer", MEND)
         if _PLACING & kwargs.keys():
             parts = {name: part for name, part in parts.items() if not isinstance(part, nn.Module)}
-        pipe = super().from_pretrained(str(folder), **parts, **kwargs)
+        with about(folder):
+            pipe = super().from_pretrained(str(folder), **parts, **kwargs)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
+
+    @classmethod
+    def local_folder(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> Path:
+        """Return where the files of a pipeline folder or hub id are; those of the hub are fetched.
+
+        Args:
+            name_or_path: folder or hub id.
+            kwargs: see `download`.
+
+        Raises:
+            UserError: the folder holds no pipeline (one found inside it is named), or there is neither a folder nor a
+                reachable hub repository of this name.
+        """
+        folder = Path(name_or_path)
+        if folder.is_dir() and not (folder / cls.config_name).is_file():
+            inside = sorted(folder.glob(f"*/{cls.config_name}"))
+            fix = f"Did you mean '{inside[0].parent}'?" if inside else "A run's pipeline is in RUN/pipeline."
+            raise UserError(f"'{folder}' is not a pipeline folder: it holds no {cls.config_name}", fix)
+        if not folder.is_dir() and len(folder.parts) != 2:
+            raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
+        return folder if folder.is_dir() else Path(cls.download(name_or_path, **kwargs))
 
     @classmethod
     def read_index(cls, folder: Path) -> dict[str, Any]:
@@ -124,7 +138,8 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
             check_types(file, read_json(file), {"num_train_timesteps": int})
             with library_reads(part):
                 scheduler = kind.from_pretrained(part)
-            set_grid(scheduler, 4)  # fails where its settings cannot step a flow
+            with about(part):
+                set_grid(scheduler, 4)  # fails where its settings cannot step a flow
             return scheduler
         dtype = options.get("dtype", options.get("torch_dtype"))
         if isinstance(dtype, dict):

@@ -8,13 +8,13 @@ the first, with ``scaling_factor = 1``.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..components import is_number
 from ..errors import UserError
 from ..memory import inner_phase
 
@@ -60,19 +60,19 @@ def check_statistics(vae: Autoencoder) -> None:
     config, channels = vae.config, vae.config.get("latent_channels")
     for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor"):
         value = config.get(name)
-        values = [*value] if isinstance(value, list | tuple) else [] if value is None else [value]
-        positive = name in ("latents_std", "scaling_factor")
-        if any(
-            type(one) not in (int, float) or not math.isfinite(one) or (positive and one <= 0) for one in values
-        ):
-            raise UserError(
-                f"the autoencoder's {name} is {str(value)[:60]}",
-                f"Expected: finite numbers{' above 0' if positive else ''}. Restore its config.json.",
-            )
-        if name.startswith("latents") and value is not None and len(values) != channels:
+        if value is None:
+            continue
+        many, positive = name.startswith("latents"), name in ("latents_std", "scaling_factor")
+        values = [*value] if many and isinstance(value, list | tuple) else [value]
+        if many and len(values) != channels:
             raise UserError(
                 f"the autoencoder's {name} has {len(values)} numbers for {channels} channels of its latents",
                 "Restore its config.json.",
+            )
+        if any(not is_number(one) or (positive and one <= 0) for one in values):
+            raise UserError(
+                f"the autoencoder's {name} is {str(value)[:60]}",
+                f"Expected: finite numbers{' above 0' if positive else ''}. Restore its config.json.",
             )
 
 

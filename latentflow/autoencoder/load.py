@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
-from ..components import CONFIG, library_reads, load_checked, load_module, read_json
+from ..components import CONFIG, about, library_reads, load_checked, load_module, read_json
 from ..errors import UserError
 from .latents import Autoencoder, check_statistics
 
@@ -41,7 +41,8 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     else:
         kind = _class_of(name_or_path, _config_of_hub(name_or_path, subfolder, kwargs))
         vae = load_checked(kind, str(name_or_path), shown, fix=fix, subfolder=subfolder, **kwargs)
-    check_statistics(vae)
+    with about(shown):
+        check_statistics(vae)
     if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
         vae = vae.float()
     return vae

@@ -13,6 +13,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from ..components import Checked
 from ..errors import UserError, lookup
 from .blocks import MLPS, NORMS, DiTBlock, FinalLayer
 from .condition import Condition
@@ -46,7 +47,7 @@ class WithFeatures(NamedTuple):
     features: Tensor
 
 
-class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Diffusion transformer with adaLN-zero (arXiv:2212.09748), for any rectangular latent.
 
     The default is the modern block (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries

@@ -18,8 +18,8 @@ def check_sizes(sample_size: int | Sequence[int] | None, **sizes: float | None) 
         UserError: names the size.
     """
     if sample_size is not None:
-        sides = [sample_size] if isinstance(sample_size, int) else [*sample_size]
-        if not 1 <= len(sides) <= 2 or min(sides) <= 0:
+        sides = [sample_size] * 2 if isinstance(sample_size, int) else [*sample_size]
+        if len(sides) != 2 or min(sides) <= 0:
             raise UserError(f"sample_size is {sample_size}", "It must be one side, or (height, width).")
     for name, size in sizes.items():
         if size is not None and not size > 0:

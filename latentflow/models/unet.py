@@ -17,13 +17,14 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from ..components import Checked
 from ..errors import UserError
 from .condition import Condition
 from .embeddings import LabelEmbed, SizeEmbed, TextEmbed, embed_condition, times_of_rows
 from .inputs import check_inputs, check_sizes
 
 
-class UNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """A convolutional velocity network, with attention at every resolution but the first.
 
     Class and text become one vector, added to the time embedding; with text, the attention also looks at its
