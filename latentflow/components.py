@@ -532,7 +532,7 @@ def _without_reports() -> Iterator[None]:
     libraries = [diffusers.utils.logging, transformers.utils.logging]
     before = [library.get_verbosity() for library in libraries]
     for library in libraries:
-        library.set_verbosity_error()
+        library.set_verbosity(library.CRITICAL)
     try:
         yield
     finally:

@@ -40,6 +40,9 @@ _SETTINGS: dict[str, Any] = {
     "use_rslora": bool,
     "lora_bias": bool,
 }
+_THEIRS = "lora_adapter_metadata"  # under which peft's settings are among a file's metadata
+# A setting, and the tensor of each layer that it brings.
+_MORE = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
 # The two halves of a layer, in peft's spelling, of embeddings, and in an older one of diffusers.
 _HALVES = {
     "lora_A.weight": "lora_B.weight",
@@ -148,8 +151,8 @@ def read_adapter(
     odd = [key for key, one in state.items() if not one.is_floating_point() or one.numel() and not is_finite(one)]
     if odd:
         raise UserError(f"{shown}: {odd[0]} is not of finite floating-point numbers", MEND)
-    if metadata is not None and not isinstance(metadata, dict):
-        raise UserError(f"{shown}: its settings are a {type(metadata).__name__}", MEND)
+    if not isinstance(metadata, dict) and (metadata is not None or _THEIRS in (file_metadata or {})):
+        raise UserError(f"{shown}: its settings ({_THEIRS}) are {metadata or 'empty'}", MEND)
     settings = {name: one for name, one in (metadata or {}).items() if name.rpartition(".")[2] in _SETTINGS}
     for part in PARTS:
         _check_settings(settings_of(part, settings), f"{shown}: the settings for its {part}")
@@ -200,6 +203,9 @@ def check_layers(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None
             if down in kinds or up in kinds:
                 kinds |= dict.fromkeys((down, up))
         told = settings_of(part, settings)
+        for name, kind in _MORE.items():
+            if own and told and told.get(name, False) != any(one.startswith(kind) for one in kinds):
+                raise UserError(f"{shown}: {name} is {told.get(name, False)}, and its tensors say the opposite", MEND)
         for layer, tensors in own.items():
             missing = [kind for kind in kinds if kind not in tensors]
             if missing:

@@ -417,6 +417,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
                 f"{shown} was made for a network that takes the end of an interval",
                 f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from.",
             )
+        if intervals and not followed:
+            raise UserError(f"{shown} does not say how it is followed, though it knows of intervals", MEND)
         if intervals:
             make = getattr(self.transformer, "new_length_embedder", None)
             own = {} if make is None else {name: one.shape for name, one in make().state_dict().items()}

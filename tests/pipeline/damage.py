@@ -407,12 +407,15 @@ def _other_rank(end: str, dim: int) -> Callable[[Path], None]:
     return _tensors(change)
 
 
-def adapter_damages(file: str, trace: Path, places: tuple[int, ...]) -> Iterator[Damage]:
+def adapter_damages(file_of: Path, file: str, trace: Path, places: tuple[int, ...]) -> Iterator[Damage]:
     """Of an adapter's file."""
     yield from weight_damages(file, trace, places)
     for place in places:
         for end in ("lora_A.weight", "lora_B.weight"):
             yield Damage(f"{end} missing (layer {place})", file, _half(end, place))
+    # A file of others says nothing beside its tensors: scale 1, and no intervals.
+    plain = not any(name.startswith("added.") for name in load_file(file_of))
+    yield Damage("no metadata", file, lambda path: save_file(load_file(path), path), SOUND if plain else REFUSED)
     yield Damage("another rank of lora_A", file, _other_rank("lora_A.weight", 0))
     yield Damage("another rank of lora_B", file, _other_rank("lora_B.weight", 1))
     for name, values in METADATA.items():
@@ -430,12 +433,15 @@ def all_damages(
         checkpoint: with captions and an adapter in ``fast``.
         trace: a file that code writes which is executed.
         places: of the tensors that are changed, among those of a file in their order.
-        brief: of each setting three values at most.
+        brief: of each setting two values at most.
     """
     found: list[Damage] = []
     weights = [str(one.relative_to(checkpoint)) for one in sorted(checkpoint.glob("*/*.safetensors"))]
     for file in weights:
-        found += (adapter_damages if file == ADAPTER else weight_damages)(file, trace, places)
+        if file == ADAPTER:
+            found += adapter_damages(checkpoint / file, file, trace, places)
+        else:
+            found += weight_damages(file, trace, places)
     tables = {
         INDEX: PIPELINE,
         "transformer/config.json": NETWORK,
@@ -447,7 +453,7 @@ def all_damages(
         found += json_damages(file)
         settings = json.loads((checkpoint / file).read_text())
         for name, values in table.items():
-            for value in (*values[:2], values[-1]) if brief and len(values) > 3 else values:
+            for value in (values[0], values[-1]) if brief and len(values) > 2 else values:
                 if settings.get(name) != value and not (value is MISSING and name not in settings):
                     sound = any(value is one or value == one for one in SOUNDS.get(name, ()))
                     found.append(setting(file, name, value, SOUND if sound else REFUSED))

@@ -28,25 +28,49 @@ from .damage import ADAPTER, PLANTED, REFUSED, SAME, SOUND, Damage, all_damages,
 Draw = Callable[[Path], Any]
 
 
-def draw(folder: Path, adapter: str = "") -> Any:
-    """An image of a checkpoint, as the programs draw it: the page and the flags read what it takes first."""
+def opened(folder: Path) -> Any:
+    """The pipeline of a checkpoint; the page and the flags read what it takes first."""
     takes(str(folder))
     pipe = LatentFlowPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    if adapter == "merged":
-        pipe.merge_lora_weights(folder, subfolder="fast")
-    elif adapter == "loaded":
-        pipe.load_lora_weights(folder, subfolder="fast")
+    return pipe
+
+
+def image_of(pipe: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     return pipe("a red apple", num_inference_steps=1, generator=generator, output_type="np").images
 
 
-def outcome_of(damage: Damage, checkpoint: Path, folder: Path, controls: dict[str, Any]) -> list[str]:
+def draw(folder: Path) -> Any:
+    return image_of(opened(folder))
+
+
+ADAPTED: dict[str, Callable[[Any, Path], None]] = {
+    "merged": lambda pipe, folder: pipe.merge_lora_weights(folder, subfolder="fast"),
+    "loaded": lambda pipe, folder: pipe.load_lora_weights(folder, subfolder="fast"),
+}
+
+
+def draw_adapted(way: str, pipes: dict[str, Any], sound: Path) -> Draw:
+    """Draw with an adapter; a pipeline that has refused one is used for the next, as it was before."""
+
+    def drawn(folder: Path) -> Any:
+        pipe = pipes[way] if way in pipes else pipes.setdefault(way, opened(sound))
+        ADAPTED[way](pipe, folder)
+        del pipes[way]
+        return image_of(pipe)
+
+    return drawn
+
+
+def outcome_of(
+    damage: Damage, checkpoint: Path, folder: Path, controls: dict[str, Any], pipes: dict[str, Any]
+) -> list[str]:
     """What became of one damage, one line for each way to open it: outcome, and what was said."""
     damaged_copy(checkpoint, damage, folder)
     ways: dict[str, Draw] = {"drawn": draw}
     if damage.file == ADAPTER:
-        ways = {way: lambda one, way=way: draw(one, way) for way in ("merged", "loaded")}
+        ways = {way: draw_adapted(way, pipes, checkpoint) for way in ADAPTED}
     elif damage.file.startswith("vae"):
         ways["load_autoencoder"] = load_autoencoder
     elif damage.file.startswith(("text_encoder", "tokenizer")) and damage.name[:9] != "key added":
@@ -93,17 +117,20 @@ def planted(checkpoint: Path, trace: Path, to: Path) -> Path:
 def check_all(checkpoint: Path, trace: Path, places: tuple[int, ...], *, brief: bool) -> Counter[str]:
     """Try all damages of a checkpoint; the undamaged one draws to the byte what it drew before."""
     source = planted(checkpoint, trace, trace.parent / "source")
-    controls = {"drawn": draw(source), "merged": draw(source, "merged"), "loaded": draw(source, "loaded")}
+    pipes: dict[str, Any] = {}
+    ways = {"drawn": draw, **{way: draw_adapted(way, pipes, source) for way in ADAPTED}}
+    controls = {way: drawn(source) for way, drawn in ways.items()}
     assert not np.array_equal(controls["drawn"], controls["merged"])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found: Counter[str] = Counter()
     for number, damage in enumerate(all_damages(source, trace, places, brief=brief)):
-        found.update(outcome_of(damage, source, trace.parent / f"damaged-{number}", controls))
+        found.update(outcome_of(damage, source, trace.parent / f"damaged-{number}", controls, pipes))
     wrong = [one for one in found if one not in (REFUSED, SAME, "drawn")]
     assert not wrong, f"{len(wrong)} of {found.total()}:\n" + "\n".join(wrong)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory + 2**20  # KiB: less than 1 GiB was taken
-    for way, image in controls.items():
-        assert np.array_equal(draw(source, "" if way == "drawn" else way), image)
+    assert {"merged", "loaded"} == pipes.keys()  # those that have refused the last of all
+    for way, drawn in ways.items():
+        assert np.array_equal(drawn(source), controls[way])
     return found
 
 
