@@ -294,12 +294,14 @@ def load_checked(
         module, info = kind.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    buffers = tuple(name for name, _ in module.named_buffers())  # older files hold some that are computed now
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith(buffers))
     if other_parts:
-        own = {_without_numbers(name) for name in module.state_dict()}
+        own = {name.partition(".")[0] for name in module.state_dict()}
         prefix = f"{getattr(module, 'base_model_prefix', '')}."
         missing = [name for name in missing if "pooler" not in name]
-        unexpected = [name for name in unexpected if _without_numbers(name.removeprefix(prefix)) in own]
+        unexpected = [name for name in unexpected if name.removeprefix(prefix).partition(".")[0] in own]
     if missing:
         raise _unfit(shown, f"weights are missing: {_few(missing)}")
     if unexpected:
@@ -538,10 +540,6 @@ def _without_reports() -> Iterator[None]:
     finally:
         for library, level in zip(libraries, before, strict=True):
             library.set_verbosity(level)
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
 
 
 def _sides(shape: Iterable[int]) -> str:

@@ -35,7 +35,9 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     folder = local / (subfolder or "")
     shown = f"the autoencoder in '{name_or_path}'"
     fix = "Give a folder written by save_pretrained (config.json and *.safetensors) or a reachable hub id."
-    if folder.is_dir():
+    if local.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"no autoencoder at '{folder}': there is no {CONFIG}", fix)
         kind = _class_of(folder, read_json(folder / CONFIG))
         vae = load_module(kind, folder, shown, fix=fix, **kwargs)
     else:
