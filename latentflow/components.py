@@ -1,8 +1,8 @@
 """Components of a checkpoint: files that fit together are loaded, all others are refused by name.
 
-diffusers and transformers fill what a file lacks with random numbers, leave out what they do not know, and only report
-it. Here a missing, unexpected, mis-shaped or non-finite weight is an error, and so is a file that cannot be read. No code
-of a checkpoint's is executed, and no module is imported because a checkpoint names it.
+diffusers and transformers fill what a file lacks with random numbers, leave out what they do not know, and only
+report it. Here a missing, unexpected, mis-shaped or non-finite weight is an error, and so is a file that cannot be
+read. No code of a checkpoint's is executed, and no module is imported because a checkpoint names it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def check_types(file: object, settings: Mapping[str, Any], hints: Mapping[str, A
         if not _fits(value, hint):
             raise UserError(f"{file}: {name} is {_shown(value)}", f"Expected: {_words(hint)}. {MEND}")
         sizes = value if isinstance(value, list | tuple) else [value]
-        if name in LARGEST and any(type(one) in (int, float) and not 0 <= one <= LARGEST[name] for one in sizes):
+        if name in LARGEST and any(
+            type(one) in (int, float) and not 0 <= one <= LARGEST[name] for one in sizes
+        ):
             raise UserError(f"{file}: {name} is {_shown(value)}", f"At most {LARGEST[name]} is read. {MEND}")
 
 
@@ -156,7 +158,9 @@ def check_config(file: Path, config: Mapping[str, Any], kind: Any = None) -> Non
         UserError: names the file and the class.
     """
     if config.get("quantization_config") is not None:
-        raise UserError(f"{file}: the weights are quantised", "Give the same model in float32 or half precision.")
+        raise UserError(
+            f"{file}: the weights are quantised", "Give the same model in float32 or half precision."
+        )
     if kind is None:
         return
     written = config.get("_class_name", kind.__name__)
@@ -262,7 +266,9 @@ def load_transformers_model(
         config = AutoConfig.from_pretrained(name, **where)
     check_config(file, config.to_dict())
     kind = family(config)
-    half = getattr(getattr(kind, "config_class", None), "base_config_key", "")  # of a model of images and text
+    half = getattr(
+        getattr(kind, "config_class", None), "base_config_key", ""
+    )  # of a model of images and text
     make = getattr(kind, "from_config", None) or kind._from_config
     check_size(file, stored, lambda: make(getattr(config, half, config) if half else config))
     return load_checked(kind, name, shown, stored, fix=fix, **where, **options)
@@ -391,9 +397,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path] | None:
     return None
 
 
-def check_layers(
-    file: Path, config: Mapping[str, Any], stored: Mapping[str, tuple[str, int]] | None
-) -> None:
+def check_layers(file: Path, config: Mapping[str, Any], stored: Mapping[str, tuple[str, int]] | None) -> None:
     """Refuse a config with more layers than there are tensors in the file of weights.
 
     Raises:
@@ -522,7 +526,9 @@ def about(shown: object) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(error.what if str(shown) in error.what else f"{shown}: {error.what}", error.fix) from error
+        raise UserError(
+            error.what if str(shown) in error.what else f"{shown}: {error.what}", error.fix
+        ) from error
 
 
 @contextmanager

@@ -56,7 +56,8 @@ def check_scheduler(scheduler: Any) -> None:
     """Refuse a diffusers scheduler that cannot step a flow.
 
     Raises:
-        UserError: it does not read the network's output as a velocity, or needs a shift that we cannot know.
+        UserError: it does not read the network's output as a velocity, needs a shift that we cannot know, or is one of
+            diffusers' inverses, which go from data to noise.
     """
     config, name = scheduler.config, type(scheduler).__name__
     if not (name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"):
@@ -74,6 +75,11 @@ def check_scheduler(scheduler: Any) -> None:
         raise UserError(
             f"the scheduler {name} shifts by the resolution (use_dynamic_shifting=True)",
             "Set use_dynamic_shifting=False and choose a fixed shift.",
+        )
+    if not hasattr(scheduler, "set_begin_index"):
+        raise UserError(
+            f"the scheduler {name} does not step from noise to data",
+            "Use a FlowMatch... scheduler, UniPCMultistepScheduler or DPMSolverMultistepScheduler.",
         )
 
 
@@ -103,7 +109,9 @@ def set_grid(
     takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
     if grid is not None and takes_sigmas:
         asked = {"sigmas": grid}
-    with library_reads(f"the scheduler {name}", "Check its settings, or set pipe.scheduler = None: our solvers."):
+    with library_reads(
+        f"the scheduler {name}", "Check its settings, or set pipe.scheduler = None: our solvers."
+    ):
         scheduler.set_timesteps(**asked, device=device)
     if grid is not None and not takes_sigmas:
         _overwrite_grid(scheduler, grid, device)

@@ -43,10 +43,7 @@ def printable(text: str) -> str:
 
 
 def _is_printable(character: str) -> bool:
-    return (
-        character in "\n\t\u200d"
-        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    )
+    return character in "\n\t\u200d" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def _escaped(character: str) -> str:

@@ -148,7 +148,11 @@ def read_adapter(
         raise UserError(
             f"{shown} is no adapter: it holds other weights", "A run's adapter is in RUN/adapter."
         )
-    odd = [key for key, one in state.items() if not one.is_floating_point() or one.numel() and not is_finite(one)]
+    odd = [
+        key
+        for key, one in state.items()
+        if not one.is_floating_point() or (one.numel() and not is_finite(one))
+    ]
     if odd:
         raise UserError(f"{shown}: {odd[0]} is not of finite floating-point numbers", MEND)
     if not isinstance(metadata, dict) and (metadata is not None or _THEIRS in (file_metadata or {})):
@@ -162,9 +166,7 @@ def read_adapter(
 def settings_of(part: str, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the settings of a file for one part of a pipeline, by their names in peft."""
     prefix = f"{part}."
-    return {
-        key.removeprefix(prefix): one for key, one in (settings or {}).items() if key.startswith(prefix)
-    }
+    return {key.removeprefix(prefix): one for key, one in (settings or {}).items() if key.startswith(prefix)}
 
 
 def _check_settings(settings: Mapping[str, Any], shown: str) -> None:
@@ -205,7 +207,9 @@ def check_layers(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None
         told = settings_of(part, settings)
         for name, kind in _MORE.items():
             if own and told and told.get(name, False) != any(one.startswith(kind) for one in kinds):
-                raise UserError(f"{shown}: {name} is {told.get(name, False)}, and its tensors say the opposite", MEND)
+                raise UserError(
+                    f"{shown}: {name} is {told.get(name, False)}, and its tensors say the opposite", MEND
+                )
         for layer, tensors in own.items():
             missing = [kind for kind in kinds if kind not in tensors]
             if missing:

@@ -170,7 +170,10 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         state, metadata, facts = read_adapter(source, shown, {"subfolder": subfolder})
         self._check_architecture(state, metadata, shown, facts)
         self._check_base(shown, facts, any_base)
-        added = {**take_rows(state, WORDS, facts.words, shown), **take_rows(state, CLASSES, facts.classes, shown)}
+        added = {
+            **take_rows(state, WORDS, facts.words, shown),
+            **take_rows(state, CLASSES, facts.classes, shown),
+        }
         followed, intervals = self._take_few_steps(state, shown, facts)
         settings = metadata or {}
         plain = not any(settings.get(f"{part}.{name}") for part in PARTS for name in _MORE_THAN_PLAIN)
@@ -359,12 +362,14 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             if weight is None:
                 raise UserError(f"{shown} is for another architecture: there is no layer {layer} here", fix)
             if weight.ndim < 2:
-                raise UserError(f"{shown} is for another architecture: {layer} is no layer that is adapted", fix)
+                raise UserError(
+                    f"{shown} is for another architecture: {layer} is no layer that is adapted", fix
+                )
             end = next((end for end in _SIDES if key.endswith(end)), None)
             side, what = _SIDES[end] if end else (0, "outputs")
             # One value for each output of the layer (DoRA, biases), or a matrix as the layer's own.
             fits = value.ndim == weight.ndim if end else True
-            if not fits or end and value.shape[side] != weight.shape[side]:
+            if not fits or (end and value.shape[side] != weight.shape[side]):
                 there = value.shape[side] if fits else "x".join(map(str, value.shape))
                 raise UserError(
                     f"{shown} is for another architecture: {layer} has {there} {what} there, "
@@ -388,9 +393,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             path = name.replace(".base_layer", "")
             named = any(path == one or path.endswith(f".{one}") for one in targets)
             if named and isinstance(getattr(layer, "weight", None), Tensor) and f"{part}.{path}" not in held:
-                raise UserError(
-                    f"{shown} lacks a layer that its target_modules name: {part}.{path}", MEND
-                )
+                raise UserError(f"{shown} lacks a layer that its target_modules name: {part}.{path}", MEND)
 
     def _check_base(self, shown: str, facts: AdapterFacts, any_base: bool) -> None:
         dtype, base = self._added().base

@@ -14,7 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .autoencoder.latents import check_statistics
-from .components import MEND, about, check_settings, check_types, component_class, library_reads, load_module, read_json
+from .components import (
+    MEND,
+    about,
+    check_settings,
+    check_types,
+    component_class,
+    library_reads,
+    load_module,
+    read_json,
+)
 from .diffusers_border import set_grid
 from .errors import UserError
 from .models import MODELS, check_vocabulary, load_tokenizer
@@ -208,7 +217,12 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
     if tokenizer is not None and text_encoder is not None:
         check_vocabulary(tokenizer, text_encoder)
     for name, here, other, there in (
-        ("in_channels", network.get("in_channels"), "the autoencoder's latents", autoencoder.get("latent_channels")),
+        (
+            "in_channels",
+            network.get("in_channels"),
+            "the autoencoder's latents",
+            autoencoder.get("latent_channels"),
+        ),
         ("text_dim", network.get("text_dim"), "the text encoder's features", text),
     ):
         if None not in (here, there) and here != there:

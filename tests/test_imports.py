@@ -17,7 +17,7 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # Layers from the bottom; a module may import from its own part and from lower layers. Data lies above models
 # and autoencoder, whose latents and embeddings it caches; training above the pipeline of its previews; web
 # above drawing, whose functions answer its requests.
-LEAVES = {"errors", "html_page", "memory", "cli"}
+LEAVES = {"errors", "components", "html_page", "memory", "cli"}
 LAYERS = [
     {"flow"},
     {"models", "autoencoder"},

@@ -155,7 +155,9 @@ def load_tokenizer(kind: Any, source: str | Path, shown: str = "", fix: str = ME
             tokenizer.pad_token = tokenizer.eos_token
         limit = tokenizer.model_max_length
         if type(limit) not in (int, float) or not limit >= 1:
-            raise UserError(f"{shown}: model_max_length is {limit!r}", f"Expected: a number of tokens. {MEND}")
+            raise UserError(
+                f"{shown}: model_max_length is {limit!r}", f"Expected: a number of tokens. {MEND}"
+            )
         tokens = tokenizer(["a", "a a"], padding=True, truncation=True, max_length=min(limit, 8))
     if not {"input_ids", "attention_mask"} <= tokens.keys():
         raise UserError(f"{shown} makes {', '.join(tokens)}, not input_ids and attention_mask", MEND)

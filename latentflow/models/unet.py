@@ -38,7 +38,8 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
         head_dim: channels of one attention head.
 
     Raises:
-        UserError: a size is not above 0, ``channels`` are not multiples of ``head_dim``, or fewer channels go out than in.
+        UserError: a size is not above 0, ``channels`` are not multiples of ``head_dim``, or fewer channels go out than
+            in.
     """
 
     _supports_gradient_checkpointing = True
@@ -60,8 +61,8 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
     ) -> None:
         super().__init__()
         check_sizes(
-            sample_size, in_channels=in_channels, layers_per_block=layers_per_block, head_dim=head_dim, channels=min(channels, default=0),
-            num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
+            sample_size, in_channels=in_channels, channels=min(channels, default=0), layers_per_block=layers_per_block,
+            head_dim=head_dim, num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
         )  # fmt: skip
         if any(width % head_dim for width in channels):
             raise UserError(

@@ -221,7 +221,9 @@ def json_damages(file: str) -> Iterator[Damage]:
     """Of a JSON file as a whole."""
     for name, content in JSON.items():
         loose = name == "no settings" and file.endswith("tokenizer_config.json")
-        yield Damage(name, file, lambda path, content=content: path.write_bytes(content), SOUND if loose else REFUSED)
+        yield Damage(
+            name, file, lambda path, content=content: path.write_bytes(content), SOUND if loose else REFUSED
+        )
     yield Damage("missing", file, Path.unlink, SOUND if file.endswith("tokenizer_config.json") else REFUSED)
 
 
@@ -287,7 +289,10 @@ TEXT: dict[str, tuple[Any, ...]] = {
     "feed_forward_proj": ("relu", 3, "gated-unheard", None),
     "model_type": ("bert", "unheard-of", 3, None, "clip"),
     "layer_norm_epsilon": ("x", [1]),
-    "quantization_config": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq", "bits": 4}),
+    "quantization_config": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "gptq", "bits": 4},
+    ),
 }
 PIPELINE: dict[str, tuple[Any, ...]] = {
     "_class_name": ("StableDiffusionPipeline", "FluxPipeline", "os.system", 3, None, MISSING, ["LatentFlowPipeline"]),
@@ -386,7 +391,13 @@ METADATA: dict[str, tuple[Any, ...]] = {
     f"{THEIRS}/transformer.alpha_pattern": ([3], {"qkv": "5"}, {"(": 4}, 3),
     f"{THEIRS}/transformer.target_modules": (3, {"a": 1}, ["qkv", "t_embedder.mlp.0"]),
     f"{THEIRS}/transformer.use_dora": (True, "yes", 1),
-    f"{OURS}/few_steps": ({"average": "yes"}, {"unheard": 1}, {"step_counts": [0]}, {"folded_guidance": "a"}, 3),
+    f"{OURS}/few_steps": (
+        {"average": "yes"},
+        {"unheard": 1},
+        {"step_counts": [0]},
+        {"folded_guidance": "a"},
+        3,
+    ),
     f"{OURS}/words": (["red"], "red", [3]),
     f"{OURS}/base": ({"float32": "another"}, []),
 }
@@ -415,7 +426,9 @@ def adapter_damages(file_of: Path, file: str, trace: Path, places: tuple[int, ..
             yield Damage(f"{end} missing (layer {place})", file, _half(end, place))
     # A file of others says nothing beside its tensors: scale 1, and no intervals.
     plain = not any(name.startswith("added.") for name in load_file(file_of))
-    yield Damage("no metadata", file, lambda path: save_file(load_file(path), path), SOUND if plain else REFUSED)
+    yield Damage(
+        "no metadata", file, lambda path: save_file(load_file(path), path), SOUND if plain else REFUSED
+    )
     yield Damage("another rank of lora_A", file, _other_rank("lora_A.weight", 0))
     yield Damage("another rank of lora_B", file, _other_rank("lora_B.weight", 1))
     for name, values in METADATA.items():

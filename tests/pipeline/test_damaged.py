@@ -85,7 +85,7 @@ def outcome_of(
             lines = str(error).splitlines()
             fine = len(lines) <= 4 and "trust_remote_code" not in str(error)
             outcome = REFUSED if fine else f"no sentence: {error}"
-        except BaseException as error:  # noqa: BLE001 - a traceback is what must not be
+        except BaseException as error:
             outcome = "traceback: " + "".join(traceback.format_exception(error)[-4:])
         else:
             same = way not in controls or np.array_equal(image, controls[way])
@@ -127,7 +127,9 @@ def check_all(checkpoint: Path, trace: Path, places: tuple[int, ...], *, brief: 
         found.update(outcome_of(damage, source, trace.parent / f"damaged-{number}", controls, pipes))
     wrong = [one for one in found if one not in (REFUSED, SAME, "drawn")]
     assert not wrong, f"{len(wrong)} of {found.total()}:\n" + "\n".join(wrong)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory + 2**20  # KiB: less than 1 GiB was taken
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory + 2**20
+    )  # KiB: less than 1 GiB was taken
     assert {"merged", "loaded"} == pipes.keys()  # those that have refused the last of all
     for way, drawn in ways.items():
         assert np.array_equal(drawn(source), controls[way])
