@@ -261,7 +261,7 @@ def load_transformers_model(
     if folder.is_dir():
         stored = stored_weights(folder)
         check_layers(file, read_json(file), stored)
-    where = {"subfolder": subfolder, "trust_remote_code": False}
+    where: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": False}
     with library_reads(shown, fix=fix):
         config = AutoConfig.from_pretrained(name, **where)
     check_config(file, config.to_dict())

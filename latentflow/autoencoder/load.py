@@ -39,7 +39,7 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
         if not (folder / CONFIG).is_file():
             raise UserError(f"no autoencoder at '{folder}': there is no {CONFIG}", fix)
         kind = _class_of(folder, read_json(folder / CONFIG))
-        vae = load_module(kind, folder, shown, fix=fix, **kwargs)
+        vae: Autoencoder = load_module(kind, folder, shown, fix=fix, **kwargs)
     else:
         kind = _class_of(name_or_path, _config_of_hub(name_or_path, subfolder, kwargs))
         vae = load_checked(kind, str(name_or_path), shown, fix=fix, subfolder=subfolder, **kwargs)

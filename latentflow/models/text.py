@@ -128,10 +128,6 @@ def small_text_encoder(
     return encoder
 
 
-# Models of images and text, of which only the text half is wanted.
-_TEXT_HALVES: dict[str, Any] = {"clip": CLIPTextModel, "siglip": SiglipTextModel}
-
-
 def load_tokenizer(kind: Any, source: str | Path, shown: str = "", fix: str = MEND, **where: str) -> Any:
     """Load a tokenizer that can be drawn with: it pads, and says which tokens count.
 

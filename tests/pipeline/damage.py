@@ -315,7 +315,8 @@ PIPELINE: dict[str, tuple[Any, ...]] = {
     "text_encoder": (["transformers", "BertModel"], ["os", "system"], [PLANTED, "A"], ["transformers", "pipeline"], 3),
     "tokenizer": (["os", "system"], [PLANTED, "A"], ["transformers", "T5EncoderModel"], 3, ["transformers", "unheard"]),
     "scheduler": (
-        ["diffusers", "DDIMScheduler"], ["os", "system"], [PLANTED, "A"], ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        ["diffusers", "DDIMScheduler"], ["os", "system"], [PLANTED, "A"],
+        ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     ),
 }  # fmt: skip
 TOKENIZER: dict[str, tuple[Any, ...]] = {

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: no image is drawn from weights that do not fit, no code is executed, every failure is a sentence."""
+"""Damaged checkpoints: no image of weights that do not fit, no code executed, every failure a sentence."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def outcome_of(
             lines = str(error).splitlines()
             fine = len(lines) <= 4 and "trust_remote_code" not in str(error)
             outcome = REFUSED if fine else f"no sentence: {error}"
-        except BaseException as error:
+        except Exception as error:
             outcome = "traceback: " + "".join(traceback.format_exception(error)[-4:])
         else:
             same = way not in controls or np.array_equal(image, controls[way])

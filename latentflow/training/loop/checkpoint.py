@@ -189,7 +189,8 @@ def load_checkpoint(folder: Path, place: Place | None = None) -> State:
     plain = _verified(folder)
     with _damage_of(folder):
         tensors = _read(folder, place or _new)
-    return _restored(plain, tensors, folder)
+    state: State = _restored(plain, tensors, folder)
+    return state
 
 
 def _verified(folder: Path) -> State:
