@@ -60,13 +60,14 @@ def check_settings(file: object, settings: Mapping[str, Any], kind: Any) -> None
     Raises:
         UserError: names the file, the setting and its value.
     """
-    hints = get_type_hints(kind.__init__)
+    hints = {name: hint for name, hint in get_type_hints(kind.__init__).items() if name != "return"}
     named = {name: value for name, value in settings.items() if not name.startswith("_")}
     for name in named:
         if name not in hints:
+            guess = nearest(name, hints)
             raise UserError(
                 f"{file}: {kind.__name__} has no setting '{name}'",
-                f"Did you mean '{guess}'?" if (guess := nearest(name, hints)) else MEND,
+                f"Did you mean '{guess}'? {MEND}" if guess else MEND,
             )
     check_types(file, named, hints)
 
@@ -196,7 +197,7 @@ def load_module(
     config_file = folder / CONFIG
     config = read_json(config_file)
     check_config(config_file, config, kind)
-    ours = not kind.__module__.startswith(("diffusers.", "transformers."))
+    ours = kind.__module__.startswith("latentflow.")
     if ours:
         check_settings(config_file, config, kind)
     if options.get("use_safetensors") and not any(folder.glob("*.safetensors")):
@@ -228,7 +229,10 @@ class Checked:
         """
         if {"output_loading_info", "ignore_mismatched_sizes"} & options.keys():  # the caller looks himself
             return super().from_pretrained(source, **options)  # type: ignore[misc]
-        return load_checked(cls, source, f"the network in '{source}'", **options)
+        subfolder = options.pop("subfolder", None) or ""
+        if Path(source, subfolder).is_dir():
+            return load_module(cls, Path(source, subfolder), **options)
+        return load_checked(cls, source, f"the network in '{source}'", subfolder=subfolder, **options)
 
 
 def load_transformers_model(

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _fetch_state_dict
@@ -21,7 +21,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .components import MEND, check_types, is_finite
+from .components import MEND, about, check_settings, check_types, is_finite
 from .errors import UserError, reading, reason
 
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
@@ -77,11 +77,14 @@ def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
     """What `AdapterFacts.metadata` wrote; nothing of a file that others made.
 
     Raises:
-        TypeError, ValueError: it did not write this.
+        UserError: it did not write this.
     """
-    facts = AdapterFacts(**json.loads((metadata or {}).get(METADATA_KEY, "{}")))
-    check_types("its facts", asdict(facts), get_type_hints(AdapterFacts))
-    return facts
+    with reading(f"its metadata '{METADATA_KEY}'", ValueError, RecursionError, fix=MEND):
+        facts = json.loads((metadata or {}).get(METADATA_KEY, "{}"))
+    if not isinstance(facts, dict):
+        raise UserError(f"its metadata '{METADATA_KEY}' are a {type(facts).__name__}", MEND)
+    check_settings(f"its metadata '{METADATA_KEY}'", facts, AdapterFacts)
+    return AdapterFacts(**facts)
 
 
 def base_hashes(network: nn.Module) -> dict[str, str]:
@@ -134,7 +137,6 @@ def read_adapter(
             return_file_metadata=True,
             **wanted,
         )
-        facts = facts_of(file_metadata)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError, HTTPError) as error:
         what = (
             "could not be read" if there else "is no file or folder here, and could not be had from the hub"
@@ -143,6 +145,8 @@ def read_adapter(
             f"{shown} {what}: {reason(error)}",
             "Give a folder with pytorch_lora_weights.safetensors, that file, or a hub id.",
         ) from error
+    with about(shown):
+        facts = facts_of(file_metadata)
     state = dict(state)
     if not state or not all("lora" in key or key.startswith((WORDS, CLASSES, INTERVALS)) for key in state):
         raise UserError(
@@ -182,7 +186,7 @@ def _check_settings(settings: Mapping[str, Any], shown: str) -> None:
             re.compile(pattern)
 
 
-def check_layers(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None, shown: str) -> None:
+def check_tensors(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None, shown: str) -> None:
     """Refuse an adapter that lacks a tensor of a layer, or whose tensors or settings differ in the rank.
 
     Args:

@@ -23,7 +23,7 @@ from .pipeline_adapter_files import (
     PARTS,
     WORDS,
     AdapterFacts,
-    check_layers,
+    check_tensors,
     read_adapter,
     settings_of,
     take_rows,
@@ -34,7 +34,9 @@ from .pipeline_few_steps import FewSteps
 
 # The side of a tensor that must be as long as its layer's weight.
 _SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
+_SIDES |= {".lora.down.weight": (1, "inputs"), ".lora.up.weight": (0, "outputs")}  # diffusers' older spelling
 _SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
+_FOR_EACH_OUTPUT = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_B.bias")
 _MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
 
 #: how a network is followed, and the parameters of a length's embedder that it is given for that
@@ -365,18 +367,20 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
                 raise UserError(
                     f"{shown} is for another architecture: {layer} is no layer that is adapted", fix
                 )
-            end = next((end for end in _SIDES if key.endswith(end)), None)
-            side, what = _SIDES[end] if end else (0, "outputs")
-            # One value for each output of the layer (DoRA, biases), or a matrix as the layer's own.
-            fits = value.ndim == weight.ndim if end else True
-            if not fits or (end and value.shape[side] != weight.shape[side]):
-                there = value.shape[side] if fits else "x".join(map(str, value.shape))
+            end = next((end for end in _SIDES if key.endswith(end)), "")
+            side, what = _SIDES.get(end, (0, "outputs"))
+            there: int | None = weight.shape[side]
+            if end:
+                there = value.shape[side] if value.ndim == weight.ndim else None
+            elif key.endswith(_FOR_EACH_OUTPUT):
+                there = value.numel()
+            if there != weight.shape[side]:
                 raise UserError(
-                    f"{shown} is for another architecture: {layer} has {there} {what} there, "
+                    f"{shown} is for another architecture: {layer} has {there or tuple(value.shape)} {what} there, "
                     f"{weight.shape[side]} here",
                     fix,
                 )
-        check_layers(state, settings, shown)
+        check_tensors(state, settings, shown)
         for part, whole in parts.items():
             self._check_targets(part, whole, state, settings_of(part, settings), shown)
 

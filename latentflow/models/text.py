@@ -149,11 +149,10 @@ def load_tokenizer(kind: Any, source: str | Path, shown: str = "", fix: str = ME
         tokenizer = kind.from_pretrained(source, trust_remote_code=False, **where)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        limit = tokenizer.model_max_length
-        if type(limit) not in (int, float) or not limit >= 1:
-            raise UserError(
-                f"{shown}: model_max_length is {limit!r}", f"Expected: a number of tokens. {MEND}"
-            )
+    limit = tokenizer.model_max_length
+    if type(limit) not in (int, float) or not limit >= 1:
+        raise UserError(f"{shown}: model_max_length is {limit!r}", f"Expected: a number of tokens. {MEND}")
+    with library_reads(shown, fix=fix):
         tokens = tokenizer(["a", "a a"], padding=True, truncation=True, max_length=min(limit, 8))
     if not {"input_ids", "attention_mask"} <= tokens.keys():
         raise UserError(f"{shown} makes {', '.join(tokens)}, not input_ids and attention_mask", MEND)
