@@ -110,7 +110,7 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
             inside = sorted(folder.glob(f"*/{cls.config_name}"))
             fix = f"Did you mean '{inside[0].parent}'?" if inside else "A run's pipeline is in RUN/pipeline."
             raise UserError(f"'{folder}' is not a pipeline folder: it holds no {cls.config_name}", fix)
-        if not folder.is_dir() and len(folder.parts) != 2:
+        if not folder.is_dir() and (len(folder.parts) != 2 or folder.is_absolute()):
             raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
         return folder if folder.is_dir() else Path(cls.download(name_or_path, **kwargs))
 

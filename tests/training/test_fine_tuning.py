@@ -472,7 +472,9 @@ def test_a_checkpoint_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> 
     weights = base / "text_encoder" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="Give a pipeline folder"):
+    with pytest.raises(
+        UserError, match=r"text_encoder/model.safetensors cannot be read: .*\nRestore the file"
+    ):
         open_base(str(base))
     weights.write_bytes(whole)
     other = DiTTransformer2DModel(
@@ -488,8 +490,8 @@ def test_a_checkpoint_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (lambda base: ["--init-from", base.parent], "Give a pipeline folder"),
-        (lambda base: ["--init-from", "/nowhere"], "Give a pipeline folder"),
+        (lambda base: ["--init-from", base.parent], "Did you mean '"),
+        (lambda base: ["--init-from", "/nowhere"], "Check the path"),
         (lambda base: ["--init-from", base, "-o", base.parent], "would replace it"),
         (lambda base: ["--init-from", base], "not conditioned on text, the data is"),
         (lambda base: ["--prior-samples", 5], "--prior-samples without --init-from"),
