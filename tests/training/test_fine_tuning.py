@@ -252,6 +252,9 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     said = call(cache, *line[:-5], "-o", tmp_path / "begun", "--prior-samples", 5, "--inpainting", expect=2)
     assert "drawn otherwise (asked)" in said
+    os.truncate(files[1], files[1].stat().st_size // 2)
+    said = call(cache, *line, "-o", tmp_path / "whole", "--max-train-steps", 5, expect=2)
+    assert f"{files[1]} cannot be read" in said and "Remove it: its samples are drawn again." in said
 
 
 def test_two_processes_mix_as_one_does(
