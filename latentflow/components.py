@@ -235,6 +235,11 @@ class Checked:
         return load_checked(cls, source, f"the network in '{source}'", subfolder=subfolder, **options)
 
 
+def may_be_on_the_hub(name: str) -> bool:
+    """Return whether ``name``, which is no folder here, has the form of a hub id."""
+    return not Path(name).is_absolute() and len(Path(name).parts) <= 2
+
+
 def load_transformers_model(
     name: str,
     shown: str,
@@ -262,6 +267,8 @@ def load_transformers_model(
     folder = Path(name, subfolder)
     file = folder / CONFIG
     stored = None
+    if not folder.is_dir() and not may_be_on_the_hub(name):
+        raise UserError(f"{shown} cannot be read: there is no such folder", fix)
     if folder.is_dir():
         stored = stored_weights(folder)
         check_layers(file, read_json(file), stored)

@@ -8,7 +8,15 @@ from typing import Any
 import diffusers
 import torch
 
-from ..components import CONFIG, about, library_reads, load_checked, load_module, read_json
+from ..components import (
+    CONFIG,
+    about,
+    library_reads,
+    load_checked,
+    load_module,
+    may_be_on_the_hub,
+    read_json,
+)
 from ..errors import UserError
 from .latents import Autoencoder, check_statistics
 
@@ -35,6 +43,8 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     folder = local / (subfolder or "")
     shown = f"the autoencoder in '{name_or_path}'"
     fix = "Give a folder written by save_pretrained (config.json and *.safetensors) or a reachable hub id."
+    if not local.is_dir() and not may_be_on_the_hub(str(name_or_path)):
+        raise UserError(f"no autoencoder at '{name_or_path}': there is no such folder", fix)
     if local.is_dir():
         if not (folder / CONFIG).is_file():
             raise UserError(f"no autoencoder at '{folder}': there is no {CONFIG}", fix)

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
-from ..components import MEND, library_reads, load_transformers_model, read_json
+from ..components import MEND, library_reads, load_transformers_model, may_be_on_the_hub, read_json
 from ..errors import UserError, reading
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[START]"
@@ -143,6 +143,8 @@ def load_tokenizer(kind: Any, source: str | Path, shown: str = "", fix: str = ME
     """
     folder = Path(source, where.get("subfolder", ""))
     shown = shown or str(folder)
+    if not folder.is_dir() and not may_be_on_the_hub(str(source)):
+        raise UserError(f"{shown} cannot be read: there is no such folder", fix)
     if folder.is_dir():
         _check_tokenizer_files(folder)
     with library_reads(shown, fix=fix):
