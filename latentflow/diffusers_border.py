@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .arguments import finite, shown
+from .components import library_reads
 from .errors import UserError
 from .flow.tensors import require_finite
 
@@ -65,7 +66,8 @@ def check_scheduler(scheduler: Any) -> None:
     """Refuse a diffusers scheduler that cannot step a flow.
 
     Raises:
-        UserError: it does not read the network's output as a velocity, or needs a shift that we cannot know.
+        UserError: it does not read the network's output as a velocity, needs a shift that we cannot know, or is one of
+            diffusers' inverses, which go from data to noise.
     """
     config, name = scheduler.config, type(scheduler).__name__
     if not (name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"):
@@ -84,6 +86,11 @@ def check_scheduler(scheduler: Any) -> None:
             f"the scheduler {name} shifts by the resolution (use_dynamic_shifting=True)",
             "Set use_dynamic_shifting=False and choose a fixed shift.",
         )
+    if not hasattr(scheduler, "set_begin_index"):
+        raise UserError(
+            f"the scheduler {name} does not step from noise to data",
+            "Use a FlowMatch... scheduler, UniPCMultistepScheduler or DPMSolverMultistepScheduler.",
+        )
 
 
 def set_grid(
@@ -99,18 +106,25 @@ def set_grid(
     FlowMatch schedulers spend their last step on 0.001 -> 0 unless told the grid, so they get 1, 1 - 1/N,
     ..., 1/N; the multistep ones keep their own grid. ``sigmas`` is honoured also where ``set_timesteps``
     does not take it. Of N steps the last N * ``strength``, rounded up, are to be taken, as in diffusers.
+
+    Raises:
+        UserError: see `check_scheduler`; or the grid that its settings make does not lead from noise to data.
     """
     check_scheduler(scheduler)
-    count = steps if sigmas is None else len(checked_sigmas(sigmas))
-    if sigmas is None and not type(scheduler).__name__.startswith("FlowMatch"):
-        scheduler.set_timesteps(steps, device=device)
-    else:
+    count, name = steps if sigmas is None else len(checked_sigmas(sigmas)), type(scheduler).__name__
+    asked: dict[str, Any] = {"num_inference_steps": count}
+    grid = None
+    if sigmas is not None or name.startswith("FlowMatch"):
         grid = np.linspace(1.0, 1.0 / steps, steps) if sigmas is None else np.array(checked_sigmas(sigmas))
-        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(sigmas=grid, device=device)
-        else:
-            scheduler.set_timesteps(len(grid), device=device)
-            _overwrite_grid(scheduler, grid, device)
+    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if grid is not None and takes_sigmas:
+        asked = {"sigmas": grid}
+    with library_reads(
+        f"the scheduler {name}", "Check its settings, or set pipe.scheduler = None: our solvers."
+    ):
+        scheduler.set_timesteps(**asked, device=device)
+    if grid is not None and not takes_sigmas:
+        _overwrite_grid(scheduler, grid, device)
     _check_grid(scheduler)
     # Count the steps rather than look them up by timestep, which some schedulers round to an integer.
     skipped = count - math.ceil(count * strength - 1e-6)  # a product such as 0.07 * 100 is a little above 7

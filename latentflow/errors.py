@@ -77,8 +77,11 @@ def _escaped(character: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return what an exception says: its first line that is not empty, at most 300 characters; else its type."""
+    """Return what an exception says: its first line that is not empty (and the next, where that ends with a colon), at
+    most 300 characters; else its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1]}"
     return (lines[0][:300] if lines else type(error).__name__).rstrip(".")
 
 

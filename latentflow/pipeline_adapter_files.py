@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +21,9 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .components import MEND, about, check_settings, check_types, is_finite
 from .documents import parse_json
-from .errors import UserError
+from .errors import UserError, reading, reason
 
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
 METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata
@@ -29,9 +31,25 @@ WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
 INTERVALS = "added.intervals."  # and a parameter's name: of the embedder of an interval's length, which the base lacks
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Of a file's settings those that say what its tensors mean. peft has others, some of which import what they name.
-_SETTINGS = {
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora", "lora_bias"
-}  # fmt: skip
+_SETTINGS: dict[str, Any] = {
+    "r": int,
+    "lora_alpha": float,
+    "rank_pattern": dict[str, int],
+    "alpha_pattern": dict[str, float],
+    "target_modules": list[str] | str | None,
+    "use_dora": bool,
+    "use_rslora": bool,
+    "lora_bias": bool,
+}
+_THEIRS = "lora_adapter_metadata"  # under which peft's settings are among a file's metadata
+# A setting, and the tensor of each layer that it brings.
+_MORE = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+# The two halves of a layer, in peft's spelling, of embeddings, and in an older one of diffusers.
+_HALVES = {
+    "lora_A.weight": "lora_B.weight",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora.down.weight": "lora.up.weight",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +78,13 @@ def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
     """What `AdapterFacts.metadata` wrote; nothing of a file that others made.
 
     Raises:
-        TypeError, ValueError: it did not write this.
+        UserError: it did not write this.
     """
-    facts = AdapterFacts(**parse_json((metadata or {}).get(METADATA_KEY, "{}"), "its metadata"))
-    for name, empty in asdict(AdapterFacts()).items():
-        if type(getattr(facts, name)) is not type(empty):
-            raise ValueError(f"{name} of its facts is no {type(empty).__name__}")
-    return facts
+    facts = parse_json((metadata or {}).get(METADATA_KEY, "{}"), f"its metadata '{METADATA_KEY}'", MEND)
+    if not isinstance(facts, dict):
+        raise UserError(f"its metadata '{METADATA_KEY}' are a {type(facts).__name__}", MEND)
+    check_settings(f"its metadata '{METADATA_KEY}'", facts, AdapterFacts)
+    return AdapterFacts(**facts)
 
 
 def base_hashes(network: nn.Module) -> dict[str, str]:
@@ -96,7 +114,7 @@ def read_adapter(
     """Tensors, settings as diffusers keeps them, and our facts.
 
     Raises:
-        UserError: there is no such file, or it is damaged, or no adapter.
+        UserError: there is no such file, or it is damaged, holds numbers that are not finite, or is no adapter.
     """
     names = ("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision")
     wanted: dict[str, Any] = {name: options.get(name) for name in (*names, "subfolder")}
@@ -119,22 +137,100 @@ def read_adapter(
             return_file_metadata=True,
             **wanted,
         )
-        facts = facts_of(file_metadata)
-    except (OSError, ValueError, TypeError, LookupError, SafetensorError, HTTPError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError, HTTPError) as error:
         what = (
             "could not be read" if there else "is no file or folder here, and could not be had from the hub"
         )
         raise UserError(
-            f"{shown} {what}: {str(error).strip().partition(chr(10))[0]}",
+            f"{shown} {what}: {reason(error)}",
             "Give a folder with pytorch_lora_weights.safetensors, that file, or a hub id.",
         ) from error
+    with about(shown):
+        facts = facts_of(file_metadata)
     state = dict(state)
     if not state or not all("lora" in key or key.startswith((WORDS, CLASSES, INTERVALS)) for key in state):
         raise UserError(
             f"{shown} is no adapter: it holds other weights", "A run's adapter is in RUN/adapter."
         )
+    odd = [
+        key
+        for key, one in state.items()
+        if not one.is_floating_point() or (one.numel() and not is_finite(one))
+    ]
+    if odd:
+        raise UserError(f"{shown}: {odd[0]} is not of finite floating-point numbers", MEND)
+    if not isinstance(metadata, dict) and (metadata is not None or _THEIRS in (file_metadata or {})):
+        raise UserError(f"{shown}: its settings ({_THEIRS}) are {metadata or 'empty'}", MEND)
     settings = {name: one for name, one in (metadata or {}).items() if name.rpartition(".")[2] in _SETTINGS}
+    for part in PARTS:
+        _check_settings(settings_of(part, settings), f"{shown}: the settings for its {part}")
     return state, settings or None, facts
+
+
+def settings_of(part: str, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the settings of a file for one part of a pipeline, by their names in peft."""
+    prefix = f"{part}."
+    return {key.removeprefix(prefix): one for key, one in (settings or {}).items() if key.startswith(prefix)}
+
+
+def _check_settings(settings: Mapping[str, Any], shown: str) -> None:
+    check_types(shown, settings, _SETTINGS)
+    if not settings:
+        return  # a file without any: its tensors say it all
+    numbers = [settings.get("r", 0), settings.get("lora_alpha", 0)]
+    numbers += [*settings.get("rank_pattern", {}).values(), *settings.get("alpha_pattern", {}).values()]
+    if min(numbers) <= 0:
+        raise UserError(f"{shown} lack a rank (r) or an alpha (lora_alpha) above 0", MEND)
+    for pattern in (*settings.get("rank_pattern", {}), *settings.get("alpha_pattern", {})):
+        with reading(f"{shown}: the pattern {pattern!r}", re.error, RecursionError, OverflowError, fix=MEND):
+            re.compile(pattern)
+
+
+def check_tensors(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None, shown: str) -> None:
+    """Refuse an adapter that lacks a tensor of a layer, or whose tensors or settings differ in the rank.
+
+    Args:
+        state: its tensors.
+        settings: see `read_adapter`.
+        shown: what it is called.
+
+    Raises:
+        UserError: names the layer.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        layer, dot, kind = key.partition(".lora")
+        if dot:
+            layers.setdefault(layer, {})[f"lora{kind}"] = value
+    for part in PARTS:
+        own = {layer: one for layer, one in layers.items() if layer.startswith(f"{part}.")}
+        kinds = dict.fromkeys(kind for one in own.values() for kind in one)
+        for down, up in _HALVES.items():
+            if down in kinds or up in kinds:
+                kinds |= dict.fromkeys((down, up))
+        told = settings_of(part, settings)
+        for name, kind in _MORE.items():
+            if own and told and told.get(name, False) != any(one.startswith(kind) for one in kinds):
+                raise UserError(
+                    f"{shown}: {name} is {told.get(name, False)}, and its tensors say the opposite", MEND
+                )
+        for layer, tensors in own.items():
+            missing = [kind for kind in kinds if kind not in tensors]
+            if missing:
+                raise UserError(f"{shown} lacks a part of a layer: {layer}.{missing[0]}", MEND)
+            ranks = {tensors[down].shape[0] for down in _HALVES if down in tensors}
+            ranks |= {tensors[up].shape[1] for up in _HALVES.values() if up in tensors}
+            if told:
+                patterns = told.get("rank_pattern", {}).items()
+                path = layer.removeprefix(f"{part}.")
+                # As peft reads them.
+                ranks.add(next((r for key, r in patterns if re.match(rf"(.*\.)?({key})$", path)), told["r"]))
+            if len(ranks) > 1:
+                raise UserError(
+                    f"{shown}: the tensors of {layer} and the file's settings differ in the rank: "
+                    f"{' and '.join(map(str, sorted(ranks)))}",
+                    MEND,
+                )
 
 
 def _file_in(folder: Path, shown: str) -> str:

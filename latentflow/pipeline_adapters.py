@@ -14,6 +14,7 @@ from diffusers.utils import USE_PEFT_BACKEND, get_adapter_name
 from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
 from torch import Tensor, nn
 
+from .components import MEND
 from .errors import UserError
 from .models import with_words
 from .pipeline_adapter_files import (
@@ -22,7 +23,9 @@ from .pipeline_adapter_files import (
     PARTS,
     WORDS,
     AdapterFacts,
+    check_tensors,
     read_adapter,
+    settings_of,
     take_rows,
     type_name,
     weights_hash,
@@ -31,7 +34,9 @@ from .pipeline_few_steps import FewSteps
 
 # The side of a tensor that must be as long as its layer's weight.
 _SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
+_SIDES |= {".lora.down.weight": (1, "inputs"), ".lora.up.weight": (0, "outputs")}  # diffusers' older spelling
 _SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
+_FOR_EACH_OUTPUT = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_B.bias")
 _MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
 
 #: how a network is followed, and the parameters of a length's embedder that it is given for that
@@ -117,7 +122,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
         state, metadata, facts = read_adapter(source, shown, kwargs)
-        self._check_architecture(state, shown, facts)
+        self._check_architecture(state, metadata, shown, facts)
         self._check_base(shown, facts, any_base)
         words = take_rows(state, WORDS, facts.words, shown)
         labels = take_rows(state, CLASSES, facts.classes, shown)
@@ -165,13 +170,17 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         """
         shown = f"the adapter {source}"
         state, metadata, facts = read_adapter(source, shown, {"subfolder": subfolder})
-        self._check_architecture(state, shown, facts)
+        self._check_architecture(state, metadata, shown, facts)
         self._check_base(shown, facts, any_base)
+        added = {
+            **take_rows(state, WORDS, facts.words, shown),
+            **take_rows(state, CLASSES, facts.classes, shown),
+        }
         followed, intervals = self._take_few_steps(state, shown, facts)
         settings = metadata or {}
         plain = not any(settings.get(f"{part}.{name}") for part in PARTS for name in _MORE_THAN_PLAIN)
         ends = tuple(_SIDES)[:2]
-        if not plain or not all(name.endswith(ends) for name in state):
+        if added or not plain or not all(name.endswith(ends) for name in state):
             raise UserError(
                 f"{shown} is more than plain LoRA", 'pip install "latentflow[lora]", and use --lora.'
             )
@@ -184,7 +193,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
                 continue  # loaded without, to be given embeddings
             alpha = settings.get(f"{part}.lora_alpha") or len(down)
             weight = getattr(self, part).get_submodule(path).weight
-            weight += (alpha / len(down) * up.float() @ down.float()).to(weight)
+            # Flattened: those of convolutions as well.
+            change = alpha / len(down) * up.float().flatten(1) @ down.float().flatten(1)
+            weight += change.view_as(weight).to(weight)
         if followed:
             loaded = self._added()
             loaded.own = followed, intervals
@@ -331,7 +342,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     # ---------------------------------------------------------------- loading
 
-    def _check_architecture(self, state: Mapping[str, Tensor], shown: str, facts: AdapterFacts) -> None:
+    def _check_architecture(
+        self, state: Mapping[str, Tensor], settings: dict[str, Any] | None, shown: str, facts: AdapterFacts
+    ) -> None:
         fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
         parts = {part: one for part in PARTS if (one := getattr(self, part, None)) is not None}
         layers = {
@@ -350,13 +363,41 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             weight = getattr(layers.get(layer), "weight", None)
             if weight is None:
                 raise UserError(f"{shown} is for another architecture: there is no layer {layer} here", fix)
-            for end, (side, what) in _SIDES.items():
-                if key.endswith(end) and value.shape[side] != weight.shape[side]:
-                    raise UserError(
-                        f"{shown} is for another architecture: {layer} has {value.shape[side]} {what} there, "
-                        f"{weight.shape[side]} here",
-                        fix,
-                    )
+            if weight.ndim < 2:
+                raise UserError(
+                    f"{shown} is for another architecture: {layer} is no layer that is adapted", fix
+                )
+            end = next((end for end in _SIDES if key.endswith(end)), "")
+            side, what = _SIDES.get(end, (0, "outputs"))
+            there: int | None = weight.shape[side]
+            if end:
+                there = value.shape[side] if value.ndim == weight.ndim else None
+            elif key.endswith(_FOR_EACH_OUTPUT):
+                there = value.numel()
+            if there != weight.shape[side]:
+                raise UserError(
+                    f"{shown} is for another architecture: {layer} has {there or tuple(value.shape)} {what} there, "
+                    f"{weight.shape[side]} here",
+                    fix,
+                )
+        check_tensors(state, settings, shown)
+        for part, whole in parts.items():
+            self._check_targets(part, whole, state, settings_of(part, settings), shown)
+
+    @staticmethod
+    def _check_targets(
+        part: str, whole: nn.Module, state: Mapping[str, Tensor], settings: dict[str, Any], shown: str
+    ) -> None:
+        """Refuse a file that says it changes layers of which it holds nothing."""
+        targets = settings.get("target_modules")
+        if not isinstance(targets, list):
+            return
+        held = {key.partition(".lora")[0] for key in state}
+        for name, layer in whole.named_modules():
+            path = name.replace(".base_layer", "")
+            named = any(path == one or path.endswith(f".{one}") for one in targets)
+            if named and isinstance(getattr(layer, "weight", None), Tensor) and f"{part}.{path}" not in held:
+                raise UserError(f"{shown} lacks a layer that its target_modules name: {part}.{path}", MEND)
 
     def _check_base(self, shown: str, facts: AdapterFacts, any_base: bool) -> None:
         dtype, base = self._added().base
@@ -383,6 +424,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
                 f"{shown} was made for a network that takes the end of an interval",
                 f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from.",
             )
+        if intervals and not followed:
+            raise UserError(f"{shown} does not say how it is followed, though it knows of intervals", MEND)
         if intervals:
             make = getattr(self.transformer, "new_length_embedder", None)
             own = {} if make is None else {name: one.shape for name, one in make().state_dict().items()}
@@ -407,11 +450,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             return
         from peft import inject_adapter_in_model, set_peft_model_state_dict
 
-        settings = {
-            key.removeprefix(prefix): value
-            for key, value in (metadata or {}).items()
-            if key.startswith(prefix)
-        }
+        settings = settings_of("text_encoder", metadata)
         ranks = {f"^{key}": value.shape[1] for key, value in own.items() if ".lora_B." in key}
         config = _create_lora_config(own, None, settings or None, ranks)
         memory = {"low_cpu_mem_usage": low_memory}

@@ -49,7 +49,7 @@ from .pipeline_call import (
 )
 from .pipeline_conditions import ClassLabels, ConditionMixin
 from .pipeline_few_steps import FewSteps
-from .pipeline_loading import CheckpointPipeline
+from .pipeline_loading import CheckpointPipeline, check_components
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,9 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         step_counts: the numbers of steps, of one evaluation each, that the network was made for, in increasing order;
             by default the last is taken, and another is warned of. Empty: `FEW_STEPS` steps of average velocities, and
             no few-step sampling of other networks.
+
+    Raises:
+        UserError: components that do not belong together, or settings that are none.
     """
 
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
@@ -123,6 +126,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         step_counts: list[int] | None = None,
     ) -> None:
         super().__init__()
+        check_components(vae, transformer, text_encoder, tokenizer, id2label)
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
         self.register_modules(vae=vae, transformer=transformer, **components)
         few = FewSteps.of(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_type_hints
 
+from .components import check_types
 from .errors import UserError
+
+LARGEST_STEPS = 1000  # of `FewSteps.step_counts`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,8 @@ class FewSteps:
     def __post_init__(self) -> None:
         if self.consistency and not self.average:
             raise UserError("consistency without average", "A consistency model predicts average velocities.")
-        if any(not isinstance(one, int) or one < 1 for one in self.step_counts):
+        check_types("few-step settings", asdict(self), get_type_hints(FewSteps))
+        if any(not 1 <= one <= LARGEST_STEPS for one in self.step_counts):
             raise UserError(f"step_counts {[*self.step_counts]}", "Give numbers of steps, such as [1, 2, 4].")
 
     def __bool__(self) -> bool:

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{config.source} holds no adapter",
                 "Give the folder of a finished run with --lora-rank; the line that started it finishes it.",
             )
-        write_folder(output, partial(shutil.copytree, made))
+        write_folder(output, partial(shutil.copytree, made, dirs_exist_ok=True))
         print(output)
         return
 

@@ -17,7 +17,17 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # Layers from the bottom; a module may import from its own part and from lower layers. Data lies above models
 # and autoencoder, whose latents and embeddings it caches; training above the pipeline of its previews; web
 # above drawing, whose functions answer its requests.
-LEAVES = {"arguments", "cli", "documents", "errors", "html_page", "image_formats", "libraries", "memory"}
+LEAVES = {
+    "arguments",
+    "cli",
+    "components",
+    "documents",
+    "errors",
+    "html_page",
+    "image_formats",
+    "libraries",
+    "memory",
+}
 LAYERS = [
     {"flow"},
     {"models", "autoencoder"},

@@ -16,6 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from ..components import is_number
 from ..errors import UserError
 from ..flow.tensors import require_finite
 from ..memory import inner_phase
@@ -55,6 +56,32 @@ def downscale_factor(vae: Autoencoder) -> int:
 def has_statistics(vae: Autoencoder) -> bool:
     """Whether the checkpoint carries per-channel latent statistics."""
     return vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+
+
+def check_statistics(vae: Autoencoder) -> None:
+    """Refuse an autoencoder whose config cannot scale its latents.
+
+    Raises:
+        UserError: a statistic is no finite number, a deviation or the scaling factor is not above 0, or there is not
+            one of each channel.
+    """
+    config, channels = vae.config, vae.config.get("latent_channels")
+    for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor"):
+        value = config.get(name)
+        if value is None:
+            continue
+        many, positive = name.startswith("latents"), name in ("latents_std", "scaling_factor")
+        values = [*value] if many and isinstance(value, list | tuple) else [value]
+        if many and len(values) != channels:
+            raise UserError(
+                f"the autoencoder's {name} has {len(values)} numbers for {channels} channels of its latents",
+                "Restore its config.json.",
+            )
+        if any(not is_number(one) or (positive and one <= 0) for one in values):
+            raise UserError(
+                f"the autoencoder's {name} is {str(value)[:60]}",
+                f"Expected: finite numbers{' above 0' if positive else ''}. Restore its config.json.",
+            )
 
 
 def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..components import check_types, read_settings
 from ..errors import UserError
 from ..libraries import quiet_libraries
 from .adapters import AdapterChoice, add_adapters
@@ -16,6 +16,18 @@ from .adapters import AdapterChoice, add_adapters
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ROOT = _PACKAGE / "programs" if (_PACKAGE / "programs").is_dir() else _PACKAGE.parent
 SHIPPED = _ROOT / "checkpoints" / "emoji-64"
+
+
+# Of the settings that `taken_by` reads.
+_TYPES: dict[str, Any] = {
+    "id2label": dict[str, str] | None,
+    "num_classes": int | None,
+    "text_dim": int | None,
+    "condition_channels": int,
+    "step_counts": list[int] | None,
+    "average": bool,
+    "folded_guidance": float,
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +56,18 @@ def takes(checkpoint: str | None = None) -> Takes | None:
 
     Args:
         checkpoint: as of ``open_pipeline``.
+
+    Raises:
+        UserError: the JSON cannot be read, or says nothing of the kind.
     """
     folder = Path(_source(checkpoint))
     files = [folder / "model_index.json", folder / "transformer" / "config.json"]
     if not all(file.is_file() for file in files):
         return None
-    return taken_by(*(json.loads(file.read_text()) for file in files))
+    settings = [read_settings(file) for file in files]
+    for file, one in zip(files, settings, strict=True):
+        check_types(file, one, _TYPES)
+    return taken_by(*settings)
 
 
 def taken_by(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Takes:

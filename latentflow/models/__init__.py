@@ -5,7 +5,15 @@ from __future__ import annotations
 from .condition import Condition
 from .dit import DiT
 from .presets import BLOCKS, DIT_PRESETS, dit_config
-from .text import encode_text, load_text_encoder, small_text_encoder, train_tokenizer, with_words
+from .text import (
+    check_vocabulary,
+    encode_text,
+    load_text_encoder,
+    load_tokenizer,
+    small_text_encoder,
+    train_tokenizer,
+    with_words,
+)
 from .unet import UNet
 
 MODELS: dict[str, type[DiT] | type[UNet]] = {"dit": DiT, "unet": UNet}
@@ -17,9 +25,11 @@ __all__ = [
     "Condition",
     "DiT",
     "UNet",
+    "check_vocabulary",
     "dit_config",
     "encode_text",
     "load_text_encoder",
+    "load_tokenizer",
     "small_text_encoder",
     "train_tokenizer",
     "with_words",

@@ -13,6 +13,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from ..components import Checked
 from ..errors import UserError, lookup
 from .blocks import MLPS, NORMS, DiTBlock, FinalLayer
 from .condition import Condition
@@ -28,7 +29,7 @@ from .embeddings import (
     times_of_rows,
     unpatchify,
 )
-from .inputs import check_inputs
+from .inputs import check_inputs, check_sizes
 from .routing import Rope, Route
 
 POSITIONS = ("rope", "sincos")
@@ -46,7 +47,7 @@ class WithFeatures(NamedTuple):
     features: Tensor
 
 
-class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Diffusion transformer with adaLN-zero (arXiv:2212.09748), for any rectangular latent.
 
     The default is the modern block (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries
@@ -105,6 +106,10 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         interval_conditioning: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes(
+            sample_size, in_channels=in_channels, patch_size=patch_size, width=width, depth=depth, heads=heads,
+            mlp_ratio=mlp_ratio, num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
+        )  # fmt: skip
         check_shape(in_channels, out_channels, width, heads, position)
         lookup(MLPS, activation, "activation")
         norm_function = lookup(NORMS, norm, "norm")

@@ -1,12 +1,29 @@
-"""The check that every velocity network makes before it computes."""
+"""The checks that every velocity network makes before it is built, and before it computes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..errors import UserError
 from .condition import Condition
+
+
+def check_sizes(sample_size: int | Sequence[int] | None, **sizes: float | None) -> None:
+    """Refuse sizes that are not above 0, and a ``sample_size`` of other than one or two sides; None is none.
+
+    Raises:
+        UserError: names the size.
+    """
+    if sample_size is not None:
+        sides = [sample_size] * 2 if isinstance(sample_size, int) else [*sample_size]
+        if len(sides) != 2 or min(sides) <= 0:
+            raise UserError(f"sample_size is {sample_size}", "It must be one side, or (height, width).")
+    for name, size in sizes.items():
+        if size is not None and not size > 0:
+            raise UserError(f"{name} is {size}", "It must be above 0.")
 
 
 def check_inputs(config: Any, x: Tensor, cond: Condition, multiple: int = 1) -> None:

@@ -14,7 +14,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
     AutoTokenizer,
@@ -27,7 +26,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
-from ..errors import UserError
+from ..components import MEND, library_reads, load_transformers_model, may_be_on_the_hub, read_settings
+from ..errors import UserError, reading
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[START]"
 
@@ -129,8 +129,72 @@ def small_text_encoder(
     return encoder
 
 
+def load_tokenizer(kind: Any, source: str | Path, shown: str = "", fix: str = MEND, **where: str) -> Any:
+    """Load a tokenizer that can be drawn with: it pads, and says which tokens count.
+
+    Args:
+        kind: its class in transformers, or AutoTokenizer.
+        source: folder or hub id.
+        shown: what it is called in errors; default: the folder.
+        fix: what the user can do where it cannot be read.
+        where: ``subfolder``.
+
+    Raises:
+        UserError: a file of it is damaged or missing, or it cannot make batches.
+    """
+    folder = Path(source, where.get("subfolder", ""))
+    shown = shown or str(folder)
+    if not folder.is_dir() and not may_be_on_the_hub(str(source)):
+        raise UserError(f"{shown} cannot be read: there is no such folder", fix)
+    if folder.is_dir():
+        _check_tokenizer_files(folder)
+    with library_reads(shown, fix=fix):
+        tokenizer = kind.from_pretrained(source, trust_remote_code=False, **where)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    limit = tokenizer.model_max_length
+    if type(limit) not in (int, float) or not limit >= 1:
+        raise UserError(f"{shown}: model_max_length is {limit!r}", f"Expected: a number of tokens. {MEND}")
+    with library_reads(shown, fix=fix):
+        tokens = tokenizer(["a", "a a"], padding=True, truncation=True, max_length=min(limit, 8))
+    if not {"input_ids", "attention_mask"} <= tokens.keys():
+        raise UserError(f"{shown} makes {', '.join(tokens)}, not input_ids and attention_mask", MEND)
+    return tokenizer
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    for file in sorted(folder.glob("*.json")):
+        if file.name == "tokenizer.json":
+            with reading(file, Exception, fix=MEND):  # tokenizers raises nothing more particular
+                Tokenizer.from_file(str(file))
+        elif file.name.startswith(("tokenizer", "special_tokens", "added_tokens")):
+            read_settings(file)
+
+
+def check_vocabulary(tokenizer: Any, encoder: PreTrainedModel) -> None:
+    """Refuse a tokenizer that makes tokens for which the text encoder has no embedding.
+
+    Raises:
+        UserError: names both sizes.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    rows = encoder.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer and the text encoder do not belong together: it makes tokens up to number {largest}, the "
+            f"encoder has embeddings of {rows}",
+            "Restore the checkpoint's folders tokenizer and text_encoder from one and the same source.",
+        )
+
+
 # Models of images and text, of which only the text half is wanted.
 _TEXT_HALVES: dict[str, Any] = {"clip": CLIPTextModel, "siglip": SiglipTextModel}
+
+
+def _text_family(config: Any) -> Any:
+    if config.model_type in _TEXT_HALVES:
+        return _TEXT_HALVES[config.model_type]
+    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
 
 
 def load_text_encoder(name_or_path: str | Path) -> tuple[Any, PreTrainedModel]:
@@ -140,30 +204,24 @@ def load_text_encoder(name_or_path: str | Path) -> tuple[Any, PreTrainedModel]:
     is in evaluation mode, in float32.
 
     Raises:
-        UserError: it cannot be found, or is no text model.
+        UserError: it cannot be found or read, or is no text model; weights of it are missing, of another shape or not
+            finite; the tokenizer knows more tokens than the encoder.
     """
     name = str(name_or_path)
     parts: tuple[dict[str, str], dict[str, str]] = ({}, {})
     if (Path(name) / "text_encoder").is_dir():
         parts = ({"subfolder": "tokenizer"}, {"subfolder": "text_encoder"})
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **parts[0])
-        config = AutoConfig.from_pretrained(name, **parts[1])
-        if config.model_type in _TEXT_HALVES:
-            family = _TEXT_HALVES[config.model_type]
-        else:
-            known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-            family = AutoModelForTextEncoding if known else AutoModel
-        encoder = family.from_pretrained(name, dtype=torch.float32, **parts[1])
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the text encoder '{name}' could not be loaded: {str(error).splitlines()[0]}",
-            "Give a transformers model: a folder, or a hub id. Without a network, download it where there is "
-            f"one (`hf download {name}`) and give that folder, or leave the option out to train a small one.",
-        ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, encoder.eval()
+    shown = f"the text encoder '{name}'"
+    fix = (
+        "Give a transformers model: a folder, or a hub id. Without a network, download it where there is "
+        f"one (`hf download {name}`) and give that folder, or leave the option out to train a small one."
+    )
+    tokenizer = load_tokenizer(AutoTokenizer, name, shown, fix, **parts[0])
+    encoder = load_transformers_model(
+        name, shown, _text_family, fix=fix, **parts[1], other_parts=True, dtype=torch.float32
+    )
+    check_vocabulary(tokenizer, encoder)
+    return tokenizer, encoder
 
 
 def encode_text(

@@ -17,13 +17,14 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from ..components import Checked
 from ..errors import UserError
 from .condition import Condition
 from .embeddings import LabelEmbed, SizeEmbed, TextEmbed, embed_condition, times_of_rows
-from .inputs import check_inputs
+from .inputs import check_inputs, check_sizes
 
 
-class UNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """A convolutional velocity network, with attention at every resolution but the first.
 
     Class and text become one vector, added to the time embedding; with text, the attention also looks at its
@@ -37,7 +38,8 @@ class UNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         head_dim: channels of one attention head.
 
     Raises:
-        UserError: ``channels`` are not multiples of ``head_dim``, or fewer channels go out than in.
+        UserError: a size is not above 0, ``channels`` are not multiples of ``head_dim``, or fewer channels go out than
+            in.
     """
 
     _supports_gradient_checkpointing = True
@@ -58,6 +60,10 @@ class UNet(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
         size_conditioning: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes(
+            sample_size, in_channels=in_channels, channels=min(channels, default=0), layers_per_block=layers_per_block,
+            head_dim=head_dim, num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
+        )  # fmt: skip
         if any(width % head_dim for width in channels):
             raise UserError(
                 f"channels {tuple(channels)} are not all multiples of head_dim {head_dim}",

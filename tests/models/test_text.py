@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from latentflow.errors import UserError
 from latentflow.models import encode_text, load_text_encoder, small_text_encoder, train_tokenizer, with_words
@@ -129,7 +143,7 @@ def test_a_clip_folder_gives_its_text_half(tokenizer: Any, tmp_path: Path) -> No
 
 
 def test_a_missing_encoder_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="could not be loaded") as raised:
+    with pytest.raises(UserError, match="cannot be read") as raised:
         load_text_encoder(tmp_path / "nothing-here")
     assert "hf download" in raised.value.fix
 
@@ -167,3 +181,99 @@ def test_a_tokenizer_of_bytes_knows_every_word() -> None:
     clip = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<end>", eos_token="<end>")
     assert unknown_words(clip, ["a red zorgon \u2603"]) == []
     assert unknown_words(PreTrainedTokenizerFast(tokenizer_object=backend), ["zorgon"]) == []
+
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+}  # fmt: skip
+EYE = {**WIDE, "image_size": 8, "patch_size": 4}
+
+
+def bert(size: int) -> Any:
+    return BertForMaskedLM(BertConfig(vocab_size=size, max_position_embeddings=16, **WIDE))
+
+
+def t5(size: int) -> Any:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, pad_token_id=0)
+    )
+
+
+def clip(size: int) -> Any:
+    text = {"vocab_size": size, "max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 1, **WIDE}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=EYE, projection_dim=8))
+
+
+def older(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As files of years ago have it: other names of norms, and a buffer that is computed now."""
+    renamed = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): one
+        for name, one in state.items()
+    }
+    return {**renamed, "bert.embeddings.position_ids": torch.arange(16)[None]}
+
+
+def saved(model: Any, tokenizer: Any, folder: Path, change: Any = None) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if change is not None:
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "kind"),
+    [
+        (bert, None, "BertModel"),
+        (bert, older, "BertModel"),
+        (t5, None, "T5EncoderModel"),
+        (clip, None, "CLIPTextModel"),
+    ],
+)
+def test_the_text_part_of_larger_and_older_models_loads_with_its_weights(
+    make: Any, change: Any, kind: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make(len(tokenizer)).eval()
+    loaded, encoder = load_text_encoder(saved(model, tokenizer, tmp_path, change))
+    assert type(encoder).__name__ == kind
+    tokens = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
+    whole = {"BertModel": "bert", "T5EncoderModel": "encoder", "CLIPTextModel": "text_model"}[kind]
+    with torch.no_grad():
+        expected = getattr(model, whole)(**tokens).last_hidden_state
+        torch.testing.assert_close(encode_text(loaded, encoder, CAPTIONS)[0], expected)
+
+
+def test_a_text_encoder_whose_files_do_not_fit_is_refused_by_name(tokenizer: Any, tmp_path: Path) -> None:
+    def fewer_layers(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
+
+    folder = saved(bert(len(tokenizer)), tokenizer, tmp_path / "layers")
+    fewer_layers(folder)
+    with pytest.raises(UserError, match=r"the config has no place for weights: bert.encoder.layer.1"):
+        load_text_encoder(folder)
+    name = "bert.encoder.layer.0.output.dense.bias"
+    for change, words in (
+        (
+            lambda state: {key: one for key, one in state.items() if key != name},
+            "missing: .*layer.0.output.dense.bias",
+        ),
+        (lambda state: {**state, name: torch.zeros(7)}, "dense.bias is 7, not 16"),
+        (
+            lambda state: {**state, name: torch.full((16,), torch.nan)},
+            "not finite .*layer.0.output.dense.bias",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_text_encoder(saved(bert(len(tokenizer)), tokenizer, tmp_path / words[:3], change))
+    with pytest.raises(UserError, match=r"makes tokens up to number \d+, the encoder has embeddings of 5"):
+        load_text_encoder(saved(bert(5), tokenizer, tmp_path / "words"))
+    folder = saved(bert(len(tokenizer)), tokenizer, tmp_path / "code")
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
+    )
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    with pytest.raises(UserError, match="which latentflow does not execute") as raised:
+        load_text_encoder(folder)
+    assert "trust_remote_code" not in str(raised.value) and not (tmp_path / "executed").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from latentflow.models import MODELS
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline_img2img import LatentFlowImg2ImgPipeline
 from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline_loading import FAMILY
 
 SMALL: dict[str, dict[str, Any]] = {
     "dit": {"width": 16, "depth": 1, "heads": 2},
@@ -239,6 +241,58 @@ def test_pickled_weights_are_refused(dit_folder: Path, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises((OSError, ValueError)):
         LatentFlowPipeline.from_pretrained(folder)
+
+
+def test_the_family_of_pipelines_is_what_the_package_offers() -> None:
+    assert set(FAMILY) == {name for name in latentflow.__all__ if name.endswith("Pipeline")}
+
+
+def test_another_kind_of_pipeline_is_named(dit_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(dit_folder, tmp_path / "sd")
+    index = json.loads((dit_folder / "model_index.json").read_text())
+    (tmp_path / "sd" / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "StableDiffusionPipeline"})
+    )
+    for kind in KINDS:
+        with pytest.raises(UserError, match=r"sd is a StableDiffusionPipeline, no checkpoint of latentflow"):
+            kind.from_pretrained(tmp_path / "sd")
+
+
+def test_stock_diffusers_gets_no_network_whose_weights_do_not_fit(dit_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(dit_folder, tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"depth": 2}))
+    latentflow.register_with_diffusers()
+    with pytest.raises(UserError, match=r"weights are missing: blocks\.1\."):
+        diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    with pytest.raises(UserError, match=r"weights are missing: blocks\.1\."):
+        MODELS["dit"].from_pretrained(tmp_path / "pipeline", subfolder="transformer")
+
+
+def test_weights_that_overflow_in_half_precision_are_refused(dit_folder: Path, tmp_path: Path) -> None:
+    pipe = LatentFlowPipeline.from_pretrained(dit_folder)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias[0] = 1e5
+    pipe.save_pretrained(tmp_path)
+    assert LatentFlowPipeline.from_pretrained(tmp_path).vae.decoder.conv_out.bias[0] == 1e5
+    with pytest.raises(UserError, match=r"vae: weights are not finite \(in float16\): decoder.conv_out.bias"):
+        LatentFlowPipeline.from_pretrained(tmp_path, dtype=torch.float16)
+
+
+def test_a_defect_of_our_own_keeps_its_traceback(dit_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: Any, **__: Any) -> None:
+        raise KeyError("planted")
+
+    for place in (
+        "models.dit.check_shape",
+        "pipeline_base.check_components",
+        "pipeline_loading.check_settings",
+        "components._check_values",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"latentflow.{place}", defect)
+            with pytest.raises(KeyError, match="planted"):
+                LatentFlowPipeline.from_pretrained(dit_folder)
 
 
 def test_a_saved_folder_does_not_say_where_its_parts_came_from(dit_folder: Path, tmp_path: Path) -> None:

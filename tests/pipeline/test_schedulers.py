@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -153,10 +155,13 @@ def test_callback_and_interrupt_with_a_scheduler(class_pipe: LatentFlowPipeline)
         (DPMSolverMultistepScheduler(), "takes prediction_type='epsilon'"),
         (UniPCMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=True"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=False"),
-        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "does not step from noise.*go from 0 to"),
+        (FlowMatchEulerDiscreteScheduler(shift=0.0), "does not step from noise"),
+        (FlowMatchEulerDiscreteScheduler(shift=-0.5), "does not step from noise"),
         (FlowMatchEulerDiscreteScheduler(shift=-2.0), "does not step from noise"),
         (FlowMatchEulerDiscreteScheduler(shift=float("nan")), "does not step from noise"),
         (UniPCMultistepScheduler(**MULTISTEP, final_sigmas_type="sigma_min"), "does not step from noise"),
+        (DPMSolverMultistepInverseScheduler(**MULTISTEP), "does not step from noise to data"),
     ],
 )
 def test_schedulers_that_cannot_step_a_flow_are_refused(
@@ -178,6 +183,36 @@ def test_a_scheduler_that_was_set_is_saved(class_pipe: LatentFlowPipeline, x0: N
     class_pipe.scheduler = None
     class_pipe.save_pretrained(folder)
     assert LatentFlowPipeline.from_pretrained(folder, transformer=class_pipe.transformer).scheduler is None
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changes", "message"),
+    [
+        (DDIMScheduler, {}, "takes prediction_type='epsilon'"),
+        (FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True}, "does not step from noise"),
+        (FlowMatchEulerDiscreteScheduler, {"shift": float("nan")}, "does not step from noise"),
+        (FlowMatchEulerDiscreteScheduler, {"shift": "3"}, "cannot be read"),
+        (FlowMatchEulerDiscreteScheduler, {"shift_terminal": [1]}, "cannot be read"),
+        (
+            FlowMatchEulerDiscreteScheduler,
+            {"num_train_timesteps": 10**12},
+            "num_train_timesteps is 1000000000000",
+        ),
+        (FlowMatchEulerDiscreteScheduler, {"num_train_timesteps": "1000"}, "num_train_timesteps is '1000'"),
+        (FlowMatchHeunDiscreteScheduler, {"shift": None}, "cannot be read"),
+    ],
+)
+def test_a_checkpoint_whose_scheduler_cannot_step_a_flow_is_refused_as_it_is_opened(
+    dit_folder: Path, tmp_path: Path, scheduler: Any, changes: dict[str, Any], message: str
+) -> None:
+    pipe = LatentFlowPipeline.from_pretrained(dit_folder)
+    pipe.scheduler = scheduler()
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=message) as raised:
+        LatentFlowPipeline.from_pretrained(tmp_path)
+    assert str(tmp_path / "scheduler") in str(raised.value)
 
 
 def test_times_at_the_border() -> None:

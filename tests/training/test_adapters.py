@@ -182,7 +182,7 @@ def test_a_compiled_adapter_learns_the_same(others: Path, cache: Path, base: Pat
         (["BASE", "--lora-rank", "4", "--inpainting"], "lacks the inputs for --inpainting"),
         (
             ["--init-from", "EMPTY", "--lora-rank", "4"],
-            "is no checkpoint to start from: Error no file named model_index.json",
+            "is not a pipeline folder: it holds no model_index.json",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,29 +75,61 @@ def test_a_save_that_was_killed_is_never_seen(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "step-000002")["step"] == 2
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "json"])
+def rewritten(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        document = json.loads((folder / "state.json").read_text())
+        change(document)
+        (folder / "state.json").write_text(json.dumps(document))
+
+    return damage
+
+
+def flipped(folder: Path) -> None:
+    file = folder / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "flip": flipped,
+    "truncate": lambda folder: os.truncate(folder / "weights.safetensors", 50),
+    "remove": lambda folder: (folder / "weights.safetensors").unlink(),
+    "no JSON": lambda folder: (folder / "state.json").write_text("{"),
+    "a list": lambda folder: (folder / "state.json").write_text("[]"),
+    "not UTF-8": lambda folder: (folder / "state.json").write_bytes(b"\xff"),
+    "nested": lambda folder: (folder / "state.json").write_text("[" * 5000),
+    "no hashes": rewritten(lambda document: document.pop("sha256")),
+    "hashes of another kind": rewritten(lambda document: document.update(sha256=[1])),
+    "no state": rewritten(lambda document: document.update(state=None)),
+    "another step": rewritten(lambda document: document["state"].update(step=3)),
+    "another tensor": rewritten(lambda document: document["state"].update(more={"__tensor__": "more"})),
+    "of an older version, a tensor missing": rewritten(
+        lambda document: (document.pop("state_sha256"), document["state"].update(more={"__tensor__": "more"}))
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_loudly(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
         save_checkpoint(tmp_path / f"step-{step:06d}", state(step), total_limit=5)
-    file = tmp_path / "step-000002" / "weights.safetensors"
-    content = bytearray(file.read_bytes())
-    if damage == "flip":
-        content[-1] ^= 1
-        file.write_bytes(content)
-    elif damage == "truncate":
-        file.write_bytes(content[: len(content) // 2])
-    elif damage == "remove":
-        file.unlink()
-    else:
-        (tmp_path / "step-000002" / "state.json").write_text("{")
+    DAMAGES[damage](tmp_path / "step-000002")
     logging.getLogger("latentflow").propagate = True
     with caplog.at_level(logging.WARNING):
         loaded = load_latest(tmp_path)
     assert loaded is not None and loaded["step"] == 1
     assert "step-000002 is damaged" in caplog.text and "falling back" in caplog.text
     assert (tmp_path / "step-000002").is_dir()  # nothing of it is removed
+
+
+def test_a_checkpoint_of_an_older_version_is_read(tmp_path: Path) -> None:
+    written = state(1)
+    save_checkpoint(tmp_path / "step-000001", written, total_limit=1)
+    rewritten(lambda document: document.pop("state_sha256"))(tmp_path / "step-000001")
+    assert same(written, load_checkpoint(tmp_path / "step-000001"))
 
 
 def test_only_damaged_checkpoints_are_an_error_none_is_not(tmp_path: Path) -> None:

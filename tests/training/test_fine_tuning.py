@@ -252,6 +252,9 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     said = call(cache, *line[:-5], "-o", tmp_path / "begun", "--prior-samples", 5, "--inpainting", expect=2)
     assert "drawn otherwise (asked)" in said
+    os.truncate(files[1], files[1].stat().st_size // 2)
+    said = call(cache, *line, "-o", tmp_path / "whole", "--max-train-steps", 5, expect=2)
+    assert f"{files[1]} cannot be read" in said and "Remove it: its samples are drawn again." in said
 
 
 def test_two_processes_mix_as_one_does(
@@ -475,7 +478,9 @@ def test_a_checkpoint_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> 
     weights = base / "text_encoder" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="Give a pipeline folder"):
+    with pytest.raises(
+        UserError, match=r"text_encoder/model.safetensors cannot be read: .*\nRestore the file"
+    ):
         open_base(str(base))
     weights.write_bytes(whole)
     other = DiTTransformer2DModel(
@@ -491,8 +496,8 @@ def test_a_checkpoint_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (lambda base: ["--init-from", base.parent], "Give a pipeline folder"),
-        (lambda base: ["--init-from", "/nowhere"], "Give a pipeline folder"),
+        (lambda base: ["--init-from", base.parent], "Did you mean '"),
+        (lambda base: ["--init-from", "/nowhere"], "Check the path"),
         (lambda base: ["--init-from", base, "-o", base.parent], "would replace it"),
         (lambda base: ["--init-from", base], "not conditioned on text, the data is"),
         (lambda base: ["--prior-samples", 5], "--prior-samples without --init-from"),

@@ -282,7 +282,10 @@ def test_a_run_goes_on_with_renamed_pictures_only_where_their_order_is_the_same(
         (["--log-steps", "0"], "--log-steps is 0"),
         (["--adam-beta2", "1"], "--adam-beta2 is 1.0"),
         (["--vae", "/nowhere"], "no autoencoder at '/nowhere'"),
-        (["--text-encoder", "/nowhere"], "could not be loaded"),
+        (
+            ["--text-encoder", "/nowhere"],
+            "the text encoder '/nowhere' cannot be read: there is no such folder",
+        ),
         (["--init-from", "/nowhere"], "/nowhere"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

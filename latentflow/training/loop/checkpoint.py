@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ...components import read_settings
 from ...errors import UserError
 from .folders import as_os_error, begin_folder, finish_folder, remove_folder, temporary_folder, write_folder
 from .processes import together
@@ -149,7 +150,12 @@ def _write(folder: Path, taken: Snapshot) -> None:
 def _write_plain(folder: Path, taken: Snapshot) -> None:
     """All but the tensors, which are there."""
     hashes = {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-    (folder / "state.json").write_text(json.dumps({"state": taken.plain, "sha256": hashes}))
+    document = {"state": taken.plain, "sha256": hashes, "state_sha256": _hash_of(taken.plain)}
+    (folder / "state.json").write_text(json.dumps(document))
+
+
+def _hash_of(plain: State) -> str:
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -179,17 +185,42 @@ def load_checkpoint(folder: Path, place: Place | None = None) -> State:
     Raises:
         UserError: a file is missing, damaged or was changed.
     """
+    plain = _verified(folder)
+    with _damage_of(folder):
+        tensors = _read(folder, place or _new)
+    state: State = _restored(plain, tensors, folder)
+    return state
+
+
+def _verified(folder: Path) -> State:
+    """The plain part of a checkpoint, all of whose files are as they were written."""
+    with _damage_of(folder):
+        document = read_settings(folder / "state.json")
+    plain, hashes = document.get("state"), document.get("sha256")
+    if not isinstance(plain, dict) or not isinstance(hashes, dict):
+        raise _damaged(folder, "state.json is not what was written")
+    if document.get("state_sha256", _hash_of(plain)) != _hash_of(plain):  # older ones have none
+        raise _damaged(folder, "state.json differs from what was written")
+    for name, expected in hashes.items():
+        with _damage_of(folder):
+            found = _sha256(folder / Path(name).name)
+        if found != expected:
+            raise _damaged(folder, f"{name} differs from what was written")
+    return plain
+
+
+@contextmanager
+def _damage_of(folder: Path) -> Iterator[None]:
     try:
-        document = json.loads((folder / "state.json").read_text())
-        for name, expected in document["sha256"].items():
-            if _sha256(folder / name) != expected:
-                raise ValueError(f"{name} differs from what was written")
-        state: State = _restore_tensors(document["state"], _read(folder, place or _new))
-        return state
-    except (
-        OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError, CheckpointException
-    ) as error:  # fmt: skip
-        raise UserError(f"checkpoint {folder} is damaged: {error}") from error
+        yield
+    except UserError as error:
+        raise _damaged(folder, error.what) from error
+    except (OSError, safetensors.SafetensorError, CheckpointException) as error:
+        raise _damaged(folder, str(error)) from error
+
+
+def _damaged(folder: Path, why: str) -> UserError:
+    return UserError(f"checkpoint {folder} is damaged: {why}")
 
 
 def _read(folder: Path, place: Place) -> dict[str, Tensor]:
@@ -257,15 +288,17 @@ def _strip_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _restore_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _restored(value: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
     if isinstance(value, dict) and _TENSOR in value:
+        if value[_TENSOR] not in tensors:
+            raise _damaged(folder, f"the tensor {value[_TENSOR]} is missing")
         return tensors[value[_TENSOR]]
     if isinstance(value, dict) and "__items__" in value:
-        return {key: _restore_tensors(one, tensors) for key, one in value["__items__"]}
+        return {key: _restored(one, tensors, folder) for key, one in value["__items__"]}
     if isinstance(value, dict):  # the top level
-        return {key: _restore_tensors(one, tensors) for key, one in value.items()}
+        return {key: _restored(one, tensors, folder) for key, one in value.items()}
     if isinstance(value, list):
-        return [_restore_tensors(one, tensors) for one in value]
+        return [_restored(one, tensors, folder) for one in value]
     return value
 
 

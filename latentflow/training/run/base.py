@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from ...autoencoder import downscale_factor, load_autoencoder
+from ...components import CONFIG, check_settings, read_settings
 from ...data import Source
 from ...data.described import few
 from ...errors import UserError
 from ...flow import OBJECTIVES
-from ...models import DiT, UNet
+from ...models import MODELS, DiT, UNet
 from ...pipeline import LatentFlowPipeline
 from ..stages.flow import FlowConfig
 
@@ -27,10 +27,8 @@ def open_base(checkpoint: str) -> LatentFlowPipeline:
     Raises:
         UserError: it cannot be opened, or its network is not one of ours.
     """
-    try:
+    with _starting(checkpoint):
         pipe: LatentFlowPipeline = LatentFlowPipeline.from_pretrained(checkpoint)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _no_checkpoint(checkpoint, error) from error
     if not isinstance(pipe.transformer, DiT | UNet):
         kind = type(pipe.transformer).__name__
         raise _no_checkpoint(checkpoint, f"its network is a {kind}, which latentflow does not train")
@@ -143,25 +141,34 @@ def _plain(name: str) -> str:
 
 
 def _pipeline_config(checkpoint: str) -> dict[str, Any]:
-    return _config(LatentFlowPipeline, checkpoint)
+    with _starting(checkpoint):
+        return LatentFlowPipeline.read_index(LatentFlowPipeline.local_folder(checkpoint))
 
 
 def _network_config(checkpoint: str) -> dict[str, Any]:
-    return _config(DiT, checkpoint, subfolder="transformer")
+    """What the network's file of settings says; no weights are loaded."""
+    with _starting(checkpoint):
+        file = LatentFlowPipeline.local_folder(checkpoint) / "transformer" / CONFIG
+        config = read_settings(file)
+        kind = next((kind for kind in MODELS.values() if kind.__name__ == config.get("_class_name")), DiT)
+        check_settings(file, config, kind)
+        return config
 
 
-def _config(kind: Any, checkpoint: str, **where: str) -> dict[str, Any]:
-    """What ``kind``'s file of settings says; no weights are loaded."""
+@contextmanager
+def _starting(checkpoint: str) -> Iterator[None]:
+    """Within the context, what cannot be read is no checkpoint to start from."""
     try:
-        return dict(kind.load_config(checkpoint, **where))
-    except (OSError, ValueError) as error:
+        yield
+    except UserError as error:
         raise _no_checkpoint(checkpoint, error) from error
 
 
 def _no_checkpoint(checkpoint: str, error: Exception | str) -> UserError:
+    fix = error.fix if isinstance(error, UserError) else ""
     return UserError(
         f"{checkpoint} is no checkpoint to start from: {str(error).splitlines()[0]}",
-        "Give a pipeline folder, such as runs/cats/pipeline.",
+        fix or "Give a pipeline folder, such as runs/cats/pipeline.",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 from ...data import Example, Framing, LatentTable, Source, to_pil
 from ...data.examples import Kind
 from ...documents import read_json
-from ...errors import UserError
+from ...errors import UserError, reading
 from ...memory import memory_phase
 from ...pipeline import LatentFlowPipeline
 from ...pipeline_adapter_files import weights_hash
@@ -132,7 +133,7 @@ def _drawn(
         file = folder / f"{start:06d}.safetensors"
         if not file.is_file():
             _write(file, _draw(pipe.to(device), kind, asked[start : start + together], start, side, drawing))
-        parts.append(load_file(file))
+        parts.append(_read(file, len(asked[start : start + together])))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, kind, side
 
 
@@ -179,6 +180,15 @@ def _claim(folder: Path, made_of: dict[str, Any]) -> None:
             f"{folder} holds samples that were drawn otherwise ({', '.join(differ)})",
             "Use another output folder, or the same checkpoint and flags as before.",
         )
+
+
+def _read(file: Path, rows: int) -> dict[str, Tensor]:
+    fix = "Remove it: its samples are drawn again."
+    with reading(file, OSError, SafetensorError, fix=fix):
+        part: dict[str, Tensor] = load_file(file)
+    if "latents" not in part or any(len(one) != rows for one in part.values()):
+        raise UserError(f"{file} does not hold {rows} samples", fix)
+    return part
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, CLIPVisionModel, SiglipVisionModel
+from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ...components import load_transformers_model
 from ...errors import UserError
 
 # Models of images and text, of which only the image half is wanted.
@@ -31,17 +32,17 @@ class VisionEncoder:
     """
 
     def __init__(self, name: str) -> None:
-        try:
-            config = AutoConfig.from_pretrained(name)
-            family = _IMAGE_HALVES.get(config.model_type, AutoModel)
-            self._model = family.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"the vision model '{name}' could not be loaded: {str(error).splitlines()[0]}",
-                "Give a transformers model with safetensors: a folder, or a hub id such as facebook/dinov2-small. "
-                f"Without a network, download it where there is one (`hf download {name}`) and give that folder.",
-            ) from error
-        self._model.eval().requires_grad_(False)
+        self._model = load_transformers_model(
+            name,
+            f"the vision model '{name}'",
+            lambda config: _IMAGE_HALVES.get(config.model_type, AutoModel),
+            fix="Give a transformers model with safetensors: a folder, or a hub id such as facebook/dinov2-small. "
+            f"Without a network, download it where there is one (`hf download {name}`) and give that folder.",
+            other_parts=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+        self._model.requires_grad_(False)
         self._colours = torch.tensor(_normalisation(name)).view(2, -1, 1, 1)  # mean and standard deviation
         self._patch = getattr(self._model.config, "patch_size", None) or 1
         parameters = inspect.signature(self._model.forward).parameters
