@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -553,4 +554,7 @@ def serve(studio: Studio, host: str, port: int, **settings: Any) -> None:
         page = start(studio, host, port, **settings)
         print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
         studio.pipe  # noqa: B018
+        from ..models.text import UnknownWords
+
+        warnings.simplefilter("ignore", UnknownWords)  # the page says it
         page.block_thread()

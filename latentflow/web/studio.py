@@ -158,9 +158,8 @@ class Studio:
 
     def unknown_words(self, *prompts: str | None) -> list[str]:
         """Return the words of prompts that the checkpoint's vocabulary lacks."""
-        find = getattr(self.pipe, "unknown_words", None)
-        given = [prompt for prompt in prompts if prompt]
-        return list(find(given)) if find is not None and given and self.takes.text else []
+        found: list[str] = self.pipe.unknown_words([prompt for prompt in prompts if prompt])
+        return found
 
     def opened(self, upload: str) -> tuple[Image, str]:
         """An uploaded picture, upright, RGB or RGBA; and "" or, if it was too large for the checkpoint, how it shrank.

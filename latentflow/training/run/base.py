@@ -14,7 +14,7 @@ from ...autoencoder import downscale_factor, load_autoencoder
 from ...components import CONFIG, check_settings, read_settings
 from ...data import Source
 from ...data.described import few
-from ...errors import UserError
+from ...errors import UserError, reason
 from ...flow import OBJECTIVES
 from ...models import MODELS, DiT, UNet
 from ...pipeline import LatentFlowPipeline
@@ -167,7 +167,7 @@ def _starting(checkpoint: str) -> Iterator[None]:
 def _no_checkpoint(checkpoint: str, error: Exception | str) -> UserError:
     fix = error.fix if isinstance(error, UserError) else ""
     return UserError(
-        f"{checkpoint} is no checkpoint to start from: {str(error).splitlines()[0]}",
+        f"{checkpoint} is no checkpoint to start from: {reason(error)}",
         fix or "Give a pipeline folder, such as runs/cats/pipeline.",
     )
 

@@ -13,7 +13,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ...components import load_transformers_model
-from ...errors import UserError
+from ...errors import UserError, reason
 
 # Models of images and text, of which only the image half is wanted.
 _IMAGE_HALVES: dict[str, Any] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
@@ -51,7 +51,7 @@ class VisionEncoder:
             self.width = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (2, 3)).shape[2]
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(
-                f"'{name}' gives no features of patches: {str(error).splitlines()[0]}",
+                f"'{name}' gives no features of patches: {reason(error)}",
                 "Use a vision transformer such as DINOv2 or ViT.",
             ) from error
 
