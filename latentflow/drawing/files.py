@@ -41,17 +41,17 @@ def check_writable(output: str) -> None:
     Raises:
         UserError: its folder, or the nearest that there is, takes no file; or its name is none.
     """
-    path = Path(output)
+    path, fix = Path(output), "Give a file in a folder that you may write to."
     try:
         folder = next(folder for folder in path.parents if folder.exists())
+        if not folder.is_dir():
+            raise UserError(f"-o {output} cannot be written: {folder} is no folder", fix)
         if folder == path.parent:
             path.is_file()  # a name that is too long fails here
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(
-            f"-o {output} cannot be written: {_why(error)}", "Give a file in a folder that you may write to."
-        ) from error
+        raise UserError(f"-o {output} cannot be written: {_why(error)}", fix) from error
 
 
 @contextmanager
