@@ -67,7 +67,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--steps", "-4"], "--steps must be at least 1"),
     (["--guidance", "nan"], "--guidance is nan\nGive a finite number"),
     (["--guidance", "inf"], "--guidance is inf\nGive a finite number"),
-    (["-o", "a.png/b.png"], "-o a.png/b.png cannot be written: Not a directory"),
+    (["-o", "a.png/b.png"], "-o a.png/b.png cannot be written: a.png is no folder"),
     (["-o", "/proc/self/none/b.png"], "-o /proc/self/none/b.png cannot be written: "),
     (["-o", f"{'x' * 300}.png"], "cannot be written: File name too long"),
 ]
@@ -194,7 +194,7 @@ def test_evaluate_finds_out_first_whether_its_report_can_be_written(
     config = evaluate.EvaluateConfig(
         checkpoint="none", data="none", output=str(tmp_path / "file" / "report.json")
     )
-    with pytest.raises(UserError, match=r"report\.json cannot be written: Not a directory"):
+    with pytest.raises(UserError, match=r"report\.json cannot be written: .* is no folder"):
         evaluate.checked_output(config)
 
 
