@@ -17,8 +17,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
+from .arguments import is_number
 from .documents import read_json
-from .errors import UserError, nearest, reading
+from .errors import UserError, few, nearest, reading, shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +50,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     """
     document = read_json(file, MEND)
     if not isinstance(document, dict):
-        raise UserError(f"{file} holds {_shown(document)}, no settings", MEND)
+        raise UserError(f"{file} holds {shown(document)}, no settings", MEND)
     return document
 
 
@@ -80,12 +81,12 @@ def check_types(file: object, settings: Mapping[str, Any], hints: Mapping[str, A
     for name, value in settings.items():
         hint = hints.get(name, Any)
         if not _fits(value, hint):
-            raise UserError(f"{file}: {name} is {_shown(value)}", f"Expected: {_words(hint)}. {MEND}")
+            raise UserError(f"{file}: {name} is {shown(value)}", f"Expected: {_words(hint)}. {MEND}")
         sizes = value if isinstance(value, list | tuple) else [value]
         if name in LARGEST and any(
             type(one) in (int, float) and not 0 <= one <= LARGEST[name] for one in sizes
         ):
-            raise UserError(f"{file}: {name} is {_shown(value)}", f"At most {LARGEST[name]} is read. {MEND}")
+            raise UserError(f"{file}: {name} is {shown(value)}", f"At most {LARGEST[name]} is read. {MEND}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -105,18 +106,8 @@ def _fits(value: Any, hint: Any) -> bool:
     return True  # a component, or anything
 
 
-def is_number(value: Any) -> bool:
-    """Return whether ``value`` is a finite number, and no truth value."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
 def _words(hint: Any) -> str:
     return hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 # ---------------------------------------------------------------- classes
@@ -136,7 +127,7 @@ def component_class(file: object, name: str, entry: Any, base: type) -> Any:
             component of a pipeline.
     """
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(one, str) for one in entry)):
-        raise UserError(f"{file}: {name} is {_shown(entry)}", f"Expected: [module, class]. {MEND}")
+        raise UserError(f"{file}: {name} is {shown(entry)}", f"Expected: [module, class]. {MEND}")
     library, kind = entry
     try:
         found = getattr(sys.modules.get(library), kind, None)
@@ -167,9 +158,9 @@ def check_config(file: Path, config: Mapping[str, Any], kind: Any = None) -> Non
     wanted = str(getattr(getattr(kind, "config_class", None), "model_type", ""))
     model = config.get("model_type", wanted) if wanted else wanted
     if written != kind.__name__:
-        raise UserError(f"{file} is of a {_shown(written)}, not of a {kind.__name__}", MEND)
+        raise UserError(f"{file} is of a {shown(written)}, not of a {kind.__name__}", MEND)
     if not isinstance(model, str) or not (wanted.startswith(model) or model.startswith(wanted)):
-        raise UserError(f"{file} is of a model of type {_shown(model)}, not {wanted}", MEND)
+        raise UserError(f"{file} is of a model of type {shown(model)}, not {wanted}", MEND)
 
 
 # ---------------------------------------------------------------- weights
@@ -319,14 +310,14 @@ def load_checked(
         missing = [name for name in missing if "pooler" not in name]
         unexpected = [name for name in unexpected if name.removeprefix(prefix).partition(".")[0] in own]
     if missing:
-        raise _unfit(shown, f"weights are missing: {_few(missing)}")
+        raise _unfit(shown, f"weights are missing: {few(missing, 3)}")
     if unexpected:
-        raise _unfit(shown, f"the config has no place for weights: {_few(unexpected)}")
+        raise _unfit(shown, f"the config has no place for weights: {few(unexpected, 3)}")
     if info["mismatched_keys"]:
         wrong = sorted(
             f"{name} is {_sides(there)}, not {_sides(here)}" for name, there, here in info["mismatched_keys"]
         )
-        raise _unfit(shown, f"weights have another shape than the config says: {_few(wrong)}")
+        raise _unfit(shown, f"weights have another shape than the config says: {few(wrong, 3)}")
     _check_values(module, shown, stored or {})
     return module.eval()  # type: ignore[no-any-return]
 
@@ -343,7 +334,7 @@ def _check_values(module: nn.Module, shown: object, stored: Mapping[str, tuple[s
     whole = [name for name in values if name in stored and not stored[name][0].startswith(_FLOATS)]
     if whole:
         raise UserError(
-            f"{shown}: weights are no floating-point numbers but {stored[whole[0]][0]}: {_few(whole)}",
+            f"{shown}: weights are no floating-point numbers but {stored[whole[0]][0]}: {few(whole, 3)}",
             f"Quantised weights are not read. {MEND}",
         )
     usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -354,7 +345,7 @@ def _check_values(module: nn.Module, shown: object, stored: Mapping[str, tuple[s
     ]
     if odd:
         dtype = str(values[odd[0]].dtype).removeprefix("torch.")
-        raise UserError(f"{shown}: weights are not finite (in {dtype}): {_few(odd)}", MEND)
+        raise UserError(f"{shown}: weights are not finite (in {dtype}): {few(odd, 3)}", MEND)
 
 
 def is_finite(values: Tensor) -> bool:
@@ -560,8 +551,3 @@ def _without_reports() -> Iterator[None]:
 
 def _sides(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "one number"
-
-
-def _few(names: Collection[str], count: int = 3) -> str:
-    shown = ", ".join(list(names)[:count])
-    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"

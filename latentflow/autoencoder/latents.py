@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..components import is_number
+from ..arguments import is_number
 from ..errors import UserError
 from ..flow.tensors import require_finite
 from ..memory import inner_phase

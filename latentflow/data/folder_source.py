@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from latentflow.documents import storable
-from latentflow.errors import UserError
+from latentflow.errors import UserError, few
 
-from .described import Condition, Wanted, few, fields_of, source_of
+from .described import Condition, Wanted, fields_of, source_of
 from .examples import FileExample, Kind, Source
 from .folder import CAPTIONS, SUFFIXES, Folder, Sidecars, read_sidecars
 from .mask_finding import MaskFiles, Masks, find_masks

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.documents import read_yaml
-from latentflow.errors import UserError, shown, unknown
+from latentflow.errors import UserError, few, shown, unknown
 
-from .described import Wanted, few, source_of
+from .described import Wanted, source_of
 from .examples import Source
 from .latent_folder import is_latent_folder
 from .store import refuse_inside

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.documents import decode, parse_json
-from latentflow.errors import UserError, nearest, reading, reason, shown
+from latentflow.errors import UserError, few, nearest, reading, reason, shown
 
 from .columns import KNOWN, class_name, is_text, refuse_synonyms, rename, said, unused
-from .described import Wanted, decide, few, fields_of, masked, source_of
+from .described import Wanted, decide, fields_of, masked, source_of
 from .examples import FileExample, Source
 from .folder import SUFFIXES
 from .members import IMAGE_BYTES, Container, File, Member, refuse_large

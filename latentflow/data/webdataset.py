@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentflow.documents import decode, parse_json
-from latentflow.errors import UserError, one_line, reason, shown
+from latentflow.errors import UserError, few, one_line, reason, shown
 
 from .columns import Said, said
-from .described import Wanted, decide, few, fields_of, masked, source_of
+from .described import Wanted, decide, fields_of, masked, source_of
 from .examples import FileExample, Source
 from .folder import CAPTIONS, SUFFIXES
 from .members import CAPTION_BYTES, Container, Member, read_bytes, refuse_large

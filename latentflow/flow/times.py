@@ -18,8 +18,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from latentflow.arguments import shown, whole
-from latentflow.errors import UserError
+from latentflow.arguments import whole
+from latentflow.errors import UserError, shown
 
 from .tables import make
 

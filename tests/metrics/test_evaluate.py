@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -128,6 +129,13 @@ def test_a_run_lends_its_settings(program: ModuleType, tmp_path: Path) -> None:
     lent = program.as_trained(config)
     # Without these, other pictures would be found, and others held out.
     assert (lent.missing_caption, lent.masks) == ("skip", "alpha")
+    # Nor would these be the colours that the run, of before profiles were converted, was trained on.
+    assert (defaults.colours, lent.colours) == ("srgb", "stored")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (example,) = program.found(str(tmp_path), dataclasses.replace(lent, masks="auto")).examples
+    assert example.colours == "stored"
+    (tmp_path / "config.yaml").write_text("colours: srgb\n")
+    assert program.as_trained(config).colours == "srgb"
     assert (lent.validation, lent.validation_seed, lent.background) == (0.3, 7, "black")
 
 

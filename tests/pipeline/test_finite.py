@@ -59,6 +59,11 @@ def drawn(way: str, vae: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("way", KINDS)
+def test_latents_become_images_of_a_known_kind_only(class_pipe: LatentFlowPipeline) -> None:
+    with pytest.raises(UserError, match="unknown output_type 'jpeg'"):
+        class_pipe.to_images(torch.zeros(1, 2, 4, 4), "jpeg")
+
+
 def test_an_autoencoder_that_overflows_in_float16_is_used_in_float32_and_that_is_said(
     way: str, caplog: pytest.LogCaptureFixture
 ) -> None:

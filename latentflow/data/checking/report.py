@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentflow.errors import one_line
+from latentflow.errors import few, one_line
 
-from ..described import few
 from .near import BITS, LEVELS
 from .words import CaptionFacts
 

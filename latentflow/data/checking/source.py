@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from latentflow.errors import UserError, one_line
+from latentflow.errors import UserError, few, one_line
 
-from ..described import Condition, MissingCaption, few
+from ..described import Condition, MissingCaption
 from ..examples import Example, FileExample, Source
 from ..find import find_source
 from ..latent_folder import LatentFolder

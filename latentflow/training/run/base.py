@@ -13,8 +13,7 @@ from typing import Any
 from ...autoencoder import downscale_factor, load_autoencoder
 from ...components import CONFIG, check_settings, read_settings
 from ...data import Source
-from ...data.described import few
-from ...errors import UserError, reason
+from ...errors import UserError, few, reason
 from ...flow import OBJECTIVES
 from ...models import MODELS, DiT, UNet
 from ...pipeline import LatentFlowPipeline
