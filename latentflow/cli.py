@@ -207,10 +207,8 @@ def _convert(field: _Field, value: Any, where: str) -> Any:
     positional: Any = tyro.conf.Positional
     leaf = dataclasses.make_dataclass("Leaf", [("value", positional[field.hint])])
     try:
-        with (
-            redirect_stdout(StringIO()),
-            redirect_stderr(StringIO()),
-        ):  # tyro's own message names a flag that is none
+        # Tyro's own message names a flag that is none.
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             parsed: Any = tyro.cli(leaf, args=["--", *_tokens(value)], console_outputs=False)
     except SystemExit:
         expected = field.hint.__name__ if isinstance(field.hint, type) else str(field.hint)

@@ -267,9 +267,8 @@ def load_transformers_model(
         config = AutoConfig.from_pretrained(name, **where)
     check_config(file, config.to_dict())
     kind = family(config)
-    half = getattr(
-        getattr(kind, "config_class", None), "base_config_key", ""
-    )  # of a model of images and text
+    # Of a model of images and text, the part of the config that is of the wanted half.
+    half = getattr(getattr(kind, "config_class", None), "base_config_key", "")
     make = getattr(kind, "from_config", None) or kind._from_config
     check_size(file, stored, lambda: make(getattr(config, half, config) if half else config))
     return load_checked(kind, name, shown, stored, fix=fix, **where, **options)
@@ -382,7 +381,7 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path] | None:
-    """The files that the libraries read, whichever of them it is."""
+    """Return the files that diffusers or transformers would read; None: there is none in safetensors."""
     end = f".{variant}" if variant else ""
     for stem in _STEMS:
         index = folder / f"{stem}.safetensors.index{end}.json"
@@ -457,7 +456,7 @@ def _settings_within(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _no_larger(file: Path, stored: Mapping[str, tuple[str, int]]) -> Iterator[None]:
-    """Within the context, refuse the building of a network that has far more weights than are stored."""
+    """Refuse, within the context, the building of a network that has far more weights than are stored."""
     from torch.nn.modules import module as hooks
 
     numbers = sum(count for _, count in stored.values())
@@ -523,7 +522,7 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
 
 @contextmanager
 def about(shown: object) -> Iterator[None]:
-    """Within the context, a `UserError` names what it is about: a file, a checkpoint."""
+    """Let every `UserError` within the context name what it is about: a file, a checkpoint."""
     try:
         yield
     except UserError as error:
@@ -534,7 +533,7 @@ def about(shown: object) -> Iterator[None]:
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Within the context, the libraries do not report on weights: that is said in one sentence, as an error."""
+    """Silence the libraries' reports on weights within the context: one sentence says it, as an error."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -181,7 +181,7 @@ def _interval(name: str, value: Any) -> tuple[float, float]:
 _SIZE, _EMBEDS, _MASK = _pair(1, "height and width"), _tensor("(B, L, D)"), _tensor("(B, L)", floating=False)
 _NOISE, _FLAG = _tensor("(B, C, h, w)"), _instance(bool, "Pass True or False.")
 
-#: argument of a pipeline's method -> its check. Pictures are checked as they are read.
+#: argument of a pipeline's method -> its check. Images are checked as they are read.
 CHECKS: dict[str, Check] = {
     "prompt": texts,
     "negative_prompt": texts,

@@ -633,7 +633,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
 
 
 def _number(text: str | list[str] | None, embeds: Tensor | None) -> int | None:
-    """How many prompts are given; None = none."""
+    """Return the number of prompts that are given; None = none."""
     if text is None:
         return None if embeds is None else len(embeds)
     return 1 if isinstance(text, str) else len(text)

@@ -251,7 +251,7 @@ def _left_out(folder: Folder, metadata: Metadata | None, sidecars: Sidecars) -> 
 
 
 def _is_told(name: str) -> bool:
-    """Whether a file has a note of its own, or was put there by the system."""
+    """Return whether a file has a note of its own, or was put there by the system."""
     place = PurePosixPath(name)
     system = place.name.startswith(".") or place.name.lower() in _SYSTEM
     return system or place.suffix.lower() in (*_FOREIGN, *_PACKED)

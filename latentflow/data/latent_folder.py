@@ -140,7 +140,7 @@ def _are_sizes(value: object) -> bool:
 
 
 def _are_tables(value: object) -> bool:
-    """Whether these are settings of tables, those of latents with what `LatentFolder` reads of them."""
+    """Return whether these are settings of tables, those of latents with what `LatentFolder` reads of them."""
     if not isinstance(value, dict) or not all(isinstance(made, dict) for made in value.values()):
         return False
     made = [one for name, one in value.items() if kind_of(name) == "latents"]
@@ -172,7 +172,7 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
 
 
 def index_schema() -> Any:
-    """Return the columns of ``index.arrow``, which has a row for each picture."""
+    """Return the columns of ``index.arrow``, which has a row for each image."""
     arrow = import_arrow()
     return arrow.schema(
         [

@@ -25,9 +25,8 @@ from .paths import common_folder, many_paths
 
 _PARTS = ("train", "test", "validation", "valid", "val", "dev")
 _LOCK = threading.Lock()
-MOST_UNPACKED = (
-    100  # times the size of a parquet file, of a group of rows that is larger than ``IMAGE_BYTES``
-)
+# Times the size of a parquet file, of a group of rows that is larger than ``IMAGE_BYTES``.
+MOST_UNPACKED = 100
 _BUFFER = 2**16  # bytes that are read ahead; without, a row is read with all of its column in the group
 _AGAIN = "Copy or download it again."
 

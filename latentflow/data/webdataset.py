@@ -177,7 +177,7 @@ def _next(path: Path, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def _said(name: str, sample: _Sample) -> Said:
-    """What the text members say: .json, .txt, .caption and .cls, which must not contradict each other."""
+    """Return what the text members say: .json, .txt, .caption and .cls, which must not contradict each other."""
     told = {
         ending: decode(read_bytes(member, CAPTION_BYTES), str(member)).strip()
         for ending, member in sample.told.items()

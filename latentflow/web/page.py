@@ -312,9 +312,8 @@ class Results:
             type="filepath",
             buttons=["download", "download_all", "fullscreen"],
         )
-        self.unknown = gr.Textbox(
-            label="Words that the checkpoint does not know", visible=False
-        )  # for programs
+        # For programs: the page shows a message.
+        self.unknown = gr.Textbox(label="Words that the checkpoint does not know", visible=False)
         with gr.Row():
             self._onward = {
                 "inpaint": gr.Button("Paint on this one", size="sm", elem_id=f"{tab}-to-inpaint"),

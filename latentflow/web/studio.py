@@ -1,4 +1,4 @@
-"""What a request of the web page does: bounds, images in, images out. Knows nothing of Gradio."""
+"""Requests of the web page: bounds, images in, images out. Knows nothing of Gradio."""
 
 from __future__ import annotations
 

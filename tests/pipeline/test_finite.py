@@ -59,11 +59,6 @@ def drawn(way: str, vae: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("way", KINDS)
-def test_latents_become_images_of_a_known_kind_only(class_pipe: LatentFlowPipeline) -> None:
-    with pytest.raises(UserError, match="unknown output_type 'jpeg'"):
-        class_pipe.to_images(torch.zeros(1, 2, 4, 4), "jpeg")
-
-
 def test_an_autoencoder_that_overflows_in_float16_is_used_in_float32_and_that_is_said(
     way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -176,6 +171,11 @@ def test_latents_that_are_not_finite_are_not_blamed_on_the_autoencoder(
     for output_type in ("pil", "np", "pt"):
         with pytest.raises(UserError, match="a latent to decode is not finite: 1 of 32"):
             class_pipe.to_images(latents, output_type)
+
+
+def test_latents_become_images_of_a_known_kind_only(class_pipe: LatentFlowPipeline) -> None:
+    with pytest.raises(UserError, match="unknown output_type 'jpeg'"):
+        class_pipe.to_images(torch.zeros(1, 2, 4, 4), "jpeg")
 
 
 def test_a_composite_selects_and_blends_only_between() -> None:

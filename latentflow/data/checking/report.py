@@ -103,7 +103,7 @@ def most(counts: Mapping[str, int], limit: int = 5) -> str:
 
 
 def profile_line(profiles: Mapping[str, int]) -> str:
-    """What becomes of the images that have these colour profiles."""
+    """Return a line on what becomes of the images that have these colour profiles."""
     count = sum(profiles.values())
     return f"{count} images have another colour profile than sRGB and are converted: {most(profiles)}"
 

@@ -145,7 +145,7 @@ def _pipeline_config(checkpoint: str) -> dict[str, Any]:
 
 
 def _network_config(checkpoint: str) -> dict[str, Any]:
-    """What the network's file of settings says; no weights are loaded."""
+    """Return what the network's file of settings says; no weights are loaded."""
     with _starting(checkpoint):
         file = LatentFlowPipeline.local_folder(checkpoint) / "transformer" / CONFIG
         config = read_settings(file)
@@ -156,7 +156,7 @@ def _network_config(checkpoint: str) -> dict[str, Any]:
 
 @contextmanager
 def _starting(checkpoint: str) -> Iterator[None]:
-    """Within the context, what cannot be read is no checkpoint to start from."""
+    """Let every `UserError` within the context say that this is no checkpoint to start from."""
     try:
         yield
     except UserError as error:
