@@ -195,7 +195,7 @@ CHECKS: dict[str, Check] = {
     "guidance_scale": _finite(),
     "source_guidance_scale": _finite(),
     "guidance_interval": _interval,
-    "num_images_per_prompt": _whole(1),
+    "num_images_per_prompt": _whole(1, 10**9),
     "frames": _whole(2, fix="Ask for at least 2, the first and the last."),
     "generator": _generators,
     "latents": _NOISE,

@@ -119,7 +119,8 @@ class EvaluateConfig(AdapterChoice):
     """Also the CLIP score under this hub id or folder, such as openai/clip-vit-base-patch16."""
 
     def __post_init__(self) -> None:
-        whole("-n", self.n, 2, MOST, fix=f"Draw 2, to fit a distribution, to {MOST:,}; default: 200.")
+        fix = f"Draw at least 2, to fit a distribution, and at most {MOST:,}; default: 200."
+        whole("-n", self.n, 2, MOST, fix=fix)
         for flag, value, least, most in (
             ("--steps", self.steps, 1, None),
             ("--batch-size", self.batch_size, 1, None),

@@ -22,6 +22,7 @@ import httpx
 from gradio import processing_utils
 
 from latentflow.web import page
+from latentflow.web.serving import start
 from latentflow.web.studio import Order, Progress, Studio
 
 
@@ -56,7 +57,7 @@ def serving(studio: Studio, **settings: Any) -> Iterator[httpx.Client]:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         fetch = "async_ssrf_protected_download"
         patch.setattr(processing_utils, fetch, getattr(processing_utils, fetch))
-        started = page.start(studio, "127.0.0.1", free_port(), **settings)
+        started = start(studio, "127.0.0.1", free_port(), **settings)
         try:
             with httpx.Client(base_url=f"{started.local_url}gradio_api", timeout=60) as client:
                 yield client
