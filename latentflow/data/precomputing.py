@@ -1,4 +1,4 @@
-"""Writing a folder of latents (see ``latent_folder``)."""
+"""Writing a folder of latents (see ``latent_folder`` and ``latent_files``)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .checking.source import groups_of
 from .config import DataConfig
 from .examples import Source
 from .framing import Framing
-from .latent_folder import (
+from .latent_files import (
     AUTOENCODER,
     DESCRIPTION,
     INDEX,
