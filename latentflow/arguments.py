@@ -30,7 +30,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None, *, fix: st
 def is_number(value: Any) -> bool:
     """Return whether ``value`` is a finite number (numpy's are) that a float can hold, and no truth value."""
     try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
     except OverflowError:  # a whole number beyond floats
         return False
 
