@@ -160,13 +160,12 @@ def _starting(checkpoint: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise _no_checkpoint(checkpoint, error) from error
+        raise _no_checkpoint(checkpoint, reason(error), error.fix) from error
 
 
-def _no_checkpoint(checkpoint: str, error: Exception | str) -> UserError:
-    fix = error.fix if isinstance(error, UserError) else ""
+def _no_checkpoint(checkpoint: str, why: str, fix: str = "") -> UserError:
     return UserError(
-        f"{checkpoint} is no checkpoint to start from: {reason(error)}",
+        f"{checkpoint} is no checkpoint to start from: {why}",
         fix or "Give a pipeline folder, such as runs/cats/pipeline.",
     )
 
