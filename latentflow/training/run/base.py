@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ...autoencoder import downscale_factor, load_autoencoder
-from ...components import CONFIG, check_settings, read_settings
 from ...data import Source
 from ...errors import UserError, few, reason
 from ...flow import OBJECTIVES
 from ...models import MODELS, DiT, UNet
 from ...pipeline import LatentFlowPipeline
+from ...settings import CONFIG, check_settings, read_settings
 from ..stages.flow import FlowConfig
 
 

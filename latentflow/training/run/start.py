@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...autoencoder import Autoencoder, latent_channels, mask_channels
-from ...components import check_types, read_settings
 from ...data import Source
 from ...errors import UserError, few
 from ...models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ...models.config import NetworkConfig, TextConfig
+from ...settings import check_types, read_settings
 from ..stages.flow import FlowConfig
 from .base import class_names, open_base, refuse_other_flow
 
