@@ -4,11 +4,10 @@ only."""
 from __future__ import annotations
 
 import math
-import reprlib
 from numbers import Integral, Real
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, shown
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None, *, fix: str = "") -> int:
@@ -28,6 +27,14 @@ def whole(name: str, value: Any, least: int, most: int | None = None, *, fix: st
     raise UserError(f"{name} is {shown(value)}", fix or f"Give a whole number {span}.")
 
 
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a finite number (numpy's are) that a float can hold, and no truth value."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond floats
+        return False
+
+
 def finite(
     name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, fix: str = ""
 ) -> float:
@@ -40,17 +47,9 @@ def finite(
     Raises:
         UserError: it is NaN, infinite, out of range, or no number: True and "2" are none.
     """
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and least <= value <= most:
+    if is_number(value) and least <= value <= most:
         return float(value)
     span = "."
     if math.isfinite(least):
         span = f" from {least:g} to {most:g}." if math.isfinite(most) else f" of at least {least:g}."
     raise UserError(f"{name} is {shown(value)}", fix or f"Give a finite number{span}")
-
-
-def shown(value: Any) -> str:
-    """Return ``value`` as an error shows it: short, whatever it is."""
-    if hasattr(value, "shape"):
-        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
-    return reprlib.repr(value)

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 from . import __version__
 from .documents import read_yaml
 from .errors import UserError, nearest, printable, shown, unknown
+from .replacing import replacing
 
 C = TypeVar("C")
 
@@ -102,9 +103,8 @@ def write_config(config: Any, path: str | os.PathLike[str]) -> None:
     import yaml
 
     values = {field.key: _plain(field.of(config)) for field in _fields(type(config))}
-    written = Path(f"{path}.tmp")  # renamed when complete: a full disk must not cost the earlier file
-    written.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    written.replace(path)
+    with replacing(Path(path)) as partial:  # a full disk must not cost the earlier file
+        partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +207,8 @@ def _convert(field: _Field, value: Any, where: str) -> Any:
     positional: Any = tyro.conf.Positional
     leaf = dataclasses.make_dataclass("Leaf", [("value", positional[field.hint])])
     try:
-        with (
-            redirect_stdout(StringIO()),
-            redirect_stderr(StringIO()),
-        ):  # tyro's own message names a flag that is none
+        # Tyro's own message names a flag that is none.
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             parsed: Any = tyro.cli(leaf, args=["--", *_tokens(value)], console_outputs=False)
     except SystemExit:
         expected = field.hint.__name__ if isinstance(field.hint, type) else str(field.hint)

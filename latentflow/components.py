@@ -11,112 +11,19 @@ import math
 import re
 import sys
 import threading
-import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from .documents import read_json
-from .errors import UserError, nearest, reading
+from .errors import UserError, few, reading, shown
+from .settings import CONFIG, MEND, check_settings, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MEND = "Restore the file from where it came from, or train the checkpoint again."
-CONFIG = "config.json"
-#: sizes that a file of weights does not bound, or too late, and the largest that is believed
-LARGEST = {
-    "condition_channels": 2**16,
-    "mlp_ratio": 2**10,
-    "num_classes": 2**20,
-    "num_train_timesteps": 2**20,
-    "registers": 2**16,
-    "sample_size": 2**12,
-}
 _STEMS = ("diffusion_pytorch_model", "model")  # of files of weights: diffusers', transformers'
 _FLOATS = ("F", "BF")  # how safetensors' types of floating-point numbers begin
-
-
-# ---------------------------------------------------------------- settings
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: the file is missing, not UTF-8, not JSON, nested too deeply, or holds something else.
-    """
-    document = read_json(file, MEND)
-    if not isinstance(document, dict):
-        raise UserError(f"{file} holds {_shown(document)}, no settings", MEND)
-    return document
-
-
-def check_settings(file: object, settings: Mapping[str, Any], kind: Any) -> None:
-    """Refuse settings that ``kind`` does not take, or of other types than it declares.
-
-    Raises:
-        UserError: names the file, the setting and its value.
-    """
-    hints = {name: hint for name, hint in get_type_hints(kind.__init__).items() if name != "return"}
-    named = {name: value for name, value in settings.items() if not name.startswith("_")}
-    for name in named:
-        if name not in hints:
-            guess = nearest(name, hints)
-            raise UserError(
-                f"{file}: {kind.__name__} has no setting '{name}'",
-                f"Did you mean '{guess}'? {MEND}" if guess else MEND,
-            )
-    check_types(file, named, hints)
-
-
-def check_types(file: object, settings: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Refuse values that are not of the types in ``hints``, numbers that are not finite, and sizes beyond `LARGEST`.
-
-    Raises:
-        UserError: names the file, the setting and its value.
-    """
-    for name, value in settings.items():
-        hint = hints.get(name, Any)
-        if not _fits(value, hint):
-            raise UserError(f"{file}: {name} is {_shown(value)}", f"Expected: {_words(hint)}. {MEND}")
-        sizes = value if isinstance(value, list | tuple) else [value]
-        if name in LARGEST and any(
-            type(one) in (int, float) and not 0 <= one <= LARGEST[name] for one in sizes
-        ):
-            raise UserError(f"{file}: {name} is {_shown(value)}", f"At most {LARGEST[name]} is read. {MEND}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
-    if hint in (None, type(None)):
-        return value is None
-    if hint is float:
-        return is_number(value)
-    if hint in (bool, int, str):
-        return type(value) is hint
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, dict) and all(_fits(one, inner[1]) for one in value.values())
-    if isinstance(origin, type) and issubclass(origin, Collection):
-        return isinstance(value, list | tuple) and all(_fits(one, inner[0]) for one in value)
-    return True  # a component, or anything
-
-
-def is_number(value: Any) -> bool:
-    """Return whether ``value`` is a finite number, and no truth value."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _words(hint: Any) -> str:
-    return hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", "")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 # ---------------------------------------------------------------- classes
@@ -136,7 +43,7 @@ def component_class(file: object, name: str, entry: Any, base: type) -> Any:
             component of a pipeline.
     """
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(one, str) for one in entry)):
-        raise UserError(f"{file}: {name} is {_shown(entry)}", f"Expected: [module, class]. {MEND}")
+        raise UserError(f"{file}: {name} is {shown(entry)}", f"Expected: [module, class]. {MEND}")
     library, kind = entry
     try:
         found = getattr(sys.modules.get(library), kind, None)
@@ -167,9 +74,9 @@ def check_config(file: Path, config: Mapping[str, Any], kind: Any = None) -> Non
     wanted = str(getattr(getattr(kind, "config_class", None), "model_type", ""))
     model = config.get("model_type", wanted) if wanted else wanted
     if written != kind.__name__:
-        raise UserError(f"{file} is of a {_shown(written)}, not of a {kind.__name__}", MEND)
+        raise UserError(f"{file} is of a {shown(written)}, not of a {kind.__name__}", MEND)
     if not isinstance(model, str) or not (wanted.startswith(model) or model.startswith(wanted)):
-        raise UserError(f"{file} is of a model of type {_shown(model)}, not {wanted}", MEND)
+        raise UserError(f"{file} is of a model of type {shown(model)}, not {wanted}", MEND)
 
 
 # ---------------------------------------------------------------- weights
@@ -276,9 +183,8 @@ def load_transformers_model(
         config = AutoConfig.from_pretrained(name, **where)
     check_config(file, config.to_dict())
     kind = family(config)
-    half = getattr(
-        getattr(kind, "config_class", None), "base_config_key", ""
-    )  # of a model of images and text
+    # Of a model of images and text, the part of the config that is of the wanted half.
+    half = getattr(getattr(kind, "config_class", None), "base_config_key", "")
     make = getattr(kind, "from_config", None) or kind._from_config
     check_size(file, stored, lambda: make(getattr(config, half, config) if half else config))
     return load_checked(kind, name, shown, stored, fix=fix, **where, **options)
@@ -319,14 +225,14 @@ def load_checked(
         missing = [name for name in missing if "pooler" not in name]
         unexpected = [name for name in unexpected if name.removeprefix(prefix).partition(".")[0] in own]
     if missing:
-        raise _unfit(shown, f"weights are missing: {_few(missing)}")
+        raise _unfit(shown, f"weights are missing: {few(missing, 3)}")
     if unexpected:
-        raise _unfit(shown, f"the config has no place for weights: {_few(unexpected)}")
+        raise _unfit(shown, f"the config has no place for weights: {few(unexpected, 3)}")
     if info["mismatched_keys"]:
         wrong = sorted(
             f"{name} is {_sides(there)}, not {_sides(here)}" for name, there, here in info["mismatched_keys"]
         )
-        raise _unfit(shown, f"weights have another shape than the config says: {_few(wrong)}")
+        raise _unfit(shown, f"weights have another shape than the config says: {few(wrong, 3)}")
     _check_values(module, shown, stored or {})
     return module.eval()  # type: ignore[no-any-return]
 
@@ -343,7 +249,7 @@ def _check_values(module: nn.Module, shown: object, stored: Mapping[str, tuple[s
     whole = [name for name in values if name in stored and not stored[name][0].startswith(_FLOATS)]
     if whole:
         raise UserError(
-            f"{shown}: weights are no floating-point numbers but {stored[whole[0]][0]}: {_few(whole)}",
+            f"{shown}: weights are no floating-point numbers but {stored[whole[0]][0]}: {few(whole, 3)}",
             f"Quantised weights are not read. {MEND}",
         )
     usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -354,7 +260,7 @@ def _check_values(module: nn.Module, shown: object, stored: Mapping[str, tuple[s
     ]
     if odd:
         dtype = str(values[odd[0]].dtype).removeprefix("torch.")
-        raise UserError(f"{shown}: weights are not finite (in {dtype}): {_few(odd)}", MEND)
+        raise UserError(f"{shown}: weights are not finite (in {dtype}): {few(odd, 3)}", MEND)
 
 
 def is_finite(values: Tensor) -> bool:
@@ -391,7 +297,7 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path] | None:
-    """The files that the libraries read, whichever of them it is."""
+    """Return the files that diffusers or transformers would read; None: there is none in safetensors."""
     end = f".{variant}" if variant else ""
     for stem in _STEMS:
         index = folder / f"{stem}.safetensors.index{end}.json"
@@ -466,7 +372,7 @@ def _settings_within(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _no_larger(file: Path, stored: Mapping[str, tuple[str, int]]) -> Iterator[None]:
-    """Within the context, refuse the building of a network that has far more weights than are stored."""
+    """Refuse, within the context, the building of a network that has far more weights than are stored."""
     from torch.nn.modules import module as hooks
 
     numbers = sum(count for _, count in stored.values())
@@ -532,7 +438,7 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
 
 @contextmanager
 def about(shown: object) -> Iterator[None]:
-    """Within the context, a `UserError` names what it is about: a file, a checkpoint."""
+    """Let every `UserError` within the context name what it is about: a file, a checkpoint."""
     try:
         yield
     except UserError as error:
@@ -543,7 +449,7 @@ def about(shown: object) -> Iterator[None]:
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Within the context, the libraries do not report on weights: that is said in one sentence, as an error."""
+    """Silence the libraries' reports on weights within the context: one sentence says it, as an error."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -560,8 +466,3 @@ def _without_reports() -> Iterator[None]:
 
 def _sides(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "one number"
-
-
-def _few(names: Collection[str], count: int = 3) -> str:
-    shown = ", ".join(list(names)[:count])
-    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import finite, shown
+from .arguments import finite
 from .components import library_reads
-from .errors import UserError
+from .errors import UserError, shown
 from .flow.tensors import require_finite
 
 Velocity = Callable[[Tensor, Tensor], Tensor]

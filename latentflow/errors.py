@@ -7,7 +7,7 @@ import reprlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 LENGTH = 3000  # characters of an error's text, at most: a screen
@@ -49,13 +49,33 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    """Short texts of values; of tensors and arrays, whatever holds them, the shape."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        shape = getattr(x, "shape", None)
+        if isinstance(shape, tuple) and shape:
+            return f"a {type(x).__name__} of shape {tuple(shape)}"
+        return super().repr_instance(x, level)
+
+
+_SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """Return ``repr(value)``, cut to a line or two however large or deep the value is."""
-    return _SHORT.repr(value)
+    """Return ``repr(value)`` on one line, cut to 80 characters or a few entries however large or deep it is."""
+    try:
+        return one_line(_SHORT.repr(value))
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"a very large {type(value).__name__}"
+
+
+def few(names: Iterable[object], limit: int = 5) -> str:
+    """Return the first few names, each on one line whatever it holds, and how many more there are."""
+    listed = [one_line(str(name)) for name in names]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
 
 
 def _is_printable(character: str) -> bool:

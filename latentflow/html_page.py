@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from .errors import UserError
+from .replacing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,12 +145,8 @@ class Page(Section):
         refuse_existing(path, overwrite)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
-                temporary.write_text(self.html(), encoding="utf-8", errors="backslashreplace")
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(path) as partial:
+                partial.write_text(self.html(), encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}", "Choose another place.") from error
 

@@ -1,4 +1,4 @@
-"""What other libraries print in our programs: nothing but their errors. Imports nothing of ours."""
+"""Messages of other libraries in our programs: errors only. Imports nothing of ours."""
 
 from __future__ import annotations
 

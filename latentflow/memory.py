@@ -96,8 +96,9 @@ def require_memory(what: str, size: int) -> None:
     """
     total = psutil.virtual_memory().total
     if size > total:
+        least = size_text(min(size, 2**70))  # a float holds it
         raise UserError(
-            f"{what} need {size_text(size)} of memory at least, more than the {size_text(total)} of this machine",
+            f"{what} need {least} of memory at least, more than the {size_text(total)} of this machine",
             "Ask for fewer or smaller ones, or in several calls.",
         )
 

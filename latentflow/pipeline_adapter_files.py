@@ -21,9 +21,10 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .components import MEND, about, check_settings, check_types, is_finite
+from .components import about, is_finite
 from .documents import parse_json
 from .errors import UserError, reading, reason
+from .settings import MEND, check_settings, check_types
 
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
 METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata

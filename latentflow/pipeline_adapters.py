@@ -14,7 +14,6 @@ from diffusers.utils import USE_PEFT_BACKEND, get_adapter_name
 from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
 from torch import Tensor, nn
 
-from .components import MEND
 from .errors import UserError
 from .models import with_words
 from .pipeline_adapter_files import (
@@ -31,6 +30,7 @@ from .pipeline_adapter_files import (
     weights_hash,
 )
 from .pipeline_few_steps import FewSteps
+from .settings import MEND
 
 # The side of a tensor that must be as long as its layer's weight.
 _SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}

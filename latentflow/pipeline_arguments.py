@@ -10,13 +10,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import finite, shown, whole
+from .arguments import finite, whole
 from .diffusers_border import checked_sigmas
-from .errors import UserError, lookup, unknown
+from .errors import UserError, lookup, shown, unknown
 from .flow import SOLVERS, Solver
 from .flow.tensors import require_finite
 from .flow.times import MOST_STEPS, STEPS_FIX
-from .pipeline_call import CALLBACK_TENSORS
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,6 +25,8 @@ Check = Callable[[str, Any], Any]
 #: Of a side in pixels, and of a text in tokens: whatever is larger is a mistake.
 LARGEST = 2**20
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+#: what a callback may ask for; "prediction" cannot be replaced
+CALLBACK_TENSORS = ["latents", "prompt_embeds", "negative_prompt_embeds", "prediction"]
 
 
 def checked(call: Callable[P, T]) -> Callable[P, T]:
@@ -146,7 +147,12 @@ def _solver(name: str, value: Any) -> str | Solver:
     return str(value)
 
 
-def _output_type(name: str, value: Any) -> str:
+def output_kind(name: str, value: Any) -> str:
+    """Return one of ``OUTPUT_TYPES``.
+
+    Raises:
+        UserError: it is none of them.
+    """
     _instance(str, f"Pass one of {', '.join(OUTPUT_TYPES)}.")(name, value)
     if value not in OUTPUT_TYPES:
         raise unknown(name, value, OUTPUT_TYPES)
@@ -175,7 +181,7 @@ def _interval(name: str, value: Any) -> tuple[float, float]:
 _SIZE, _EMBEDS, _MASK = _pair(1, "height and width"), _tensor("(B, L, D)"), _tensor("(B, L)", floating=False)
 _NOISE, _FLAG = _tensor("(B, C, h, w)"), _instance(bool, "Pass True or False.")
 
-#: argument of a pipeline's method -> its check. Pictures are checked as they are read.
+#: argument of a pipeline's method -> its check. Images are checked as they are read.
 CHECKS: dict[str, Check] = {
     "prompt": texts,
     "negative_prompt": texts,
@@ -189,7 +195,7 @@ CHECKS: dict[str, Check] = {
     "guidance_scale": _finite(),
     "source_guidance_scale": _finite(),
     "guidance_interval": _interval,
-    "num_images_per_prompt": _whole(1),
+    "num_images_per_prompt": _whole(1, 10**9),
     "frames": _whole(2, fix="Ask for at least 2, the first and the last."),
     "generator": _generators,
     "latents": _NOISE,
@@ -199,7 +205,7 @@ CHECKS: dict[str, Check] = {
     "prompt_attention_mask": _MASK,
     "negative_prompt_attention_mask": _MASK,
     "max_sequence_length": _whole(1, LARGEST),
-    "output_type": _output_type,
+    "output_type": output_kind,
     "return_dict": _FLAG,
     "measure": _FLAG,
     "callback_on_step_end": _instance(Callable, "Pass a function (pipe, i, timestep, tensors)."),

@@ -39,14 +39,8 @@ from .flow.solvers import BY_ROW
 from .memory import require_memory
 from .models import Condition
 from .pipeline_adapters import AdapterMixin
-from .pipeline_call import (
-    CALLBACK_TENSORS,
-    RunningCall,
-    Size,
-    StepCallback,
-    count_rows,
-    repeated_to,
-)
+from .pipeline_arguments import CALLBACK_TENSORS, output_kind
+from .pipeline_call import RunningCall, Size, StepCallback, count_rows, repeated_to
 from .pipeline_conditions import ClassLabels, ConditionMixin
 from .pipeline_few_steps import FewSteps
 from .pipeline_loading import CheckpointPipeline, check_components
@@ -623,6 +617,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the pictures
         that the flow is heading for.
         """
+        output_kind("output_type", output_type)
         if output_type == "latent":
             return latents
         return self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
@@ -638,7 +633,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
 
 
 def _number(text: str | list[str] | None, embeds: Tensor | None) -> int | None:
-    """How many prompts are given; None = none."""
+    """Return the number of prompts that are given; None = none."""
     if text is None:
         return None if embeds is None else len(embeds)
     return 1 if isinstance(text, str) else len(text)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import shown
-from .errors import UserError
+from .errors import UserError, shown
 from .flow import Velocity
 from .flow.tensors import expand_t, require_finite
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 Size: TypeAlias = tuple[int, int]  # (height, width)
 StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
-#: what a callback may ask for; "prediction" cannot be replaced
-CALLBACK_TENSORS = ["latents", "prompt_embeds", "negative_prompt_embeds", "prediction"]
 
 
 class RunningCall:
@@ -32,7 +29,7 @@ class RunningCall:
             row, as ``encode_prompt`` returns them.
         rows: number of rows.
         callback: as ``callback_on_step_end`` of the pipelines.
-        wanted: the names of ``CALLBACK_TENSORS`` that it gets.
+        wanted: the names of `pipeline_arguments.CALLBACK_TENSORS` that it gets.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .autoencoder import mask_channels
-from .errors import UserError, lookup, printable
+from .errors import UserError, few, lookup
 from .flow.tensors import require_finite
 from .models import Condition, encode_text
 from .models.text import UnknownWords, unknown_words
@@ -21,13 +21,9 @@ ClassLabels: TypeAlias = int | str | Sequence[int | str]
 
 
 def unknown_words_text(words: Sequence[str]) -> str:
-    """A sentence for users that names the words; see ``ConditionMixin.unknown_words``."""
-    shown = ", ".join(f"'{word}'" for word in words[:10]) + (
-        f" and {len(words) - 10} more" if words[10:] else ""
-    )
-    return printable(
-        f"words that the checkpoint's vocabulary does not know, and that it cannot draw: {shown}"
-    )
+    """Return a sentence for users that names the words; see ``ConditionMixin.unknown_words``."""
+    named = few([f"'{word}'" for word in words], 10)
+    return f"words that the checkpoint's vocabulary does not know, and that it cannot draw: {named}"
 
 
 class ConditionMixin:

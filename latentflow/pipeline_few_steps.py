@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
-from .components import check_types
 from .errors import UserError
+from .settings import check_types
 
 LARGEST_STEPS = 1000  # of `FewSteps.step_counts`
 

@@ -14,19 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .autoencoder.latents import check_statistics
-from .components import (
-    MEND,
-    about,
-    check_settings,
-    check_types,
-    component_class,
-    library_reads,
-    load_module,
-    read_settings,
-)
+from .components import about, component_class, library_reads, load_module
 from .diffusers_border import set_grid
 from .errors import UserError
 from .models import MODELS, check_vocabulary, load_tokenizer
+from .settings import MEND, check_settings, check_types, read_settings
 
 #: the pipelines that share one kind of folder
 FAMILY = (

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
 
     from latentflow.web.guard import is_loopback
-    from latentflow.web.page import serve
+    from latentflow.web.serving import serve
     from latentflow.web.studio import Studio
 
     auth = credentials(config.auth or os.environ.get("LATENTFLOW_APP_AUTH"))

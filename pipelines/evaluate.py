@@ -32,11 +32,13 @@ from tqdm.auto import tqdm
 
 import latentflow
 from latentflow import metrics
+from latentflow.arguments import finite, whole
 from latentflow.autoencoder import decode, encode
 from latentflow.cli import parse, run
 from latentflow.data import Source, cached_pixels, find_source, fingerprint, pixels_to_images, readable, split
 from latentflow.data import shapes as shapes_data
 from latentflow.data.config import DataConfig
+from latentflow.data.latent_folder import is_latent_folder
 from latentflow.documents import read_yaml
 from latentflow.drawing.adapters import AdapterChoice
 from latentflow.drawing.checkpoint import open_pipeline
@@ -54,11 +56,9 @@ VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 FEW = 50  # images; the covariance of fewer says little
 MOST = 1_000_000  # images; they are held in memory
 MOST_NAMED = 1000  # classes or captions whose proportions are reported, of which the terminal shows 30
-DRAWN, HELD_OUT_CAPTIONS, VALIDATION = (
-    8,
-    9,
-    10,
-)  # streams of random numbers, none of which training uses; see `seeded`
+LARGEST_SEED = 2**63 - 1
+# Streams of random numbers, none of which training uses; see `seeded`.
+DRAWN, HELD_OUT_CAPTIONS, VALIDATION = 8, 9, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class EvaluateConfig(AdapterChoice):
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
 
     validation: float | None = None
-    """Share of DATA that the run held out. This and the next six are read from the run's config.yaml where
+    """Share of DATA that the run held out. This and the next seven are read from the run's config.yaml where
     CHECKPOINT lies in a run folder; else they are what `latentflow train` takes by default."""
     validation_seed: int | None = None
     """Seed of that run."""
@@ -103,6 +103,8 @@ class EvaluateConfig(AdapterChoice):
     """Where your own masks come from; alpha shows the pictures without their transparency."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of tables (of --test as well) that are called otherwise, as for `latentflow train`."""
+    colours: Literal["srgb", "stored"] | None = None
+    """Whether images (of --test as well) are converted to sRGB by their colour profiles, as for `latentflow train`."""
     background: str | None = None
     """Colour behind transparent pictures."""
     test: str | None = None
@@ -117,21 +119,19 @@ class EvaluateConfig(AdapterChoice):
     """Also the CLIP score under this hub id or folder, such as openai/clip-vit-base-patch16."""
 
     def __post_init__(self) -> None:
-        for name in ("n", "steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if not 2 <= self.n <= MOST:
-            raise UserError(
-                f"-n is {self.n}",
-                f"Draw at least 2, to fit a distribution, and at most {MOST:,}; default: 200.",
-            )
-        for name in ("seed", "validation_seed"):
-            if not 0 <= (getattr(self, name) or 0) < 2**63:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "Give 0 to 2^63 - 1.")
-        for name in ("guidance", "validation"):
-            if not math.isfinite(getattr(self, name) or 0):
-                raise UserError(f"--{name} is {getattr(self, name)}", "Give a number.")
+        fix = f"Draw at least 2, to fit a distribution, and at most {MOST:,}; default: 200."
+        whole("-n", self.n, 2, MOST, fix=fix)
+        for flag, value, least, most in (
+            ("--steps", self.steps, 1, None),
+            ("--batch-size", self.batch_size, 1, None),
+            ("--seed", self.seed, 0, LARGEST_SEED),
+            ("--validation-seed", self.validation_seed, 0, LARGEST_SEED),
+        ):
+            if value is not None:
+                whole(flag, value, least, most)
+        for flag, number in (("--guidance", self.guidance), ("--validation", self.validation)):
+            if number is not None:
+                finite(flag, number)
         if self.attributes and len(set(self.attributes)) < max(2, len(self.attributes)):
             raise UserError("--attributes tell captions apart", "Give at least two, all different.")
 
@@ -239,8 +239,10 @@ def as_trained(config: EvaluateConfig) -> EvaluateConfig:
     fix = "Mend it, or move it away and give --validation and the like as the run had them."
     read = read_yaml(file, fix) if file.is_file() else {}
     run_values = read if isinstance(read, dict) else {}
-    names = ("validation", "condition", "missing_caption", "masks", "background", "columns")
+    names = ("validation", "condition", "missing_caption", "masks", "background", "columns", "colours")
     values = {name: run_values.get(name, getattr(DataConfig, name, {})) for name in names}
+    if run_values and "colours" not in run_values and not is_latent_folder(config.data):
+        values["colours"] = "stored"  # a run from before colour profiles were converted
     values["validation_seed"] = run_values.get("seed", LoopConfig.seed)
     kinds = {"validation": (int, float), "validation_seed": (int,), "columns": (dict,)}
     for name, value in values.items():
@@ -266,10 +268,9 @@ def as_drawn(config: EvaluateConfig, pipe: Any) -> EvaluateConfig:
 
 
 def found(data: str, config: EvaluateConfig) -> Source:
-    assert config.condition and config.missing_caption and config.masks
-    wanted: dict[str, Any] = {
-        name: getattr(config, name) for name in ("condition", "missing_caption", "masks", "columns")
-    }
+    assert config.condition and config.missing_caption and config.masks and config.colours
+    names = ("condition", "missing_caption", "masks", "columns", "colours")
+    wanted: dict[str, Any] = {name: getattr(config, name) for name in names}
     return readable(find_source(data, **wanted))
 
 

@@ -27,7 +27,11 @@ LEAVES = {
     "image_formats",
     "libraries",
     "memory",
+    "replacing",
+    "settings",
 }
+# Leaves that those after them, and all other leaves, may import.
+GROUND = [{"errors"}, {"arguments", "documents", "replacing"}, {"settings"}]
 LAYERS = [
     {"flow"},
     {"models", "autoencoder"},
@@ -81,8 +85,12 @@ def layer(name: str) -> int | None:
     return next((i for i, names in enumerate(LAYERS) if name in names), None)
 
 
+def ground(name: str) -> int:
+    return next((i for i, names in enumerate(GROUND) if name in names), len(GROUND))
+
+
 def allowed(importer: str, imported: str) -> bool:
-    if importer == imported or imported == "errors" or (imported == "documents" and importer != "errors"):
+    if importer == imported or ground(imported) < ground(importer):
         return True
     if importer in LEAVES:
         return False
@@ -103,6 +111,9 @@ def test_the_rules_themselves() -> None:
     assert not allowed("models", "data")
     assert not allowed("pipeline", "training.loop")
     assert not allowed("errors", "flow")
+    assert allowed("components", "settings")
+    assert not allowed("settings", "components")
+    assert not allowed("errors", "documents")
     assert part("latentflow.pipeline_inpaint") == "pipeline"
     assert part("latentflow.training.loop.fit") == "training.loop"
 

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..components import is_number
+from ..arguments import is_number
 from ..errors import UserError
 from ..flow.tensors import require_finite
 from ..memory import inner_phase
@@ -197,7 +197,7 @@ def _bad_rows(results: tuple[Tensor, ...]) -> Tensor:
 
 @contextmanager
 def in_float32(vae: Autoencoder) -> Iterator[None]:
-    """Within the context, the autoencoder computes in float32, whatever its weights are kept in."""
+    """Let the autoencoder compute in float32 within the context, whatever its weights are kept in."""
     own, place = vae.dtype, next(vae.parameters()).device.type
     # diffusers' own `to` warns of modules to be kept in float32, also where there are none.
     torch.nn.Module.to(vae, torch.float32)

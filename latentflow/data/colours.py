@@ -81,7 +81,7 @@ def _key_and_profile(file: File, size: int, modified: int) -> tuple[str, Profile
 
 @dataclass(frozen=True)
 class _Conversion:
-    """What becomes of colours under a profile: nothing without one, or where it has a problem."""
+    """Conversion of colours by a profile: none without one, or where it has a problem."""
 
     profile: Profile | None = None
     transform: ImageCms.ImageCmsTransform | None = None
@@ -99,10 +99,9 @@ class _Conversion:
 
 @functools.lru_cache(maxsize=32)
 def _conversion(profile: object, mode: str) -> _Conversion:
-    """Return what becomes of colours of ``mode`` (L, RGB or CMYK) under ``profile``, which Pillow read from a file."""
-    if not isinstance(
-        profile, bytes
-    ):  # nothing where it could not put it together, numbers from a damaged TIFF
+    """Return the conversion of colours of ``mode`` (L, RGB or CMYK) by ``profile``, which Pillow read from a file."""
+    # Pillow gives nothing where it could not put it together, and numbers from a damaged TIFF.
+    if not isinstance(profile, bytes):
         return _Conversion(Profile("unknown", "it is damaged"))
     ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
     if len(profile) > _LARGEST:

@@ -33,8 +33,8 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of a table that are called otherwise, such as `image picture text caption`: our name, then theirs."""
     colours: Literal["srgb", "stored"] = "srgb"
-    """What becomes of colour profiles: srgb converts the images that have another than sRGB, stored takes the numbers
-    of all as they are."""
+    """Colour profiles: srgb converts the images that have another than sRGB, stored takes the numbers of all as they
+    are."""
     shuffle_tags: int = 0
     """Captions are lists of tags parted by commas: train on this many orders of each. 0: as they are written."""
     keep_tags: int = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from latentflow.errors import UserError, one_line
+from latentflow.errors import UserError, few
 
 from .columns import Said
 from .examples import Colours, Example, FileExample, Kind, Source
@@ -125,13 +125,6 @@ def masked(examples: Sequence[FileExample], masks: Masks) -> tuple[list[FileExam
         notes.append("masks from the alpha channels: what is transparent is to be repainted")
         return [dataclasses.replace(example, mask=example.path) for example in examples], notes
     return list(examples), notes
-
-
-def few(names: Iterable[str], limit: int = 5) -> str:
-    """The first few names, each on one line whatever it holds, and how many more there are."""
-    listed = [one_line(str(name)) for name in names]
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
 
 
 def _captioned(examples: Sequence[Example], missing: MissingCaption) -> tuple[list[Example], list[str]]:

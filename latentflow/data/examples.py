@@ -61,7 +61,7 @@ class Example(ABC):
 
     @property
     def is_converted(self) -> bool:
-        """Whether its colours are converted to sRGB, and its pixels are thus not those of its file."""
+        """True where its colours are converted to sRGB, and its pixels are thus not those of its file."""
         return False
 
     def pixel_key(self) -> str:

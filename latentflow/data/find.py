@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from latentflow.errors import UserError, lookup, nearest
+from latentflow.errors import UserError, few, lookup, nearest
 
-from .described import Condition, MissingCaption, Wanted, few
+from .described import Condition, MissingCaption, Wanted
 from .examples import Colours, FileExample, Source
 from .folder import list_folder
 from .folder_source import folder_source

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from latentflow.documents import storable
-from latentflow.errors import UserError
+from latentflow.errors import UserError, few
 
-from .described import Condition, Wanted, few, fields_of, source_of
+from .described import Condition, Wanted, fields_of, source_of
 from .examples import FileExample, Kind, Source
 from .folder import CAPTIONS, SUFFIXES, Folder, Sidecars, read_sidecars
 from .mask_finding import MaskFiles, Masks, find_masks
@@ -251,7 +251,7 @@ def _left_out(folder: Folder, metadata: Metadata | None, sidecars: Sidecars) -> 
 
 
 def _is_told(name: str) -> bool:
-    """Whether a file has a note of its own, or was put there by the system."""
+    """Return whether a file has a note of its own, or was put there by the system."""
     place = PurePosixPath(name)
     system = place.name.startswith(".") or place.name.lower() in _SYSTEM
     return system or place.suffix.lower() in (*_FOREIGN, *_PACKED)

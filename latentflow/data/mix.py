@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentflow.arguments import is_number, whole
 from latentflow.documents import read_yaml
-from latentflow.errors import UserError, shown, unknown
+from latentflow.errors import UserError, few, shown, unknown
 
-from .described import Wanted, few, source_of
+from .described import Wanted, source_of
 from .examples import Source
 from .latent_folder import is_latent_folder
 from .store import refuse_inside
@@ -108,11 +108,9 @@ def _part(where: str, entry: Any) -> Part:
             raise unknown(f"key in {where}:", str(key), _KEYS)
     repeats, weight = entry.get("repeats"), entry.get("weight", 1.0)
     regularisation = entry.get("regularisation", False)
-    if repeats is not None and (type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS):
-        raise UserError(
-            f"{where}: repeats is {shown(repeats)}", f"Give a whole number from 1 to {MOST_REPEATS:,}."
-        )
-    if type(weight) not in (int, float) or not 0 < weight <= sys.float_info.max:
+    if repeats is not None:
+        whole(f"{where}: repeats", repeats, 1, MOST_REPEATS)
+    if not is_number(weight) or weight <= 0:
         raise UserError(f"{where}: weight is {shown(weight)}", "Give a number above 0.")
     if not isinstance(regularisation, bool):
         raise UserError(f"{where}: regularisation is {shown(regularisation)}", "Write true or false.")

@@ -1,14 +1,12 @@
-"""Writing a folder of latents (see ``latent_folder``)."""
+"""Writing a folder of latents (see ``latent_folder`` and ``latent_files``)."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 
 from latentflow.documents import storable
 from latentflow.errors import UserError
+from latentflow.replacing import replacing
 
 from .cache import (
     Settings,
@@ -34,7 +33,7 @@ from .checking.source import groups_of
 from .config import DataConfig
 from .examples import Source
 from .framing import Framing
-from .latent_folder import (
+from .latent_files import (
     AUTOENCODER,
     DESCRIPTION,
     INDEX,
@@ -230,7 +229,7 @@ def describe(
         "given": wanted.given,
         "index": index,
     }
-    with _replaced(folder / DESCRIPTION) as temporary:
+    with replacing(folder / DESCRIPTION) as temporary:
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
@@ -245,7 +244,7 @@ def write_index(framing: Framing, folder: Path, groups: Array) -> str:
     natural = np.asarray(framing.sizes)[framing.bucket] if framing.natural is None else framing.natural
     ids = {name: number for number, name in enumerate(source.classes)}
     with (
-        _replaced(folder / INDEX) as temporary,
+        replacing(folder / INDEX) as temporary,
         arrow.OSFile(str(temporary), "wb") as sink,
         arrow.ipc.new_file(sink, schema) as writer,
     ):
@@ -272,14 +271,3 @@ def write_index(framing: Framing, folder: Path, groups: Array) -> str:
             writer.write_batch(arrow.RecordBatch.from_pylist(rows, schema=schema))
     with (folder / INDEX).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when all went well."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

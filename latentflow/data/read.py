@@ -65,7 +65,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return a picture in any of Pillow's modes and of any colour profile upright in sRGB: RGB or, where it has
+    """Return an image in any of Pillow's modes and of any colour profile upright in sRGB: RGB or, where it has
     transparency, RGBA.
 
     Raises:

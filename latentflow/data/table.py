@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.documents import decode, parse_json
-from latentflow.errors import UserError, nearest, reading, reason, shown
+from latentflow.errors import UserError, few, nearest, reading, reason, shown
 
 from .columns import KNOWN, class_name, is_text, refuse_synonyms, rename, said, unused
-from .described import Wanted, decide, few, fields_of, masked, source_of
+from .described import Wanted, decide, fields_of, masked, source_of
 from .examples import FileExample, Source
 from .folder import SUFFIXES
 from .members import IMAGE_BYTES, Container, File, Member, refuse_large
@@ -25,9 +25,8 @@ from .paths import common_folder, many_paths
 
 _PARTS = ("train", "test", "validation", "valid", "val", "dev")
 _LOCK = threading.Lock()
-MOST_UNPACKED = (
-    100  # times the size of a parquet file, of a group of rows that is larger than ``IMAGE_BYTES``
-)
+# Times the size of a parquet file, of a group of rows that is larger than ``IMAGE_BYTES``.
+MOST_UNPACKED = 100
 _BUFFER = 2**16  # bytes that are read ahead; without, a row is read with all of its column in the group
 _AGAIN = "Copy or download it again."
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentflow.documents import decode, parse_json
-from latentflow.errors import UserError, one_line, reason, shown
+from latentflow.errors import UserError, few, one_line, reason, shown
 
 from .columns import Said, said
-from .described import Wanted, decide, few, fields_of, masked, source_of
+from .described import Wanted, decide, fields_of, masked, source_of
 from .examples import FileExample, Source
 from .folder import CAPTIONS, SUFFIXES
 from .members import CAPTION_BYTES, Container, Member, read_bytes, refuse_large
@@ -177,7 +177,7 @@ def _next(path: Path, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def _said(name: str, sample: _Sample) -> Said:
-    """What the text members say: .json, .txt, .caption and .cls, which must not contradict each other."""
+    """Return what the text members say: .json, .txt, .caption and .cls, which must not contradict each other."""
     told = {
         ending: decode(read_bytes(member, CAPTION_BYTES), str(member)).strip()
         for ending, member in sample.told.items()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..components import check_types, read_settings
 from ..errors import UserError
 from ..libraries import quiet_libraries
+from ..settings import check_types, read_settings
 from .adapters import AdapterChoice, add_adapters
 
 # In an installed wheel under latentflow/programs/, in a clone beside latentflow/.

@@ -10,14 +10,14 @@ from .conditions import Condition
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Pictures at a time. Each has a generator of its own, so this changes a picture by rounding only: a network's matrix
+# Images at a time. Each has a generator of its own, so this changes an image by rounding only: a network's matrix
 # products round otherwise in a batch of another size, which is at most one level of 255.
 BATCH = 16
 LARGEST_SEED = 2**64 - 1
 
 
 def check_room(count: int, size: tuple[int, int], scale: int = 1) -> None:
-    """Refuse more pictures, or larger ones, than the machine has memory for, before the first is drawn.
+    """Refuse more images, or larger ones, than the machine has memory for, before the first is drawn.
 
     Args:
         size: (height, width) of each, which is then enlarged ``scale`` times.
@@ -28,9 +28,8 @@ def check_room(count: int, size: tuple[int, int], scale: int = 1) -> None:
     from ..memory import require_memory
 
     height, width = (side * scale for side in size)
-    require_memory(
-        f"{count} images of {width} x {height} pixels", 4 * count * height * width
-    )  # as Pillow keeps them
+    bytes_of_pillow = 4 * count * height * width
+    require_memory(f"{count} images of {width} x {height} pixels", bytes_of_pillow)
 
 
 def generators(seed: int, count: int) -> list[Any]:
@@ -46,7 +45,7 @@ def generators(seed: int, count: int) -> list[Any]:
 
 
 def draw(pipe: Any, rows: list[Condition], seed: int, **settings: Any) -> list[Image]:
-    """Picture i shows ``rows[i]`` and is drawn from ``seed + i``, whatever else is drawn.
+    """Draw image i of ``rows[i]`` and from ``seed + i``, whatever else is drawn.
 
     In a batch of another size it differs by rounding, at most one level of 255.
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
-import os
 import struct
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RunError, UserError, reason
+from ..replacing import replacing
 from .pictures import is_transparent
 
 if TYPE_CHECKING:
@@ -56,24 +56,20 @@ def check_writable(output: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write in the place of ``path``, which it becomes when it is complete; of what fails nothing remains.
+    """Yield a file to write in the place of ``path``; see `replacing`.
 
     Raises:
         RunError: it cannot be written; says why.
     """
     path = path.resolve()  # what a link leads to, and not the link, is replaced
-    partial = path.with_name(f".latentflow-{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
+        with replacing(path, path.suffix) as partial:
+            yield partial
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fix = "Free some space, or give another -o" if full else "Give another -o"
         raise RunError(f"{path} cannot be written: {_why(error)}", f"{fix}.") from error
-    finally:
-        with suppress(OSError):  # it is not there, or cannot be: what failed is told already
-            partial.unlink()
 
 
 def _why(error: OSError) -> str:

@@ -49,7 +49,7 @@ def read_opaque(path: str) -> Image:
 
 
 def is_transparent(picture: Image) -> bool:
-    """Whether any pixel of an RGB or RGBA picture is less than opaque."""
+    """Return whether any pixel of an RGB or RGBA image is less than opaque."""
     return picture.mode == "RGBA" and any(picture.getchannel("A").histogram()[:255])
 
 

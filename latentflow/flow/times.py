@@ -18,8 +18,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from latentflow.arguments import shown, whole
-from latentflow.errors import UserError
+from latentflow.arguments import whole
+from latentflow.errors import UserError, shown
 
 from .tables import make
 
@@ -289,11 +289,7 @@ def checked_times(times: Tensor | Sequence[float], *, rising: bool = False) -> l
     """
     try:
         grid = torch.as_tensor(times, dtype=torch.float64, device="cpu")
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # what torch raises for strings, None and ragged lists
+    except (TypeError, ValueError, RuntimeError) as error:  # torch, of strings, None and ragged lists
         raise UserError(
             f"times are {shown(times)}", "Pass a row of numbers, such as time_grid(20)."
         ) from error

@@ -1,4 +1,4 @@
-"""Which real images stand beside generated ones: in the data's own proportions, and apart from the reference."""
+"""Real images to stand beside generated ones: in the data's own proportions, and apart from the reference."""
 
 from __future__ import annotations
 

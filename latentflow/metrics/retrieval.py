@@ -14,7 +14,7 @@ from .features import distances, features
 
 
 class Retrieval(NamedTuple):
-    """How often the caption asked for is among those of the k nearest data images.
+    """Counts of images whose caption is among those of the k nearest data images.
 
     Attributes:
         n: images.

@@ -1,4 +1,4 @@
-"""What stands between the network and the page: which requests are answered, and how much they may leave here.
+"""A guard between the network and the page: which requests are answered, and how much they may leave here.
 
 Of Gradio it knows only the addresses of its requests.
 """

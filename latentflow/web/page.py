@@ -7,31 +7,22 @@ import functools
 import hashlib
 import html
 import logging
-import os
 import random
-import signal
-import sys
-import tempfile
 import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import gradio as gr
-from gradio import processing_utils
 from gradio.components.base import server
 from gradio.context import LocalContext
 from PIL import Image
-from starlette.middleware import Middleware
 
 from ..errors import UserError, printable
-from ..image_formats import open_no_others
-from .guard import ARRIVED, LARGEST_UPLOAD, MOST_KEPT, Guard, Hosts, make_room
+from .guard import ARRIVED, MOST_KEPT, make_room
 from .studio import (
     CANVAS,
     LARGEST_SEED,
@@ -48,13 +39,9 @@ log = logging.getLogger(__name__)
 Values: TypeAlias = dict[str, Any]  # as a request gives them, by the names of its inputs
 USUAL = "the checkpoint's own"
 MOST_WAITING = 16
-MOST_SESSIONS = 500  # of whose inputs Gradio keeps a copy
-MOST_PIXELS = 50_000_000  # of an upload
 PATIENCE = 10.0  # seconds from its request in which a client starts to listen for the answer
 # What the page does besides drawing and opening files waits for nobody.
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-# Fonts of the reader's machine: Gradio's own would come from the network.
-THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
 
 
 class Left(Exception):  # noqa: N818 - no error: the user pressed Cancel or closed the window
@@ -312,9 +299,8 @@ class Results:
             type="filepath",
             buttons=["download", "download_all", "fullscreen"],
         )
-        self.unknown = gr.Textbox(
-            label="Words that the checkpoint does not know", visible=False
-        )  # for programs
+        # For programs: the page shows a message.
+        self.unknown = gr.Textbox(label="Words that the checkpoint does not know", visible=False)
         with gr.Row():
             self._onward = {
                 "inpaint": gr.Button("Paint on this one", size="sm", elem_id=f"{tab}-to-inpaint"),
@@ -465,96 +451,3 @@ def line(error: UserError) -> str:
     """Return an error as one line that holds no markup: the page shows messages as HTML."""
     said = f"{error.what}. {error.fix[:1].upper()}{error.fix[1:]}" if error.fix else error.what
     return html.escape(said.replace("\n", " "), quote=False)
-
-
-async def _fetch_nothing(*_: Any, **__: Any) -> str:
-    raise gr.Error("Nothing is fetched from other addresses: upload the image.", print_exception=False)
-
-
-class Escaped:
-    """A text stream that steers no terminal: Gradio writes what strangers sent to it, such as names of files."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> Any:
-        return self._stream.write("\r".join(printable(part) for part in text.split("\r")))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def start(
-    studio: Studio,
-    host: str,
-    port: int,
-    *,
-    auth: tuple[str, str] | None = None,
-    allowed_hosts: Sequence[str] = (),
-) -> Any:
-    """Serve the page in a thread, and return it.
-
-    Args:
-        auth: name and password that are asked for.
-        allowed_hosts: names besides this machine's under which the page is asked for.
-
-    Raises:
-        UserError: the port is taken or may not be listened on.
-    """
-    open_no_others()
-    Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # of this process
-    processing_utils.async_ssrf_protected_download = _fetch_nothing
-    listeners: Counter[str] = Counter()
-    page = build(studio, listeners)
-    guard = Middleware(
-        Guard,
-        hosts=Hosts(host, allowed_hosts),
-        uploads=Path(page.GRADIO_CACHE),
-        listeners=listeners,
-    )
-    try:
-        page.launch(
-            server_name=f"[{host}]" if ":" in host else host,
-            server_port=port,
-            share=False,
-            quiet=True,
-            show_error=True,  # to programs, what Gradio itself refuses
-            ssr_mode=False,
-            run_history=False,
-            footer_links=[],
-            max_file_size=LARGEST_UPLOAD,
-            state_session_capacity=MOST_SESSIONS,
-            auth=auth,
-            theme=THEME,
-            app_kwargs={"middleware": [guard]},
-            prevent_thread_lock=True,
-        )
-    except OSError:  # Gradio's message speaks of its own arguments
-        raise UserError(
-            f"{host}:{port} is taken, or no address of this machine", "Try --port 7861."
-        ) from None
-    return page
-
-
-def serve(studio: Studio, host: str, port: int, **settings: Any) -> None:
-    """Serve the page until Ctrl-C; the models are loaded while it is looked at.
-
-    Args:
-        settings: of ``start``.
-
-    Raises:
-        UserError: see ``start``; the checkpoint cannot be loaded.
-    """
-    with (
-        tempfile.TemporaryDirectory(prefix="latentflow-app-", ignore_cleanup_errors=True) as folder,
-        redirect_stderr(Escaped(sys.stderr)),
-    ):
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the folder is removed
-        os.environ["GRADIO_TEMP_DIR"] = folder  # of our own: Gradio's usual one is everybody's
-        page = start(studio, host, port, **settings)
-        print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
-        studio.pipe  # noqa: B018
-        from ..models.text import UnknownWords
-
-        warnings.simplefilter("ignore", UnknownWords)  # the page says it
-        page.block_thread()

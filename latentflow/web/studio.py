@@ -1,4 +1,4 @@
-"""What a request of the web page does: bounds, images in, images out. Knows nothing of Gradio."""
+"""Requests of the web page: bounds, images in, images out. Knows nothing of Gradio."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import finite, whole
 from ..drawing.adapters import AdapterChoice
 from ..drawing.checkpoint import open_pipeline, taken_by, takes
 from ..drawing.conditions import conditions
@@ -50,12 +51,10 @@ def number(name: str, value: Any) -> Any:
         UserError: it is no number, not whole, or outside of its bounds: what would keep the machine busy too long.
     """
     low, high, kind = BOUNDS[name]
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not usable or kind(value) != value:
-        shown = repr(value) if isinstance(value, str) else str(value)
-        whole = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name} is {shown[:50]}", f"It is {whole} from {low} to {high}.")
-    return kind(value)
+    if kind is float:
+        return finite(name, value, low, high)
+    is_whole = isinstance(value, float) and value.is_integer()  # JavaScript has no other numbers
+    return whole(name, int(value) if is_whole else value, int(low), int(high))
 
 
 def text(name: str, value: Any) -> str | None:

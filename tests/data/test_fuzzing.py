@@ -26,7 +26,7 @@ from safetensors.torch import save
 from latentflow.cli import parse
 from latentflow.data import find_source, open_picture, read_mask
 from latentflow.data.config import DataConfig
-from latentflow.data.latent_folder import index_schema
+from latentflow.data.latent_files import index_schema
 from latentflow.errors import LENGTH, UserError, printable
 from latentflow.pipeline_adapter_files import AdapterFacts, read_adapter
 from latentflow.training.results.folder import read_run

@@ -30,8 +30,7 @@ from latentflow.data import hugging_face as saved_sets
 from latentflow.data import webdataset as shards
 from latentflow.data import zipped as archives
 from latentflow.data.config import DataConfig
-from latentflow.data.described import few
-from latentflow.errors import LENGTH, UserError, one_line, shown
+from latentflow.errors import LENGTH, UserError, few, one_line, shown
 from latentflow.training import log_to
 from latentflow.training.results.folder import read_run
 from latentflow.training.run.prior import _read_prompts

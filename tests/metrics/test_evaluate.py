@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -128,6 +128,13 @@ def test_a_run_lends_its_settings(program: ModuleType, tmp_path: Path) -> None:
     lent = program.as_trained(config)
     # Without these, other pictures would be found, and others held out.
     assert (lent.missing_caption, lent.masks) == ("skip", "alpha")
+    # Nor would these be the colours that the run, of before profiles were converted, was trained on.
+    assert (defaults.colours, lent.colours) == ("srgb", "stored")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (example,) = program.found(str(tmp_path), dataclasses.replace(lent, masks="auto")).examples
+    assert example.colours == "stored"
+    (tmp_path / "config.yaml").write_text("colours: srgb\n")
+    assert program.as_trained(config).colours == "srgb"
     assert (lent.validation, lent.validation_seed, lent.background) == (0.3, 7, "black")
 
 
@@ -410,20 +417,17 @@ def test_mistakes_are_told_before_anything_is_computed(
         (["--validation", 2], "cannot hold out 2"),
         (["--attributes", "red"], "at least two, all different"),
         (["--attributes", "red", "red"], "at least two, all different"),
-        (["-o", "{tmp}/file/report.json"], "file is no folder"),
+        (["-o", "{tmp}/file/report.json"], "cannot be written: Not a directory"),
         (["-o", "{tmp}/folder.json", "--overwrite"], "folder.json is a folder"),
         (["-o", "/proc/report.json"], "cannot be written"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_settings_that_cannot_be_are_told_in_a_sentence(
-    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path, flags: list[Any], told: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path, flags: list[Any], told: str
+) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
-    access = os.access  # a superuser may write anywhere
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/proc" and access(path, mode))
     words = [str(flag).format(tmp=tmp_path) for flag in flags]
     with pytest.raises(UserError) as error:
         evaluate(program, checkpoint, pictures, "-o", tmp_path / "x.json", "--device", "cpu", *words)

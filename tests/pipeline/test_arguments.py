@@ -27,7 +27,7 @@ PICTURE = Image.new("RGB", (8, 8))
 EMBEDS, LATENTS = torch.zeros(1, 3, 16), torch.zeros(1, 2, 4, 4)
 
 NO_WHOLE = ["4", 2.5, 4.0, NAN, True, [4], 10**30, -1]
-NO_NUMBER = ["4", NAN, INF, -INF, True, [4.0], 1j]
+NO_NUMBER = ["4", NAN, INF, -INF, True, [4.0], 1j, 10**400, 10**5000]
 NO_TEXT = [
     [],
     (),
@@ -70,7 +70,7 @@ WRONG: dict[str, list[Any]] = {
     "source_guidance_scale": NO_NUMBER,
     "guidance_interval": [0.5, (0.5,), (0.2, 0.6, 0.8), (0.6, 0.2), (-0.1, 0.5), (0.5, 1.5), (NAN, 1.0), ("0", "1"),
                           (None, 1.0), "01"],
-    "num_images_per_prompt": [*NO_WHOLE, 0, 10**9],
+    "num_images_per_prompt": [*NO_WHOLE, 0, 10**9, 10**400],
     "frames": [*NO_WHOLE, 0, 1, 10**9],
     "generator": [7, [], [None], (SEED(),), [SEED(), 7], "cpu", [SEED()] * 3],
     "latents": NO_LATENTS,

@@ -173,6 +173,11 @@ def test_latents_that_are_not_finite_are_not_blamed_on_the_autoencoder(
             class_pipe.to_images(latents, output_type)
 
 
+def test_latents_become_images_of_a_known_kind_only(class_pipe: LatentFlowPipeline) -> None:
+    with pytest.raises(UserError, match="unknown output_type 'jpeg'"):
+        class_pipe.to_images(torch.zeros(1, 2, 4, 4), "jpeg")
+
+
 def test_a_composite_selects_and_blends_only_between() -> None:
     drawn = torch.full((1, 3, 1, 3), torch.nan)
     picture = torch.tensor([0.25, 0.5, 0.75]).expand(1, 3, 1, 3)

@@ -59,6 +59,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--seed", str(2**70)], f"--seed is {2**70}\nGive a whole number from 0 to 18446744073709551615"),
     (["--seed", "-1"], "--seed is -1\nGive a whole number from 0 to"),
     (["-n", "1000000000"], "images of .* pixels need .* of memory"),
+    (["-n", "1" + "0" * 400], "images of .* pixels need .* of memory"),
     (["-n", "0"], "-n must be at least 1"),
     (["-n", "-3"], "-n must be at least 1"),
     (["--scale", "100000000"], "pixels need .*TiB of memory at least, more than the .* of this machine"),

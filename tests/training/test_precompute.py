@@ -28,7 +28,7 @@ from latentflow.data import (
     readable,
     split,
 )
-from latentflow.data.latent_folder import INDEX
+from latentflow.data.latent_files import INDEX
 from latentflow.errors import UserError, one_line
 
 from ..data.pictures import load_program, noise

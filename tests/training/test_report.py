@@ -19,8 +19,7 @@ from PIL import Image
 
 from latentflow.cli import parse, write_config
 from latentflow.data import find_source
-from latentflow.data.described import few
-from latentflow.errors import RunError, UserError
+from latentflow.errors import RunError, UserError, few
 from latentflow.training.loop import run_files, trackers
 from latentflow.training.loop.report import Reporter
 from latentflow.training.results import hub

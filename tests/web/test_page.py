@@ -20,7 +20,7 @@ import gradio as gr
 from PIL import Image
 
 from latentflow.drawing.checkpoint import Takes
-from latentflow.web import page
+from latentflow.web import page, serving
 
 
 def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any) -> Any:
@@ -94,7 +94,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
         mine.listen()
         port = mine.getsockname()[1]
         with pytest.raises(UserError, match=f"{port} is taken"):
-            page.start(checkpoint(), "127.0.0.1", port)
+            serving.start(checkpoint(), "127.0.0.1", port)
     assert "PNG" in Image.OPEN and "EPS" not in Image.OPEN  # Gradio opens uploads itself
 
 
@@ -112,11 +112,11 @@ def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", "somebody's")
-    monkeypatch.setattr(page, "start", lambda *_, **__: SimpleNamespace(block_thread=block_thread))
+    monkeypatch.setattr(serving, "start", lambda *_, **__: SimpleNamespace(block_thread=block_thread))
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as ended:
-            page.serve(SimpleNamespace(pipe=None), "::1", 7860)  # type: ignore[arg-type]
+            serving.serve(SimpleNamespace(pipe=None), "::1", 7860)  # type: ignore[arg-type]
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143

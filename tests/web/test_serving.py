@@ -22,6 +22,7 @@ import httpx
 from gradio import processing_utils
 
 from latentflow.web import page
+from latentflow.web.serving import start
 from latentflow.web.studio import Order, Progress, Studio
 
 
@@ -56,7 +57,7 @@ def serving(studio: Studio, **settings: Any) -> Iterator[httpx.Client]:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         fetch = "async_ssrf_protected_download"
         patch.setattr(processing_utils, fetch, getattr(processing_utils, fetch))
-        started = page.start(studio, "127.0.0.1", free_port(), **settings)
+        started = start(studio, "127.0.0.1", free_port(), **settings)
         try:
             with httpx.Client(base_url=f"{started.local_url}gradio_api", timeout=60) as client:
                 yield client
@@ -169,22 +170,25 @@ def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) 
     [
         ({"solver": "huen"}, "Unknown solver 'huen'. Did you mean 'heun'?"),
         ({"solver": ["heun"]}, "solver is no text"),
-        ({"seed": -1, "new_seed": False}, "seed is -1. It is a whole number from 0 to 4294967295."),
-        ({"seed": 2**70, "new_seed": False}, f"seed is {2**70}. It is a whole number"),
+        ({"seed": -1, "new_seed": False}, "seed is -1. Give a whole number from 0 to 4294967295."),
+        ({"seed": 2**70, "new_seed": False}, f"seed is {2**70}. Give a whole number"),
         ({"seed": None, "new_seed": False}, "seed is None"),
-        ({"steps": 201}, "steps is 201. It is a whole number from 1 to 200."),
+        ({"steps": 201}, "steps is 201. Give a whole number from 1 to 200."),
         ({"steps": "many"}, "steps is 'many'"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": True}, "steps is True"),
-        ({"images": 10**9}, "images is 1000000000. It is a whole number from 1 to 16."),
-        ({"guidance": "NaN"}, "guidance is 'NaN'. It is a number from 0 to 20"),
+        ({"images": 10**9}, "images is 1000000000. Give a whole number from 1 to 16."),
+        ({"guidance": "NaN"}, "guidance is 'NaN'. Give a finite number from 0 to 20"),
         ({"prompt": 3}, "prompt is no text"),
         ({"prompt": "a" * 1001}, "prompt has 1001 characters"),
         ({"negative_prompt": {}}, "negative_prompt is no text"),
         ({"tab": "edit", "image": None}, "there is no image"),
         ({"tab": "edit", "image": "a", "method": "flowedti"}, "did you mean 'flowedit'"),
         ({"tab": "edit", "image": "a", "method": 3}, "method is no text"),
-        ({"tab": "edit", "image": "a", "strength": 1.5}, "strength is 1.5. It is a number from 0 to 1."),
+        (
+            {"tab": "edit", "image": "a", "strength": 1.5},
+            "strength is 1.5. Give a finite number from 0 to 1.",
+        ),
         ({"tab": "edit", "image": "text", "strength": 0.5}, "a.png is not a picture"),
         ({"tab": "edit", "image": "huge"}, "a.png is too large: 7200 x 7200 pixels"),
         ({"tab": "edit", "image": "http"}, "Nothing is fetched from other addresses"),

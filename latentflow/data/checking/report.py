@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentflow.errors import one_line
+from latentflow.errors import few, one_line
 
-from ..described import few
 from .near import BITS, LEVELS
 from .words import CaptionFacts
 
@@ -104,7 +103,7 @@ def most(counts: Mapping[str, int], limit: int = 5) -> str:
 
 
 def profile_line(profiles: Mapping[str, int]) -> str:
-    """What becomes of the images that have these colour profiles."""
+    """Return a line on what becomes of the images that have these colour profiles."""
     count = sum(profiles.values())
     return f"{count} images have another colour profile than sRGB and are converted: {most(profiles)}"
 

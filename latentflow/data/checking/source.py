@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from latentflow.errors import UserError, one_line
+from latentflow.errors import UserError, few, one_line
 
-from ..described import Condition, MissingCaption, few
+from ..described import Condition, MissingCaption
 from ..examples import Example, FileExample, Source
 from ..find import find_source
 from ..latent_folder import LatentFolder
@@ -98,7 +98,7 @@ def readable(source: Source, progress: bool = True) -> Source:
 
 
 def _profile_notes(source: Source, looks: Mapping[str, Look]) -> list[str]:
-    """What becomes of colour profiles, for the notes of a source."""
+    """Return the notes of a source on what becomes of colour profiles."""
     profiles, unusable = _profiles(looks)
     notes = [profile_line(profiles)] if profiles else []
     if profiles and any(isinstance(one, FileExample) and one.colours == "stored" for one in source.examples):
@@ -108,7 +108,7 @@ def _profile_notes(source: Source, looks: Mapping[str, Look]) -> list[str]:
 
 
 def _profiles(looks: Mapping[str, Look]) -> tuple[dict[str, int], dict[str, str]]:
-    """How many images have each colour profile other than sRGB, and why others cannot be used, by image."""
+    """Return the number of images of each colour profile other than sRGB, and by image why one cannot be used."""
     profiles = _counted(one.profile for one in looks.values() if one.profile and not one.profile_problem)
     return profiles, {name: one.profile_problem for name, one in looks.items() if one.profile_problem}
 

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ...components import read_settings
 from ...errors import UserError
+from ...settings import read_settings
 from .folders import as_os_error, begin_folder, finish_folder, remove_folder, temporary_folder, write_folder
 from .processes import together
 from .sharding import local

@@ -266,7 +266,7 @@ class _Loop:
     # ---- parts ----
 
     def _asked_to_stop(self, asked: Stop) -> bool:
-        """Whether any process of the run was; all of them must ask."""
+        """Return whether a signal came in any process of the run, and note which; all of them must call this."""
         self.stop.signal = most_of_any_process(self.accelerator, asked.signal)
         return self.stop.signal > 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...documents import read_json
 from ...errors import UserError
 from ...pipeline import LatentFlowPipeline
 from ..loop.checkpoint import list_checkpoints, load_checkpoint, step_of
@@ -122,8 +122,9 @@ def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], int]:
 
 def _averages(snapshot: Path) -> list[str]:
     """The names of the averages in a snapshot, without reading them."""
-    try:
-        state = json.loads((snapshot / "state.json").read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{snapshot} is damaged: {error}", "Move it away: the others will do.") from error
+    fix = "Move it away: the others will do."
+    document = read_json(snapshot / "state.json", fix)
+    state = document.get("state") if isinstance(document, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"{snapshot} is damaged: state.json is not what was written", fix)
     return [name for name in state if name.startswith(_PREFIX)]

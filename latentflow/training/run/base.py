@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ...autoencoder import downscale_factor, load_autoencoder
-from ...components import CONFIG, check_settings, read_settings
 from ...data import Source
-from ...data.described import few
-from ...errors import UserError, reason
+from ...errors import UserError, few, reason
 from ...flow import OBJECTIVES
 from ...models import MODELS, DiT, UNet
 from ...pipeline import LatentFlowPipeline
+from ...settings import CONFIG, check_settings, read_settings
 from ..stages.flow import FlowConfig
 
 
@@ -146,7 +145,7 @@ def _pipeline_config(checkpoint: str) -> dict[str, Any]:
 
 
 def _network_config(checkpoint: str) -> dict[str, Any]:
-    """What the network's file of settings says; no weights are loaded."""
+    """Return what the network's file of settings says; no weights are loaded."""
     with _starting(checkpoint):
         file = LatentFlowPipeline.local_folder(checkpoint) / "transformer" / CONFIG
         config = read_settings(file)
@@ -157,17 +156,16 @@ def _network_config(checkpoint: str) -> dict[str, Any]:
 
 @contextmanager
 def _starting(checkpoint: str) -> Iterator[None]:
-    """Within the context, what cannot be read is no checkpoint to start from."""
+    """Let every `UserError` within the context say that this is no checkpoint to start from."""
     try:
         yield
     except UserError as error:
-        raise _no_checkpoint(checkpoint, error) from error
+        raise _no_checkpoint(checkpoint, reason(error), error.fix) from error
 
 
-def _no_checkpoint(checkpoint: str, error: Exception | str) -> UserError:
-    fix = error.fix if isinstance(error, UserError) else ""
+def _no_checkpoint(checkpoint: str, why: str, fix: str = "") -> UserError:
     return UserError(
-        f"{checkpoint} is no checkpoint to start from: {reason(error)}",
+        f"{checkpoint} is no checkpoint to start from: {why}",
         fix or "Give a pipeline folder, such as runs/cats/pipeline.",
     )
 

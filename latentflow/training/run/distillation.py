@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ...data import Source
-from ...data.described import few
-from ...errors import UserError, lookup
+from ...errors import UserError, few, lookup
 from ...flow import OBJECTIVES, SOLVERS, straightness, time_grid
 from ...pipeline import LatentFlowPipeline
 from ...pipeline_adapter_files import weights_hash

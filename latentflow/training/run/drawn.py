@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from ...data import Example, Framing, LatentTable, Source, to_pil
 from ...data.examples import Kind
-from ...documents import read_json
 from ...errors import UserError, reading
 from ...memory import memory_phase
 from ...pipeline import LatentFlowPipeline
 from ...pipeline_adapter_files import weights_hash
+from ...replacing import replacing
 from ..loop.order import seeded
 from ..loop.processes import process_state
 from ..stages.latent_data import LatentData, Sized
@@ -169,11 +169,12 @@ def _claim(folder: Path, made_of: dict[str, Any]) -> None:
     if not file.is_file():
         if process_state().is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            half = file.with_suffix(".tmp")
-            half.write_text(json.dumps(made_of, ensure_ascii=False), encoding="utf-8")
-            half.replace(file)
+            with replacing(file) as partial:
+                partial.write_text(json.dumps(made_of, ensure_ascii=False), encoding="utf-8")
         return
-    held = read_json(file, "Use another output folder.")
+    # Not by `read_json`, whose bound is for strangers' files: of each of any number of samples this has a name.
+    with reading(file, OSError, ValueError, RecursionError, fix="Use another output folder."):
+        held = json.loads(file.read_text(encoding="utf-8"))
     differ = [name for name in made_of if not isinstance(held, dict) or made_of[name] != held.get(name)]
     if differ:
         raise UserError(
@@ -192,6 +193,5 @@ def _read(file: Path, rows: int) -> dict[str, Tensor]:
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    half = file.with_suffix(".tmp")
-    save_file({name: one.contiguous() for name, one in tensors.items()}, half)
-    half.replace(file)
+    with replacing(file) as partial:
+        save_file({name: one.contiguous() for name, one in tensors.items()}, partial)

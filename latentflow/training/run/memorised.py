@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 
@@ -13,6 +14,7 @@ from ...data import Source, cached_pixels, pixels_to_images
 from ...errors import UserError
 from ...memory import memory_phase
 from ...metrics import Memorisation, memorisation
+from ...models.text import UnknownWords
 from ...pipeline import LatentFlowPipeline
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,8 @@ def tell_memorised(
     ):
         return
     try:
-        with memory_phase("draw"):
+        with memory_phase("draw"), catch_warnings():
+            simplefilter("ignore", UnknownWords)  # the captions are the data's own
             found = _measured(result, training, validation, background, device)
         if found is None:
             return

@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from ...autoencoder import Autoencoder, latent_channels, mask_channels
 from ...data import Source
-from ...data.described import few
-from ...documents import read_json
-from ...errors import UserError
+from ...errors import UserError, few
 from ...models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ...models.config import NetworkConfig, TextConfig
+from ...settings import check_types, read_settings
 from ..stages.flow import FlowConfig
 from .base import class_names, open_base, refuse_other_flow
 
@@ -193,7 +192,11 @@ def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
     file = pipeline / "model_index.json"
     if source.kind != "class" or not file.is_file():
         return
-    numbers = {name: int(number) for number, name in (read_json(file).get("id2label") or {}).items()}
+    index = read_settings(file)
+    check_types(file, index, {"id2label": dict[str, str] | None})
+    numbers = {
+        name: int(number) for number, name in (index.get("id2label") or {}).items() if number.isdecimal()
+    }
     moved = [
         f"'{name}' was {numbers[name]}, is {number}"
         for number, name in enumerate(source.classes)
