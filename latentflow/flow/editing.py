@@ -17,7 +17,7 @@ from torch import Tensor
 from latentflow.errors import UserError, lookup
 
 from .solvers import SOLVERS, Solver, integrate
-from .tensors import Generators, Velocity, compute_dtype, expand_t, normal_like
+from .tensors import Generators, Velocity, compute_dtype, expand_t, normal_like, with_time_rows
 from .times import checked_times
 
 #: (step index, t reached, x) -> x, or None to leave it.
@@ -66,6 +66,7 @@ def flow_edit(
         raise UserError(f"draws is {draws}", "Use 1 or more; 1 is usual.")
     if not 0.0 <= plain_from <= 1.0:
         raise UserError(f"plain_from is {plain_from}", "Use a time in [0, 1]; 1 is off.")
+    source_velocity, target_velocity = with_time_rows(source_velocity), with_time_rows(target_velocity)
     data = x1.to(compute_dtype(x1))
     grid = _rising(times)
     edited = int((grid[:-1] < plain_from).sum())  # steps before the plain part

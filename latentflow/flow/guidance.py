@@ -23,7 +23,7 @@ from torch import Tensor
 
 from latentflow.errors import UserError
 
-from .tensors import Velocity, compute_dtype, expand_t
+from .tensors import Velocity, compute_dtype, expand_t, with_time_rows
 
 
 def guide(
@@ -60,9 +60,10 @@ def guide(
             zero_init outside [0, 1).
         ValueError: scale has more than one dimension or, when evaluated, not one number for each row.
     """
+    one, other = with_time_rows(conditional), with_time_rows(unconditional)
     return _guided(
-        conditional,
-        lambda x, t: (conditional(x, t), unconditional(x, t)),
+        one,
+        lambda x, t: (one(x, t), other(x, t)),
         scale,
         interval,
         rescale,
@@ -93,11 +94,13 @@ def guide_batched(
         UserError, ValueError: as in ``guide``.
     """
 
+    both = with_time_rows(batched)
+
     def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        with_condition, without = batched(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t).chunk(2)
+        with_condition, without = both(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t).chunk(2)
         return with_condition, without
 
-    return _guided(conditional, pair, scale, interval, rescale, optimized_scale, zero_init)
+    return _guided(with_time_rows(conditional), pair, scale, interval, rescale, optimized_scale, zero_init)
 
 
 def _guided(

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from latentflow.errors import UserError, lookup
 
 from .solvers import SOLVERS, Solver, integrate
-from .tensors import Velocity, compute_dtype
+from .tensors import Velocity, compute_dtype, with_time_rows
 from .times import checked_times
 
 #: Makes the vectors e, in chunks (n, B, ...), whose e . (dv/dx) e add up to the divergence times a constant.
@@ -94,6 +94,8 @@ def log_likelihood(
     }
     vectors = lookup(divergences, divergence, "divergence")()
     share = 1.0 / probes if divergence == "hutchinson" else 1.0
+
+    velocity = with_time_rows(velocity)
 
     def augmented(state: Tensor, t: Tensor) -> Tensor:  # (B, D + 1): x, and the integral of the divergence
         x = state[:, :-1].reshape(x1.shape).to(x1.dtype)

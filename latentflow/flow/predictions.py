@@ -23,7 +23,7 @@ from torch import Tensor
 from latentflow.errors import lookup
 
 from .paths import Coefficients, Path
-from .tensors import Velocity, compute_dtype, time_dtype
+from .tensors import Velocity, compute_dtype, time_dtype, with_time_rows
 
 
 def convert(value: Tensor, xt: Tensor, t: Tensor | float, path: Path, source: str, target: str) -> Tensor:
@@ -81,6 +81,7 @@ def as_velocity(network: Velocity, path: Path, source: str) -> Velocity:
         ValueError: on a call, t has a wrong shape or range, or the prediction a wrong shape.
     """
     limits = torch.tensor(lookup(_DETERMINED, source, "prediction"), dtype=torch.float64)
+    network = with_time_rows(network)
     if source == "velocity":
         return network
     first, last = path.inverse_log_snr(limits).tolist()
@@ -113,6 +114,8 @@ def change_path(velocity: Velocity, old: Path, new: Path) -> Velocity:
     Raises:
         ValueError: on a call, t has a wrong shape or range.
     """
+
+    velocity = with_time_rows(velocity)
 
     def changed(x: Tensor, t: Tensor) -> Tensor:
         wide, time = x.to(compute_dtype(x)), _as_time(t)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentflow.errors import UserError
 
@@ -61,6 +61,24 @@ def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
             f"[{t.min().item():g}, {t.max().item():g}]; divide timesteps by their count, or clamp t"
         )
     return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
+
+
+def with_time_rows(velocity: Velocity) -> Velocity:
+    """Return ``velocity`` so that a network may be handed over as it is.
+
+    An `nn.Module` is called with t of shape (B,), in the precision of x (at least float32), as it was in training. Any
+    other callable gets the t that there is, mostly a scalar tensor, so that ``lambda x, t: (1 - x) * t`` is right for
+    every shape of x.
+    """
+    if not isinstance(velocity, nn.Module):
+        return velocity
+    network = velocity
+
+    def with_rows(x: Tensor, t: Tensor) -> Tensor:
+        value: Tensor = network(x, t.to(x.device, compute_dtype(x)).expand(len(x)))
+        return value
+
+    return with_rows
 
 
 def require_finite(value: Tensor, what: str, fix: str) -> None:

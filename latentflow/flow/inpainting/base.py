@@ -14,7 +14,7 @@ from latentflow.errors import UserError
 from ..paths import CondOT, Path
 from ..solvers import Solver, integrate
 from ..solvers.base import schedule
-from ..tensors import Generators, Velocity, compute_dtype
+from ..tensors import Generators, Velocity, compute_dtype, with_time_rows
 from ..times import checked_times
 
 Times: TypeAlias = Tensor | Sequence[float]
@@ -116,6 +116,7 @@ def prepare(
     precision, dtype = compute_dtype(x0), x0.dtype
     hole = mask.to(x0.device) > 0
     values = torch.where(hole, 0.0, known.to(x0.device, precision))
+    velocity = with_time_rows(velocity)
     wide: Velocity = lambda x, t: velocity(x.to(dtype), t).to(precision)  # noqa: E731
     return Task(
         wide, x0.to(precision), Known(values, hole, path or CondOT()), grid, dtype,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..paths import Path
-from ..tensors import Generators, Velocity
+from ..tensors import Generators, Velocity, with_time_rows
 
 #: The velocity as a solver sees it: (x, t as a Python float) -> dx/dt; checked, in x's own precision. (That of
 #: ``integrate`` also takes t of shape (B,), for rows that step on their own.)
@@ -26,7 +26,7 @@ class Counted:
     """
 
     def __init__(self, velocity: Velocity) -> None:
-        self.velocity = velocity
+        self.velocity = with_time_rows(velocity)
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

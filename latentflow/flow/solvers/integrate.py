@@ -11,7 +11,7 @@ from torch import Tensor
 from latentflow.errors import UserError, lookup
 
 from ..paths import CondOT, Path
-from ..tensors import Generators, Velocity, compute_dtype, require_finite
+from ..tensors import Generators, Velocity, compute_dtype, require_finite, with_time_rows
 from ..times import checked_times
 from .base import Counted, Field, Solver, SolverOptions
 from .table import SOLVERS
@@ -34,8 +34,8 @@ def integrate(
     """Follow dx/dt = velocity(x, t) from ``times[0]`` to ``times[-1]``.
 
     Args:
-        velocity: (x, t) -> dx/dt. It gets x in the given dtype and t as a scalar tensor, float32 or (where x
-            is) float64, and is evaluated only within [times[0], times[-1]].
+        velocity: (x, t) -> dx/dt. It gets x in the given dtype and t as a scalar tensor, an ``nn.Module`` as (B,);
+            float32 or (where x is) float64. It is evaluated only within [times[0], times[-1]].
         x: (B, ...) at times[0], floating point. Half precision is summed up in float32 between evaluations.
         times: N + 1 times make N steps; strictly increasing (noise to data) or decreasing (data to noise), in
             [0, 1]. An adaptive solver lands on each of them, so [0, 1] is its cheapest grid.
@@ -65,7 +65,8 @@ def integrate(
         raise UserError(f"x has dtype {x.dtype}", "Pass a floating-point tensor.")
     require_finite(x, f"the starting x at t = {grid[0]:g}", "Check where it comes from.")
     dtype, state = x.dtype, x.to(compute_dtype(x))
-    own_score = None if score is None else lambda y, t: score(y.to(dtype), t)
+    given = None if score is None else with_time_rows(score)
+    own_score = None if given is None else lambda y, t: given(y.to(dtype), t)
     options = SolverOptions(path=path or CondOT(), score=own_score, rtol=rtol, atol=atol, generator=generator)
     step = method.start(options)
 
