@@ -100,6 +100,8 @@ def load_module(
     Raises:
         UserError: a file is missing or cannot be read; weights and config do not belong together.
     """
+    from diffusers.models.modeling_utils import no_init_weights
+
     config_file = folder / CONFIG
     config = read_settings(config_file)
     check_config(config_file, config, kind)
@@ -114,7 +116,8 @@ def load_module(
     def build() -> object:
         if hasattr(kind, "config_class"):  # of transformers
             return kind._from_config(kind.config_class.from_pretrained(folder))
-        return kind.from_config({**config})
+        with no_init_weights():  # only its sizes are asked for
+            return kind.from_config({**config})
 
     check_size(config_file, stored, build, ours=ours)
     options = {name: value for name, value in options.items() if value is not None}
@@ -352,7 +355,7 @@ def check_size(
 
     with ExitStack() as stack:
         stack.enter_context(about(file) if ours else library_reads(file))
-        stack.enter_context(_without_reports())
+        stack.enter_context(without_reports())
         stack.enter_context(_no_larger(file, stored))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.device("meta"))
@@ -424,7 +427,7 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
 
     general = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
     theirs = (ImportError, RuntimeError, SafetensorError, StrictDataclassError, HfHubHTTPError)
-    with _without_reports(), reading(shown, *general, *theirs, fix=fix):
+    with without_reports(), reading(shown, *general, *theirs, fix=fix):
         try:
             yield
         except ValueError as error:
@@ -448,19 +451,22 @@ def about(shown: object) -> Iterator[None]:
 
 
 @contextmanager
-def _without_reports() -> Iterator[None]:
+def without_reports() -> Iterator[None]:
     """Silence the libraries' reports on weights within the context: one sentence says it, as an error."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    libraries = [diffusers.utils.logging, transformers.utils.logging]
-    before = [library.get_verbosity() for library in libraries]
-    for library in libraries:
+    loud = [
+        (library, level)
+        for library in (diffusers.utils.logging, transformers.utils.logging)
+        if (level := library.get_verbosity()) != library.CRITICAL  # setting a level takes a while
+    ]
+    for library, _ in loud:
         library.set_verbosity(library.CRITICAL)
     try:
         yield
     finally:
-        for library, level in zip(libraries, before, strict=True):
+        for library, level in loud:
             library.set_verbosity(level)
 
 

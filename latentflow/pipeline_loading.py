@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .autoencoder.latents import check_statistics
-from .components import about, component_class, library_reads, load_module
+from .components import about, component_class, library_reads, load_module, without_reports
 from .diffusers_border import set_grid
 from .errors import UserError
 from .models import MODELS, check_vocabulary, load_tokenizer
@@ -71,11 +71,12 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
             # diffusers' models widen half-precision files to float32 by default; transformers' do not.
             kwargs["dtype"] = torch.float32
         index = cls.read_index(folder)
-        parts = {
-            name: cls._load_part(folder, name, entry, kwargs)
-            for name, entry in index.items()
-            if name in _BASES and name not in kwargs and entry != [None, None]
-        }
+        with without_reports():
+            parts = {
+                name: cls._load_part(folder, name, entry, kwargs)
+                for name, entry in index.items()
+                if name in _BASES and name not in kwargs and entry != [None, None]
+            }
         if "transformer" not in parts and "transformer" not in kwargs:
             raise UserError(f"{folder / cls.config_name} names no transformer", MEND)
         if _PLACING & kwargs.keys():

@@ -92,10 +92,15 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def index_schema() -> Any:
-    """Return the columns of ``index.arrow``, which has a row for each image."""
+def index_schema(*, pixel_keys: bool) -> Any:
+    """Return the columns of ``index.arrow``, which has a row for each image.
+
+    Args:
+        pixel_keys: whether it has a column of them; without one they are the keys, as in folders from before colours
+            were converted. A run knows its data by the hash of this file.
+    """
     arrow = import_arrow()
-    return arrow.schema(
+    schema = arrow.schema(
         [
             ("name", arrow.string()),
             ("texts", arrow.list_(arrow.string())),
@@ -112,6 +117,7 @@ def index_schema() -> Any:
             ("width", arrow.int32()),
         ]
     )
+    return schema if pixel_keys else schema.remove(schema.get_field_index("pixel_key"))
 
 
 def place_of(kind: str, size: Sequence[int]) -> str:

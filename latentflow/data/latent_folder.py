@@ -67,7 +67,7 @@ def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
     index = _open_index(folder / INDEX, description)
     store = LatentStore(folder, description)
     notes = [f"latents of {description['name']}: {len(index)} pictures", *description["notes"]]
-    if not index.has_pixel_keys:
+    if "colours" not in description:
         notes.append(
             "made before colour profiles were converted to sRGB; `latentflow check` says which images have others: "
             "if any do, precompute them again"
@@ -115,9 +115,7 @@ def _open_index(path: Path, description: dict[str, Any]) -> _Index:
     with reading(path, OSError, arrow.ArrowException, UnicodeDecodeError, fix=fix):
         table = arrow.ipc.open_file(arrow.memory_map(str(path))).read_all()
         table.validate(full=True)
-    schema = index_schema()
-    if "pixel_key" not in table.schema.names:  # of a folder from before colour profiles were converted
-        schema = schema.remove(schema.get_field_index("pixel_key"))
+    schema = index_schema(pixel_keys="pixel_key" in table.schema.names)
     if not table.schema.equals(schema) or table.num_rows != description["pictures"]:
         raise UserError(
             f"{path} does not hold the {description['pictures']} rows that {DESCRIPTION} tells of", fix

@@ -224,6 +224,7 @@ def describe(
         "classes": source.classes,
         "notes": [storable(note) for note in source.notes],
         "resolution": wanted.data.resolution,
+        "colours": wanted.data.colours,
         "sizes": wanted.framing.sizes,
         "tables": tables,
         "given": wanted.given,
@@ -239,8 +240,8 @@ def write_index(framing: Framing, folder: Path, groups: Array) -> str:
     ``groups`` (N,) are the numbers of their groups of near duplicates, which a split keeps together.
     """
     arrow = import_arrow()
-    schema = index_schema()
     source = framing.source
+    schema = index_schema(pixel_keys=any(one.pixel_key() != one.content_key() for one in source.examples))
     natural = np.asarray(framing.sizes)[framing.bucket] if framing.natural is None else framing.natural
     ids = {name: number for number, name in enumerate(source.classes)}
     with (

@@ -132,8 +132,8 @@ def latents(folder: Path) -> None:
         "group": 0, "bucket": 0, "height": 8, "width": 8,
     }  # fmt: skip
     rows = [row | {"name": "0.png"}, row | {"name": "1.png", "texts": [], "bucket": 1}]
-    with pyarrow.ipc.new_file(str(folder / "index.arrow"), index_schema()) as writer:
-        writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=index_schema()))
+    with pyarrow.ipc.new_file(str(folder / "index.arrow"), index_schema(pixel_keys=True)) as writer:
+        writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=index_schema(pixel_keys=True)))
 
 
 def described(folder: Path) -> dict[str, Any]:
