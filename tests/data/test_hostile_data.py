@@ -20,6 +20,7 @@ from latentflow.data import (
     check_source,
     find_source,
     folder_source,
+    latent_files,
     latent_folder,
     members,
     metadata,
@@ -301,7 +302,7 @@ def test_a_saved_set_in_another_format_and_a_row_without_an_image(tmp_path: Path
         source.content_keys()
 
 
-@pytest.mark.parametrize("name", latent_folder._RIGHT)
+@pytest.mark.parametrize("name", latent_files._RIGHT)
 @pytest.mark.parametrize("value", [None, {"a": 5}, [[1]], -1, "x" * 99, ["\ud83c"]])
 def test_every_entry_of_a_description_is_checked(name: str, value: Any, tmp_path: Path) -> None:
     latents(tmp_path)
@@ -465,7 +466,7 @@ OURS = [
     ("sidecar", folder_source, "_left_out"), ("table", table, "text_of"), ("table", table, "_place"),
     ("parquet", table, "class_name"), ("parquet", table, "_filled"), ("parquet", table, "refuse_synonyms"),
     ("shard", shards, "_object"), ("shard", shards, "_meaning"), ("shard", shards, "TarMember"),
-    ("zip", archives, "_folder"), ("zip", archives, "refuse_large"), ("latents", latent_folder, "place_of"),
+    ("zip", archives, "_folder"), ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"),
     ("latents", latent_folder, "_Index"), ("latents", latent_folder, "index_schema"), ("saved", saved_sets, "said"),
     ("saved", saved_sets, "ArrowMember"), ("mix", mix, "_part"), ("mix", documents, "_repeated_key"),
     ("config", cli, "_convert"),
