@@ -446,7 +446,7 @@ def check_size(
 
     with ExitStack() as stack:
         stack.enter_context(about(file) if ours else library_reads(file))
-        stack.enter_context(_without_reports())
+        stack.enter_context(without_reports())
         stack.enter_context(_no_larger(file, stored))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.device("meta"))
@@ -518,7 +518,7 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
 
     general = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
     theirs = (ImportError, RuntimeError, SafetensorError, StrictDataclassError, HfHubHTTPError)
-    with _without_reports(), reading(shown, *general, *theirs, fix=fix):
+    with without_reports(), reading(shown, *general, *theirs, fix=fix):
         try:
             yield
         except ValueError as error:
@@ -542,8 +542,8 @@ def about(shown: object) -> Iterator[None]:
 
 
 @contextmanager
-def _without_reports() -> Iterator[None]:
-    """Within the context, the libraries do not report on weights: that is said in one sentence, as an error."""
+def without_reports() -> Iterator[None]:
+    """Within the context, the libraries report nothing: what is wrong is said in one sentence, as an error."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

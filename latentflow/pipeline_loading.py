@@ -23,6 +23,7 @@ from .components import (
     library_reads,
     load_module,
     read_settings,
+    without_reports,
 )
 from .diffusers_border import set_grid
 from .errors import UserError
@@ -166,9 +167,10 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         diffusers' own would bring them, and with them the other pipeline, to float32.
         """
-        if not {"dtype", "torch_dtype"} & kwargs.keys():
-            kwargs["dtype"] = pipeline.dtype
-        return super().from_pipe(pipeline, **kwargs)
+        if {"dtype", "torch_dtype"} & kwargs.keys():
+            return super().from_pipe(pipeline, **kwargs)
+        with without_reports():  # diffusers warns of a change of precision, also where there is none
+            return super().from_pipe(pipeline, dtype=pipeline.dtype, **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
