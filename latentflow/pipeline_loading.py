@@ -23,6 +23,7 @@ from .components import (
     library_reads,
     load_module,
     read_settings,
+    stored_weights,
     without_reports,
 )
 from .diffusers_border import set_grid
@@ -157,6 +158,9 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
         variant = options.get("variant")
         if variant is not None and not any(part.glob(f"*.{variant}*")):
             variant = None
+        if variant is None and stored_weights(part) is None:
+            there = {file.name.split(".")[1].partition("-")[0] for file in part.glob("*.*.safetensors")}
+            variant = there.pop() if len(there) == 1 else None  # its only weights
         return load_module(
             kind, part, dtype=dtype, variant=variant, use_safetensors=options["use_safetensors"]
         )
