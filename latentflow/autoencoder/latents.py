@@ -69,9 +69,7 @@ def check_statistics(vae: Autoencoder) -> None:
     there = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
     if len(there) == 1:
         lacks = "latents_std" if there == ["latents_mean"] else "latents_mean"
-        raise UserError(
-            f"the autoencoder's config has {there[0]} but no {lacks}", "Restore its config.json."
-        )
+        raise UserError(f"the autoencoder's config has {there[0]} but no {lacks}", "Restore its config.json.")
     for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor"):
         value = config.get(name)
         if value is None:
