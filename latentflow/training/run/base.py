@@ -167,7 +167,7 @@ def _starting(checkpoint: str) -> Iterator[None]:
 def _no_checkpoint(checkpoint: str, error: Exception | str) -> UserError:
     fix = error.fix if isinstance(error, UserError) else ""
     return UserError(
-        f"{checkpoint} is no checkpoint to start from: {reason(error)}",
+        f"{checkpoint} is no checkpoint to start from: {error if isinstance(error, str) else reason(error)}",
         fix or "Give a pipeline folder, such as runs/cats/pipeline.",
     )
 
