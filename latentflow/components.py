@@ -452,7 +452,7 @@ def about(shown: object) -> Iterator[None]:
 
 @contextmanager
 def without_reports() -> Iterator[None]:
-    """Silence the libraries' reports on weights within the context: one sentence says it, as an error."""
+    """Silence the libraries within the context: what is wrong is said in one sentence, as an error."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -42,6 +42,8 @@ _SETTINGS: dict[str, Any] = {
     "use_rslora": bool,
     "lora_bias": bool,
 }
+# Settings of peft's that leave out some of the layers which target_modules names.
+_NARROWER = ("exclude_modules", "layers_to_transform")
 _THEIRS = "lora_adapter_metadata"  # under which peft's settings are among a file's metadata
 # A setting, and the tensor of each layer that it brings.
 _MORE = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
@@ -149,9 +151,11 @@ def read_adapter(
     with about(shown):
         facts = facts_of(file_metadata)
     state = dict(state)
-    if not state or not all("lora" in key or key.startswith((WORDS, CLASSES, INTERVALS)) for key in state):
+    other = [key for key in state if "lora" not in key and not key.startswith((WORDS, CLASSES, INTERVALS))]
+    if other or not state:
         raise UserError(
-            f"{shown} is no adapter: it holds other weights", "A run's adapter is in RUN/adapter."
+            f"{shown} is no adapter: it holds " + (f"other weights, such as {other[0]}" if other else "none"),
+            "A run's adapter is in RUN/adapter.",
         )
     odd = [
         key
@@ -165,6 +169,10 @@ def read_adapter(
     settings = {name: one for name, one in (metadata or {}).items() if name.rpartition(".")[2] in _SETTINGS}
     for part in PARTS:
         _check_settings(settings_of(part, settings), f"{shown}: the settings for its {part}")
+        narrower = any((metadata or {}).get(f"{part}.{name}") not in (None, [], "") for name in _NARROWER)
+        if narrower and isinstance(settings.get(f"{part}.target_modules"), list):
+            held = {key.partition(".lora")[0] for key in state if key.startswith(f"{part}.")}
+            settings[f"{part}.target_modules"] = sorted(one.removeprefix(f"{part}.") for one in held)
     return state, settings or None, facts
 
 

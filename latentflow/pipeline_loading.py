@@ -14,7 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .autoencoder.latents import check_statistics
-from .components import about, component_class, library_reads, load_module, without_reports
+from .components import (
+    about,
+    component_class,
+    library_reads,
+    load_module,
+    stored_weights,
+    without_reports,
+)
 from .diffusers_border import set_grid
 from .errors import UserError
 from .models import MODELS, check_vocabulary, load_tokenizer
@@ -149,6 +156,9 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
         variant = options.get("variant")
         if variant is not None and not any(part.glob(f"*.{variant}*")):
             variant = None
+        if variant is None and stored_weights(part) is None:
+            there = {file.name.split(".")[1].partition("-")[0] for file in part.glob("*.*.safetensors")}
+            variant = there.pop() if len(there) == 1 else None  # its only weights
         return load_module(
             kind, part, dtype=dtype, variant=variant, use_safetensors=options["use_safetensors"]
         )
@@ -159,9 +169,10 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         diffusers' own would bring them, and with them the other pipeline, to float32.
         """
-        if not {"dtype", "torch_dtype"} & kwargs.keys():
-            kwargs["dtype"] = pipeline.dtype
-        return super().from_pipe(pipeline, **kwargs)
+        if {"dtype", "torch_dtype"} & kwargs.keys():
+            return super().from_pipe(pipeline, **kwargs)
+        with without_reports():  # diffusers warns of a change of precision, also where there is none
+            return super().from_pipe(pipeline, dtype=pipeline.dtype, **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:

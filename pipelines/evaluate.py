@@ -17,6 +17,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ from latentflow.errors import UserError, printable
 from latentflow.flow import SOLVERS, CondOT, flow_matching_loss
 from latentflow.memory import memory_phase
 from latentflow.metrics import learned
+from latentflow.models.text import UnknownWords
+from latentflow.pipeline_conditions import unknown_words_text
 from latentflow.training import LoopConfig
 from latentflow.training.loop.order import seeded
 
@@ -171,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = [train.captions[order[i % len(order)]] for i in range(config.n)]
     real = metrics.real_split(order, config.n)
     notes = remarks(pipe, source, config, asks, real, unseen)
+    if asks == "prompt" and (words := pipe.unknown_words(sorted(set(asked)))):
+        notes.append(unknown_words_text(words))
+    warnings.simplefilter("ignore", UnknownWords)  # each batch would say it again
     counterparts = attributes_of(train, unseen, asks, config) if config.attributes else None
     if clip is not None and not any(asked):
         raise UserError("--clip compares images with captions, and DATA has none", "Leave --clip out.")

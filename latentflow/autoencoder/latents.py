@@ -62,10 +62,14 @@ def check_statistics(vae: Autoencoder) -> None:
     """Refuse an autoencoder whose config cannot scale its latents.
 
     Raises:
-        UserError: a statistic is no finite number, a deviation or the scaling factor is not above 0, or there is not
-            one of each channel.
+        UserError: a statistic is no finite number, a deviation or the scaling factor is not above 0, there is not
+            one of each channel, or there are means without deviations or deviations without means.
     """
     config, channels = vae.config, vae.config.get("latent_channels")
+    there = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
+    if len(there) == 1:
+        lacks = "latents_std" if there == ["latents_mean"] else "latents_mean"
+        raise UserError(f"the autoencoder's config has {there[0]} but no {lacks}", "Restore its config.json.")
     for name in ("latents_mean", "latents_std", "scaling_factor", "shift_factor"):
         value = config.get(name)
         if value is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..libraries import quiet_libraries
 from ..settings import check_types, read_settings
 from .adapters import AdapterChoice, add_adapters
@@ -97,16 +97,19 @@ def open_pipeline(
         adapters: what is merged into it.
 
     Raises:
-        UserError: there is no such checkpoint, or the shipped one is missing; an adapter does not fit.
+        UserError: there is no such checkpoint, or the shipped one is missing; an adapter does not fit; torch knows no
+            such device, or this machine has none.
     """
     source = _source(checkpoint)
     import latentflow
+
+    place = fastest_device() if device == "auto" else checked_device(device)
 
     quiet_libraries()
     pipeline = getattr(latentflow, kind).from_pretrained(source)
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
-    return pipeline.to(fastest_device() if device == "auto" else device)
+    return pipeline.to(place)
 
 
 def _source(checkpoint: str | None) -> str:
@@ -119,6 +122,27 @@ def _source(checkpoint: str | None) -> str:
     source = str(SHIPPED) if checkpoint is None else checkpoint
     inside_run = Path(source) / "pipeline"
     return str(inside_run) if (inside_run / "model_index.json").is_file() else source
+
+
+def checked_device(name: str) -> str:
+    """Return ``name`` if tensors can be put on the device that torch calls so.
+
+    Raises:
+        UserError: torch knows no such device, or this machine has none.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+        if torch.device(name).type == "meta":
+            raise ValueError("it holds no numbers")
+    # torch's ways to say so: AssertionError where it was built without CUDA.
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
+        raise UserError(
+            f"--device {name} cannot be used: {reason(error)}",
+            f"auto takes {fastest_device()} here.",
+        ) from error
+    return name
 
 
 def fastest_device() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -417,7 +418,7 @@ def test_mistakes_are_told_before_anything_is_computed(
         (["--validation", 2], "cannot hold out 2"),
         (["--attributes", "red"], "at least two, all different"),
         (["--attributes", "red", "red"], "at least two, all different"),
-        (["-o", "{tmp}/file/report.json"], "cannot be written: Not a directory"),
+        (["-o", "{tmp}/file/report.json"], "file is no folder"),
         (["-o", "{tmp}/folder.json", "--overwrite"], "folder.json is a folder"),
         (["-o", "/proc/report.json"], "cannot be written"),
     ],
@@ -490,3 +491,17 @@ def test_a_damaged_config_of_the_run_is_told(
         with pytest.raises(UserError) as error:
             program.as_trained(program.EvaluateConfig(checkpoint=str(checkpoint), data="d"))
         assert told in str(error.value)
+
+
+def test_words_that_the_checkpoint_does_not_know_are_a_note(
+    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "others")
+    rows = folder / "metadata.jsonl"
+    rows.write_text(rows.read_text().replace('"text": "lime', '"text": "teal'))
+    flags = ["-n", 12, "--steps", 1, "--validation", 0.25, "--batch-size", 2, "--device", "cpu"]
+    evaluate(program, checkpoint, folder, "-o", tmp_path / "x.json", *flags)
+    notes = json.loads((tmp_path / "x.json").read_text())["notes"]
+    told = [note for note in notes if note.startswith("words that the checkpoint's vocabulary does not know")]
+    assert len(told) == 1 and told[0].endswith(": 'teal'")
+    assert not [one for one in recwarn if "vocabulary" in str(one.message)]

@@ -270,8 +270,8 @@ NETWORK: dict[str, tuple[Any, ...]] = {
     "quantization_config": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 4),
 }
 VAE: dict[str, tuple[Any, ...]] = {
-    "latents_std": ([0.0, 0.0], [1.0], "1", ["a", "b"], [float("nan")] * 2, [-1.0, 1.0], 2.0, {}),
-    "latents_mean": ([0.0], "0", [float("inf")] * 2, [[0.0]], 10**400 - 1, None if False else "x"),
+    "latents_std": ([0.0, 0.0], [1.0], "1", ["a", "b"], [float("nan")] * 2, [-1.0, 1.0], 2.0, {}, MISSING),
+    "latents_mean": ([0.0], "0", [float("inf")] * 2, [[0.0]], 10**400 - 1, "x", MISSING),
     "scaling_factor": ("1", 0.0, float("nan"), [1.0], -1.0),
     "latent_channels": (3, "2", None, [2], 10**12, -2, 0),
     "in_channels": ("3", 4, 10**12, None),

@@ -28,6 +28,10 @@ from latentflow.errors import UserError
 from latentflow.pipeline import LatentFlowPipeline
 
 pytest.importorskip("peft", reason='needs peft: pip install -e ".[lora]"')
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
 from .adapters import make_adapter
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -461,6 +465,41 @@ def test_what_others_made_loads_without_our_facts(dit_folder: Path, tmp_path: Pa
     again = opened(dit_folder)
     again.load_lora_weights(tmp_path / "bare", adapter_name="one")
     torch.testing.assert_close(drawn(again), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude_modules": ["blocks.0.attn.qkv"]},
+        {"layers_to_transform": [0], "layers_pattern": "blocks"},
+        {"target_modules": ["x_embedder.proj", "qkv"]},
+    ],
+    ids=str,
+)
+def test_what_peft_makes_with_its_own_settings_loads_and_merges(
+    settings: dict[str, Any], dit_folder: Path, tmp_path: Path
+) -> None:
+    network = opened(dit_folder).transformer
+    config = {"r": 2, "lora_alpha": 6, "target_modules": ["qkv", "mlp.0"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    network.add_adapter(LoraConfig(**{**config, **settings}))
+    with torch.no_grad():
+        for name, one in network.named_parameters():
+            if "lora_" in name:
+                one.normal_(std=0.3)
+    LatentFlowPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(network),
+        **_collate_lora_metadata({"transformer": network}),
+    )
+    own = LatentFlowPipeline.from_pretrained(dit_folder, transformer=network)
+    own.set_progress_bar_config(disable=True)
+    expected = drawn(own)
+    assert (expected - drawn(opened(dit_folder))).abs().max() > 1e-3
+    for load in ("load_lora_weights", "merge_lora_weights"):
+        pipe = opened(dit_folder)
+        getattr(pipe, load)(tmp_path)
+        torch.testing.assert_close(drawn(pipe), expected, atol=1e-4, rtol=0)
 
 
 def test_a_pipeline_with_loaded_adapters_is_not_saved_in_halves(dit_folder: Path, tmp_path: Path) -> None:
