@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from latentflow.documents import refuse_no_text
 from latentflow.errors import UserError, nearest, shown
 
+HEAVIEST = 1e6  # weight of an image's loss: more only ends in updates that are not finite
 KNOWN = ("image", "file_name", "text", "label", "mask", "weight")
 _MEANT = {
     "text": ("caption", "captions", "prompt", "description", "texts"),
@@ -139,10 +140,10 @@ def _weight(value: object, where: str) -> float:
         weight = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
-    if not (math.isfinite(weight) and weight > 0):
+    if not 0 < weight <= HEAVIEST:
         raise UserError(
             f"{where}: weight is {shown(value)}",
-            "Give a number above 0 (1 is usual); to leave a picture out, leave its row out.",
+            f"Give a number above 0, at most {HEAVIEST:,.0f} (1 is usual); to leave an image out, leave its row out.",
         )
     return weight
 

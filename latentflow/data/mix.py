@@ -12,6 +12,7 @@ from latentflow.arguments import is_number, whole
 from latentflow.documents import read_yaml
 from latentflow.errors import UserError, few, shown, unknown
 
+from .columns import HEAVIEST
 from .described import Wanted, source_of
 from .examples import Source
 from .latent_folder import is_latent_folder
@@ -110,8 +111,10 @@ def _part(where: str, entry: Any) -> Part:
     regularisation = entry.get("regularisation", False)
     if repeats is not None:
         whole(f"{where}: repeats", repeats, 1, MOST_REPEATS)
-    if not is_number(weight) or weight <= 0:
-        raise UserError(f"{where}: weight is {shown(weight)}", "Give a number above 0.")
+    if not is_number(weight) or not 0 < weight <= HEAVIEST:
+        raise UserError(
+            f"{where}: weight is {shown(weight)}", f"Give a number above 0, at most {HEAVIEST:,.0f}."
+        )
     if not isinstance(regularisation, bool):
         raise UserError(f"{where}: regularisation is {shown(regularisation)}", "Write true or false.")
     return Part(entry["data"], repeats, float(weight), regularisation)

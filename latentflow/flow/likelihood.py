@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ def bits_per_dim(log_likelihood: Tensor, shape: int | Sequence[int]) -> Tensor:
 def _velocity_and_trace(
     velocity: Velocity, x: Tensor, t: Tensor, vectors: Vectors, differentiable: bool
 ) -> tuple[Tensor, Tensor]:
-    """v(x, t), and (B,) the sum of e . (dv/dx) e over ``vectors``, by batched vector-Jacobian products.
+    """v(x, t), and (B,) the sum of e . (dv/dx) e over ``vectors``, by vector-Jacobian products.
 
     The rows are independent, so one product gives e (dv/dx) for every row at once.
     """
@@ -152,12 +152,21 @@ def _velocity_and_trace(
         )
     trace = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
     for e in vectors():
-        (product,) = torch.autograd.grad(
-            v, x, e, retain_graph=True, create_graph=differentiable, is_grads_batched=True, allow_unused=True
-        )
-        if product is not None:  # None: v does not depend on x
+        product = _products(v, x, e, differentiable)
+        if product is not None:
             trace = trace + (product.to(trace) * e.to(trace)).flatten(2).sum((0, 2))
     return (v if differentiable else v.detach()), trace
+
+
+def _products(v: Tensor, x: Tensor, e: Tensor, differentiable: bool) -> Tensor | None:
+    """Return e (dv/dx) for each of the (n, B, ...) vectors ``e``; None where v does not depend on x."""
+    options: dict[str, bool] = {"retain_graph": True, "create_graph": differentiable, "allow_unused": True}
+    if not differentiable:
+        (batched,) = torch.autograd.grad(v, x, e, is_grads_batched=True, **options)
+        return cast("Tensor | None", batched)
+    # One by one: torch before 2.14 cannot differentiate the batched gradient of attention.
+    single = [torch.autograd.grad(v, x, one, **options)[0] for one in e]
+    return None if single[0] is None else torch.stack(single)
 
 
 def _unit_vectors(x: Tensor, chunk_size: int) -> Vectors:

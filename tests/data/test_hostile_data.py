@@ -231,6 +231,7 @@ def test_check_and_training_refuse_the_same_captions(name: str, tmp_path: Path) 
         ('{"file_name": "0.png", "weight": NaN}', "weight is nan"),
         ('{"file_name": "0.png", "weight": 1' + "0" * 400 + "}", "weight is 1000"),
         ('{"file_name": "0.png", "weight": Infinity}', "weight is inf"),
+        ('{"file_name": "0.png", "weight": 1e308}', "weight is 1e\\+308"),
         ('{"file_name": "0\\u0000.png"}', "names 1 files that are not there"),
         ('{"file_name": "\\ud83c.png"}', "names 1 files that are not there"),
         ('{"file_name": "' + "a" * 5000 + '"}', "cannot be read: file name too long|not there"),
@@ -515,7 +516,13 @@ def test_names_that_are_text_are_classes_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("weight", "1" + "0" * 400), ("weight", ".inf"), ("repeats", "1" + "0" * 12), ("repeats", "true")],
+    [
+        ("weight", "1" + "0" * 400),
+        ("weight", ".inf"),
+        ("weight", "1000001"),
+        ("repeats", "1" + "0" * 12),
+        ("repeats", "true"),
+    ],
 )
 def test_numbers_of_a_mix_that_nothing_can_hold(key: str, value: str, tmp_path: Path) -> None:
     written(
