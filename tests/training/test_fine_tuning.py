@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers.utils.logging
 import numpy as np
 import pytest
 import torch
+import transformers.utils.logging
 from diffusers import DiTTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -517,19 +519,16 @@ def test_bad_input_names_the_remedy(
     assert message in said and "Traceback" not in said
 
 
-def test_the_plan_of_a_fine_tune_is_all_that_is_printed(
-    tmp_path: Path, pictures: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("file", ["flow", "distill"])
+def test_the_plan_from_a_checkpoint_is_all_that_is_printed(
+    file: str, tmp_path: Path, pictures: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Neither the libraries' bars of loading nor their warnings, of which nobody who asked for a plan has any use."""
-    plan = call(
-        tmp_path,
-        pictures,
-        "--init-from",
-        ROOT / "checkpoints" / "emoji-64",
-        "-o",
-        tmp_path / "run",
-        "--dry-run",
-    )
+    base = ROOT / "checkpoints" / "emoji-64"
+    data = ["--init-from", base, pictures] if file == "flow" else [base, pictures]
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.enable_progress_bar()  # as in a new process
+    plan = call(tmp_path, *data, "-o", tmp_path / "run", "--dry-run", file=file)
     said = plan + "".join(capfd.readouterr())
     assert "fine-tuning" in said
     for noise in ("Loading", "it/s", "kept in float32", "gemm_4bit"):

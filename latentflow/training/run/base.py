@@ -14,6 +14,7 @@ from ...autoencoder import downscale_factor, load_autoencoder
 from ...data import Source
 from ...errors import UserError, few, reason
 from ...flow import OBJECTIVES
+from ...libraries import quiet_libraries
 from ...models import MODELS, DiT, UNet
 from ...pipeline import LatentFlowPipeline
 from ...settings import CONFIG, check_settings, read_settings
@@ -26,6 +27,7 @@ def open_base(checkpoint: str) -> LatentFlowPipeline:
     Raises:
         UserError: it cannot be opened, or its network is not one of ours.
     """
+    quiet_libraries()
     with _starting(checkpoint):
         pipe: LatentFlowPipeline = LatentFlowPipeline.from_pretrained(checkpoint)
     if not isinstance(pipe.transformer, DiT | UNet):
