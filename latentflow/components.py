@@ -285,7 +285,7 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[
     Raises:
         UserError: a file is damaged, or its index is.
     """
-    files = _weight_files(folder, variant)
+    files = weight_files(folder, variant)
     if files is None:
         return None
     from safetensors import SafetensorError, safe_open
@@ -299,8 +299,15 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[
     return found
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path] | None:
-    """Return the files that diffusers or transformers would read; None: there is none in safetensors."""
+def weight_files(folder: Path, variant: str | None) -> list[Path] | None:
+    """Return the safetensors files in ``folder`` that the libraries read, or None where it has none.
+
+    Args:
+        variant: as of ``from_pretrained``, such as "fp16".
+
+    Raises:
+        UserError: their index is damaged.
+    """
     end = f".{variant}" if variant else ""
     for stem in _STEMS:
         index = folder / f"{stem}.safetensors.index{end}.json"

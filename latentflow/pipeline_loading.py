@@ -19,7 +19,7 @@ from .components import (
     component_class,
     library_reads,
     load_module,
-    stored_weights,
+    weight_files,
     without_reports,
 )
 from .diffusers_border import set_grid
@@ -156,7 +156,7 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
         variant = options.get("variant")
         if variant is not None and not any(part.glob(f"*.{variant}*")):
             variant = None
-        if variant is None and stored_weights(part) is None:
+        if variant is None and weight_files(part, None) is None:
             there = {file.name.split(".")[1].partition("-")[0] for file in part.glob("*.*.safetensors")}
             variant = there.pop() if len(there) == 1 else None  # its only weights
         return load_module(

@@ -66,7 +66,7 @@ DRAWN, HELD_OUT_CAPTIONS, VALIDATION = 8, 9, 10
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(AdapterChoice):
-    """What to measure, and how images are drawn."""
+    """Settings of a measurement: the checkpoint, the data, and how images are drawn."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Pipeline folder, run folder, such as runs/cats, or hub id."""
@@ -107,7 +107,7 @@ class EvaluateConfig(AdapterChoice):
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of tables (of --test as well) that are called otherwise, as for `latentflow train`."""
     colours: Literal["srgb", "stored"] | None = None
-    """Whether images (of --test as well) are converted to sRGB by their colour profiles, as for `latentflow train`."""
+    """Convert images (of --test as well) to sRGB by their colour profiles, or not, as for `latentflow train`."""
     background: str | None = None
     """Colour behind transparent pictures."""
     test: str | None = None

@@ -127,7 +127,7 @@ def place_of(kind: str, size: Sequence[int]) -> str:
 
 
 def kind_of(place: str) -> str:
-    """What the shards of a folder hold."""
+    """Return what the shards of a folder hold: "latents", "pixels" or "masks"."""
     return place.split("-")[0]
 
 
