@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import encode
 from latentflow.data import cached_pixels, find_source, pixels_to_images
-from latentflow.data.shapes import POSITIONS, SIZES, Single, caption, check, train_source
+from latentflow.data.sources.shapes import POSITIONS, SIZES, Single, caption, check, train_source
 from latentflow.flow import CondOT, flow_matching_loss
 from latentflow.metrics import caption_retrieval
 

@@ -44,19 +44,19 @@ from latentflow.data import (
     split,
 )
 from latentflow.data.config import FramingConfig
-from latentflow.data.shapes import check
+from latentflow.data.sources.shapes import check
 from latentflow.errors import lookup
 from latentflow.flow import guide, integrate
 from latentflow.metrics import caption_retrieval, features, frechet_distance, in_proportion, real_split
 from latentflow.models import Condition
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.training import Callbacks, LoopConfig, fit
-from latentflow.training.run.conditions import conditions_of
-from latentflow.training.run.start import Networks, new_networks
-from latentflow.training.stages.alignment import AlignmentConfig, make_alignment
-from latentflow.training.stages.flow import FlowConfig, FlowStage, validation_loss
-from latentflow.training.stages.latent_data import LatentData, Sized
-from latentflow.training.stages.routing import Routing, RoutingConfig
+from latentflow.training.data import conditions_of
+from latentflow.training.latent_data import LatentData, Sized
+from latentflow.training.losses.alignment import AlignmentConfig, make_alignment
+from latentflow.training.losses.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.losses.routing import Routing, RoutingConfig
+from latentflow.training.networks import Networks, new_networks
 
 Recipe = dict[str, Any]
 

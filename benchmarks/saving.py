@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from latentflow.training import LoopConfig
-from latentflow.training.loop.player import Player
 from latentflow.training.loop.saving import Saver
+from latentflow.training.loop.trained_module import Player
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from .autoencoder import load_autoencoder as load_autoencoder
     from .models import DiT as DiT
     from .models import UNet as UNet
-    from .pipeline import LatentFlowPipeline as LatentFlowPipeline
-    from .pipeline_edit import LatentFlowEditPipeline as LatentFlowEditPipeline
-    from .pipeline_images import expand_canvas as expand_canvas
-    from .pipeline_img2img import LatentFlowImg2ImgPipeline as LatentFlowImg2ImgPipeline
-    from .pipeline_inpaint import LatentFlowInpaintPipeline as LatentFlowInpaintPipeline
-    from .pipeline_registration import register_with_diffusers as register_with_diffusers
+    from .pipeline.edit import LatentFlowEditPipeline as LatentFlowEditPipeline
+    from .pipeline.generate import LatentFlowPipeline as LatentFlowPipeline
+    from .pipeline.images import expand_canvas as expand_canvas
+    from .pipeline.img2img import LatentFlowImg2ImgPipeline as LatentFlowImg2ImgPipeline
+    from .pipeline.inpaint import LatentFlowInpaintPipeline as LatentFlowInpaintPipeline
+    from .pipeline.registration import register_with_diffusers as register_with_diffusers
     from .training import fit as fit
 
 __version__ = "0.1.0"
@@ -27,16 +27,16 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Public name -> module that owns it. Imported on first use, so that the mathematics (`latentflow.flow`) and
 # `latentflow --help` do not pay for diffusers and transformers.
 _OWNERS = {
-    "LatentFlowPipeline": ".pipeline",
-    "LatentFlowEditPipeline": ".pipeline_edit",
-    "LatentFlowImg2ImgPipeline": ".pipeline_img2img",
-    "LatentFlowInpaintPipeline": ".pipeline_inpaint",
-    "expand_canvas": ".pipeline_images",
+    "LatentFlowPipeline": ".pipeline.generate",
+    "LatentFlowEditPipeline": ".pipeline.edit",
+    "LatentFlowImg2ImgPipeline": ".pipeline.img2img",
+    "LatentFlowInpaintPipeline": ".pipeline.inpaint",
+    "expand_canvas": ".pipeline.images",
     "DiT": ".models",
     "UNet": ".models",
     "load_autoencoder": ".autoencoder",
     "fit": ".training",
-    "register_with_diffusers": ".pipeline_registration",
+    "register_with_diffusers": ".pipeline.registration",
 }
 
 __all__ = sorted(_OWNERS)

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from . import __version__
-from .documents import read_yaml
 from .errors import UserError, nearest, printable, shown, unknown
-from .replacing import replacing
+from .utils.documents import read_yaml
+from .utils.replacing import replacing
 
 C = TypeVar("C")
 

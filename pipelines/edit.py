@@ -9,14 +9,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.drawing.checkpoint import open_pipeline
-from latentflow.drawing.conditions import Condition, conditions, tell_unknown_words
-from latentflow.drawing.config import DrawingConfig
-from latentflow.drawing.draw import check_room, draw
-from latentflow.drawing.files import save
-from latentflow.drawing.pictures import read_opaque
-from latentflow.drawing.sheets import enlarged, sheet
 from latentflow.errors import UserError
+from latentflow.inference.checkpoint import open_pipeline
+from latentflow.inference.config import DrawingConfig
+from latentflow.inference.images import enlarged, read_opaque, save, sheet
+from latentflow.inference.sample import Condition, check_room, conditions, draw, tell_unknown_words
 
 
 @dataclass(frozen=True, kw_only=True)

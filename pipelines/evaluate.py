@@ -33,25 +33,24 @@ from tqdm.auto import tqdm
 
 import latentflow
 from latentflow import metrics
-from latentflow.arguments import finite, whole
 from latentflow.autoencoder import decode, encode
 from latentflow.cli import parse, run
 from latentflow.data import Source, cached_pixels, find_source, fingerprint, pixels_to_images, readable, split
-from latentflow.data import shapes as shapes_data
 from latentflow.data.config import DataConfig
-from latentflow.data.latent_folder import is_latent_folder
-from latentflow.documents import read_yaml
-from latentflow.drawing.adapters import AdapterChoice
-from latentflow.drawing.checkpoint import open_pipeline
-from latentflow.drawing.files import check_writable, whole_file
+from latentflow.data.sources import shapes as shapes_data
+from latentflow.data.sources.latent_folder import is_latent_folder
 from latentflow.errors import UserError, printable
 from latentflow.flow import SOLVERS, CondOT, flow_matching_loss
-from latentflow.memory import memory_phase
+from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
+from latentflow.inference.images import check_writable, whole_file
 from latentflow.metrics import learned
 from latentflow.models.text import UnknownWords
-from latentflow.pipeline_conditions import unknown_words_text
+from latentflow.pipeline.conditioning import unknown_words_text
 from latentflow.training import LoopConfig
-from latentflow.training.loop.order import seeded
+from latentflow.training.loop.data_order import seeded
+from latentflow.utils.arguments import finite, whole
+from latentflow.utils.documents import read_yaml
+from latentflow.utils.memory import memory_phase
 
 RETRIEVAL_SPACE = "pixels-32"
 FRECHET_SPACE = "pixels-16"

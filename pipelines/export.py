@@ -16,9 +16,8 @@ from typing import Annotated, Literal
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.drawing.adapters import AdapterChoice
-from latentflow.drawing.checkpoint import open_pipeline
 from latentflow.errors import UserError
+from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
 from latentflow.training.loop.folders import write_folder
 
 

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.drawing.checkpoint import open_pipeline
-from latentflow.drawing.conditions import conditions, tell_unknown_words
-from latentflow.drawing.config import DrawingConfig
-from latentflow.drawing.draw import check_room, draw
-from latentflow.drawing.files import save
-from latentflow.drawing.pictures import read_mask_of, read_picture
-from latentflow.drawing.sheets import enlarged, sheet
 from latentflow.errors import UserError
+from latentflow.inference.checkpoint import open_pipeline
+from latentflow.inference.config import DrawingConfig
+from latentflow.inference.images import enlarged, read_mask_of, read_picture, save, sheet
+from latentflow.inference.sample import check_room, conditions, draw, tell_unknown_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,7 +11,7 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.errors import UserError
-from latentflow.training.results.hub import push
+from latentflow.training.report.hub import push
 
 
 @dataclass(frozen=True, kw_only=True)

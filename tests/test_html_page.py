@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from latentflow.errors import UserError
-from latentflow.html_page import Page
+from latentflow.utils.html_page import Page
 
 
 class Reader(HTMLParser):

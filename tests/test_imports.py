@@ -114,7 +114,7 @@ def test_the_rules_themselves() -> None:
     assert allowed("components", "settings")
     assert not allowed("settings", "components")
     assert not allowed("errors", "documents")
-    assert part("latentflow.pipeline_inpaint") == "pipeline"
+    assert part("latentflow.pipeline.inpaint") == "pipeline"
     assert part("latentflow.training.loop.fit") == "training.loop"
 
 

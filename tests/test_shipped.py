@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline
-from latentflow.data import shapes
+from latentflow.data.sources import shapes
 from latentflow.metrics import psnr
 
 MEGABYTE = 1_000_000

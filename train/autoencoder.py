@@ -15,9 +15,9 @@ from latentflow.cli import given, parse, run, write_config
 from latentflow.data import find_source, readable, split
 from latentflow.data.config import DataConfig
 from latentflow.training import LoopConfig, Stop, log_to, resume_line
-from latentflow.training.loop.run_lock import run_lock
-from latentflow.training.run.autoencoder import train_autoencoder
-from latentflow.training.run.examples import as_begun
+from latentflow.training.data import as_begun
+from latentflow.training.loop.run_folder import run_lock
+from latentflow.training.train_autoencoder import train_autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)

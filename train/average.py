@@ -11,7 +11,7 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.training import log_to
-from latentflow.training.run.average import averaged_pipeline
+from latentflow.training.average import averaged_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from PIL import Image
 
 from latentflow.cli import parse, run
 from latentflow.data.checking import contact_sheet, look_through, report_page, suggest
-from latentflow.data.find import Condition, MissingCaption
-from latentflow.data.mask_finding import Masks
+from latentflow.data.sources.assemble import Masks
+from latentflow.data.sources.kinds import Condition, MissingCaption
 from latentflow.errors import UserError, one_line, printable
-from latentflow.html_page import refuse_existing
+from latentflow.utils.html_page import refuse_existing
 
 
 @dataclass(frozen=True, kw_only=True)

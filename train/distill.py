@@ -16,12 +16,12 @@ from latentflow.data.config import DataConfig, FramingConfig
 from latentflow.errors import UserError, lookup
 from latentflow.models.config import NetworkConfig
 from latentflow.training import LoopConfig, resume_line
-from latentflow.training.loop.run_lock import run_lock
-from latentflow.training.run.adapters import AdapterConfig
-from latentflow.training.run.config import RunConfig
-from latentflow.training.run.distillation import METHODS, Distillation, DistillationConfig
-from latentflow.training.run.train import train
-from latentflow.training.stages.flow import FlowConfig
+from latentflow.training.config import RunConfig
+from latentflow.training.distill import METHODS, Distillation, DistillationConfig
+from latentflow.training.fine_tune.adapters import AdapterConfig
+from latentflow.training.loop.run_folder import run_lock
+from latentflow.training.losses.flow import FlowConfig
+from latentflow.training.train import train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from contextlib import nullcontext
 
 from latentflow.cli import given, parse, run, write_config
 from latentflow.training import resume_line
-from latentflow.training.loop.run_lock import run_lock
-from latentflow.training.run.config import RunConfig as Config
-from latentflow.training.run.lesson import Lesson
-from latentflow.training.run.presets import PRESETS
-from latentflow.training.run.train import train
+from latentflow.training.config import RunConfig as Config
+from latentflow.training.loop.run_folder import run_lock
+from latentflow.training.presets import PRESETS
+from latentflow.training.recipe import Lesson
+from latentflow.training.train import train
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,11 +13,11 @@ from latentflow.autoencoder import AutoencoderConfig, downscale_factor, load_aut
 from latentflow.cli import parse, run
 from latentflow.data import find_source, fingerprint, frame, readable
 from latentflow.data.config import DataConfig, FramingConfig
-from latentflow.data.precomputing import Precomputation, own_autoencoder, plan_latents, write_latents
+from latentflow.data.sources.precomputing import Precomputation, own_autoencoder, plan_latents, write_latents
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig, log_to, resume_line
-from latentflow.training.loop.processes import process_state
-from latentflow.training.run.vae import autoencoder_for
+from latentflow.training.loop.distributed import process_state
+from latentflow.training.train_autoencoder import autoencoder_for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.html_page import refuse_existing
-from latentflow.training.results.page import report_page
+from latentflow.training.report.page import report_page
+from latentflow.utils.html_page import refuse_existing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..arguments import is_number
 from ..errors import UserError
 from ..flow.tensors import require_finite
-from ..memory import inner_phase
+from ..utils.arguments import is_number
+from ..utils.memory import inner_phase
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 import diffusers
 import torch
 
-from ..components import about, library_reads, load_checked, load_module, may_be_on_the_hub
 from ..errors import UserError
-from ..settings import CONFIG, read_settings
+from ..utils.components import about, library_reads, load_checked, load_module, may_be_on_the_hub
+from ..utils.settings import CONFIG, read_settings
 from .latents import Autoencoder, check_statistics
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .cache import (
+from .cache.eviction import cache_root
+from .cache.rows import Rows
+from .cache.tensors import (
     LatentTable,
     MaskTable,
     TextTable,
@@ -13,15 +15,13 @@ from .cache import (
     fingerprint,
 )
 from .checking import Report, check_source, readable
-from .eviction import cache_root
-from .examples import Example, FileExample, Source
-from .find import find_source
-from .framing import Framing, frame, one_size
-from .image_files import open_picture
-from .latent_folder import LatentFolder
-from .mask_files import read_mask
-from .read import pixels_to_images, read_image, to_pil, to_tensor
-from .rows import Rows
+from .crops import Framing, frame, one_size
+from .dataset import Example, FileExample, Source
+from .images import open_picture
+from .masks import read_mask
+from .pixels import pixels_to_images, read_image, to_pil, to_tensor
+from .sources.kinds import find_source
+from .sources.latent_folder import LatentFolder
 from .splits import split
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from latentflow.errors import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

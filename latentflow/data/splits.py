@@ -7,11 +7,10 @@ import logging
 
 import numpy as np
 
-from latentflow.errors import UserError
-
-from .checking.source import groups_of
-from .examples import Source
-from .shards import Array
+from ..errors import UserError
+from .cache.store import Array
+from .checking.check import groups_of
+from .dataset import Source
 
 log = logging.getLogger(__name__)
 

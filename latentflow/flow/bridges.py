@@ -12,8 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError
-
+from ..errors import UserError
 from .couplings import Sinkhorn
 from .tensors import compute_dtype, expand_t, normal_like
 

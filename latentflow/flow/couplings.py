@@ -13,8 +13,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError, lookup
-
+from ..errors import UserError, lookup
 from .tensors import compute_dtype
 from .transport import assignment, sinkhorn_plan, squared_distances
 

@@ -14,8 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError, lookup
-
+from ..errors import UserError, lookup
 from .solvers import SOLVERS, Solver, integrate
 from .tensors import Generators, Velocity, compute_dtype, expand_t, normal_like, with_time_rows
 from .times import checked_times

@@ -21,8 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError
-
+from ..errors import UserError
 from .tensors import Velocity, compute_dtype, expand_t, with_time_rows
 
 

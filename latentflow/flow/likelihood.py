@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from latentflow.errors import UserError, lookup
-
+from ..errors import UserError, lookup
 from .solvers import SOLVERS, Solver, integrate
 from .tensors import Velocity, compute_dtype, with_time_rows
 from .times import checked_times

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError, lookup
-
-from .average_velocity import AverageObjective, average_velocity_loss
-from .consistency import Consistency
-from .mean_flow import AlphaFlow, MeanFlow
+from ..errors import UserError, lookup
+from .few_step.average_velocity import AverageObjective, average_velocity_loss
+from .few_step.consistency import Consistency
+from .few_step.mean_flow import AlphaFlow, MeanFlow
+from .few_step.shortcut import Progressive, Shortcut
 from .paths import CondOT, Path, PathSample
-from .shortcut import Progressive, Shortcut
 from .tensors import compute_dtype
 
 _STRAIGHT = CondOT()

@@ -25,8 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError
-
+from ..errors import UserError
 from .tensors import compute_dtype, expand_t, time_dtype
 
 

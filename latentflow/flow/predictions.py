@@ -20,8 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from latentflow.errors import lookup
-
+from ..errors import lookup
 from .paths import Coefficients, Path
 from .tensors import Velocity, compute_dtype, time_dtype, with_time_rows
 

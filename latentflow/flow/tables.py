@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from latentflow.errors import UserError, lookup, unknown
+from ..errors import UserError, lookup, unknown
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from latentflow.errors import UserError
+from ..errors import UserError
 
 #: dx/dt at (x, t): x is (B, ...), t a scalar tensor or (B,), the result is shaped like x.
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]

@@ -18,9 +18,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from latentflow.arguments import whole
-from latentflow.errors import UserError, shown
-
+from ..errors import UserError, shown
+from ..utils.arguments import whole
 from .tables import make
 
 # Slopes are taken at a u no nearer than this to 0 and 1, where the densities that vanish there have none.

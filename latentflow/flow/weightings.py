@@ -20,8 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError
-
+from ..errors import UserError
 from .paths import Path
 from .predictions import convert
 from .tensors import expand_t

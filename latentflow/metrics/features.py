@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentflow.errors import UserError, lookup
+from ..errors import UserError, lookup
 
 
 def _pixels(images: Tensor, side: int) -> Tensor:

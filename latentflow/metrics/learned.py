@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from latentflow.errors import UserError
-
+from ..errors import UserError
 from .features import refuse_not_finite
 
 

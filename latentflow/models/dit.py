@@ -13,8 +13,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ..components import Checked
 from ..errors import UserError, lookup
+from ..utils.components import Checked
 from .blocks import MLPS, NORMS, DiTBlock, FinalLayer
 from .condition import Condition
 from .embeddings import (

@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
-from ..components import library_reads, load_transformers_model, may_be_on_the_hub
 from ..errors import UserError, reading
-from ..settings import MEND, read_settings
+from ..utils.components import library_reads, load_transformers_model, may_be_on_the_hub
+from ..utils.settings import MEND, read_settings
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[START]"
 

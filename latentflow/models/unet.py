@@ -17,8 +17,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from ..components import Checked
 from ..errors import UserError
+from ..utils.components import Checked
 from .condition import Condition
 from .embeddings import LabelEmbed, SizeEmbed, TextEmbed, embed_condition, times_of_rows
 from .inputs import check_inputs, check_sizes

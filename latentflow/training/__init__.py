@@ -5,6 +5,6 @@ from __future__ import annotations
 from .loop.callbacks import Callbacks as Callbacks
 from .loop.config import LoopConfig as LoopConfig
 from .loop.fit import fit as fit
-from .loop.logs import log_to as log_to
-from .loop.logs import resume_line as resume_line
+from .loop.logging import log_to as log_to
+from .loop.logging import resume_line as resume_line
 from .loop.signals import Stop as Stop

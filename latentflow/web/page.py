@@ -368,7 +368,7 @@ def enlarged(studio: Studio, path: str) -> Image.Image:
     picture, note = studio.opened(path)
     if note:
         gr.Info(note)
-    from ..data.read import to_rgb  # not before the pipeline: the page is there before torch is
+    from ..data.pixels import to_rgb
 
     picture = to_rgb(picture)  # the canvas is opaque
     scale = CANVAS / max(picture.size)

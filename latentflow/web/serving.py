@@ -19,7 +19,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from ..errors import UserError, printable
-from ..image_formats import open_no_others
+from ..utils.image_formats import open_no_others
 from .guard import LARGEST_UPLOAD, Guard, Hosts
 from .page import build
 from .studio import Studio

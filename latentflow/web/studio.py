@@ -9,13 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import finite, whole
-from ..drawing.adapters import AdapterChoice
-from ..drawing.checkpoint import open_pipeline, taken_by, takes
-from ..drawing.conditions import conditions
-from ..drawing.draw import BATCH, draw
-from ..drawing.pictures import read_picture
 from ..errors import UserError
+from ..inference.checkpoint import AdapterChoice, open_pipeline, taken_by, takes
+from ..inference.images import read_picture
+from ..inference.sample import BATCH, conditions, draw
+from ..utils.arguments import finite, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -182,7 +180,7 @@ class Studio:
             UserError: as ``opened``.
         """
         self.pipe  # noqa: B018
-        from ..data.image_files import open_picture
+        from ..data.images import open_picture
 
         return _hiding_folder(open_picture, upload)
 

@@ -8,13 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import Tensor
 
-from latentflow.autoencoder import (
-    encode,
-    latent_mask,
-    mask_channels,
-    masked_condition,
-    masked_latents,
-)
+from latentflow.autoencoder import encode, latent_mask, mask_channels, masked_condition, masked_latents
 
 FACTOR, CHANNELS = 4, 3
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
 from latentflow.autoencoder.losses import SMALLEST_PICTURE, PatchDiscriminator
 from latentflow.autoencoder.regularisation import noisy, scales, transformed
-from latentflow.data.shapes import train_source
+from latentflow.data.sources.shapes import train_source
 from latentflow.training import LoopConfig
-from latentflow.training.loop.order import SampleRandom
-from latentflow.training.run.autoencoder import train_autoencoder
-from latentflow.training.stages import autoencoder as training
-from latentflow.training.stages.autoencoder import AutoencoderStage, DiscriminatorStage
+from latentflow.training.loop.data_order import SampleRandom
+from latentflow.training.losses import autoencoder as training
+from latentflow.training.losses.autoencoder import AutoencoderStage, DiscriminatorStage
+from latentflow.training.train_autoencoder import train_autoencoder
 
 HALF, QUARTER = Fraction(1, 2), Fraction(1, 4)
 SMALL = AutoencoderConfig(

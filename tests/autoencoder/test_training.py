@@ -15,14 +15,14 @@ from torch import nn
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, has_statistics
 from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss
-from latentflow.data.shapes import train_source
+from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig
-from latentflow.training.loop.order import Draw, SampleRandom
-from latentflow.training.loop.run_files import read_metrics
-from latentflow.training.run.autoencoder import train_autoencoder
-from latentflow.training.stages.autoencoder import AutoencoderStage, DiscriminatorStage
-from latentflow.training.stages.images import PixelData, is_flipped
+from latentflow.training.latent_data import PixelData, is_flipped
+from latentflow.training.loop.data_order import Draw, SampleRandom
+from latentflow.training.loop.run_folder import read_metrics
+from latentflow.training.losses.autoencoder import AutoencoderStage, DiscriminatorStage
+from latentflow.training.train_autoencoder import train_autoencoder
 
 from ..training.command import TINY, call
 from ..training.forking import fork_ranks

@@ -12,13 +12,12 @@ from PIL import Image
 
 from latentflow.data import find_source
 from latentflow.data.checking import Report, contact_sheet, suggest
-from latentflow.data.checking.shapes import aspect_histogram, kept_by_square_crop, reach
-from latentflow.data.checking.sheet import spread
+from latentflow.data.checking.page import spread
+from latentflow.data.checking.report import aspect_histogram, caption_facts, kept_by_square_crop, reach
 from latentflow.data.checking.suggest import _PRESETS
-from latentflow.data.checking.words import caption_facts
 from latentflow.errors import UserError
-from latentflow.training.run.config import RunConfig
-from latentflow.training.run.presets import PRESETS
+from latentflow.training.config import RunConfig
+from latentflow.training.presets import PRESETS
 
 from .pictures import load_program, save_all
 

@@ -21,11 +21,11 @@ from latentflow.data import (
     read_mask,
     readable,
 )
-from latentflow.data.checking.looks import looks_at
-from latentflow.data.colours import profile_of
-from latentflow.data.read import to_rgb, upright
+from latentflow.data.checking.inspect_images import looks_at
+from latentflow.data.images import profile_of
+from latentflow.data.pixels import to_rgb, upright
 from latentflow.errors import UserError
-from latentflow.pipeline_images import read_pictures
+from latentflow.pipeline.images import read_pictures
 
 from .pictures import load_program, noise
 from .profiles import (

@@ -13,8 +13,8 @@ from PIL import Image
 
 from latentflow.data import Source, find_source, frame
 from latentflow.data.config import FramingConfig
-from latentflow.data.framing import Crop, bucket_sizes, cropped
-from latentflow.data.read import read_image, read_own_mask
+from latentflow.data.crops import Crop, bucket_sizes, cropped
+from latentflow.data.pixels import read_image, read_own_mask
 from latentflow.errors import UserError
 
 SIZES = {"square": (64, 64), "wide": (100, 60), "tall": (60, 100), "panorama": (300, 50), "turned": (90, 40)}

@@ -26,10 +26,10 @@ from safetensors.torch import save
 from latentflow.cli import parse
 from latentflow.data import find_source, open_picture, read_mask
 from latentflow.data.config import DataConfig
-from latentflow.data.latent_files import index_schema
+from latentflow.data.sources.latent_files import index_schema
 from latentflow.errors import LENGTH, UserError, printable
-from latentflow.pipeline_adapter_files import AdapterFacts, read_adapter
-from latentflow.training.results.folder import read_run
+from latentflow.pipeline.adapter_files import AdapterFacts, read_adapter
+from latentflow.training.report.folder import read_run
 
 from .pictures import noise
 from .test_kinds import parquet, saved, tar

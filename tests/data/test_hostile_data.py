@@ -14,27 +14,21 @@ from typing import Any
 
 import pytest
 
-from latentflow import cli, documents
+from latentflow import cli
 from latentflow.cli import parse
-from latentflow.data import (
-    check_source,
-    find_source,
-    folder_source,
-    latent_files,
-    latent_folder,
-    members,
-    metadata,
-    mix,
-    table,
-)
-from latentflow.data import hugging_face as saved_sets
-from latentflow.data import webdataset as shards
-from latentflow.data import zipped as archives
+from latentflow.data import check_source, find_source
 from latentflow.data.config import DataConfig
+from latentflow.data.sources import annotations as metadata
+from latentflow.data.sources import folder as folder_source
+from latentflow.data.sources import hugging_face as saved_sets
+from latentflow.data.sources import latent_files, latent_folder, members, mix, table
+from latentflow.data.sources import webdataset as shards
+from latentflow.data.sources import zip_file as archives
 from latentflow.errors import LENGTH, UserError, few, one_line, shown
 from latentflow.training import log_to
-from latentflow.training.results.folder import read_run
-from latentflow.training.run.prior import _read_prompts
+from latentflow.training.fine_tune.prior import _read_prompts
+from latentflow.training.report.folder import read_run
+from latentflow.utils import documents
 
 from .test_fuzzing import FEATURES, described, latents
 from .test_kinds import parquet, png, saved, tar, zipped

@@ -14,11 +14,11 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from latentflow.data import FileExample, check_source, find_source, open_picture, read_image, readable
-from latentflow.data.checking.look import look_at
-from latentflow.data.folder import SUFFIXES
-from latentflow.data.image_files import open_image
+from latentflow.data.checking.inspect_images import look_at
+from latentflow.data.images import open_image
+from latentflow.data.sources.files import SUFFIXES
 from latentflow.errors import UserError
-from latentflow.image_formats import FORMATS, open_no_others
+from latentflow.utils.image_formats import FORMATS, open_no_others
 
 from .pictures import load_program, noise
 from .profiles import rgb_profile
@@ -201,7 +201,7 @@ def test_images_are_opened_in_one_place() -> None:
             imported = isinstance(node, ast.ImportFrom) and node.module == "PIL.Image"
             if called or (imported and any(name.name == "open" for name in node.names)):
                 places.append(str(file.relative_to(root)))
-    assert places == ["latentflow/data/image_files.py"]
+    assert places == ["latentflow/data/images.py"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

@@ -19,10 +19,10 @@ from PIL import Image
 
 from latentflow.cli import run
 from latentflow.data import cached_pixels, find_source
-from latentflow.data.columns import class_name
-from latentflow.data.find import KINDS
-from latentflow.data.paths import many_paths
-from latentflow.data.read import read_image, read_own_mask
+from latentflow.data.pixels import read_image, read_own_mask
+from latentflow.data.sources.annotations import class_name
+from latentflow.data.sources.kinds import KINDS
+from latentflow.data.sources.paths import many_paths
 from latentflow.errors import UserError
 
 from .pictures import load_program, noise, write_jsonl
@@ -418,7 +418,7 @@ def test_listing_a_parquet_file_reads_no_picture(tmp_path: Path, monkeypatch: py
 
 def test_a_parquet_file_is_cached_from_front_to_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group of rows is read as a whole: in any other order once for each picture."""
-    from latentflow.data import table
+    from latentflow.data.sources import table
 
     source = find_source(str(parquet(tmp_path / "p.parquet", image=[png(seed) for seed in range(24)])))
     source.content_keys()

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from latentflow.data import open_picture, read_mask
-from latentflow.data.read import to_rgb
+from latentflow.data.pixels import to_rgb
 from latentflow.errors import UserError
 
 from .pictures import STORED, noise

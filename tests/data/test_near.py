@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from latentflow.data import Source, check_source, find_source, split
-from latentflow.data.checking.looks import looks_at
-from latentflow.data.checking.near import BITS, near_duplicates
+from latentflow.data.checking.duplicates import BITS, near_duplicates
+from latentflow.data.checking.inspect_images import looks_at
 
 
 def picture(seed: int, width: int = 96, height: int = 96) -> Image.Image:
@@ -127,7 +127,7 @@ def test_a_long_film_takes_neither_minutes_nor_gigabytes() -> None:
 def test_workers_end_with_the_process_that_they_work_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentflow.data.checking import looks
+    from latentflow.data.checking import inspect_images as looks
 
     monkeypatch.setattr(looks, "_MANY", 1)
     picture(0).save(tmp_path / "a.png")
@@ -159,7 +159,7 @@ def runs(process: int) -> bool:
 
 
 def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentflow.data.checking import looks as module
+    from latentflow.data.checking import inspect_images as module
 
     for seed in range(3):
         picture(seed).save(tmp_path / f"{seed}.png")

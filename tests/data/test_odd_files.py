@@ -153,7 +153,7 @@ def test_a_folder_without_permission_is_named(unprivileged: Path) -> None:
 def test_small_decoding_of_jpegs_finds_what_whole_decoding_finds(tmp_path: Path) -> None:
     """Looks decode JPEGs at an eighth of their size: cut off or not must come out the same."""
     from latentflow.data import FileExample
-    from latentflow.data.checking.look import look_at
+    from latentflow.data.checking.inspect_images import look_at
 
     image = noise(1, 48, 40).resize((1200, 1000), Image.Resampling.BICUBIC)
     generator = np.random.default_rng(0)

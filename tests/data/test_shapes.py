@@ -13,9 +13,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from latentflow.data import read_image, to_tensor
-from latentflow.data import shapes as s
-from latentflow.data.shape_drawing import AREA, COLOURS, SHAPES
-from latentflow.data.shape_finding import find_objects
+from latentflow.data.sources import shapes as s
+from latentflow.data.sources.shapes import AREA, COLOURS, SHAPES, find_objects
 from latentflow.errors import UserError
 
 SPECS = s.all_specs()

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latentflow.data.cache.tensors.eviction import LOCK, LOOKS, cache_limit
+from latentflow.data.cache.tensors.rows import Located
+from latentflow.data.cache.tensors.store import Array, ShardSet, Tables, digests, open_cache
 
-from latentflow.data import store
-from latentflow.data.eviction import LOCK, LOOKS, cache_limit
-from latentflow.data.rows import Located
-from latentflow.data.shards import Array, Tables, digests
-from latentflow.data.store import ShardSet, open_cache
+from latentflow.data.cache.tensors import store
 from latentflow.errors import UserError
 
 N, ROWS = 44, 8  # five shards of eight rows and one of four

@@ -22,7 +22,7 @@ from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, downsca
 from latentflow.data import Source, find_source, to_pil, to_tensor
 from latentflow.errors import UserError
 from latentflow.models import small_text_encoder, train_tokenizer
-from latentflow.training.run.drawn import DrawnExample
+from latentflow.training.fine_tune.teacher_samples import DrawnExample
 
 COLOURS = ["red", "lime", "blue", "yellow", "white", "black"]
 THINGS = ["hat", "shoe"]

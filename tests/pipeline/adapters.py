@@ -10,8 +10,8 @@ import torch
 
 from latentflow.models import with_words
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.training.run.adapters import Adapter, AdapterConfig
-from latentflow.training.run.start import Networks
+from latentflow.training.fine_tune.adapters import Adapter, AdapterConfig
+from latentflow.training.networks import Networks
 
 
 def make_adapter(

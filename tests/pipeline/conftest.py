@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from latentflow.models import Condition, DiT, encode_text, small_text_encoder, train_tokenizer
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.pipeline_img2img import LatentFlowImg2ImgPipeline
-from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
 
 CAPTIONS = ["a red apple", "a small blue hat", "green tree", "big yellow sun over a house"]
 NAMES = {0: "apple", 1: "hat", 2: "tree"}

@@ -16,16 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentflow import (
-    LatentFlowEditPipeline,
-    LatentFlowImg2ImgPipeline,
-    LatentFlowInpaintPipeline,
-    pipeline_adapter_files,
-    pipeline_adapters,
-)
-from latentflow.drawing.adapters import AdapterChoice, add_adapters
+from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline
 from latentflow.errors import UserError
+from latentflow.inference.checkpoint import AdapterChoice, add_adapters
 from latentflow.pipeline import LatentFlowPipeline
+from latentflow.pipeline import adapter_files as pipeline_adapter_files
+from latentflow.pipeline import adapters as pipeline_adapters
 
 pytest.importorskip("peft", reason='needs peft: pip install -e ".[lora]"')
 from diffusers.training_utils import _collate_lora_metadata

@@ -14,10 +14,10 @@ from PIL import Image
 
 from latentflow.errors import UserError
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.pipeline_arguments import CHECKS
-from latentflow.pipeline_edit import LatentFlowEditPipeline
-from latentflow.pipeline_img2img import LatentFlowImg2ImgPipeline
-from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline.arguments import CHECKS
+from latentflow.pipeline.edit import LatentFlowEditPipeline
+from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
 
 from .conftest import NAMES, GaussianFlow, quiet, tiny_text, tiny_vae
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from latentflow.autoencoder import load_autoencoder
-from latentflow.drawing.checkpoint import takes
 from latentflow.errors import UserError
+from latentflow.inference.checkpoint import takes
 from latentflow.models import load_text_encoder
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.training.run.base import open_base
+from latentflow.training.fine_tune.base import open_base
 
 from .adapters import make_adapter
 from .damage import ADAPTER, PLANTED, REFUSED, SAME, SOUND, Damage, all_damages, damaged_copy

@@ -14,7 +14,7 @@ from torch import Tensor
 from latentflow.errors import UserError
 from latentflow.flow import EDITING, slerp
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.pipeline_edit import LatentFlowEditPipeline
+from latentflow.pipeline.edit import LatentFlowEditPipeline
 
 Noise = Callable[[int], Tensor]
 Mean = Callable[..., Tensor]

@@ -14,10 +14,10 @@ from torch import Tensor
 from latentflow.autoencoder import decode, encode
 from latentflow.errors import UserError
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.pipeline_edit import LatentFlowEditPipeline
-from latentflow.pipeline_img2img import LatentFlowImg2ImgPipeline
-from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
-from latentflow.pipeline_windows import composite
+from latentflow.pipeline.edit import LatentFlowEditPipeline
+from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline.windows import composite
 
 from .conftest import NAMES, GaussianFlow, quiet, tiny_vae
 

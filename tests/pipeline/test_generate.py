@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentflow.drawing import checkpoint
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS
+from latentflow.inference import checkpoint
 
 Generate = Callable[..., list[Path]]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from latentflow.autoencoder import encode
 from latentflow.errors import UserError
-from latentflow.pipeline_images import read_pictures
-from latentflow.pipeline_img2img import LatentFlowImg2ImgPipeline
+from latentflow.pipeline.images import read_pictures
+from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
 
 Noise = Callable[[int], Tensor]
 Pictures = Callable[..., Tensor]

@@ -15,13 +15,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3InpaintPi
 from PIL import Image
 from torch import Tensor
 
-import latentflow.pipeline_inpaint
+import latentflow.pipeline.inpaint
 from latentflow.autoencoder import masked_condition, masked_latents
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, integrate
 from latentflow.flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
 
 Noise = Callable[[int], Tensor]
 Pictures = Callable[..., Tensor]
@@ -326,7 +326,7 @@ def test_a_method_gets_the_noise_what_is_known_and_the_grid(
         options["solver"] = options["solver"] or "euler"
         return integrate(velocity, x, times, **options)
 
-    monkeypatch.setitem(latentflow.pipeline_inpaint.INPAINTING, "mine", method)
+    monkeypatch.setitem(latentflow.pipeline.inpaint.INPAINTING, "mine", method)
     steered_pipe.scheduler = FlowMatchEulerDiscreteScheduler()  # which does not steer
     seen: list[float] = []
     generator = torch.Generator()

@@ -17,9 +17,9 @@ import latentflow
 from latentflow.errors import UserError
 from latentflow.models import MODELS
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.pipeline_img2img import LatentFlowImg2ImgPipeline
-from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
-from latentflow.pipeline_loading import FAMILY
+from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline.loading import FAMILY
 
 SMALL: dict[str, dict[str, Any]] = {
     "dit": {"width": 16, "depth": 1, "heads": 2},

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentflow.drawing.files import save, whole_file
 from latentflow.errors import RunError, UserError
+from latentflow.inference.images import save, whole_file
 from latentflow.models.text import UnknownWords
-from latentflow.pipeline_base import FlowPipeline
+from latentflow.pipeline.base import FlowPipeline
 
 #: program -> arguments with which it draws 8 x 8 pixels
 PROGRAMS = {

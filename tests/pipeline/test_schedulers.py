@@ -19,10 +19,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from latentflow import diffusers_border as border
 from latentflow.errors import UserError
 from latentflow.flow import integrate, time_grid
 from latentflow.pipeline import LatentFlowPipeline
+from latentflow.pipeline import scheduler as border
 
 Noise = Callable[[int], Tensor]
 MULTISTEP = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

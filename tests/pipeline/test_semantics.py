@@ -18,8 +18,8 @@ from latentflow.flow import SOLVERS, time_grid
 from latentflow.models import DiT
 from latentflow.models.text import UnknownWords
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.pipeline_edit import LatentFlowEditPipeline
-from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline.edit import LatentFlowEditPipeline
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
 
 Noise = Callable[[int], Tensor]
 EXACT: dict[str, Any] = {"solver": "dopri5", "num_inference_steps": 2, "output_type": "latent"}

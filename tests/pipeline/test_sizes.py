@@ -12,9 +12,9 @@ from torch import Tensor
 from latentflow.errors import UserError
 from latentflow.models import DiT
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.pipeline_edit import LatentFlowEditPipeline
-from latentflow.pipeline_img2img import LatentFlowImg2ImgPipeline
-from latentflow.pipeline_inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline.edit import LatentFlowEditPipeline
+from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
 
 Assemble = Callable[[Any], LatentFlowPipeline]
 STEPS: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from latentflow.data.shapes import train_source
+from latentflow.data.sources.shapes import train_source
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet, small_text_encoder, train_tokenizer
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.training.run.adapters import Adapter, AdapterConfig, chosen_layers
-from latentflow.training.run.start import Networks
+from latentflow.training.fine_tune.adapters import Adapter, AdapterConfig, chosen_layers
+from latentflow.training.networks import Networks
 
 from .command import TINY, call
 from .forking import fork_ranks

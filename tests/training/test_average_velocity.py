@@ -15,13 +15,13 @@ from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.flow import MeanFlow, total_derivative
 from latentflow.models import Condition
+from latentflow.training.fine_tune.base import with_base_flow
+from latentflow.training.fine_tune.defaults import FineTuningConfig
+from latentflow.training.fine_tune.prior import asked_of
 from latentflow.training.loop.config import LoopConfig
-from latentflow.training.run.base import with_base_flow
-from latentflow.training.run.fine_tuning import FineTuningConfig
-from latentflow.training.run.prior import asked_of
-from latentflow.training.run.start import _copy_weights
-from latentflow.training.stages.average_velocity import AverageVelocityStage, refuse_unfit, stage_class
-from latentflow.training.stages.flow import FlowConfig, FlowStage
+from latentflow.training.losses.average_velocity import AverageVelocityStage, refuse_unfit, stage_class
+from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.networks import _copy_weights
 
 from ..models.tiny import build
 from .command import TINY, call
@@ -95,7 +95,7 @@ def test_the_target_is_the_identity() -> None:
 def test_where_no_interval_has_a_length_no_derivative_is_taken() -> None:
     one = stage(share=1e-9, power=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentflow.flow.mean_flow.total_derivative", None)
+        patch.setattr("latentflow.flow.few_step.mean_flow.total_derivative", None)
         result = one(batch())
     plain = FlowStage(one.network, FlowConfig(), 0)
     assert "error" not in plain(batch())
@@ -113,7 +113,7 @@ def test_the_tangent_is_float32_and_weights_learn_under_autocast(
         made.append(total_derivative(*given))
         return made[-1]
 
-    monkeypatch.setattr("latentflow.flow.mean_flow.total_derivative", spy)
+    monkeypatch.setattr("latentflow.flow.few_step.mean_flow.total_derivative", spy)
     full = one(batch())
     with torch.autocast("cpu", torch.bfloat16):
         half = one(batch())

@@ -14,12 +14,11 @@ from torch import nn
 
 from latentflow.data import FileExample, LatentTable, Source, one_size
 from latentflow.models import train_tokenizer
-from latentflow.training.loop.order import DataOrder, Draw
-from latentflow.training.run.conditions import Captions, conditions_of, mirrored
-from latentflow.training.run.start import Networks
-from latentflow.training.stages.flow import FlowConfig, FlowStage
-from latentflow.training.stages.images import is_flipped
-from latentflow.training.stages.latent_data import LatentData, Sized
+from latentflow.training.data import Captions, conditions_of, mirrored
+from latentflow.training.latent_data import LatentData, Sized, is_flipped
+from latentflow.training.loop.data_order import DataOrder, Draw
+from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.networks import Networks
 
 TEXTS = [("one",), ("two", "deux", "zwei"), ("three", "trois")]
 

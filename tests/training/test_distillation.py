@@ -16,19 +16,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latentflow import LatentFlowImg2ImgPipeline, LatentFlowPipeline, pipeline_base
-from latentflow.drawing.adapters import AdapterChoice
-from latentflow.drawing.checkpoint import open_pipeline
+from latentflow import LatentFlowImg2ImgPipeline, LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
+from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
 from latentflow.models import Condition
-from latentflow.training.loop.order import SampleRandom
-from latentflow.training.results.folder import read_run
-from latentflow.training.run.distillation import METHODS, Distillation, DistillationConfig
-from latentflow.training.stages.average_velocity import AverageVelocityStage
-from latentflow.training.stages.distribution_matching import FakeStage, GeneratorStage
-from latentflow.training.stages.flow import FlowConfig, FlowStage
-from latentflow.training.stages.teacher import VelocityTeacher
+from latentflow.pipeline import base as pipeline_base
+from latentflow.training.distill import METHODS, Distillation, DistillationConfig
+from latentflow.training.loop.data_order import SampleRandom
+from latentflow.training.losses.average_velocity import AverageVelocityStage
+from latentflow.training.losses.distribution_matching import FakeStage, GeneratorStage
+from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.teacher import VelocityTeacher
+from latentflow.training.report.folder import read_run
 
 from ..models.tiny import build
 from .command import TINY, call
@@ -143,7 +143,7 @@ def test_a_student_may_be_an_adapter(teacher: Path, pictures: Path, tmp_path: Pa
     shutil.copytree(teacher, tmp_path / "with fast")
     shutil.copytree(run / "adapter", tmp_path / "with fast" / "fast")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("latentflow.pipeline_adapters.USE_PEFT_BACKEND", False)
+        patch.setattr("latentflow.pipeline.adapters.USE_PEFT_BACKEND", False)
         quick = open_pipeline(
             "LatentFlowPipeline", str(tmp_path / "with fast"), "cpu", AdapterChoice(fast=True)
         )
@@ -212,7 +212,7 @@ def test_pairs_are_the_teachers_and_are_drawn_once(
         asked, latents=held["noise"], solver="euler", num_inference_steps=2, guidance_scale=4.0, output_type="latent"
     ).images  # fmt: skip
     torch.testing.assert_close(again, held["latents"], rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr("latentflow.training.run.drawn._draw", None)
+    monkeypatch.setattr("latentflow.training.fine_tune.teacher_samples._draw", None)
     distill(tmp_path, teacher, pictures, "-o", tmp_path / "second", *flags)
     said = distill(tmp_path, teacher, pictures, "-o", tmp_path / "third", *flags, "--guidance", 2, expect=2)
     assert "drawn otherwise (guidance)" in said

@@ -16,8 +16,8 @@ from latentflow.errors import UserError
 from latentflow.training import Callbacks
 from latentflow.training.loop.checkpoint import list_checkpoints
 from latentflow.training.loop.early_stop import EarlyStop
-from latentflow.training.results.card import CardFacts, write_card
-from latentflow.training.results.folder import read_run
+from latentflow.training.report.card import CardFacts, write_card
+from latentflow.training.report.folder import read_run
 
 from .forking import fork_ranks
 from .test_loop import CONFIG, Regression, assert_equal_weights, run

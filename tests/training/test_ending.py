@@ -19,11 +19,12 @@ import torch
 from latentflow import LatentFlowPipeline
 from latentflow.errors import RunError
 from latentflow.training import Callbacks, Stop, fit
-from latentflow.training.loop import report, saving
+from latentflow.training.loop import logging as report
+from latentflow.training.loop import saving
 from latentflow.training.loop.checkpoint import list_checkpoints
-from latentflow.training.loop.order import Draw
-from latentflow.training.stages.autoencoder import AutoencoderStage
-from latentflow.training.stages.flow import FlowStage
+from latentflow.training.loop.data_order import Draw
+from latentflow.training.losses.autoencoder import AutoencoderStage
+from latentflow.training.losses.flow import FlowStage
 
 from .command import ROOT, TINY, call, environment
 from .forking import fork_ranks

@@ -19,12 +19,13 @@ from torch import nn
 
 from latentflow.autoencoder import latents
 from latentflow.errors import RunError, UserError
-from latentflow.memory import OutOfMemory, is_out_of_memory, memory_phase
 from latentflow.training import Callbacks, fit, log_to
-from latentflow.training.loop import batches, saving
 from latentflow.training.loop import fit as loop
+from latentflow.training.loop import loader as batches
+from latentflow.training.loop import saving
 from latentflow.training.loop.checkpoint import list_checkpoints, load_latest
-from latentflow.training.loop.order import DataOrder, Draw
+from latentflow.training.loop.data_order import DataOrder, Draw
+from latentflow.utils.memory import OutOfMemory, is_out_of_memory, memory_phase
 
 from .forking import fork_ranks
 from .test_loop import CONFIG, Line, Regression, assert_equal_weights, run

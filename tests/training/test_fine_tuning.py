@@ -26,13 +26,13 @@ from latentflow.data import Source, cached_pixels, find_source, pixels_to_images
 from latentflow.errors import UserError
 from latentflow.models import DiT, small_text_encoder, train_tokenizer
 from latentflow.training import LoopConfig
-from latentflow.training.loop.order import DataOrder
-from latentflow.training.run.base import open_base, with_base_classes
-from latentflow.training.run.drawn import DrawnExample
-from latentflow.training.run.fine_tuning import FineTuningConfig, fitted, held_out_share
-from latentflow.training.run.memorised import tell_memorised
-from latentflow.training.run.preview import preview_source
-from latentflow.training.run.prior import asked_of
+from latentflow.training.fine_tune.base import open_base, with_base_classes
+from latentflow.training.fine_tune.defaults import FineTuningConfig, fitted, held_out_share
+from latentflow.training.fine_tune.memorisation import tell_memorised
+from latentflow.training.fine_tune.prior import asked_of
+from latentflow.training.fine_tune.teacher_samples import DrawnExample
+from latentflow.training.loop.data_order import DataOrder
+from latentflow.training.preview import preview_source
 
 from .command import ROOT, TINY, call
 from .forking import fork_ranks
@@ -126,7 +126,7 @@ def test_new_classes_follow_those_of_the_checkpoint_which_draws_what_it_drew(
         torch.testing.assert_close(*kept, rtol=0, atol=1e-5)
     # Begun with these numbers: the same data with fewer classes known would train pictures under other ones.
     with pytest.raises(UserError, match="'dog' was 1, is 2"):
-        from latentflow.training.run.start import refuse_renumbered_classes
+        from latentflow.training.networks import refuse_renumbered_classes
 
         refuse_renumbered_classes(tmp_path / "pipeline", Source("d", (), "class", ("ant", "cow", "dog")))
 
@@ -233,7 +233,7 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
 ) -> None:
     line = [animals, *QUICK, "--init-from", base, "--prior-samples", 6, "--max-train-steps", 4]
     line += ["--checkpointing-steps", 2, "--inpainting"]  # so that their pixels are kept as well
-    monkeypatch.setattr("latentflow.training.run.drawn._TOGETHER", 4)
+    monkeypatch.setattr("latentflow.training.fine_tune.teacher_samples._TOGETHER", 4)
     said = call(cache, *line, "-o", tmp_path / "whole")
     assert "6 samples of" in said and "its 2 classes" in said
     files = sorted((tmp_path / "whole" / "prior").glob("*.safetensors"))

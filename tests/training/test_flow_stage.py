@@ -15,9 +15,9 @@ from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
 from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS
 from latentflow.flow.tensors import expand_t
-from latentflow.training.loop.order import Draw
-from latentflow.training.stages.average_velocity import OneStepStage
-from latentflow.training.stages.flow import FlowConfig, FlowStage, _for_coupling, validation_loss
+from latentflow.training.loop.data_order import Draw
+from latentflow.training.losses.average_velocity import OneStepStage
+from latentflow.training.losses.flow import FlowConfig, FlowStage, _for_coupling, validation_loss
 
 from .command import TINY, call
 

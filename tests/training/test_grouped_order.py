@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentflow.training.loop.grouped_order import grouped_permutation
-from latentflow.training.loop.order import DataOrder, seeded
+from latentflow.training.loop.data_order import DataOrder, grouped_permutation, seeded
 
 COUNTS = {
     "usual": (70, 33, 20, 5, 1, 1),

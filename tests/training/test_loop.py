@@ -17,8 +17,8 @@ from torch import nn
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, LoopConfig, fit, log_to
 from latentflow.training.loop.checkpoint import list_checkpoints
-from latentflow.training.loop.order import DataOrder, Draw, SampleRandom
-from latentflow.training.loop.run_files import read_metrics
+from latentflow.training.loop.data_order import DataOrder, Draw, SampleRandom
+from latentflow.training.loop.run_folder import read_metrics
 
 CONFIG = LoopConfig(
     max_train_steps=12, train_batch_size=6, learning_rate=0.1, lr_warmup_steps=2, weight_decay=0.0,

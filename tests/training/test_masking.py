@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, mask_channels
 from latentflow.data import LatentTable, Source, find_source, one_size
-from latentflow.data.shapes import ShapeExample, all_specs
+from latentflow.data.sources.shapes import ShapeExample, all_specs
 from latentflow.models import Condition, DiT, UNet
-from latentflow.training.loop.order import Draw
-from latentflow.training.run.start import networks_from
-from latentflow.training.stages.flow import FlowConfig, FlowStage
-from latentflow.training.stages.latent_data import LatentData, Sized
-from latentflow.training.stages.masking import Masking
+from latentflow.training.latent_data import LatentData, Sized
+from latentflow.training.loop.data_order import Draw
+from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.masking import Masking
+from latentflow.training.networks import networks_from
 
 from .command import TINY, call
 

@@ -18,15 +18,20 @@ from torch import nn
 from latentflow.errors import UserError
 from latentflow.models import DiT
 from latentflow.training import fit
-from latentflow.training.loop import muon
+from latentflow.training.estimate import state_bytes
+from latentflow.training.loop import optimizers as muon
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.config import LoopConfig
+from latentflow.training.loop.distributed import is_sharded
 from latentflow.training.loop.ema import WeightAverage, warmed_up
-from latentflow.training.loop.muon import Muon, orthogonalise
-from latentflow.training.loop.optimizers import OPTIMIZERS, learning_rate, make_optimizers
-from latentflow.training.loop.player import Player
-from latentflow.training.loop.sharding import is_sharded
-from latentflow.training.run.cost import state_bytes
+from latentflow.training.loop.optimizers import (
+    OPTIMIZERS,
+    Muon,
+    learning_rate,
+    make_optimizers,
+    orthogonalise,
+)
+from latentflow.training.loop.trained_module import Player
 
 from .test_loop import CONFIG, Line, Regression, assert_equal_weights, weights
 
@@ -314,7 +319,7 @@ def test_layer_decay_scales_rates_by_the_distance_from_the_end_and_spares_tables
 def test_a_scaled_rate_reaches_the_weights() -> None:
     from accelerate import Accelerator
 
-    from latentflow.training.loop.player import Player
+    from latentflow.training.loop.trained_module import Player
 
     torch.manual_seed(0)
     stage = nn.ModuleDict({"network": DiT(in_channels=4, width=32, depth=2, heads=2)})

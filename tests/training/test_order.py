@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from latentflow.training.loop.order import DataOrder, SampleRandom
+from latentflow.training.loop.data_order import DataOrder, SampleRandom
 
 
 def flat(order: DataOrder, first: int, last: int, process: int = 0) -> list[tuple[int, int]]:

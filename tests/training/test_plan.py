@@ -15,10 +15,10 @@ from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, T
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
 from latentflow.models import DIT_PRESETS, Condition, DiT, UNet, dit_config
 from latentflow.training import LoopConfig
+from latentflow.training import estimate as plan
+from latentflow.training.estimate import Cost, encoding_flops, network_cost, state_bytes, text_encoder_cost
 from latentflow.training.loop.ema import WeightAverage
 from latentflow.training.loop.optimizers import make_optimizers
-from latentflow.training.run import estimate as plan
-from latentflow.training.run.cost import Cost, encoding_flops, network_cost, state_bytes, text_encoder_cost
 
 from .command import ROOT, TINY, call
 

@@ -15,12 +15,11 @@ from torch import nn
 
 from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
-from latentflow.training import LoopConfig, fit
+from latentflow.training import LoopConfig, average, fit
+from latentflow.training.average import averaged_pipeline, reconstruct
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.ema import WeightAverage, power_function
-from latentflow.training.loop.post_hoc import LONGEST, coefficients, exponent
-from latentflow.training.run import average
-from latentflow.training.run.average import averaged_pipeline, reconstruct
+from latentflow.training.loop.post_hoc_ema import LONGEST, coefficients, exponent
 
 from .command import TINY, call
 from .forking import fork_ranks

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latentflow.training.loop import precision
-from latentflow.training.loop.muon import orthogonalise
+from latentflow.training.loop import distributed as precision
+from latentflow.training.loop.optimizers import orthogonalise
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def test_muon_does_not_emulate_bfloat16(
     fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU without it, bfloat16 matrix products take up to 70 times as long as those in float32."""
-    monkeypatch.setattr("latentflow.training.loop.muon.has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr("latentflow.training.loop.optimizers.has_fast_bfloat16", lambda device: fast)
     assert orthogonalise(torch.randn(1, 4, 8)).dtype == dtype
 
 

@@ -17,17 +17,9 @@ from PIL import Image
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, load_autoencoder
 from latentflow.cli import run
-from latentflow.data import (
-    LatentFolder,
-    Source,
-    cache,
-    cached_latents,
-    check_source,
-    find_source,
-    readable,
-    split,
-)
-from latentflow.data.latent_files import INDEX
+from latentflow.data import LatentFolder, Source, cached_latents, check_source, find_source, readable, split
+from latentflow.data.cache.tensors import tensors as cache
+from latentflow.data.sources.latent_files import INDEX
 from latentflow.errors import UserError, one_line
 
 from ..data.pictures import load_program, noise
@@ -160,7 +152,7 @@ def test_what_was_begun_is_finished_and_nothing_else_is_touched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     latents = tmp_path / "latents"
-    monkeypatch.setattr("latentflow.data.store._ROWS", 4)
+    monkeypatch.setattr("latentflow.data.cache.store._ROWS", 4)
     line = [data, "--vae", vae, "-o", latents, "--resolution", 16]
     precompute(capsys, *line)
     (latents / INDEX).unlink()

@@ -20,14 +20,15 @@ from PIL import Image
 from latentflow.cli import parse, write_config
 from latentflow.data import find_source
 from latentflow.errors import RunError, UserError, few
-from latentflow.training.loop import run_files, trackers
-from latentflow.training.loop.report import Reporter
-from latentflow.training.results import hub
-from latentflow.training.results.card import CardFacts, write_card
-from latentflow.training.results.curves import thinned
-from latentflow.training.results.export import carry_over, is_generated, signed
-from latentflow.training.results.folder import Run, data_lines, read_run
-from latentflow.training.results.page import report_page
+from latentflow.training.loop import logging as trackers
+from latentflow.training.loop import run_folder as run_files
+from latentflow.training.loop.logging import Reporter
+from latentflow.training.report import hub
+from latentflow.training.report.card import CardFacts, write_card
+from latentflow.training.report.curves import thinned
+from latentflow.training.report.export import carry_over, is_generated, signed
+from latentflow.training.report.folder import Run, data_lines, read_run
+from latentflow.training.report.page import report_page
 
 from .command import ROOT
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from latentflow.errors import UserError
 from latentflow.models import DiT, UNet
 from latentflow.models.routing import Route
-from latentflow.training.loop.order import SampleRandom
-from latentflow.training.stages.flow import FlowConfig, FlowStage
-from latentflow.training.stages.routing import Routing, RoutingConfig
+from latentflow.training.loop.data_order import SampleRandom
+from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.routing import Routing, RoutingConfig
 
 ROWS, SIDE = 6, 4
 RUN = (1000, 10)  # samples of the run, and of a step

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from latentflow.errors import RunError, UserError
-from latentflow.training.loop import run_lock as module
-from latentflow.training.loop.run_lock import run_lock
+from latentflow.training.loop import run_folder as module
+from latentflow.training.loop.run_folder import run_lock
 
 from .forking import fork_ranks
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, LoopConfig, fit
-from latentflow.training.loop.batches import by_group
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.order import DataOrder, Draw
-from latentflow.training.loop.sharding import is_sharded
+from latentflow.training.loop.data_order import DataOrder, Draw
+from latentflow.training.loop.distributed import is_sharded
+from latentflow.training.loop.loader import by_group
 
 from .forking import fork_ranks
 from .test_loop import CONFIG, Line

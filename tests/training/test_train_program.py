@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from latentflow import LatentFlowPipeline
 from latentflow.data import Source
 from latentflow.errors import UserError
-from latentflow.training.run.start import refuse_renumbered_classes
+from latentflow.training.networks import refuse_renumbered_classes
 
 from ..data.pictures import noise
 from .command import ROOT, TINY, call, environment

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentflow.drawing.checkpoint import Takes, taken_by
 from latentflow.errors import UserError
+from latentflow.inference.checkpoint import Takes, taken_by
 from latentflow.web.studio import MOST_PICTURES, Order, Studio, painted
 
 Checkpoint = Callable[..., Path]

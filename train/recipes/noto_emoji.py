@@ -35,7 +35,7 @@ import tyro
 from PIL import Image
 
 from latentflow.cli import parse, run
-from latentflow.data.image_files import open_picture
+from latentflow.data.images import open_picture
 from latentflow.errors import UserError
 
 TONES = {

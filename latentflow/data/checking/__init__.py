@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from .page import report_page
+from .check import check_source, look_through, readable
+from .page import contact_sheet, report_page
 from .report import Report
-from .sheet import contact_sheet
-from .source import check_source, look_through, readable
 from .suggest import Suggestion, suggest
 
 __all__ = [

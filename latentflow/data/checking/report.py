@@ -1,16 +1,102 @@
-"""What ``latentflow check`` says of a data set."""
+"""The report of `latentflow check` on a data set, as text."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from latentflow.errors import few, one_line
+import numpy as np
 
-from .near import BITS, LEVELS
-from .words import CaptionFacts
+from ...errors import few, one_line
+from ..dataset import Example
+from .duplicates import BITS, LEVELS
+
+SIDES = (32, 64, 128, 256, 512, 1024)
+_ASPECTS = {  # width / height
+    "1:2 or taller": 1 / 2, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "4:5": 4 / 5, "1:1": 1.0,
+    "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1 or wider": 2.0,
+}  # fmt: skip
+
+
+def aspect_histogram(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """Pictures by the nearest (in ratio) of the usual shapes that occur, from tall to wide."""
+    values = np.log([width / height for width, height in sizes])
+    nearest = np.abs(values[:, None] - np.log(list(_ASPECTS.values()))).argmin(axis=1)
+    counts = np.bincount(nearest, minlength=len(_ASPECTS)).tolist()
+    return {name: count for name, count in zip(_ASPECTS, counts, strict=True) if count}
+
+
+def reach(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """How many pictures have a short side of at least 32, 64, ... pixels."""
+    short = np.array([min(size) for size in sizes], dtype=np.int64)
+    return {str(side): int((short >= side).sum()) for side in SIDES}
+
+
+def kept_by_square_crop(sizes: Iterable[tuple[int, int]]) -> float:
+    """The share of their area that pictures keep when a square is cut from their centre, on average."""
+    shares = [min(size) / max(size) for size in sizes]
+    return float(np.mean(shares)) if shares else 1.0
+
+
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+
+
+@dataclass(frozen=True)
+class CaptionFacts:
+    """Of all captions of all pictures.
+
+    Attributes:
+        missing: names of pictures without one.
+        different: number of different captions.
+        repeated: captions of several pictures, the most frequent first, with the number of pictures.
+        shortest, median, longest: in words.
+        vocabulary: number of different words, whatever their case.
+        once: how many of them occur only once, and so can hardly be learnt.
+        common: the most frequent words, with their counts.
+    """
+
+    missing: tuple[str, ...] = ()
+    different: int = 0
+    repeated: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    shortest: int = 0
+    median: float = 0
+    longest: int = 0
+    vocabulary: int = 0
+    once: int = 0
+    common: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def caption_facts(examples: Sequence[Example], most: int = 20) -> CaptionFacts:
+    """The facts, with ``most`` repeated captions and common words."""
+    texts = Counter(text for example in examples for text in set(example.captions) if text)
+    lengths = [len(_words(text)) for text in texts]
+    words = Counter(word for text, times in texts.items() for word in _words(text) * times)
+    return CaptionFacts(
+        missing=tuple(example.name for example in examples if not example.text),
+        different=len(texts),
+        repeated=_first(texts, most, at_least=2),
+        shortest=min(lengths, default=0),
+        median=statistics.median(lengths) if lengths else 0,
+        longest=max(lengths, default=0),
+        vocabulary=len(words),
+        once=sum(times == 1 for times in words.values()),
+        common=_first(words, most),
+    )
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _first(counts: Counter[str], most: int, at_least: int = 1) -> dict[str, int]:
+    ordered: Iterable[tuple[str, int]] = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return {name: times for name, times in list(ordered)[:most] if times >= at_least}
+
 
 _CONDITIONED = {
     "text": "conditioned on captions",

@@ -9,8 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError
-
+from ...errors import UserError
 from ..paths import CondOT, Path
 from ..solvers import Solver, integrate
 from ..solvers.base import schedule

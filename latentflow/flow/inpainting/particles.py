@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError
-
+from ...errors import UserError
 from ..paths import Path
 from ..predictions import convert
 from ..solvers import Solver

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from latentflow.errors import UserError
-
+from ...errors import UserError
 from ..paths import Path
 from ..solvers import Solver
 from ..solvers.base import schedule

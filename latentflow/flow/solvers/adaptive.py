@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError
-
+from ...errors import UserError
 from .base import Field, SolverOptions, Step
 
 # Dormand & Prince 1980, as in Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, table II.5.2.

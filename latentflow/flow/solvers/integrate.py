@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError, lookup
-
+from ...errors import UserError, lookup
 from ..paths import CondOT, Path
 from ..tensors import Generators, Velocity, compute_dtype, require_finite, with_time_rows
 from ..times import checked_times

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError, lookup
-
+from ...errors import UserError, lookup
 from ..paths import Path
 from ..predictions import convert
 from ..tensors import Velocity, normal_like

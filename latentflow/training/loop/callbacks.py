@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from PIL import Image
 
-from .player import Player
+from .trained_module import Player
 
 T = TypeVar("T")
 

@@ -26,10 +26,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ...errors import UserError
-from ...settings import read_settings
+from ...utils.settings import read_settings
+from .distributed import local, together
 from .folders import as_os_error, begin_folder, finish_folder, remove_folder, temporary_folder, write_folder
-from .processes import together
-from .sharding import local
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Literal
 from accelerate.utils import parse_flag_from_env
 
 from ...errors import UserError
-from .post_hoc import exponent
+from .post_hoc_ema import exponent
 
 SNAPSHOTS = 32  # of a run: enough for post-hoc averages to agree with tracked ones to 1e-3 (docs/training.md)
 

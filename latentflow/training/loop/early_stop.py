@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...errors import UserError
 from .config import LoopConfig
-from .player import Player
-from .processes import most_of_any_process
+from .distributed import most_of_any_process
+from .trained_module import Player
 
 _BETTER, _WORSE = 1, 2
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .post_hoc import exponent
-from .sharding import local
+from .distributed import local
+from .post_hoc_ema import exponent
 
 
 def warmed_up(decay: float) -> Callable[[int], float]:

@@ -23,27 +23,24 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from ...errors import RunError, UserError, reason
-from ...memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
+from ...utils.memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
 from . import checkpoint
-from .batches import DataFailed, TrainingData, groups_of, load_batches, second_of
 from .callbacks import Callbacks, with_averages
 from .config import LoopConfig
+from .data_order import DataOrder
+from .distributed import compute_dtype, most_of_any_process, process_state, resolve, together, whole
 from .early_stop import EarlyStop, refuse_unvalidated
+from .ema_snapshots import Snapshots
 from .folders import begin_folder, clean_up, finish_folder
 from .gradients import Gradients
+from .loader import DataFailed, TrainingData, groups_of, load_batches, second_of
+from .logging import Reporter
 from .optimizers import learning_rate
-from .order import DataOrder
-from .player import Player
-from .precision import compute_dtype, resolve
-from .processes import most_of_any_process, process_state, together
-from .profiling import profiler
-from .report import Reporter
-from .run_lock import run_lock
+from .profiling import matrix_product_rate, profiler
+from .run_folder import run_lock
 from .saving import Saver, attempts, writing
-from .sharding import whole
 from .signals import Stop, stop_on_signal
-from .snapshots import Snapshots
-from .speed import matrix_product_rate
+from .trained_module import Player
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +71,7 @@ def fit(
         callbacks: validation, previews and export.
         description: what must not change between resumed runs (architecture, data), as nested dicts of plain values.
         resume_line: the command that resumes this run, printed when it stops before its end.
-        phase: what to call the training when memory runs out; a key of `latentflow.memory.ADVICE`.
+        phase: what to call the training when memory runs out; a key of `latentflow.utils.memory.ADVICE`.
         flops: of a sample, forward and backward; with them the model FLOPs utilisation is reported: the share of the
             machine's rate of matrix products that goes into the model (Chowdhery et al. 2022, arXiv:2204.02311,
             appendix B).

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ...errors import one_line
-from ...memory import OutOfMemory, is_out_of_memory, out_of_memory, release_memory
+from ...utils.memory import OutOfMemory, is_out_of_memory, out_of_memory, release_memory
 from . import checkpoint
-from .batches import Batch, DataFailed, TrainingData, split_rows, to_device
 from .config import LoopConfig
-from .player import Player
-from .processes import in_any_process, most_of_any_process
+from .distributed import in_any_process, most_of_any_process
+from .loader import Batch, DataFailed, TrainingData, split_rows, to_device
+from .trained_module import Player
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Gradients:
         data: for the names of samples.
         config: batch, accumulation, and whether batches may be split.
         accelerator: of the run.
-        phase: what to call this when memory runs out; a key of `latentflow.memory.ADVICE`.
+        phase: what to call this when memory runs out; a key of `latentflow.utils.memory.ADVICE`.
 
     Attributes:
         micro_batch: rows of one forward pass; fewer than a batch after running out of memory.

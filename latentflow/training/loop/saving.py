@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import RunError
-from ...memory import is_out_of_memory, size_text
+from ...utils.memory import is_out_of_memory, size_text
 from . import checkpoint
 from .checkpoint import Snapshot, State
+from .distributed import PATIENCE, together
 from .folders import as_os_error
-from .processes import PATIENCE, together
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,307 @@
+"""Inspection of images: each decoded once, with all cores, and again only when its file changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+from ...errors import UserError
+from ..cache.eviction import LOOKS, cache_root
+from ..dataset import Example, FileExample, Source
+from ..images import ImageFileError, decoding, name_of
+from ..pixels import to_rgb
+from ..sources.members import Member
+
+THUMBNAIL = 8  # pixels, the side of what near duplicates are compared by
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNED = range(5, 9)  # orientations that swap width and height
+_ENOUGH = 128  # pixels of the short side that a fingerprint needs
+_REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One picture, opened: what it is, or why it cannot be read.
+
+    Attributes:
+        width, height: after EXIF rotation.
+        mode, format: Pillow's names.
+        rotated: whether EXIF turns or mirrors it.
+        animated: whether it has more frames than the first, which is what is used.
+        key: the example's content key.
+        hash: perceptual hash (64 bits, as a signed number): few bits differ between copies of one picture.
+        thumbnail: RGB pixels, ``THUMBNAIL`` x ``THUMBNAIL``, row by row.
+        mask_width, mask_height: of its mask, 0 where there is none.
+        profile: the name of its colour profile where that is another than sRGB.
+        profile_problem: why the profile cannot be used.
+        error: why it cannot be used; everything else is then empty.
+        mask_error: why its mask cannot be used.
+    """
+
+    width: int = 0
+    height: int = 0
+    mode: str = ""
+    format: str = ""
+    rotated: bool = False
+    animated: bool = False
+    key: str = ""
+    hash: int = 0
+    thumbnail: bytes = b""
+    mask_width: int = 0
+    mask_height: int = 0
+    profile: str = ""
+    profile_problem: str = ""
+    error: str | None = None
+    mask_error: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+    @property
+    def mask_size(self) -> tuple[int, int] | None:
+        return (self.mask_width, self.mask_height) if self.mask_width else None
+
+
+def look_at(example: Example) -> Look:
+    """The picture and its mask, decoded. What cannot be read is a result, not an error."""
+    try:
+        look = _look_at(example)
+    except UserError as error:
+        return Look(error=error.why if isinstance(error, ImageFileError) else error.what)
+    try:
+        mask = example.open_mask()
+    except UserError as error:
+        return dataclasses.replace(look, mask_error=error.what)
+    return look if mask is None else dataclasses.replace(look, mask_width=mask.width, mask_height=mask.height)
+
+
+def look_at_all(examples: list[Example]) -> list[Look]:
+    return [look_at(example) for example in examples]
+
+
+def _look_at(example: Example) -> Look:
+    with example.open() as image:
+        width, height = image.size
+        mode, format = image.mode, image.format or ""
+        with decoding(name_of(image)):
+            # A JPEG is decoded at an eighth of its size where that is enough: all its data are read, the fewer
+            # pixels only save time.
+            image.draft(None, (_ENOUGH, _ENOUGH))  # None keeps the mode
+            image.load()
+            orientation = image.getexif().get(_ORIENTATION, 1)
+            animated = format != "MPO" and bool(getattr(image, "is_animated", False))
+            turned = ImageOps.exif_transpose(image)
+        hash, thumbnail = _fingerprint(turned)
+    if orientation in _TURNED:
+        width, height = height, width
+    look = Look(
+        width, height, mode, format, orientation != 1, animated, example.content_key(), hash, thumbnail
+    )
+    profile = example.profile()
+    if profile is None:
+        return look
+    return dataclasses.replace(look, profile=profile.name, profile_problem=profile.problem)
+
+
+def _fingerprint(upright: Image.Image) -> tuple[int, bytes]:
+    factor = min(upright.size) // _ENOUGH
+    if factor > 1 and upright.mode in _REDUCIBLE and "transparency" not in upright.info:
+        upright = upright.reduce(factor)
+    small = to_rgb(upright).resize((64, 64), Image.Resampling.BOX)
+    bits = np.packbits(imagehash.phash(small).hash)
+    thumbnail = small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return int(bits.view(np.dtype(">i8"))[0]), thumbnail.tobytes()
+
+
+log = logging.getLogger(__name__)
+
+_VERSION = 2  # raise it when the meaning of a look changes
+_TASK = 32  # pictures that a worker is given at once
+_AT_ONCE = 1024  # looks that are remembered at once: a disk may take 20 ms to take anything for good
+_MANY = 1000  # pictures from which starting processes pays
+_FIELDS = [field.name for field in dataclasses.fields(Look) if not field.name.endswith("error")]
+_FLAGS = ("rotated", "animated")
+
+
+def looks_at(source: Source, progress: bool = True) -> Iterator[Look]:
+    """What every picture of ``source`` is, in its order; what was seen before comes from the cache.
+
+    Raises:
+        UserError: a process that decodes pictures was killed.
+    """
+    waiting: deque[tuple[list[Example], list[Look | None], Future[list[Look]] | None]] = deque()
+    examples = iter(source.examples)
+    with (
+        _Seen(source) as seen,
+        _workers(source) as pool,
+        tqdm(
+            total=len(source), desc="checking pictures", unit=" pictures", disable=not progress or None
+        ) as bar,
+    ):
+        while True:
+            while len(waiting) < 8 * _cores() and (task := list(islice(examples, _TASK))):
+                known = [seen.get(example) for example in task]
+                new = [example for example, look in zip(task, known, strict=True) if look is None]
+                waiting.append((task, known, pool.submit(look_at_all, new) if new else None))
+            if not waiting:
+                return
+            task, known, future = waiting.popleft()
+            fresh = iter(_result(future) if future else [])
+            looks = [look or next(fresh) for look in known]
+            seen.add(
+                [pair for pair, old in zip(zip(task, looks, strict=True), known, strict=True) if not old]
+            )
+            for look in looks:
+                yield look
+                bar.update()
+
+
+def _result(future: Future[list[Look]]) -> list[Look]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that decodes pictures was killed, probably for want of memory",
+            "Start again: what was seen is remembered. A picture of very many pixels may be the reason.",
+        ) from None
+
+
+def _workers(source: Source) -> Executor:
+    """Processes where they pay: most of the time goes to Python between Pillow's calls, which threads share."""
+    plain = all(isinstance(e, FileExample) and not isinstance(e.path, Member) for e in source.examples)
+    # Where processes do not start as copies of this one, they would spend longer on importing torch.
+    if len(source) >= _MANY and plain and "fork" in multiprocessing.get_all_start_methods():
+        return ProcessPoolExecutor(_cores(), multiprocessing.get_context("fork"), _end_with_parent)
+    return ThreadPoolExecutor(_cores())
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for work without end where the process that it works for is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Seen:
+    """Looks of earlier, in a small database in the cache; a look is true as long as size and time of its files are.
+
+    Only pictures that can be read are remembered: the reason why one cannot may pass.
+    """
+
+    def __init__(self, source: Source) -> None:
+        root = cache_root()
+        inside = source.root is not None and root.resolve().is_relative_to(source.root.resolve())
+        self._path = None if inside else root / LOOKS.format(_VERSION)
+        self._database: sqlite3.Connection | None = None
+        self._new: list[tuple[object, ...]] = []  # rows that are not written yet
+
+    def __enter__(self) -> _Seen:
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                # Threads take turns; other processes are waited for.
+                self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
+                columns = ", ".join(_FIELDS)
+                self._database.execute(
+                    f"CREATE TABLE IF NOT EXISTS looks (place BLOB PRIMARY KEY, state TEXT, {columns})"
+                )
+                os.utime(self._path)  # used: what was not used for longest makes room
+            except (sqlite3.Error, OSError) as error:
+                self._give_up(error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write()
+        if self._database is not None:
+            self._database.close()
+
+    def get(self, example: Example) -> Look | None:
+        if self._database is None or (at := _place(example)) is None:
+            return None
+        try:
+            row = self._database.execute(
+                f"SELECT {', '.join(_FIELDS)} FROM looks WHERE place = ? AND state = ?", at
+            ).fetchone()
+        except sqlite3.Error as error:
+            self._give_up(error)
+            return None
+        if row is None:
+            return None
+        values = dict(zip(_FIELDS, row, strict=True))
+        return Look(**values | {flag: bool(values[flag]) for flag in _FLAGS})
+
+    def add(self, pairs: list[tuple[Example, Look]]) -> None:
+        good = [(example, look) for example, look in pairs if not (look.error or look.mask_error)]
+        self._new += [
+            (*at, *(getattr(look, name) for name in _FIELDS))
+            for example, look in good
+            if (at := _place(example)) is not None
+        ]
+        if len(self._new) >= _AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        rows, self._new = self._new, []
+        if self._database is None or not rows:
+            return
+        try:
+            with self._database:
+                marks = ", ".join("?" * len(rows[0]))
+                self._database.executemany(f"INSERT OR REPLACE INTO looks VALUES ({marks})", rows)
+        except sqlite3.Error as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        log.warning(
+            "what was seen cannot be remembered in %s (%s): going on without; delete the file if it is damaged",
+            self._path,
+            error,
+        )
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+
+def _place(example: Example) -> tuple[bytes, str] | None:
+    """Where a picture lies, and the state of its files there; None where a file is gone."""
+    files = [example.path if isinstance(example, FileExample) else example.content_key(), example.mask]
+    try:
+        states = [_state(file) if isinstance(file, Path) else repr(file) for file in files]
+    except OSError:
+        return None
+    place = os.fsencode(files[0].absolute()) if isinstance(files[0], Path) else repr(files[0]).encode()
+    alpha = b" alpha" if files[0] == files[1] else b""
+    stored = b" stored" if isinstance(example, FileExample) and example.colours == "stored" else b""
+    return place + alpha + stored, f"{PIL.__version__} {states}"
+
+
+def _state(file: Path) -> str:
+    state = file.stat()
+    return f"{os.fsencode(file)!r} {state.st_size} {state.st_mtime_ns}"

@@ -1,0 +1,257 @@
+"""What of each picture is trained on: one size for all, or several aspect ratios ("buckets"), and which crops."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError, one_line
+from .cache.store import Array
+from .checking.inspect_images import looks_at
+from .config import FramingConfig
+from .dataset import Example, Source
+from .sources.latent_folder import LatentFolder
+
+Size: TypeAlias = tuple[int, int]  # (height, width) in pixels
+
+_STEPS = 16  # sides of buckets are this share of the resolution apart, where the network's unit allows it
+_MUCH = 0.25  # share of a picture that is cut off, from which the report names it
+
+
+def bucket_sizes(resolution: int, unit: int) -> list[Size]:
+    """Sizes of about ``resolution`` ** 2 pixels, and never more, from 4:1 to 1:4; wide ones first.
+
+    Args:
+        resolution: side of the square among them.
+        unit: what every side must be a multiple of.
+
+    Raises:
+        UserError: ``resolution`` is none of its multiples.
+    """
+    if resolution % unit:
+        nearest = max(1, round(resolution / unit)) * unit
+        raise UserError(
+            f"--resolution {resolution} is not a multiple of {unit}, as autoencoder and network need",
+            f"The nearest is {nearest}.",
+        )
+    step = unit * max(1, round(resolution / _STEPS / unit))
+    shorts = [resolution - step * i for i in range(resolution) if resolution - step * i >= resolution / 2]
+    wide = [(short, resolution**2 // short // step * step) for short in shorts]
+    wide = [size for size in wide if size[1] > size[0] and not size[1] % unit]
+    return [*reversed(wide), (resolution, resolution), *((width, height) for height, width in wide)]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The pictures of a source, each brought to one of a few sizes by cutting off what is too long.
+
+    Attributes:
+        source: N pictures.
+        sizes: the sizes that are used.
+        bucket: (N,), each picture's among ``sizes``.
+        natural: (N, 2), heights and widths of the pictures as they are; None where nobody asked.
+        crops: places from which each picture is cut, of which every use draws one; 1: the centre.
+    """
+
+    source: Source
+    sizes: tuple[Size, ...]
+    bucket: Array
+    natural: Array | None
+    crops: int = 1
+
+    @cached_property
+    def members(self) -> list[Array]:
+        """The pictures of each size, ascending."""
+        return [np.flatnonzero(self.bucket == number) for number in range(len(self.sizes))]
+
+    def part(self, number: int) -> Source:
+        """The pictures of size ``number``; every crop of a picture is an example, next to one another."""
+        whole = self.source.subset(self.members[number].tolist()) if len(self.sizes) > 1 else self.source
+        return whole if self.crops == 1 else cropped(whole, self.crops)
+
+    @cached_property
+    def centres(self) -> Array:
+        """(N, crops, 2), where the crops lie, of the pictures as they are when this is first asked for."""
+        centres = np.full((len(self.source), self.crops, 2), 0.5, dtype=np.float32)
+        for row, example in enumerate(self.source.examples) if self.crops > 1 else ():
+            centres[row] = [centering(example, crop) for crop in range(self.crops)]
+        return centres
+
+    def told(self, rows: Array, crops: Array, flips: Array) -> Array:
+        """What SDXL tells its network of a picture (arXiv:2307.01952, section 2.2): (B, 6) float32.
+
+        Height and width of the picture as it is; how many pixels were cut off above and on the left, once it was
+        resized; height and width of what is left.
+
+        Args:
+            rows, crops, flips: (B,) integers: the pictures, which crop of each, and 1 where it is mirrored.
+        """
+        assert self.natural is not None
+        natural, sizes = self.natural[rows], np.asarray(self.sizes)[self.bucket[rows]]
+        cut = natural * (sizes / natural).max(1, keepdims=True) - sizes
+        across, down = self.centres[rows, crops].astype(np.float64).T
+        places = np.stack([down, np.where(flips, 1 - across, across)], axis=1)
+        return np.concatenate([natural, np.rint(cut * places), sizes], axis=1).astype(np.float32)
+
+    def lines(self) -> list[str]:
+        """How the pictures are spread over the sizes, and what is cut off."""
+        if self.natural is None:
+            return []
+        lost = _cut_off(self.natural, np.asarray(self.sizes)[self.bucket])
+        shares = ", ".join(
+            f"{width}x{height}: {len(rows)}"
+            for (height, width), rows in zip(self.sizes, self.members, strict=True)
+        )
+        lines = [
+            f"sizes (width x height: pictures): {shares}; none left out",
+            f"cut off: {lost.mean():.1%} of a picture on average, {lost.max():.1%} of "
+            f"{one_line(self.source.examples[int(lost.argmax())].name)} at most; a square would cut off "
+            f"{_cut_off(self.natural, np.ones((1, 2))).mean():.1%} on average",
+        ]
+        if much := int((lost > _MUCH).sum()):
+            lines.append(f"WARNING: {much} pictures lose more than {_MUCH:.0%} of themselves")
+        return lines
+
+
+def _cut_off(natural: Array, sizes: Array) -> Array:
+    """(N,): the share that is lost of pictures of (height, width) ``natural`` brought to the shapes ``sizes``."""
+    ratio = natural[:, 1] / natural[:, 0] / (sizes[:, 1] / sizes[:, 0])
+    return 1 - np.minimum(ratio, 1 / ratio)
+
+
+def one_size(source: Source, size: Size, crops: int = 1) -> Framing:
+    """Every picture at the same size."""
+    return Framing(source, (size,), np.zeros(len(source), dtype=np.int32), None, crops)
+
+
+def frame(source: Source, resolution: int, unit: int, config: FramingConfig, told: bool = False) -> Framing:
+    """Choose a size for every picture: the bucket whose aspect ratio is nearest to its own.
+
+    Args:
+        unit: what the sides of a picture must be multiples of.
+        told: whether the network is told sizes and crops.
+
+    The pictures of a folder of latents were cut when it was made.
+
+    Raises:
+        UserError: a wrong setting, or one that does not fit a folder of latents.
+    """
+    if isinstance(source, LatentFolder):
+        return _as_stored(source, unit, config)
+    square = ((resolution, resolution),)
+    if not (config.buckets or told):
+        return one_size(source, square[0], config.crops)
+    natural = _natural_sizes(source)
+    sizes = bucket_sizes(resolution, unit) if config.buckets else square
+    ratios = np.log([width / height for height, width in sizes])
+    nearest = np.abs(np.log(natural[:, 1] / natural[:, 0])[:, None] - ratios).argmin(1)
+    return _framing(source, sizes, nearest, natural, config.crops)
+
+
+def _as_stored(source: LatentFolder, unit: int, config: FramingConfig) -> Framing:
+    if config.crops > 1 or (config.buckets and all(height == width for height, width in source.sizes)):
+        raise UserError(
+            f"{source.name} is a folder of latents: how pictures are cut was decided when it was made",
+            "Leave --crops and --buckets out (`latentflow precompute --buckets` stores several aspect ratios), or "
+            "train on the pictures.",
+        )
+    for size in source.sizes:
+        if size[0] % unit or size[1] % unit:
+            raise UserError(
+                f"{source.name} holds pictures of {size[1]} x {size[0]} pixels; the network needs multiples of {unit}",
+                "Use a smaller --patch-size, or precompute again with a multiple of the resolution.",
+            )
+    return _framing(source, source.sizes, source.buckets(), source.natural())
+
+
+def _framing(source: Source, sizes: Sequence[Size], bucket: Array, natural: Array, crops: int = 1) -> Framing:
+    """With those of ``sizes`` that are used."""
+    used, inverse = np.unique(bucket, return_inverse=True)
+    chosen = tuple(sizes[number] for number in used.tolist())
+    return Framing(source, chosen, inverse.astype(np.int32), natural, crops)
+
+
+def _natural_sizes(source: Source) -> Array:
+    """(N, 2) heights and widths, as the pictures are looked at."""
+    sizes = np.empty((len(source), 2), dtype=np.int32)
+    for row, look in enumerate(looks_at(source)):
+        if look.error is not None:
+            raise UserError(f"{source.examples[row].name}: {look.error}", "Start again: it is left out then.")
+        sizes[row] = look.height, look.width
+    return sizes
+
+
+# ---------------------------------------------------------------- crops
+
+
+@dataclass(frozen=True)
+class Crop(Example):
+    """A picture of which another part than the middle is used."""
+
+    whole: Example = field(kw_only=True)
+    number: int = field(kw_only=True)
+
+    @property
+    def centering(self) -> tuple[float, float]:
+        return centering(self.whole, self.number)
+
+    def open(self) -> Image.Image:
+        return self.whole.open()
+
+    def open_mask(self) -> Image.Image | None:
+        return self.whole.open_mask()
+
+    def content_key(self) -> str:
+        return hashlib.sha256(f"{self.whole.content_key()} cut at {self.centering}".encode()).hexdigest()
+
+    def pixel_key(self) -> str:
+        return hashlib.sha256(f"{self.whole.pixel_key()} cut at {self.centering}".encode()).hexdigest()
+
+    def mask_key(self) -> str:
+        return self.whole.mask_key()
+
+
+def cropped(source: Source, crops: int) -> Source:
+    """``crops`` examples for each of ``source``, next to one another, the middle first."""
+    examples: Any = _Crops(source.examples, crops)
+    return dataclasses.replace(source, examples=examples)
+
+
+@dataclass(frozen=True)
+class _Crops(Sequence[Example]):
+    """The crops of all pictures; each is made when it is asked for: there may be many millions."""
+
+    wholes: Sequence[Example]
+    crops: int
+
+    def __len__(self) -> int:
+        return len(self.wholes) * self.crops
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(len(self))[place]]
+        whole, number = self.wholes[place // self.crops], place % self.crops
+        if number == 0:
+            return whole
+        shared = {one.name: getattr(whole, one.name) for one in dataclasses.fields(Example)}
+        return Crop(**shared, whole=whole, number=number)
+
+
+def centering(example: Example, crop: int) -> tuple[float, float]:
+    """Where crop number ``crop`` lies, from left to right and from top to bottom in [0, 1]; 0 is the middle."""
+    if crop == 0:
+        return example.centering
+    digest = hashlib.sha256(f"{example.content_key()} {crop}".encode()).digest()
+    across, down = (int.from_bytes(part, "big") / 2**32 for part in (digest[:4], digest[4:8]))
+    return across, down

@@ -1,0 +1,215 @@
+"""One picture with its caption or class, and a whole set of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from .images import Profile, key_and_profile, open_image, open_picture
+from .masks import alpha_mask, read_mask, without_alpha
+from .sources.members import File, file_key
+
+Kind = Literal["text", "class", "unconditional"]
+Colours = Literal["srgb", "stored"]
+
+
+@dataclass(frozen=True)
+class Example(ABC):
+    """One picture. ``name`` is unique in its source; ``text``, ``label`` and ``mask`` are None where unknown.
+
+    ``texts`` are further captions of the picture, of which each use draws one (``text`` is the first).
+    ``mask`` is the file of the user's own mask: the picture's own file where its alpha channel is the mask.
+    ``weight`` is a factor on the picture's loss, ``repeats`` how often an epoch uses it.
+    """
+
+    name: str
+    text: str | None = None
+    label: str | None = None
+    mask: File | None = field(default=None, kw_only=True)
+    texts: tuple[str, ...] = field(default=(), kw_only=True)
+    weight: float = field(default=1.0, kw_only=True)
+    repeats: int = field(default=1, kw_only=True)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, the first one first; empty where there is none."""
+        return () if self.text is None else (self.text, *self.texts)
+
+    @property
+    def centering(self) -> tuple[float, float]:
+        """Where the part lies that is used of a picture that is too long, in [0, 1] from left and from top."""
+        return 0.5, 0.5
+
+    @abstractmethod
+    def open(self) -> Image.Image:
+        """The picture as it was made, in any mode and size (``read_image`` prepares it for a network)."""
+
+    @abstractmethod
+    def content_key(self) -> str:
+        """Hexadecimal hash of what the picture shows: another picture under the same name has another key."""
+
+    def profile(self) -> Profile | None:
+        """Return the picture's colour profile where it has another than sRGB."""
+        return None
+
+    @property
+    def is_converted(self) -> bool:
+        """True where its colours are converted to sRGB, and its pixels are thus not those of its file."""
+        return False
+
+    def pixel_key(self) -> str:
+        """Return the hash of what its pixels are made of: ``content_key``, and the conversion of its colours."""
+        key = self.content_key()
+        return hashlib.sha256(f"in sRGB {key}".encode()).hexdigest() if self.is_converted else key
+
+    def open_mask(self) -> Image.Image | None:
+        """The user's own mask at its own size, upright (mode "L", 255 = repaint); None where there is none.
+
+        Raises:
+            UserError: the file is no mask or cannot be read.
+        """
+        return None if self.mask is None else read_mask(open_picture(self.mask))
+
+    def mask_key(self) -> str:
+        """Hexadecimal hash of the mask's file, "" where there is none."""
+        return "" if self.mask is None else file_key(self.mask)
+
+
+@dataclass(frozen=True)
+class FileExample(Example):
+    """A picture in a file, or in a member of an archive or a table; its key is the hash of the file's bytes.
+
+    Where the alpha channel is the mask it is no transparency: ``open`` leaves it out, and shows what it hid.
+    ``colours`` "stored" leaves the profile out: the numbers are read as they are stored.
+    """
+
+    path: File = field(kw_only=True)
+    colours: Colours = field(default="srgb", kw_only=True)
+
+    def open(self) -> Image.Image:
+        image = open_image(self.path)
+        if self.colours == "stored":
+            image.info.pop("icc_profile", None)
+        return without_alpha(image) if self._alpha_is_mask else image
+
+    def profile(self) -> Profile | None:
+        return key_and_profile(self.path)[1]
+
+    @property
+    def is_converted(self) -> bool:
+        return self.colours == "srgb" and (found := self.profile()) is not None and not found.problem
+
+    def open_mask(self) -> Image.Image | None:
+        return alpha_mask(open_picture(self.path)) if self._alpha_is_mask else super().open_mask()
+
+    def content_key(self) -> str:
+        key, _ = key_and_profile(self.path)  # with and without its alpha channel a picture looks different
+        return hashlib.sha256(f"without alpha {key}".encode()).hexdigest() if self._alpha_is_mask else key
+
+    @property
+    def _alpha_is_mask(self) -> bool:
+        return self.mask == self.path
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of pictures and what a model of them is conditioned on.
+
+    Attributes:
+        name: what the user called it.
+        examples: in a fixed order (by name).
+        kind: "text" (every ``text`` is a string), "class" (every ``label`` is in ``classes``) or
+            "unconditional".
+        classes: class names in order of their ids; empty unless ``kind`` is "class".
+        notes: what was inferred or left out, one line each, to be printed before training.
+        root: the folder, None for a procedural set. Nothing is ever written below it.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    kind: Kind
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    root: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def captions(self) -> list[str]:
+        """The first caption of every example ("" where there is none): what its picture is shown and judged with."""
+        return [example.text or "" for example in self.examples]
+
+    def all_captions(self) -> list[tuple[str, ...]]:
+        """Every caption of every example, ("",) where there is none: what it is trained with, one at each use."""
+        return [example.captions or ("",) for example in self.examples]
+
+    def uses(self) -> list[int]:
+        """The examples that one epoch uses, by index: each as often as its ``repeats`` say."""
+        return [index for index, example in enumerate(self.examples) for _ in range(example.repeats)]
+
+    def weights(self) -> list[float]:
+        """The factor on every example's loss."""
+        return [example.weight for example in self.examples]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any picture comes with a mask."""
+        return any(example.mask is not None for example in self.examples)
+
+    def once(self) -> Source:
+        """The same set without repeats: to measure on."""
+        if all(example.repeats == 1 for example in self.examples):
+            return self
+        return dataclasses.replace(
+            self, examples=tuple(dataclasses.replace(example, repeats=1) for example in self.examples)
+        )
+
+    def class_ids(self) -> list[int]:
+        """The class id of every example; only for ``kind`` "class"."""
+        ids = {name: index for index, name in enumerate(self.classes)}
+        return [ids[example.label or ""] for example in self.examples]
+
+    def content_keys(self) -> list[str]:
+        return [example.content_key() for example in self.examples]
+
+    def pixel_keys(self) -> list[str]:
+        return [example.pixel_key() for example in self.examples]
+
+    def fingerprint(self) -> str:
+        """Hash of all pictures and what is said of them, whatever their names and order: tells changed data."""
+        rows = sorted(_told(example) for example in self.examples)
+        return hashlib.sha256("\n".join([self.kind, *self.classes, *rows]).encode()).hexdigest()
+
+    def order(self) -> str:
+        """Return the hash of the same in this order, whatever the names: which image has which number."""
+        rows = [hashlib.sha256(_told(example).encode()).hexdigest() for example in self.examples]
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+    def subset(self, indices: list[int]) -> Source:
+        """The examples at ``indices``, with the same classes."""
+        return dataclasses.replace(self, examples=tuple(self.examples[i] for i in indices))
+
+    def noted(self, *notes: str) -> Source:
+        """The same set with more notes."""
+        return dataclasses.replace(self, notes=(*self.notes, *notes))
+
+
+def _told(example: Example) -> str:
+    """All of an example but its name; what most examples have none of is left out where it is not there."""
+    parts = [example.content_key(), example.text, example.label]
+    if mask := example.mask_key():
+        parts.append(mask)
+    if example.is_converted:
+        parts.append("in sRGB")
+    parts += [f"or {text}" for text in example.texts]
+    if example.weight != 1:
+        parts.append(f"weight {example.weight}")
+    if example.repeats != 1:
+        parts.append(f"repeats {example.repeats}")
+    return "\0".join(map(str, parts))

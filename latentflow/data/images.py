@@ -1,0 +1,275 @@
+"""Image files: opened as the promised formats only, and brought to sRGB."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from ..errors import UserError, nearest, printable, reason
+from ..utils.image_formats import FORMATS, readable_formats
+from .sources.members import File, Member, open_stream
+
+_TOLERANCE = 1  # levels of 255 by which profiles of sRGB differ, which many programs write in their own way
+_LONGEST, _LARGEST = 60, 2**22  # characters of a profile's name, bytes of a profile; some are kept
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A colour profile other than sRGB in an image: its name, or the ``problem`` for which it cannot be used."""
+
+    name: str
+    problem: str = ""
+
+
+def in_srgb(image: Image.Image) -> Image.Image:
+    """Return the image in sRGB and without a profile: RGB or grey, its alpha as it was.
+
+    The intent is relative colorimetric with black-point compensation. Without a profile, with one of sRGB, or with one
+    that cannot be used, the pixels and the mode stay as they are.
+    """
+    if "icc_profile" not in image.info:
+        return image
+    bare, mode = image.copy(), _colours_of(image)
+    conversion = _conversion(bare.info.pop("icc_profile"), mode)
+    if conversion.profile is None or conversion.profile.problem:
+        return bare
+    if not bare.has_transparency_data:
+        return conversion.of(bare.convert(mode))
+    whole = bare.convert("LA" if mode == "L" else "RGBA")
+    done = conversion.of(whole.convert(mode))
+    done.putalpha(whole.getchannel("A"))
+    return done
+
+
+def profile_of(image: Image.Image) -> Profile | None:
+    """Return the profile that the colours of an image are converted from; None where they are sRGB, or said to be.
+
+    A profile is what is embedded as an ICC profile; Pillow tells of no other (gAMA, cHRM and cICP in a PNG).
+    """
+    if "icc_profile" not in image.info:
+        return None
+    return _conversion(image.info["icc_profile"], _colours_of(image)).profile
+
+
+def key_and_profile(file: File) -> tuple[str, Profile | None]:
+    """Return the hexadecimal hash of an image file's bytes (`file_key`) and `profile_of` the image, from one reading.
+
+    The profile is None where the image cannot be read.
+    """
+    if isinstance(file, Member):
+        return _key_and_profile(file, 0, 0)
+    state = file.stat()
+    return _key_and_profile(file, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _key_and_profile(file: File, size: int, modified: int) -> tuple[str, Profile | None]:
+    with open_stream(file) as stream:
+        key = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(0)
+        try:
+            return key, profile_of(open_image(stream))
+        except ImageFileError:
+            return key, None
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """Conversion of colours by a profile: none without one, or where it has a problem."""
+
+    profile: Profile | None = None
+    transform: ImageCms.ImageCmsTransform | None = None
+    table: list[int] | None = None  # of grey
+
+    def of(self, image: Image.Image) -> Image.Image:
+        """Return the colours of an image without alpha in sRGB."""
+        if self.table is not None:
+            return image.point(self.table)
+        assert self.transform is not None
+        done = self.transform.apply(image)
+        done.info.clear()  # it says that it is in sRGB, as images without a profile are
+        return done
+
+
+@functools.lru_cache(maxsize=32)
+def _conversion(profile: object, mode: str) -> _Conversion:
+    """Return the conversion of colours of ``mode`` (L, RGB or CMYK) by ``profile``, which Pillow read from a file."""
+    # Pillow gives nothing where it could not put it together, and numbers from a damaged TIFF.
+    if not isinstance(profile, bytes):
+        return _Conversion(Profile("unknown", "it is damaged"))
+    ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
+    if len(profile) > _LARGEST:
+        return _Conversion(Profile("unknown", f"it has {len(profile)} bytes"))
+    name = "unknown"
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = opened.profile.xcolor_space.strip()
+        name = printable(" ".join((opened.profile.profile_description or space).split()))[:_LONGEST]
+        of = "RGB" if mode == "L" and space == "RGB" else mode  # grey is a colour of an RGB profile too
+        transform = ImageCms.buildTransform(
+            opened,
+            ImageCms.createProfile("sRGB"),
+            of,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0),
+        )
+        probe = ramp.convert(of) if mode == "L" else _probe()
+        seen = None if mode == "CMYK" else transform.apply(probe)
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        return _Conversion(Profile(name, reason(error)))
+    if seen is None:
+        return _Conversion(Profile(name), transform)
+    before = np.asarray(probe.convert("RGB"), dtype=int)
+    if np.abs(np.asarray(seen) - before).max() <= _TOLERANCE:
+        return _Conversion()
+    if mode == "L":
+        return _Conversion(Profile(name), table=list(seen.convert("L").tobytes()))
+    return _Conversion(Profile(name), transform)
+
+
+def _probe() -> Image.Image:
+    """Return colours all over RGB, 17 levels of each, and all greys."""
+    levels = np.linspace(0, 255, 17).round()
+    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(1, -1, 3)
+    greys = np.repeat(np.arange(256.0)[None, :, None], 3, axis=2)
+    return Image.fromarray(np.concatenate([colours, greys], axis=1).astype(np.uint8))
+
+
+def _colours_of(image: Image.Image) -> str:
+    """Return the mode of an image's colours without its alpha: L, RGB or CMYK."""
+    if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
+        return "L"
+    return "CMYK" if image.mode == "CMYK" else "RGB"
+
+
+_DAMAGED = "It may be damaged or cut off: copy or save it again."
+
+
+class ImageFileError(UserError):
+    """An image that cannot be read; ``why`` is the reason alone, for lists of names and reasons."""
+
+    def __init__(self, what: str, why: str = "", fix: str = "") -> None:
+        super().__init__(what, fix)
+        self.why = why or what
+
+
+def unreadable(name: str, why: str, fix: str = _DAMAGED) -> ImageFileError:
+    """Return the error for an image that cannot be read."""
+    return ImageFileError(f"{name} cannot be read: {why}", why, fix)
+
+
+def open_image(file: File | BinaryIO) -> Image.Image:
+    """Return the image in a file, a member or a stream, not yet decoded, in its own mode, not yet turned by EXIF.
+
+    Raises:
+        ImageFileError: there is no such file, it is of none of ``FORMATS``, damaged, or has far too many pixels.
+    """
+    name = str(file)
+    try:
+        if isinstance(file, Path):
+            _refuse_special(file)
+        place = open_stream(file) if isinstance(file, Member) else file
+    except OSError as error:
+        raise unreadable(name, _said(error), "Check the path, and that you may read it.") from error
+    with decoding(name):
+        image = Image.open(place, formats=readable_formats())
+    if isinstance(file, Member):
+        image.filename = name  # for later messages
+    return image
+
+
+def open_picture(path: str | os.PathLike[str] | Member) -> Image.Image:
+    """Return the image in a file or a member, wholly decoded, in its own mode, its EXIF rotation not yet applied.
+
+    Raises:
+        ImageFileError: there is no such file, it is no image, damaged, or larger than Pillow decodes
+            (``PIL.Image.MAX_IMAGE_PIXELS``).
+    """
+    if not isinstance(path, Member):
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise _no_file(path)
+    with open_image(path) as image:
+        loaded(image)
+        with decoding(str(path)):
+            image.getexif()  # in a TIFF it is read from the file
+        return image
+
+
+def loaded(image: Image.Image, name: str | None = None) -> Image.Image:
+    """Return the image, decoded.
+
+    Raises:
+        ImageFileError: it is damaged, or has more pixels than Pillow's limit.
+    """
+    name = name or name_of(image)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:  # Pillow refuses only from twice that on
+        raise _too_large(name, f"{image.width} x {image.height} pixels")
+    with decoding(name):
+        image.load()
+    return image
+
+
+def name_of(image: Image.Image) -> str:
+    """Return the file that an image was opened from, for messages."""
+    return str(getattr(image, "filename", "") or "the image")
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises on a damaged image into an `ImageFileError`.
+
+    Its decoders raise nearly anything, so nothing but calls of Pillow's own belongs inside.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        what, fix = f"{name} is not a picture that can be read", f"Formats: {', '.join(FORMATS)}."
+        raise ImageFileError(what, "not a picture", fix) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(name, str(error)) from error
+    except Exception as error:
+        raise unreadable(name, _said(error)) from error
+
+
+def _refuse_special(path: Path) -> None:
+    """Refuse a pipe, which would be waited for without end, and what is empty."""
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise unreadable(str(path), "not a regular file", "Give an image file.")
+    if not state.st_size:
+        raise unreadable(str(path), "the file is empty", "Copy or save it again.")
+
+
+def _said(error: Exception) -> str:
+    return error.strerror.lower() if isinstance(error, OSError) and error.strerror else reason(error)
+
+
+def _no_file(path: Path) -> ImageFileError:
+    if path.is_dir():
+        return ImageFileError(f"{path} is a folder", "a folder", "Give one picture in it.")
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, beside)
+    fix = f"Did you mean {path.parent / near}?" if near else "Check the path."
+    return ImageFileError(f"there is no file {path}", "no such file", fix)
+
+
+def _too_large(name: str, why: str) -> ImageFileError:
+    return ImageFileError(
+        f"{name} is too large: {why}", why, f"Shrink it below {Image.MAX_IMAGE_PIXELS} pixels."
+    )

@@ -1,0 +1,149 @@
+"""What DATA on the command line may be: one line in ``KINDS`` for each kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ...errors import UserError, few, lookup, nearest
+from ..captions import with_tag_orders
+from ..dataset import Colours, FileExample, Source
+from .assemble import Condition, Masks, MissingCaption, Wanted
+from .files import list_folder
+from .folder import folder_source
+from .hugging_face import is_hub, is_saved, read_hub, read_saved
+from .latent_folder import is_latent_folder, read_latent_folder
+from .mix import is_mix, read_mix
+from .table import is_table, read_table
+from .webdataset import is_shards, read_shards
+from .zip_file import is_zip, read_zip
+
+__all__ = ["KINDS", "Condition", "DataKind", "MissingCaption", "few", "find_source"]
+
+
+@dataclass(frozen=True)
+class DataKind:
+    """A kind of data: what it is, whether DATA is of it, and how it is read."""
+
+    meaning: str
+    claims: Callable[[str], bool]
+    read: Callable[[str, Wanted], Source]
+
+
+def find_source(
+    data: str,
+    *,
+    condition: Condition = "auto",
+    missing_caption: MissingCaption = "error",
+    masks: Masks = "auto",
+    columns: Mapping[str, str] | None = None,
+    shuffle_tags: int = 0,
+    keep_tags: int = 0,
+    colours: Colours = "srgb",
+) -> Source:
+    """The pictures of ``data``, which is of one of ``KINDS``, and what they are conditioned on (docs/data.md).
+
+    ``condition`` "auto" takes captions, else classes, else nothing; in a folder the first of ``metadata.jsonl`` or
+    ``metadata.csv`` (file_name, text, label), sidecar texts (``cat.txt`` beside ``cat.png``), subfolders as
+    classes, nothing. Any other value is obeyed. ``missing_caption`` says what becomes of pictures without one:
+    "error", the "empty" caption, or "skip".
+
+    ``masks`` "auto" takes the user's own masks (``mask`` columns and members; ``cat-mask.png`` beside ``cat.png``);
+    "alpha" takes the alpha channel of every picture (transparent is to be repainted; the picture is then what its
+    file holds beneath); "none" takes none. The files of masks are never pictures of the set, whatever ``masks`` is.
+
+    ``columns`` maps our names (image, file_name, text, label, mask, weight) to those of a table's columns.
+    ``shuffle_tags`` is the number of orders that each caption's tags are trained in (0: as written), of which the
+    first ``keep_tags`` stay in place.
+
+    ``colours`` "srgb" converts by colour profiles, "stored" takes the numbers of all pictures as they are.
+
+    Raises:
+        UserError: the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
+            contradict sidecars; captions or classes are missing; a picture has two different masks.
+    """
+    lookup(dict.fromkeys(("auto", "none", "class", "text")), condition, "condition")
+    lookup(dict.fromkeys(("error", "empty", "skip")), missing_caption, "missing-caption")
+    lookup(dict.fromkeys(("auto", "none", "alpha")), masks, "masks")
+    lookup(dict.fromkeys(("srgb", "stored")), colours, "colours")
+    wanted = Wanted(
+        condition=condition,
+        missing_caption=missing_caption,
+        masks=masks,
+        columns=dict(columns or {}),
+        colours=colours,
+    )
+    source = with_tag_orders(_find(data, wanted), shuffle_tags, keep_tags)
+    return _as_stored(source) if colours == "stored" else source
+
+
+def _as_stored(source: Source) -> Source:
+    """The source with the colours of its files as they are stored."""
+    stored = tuple(
+        dataclasses.replace(one, colours="stored") if isinstance(one, FileExample) else one
+        for one in source.examples
+    )
+    return dataclasses.replace(source, examples=stored)
+
+
+def _find(data: str, wanted: Wanted) -> Source:
+    try:
+        for kind in KINDS.values():
+            if kind.claims(data):
+                return kind.read(data, wanted)
+        raise _nothing(data)
+    except OSError as error:
+        raise UserError(
+            f"{data} cannot be read: {(error.strerror or str(error)).lower()} ({error.filename or data})",
+            "Give yourself permission to read it, or give other data.",
+        ) from error
+
+
+def _read_folder(data: str, wanted: Wanted) -> Source:
+    return folder_source(data, list_folder(Path(data).expanduser()), wanted)
+
+
+def _read_shapes(data: str, wanted: Wanted) -> Source:
+    from .shapes import train_source
+
+    if wanted.masks == "alpha":
+        raise UserError("the pictures of 'shapes' have no alpha channel", "Leave --masks alpha out.")
+    if wanted.columns:
+        raise UserError("'shapes' has no columns", "Leave --columns out.")
+    if Path("shapes").is_dir():
+        raise UserError(
+            "'shapes' is both the procedural set and a folder here",
+            "Write ./shapes for the folder, or run from another directory for the procedural set.",
+        )
+    return train_source(wanted.condition)
+
+
+def _nothing(data: str) -> UserError:
+    path = Path(data).expanduser()
+    if path.exists():
+        known = "; ".join(kind.meaning for kind in KINDS.values())
+        return UserError(
+            f"{data} is a file, not a folder of pictures, nor any other data that is read",
+            f"Give the folder: {path.parent}. DATA may be: {known}.",
+        )
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, beside)
+    hint = f"Did you mean {path.parent / near}?" if near else "Check the path (`shapes` needs no folder)."
+    return UserError(f"there is no folder {data}", hint)
+
+
+# The first that claims DATA reads it.
+KINDS: dict[str, DataKind] = {
+    "shapes": DataKind("the procedural set `shapes`", lambda data: data == "shapes", _read_shapes),
+    "hub": DataKind("hub:owner/name, a data set of the Hugging Face hub", is_hub, read_hub),
+    "mix": DataKind("a .yaml file that lists several of these", is_mix, partial(read_mix, find=_find)),
+    "shards": DataKind("WebDataset shards (.tar)", is_shards, read_shards),
+    "zip": DataKind("a .zip of a folder", is_zip, read_zip),
+    "saved": DataKind("a folder that `datasets` saved", is_saved, read_saved),
+    "table": DataKind("a .csv or .parquet table", is_table, read_table),
+    "latents": DataKind("a folder of `latentflow precompute`", is_latent_folder, read_latent_folder),
+    "folder": DataKind("a folder of pictures", lambda data: Path(data).expanduser().is_dir(), _read_folder),
+}

@@ -1,0 +1,1 @@
+"""Average velocities and their few-step objectives, distribution matching, rectification."""

@@ -1,0 +1,218 @@
+"""Image files that programs read and write: formats, names that overwrite nothing, sheets."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import RunError, UserError, printable, reason
+from ..utils.replacing import replacing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def enlarged(picture: Image, scale: int) -> Image:
+    """The picture ``scale`` times as wide and high."""
+    from PIL.Image import Resampling
+
+    from ..utils.memory import memory_phase
+
+    with memory_phase("draw"):
+        return picture.resize((picture.width * scale, picture.height * scale), Resampling.LANCZOS)
+
+
+def sheet(pictures: list[Image], columns: int) -> Image:
+    """All pictures, of one size, on one white sheet, row by row."""
+    from PIL import Image
+
+    width, height = pictures[0].size
+    paper = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        place = (i % columns * width, i // columns * height)
+        paper.paste(picture, place, picture if picture.mode == "RGBA" else None)
+    return paper
+
+
+_TRANSPARENT = ("PNG", "WEBP", "TIFF", "AVIF")  # formats that keep every alpha
+
+
+def check_format(output: str) -> None:
+    """Refuse a file name whose ending is no picture format.
+
+    Raises:
+        UserError: names the ending and formats that will do.
+    """
+    from PIL import Image
+
+    suffix = Path(output).suffix.lower()
+    if Image.registered_extensions().get(suffix) not in Image.SAVE:
+        raise UserError(f"-o {output}: no picture format '{suffix}'", "Use .png, .jpg or .webp.")
+
+
+def check_writable(output: str) -> None:
+    """Refuse a file that cannot be written, before anything is made that should go there.
+
+    Raises:
+        UserError: its folder, or the nearest that there is, takes no file; or its name is none.
+    """
+    path, fix = Path(output), "Give a file in a folder that you may write to."
+    try:
+        folder = next(folder for folder in path.parents if folder.exists())
+        if not folder.is_dir():
+            raise UserError(f"-o {output} cannot be written: {folder} is no folder", fix)
+        if folder == path.parent:
+            path.is_file()  # a name that is too long fails here
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"-o {output} cannot be written: {_why(error)}", fix) from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a file to write in the place of ``path``; see `replacing`.
+
+    Raises:
+        RunError: it cannot be written; says why.
+    """
+    path = path.resolve()  # what a link leads to, and not the link, is replaced
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, path.suffix) as partial:
+            yield partial
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "Free some space, or give another -o" if full else "Give another -o"
+        raise RunError(f"{path} cannot be written: {_why(error)}", f"{fix}.") from error
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or reason(error)
+
+
+def save(pictures: list[Image], output: str, overwrite: bool = False) -> None:
+    """Write the pictures under free names, each whole or not at all, and print the names; on white where the format has
+    no transparency.
+
+    Raises:
+        RunError: one cannot be written; those before it are.
+        UserError: the format does not take pictures of this size.
+    """
+    pictures = _as_format(pictures, output)
+    for picture, path in zip(pictures, free_paths(Path(output), len(pictures), overwrite), strict=True):
+        with whole_file(path) as partial:
+            try:
+                picture.save(partial)
+            except (ValueError, struct.error, OverflowError) as error:  # what Pillow's encoders raise
+                raise UserError(
+                    f"{path}: a picture of {picture.width} x {picture.height} cannot be written so: {reason(error)}",
+                    "Use .png, or a smaller --scale.",
+                ) from error
+        print(path)
+
+
+def _as_format(pictures: list[Image], output: str) -> list[Image]:
+    """Return the pictures without alpha where the format would lose it, which is said if anything is transparent."""
+    from PIL import Image
+
+    from ..data.pixels import to_rgb
+
+    suffix = Path(output).suffix.lower()
+    if Image.registered_extensions().get(suffix) in _TRANSPARENT or not any(
+        one.mode == "RGBA" for one in pictures
+    ):
+        return pictures
+    if any(map(is_transparent, pictures)):
+        print(
+            f"{suffix} has no transparency: what is transparent lies on white; .png keeps it.",
+            file=sys.stderr,
+        )
+    return [to_rgb(one) for one in pictures]
+
+
+def free_paths(output: Path, count: int, overwrite: bool = False) -> list[Path]:
+    """Where ``count`` pictures go: the name itself for a single one, else numbered; free names only."""
+
+    def numbered(i: int) -> Path:
+        return output.with_stem(f"{output.stem}-{i}")
+
+    if count == 1 and (overwrite or not output.exists()):
+        return [output]
+    first = 1
+    while not overwrite and any(numbered(first + i).exists() for i in range(count)):
+        first += 1
+    if count == 1 or first > 1:
+        print("Pictures of this name exist and are kept; --overwrite replaces them.", file=sys.stderr)
+    return [numbered(first + i) for i in range(count)]
+
+
+log = logging.getLogger(__name__)
+
+
+def read_picture(path: str) -> Image:
+    """The picture in a file, upright and in sRGB: RGB, or RGBA where it has transparency.
+
+    Raises:
+        UserError: no such file, no picture, damaged, or too large.
+    """
+    from ..data.images import open_picture, profile_of
+    from ..data.pixels import upright
+
+    image = open_picture(path)
+    profile, name = profile_of(image), printable(path)
+    if profile is not None and profile.problem:
+        log.warning("%s is read as sRGB: its colour profile cannot be used (%s)", name, profile.problem)
+    elif profile is not None:
+        log.warning("%s is converted to sRGB from its colour profile, %s", name, profile.name)
+    return upright(image)
+
+
+def read_opaque(path: str) -> Image:
+    """The picture in a file as upright RGB, on white, which is said of what is transparent.
+
+    Raises:
+        UserError: as ``read_picture``.
+    """
+    from ..data.pixels import to_rgb
+
+    picture = read_picture(path)
+    if is_transparent(picture):
+        log.warning(
+            "%s has transparent parts: they lie on white, and all of the result is opaque", printable(path)
+        )
+    return to_rgb(picture)
+
+
+def is_transparent(picture: Image) -> bool:
+    """Return whether any pixel of an RGB or RGBA image is less than opaque."""
+    return picture.mode == "RGBA" and any(picture.getchannel("A").histogram()[:255])
+
+
+def read_mask_of(path: str, picture: Image, threshold: float | None = None) -> Image:
+    """The mask in a file (mode "L", 255 = repaint), in the picture's size.
+
+    Raises:
+        UserError: as ``read_picture``; or it is in colour and there is no threshold.
+    """
+    from ..data.images import open_picture
+    from ..data.masks import read_mask
+
+    mask = open_picture(path)
+    mask.filename = path  # type: ignore[attr-defined]  # named in errors
+    try:
+        return read_mask(mask, picture.size, threshold=threshold)
+    except UserError as error:
+        if threshold is None and "threshold" in error.fix:
+            raise UserError(
+                error.what, f"{error.fix}\nThe threshold is --mask-threshold, such as 0.5."
+            ) from None
+        raise

@@ -1,0 +1,571 @@
+"""Adapters (LoRA, DoRA) of our pipelines, loaded, weighed, fused and unloaded as diffusers' own are."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin, set_adapters_for_text_encoder
+from diffusers.utils import USE_PEFT_BACKEND, get_adapter_name
+from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models import with_words
+from ..utils.settings import MEND
+from .adapter_files import (
+    CLASSES,
+    INTERVALS,
+    PARTS,
+    WORDS,
+    AdapterFacts,
+    check_tensors,
+    read_adapter,
+    settings_of,
+    take_rows,
+    type_name,
+    weights_hash,
+)
+from .few_steps import FewSteps
+
+# The side of a tensor that must be as long as its layer's weight.
+_SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
+_SIDES |= {".lora.down.weight": (1, "inputs"), ".lora.up.weight": (0, "outputs")}  # diffusers' older spelling
+_SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
+_FOR_EACH_OUTPUT = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_B.bias")
+_MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
+
+#: how a network is followed, and the parameters of a length's embedder that it is given for that
+Followed: TypeAlias = tuple[FewSteps, dict[str, Tensor]]
+
+
+@dataclass(kw_only=True)
+class _Added:
+    """What is loaded onto a network beside its layers' adapters, kept on it: pipelines may share it.
+
+    Attributes:
+        base: type of numbers and hash of the network as it was before.
+        tokenizer, classes, num_classes: of the pipeline as it was before.
+        words, labels: adapter -> word or class that the base does not know -> (D,).
+        fused_words, fused_labels: word or class -> (D,), of adapters that were unloaded while fused.
+        own: how the network is followed without adapters, and the parameters of the length's embedder that one brought
+            which was unloaded while fused.
+        installed: the same as it is now.
+        few: adapter -> the same with it.
+        weights: adapter -> part of the pipeline -> weight.
+        scale: part of the pipeline -> scale of what is fused into it.
+        own_intervals: the network takes the end of an interval without adapters.
+        disabled: no adapter is in effect for now.
+    """
+
+    base: tuple[str, str]
+    tokenizer: Any
+    classes: dict[str, int]
+    num_classes: int
+    own: Followed
+    installed: Followed
+    few: dict[str, Followed] = field(default_factory=dict)
+    words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    fused_words: dict[str, Tensor] = field(default_factory=dict)
+    fused_labels: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    scale: dict[str, float] = field(default_factory=dict)
+    own_intervals: bool = False
+    disabled: bool = False
+
+
+class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
+    """diffusers' methods for adapters, for a pipeline with a ``transformer`` and perhaps a ``text_encoder``."""
+
+    _lora_loadable_modules: ClassVar[list[str]] = [*PARTS]
+    transformer_name, text_encoder_name = PARTS
+    transformer: Any
+    text_encoder: Any
+    tokenizer: Any
+    _own_few_steps: FewSteps
+
+    @property
+    def few_steps(self) -> FewSteps:
+        """How the network is followed: as the checkpoint says, or an adapter that is in effect, whichever pipeline that
+        shares the network loaded it."""
+        loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
+        return self._own_few_steps if loaded is None else loaded.installed[0]
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        any_base: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load an adapter: a folder, a file, a hub id or tensors by name.
+
+        Args:
+            adapter_name: what to call it; several may be loaded at once, see ``set_adapters``.
+            any_base: load it also if it was made for another base of the same architecture.
+            kwargs: see ``diffusers.loaders.StableDiffusionLoraLoaderMixin.lora_state_dict``.
+
+        Raises:
+            UserError: peft is missing; there is no such file, or it is damaged or no adapter; it was made for another
+                architecture or another base; ``hotswap`` with layers of the text encoder.
+            ValueError: ``adapter_name`` is taken.
+        """
+        if not USE_PEFT_BACKEND:
+            raise UserError("adapters need peft", 'pip install "latentflow[lora]"')
+        source = pretrained_model_name_or_path_or_dict
+        shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
+        low_memory = kwargs.pop("low_cpu_mem_usage", True)
+        state, metadata, facts = read_adapter(source, shown, kwargs)
+        self._check_architecture(state, metadata, shown, facts)
+        self._check_base(shown, facts, any_base)
+        words = take_rows(state, WORDS, facts.words, shown)
+        labels = take_rows(state, CLASSES, facts.classes, shown)
+        followed, intervals = self._take_few_steps(state, shown, facts)
+        name = adapter_name or get_adapter_name(self.transformer)
+        replaced = getattr(self.text_encoder, "peft_config", {})
+        if hotswap and (name in replaced or any(key.startswith("text_encoder.") for key in state)):
+            raise UserError(
+                "hotswap replaces layers of the transformer alone, here the text encoder has some as well",
+                f'pipe.delete_adapters("{name}"), and load it without hotswap.',
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
+            self.transformer.load_lora_adapter(
+                {**state},
+                adapter_name=name,
+                metadata=metadata,
+                _pipeline=self,
+                low_cpu_mem_usage=low_memory,
+                hotswap=hotswap,
+            )
+            self._load_into_text_encoder(state, name, metadata, low_memory)
+        loaded = self._added()
+        known = {} if loaded.tokenizer is None else loaded.tokenizer.get_vocab()
+        loaded.words[name] = {word: row for word, row in words.items() if word not in known}
+        loaded.labels[name] = {label: row for label, row in labels.items() if label not in loaded.classes}
+        if followed:
+            loaded.few[name] = followed, intervals
+        self._renew()
+
+    @torch.no_grad()
+    def merge_lora_weights(
+        self, source: str | os.PathLike[str], any_base: bool = False, subfolder: str | None = None
+    ) -> None:
+        """Add an adapter to the weights for good, without peft: ``load_lora_weights``, ``fuse_lora`` and
+        ``unload_lora_weights`` in one, for those of plain LoRA that bring no words and classes.
+
+        Args:
+            source: a folder, a file or a hub id.
+            subfolder: of it, where the adapter is.
+            any_base: merge it also if it was made for another base of the same architecture.
+
+        Raises:
+            UserError: as ``load_lora_weights``; or it is more than plain LoRA.
+        """
+        shown = f"the adapter {source}"
+        state, metadata, facts = read_adapter(source, shown, {"subfolder": subfolder})
+        self._check_architecture(state, metadata, shown, facts)
+        self._check_base(shown, facts, any_base)
+        added = {
+            **take_rows(state, WORDS, facts.words, shown),
+            **take_rows(state, CLASSES, facts.classes, shown),
+        }
+        followed, intervals = self._take_few_steps(state, shown, facts)
+        settings = metadata or {}
+        plain = not any(settings.get(f"{part}.{name}") for part in PARTS for name in _MORE_THAN_PLAIN)
+        ends = tuple(_SIDES)[:2]
+        if added or not plain or not all(name.endswith(ends) for name in state):
+            raise UserError(
+                f"{shown} is more than plain LoRA", 'pip install "latentflow[lora]", and use --lora.'
+            )
+        for name, down in state.items():
+            if name.endswith(ends[1]):
+                continue
+            layer, up = name.removesuffix(ends[0]), state[name.replace("lora_A", "lora_B")]
+            part, _, path = layer.partition(".")
+            if getattr(self, part) is None:
+                continue  # loaded without, to be given embeddings
+            alpha = settings.get(f"{part}.lora_alpha") or len(down)
+            weight = getattr(self, part).get_submodule(path).weight
+            # Flattened: those of convolutions as well.
+            change = alpha / len(down) * up.float().flatten(1) @ down.float().flatten(1)
+            weight += change.view_as(weight).to(weight)
+        if followed:
+            loaded = self._added()
+            loaded.own = followed, intervals
+            self._set_few_steps(loaded)
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """The tensors of an adapter, and with ``return_lora_metadata`` its settings, as diffusers has them.
+
+        Its new words and classes are left out: tensors alone do not tell their names.
+
+        Raises:
+            UserError: there is no such file, or it is damaged or no adapter.
+        """
+        with_metadata = kwargs.pop("return_lora_metadata", False)
+        state, metadata, _ = read_adapter(pretrained_model_name_or_path_or_dict, "the adapter", kwargs)
+        state = {key: value for key, value in state.items() if not key.startswith("added.")}
+        return (state, metadata) if with_metadata else state
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike[str],
+        transformer_lora_layers: Any = None,
+        text_encoder_lora_layers: Any = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Write layers as an adapter; see ``diffusers.loaders.StableDiffusionLoraLoaderMixin.save_lora_weights``.
+
+        Raises:
+            ValueError: no layers are given.
+            UserError: ``safe_serialization`` is off.
+        """
+        if not safe_serialization:
+            raise UserError("adapters are written as safetensors only", "Leave safe_serialization out.")
+        layers = {"transformer": transformer_lora_layers, "text_encoder": text_encoder_lora_layers}
+        metadata = {
+            "transformer": transformer_lora_adapter_metadata,
+            "text_encoder": text_encoder_lora_adapter_metadata,
+        }
+        given = {part: one for part, one in layers.items() if one}
+        if not given:
+            raise ValueError("pass transformer_lora_layers or text_encoder_lora_layers")
+        cls._save_lora_weights(
+            save_directory=save_directory,
+            lora_layers=given,
+            lora_metadata={part: metadata[part] for part in given},
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the pipeline folder.
+
+        Raises:
+            UserError: adapters are loaded, which the folder could not hold.
+        """
+        if getattr(self.transformer, "peft_config", None):
+            raise UserError(
+                "a pipeline cannot be saved while adapters are loaded",
+                "pipe.fuse_lora(); pipe.unload_lora_weights() puts them into the weights, "
+                "pipe.unload_lora_weights() alone takes them away.",
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    # ---------------------------------------------------------------- weights, fusing, unloading
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """Use these adapters, each with its weight; see ``diffusers.loaders.LoraBaseMixin.set_adapters``."""
+        super().set_adapters(adapter_names, adapter_weights)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
+        loaded = self._added()
+        loaded.weights = {name: _by_part(weight) for name, weight in zip(names, weights, strict=True)}
+        self._renew()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Forget these adapters; with the last one the pipeline is as it was before the first."""
+        super().delete_adapters(adapter_names)
+        loaded = self._added()
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for rows in (loaded.words, loaded.labels, loaded.weights, loaded.few):
+                rows.pop(name, None)
+        if any(self.get_list_adapters().values()):
+            self._renew()
+        else:  # the emptied wrappers of the layers would be saved
+            self.unload_lora_weights()
+
+    def disable_lora(self) -> None:
+        """Put no adapter into effect until ``enable_lora``; their words and classes stand at the mean meanwhile."""
+        super().disable_lora()
+        self._added().disabled = True
+        self._renew()
+
+    def enable_lora(self) -> None:
+        """Put the active adapters into effect again."""
+        super().enable_lora()
+        self._added().disabled = False
+        self._renew()
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] = PARTS,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the adapters to the weights, which makes drawing as fast as without them."""
+        super().fuse_lora(list(components), lora_scale, safe_fusing, adapter_names, **kwargs)
+        self._added().scale.update(dict.fromkeys(components, lora_scale))
+        self._renew()
+
+    def unfuse_lora(self, components: Sequence[str] = PARTS, **kwargs: Any) -> None:
+        """Take fused adapters out of the weights again; they stay loaded."""
+        super().unfuse_lora(list(components), **kwargs)
+        for part in components:  # diffusers leaves the layers at the scale of fusing
+            if getattr(self, part, None) is not None:
+                unscale_lora_layers(getattr(self, part), self._added().scale.pop(part, None))
+        self._renew()
+
+    def unload_lora_weights(self) -> None:
+        """Take the adapters away, with their words and classes; what is fused stays in the weights."""
+        loaded, fused = self._added(), self._fused()
+        words, labels = (
+            {name: one for name, one in rows.items() if name in fused}
+            for rows in (loaded.words, loaded.labels)
+        )
+        loaded.fused_words = _summed(loaded.fused_words, words, self._weights("text_encoder"))
+        loaded.fused_labels = _summed(loaded.fused_labels, labels, self._weights("transformer"))
+        for name, followed in loaded.few.items():  # in the order of loading: the last wins
+            loaded.own = followed if name in fused else loaded.own
+        super().unload_lora_weights()
+        for one in (loaded.words, loaded.labels, loaded.weights, loaded.scale, loaded.few):
+            one.clear()
+        loaded.disabled = False
+        self._renew()
+
+    # ---------------------------------------------------------------- loading
+
+    def _check_architecture(
+        self, state: Mapping[str, Tensor], settings: dict[str, Any] | None, shown: str, facts: AdapterFacts
+    ) -> None:
+        fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
+        parts = {part: one for part in PARTS if (one := getattr(self, part, None)) is not None}
+        layers = {
+            f"{part}.{name}": one for part, whole in parts.items() for name, one in whole.named_modules()
+        }
+        if "text_encoder" in parts:
+            layers[WORDS] = self.text_encoder.get_input_embeddings()
+        if getattr(self.transformer, "y_embedder", None) is not None:
+            layers[CLASSES] = self.transformer.y_embedder.embedding_table
+        for key, value in state.items():
+            if key.startswith(INTERVALS):
+                continue  # see `_take_few_steps`
+            if "text_encoder" not in parts and key.startswith(("text_encoder.", WORDS)):
+                continue  # loaded without, to be given embeddings
+            layer = key.rpartition(".lora")[0] or key
+            weight = getattr(layers.get(layer), "weight", None)
+            if weight is None:
+                raise UserError(f"{shown} is for another architecture: there is no layer {layer} here", fix)
+            if weight.ndim < 2:
+                raise UserError(
+                    f"{shown} is for another architecture: {layer} is no layer that is adapted", fix
+                )
+            end = next((end for end in _SIDES if key.endswith(end)), "")
+            side, what = _SIDES.get(end, (0, "outputs"))
+            there: int | None = weight.shape[side]
+            if end:
+                there = value.shape[side] if value.ndim == weight.ndim else None
+            elif key.endswith(_FOR_EACH_OUTPUT):
+                there = value.numel()
+            if there != weight.shape[side]:
+                raise UserError(
+                    f"{shown} is for another architecture: {layer} has {there or tuple(value.shape)} {what} there, "
+                    f"{weight.shape[side]} here",
+                    fix,
+                )
+        check_tensors(state, settings, shown)
+        for part, whole in parts.items():
+            self._check_targets(part, whole, state, settings_of(part, settings), shown)
+
+    @staticmethod
+    def _check_targets(
+        part: str, whole: nn.Module, state: Mapping[str, Tensor], settings: dict[str, Any], shown: str
+    ) -> None:
+        """Refuse a file that says it changes layers of which it holds nothing."""
+        targets = settings.get("target_modules")
+        if not isinstance(targets, list):
+            return
+        held = {key.partition(".lora")[0] for key in state}
+        for name, layer in whole.named_modules():
+            path = name.replace(".base_layer", "")
+            named = any(path == one or path.endswith(f".{one}") for one in targets)
+            if named and isinstance(getattr(layer, "weight", None), Tensor) and f"{part}.{path}" not in held:
+                raise UserError(f"{shown} lacks a layer that its target_modules name: {part}.{path}", MEND)
+
+    def _check_base(self, shown: str, facts: AdapterFacts, any_base: bool) -> None:
+        dtype, base = self._added().base
+        if any_base or facts.base.get(dtype) in (None, base):
+            return
+        raise UserError(
+            f"{shown} was made for a base with other weights ({facts.base_name or 'unnamed'})",
+            "Load it onto that one. To try it on this one all the same: any_base=True, on the command line "
+            "--lora-any-base.",
+        )
+
+    def _take_few_steps(
+        self, state: MutableMapping[str, Tensor], shown: str, facts: AdapterFacts
+    ) -> Followed:
+        """How the network is followed with the adapter; takes what it knows of intervals out of ``state``."""
+        names = [key for key in state if key.startswith(INTERVALS)]
+        intervals = {key.removeprefix(INTERVALS): state.pop(key) for key in names}
+        try:
+            followed = FewSteps.of(facts.few_steps)
+        except (TypeError, UserError) as error:
+            raise UserError(f"{shown} does not say how it is followed: {error}", "Train it again.") from error
+        if followed.average and not intervals and not self.transformer.config.get("interval_conditioning"):
+            raise UserError(
+                f"{shown} was made for a network that takes the end of an interval",
+                f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from.",
+            )
+        if intervals and not followed:
+            raise UserError(f"{shown} does not say how it is followed, though it knows of intervals", MEND)
+        if intervals:
+            make = getattr(self.transformer, "new_length_embedder", None)
+            own = {} if make is None else {name: one.shape for name, one in make().state_dict().items()}
+            if own != {name: one.shape for name, one in intervals.items()}:
+                raise UserError(
+                    f"{shown} is for another architecture: what it knows of intervals does not fit this network",
+                    f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from.",
+                )
+        return followed, intervals
+
+    def _load_into_text_encoder(
+        self, state: Mapping[str, Tensor], name: str, metadata: dict[str, Any] | None, low_memory: bool
+    ) -> None:
+        """diffusers' own function for this knows the layers of CLIP only."""
+        prefix = "text_encoder."
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if self.text_encoder is None:
+            return
+        if not own:  # those of other adapters give way all the same, as in the transformer
+            if hasattr(self.text_encoder, "peft_config"):
+                set_adapters_for_text_encoder(name, self.text_encoder)
+            return
+        from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+        settings = settings_of("text_encoder", metadata)
+        ranks = {f"^{key}": value.shape[1] for key, value in own.items() if ".lora_B." in key}
+        config = _create_lora_config(own, None, settings or None, ranks)
+        memory = {"low_cpu_mem_usage": low_memory}
+        inject_adapter_in_model(config, self.text_encoder, name, state_dict=own, **memory)
+        set_peft_model_state_dict(self.text_encoder, own, name, **memory)
+        self.text_encoder._hf_peft_config_loaded = True
+        self.text_encoder.to(device=self.text_encoder.device, dtype=self.text_encoder.dtype)
+
+    # ---------------------------------------------------------------- new words and classes
+
+    def _added(self) -> _Added:
+        loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
+        if loaded is None:
+            dtype = self.transformer.dtype
+            followed: Followed = (self.few_steps, {})
+            loaded = _Added(
+                base=(type_name(dtype), weights_hash(self.transformer, dtype)),
+                tokenizer=self.tokenizer,
+                classes=self.labels,
+                num_classes=self.transformer.config.get("num_classes") or 0,
+                own=followed,
+                installed=followed,
+                own_intervals=bool(self.transformer.config.get("interval_conditioning")),
+            )
+            self.transformer._adapters_added = loaded
+        return loaded
+
+    def _fused(self) -> set[str]:
+        """The adapters that are fused now; diffusers' ``fused_loras`` counts unloaded ones as well."""
+        models = [one for part in PARTS if (one := getattr(self, part, None)) is not None]
+        layers = [layer for model in models for layer in model.modules()]
+        return {name for layer in layers for name in getattr(layer, "merged_adapters", ())}
+
+    def _weights(self, part: str) -> dict[str, float]:
+        """Adapter -> its weight in this part of the pipeline now; where some are fused, no others count."""
+        loaded = self._added()
+        active = [] if loaded.disabled else self._fused() or self.get_active_adapters()
+        scale = loaded.scale.get(part, 1.0)
+        return {name: scale * loaded.weights.get(name, {}).get(part, 1.0) for name in active}
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        """Words and classes as the adapters' weights have them: mean + scale * sum of weight * distance."""
+        loaded = self._added()
+        if self.text_encoder is not None and self.tokenizer is not None:
+            sums = _summed(loaded.fused_words, loaded.words, self._weights("text_encoder"))
+            if sums or len(self.tokenizer) != len(loaded.tokenizer):
+                self._set_words(loaded, sums)
+        sums = _summed(loaded.fused_labels, loaded.labels, self._weights("transformer"))
+        if sums or self.labels != loaded.classes:
+            self._set_classes(loaded, sums)
+        self._set_few_steps(loaded)
+
+    def _set_words(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
+        known = len(loaded.tokenizer)
+        if len(self.tokenizer) != known + len(sums) or any(
+            word not in self.tokenizer.get_vocab() for word in sums
+        ):
+            self.register_modules(tokenizer=with_words(loaded.tokenizer, sums) if sums else loaded.tokenizer)
+            self.text_encoder.resize_token_embeddings(known + len(sums), mean_resizing=False)
+        table = self.text_encoder.get_input_embeddings().weight
+        if sums:
+            ids = [self.tokenizer.get_vocab()[word] for word in sums]
+            table[ids] = _around_mean(table[:known], sums)
+
+    def _set_few_steps(self, loaded: _Added) -> None:
+        """Follow the network as the last active adapter says that says something, else as without adapters."""
+        wanted = loaded.own
+        for name in self._weights("transformer") if loaded.few else ():
+            wanted = loaded.few.get(name, wanted)
+        if wanted is loaded.installed:
+            return
+        loaded.installed = wanted
+        followed, intervals = wanted
+        usual = {one.name: one.default for one in fields(FewSteps)} | {"step_counts": None}
+        self.register_to_config(**(usual | followed.plain()))
+        if loaded.own_intervals:
+            return
+        self.transformer.register_to_config(interval_conditioning=bool(intervals))
+        embedder = self.transformer.new_length_embedder() if intervals else None
+        if embedder is not None:
+            embedder.load_state_dict(intervals)
+            embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
+        self.transformer.length_embedder = embedder
+
+    def _set_classes(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
+        embed = self.transformer.y_embedder
+        table, known = embed.embedding_table.weight, loaded.num_classes
+        base = torch.cat([table[:known], table[-1:]])
+        rows = [base[:known], *([_around_mean(base, sums)] if sums else []), base[known:]]
+        names = {**loaded.classes, **{name: known + place for place, name in enumerate(sums)}}
+        embed.embedding_table = nn.Embedding.from_pretrained(torch.cat(rows))
+        embed.num_classes = known + len(sums)
+        self.transformer.register_to_config(num_classes=known + len(sums))
+        self.labels = names
+        self.register_to_config(id2label={str(number): name for name, number in names.items()})
+
+
+def _summed(
+    fused: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """New name -> what is fused + the sum over adapters of weight * row; an adapter without a weight counts 0."""
+    sums = dict(fused)
+    for adapter, own in rows.items():
+        for name, row in own.items():
+            sums[name] = sums.get(name, torch.zeros_like(row)) + weights.get(adapter, 0.0) * row
+    return sums
+
+
+def _around_mean(table: Tensor, sums: dict[str, Tensor]) -> Tensor:
+    rows = torch.stack([*sums.values()]).to(table.device, torch.float32)
+    return (table.float().mean(0) + rows).to(table.dtype)
+
+
+def _by_part(weight: Any) -> dict[str, float]:
+    """An adapter's weight in each part of the pipeline; diffusers also takes one for each block of a part."""
+    given = weight if isinstance(weight, dict) else dict.fromkeys(PARTS, weight)
+    return {part: float(one) for part, one in given.items() if one is not None and not isinstance(one, dict)}

@@ -1,0 +1,474 @@
+"""``LatentFlowEditPipeline``: pictures edited with words, turned into noise and back, and led into one another."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, lookup
+from ..flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
+from ..flow.editing import deterministic
+from ..flow.solvers import BY_ROW
+from . import scheduler as border
+from .arguments import checked
+from .base import FlowPipeline, Generators, Interrupted, last_part
+from .call import RunningCall, Size, StepCallback
+from .conditioning import ClassLabels
+from .images import Pictures, read_pictures
+from .windows import seen_pictures, whole
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Pictures as noise.
+
+    Attributes:
+        latents: (B, C, h, w): the noise from which the flow makes the pictures; ``latents`` of ``LatentFlowPipeline``.
+        error: (B,): root mean square difference of the pictures' latents, whose standard deviation is about 1, and
+            those that the flow makes of the noise, with the same steps; None where it was not measured. Below 0.01
+            nobody sees it, beside what the autoencoder loses; above 0.1 take more steps.
+        size: (height, width) of the pictures in pixels; the latents cover them padded to the right and below.
+    """
+
+    latents: Tensor
+    error: Tensor | None
+    size: Size
+
+
+class LatentFlowEditPipeline(FlowPipeline):
+    """Edits pictures: calling it changes what words (or classes) describe, ``invert`` turns pictures into noise,
+    ``interpolate`` leads from one picture or prompt to another.
+
+    ``LatentFlowEditPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. It follows the flow
+    by our own solvers alone: a diffusers scheduler cannot go back.
+    """
+
+    @checked
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Pictures = None,
+        source_prompt: str | list[str] = "",
+        method: str = "flowedit",
+        strength: float = 0.9,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 2.0,
+        source_guidance_scale: float = 1.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int | None = None,
+        class_labels: ClassLabels | None = None,
+        source_class_labels: ClassLabels | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        solver: str | None = None,
+        draws: int | None = None,
+        plain_from: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Any:
+        """Edit pictures. Arguments that are not listed here are those of ``LatentFlowPipeline``.
+
+        Args:
+            prompt: what the pictures shall show, as a whole: "green apple", not "make it green".
+            image: PIL picture(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
+                size, which is also the result's. One with several prompts, or several with one prompt, will do.
+            source_prompt: what they show now: one for all, or one for each. The closer to the caption that training
+                would have had, the less changes besides. "" works without.
+            method: a key of ``latentflow.flow.EDITING``: "flowedit" goes from picture to picture, "inversion" through
+                the picture's noise.
+            strength: in [0, 1]: how far back towards noise the edit begins, at t = 1 - strength. 0 is the picture
+                through the autoencoder; below 0.8 large colours change by half (a red apple turns orange, not green);
+                1 is free to change the layout.
+            num_inference_steps: of the whole way; about strength * num_inference_steps are taken, twice by inversion.
+            guidance_scale: towards ``prompt``. 1 to 2 keep most of the picture; more, where an edit is too weak, costs
+                sharpness.
+            source_guidance_scale: towards ``source_prompt``, on the way back.
+            generator: for the noise of "flowedit": one for all, or one for each image, which alone determines it
+                (up to rounding, as in ``LatentFlowPipeline``);
+                "inversion" draws none.
+            callback_on_step_end: as in ``LatentFlowPipeline``; prompt_embeds are the target's. Inversion's first half
+                of the steps goes back towards noise.
+            class_labels, source_class_labels: classes in place of, or beside, the prompts.
+            solver: a key of ``latentflow.flow.SOLVERS`` that draws no noise; default: euler for flowedit, heun for
+                inversion.
+            draws, plain_from: settings of "flowedit", see ``latentflow.flow.flow_edit``; default: 1 and 1.
+            height, width: resize the picture to them first.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``images``, or the tuple; with output_type "latent" their latents, which
+            cover the picture padded to the right and below.
+
+        Raises:
+            UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, a picture, strength, method,
+                solver or setting that is none, numbers of pictures and (source) prompts that do not fit.
+        """
+        settings = _settings(method, solver=solver, draws=draws, plain_from=plain_from)
+        if not (self.takes_text or self.takes_classes):
+            fix = "Vary the picture with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
+            raise UserError(
+                "this checkpoint takes neither prompt nor classes: there is nothing to edit by", fix
+            )
+        pictures = read_pictures(image, height, width)
+        size = (pictures.shape[2], pictures.shape[3])
+        if source_class_labels is not None and self.takes_classes:
+            self.class_ids(source_class_labels)  # refused before the target's prompt is encoded
+        # 1. What the pictures shall show, and what they show now, one row per image
+        shared: dict[str, Any] = {
+            "size": size,
+            "num_images_per_prompt": num_images_per_prompt,
+            "output_type": output_type,
+            "max_sequence_length": max_sequence_length,
+            "guidance_interval": guidance_interval,
+        }
+        target = self._start(
+            prompt,
+            class_labels,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            pictures=len(pictures),
+            generator=generator,
+            **shared,
+        )
+        count = target.rows // num_images_per_prompt
+        source = self._start(
+            _as_many(source_prompt, count, "source_prompt"),
+            _as_many(source_class_labels, count, "source_class_labels"),
+            may_lack_condition=True,
+            guidance_scale=source_guidance_scale,
+            pictures=count,
+            **shared,
+        )
+        # The target's: a callback sees it, and may change it
+        self._guidance_scale = self._guidance_of(guidance_scale)
+        if "generator" in inspect.signature(EDITING[method]).parameters:
+            settings["generator"] = generator
+        # 2. From picture to picture
+        x1 = target.rows_of(self._latents_of(pictures))
+        times = last_part(time_grid(num_inference_steps), strength)
+        begins = times[:-1] if method != "inversion" else torch.cat([times.flip(0)[:-1], times[:-1]])
+        self._num_timesteps = len(begins)
+
+        def after_step(i: int, reached: Tensor, x: Tensor) -> Tensor:
+            x = target.after_step(i, border.to_timestep(begins[i]), x)
+            if self._interrupt:
+                raise Interrupted(x)
+            return x
+
+        if len(begins):
+            scale = self._guidance_of(source_guidance_scale)
+            velocities = self._scaled(source.velocity, scale), target.velocity
+            options = {"callback": after_step, "progress": self.progress_bar, **settings}
+            try:
+                x1 = EDITING[method](*velocities, x1, times, **options)
+            except Interrupted as interrupted:
+                x1 = interrupted.latents
+        # 3. From latents to images of the pictures' size
+        return self.finish_call(self._cropped(x1, size, output_type), return_dict)
+
+    @checked
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Pictures,
+        prompt: str | list[str] = "",
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        negative_prompt: str | list[str] | None = None,
+        class_labels: ClassLabels | None = None,
+        solver: str = "heun",
+        measure: bool = True,
+        max_sequence_length: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Inversion:
+        """The noise that the flow turns into these pictures.
+
+        To have them back, call ``LatentFlowPipeline`` with ``latents=`` the noise and the same prompt, steps, solver
+        and guidance. It goes beyond pictures of the kind that the checkpoint draws: whatever the autoencoder can copy.
+
+        Args:
+            image, prompt, class_labels, height, width: as in a call; without a condition they are taken as unlabelled.
+            num_inference_steps, solver: see ``Inversion.error`` for whether they suffice.
+            guidance_scale: more than 1 stretches the noise, and makes the way back less accurate.
+            measure: also go forth again to measure the error, which takes as long again.
+
+        Raises:
+            UserError: as a call.
+        """
+        deterministic(solver)
+        return self._inverted(
+            read_pictures(image, height, width),
+            prompt,
+            num_inference_steps,
+            guidance_scale,
+            negative_prompt,
+            class_labels,
+            solver,
+            measure,
+            max_sequence_length,
+        )
+
+    def _inverted(
+        self,
+        pictures: Tensor,
+        prompt: str | list[str],
+        num_inference_steps: int,
+        guidance_scale: float,
+        negative_prompt: str | list[str] | None,
+        class_labels: ClassLabels | None,
+        solver: str | Solver,
+        measure: bool,
+        max_sequence_length: int | None,
+    ) -> Inversion:
+        """``invert``, its arguments checked and its pictures read."""
+        method, size = _by_row(solver), (pictures.shape[2], pictures.shape[3])
+        call = self._start(
+            prompt,
+            class_labels,
+            may_lack_condition=True,
+            size=size,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            max_sequence_length=max_sequence_length,
+            pictures=len(pictures),
+        )
+        x1, times = call.rows_of(self._latents_of(pictures)), time_grid(num_inference_steps)
+        noise = integrate(call.velocity, x1, times.flip(0), method, progress=self.progress_bar)
+        error = None
+        if measure:
+            again = integrate(call.velocity, noise, times, method, progress=self.progress_bar)
+            error = (again - x1).square().flatten(1).mean(1).sqrt()
+        self.maybe_free_model_hooks()
+        return Inversion(noise, error, size)
+
+    @checked
+    @torch.no_grad()
+    def interpolate(
+        self,
+        prompt: str | list[str] = "",
+        image: Pictures = None,
+        frames: int = 8,
+        num_inference_steps: int = 20,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        generator: Generators | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int | None = None,
+        class_labels: ClassLabels | None = None,
+        solver: str = "heun",
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Any:
+        """Pictures on the way from one picture, or prompt, to another.
+
+        The noise moves along an arc (``slerp``), the velocity from the one under the first condition to the one under
+        the second in proportion. That is a straight line in the scores of the two, so it works for classes and for
+        texts of any lengths, and is exact at its ends.
+
+        Args:
+            prompt: one for the whole way, or [first, last].
+            image: [first, last]: their noise, by inversion under their prompts. None: drawn noise.
+            frames: how many, the ends included; at least 2.
+            num_inference_steps: from noise to data, and from pictures to noise.
+            guidance_scale: default: 4 without pictures; with them 1, at which they are hit best.
+            generator: without pictures: one draws one noise for all frames; a list of two the first and the last.
+            class_labels: one class for the whole way, or [first, last].
+
+        Returns:
+            As a call; the first frame is the first picture (through the autoencoder) or what its prompt draws.
+
+        Raises:
+            UserError: as a call; not two of what two are needed of.
+        """
+        deterministic(solver)
+        if guidance_scale is None:
+            guidance_scale = self.usual_guidance if image is None else 1.0
+        prompts = _as_many(prompt, 2, "prompt") or ["", ""]
+        labels = _as_many(class_labels, 2, "class_labels")
+        pictures = None if image is None else read_pictures(image, height, width)
+        if pictures is not None and len(pictures) != 2:
+            raise UserError(f"{len(pictures)} pictures to interpolate between", "Pass [first, last].")
+        if isinstance(generator, list) and len(generator) > 2:
+            raise UserError(f"{len(generator)} generators", "Pass one for all frames, or [first, last].")
+        size = self.image_size(height, width) if pictures is None else (pictures.shape[2], pictures.shape[3])
+        # 1. The two conditions, each for all frames
+        first, last = (
+            self._start(
+                prompts[end],
+                labels and labels[end],
+                may_lack_condition=True,
+                size=size,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                num_images_per_prompt=frames,
+                output_type=output_type,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                max_sequence_length=max_sequence_length,
+            )
+            for end in (0, 1)
+        )
+        # 2. The noise of the first and the last frame
+        if pictures is None:
+            ends = len(generator) if isinstance(generator, list) else 1
+            noise = self.prepare_noise(ends, *size, generator, None)
+        else:
+            noise = self._inverted(
+                pictures,
+                prompts,
+                num_inference_steps,
+                guidance_scale,
+                negative_prompt,
+                labels,
+                solver,
+                False,
+                max_sequence_length,
+            ).latents
+        # 3. From noise to data
+        shares = torch.linspace(0.0, 1.0, frames, device=noise.device)
+        one_condition = prompts[0] == prompts[1] and (labels is None or labels[0] == labels[1])
+        latents = self.follow(
+            first.velocity if one_condition else _between(first, last, shares),
+            slerp(noise[:1].expand(frames, -1, -1, -1), noise[-1:].expand(frames, -1, -1, -1), shares),
+            num_inference_steps,
+            None,
+            solver,
+            None,
+            first.after_step,
+        )
+        return self.finish_call(self._cropped(latents, size, output_type), return_dict)
+
+    # ---------------------------------------------------------------- the parts of a call
+
+    def _latents_of(self, pictures: Tensor) -> Tensor:
+        """(P, C, h, w) of pictures (P, 3, H, W) in [0, 1]."""
+        size = (pictures.shape[2], pictures.shape[3])
+        seen = seen_pictures(pictures, [whole(size)] * len(pictures), self._canvas(size))
+        return self.encode_images(2.0 * seen.to(self._execution_device) - 1.0)
+
+    def _start(
+        self,
+        prompt: str | list[str] | None,
+        class_labels: ClassLabels | None,
+        *,
+        size: Size,
+        guidance_scale: float,
+        may_lack_condition: bool = False,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        output_type: str = "latent",
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int | None = None,
+        pictures: int = 1,
+        generator: Generators | None = None,
+    ) -> RunningCall:
+        """``start_call``; where a condition may lack, "" and None are the network without any."""
+        height, width = self._canvas(size)
+        if may_lack_condition and not any([prompt] if isinstance(prompt, str) else prompt or []):
+            prompt = "" if self.takes_text and not self.takes_classes else None
+        if may_lack_condition and prompt is None and class_labels is None:
+            if negative_prompt is not None:
+                raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
+            rows = pictures * num_images_per_prompt
+            self._require_room(rows, height, width)
+            self._guidance_scale, self._interrupt = guidance_scale, False
+            wanted = callback_on_step_end_tensor_inputs or ["latents"]
+            call = RunningCall(self, None, None, None, None, None, rows, callback_on_step_end, wanted)
+            canvas = height, width
+            call.sizes = self._sizes_told(rows, canvas, (0, 0), canvas, canvas)
+            return call
+        return self.start_call(
+            prompt=prompt,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            prompt_embeds=None,
+            negative_prompt_embeds=None,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            class_labels=class_labels,
+            guidance_interval=guidance_interval,
+            prompt_attention_mask=None,
+            negative_prompt_attention_mask=None,
+            pictures=pictures,
+            generator=generator,
+        )
+
+    def _scaled(self, velocity: Velocity, scale: float) -> Velocity:
+        """``velocity`` guided by ``scale``, in a call whose own guidance is another."""
+
+        def scaled(x: Tensor, t: Tensor) -> Tensor:
+            own, self._guidance_scale = self._guidance_scale, scale
+            try:
+                return velocity(x, t)
+            finally:
+                self._guidance_scale = own
+
+        return scaled
+
+    def _cropped(self, latents: Tensor, size: Size, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        images = (self.decode_latents(latents) / 2.0 + 0.5).clamp(0.0, 1.0)
+        return self.output_images(images[:, :, : size[0], : size[1]], output_type)
+
+
+def _settings(method: str, **given: Any) -> dict[str, Any]:
+    """Those of ``given`` that are not None, if the method has them."""
+    known = inspect.signature(lookup(EDITING, method, "editing method")).parameters
+    settings = {name: value for name, value in given.items() if value is not None}
+    if "solver" in settings:
+        settings["solver"] = _by_row(settings["solver"])
+    for name in settings:
+        if name not in known:
+            raise UserError(f"{name} is given, but method '{method}' has no such setting", "Leave it out.")
+    return settings
+
+
+def _by_row(solver: str | Solver) -> str | Solver:
+    """The solver whose rows do not depend on one another, where there are two of this name."""
+    return BY_ROW.get(solver, solver) if isinstance(solver, str) else solver
+
+
+def _as_many(values: Any, count: int, name: str) -> list[Any] | None:
+    """One value, or one for each of ``count``, as a list of ``count``."""
+    if values is None:
+        return None
+    rows = [values] if isinstance(values, str | int) else list(values)
+    if len(rows) not in (1, count):
+        raise UserError(f"{len(rows)} of {name} where there are {count}", f"Pass one, or {count}.")
+    return rows * (count // len(rows))
+
+
+def _between(first: RunningCall, last: RunningCall, shares: Tensor) -> Velocity:
+    """The velocity of row b, ``shares[b]`` of the way from the first condition to the last."""
+    weights = shares[:, None, None, None]
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        value = torch.lerp(first.velocity(x, t), last.velocity(x, t), weights)
+        if first.prediction is not None and last.prediction is not None:
+            first.prediction = torch.lerp(first.prediction, last.prediction, weights)
+        return value
+
+    return velocity

@@ -1,0 +1,131 @@
+"""``LatentFlowPipeline``: from a caption, a class or nothing to images, as a diffusers pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import checked
+from .base import FlowPipeline, Generators
+from .call import Size, StepCallback
+from .conditioning import ClassLabels
+
+
+class LatentFlowPipeline(FlowPipeline):
+    """Draws images by following a learned velocity from noise (t = 0) to data (t = 1).
+
+    Open one with ``LatentFlowPipeline.from_pretrained(folder_or_hub_id)``; components: see ``FlowPipeline``.
+    """
+
+    @checked
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int | None = None,
+        class_labels: ClassLabels | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        solver: str | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+    ) -> Any:
+        """Draw images.
+
+        Args:
+            prompt: caption(s); image i * num_images_per_prompt + j is of prompt i. "" means no condition.
+            height, width: in pixels, multiples of the autoencoder's factor; default: as trained.
+            num_inference_steps: from noise to data; heun evaluates the network twice a step, euler once. Default: 20,
+                or 4 of a checkpoint of average velocities, which evaluates once a step and draws in 1 to 4.
+            sigmas: a grid of one's own, decreasing in (0, 1] (1 = noise), in float32 too; overrides the number of
+                steps.
+            guidance_scale: 1 is off (and half the cost); more follows the condition harder. Default: 4; a checkpoint
+                that has learned its guidance along takes no other.
+            negative_prompt: what guidance leads away from; default: the learned null.
+            num_images_per_prompt: images per prompt or class; of an unconditional checkpoint, all images.
+            generator: one for all, or a list with one per image, each of which alone determines its image, up to
+                rounding: in a batch of another size it may differ by one level of 255.
+            latents: noise (B, C, h, w) to start from.
+            prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask:
+                what ``encode_prompt`` returns, instead of text; without a mask every token counts.
+            output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; "latent", normalised.
+            return_dict: False returns the tuple (images,).
+            callback_on_step_end: called as (pipe, i, timestep, tensors) after step i, which began at
+                ``timestep`` as diffusers counts it, 1000 (1 - t). What it returns under the same names
+                replaces the tensors.
+            callback_on_step_end_tensor_inputs: those it gets, of latents (the default), prompt_embeds,
+                negative_prompt_embeds and prediction (the data that the last evaluation points to: see ``to_images``).
+            max_sequence_length: tokens per prompt; default: the tokenizer's own limit.
+            class_labels: class name(s), id(s) or a mixture.
+            guidance_interval: guide only while t is in it (t = 0 noise, t = 1 data).
+            solver: a key of ``latentflow.flow.SOLVERS``; default: ``pipe.scheduler`` if set, else heun
+                (exponential-adams for a network that predicts the data; average velocities, of which a solver sees
+                the velocities only, where the checkpoint predicts them).
+            original_size, crops_coords_top_left, target_size: (height, width) or (top, left) in pixels, for checkpoints
+                trained with ``--size-conditioning``: a picture that was so large and cropped there. Default: of the
+                size that is drawn, uncropped.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``images``, or the tuple.
+
+        Raises:
+            UserError: an argument that cannot work, before anything is computed (see ``CHECKS`` in
+                ``pipeline_arguments.py`` and ``check_inputs``); more images than the machine has memory for; values on
+                the way that are not finite, with the part that made them and the step. An autoencoder that overflows in
+                half precision is used in float32 instead, which is logged once.
+
+        Warns:
+            UnknownWords: once, of words that the checkpoint's vocabulary does not know; see ``unknown_words``.
+        """
+        height, width = self.image_size(height, width, latents)
+        # 1. The condition, one row per image
+        call = self.start_call(
+            prompt=prompt,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            class_labels=class_labels,
+            guidance_interval=guidance_interval,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            generator=generator,
+            latents=latents,
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
+        )
+        # 2. The noise
+        noise = self.prepare_noise(call.rows, height, width, generator, latents)
+        # 3. From noise to data
+        latents = self.follow(
+            call.velocity, noise, num_inference_steps, sigmas, solver, generator, call.after_step
+        )
+        # 4. From latents to images
+        return self.finish_call(self.to_images(latents, output_type), return_dict)

@@ -1,0 +1,122 @@
+"""``LatentFlowImg2ImgPipeline``: a picture drawn anew, from as far back towards noise as ``strength`` says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import checked
+from .base import FlowPipeline, Generators
+from .call import StepCallback
+from .conditioning import ClassLabels
+from .images import Pictures, read_pictures
+from .windows import seen_pictures, whole
+
+
+class LatentFlowImg2ImgPipeline(FlowPipeline):
+    """Draws a picture anew: noise is mixed into its latents, which then follow the flow to data.
+
+    ``LatentFlowImg2ImgPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines.
+
+    Variations of one picture: ``pipe(prompt, image=picture, generator=[...], num_images_per_prompt=4)``, a generator
+    for each; image b depends on generator b alone, up to rounding (one level of 255).
+    """
+
+    @checked
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Pictures = None,
+        strength: float = 0.6,
+        num_inference_steps: int | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int | None = None,
+        class_labels: ClassLabels | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        solver: str | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Any:
+        """Draw pictures anew. Arguments that are not listed here are those of ``LatentFlowPipeline``.
+
+        Args:
+            image: PIL picture(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
+                size, which is also the result's. One with several prompts, or several with one prompt, will do.
+            strength: in [0, 1]: the flow starts at t = 1 - strength. 0 is the picture through the autoencoder, 1 is
+                drawn from pure noise.
+            num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
+                or 4 of a checkpoint of average velocities.
+            latents: the noise (B, C, h, w) to mix in.
+            height, width: resize the picture to them first. Networks draw best near the size that they were
+                trained at.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``images``, or the tuple; with output_type "latent" their latents, which
+            cover the picture padded to the right and below.
+
+        Raises:
+            UserError: as ``LatentFlowPipeline``; also a picture or a strength that is none.
+        """
+        pictures = read_pictures(image, height, width)
+        size = (pictures.shape[2], pictures.shape[3])
+        canvas, windows = self._canvas(size), [whole(size)] * len(pictures)
+        # 1. The condition, one row per image
+        call = self.start_call(
+            prompt=prompt,
+            height=canvas[0],
+            width=canvas[1],
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            class_labels=class_labels,
+            guidance_interval=guidance_interval,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            generator=generator,
+            latents=latents,
+            pictures=len(pictures),
+        )
+        # 2. The picture's latents and the noise
+        seen = seen_pictures(pictures, windows, canvas).to(self._execution_device)
+        data = call.rows_of(self.encode_images(2.0 * seen - 1.0))
+        noise = self.prepare_noise(call.rows, *canvas, generator, latents)
+        # 3. From between the two to data; strength 1 is pure noise on every grid
+        drawn = self.follow(
+            call.velocity,
+            noise,
+            num_inference_steps,
+            sigmas,
+            solver,
+            generator,
+            call.after_step,
+            strength=strength,
+            x1=data if strength < 1.0 else None,
+        )
+        # 4. From latents to images of the picture's size
+        if output_type == "latent":
+            return self.finish_call(drawn, return_dict)
+        images = (self.decode_latents(drawn) / 2.0 + 0.5).clamp(0.0, 1.0)
+        images = images[:, :, : size[0], : size[1]]
+        return self.finish_call(self.output_images(images, output_type), return_dict)

@@ -1,0 +1,130 @@
+"""A run's result with weights averaged over another length: from the snapshots in its folder ``averages``."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..pipeline.generate import LatentFlowPipeline
+from ..utils.documents import read_json
+from .loop.checkpoint import list_checkpoints, load_checkpoint, step_of
+from .loop.ema_snapshots import FOLDER
+from .loop.folders import write_folder
+from .loop.post_hoc_ema import coefficients
+from .networks import is_pipeline
+from .report.export import is_generated, signed, unsigned
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "flow-average-"  # of the name of an average in a snapshot, before its length
+
+_CARD = """
+## Weights
+
+The weights are a power-function average (EDM2, arXiv:2312.02696) of relative length {length:g} at step {step}, made
+after training. Samples and figures on this page are of the weights that the run ended with.
+"""
+
+
+def averaged_pipeline(run: Path, length: float, output: Path) -> None:
+    """Write a pipeline folder like ``run / "pipeline"`` whose weights, in float32, are averaged over another length.
+
+    Args:
+        run: a finished run with snapshots.
+        length: relative; see `exponent`.
+        output: the folder to make.
+
+    Raises:
+        UserError: the run is not finished, has no snapshots or trained an adapter, a snapshot is damaged, the length
+            cannot be, or ``output`` exists.
+    """
+    result = run / "pipeline"
+    if not is_pipeline(result):
+        raise UserError(f"{run} has no pipeline", "Give the folder of a finished run of `latentflow train`.")
+    if output.exists():
+        raise UserError(f"{output} exists", "Choose another name.")
+    weights, step = reconstruct(run / FOLDER, length)
+    # The head of a feature alignment was trained along, and is no part of the result.
+    weights = {name: one for name, one in weights.items() if not name.startswith("alignment.")}
+    if any("lora_" in name for name in weights):
+        raise UserError(
+            f"the averages in {run / FOLDER} are of an adapter, without the weights that it adapts",
+            "Train with --ema-lengths but without --lora-rank.",
+        )
+    pipe = LatentFlowPipeline.from_pretrained(result)
+    parts = {"network": pipe.transformer, "text_encoder": pipe.text_encoder}
+    trained = nn.ModuleDict({name: one for name, one in parts.items() if isinstance(one, nn.Module)})
+    try:
+        unknown = trained.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError:  # other shapes
+        unknown = ["shapes"]
+    if unknown:
+        raise UserError(
+            f"the averages in {run / FOLDER} do not fit {result}: {unknown[0]}",
+            "Were the settings of the run changed after it was finished? Let it finish again.",
+        )
+
+    def write(folder: Path) -> None:
+        pipe.save_pretrained(folder)
+        if (result / "sample.png").is_file():
+            shutil.copy2(result / "sample.png", folder)
+        if (result / "README.md").is_file():
+            card = (result / "README.md").read_text(encoding="utf-8")
+            if is_generated(card):
+                card = signed(unsigned(card) + _CARD.format(length=length, step=step))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder(output, write)
+
+
+def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], int]:
+    """The weights averaged with a relative ``length``.
+
+    Args:
+        folder: of snapshots.
+
+    Returns:
+        Name -> float32, and the step at which they are averaged: the newest snapshot's.
+
+    Raises:
+        UserError: there are no snapshots, one is damaged, or the length cannot be.
+    """
+    snapshots = list_checkpoints(folder)
+    if not snapshots:
+        raise UserError(
+            f"{folder} has no snapshots of weight averages",
+            "They are made in training: latentflow train ... --ema-lengths 0.05 0.1",
+        )
+    names = [(one, name) for one in snapshots for name in _averages(one)]
+    step = step_of(snapshots[-1])
+    profiles = [(float(name.removeprefix(_PREFIX)), step_of(one)) for one, name in names]
+    factors, off = coefficients(profiles, length, step)
+    tracked = ", ".join(f"{one:g}" for one in sorted({one for one, _ in profiles}))
+    log.info(
+        f"{len(snapshots)} snapshots of the lengths {tracked} up to step {step}: the mix of {len(names)} averages "
+        f"differs from the profile of length {length:g} by {off:.1e}"
+    )
+    if off > 0.1:
+        log.warning(f"WARNING: that is much. Lengths near or between {tracked} are met better.")
+    total: dict[str, Tensor] = {}
+    for one in snapshots:
+        state = load_checkpoint(one)
+        for (place, name), factor in zip(names, factors, strict=True):
+            for key, value in state[name].items() if place == one else ():
+                total[key] = total.get(key, torch.zeros(())) + float(factor) * value.double()
+    return {key: value.float() for key, value in total.items()}, step
+
+
+def _averages(snapshot: Path) -> list[str]:
+    """The names of the averages in a snapshot, without reading them."""
+    fix = "Move it away: the others will do."
+    document = read_json(snapshot / "state.json", fix)
+    state = document.get("state") if isinstance(document, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"{snapshot} is damaged: state.json is not what was written", fix)
+    return [name for name in state if name.startswith(_PREFIX)]

@@ -1,0 +1,328 @@
+"""Training an adapter (LoRA, DoRA) beside a checkpoint's frozen weights, through peft."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
+from ..networks import Networks
+from ..report.export import carry_over
+
+_NAME = "default"  # of the only adapter while it is trained
+
+# Layers of DiT, of diffusers' U-Nets and of T5, by their names.
+_GROUPS = {
+    "attention": re.compile(r"\b(attn|cross_attn|SelfAttention)\.\w+$|\.to_(q|k|v|out\.0)$"),
+    "feed-forward": re.compile(r"^blocks\.\d+\.mlp\.|\.ff\.net\.|\.DenseReluDense\."),
+    "all": re.compile(""),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Fine-tuning by an adapter: the checkpoint's weights stay, small factors beside its layers learn (extra `lora`).
+
+    Raises:
+        UserError: a setting is out of bounds or has no effect, or peft is missing.
+    """
+
+    lora_rank: int = 0
+    """Train an adapter of this rank (LoRA) beside the weights of the checkpoint that is started from, 8 is usual; 0
+    trains all weights."""
+    lora_alpha: float | None = None
+    """The adapter is scaled by alpha / rank; default: the rank."""
+    lora_dora: bool = False
+    """Also learn the length of each row of weights (DoRA)."""
+    lora_layers: tuple[str, ...] = ("attention", "feed-forward")
+    """attention, feed-forward, all (every linear layer), or parts of layers' names such as blocks.0 cross_attn."""
+    lora_text_encoder: bool = False
+    """Adapt the text encoder as well, if it was trained with the checkpoint. New words are learnt in any case."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0:
+            raise UserError(f"--lora-rank is {self.lora_rank}", "It must be at least 1; 8 is usual.")
+        if not self.lora_rank:
+            for one in dataclasses.fields(self):
+                if getattr(self, one.name) != one.default:
+                    flag = f"--{one.name.replace('_', '-')}"
+                    raise UserError(f"{flag} without --lora-rank", "Add --lora-rank 8.")
+            return
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise UserError(f"--lora-alpha is {self.lora_alpha}", "It must be above 0; default: the rank.")
+        if not self.lora_layers:
+            raise UserError("--lora-layers names none", "Name some, or leave it out.")
+        if importlib.util.find_spec("peft") is None:
+            raise UserError("--lora-rank needs peft", 'pip install "latentflow[lora]"')
+
+
+class Adapter:
+    """The adapter of a run.
+
+    Attributes:
+        networks: what is trained: the adapter's parameters have gradients, no others.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        config: AdapterConfig,
+        checkpoint: str,
+        classes: Sequence[str] = (),
+        few_steps: dict[str, Any] | None = None,
+    ) -> None:
+        """Put an adapter into ``networks``, in place; at first it changes nothing.
+
+        Args:
+            networks: the checkpoint's, fitted to the data.
+            checkpoint: the pipeline folder or hub id that they came from.
+            classes: what the network's classes are called, by their numbers.
+            few_steps: how the network is followed with the adapter, as `FewSteps.plain` has it.
+
+        Raises:
+            UserError: the networks have inputs that the checkpoint has not, which no adapter can hold; a rank is above
+                a layer's; layers of these names do not exist; the text encoder cannot be adapted.
+        """
+        from ...pipeline.generate import LatentFlowPipeline
+
+        network, encoder = networks.network, networks.text_encoder
+        if config.lora_text_encoder and not networks.trained_text:
+            raise UserError(
+                "--lora-text-encoder: this checkpoint has no text encoder that was trained with it",
+                "Leave it out.",
+            )
+        base = LatentFlowPipeline.from_pretrained(checkpoint, vae=None)
+        _check_same_inputs(base.transformer, network, checkpoint)
+        known = base.tokenizer.get_vocab() if networks.trained_text else {}
+        vocabulary = networks.tokenizer.get_vocab() if networks.trained_text else {}
+        # By their rows: a tokenizer hands its vocabulary out in another order each time.
+        ordered = sorted(vocabulary, key=vocabulary.__getitem__)
+        words = {word: vocabulary[word] for word in ordered if word not in known}
+        names = {name: row for row, name in enumerate(classes) if name not in base.labels}
+        self._config = config
+        self._facts = AdapterFacts(
+            base=base_hashes(base.transformer),
+            base_name="/".join(Path(checkpoint).parts[-2:]),
+            words=[*words],
+            classes=[*names],
+            few_steps=few_steps or {},
+        )
+        # An input that the base lacks: the adapter brings all of it.
+        self._intervals: nn.Module | None = None
+        if not base.transformer.config.get("interval_conditioning"):
+            self._intervals = getattr(network, "length_embedder", None)
+        self._whole = _count(network) + (_count(encoder) if networks.trained_text else 0)
+        self._layers = _inject(network, config)
+        if encoder is not None:
+            encoder.requires_grad_(False)
+        if encoder is not None and config.lora_text_encoder:
+            self._layers += _inject(encoder, config)
+        if encoder is not None and words:
+            _learn_rows(encoder, encoder.get_input_embeddings(), [*words.values()])
+        if names:
+            _learn_rows(network, network.y_embedder.embedding_table, [*names.values()])
+        if self._intervals is not None:
+            self._intervals.requires_grad_(True)
+        learns = bool(words) or config.lora_text_encoder
+        self.networks = dataclasses.replace(networks, trained_text=learns)
+
+    def lines(self) -> list[str]:
+        """What is trained, for the plan."""
+        trained = [one for part in self._modules().values() for one in part.parameters() if one.requires_grad]
+        count = sum(one.numel() for one in trained)
+        new = [
+            f"{len(names)} new {kind}"
+            for kind, names in (("words", self._facts.words), ("classes", self._facts.classes))
+            if names
+        ]
+        kind = "DoRA" if self._config.lora_dora else "LoRA"
+        return [
+            f"adapter: {kind} of rank {self._config.lora_rank} in {self._layers} "
+            f"layers{''.join(f', {one}' for one in new)}: {count:,} trained parameters, {count / self._whole:.1%} of "
+            f"{self._whole / 1e6:.1f} M"
+        ]
+
+    def description(self) -> dict[str, Any]:
+        """What a resumed run must have as well, as plain values."""
+        facts = dataclasses.asdict(self._facts)
+        if not facts["few_steps"]:  # as in runs from before there were any
+            del facts["few_steps"]
+        return {**dataclasses.asdict(self._config), **facts}
+
+    def merged(self) -> Networks:
+        """Copies of the networks with the adapter in their weights, as if there had been none."""
+        parts = {name: _merged(part) for name, part in self._modules().items()}
+        return dataclasses.replace(
+            self.networks, network=parts["transformer"], text_encoder=parts.get("text_encoder")
+        )
+
+    def save(self, folder: Path, earlier: Path | None = None) -> None:
+        """Write the adapter alone, as diffusers' pipelines load it: ``load_lora_weights(folder)``.
+
+        Args:
+            earlier: the folder that ``folder`` is going to replace; what users put there stays.
+        """
+        from peft.utils import get_peft_model_state_dict
+
+        tensors: dict[str, Tensor] = {}
+        settings: dict[str, Any] = {}
+        for part, module in self._modules().items():
+            if not hasattr(module, "peft_config"):
+                continue
+            state = get_peft_model_state_dict(module, adapter_name=_NAME, save_embedding_layers=False)
+            tensors |= {f"{part}.{name}": value for name, value in state.items() if "lora_" in name}
+            settings |= {
+                f"{part}.{name}": sorted(value) if isinstance(value, set) else value
+                for name, value in module.peft_config[_NAME].to_dict().items()
+            }
+        tensors |= self._added_rows()
+        if self._intervals is not None:
+            tensors |= {f"{INTERVALS}{name}": one for name, one in self._intervals.state_dict().items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            folder / LORA_WEIGHT_NAME_SAFE,
+            metadata={
+                "format": "pt",
+                LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True),
+                **self._facts.metadata(),
+            },
+        )
+        if earlier is not None:
+            carry_over(earlier, folder)
+
+    def _modules(self) -> dict[str, Any]:
+        named = {"transformer": self.networks.network, "text_encoder": self.networks.text_encoder}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def _added_rows(self) -> dict[str, Tensor]:
+        """How far the new rows are from where they began, in the order of the facts."""
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+        rows = {}
+        for part, key in (("text_encoder", WORDS), ("transformer", CLASSES)):
+            module = self._modules().get(part)
+            for one in () if module is None else module.modules():
+                if isinstance(one, TrainableTokensLayer):
+                    start = one.trainable_tokens_original[_NAME]
+                    rows[key] = one.trainable_tokens_delta[_NAME] - start
+        return rows
+
+
+def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> None:
+    shapes = [
+        # But for the classes, and for positions, which are computed.
+        {
+            name: tuple(one.shape)
+            for name, one in module.named_parameters()
+            if "embedding_table" not in name
+            and name != "pos_embed"
+            and not name.startswith("length_embedder")
+        }
+        for module in (base, network)
+    ]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"--lora-rank: {checkpoint} lacks the inputs for --inpainting or --size-conditioning, and an adapter "
+            "cannot bring them",
+            "Leave these out (data with masks: --masks none), or teach them to all weights first, without --lora-rank.",
+        )
+
+
+def _inject(module: nn.Module, config: AdapterConfig) -> int:
+    """Freeze ``module`` and put the adapter beside its layers; how many those are."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = chosen_layers(module, config.lora_layers)
+    layers = {name: one for name, one in layers.items() if not name.startswith("length_embedder")}
+    smallest = min(layers, key=lambda name: min(layers[name].weight.shape))
+    most = min(layers[smallest].weight.shape)
+    if config.lora_rank > most:
+        outputs, inputs = layers[smallest].weight.shape
+        raise UserError(
+            f"--lora-rank {config.lora_rank} is above what the layer {smallest} ({inputs} to {outputs}) can have",
+            f"At most {most}; 8 is usual. --lora-layers leaves layers out.",
+        )
+    settings = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]
+        use_dora=config.lora_dora,
+        target_modules=[*layers],
+    )
+    inject_adapter_in_model(settings, module, _NAME)
+    return len(layers)
+
+
+def chosen_layers(module: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers of ``module`` that ``wanted`` names, as `AdapterConfig.lora_layers` does.
+
+    Raises:
+        UserError: something of it names none.
+    """
+    linear = {name: one for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+    chosen: set[str] = set()
+    for word in wanted:
+        pattern = _GROUPS.get(word) or re.compile(rf"(^|\.){re.escape(word)}(\.|$)")
+        found = {name for name in linear if pattern.search(name)}
+        if not found:
+            kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in linear})
+            raise UserError(
+                f"--lora-layers {word}: {type(module).__name__} has no such layers",
+                f"Choices: {', '.join(_GROUPS)}, or parts of these names: {', '.join(kinds)}",
+            )
+        chosen |= found
+    return {name: one for name, one in linear.items() if name in chosen}
+
+
+def _learn_rows(module: nn.Module, table: nn.Embedding, rows: list[int]) -> None:
+    """Let these rows of an embedding of ``module`` learn, and no others."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    # T5 has its table under two names, of which it uses the last.
+    name = [one for one, part in module.named_modules(remove_duplicate=False) if _has_table(part, table)][-1]
+    parent, _, leaf = name.rpartition(".")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = TrainableTokensLayer(module.get_submodule(name), _NAME)
+        layer.update_layer(_NAME, token_indices=rows, init_weights=True)
+    table.requires_grad_(False)
+    setattr(module.get_submodule(parent), leaf, layer)
+
+
+def _has_table(module: nn.Module, table: nn.Embedding) -> bool:
+    return isinstance(module, nn.Embedding) and module.weight is table.weight
+
+
+def _merged(module: nn.Module) -> nn.Module:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    result = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, layer in [*result.named_modules()]:
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+                parent, _, leaf = name.rpartition(".")
+                setattr(result.get_submodule(parent), leaf, layer.get_base_layer())
+    if hasattr(result, "peft_config"):
+        del result.peft_config
+    result.requires_grad_(True)
+    return result
+
+
+def _count(module: Any) -> int:
+    return sum(one.numel() for one in module.parameters())

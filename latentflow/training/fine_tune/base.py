@@ -1,0 +1,193 @@
+"""The checkpoint that a fine-tune starts from: what it is, and how its classes and the data's become one list."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...autoencoder import downscale_factor, load_autoencoder
+from ...data import Source
+from ...errors import UserError, few, reason
+from ...flow import OBJECTIVES
+from ...models import MODELS, DiT, UNet
+from ...pipeline.generate import LatentFlowPipeline
+from ...utils.libraries import quiet_libraries
+from ...utils.settings import CONFIG, check_settings, read_settings
+from ..losses.flow import FlowConfig
+
+
+def open_base(checkpoint: str) -> LatentFlowPipeline:
+    """The pipeline that a fine-tune or a student starts from.
+
+    Raises:
+        UserError: it cannot be opened, or its network is not one of ours.
+    """
+    quiet_libraries()
+    with _starting(checkpoint):
+        pipe: LatentFlowPipeline = LatentFlowPipeline.from_pretrained(checkpoint)
+    if not isinstance(pipe.transformer, DiT | UNet):
+        kind = type(pipe.transformer).__name__
+        raise _no_checkpoint(checkpoint, f"its network is a {kind}, which latentflow does not train")
+    return pipe
+
+
+def base_classes(checkpoint: str) -> tuple[str, ...]:
+    """The names of a checkpoint's classes; see `class_names`. Loads no weights.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline.
+    """
+    names = _pipeline_config(checkpoint).get("id2label")
+    return _named(names, _network_config(checkpoint).get("num_classes"))
+
+
+def base_resolution(checkpoint: str) -> int | None:
+    """Side in pixels of the pictures that a checkpoint was trained on (the longer one); None if it does not say.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline.
+    """
+    size = _network_config(checkpoint).get("sample_size")
+    if size is None:
+        return None
+    side = size if isinstance(size, int) else max(size)
+    return int(side * downscale_factor(load_autoencoder(checkpoint, subfolder="vae")))
+
+
+def class_names(pipe: LatentFlowPipeline) -> tuple[str, ...]:
+    """The names of a pipeline's classes in the order of their ids; where there are none, the ids."""
+    return _named(pipe.config.get("id2label"), pipe.transformer.config.get("num_classes"))
+
+
+def _named(names: dict[str, str] | None, count: int | None) -> tuple[str, ...]:
+    return tuple((names or {}).get(str(number), str(number)) for number in range(count or 0))
+
+
+def with_base_classes(source: Source, checkpoint: str, output: str | Path) -> Source:
+    """``source`` with the checkpoint's classes before its own new ones: known classes keep their numbers.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline, the run would write its result over it, or a class differs from one
+            of the checkpoint's only in case, spaces, hyphens or underscores.
+    """
+    if Path(checkpoint).expanduser().resolve() == (Path(output) / "pipeline").resolve():
+        raise UserError(
+            f"{checkpoint} is the place of this run's own result, which would replace it",
+            "Use another output folder.",
+        )
+    known = base_classes(checkpoint)
+    if source.kind != "class" or not known:
+        return source
+    _refuse_nearly_equal(source, checkpoint, known)
+    shared = [name for name in source.classes if name in known]
+    new = [name for name in source.classes if name not in known]
+    note = f"classes of {checkpoint}: all {len(known)} stay, under their numbers"
+    note += f"; {len(shared)} of them are in the data and trained on: {few(shared, 12)}" if shared else ""
+    note += f"; {len(new)} new ones follow: {few(new, 12)}" if new else "; none is new"
+    return dataclasses.replace(source, classes=(*known, *new)).noted(note)
+
+
+def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
+    """``flow`` as the checkpoint was trained, but for what is ``given``: path, prediction, coupling, and the objective
+    (with its guidance) of a checkpoint of average velocities.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline.
+    """
+    config = _pipeline_config(checkpoint)
+    adopted: dict[str, Any] = {
+        name: config[name]
+        for name in ("path", "path_options", "prediction", "coupling")
+        if name in config and name not in given and not (name == "path_options" and "path" in given)
+    }
+    if config.get("average"):
+        usual = "consistency" if config.get("consistency") else "mean-flow"
+        adopted["objective"] = flow.objective if "objective" in given else usual
+        if OBJECTIVES[adopted["objective"]].average:
+            learned = {} if "guidance" in given else {"guidance": config.get("folded_guidance", 1.0)}
+            adopted["objective_options"] = learned | flow.objective_options
+    if adopted.get("coupling") == "data-dependent" and "inpainting" not in given:
+        adopted["inpainting"] = True
+    return dataclasses.replace(flow, **adopted)
+
+
+def lost_guidance(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> float:
+    """The guidance that a checkpoint has learned along, if ``flow`` trains it to something that has none; else 1."""
+    learned = float(_pipeline_config(checkpoint).get("folded_guidance", 1.0))
+    return 1.0 if with_base_flow(flow, checkpoint, given).choices().objective.average else learned
+
+
+def _refuse_nearly_equal(source: Source, checkpoint: str, known: tuple[str, ...]) -> None:
+    plain = {_plain(name): name for name in known}
+    near = [
+        f"'{name}' and '{plain[_plain(name)]}'"
+        for name in source.classes
+        if name not in known and _plain(name) in plain
+    ]
+    if near:
+        raise UserError(
+            f"classes of {source.name} and of {checkpoint} differ only in case or spaces (or - or _): {few(near)}",
+            "Spell them as the checkpoint does if they are the same; if not, give them names of their own.",
+        )
+
+
+def _plain(name: str) -> str:
+    """What names have in common that look alike; macOS writes the letters of file names in parts (NFD)."""
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
+
+
+def _pipeline_config(checkpoint: str) -> dict[str, Any]:
+    with _starting(checkpoint):
+        return LatentFlowPipeline.read_index(LatentFlowPipeline.local_folder(checkpoint))
+
+
+def _network_config(checkpoint: str) -> dict[str, Any]:
+    """Return what the network's file of settings says; no weights are loaded."""
+    with _starting(checkpoint):
+        file = LatentFlowPipeline.local_folder(checkpoint) / "transformer" / CONFIG
+        config = read_settings(file)
+        kind = next((kind for kind in MODELS.values() if kind.__name__ == config.get("_class_name")), DiT)
+        check_settings(file, config, kind)
+        return config
+
+
+@contextmanager
+def _starting(checkpoint: str) -> Iterator[None]:
+    """Let every `UserError` within the context say that this is no checkpoint to start from."""
+    try:
+        yield
+    except UserError as error:
+        raise _no_checkpoint(checkpoint, reason(error), error.fix) from error
+
+
+def _no_checkpoint(checkpoint: str, why: str, fix: str = "") -> UserError:
+    return UserError(
+        f"{checkpoint} is no checkpoint to start from: {why}",
+        fix or "Give a pipeline folder, such as runs/cats/pipeline.",
+    )
+
+
+def refuse_other_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:
+    """What a network's output means is part of its weights.
+
+    Raises:
+        UserError: the checkpoint was trained on another path, or to another prediction.
+    """
+    for name in ("path", "path_options", "prediction"):
+        trained, asked = pipe.config.get(name), getattr(flow, name)
+        if trained != asked:
+            flag = "--" + name.replace("_", "-")
+            words = (
+                [f"{key} {value}" for key, value in trained.items()]
+                if isinstance(trained, dict)
+                else [trained]
+            )
+            raise UserError(
+                f"{checkpoint} was trained with {name} {trained}, this run asks for {asked}",
+                f"Use {flag} {' '.join(words)}." if words else f"Leave {flag} out.",
+            )

@@ -1,0 +1,162 @@
+"""What a fine-tune does otherwise than a training from scratch: its settings, and the defaults that follow from
+it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import UserError
+from ..loop.config import LoopConfig
+from ..loop.distributed import process_state
+
+FEW = 50  # pictures: from here down, each is used as often as it takes to learn it
+_USES = 250  # of each of so few; of more, by the square root of their number fewer
+_REPLAYED = 1000  # pictures: up to here the model's own samples are mixed in by default
+_SLOWER = 5  # times the learning rate from scratch
+_LEAST_HELD_OUT_OF = 20  # pictures: of fewer none is held out by default
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningConfig:
+    """With --init-from: what keeps the checkpoint from forgetting. See docs/fine-tuning.md."""
+
+    prior_samples: int | None = None
+    """Pictures that the checkpoint draws before it is trained, to be trained on again beside yours. 0: none. Empty:
+    200, or 10 of each class if that is more (1000 at most), if there are up to 1000 pictures of yours."""
+    prior_share: float = 0.5
+    """Share of each step's samples that are such pictures."""
+    prior_prompts: str | None = None
+    """A text file, one caption a line: what a checkpoint of captions draws them of. Best are captions that it was
+    trained on. Empty: a word or two that it knows for each."""
+
+    def __post_init__(self) -> None:
+        if self.prior_samples is not None and self.prior_samples < 0:
+            raise UserError(f"--prior-samples is {self.prior_samples}", "Give a number from 0 on.")
+        if not 0 < self.prior_share < 1:
+            raise UserError(
+                f"--prior-share is {self.prior_share}",
+                "Give a share such as 0.5; --prior-samples 0 mixes none in.",
+            )
+
+    def samples(self, pictures: int, classes: int) -> int:
+        """How many pictures the checkpoint draws, for that many pictures of the data and classes of its own."""
+        if self.prior_samples is not None:
+            return self.prior_samples
+        return min(1000, max(200, 10 * classes)) if pictures <= _REPLAYED else 0
+
+
+def refuse_without_base(config: FineTuningConfig) -> None:
+    """Refuse settings that mean nothing without ``--init-from``.
+
+    Raises:
+        UserError: one is given.
+    """
+    for name in ("prior_samples", "prior_prompts"):
+        if getattr(config, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} without --init-from", "Name the checkpoint that shall be kept."
+            )
+
+
+def held_out_share(given: Collection[str], validation: float, pictures: int) -> float:
+    """The share of the pictures to hold out: by default none of very few, of which each is needed."""
+    return 0.0 if "validation" not in given and pictures < _LEAST_HELD_OUT_OF else validation
+
+
+def fitted(
+    loop: LoopConfig, given: Collection[str], pictures: int, own_share: float, adapter: bool = False
+) -> LoopConfig:
+    """The loop's settings for a fine-tune. What is ``given`` stays; a preset's are for a training from scratch.
+
+    The rate is a fifth of that from scratch, but for the tables of classes and words: there it stays, since in some
+    hundred steps of AdamW at a fifth a new row could not get as far from where it starts as the known ones are.
+
+    The weight average keeps its ramp: it begins at the checkpoint's weights and then spans the last tenth of the
+    steps so far. Without the ramp a decay of 0.999 would still hold 74 % of the old weights after 300 steps, and give
+    back what is not learnt yet.
+
+    The rate decays from the start, with which docs/fine-tuning.md was measured.
+
+    Args:
+        loop: as flags, file, preset and defaults have it.
+        given: keys of what flags or a file set.
+        pictures: of the data; ``repeats`` decide which are used more often, not how often they are on average.
+        own_share: share of the samples that are pictures of the data.
+        adapter: whether an adapter is trained. It starts at nothing, and learns at the rate from scratch.
+
+    Raises:
+        UserError: a step has one sample, and shall have some of two kinds; an adapter shall be trained with Muon.
+    """
+    if own_share < 1 and _samples(loop) < 2:
+        raise UserError(
+            "a step of one sample cannot have --prior-share of it from the checkpoint",
+            "Use --gradient-accumulation-steps 4 or so, or --prior-samples 0.",
+        )
+    if adapter and "optimizer" in given and loop.optimizer == "muon":
+        raise UserError(
+            "--optimizer muon with --lora-rank: it turns whole matrices, an adapter's are only their factors",
+            "Leave it out: an adapter is trained with AdamW.",
+        )
+    changes: dict[str, Any] = {}
+    if adapter and loop.optimizer == "muon":  # a preset's
+        changes["optimizer"] = "adamw"
+    if not adapter:
+        changes["learning_rate"] = loop.learning_rate / _SLOWER
+    if not adapter and "learning_rate" not in given:
+        changes["lr_embeddings"] = loop.lr_embeddings * _SLOWER
+    own = own_share * _samples(loop)
+    steps = math.ceil(_USES * math.sqrt(pictures * min(pictures, FEW)) / own)
+    changes["max_train_steps"] = steps = min(max(steps, 100), loop.max_train_steps)
+    if "max_train_steps" in given:
+        steps = loop.max_train_steps
+    changes["lr_warmup_steps"] = min(loop.lr_warmup_steps, max(1, steps // 10))
+    changes["lr_decay_share"] = 1.0
+    for name, parts in (("validation_steps", 10), ("preview_steps", 4), ("checkpointing_steps", 4)):
+        changes[name] = min(getattr(loop, name), max(1, steps // parts))
+    kept = {name: value for name, value in changes.items() if name not in given}
+    return dataclasses.replace(loop, **kept)
+
+
+def fine_tuning_lines(
+    checkpoint: str,
+    loop: LoopConfig,
+    given: Collection[str],
+    pictures: int,
+    own_share: float,
+    folded_guidance: float = 1.0,
+) -> list[str]:
+    """What is done otherwise than from scratch.
+
+    Args:
+        folded_guidance: which the checkpoint has learned along and the run does not.
+    """
+    own = own_share * loop.max_train_steps * _samples(loop)
+    chosen = [
+        f"--{name.replace('_', '-')} {getattr(loop, name):g}"
+        for name in ("learning_rate", "lr_embeddings", "max_train_steps", "lr_warmup_steps", "lr_decay_share")
+        if name not in given and ("learning_rate" not in given or name != "lr_embeddings")
+    ]
+    lines = [
+        f"fine-tuning {checkpoint}: each picture is used about {own / pictures:.0f} times"
+        + (f"; chosen for that (flags win): {' '.join(chosen)}" if chosen else "")
+    ]
+    if folded_guidance != 1.0:
+        lines.append(
+            f"WARNING: {checkpoint} has learned guidance {folded_guidance:g} along, this objective does not: the "
+            "result is an ordinary checkpoint, and draws with more guidance on top; guide it less than others"
+        )
+    if pictures <= FEW:
+        lines.append(
+            f"few pictures ({pictures}): how near the result comes to copying them is measured at the end; "
+            + "mirror images would double them (--random-flip), where left and right do not matter"
+        )
+    return lines
+
+
+def _samples(loop: LoopConfig) -> int:
+    """Of a step."""
+    return loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)

@@ -1,0 +1,298 @@
+"""Reports of a run while it trains: log lines, metrics.jsonl, progress, trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from PIL.Image import Image
+from tqdm.auto import tqdm
+
+from ...errors import UserError, printable
+from ...utils.libraries import quiet_libraries
+from ...utils.memory import peak_gib
+from . import logging as trackers
+from . import run_folder as run_files
+from .distributed import process_state
+
+
+class _Terminal(logging.Handler):
+    """Writes above a running progress bar; a terminal that is gone (closed, disconnected) ends no run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _Printable(logging.Formatter):
+    """Names of files and words of captions in a line cannot steer the terminal that it is read on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _File(logging.FileHandler):
+    """A disk that is full or gone costs lines of the file, and nothing else: the terminal has them all."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Nothing: the default prints a traceback for every line."""
+
+
+def log_to(folder: Path | None) -> logging.Logger:
+    """The logger of all our modules, writing to the terminal and, with a folder, to its ``train.log``.
+
+    Of several processes only the main one writes; other libraries write errors only.
+    """
+    from .distributed import process_state
+
+    quiet_libraries()
+
+    logger = logging.getLogger("latentflow")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = False
+    if not process_state().is_main_process:
+        logger.addHandler(logging.NullHandler())
+        return logger
+    logger.setLevel(logging.INFO)
+    if folder is not None:
+        file = _File(folder / "train.log")
+        file.setFormatter(_Printable("%(asctime)s %(message)s"))
+        logger.addHandler(file)
+    terminal = _Terminal()
+    terminal.setFormatter(_Printable())
+    logger.addHandler(terminal)
+    return logger
+
+
+def resume_line(command: str, argv: Sequence[str] | None) -> str:
+    """The command line that started this program, for the message that says how to resume it."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return shlex.join(["latentflow", command, *arguments])
+
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Curves and pictures outside the run folder's own files. What fails here is said once, and no run ends of it."""
+
+    def __init__(self, tracker: GeneralTracker, folder: Path) -> None:
+        self._tracker: GeneralTracker | None = tracker
+        tracker.start()
+        settings = folder / "config.yaml"
+        if isinstance(tracker, WandBTracker) and settings.is_file():
+            self._call("store_init_configuration", yaml.safe_load(settings.read_text(encoding="utf-8")))
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._call("log", values, step=step)
+
+    def picture(self, step: int, image: Image) -> None:
+        self._call("log_images", {"preview": np.asarray(image)[None]}, step=step)  # (1, H, W, 3)
+
+    def close(self) -> None:
+        self._call("finish")
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> None:
+        if self._tracker is None:
+            return
+        if method == "log_images" and isinstance(self._tracker, TensorBoardTracker):
+            options["dataformats"] = "NHWC"
+        try:
+            getattr(self._tracker, method)(*arguments, **options)
+        except Exception as error:  # a server that went away, a full disk: the run goes on
+            log.warning("WARNING: --report-to: %s; the run goes on without it", error)
+            self._tracker = None
+
+
+def start(report_to: str, folder: Path) -> Tracker | None:
+    """The tracker of a run in ``folder``; None for "none".
+
+    Raises:
+        UserError: its package is not installed, or it could not start.
+    """
+    if report_to == "none":
+        return None
+    process_state()  # accelerate's trackers need it
+    try:
+        if report_to == "wandb":
+            import wandb  # noqa: F401
+
+            name = "/".join(folder.resolve().parts[-2:])  # of two stages both say which they are
+            tracker: Any = WandBTracker(
+                "latentflow", name=name, dir=str(folder), id=_wandb_id(folder), resume="allow"
+            )
+        else:
+            import tensorboard  # noqa: F401
+
+            tracker = TensorBoardTracker("tensorboard", str(folder))
+    except ImportError as error:
+        raise UserError(
+            f"--report-to {report_to} needs the package {report_to}", f'pip install "latentflow[{report_to}]"'
+        ) from error
+    try:
+        return Tracker(tracker, folder)
+    except Exception as error:
+        fix = "Run `wandb login`, or set WANDB_MODE=offline (and `wandb sync` later)."
+        raise UserError(
+            f"--report-to {report_to} could not start: {error}", fix if report_to == "wandb" else ""
+        ) from error
+
+
+def _wandb_id(folder: Path) -> str:
+    """The same for every start of a run, so that a resumed one goes on with its curves; another for another run."""
+    file = folder / "wandb" / "run-id.txt"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(secrets.token_hex(8))
+    return file.read_text().strip()
+
+
+class Reporter:
+    """Reports of one process; silent except on the main one.
+
+    Args:
+        folder: the run folder.
+        first_step, last_step: the range that this process will run.
+        samples_per_epoch: size of the data set.
+        report_to: "none", "tensorboard" or "wandb".
+        full_rate: samples per second if the devices did nothing but multiply matrices; None: not known.
+        active: False on every process but the main one.
+        shown: the attribute of the run that this one goes on from.
+
+    Attributes:
+        shown: name -> figure of the progress line that earlier steps have a part in: the running mean of the loss, and
+            the last validation's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        last_step: int,
+        *,
+        samples_per_epoch: int,
+        report_to: str,
+        active: bool,
+        full_rate: float | None = None,
+        shown: Mapping[str, float] | None = None,
+    ) -> None:
+        self._active = active
+        self._last_step = last_step
+        self._samples_per_epoch = samples_per_epoch
+        self._full_rate = full_rate
+        self.shown: dict[str, float] = dict(shown or {})
+        self._mark = (time.perf_counter(), 0)
+        self._samples = 0
+        self._metrics_failed = False
+        self._metrics = run_files.open_metrics(folder) if active else None
+        self._tracker = trackers.start(report_to, folder) if active else None
+        if active:
+            run_files.record_start(folder, first_step)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=last_step,
+            initial=first_step,
+            disable=not (active and terminal),
+            unit="step",
+            dynamic_ncols=True,
+        )
+        self._lines = active and not terminal
+        self._last_line = 0.0
+
+    def step(self, samples: int) -> None:
+        """Count one finished step of ``samples`` samples over all processes."""
+        self._samples += samples
+        self._bar.update(1)
+
+    def metrics(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
+        """Record training metrics of a step."""
+        if not self._active:
+            return
+        self.shown["loss"] = 0.9 * self.shown.get("loss", values["loss"]) + 0.1 * values["loss"]
+        now = time.perf_counter()
+        elapsed, done = now - self._mark[0], self._samples - self._mark[1]
+        rate = done / elapsed if elapsed > 0 else 0.0
+        self._mark = (now, self._samples)
+        speed = {"images_per_second": rate, "memory_gib": peak_gib()}
+        if self._full_rate is not None:
+            speed["model_flops_utilisation"] = rate / self._full_rate
+        self._write(step, values | speed)
+        per_step = samples_seen / step
+        eta = (self._last_step - step) * per_step / rate if rate else 0.0
+        parts = {
+            "epoch": f"{samples_seen / self._samples_per_epoch:.1f}",
+            **{name: f"{value:.4f}" for name, value in self.shown.items()},
+            "lr": f"{values['lr']:.1e}",
+            "img/s": f"{rate:.0f}",
+            **({} if self._full_rate is None else {"MFU": f"{rate / self._full_rate:.0%}"}),
+            "mem": f"{peak_gib():.1f}G",
+            "ETA": _duration(eta),
+        }
+        self._bar.set_postfix(parts, refresh=False)
+        if self._lines and now - self._last_line > 5:
+            self._last_line = now
+            line = "  ".join(f"{name} {value}" for name, value in parts.items())
+            with suppress(OSError):  # nobody reads it any more
+                print(f"step {step}/{self._last_step}  {line}", file=sys.stderr, flush=True)
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Record validation figures; they stay in the progress line."""
+        if self._active:
+            figures = {f"val_{name}": value for name, value in values.items()}
+            self.shown |= figures
+            self._write(step, figures)
+            self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+    def picture(self, step: int, image: Image) -> None:
+        """Hand a preview picture to the tracker; its file is the caller's."""
+        if self._tracker is not None:
+            self._tracker.picture(step, image)
+
+    def say(self, text: str) -> None:
+        """A line for people: on the terminal above the bar, and in train.log."""
+        if self._active:
+            log.info(text)
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._bar.close()
+        if self._metrics is not None:
+            with suppress(OSError):
+                self._metrics.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        assert self._metrics is not None
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **rounded}) + "\n"
+        try:
+            self._metrics.write(line)
+            self._metrics.flush()
+        except OSError as error:  # what could not be written stays in the buffer, for the next time
+            if not self._metrics_failed:
+                self.say(
+                    f"WARNING: {self._metrics.name} cannot be written ({error.strerror}); training goes on"
+                )
+            self._metrics_failed = True
+        if self._tracker is not None:
+            with suppress(OSError):  # its files are on the same disk
+                self._tracker.metrics(step, values)
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds // 60) % 60, int(seconds // 3600)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds) % 60:02d}s"

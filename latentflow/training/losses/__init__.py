@@ -1,0 +1,1 @@
+"""Losses: modules that turn a batch into the loss that is minimised."""

@@ -1,0 +1,39 @@
+"""The checkpoint that a student learns from: its guided velocity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...models import Condition
+from ...pipeline.generate import LatentFlowPipeline
+from ..loop.distributed import uncached_autocast
+
+
+class VelocityTeacher:
+    """The velocity of a pipeline on the straight path, whatever its own path and prediction, guided at one scale.
+
+    Args:
+        pipe: the teacher. Its network is frozen.
+        guidance: scale of classifier-free guidance; 1 is none.
+    """
+
+    def __init__(self, pipe: LatentFlowPipeline, guidance: float) -> None:
+        names = ("path", "path_options", "prediction")
+        # Alone, so that nothing but the network says on which device it runs.
+        self._pipe = LatentFlowPipeline(
+            vae=None,
+            transformer=pipe.transformer.requires_grad_(False).eval(),
+            **{name: pipe.config[name] for name in names},
+        )
+        self._pipe._guidance_scale = guidance
+        self._guided = guidance != 1.0
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """(B, C, h, w) dx/dt at x and t (B,), float32. Where the condition is dropped there is nothing to guide."""
+        if self._pipe.transformer.device != x.device:
+            self._pipe.transformer.to(x.device)
+        with uncached_autocast(x.device):
+            against = condition.unconditional() if self._guided else None
+            return self._pipe.velocity(condition, against)(x, t)

@@ -1,0 +1,175 @@
+"""A run folder as a report and a model card read it: every part may be missing, a run can be killed at any
+instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...utils.documents import read_yaml
+from ..loop.run_folder import Row, metric_lines, read_metrics, read_starts
+from ..losses.autoencoder import autoencoder_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the files of a run folder say.
+
+    Attributes:
+        rows: one for each logged step, in order; see `read_metrics`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    rows: list[Row]
+    starts: list[dict[str, Any]]
+    log: list[str]
+
+    @property
+    def step(self) -> int:
+        return int(self.rows[-1]["step"]) if self.rows else 0
+
+    @property
+    def is_student(self) -> bool:
+        """Whether this is a run of `latentflow distill`."""
+        return "method" in self.config
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """Whether this is what trains an autoencoder: `latentflow autoencoder`, or the first stage of `train`."""
+        return "network" not in self.config and not self.is_student
+
+    @property
+    def target(self) -> int | None:
+        """The steps that the run shall have."""
+        steps: int | None = self.config.get("max_train_steps")
+        if self.is_autoencoder and steps is not None:
+            return autoencoder_steps(self.config.get("autoencoder_steps"), steps)
+        return steps
+
+    @property
+    def result(self) -> Path:
+        return self.folder / ("autoencoder" if self.is_autoencoder else "pipeline")
+
+    @property
+    def finished(self) -> bool:
+        at_end = self.target is None or self.step >= self.target
+        return self.result.is_dir() and (at_end or self.stopped_early)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether it ended early, and has not gone on since; see `EarlyStop.line`."""
+        return any(f"stopped early at step {self.step};" in line for line in self.log)
+
+    @property
+    def result_step(self) -> int:
+        """The step that the result's weights are of: the last one, or what `EarlyStop.line` says."""
+        told = re.compile(rf"step {self.step}(?: is reached)?; the result is of step (\d+)")
+        found = [match for line in self.log if (match := told.search(line))]
+        return int(found[-1][1]) if found else self.step
+
+    @property
+    def processes(self) -> int:
+        """Of the last start."""
+        return int(self.starts[-1]["processes"]) if self.starts else 1
+
+    @property
+    def batch(self) -> int:
+        """Samples in one step of all processes."""
+        if self.is_autoencoder:
+            return int(self.config.get("autoencoder_batch_size", 1)) * self.processes
+        accumulation = int(self.config.get("gradient_accumulation_steps", 1))
+        return int(self.config.get("train_batch_size", 1)) * accumulation * self.processes
+
+    @cached_property
+    def seconds(self) -> float:
+        """Time in the loop, of all starts. The hour of a line says nothing: a run may lie still, and clocks jump."""
+        total, last = 0.0, 0
+        for row in metric_lines(self.folder):
+            step, rate = int(row["step"]), row.get("images_per_second", 0.0)
+            if rate > 0:
+                total += max(0, step - last) * self.batch / rate
+            last = step
+        return total
+
+    def previews(self) -> list[Path]:
+        """The preview pictures, oldest first."""
+        return sorted((self.folder / "samples").glob("step-*.png"), key=preview_step)
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a figure, where it was logged."""
+        rows = [row for row in self.rows if name in row]
+        return [int(row["step"]) for row in rows], [row[name] for row in rows]
+
+    def resume(self) -> str:
+        """The command that goes on with the run; a finished one for as many steps again, or with more patience."""
+        program = "autoencoder" if self.is_autoencoder else "distill" if self.is_student else "train"
+        command = ["latentflow", program]
+        command += ["--config", str(self.folder / "config.yaml"), "-o", str(self.folder)]
+        if self.finished and self.stopped_early:
+            command += ["--early-stop", str(2 * int(self.config.get("early_stop", 1)))]
+        elif self.finished:
+            flag = "--autoencoder-steps" if self.is_autoencoder else "--max-train-steps"
+            command += [flag, str(2 * self.step)]
+        return shlex.join(command)
+
+
+def read_run(folder: str | Path, config: dict[str, Any] | None = None) -> Run:
+    """Read a run folder, whatever of it is there; ``config`` is that of a first stage, which has no file of its own.
+
+    Raises:
+        UserError: it is none: there is neither a config.yaml nor a metrics.jsonl; or its config.yaml is no YAML.
+    """
+    folder = Path(folder)
+    settings, log = folder / "config.yaml", folder / "train.log"
+    if not settings.is_file() and not (folder / "metrics.jsonl").is_file():
+        inside = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+        fix = f"Did you mean '{inside[0]}'?" if inside else "Give what -o of `latentflow train` named."
+        raise UserError(f"'{folder}' is not a run folder: it holds no config.yaml and no metrics.jsonl", fix)
+    if config is None and settings.is_file():
+        config = read_yaml(settings, "Mend it or move it away.")
+    return Run(
+        folder=folder,
+        config=config if isinstance(config, dict) else {},
+        rows=read_metrics(folder),
+        starts=read_starts(folder),
+        log=log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else [],
+    )
+
+
+def preview_step(path: Path) -> int:
+    """The step of a preview, by its name; -1 if that says none."""
+    number = path.stem.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def data_lines(log: list[str]) -> list[str]:
+    """What the last start of a run said about its data: all up to its plan, each line once."""
+    told = [_message(line) for line in log]
+    plans = [index for index, line in enumerate(told) if line.startswith("plan: ")]
+    if not plans:
+        return []
+    first = next(
+        (i for i in range(plans[-1], 0, -1) if told[i - 1].startswith(("step ", "stopped", "done:"))), 0
+    )
+    warnings = [line for line in told[plans[-1] : plans[-1] + 3] if "pictures are few" in line]
+    return list(dict.fromkeys([*told[first : plans[-1]], *warnings]))
+
+
+def _message(line: str) -> str:
+    """A line of train.log without its date and time."""
+    parts = line.split(" ", 2)
+    return parts[2] if len(parts) == 3 and parts[0][:4].isdigit() else line
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``2 h 05 min``, ``3 min 20 s``, ``20 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

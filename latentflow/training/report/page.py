@@ -1,0 +1,210 @@
+"""The page of `latentflow report`: one run, or a run of two stages, from the files in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ...autoencoder import AutoencoderConfig
+from ...data.config import DataConfig
+from ...data.images import open_image
+from ...data.pixels import to_rgb
+from ...errors import UserError
+from ...models.config import NetworkConfig, TextConfig
+from ...utils.html_page import Page, Section
+from ..loop.checkpoint import list_checkpoints
+from ..loop.config import LoopConfig
+from ..losses.flow import FlowConfig
+from .curves import add_curves
+from .folder import Run, data_lines, duration, preview_step, read_run
+
+_MOST_PICTURES, _PICTURE_WIDTH = 12, 640
+_LOG_LINES = 200
+_LONG = 600  # seconds without a line after which a run is hardly running
+
+
+def report_page(folder: str | Path) -> Page:
+    """The page of a run: what became of it, curves, samples, settings, data, environment, and how to go on.
+
+    Args:
+        folder: a run of `latentflow train` or `latentflow autoencoder`, finished or not.
+
+    Raises:
+        UserError: it is no run folder, or matplotlib is missing.
+    """
+    run = read_run(folder)
+    page = Page(run.folder.resolve().name)
+    _summary(page, run)
+    page.heading("Curves")
+    add_curves(page, run)
+    if run.previews():
+        page.heading("Samples")
+        _samples(page, run)
+    first_stage = run.folder / "autoencoder"
+    if not run.is_autoencoder and (first_stage / "metrics.jsonl").is_file():
+        stage = read_run(first_stage, {k: v for k, v in run.config.items() if k != "network"})
+        page.heading("The autoencoder, trained first")
+        page.table([], _facts(stage))
+        add_curves(page, stage)
+        _samples(page, stage)
+    _data(page, run)
+    _settings(page, run)
+    _environment(page, run)
+    _log(page, run)
+    return page
+
+
+def _summary(page: Page, run: Run) -> None:
+    page.table([], _facts(run))
+    for line in _remarks(run):
+        page.text(line)
+    if run.finished and not run.is_autoencoder:
+        page.text("To draw with it:")
+        page.code(shlex.join(["latentflow", "generate", "--checkpoint", str(run.result)]))
+    page.text("To go on, for as many steps again:" if run.finished else "To go on where it stopped:")
+    page.code(run.resume())
+    if run.processes > 1:
+        page.text(
+            f"It ran in {run.processes} processes: start as many, or multiply --gradient-accumulation-steps by "
+            f"{run.processes}, so that a step has as many samples as before."
+        )
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    target = f" of {run.target}" if run.target else ""
+    facts = [("state", f"{_state(run)}: step {run.step}{target}")]
+    facts.append(("samples seen", f"{run.step * run.batch:,}, {run.batch} a step"))
+    if run.seconds:
+        rate = run.step * run.batch / run.seconds
+        shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        facts.append(("time in training", f"{duration(run.seconds)}, {shown} pictures a second"))
+    for name, best, unit in (("val_loss", min, ""), ("val_psnr", max, " dB")):
+        steps, values = run.curve(name)
+        if values:
+            figures = [
+                f"{values[at]:.4f}{unit} at step {steps[at]}" for at in (-1, values.index(best(values)))
+            ]
+            facts.append((name, f"{figures[0]}, best {figures[1]}"))
+    memory = run.curve("memory_gib")[1]
+    if memory:
+        facts.append(("peak memory", f"{max(memory):.2f} GiB"))
+    kept = [path.name for path in list_checkpoints(run.folder / "checkpoints")]
+    if kept:
+        facts.append(("checkpoints kept", ", ".join(kept)))
+    return facts
+
+
+def _state(run: Run) -> str:
+    if run.finished:
+        return "finished"
+    if run.rows and (quiet := time.time() - run.rows[-1].get("time", 0.0)) < _LONG:
+        return f"not finished, last line {quiet:.0f} s ago"
+    return "not finished"
+
+
+def _remarks(run: Run) -> list[str]:
+    """What a reader of the curves should not miss."""
+    remarks = []
+    steps, values = run.curve("val_loss")
+    if len(values) >= 3 and values[-1] > 1.02 * min(values):
+        best = values.index(min(values))
+        remarks.append(
+            f"The validation loss has risen by {values[-1] / values[best] - 1:.0%} since step {steps[best]}: "
+            "most often the network learns the training pictures by heart from there on; fewer steps or more pictures "
+            "help. If the loss in training rises as well, lower --learning-rate."
+        )
+    skipped = sum("The update is skipped" in line for line in run.log)
+    if skipped:
+        remarks.append(
+            f"Updates skipped because the loss or its gradient was not finite: {skipped} (log below)."
+        )
+    return remarks
+
+
+def _samples(page: Section, run: Run) -> None:
+    pictures = run.previews()
+    chosen = sorted({round(i) for i in np.linspace(0, len(pictures) - 1, _MOST_PICTURES)} if pictures else ())
+    if len(chosen) < len(pictures):
+        page.text(f"{len(chosen)} of {len(pictures)} in {run.folder / 'samples'}.")
+    for path in (pictures[index] for index in chosen):
+        try:
+            with open_image(path) as image:
+                shown = to_rgb(image)
+        except UserError:
+            page.text(f"{path.name} cannot be read: the run was killed while writing it.")
+            continue
+        if shown.width > _PICTURE_WIDTH:
+            shown.thumbnail((_PICTURE_WIDTH, 2 * _PICTURE_WIDTH))
+        page.picture(shown, f"step {preview_step(path)}", "webp")
+
+
+def _data(page: Page, run: Run) -> None:
+    page.heading("Data")
+    lines = data_lines(run.log)
+    page.list(lines or ["train.log says nothing about the data."])
+    if data := run.config.get("data"):
+        page.text("All that can be said about the pictures, with a contact sheet:")
+        page.code(shlex.join(["latentflow", "check", str(data), "--report", "data.html"]))
+
+
+def _settings(page: Page, run: Run) -> None:
+    if not run.config:
+        return
+    page.heading("Settings")
+    usual = _defaults()
+    changed = [
+        (k, _text(v), _text(usual[k])) for k, v in run.config.items() if k in usual and _differs(v, usual[k])
+    ]
+    page.table(["other than usual", "here", "usual"], changed)
+    every = page.details("all settings (config.yaml)")
+    every.code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+
+
+def _defaults() -> dict[str, Any]:
+    """The defaults of all settings of all programs."""
+    defaults: dict[str, Any] = {}
+    for config in (DataConfig, AutoencoderConfig, NetworkConfig, TextConfig, FlowConfig, LoopConfig):
+        for field in dataclasses.fields(config):
+            if field.default is not dataclasses.MISSING:
+                defaults[field.name] = field.default
+            elif field.default_factory is not dataclasses.MISSING:
+                defaults[field.name] = field.default_factory()
+    return defaults
+
+
+def _differs(value: Any, usual: Any) -> bool:
+    return bool((tuple(value) if isinstance(value, list) else value) != usual)
+
+
+def _text(value: Any) -> str:
+    return (
+        "-" if value is None else " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    )
+
+
+def _environment(page: Page, run: Run) -> None:
+    page.heading("Environment")
+    if not run.starts:
+        page.text("The run recorded none.")
+        return
+    page.table(
+        ["", "value"], [(k, v) for k, v in run.starts[-1].items() if k not in ("started", "step", "command")]
+    )
+    names = ("started", "step", "device", "processes", "command")
+    page.table(
+        ["started", "at step", "device", "processes", "command"],
+        [[s.get(n) for n in names] for s in run.starts],
+    )
+
+
+def _log(page: Page, run: Run) -> None:
+    if run.log:
+        page.heading("Log")
+        some = run.log[-_LOG_LINES:]
+        page.details(f"train.log: {len(some)} of {len(run.log)} lines").code("\n".join(some))

@@ -1,0 +1,482 @@
+"""Components of a checkpoint: files that fit together are loaded, all others are refused by name.
+
+diffusers and transformers fill what a file lacks with random numbers, leave out what they do not know, and only
+report it. Here a missing, unexpected, mis-shaped or non-finite weight is an error, and so is a file that cannot be
+read. No code of a checkpoint's is executed, and no module is imported because a checkpoint names it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, few, reading, shown
+from .settings import CONFIG, MEND, check_settings, read_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+_STEMS = ("diffusion_pytorch_model", "model")  # of files of weights: diffusers', transformers'
+_FLOATS = ("F", "BF")  # how safetensors' types of floating-point numbers begin
+
+
+# ---------------------------------------------------------------- classes
+
+
+def component_class(file: object, name: str, entry: Any, base: type) -> Any:
+    """Return the class that a pipeline's index names for a component, without importing a module for it.
+
+    Args:
+        file: the index.
+        name: of the component.
+        entry: [module, class], as diffusers writes it.
+        base: the class of which it must be one.
+
+    Raises:
+        UserError: there is no such class in diffusers, transformers or a module that is already imported, or it is no
+            component of a pipeline.
+    """
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(one, str) for one in entry)):
+        raise UserError(f"{file}: {name} is {shown(entry)}", f"Expected: [module, class]. {MEND}")
+    library, kind = entry
+    try:
+        found = getattr(sys.modules.get(library), kind, None)
+    except (ImportError, RuntimeError):  # transformers' own way to say that something is not installed
+        found = None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(
+            f"{file}: {name} is {library}.{kind}, which is no {base.__name__} that is known here",
+            "latentflow executes no code of a checkpoint's: a component is a class of diffusers, transformers or "
+            f"latentflow. Another one can be passed: from_pretrained(folder, {name}=...).",
+        )
+    return found
+
+
+def check_config(file: Path, config: Mapping[str, Any], kind: Any = None) -> None:
+    """Refuse a config of weights that are quantised, or that another class wrote than ``kind``.
+
+    Raises:
+        UserError: names the file and the class.
+    """
+    if config.get("quantization_config") is not None:
+        raise UserError(
+            f"{file}: the weights are quantised", "Give the same model in float32 or half precision."
+        )
+    if kind is None:
+        return
+    written = config.get("_class_name", kind.__name__)
+    wanted = str(getattr(getattr(kind, "config_class", None), "model_type", ""))
+    model = config.get("model_type", wanted) if wanted else wanted
+    if written != kind.__name__:
+        raise UserError(f"{file} is of a {shown(written)}, not of a {kind.__name__}", MEND)
+    if not isinstance(model, str) or not (wanted.startswith(model) or model.startswith(wanted)):
+        raise UserError(f"{file} is of a model of type {shown(model)}, not {wanted}", MEND)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def load_module(
+    kind: Any, folder: Path, shown: object = None, *, fix: str = MEND, **options: Any
+) -> nn.Module:
+    """Load a network of diffusers, transformers or ours from the folder that its ``save_pretrained`` wrote.
+
+    Args:
+        kind: its class.
+        folder: with config.json and the weights beside it.
+        shown: what it is called in errors; default: the folder.
+        fix: what the user can do where the weights cannot be read.
+        options: handed to ``kind.from_pretrained``: ``dtype``, ``variant``, ``use_safetensors``.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        UserError: a file is missing or cannot be read; weights and config do not belong together.
+    """
+    from diffusers.models.modeling_utils import no_init_weights
+
+    config_file = folder / CONFIG
+    config = read_settings(config_file)
+    check_config(config_file, config, kind)
+    ours = kind.__module__.startswith("latentflow.")
+    if ours:
+        check_settings(config_file, config, kind)
+    if options.get("use_safetensors") and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{shown or folder} has no file of weights (.safetensors)", fix)
+    stored = stored_weights(folder, options.get("variant"))
+    check_layers(config_file, config, stored)
+
+    def build() -> object:
+        if hasattr(kind, "config_class"):  # of transformers
+            return kind._from_config(kind.config_class.from_pretrained(folder))
+        with no_init_weights():  # only its sizes are asked for
+            return kind.from_config({**config})
+
+    check_size(config_file, stored, build, ours=ours)
+    options = {name: value for name, value in options.items() if value is not None}
+    if "dtype" in options and not hasattr(kind, "config_class"):  # diffusers' word for it
+        options["torch_dtype"] = options.pop("dtype")
+    return load_checked(kind, str(folder), shown or folder, stored, fix=fix, **options)
+
+
+class Checked:
+    """A network of ours, whose ``from_pretrained`` refuses weights that do not fit, whoever calls it."""
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **options: Any) -> Any:
+        """Load the network; see ``diffusers.ModelMixin.from_pretrained``.
+
+        Raises:
+            UserError: weights are missing, unexpected, of another shape or not finite, or a file cannot be read.
+        """
+        if {"output_loading_info", "ignore_mismatched_sizes"} & options.keys():  # the caller looks himself
+            return super().from_pretrained(source, **options)  # type: ignore[misc]
+        subfolder = options.pop("subfolder", None) or ""
+        if Path(source, subfolder).is_dir():
+            return load_module(cls, Path(source, subfolder), **options)
+        return load_checked(cls, source, f"the network in '{source}'", subfolder=subfolder, **options)
+
+
+def may_be_on_the_hub(name: str) -> bool:
+    """Return whether ``name``, which is no folder here, has the form of a hub id."""
+    return not Path(name).is_absolute() and len(Path(name).parts) <= 2
+
+
+def load_transformers_model(
+    name: str,
+    shown: str,
+    family: Callable[[Any], Any],
+    *,
+    fix: str,
+    subfolder: str = "",
+    **options: Any,
+) -> Any:
+    """Load a model of transformers, by hub id or folder.
+
+    Args:
+        name: hub id or folder.
+        shown: what it is called in errors.
+        family: config -> class that loads it.
+        fix: what the user can do where it cannot be read.
+        subfolder: of it, with the model.
+        options: see `load_checked`.
+
+    Raises:
+        UserError: as of `load_module`.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(name, subfolder)
+    file = folder / CONFIG
+    stored = None
+    if not folder.is_dir() and not may_be_on_the_hub(name):
+        raise UserError(f"{shown} cannot be read: there is no such folder", fix)
+    if folder.is_dir():
+        stored = stored_weights(folder)
+        check_layers(file, read_settings(file), stored)
+    where: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": False}
+    with library_reads(shown, fix=fix):
+        config = AutoConfig.from_pretrained(name, **where)
+    check_config(file, config.to_dict())
+    kind = family(config)
+    # Of a model of images and text, the part of the config that is of the wanted half.
+    half = getattr(getattr(kind, "config_class", None), "base_config_key", "")
+    make = getattr(kind, "from_config", None) or kind._from_config
+    check_size(file, stored, lambda: make(getattr(config, half, config) if half else config))
+    return load_checked(kind, name, shown, stored, fix=fix, **where, **options)
+
+
+def load_checked(
+    kind: Any,
+    source: str,
+    shown: object,
+    stored: Mapping[str, tuple[str, int]] | None = None,
+    *,
+    other_parts: bool = False,
+    fix: str = MEND,
+    **options: Any,
+) -> nn.Module:
+    """Return ``kind.from_pretrained(source)`` if every weight is from its file, fits and is finite.
+
+    Args:
+        shown: the source, as a user would call it.
+        stored: see `stored_weights`.
+        other_parts: the file may hold weights of other parts of a larger model, and lack a pooler, which is not used.
+        fix: what the user can do where it cannot be read.
+        options: handed on.
+
+    Raises:
+        UserError: names the weights, or the reason why the files cannot be read.
+    """
+    with library_reads(shown, fix=fix):
+        module, info = kind.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    buffers = tuple(name for name, _ in module.named_buffers())  # older files hold some that are computed now
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith(buffers))
+    if other_parts:
+        own = {name.partition(".")[0] for name in module.state_dict()}
+        prefix = f"{getattr(module, 'base_model_prefix', '')}."
+        missing = [name for name in missing if "pooler" not in name]
+        unexpected = [name for name in unexpected if name.removeprefix(prefix).partition(".")[0] in own]
+    if missing:
+        raise _unfit(shown, f"weights are missing: {few(missing, 3)}")
+    if unexpected:
+        raise _unfit(shown, f"the config has no place for weights: {few(unexpected, 3)}")
+    if info["mismatched_keys"]:
+        wrong = sorted(
+            f"{name} is {_sides(there)}, not {_sides(here)}" for name, there, here in info["mismatched_keys"]
+        )
+        raise _unfit(shown, f"weights have another shape than the config says: {few(wrong, 3)}")
+    _check_values(module, shown, stored or {})
+    return module.eval()  # type: ignore[no-any-return]
+
+
+def _unfit(shown: object, what: str) -> UserError:
+    return UserError(f"{shown}: weights and config do not belong together: {what}", MEND)
+
+
+def _check_values(module: nn.Module, shown: object, stored: Mapping[str, tuple[str, int]]) -> None:
+    """Refuse whole numbers in the place of weights, and weights that are not finite."""
+    import torch
+
+    values = {name: one for name, one in module.state_dict().items() if one.is_floating_point()}
+    whole = [name for name in values if name in stored and not stored[name][0].startswith(_FLOATS)]
+    if whole:
+        raise UserError(
+            f"{shown}: weights are no floating-point numbers but {stored[whole[0]][0]}: {few(whole, 3)}",
+            f"Quantised weights are not read. {MEND}",
+        )
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    odd = [
+        name
+        for name, one in values.items()
+        if one.dtype in usual and not one.is_meta and one.numel() and not is_finite(one)
+    ]
+    if odd:
+        dtype = str(values[odd[0]].dtype).removeprefix("torch.")
+        raise UserError(f"{shown}: weights are not finite (in {dtype}): {few(odd, 3)}", MEND)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Return whether all ``values`` are finite, of a tensor that is not empty; reads them once, copies none."""
+    import torch
+
+    return bool(torch.isfinite(torch.stack(values.detach().aminmax())).all())
+
+
+def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[str, int]] | None:
+    """Return name -> (type, count of numbers) of the weights in ``folder``'s safetensors files, by their headers.
+
+    Args:
+        variant: as of ``from_pretrained``, such as "fp16".
+
+    Returns:
+        None where the folder has no safetensors files.
+
+    Raises:
+        UserError: a file is damaged, or its index is.
+    """
+    files = weight_files(folder, variant)
+    if files is None:
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[str, int]] = {}
+    for file in files:
+        with reading(file, OSError, SafetensorError, fix=MEND), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                one = opened.get_slice(name)
+                found[name] = one.get_dtype(), math.prod(one.get_shape())
+    return found
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path] | None:
+    """Return the safetensors files in ``folder`` that the libraries read, or None where it has none.
+
+    Args:
+        variant: as of ``from_pretrained``, such as "fp16".
+
+    Raises:
+        UserError: their index is damaged.
+    """
+    end = f".{variant}" if variant else ""
+    for stem in _STEMS:
+        index = folder / f"{stem}.safetensors.index{end}.json"
+        if index.is_file():
+            places = read_settings(index).get("weight_map")
+            if not isinstance(places, dict) or not all(
+                isinstance(file, str) and Path(file).name == file for file in places.values()
+            ):
+                raise UserError(f"{index}: weight_map does not name files beside it", MEND)
+            return [folder / file for file in sorted({*places.values()})]
+        if (folder / f"{stem}{end}.safetensors").is_file():
+            return [folder / f"{stem}{end}.safetensors"]
+    return None
+
+
+def check_layers(file: Path, config: Mapping[str, Any], stored: Mapping[str, tuple[str, int]] | None) -> None:
+    """Refuse a config with more layers than there are tensors in the file of weights.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name, value in _settings_within(config):
+        if stored is None or not re.search("layers|depth", name) or type(value) is not int:
+            continue
+        if value > len(stored):
+            raise UserError(
+                f"{file}: {name} is {value}, but the file of weights holds {len(stored)} tensors", MEND
+            )
+
+
+def check_size(
+    file: Path,
+    stored: Mapping[str, tuple[str, int]] | None,
+    build: Callable[[], object],
+    *,
+    ours: bool = False,
+) -> None:
+    """Refuse a config that describes a far larger network than its weights are, before any memory is taken for it.
+
+    Args:
+        file: the config.
+        stored: see `stored_weights`; None: nothing is known of them.
+        build: makes the network; called where tensors take no memory.
+        ours: a mistake in the settings of a class of ours is a `UserError`; all else in it is a defect, and passes.
+
+    Raises:
+        UserError: the network is too large, or cannot be built.
+    """
+    if stored is None:
+        return
+    import torch
+
+    with ExitStack() as stack:
+        stack.enter_context(about(file) if ours else library_reads(file))
+        stack.enter_context(without_reports())
+        stack.enter_context(_no_larger(file, stored))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.device("meta"))
+        build()
+
+
+def _settings_within(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, one in value.items():
+            yield from _settings_within(one, key)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _settings_within(one, name)
+    else:
+        yield name, value
+
+
+@contextmanager
+def _no_larger(file: Path, stored: Mapping[str, tuple[str, int]]) -> Iterator[None]:
+    """Refuse, within the context, the building of a network that has far more weights than are stored."""
+    from torch.nn.modules import module as hooks
+
+    numbers = sum(count for _, count in stored.values())
+    # Twice: weights that are tied are built more than once. And room for small ones that are computed.
+    left = {"tensors": 2 * len(stored) + 64, "numbers": 4 * numbers + 2**20}
+    thread = threading.get_ident()
+
+    def count(_: nn.Module, name: str, tensor: Tensor | None) -> None:
+        if tensor is None or threading.get_ident() != thread:
+            return
+        left["tensors"] -= 1
+        left["numbers"] -= tensor.numel()
+        if min(left.values()) < 0:
+            raise UserError(
+                f"{file} describes a far larger network than the weights beside it, which are "
+                f"{len(stored)} tensors of {numbers} numbers",
+                MEND,
+            )
+
+    handles = [
+        hooks.register_module_parameter_registration_hook(count),
+        hooks.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---------------------------------------------------------------- the libraries
+
+
+@contextmanager
+def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
+    """Turn what diffusers, transformers and safetensors raise on files they cannot read into a `UserError`.
+
+    Only their calls belong inside. Their advice to execute a checkpoint's code is not passed on.
+
+    Args:
+        shown: what is read, as a user would call it.
+        fix: what the user can do.
+
+    Raises:
+        UserError: in the place of theirs.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+    from safetensors import SafetensorError
+
+    general = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+    theirs = (ImportError, RuntimeError, SafetensorError, StrictDataclassError, HfHubHTTPError)
+    with without_reports(), reading(shown, *general, *theirs, fix=fix):
+        try:
+            yield
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise UserError(
+                f"{shown} needs code that it brings along, which latentflow does not execute",
+                "Use a model of a kind that the installed libraries know.",
+            ) from error
+
+
+@contextmanager
+def about(shown: object) -> Iterator[None]:
+    """Let every `UserError` within the context name what it is about: a file, a checkpoint."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            error.what if str(shown) in error.what else f"{shown}: {error.what}", error.fix
+        ) from error
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Silence the libraries within the context: what is wrong is said in one sentence, as an error."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    loud = [
+        (library, level)
+        for library in (diffusers.utils.logging, transformers.utils.logging)
+        if (level := library.get_verbosity()) != library.CRITICAL  # setting a level takes a while
+    ]
+    for library, _ in loud:
+        library.set_verbosity(library.CRITICAL)
+    try:
+        yield
+    finally:
+        for library, level in loud:
+            library.set_verbosity(level)
+
+
+def _sides(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "one number"

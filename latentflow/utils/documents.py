@@ -1,0 +1,187 @@
+"""Text, JSON and YAML of strangers: read in one place, and what is wrong in them is a `UserError` that names the file.
+
+Imports errors only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, reading
+
+if TYPE_CHECKING:
+    from yaml import Node
+
+
+DEPTH = 64  # values inside values, at most
+VALUES = 1_000_000  # in one document, at most; those that YAML's aliases repeat are counted each time
+# What PyYAML raises on a document; its constructors of numbers, dates and the like do not wrap what they meet.
+_YAML = (ValueError, RecursionError, AttributeError, LookupError, TypeError)
+
+
+def decode(raw: bytes, where: str) -> str:
+    """Return the UTF-8 text in ``raw``, without a byte order mark, line ends as they are.
+
+    Raises:
+        UserError: it is not UTF-8, or holds NUL characters as UTF-16 read so does; ``where`` names it.
+    """
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text: {error}", "Save it as UTF-8.") from None
+    refuse_no_text(text, where)
+    return text
+
+
+def refuse_no_text(text: str, where: str) -> None:
+    r"""Refuse a string that holds half a character (a lone surrogate, ``\ud83c``) or a NUL: nothing can store it.
+
+    Raises:
+        UserError: it does; ``where`` names it.
+    """
+    if "\0" in text:
+        raise UserError(
+            f"{where} holds NUL characters", "It may be UTF-16 or no text at all: save it as UTF-8."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UserError(f"{where} holds {half}, half of a character", "Write the whole character.") from None
+
+
+def storable(text: str) -> str:
+    """Return ``text`` with lone surrogates, as names of files hold that are not UTF-8, written as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def parse_json(text: str, where: str, fix: str = "") -> Any:
+    """Return what the JSON in ``text`` says. ``NaN`` and ``Infinity`` are numbers, as Python writes them.
+
+    Args:
+        where: names the document in messages: the file, and the line where there are several documents in it.
+        fix: what the user can do.
+
+    Raises:
+        UserError: it is not JSON; a key is there twice; it is nested more than ``DEPTH`` deep or holds more than
+            ``VALUES`` values.
+    """
+    try:
+        # Refusing too long numbers, which Python does not read, is a ValueError as well.
+        value = json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(where, "JSON", error, fix) from None
+    _refuse_excess(value, where, fix)
+    return value
+
+
+def parse_yaml(text: str, where: str, fix: str = "") -> Any:
+    """Return what the YAML in ``text`` says: plain values, no objects.
+
+    Args, Raises: as for ``parse_json``.
+    """
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+    except (yaml.YAMLError, *_YAML) as error:
+        raise _invalid(where, "valid YAML", error, fix) from None
+    if node is None:
+        return None
+    if twice := _repeated_key(node):
+        raise UserError(f"{where}: '{twice}' is there twice: keep one of them", fix)
+    try:
+        value = loader.construct_document(node)
+    except (yaml.YAMLError, *_YAML) as error:
+        raise _invalid(where, "valid YAML", error, fix) from None
+    _refuse_excess(value, where, fix)
+    return value
+
+
+def read_json(file: Path, fix: str = "") -> Any:
+    """Return what a JSON file says; see ``parse_json``.
+
+    Raises:
+        UserError: also where the file cannot be read.
+    """
+    return parse_json(_read(file, fix), str(file), fix)
+
+
+def read_yaml(file: Path, fix: str = "") -> Any:
+    """Return what a YAML file says; see ``parse_yaml``.
+
+    Raises:
+        UserError: also where the file cannot be read.
+    """
+    return parse_yaml(_read(file, fix), str(file), fix)
+
+
+def _read(file: Path, fix: str) -> str:
+    with reading(file, OSError, fix=fix):
+        raw = file.read_bytes()
+    return decode(raw, str(file))
+
+
+class _TwiceError(ValueError):
+    """A key that is there twice."""
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _TwiceError(f"'{twice}' is there twice: keep one of them")
+    return found
+
+
+def _repeated_key(root: Node) -> str | None:
+    """Return a key that a mapping of a YAML document holds twice; what merge keys (<<) bring does not count."""
+    import yaml
+
+    waiting, seen = [root], {id(root)}
+    while waiting:
+        node = waiting.pop()
+        inside = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter((key.tag, key.value) for key, _ in inside if isinstance(key, yaml.ScalarNode))
+            for (tag, key), count in keys.items():
+                if count > 1 and tag != "tag:yaml.org,2002:merge":
+                    return str(key)
+            inside = [one for pair in inside for one in pair]
+        waiting += [one for one in inside if id(one) not in seen]
+        seen |= {id(one) for one in inside}
+    return None
+
+
+def _refuse_excess(value: Any, where: str, fix: str) -> None:
+    """Refuse what could not be walked through or printed."""
+    level, depth, count = [value], 0, 1
+    while level:
+        if depth > DEPTH:
+            raise UserError(f"{where} is nested more than {DEPTH} deep", fix)
+        inside: list[Any] = []
+        for one in level:
+            held = one.values() if isinstance(one, Mapping) else one if isinstance(one, list | set) else ()
+            count += len(held)
+            if count > VALUES:
+                raise UserError(f"{where} holds more than {VALUES:,} values", fix)
+            inside += held
+        level, depth = inside, depth + 1
+
+
+def _invalid(where: str, kind: str, error: BaseException, fix: str) -> UserError:
+    if isinstance(error, RecursionError):
+        return UserError(f"{where} is nested too deep", fix)
+    # PyYAML's messages take several lines: what, then where.
+    told = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
+    if "integer string conversion" in told:  # Python's own limit
+        told = f"it holds a number of more than {sys.get_int_max_str_digits():,} digits"
+    if isinstance(error, _TwiceError):
+        return UserError(f"{where}: {told}", fix)
+    return UserError(f"{where} is not {kind}: {told or type(error).__name__}", fix)

@@ -1,0 +1,126 @@
+"""Running out of memory: in which phase, how much was used, and what would help. Imports only `errors` of ours."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from ..errors import RunError, UserError
+
+# What each phase of a program can be asked to do with less memory.
+ADVICE = {
+    "encode": "Lower --resolution, or free memory that other programs use.",
+    "train": "Add --auto-micro-batch (splits batches as far as needed; what is learnt stays the same), "
+    "--gradient-checkpointing or --mixed-precision bf16; or halve --train-batch-size and double "
+    "--gradient-accumulation-steps. A fine-tune (--init-from) needs least with --lora-rank 16.",
+    "train the autoencoder": "Add --auto-micro-batch, or lower --autoencoder-batch-size, --autoencoder-widths or "
+    "--resolution.",
+    "preview": "--preview-steps 0 leaves previews out.",
+    "validate": "--validation-steps 0 leaves validations out.",
+    "draw prior samples": "Free memory that other programs use, or leave them out: --prior-samples 0.",
+    "draw pairs": "Free memory that other programs use.",
+    "draw": "Ask for smaller pictures, or free memory that other programs use.",
+    "decode": "Ask for smaller pictures, or free memory that other programs use; from Python: "
+    "pipe.vae.enable_tiling().",
+}
+
+
+# What torch raises as a plain RuntimeError: of the main memory, of CUDA beside torch's own allocator, of cuBLAS.
+_SAID = (
+    "DefaultCPUAllocator: can't allocate",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+class OutOfMemory(RunError):  # noqa: N818 (named as torch's)
+    """Too little memory in a phase; ``what`` says which, how much was used at most, and what was asked for."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of a GPU or the machine, ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
+
+
+def out_of_memory(phase: str, error: BaseException) -> OutOfMemory:
+    """The error for users: ``phase`` is a key of `ADVICE`, ``error`` what was raised."""
+    if isinstance(error, OutOfMemory):
+        return error
+    phase = next((note for note in getattr(error, "__notes__", ()) if note in ADVICE), phase)
+    words = str(error).strip().splitlines() or ["MemoryError"]
+    return OutOfMemory(
+        f"out of memory (phase: {phase}) after a peak of {peak_gib():.2f} GiB: {words[0][:200]}",
+        ADVICE[phase],
+    )
+
+
+@contextmanager
+def memory_phase(phase: str) -> Iterator[None]:
+    """Within the context, running out of memory is an `OutOfMemory` that names the phase."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(phase, error) from error
+
+
+@contextmanager
+def inner_phase(phase: str) -> Iterator[None]:
+    """Within the context, what runs out of memory keeps its type and is marked: `out_of_memory` tells this phase."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            error.add_note(phase)
+        raise
+
+
+def require_memory(what: str, size: int) -> None:
+    """Refuse what cannot fit into this machine's main memory, whatever else runs.
+
+    Args:
+        size: in bytes, at least needed.
+
+    Raises:
+        UserError: says how much is needed and how much there is.
+    """
+    total = psutil.virtual_memory().total
+    if size > total:
+        least = size_text(min(size, 2**70))  # a float holds it
+        raise UserError(
+            f"{what} need {least} of memory at least, more than the {size_text(total)} of this machine",
+            "Ask for fewer or smaller ones, or in several calls.",
+        )
+
+
+def release_memory() -> None:
+    """Give back what the last failure left behind, so that the next attempt has it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_gib() -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated() / 2**30)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak / (2**30 if sys.platform == "darwin" else 2**20))
+
+
+def size_text(size: int) -> str:
+    """Bytes in words: ``1.2 GiB``."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"

@@ -1,0 +1,92 @@
+"""Settings in the JSON files of a checkpoint: of the types that a class declares, and of sizes that can be."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ..errors import UserError, nearest, shown
+from .arguments import is_number
+from .documents import read_json
+
+MEND = "Restore the file from where it came from, or train the checkpoint again."
+CONFIG = "config.json"
+#: sizes that a file of weights does not bound, or too late, and the largest that is believed
+LARGEST = {
+    "condition_channels": 2**16,
+    "mlp_ratio": 2**10,
+    "num_classes": 2**20,
+    "num_train_timesteps": 2**20,
+    "registers": 2**16,
+    "sample_size": 2**12,
+}
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, not JSON, nested too deeply, or holds something else.
+    """
+    document = read_json(file, MEND)
+    if not isinstance(document, dict):
+        raise UserError(f"{file} holds {shown(document)}, no settings", MEND)
+    return document
+
+
+def check_settings(file: object, settings: Mapping[str, Any], kind: Any) -> None:
+    """Refuse settings that ``kind`` does not take, or of other types than it declares.
+
+    Raises:
+        UserError: names the file, the setting and its value.
+    """
+    hints = {name: hint for name, hint in get_type_hints(kind.__init__).items() if name != "return"}
+    named = {name: value for name, value in settings.items() if not name.startswith("_")}
+    for name in named:
+        if name not in hints:
+            guess = nearest(name, hints)
+            raise UserError(
+                f"{file}: {kind.__name__} has no setting '{name}'",
+                f"Did you mean '{guess}'? {MEND}" if guess else MEND,
+            )
+    check_types(file, named, hints)
+
+
+def check_types(file: object, settings: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Refuse values that are not of the types in ``hints``, numbers that are not finite, and sizes beyond `LARGEST`.
+
+    Raises:
+        UserError: names the file, the setting and its value.
+    """
+    for name, value in settings.items():
+        hint = hints.get(name, Any)
+        if not _fits(value, hint):
+            raise UserError(f"{file}: {name} is {shown(value)}", f"Expected: {_words(hint)}. {MEND}")
+        sizes = value if isinstance(value, list | tuple) else [value]
+        if name in LARGEST and any(
+            type(one) in (int, float) and not 0 <= one <= LARGEST[name] for one in sizes
+        ):
+            raise UserError(f"{file}: {name} is {shown(value)}", f"At most {LARGEST[name]} is read. {MEND}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return is_number(value)
+    if hint in (bool, int, str):
+        return type(value) is hint
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(_fits(one, inner[1]) for one in value.values())
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        return isinstance(value, list | tuple) and all(_fits(one, inner[0]) for one in value)
+    return True  # a component, or anything
+
+
+def _words(hint: Any) -> str:
+    return hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", "")
