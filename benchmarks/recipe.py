@@ -52,9 +52,9 @@ from latentflow.models import Condition
 from latentflow.models.config import NetworkConfig, TextConfig
 from latentflow.training import Callbacks, LoopConfig, fit
 from latentflow.training.data import conditions_of
-from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.losses.alignment import AlignmentConfig, make_alignment
 from latentflow.training.losses.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.losses.latent_data import LatentData, Sized
 from latentflow.training.losses.routing import Routing, RoutingConfig
 from latentflow.training.networks import Networks, new_networks
 

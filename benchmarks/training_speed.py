@@ -26,9 +26,9 @@ from latentflow.data import LatentTable, find_source, frame
 from latentflow.data.config import FramingConfig
 from latentflow.models import Condition, DiT
 from latentflow.training import LoopConfig, fit
-from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.loop.distributed import compute_dtype
 from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.latent_data import LatentData, Sized
 
 BATCH, CHANNELS, SIDE, CLASSES = 64, 16, 8, 10
 WIDTH, DEPTH, HEADS = 256, 8, 4

@@ -37,9 +37,9 @@ from ..utils.memory import memory_phase
 from .config import RunConfig
 from .fine_tune.base import base_classes, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share
-from .latent_data import Conditions, LatentData, Sized, is_flipped, rows_of
 from .loop.data_order import seeded
 from .loop.distributed import process_state
+from .losses.latent_data import Conditions, LatentData, Sized, is_flipped, rows_of
 from .networks import Networks
 from .trained_model import Built
 

@@ -21,13 +21,13 @@ from .config import RunConfig
 from .fine_tune.base import class_names, open_base
 from .fine_tune.prior import MixedData, in_turn
 from .fine_tune.teacher_samples import Drawing, drawn_data
-from .latent_data import LatentData
 from .loop.config import LoopConfig
 from .loop.data_order import Draw, SampleRandom
 from .loop.loader import by_group, groups_of, numbered, to_device
 from .losses.average_velocity import AverageVelocityStage, OneStepStage, stage_class
 from .losses.distribution_matching import FakeStage, GeneratorStage
 from .losses.flow import FlowConfig, FlowStage
+from .losses.latent_data import LatentData
 from .losses.teacher import VelocityTeacher
 from .recipe import Lesson
 from .trained_model import Built

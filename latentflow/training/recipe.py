@@ -14,10 +14,10 @@ from ..pipeline.few_steps import FewSteps
 from .config import RunConfig
 from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.prior import MixedData, asked_of, prior_data
-from .latent_data import LatentData
 from .loop.config import LoopConfig
 from .losses.average_velocity import stage_class
 from .losses.flow import FlowConfig, FlowStage
+from .losses.latent_data import LatentData
 from .trained_model import Built
 
 

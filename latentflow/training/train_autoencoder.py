@@ -28,13 +28,13 @@ from ..autoencoder.losses import PatchDiscriminator
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..data.config import DataConfig
 from ..metrics import psnr, ssim
-from .latent_data import PixelData
 from .loop.callbacks import Callbacks
 from .loop.config import LoopConfig
 from .loop.fit import fit
 from .loop.saving import writing
 from .loop.signals import Stop
 from .losses.autoencoder import AutoencoderStage, DiscriminatorStage, autoencoder_steps
+from .losses.latent_data import PixelData
 from .report.export import carry_over
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, h
 from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig
-from latentflow.training.latent_data import PixelData, is_flipped
 from latentflow.training.loop.data_order import Draw, SampleRandom
 from latentflow.training.loop.run_folder import read_metrics
 from latentflow.training.losses.autoencoder import AutoencoderStage, DiscriminatorStage
+from latentflow.training.losses.latent_data import PixelData, is_flipped
 from latentflow.training.train_autoencoder import train_autoencoder
 
 from ..training.command import TINY, call

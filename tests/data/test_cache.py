@@ -20,7 +20,7 @@ from latentflow.data import (
     fingerprint,
     pixels_to_images,
 )
-from latentflow.data.cache.tensors import tensors as module
+from latentflow.data.cache import tensors as module
 from latentflow.errors import UserError
 
 from .pictures import noise, save_all

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentflow.data.cache.tensors.eviction import LOCK, LOOKS, cache_limit
-from latentflow.data.cache.tensors.rows import Located
-from latentflow.data.cache.tensors.store import Array, ShardSet, Tables, digests, open_cache
 
-from latentflow.data.cache.tensors import store
+from latentflow.data.cache import store
+from latentflow.data.cache.eviction import LOCK, LOOKS, cache_limit
+from latentflow.data.cache.rows import Located
+from latentflow.data.cache.store import Array, ShardSet, Tables, digests, open_cache
 from latentflow.errors import UserError
 
 N, ROWS = 44, 8  # five shards of eight rows and one of four

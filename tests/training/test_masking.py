@@ -15,9 +15,9 @@ from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, mask_ch
 from latentflow.data import LatentTable, Source, find_source, one_size
 from latentflow.data.sources.shapes import ShapeExample, all_specs
 from latentflow.models import Condition, DiT, UNet
-from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.loop.data_order import Draw
 from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.latent_data import LatentData, Sized
 from latentflow.training.losses.masking import Masking
 from latentflow.training.networks import networks_from
 

@@ -18,7 +18,7 @@ from PIL import Image
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, load_autoencoder
 from latentflow.cli import run
 from latentflow.data import LatentFolder, Source, cached_latents, check_source, find_source, readable, split
-from latentflow.data.cache.tensors import tensors as cache
+from latentflow.data.cache import tensors as cache
 from latentflow.data.sources.latent_files import INDEX
 from latentflow.errors import UserError, one_line
 

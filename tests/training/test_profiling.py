@@ -15,10 +15,10 @@ from latentflow.data.config import FramingConfig
 from latentflow.models import DiT
 from latentflow.training import LoopConfig, fit
 from latentflow.training.estimate import sample_flops
-from latentflow.training.latent_data import LatentData, Sized
 from latentflow.training.loop.checkpoint import load_checkpoint
 from latentflow.training.loop.profiling import SECTIONS, matrix_product_rate
 from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.latent_data import LatentData, Sized
 
 CONFIG = LoopConfig(
     max_train_steps=12, train_batch_size=8, mixed_precision="no", checkpointing_steps=12, validation_steps=0,

@@ -14,9 +14,9 @@ import torch
 
 from ...errors import UserError, reading
 from ...utils.documents import decode
-from ..latent_data import LatentData
 from ..loop.data_order import Draw, seeded
 from ..loop.loader import Batch
+from ..losses.latent_data import LatentData
 from ..networks import Networks, is_small_tokenizer
 from .base import class_names, open_base
 from .defaults import FineTuningConfig

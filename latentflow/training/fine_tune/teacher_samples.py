@@ -24,9 +24,9 @@ from ...pipeline.generate import LatentFlowPipeline
 from ...utils.memory import memory_phase
 from ...utils.replacing import replacing
 from ..data import conditions_of
-from ..latent_data import LatentData, Sized
 from ..loop.data_order import seeded
 from ..loop.distributed import process_state
+from ..losses.latent_data import LatentData, Sized
 from ..networks import Networks
 from .base import open_base
 

@@ -35,12 +35,12 @@ from ...flow import (
     make,
 )
 from ...models import Condition
-from ..latent_data import LatentData
 from ..loop.data_order import Draw, SampleRandom, seeded
 from ..loop.distributed import uncached_autocast
 from ..loop.ema import WeightAverage
 from ..loop.loader import by_group, groups_of, numbered, to_device
 from .alignment import Alignment, Teacher
+from .latent_data import LatentData
 from .masking import OWN, Masking
 from .routing import Routing
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import Framing, LatentTable, Rows, Source, pixels_to_images
-from .loop.data_order import Draw, seeded
+from ...data import Framing, LatentTable, Rows, Source, pixels_to_images
+from ..loop.data_order import Draw, seeded
 
 
 class PixelData:
