@@ -17,7 +17,7 @@ from .cache.tensors import (
 from .checking import Report, check_source, readable
 from .crops import Framing, frame, one_size
 from .dataset import Example, FileExample, Source
-from .images import open_picture
+from .images import decode_image
 from .masks import read_mask
 from .pixels import pixels_to_images, read_image, to_pil, to_tensor
 from .sources.kinds import find_source
@@ -45,7 +45,7 @@ __all__ = [
     "fingerprint",
     "frame",
     "one_size",
-    "open_picture",
+    "decode_image",
     "pixels_to_images",
     "read_image",
     "read_mask",

@@ -11,7 +11,7 @@ from typing import Literal
 
 from PIL import Image
 
-from .images import Profile, key_and_profile, open_image, open_picture
+from .images import Profile, key_and_profile, open_image, decode_image
 from .masks import alpha_mask, read_mask, without_alpha
 from .sources.members import File, file_key
 
@@ -74,7 +74,7 @@ class Example(ABC):
         Raises:
             UserError: the file is no mask or cannot be read.
         """
-        return None if self.mask is None else read_mask(open_picture(self.mask))
+        return None if self.mask is None else read_mask(decode_image(self.mask))
 
     def mask_key(self) -> str:
         """Hexadecimal hash of the mask's file, "" where there is none."""
@@ -106,7 +106,7 @@ class FileExample(Example):
         return self.colours == "srgb" and (found := self.profile()) is not None and not found.problem
 
     def open_mask(self) -> Image.Image | None:
-        return alpha_mask(open_picture(self.path)) if self._alpha_is_mask else super().open_mask()
+        return alpha_mask(decode_image(self.path)) if self._alpha_is_mask else super().open_mask()
 
     def content_key(self) -> str:
         key, _ = key_and_profile(self.path)  # with and without its alpha channel a picture looks different

@@ -190,7 +190,7 @@ def open_image(file: File | BinaryIO) -> Image.Image:
     return image
 
 
-def open_picture(path: str | os.PathLike[str] | Member) -> Image.Image:
+def decode_image(path: str | os.PathLike[str] | Member) -> Image.Image:
     """Return the image in a file or a member, wholly decoded, in its own mode, its EXIF rotation not yet applied.
 
     Raises:

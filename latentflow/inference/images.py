@@ -164,10 +164,10 @@ def read_picture(path: str) -> Image:
     Raises:
         UserError: no such file, no picture, damaged, or too large.
     """
-    from ..data.images import open_picture, profile_of
+    from ..data.images import decode_image, profile_of
     from ..data.pixels import upright
 
-    image = open_picture(path)
+    image = decode_image(path)
     profile, name = profile_of(image), printable(path)
     if profile is not None and profile.problem:
         log.warning("%s is read as sRGB: its colour profile cannot be used (%s)", name, profile.problem)
@@ -203,10 +203,10 @@ def read_mask_of(path: str, picture: Image, threshold: float | None = None) -> I
     Raises:
         UserError: as ``read_picture``; or it is in colour and there is no threshold.
     """
-    from ..data.images import open_picture
+    from ..data.images import decode_image
     from ..data.masks import read_mask
 
-    mask = open_picture(path)
+    mask = decode_image(path)
     mask.filename = path  # type: ignore[attr-defined]  # named in errors
     try:
         return read_mask(mask, picture.size, threshold=threshold)

@@ -89,7 +89,7 @@ class LatentFlowPipeline(FlowPipeline):
 
         Raises:
             UserError: an argument that cannot work, before anything is computed (see ``CHECKS`` in
-                ``pipeline_arguments.py`` and ``check_inputs``); more images than the machine has memory for; values on
+                ``pipeline/arguments.py`` and ``check_inputs``); more images than the machine has memory for; values on
                 the way that are not finite, with the part that made them and the step. An autoencoder that overflows in
                 half precision is used in float32 instead, which is logged once.
 

@@ -180,9 +180,9 @@ class Studio:
             UserError: as ``opened``.
         """
         self.pipe  # noqa: B018
-        from ..data.images import open_picture
+        from ..data.images import decode_image
 
-        return _hiding_folder(open_picture, upload)
+        return _hiding_folder(decode_image, upload)
 
     # ---------------------------------------------------------------- requests
 

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from latentflow.cli import parse
-from latentflow.data import find_source, open_picture, read_mask
+from latentflow.data import find_source, decode_image, read_mask
 from latentflow.data.config import DataConfig
 from latentflow.data.sources.latent_files import index_schema
 from latentflow.errors import LENGTH, UserError, printable
@@ -262,7 +262,7 @@ PARSERS = [
     Parser("run", "config.yaml", lambda _: [yaml.safe_dump({"network": "dit", "data": "cats"}).encode()],
            lambda folder, _: read_run(folder), is_text=True),
     Parser("adapter", "pytorch_lora_weights.safetensors", adapters, read_adapter_file),
-    Parser("mask", "mask.png", masks, lambda _, file: read_mask(open_picture(file))),
+    Parser("mask", "mask.png", masks, lambda _, file: read_mask(decode_image(file))),
 ]  # fmt: skip
 
 

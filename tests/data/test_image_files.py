@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from latentflow.data import FileExample, check_source, find_source, open_picture, read_image, readable
+from latentflow.data import FileExample, check_source, find_source, decode_image, read_image, readable
 from latentflow.data.checking.inspect_images import look_at
 from latentflow.data.images import open_image
 from latentflow.data.sources.files import SUFFIXES
@@ -135,7 +135,7 @@ def of_programs(hostile: Path) -> Iterator[object]:
 
 
 def of_picture(hostile: Path) -> Iterator[object]:
-    yield lambda: open_picture(hostile)
+    yield lambda: decode_image(hostile)
     yield lambda: open_image(io.BytesIO(hostile.read_bytes()))
 
 
@@ -171,7 +171,7 @@ def test_a_server_opens_no_other_format_whoever_asks(
 
 def test_the_error_says_which_formats_are_read(hostile: Path) -> None:
     with pytest.raises(UserError, match="not a picture") as error:
-        open_picture(hostile)
+        decode_image(hostile)
     assert all(name in error.value.fix for name in FORMATS)
 
 
@@ -182,9 +182,9 @@ def test_every_promised_suffix_is_read(tmp_path: Path) -> None:
         image = noise(0, 16, 16).convert("L" if suffix == ".pgm" else "RGB")
         image.save(path)
         with Image.open(path) as stored:
-            assert np.array_equal(np.asarray(open_picture(path)), np.asarray(stored))
+            assert np.array_equal(np.asarray(decode_image(path)), np.asarray(stored))
     noise(0, 16, 16).save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[noise(1, 16, 16)])
-    assert open_picture(tmp_path / "two.jpg").format == "MPO"
+    assert decode_image(tmp_path / "two.jpg").format == "MPO"
 
 
 def test_images_are_opened_in_one_place() -> None:
@@ -232,7 +232,7 @@ def test_a_damaged_image_is_a_sentence_that_names_it(
         ][generator.integers(4)]
         path.write_bytes(data)
         assert look_at(example).error != "" and example.pixel_key()
-        for read in (open_picture, lambda path: read_image(FileExample("a", path=path), 8)):
+        for read in (decode_image, lambda path: read_image(FileExample("a", path=path), 8)):
             try:
                 read(path)
             except UserError as error:

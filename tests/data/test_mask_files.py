@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentflow.data import open_picture, read_mask
+from latentflow.data import decode_image, read_mask
 from latentflow.data.pixels import to_rgb
 from latentflow.errors import UserError
 
@@ -111,7 +111,7 @@ def test_exif_orientation_is_undone(
     exif = Image.Exif()
     exif[0x0112] = orientation
     make(np.ascontiguousarray(STORED[orientation](HARD))).save(tmp_path / "m.png", exif=exif)
-    assert np.array_equal(np.asarray(read_mask(open_picture(tmp_path / "m.png"))), HARD)
+    assert np.array_equal(np.asarray(read_mask(decode_image(tmp_path / "m.png"))), HARD)
 
 
 def test_another_size_is_resized_to_the_nearest_pixel_and_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -136,7 +136,7 @@ def test_a_jpeg_leaves_no_noise(tmp_path: Path, quality: int) -> None:
     levels = np.zeros((48, 48), np.uint8)
     levels[13:37, 11:29] = 255
     grey(levels).convert("RGB").save(tmp_path / "m.jpg", quality=quality)
-    image = open_picture(tmp_path / "m.jpg")
+    image = decode_image(tmp_path / "m.jpg")
     mask, stored = np.asarray(read_mask(image)), np.asarray(image.convert("L"))
     noisy = (stored > 0) & (stored <= 16) | (stored >= 239) & (stored < 255)
     assert noisy.any() and set(mask[noisy].tolist()) == {0, 255}
@@ -212,10 +212,10 @@ def cut(path: Path) -> None:
 def test_truncated_files(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"m.{suffix}"
     noise(0, 64, 64).save(path)
-    assert open_picture(path).size == (64, 64)
+    assert decode_image(path).size == (64, 64)
     cut(path)
     with pytest.raises(UserError, match=rf"{path} (cannot be read|is not a picture)") as error:
-        open_picture(path)
+        decode_image(path)
     assert error.value.fix
 
 
@@ -232,17 +232,17 @@ def test_a_truncated_mask_opened_by_the_user_is_named(tmp_path: Path) -> None:
 def test_oversized_files(tmp_path: Path, side: int) -> None:
     vast_png(tmp_path / "m.png", side)
     with pytest.raises(UserError, match=rf"m.png is too large: .*\nShrink it below {Image.MAX_IMAGE_PIXELS}"):
-        open_picture(tmp_path / "m.png")
+        decode_image(tmp_path / "m.png")
 
 
 def test_files_that_are_no_pictures(tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_text("no picture")
     with pytest.raises(UserError, match=r"mask.png is not a picture"):
-        open_picture(tmp_path / "mask.png")
+        decode_image(tmp_path / "mask.png")
     with pytest.raises(UserError, match=r"no file .*/maks.png\nDid you mean .*/mask.png\?"):
-        open_picture(tmp_path / "maks.png")
+        decode_image(tmp_path / "maks.png")
     with pytest.raises(UserError, match="is a folder"):
-        open_picture(tmp_path)
+        decode_image(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -250,6 +250,6 @@ def test_an_opened_picture_needs_its_file_no_more(tmp_path: Path, suffix: str) -
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(0, 6, 4).save(tmp_path / f"a.{suffix}", exif=exif)
-    image = open_picture(str(tmp_path / f"a.{suffix}"))
+    image = decode_image(str(tmp_path / f"a.{suffix}"))
     (tmp_path / f"a.{suffix}").unlink()
     assert np.array_equal(np.asarray(to_rgb(image)), np.rot90(np.asarray(noise(0, 6, 4)), -1))

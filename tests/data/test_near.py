@@ -19,14 +19,14 @@ from latentflow.data.checking.duplicates import BITS, near_duplicates
 from latentflow.data.checking.inspect_images import looks_at
 
 
-def picture(seed: int, width: int = 96, height: int = 96) -> Image.Image:
+def make_image(seed: int, width: int = 96, height: int = 96) -> Image.Image:
     """Smooth blobs, as photographs have; another seed is another picture."""
     values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def save_copies(root: Path, seed: int, name: str) -> list[str]:
-    image = picture(seed)
+    image = make_image(seed)
     image.save(root / f"{name}.png")
     image.save(root / f"{name}-poor.jpg", quality=80, subsampling=0)
     image.resize((48, 48)).save(root / f"{name}-small.webp", lossless=True)
@@ -42,8 +42,8 @@ def as_before(source: Source, wanted: int, seed: int) -> list[int]:
 def test_copies_are_one_group_and_others_are_not(tmp_path: Path) -> None:
     names = save_copies(tmp_path, 0, "a")
     for seed in range(1, 40):
-        picture(seed).save(tmp_path / f"{seed}.png")
-    recoloured = np.asarray(picture(0))[..., ::-1]  # the same shapes: its hash is near, its colours are not
+        make_image(seed).save(tmp_path / f"{seed}.png")
+    recoloured = np.asarray(make_image(0))[..., ::-1]  # the same shapes: its hash is near, its colours are not
     Image.fromarray(np.ascontiguousarray(recoloured)).save(tmp_path / "recoloured.png")
     report = check_source(str(tmp_path), progress=False)
     assert report.near_duplicates == (tuple(names),) and not report.duplicates
@@ -51,8 +51,8 @@ def test_copies_are_one_group_and_others_are_not(tmp_path: Path) -> None:
 
 
 def test_squeezed_pictures_are_no_copies(tmp_path: Path) -> None:
-    picture(0).save(tmp_path / "a.png")
-    picture(0).resize((96, 60)).save(tmp_path / "b.png")
+    make_image(0).save(tmp_path / "a.png")
+    make_image(0).resize((96, 60)).save(tmp_path / "b.png")
     assert not check_source(str(tmp_path), progress=False).near_duplicates
 
 
@@ -60,7 +60,7 @@ def test_squeezed_pictures_are_no_copies(tmp_path: Path) -> None:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("plain")
     for seed in range(120):
-        picture(seed + 100).save(root / f"{seed:03}.png")
+        make_image(seed + 100).save(root / f"{seed:03}.png")
     return root
 
 
@@ -87,7 +87,7 @@ def test_near_duplicates_stay_on_one_side(plain: Path, tmp_path: Path) -> None:
 
 def test_a_film_is_parted_rather_than_held_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for frame in range(30):
-        image = picture(0)
+        image = make_image(0)
         image.putpixel((frame, 0), (0, 0, 0))
         image.save(tmp_path / f"{frame}.png")
     source = find_source(str(tmp_path))
@@ -130,7 +130,7 @@ def test_workers_end_with_the_process_that_they_work_for(
     from latentflow.data.checking import inspect_images as looks
 
     monkeypatch.setattr(looks, "_MANY", 1)
-    picture(0).save(tmp_path / "a.png")
+    make_image(0).save(tmp_path / "a.png")
     source, told = find_source(str(tmp_path)), tmp_path / "told"
     child = os.fork()
     if child == 0:
@@ -162,7 +162,7 @@ def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: 
     from latentflow.data.checking import inspect_images as module
 
     for seed in range(3):
-        picture(seed).save(tmp_path / f"{seed}.png")
+        make_image(seed).save(tmp_path / f"{seed}.png")
     (tmp_path / "bad.png").write_text("no picture")
     opened: list[str] = []
     real = module.look_at_all
@@ -173,6 +173,6 @@ def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: 
     opened.clear()
     assert list(looks_at(source, progress=False)) == first
     assert opened == ["bad.png"]  # why it could not be read may have passed
-    picture(9, 80).save(tmp_path / "1.png")
+    make_image(9, 80).save(tmp_path / "1.png")
     opened.clear()
     assert list(looks_at(source, progress=False))[1].size == (80, 96) and opened == ["1.png", "bad.png"]

@@ -287,9 +287,9 @@ def test_a_defect_of_our_own_keeps_its_traceback(dit_folder: Path, monkeypatch: 
 
     for place in (
         "models.dit.check_shape",
-        "pipeline_base.check_components",
-        "pipeline_loading.check_settings",
-        "components._check_values",
+        "pipeline.base.check_components",
+        "pipeline.loading.check_settings",
+        "utils.components._check_values",
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"latentflow.{place}", defect)

@@ -35,7 +35,7 @@ import tyro
 from PIL import Image
 
 from latentflow.cli import parse, run
-from latentflow.data.images import open_picture
+from latentflow.data.images import decode_image
 from latentflow.errors import UserError
 
 TONES = {
@@ -177,7 +177,7 @@ def write(folder: Path, rows: Sequence[Row], pictures: Mapping[str, Path], resol
     """The pictures, square and resized (colours weighted by opacity), and their metadata."""
     folder.mkdir(parents=True)
     for row in rows:
-        picture = open_picture(pictures[row.file_name.removesuffix(".png")]).convert("RGBA")
+        picture = decode_image(pictures[row.file_name.removesuffix(".png")]).convert("RGBA")
         side = max(picture.size)
         canvas = Image.new("RGBA", (side, side))
         canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
