@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/design-space.md from the tables themselves.
+"""Draws the images of docs/design-space.md from the tables themselves.
 
     python benchmarks/design_space.py [--output docs]
 

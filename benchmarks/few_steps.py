@@ -6,7 +6,7 @@
 
 "shapes": trains a teacher on the procedural set (`latentflow train shapes --preset tiny`), then a student by every
 method of `latentflow distill` (METHODS), each in the same number of seconds: the time of a step is measured first, and
-what pairs take to draw counts. Quality is the share of 240 captions whose picture passes the exact checker.
+what pairs take to draw counts. Quality is the share of 240 captions whose image passes the exact checker.
 
 "compare": checkpoints of captions, the teacher first (an adapter of it is written CHECKPOINT+ADAPTER). Quality is
 caption retrieval and the Frechet distance of `latentflow evaluate`, of 100 captions of the folder.
@@ -16,7 +16,7 @@ network of 5 M parameters on 64 tokens, the same batch, in turn, five rounds; wi
 
 All draw the same captions from the same seeds, the teacher in steps of Euler with its usual guidance, which costs two
 evaluations of the network a step; the students' steps cost one. FILE.md gets the table, FILE.png the curves and the
-pictures. Runs resume; figures that are there (figures.json) are not measured again.
+images. Runs resume; figures that are there (figures.json) are not measured again.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def opened(name: str | Path) -> Any:
 
 
 class Figures:
-    """Quality by checkpoint and number of steps, on disk after each, and a strip of its first pictures."""
+    """Quality by checkpoint and number of steps, on disk after each, and a strip of its first images."""
 
     def __init__(self, folder: Path, asked: list[str], quality: Quality) -> None:
         self.folder, self.file, self.asked, self.quality = folder, folder / "figures.json", asked, quality
@@ -262,7 +262,7 @@ class Figures:
 
 
 def drawn(pipe: Any, asked: list[str], steps: int) -> Tensor:
-    """A picture for each caption, (N, 3, H, W) in [-1, 1]; the one at place i has the seed i."""
+    """An image for each caption, (N, 3, H, W) in [-1, 1]; the one at place i has the seed i."""
     more = {} if pipe.few_steps else {"solver": "euler"}
     images = []
     for start in tqdm(range(0, len(asked), BATCH), desc=f"drawing in {steps}"):
@@ -321,7 +321,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("experiment", choices=["shapes", "compare", "cost"])
     parser.add_argument("checkpoint", nargs="*", help="compare: the teacher, then its students")
     parser.add_argument("-o", "--output", help="folder of the runs and the figures")
-    parser.add_argument("--data", help="compare: pictures with captions")
+    parser.add_argument("--data", help="compare: images with captions")
     parser.add_argument("--seconds", type=float, default=240, help="shapes: of training a student")
     parser.add_argument(
         "--teacher", nargs="*", default=[], metavar="FLAG", help="shapes: flags of the teacher"

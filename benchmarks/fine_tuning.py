@@ -5,13 +5,13 @@
         [--held-out FOLDER] [--variant "LoRA=--lora-rank 16"] [--variant ...]
 
 "shapes": trains a class-conditional model of 21 of the 24 classes ("red circle", ...) of the procedural set, then
-fine-tunes it on 60 pictures of each of the 3 others. A picture is right if the exact checker finds in it one object of
+fine-tunes it on 60 images of each of the 3 others. An image is right if the exact checker finds in it one object of
 the class's colour and shape, in one of the sizes and places that the set has.
 
-"folders": fine-tunes a checkpoint of captions on the folder --new. Retrieval: the share of pictures drawn from a
-caption whose nearest real picture (of --old and --new together, in "pixels-32" of latentflow/metrics/features.py) has
+"folders": fine-tunes a checkpoint of captions on the folder --new. Retrieval: the share of images drawn from a
+caption whose nearest real image (of --old and --new together, in "pixels-32" of latentflow/metrics/features.py) has
 that caption; for all captions of --new, and for 200 of --old before and after. The others of --old are --prior-prompts.
-Loss: of the velocity at 8 times and 16 noises for each picture, the same for all variants; for the pictures of --new
+Loss: of the velocity at 8 times and 16 noises for each image, the same for all variants; for the images of --new
 (what was learnt) and of --held-out, more of the same kind that were not trained on (what was learnt of the kind).
 
 Each variant is a line of flags of `latentflow train`. Without --variant: the defaults, and without prior samples. Runs
@@ -105,7 +105,7 @@ def of_shapes(options: argparse.Namespace, folder: Path) -> tuple[Path, Path, li
 
 
 def write_shapes(old: Path, new: Path) -> None:
-    """A folder for each class: all pictures of the old ones, 60 of each new one, spread over sizes and places."""
+    """A folder for each class: all images of the old ones, 60 of each new one, spread over sizes and places."""
     by_class: dict[str, list[Any]] = {}
     for example in train_source("class").examples:
         by_class.setdefault(example.label or "", []).append(example)
@@ -122,7 +122,7 @@ def write_shapes(old: Path, new: Path) -> None:
 
 
 def right(pipe: Any, classes: list[str]) -> float:
-    """Share of pictures of these classes in which the exact checker finds what they are of."""
+    """Share of images of these classes in which the exact checker finds what they are of."""
 
     def is_right(image: Tensor, name: str) -> bool:
         colour, shape = name.split()
@@ -140,8 +140,8 @@ def right(pipe: Any, classes: list[str]) -> float:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures (N, 3, H, W) in [-1, 1] and their captions."""
+class Images:
+    """Images (N, 3, H, W) in [-1, 1] and their captions."""
 
     images: Tensor
     captions: list[str]
@@ -157,7 +157,7 @@ def of_folders(options: argparse.Namespace, folder: Path) -> tuple[Path, Path, l
         :OLD_CAPTIONS
     ].tolist()
     asked = [old.captions[row] for row in order]
-    everything = Pictures(torch.cat([old.images, new.images]), [*old.captions, *new.captions])
+    everything = Images(torch.cat([old.images, new.images]), [*old.captions, *new.captions])
     prompts = folder / "captions.txt"
     prompts.write_text("\n".join(captions_in_disorder(old.captions, set(asked))) + "\n", encoding="utf-8")
 
@@ -181,23 +181,23 @@ def captions_in_disorder(captions: list[str], measured: set[str]) -> list[str]:
     return [others[row] for row in order]
 
 
-def read(data: str, side: int) -> Pictures:
+def read(data: str, side: int) -> Images:
     source = find_source(data, condition="text")
-    return Pictures(pixels_to_images(cached_pixels(source, side)[:]), source.captions())
+    return Images(pixels_to_images(cached_pixels(source, side)[:]), source.captions())
 
 
-def retrieval(pipe: Any, captions: list[str], real: Pictures) -> float:
+def retrieval(pipe: Any, captions: list[str], real: Images) -> float:
     images = drawn(pipe, "prompt", captions)
     return caption_retrieval(images, captions, real.images, real.captions, tops=(1,))[1]
 
 
 @torch.no_grad()
-def loss(pipe: Any, pictures: Pictures) -> float:
+def loss(pipe: Any, images: Images) -> float:
     """Mean squared error of the velocity on the straight path, at the same noises and times whatever the checkpoint."""
     total = []
-    for start in range(0, len(pictures.captions), BATCH):
-        x1 = encode(pipe.vae, pictures.images[start : start + BATCH])
-        captions = pictures.captions[start : start + BATCH]
+    for start in range(0, len(images.captions), BATCH):
+        x1 = encode(pipe.vae, images.images[start : start + BATCH])
+        captions = images.captions[start : start + BATCH]
         embeds, _, mask, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
         velocity = pipe.velocity(pipe.condition(None, embeds, mask), None)
         for number in range(NOISES):
@@ -222,7 +222,7 @@ def side_of(pipe: Any) -> int:
 
 
 def drawn(pipe: Any, name: str, asked: list[str]) -> Tensor:
-    """A picture for each, (N, 3, H, W) in [-1, 1]; the one at place i has the seed i."""
+    """An image for each, (N, 3, H, W) in [-1, 1]; the one at place i has the seed i."""
     images = []
     for start in tqdm(range(0, len(asked), BATCH), desc="drawing"):
         part = asked[start : start + BATCH]
@@ -269,7 +269,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", help="folders: the checkpoint")
     parser.add_argument("--new", help="folders: what it is fine-tuned on")
     parser.add_argument("--old", help="folders: what it was trained on")
-    parser.add_argument("--held-out", help="folders: pictures like --new that are not trained on")
+    parser.add_argument("--held-out", help="folders: images like --new that are not trained on")
     parser.add_argument(
         "--variant", action="append", default=[], metavar="NAME=FLAGS", help="a line of flags"
     )

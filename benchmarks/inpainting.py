@@ -1,17 +1,17 @@
-"""Inpainting methods at equal numbers of network evaluations (NFE), on pictures that were not trained on.
+"""Inpainting methods at equal numbers of network evaluations (NFE), on images that were not trained on.
 
     python benchmarks/inpainting.py DATA --steered CHECKPOINT [--trained CHECKPOINT] [--coupling CHECKPOINT]
         -o docs/inpainting-emoji [-n 80] [--evaluations 10 20 50] [--methods ...] [--no-condition] [--grid]
 
-DATA is a folder of pictures as `latentflow train` takes it. The training-free methods run on --steered, which is told
+DATA is a folder of images as `latentflow train` takes it. The training-free methods run on --steered, which is told
 nothing of the mask even if it has learnt to inpaint. --trained is a checkpoint that has, by channels alone, and
 --coupling one that has by the data-dependent coupling. Three masks: a box in the centre (a quarter of the area), the
-right half, and brush strokes (others on each picture). Captions or classes are given (with --no-condition: empty
+right half, and brush strokes (others on each image). Captions or classes are given (with --no-condition: empty
 captions); guidance is off, so that one evaluation is one pass of the network.
 
-Of every method: the PSNR within the hole (mean over pictures), the Frechet distance between the finished and the real
-pictures ("pixels-16" of latentflow/metrics/features.py), and the largest change of a kept pixel. Results go to
-FILE.json as they come, and what is there is not computed again; the table to FILE.md, pictures to FILE.png.
+Of every method: the PSNR within the hole (mean over images), the Frechet distance between the finished and the real
+images ("pixels-16" of latentflow/metrics/features.py), and the largest change of a kept pixel. Results go to
+FILE.json as they come, and what is there is not computed again; the table to FILE.md, images to FILE.png.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Untold(LatentFlowInpaintPipeline):
 
 @dataclass(frozen=True)
 class Task:
-    """Pictures (N, 3, H, W) in [0, 1], the pipeline's condition of each, and masks (N, 1, H, W), by name."""
+    """Images (N, 3, H, W) in [0, 1], the pipeline's condition of each, and masks (N, 1, H, W), by name."""
 
     images: Tensor
     conditions: list[dict[str, Any]]
@@ -86,7 +86,7 @@ def main() -> None:
         if kind in pipes and (options.methods is None or name in options.methods)
     }
     results = Results(Path(f"{options.output}.json"))
-    pictures: dict[tuple[str, str], Tensor] = {}
+    originals: dict[tuple[str, str], Tensor] = {}
     for mask in task.masks:
         for name, method in methods.items():
             for evaluations in options.evaluations if name != "mean fill" else [0]:
@@ -96,10 +96,10 @@ def main() -> None:
                 images, seconds = method(task, mask, evaluations)
                 results.add(mask, name, evaluations, measured(task, mask, images) | {"seconds": seconds})
                 if shown:
-                    pictures[mask, name] = images
+                    originals[mask, name] = images
     Path(f"{options.output}.md").write_text(table(results.values, list(task.masks), list(methods), task))
     if options.grid:
-        grid(task, pictures, list(methods)).save(f"{options.output}.png")
+        grid(task, originals, list(methods)).save(f"{options.output}.png")
 
 
 def load(checkpoint: str, pipeline: type[LatentFlowInpaintPipeline] = LatentFlowInpaintPipeline) -> Any:
@@ -136,7 +136,7 @@ def mean_fill(task: Task, mask: str, evaluations: int) -> tuple[Tensor, float]:
 def drawn_by(pipe: Any, name: str, seed: int) -> Method:
     """A method of the pipeline, at as many steps as the evaluations pay for; these are counted.
 
-    The picture at row i is drawn from the seed 1000 ``seed`` + i.
+    The image at row i is drawn from the seed 1000 ``seed`` + i.
     """
     counted = [0]
 
@@ -221,14 +221,12 @@ def table(values: dict[str, dict[str, float]], masks: list[str], methods: list[s
         lines.append(f"| {name} | {evaluations if int(evaluations) else ''} | " + " | ".join(cells) + " |")
     kept = max(one["kept"] for one in values.values())
     return "\n".join(
-        [*lines, "", f"{len(task.images)} pictures; largest change of a kept pixel: {kept:.1g}.", ""]
+        [*lines, "", f"{len(task.images)} images; largest change of a kept pixel: {kept:.1g}.", ""]
     )
 
 
-def grid(
-    task: Task, pictures: dict[tuple[str, str], Tensor], methods: list[str], each: int = 3
-) -> Image.Image:
-    """For each mask some pictures: the hole, what each method made of it, the original."""
+def grid(task: Task, images: dict[tuple[str, str], Tensor], methods: list[str], each: int = 3) -> Image.Image:
+    """For each mask some images: the hole, what each method made of it, the original."""
     columns = ["input", *methods, "original"]
     cell, head = 96, 28
     rows = [
@@ -240,10 +238,10 @@ def grid(
         draw.text((x * cell + 2, 2), name.replace(", ", ",\n"), fill="black")
     for y, (mask, row) in enumerate(rows):
         grey = torch.where(task.masks[mask][row] > 0, 0.5, task.images[row])
-        shown = [grey, *(pictures[mask, name][row] for name in methods), task.images[row]]
+        shown = [grey, *(images[mask, name][row] for name in methods), task.images[row]]
         for x, image in enumerate(shown):
-            picture = to_pil(2 * image - 1).resize((cell - 2, cell - 2), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x * cell, head + y * cell))
+            original = to_pil(2 * image - 1).resize((cell - 2, cell - 2), Image.Resampling.NEAREST)
+            sheet.paste(original, (x * cell, head + y * cell))
     return sheet
 
 
@@ -256,7 +254,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trained")
     parser.add_argument("--coupling")
     parser.add_argument("-o", "--output", required=True, help="FILE without its ending")
-    parser.add_argument("-n", type=int, default=80, help="pictures, spread over DATA")
+    parser.add_argument("-n", type=int, default=80, help="images, spread over DATA")
     parser.add_argument("--seed", type=int, default=0, help="other noise, for the spread of the figures")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[10, 20, 50])
     parser.add_argument("--methods", nargs="+", help="only these")
@@ -264,7 +262,7 @@ def arguments() -> argparse.Namespace:
         "--no-condition", dest="condition", action="store_false", help="of captions: the empty one"
     )
     parser.add_argument("--grid", action="store_true", help="also FILE.png")
-    parser.add_argument("--shown", type=int, default=20, help="evaluations of the pictures in it")
+    parser.add_argument("--shown", type=int, default=20, help="evaluations of the images in it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""How fast pictures and cached latents are loaded, and what a million of them cost in memory.
+"""How fast images and cached latents are loaded, and what a million of them cost in memory.
 
-    python benchmarks/loading.py FOLDER [--resolution 128] [--repeats 5] [--pictures 1024]
+    python benchmarks/loading.py FOLDER [--resolution 128] [--repeats 5] [--images 1024]
     python benchmarks/loading.py --entries 10000 100000 1000000
 
 The first form compares, turn by turn, a plain `torchvision.datasets.ImageFolder` with a DataLoader of as many processes
-as there are cores, with pictures read as latentflow reads them (the same transform: same resize filter, crop and type)
-from the folder and from WebDataset shards of it, and with cached latents. FOLDER holds pictures in subfolders.
+as there are cores, with images read as latentflow reads them (the same transform: same resize filter, crop and type)
+from the folder and from WebDataset shards of it, and with cached latents. FOLDER holds images in subfolders.
 
 The second form makes folders of random latents (4 x 8 x 8) and starts a training on each in a process of its own:
 seconds from the start of the data's set-up to the end of the first training step (imports not counted), and memory
@@ -56,7 +56,7 @@ TINY = AutoencoderConfig(autoencoder_widths=(8, 8, 8, 8), encoder_layers=(0, 1, 
 
 
 def plain(folder: Path, resolution: int, count: int) -> int:
-    """ImageFolder and DataLoader; the number of pictures."""
+    """ImageFolder and DataLoader; the number of images."""
     from PIL import ImageOps
 
     def transform(image: Image.Image) -> torch.Tensor:
@@ -68,7 +68,7 @@ def plain(folder: Path, resolution: int, count: int) -> int:
 
 
 def ours(source: Source, resolution: int, count: int) -> int:
-    """Pictures as the cache is filled with them."""
+    """Images as the cache is filled with them."""
     done = 0
     for batch in batched(read_pixels(source.examples[:count], resolution)):
         done += len(torch.stack(batch))
@@ -95,7 +95,7 @@ def latents(data: LatentData) -> int:
 
 
 def write_tar(source: Source, count: int, path: Path) -> None:
-    """The first pictures, as they are, in one WebDataset shard."""
+    """The first images, as they are, in one WebDataset shard."""
     with tarfile.open(path, "w") as tar:
         for number, example in enumerate(source.examples[:count]):
             content = Path(example.path).read_bytes()  # type: ignore[attr-defined]
@@ -132,7 +132,7 @@ def throughput(folder: Path, resolution: int, repeats: int, count: int) -> None:
                 done = way()
                 seconds = TIMED.pop() if TIMED else time.perf_counter() - start
                 rates[name].append(done / seconds)
-    print(f"{count} pictures at {resolution} px, {os.cpu_count()} cores; pictures a second (range), and the ratio "
+    print(f"{count} images at {resolution} px, {os.cpu_count()} cores; images a second (range), and the ratio "
           f"to ImageFolder + DataLoader of the same round")  # fmt: skip
     base = rates["ImageFolder + DataLoader"]
     for name, values in rates.items():
@@ -147,7 +147,7 @@ TIMED: list[float] = []  # seconds of a turn that times itself
 
 
 def timed_inside(data: LatentData) -> int:
-    """An epoch of latents, without what comes before it (hashing the pictures, which every start does once)."""
+    """An epoch of latents, without what comes before it (hashing the images, which every start does once)."""
     start = time.perf_counter()
     done = latents(data)
     TIMED.append(time.perf_counter() - start)
@@ -158,7 +158,7 @@ def timed_inside(data: LatentData) -> int:
 
 
 class Nothing(Example):
-    """A picture that is only counted."""
+    """An image that is only counted."""
 
     def open(self) -> Image.Image:
         raise NotImplementedError
@@ -168,7 +168,7 @@ class Nothing(Example):
 
 
 def write_random(folder: Path, entries: int) -> None:
-    """A folder of random latents of ``entries`` pictures in ten classes."""
+    """A folder of random latents of ``entries`` images in ten classes."""
     torch.manual_seed(0)
     vae = build_autoencoder(TINY, SIDE)
     vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scaling_factor=1.0)
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=1024)
+    parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--entries", type=int, nargs="+")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -254,7 +254,7 @@ def main() -> None:
     elif options.entries:
         many(options.entries)
     elif options.folder:
-        throughput(options.folder, options.resolution, options.repeats, options.pictures)
+        throughput(options.folder, options.resolution, options.repeats, options.images)
     else:
         parser.error("give a folder, or --entries")
 

@@ -7,7 +7,7 @@ DATA is what `latentflow train` takes, a folder or `shapes`. Every recipe is a s
 on the same network (--size) and latents. First the time of a step is measured, each recipe's turn by turn with
 vanilla's (with one thread in CPU time, so that other work on the machine does not count): a recipe gets as many steps
 as fit into --seconds, and its learning rate decays over them. All see the samples in the same order and are validated
-on the same held-out pictures, noises and times (uniform), by the plain squared error of the velocity, with the
+on the same held-out images, noises and times (uniform), by the plain squared error of the velocity, with the
 averaged weights.
 
 Results are files in --output, one for each recipe and seed; what is there is not computed again. --table writes
@@ -233,8 +233,8 @@ class Bench:
         return 64 // int(downscale_factor(self.vae))
 
     @cached_property
-    def pictures(self) -> tuple[Tensor, list[str]]:
-        """The training pictures (N, 3, 64, 64) and what they show."""
+    def images(self) -> tuple[Tensor, list[str]]:
+        """The training images (N, 3, 64, 64) and what they show."""
         part = self.parts[0]
         return pixels_to_images(cached_pixels(part, 64)[:]), texts_of(part)
 
@@ -311,7 +311,7 @@ class Bench:
     def samples(self, networks: Networks) -> dict[str, float]:
         """Draw from conditions of the training set, in its own proportions -> share of right ones, Frechet distance to
         that set but for as many images as are drawn, and theirs ("floor")."""
-        images, texts = self.pictures
+        images, texts = self.images
         order = in_proportion(texts, 0)
         asked = [texts[order[i % len(order)]] for i in range(SAMPLES)]
         beside, reference = (images[rows] for rows in real_split(order, SAMPLES))

@@ -132,8 +132,8 @@ def main() -> None:
     if args.plot:
         plot(results, args.plot)
     if args.output:
-        picture = f"![endpoint error against evaluations]({args.plot.name})\n\n" if args.plot else ""
-        page = f"# Samplers at equal cost\n\n{ABOUT.format(seed=args.seed)}\n\n{picture}{text}\n"
+        image = f"![endpoint error against evaluations]({args.plot.name})\n\n" if args.plot else ""
+        page = f"# Samplers at equal cost\n\n{ABOUT.format(seed=args.seed)}\n\n{image}{text}\n"
         args.output.write_text(page, encoding="utf-8")
 
 

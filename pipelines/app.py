@@ -1,4 +1,4 @@
-"""Open a web page to generate, inpaint and edit pictures: `latentflow app`."""
+"""Open a web page to generate, inpaint and edit images: `latentflow app`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from latentflow.inference.checkpoint import AdapterChoice
 
 @dataclass(frozen=True, kw_only=True)
 class AppConfig(AdapterChoice):
-    """A web page to generate, inpaint and edit pictures."""
+    """A web page to generate, inpaint and edit images."""
 
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Pipeline folder, run folder or hub id; default: the shipped checkpoint."""

@@ -98,17 +98,17 @@ class EvaluateConfig(AdapterChoice):
     validation_seed: int | None = None
     """Seed of that run."""
     condition: Literal["auto", "none", "class", "text"] | None = None
-    """What DATA's pictures are conditioned on."""
+    """What DATA's images are conditioned on."""
     missing_caption: Literal["error", "empty", "skip"] | None = None
-    """What becomes of pictures without a caption."""
+    """What becomes of images without a caption."""
     masks: Literal["auto", "none", "alpha"] | None = None
-    """Where your own masks come from; alpha shows the pictures without their transparency."""
+    """Where your own masks come from; alpha shows the images without their transparency."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of tables (of --test as well) that are called otherwise, as for `latentflow train`."""
     colours: Literal["srgb", "stored"] | None = None
     """Convert images (of --test as well) to sRGB by their colour profiles, or not, as for `latentflow train`."""
     background: str | None = None
-    """Colour behind transparent pictures."""
+    """Colour behind transparent images."""
     test: str | None = None
     """One more folder that was not trained on, whose reconstruction and loss are reported as well."""
 

@@ -1,4 +1,4 @@
-"""Draw pictures with a checkpoint: `latentflow generate "red apple" -o apple.png`."""
+"""Draw images with a checkpoint: `latentflow generate "red apple" -o apple.png`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from latentflow.inference.sample import check_room, conditions, draw, tell_unkno
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(DrawingConfig):
-    """Draw pictures from captions, classes or nothing, as the checkpoint was trained."""
+    """Draw images from captions, classes or nothing, as the checkpoint was trained."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
     """What to draw, in quotes; several prompts are drawn one after the other."""
@@ -27,7 +27,7 @@ class GenerateConfig(DrawingConfig):
     height: int | None = None
     """Pixels; default: as trained."""
     grid: bool = False
-    """Write one picture with all of them in rows."""
+    """Write one image with all of them in rows."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tell_unknown_words(pipe, *config.prompt, config.negative)
 
     # Draw: all of the first prompt, all of the second, ...
-    pictures = draw(
+    images = draw(
         pipe,
         [row for row in shown for _ in range(config.n)],
         config.seed,
@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # Write
-    pictures = [enlarged(picture, config.scale) for picture in pictures]
-    if config.grid and len(pictures) > 1:
+    images = [enlarged(image, config.scale) for image in images]
+    if config.grid and len(images) > 1:
         several = len(shown) > 1 < config.n  # prompts: a row for each
-        pictures = [sheet(pictures, config.n if several else math.ceil(math.sqrt(len(pictures))))]
-    save(pictures, config.output, config.overwrite)
+        images = [sheet(images, config.n if several else math.ceil(math.sqrt(len(images))))]
+    save(images, config.output, config.overwrite)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw what lies between two prompts or pictures: `latentflow interpolate "red apple" "green apple" --grid`."""
+"""Draw what lies between two prompts or images: `latentflow interpolate "red apple" "green apple" --grid`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from latentflow.inference.sample import Condition, check_room, conditions, gener
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateConfig(DrawingConfig):
-    """Draw what lies between two prompts, classes or pictures.
+    """Draw what lies between two prompts, classes or images.
 
     latentflow interpolate "red apple" "green apple" --grid -o apples.png
     latentflow interpolate --images apple.png pear.png --grid -o fruit.png
     """
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
-    """What the first and the last picture show; one is for the whole way, none leaves it open."""
+    """What the first and the last image show; one is for the whole way, none leaves it open."""
     images: Annotated[tuple[str, str], tyro.conf.arg(metavar="FIRST LAST")] = ("", "")
-    """The first and the last picture, of one size; prompts or classes then describe them. Without them both are
+    """The first and the last image, of one size; prompts or classes then describe them. Without them both are
     drawn."""
     n: Annotated[int, tyro.conf.arg(name="frames", aliases=["-n"])] = 8
-    """Pictures, first and last among them."""
+    """Images, first and last among them."""
     seed: int = 0
-    """The noise of what is drawn; between equal prompts the last picture takes seed + 1."""
+    """The noise of what is drawn; between equal prompts the last image takes seed + 1."""
     guidance: float | None = None  # type: ignore[assignment]
-    """How hard to follow the prompts or classes; default: 4, between pictures 1, which hits them best."""
+    """How hard to follow the prompts or classes; default: 4, between images 1, which hits them best."""
     solver: str = "heun"
     """One that draws no fresh noise."""
     grid: bool = False
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tell_unknown_words(pipe, *config.prompt, config.negative)
 
     # Draw, from one noise for the whole way, or from that of the first and that of the last
-    pictures = pipe.interpolate(
+    frames = pipe.interpolate(
         **{name: [first[name], last[name]] for name in first},
         image=images,
         frames=config.n,
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Write
     if config.grid:
-        pictures = [sheet(pictures, columns=len(pictures))]
-    save([enlarged(each, config.scale) for each in pictures], config.output, config.overwrite)
+        frames = [sheet(frames, columns=len(frames))]
+    save([enlarged(each, config.scale) for each in frames], config.output, config.overwrite)
 
 
 if __name__ == "__main__":

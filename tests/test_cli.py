@@ -60,7 +60,7 @@ def write(folder: Path, text: str) -> str:
 
 
 def test_flags_are_flat_and_take_both_dashes_and_underscores() -> None:
-    flags = "pictures -o out -n 3 --learning_rate 0.1 --betas 0.5 0.6 --class hat --no-ema --names a b"
+    flags = "images -o out -n 3 --learning_rate 0.1 --betas 0.5 0.6 --class hat --no-ema --names a b"
     assert parse(*flags.split()) == Settings(
         data="pictures",
         output="out",
@@ -116,7 +116,7 @@ def test_config_may_be_flat_or_by_section(tmp_path: Path, text: str) -> None:
 def test_a_section_may_bear_the_name_of_its_field(tmp_path: Path) -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Data:
-        """Where pictures are."""
+        """Where images are."""
 
         data: tyro.conf.Positional[str]
         side: int = 64

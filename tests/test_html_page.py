@@ -46,7 +46,7 @@ def page() -> Page:
     page.list(["one", "<two>"])
     page.table(["name", "size"], [["a.png", 3], ["<b>.png", 4]])
     page.bars({"x<y": 5, "z": 10})
-    page.picture(Image.new("RGB", (3, 2), (255, 0, 0)), 'a "red" picture')
+    page.image(Image.new("RGB", (3, 2), (255, 0, 0)), 'a "red" image')
     inside = page.details("more <of it>")
     inside.text("hidden & found")
     return page
@@ -61,14 +61,14 @@ def test_everything_is_escaped_and_closed(page: Page) -> None:
     assert re.search(r"<details><summary>more &lt;of it&gt;</summary>\s*<p>hidden &amp; found", page.html())
 
 
-def test_pictures_are_held_by_the_page_and_nothing_is_fetched(page: Page) -> None:
+def test_images_are_held_by_the_page_and_nothing_is_fetched(page: Page) -> None:
     seen = Reader(page)
-    (picture,) = [attributes for tag, attributes in seen.tags if tag == "img"]
-    header, data = (picture["src"] or "").split(",")
+    (image,) = [attributes for tag, attributes in seen.tags if tag == "img"]
+    header, data = (image["src"] or "").split(",")
     assert header == "data:image/png;base64"
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert image.size == (3, 2) and image.getpixel((0, 0)) == (255, 0, 0)
-    assert picture["alt"] == 'a "red" picture'
+    assert image["alt"] == 'a "red" image'
     assert "http" not in page.html() and "url(" not in page.html()
 
 

@@ -79,7 +79,7 @@ def _draws_a_red_apple(command: str, folder: Path) -> None:
     assert (corners > 225).all()  # on white
 
 
-def test_it_loads_in_float32_and_the_same_seed_gives_the_same_picture(shipped: Path) -> None:
+def test_it_loads_in_float32_and_the_same_seed_gives_the_same_image(shipped: Path) -> None:
     pipe = LatentFlowPipeline.from_pretrained(shipped)
     pipe.set_progress_bar_config(disable=True)
     assert {pipe.vae.dtype, pipe.transformer.dtype, pipe.text_encoder.dtype} == {torch.float32}
@@ -93,7 +93,7 @@ def test_it_loads_in_float32_and_the_same_seed_gives_the_same_picture(shipped: P
     assert (first - draw("blue heart")).abs().mean() > 0.02  # the words matter
 
 
-def test_its_autoencoder_copes_with_pictures_of_another_kind(shipped: Path) -> None:
+def test_its_autoencoder_copes_with_images_of_another_kind(shipped: Path) -> None:
     pipe = LatentFlowPipeline.from_pretrained(shipped)
     from latentflow.autoencoder import decode, encode
 
@@ -108,7 +108,7 @@ def test_its_autoencoder_copes_with_pictures_of_another_kind(shipped: Path) -> N
 
 
 def test_it_fills_a_hole_with_what_was_there(shipped: Path) -> None:
-    """Its own picture with the middle cut out: nearer to it than grey is, and the rest untouched."""
+    """Its own image with the middle cut out: nearer to it than grey is, and the rest untouched."""
     pipe = LatentFlowPipeline.from_pretrained(shipped)
     pipe.set_progress_bar_config(disable=True)
     whole = pipe("red heart", generator=torch.Generator().manual_seed(1), output_type="pt").images

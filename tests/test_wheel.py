@@ -101,8 +101,6 @@ def test_a_tiny_training_runs(installed: Path, environment: dict[str, str], tmp_
     for i in range(12):
         (tmp_path / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (20 * i, 0, 90)).save(tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png")
-    line = (
-        "train pictures --preset tiny --autoencoder-steps 2 --max-train-steps 2 --train-batch-size 4 -o run"
-    )
+    line = "train images --preset tiny --autoencoder-steps 2 --max-train-steps 2 --train-batch-size 4 -o run"
     execute(installed / "latentflow", *line.split(), cwd=tmp_path, env=environment)
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()

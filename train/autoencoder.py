@@ -50,7 +50,7 @@ def train(config: Config, again: str, given_keys: Collection[str]) -> None:
     for note in source.notes:
         log.info(note)
     training, validation = split(source, config.data.validation, config.loop.seed)
-    log.info(f"{len(training)} pictures to train on, {len(validation)} held out")
+    log.info(f"{len(training)} images to train on, {len(validation)} held out")
 
     # ---- training ----
     write_config(config, output / "config.yaml")

@@ -1,4 +1,4 @@
-"""What is in your pictures: `latentflow check DATA`. Exit status 1 on what would break a training."""
+"""What is in your images: `latentflow check DATA`. Exit status 1 on what would break a training."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from latentflow.utils.html_page import refuse_existing
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Report what is in your pictures, what a training would make of them, and how to start one."""
+    """Report what is in your images, what a training would make of them, and how to start one."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A folder of pictures, or any other data that `latentflow train` takes."""
+    """A folder of images, or any other data that `latentflow train` takes."""
     condition: Condition = "auto"
     """What to condition on; auto takes the first of captions, classes, nothing."""
     missing_caption: MissingCaption = "error"
-    """What becomes of pictures without a caption."""
+    """What becomes of images without a caption."""
     masks: Masks = "auto"
     """Your own masks: of metadata and files, none, or the alpha channels."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class CheckConfig:
     json: bool = False
     """Print the report as JSON."""
     sheet: str | None = None
-    """Write a contact sheet, a picture of some pictures, to this file (.png)."""
+    """Write a contact sheet, an image of some images, to this file (.png)."""
     report: str | None = None
     """Write the report as one web page to this file (.html)."""
     overwrite: bool = False

@@ -28,7 +28,7 @@ from latentflow.training.train import train
 class Config:
     """Make a student of a checkpoint that draws in one to four evaluations; the same line again resumes.
 
-    DATA are pictures such as the checkpoint was trained on: the student learns on the way from noise to them.
+    DATA are images such as the checkpoint was trained on: the student learns on the way from noise to them.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
@@ -45,7 +45,7 @@ class Config:
     """Share of the samples that are learned without their condition (not by reflow and one-step)."""
     mask_shapes: dict[str, float] = field(default_factory=dict)
     """Shares of the masks, of a checkpoint that inpaints; see `latentflow train --help` (not by reflow and one-step,
-    whose pairs are of whole pictures)."""
+    whose pairs are of whole images)."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
     gradient_checkpointing: bool = False
@@ -73,9 +73,7 @@ class Config:
                 objective=method.objective,
                 objective_options={**method.usual, **self.method_options},
                 condition_dropout=0.0 if method.pairs else self.condition_dropout,
-                mask_shapes={"full": 1.0}
-                if method.pairs
-                else self.mask_shapes,  # pairs are of whole pictures
+                mask_shapes={"full": 1.0} if method.pairs else self.mask_shapes,  # pairs are of whole images
             ),
             network=NetworkConfig(gradient_checkpointing=self.gradient_checkpointing),
             **{name: getattr(self, name) for name in shared},

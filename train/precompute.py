@@ -1,4 +1,4 @@
-"""Encode pictures once, to train without them: `latentflow precompute DATA --vae AUTOENCODER -o LATENTS`."""
+"""Encode images once, to train without them: `latentflow precompute DATA --vae AUTOENCODER -o LATENTS`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from latentflow.training.train_autoencoder import autoencoder_for
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Encode pictures into a folder that `latentflow train` takes as DATA; the same line again resumes."""
+    """Encode images into a folder that `latentflow train` takes as DATA; the same line again resumes."""
 
     data: DataConfig
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
@@ -30,19 +30,19 @@ class Config:
     vae: str
     """The diffusers autoencoder (folder or hub id); the folder keeps a copy."""
     buckets: bool = False
-    """Several aspect ratios, each picture at the one nearest to its own, so that little is cut off."""
+    """Several aspect ratios, each image at the one nearest to its own, so that little is cut off."""
     patch_size: int = 2
     """With --buckets: the sides must suit networks of patches of up to this many latent pixels."""
     pixels: bool = False
-    """Store the pictures at the resolution as well, which inpainting needs."""
+    """Store the images at the resolution as well, which inpainting needs."""
     batch_size: int = 64
-    """Pictures that are encoded at once."""
+    """Images that are encoded at once."""
     dry_run: bool = False
     """Print what would be written and how long it takes, and stop."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Encode pictures once, to train without them."""
+    """Encode images once, to train without them."""
     config = parse(Config, argv, prog="latentflow precompute")
     data, output, device = config.data, Path(config.output), process_state().device
     log = log_to(None)

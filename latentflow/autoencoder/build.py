@@ -48,7 +48,7 @@ class AutoencoderConfig:
     adversarial_start: int = 1_500
     """Step from which the adversarial loss counts."""
     equivariance: float = 0.0
-    """Probability of a step whose latents are made smaller and turned, and decoded to the pictures made smaller and
+    """Probability of a step whose latents are made smaller and turned, and decoded to the images made smaller and
     turned alike (EQ-VAE, arXiv:2502.09509; 0.5 is usual). 0: off."""
     latent_noise: float = 0.0
     """Noise on the latents that the decoder learns from, drawn for each sample between none and this many times their

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-SMALLEST_PICTURE = (
+SMALLEST_IMAGE = (
     16  # side in pixels that LPIPS can take (VGG halves it four times) and the discriminator (three times)
 )
 

@@ -1,4 +1,4 @@
-"""Pictures with holes, as a network sees them: what is known of a latent, and where.
+"""Images with holes, as a network sees them: what is known of a latent, and where.
 
 A mask is (B, 1, H, W): 1 = repaint, 0 = keep. Nothing of what lies under a mask enters anything that is returned here.
 """
@@ -28,7 +28,7 @@ def masked_condition(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
 
     Returns:
         (B, f^2 + C, H / f, W / f): first the pixels of each cell that are kept (1) or not (0), none of them lost to
-        the latent's coarser grid; then the latent of the picture with its hole in mid-grey. A row of which nothing
+        the latent's coarser grid; then the latent of the image with its hole in mid-grey. A row of which nothing
         is kept is zero, which is also what a network gets that is told nothing: so one network draws and inpaints.
     """
     kept = 1.0 - masks.float()
@@ -59,7 +59,7 @@ def known_source(noise: Tensor, known: Tensor, hole: Tensor) -> Tensor:
 
 
 def masked_latents(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
-    """Latents (B, C, h, w) of pictures whose holes are filled from the nearest kept pixel.
+    """Latents (B, C, h, w) of images whose holes are filled from the nearest kept pixel.
 
     An autoencoder looks around each cell: next to such a filling the kept cells stay close to what they would be
     beside the true content, closer than next to a grey hole. Arguments as of `masked_condition`.

@@ -1,4 +1,4 @@
-"""What makes latents easier to model: transformed alike with their picture, and noisy when decoded."""
+"""What makes latents easier to model: transformed alike with their image, and noisy when decoded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def transformed(x: Tensor, scale: Fraction, quarter_turns: int) -> Tensor:
-    """Pictures or latents (B, C, H, W), made smaller by ``scale`` and turned: the tau of EQ-VAE (arXiv:2502.09509).
+    """Images or latents (B, C, H, W), made smaller by ``scale`` and turned: the tau of EQ-VAE (arXiv:2502.09509).
 
     Both sides times ``scale`` must be whole. As there, bilinear, without a filter before it.
     """

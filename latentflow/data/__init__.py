@@ -1,4 +1,4 @@
-"""Finding, checking, reading and caching pictures and what is said of them."""
+"""Finding, checking, reading and caching images and what is said of them."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ __all__ = [
     "cached_pixels",
     "cached_text",
     "check_source",
+    "decode_image",
     "find_source",
     "fingerprint",
     "frame",
     "one_size",
-    "decode_image",
     "pixels_to_images",
     "read_image",
     "read_mask",

@@ -1,4 +1,4 @@
-"""Captions that are lists of tags, such as ``cat, sitting, outdoors``: the same picture under other orders of
+"""Captions that are lists of tags, such as ``cat, sitting, outdoors``: the same image under other orders of
 them."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .sources.latent_folder import LatentFolder
 def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
     """The source with captions in up to ``orders`` orders of their comma-separated tags, the first ``keep`` in place.
 
-    The caption as it is written is the first of them; each use of the picture draws one, as of several captions. The
+    The caption as it is written is the first of them; each use of the image draws one, as of several captions. The
     orders depend on the caption only.
 
     Raises:
@@ -44,7 +44,7 @@ def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
             "Tags are parted by commas: `cat, sitting, outdoors`. Or leave it out.",
         )
     kept = f", the first {keep} in place" if keep else ""
-    note = f"tags of {changed} pictures in up to {orders} orders of each caption{kept}"
+    note = f"tags of {changed} images in up to {orders} orders of each caption{kept}"
     return dataclasses.replace(source, examples=examples).noted(note)
 
 

@@ -1,4 +1,4 @@
-"""What of each picture is trained on: one size for all, or several aspect ratios ("buckets"), and which crops."""
+"""What of each image is trained on: one size for all, or several aspect ratios ("buckets"), and which crops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .sources.latent_folder import LatentFolder
 Size: TypeAlias = tuple[int, int]  # (height, width) in pixels
 
 _STEPS = 16  # sides of buckets are this share of the resolution apart, where the network's unit allows it
-_MUCH = 0.25  # share of a picture that is cut off, from which the report names it
+_MUCH = 0.25  # share of an image that is cut off, from which the report names it
 
 
 def bucket_sizes(resolution: int, unit: int) -> list[Size]:
@@ -50,14 +50,14 @@ def bucket_sizes(resolution: int, unit: int) -> list[Size]:
 
 @dataclass(frozen=True)
 class Framing:
-    """The pictures of a source, each brought to one of a few sizes by cutting off what is too long.
+    """The images of a source, each brought to one of a few sizes by cutting off what is too long.
 
     Attributes:
-        source: N pictures.
+        source: N images.
         sizes: the sizes that are used.
-        bucket: (N,), each picture's among ``sizes``.
-        natural: (N, 2), heights and widths of the pictures as they are; None where nobody asked.
-        crops: places from which each picture is cut, of which every use draws one; 1: the centre.
+        bucket: (N,), each image's among ``sizes``.
+        natural: (N, 2), heights and widths of the images as they are; None where nobody asked.
+        crops: places from which each image is cut, of which every use draws one; 1: the centre.
     """
 
     source: Source
@@ -68,30 +68,30 @@ class Framing:
 
     @cached_property
     def members(self) -> list[Array]:
-        """The pictures of each size, ascending."""
+        """The images of each size, ascending."""
         return [np.flatnonzero(self.bucket == number) for number in range(len(self.sizes))]
 
     def part(self, number: int) -> Source:
-        """The pictures of size ``number``; every crop of a picture is an example, next to one another."""
+        """The images of size ``number``; every crop of an image is an example, next to one another."""
         whole = self.source.subset(self.members[number].tolist()) if len(self.sizes) > 1 else self.source
         return whole if self.crops == 1 else cropped(whole, self.crops)
 
     @cached_property
     def centres(self) -> Array:
-        """(N, crops, 2), where the crops lie, of the pictures as they are when this is first asked for."""
+        """(N, crops, 2), where the crops lie, of the images as they are when this is first asked for."""
         centres = np.full((len(self.source), self.crops, 2), 0.5, dtype=np.float32)
         for row, example in enumerate(self.source.examples) if self.crops > 1 else ():
             centres[row] = [centering(example, crop) for crop in range(self.crops)]
         return centres
 
     def told(self, rows: Array, crops: Array, flips: Array) -> Array:
-        """What SDXL tells its network of a picture (arXiv:2307.01952, section 2.2): (B, 6) float32.
+        """What SDXL tells its network of an image (arXiv:2307.01952, section 2.2): (B, 6) float32.
 
-        Height and width of the picture as it is; how many pixels were cut off above and on the left, once it was
+        Height and width of the image as it is; how many pixels were cut off above and on the left, once it was
         resized; height and width of what is left.
 
         Args:
-            rows, crops, flips: (B,) integers: the pictures, which crop of each, and 1 where it is mirrored.
+            rows, crops, flips: (B,) integers: the images, which crop of each, and 1 where it is mirrored.
         """
         assert self.natural is not None
         natural, sizes = self.natural[rows], np.asarray(self.sizes)[self.bucket[rows]]
@@ -101,7 +101,7 @@ class Framing:
         return np.concatenate([natural, np.rint(cut * places), sizes], axis=1).astype(np.float32)
 
     def lines(self) -> list[str]:
-        """How the pictures are spread over the sizes, and what is cut off."""
+        """How the images are spread over the sizes, and what is cut off."""
         if self.natural is None:
             return []
         lost = _cut_off(self.natural, np.asarray(self.sizes)[self.bucket])
@@ -110,35 +110,35 @@ class Framing:
             for (height, width), rows in zip(self.sizes, self.members, strict=True)
         )
         lines = [
-            f"sizes (width x height: pictures): {shares}; none left out",
-            f"cut off: {lost.mean():.1%} of a picture on average, {lost.max():.1%} of "
+            f"sizes (width x height: images): {shares}; none left out",
+            f"cut off: {lost.mean():.1%} of an image on average, {lost.max():.1%} of "
             f"{one_line(self.source.examples[int(lost.argmax())].name)} at most; a square would cut off "
             f"{_cut_off(self.natural, np.ones((1, 2))).mean():.1%} on average",
         ]
         if much := int((lost > _MUCH).sum()):
-            lines.append(f"WARNING: {much} pictures lose more than {_MUCH:.0%} of themselves")
+            lines.append(f"WARNING: {much} images lose more than {_MUCH:.0%} of themselves")
         return lines
 
 
 def _cut_off(natural: Array, sizes: Array) -> Array:
-    """(N,): the share that is lost of pictures of (height, width) ``natural`` brought to the shapes ``sizes``."""
+    """(N,): the share that is lost of images of (height, width) ``natural`` brought to the shapes ``sizes``."""
     ratio = natural[:, 1] / natural[:, 0] / (sizes[:, 1] / sizes[:, 0])
     return 1 - np.minimum(ratio, 1 / ratio)
 
 
 def one_size(source: Source, size: Size, crops: int = 1) -> Framing:
-    """Every picture at the same size."""
+    """Every image at the same size."""
     return Framing(source, (size,), np.zeros(len(source), dtype=np.int32), None, crops)
 
 
 def frame(source: Source, resolution: int, unit: int, config: FramingConfig, told: bool = False) -> Framing:
-    """Choose a size for every picture: the bucket whose aspect ratio is nearest to its own.
+    """Choose a size for every image: the bucket whose aspect ratio is nearest to its own.
 
     Args:
-        unit: what the sides of a picture must be multiples of.
+        unit: what the sides of an image must be multiples of.
         told: whether the network is told sizes and crops.
 
-    The pictures of a folder of latents were cut when it was made.
+    The images of a folder of latents were cut when it was made.
 
     Raises:
         UserError: a wrong setting, or one that does not fit a folder of latents.
@@ -158,14 +158,14 @@ def frame(source: Source, resolution: int, unit: int, config: FramingConfig, tol
 def _as_stored(source: LatentFolder, unit: int, config: FramingConfig) -> Framing:
     if config.crops > 1 or (config.buckets and all(height == width for height, width in source.sizes)):
         raise UserError(
-            f"{source.name} is a folder of latents: how pictures are cut was decided when it was made",
+            f"{source.name} is a folder of latents: how images are cut was decided when it was made",
             "Leave --crops and --buckets out (`latentflow precompute --buckets` stores several aspect ratios), or "
-            "train on the pictures.",
+            "train on the images.",
         )
     for size in source.sizes:
         if size[0] % unit or size[1] % unit:
             raise UserError(
-                f"{source.name} holds pictures of {size[1]} x {size[0]} pixels; the network needs multiples of {unit}",
+                f"{source.name} holds images of {size[1]} x {size[0]} pixels; the network needs multiples of {unit}",
                 "Use a smaller --patch-size, or precompute again with a multiple of the resolution.",
             )
     return _framing(source, source.sizes, source.buckets(), source.natural())
@@ -179,7 +179,7 @@ def _framing(source: Source, sizes: Sequence[Size], bucket: Array, natural: Arra
 
 
 def _natural_sizes(source: Source) -> Array:
-    """(N, 2) heights and widths, as the pictures are looked at."""
+    """(N, 2) heights and widths, as the images are looked at."""
     sizes = np.empty((len(source), 2), dtype=np.int32)
     for row, look in enumerate(looks_at(source)):
         if look.error is not None:
@@ -193,7 +193,7 @@ def _natural_sizes(source: Source) -> Array:
 
 @dataclass(frozen=True)
 class Crop(Example):
-    """A picture of which another part than the middle is used."""
+    """An image of which another part than the middle is used."""
 
     whole: Example = field(kw_only=True)
     number: int = field(kw_only=True)
@@ -226,7 +226,7 @@ def cropped(source: Source, crops: int) -> Source:
 
 @dataclass(frozen=True)
 class _Crops(Sequence[Example]):
-    """The crops of all pictures; each is made when it is asked for: there may be many millions."""
+    """The crops of all images; each is made when it is asked for: there may be many millions."""
 
     wholes: Sequence[Example]
     crops: int

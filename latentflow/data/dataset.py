@@ -1,4 +1,4 @@
-"""One picture with its caption or class, and a whole set of them."""
+"""One image with its caption or class, and a whole set of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 from PIL import Image
 
-from .images import Profile, key_and_profile, open_image, decode_image
+from .images import Profile, decode_image, key_and_profile, open_image
 from .masks import alpha_mask, read_mask, without_alpha
 from .sources.members import File, file_key
 
@@ -21,11 +21,11 @@ Colours = Literal["srgb", "stored"]
 
 @dataclass(frozen=True)
 class Example(ABC):
-    """One picture. ``name`` is unique in its source; ``text``, ``label`` and ``mask`` are None where unknown.
+    """One image. ``name`` is unique in its source; ``text``, ``label`` and ``mask`` are None where unknown.
 
-    ``texts`` are further captions of the picture, of which each use draws one (``text`` is the first).
-    ``mask`` is the file of the user's own mask: the picture's own file where its alpha channel is the mask.
-    ``weight`` is a factor on the picture's loss, ``repeats`` how often an epoch uses it.
+    ``texts`` are further captions of the image, of which each use draws one (``text`` is the first).
+    ``mask`` is the file of the user's own mask: the image's own file where its alpha channel is the mask.
+    ``weight`` is a factor on the image's loss, ``repeats`` how often an epoch uses it.
     """
 
     name: str
@@ -43,19 +43,19 @@ class Example(ABC):
 
     @property
     def centering(self) -> tuple[float, float]:
-        """Where the part lies that is used of a picture that is too long, in [0, 1] from left and from top."""
+        """Where the part lies that is used of an image that is too long, in [0, 1] from left and from top."""
         return 0.5, 0.5
 
     @abstractmethod
     def open(self) -> Image.Image:
-        """The picture as it was made, in any mode and size (``read_image`` prepares it for a network)."""
+        """The image as it was made, in any mode and size (``read_image`` prepares it for a network)."""
 
     @abstractmethod
     def content_key(self) -> str:
-        """Hexadecimal hash of what the picture shows: another picture under the same name has another key."""
+        """Hexadecimal hash of what the image shows: another image under the same name has another key."""
 
     def profile(self) -> Profile | None:
-        """Return the picture's colour profile where it has another than sRGB."""
+        """Return the image's colour profile where it has another than sRGB."""
         return None
 
     @property
@@ -83,7 +83,7 @@ class Example(ABC):
 
 @dataclass(frozen=True)
 class FileExample(Example):
-    """A picture in a file, or in a member of an archive or a table; its key is the hash of the file's bytes.
+    """An image in a file, or in a member of an archive or a table; its key is the hash of the file's bytes.
 
     Where the alpha channel is the mask it is no transparency: ``open`` leaves it out, and shows what it hid.
     ``colours`` "stored" leaves the profile out: the numbers are read as they are stored.
@@ -109,7 +109,7 @@ class FileExample(Example):
         return alpha_mask(decode_image(self.path)) if self._alpha_is_mask else super().open_mask()
 
     def content_key(self) -> str:
-        key, _ = key_and_profile(self.path)  # with and without its alpha channel a picture looks different
+        key, _ = key_and_profile(self.path)  # with and without its alpha channel an image looks different
         return hashlib.sha256(f"without alpha {key}".encode()).hexdigest() if self._alpha_is_mask else key
 
     @property
@@ -119,7 +119,7 @@ class FileExample(Example):
 
 @dataclass(frozen=True)
 class Source:
-    """A set of pictures and what a model of them is conditioned on.
+    """A set of images and what a model of them is conditioned on.
 
     Attributes:
         name: what the user called it.
@@ -142,7 +142,7 @@ class Source:
         return len(self.examples)
 
     def captions(self) -> list[str]:
-        """The first caption of every example ("" where there is none): what its picture is shown and judged with."""
+        """The first caption of every example ("" where there is none): what its image is shown and judged with."""
         return [example.text or "" for example in self.examples]
 
     def all_captions(self) -> list[tuple[str, ...]]:
@@ -159,7 +159,7 @@ class Source:
 
     @property
     def has_masks(self) -> bool:
-        """Whether any picture comes with a mask."""
+        """Whether any image comes with a mask."""
         return any(example.mask is not None for example in self.examples)
 
     def once(self) -> Source:
@@ -182,7 +182,7 @@ class Source:
         return [example.pixel_key() for example in self.examples]
 
     def fingerprint(self) -> str:
-        """Hash of all pictures and what is said of them, whatever their names and order: tells changed data."""
+        """Hash of all images and what is said of them, whatever their names and order: tells changed data."""
         rows = sorted(_told(example) for example in self.examples)
         return hashlib.sha256("\n".join([self.kind, *self.classes, *rows]).encode()).hexdigest()
 

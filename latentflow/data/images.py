@@ -239,8 +239,8 @@ def decoding(name: str) -> Iterator[None]:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        what, fix = f"{name} is not a picture that can be read", f"Formats: {', '.join(FORMATS)}."
-        raise ImageFileError(what, "not a picture", fix) from error
+        what, fix = f"{name} is not an image that can be read", f"Formats: {', '.join(FORMATS)}."
+        raise ImageFileError(what, "not an image", fix) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error)) from error
     except Exception as error:
@@ -262,7 +262,7 @@ def _said(error: Exception) -> str:
 
 def _no_file(path: Path) -> ImageFileError:
     if path.is_dir():
-        return ImageFileError(f"{path} is a folder", "a folder", "Give one picture in it.")
+        return ImageFileError(f"{path} is a folder", "a folder", "Give one image in it.")
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest(path.name, beside)
     fix = f"Did you mean {path.parent / near}?" if near else "Check the path."

@@ -129,7 +129,7 @@ def full(size: Size, rng: np.random.Generator) -> np.ndarray:
 
 
 def none(size: Size, rng: np.random.Generator) -> np.ndarray:
-    """Nothing: the picture is given whole."""
+    """Nothing: the image is given whole."""
     return np.zeros(size, dtype=bool)
 
 
@@ -154,7 +154,7 @@ MASK_SHAPES: dict[str, MaskShape] = {
 
 log = logging.getLogger(__name__)
 
-# Levels of 255 that the channels of a grey picture may differ by, and that JPEG leaves around an edge.
+# Levels of 255 that the channels of a grey image may differ by, and that JPEG leaves around an edge.
 _TOLERANCE = 16
 _LOSSY = ("JPEG", "MPO")
 
@@ -164,7 +164,7 @@ def read_mask(
 ) -> Image.Image:
     """A mask as one 8-bit channel (mode "L"), upright: 255 repaint, 0 keep, between them soft.
 
-    Grey pictures of any mode are read by their brightness, on the scale of 0..1, 0..255 or 0..65535 that their
+    Grey images of any mode are read by their brightness, on the scale of 0..1, 0..255 or 0..65535 that their
     largest value fits in (so a label map of 0 and 1 is a mask too). A grey photograph cannot be told from a soft
     mask and is read as one. In a JPEG, levels next to black or white become black or white.
 
@@ -178,10 +178,10 @@ def read_mask(
         size: (width, height) of the result; a mask of another size is resized to the nearest pixel, and a
             warning is logged.
         threshold: in [0, 1]; a luminance of at least this repaints, everything else is kept. Makes a mask of any
-            picture.
+            image.
 
     Raises:
-        UserError: the picture is in colour and there is no threshold; it cannot be decoded; the threshold is not
+        UserError: the image is in colour and there is no threshold; it cannot be decoded; the threshold is not
             in [0, 1].
     """
     if threshold is not None and not 0 <= threshold <= 1:
@@ -202,7 +202,7 @@ def read_mask(
     mask = Image.fromarray(levels)
     if size is None or mask.size == size:
         return mask
-    log.warning("%s is %d x %d, the picture %d x %d: resized to the nearest pixel", name, *mask.size, *size)
+    log.warning("%s is %d x %d, the image %d x %d: resized to the nearest pixel", name, *mask.size, *size)
     return mask.resize(size, Image.Resampling.NEAREST)
 
 
@@ -220,7 +220,7 @@ def alpha_mask(image: Image.Image) -> Image.Image | None:
 
 
 def without_alpha(image: Image.Image) -> Image.Image:
-    """The picture, upright, as if nothing in it were transparent: the colours that its file holds there."""
+    """The image, upright, as if nothing in it were transparent: the colours that its file holds there."""
     with decoding(name_of(image)):
         upright = ImageOps.exif_transpose(image)
         return upright.convert("RGBA").convert("RGB") if upright.has_transparency_data else upright
@@ -247,7 +247,7 @@ def _levels(image: Image.Image, name: str, *, coloured: bool) -> NDArray[np.uint
 def _painted_levels(
     colours: NDArray[np.uint8], alpha: NDArray[np.uint8], name: str, coloured: bool
 ) -> NDArray[np.uint8]:
-    """Levels of a picture (H, W, 3) with transparent parts."""
+    """Levels of an image (H, W, 3) with transparent parts."""
     seen = colours[alpha > 0]
     if not len(seen):
         return np.zeros_like(alpha)
@@ -284,6 +284,6 @@ def _full_scale(values: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
 def _not_a_mask(name: str) -> UserError:
     return UserError(
         f"{name} is not a mask: it is in colour",
-        "Give a grey picture, white where to repaint and black where to keep, or a threshold in [0, 1] "
+        "Give a grey image, white where to repaint and black where to keep, or a threshold in [0, 1] "
         "(bright enough is repainted).",
     )

@@ -1,4 +1,4 @@
-"""From a picture in any mode and orientation to RGB of one size, and to tensors and back."""
+"""From an image in any mode and orientation to RGB of one size, and to tensors and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .images import decoding, in_srgb, name_of, unreadable
 
 
 def read_image(example: Example, resolution: int | tuple[int, int], background: str = "white") -> Image.Image:
-    """The example as an RGB picture of ``resolution`` (a side, or (height, width)).
+    """The example as an RGB image of ``resolution`` (a side, or (height, width)).
 
     EXIF rotation is applied, colours are converted to sRGB by the profile, transparency is composited on
     ``background``, any mode is converted; then the largest part of the right shape, at the example's ``centering``, is
@@ -31,7 +31,7 @@ def read_image(example: Example, resolution: int | tuple[int, int], background: 
 def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.Image | None:
     """The example's own mask, registered with ``read_image``: mode "L", 0 or 255. None where it has none.
 
-    A mask of another size than its picture is brought to that first; every resize takes the nearest pixel.
+    A mask of another size than its image is brought to that first; every resize takes the nearest pixel.
 
     Raises:
         UserError: the mask's file is no mask or cannot be read.
@@ -49,7 +49,7 @@ def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Upright sRGB of a picture in any of Pillow's modes and of any colour profile, at its own size.
+    """Upright sRGB of an image in any of Pillow's modes and of any colour profile, at its own size.
 
     Raises:
         UserError: ``background`` is no colour; the image cannot be decoded.
@@ -89,7 +89,7 @@ def _wide_to_grey(image: Image.Image, name: str) -> Image.Image:
         raise unreadable(name, told, "Save it with 8 or 16 bits a pixel, or as numbers from 0 to 1.")
     if image.mode == "F":  # floats carry no scale of their own; programs write 0..1, 0..255, 0..65535
         full = next((limit for limit in (1.0, 255.0) if values.max() <= limit), 65535.0)
-    else:  # mode I also holds 16-bit values; only a picture that never leaves 8 bits is read as such
+    else:  # mode I also holds 16-bit values; only an image that never leaves 8 bits is read as such
         full = 255.0 if image.mode == "I" and values.max() <= 255 else 65535.0
     grey = Image.fromarray(np.rint(values / full * 255).astype(np.uint8))
     grey.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
@@ -107,12 +107,12 @@ def parse_colour(name: str) -> tuple[int, int, int]:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as (3, H, W) float32 in [-1, 1]."""
+    """An RGB image as (3, H, W) float32 in [-1, 1]."""
     return pixels_to_images(to_pixels(image))
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB picture as (3, H, W) uint8."""
+    """An RGB image as (3, H, W) uint8."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
@@ -122,7 +122,7 @@ def pixels_to_images(pixels: Tensor) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] as an RGB picture; values outside are clipped. Undoes ``to_tensor`` exactly."""
+    """(3, H, W) in [-1, 1] as an RGB image; values outside are clipped. Undoes ``to_tensor`` exactly."""
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"expected one image (3, H, W), got {tuple(image.shape)}: pass one row of a batch")
     levels = ((image.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -19,12 +19,12 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     """Indices of the training and of the validation examples, both ascending.
 
     ``validation`` is a share in [0, 1) when it is a float and a number of examples when it is an int. Every
-    example is ranked by a hash of its content and ``seed``; the lowest ranks validate. Equal pictures have
-    equal ranks and therefore stay on one side, so that no validation picture is trained on under another name
+    example is ranked by a hash of its content and ``seed``; the lowest ranks validate. Equal images have
+    equal ranks and therefore stay on one side, so that no validation image is trained on under another name
     (the number held out may then be larger than asked). So do near duplicates (``checking/near.py``), which all
     take the highest rank among them: as a group has to be held out as a whole, rather others are. Where that
     would hold out more than twice the number asked, as in a film, near duplicates are parted, and a warning says
-    so. A folder of latents knows the groups of its pictures, and is split as they are.
+    so. A folder of latents knows the groups of its images, and is split as they are.
 
     Raises:
         UserError: nothing would be left to train on, or ``validation`` is negative.
@@ -41,7 +41,7 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     ranks = np.fromiter((int.from_bytes(one[:8], "big") for one in digests), np.uint64, total)
     held_out = _lowest(_joined(source, ranks), wanted)
     if len(held_out) > max(2 * wanted, len(alone := _lowest(ranks, wanted))):
-        log.warning("most pictures are near duplicates of others: some are validated on, others trained on")
+        log.warning("most images are near duplicates of others: some are validated on, others trained on")
         held_out = alone
     if len(held_out) == total:
         raise _impossible(validation, total)
@@ -64,6 +64,6 @@ def _joined(source: Source, ranks: Array) -> Array:
 
 def _impossible(validation: float | int, total: int) -> UserError:
     return UserError(
-        f"cannot hold out {validation} of {total} pictures for validation and train on the rest",
-        "Give a share such as 0.05, or a number below that of (different) pictures; 0 holds none out.",
+        f"cannot hold out {validation} of {total} images for validation and train on the rest",
+        "Give a share such as 0.05, or a number below that of (different) images; 0 holds none out.",
     )

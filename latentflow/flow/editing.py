@@ -1,7 +1,7 @@
-"""Editing with two velocities, one that describes a picture as it is and one that describes it as it should be.
+"""Editing with two velocities, one that describes an image as it is and one that describes it as it should be.
 
 Both belong to the straight path, x_t = t x1 + (1 - t) x0. ``times`` start at 1 - strength: the earlier, the further
-from the picture the edit may lead. Where both are the exact velocities of Gaussians that differ in their mean alone,
+from the image the edit may lead. Where both are the exact velocities of Gaussians that differ in their mean alone,
 N(m, c^2) and N(m', c^2), every method, averaged or not, moves x1 by (m' - m) (1 - s c / sqrt(s^2 c^2 + (1 - s)^2)) with
 s = times[0]: not at all at s = 1, all the way at s = 0.
 """
@@ -37,7 +37,7 @@ def flow_edit(
     callback: Callback | None = None,
     progress: Progress = False,
 ) -> Tensor:
-    """FlowEdit: from picture to picture without noise in between, Kulikov et al. 2024 (arXiv:2412.08629), alg. 1.
+    """FlowEdit: from image to image without noise in between, Kulikov et al. 2024 (arXiv:2412.08629), alg. 1.
 
     z starts as x1 and follows dz/dt = E[v_target(z + x_t - x1, t) - v_source(x_t, t)] over x_t = t x1 + (1 - t) x0
     with noise x0 that is drawn anew at every step, and is the same on both sides of the difference.
@@ -113,7 +113,7 @@ def inversion_edit(
     """Back along the flow of the source, forth along that of the target: DDIM inversion, for flows.
 
     Song et al. 2020 (arXiv:2010.02502), sec. 5.4; with a start short of pure noise as in SDEdit, Meng et al. 2021
-    (arXiv:2108.01073), but with the noise that the picture has, in place of a random one. With equal velocities it is
+    (arXiv:2108.01073), but with the noise that the image has, in place of a random one. With equal velocities it is
     the round trip, and gives x1 back up to the solver's error.
 
     Args:
@@ -184,7 +184,7 @@ def deterministic(solver: str | Solver) -> Solver:
     """
     method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
     if method.stochastic:
-        raise UserError(f"solver '{solver}' is stochastic: it forgets the picture", "Use 'heun' or 'euler'.")
+        raise UserError(f"solver '{solver}' is stochastic: it forgets the image", "Use 'heun' or 'euler'.")
     return method
 
 

@@ -1,4 +1,4 @@
-"""The flags of every program that draws pictures."""
+"""The flags of every program that draws images."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .sample import LARGEST_SEED
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingConfig(AdapterChoice):
-    """How pictures are drawn, and where they go."""
+    """How images are drawn, and where they go."""
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "out.png"
-    """The picture to write; several become FILE-1, FILE-2, ... A file that exists is kept, and the next free
+    """The image to write; several become FILE-1, FILE-2, ... A file that exists is kept, and the next free
     number taken, unless --overwrite."""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Pipeline folder, run folder or hub id; default: the shipped checkpoint."""
     class_labels: Annotated[tuple[str, ...], tyro.conf.arg(name="class", metavar="NAME ...")] = ()
     """Names or numbers of classes, for checkpoints trained on classes."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
-    """Pictures per prompt or class."""
+    """Images per prompt or class."""
     seed: int = 0
-    """Picture i is drawn from seed + i."""
+    """Image i is drawn from seed + i."""
     steps: int | None = None
-    """Steps from noise to picture; default: 20, or what a few-step checkpoint was made for, if no solver or edit
+    """Steps from noise to image; default: 20, or what a few-step checkpoint was made for, if no solver or edit
     follows it."""
     guidance: float | None = None
     """How hard to follow the prompt or class; 1 is off, and twice as fast. Default: 4, unless the checkpoint has
@@ -42,7 +42,7 @@ class DrawingConfig(AdapterChoice):
     negative: str | None = None
     """What to keep away from."""
     scale: int = 1
-    """Enlarge the finished picture so many times."""
+    """Enlarge the finished image so many times."""
     overwrite: bool = False
     """Write over files that exist."""
     device: str = "auto"
@@ -52,7 +52,7 @@ class DrawingConfig(AdapterChoice):
         """Refuse at once what would fail after the drawing.
 
         Raises:
-            UserError: a number below 1, out of range or not finite; a file name without a picture format, or where
+            UserError: a number below 1, out of range or not finite; a file name without an image format, or where
                 nothing can be written.
         """
         for flag, value in (("-n", self.n), ("--steps", self.steps), ("--scale", self.scale)):

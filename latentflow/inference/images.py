@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def enlarged(picture: Image, scale: int) -> Image:
-    """The picture ``scale`` times as wide and high."""
+def enlarged(image: Image, scale: int) -> Image:
+    """The image ``scale`` times as wide and high."""
     from PIL.Image import Resampling
 
     from ..utils.memory import memory_phase
 
     with memory_phase("draw"):
-        return picture.resize((picture.width * scale, picture.height * scale), Resampling.LANCZOS)
+        return image.resize((image.width * scale, image.height * scale), Resampling.LANCZOS)
 
 
-def sheet(pictures: list[Image], columns: int) -> Image:
-    """All pictures, of one size, on one white sheet, row by row."""
+def sheet(images: list[Image], columns: int) -> Image:
+    """All images, of one size, on one white sheet, row by row."""
     from PIL import Image
 
-    width, height = pictures[0].size
-    paper = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
-    for i, picture in enumerate(pictures):
+    width, height = images[0].size
+    paper = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
         place = (i % columns * width, i // columns * height)
-        paper.paste(picture, place, picture if picture.mode == "RGBA" else None)
+        paper.paste(image, place, image if image.mode == "RGBA" else None)
     return paper
 
 
@@ -46,7 +46,7 @@ _TRANSPARENT = ("PNG", "WEBP", "TIFF", "AVIF")  # formats that keep every alpha
 
 
 def check_format(output: str) -> None:
-    """Refuse a file name whose ending is no picture format.
+    """Refuse a file name whose ending is no image format.
 
     Raises:
         UserError: names the ending and formats that will do.
@@ -55,7 +55,7 @@ def check_format(output: str) -> None:
 
     suffix = Path(output).suffix.lower()
     if Image.registered_extensions().get(suffix) not in Image.SAVE:
-        raise UserError(f"-o {output}: no picture format '{suffix}'", "Use .png, .jpg or .webp.")
+        raise UserError(f"-o {output}: no image format '{suffix}'", "Use .png, .jpg or .webp.")
 
 
 def check_writable(output: str) -> None:
@@ -99,48 +99,48 @@ def _why(error: OSError) -> str:
     return error.strerror or reason(error)
 
 
-def save(pictures: list[Image], output: str, overwrite: bool = False) -> None:
-    """Write the pictures under free names, each whole or not at all, and print the names; on white where the format has
+def save(images: list[Image], output: str, overwrite: bool = False) -> None:
+    """Write the images under free names, each whole or not at all, and print the names; on white where the format has
     no transparency.
 
     Raises:
         RunError: one cannot be written; those before it are.
-        UserError: the format does not take pictures of this size.
+        UserError: the format does not take images of this size.
     """
-    pictures = _as_format(pictures, output)
-    for picture, path in zip(pictures, free_paths(Path(output), len(pictures), overwrite), strict=True):
+    images = _as_format(images, output)
+    for image, path in zip(images, free_paths(Path(output), len(images), overwrite), strict=True):
         with whole_file(path) as partial:
             try:
-                picture.save(partial)
+                image.save(partial)
             except (ValueError, struct.error, OverflowError) as error:  # what Pillow's encoders raise
                 raise UserError(
-                    f"{path}: a picture of {picture.width} x {picture.height} cannot be written so: {reason(error)}",
+                    f"{path}: an image of {image.width} x {image.height} cannot be written so: {reason(error)}",
                     "Use .png, or a smaller --scale.",
                 ) from error
         print(path)
 
 
-def _as_format(pictures: list[Image], output: str) -> list[Image]:
-    """Return the pictures without alpha where the format would lose it, which is said if anything is transparent."""
+def _as_format(images: list[Image], output: str) -> list[Image]:
+    """Return the images without alpha where the format would lose it, which is said if anything is transparent."""
     from PIL import Image
 
     from ..data.pixels import to_rgb
 
     suffix = Path(output).suffix.lower()
     if Image.registered_extensions().get(suffix) in _TRANSPARENT or not any(
-        one.mode == "RGBA" for one in pictures
+        one.mode == "RGBA" for one in images
     ):
-        return pictures
-    if any(map(is_transparent, pictures)):
+        return images
+    if any(map(is_transparent, images)):
         print(
             f"{suffix} has no transparency: what is transparent lies on white; .png keeps it.",
             file=sys.stderr,
         )
-    return [to_rgb(one) for one in pictures]
+    return [to_rgb(one) for one in images]
 
 
 def free_paths(output: Path, count: int, overwrite: bool = False) -> list[Path]:
-    """Where ``count`` pictures go: the name itself for a single one, else numbered; free names only."""
+    """Where ``count`` images go: the name itself for a single one, else numbered; free names only."""
 
     def numbered(i: int) -> Path:
         return output.with_stem(f"{output.stem}-{i}")
@@ -151,18 +151,18 @@ def free_paths(output: Path, count: int, overwrite: bool = False) -> list[Path]:
     while not overwrite and any(numbered(first + i).exists() for i in range(count)):
         first += 1
     if count == 1 or first > 1:
-        print("Pictures of this name exist and are kept; --overwrite replaces them.", file=sys.stderr)
+        print("Images of this name exist and are kept; --overwrite replaces them.", file=sys.stderr)
     return [numbered(first + i) for i in range(count)]
 
 
 log = logging.getLogger(__name__)
 
 
-def read_picture(path: str) -> Image:
-    """The picture in a file, upright and in sRGB: RGB, or RGBA where it has transparency.
+def read_image(path: str) -> Image:
+    """The image in a file, upright and in sRGB: RGB, or RGBA where it has transparency.
 
     Raises:
-        UserError: no such file, no picture, damaged, or too large.
+        UserError: no such file, no image, damaged, or too large.
     """
     from ..data.images import decode_image, profile_of
     from ..data.pixels import upright
@@ -177,31 +177,31 @@ def read_picture(path: str) -> Image:
 
 
 def read_opaque(path: str) -> Image:
-    """The picture in a file as upright RGB, on white, which is said of what is transparent.
+    """The image in a file as upright RGB, on white, which is said of what is transparent.
 
     Raises:
-        UserError: as ``read_picture``.
+        UserError: as ``read_image``.
     """
     from ..data.pixels import to_rgb
 
-    picture = read_picture(path)
-    if is_transparent(picture):
+    image = read_image(path)
+    if is_transparent(image):
         log.warning(
             "%s has transparent parts: they lie on white, and all of the result is opaque", printable(path)
         )
-    return to_rgb(picture)
+    return to_rgb(image)
 
 
-def is_transparent(picture: Image) -> bool:
+def is_transparent(image: Image) -> bool:
     """Return whether any pixel of an RGB or RGBA image is less than opaque."""
-    return picture.mode == "RGBA" and any(picture.getchannel("A").histogram()[:255])
+    return image.mode == "RGBA" and any(image.getchannel("A").histogram()[:255])
 
 
-def read_mask_of(path: str, picture: Image, threshold: float | None = None) -> Image:
-    """The mask in a file (mode "L", 255 = repaint), in the picture's size.
+def read_mask_of(path: str, image: Image, threshold: float | None = None) -> Image:
+    """The mask in a file (mode "L", 255 = repaint), in the image's size.
 
     Raises:
-        UserError: as ``read_picture``; or it is in colour and there is no threshold.
+        UserError: as ``read_image``; or it is in colour and there is no threshold.
     """
     from ..data.images import decode_image
     from ..data.masks import read_mask
@@ -209,7 +209,7 @@ def read_mask_of(path: str, picture: Image, threshold: float | None = None) -> I
     mask = decode_image(path)
     mask.filename = path  # type: ignore[attr-defined]  # named in errors
     try:
-        return read_mask(mask, picture.size, threshold=threshold)
+        return read_mask(mask, image.size, threshold=threshold)
     except UserError as error:
         if threshold is None and "threshold" in error.fix:
             raise UserError(

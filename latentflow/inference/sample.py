@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-#: What one picture shows, as keywords of a pipeline's call.
+#: What one image shows, as keywords of a pipeline's call.
 Condition = dict[str, Any]
 
 
@@ -121,11 +121,11 @@ def draw(pipe: Any, rows: list[Condition], seed: int, **settings: Any) -> list[I
     Raises:
         UserError: as the pipeline; a seed out of range.
     """
-    whole("--seed", seed, 0, LARGEST_SEED - len(rows) + 1)  # of the last picture too
-    pictures: list[Image] = []
+    whole("--seed", seed, 0, LARGEST_SEED - len(rows) + 1)  # of the last image too
+    images: list[Image] = []
     for start in range(0, len(rows), BATCH):
-        pictures += _draw_batch(pipe, rows[start : start + BATCH], seed + start, settings)
-    return pictures
+        images += _draw_batch(pipe, rows[start : start + BATCH], seed + start, settings)
+    return images
 
 
 def _draw_batch(pipe: Any, rows: list[Condition], seed: int, settings: dict[str, Any]) -> list[Image]:
@@ -135,5 +135,5 @@ def _draw_batch(pipe: Any, rows: list[Condition], seed: int, settings: dict[str,
     if not condition:
         condition = {"num_images_per_prompt": len(rows)}
     with memory_phase("draw"):
-        pictures: list[Image] = pipe(**condition, generator=generators(seed, len(rows)), **settings).images
-    return pictures
+        images: list[Image] = pipe(**condition, generator=generators(seed, len(rows)), **settings).images
+    return images

@@ -1,4 +1,4 @@
-"""Feature spaces in which pictures are compared. Pixels need no download and mean the same everywhere."""
+"""Feature spaces in which images are compared. Pixels need no download and mean the same everywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _pixels(images: Tensor, side: int) -> Tensor:
 
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "pixels-16": partial(_pixels, side=16),  # 768 numbers: for distances between distributions
-    "pixels-32": partial(_pixels, side=32),  # 3072 numbers: for the nearest picture
+    "pixels-32": partial(_pixels, side=32),  # 3072 numbers: for the nearest image
 }
 
 

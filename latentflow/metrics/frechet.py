@@ -10,7 +10,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Frechet distance between the Gaussians fitted to the rows of (N, D) and (M, D).
 
     With fewer rows than dimensions it is biased upwards: compare only figures of the same N, and read them
-    beside the distance of as many real pictures.
+    beside the distance of as many real images.
 
     Raises:
         ValueError: a set has fewer than two rows.

@@ -1,4 +1,4 @@
-"""Does a generated picture show what was asked? It does if its nearest real picture carries that caption."""
+"""Does a generated image show what was asked? It does if its nearest real image carries that caption."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Condition:
         text: (B, L, D) token embeddings of a text encoder.
         text_mask: (B, L) bool, True = token, False = padding. None = every position is a token.
         channels: (B, C', H, W), placed beside the channels of the latent (masks, masked images, ...).
-        sizes: (B, 6), in pixels: height and width of the picture as it was, what was cut off above and on the left
+        sizes: (B, 6), in pixels: height and width of the image as it was, what was cut off above and on the left
             once it was resized, height and width of what is left (arXiv:2307.01952, section 2.2).
         drop: (B,) bool. True = the class and the text of this row are replaced, inside the network, by its
             learned null (classifier-free guidance, arXiv:2207.12598). ``channels`` and ``sizes`` are never

@@ -278,7 +278,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         guidance_interval: tuple[float, float],
         prompt_attention_mask: Tensor | None,
         negative_prompt_attention_mask: Tensor | None,
-        pictures: int = 1,
+        images: int = 1,
         original_size: Size | None = None,
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
@@ -290,14 +290,14 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         Args:
             height, width: in pixels, of what is drawn.
             guidance_scale: None is the usual one; see ``_guidance_of``.
-            pictures: how many pictures the call brings; one prompt serves them all, and one picture all prompts.
-                Row i * num_images_per_prompt + j is of prompt i and picture i.
+            images: how many images the call brings; one prompt serves them all, and one image all prompts.
+                Row i * num_images_per_prompt + j is of prompt i and image i.
             original_size, crops_coords_top_left, target_size: what a network that takes sizes is told; by default that
-                of a picture of this size of which nothing was cut off.
+                of an image of this size of which nothing was cut off.
             generator, latents: checked only, where they are one for each row.
 
         Raises:
-            UserError: see ``check_inputs``; numbers of prompts, classes, pictures and generators that do not fit one
+            UserError: see ``check_inputs``; numbers of prompts, classes, images and generators that do not fit one
                 another; more images than the machine has memory for.
         """
         self.check_inputs(
@@ -315,7 +315,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         ids = None if class_labels is None else self.class_ids(class_labels)
         prompts = _number(prompt, prompt_embeds)
         _check_negatives(negative_prompt, negative_prompt_embeds, prompts)
-        rows = count_rows(num_images_per_prompt, prompts, None if ids is None else len(ids), pictures)
+        rows = count_rows(num_images_per_prompt, prompts, None if ids is None else len(ids), images)
         self._require_room(rows, height, width)
         self._check_noise(rows, self.transformer.config.in_channels, height, width, generator, latents)
         self._guidance_scale = self._guidance_of(guidance_scale)
@@ -614,7 +614,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
     def to_images(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Latents as a caller wants to have them: "pil", "np", "pt" or "latent".
 
-        In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the pictures
+        In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the images
         that the flow is heading for.
         """
         output_kind("output_type", output_type)

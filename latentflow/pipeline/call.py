@@ -61,7 +61,7 @@ class RunningCall:
         self._velocity: Velocity | None = None
 
     def rows_of(self, values: Tensor) -> Tensor:
-        """Values of the pictures of this call, (P, ...), as one for each row."""
+        """Values of the images of this call, (P, ...), as one for each row."""
         return values.repeat_interleave(self.rows // len(values), 0)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
@@ -126,14 +126,14 @@ def _check_replacement(value: Any, earlier: Tensor | None, what: str) -> None:
     require_finite(value, what, "Check the callback.")
 
 
-def count_rows(images_per_prompt: int, prompts: int | None, classes: int | None, pictures: int) -> int:
-    """Rows of a call: prompts (or classes) x images_per_prompt; one prompt serves any number of pictures.
+def count_rows(images_per_prompt: int, prompts: int | None, classes: int | None, images: int) -> int:
+    """Rows of a call: prompts (or classes) x images_per_prompt; one prompt serves any number of images.
 
     Args:
         prompts, classes: how many are given; None = none.
 
     Raises:
-        UserError: the numbers of prompts, classes and pictures do not fit one another.
+        UserError: the numbers of prompts, classes and images do not fit one another.
     """
     given = {count for count in (prompts, classes) if count is not None}
     if len(given) > 1:
@@ -141,11 +141,11 @@ def count_rows(images_per_prompt: int, prompts: int | None, classes: int | None,
             f"the numbers of prompts and class_labels differ: {sorted(given)}", "Pass as many of each."
         )
     count = given.pop() if given else 1
-    if 1 not in (count, pictures) and count != pictures:
+    if 1 not in (count, images) and count != images:
         raise UserError(
-            f"{count} prompts or classes for {pictures} pictures", "Pass as many of each, or one of either."
+            f"{count} prompts or classes for {images} images", "Pass as many of each, or one of either."
         )
-    return max(count, pictures) * images_per_prompt
+    return max(count, images) * images_per_prompt
 
 
 def repeated_to(value: Tensor | None, rows: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""``LatentFlowEditPipeline``: pictures edited with words, turned into noise and back, and led into one another."""
+"""``LatentFlowEditPipeline``: images edited with words, turned into noise and back, and led into one another."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .arguments import checked
 from .base import FlowPipeline, Generators, Interrupted, last_part
 from .call import RunningCall, Size, StepCallback
 from .conditioning import ClassLabels
-from .images import Pictures, read_pictures
-from .windows import seen_pictures, whole
+from .images import Images, read_images
+from .windows import seen_images, whole
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """Pictures as noise.
+    """Images as noise.
 
     Attributes:
-        latents: (B, C, h, w): the noise from which the flow makes the pictures; ``latents`` of ``LatentFlowPipeline``.
-        error: (B,): root mean square difference of the pictures' latents, whose standard deviation is about 1, and
+        latents: (B, C, h, w): the noise from which the flow makes the images; ``latents`` of ``LatentFlowPipeline``.
+        error: (B,): root mean square difference of the images' latents, whose standard deviation is about 1, and
             those that the flow makes of the noise, with the same steps; None where it was not measured. Below 0.01
             nobody sees it, beside what the autoencoder loses; above 0.1 take more steps.
-        size: (height, width) of the pictures in pixels; the latents cover them padded to the right and below.
+        size: (height, width) of the images in pixels; the latents cover them padded to the right and below.
     """
 
     latents: Tensor
@@ -40,8 +40,8 @@ class Inversion:
 
 
 class LatentFlowEditPipeline(FlowPipeline):
-    """Edits pictures: calling it changes what words (or classes) describe, ``invert`` turns pictures into noise,
-    ``interpolate`` leads from one picture or prompt to another.
+    """Edits images: calling it changes what words (or classes) describe, ``invert`` turns images into noise,
+    ``interpolate`` leads from one image or prompt to another.
 
     ``LatentFlowEditPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. It follows the flow
     by our own solvers alone: a diffusers scheduler cannot go back.
@@ -52,7 +52,7 @@ class LatentFlowEditPipeline(FlowPipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image: Pictures = None,
+        image: Images = None,
         source_prompt: str | list[str] = "",
         method: str = "flowedit",
         strength: float = 0.9,
@@ -76,21 +76,21 @@ class LatentFlowEditPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> Any:
-        """Edit pictures. Arguments that are not listed here are those of ``LatentFlowPipeline``.
+        """Edit images. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 
         Args:
-            prompt: what the pictures shall show, as a whole: "green apple", not "make it green".
-            image: PIL picture(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
+            prompt: what the images shall show, as a whole: "green apple", not "make it green".
+            image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
                 size, which is also the result's. One with several prompts, or several with one prompt, will do.
             source_prompt: what they show now: one for all, or one for each. The closer to the caption that training
                 would have had, the less changes besides. "" works without.
-            method: a key of ``latentflow.flow.EDITING``: "flowedit" goes from picture to picture, "inversion" through
-                the picture's noise.
-            strength: in [0, 1]: how far back towards noise the edit begins, at t = 1 - strength. 0 is the picture
+            method: a key of ``latentflow.flow.EDITING``: "flowedit" goes from image to image, "inversion" through
+                the image's noise.
+            strength: in [0, 1]: how far back towards noise the edit begins, at t = 1 - strength. 0 is the image
                 through the autoencoder; below 0.8 large colours change by half (a red apple turns orange, not green);
                 1 is free to change the layout.
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken, twice by inversion.
-            guidance_scale: towards ``prompt``. 1 to 2 keep most of the picture; more, where an edit is too weak, costs
+            guidance_scale: towards ``prompt``. 1 to 2 keep most of the image; more, where an edit is too weak, costs
                 sharpness.
             source_guidance_scale: towards ``source_prompt``, on the way back.
             generator: for the noise of "flowedit": one for all, or one for each image, which alone determines it
@@ -102,27 +102,27 @@ class LatentFlowEditPipeline(FlowPipeline):
             solver: a key of ``latentflow.flow.SOLVERS`` that draws no noise; default: euler for flowedit, heun for
                 inversion.
             draws, plain_from: settings of "flowedit", see ``latentflow.flow.flow_edit``; default: 1 and 1.
-            height, width: resize the picture to them first.
+            height, width: resize the image to them first.
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple; with output_type "latent" their latents, which
-            cover the picture padded to the right and below.
+            cover the image padded to the right and below.
 
         Raises:
-            UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, a picture, strength, method,
-                solver or setting that is none, numbers of pictures and (source) prompts that do not fit.
+            UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, an image, strength, method,
+                solver or setting that is none, numbers of images and (source) prompts that do not fit.
         """
         settings = _settings(method, solver=solver, draws=draws, plain_from=plain_from)
         if not (self.takes_text or self.takes_classes):
-            fix = "Vary the picture with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
+            fix = "Vary the image with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
             raise UserError(
                 "this checkpoint takes neither prompt nor classes: there is nothing to edit by", fix
             )
-        pictures = read_pictures(image, height, width)
-        size = (pictures.shape[2], pictures.shape[3])
+        images = read_images(image, height, width)
+        size = (images.shape[2], images.shape[3])
         if source_class_labels is not None and self.takes_classes:
             self.class_ids(source_class_labels)  # refused before the target's prompt is encoded
-        # 1. What the pictures shall show, and what they show now, one row per image
+        # 1. What the images shall show, and what they show now, one row per image
         shared: dict[str, Any] = {
             "size": size,
             "num_images_per_prompt": num_images_per_prompt,
@@ -137,7 +137,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             negative_prompt=negative_prompt,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            pictures=len(pictures),
+            images=len(images),
             generator=generator,
             **shared,
         )
@@ -147,15 +147,15 @@ class LatentFlowEditPipeline(FlowPipeline):
             _as_many(source_class_labels, count, "source_class_labels"),
             may_lack_condition=True,
             guidance_scale=source_guidance_scale,
-            pictures=count,
+            images=count,
             **shared,
         )
         # The target's: a callback sees it, and may change it
         self._guidance_scale = self._guidance_of(guidance_scale)
         if "generator" in inspect.signature(EDITING[method]).parameters:
             settings["generator"] = generator
-        # 2. From picture to picture
-        x1 = target.rows_of(self._latents_of(pictures))
+        # 2. From image to image
+        x1 = target.rows_of(self._latents_of(images))
         times = last_part(time_grid(num_inference_steps), strength)
         begins = times[:-1] if method != "inversion" else torch.cat([times.flip(0)[:-1], times[:-1]])
         self._num_timesteps = len(begins)
@@ -174,14 +174,14 @@ class LatentFlowEditPipeline(FlowPipeline):
                 x1 = EDITING[method](*velocities, x1, times, **options)
             except Interrupted as interrupted:
                 x1 = interrupted.latents
-        # 3. From latents to images of the pictures' size
+        # 3. From latents to images of the images' size
         return self.finish_call(self._cropped(x1, size, output_type), return_dict)
 
     @checked
     @torch.no_grad()
     def invert(
         self,
-        image: Pictures,
+        image: Images,
         prompt: str | list[str] = "",
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
@@ -193,10 +193,10 @@ class LatentFlowEditPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> Inversion:
-        """The noise that the flow turns into these pictures.
+        """The noise that the flow turns into these images.
 
         To have them back, call ``LatentFlowPipeline`` with ``latents=`` the noise and the same prompt, steps, solver
-        and guidance. It goes beyond pictures of the kind that the checkpoint draws: whatever the autoencoder can copy.
+        and guidance. It goes beyond images of the kind that the checkpoint draws: whatever the autoencoder can copy.
 
         Args:
             image, prompt, class_labels, height, width: as in a call; without a condition they are taken as unlabelled.
@@ -209,7 +209,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         """
         deterministic(solver)
         return self._inverted(
-            read_pictures(image, height, width),
+            read_images(image, height, width),
             prompt,
             num_inference_steps,
             guidance_scale,
@@ -222,7 +222,7 @@ class LatentFlowEditPipeline(FlowPipeline):
 
     def _inverted(
         self,
-        pictures: Tensor,
+        images: Tensor,
         prompt: str | list[str],
         num_inference_steps: int,
         guidance_scale: float,
@@ -232,8 +232,8 @@ class LatentFlowEditPipeline(FlowPipeline):
         measure: bool,
         max_sequence_length: int | None,
     ) -> Inversion:
-        """``invert``, its arguments checked and its pictures read."""
-        method, size = _by_row(solver), (pictures.shape[2], pictures.shape[3])
+        """``invert``, its arguments checked and its images read."""
+        method, size = _by_row(solver), (images.shape[2], images.shape[3])
         call = self._start(
             prompt,
             class_labels,
@@ -242,9 +242,9 @@ class LatentFlowEditPipeline(FlowPipeline):
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
             max_sequence_length=max_sequence_length,
-            pictures=len(pictures),
+            images=len(images),
         )
-        x1, times = call.rows_of(self._latents_of(pictures)), time_grid(num_inference_steps)
+        x1, times = call.rows_of(self._latents_of(images)), time_grid(num_inference_steps)
         noise = integrate(call.velocity, x1, times.flip(0), method, progress=self.progress_bar)
         error = None
         if measure:
@@ -258,7 +258,7 @@ class LatentFlowEditPipeline(FlowPipeline):
     def interpolate(
         self,
         prompt: str | list[str] = "",
-        image: Pictures = None,
+        image: Images = None,
         frames: int = 8,
         num_inference_steps: int = 20,
         guidance_scale: float | None = None,
@@ -274,7 +274,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> Any:
-        """Pictures on the way from one picture, or prompt, to another.
+        """Images on the way from one image, or prompt, to another.
 
         The noise moves along an arc (``slerp``), the velocity from the one under the first condition to the one under
         the second in proportion. That is a straight line in the scores of the two, so it works for classes and for
@@ -284,13 +284,13 @@ class LatentFlowEditPipeline(FlowPipeline):
             prompt: one for the whole way, or [first, last].
             image: [first, last]: their noise, by inversion under their prompts. None: drawn noise.
             frames: how many, the ends included; at least 2.
-            num_inference_steps: from noise to data, and from pictures to noise.
-            guidance_scale: default: 4 without pictures; with them 1, at which they are hit best.
-            generator: without pictures: one draws one noise for all frames; a list of two the first and the last.
+            num_inference_steps: from noise to data, and from images to noise.
+            guidance_scale: default: 4 without images; with them 1, at which they are hit best.
+            generator: without images: one draws one noise for all frames; a list of two the first and the last.
             class_labels: one class for the whole way, or [first, last].
 
         Returns:
-            As a call; the first frame is the first picture (through the autoencoder) or what its prompt draws.
+            As a call; the first frame is the first image (through the autoencoder) or what its prompt draws.
 
         Raises:
             UserError: as a call; not two of what two are needed of.
@@ -300,12 +300,12 @@ class LatentFlowEditPipeline(FlowPipeline):
             guidance_scale = self.usual_guidance if image is None else 1.0
         prompts = _as_many(prompt, 2, "prompt") or ["", ""]
         labels = _as_many(class_labels, 2, "class_labels")
-        pictures = None if image is None else read_pictures(image, height, width)
-        if pictures is not None and len(pictures) != 2:
-            raise UserError(f"{len(pictures)} pictures to interpolate between", "Pass [first, last].")
+        images = None if image is None else read_images(image, height, width)
+        if images is not None and len(images) != 2:
+            raise UserError(f"{len(images)} images to interpolate between", "Pass [first, last].")
         if isinstance(generator, list) and len(generator) > 2:
             raise UserError(f"{len(generator)} generators", "Pass one for all frames, or [first, last].")
-        size = self.image_size(height, width) if pictures is None else (pictures.shape[2], pictures.shape[3])
+        size = self.image_size(height, width) if images is None else (images.shape[2], images.shape[3])
         # 1. The two conditions, each for all frames
         first, last = (
             self._start(
@@ -324,12 +324,12 @@ class LatentFlowEditPipeline(FlowPipeline):
             for end in (0, 1)
         )
         # 2. The noise of the first and the last frame
-        if pictures is None:
+        if images is None:
             ends = len(generator) if isinstance(generator, list) else 1
             noise = self.prepare_noise(ends, *size, generator, None)
         else:
             noise = self._inverted(
-                pictures,
+                images,
                 prompts,
                 num_inference_steps,
                 guidance_scale,
@@ -355,10 +355,10 @@ class LatentFlowEditPipeline(FlowPipeline):
 
     # ---------------------------------------------------------------- the parts of a call
 
-    def _latents_of(self, pictures: Tensor) -> Tensor:
-        """(P, C, h, w) of pictures (P, 3, H, W) in [0, 1]."""
-        size = (pictures.shape[2], pictures.shape[3])
-        seen = seen_pictures(pictures, [whole(size)] * len(pictures), self._canvas(size))
+    def _latents_of(self, images: Tensor) -> Tensor:
+        """(P, C, h, w) of images (P, 3, H, W) in [0, 1]."""
+        size = (images.shape[2], images.shape[3])
+        seen = seen_images(images, [whole(size)] * len(images), self._canvas(size))
         return self.encode_images(2.0 * seen.to(self._execution_device) - 1.0)
 
     def _start(
@@ -376,7 +376,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int | None = None,
-        pictures: int = 1,
+        images: int = 1,
         generator: Generators | None = None,
     ) -> RunningCall:
         """``start_call``; where a condition may lack, "" and None are the network without any."""
@@ -386,7 +386,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         if may_lack_condition and prompt is None and class_labels is None:
             if negative_prompt is not None:
                 raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
-            rows = pictures * num_images_per_prompt
+            rows = images * num_images_per_prompt
             self._require_room(rows, height, width)
             self._guidance_scale, self._interrupt = guidance_scale, False
             wanted = callback_on_step_end_tensor_inputs or ["latents"]
@@ -411,7 +411,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             guidance_interval=guidance_interval,
             prompt_attention_mask=None,
             negative_prompt_attention_mask=None,
-            pictures=pictures,
+            images=images,
             generator=generator,
         )
 

@@ -81,7 +81,7 @@ class LatentFlowPipeline(FlowPipeline):
                 (exponential-adams for a network that predicts the data; average velocities, of which a solver sees
                 the velocities only, where the checkpoint predicts them).
             original_size, crops_coords_top_left, target_size: (height, width) or (top, left) in pixels, for checkpoints
-                trained with ``--size-conditioning``: a picture that was so large and cropped there. Default: of the
+                trained with ``--size-conditioning``: an image that was so large and cropped there. Default: of the
                 size that is drawn, uncropped.
 
         Returns:

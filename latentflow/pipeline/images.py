@@ -1,4 +1,4 @@
-"""Pictures and masks as callers bring them: in any of their forms to tensors in [0, 1]."""
+"""Images and masks as callers bring them: in any of their forms to tensors in [0, 1]."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .call import Size
 
 log = logging.getLogger(__name__)
 
-#: A PIL picture, an array ((B,) H, W, C), a tensor ((B,) C, H, W), both in [0, 1], or a list of these.
-Pictures: TypeAlias = Any
+#: A PIL image, an array ((B,) H, W, C), a tensor ((B,) C, H, W), both in [0, 1], or a list of these.
+Images: TypeAlias = Any
 
 
-def read_pictures(pictures: Pictures, height: int | None = None, width: int | None = None) -> Tensor:
+def read_images(images: Images, height: int | None = None, width: int | None = None) -> Tensor:
     """(N, 3, H, W) float32 in [0, 1]. Any mode of Pillow's is upright RGB here; transparency lies on white.
 
     PIL images with a colour profile other than sRGB are converted to it.
 
     Args:
-        pictures: as ``Pictures``, with 1 (grey), 3 or 4 (RGBA) channels.
+        images: as ``Images``, with 1 (grey), 3 or 4 (RGBA) channels.
         height, width: resize to them; default: their own, which must be one for all.
 
     Raises:
-        UserError: not pictures; values outside [0, 1]; several sizes where none is asked for.
+        UserError: not images; values outside [0, 1]; several sizes where none is asked for.
     """
-    rows = [row for picture in _listed(pictures, "image") for row in _rgb(picture)]
+    rows = [row for image in _listed(images, "image") for row in _rgb(image)]
     if height and width:
         require_memory(f"{len(rows)} images of {width} x {height} pixels", 12 * len(rows) * width * height)
     for what, side in (("height", height), ("width", width)):
@@ -46,24 +46,24 @@ def read_pictures(pictures: Pictures, height: int | None = None, width: int | No
     sizes = sorted({f"{row.shape[2]} x {row.shape[1]}" for row in rows})
     if len(sizes) > 1:
         raise UserError(
-            f"the pictures have several sizes: {', '.join(sizes)}",
+            f"the images have several sizes: {', '.join(sizes)}",
             "Make them one size first (in Python, height and width do).",
         )
     return torch.stack(rows)
 
 
-def transparent_again(images: list[Image.Image], pictures: Pictures, painted: Tensor) -> list[Image.Image]:
-    """Return images with the transparency of the pictures that they were painted on; those of opaque ones as they are.
+def transparent_again(images: list[Image.Image], inputs: Images, painted: Tensor) -> list[Image.Image]:
+    """Return images with the transparency of the inputs that they were painted on; those of opaque ones as they are.
 
-    What was kept has its picture's own colours and alpha, to the byte and under alpha 0 too; what was painted is
+    What was kept has its image's own colours and alpha, to the byte and under alpha 0 too; what was painted is
     opaque; in between both blend, so that on white an image looks as it did.
 
     Args:
         images: B RGB images, painted on white ground.
-        pictures: P ``Pictures`` as `read_pictures` takes them; image b belongs to picture b * P // B.
+        inputs: P ``Images`` as `read_images` takes them; image b belongs to input b * P // B.
         painted: (M, 1, H, W) in [0, 1], the share of every pixel that was painted; of image b row b * M // B.
     """
-    originals = [row for picture in _listed(pictures, "image") for row in _rgba(picture)]
+    originals = [row for value in _listed(inputs, "image") for row in _rgba(value)]
     count, result = len(images), []
     for number, image in enumerate(images):
         original = originals[number * len(originals) // count]
@@ -84,12 +84,12 @@ def _uncovered(
     return Image.fromarray(np.where(painted > 0, drawn, kept))
 
 
-def read_masks(masks: Pictures, size: Size) -> Tensor:
+def read_masks(masks: Images, size: Size) -> Tensor:
     """(N, 1, H, W) float32 in [0, 1], 1 = repaint; another size than ``size`` is resized, which is warned of.
 
     Args:
-        masks: as ``Pictures`` with one channel, which arrays and tensors may leave out: (H, W) or (B, H, W).
-        size: of the pictures.
+        masks: as ``Images`` with one channel, which arrays and tensors may leave out: (H, W) or (B, H, W).
+        size: of the images.
 
     Raises:
         UserError: not masks; values outside [0, 1].
@@ -104,32 +104,32 @@ def read_masks(masks: Pictures, size: Size) -> Tensor:
     return torch.cat(rows)
 
 
-def _listed(values: Pictures, name: str) -> list[Any]:
+def _listed(values: Images, name: str) -> list[Any]:
     rows = list(values) if isinstance(values, list | tuple) else [values]
     kinds = (Image.Image, np.ndarray, Tensor)
     for value in rows:
         if not isinstance(value, kinds):
             raise UserError(
-                f"{name} is {type(value).__name__}", "Pass PIL pictures, numpy arrays or torch tensors."
+                f"{name} is {type(value).__name__}", "Pass PIL images, numpy arrays or torch tensors."
             )
     if not rows:
         raise UserError(f"{name} is an empty list", "Pass at least one.")
     return rows
 
 
-def _rgb(picture: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:
+def _rgb(image: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:
     """(n, 3, H, W) of one entry of a list."""
-    if isinstance(picture, Image.Image):
-        profile = profile_of(picture)
+    if isinstance(image, Image.Image):
+        profile = profile_of(image)
         if profile is not None and profile.problem:
             log.warning("an image is read as sRGB: its colour profile cannot be used (%s)", profile.problem)
-        return to_pixels(to_rgb(picture))[None].float() / 255.0
-    values = _channels_first(picture) if picture.ndim in (3, 4) else torch.empty(0, 0)
+        return to_pixels(to_rgb(image))[None].float() / 255.0
+    values = _channels_first(image) if image.ndim in (3, 4) else torch.empty(0, 0)
     channels = values.shape[1]
     if channels not in (1, 3, 4):
         shape, layout = (
-            tuple(picture.shape),
-            "(B, H, W, 3)" if isinstance(picture, np.ndarray) else "(B, 3, H, W)",
+            tuple(image.shape),
+            "(B, H, W, 3)" if isinstance(image, np.ndarray) else "(B, 3, H, W)",
         )
         raise UserError(f"image has shape {shape}", f"Pass {layout}; grey (1) and RGBA (4 channels) will do.")
     _check_range(values, "image")
@@ -138,12 +138,12 @@ def _rgb(picture: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:
     return values.expand(-1, 3, -1, -1)
 
 
-def _rgba(picture: Image.Image | np.ndarray[Any, Any] | Tensor) -> list[Image.Image | None]:
-    """Return the pictures in one entry of a list as RGBA, None for each that has no alpha."""
-    if isinstance(picture, Image.Image):
-        image = upright(picture)
+def _rgba(value: Image.Image | np.ndarray[Any, Any] | Tensor) -> list[Image.Image | None]:
+    """Return the images in one entry of a list as RGBA, None for each that has no alpha."""
+    if isinstance(value, Image.Image):
+        image = upright(value)
         return [image if image.mode == "RGBA" else None]
-    rows = _channels_first(picture)
+    rows = _channels_first(value)
     if rows.shape[1] != 4:
         return [None] * len(rows)
     levels = (rows * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -201,7 +201,7 @@ def _resized_mask(masks: Tensor, size: Size) -> Tensor:
     if own == size:
         return masks
     log.warning(
-        "the mask is %d x %d, the picture %d x %d: resized to the nearest pixel", *own[::-1], *size[::-1]
+        "the mask is %d x %d, the image %d x %d: resized to the nearest pixel", *own[::-1], *size[::-1]
     )
     return F.interpolate(masks, size=size, mode="nearest-exact")
 
@@ -209,14 +209,14 @@ def _resized_mask(masks: Tensor, size: Size) -> Tensor:
 def expand_canvas(
     image: Image.Image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
 ) -> tuple[Image.Image, Image.Image]:
-    """For outpainting: the picture on a larger canvas, and the mask of what is new (white) beside it.
+    """For outpainting: the image on a larger canvas, and the mask of what is new (white) beside it.
 
     >>> image, mask = expand_canvas(photo, right=32)
     >>> pipe(prompt, image=image, mask_image=mask).images[0]
 
     Args:
         image: any mode; the result is RGB, or RGBA where it has transparency.
-        left, top, right, bottom: pixels to add. They repeat the picture's edge, which the inpainting does not look at.
+        left, top, right, bottom: pixels to add. They repeat the image's edge, which the inpainting does not look at.
 
     Raises:
         UserError: a negative number.

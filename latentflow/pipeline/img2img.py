@@ -1,4 +1,4 @@
-"""``LatentFlowImg2ImgPipeline``: a picture drawn anew, from as far back towards noise as ``strength`` says."""
+"""``LatentFlowImg2ImgPipeline``: an image drawn anew, from as far back towards noise as ``strength`` says."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .arguments import checked
 from .base import FlowPipeline, Generators
 from .call import StepCallback
 from .conditioning import ClassLabels
-from .images import Pictures, read_pictures
-from .windows import seen_pictures, whole
+from .images import Images, read_images
+from .windows import seen_images, whole
 
 
 class LatentFlowImg2ImgPipeline(FlowPipeline):
-    """Draws a picture anew: noise is mixed into its latents, which then follow the flow to data.
+    """Draws an image anew: noise is mixed into its latents, which then follow the flow to data.
 
     ``LatentFlowImg2ImgPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines.
 
-    Variations of one picture: ``pipe(prompt, image=picture, generator=[...], num_images_per_prompt=4)``, a generator
+    Variations of one image: ``pipe(prompt, image=image, generator=[...], num_images_per_prompt=4)``, a generator
     for each; image b depends on generator b alone, up to rounding (one level of 255).
     """
 
@@ -29,7 +29,7 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image: Pictures = None,
+        image: Images = None,
         strength: float = 0.6,
         num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
@@ -53,29 +53,29 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> Any:
-        """Draw pictures anew. Arguments that are not listed here are those of ``LatentFlowPipeline``.
+        """Draw originals anew. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 
         Args:
-            image: PIL picture(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
+            image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
                 size, which is also the result's. One with several prompts, or several with one prompt, will do.
-            strength: in [0, 1]: the flow starts at t = 1 - strength. 0 is the picture through the autoencoder, 1 is
+            strength: in [0, 1]: the flow starts at t = 1 - strength. 0 is the image through the autoencoder, 1 is
                 drawn from pure noise.
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
                 or 4 of a checkpoint of average velocities.
             latents: the noise (B, C, h, w) to mix in.
-            height, width: resize the picture to them first. Networks draw best near the size that they were
+            height, width: resize the image to them first. Networks draw best near the size that they were
                 trained at.
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple; with output_type "latent" their latents, which
-            cover the picture padded to the right and below.
+            cover the image padded to the right and below.
 
         Raises:
-            UserError: as ``LatentFlowPipeline``; also a picture or a strength that is none.
+            UserError: as ``LatentFlowPipeline``; also an image or a strength that is none.
         """
-        pictures = read_pictures(image, height, width)
-        size = (pictures.shape[2], pictures.shape[3])
-        canvas, windows = self._canvas(size), [whole(size)] * len(pictures)
+        originals = read_images(image, height, width)
+        size = (originals.shape[2], originals.shape[3])
+        canvas, windows = self._canvas(size), [whole(size)] * len(originals)
         # 1. The condition, one row per image
         call = self.start_call(
             prompt=prompt,
@@ -96,10 +96,10 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             generator=generator,
             latents=latents,
-            pictures=len(pictures),
+            images=len(originals),
         )
-        # 2. The picture's latents and the noise
-        seen = seen_pictures(pictures, windows, canvas).to(self._execution_device)
+        # 2. The image's latents and the noise
+        seen = seen_images(originals, windows, canvas).to(self._execution_device)
         data = call.rows_of(self.encode_images(2.0 * seen - 1.0))
         noise = self.prepare_noise(call.rows, *canvas, generator, latents)
         # 3. From between the two to data; strength 1 is pure noise on every grid
@@ -114,7 +114,7 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
             strength=strength,
             x1=data if strength < 1.0 else None,
         )
-        # 4. From latents to images of the picture's size
+        # 4. From latents to images of the image's size
         if output_type == "latent":
             return self.finish_call(drawn, return_dict)
         images = (self.decode_latents(drawn) / 2.0 + 0.5).clamp(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""``LatentFlowInpaintPipeline``: a hole in a picture filled, and every other pixel kept."""
+"""``LatentFlowInpaintPipeline``: a hole in an image filled, and every other pixel kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .arguments import checked
 from .base import AfterStep, FlowPipeline, Generators, Sampler
 from .call import RunningCall, StepCallback
 from .conditioning import ClassLabels
-from .images import Pictures, read_masks, read_pictures, transparent_again
+from .images import Images, read_images, read_masks, transparent_again
 from .windows import Painting, prepared
 
 TRAINED = "trained"
@@ -27,12 +27,12 @@ TRAINED_SOLVER = "ddpm"
 
 
 class LatentFlowInpaintPipeline(FlowPipeline):
-    """Fills the hole that a mask leaves in a picture; what is not masked is the picture's own, to the pixel.
+    """Fills the hole that a mask leaves in an image; what is not masked is the image's own, to the pixel.
 
     ``LatentFlowInpaintPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. The flow is
     steered towards what is known; a checkpoint that was trained with masks is told of it as well, and fills better.
 
-    Outpainting: ``image, mask = latentflow.expand_canvas(picture, right=32)`` makes the arguments.
+    Outpainting: ``image, mask = latentflow.expand_canvas(image, right=32)`` makes the arguments.
     """
 
     @checked
@@ -40,8 +40,8 @@ class LatentFlowInpaintPipeline(FlowPipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        image: Pictures = None,
-        mask_image: Pictures = None,
+        image: Images = None,
+        mask_image: Images = None,
         masked_image_latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -72,19 +72,19 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         """Fill holes. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 
         Args:
-            image: PIL picture(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
+            image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
                 size, which is also the result's.
             mask_image: white (1) where to repaint, black (0) where to keep; PIL, an array or a tensor as ``image``
-                with one channel. Soft values blend what is drawn with the picture; what is drawn fills the mask >= 0.5.
+                with one channel. Soft values blend what is drawn with the image; what is drawn fills the mask >= 0.5.
                 One image or mask serves several of the other, and of prompts.
-            masked_image_latents: latents (B, C, h, w) of the picture with its hole hidden, instead of those that are
+            masked_image_latents: latents (B, C, h, w) of the image with its hole hidden, instead of those that are
                 made from ``image`` and ``mask_image``.
-            height, width: resize the picture to them first; with ``padding_mask_crop``, the size to draw at (default:
+            height, width: resize the image to them first; with ``padding_mask_crop``, the size to draw at (default:
                 as trained).
             padding_mask_crop: draw only the hole and so many pixels around it, enlarged to the size to draw at: for
-                pictures much larger than those of the training.
+                images much larger than those of the training.
             strength: in [0, 1]: the flow starts at t = 1 - strength from what is in the hole, mixed with noise. 1 draws
-                from pure noise, 0 returns the picture.
+                from pure noise, 0 returns the image.
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
                 or 4 where average velocities are followed, which of all methods "trained" does alone.
             latents: the noise (B, C, h, w) to start from.
@@ -99,20 +99,20 @@ class LatentFlowInpaintPipeline(FlowPipeline):
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple. Pixels where the (feathered) mask is 0 are the
-            picture's own, in sRGB. PIL images are RGBA where the picture has transparency: what is kept keeps its
+            image's own, in sRGB. PIL images are RGBA where the image has transparency: what is kept keeps its
             alpha and the colours under it, what is painted is opaque. Arrays and tensors are RGB, on white.
 
         Raises:
-            UserError: as ``LatentFlowPipeline``; also pictures, masks, a strength or a method that are none.
+            UserError: as ``LatentFlowPipeline``; also images, masks, a strength or a method that are none.
         """
         method = self._method(method, solver)
-        # 1. Pictures, masks, and the window of each that is drawn
+        # 1. Images, masks, and the window of each that is drawn
         painting = self._painting(image, mask_image, height, width, padding_mask_crop, feather)
         if painting.unchanged:
             strength = 0.0
         if masked_image_latents is not None:
             cells = (side // self.vae_scale_factor for side in painting.canvas)
-            shape = (len(painting.pictures), self.transformer.config.in_channels, *cells)
+            shape = (len(painting.images), self.transformer.config.in_channels, *cells)
             if tuple(masked_image_latents.shape) != shape:
                 raise UserError(
                     f"masked_image_latents have shape {tuple(masked_image_latents.shape)}",
@@ -138,7 +138,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             generator=generator,
             latents=latents,
-            pictures=len(painting.pictures),
+            images=len(painting.images),
         )
         # 3. The noise, what is known, and how to go from one to the other
         noise = self.prepare_noise(call.rows, *painting.canvas, generator, latents)
@@ -165,11 +165,11 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             x1=call.rows_of(self.encode_images(seen)) if strength < 1.0 else None,
             sampler=None if method == TRAINED else steered(INPAINTING[method], known, hole),
         )
-        # 5. From latents to pictures in which only the hole is new
+        # 5. From latents to images in which only the hole is new
         if output_type == "latent":
             return self.finish_call(drawn, return_dict)
         if strength == 0.0:
-            images = call.rows_of(painting.pictures)
+            images = call.rows_of(painting.images)
         else:
             images = painting.finished((self.decode_latents(drawn) / 2.0 + 0.5).clamp(0.0, 1.0))
         result = self.output_images(images, output_type)
@@ -200,21 +200,21 @@ class LatentFlowInpaintPipeline(FlowPipeline):
 
     def _painting(
         self,
-        image: Pictures,
-        mask_image: Pictures,
+        image: Images,
+        mask_image: Images,
         height: int | None,
         width: int | None,
         padding_mask_crop: int | None,
         feather: float,
     ) -> Painting:
-        """Pictures and masks, and what of them is drawn at which size."""
+        """Images and masks, and what of them is drawn at which size."""
         if padding_mask_crop is None:
-            pictures = read_pictures(image, height, width)
-            canvas = (pictures.shape[2], pictures.shape[3])
+            images = read_images(image, height, width)
+            canvas = (images.shape[2], images.shape[3])
         else:
-            pictures, canvas = read_pictures(image), self.image_size(height, width, None)
-        masks = read_masks(mask_image, (pictures.shape[2], pictures.shape[3]))
-        return prepared(pictures, masks, feather, self._canvas(canvas), padding_mask_crop)
+            images, canvas = read_images(image), self.image_size(height, width, None)
+        masks = read_masks(mask_image, (images.shape[2], images.shape[3]))
+        return prepared(images, masks, feather, self._canvas(canvas), padding_mask_crop)
 
     def _known(
         self, method: str, seen: Tensor, holes: Tensor, given: Tensor | None, call: RunningCall

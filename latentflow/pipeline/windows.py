@@ -1,4 +1,4 @@
-"""Pictures with holes: the window of each that a network sees, and the way back into the picture."""
+"""Images with holes: the window of each that a network sees, and the way back into the image."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a picture that the network sees, and its size there; to its right and below is padding.
+    """The part of an image that the network sees, and its size there; to its right and below is padding.
 
     Attributes:
-        left, top, right, bottom: in the picture's pixels.
+        left, top, right, bottom: in the image's pixels.
         size: (height, width) on the canvas.
     """
 
@@ -39,7 +39,7 @@ class Window:
 
 
 def whole(size: Size) -> Window:
-    """All of a picture, at its own size."""
+    """All of an image, at its own size."""
     return Window(0, 0, size[1], size[0], size)
 
 
@@ -58,16 +58,16 @@ def around(mask: Tensor, margin: int, canvas: Size) -> Window:
     return Window(left, top, right, bottom, (min(height, canvas[0]), min(width, canvas[1])))
 
 
-def seen_pictures(pictures: Tensor, windows: Sequence[Window], canvas: Size) -> Tensor:
-    """(N, C, *canvas): each picture through its window; padding repeats the last row and column."""
-    views = [resized(_cut(row, window), window.size) for row, window in zip(pictures, windows, strict=True)]
+def seen_images(images: Tensor, windows: Sequence[Window], canvas: Size) -> Tensor:
+    """(N, C, *canvas): each image through its window; padding repeats the last row and column."""
+    views = [resized(_cut(row, window), window.size) for row, window in zip(images, windows, strict=True)]
     return torch.cat([_padded(view, canvas) for view in views])
 
 
 def seen_masks(holes: Tensor, windows: Sequence[Window], canvas: Size) -> Tensor:
-    """As ``seen_pictures``, for masks in {0, 1}: a pixel of the canvas is repainted if any pixel that it covers is.
+    """As ``seen_images``, for masks in {0, 1}: a pixel of the canvas is repainted if any pixel that it covers is.
 
-    Padding repeats the mask too: beside a hole it is hole, since what it repeats of the picture lies in the hole.
+    Padding repeats the mask too: beside a hole it is hole, since what it repeats of the image lies in the hole.
     """
     views = [
         F.adaptive_max_pool2d(_cut(row, window), window.size)
@@ -76,9 +76,9 @@ def seen_masks(holes: Tensor, windows: Sequence[Window], canvas: Size) -> Tensor
     return torch.cat([_padded(view, canvas) for view in views])
 
 
-def put_back(drawn: Tensor, pictures: Tensor, windows: Sequence[Window]) -> Tensor:
-    """(N, 3, H, W): the pictures with what was drawn (N, 3, *canvas) in their windows."""
-    result = pictures.clone()
+def put_back(drawn: Tensor, images: Tensor, windows: Sequence[Window]) -> Tensor:
+    """(N, 3, H, W): the images with what was drawn (N, 3, *canvas) in their windows."""
+    result = images.clone()
     for row, view, window in zip(result, drawn, windows, strict=True):
         size = (window.bottom - window.top, window.right - window.left)
         inside = view[None, :, : window.size[0], : window.size[1]]
@@ -97,17 +97,17 @@ def _padded(view: Tensor, canvas: Size) -> Tensor:
 
 @dataclass(frozen=True)
 class Painting:
-    """The pictures of a call, with holes to be painted.
+    """The images of a call, with holes to be painted.
 
     Attributes:
-        pictures: (P, 3, H, W) in [0, 1].
+        images: (P, 3, H, W) in [0, 1].
         masks: (P, 1, H, W) in [0, 1]; 1 = repaint.
-        windows: of each picture.
+        windows: of each image.
         canvas: (height, width) of what the network draws.
         feather: pixels around the hole over which to blend.
     """
 
-    pictures: Tensor
+    images: Tensor
     masks: Tensor
     windows: Sequence[Window]
     canvas: Size
@@ -130,65 +130,65 @@ class Painting:
 
     def seen(self) -> Tensor:
         """(P, 3, *canvas) in [-1, 1]."""
-        return 2.0 * seen_pictures(self.pictures, self.windows, self.canvas) - 1.0
+        return 2.0 * seen_images(self.images, self.windows, self.canvas) - 1.0
 
     def seen_holes(self) -> Tensor:
         """(P, 1, *canvas) in {0, 1}."""
         return seen_masks(self.holes, self.windows, self.canvas)
 
     def finished(self, drawn: Tensor) -> Tensor:
-        """The pictures (B, 3, H, W) in [0, 1] with their holes filled from ``drawn`` (B, 3, *canvas) in [0, 1].
+        """The images (B, 3, H, W) in [0, 1] with their holes filled from ``drawn`` (B, 3, *canvas) in [0, 1].
 
-        Row b belongs to picture b * P // B. What lies outside of the (feathered) mask is the picture's own.
+        Row b belongs to image b * P // B. What lies outside of the (feathered) mask is the image's own.
         """
-        each = len(drawn) // len(self.pictures)
-        pictures = self.pictures.repeat_interleave(each, 0)
+        each = len(drawn) // len(self.images)
+        images = self.images.repeat_interleave(each, 0)
         windows = [window for window in self.windows for _ in range(each)]
-        placed = put_back(drawn.cpu(), pictures, windows)
+        placed = put_back(drawn.cpu(), images, windows)
         masks = self.painted.repeat_interleave(each, 0)
-        return composite(masks, placed, pictures).to(drawn.device)
+        return composite(masks, placed, images).to(drawn.device)
 
 
 def prepared(
-    pictures: Tensor,
+    images: Tensor,
     masks: Tensor,
     feather: float,
     canvas: Size,
     margin: int | None,
 ) -> Painting:
-    """One picture or mask serves several of the other; each is seen whole, or ``margin`` pixels around its hole.
+    """One image or mask serves several of the other; each is seen whole, or ``margin`` pixels around its hole.
 
     Raises:
-        UserError: numbers of pictures and masks that do not fit; a negative margin or feather.
+        UserError: numbers of images and masks that do not fit; a negative margin or feather.
     """
     for name, value in (("feather", feather), ("padding_mask_crop", margin or 0)):
         if value < 0:
             raise UserError(f"{name} is {value}", "Give a number of pixels, at least 0.")
-    count = max(len(pictures), len(masks))
-    if {len(pictures), len(masks)} - {1, count}:
+    count = max(len(images), len(masks))
+    if {len(images), len(masks)} - {1, count}:
         raise UserError(
-            f"{len(masks)} masks for {len(pictures)} pictures", "Pass as many of each, or one of either."
+            f"{len(masks)} masks for {len(images)} images", "Pass as many of each, or one of either."
         )
-    pictures, masks = pictures.expand(count, -1, -1, -1), masks.expand(count, -1, -1, -1)
+    images, masks = images.expand(count, -1, -1, -1), masks.expand(count, -1, -1, -1)
     hollow = (masks >= 0.5).flatten(1).any(1)
     if not hollow.all():
         rows = [] if count == 1 else (~hollow).nonzero()[:, 0].tolist()
-        which = f" of picture {', '.join(map(str, rows))}" if rows else ""
-        log.warning("the mask%s keeps every pixel (none reaches 0.5): the picture comes back as it is", which)
+        which = f" of image {', '.join(map(str, rows))}" if rows else ""
+        log.warning("the mask%s keeps every pixel (none reaches 0.5): the image comes back as it is", which)
         masks = masks * hollow[:, None, None, None]  # nothing is drawn that a soft value could blend in
-    size = (pictures.shape[2], pictures.shape[3])
+    size = (images.shape[2], images.shape[3])
     if margin is None:
         windows = [whole(size)] * count
     else:
         windows = [around(mask, max(margin, math.ceil(feather)), canvas) for mask in masks]
-    return Painting(pictures, masks, windows, canvas, feather)
+    return Painting(images, masks, windows, canvas, feather)
 
 
 def feathered(masks: Tensor, feather: float) -> Tensor:
     """Soft masks (N, 1, H, W) that also fall from 1 to 0 over ``feather`` pixels around the hole.
 
     A pixel at distance d from the hole (mask >= 0.5) gets at least 1 - d / (feather + 1): farther than ``feather``
-    nothing changes, and within the hole nothing of the picture shines through.
+    nothing changes, and within the hole nothing of the image shines through.
     """
     if feather == 0:
         return masks
@@ -200,7 +200,7 @@ def feathered(masks: Tensor, feather: float) -> Tensor:
     return torch.where(some, torch.maximum(masks, ramp), masks)
 
 
-def composite(masks: Tensor, drawn: Tensor, pictures: Tensor) -> Tensor:
-    """masks * drawn + (1 - masks) * pictures; where the mask is 0 the picture, to the last bit, whatever was drawn."""
-    blended = masks * drawn + (1.0 - masks) * pictures
-    return torch.where(masks == 0.0, pictures, torch.where(masks == 1.0, drawn, blended))
+def composite(masks: Tensor, drawn: Tensor, images: Tensor) -> Tensor:
+    """masks * drawn + (1 - masks) * images; where the mask is 0 the image, to the last bit, whatever was drawn."""
+    blended = masks * drawn + (1.0 - masks) * images
+    return torch.where(masks == 0.0, images, torch.where(masks == 1.0, drawn, blended))

@@ -19,7 +19,7 @@ from .trained_model import Built
 
 
 def build(config: RunConfig, source: Source, resolution: int, vae: Autoencoder, lesson: Lesson) -> Built:
-    """New networks for the pictures of ``source``, or those of the checkpoint; and how they are trained.
+    """New networks for the images of ``source``, or those of the checkpoint; and how they are trained.
 
     Raises:
         UserError: the settings contradict each other, the data or the checkpoint.

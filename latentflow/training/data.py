@@ -48,8 +48,8 @@ def conditions_of(source: Source, networks: Networks, seed: int, mirror: bool = 
     """What `FlowStage` makes its condition of, for rows of ``source``.
 
     Classes become ids, captions token ids (for an encoder that is trained along) or cached embeddings (frozen). Of
-    several captions each use of a picture draws one, by ``seed`` and its running number; with ``mirror`` those of
-    mirrored pictures say left for right.
+    several captions each use of an image draws one, by ``seed`` and its running number; with ``mirror`` those of
+    mirrored images say left for right.
     """
     if source.kind == "class":
         return rows_of({"class_labels": torch.as_tensor(source.class_ids())})
@@ -76,9 +76,9 @@ def conditions_of(source: Source, networks: Networks, seed: int, mirror: bool = 
 
 
 class Captions(Sequence[str]):
-    """All captions of a source, one after the other: eight bytes for each picture, texts where they are asked for.
+    """All captions of a source, one after the other: eight bytes for each image, texts where they are asked for.
 
-    With ``mirror`` those of each picture are followed by those of its mirror image.
+    With ``mirror`` those of each image are followed by those of its mirror image.
     """
 
     def __init__(self, source: Source, seed: int = 0, mirror: bool = False) -> None:
@@ -104,11 +104,11 @@ class Captions(Sequence[str]):
         return (caption for captions in self._source.all_captions() for caption in self._told(captions))
 
     def _told(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """A picture's captions, and then those of its mirror image."""
+        """An image's captions, and then those of its mirror image."""
         return (*captions, *map(mirrored, captions)) if self._mirror else captions
 
     def drawn(self, rows: list[int], numbers: list[int]) -> list[int]:
-        """Places of one caption of each of the pictures at ``rows``, as the uses' running numbers decide."""
+        """Places of one caption of each of the images at ``rows``, as the uses' running numbers decide."""
         return [self._drawn(row, number) for row, number in zip(rows, numbers, strict=True)]
 
     def _drawn(self, row: int, number: int) -> int:
@@ -155,14 +155,14 @@ class Examples:
 
 
 def find_examples(config: RunConfig, given_keys: Collection[str]) -> Examples:
-    """Find and split the pictures.
+    """Find and split the images.
 
     Raises:
         UserError: there are none, or they do not fit the checkpoint.
     """
     data, base = config.data, config.init_from
     if base:
-        base_classes(base)  # refuses what is no checkpoint, before every picture is looked at
+        base_classes(base)  # refuses what is no checkpoint, before every image is looked at
     source = readable(find_source(data.data, **data.wanted()))
     autoencoder = config.vae or base
     if isinstance(source, LatentFolder):
@@ -201,11 +201,11 @@ def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) 
 
 
 class LatentCache:
-    """Cuts pictures as the network takes them, and caches them as latents.
+    """Cuts images as the network takes them, and caches them as latents.
 
     Args:
         config: of the run.
-        examples: its pictures.
+        examples: its images.
         vae: the autoencoder.
         built: what is trained on them.
     """
@@ -215,7 +215,7 @@ class LatentCache:
         self._has_masks = examples.source.has_masks
 
     def framed(self, source: Source, *, crops: int | None = None) -> Framing:
-        """How the pictures are cut; with another number of crops than the settings say, if given."""
+        """How the images are cut; with another number of crops than the settings say, if given."""
         framing = self._config.framing
         patch = self._built.networks.network.config.get("patch_size", 1)
         return frame(
@@ -227,7 +227,7 @@ class LatentCache:
         )
 
     def latents(self, framed: Framing) -> LatentData:
-        """The pictures as training data, computed where they are not cached."""
+        """The images as training data, computed where they are not cached."""
         seed = self._config.loop.seed
         return LatentData(
             framed,

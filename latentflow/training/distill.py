@@ -147,7 +147,7 @@ class Distillation(Lesson):
         self.folded_guidance = self.guidance if learned == 1.0 else learned
         self.checkpoint, self.name, self._config = checkpoint, method, config
         self.step_counts = (1,) if self.method.stage is OneStepStage else config.step_counts
-        # Neither pairs nor matched distributions are measured by held-out pictures.
+        # Neither pairs nor matched distributions are measured by held-out images.
         self.validates = not self.method.pairs and self.method.stage is None
 
     def refuse_unfit(self, source: Source, size_conditioning: bool, loop: LoopConfig) -> None:
@@ -166,7 +166,7 @@ class Distillation(Lesson):
             )
         if source.kind == "unconditional" and (pipe.takes_text or pipe.takes_classes):
             kind = "captions" if pipe.takes_text else "classes"
-            raise UserError(f"{shown} draws {kind}, and the data have none", f"Give pictures with {kind}.")
+            raise UserError(f"{shown} draws {kind}, and the data have none", f"Give images with {kind}.")
         if source.has_masks and not pipe.takes_masks:
             raise UserError(f"the data have masks, and {shown} does not inpaint", "Add --masks none.")
         if size_conditioning != bool(pipe.transformer.config.get("size_conditioning")):
@@ -176,7 +176,7 @@ class Distillation(Lesson):
             )
         if loop.early_stop and (not self.validates or self.name == "progressive"):
             raise UserError(
-                f"--early-stop with {self.name}: no loss on held-out pictures says when its student is best",
+                f"--early-stop with {self.name}: no loss on held-out images says when its student is best",
                 "Leave it out, and give --max-train-steps.",
             )
 
@@ -200,7 +200,7 @@ class Distillation(Lesson):
         built: Built,
         config: RunConfig,
     ) -> LatentData | MixedData:
-        """The pictures; or the teacher's pairs of what they are conditioned on, drawn where they are missing.
+        """The images; or the teacher's pairs of what they are conditioned on, drawn where they are missing.
 
         Raises:
             UserError: the folder holds pairs of another teacher, or drawn otherwise.
@@ -251,7 +251,7 @@ class Distillation(Lesson):
             f"student {found[1]:.4f}"
         ]
 
-    def reminders(self, config: RunConfig, pictures: int) -> tuple[list[str], list[str]]:
+    def reminders(self, config: RunConfig, images: int) -> tuple[list[str], list[str]]:
         """Nothing; and what the student learns."""
         pipe = self._pipe
         lines = [

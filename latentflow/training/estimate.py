@@ -123,7 +123,7 @@ def sample_flops(network: nn.Module, text_encoder: nn.Module | None, data: Train
 
 
 def encoding_flops(vae: Autoencoder, resolution: int) -> float:
-    """Of one picture of ``resolution`` x ``resolution`` through the encoder, forward only."""
+    """Of one image of ``resolution`` x ``resolution`` through the encoder, forward only."""
     shapes = copy.deepcopy(vae).to("meta")
     with torch.no_grad(), _flop_counter() as counter, _fused_attention():
         shapes.encode(_meta(1, 3, resolution, resolution, dtype=vae.dtype))
@@ -231,21 +231,21 @@ def plan_lines(
     """The data and the schedule.
 
     Args:
-        own_share: of a fine-tune, the share of the samples that are pictures of the data.
+        own_share: of a fine-tune, the share of the samples that are images of the data.
     """
     state = process_state()
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * state.num_processes
     epochs = (own_share or 1.0) * loop.max_train_steps * batch / max(1, len(training.uses()))
     lines = [f"{source.name}: {note}" for note in source.notes]
     lines += [
-        f"data: {len(training)} pictures to train on, {len(validation)} held out; condition: {source.kind}",
+        f"data: {len(training)} images to train on, {len(validation)} held out; condition: {source.kind}",
         f"plan: {loop.max_train_steps} steps of {batch} samples = {epochs:.1f} epochs, {loop.optimizer}, learning rate "
         f"{loop.learning_rate:g}, {_precision(loop)} on {state.device}",
     ]
-    if len(training) < _FEW and own_share is None:  # a fine-tune has lines of its own for few pictures
+    if len(training) < _FEW and own_share is None:  # a fine-tune has lines of its own for few images
         lines.append(
-            f"WARNING: {len(training)} pictures are few: the model will memorise many of them. `latentflow evaluate` "
-            "measures it; more pictures, fewer steps or fine-tuning (--init-from) lessen it."
+            f"WARNING: {len(training)} images are few: the model will memorise many of them. `latentflow evaluate` "
+            "measures it; more images, fewer steps or fine-tuning (--init-from) lessen it."
         )
     if state.device.type == "cpu":
         lines.append("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
@@ -261,7 +261,7 @@ def estimate_lines(
     latent_size: int,
     views: int,
 ) -> list[str]:
-    """Sizes, operations, memory and time of a run; each picture is encoded ``views`` times before it.
+    """Sizes, operations, memory and time of a run; each image is encoded ``views`` times before it.
 
     Operations and memory come from shapes alone, the time from steps with random latents on this machine. The network
     may be on the meta device: it gets (random) weights only to be timed, and only if they take little of the memory.
@@ -288,7 +288,7 @@ class _Estimate:
             *([f"text encoder: {_size(encoder)}"] if encoder is not None else []),
             f"compute: {_flops(step / self.samples)} a sample, {_flops(step)} a step, "
             f"{_flops(step * self.loop.max_train_steps)} in all, forward and backward (a multiply-add is 2 FLOPs); "
-            f"to encode the pictures before it, {_flops(self.encoding * len(self.source) * self.views)}",
+            f"to encode the images before it, {_flops(self.encoding * len(self.source) * self.views)}",
             f"memory: {self.held(self.dtype) / 2**30:.2f} GiB for weights, gradients, average and optimiser, and about "
             f"{self.activations(self.dtype) / 2**30:.2f} GiB for the activations of {self.loop.train_batch_size} "
             f"samples, in {str(self.dtype).removeprefix('torch.')}",
@@ -323,7 +323,7 @@ class _Estimate:
         cost = network_cost(self.networks.network, self.latent_size, length)
         if text_encoder is not None:
             cost += text_encoder_cost(text_encoder, torch.ones(1, length, dtype=torch.long))
-        # What is left of each masked picture is encoded at each step.
+        # What is left of each masked image is encoded at each step.
         return cost + Cost(self.encoding if self.stage.masked else 0.0, 0.0)
 
     def cost(self, dtype: torch.dtype) -> Cost:

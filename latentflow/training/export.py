@@ -29,7 +29,7 @@ class Result:
 
     Attributes:
         config: of the run.
-        source: its pictures, with those that were held out.
+        source: its images, with those that were held out.
         vae: its autoencoder.
         built: what is trained.
         followed: how the network is followed.

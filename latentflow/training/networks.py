@@ -59,7 +59,7 @@ def new_networks(
     device: str = "cpu",
     intervals: bool = False,
 ) -> Networks:
-    """Networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked pictures.
+    """Networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked images.
 
     With ``intervals`` the velocity network takes the end of an interval. On the ``device`` "meta" it has shapes and no
     weights: enough for a plan, at no cost.
@@ -187,7 +187,7 @@ def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
     """Refuses to go on with a run whose ``pipeline`` gave another number to a class that the data still have.
 
     Raises:
-        UserError: it did. ``--allow-changes`` is no remedy: every picture would be trained under another class.
+        UserError: it did. ``--allow-changes`` is no remedy: every image would be trained under another class.
     """
     file = pipeline / "model_index.json"
     if source.kind != "class" or not file.is_file():
@@ -210,7 +210,7 @@ def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
 
 
 def _texts(source: Source) -> list[str]:
-    """All that is trained on, once for each picture that says it."""
+    """All that is trained on, once for each image that says it."""
     return [caption for captions in source.all_captions() for caption in captions]
 
 

@@ -42,14 +42,14 @@ def plan(config: RunConfig, examples: Examples, given_keys: Collection[str], les
 def _fine_tune(
     config: RunConfig, base: str, examples: Examples, given_keys: Collection[str], lesson: Lesson
 ) -> Plan:
-    pictures, data = len(examples.training), examples.data
-    prior, told_of = lesson.reminders(config, pictures)
+    images, data = len(examples.training), examples.data
+    prior, told_of = lesson.reminders(config, images)
     own_share = 1 - config.fine_tuning.prior_share if prior else 1.0
-    loop = fitted(config.loop, given_keys, pictures, own_share, adapter=bool(config.adapter.lora_rank))
+    loop = fitted(config.loop, given_keys, images, own_share, adapter=bool(config.adapter.lora_rank))
     lost = lesson.lost_guidance(config.flow, base, given_keys)
     lines = [
         *plan_lines(examples.source, examples.training, examples.validation, loop, own_share),
-        *fine_tuning_lines(base, loop, given_keys, pictures, own_share, lost),
+        *fine_tuning_lines(base, loop, given_keys, images, own_share, lost),
         f"resolution: {data.resolution} pixels",
         *told_of,
     ]

@@ -1,4 +1,4 @@
-"""Preview pictures of a run, through the pipeline classes that users load."""
+"""Preview images of a run, through the pipeline classes that users load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _IMAGES, _ROW = 16, 8
 
 
 def preview_source(training: Source, validation: Source) -> Source:
-    """What previews are of: pictures that are held out, if there are enough for a grid."""
+    """What previews are of: images that are held out, if there are enough for a grid."""
     return validation if len(validation) >= _IMAGES else training
 
 
@@ -33,10 +33,10 @@ def preview_steps(pipe: LatentFlowPipeline) -> tuple[int, ...]:
 
 
 def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device) -> Image.Image:
-    """A grid of 16 pictures with fixed seeds, of captions or classes spread over ``source``; the same again for each
+    """A grid of 16 images with fixed seeds, of captions or classes spread over ``source``; the same again for each
     number of `preview_steps`.
 
-    Below them, of a network that inpaints: eight pictures of ``source`` with holes (grey), and what fills them.
+    Below them, of a network that inpaints: eight images of ``source`` with holes (grey), and what fills them.
     """
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.to(device)
@@ -69,10 +69,10 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
 
 
 def _filled(pipe: LatentFlowPipeline, source: Source, rows: list[int], steps: int) -> tuple[Tensor, Tensor]:
-    """Pictures (8, 3, H, W) in [0, 1] with grey holes, and the same with the holes filled."""
+    """Images (8, 3, H, W) in [0, 1] with grey holes, and the same with the holes filled."""
     some = source.subset(rows)
     side = pipe.transformer.config.sample_size * downscale_factor(pipe.vae)
-    pictures = cached_pixels(some, side, progress=False)[:].float() / 255.0
+    originals = cached_pixels(some, side, progress=False)[:].float() / 255.0
     shapes = {name: share for name, share in DEFAULT_SHAPES.items() if name != "full"}
     masks = random_masks(shapes, (side, side), [np.random.default_rng([1, row]) for row in range(len(rows))])
     asked: dict[str, Any] = {}
@@ -84,13 +84,13 @@ def _filled(pipe: LatentFlowPipeline, source: Source, rows: list[int], steps: in
     painter.set_progress_bar_config(disable=True)
     images = painter(
         **asked,
-        image=pictures,
+        image=originals,
         mask_image=masks,
         generator=_generators(len(rows)),
         num_inference_steps=steps,
         output_type="pt",
     ).images
-    return torch.where(masks > 0, 0.5, pictures), images.float().cpu()
+    return torch.where(masks > 0, 0.5, originals), images.float().cpu()
 
 
 def _generators(count: int) -> list[torch.Generator]:

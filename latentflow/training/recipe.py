@@ -26,7 +26,7 @@ class Lesson:
 
     Attributes:
         taught: whether there is a teacher.
-        validates: whether held-out pictures measure what is trained.
+        validates: whether held-out images measure what is trained.
     """
 
     taught = False
@@ -37,10 +37,10 @@ class Lesson:
 
     # ---- of a fine-tune: `config.init_from` is its checkpoint ----
 
-    def reminders(self, config: RunConfig, pictures: int) -> tuple[list[str], list[str]]:
+    def reminders(self, config: RunConfig, images: int) -> tuple[list[str], list[str]]:
         """Of what the checkpoint draws the samples that it is trained on again; and lines about that for the plan."""
         assert config.init_from
-        prior, line = asked_of(config.init_from, config.fine_tuning, pictures, config.loop.seed, config.vae)
+        prior, line = asked_of(config.init_from, config.fine_tuning, images, config.loop.seed, config.vae)
         return prior, [line]
 
     def flow(self, flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
@@ -72,7 +72,7 @@ class Lesson:
         """What it is trained on.
 
         Args:
-            own: the pictures of ``source``.
+            own: the images of ``source``.
             prior: see `reminders`.
             built: what is trained.
             config: of the run.

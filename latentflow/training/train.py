@@ -187,7 +187,7 @@ def _description(planned: Plan, examples: Examples, built: Built, lesson: Lesson
 
 
 def _finish(config: RunConfig, examples: Examples, result: Result, log: Logger) -> None:
-    """Measure how much of few pictures is learnt by heart, say how to draw, and put the result on the hub if asked."""
+    """Measure how much of few images is learnt by heart, say how to draw, and put the result on the hub if asked."""
     if config.init_from and len(examples.training) <= FEW:
         device = process_state().device
         background = examples.data.background

@@ -58,7 +58,7 @@ def train_autoencoder(
     """Train (or go on training) an autoencoder in ``output``; its best weights end in ``output / "autoencoder"``.
 
     Args:
-        train, validation: pictures to learn from, and held-out ones for PSNR and SSIM (may be empty).
+        train, validation: images to learn from, and held-out ones for PSNR and SSIM (may be empty).
         config: what to train. loop: how; the ``autoencoder_*`` settings replace its steps, batch and learning rate.
         stop: is told which signal stopped the run; see `fit`.
 
@@ -139,7 +139,7 @@ def autoencoder_loop(config: AutoencoderConfig, loop: LoopConfig) -> LoopConfig:
 
 
 def reconstruction_grid(vae: Autoencoder, images: Tensor) -> Image.Image:
-    """Originals above their reconstructions, up to 16 pairs: (B, 3, H, W) in [-1, 1] -> picture."""
+    """Originals above their reconstructions, up to 16 pairs: (B, 3, H, W) in [-1, 1] -> image."""
     rows = torch.cat([images, torch.cat(list(_reconstructions(vae, images)))])
     return to_pil(make_grid(rows.clamp(-1, 1), nrow=len(images), padding=2, pad_value=1.0))
 
@@ -166,7 +166,7 @@ def autoencoder_for(
 ) -> Autoencoder | None:
     """The autoencoder of a run, frozen, with latent statistics; None if a signal stopped its training.
 
-    A ``given`` one without per-channel statistics gets them measured on the training pictures. Without one, a new
+    A ``given`` one without per-channel statistics gets them measured on the training images. Without one, a new
     one is trained in ``output`` (only built if ``untrained``), and ``stop`` is told which signal came meanwhile.
 
     Raises:

@@ -1,6 +1,6 @@
 """A report as one HTML file: no scripts, nothing fetched from elsewhere, readable in light and dark.
 
-``Page("Report").table(...)``, ``.picture(...)``, ``.write("report.html")``; a page is built from top to bottom.
+``Page("Report").table(...)``, ``.image(...)``, ``.write("report.html")``; a page is built from top to bottom.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _TABLE = """<table><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</
 _BARS = """<table>{% for name, count in counts.items() %}<tr><td>{{ name }}</td><td>{{ count }}</td>
 <td class="bar"><div style="width: {{ '%.1f' % (100 * count / most) }}%"></div></td></tr>
 {% endfor %}</table>"""
-_PICTURE = """<figure><img alt="{{ caption }}" src="data:image/{{ format }};base64,{{ data }}">
+_IMAGE = """<figure><img alt="{{ caption }}" src="data:image/{{ format }};base64,{{ data }}">
 <figcaption>{{ caption }}</figcaption></figure>"""
 _FIGURE = """<figure class="drawing">{{ drawing }}<figcaption>{{ caption }}</figcaption></figure>"""
 _DETAILS = "<details><summary>{{ summary }}</summary>\n{{ body }}\n</details>"
@@ -86,12 +86,12 @@ class Section:
         """Counts as horizontal bars, the largest the whole width."""
         self._add(_BARS, counts=counts, most=max(counts.values(), default=1) or 1)
 
-    def picture(self, image: Image, caption: str = "", format: str = "png") -> None:
+    def image(self, image: Image, caption: str = "", format: str = "png") -> None:
         """An image, held by the page itself; ``format`` is "png", "jpeg" or "webp"."""
         held = io.BytesIO()
         image.save(held, format)
         data = base64.b64encode(held.getvalue()).decode()
-        self._add(_PICTURE, data=data, caption=caption, format=format)
+        self._add(_IMAGE, data=data, caption=caption, format=format)
 
     def figure(self, figure: Figure, caption: str = "") -> None:
         """A figure of matplotlib's as a drawing that stays sharp."""

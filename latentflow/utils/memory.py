@@ -25,8 +25,8 @@ ADVICE = {
     "validate": "--validation-steps 0 leaves validations out.",
     "draw prior samples": "Free memory that other programs use, or leave them out: --prior-samples 0.",
     "draw pairs": "Free memory that other programs use.",
-    "draw": "Ask for smaller pictures, or free memory that other programs use.",
-    "decode": "Ask for smaller pictures, or free memory that other programs use; from Python: "
+    "draw": "Ask for smaller images, or free memory that other programs use.",
+    "decode": "Ask for smaller images, or free memory that other programs use; from Python: "
     "pipe.vae.enable_tiling().",
 }
 

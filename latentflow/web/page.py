@@ -28,7 +28,7 @@ from .studio import (
     LARGEST_SEED,
     LONGEST_PROMPT,
     MOST_GUIDANCE,
-    MOST_PICTURES,
+    MOST_IMAGES,
     MOST_STEPS,
     Order,
     Progress,
@@ -93,7 +93,7 @@ def generate_tab(studio: Studio, listeners: Counter[str]) -> Results:
 def inpaint_tab(studio: Studio, listeners: Counter[str]) -> tuple[gr.File, Results]:
     with gr.Row():
         with gr.Column(scale=2):
-            file = picture_field("inpaint")
+            file = image_field("inpaint")
             editor = gr.ImageEditor(
                 label="Paint over what is to be drawn anew",
                 elem_id="inpaint-editor",
@@ -145,8 +145,8 @@ def inpaint_tab(studio: Studio, listeners: Counter[str]) -> tuple[gr.File, Resul
 def edit_tab(studio: Studio, listeners: Counter[str]) -> tuple[gr.File, Results]:
     with gr.Row():
         with gr.Column(scale=2):
-            file = picture_field("edit")
-            picture = gr.Image(label="Picture", interactive=False, height=320, buttons=[])
+            file = image_field("edit")
+            shown = gr.Image(label="Image", interactive=False, height=320, buttons=[])
             source = gr.Textbox(
                 "",
                 label="What it shows now",
@@ -173,7 +173,7 @@ def edit_tab(studio: Studio, listeners: Counter[str]) -> tuple[gr.File, Results]
     def show(path: str | None) -> Any:
         return None if path is None else enlarged(studio, path)
 
-    file.change(show, file, picture, show_progress="hidden", api_visibility="private")
+    file.change(show, file, shown, show_progress="hidden", api_visibility="private")
 
     def edit(values: Values, progress: Progress) -> Any:
         order = controls.order(values)
@@ -208,7 +208,7 @@ class Controls:
         self.label = gr.Dropdown(
             list(studio.takes.labels), value=None, label="Class", visible=bool(studio.takes.labels)
         )
-        self.pictures = gr.Slider(1, MOST_PICTURES, 1, step=1, label="Pictures", elem_id=f"{tab}-pictures")
+        self.images = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images", elem_id=f"{tab}-images")
 
     def add_details(self, guidance: float = 4.0, few_steps: bool = True) -> None:
         """The rest, below the buttons."""
@@ -236,7 +236,7 @@ class Controls:
     @property
     def inputs(self) -> dict[str, Any]:
         """The components by the names that a program gives them; those alone that the checkpoint takes."""
-        named = {"images": self.pictures, "seed": self.seed, "new_seed": self.new_seed, "steps": self.steps}
+        named = {"images": self.images, "seed": self.seed, "new_seed": self.new_seed, "steps": self.steps}
         named |= {"guidance": self.guidance, "solver": self.solver}
         takes = self._studio.takes
         named |= {"prompt": self.prompt, "negative_prompt": self.negative} if takes.text else {}
@@ -288,7 +288,7 @@ class Results:
 
     def __init__(self, tab: str, height: int = 520) -> None:
         self.gallery = gr.Gallery(
-            label="Pictures",
+            label="Images",
             elem_id=f"{tab}-results",
             columns=3,
             fit_columns=False,
@@ -321,14 +321,14 @@ class Results:
         return [(image, f"seed {order.seed + i}") for i, image in enumerate(images)], order.seed, words
 
     def hand_on(self, tabs: gr.Tabs, fields: dict[str, gr.File]) -> None:
-        """Let the picture that is looked at, else the first, become the picture of another tab."""
+        """Let the image that is looked at, else the first, become the image of another tab."""
         looked_at = gr.State(0)
 
         def look(event: gr.SelectData) -> Any:
             return event.index
 
-        def take(index: int, pictures: list[tuple[str, str]] | None) -> Any:
-            return pictures[min(index, len(pictures) - 1)][0] if pictures else gr.skip()
+        def take(index: int, images: list[tuple[str, str]] | None) -> Any:
+            return images[min(index, len(images) - 1)][0] if images else gr.skip()
 
         self.gallery.change(lambda: 0, None, looked_at, **AT_ONCE)
         self.gallery.select(look, None, looked_at, **AT_ONCE)
@@ -364,19 +364,19 @@ def uploaded(value: dict[str, Any] | None) -> str | None:
 
 
 def enlarged(studio: Studio, path: str) -> Image.Image:
-    """An uploaded picture as it is shown, small ones large enough to paint on."""
-    picture, note = studio.opened(path)
+    """An uploaded image as it is shown, small ones large enough to paint on."""
+    image, note = studio.opened(path)
     if note:
         gr.Info(note)
     from ..data.pixels import to_rgb
 
-    picture = to_rgb(picture)  # the canvas is opaque
-    scale = CANVAS / max(picture.size)
-    return picture.resize([max(1, round(scale * side)) for side in picture.size])
+    image = to_rgb(image)  # the canvas is opaque
+    scale = CANVAS / max(image.size)
+    return image.resize([max(1, round(scale * side)) for side in image.size])
 
 
-def picture_field(tab: str) -> gr.File:
-    return gr.File(label="Drop a picture here", height=100, elem_id=f"{tab}-file")
+def image_field(tab: str) -> gr.File:
+    return gr.File(label="Drop an image here", height=100, elem_id=f"{tab}-file")
 
 
 def buttons(tab: str) -> tuple[gr.Button, gr.Button]:

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..inference.checkpoint import AdapterChoice, open_pipeline, taken_by, takes
-from ..inference.images import read_picture
+from ..inference.images import read_image
 from ..inference.sample import BATCH, conditions, draw
 from ..utils.arguments import finite, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_PICTURES = BATCH
+MOST_IMAGES = BATCH
 MOST_STEPS = 200
 MOST_GUIDANCE = 20.0
 LONGEST_PROMPT = 1000
-LARGEST_PICTURE = 4  # times the side that the checkpoint was trained at
-CANVAS = 512  # pixels of a picture's longer side as it is shown
+LARGEST_IMAGE = 4  # times the side that the checkpoint was trained at
+CANVAS = 512  # pixels of an image's longer side as it is shown
 LARGEST_SEED = 2**32 - 1
 
 #: Least and greatest of every number that a request gives, and whether it is a whole one.
 BOUNDS: dict[str, tuple[float, float, type]] = {
-    "images": (1, MOST_PICTURES, int),
+    "images": (1, MOST_IMAGES, int),
     "seed": (0, LARGEST_SEED, int),
     "steps": (1, MOST_STEPS, int),
     "guidance": (0, MOST_GUIDANCE, float),
@@ -159,19 +159,19 @@ class Studio:
         return found
 
     def opened(self, upload: str) -> tuple[Image, str]:
-        """An uploaded picture, upright, RGB or RGBA; and "" or, if it was too large for the checkpoint, how it shrank.
+        """An uploaded image, upright, RGB or RGBA; and "" or, if it was too large for the checkpoint, how it shrank.
 
         Raises:
             UserError: it cannot be read; the message names the file and not where the server keeps it.
         """
         pipe = self.pipe
-        picture = _hiding_folder(read_picture, upload)
+        image = _hiding_folder(read_image, upload)
         side = pipe.transformer.config.get("sample_size") or 64
         trained = pipe.vae_scale_factor * (max(side) if isinstance(side, list | tuple) else side)
-        width, height = picture.size
-        picture.thumbnail((LARGEST_PICTURE * trained, LARGEST_PICTURE * trained))
-        shrunk = f"Shrunk from {width} x {height} to {picture.width} x {picture.height} pixels."
-        return picture, shrunk if picture.size != (width, height) else ""
+        width, height = image.size
+        image.thumbnail((LARGEST_IMAGE * trained, LARGEST_IMAGE * trained))
+        shrunk = f"Shrunk from {width} x {height} to {image.width} x {image.height} pixels."
+        return image, shrunk if image.size != (width, height) else ""
 
     def stroke(self, upload: str) -> Image:
         """Return an uploaded image as it is, for its transparency.
@@ -214,12 +214,12 @@ class Studio:
             "feather": number("feather", feather),
             "padding_mask_crop": number("margin", margin) or None,
         }
-        picture = self._needed(upload)
-        mask = painted(strokes, picture.size)
+        image = self._needed(upload)
+        mask = painted(strokes, image.size)
         if mask.getbbox() is None:
             raise UserError("nothing is painted over", "Paint over the part that is to be drawn anew.")
         kind = "LatentFlowInpaintPipeline"
-        return self._draw(kind, order, progress, image=picture, mask_image=mask, **settings)
+        return self._draw(kind, order, progress, image=image, mask_image=mask, **settings)
 
     def edit(
         self,
@@ -289,7 +289,7 @@ class Studio:
 
 
 def painted(strokes: list[Image], size: tuple[int, int]) -> Image:
-    """The mask (mode "L", white where any stroke is) of a picture of this size."""
+    """The mask (mode "L", white where any stroke is) of an image of this size."""
     from PIL import Image, ImageChops
 
     mask = Image.new("L", size)

@@ -1,4 +1,4 @@
-"""What a network is told of a picture with a hole: everything that is kept, nothing that is not."""
+"""What a network is told of an image with a hole: everything that is kept, nothing that is not."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
-from latentflow.autoencoder.losses import SMALLEST_PICTURE, PatchDiscriminator
+from latentflow.autoencoder.losses import SMALLEST_IMAGE, PatchDiscriminator
 from latentflow.autoencoder.regularisation import noisy, scales, transformed
 from latentflow.data.sources.shapes import train_source
 from latentflow.training import LoopConfig
@@ -55,7 +55,7 @@ class Toy(nn.Module):
 
 
 class Pooling(Toy):
-    """Means of 2 x 2 pixels, repeated: commutes with rotations, and with scales that its pictures leave in blocks."""
+    """Means of 2 x 2 pixels, repeated: commutes with rotations, and with scales that its images leave in blocks."""
 
     def encoded(self, images: Tensor) -> Tensor:
         return F.avg_pool2d(images, 2)
@@ -75,7 +75,7 @@ class Shuffling(Toy):
 
 
 def blocks(side: int, rows: int = 8) -> Tensor:
-    """Pictures of 16 px, constant on squares of this side."""
+    """Images of 16 px, constant on squares of this side."""
     colours = torch.rand(rows, 3, 16 // side, 16 // side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return F.interpolate(colours, size=(16, 16), mode="nearest")
 
@@ -108,7 +108,7 @@ def test_one_that_loses_nothing_but_is_not_equivariant_has() -> None:
     assert all(float(stage(batch(images, step))["loss"]) > 0.1 for step in range(12))
 
 
-def test_a_scale_that_pictures_do_not_fit_costs() -> None:
+def test_a_scale_that_images_do_not_fit_costs() -> None:
     images = blocks(2)
     small = transformed(Pooling().encoded(images), HALF, 0)
     assert float((Pooling().decoded(small) - transformed(images, HALF, 0)).abs().mean()) > 0.1
@@ -116,15 +116,15 @@ def test_a_scale_that_pictures_do_not_fit_costs() -> None:
 
 @pytest.mark.parametrize("scale", scales(8, 8))
 @pytest.mark.parametrize("quarter_turns", [1, 2, 3])
-def test_latents_and_pictures_are_transformed_alike(scale: Fraction, quarter_turns: int) -> None:
+def test_latents_and_images_are_transformed_alike(scale: Fraction, quarter_turns: int) -> None:
     row, column = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     slope = (row + 3 * column)[None, None]  # bilinear interpolation and means are exact on it
     latents = transformed(F.avg_pool2d(slope, 2), scale, quarter_turns)
-    picture = transformed(slope, scale, quarter_turns)
-    assert picture.shape[2:] == (int(16 * scale),) * 2
-    torch.testing.assert_close(F.avg_pool2d(picture, 2), latents)
+    image = transformed(slope, scale, quarter_turns)
+    assert image.shape[2:] == (int(16 * scale),) * 2
+    torch.testing.assert_close(F.avg_pool2d(image, 2), latents)
     # And both are what they are called: the corner of (0, 0) turns anticlockwise.
-    first = picture.rot90(-quarter_turns, (2, 3))
+    first = image.rot90(-quarter_turns, (2, 3))
     assert float(first[0, 0, 0, 0]) == float(first.min())
 
 
@@ -186,7 +186,7 @@ def test_all_classes_decode_them_and_the_adversary_judges_what_was_decoded(kind:
         assert images.shape == reconstructions.shape and images.shape[2] < 32
         sizes.add(images.shape[2])
         assert DiscriminatorStage(discriminator, stage)({})["loss"].isfinite()
-    assert min(sizes) >= SMALLEST_PICTURE and len(sizes) > 2
+    assert min(sizes) >= SMALLEST_IMAGE and len(sizes) > 2
 
 
 # ---- noise ----

@@ -201,7 +201,7 @@ def test_both_sides_of_the_adversarial_loss_are_their_formulas() -> None:
     assert "adversarial" not in stage({"images": images, "numbers": list(range(8))})
 
 
-def test_half_of_the_pictures_are_mirrored_each_use_by_its_number() -> None:
+def test_half_of_the_images_are_mirrored_each_use_by_its_number() -> None:
     source = train_source().subset([0, 1])
     pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
     draws = [Draw(number % 2, number) for number in range(2000)]
@@ -212,8 +212,8 @@ def test_half_of_the_pictures_are_mirrored_each_use_by_its_number() -> None:
     mirrored = torch.tensor([is_flipped(draw.number) for draw in draws])
     assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1))
     assert torch.equal(flipped[~mirrored], plain[~mirrored])
-    for picture in (0, 1):
-        assert 0.4 < mirrored[picture::2].float().mean() < 0.6
+    for image in (0, 1):
+        assert 0.4 < mirrored[image::2].float().mean() < 0.6
 
 
 def test_the_adversarial_term_starts_when_told_and_never_moves_the_discriminator() -> None:
@@ -249,8 +249,8 @@ def test_the_adversarial_term_starts_at_the_same_step_in_all_numbers_of_processe
 
     def train(folder: Path, batch: int) -> None:
         one = dataclasses.replace(config, autoencoder_batch_size=batch)
-        pictures = {"resolution": 16, "background": "white", "flips": True}
-        assert train_autoencoder(source, source.subset([]), one, loop, folder, **pictures) is not None
+        images = {"resolution": 16, "background": "white", "flips": True}
+        assert train_autoencoder(source, source.subset([]), one, loop, folder, **images) is not None
 
     def told(folder: Path) -> list[int]:
         rows = read_metrics(folder)

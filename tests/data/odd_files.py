@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .pictures import STORED
+from .images import STORED
 
 RED, GREEN, BLUE, WHITE = (220, 30, 40), (30, 200, 60), (40, 60, 210), (255, 255, 255)
 SIDE = 64
 
 
 def quarters() -> Image.Image:
-    """Red, green, blue and white: turned or mirrored in any way, it is another picture."""
+    """Red, green, blue and white: turned or mirrored in any way, it is another image."""
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     half = SIDE // 2
     pixels[:half, :half], pixels[:half, half:] = RED, GREEN
@@ -32,13 +32,13 @@ def grey_quarters() -> Image.Image:
 
 def make_used(root: Path) -> dict[str, str]:
     """Files that hold the four quarters in some odd way; name -> "colour" or "grey"."""
-    picture, grey = quarters(), grey_quarters()
+    image, grey = quarters(), grey_quarters()
     levels = np.asarray(grey)
     alpha = np.full((SIDE, SIDE), 255, np.uint8)
-    alpha[SIDE // 2 :, SIDE // 2 :] = 0  # white is what transparent pictures are put on
-    clear = Image.fromarray(np.dstack([np.asarray(picture) * (alpha[..., None] > 0), alpha]))
-    picture.convert("CMYK").save(root / "cmyk.tif")
-    picture.convert("CMYK").save(root / "cmyk.jpg", quality=100, subsampling=0)
+    alpha[SIDE // 2 :, SIDE // 2 :] = 0  # white is what transparent images are put on
+    clear = Image.fromarray(np.dstack([np.asarray(image) * (alpha[..., None] > 0), alpha]))
+    image.convert("CMYK").save(root / "cmyk.tif")
+    image.convert("CMYK").save(root / "cmyk.jpg", quality=100, subsampling=0)
     Image.fromarray(levels.astype(np.uint16) * 257).save(root / "16-bit.png")
     Image.fromarray(levels.astype(np.uint16) * 257).save(root / "16-bit.tif")
     Image.fromarray(levels.astype(np.float32) / 255).save(root / "float.tif")
@@ -47,20 +47,20 @@ def make_used(root: Path) -> dict[str, str]:
     _palette_with_alpha(root / "palette-alpha.png")
     clear.convert("LA").save(root / "la.png")
     clear.save(root / "rgba.webp", lossless=True)
-    picture.quantize(8).save(root / "palette.png")
+    image.quantize(8).save(root / "palette.png")
     grey.save(root / "grey.jpg", quality=100)
-    picture.save(root / "progressive.jpg", quality=100, subsampling=0, progressive=True)
+    image.save(root / "progressive.jpg", quality=100, subsampling=0, progressive=True)
     for name in ("animated.gif", "animated.png", "animated.webp"):
         other = Image.new("RGB", (SIDE, SIDE), (9, 9, 9))
-        picture.save(root / name, save_all=True, append_images=[other], duration=50, lossless=True)
-    picture.save(root / "pages.tif", save_all=True, append_images=[Image.new("RGB", (9, 9))])
-    _as(picture, "GIF", root / "gif-named.jpg")
-    _as(picture, "PNG", root / "png-named.webp")
-    picture.save(root / "UPPER.PNG")
+        image.save(root / name, save_all=True, append_images=[other], duration=50, lossless=True)
+    image.save(root / "pages.tif", save_all=True, append_images=[Image.new("RGB", (9, 9))])
+    _as(image, "GIF", root / "gif-named.jpg")
+    _as(image, "PNG", root / "png-named.webp")
+    image.save(root / "UPPER.PNG")
     for orientation, stored in STORED.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        turned = Image.fromarray(np.ascontiguousarray(stored(np.asarray(picture))))
+        turned = Image.fromarray(np.ascontiguousarray(stored(np.asarray(image))))
         turned.save(root / f"exif-{orientation}.jpg", quality=100, subsampling=0, exif=exif)
         turned.save(root / f"exif-{orientation}.tif", exif=exif)
     for name in (
@@ -71,8 +71,8 @@ def make_used(root: Path) -> dict[str, str]:
         "-dash.png",
         "a'b\"c.png",
     ):
-        picture.save(root / name)
-    picture.save(root / os.fsdecode(b"latin-\xe9.png"))
+        image.save(root / name)
+    image.save(root / os.fsdecode(b"latin-\xe9.png"))
     (root / "link.png").symlink_to("UPPER.PNG")
     grey_names = ("16-bit.png", "16-bit.tif", "float.tif", "32-bit.tif", "la.png", "grey.jpg")
     return {path.name: "grey" if path.name in grey_names else "colour" for path in root.iterdir()}
@@ -97,7 +97,7 @@ def make_reported(root: Path) -> dict[str, str]:
     broken[len(broken) // 2] ^= 0xFF
     (root / "flipped-bit.png").write_bytes(bytes(broken))
     (root / "empty.jpg").write_bytes(b"")
-    (root / "text.png").write_text("this is no picture")
+    (root / "text.png").write_text("this is no image")
     (root / "page.jpg").write_text("<!doctype html><html><body>404 not found</body></html>")
     (root / "zeros.png").write_bytes(bytes(1000))
     (root / "header-only.png").write_bytes(held.getvalue()[:33])
@@ -107,7 +107,7 @@ def make_reported(root: Path) -> dict[str, str]:
     (root / "dangling.png").symlink_to("nowhere.png")
     os.mkfifo(root / "pipe.png")
     reasons = {
-        "empty.jpg": "empty", "text.png": "not a picture", "page.jpg": "not a picture", "zeros.png": "not a picture",
+        "empty.jpg": "empty", "text.png": "not an image", "page.jpg": "not an image", "zeros.png": "not an image",
         "bomb.png": "pixels", "undefined.tif": "undefined", "loop.png": "levels of symbolic links",
         "dangling.png": "no such file", "pipe.png": "not a regular file",
     }  # fmt: skip
@@ -115,7 +115,7 @@ def make_reported(root: Path) -> dict[str, str]:
 
 
 def make_extreme(root: Path) -> dict[str, tuple[int, int, int]]:
-    """Readable pictures that hardly serve; name -> the colour of their centre."""
+    """Readable images that hardly serve; name -> the colour of their centre."""
     Image.new("RGB", (1, 1), GREEN).save(root / "1x1.png")
     wide = Image.new("RGB", (30_000, 10), RED)
     wide.paste(BLUE, (14_900, 0, 15_100, 10))
@@ -123,9 +123,9 @@ def make_extreme(root: Path) -> dict[str, tuple[int, int, int]]:
     return {"1x1.png": GREEN, "wide.png": BLUE}
 
 
-def _as(picture: Image.Image, format: str, path: Path) -> None:
+def _as(image: Image.Image, format: str, path: Path) -> None:
     with path.open("wb") as file:
-        picture.save(file, format)
+        image.save(file, format)
 
 
 def _palette_with_alpha(path: Path) -> None:

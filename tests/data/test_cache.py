@@ -23,7 +23,7 @@ from latentflow.data import (
 from latentflow.data.cache import tensors as module
 from latentflow.errors import UserError
 
-from .pictures import noise, save_all
+from .images import noise, save_all
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     assert "could not be cached" in caplog.text
 
 
-def test_an_unreadable_picture_is_named(folder: Path, cache: Path) -> None:
-    (folder / "b.png").write_text("no picture")
+def test_an_unreadable_image_is_named(folder: Path, cache: Path) -> None:
+    (folder / "b.png").write_text("no image")
     with pytest.raises(UserError, match=r"cannot read b.png"):
         pixels(find_source(str(folder)))
 
@@ -170,7 +170,7 @@ def test_latents_without_mirror_images(folder: Path, cache: Path, vae: torch.nn.
     torch.testing.assert_close(one.mean[:], both.mean[1:2, :1], rtol=1e-4, atol=1e-5)
 
 
-def test_an_edited_picture_is_encoded_again_and_only_it(
+def test_an_edited_image_is_encoded_again_and_only_it(
     folder: Path, cache: Path, vae: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded, posteriors = [], module._posteriors
@@ -189,12 +189,12 @@ def test_an_edited_picture_is_encoded_again_and_only_it(
     assert encoded == [3, 1] and torch.equal(after[[0, 2, 3]], before[[0, 2, 0]])
     assert not torch.equal(after[1], before[1])
     cached_latents(source.subset([2, 0]), vae, 8, progress=False)
-    assert encoded == [3, 1]  # another set of the same pictures
+    assert encoded == [3, 1]  # another set of the same images
     cached_latents(source, vae, 4, progress=False)
     assert encoded == [3, 1, 3]
 
 
-def test_a_picture_that_changes_while_it_is_read_is_not_stored(
+def test_an_image_that_changes_while_it_is_read_is_not_stored(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = module._pixels
@@ -203,7 +203,7 @@ def test_a_picture_that_changes_while_it_is_read_is_not_stored(
         read = prepare(example, **settings)
         new = folder.parent / f"new-{get_ident()}.png"  # each of the threads that read has its own
         noise(98).save(new)
-        new.replace(folder / "c.png")  # at once: no thread sees half a picture
+        new.replace(folder / "c.png")  # at once: no thread sees half an image
         return read
 
     monkeypatch.setattr(module, "_pixels", edit)

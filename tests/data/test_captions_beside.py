@@ -10,7 +10,7 @@ import pytest
 from latentflow.data import check_source, find_source
 from latentflow.errors import UserError
 
-from .pictures import load_program
+from .images import load_program
 from .test_kinds import png, tar, zipped
 
 CAPTIONS = ["0.txt", "0.TXT", "0.caption", "0.Caption", "0.png.txt", "0.png.CAPTION"]
@@ -39,7 +39,7 @@ def test_a_caption_is_read_whatever_its_file_is_called(
     source = find_source(str(make(tmp_path, {"0.png": png(0), name: b"\xef\xbb\xbf a red\nhat "})))
     assert source.kind == "text" and source.captions() == ["a red hat"]
     ending = ".caption" if name.lower().endswith(".caption") else ".txt"
-    assert source.notes == (f"captions from {ending} files beside the pictures",)
+    assert source.notes == (f"captions from {ending} files beside the images",)
 
 
 @pytest.mark.parametrize("name", ["0.txt", "0.caption", "0.png.txt", "0.PNG.Caption"])
@@ -84,7 +84,7 @@ def test_two_captions_of_one_image_must_agree(name: str, other: str, tmp_path: P
     (data / other).write_bytes(b"")  # says nothing
     assert find_source(str(data)).captions() == ["a hat"]
     (data / other).write_bytes(b"a shoe")
-    told = rf"1 pictures have captions that differ: 0.png \({', '.join(sorted((name, other)))}\)"
+    told = rf"1 images have captions that differ: 0.png \({', '.join(sorted((name, other)))}\)"
     with pytest.raises(UserError, match=told):
         find_source(str(data))
     assert "captions that differ: 0.png" in check_source(str(data), progress=False).problems[0]

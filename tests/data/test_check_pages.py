@@ -19,16 +19,16 @@ from latentflow.errors import UserError
 from latentflow.training.config import RunConfig
 from latentflow.training.presets import PRESETS
 
-from .pictures import load_program, save_all
+from .images import load_program, save_all
 
 
-def report(side: int, pictures: int = 5000) -> Report:
-    sizes = [(side, 2 * side)] * pictures
+def report(side: int, images: int = 5000) -> Report:
+    sizes = [(side, 2 * side)] * images
     return Report(
         "my cats",
         "class",
-        pictures,
-        sizes={f"{side}x{2 * side}": pictures},
+        images,
+        sizes={f"{side}x{2 * side}": images},
         reach=reach(sizes),
         kept_by_square_crop=0.5,
     )
@@ -66,7 +66,7 @@ def test_several_aspect_ratios_are_suggested_where_a_square_cuts_off_much(kept: 
     assert suggestion is not None
     assert ("--buckets" in shlex.split(suggestion.command)) == buckets == ("--buckets" in suggestion.reasons)
     if buckets:
-        assert f"{1 - kept:.0%} of a picture" in suggestion.reasons["--buckets"]
+        assert f"{1 - kept:.0%} of an image" in suggestion.reasons["--buckets"]
 
 
 def test_nothing_is_suggested_for_what_cannot_be_trained_on() -> None:

@@ -25,9 +25,9 @@ from latentflow.data.checking.inspect_images import looks_at
 from latentflow.data.images import profile_of
 from latentflow.data.pixels import to_rgb, upright
 from latentflow.errors import UserError
-from latentflow.pipeline.images import read_pictures
+from latentflow.pipeline.images import read_images
 
-from .pictures import load_program, noise
+from .images import load_program, noise
 from .profiles import (
     SPACES,
     Curve,
@@ -76,7 +76,7 @@ def test_colours_are_converted_by_the_formula(tmp_path: Path, space: str, suffix
     assert off(seen, wanted) <= 1 < 15 < np.abs(stored - wanted).max()
     assert "icc_profile" not in seen.info
     # What a caller hands in is the same.
-    tensor = read_pictures(Image.open(path))[0].permute(1, 2, 0).numpy() * 255
+    tensor = read_images(Image.open(path))[0].permute(1, 2, 0).numpy() * 255
     assert np.abs(tensor - wanted).max() <= 1
 
 
@@ -177,7 +177,7 @@ def test_a_profile_that_cannot_be_used_is_told_and_changes_nothing(
     found = profile_of(image)
     assert found is not None and found.problem and why in found.problem
     assert to_rgb(image).tobytes() == noise(1, 16, 16).tobytes()
-    read_pictures(image)
+    read_images(image)
     assert "colour profile cannot be used" in caplog.text
 
 

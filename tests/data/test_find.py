@@ -9,7 +9,7 @@ import pytest
 from latentflow.data import Source, find_source
 from latentflow.errors import UserError
 
-from .pictures import save_all, write_jsonl
+from .images import save_all, write_jsonl
 
 
 def names(source: Source) -> list[str]:
@@ -56,7 +56,7 @@ def test_metadata_before_sidecars(tmp_path: Path) -> None:
     (tmp_path / "2.txt").write_text("two")
     assert find_source(str(tmp_path)).captions() == ["one", "two"]
     (tmp_path / "1.txt").write_text("other")
-    with pytest.raises(UserError, match=r"metadata.jsonl and the .txt files differ on 1 pictures: 1.png"):
+    with pytest.raises(UserError, match=r"metadata.jsonl and the .txt files differ on 1 images: 1.png"):
         find_source(str(tmp_path))
     assert find_source(str(tmp_path), condition="none").kind == "unconditional"  # a flag wins
 
@@ -89,7 +89,7 @@ def gaps(tmp_path: Path) -> Path:
 
 def test_missing_captions_are_counted_and_named(gaps: Path) -> None:
     with pytest.raises(
-        UserError, match=r"8 of 9 pictures have no caption: 0.png, 1.png, 2.png, 3.png, 4.png and 3"
+        UserError, match=r"8 of 9 images have no caption: 0.png, 1.png, 2.png, 3.png, 4.png and 3"
     ):
         find_source(str(gaps))
 
@@ -99,7 +99,7 @@ def test_missing_captions_empty_or_skipped(gaps: Path) -> None:
     assert empty.captions() == [""] * 8 + ["eight"]
     skipped = find_source(str(gaps), missing_caption="skip")
     assert names(skipped) == ["8.png"]
-    assert any("8 pictures without a caption, left out" in note for note in skipped.notes)
+    assert any("8 images without a caption, left out" in note for note in skipped.notes)
 
 
 def test_no_captions_at_all(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_no_captions_at_all(tmp_path: Path) -> None:
 
 def test_missing_classes(tmp_path: Path) -> None:
     save_all(tmp_path, ["1.png", "a/2.png", "b/3.png"])
-    with pytest.raises(UserError, match=r"1 of 3 pictures have no class: 1.png"):
+    with pytest.raises(UserError, match=r"1 of 3 images have no class: 1.png"):
         find_source(str(tmp_path), condition="class")
     source = find_source(str(tmp_path), condition="class", missing_caption="skip")
     assert names(source) == ["a/2.png", "b/3.png"]
@@ -158,7 +158,7 @@ def test_metadata_of_unread_files_are_told(tmp_path: Path) -> None:
     (tmp_path / "2.heic").touch()
     write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": n, "text": "a"} for n in ("1.png", "2.heic")])
     notes = find_source(str(tmp_path)).notes
-    assert any("1 files that are not read as pictures: 2.heic" in note for note in notes)
+    assert any("1 files that are not read as images: 2.heic" in note for note in notes)
     assert any("1 .heic files are not read" in note for note in notes)
 
 
@@ -167,7 +167,7 @@ def test_metadata_of_unread_files_are_told(tmp_path: Path) -> None:
 
 def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(UserError, match=f"there is no folder .*\nDid you mean {tmp_path}/pictures"):
+    with pytest.raises(UserError, match=f"there is no folder .*\nDid you mean {tmp_path}/images"):
         find_source(str(tmp_path / "pictrues"))
     save_all(tmp_path, ["a.png"])
     with pytest.raises(UserError, match="is a file, not a folder"):
@@ -175,7 +175,7 @@ def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_empty_folder_says_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no pictures in .*; it is empty"):
+    with pytest.raises(UserError, match=r"no images in .*; it is empty"):
         find_source(str(tmp_path))
     (tmp_path / "all.zip").touch()
     (tmp_path / "._a.jpg").touch()
@@ -206,9 +206,9 @@ def test_one_subfolder_is_no_class(tmp_path: Path) -> None:
     assert find_source(str(tmp_path), condition="class").classes == ("photos",)  # a flag wins
 
 
-def test_pictures_beside_class_folders(tmp_path: Path) -> None:
+def test_images_beside_class_folders(tmp_path: Path) -> None:
     save_all(tmp_path, ["0.png", "a/1.png", "b/2.png"])
-    with pytest.raises(UserError, match=r"1 pictures lie in .* itself, others in a/ \(1\), b/ \(1\)"):
+    with pytest.raises(UserError, match=r"1 images lie in .* itself, others in a/ \(1\), b/ \(1\)"):
         find_source(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Which part of each picture is trained on."""
+"""Which part of each image is trained on."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_resolution_that_does_not_divide_is_refused() -> None:
         bucket_sizes(60, 16)
 
 
-def test_each_picture_gets_the_nearest_aspect_ratio_and_none_is_left_out(source: Source) -> None:
+def test_each_image_gets_the_nearest_aspect_ratio_and_none_is_left_out(source: Source) -> None:
     framing = frame(source, 64, 8, FramingConfig(buckets=True))
     names = [example.name for example in source.examples]
     size = {name: framing.sizes[framing.bucket[row]] for row, name in enumerate(names)}
@@ -64,7 +64,7 @@ def test_each_picture_gets_the_nearest_aspect_ratio_and_none_is_left_out(source:
     assert sorted(itertools.chain(*(members.tolist() for members in framing.members))) == list(range(5))
     lines = "\n".join(framing.lines())
     assert "none left out" in lines and "33.3% of panorama.png at most" in lines
-    assert "WARNING: 1 pictures lose more than 25%" in lines
+    assert "WARNING: 1 images lose more than 25%" in lines
     parts = [framing.part(number) for number in range(len(framing.sizes))]
     assert sum(map(len, parts)) == len(source)
     for number, part in enumerate(parts):
@@ -88,7 +88,7 @@ def test_crops_lie_where_they_are_said_to(source: Source) -> None:
     plain, mirrored = (framing.told(rows, numbers, np.full(8, flip)) for flip in (0, 1))
     for example, said, said_mirrored in zip(crops, plain, mirrored, strict=True):
         assert said[[0, 1, 2, 4, 5]].tolist() == [50, 300, 0, 50, 50]
-        assert said[3] + said_mirrored[3] == 250  # what is left of a picture is right of its mirror image
+        assert said[3] + said_mirrored[3] == 250  # what is left of an image is right of its mirror image
         left = np.asarray(read_image(example, 50))[0, 0, 0] / 255 * 299
         assert abs(left - said[3]) < 3
     assert plain[0, 3] == 125  # the first is the middle
@@ -99,19 +99,19 @@ def test_crops_lie_where_they_are_said_to(source: Source) -> None:
 def test_a_crop_s_mask_is_cut_with_it(source: Source, tmp_path: Path) -> None:
     folder = tmp_path / "masked"
     folder.mkdir()
-    picture = np.zeros((50, 300, 3), dtype=np.uint8)
-    picture[:, 140:200] = 255
-    Image.fromarray(picture).save(folder / "a.png")
-    Image.fromarray(picture[..., 0]).save(folder / "a-mask.png")
+    image = np.zeros((50, 300, 3), dtype=np.uint8)
+    image[:, 140:200] = 255
+    Image.fromarray(image).save(folder / "a.png")
+    Image.fromarray(image[..., 0]).save(folder / "a-mask.png")
     for example in cropped(find_source(str(folder), condition="none"), 6).examples:
         mask = read_own_mask(example, 50)
         assert mask is not None
         assert (
             np.asarray(mask) == np.asarray(read_image(example, 50))[..., 0]
-        ).mean() > 0.9  # the picture is interpolated
+        ).mean() > 0.9  # the image is interpolated
 
 
-def test_what_a_crop_says_of_its_picture(source: Source) -> None:
+def test_what_a_crop_says_of_its_image(source: Source) -> None:
     whole, crop, *_ = cropped(source, 2).examples
     assert isinstance(crop, Crop) and crop.name == whole.name and crop.centering != whole.centering
     assert (

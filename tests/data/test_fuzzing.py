@@ -24,14 +24,14 @@ from PIL import Image
 from safetensors.torch import save
 
 from latentflow.cli import parse
-from latentflow.data import find_source, decode_image, read_mask
+from latentflow.data import decode_image, find_source, read_mask
 from latentflow.data.config import DataConfig
 from latentflow.data.sources.latent_files import index_schema
 from latentflow.errors import LENGTH, UserError, printable
 from latentflow.pipeline.adapter_files import AdapterFacts, read_adapter
 from latentflow.training.report.folder import read_run
 
-from .pictures import noise
+from .images import noise
 from .test_kinds import parquet, saved, tar
 
 QUICK, SLOW = 300, 650  # inputs for each parser

@@ -293,7 +293,7 @@ def test_a_saved_set_in_another_format_and_a_row_without_an_image(tmp_path: Path
     rows.with_format("numpy", columns=["image"]).save_to_disk(str(tmp_path / "saved"))
     source = find_source(str(tmp_path / "saved"))
     assert source.captions() == ["a", "b"]
-    with pytest.raises(UserError, match="row 1 holds no picture"):
+    with pytest.raises(UserError, match="row 1 holds no image"):
         source.content_keys()
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from latentflow.data import FileExample, check_source, find_source, decode_image, read_image, readable
+from latentflow.data import FileExample, check_source, decode_image, find_source, read_image, readable
 from latentflow.data.checking.inspect_images import look_at
 from latentflow.data.images import open_image
 from latentflow.data.sources.files import SUFFIXES
 from latentflow.errors import UserError
 from latentflow.utils.image_formats import FORMATS, open_no_others
 
-from .pictures import load_program, noise
+from .images import load_program, noise
 from .profiles import rgb_profile
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
@@ -64,7 +64,7 @@ def folder(hostile: Path) -> Path:
 def of_folder(hostile: Path) -> Iterator[object]:
     data = folder(hostile)
     report = check_source(str(data), progress=False)
-    assert report.unreadable == {"hostile.png": "not a picture"} and report.pictures == 30
+    assert report.unreadable == {"hostile.png": "not an image"} and report.images == 30
     assert len(readable(find_source(str(data)), progress=False)) == 30
     yield lambda: read_image(FileExample("hostile", path=data / "hostile.png"), 8)
 
@@ -134,12 +134,12 @@ def of_programs(hostile: Path) -> Iterator[object]:
             yield lambda program=program, full=full: program.main(full)
 
 
-def of_picture(hostile: Path) -> Iterator[object]:
+def of_image(hostile: Path) -> Iterator[object]:
     yield lambda: decode_image(hostile)
     yield lambda: open_image(io.BytesIO(hostile.read_bytes()))
 
 
-WAYS = [of_folder, of_zip, of_tar, of_parquet, of_saved, of_masks, of_programs, of_picture]
+WAYS = [of_folder, of_zip, of_tar, of_parquet, of_saved, of_masks, of_programs, of_image]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -149,7 +149,7 @@ def test_postscript_is_refused_on_every_way_in(
     ways = list(way(hostile))
     assert ways
     for attempt in ways:
-        with pytest.raises(UserError, match="not a picture"):
+        with pytest.raises(UserError, match="not an image"):
             attempt()
     assert not ghostscript()
 
@@ -170,7 +170,7 @@ def test_a_server_opens_no_other_format_whoever_asks(
 
 
 def test_the_error_says_which_formats_are_read(hostile: Path) -> None:
-    with pytest.raises(UserError, match="not a picture") as error:
+    with pytest.raises(UserError, match="not an image") as error:
         decode_image(hostile)
     assert all(name in error.value.fix for name in FORMATS)
 

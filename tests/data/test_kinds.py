@@ -1,4 +1,4 @@
-"""The same pictures as a folder, zip, shards, table and saved data set: the same source; and what each refuses."""
+"""The same images as a folder, zip, shards, table and saved data set: the same source; and what each refuses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from latentflow.data.sources.kinds import KINDS
 from latentflow.data.sources.paths import many_paths
 from latentflow.errors import UserError
 
-from .pictures import load_program, noise, write_jsonl
+from .images import load_program, noise, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTIONS = {"a": "a red hat", "b": "a blue shoe", "c": "a bag"}
@@ -37,7 +37,7 @@ def png(seed: int) -> bytes:
     return stream.getvalue()
 
 
-PICTURES = {name: png(seed) for seed, name in enumerate(CAPTIONS)}
+IMAGES = {name: png(seed) for seed, name in enumerate(CAPTIONS)}
 MASK = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 2, (8, 8), dtype=np.uint8) * np.uint8(255)).save(
     MASK, "PNG"
@@ -71,9 +71,9 @@ def parquet(path: Path, **columns: Any) -> Path:
 def saved(path: Path, **columns: Any) -> Path:
     import datasets
 
-    pictures = [name for name in ("image", "img", "mask") if name in columns]
+    images = [name for name in ("image", "img", "mask") if name in columns]
     rows = datasets.Dataset.from_dict(columns)
-    for name in pictures:
+    for name in images:
         rows = rows.cast_column(name, datasets.Image())
     rows.save_to_disk(str(path))
     return path
@@ -81,7 +81,7 @@ def saved(path: Path, **columns: Any) -> Path:
 
 def folder(path: Path) -> Path:
     path.mkdir()
-    for name, content in PICTURES.items():
+    for name, content in IMAGES.items():
         (path / f"{name}.png").write_bytes(content)
     (path / "a-mask.png").write_bytes(MASK.getvalue())
     return path
@@ -95,13 +95,13 @@ def as_folder(path: Path) -> Path:
 
 def as_zip(path: Path) -> Path:
     rows = [json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in CAPTIONS.items()]
-    members = {f"set/{name}.png": content for name, content in PICTURES.items()}
+    members = {f"set/{name}.png": content for name, content in IMAGES.items()}
     members |= {"set/a-mask.png": MASK.getvalue(), "set/metadata.jsonl": "\n".join(rows).encode()}
-    return zipped(path / "set.zip", members | {"__MACOSX/set/._a.png": b"no picture"})
+    return zipped(path / "set.zip", members | {"__MACOSX/set/._a.png": b"no image"})
 
 
 def as_shards(path: Path) -> Path:
-    members = {f"{name}.png": content for name, content in PICTURES.items()}
+    members = {f"{name}.png": content for name, content in IMAGES.items()}
     members |= {"a.mask.png": MASK.getvalue(), "a.json": b'{"text": "a red hat"}'}
     members |= {f"{name}.txt": text.encode() for name, text in CAPTIONS.items()}
     return tar(path / "set.tar", members)
@@ -121,13 +121,11 @@ def as_csv(path: Path) -> Path:
 
 def as_parquet(path: Path) -> Path:
     masks = [MASK.getvalue(), None, None]
-    return parquet(
-        path / "s.parquet", image=list(PICTURES.values()), text=list(CAPTIONS.values()), mask=masks
-    )
+    return parquet(path / "s.parquet", image=list(IMAGES.values()), text=list(CAPTIONS.values()), mask=masks)
 
 
 def as_saved(path: Path) -> Path:
-    images = [{"bytes": content, "path": None} for content in PICTURES.values()]
+    images = [{"bytes": content, "path": None} for content in IMAGES.values()]
     return saved(path / "saved", img=images, caption=list(CAPTIONS.values()), size=[1, 2, 3])
 
 
@@ -145,7 +143,7 @@ WAYS = {
 def test_one_set_in_every_kind_is_one_source(tmp_path: Path, way: str) -> None:
     source = find_source(str(WAYS[way](tmp_path)))
     assert source.kind == "text" and source.captions() == ["a red hat", "a blue shoe", "a bag"]
-    for example, content in zip(source.examples, PICTURES.values(), strict=True):
+    for example, content in zip(source.examples, IMAGES.values(), strict=True):
         assert example.open().tobytes() == Image.open(io.BytesIO(content)).tobytes()
     (tmp_path / "same").mkdir()
     twin = find_source(str(as_folder(tmp_path / "same")))
@@ -230,11 +228,11 @@ def test_json_members(tmp_path: Path) -> None:
     ("members", "message"),
     [
         ({"0.png": b"", "0.jpg": b""}, "two members of one sample that mean the same: 0.png, 0.jpg"),
-        ({"0.txt": b"a"}, "there are no pictures in"),
+        ({"0.txt": b"a"}, "there are no images in"),
         ({"0.png": b"", "0.txt": b"a", "0.json": b'{"text": "b"}'}, ".txt says 'a', .json something else"),
         ({"0.png": b"", "0.json": b"{"}, "s.tar: 0.json is not JSON"),
         ({"0.png": b"", "0.txt": b"\xff\xfe"}, "s.tar: 0.txt is not UTF-8"),
-        ({"0.png": b"", "1.png": b"", "1.txt": b"a"}, "1 of 2 pictures have no caption: s/0"),
+        ({"0.png": b"", "1.png": b"", "1.txt": b"a"}, "1 of 2 images have no caption: s/0"),
     ],
 )
 def test_shards_that_cannot_be_meant(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
@@ -242,10 +240,10 @@ def test_shards_that_cannot_be_meant(tmp_path: Path, members: dict[str, bytes], 
         find_source(str(tar(tmp_path / "s.tar", members)))
 
 
-def test_a_sample_without_a_picture_is_told(tmp_path: Path) -> None:
+def test_a_sample_without_an_image_is_told(tmp_path: Path) -> None:
     source = find_source(str(tar(tmp_path / "s.tar", {"0.png": png(0), "0.txt": b"a", "1.txt": b"b"})))
     assert len(source) == 1
-    assert any("1 samples have no picture and are left out: s/1" in note for note in source.notes)
+    assert any("1 samples have no image and are left out: s/1" in note for note in source.notes)
 
 
 def test_links_in_a_tar_file_are_told(tmp_path: Path) -> None:
@@ -263,7 +261,7 @@ def test_broken_tar_files(tmp_path: Path) -> None:
     whole = tar(tmp_path / "s.tar", {f"{n}.png": png(n) for n in range(4)}).read_bytes()
     offset = 512 + len(png(0)) + -len(png(0)) % 512  # of the second header
     for name, content in {
-        "cut in a picture": whole[: offset + 600],
+        "cut in an image": whole[: offset + 600],
         "cut in a header": whole[: offset + 100],
         "damaged header": whole[:offset] + b"\x07" * 512 + whole[offset + 512 :],
         "no tar at all": b"hello" * 1000,
@@ -271,7 +269,7 @@ def test_broken_tar_files(tmp_path: Path) -> None:
         "empty": b"",
     }.items():
         (tmp_path / "s.tar").write_bytes(content)
-        with pytest.raises(UserError, match=r"s.tar is no intact tar file|there are no pictures"):
+        with pytest.raises(UserError, match=r"s.tar is no intact tar file|there are no images"):
             print(name, len(find_source(str(tmp_path / "s.tar"))))
     (tmp_path / "s.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match="is compressed"):
@@ -346,13 +344,13 @@ def test_absolute_paths_may_lead_out_of_the_folder_and_are_told(tmp_path: Path) 
             r"but 'caption'\nRename it to 'text', or add --columns text caption",
         ),
         (["file_name,text", "2.png,a"], "names 1 files that are not there"),
-        (["file_name,text", "1.png,a", "1.png,b"], "two pictures are named 1.png"),
+        (["file_name,text", "1.png,a", "1.png,b"], "two images are named 1.png"),
         (["file_name,text", "1.png,a,b"], "line 2 has more cells"),
         (["file_name,text,text", "1.png,a,b"], "two columns named 'text'"),
         (["file_name,weight", "1.png,-1"], "line 2: weight is '-1'"),
         (["file_name,weight", "1.png,nan"], "line 2: weight is 'nan'"),
         (["file_name,text"], "there are no rows"),
-        (["file_name,text", ",a"], "line 2 names no picture"),
+        (["file_name,text", ",a"], "line 2 names no image"),
     ],
 )
 def test_tables_that_cannot_be_meant(tmp_path: Path, lines: list[str], message: str) -> None:
@@ -381,7 +379,7 @@ def test_parquet_with_paths_class_names_and_parts(tmp_path: Path) -> None:
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["hat", "bag"])}
     )
     rows = {
-        "image": [{"bytes": content, "path": "x.png"} for content in PICTURES.values()],
+        "image": [{"bytes": content, "path": "x.png"} for content in IMAGES.values()],
         "label": [1, 0, 1],
     }
     (tmp_path / "hub/data").mkdir(parents=True)
@@ -399,7 +397,7 @@ def test_parquet_with_paths_class_names_and_parts(tmp_path: Path) -> None:
         find_source(str(tmp_path / "bad.parquet"))
 
 
-def test_listing_a_parquet_file_reads_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_a_parquet_file_reads_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow.parquet
 
     data, read = str(as_parquet(tmp_path)), pyarrow.parquet.ParquetFile.read_row_group
@@ -417,7 +415,7 @@ def test_listing_a_parquet_file_reads_no_picture(tmp_path: Path, monkeypatch: py
 
 
 def test_a_parquet_file_is_cached_from_front_to_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group of rows is read as a whole: in any other order once for each picture."""
+    """A group of rows is read as a whole: in any other order once for each image."""
     from latentflow.data.sources import table
 
     source = find_source(str(parquet(tmp_path / "p.parquet", image=[png(seed) for seed in range(24)])))
@@ -448,21 +446,21 @@ def test_numbers_of_classes_that_stand_for_no_name(tmp_path: Path) -> None:
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["hat", "bag"])}
     )
-    rows = {"image": [{"bytes": one, "path": None} for one in PICTURES.values()], "label": [1, -1, 0]}
+    rows = {"image": [{"bytes": one, "path": None} for one in IMAGES.values()], "label": [1, -1, 0]}
     made = datasets.Dataset.from_dict(rows, features=features)
     made.to_parquet(str(tmp_path / "p.parquet"))
     made.save_to_disk(str(tmp_path / "saved"))
     for data in (tmp_path / "p.parquet", tmp_path / "saved"):
-        with pytest.raises(UserError, match="1 of 3 pictures have no class: row 00000001"):
+        with pytest.raises(UserError, match="1 of 3 images have no class: row 00000001"):
             find_source(str(data))  # -1 is "not known", not the last one
         assert find_source(str(data), missing_caption="skip").class_ids() == [0, 1]
     with pytest.raises(UserError, match="row 5: label is 7, of 2 classes"):
         class_name(["hat", "bag"], 7, "row 5")
 
 
-def test_a_parquet_row_without_a_picture(tmp_path: Path) -> None:
+def test_a_parquet_row_without_an_image(tmp_path: Path) -> None:
     data = parquet(tmp_path / "p.parquet", image=[png(1), png(2), None], text=["a", "b", "c"])
-    with pytest.raises(UserError, match=r"p.parquet, row 2 holds no picture"):
+    with pytest.raises(UserError, match=r"p.parquet, row 2 holds no image"):
         find_source(str(data))
 
 
@@ -477,7 +475,7 @@ def test_columns_of_a_saved_set_are_inferred_or_listed(tmp_path: Path) -> None:
     two = saved(tmp_path / "two", image=images, mask=images, text=["a"])
     assert find_source(str(two)).examples[0].mask is not None
     none = saved(tmp_path / "none", text=["a"])
-    with pytest.raises(UserError, match=r"no one column of pictures; its columns: text \(Value\)"):
+    with pytest.raises(UserError, match=r"no one column of images; its columns: text \(Value\)"):
         find_source(str(none))
 
 
@@ -519,7 +517,7 @@ def broken_tar(path: Path) -> list[str]:
 BAD = {
     "broken tar": (broken_tar, "s.tar is no intact tar file"),
     "no such shard": (lambda path: [f"{path}/s-{{0..3}}.tar"], "4 of the 4 files"),
-    "no picture": (lambda path: [str(tar(path / "s.tar", {"1.txt": b"a"}))], "there are no pictures"),
+    "no image": (lambda path: [str(tar(path / "s.tar", {"1.txt": b"a"}))], "there are no images"),
     "unknown column": (lambda path: [csv(path, "imge", "1.png")], "its columns: imge"),
     "bytes and paths": (
         lambda path: [str(parquet(path / "p.parquet", image=[png(1)], file_name=["1.png"]))],
@@ -527,7 +525,7 @@ BAD = {
     ),
     "two of one name": (
         lambda path: [csv(path, "file_name", "1.png", "1.png")],
-        "two pictures are named 1.png",
+        "two images are named 1.png",
     ),
     "zip-slip": (lambda path: [str(zipped(path / "z.zip", {"../1.png": png(1)}))], "lead out of it"),
     "path outside": (lambda path: [csv(path, "file_name", "../1.png")], "leads out of the folder"),

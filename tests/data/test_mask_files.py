@@ -16,7 +16,7 @@ from latentflow.data import decode_image, read_mask
 from latentflow.data.pixels import to_rgb
 from latentflow.errors import UserError
 
-from .pictures import STORED, noise
+from .images import STORED, noise
 
 HARD = np.array([[0, 0, 255, 255, 0], [0, 255, 255, 255, 0], [0, 0, 0, 255, 0]], np.uint8)
 SOFT = np.array([[0, 51, 102, 153, 204, 255], [255, 204, 153, 102, 51, 0]], np.uint8)
@@ -120,7 +120,7 @@ def test_another_size_is_resized_to_the_nearest_pixel_and_told(caplog: pytest.Lo
         assert not caplog.text
         mask = read_mask(grey(SOFT), (12, 6))
     assert np.array_equal(np.asarray(mask), SOFT.repeat(3, 0).repeat(2, 1))
-    assert "the mask is 6 x 2, the picture 12 x 6" in caplog.text and len(caplog.records) == 1
+    assert "the mask is 6 x 2, the image 12 x 6" in caplog.text and len(caplog.records) == 1
 
 
 def test_the_size_is_that_of_the_upright_mask(caplog: pytest.LogCaptureFixture) -> None:
@@ -148,7 +148,7 @@ def test_a_jpeg_leaves_no_noise(tmp_path: Path, quality: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "YCbCr"])
-def test_a_picture_in_colour_is_no_mask_unless_asked(mode: str) -> None:
+def test_an_image_in_colour_is_no_mask_unless_asked(mode: str) -> None:
     photo = noise(3, 9, 7)
     with pytest.raises(UserError, match=r"not a mask: it is in colour\n.*threshold"):
         read_mask(photo.convert(mode))
@@ -214,7 +214,7 @@ def test_truncated_files(tmp_path: Path, suffix: str) -> None:
     noise(0, 64, 64).save(path)
     assert decode_image(path).size == (64, 64)
     cut(path)
-    with pytest.raises(UserError, match=rf"{path} (cannot be read|is not a picture)") as error:
+    with pytest.raises(UserError, match=rf"{path} (cannot be read|is not an image)") as error:
         decode_image(path)
     assert error.value.fix
 
@@ -235,9 +235,9 @@ def test_oversized_files(tmp_path: Path, side: int) -> None:
         decode_image(tmp_path / "m.png")
 
 
-def test_files_that_are_no_pictures(tmp_path: Path) -> None:
-    (tmp_path / "mask.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"mask.png is not a picture"):
+def test_files_that_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / "mask.png").write_text("no image")
+    with pytest.raises(UserError, match=r"mask.png is not an image"):
         decode_image(tmp_path / "mask.png")
     with pytest.raises(UserError, match=r"no file .*/maks.png\nDid you mean .*/mask.png\?"):
         decode_image(tmp_path / "maks.png")
@@ -246,7 +246,7 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_an_opened_picture_needs_its_file_no_more(tmp_path: Path, suffix: str) -> None:
+def test_an_opened_image_needs_its_file_no_more(tmp_path: Path, suffix: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(0, 6, 4).save(tmp_path / f"a.{suffix}", exif=exif)

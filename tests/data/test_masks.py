@@ -56,7 +56,7 @@ def test_a_generator_decides_its_mask_alone() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (3, 200)])
 @pytest.mark.parametrize("shape", MASK_SHAPES)
-def test_small_and_long_pictures(shape: str, size: tuple[int, int]) -> None:
+def test_small_and_long_images(shape: str, size: tuple[int, int]) -> None:
     assert random_masks({shape: 1.0}, size, generators(20)).shape == (20, 1, *size)
 
 

@@ -1,4 +1,4 @@
-"""Several sets as one, several captions of one picture, tags in other orders, factors on losses."""
+"""Several sets as one, several captions of one image, tags in other orders, factors on losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from latentflow.data import Source, find_source, split
 from latentflow.data.captions import with_tag_orders
 from latentflow.errors import UserError
 
-from .pictures import noise, save_all, write_jsonl
+from .images import noise, save_all, write_jsonl
 
 
 def captioned(root: Path, count: int, seed: int = 0, **more: Any) -> Path:
@@ -44,9 +44,9 @@ def test_repeats_and_weights_of_a_mix(tmp_path: Path) -> None:
     assert source.weights() == [3, 3, 3, 0.5, 0.5]
     assert source.uses() == [0, 1, 2, *[3] * 4, *[4] * 4] and source.once().uses() == [0, 1, 2, 3, 4]
     assert {example.name for example in source.examples} >= {"cats/0.png"}
-    assert any("cats: 2 pictures, each used 4 times an epoch" in note for note in source.notes)
+    assert any("cats: 2 images, each used 4 times an epoch" in note for note in source.notes)
     training, held_out = split(source, 2)
-    assert len(training) + len(held_out) == 5  # repeats never part a picture
+    assert len(training) + len(held_out) == 5  # repeats never part an image
     plain = find_source(mix(tmp_path, {"data": "cats"}, {"data": "more/dogs"}))
     assert source.fingerprint() != plain.fingerprint()
 
@@ -109,11 +109,11 @@ def test_a_mix_of_a_key_or_yaml_that_is_none(tmp_path: Path) -> None:
         find_source(str(tmp_path / "mix.yaml"))
 
 
-def test_a_picture_in_two_sets_under_one_name(tmp_path: Path) -> None:
+def test_an_image_in_two_sets_under_one_name(tmp_path: Path) -> None:
     captioned(tmp_path / "all/cats", 1)
     (tmp_path / "all/cats/metadata.jsonl").unlink()
     data = mix(tmp_path, {"data": "all"}, {"data": "all/cats"})
-    with pytest.raises(UserError, match=r"two pictures are named all/cats/0.png"):
+    with pytest.raises(UserError, match=r"two images are named all/cats/0.png"):
         find_source(data, condition="none")
 
 
@@ -148,7 +148,7 @@ def test_several_captions_in_metadata(tmp_path: Path) -> None:
     source = several(tmp_path, ["a hat", " ", "a red hat"], "a shoe")
     assert source.captions() == ["a hat", "a shoe"]
     assert source.all_captions() == [("a hat", "a red hat"), ("a shoe",)]
-    assert any("1 pictures have several captions" in note for note in source.notes)
+    assert any("1 images have several captions" in note for note in source.notes)
     assert find_source(str(tmp_path), condition="none").all_captions() == [("",), ("",)]
     with pytest.raises(UserError, match=r"line 1: text is \['a', 5\]"):
         several(tmp_path, ["a", 5])
@@ -163,7 +163,7 @@ def test_several_captions_in_numbered_columns(tmp_path: Path) -> None:
 def test_a_sidecar_must_be_one_of_the_captions(tmp_path: Path) -> None:
     (tmp_path / "0.txt").write_text("a red  hat\n")
     assert several(tmp_path, ["a hat", "a red hat"]).all_captions() == [("a hat", "a red hat")]
-    with pytest.raises(UserError, match="differ on 1 pictures"):
+    with pytest.raises(UserError, match="differ on 1 images"):
         several(tmp_path, ["a hat", "a blue hat"])
 
 
@@ -195,7 +195,7 @@ def test_tags_in_other_orders(tmp_path: Path) -> None:
     assert all(order[0] == "cat" and sorted(order) == sorted(orders[0]) for order in orders)
     assert with_tag_orders(source, 6, 1).examples == found.examples  # depends on the caption only
     assert {text.split(",")[0] for text in with_tag_orders(source, 12, 0).all_captions()[0]} > {"cat"}
-    assert any("tags of 1 pictures in up to 6 orders" in note for note in found.notes)
+    assert any("tags of 1 images in up to 6 orders" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

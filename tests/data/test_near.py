@@ -20,7 +20,7 @@ from latentflow.data.checking.inspect_images import looks_at
 
 
 def make_image(seed: int, width: int = 96, height: int = 96) -> Image.Image:
-    """Smooth blobs, as photographs have; another seed is another picture."""
+    """Smooth blobs, as photographs have; another seed is another image."""
     values = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -43,14 +43,16 @@ def test_copies_are_one_group_and_others_are_not(tmp_path: Path) -> None:
     names = save_copies(tmp_path, 0, "a")
     for seed in range(1, 40):
         make_image(seed).save(tmp_path / f"{seed}.png")
-    recoloured = np.asarray(make_image(0))[..., ::-1]  # the same shapes: its hash is near, its colours are not
+    recoloured = np.asarray(make_image(0))[
+        ..., ::-1
+    ]  # the same shapes: its hash is near, its colours are not
     Image.fromarray(np.ascontiguousarray(recoloured)).save(tmp_path / "recoloured.png")
     report = check_source(str(tmp_path), progress=False)
     assert report.near_duplicates == (tuple(names),) and not report.duplicates
-    assert any("3 pictures are near duplicates" in warning for warning in report.warnings)
+    assert any("3 images are near duplicates" in warning for warning in report.warnings)
 
 
-def test_squeezed_pictures_are_no_copies(tmp_path: Path) -> None:
+def test_squeezed_images_are_no_copies(tmp_path: Path) -> None:
     make_image(0).save(tmp_path / "a.png")
     make_image(0).resize((96, 60)).save(tmp_path / "b.png")
     assert not check_source(str(tmp_path), progress=False).near_duplicates
@@ -110,7 +112,7 @@ def test_every_pair_within_reach_is_found_and_a_hundred_thousand_take_seconds() 
 
 
 def test_a_long_film_takes_neither_minutes_nor_gigabytes() -> None:
-    """All of its pictures resemble one another: their pairs, a few million here, are not to be held."""
+    """All of its images resemble one another: their pairs, a few million here, are not to be held."""
     generator = np.random.default_rng(0)
     count = 4000
     flipped = generator.integers(0, 64, (count, 3)).astype(np.uint64)
@@ -163,7 +165,7 @@ def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: 
 
     for seed in range(3):
         make_image(seed).save(tmp_path / f"{seed}.png")
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     opened: list[str] = []
     real = module.look_at_all
     monkeypatch.setattr(module, "look_at_all", lambda e: (opened.extend(x.name for x in e), real(e))[1])

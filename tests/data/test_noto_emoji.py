@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentflow.errors import UserError
 
-from .pictures import load_program
+from .images import load_program
 
 TONES = {
     "1F3FB": "light",
@@ -66,7 +66,7 @@ def rows(folder: Path) -> dict[str, dict[str, str | None]]:
 
 def test_layout_names_and_split(main: Any, made_up: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "emoji"
-    main([*made_up, "-o", str(out), "--resolution", "16", "--test-pictures", "10"])
+    main([*made_up, "-o", str(out), "--resolution", "16", "--test-images", "10"])
     train, test = rows(out / "train"), rows(out / "test")
     assert len(test) == 10 and len(train) == 10 + 40 + 1 + 4  # without the bare tone and the private symbol
     for part, listed in (("train", train), ("test", test)):
@@ -78,14 +78,14 @@ def test_layout_names_and_split(main: Any, made_up: tuple[str, str], tmp_path: P
     assert train["1f468_1f3fb_200d_1f91d_200d_1f468_1f3fc.png"]["skin_tone"] is None
     tones = [row["skin_tone"] for row in test.values()]
     assert sorted(tones) == sorted(list(TONES.values()) * 2)
-    for name in test:  # the other four tones, and the picture without one, are trained on
+    for name in test:  # the other four tones, and the image without one, are trained on
         person = name.split("_")[0]
         assert sum(other.startswith(f"{person}_1f3f") and "200d" not in other for other in train) == 4
         assert f"{person}.png" in train
 
 
-def test_pictures(main: Any, made_up: tuple[str, str], tmp_path: Path) -> None:
-    main([*made_up, "-o", str(tmp_path / "emoji"), "--resolution", "16", "--test-pictures", "0"])
+def test_images(main: Any, made_up: tuple[str, str], tmp_path: Path) -> None:
+    main([*made_up, "-o", str(tmp_path / "emoji"), "--resolution", "16", "--test-images", "0"])
     with Image.open(tmp_path / "emoji/train/1f600.png") as image:
         assert image.mode == "RGBA" and image.size == (16, 16)
         values = np.asarray(image)
@@ -96,7 +96,7 @@ def test_pictures(main: Any, made_up: tuple[str, str], tmp_path: Path) -> None:
 
 def test_the_same_input_gives_the_same_folder(main: Any, made_up: tuple[str, str], tmp_path: Path) -> None:
     for name in ("one", "two"):
-        main([*made_up, "-o", str(tmp_path / name), "--resolution", "8", "--test-pictures", "5"])
+        main([*made_up, "-o", str(tmp_path / name), "--resolution", "8", "--test-images", "5"])
     for path in (tmp_path / "one").rglob("*.*"):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
 
@@ -110,14 +110,14 @@ def test_held_out_list(main: Any, made_up: tuple[str, str], tmp_path: Path) -> N
     with pytest.raises(UserError, match="exists already"):
         main(arguments)
     listed.write_text("nobody.png\n")
-    with pytest.raises(UserError, match=r"names 1 pictures that are not there: nobody.png"):
+    with pytest.raises(UserError, match=r"names 1 images that are not there: nobody.png"):
         main(arguments)
 
 
 def test_what_cannot_work(main: Any, made_up: tuple[str, str], tmp_path: Path) -> None:
     noto, names = made_up
     with pytest.raises(UserError, match="10 exist in all skin tones"):
-        main([noto, names, "-o", str(tmp_path / "x"), "--test-pictures", "11"])
+        main([noto, names, "-o", str(tmp_path / "x"), "--test-images", "11"])
     with pytest.raises(UserError, match=r"no emoji_u\*.png"):
         main([str(tmp_path), names, "-o", str(tmp_path / "x")])
     (tmp_path / "other.txt").write_text("# nothing here\n")

@@ -16,13 +16,13 @@ from PIL import Image
 from latentflow.data import check_source, find_source, read_image, readable, split
 from latentflow.errors import UserError
 
+from .images import load_program, noise
 from .odd_files import SIDE, grey_quarters, make_extreme, make_reported, make_used, quarters
-from .pictures import load_program, noise
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "mkfifo"), reason="needs links, pipes and names of a POSIX system"
 )
-FILLERS = 400  # good pictures, so that less than 5 % cannot be read
+FILLERS = 400  # good images, so that less than 5 % cannot be read
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_an_empty_sidecar_is_named_and_the_rest_checked(tmp_path: Path) -> None:
         noise(seed).save(tmp_path / f"{seed}.png")
         (tmp_path / f"{seed}.txt").write_text(caption)
     report = check_source(str(tmp_path), progress=False)
-    assert any("1 of 3 pictures have no caption: 1.png" in problem for problem in report.problems)
-    assert report.pictures == 3 and report.caption_facts.missing == ("1.png",)
+    assert any("1 of 3 images have no caption: 1.png" in problem for problem in report.problems)
+    assert report.images == 3 and report.caption_facts.missing == ("1.png",)
     with pytest.raises(UserError, match=r"no caption: 1\.png"):
         find_source(str(tmp_path))
 
@@ -120,7 +120,7 @@ def test_a_file_without_permission_is_named(unprivileged: Path) -> None:
         noise(seed).save(unprivileged / f"{seed}.png")
     (unprivileged / "7.png").chmod(0)
     report = check_source(str(unprivileged), progress=False)
-    assert report.unreadable == {"7.png": "permission denied"} and report.pictures == 29
+    assert report.unreadable == {"7.png": "permission denied"} and report.images == 29
     assert len(readable(find_source(str(unprivileged)), progress=False)) == 29
     (unprivileged / "7.png").chmod(0o644)
     assert not check_source(str(unprivileged), progress=False).unreadable

@@ -1,4 +1,4 @@
-"""The user's own masks in a folder: which files they are, whose, and that they stay on their picture."""
+"""The user's own masks in a folder: which files they are, whose, and that they stay on their image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from latentflow.data import Source, cached_masks, cached_pixels, check_source, find_source
 from latentflow.errors import UserError
 
-from .pictures import STORED, load_program, noise, save_all, write_jsonl
+from .images import STORED, load_program, noise, save_all, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def names(source: Source) -> list[str]:
 
 
 def masks(source: Source) -> dict[str, str | None]:
-    """The name of every picture's mask."""
+    """The name of every image's mask."""
     root = source.root
     assert root is not None
     return {e.name: e.mask.relative_to(root).as_posix() if e.mask else None for e in source.examples}
@@ -45,7 +45,7 @@ def save_mask(path: Path, seed: int = 0, size: tuple[int, int] = (8, 8)) -> np.n
 # --- whose mask ---------------------------------------------------------------------------------------
 
 
-def test_files_beside_their_pictures(tmp_path: Path) -> None:
+def test_files_beside_their_images(tmp_path: Path) -> None:
     save_all(tmp_path, ["a.png", "b.jpg", "c/a.png", "d.png", "e-mask.png", "f.png"])
     for name in ("a-mask.png", "b-mask.png", "c/a-mask.png", "f-mask.jpg"):
         save_mask(tmp_path / name)
@@ -55,11 +55,11 @@ def test_files_beside_their_pictures(tmp_path: Path) -> None:
         "b.jpg": "b-mask.png",
         "c/a.png": "c/a-mask.png",
         "d.png": None,
-        "e-mask.png": None,  # no picture that it could be the mask of
+        "e-mask.png": None,  # no image that it could be the mask of
         "f.png": "f-mask.jpg",
     }
     (note,) = [note for note in source.notes if "masks" in note]
-    assert "4 files are masks of the pictures beside them: a-mask.png, b-mask.png" in note
+    assert "4 files are masks of the images beside them: a-mask.png, b-mask.png" in note
     unused = find_source(str(tmp_path), condition="none", masks="none")
     assert names(unused) == names(source) and set(masks(unused).values()) == {None}
     assert any("4 files are masks" in note and "not used (--masks none)" in note for note in unused.notes)
@@ -79,7 +79,7 @@ def test_masks_are_neither_classes_nor_in_want_of_captions(tmp_path: Path) -> No
     source = find_source(str(tmp_path))
     assert source.classes == ("hat", "shoe")
     assert masks(source) == {"hat/1.png": "hat/1-mask.png", "shoe/2.png": "masks/2.png"}
-    assert any("masks of 1 pictures in the metadata" in note for note in source.notes)
+    assert any("masks of 1 images in the metadata" in note for note in source.notes)
     for name in ("hat/1", "shoe/2"):
         (tmp_path / f"{name}.txt").write_text("a thing")
     assert find_source(str(tmp_path), condition="text").captions() == ["a thing"] * 2
@@ -92,7 +92,7 @@ def test_metadata_csv(tmp_path: Path) -> None:
     assert masks(find_source(str(tmp_path))) == {"1.png": "m/1.png", "2.png": None}
 
 
-def test_what_the_metadata_list_is_a_picture_whatever_its_name(tmp_path: Path) -> None:
+def test_what_the_metadata_list_is_an_image_whatever_its_name(tmp_path: Path) -> None:
     save_all(tmp_path, ["cat.png", "cat-mask.png"])
     write_jsonl(
         tmp_path / "metadata.jsonl", [{"file_name": n, "text": "a"} for n in ("cat.png", "cat-mask.png")]
@@ -158,7 +158,7 @@ def test_alpha_channels(tmp_path: Path) -> None:
     assert table.has_mask.tolist() == [True, False, False]
     assert np.array_equal(table.masks[0, 0], np.where(rgba[..., 3] < 128, 255, 0))
     pixels = cached_pixels(source, 8, progress=False)
-    assert np.array_equal(pixels[0].permute(1, 2, 0), rgba[..., :3])  # what the hole hides is the picture
+    assert np.array_equal(pixels[0].permute(1, 2, 0), rgba[..., :3])  # what the hole hides is the image
     composited = cached_pixels(find_source(str(tmp_path)), 8, progress=False)
     assert (composited[0, :, 3, 2] == 255).all() and not torch.equal(composited[0], pixels[0])
     assert check_source(str(tmp_path), masks="alpha", progress=False).masks == 1
@@ -167,7 +167,7 @@ def test_alpha_channels(tmp_path: Path) -> None:
 # --- keys ---------------------------------------------------------------------------------------------
 
 
-def test_a_changed_mask_is_changed_data_but_the_same_picture(tmp_path: Path, cache: Path) -> None:
+def test_a_changed_mask_is_changed_data_but_the_same_image(tmp_path: Path, cache: Path) -> None:
     save_all(tmp_path, ["1.png", "2.png"])
     bare = find_source(str(tmp_path))
     told, keys = bare.fingerprint(), bare.content_keys()
@@ -184,11 +184,11 @@ def test_a_changed_mask_is_changed_data_but_the_same_picture(tmp_path: Path, cac
 
 # --- registration -------------------------------------------------------------------------------------
 
-RED = (slice(24, 56), slice(40, 88))  # a rectangle in a picture of 96 x 120
+RED = (slice(24, 56), slice(40, 88))  # a rectangle in an image of 96 x 120
 
 
 def save_red(folder: Path, orientation: int, shrink: tuple[int, int]) -> None:
-    """A picture with a red rectangle, stored turned, and the upright mask of the rectangle, perhaps smaller."""
+    """An image with a red rectangle, stored turned, and the upright mask of the rectangle, perhaps smaller."""
     upright = np.zeros((96, 120, 3), np.uint8)
     upright[RED] = (255, 0, 0)
     exif = Image.Exif()
@@ -250,7 +250,7 @@ def black_layer(path: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "colour": (lambda path: noise(1).save(path), "is not a mask: it is in colour"),
-    "text": (lambda path: path.write_text("none"), "is not a picture"),
+    "text": (lambda path: path.write_text("none"), "is not an image"),
     "cut": (cut, "cannot be read"),
     "black layer": (black_layer, "is black on transparent"),
 }
@@ -272,7 +272,7 @@ def test_a_bad_mask_is_a_problem_and_named(
     printed = capsys.readouterr().out
     assert stop.value.code == 1 and "PROBLEM: 1 masks cannot be used" in printed
     assert f"a-mask.png {message}" in printed
-    assert "1 of 2 pictures have a mask of their own" in printed
+    assert "1 of 2 images have a mask of their own" in printed
     main([str(tmp_path), "--masks", "none"])
     assert "not used (--masks none)" in capsys.readouterr().out
 
@@ -283,10 +283,10 @@ def test_masks_of_another_size_are_told(tmp_path: Path) -> None:
         save_mask(tmp_path / f"{name}-mask.png", size=size)
     noise(9).save(tmp_path / "e.png")
     report = check_source(str(tmp_path), progress=False)
-    assert report.masks == 4 and report.pictures == 5 and not report.problems
+    assert report.masks == 4 and report.images == 5 and not report.problems
     told = [line for line in report.warnings if "masks have" in line]
     assert told == [
-        "1 masks have another size than their picture and are resized to it: b.png (60x40, its mask 31x20)",
-        "2 masks have another aspect ratio than their picture and are resized to it: "
+        "1 masks have another size than their image and are resized to it: b.png (60x40, its mask 31x20)",
+        "2 masks have another aspect ratio than their image and are resized to it: "
         "c.png (60x40, its mask 40x60), d.png (60x40, its mask 40x40)",
     ]

@@ -1,4 +1,4 @@
-"""Any mode and orientation becomes the same upright RGB picture."""
+"""Any mode and orientation becomes the same upright RGB image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from latentflow.data import FileExample, read_image, to_pil, to_tensor
 from latentflow.data.pixels import to_rgb
 from latentflow.errors import UserError
 
-from .pictures import STORED, noise
+from .images import STORED, noise
 
 
 def example(path: Path) -> FileExample:

@@ -56,7 +56,7 @@ def test_held_out_captions_are_never_trained_on() -> None:
     told_otherwise = {
         s.caption(s.reverse(spec)) for spec in map(s.parse, held_out) if isinstance(spec, s.Pair)
     }
-    assert told_otherwise <= held_out  # neither is the same picture in other words
+    assert told_otherwise <= held_out  # neither is the same image in other words
 
 
 def test_any_two_attributes_still_occur_together_in_training() -> None:
@@ -125,7 +125,7 @@ def test_a_seed_moves_objects_a_little_and_always_the_same_way() -> None:
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, image: Image.Image, specs: list[s.Spec]) -> list[s.Spec]:
-    """Those of ``specs`` that the picture shows; its objects, which do not depend on them, are found once."""
+    """Those of ``specs`` that the image shows; its objects, which do not depend on them, are found once."""
     found = find_objects(image)
     with monkeypatch.context() as patch:
         patch.setattr(s, "find_objects", lambda _: found)
@@ -133,7 +133,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, image: Image.Image, specs: list[s.Spe
 
 
 @pytest.mark.parametrize("resolution", [32, 64])
-def test_clean_pictures_are_right(resolution: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clean_images_are_right(resolution: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [
         spec for spec in PAIRS if spec.relation in ("left of", "above")
     ]  # the others say the same from behind
@@ -143,7 +143,7 @@ def test_clean_pictures_are_right(resolution: int, monkeypatch: pytest.MonkeyPat
         assert shown(monkeypatch, s.render(told[0], resolution, seed)[0], told) == told
 
 
-def test_training_pictures_are_right_after_reading() -> None:
+def test_training_images_are_right_after_reading() -> None:
     for example in s.train_source().examples[::97]:
         assert example.text is not None
         assert s.check(to_tensor(read_image(example, 32)), example.text)

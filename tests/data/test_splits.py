@@ -11,7 +11,7 @@ import pytest
 from latentflow.data import Source, find_source, split
 from latentflow.errors import UserError
 
-from .pictures import save_all
+from .images import save_all
 
 
 @pytest.fixture
@@ -63,5 +63,5 @@ def test_copies_stay_on_one_side(source: Source, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("validation", [40, 1.0, -1, -0.5, 41])
 def test_impossible(source: Source, validation: float) -> None:
-    with pytest.raises(UserError, match=f"cannot hold out {validation} of 40 pictures"):
+    with pytest.raises(UserError, match=f"cannot hold out {validation} of 40 images"):
         split(source, validation)

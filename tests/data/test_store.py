@@ -266,7 +266,7 @@ def test_what_is_not_ours_is_never_deleted(tmp_path: Path, monkeypatch: pytest.M
     assert all(path.exists() for path in theirs) and not ours.exists()
 
 
-def test_what_is_remembered_of_pictures_counts_and_goes_too(
+def test_what_is_remembered_of_images_counts_and_goes_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = tmp_path / "cache" / LOOKS.format(1)

@@ -42,8 +42,8 @@ def program(repository: Path) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 captioned pictures: a hat is a colour above white, a shoe a colour below white."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 captioned images: a hat is a colour above white, a shoe a colour below white."""
     folder = tmp_path_factory.mktemp("pictures")
     rows = []
     for thing in THINGS:
@@ -76,15 +76,15 @@ def evaluate(program: ModuleType, *argv: object) -> None:
 
 
 def test_the_report_is_complete_and_repeatable(
-    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path
+    program: ModuleType, images: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     reports = []
     for name, batch in (("a.json", 4), ("b.json", 3)):
         flags = ["-n", 4, "--steps", 1, "--validation", 0.25, "--batch-size", batch, "--device", "cpu"]
-        evaluate(program, checkpoint, pictures, "-o", tmp_path / name, *flags, "--attributes", *COLOURS)
+        evaluate(program, checkpoint, images, "-o", tmp_path / name, *flags, "--attributes", *COLOURS)
         reports.append(json.loads((tmp_path / name).read_text()))
     first, second = reports
-    assert Image.open(tmp_path / "a.png").size == (70, 70)  # 2 x 2 pictures with margins
+    assert Image.open(tmp_path / "a.png").size == (70, 70)  # 2 x 2 images with margins
     # Nine training images: four real ones stand beside the four generated, five are the reference of both.
     distance = first["frechet_distance"]
     assert (distance["generated"], distance["real"], distance["reference"]) == (4, 4, 5)
@@ -102,7 +102,7 @@ def test_the_report_is_complete_and_repeatable(
     assert first["settings"]["seed"] == 0 and first["settings"]["steps"] == 1
     assert set(first["versions"]) >= {"latentflow", "torch", "diffusers", "python"}
     assert first["data"]["images"] == {"training": 9, "held_out": 3}
-    assert first["data"]["fingerprint"] == find_source(str(pictures)).fingerprint()
+    assert first["data"]["fingerprint"] == find_source(str(images)).fingerprint()
     assert set(first["checkpoint"]) == {"transformer", "vae", "text_encoder"}
     assert first["asked"]["with"] == "prompt" and first["asked"]["different"] == 4
     # A network that was never trained predicts zero: its loss is E|x1 - x0|^2, at least the noise's variance.
@@ -127,7 +127,7 @@ def test_a_run_lends_its_settings(program: ModuleType, tmp_path: Path) -> None:
         "validation: 0.3\nseed: 7\nbackground: grey\nmissing_caption: skip\nmasks: alpha\n"
     )
     lent = program.as_trained(config)
-    # Without these, other pictures would be found, and others held out.
+    # Without these, other images would be found, and others held out.
     assert (lent.missing_caption, lent.masks) == ("skip", "alpha")
     # Nor would these be the colours that the run, of before profiles were converted, was trained on.
     assert (defaults.colours, lent.colours) == ("srgb", "stored")
@@ -378,7 +378,7 @@ def test_counterparts_that_are_one_image_are_left_out(
 
 
 def test_images_that_are_not_finite_are_not_measured(
-    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: ModuleType, originals: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Any, prompt: list[str], height: int, width: int, **settings: Any) -> Any:
         images = torch.full((len(prompt), 3, height, width), 0.5)
@@ -388,21 +388,21 @@ def test_images_that_are_not_finite_are_not_measured(
     monkeypatch.setattr(LatentFlowPipeline, "__call__", broken)
     flags = ["-n", 4, "--validation", 0.25, "--device", "cpu"]
     with pytest.raises(UserError, match=r"1 of 4 generated images .* not finite, first number 1"):
-        evaluate(program, checkpoint, pictures, "-o", tmp_path / "x.json", *flags)
+        evaluate(program, checkpoint, originals, "-o", tmp_path / "x.json", *flags)
     assert not (tmp_path / "x.json").exists()
 
 
 def test_mistakes_are_told_before_anything_is_computed(
-    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path
+    program: ModuleType, images: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     report = tmp_path / "report.json"
     report.write_text("{}")
     with pytest.raises(UserError, match="--overwrite"):
-        evaluate(program, checkpoint, pictures, "-o", report)
+        evaluate(program, checkpoint, images, "-o", report)
     with pytest.raises(UserError, match=r"report\.json"):
-        evaluate(program, checkpoint, pictures, "-o", tmp_path / "report.txt")
+        evaluate(program, checkpoint, images, "-o", tmp_path / "report.txt")
     with pytest.raises(UserError, match="--test FOLDER"):
-        evaluate(program, checkpoint, pictures, "-o", tmp_path / "x.json", "--validation", 0)
+        evaluate(program, checkpoint, images, "-o", tmp_path / "x.json", "--validation", 0)
     assert report.read_text() == "{}"
 
 
@@ -425,28 +425,28 @@ def test_mistakes_are_told_before_anything_is_computed(
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
 def test_settings_that_cannot_be_are_told_in_a_sentence(
-    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path, flags: list[Any], told: str
+    program: ModuleType, images: Path, checkpoint: Path, tmp_path: Path, flags: list[Any], told: str
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.json").mkdir()
     words = [str(flag).format(tmp=tmp_path) for flag in flags]
     with pytest.raises(UserError) as error:
-        evaluate(program, checkpoint, pictures, "-o", tmp_path / "x.json", "--device", "cpu", *words)
+        evaluate(program, checkpoint, images, "-o", tmp_path / "x.json", "--device", "cpu", *words)
     assert told in str(error.value)
 
 
 def test_a_test_set_that_was_trained_on_is_told(
-    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    program: ModuleType, images: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["-n", 2, "--steps", 1, "--validation", 0.25, "--device", "cpu", "--test", pictures]
-    evaluate(program, checkpoint, pictures, "-o", tmp_path / "x.json", *flags)
+    flags = ["-n", 2, "--steps", 1, "--validation", 0.25, "--device", "cpu", "--test", images]
+    evaluate(program, checkpoint, images, "-o", tmp_path / "x.json", *flags)
     told = "12 of the 12 images of --test are in DATA too"
     assert told in json.loads((tmp_path / "x.json").read_text())["notes"]
     assert told in capsys.readouterr().out
 
 
 def test_data_that_the_checkpoint_does_not_know_are_refused(
-    program: ModuleType, pictures: Path, checkpoint: Path, class_checkpoint: Path, tmp_path: Path
+    program: ModuleType, images: Path, checkpoint: Path, class_checkpoint: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "classes"
     for name in ("common", "rar"):
@@ -462,7 +462,7 @@ def test_data_that_the_checkpoint_does_not_know_are_refused(
     (equal / "z.txt").write_text("red")
     for made, data, told in (
         (class_checkpoint, other, "did you mean 'rare'"),
-        (class_checkpoint, pictures, "takes classes (common, rare)"),
+        (class_checkpoint, images, "takes classes (common, rare)"),
         (checkpoint, equal, "all of them equal"),
         (checkpoint, tmp_path / "nowhere", "there is no folder"),
     ):
@@ -494,9 +494,9 @@ def test_a_damaged_config_of_the_run_is_told(
 
 
 def test_words_that_the_checkpoint_does_not_know_are_a_note(
-    program: ModuleType, pictures: Path, checkpoint: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    program: ModuleType, images: Path, checkpoint: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    folder = shutil.copytree(pictures, tmp_path / "others")
+    folder = shutil.copytree(images, tmp_path / "others")
     rows = folder / "metadata.jsonl"
     rows.write_text(rows.read_text().replace('"text": "lime', '"text": "teal'))
     flags = ["-n", 12, "--steps", 1, "--validation", 0.25, "--batch-size", 2, "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""Feature spaces, retrieval and memorisation, on pictures whose neighbours are known."""
+"""Feature spaces, retrieval and memorisation, on images whose neighbours are known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentflow.metrics import (
 )
 
 
-def pictures(n: int, seed: int = 0, side: int = 32) -> torch.Tensor:
+def images(n: int, seed: int = 0, side: int = 32) -> torch.Tensor:
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -26,11 +26,11 @@ def flat(*levels: float) -> torch.Tensor:
 
 
 def test_features_are_the_area_mean_pixels() -> None:
-    assert features(pictures(2, side=64), "pixels-16").shape == (2, 3 * 16 * 16)
-    assert torch.equal(features(pictures(2), "pixels-32"), pictures(2).flatten(1))
+    assert features(images(2, side=64), "pixels-16").shape == (2, 3 * 16 * 16)
+    assert torch.equal(features(images(2), "pixels-32"), images(2).flatten(1))
     torch.testing.assert_close(features(flat(0.3, -0.7), "pixels-16")[:, 0], torch.tensor([0.3, -0.7]))
     with pytest.raises(UserError, match="pixels-16"):
-        features(pictures(1), "pixel-16")
+        features(images(1), "pixel-16")
 
 
 def test_features_do_not_alias() -> None:
@@ -42,7 +42,7 @@ def test_features_do_not_alias() -> None:
 
 
 def test_distances_keep_small_differences() -> None:
-    rows = features(pictures(3))
+    rows = features(images(3))
     assert torch.equal(distances(rows, rows).diagonal(), torch.zeros(3))
     assert distances(rows, rows + 1e-5)[0, 0] == pytest.approx(1e-5 * rows.shape[1] ** 0.5, rel=0.05)
 
@@ -56,7 +56,7 @@ def test_caption_retrieval_counts_the_nearest_captions() -> None:
     assert caption_retrieval(data, names, data, names) == {1: 1.0, 5: 1.0}
 
 
-def test_one_caption_may_belong_to_several_pictures() -> None:
+def test_one_caption_may_belong_to_several_images() -> None:
     data, names = flat(0.0, 0.5, 1.0), ["hat", "shoe", "hat"]
     assert caption_retrieval(flat(0.9, 0.1, 0.4), ["hat", "hat", "hat"], data, names)[1] == pytest.approx(
         2 / 3
@@ -70,7 +70,7 @@ def test_attribute_groups_take_the_longest_attribute_and_need_every_counterpart(
     assert attribute_groups(asked, tones, data) == [(1, 1, [0, 1, 2]), (3, 2, [3, 4, 5])]
 
 
-def test_attribute_retrieval_compares_with_a_pictures_own_candidates() -> None:
+def test_attribute_retrieval_compares_with_an_images_own_candidates() -> None:
     candidates = torch.stack([flat(0.0, 0.5, 1.0), flat(-1.0, -0.5, 0.4)])
     assert attribute_retrieval(flat(0.45, 0.45), candidates, [1, 2]) == 1.0
     assert attribute_retrieval(flat(0.45, 0.45), candidates, [1, 0]) == 0.5
@@ -104,15 +104,15 @@ def test_attributes_are_whole_words() -> None:
 # ---------------------------------------------------------------- memorisation
 
 
-def test_memorisation_is_one_for_new_pictures_and_zero_for_copies() -> None:
-    train, held_out, new = pictures(60, 1), pictures(60, 2), pictures(60, 3)
+def test_memorisation_is_one_for_new_images_and_zero_for_copies() -> None:
+    train, held_out, new = images(60, 1), images(60, 2), images(60, 3)
     fresh = memorisation(new, train, held_out)
     assert (fresh.new, fresh.compared, fresh.drawn) == ("held out", 60, 60)
     assert fresh.ratio == pytest.approx(1, abs=0.02)
     copied = memorisation(train[:20], train, held_out)
     assert (copied.ratio, copied.copies, copied.copied, copied.generated) == (0.0, 1.0, 20, 0.0)
     assert memorisation(held_out, train, held_out).copies == pytest.approx(0.05, abs=0.02)
-    alone = memorisation(new, train, None)  # each training picture beside the others
+    alone = memorisation(new, train, None)  # each training image beside the others
     assert (alone.new, alone.compared) == ("left out", 60)
     assert alone.ratio == pytest.approx(1, abs=0.02)
     assert memorisation(train[:20], train, None).ratio == 0.0
@@ -122,10 +122,10 @@ def test_memorisation_is_one_for_new_pictures_and_zero_for_copies() -> None:
 @pytest.mark.parametrize("blur", [0.0, 1e-3])
 def test_copies_of_what_is_in_the_data_twice_are_copies(held_out: int, blur: float) -> None:
     """All of it, some of it; also where the held-out images are among the training images."""
-    once = pictures(30, 1)
+    once = images(30, 1)
     for train in (once.repeat(2, 1, 1, 1), torch.cat([once, once[:5], once[:5]])):
-        fresh = torch.cat([train[:5], pictures(held_out, 2)]) if held_out else None
-        found = memorisation(train + blur * pictures(len(train), 3), train, fresh)
+        fresh = torch.cat([train[:5], images(held_out, 2)]) if held_out else None
+        found = memorisation(train + blur * images(len(train), 3), train, fresh)
         assert (found.copies, found.copied) == (1.0, len(train))
         assert found.ratio < 0.01
 
@@ -148,7 +148,7 @@ def test_new_images_are_copies_as_often_as_is_expected(held_out: int) -> None:
 
 
 def test_very_few_images_say_how_little_they_say() -> None:
-    found = memorisation(pictures(10, 1), pictures(4, 2), None)
+    found = memorisation(images(10, 1), images(4, 2), None)
     assert found.expected == 1 / 5  # of 4 new images' distances the smallest is the threshold
     assert found.usual[0] == 0 and found.usual[1] >= 0.6
 
@@ -161,7 +161,7 @@ def test_numbers_that_do_not_match_are_refused() -> None:
         caption_retrieval(flat(0, 1), ["a"], flat(0), ["a"])
     for generated, train in ((flat(0), flat(0, 0)), (flat(0)[:0], flat(0, 1))):
         with pytest.raises(ValueError, match="different training images"):
-            memorisation(generated, train, pictures(1))
+            memorisation(generated, train, images(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -180,8 +180,8 @@ def steered_pipe() -> LatentFlowInpaintPipeline:
 
 
 @pytest.fixture
-def pictures() -> Callable[..., Tensor]:
-    """Fixed random pictures (n, 3, height, width) in [0, 1], on the 8-bit grid."""
+def images() -> Callable[..., Tensor]:
+    """Fixed random images (n, 3, height, width) in [0, 1], on the 8-bit grid."""
 
     def draw(n: int = 1, height: int = 8, width: int = 8) -> Tensor:
         generator = torch.Generator().manual_seed(4)

@@ -23,7 +23,7 @@ from .conftest import NAMES, GaussianFlow, quiet, tiny_text, tiny_vae
 
 NAN, INF = float("nan"), float("inf")
 SEED = torch.Generator
-PICTURE = Image.new("RGB", (8, 8))
+IMAGE = Image.new("RGB", (8, 8))
 EMBEDS, LATENTS = torch.zeros(1, 3, 16), torch.zeros(1, 2, 4, 4)
 
 NO_WHOLE = ["4", 2.5, 4.0, NAN, True, [4], 10**30, -1]
@@ -121,10 +121,10 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     hole = Image.new("L", (8, 8), 255)
     return {
         "generate": (pipe, asked),
-        "image-to-image": (image, asked | {"image": PICTURE}),
-        "inpaint": (inpaint, asked | {"image": PICTURE, "mask_image": hole, "method": "trained"}),
-        "edit": (edit, asked | {"image": PICTURE}),
-        "invert": (edit.invert, asked | {"image": PICTURE}),
+        "image-to-image": (image, asked | {"image": IMAGE}),
+        "inpaint": (inpaint, asked | {"image": IMAGE, "mask_image": hole, "method": "trained"}),
+        "edit": (edit, asked | {"image": IMAGE}),
+        "invert": (edit.invert, asked | {"image": IMAGE}),
         "interpolate": (edit.interpolate, asked),
     }
 

@@ -88,17 +88,17 @@ def test_a_solver_or_a_scheduler_follows_the_velocity() -> None:
 def test_image_to_image_starts_where_it_is_told() -> None:
     pipe = LatentFlowImg2ImgPipeline.from_pipe(given := pipeline(), transformer=given.transformer)
     pipe.set_progress_bar_config(disable=True)
-    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     drawn = pipe(
         class_labels="hat",
-        image=picture,
+        image=image,
         strength=0.6,
         latents=noise(1),
         guidance_scale=1.0,
         output_type="latent",
     ).images
     assert pipe.few_steps.average and pipe.transformer.ends == [0.5, 0.75, 1.0]
-    start = 0.4 * pipe.encode_images(2.0 * picture - 1.0) + 0.6 * noise(1)
+    start = 0.4 * pipe.encode_images(2.0 * image - 1.0) + 0.6 * noise(1)
     expected = pipe.transformer.end_from(pipe.transformer.means[[1]], start, 0.4)
     torch.testing.assert_close(drawn, expected.detach(), rtol=1e-4, atol=1e-5)
 
@@ -121,8 +121,8 @@ def test_inpainting_leaps_where_masks_were_trained(
         ends.append(float(named["end"][0]) if "end" in named else None)
 
     network.register_forward_pre_hook(see, with_kwargs=True)
-    picture, mask = torch.rand(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    pipe(image=picture, mask_image=(mask[:, :1] > 0.5).float(), method=method, output_type="latent")
+    image, mask = torch.rand(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    pipe(image=image, mask_image=(mask[:, :1] > 0.5).float(), method=method, output_type="latent")
     assert ends == (expected if len(expected) > 1 else [None] * len(ends)) and len(ends) >= len(expected)
     assert len(expected) > 1 or pipe.num_timesteps == 20
 
@@ -139,8 +139,8 @@ def test_learned_guidance_is_not_added_to(caplog: pytest.LogCaptureFixture) -> N
     assert {rows for rows, _, _ in pipe.transformer.calls} <= {1}  # never a doubled batch
     editor = LatentFlowEditPipeline.from_pipe(pipe, transformer=pipe.transformer)
     editor.set_progress_bar_config(disable=True)
-    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    editor(image=picture, class_labels="tree", source_class_labels="hat", num_inference_steps=2)
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    editor(image=image, class_labels="tree", source_class_labels="hat", num_inference_steps=2)
     assert pipe.usual_guidance == 1.0 and editor.guidance_scale == 1.0
     caplog.clear()
     editor.interpolate(class_labels=["hat", "tree"], frames=2, num_inference_steps=1)

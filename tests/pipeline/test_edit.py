@@ -1,4 +1,4 @@
-"""Editing against closed forms: of the stub's Gaussians every method moves a picture by the difference of the means."""
+"""Editing against closed forms: of the stub's Gaussians every method moves an image by the difference of the means."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ APPLE, TREE, HAT = "a red apple", "green tree", "a small blue hat"
 
 
 @pytest.fixture
-def pictures() -> Tensor:
+def images() -> Tensor:
     """(2, 3, 8, 8) in [0, 1]."""
     return torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -35,9 +35,9 @@ def editor(pipe: LatentFlowPipeline) -> LatentFlowEditPipeline:
     return edit
 
 
-def latents_of(pipe: Any, pictures: Tensor) -> Tensor:
+def latents_of(pipe: Any, images: Tensor) -> Tensor:
     with torch.no_grad():
-        latents: Tensor = pipe.encode_images(2 * pictures - 1)
+        latents: Tensor = pipe.encode_images(2 * images - 1)
     return latents
 
 
@@ -60,14 +60,14 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("method", EDITING)
-def test_words_move_a_picture_by_the_difference_of_their_means(
-    method: str, strength: float, text_pipe: LatentFlowPipeline, pictures: Tensor, text_mean: Mean
+def test_words_move_an_image_by_the_difference_of_their_means(
+    method: str, strength: float, text_pipe: LatentFlowPipeline, images: Tensor, text_mean: Mean
 ) -> None:
     means = {text: text_mean(text_pipe, text) for text in (APPLE, TREE, HAT)}
     edit = editor(text_pipe)
     out = edit(
         [TREE, HAT],
-        pictures,
+        images,
         [APPLE, TREE],
         method,
         strength,
@@ -76,20 +76,20 @@ def test_words_move_a_picture_by_the_difference_of_their_means(
         **LATENT,
     ).images
     moved = torch.stack([means[TREE] - means[APPLE], means[HAT] - means[TREE]])
-    expected = latents_of(edit, pictures) + share(strength) * moved[:, :, None, None]
+    expected = latents_of(edit, images) + share(strength) * moved[:, :, None, None]
     close(out, expected.repeat_interleave(2, 0))
 
 
 @pytest.mark.parametrize("method", EDITING)
 def test_each_side_has_its_own_guidance_and_the_target_its_negative_prompt(
-    method: str, text_pipe: LatentFlowPipeline, pictures: Tensor, text_mean: Mean
+    method: str, text_pipe: LatentFlowPipeline, images: Tensor, text_mean: Mean
 ) -> None:
     edit, null = editor(text_pipe), text_pipe.transformer.null
     scales = {"guidance_scale": 3.0, "source_guidance_scale": 2.0}
-    out = edit(TREE, pictures, APPLE, method, 1.0, negative_prompt=HAT, **scales, **LATENT).images
+    out = edit(TREE, images, APPLE, method, 1.0, negative_prompt=HAT, **scales, **LATENT).images
     target = text_mean(edit, HAT) + 3.0 * (text_mean(edit, TREE) - text_mean(edit, HAT))
     source = null + 2.0 * (text_mean(edit, APPLE) - null)
-    close(out, latents_of(edit, pictures) + (target - source)[:, None, None])
+    close(out, latents_of(edit, images) + (target - source)[:, None, None])
 
 
 @pytest.mark.parametrize("method", EDITING)
@@ -97,21 +97,21 @@ def test_without_a_source_the_edit_leads_from_the_null(
     method: str,
     text_pipe: LatentFlowPipeline,
     class_pipe: LatentFlowPipeline,
-    pictures: Tensor,
+    images: Tensor,
     text_mean: Mean,
 ) -> None:
     for pipe, target in ((text_pipe, {"prompt": TREE}), (class_pipe, {"class_labels": "tree"})):
         edit = editor(pipe)
-        out = edit(**target, image=pictures, method=method, strength=1.0, guidance_scale=1.0, **LATENT).images
+        out = edit(**target, image=images, method=method, strength=1.0, guidance_scale=1.0, **LATENT).images
         end = text_mean(edit, TREE) if pipe is text_pipe else pipe.transformer.means[2]
-        close(out, latents_of(edit, pictures) + (end - pipe.transformer.null)[:, None, None])
+        close(out, latents_of(edit, images) + (end - pipe.transformer.null)[:, None, None])
 
 
 @pytest.mark.parametrize("method", EDITING)
-def test_classes_edit_too(method: str, class_pipe: LatentFlowPipeline, pictures: Tensor) -> None:
+def test_classes_edit_too(method: str, class_pipe: LatentFlowPipeline, images: Tensor) -> None:
     edit, means = editor(class_pipe), class_pipe.transformer.means
     out = edit(
-        image=pictures[:1],
+        image=images[:1],
         class_labels=["hat", 2],
         source_class_labels="apple",
         method=method,
@@ -119,34 +119,32 @@ def test_classes_edit_too(method: str, class_pipe: LatentFlowPipeline, pictures:
         guidance_scale=1.0,
         **LATENT,
     ).images
-    close(out, latents_of(edit, pictures[:1]) + (means[[1, 2]] - means[0])[:, :, None, None])
+    close(out, latents_of(edit, images[:1]) + (means[[1, 2]] - means[0])[:, :, None, None])
 
 
 @pytest.mark.parametrize("method", EDITING)
-def test_strength_zero_is_the_picture_through_the_autoencoder(
-    method: str, text_pipe: LatentFlowPipeline, pictures: Tensor
+def test_strength_zero_is_the_image_through_the_autoencoder(
+    method: str, text_pipe: LatentFlowPipeline, images: Tensor
 ) -> None:
     edit = editor(text_pipe)
-    out = edit(TREE, pictures, APPLE, method, 0.0, output_type="pt").images
-    close(out, (edit.decode_latents(latents_of(edit, pictures)).detach() / 2 + 0.5).clamp(0, 1), 1e-6)
+    out = edit(TREE, images, APPLE, method, 0.0, output_type="pt").images
+    close(out, (edit.decode_latents(latents_of(edit, images)).detach() / 2 + 0.5).clamp(0, 1), 1e-6)
     assert not text_pipe.transformer.calls
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 3)])
-def test_the_result_has_the_picture_s_size(text_pipe: LatentFlowPipeline, size: tuple[int, int]) -> None:
+def test_the_result_has_the_image_s_size(text_pipe: LatentFlowPipeline, size: tuple[int, int]) -> None:
     edit = editor(text_pipe)
     out = edit(TREE, Image.new("RGBA", (size[1], size[0])), APPLE, num_inference_steps=2).images
     assert [image.size for image in out] == [(size[1], size[0])]
 
 
-def test_solver_steps_and_settings_reach_the_method(text_pipe: LatentFlowPipeline, pictures: Tensor) -> None:
+def test_solver_steps_and_settings_reach_the_method(text_pipe: LatentFlowPipeline, images: Tensor) -> None:
     edit = editor(text_pipe)
 
     def evaluations(**settings: Any) -> int:
         text_pipe.transformer.calls.clear()
-        edit(
-            TREE, pictures, APPLE, num_inference_steps=4, guidance_scale=1.0, output_type="latent", **settings
-        )
+        edit(TREE, images, APPLE, num_inference_steps=4, guidance_scale=1.0, output_type="latent", **settings)
         return len(text_pipe.transformer.calls)
 
     assert evaluations(strength=1.0) == 2 * 4
@@ -159,7 +157,7 @@ def test_solver_steps_and_settings_reach_the_method(text_pipe: LatentFlowPipelin
 
 
 def test_an_image_depends_on_its_own_generator_alone(
-    assemble: Callable[[Any], LatentFlowPipeline], pictures: Tensor
+    assemble: Callable[[Any], LatentFlowPipeline], originals: Tensor
 ) -> None:
     from .conftest import tiny_dit
 
@@ -170,10 +168,10 @@ def test_an_image_depends_on_its_own_generator_alone(
         out: Tensor = edit(prompt, images, APPLE, generator=generators, **settings).images
         return out
 
-    both = call([TREE, HAT], pictures, seeds(1, 2))
-    close(call([HAT], pictures[1:], seeds(2)), both[1:], 1e-5)
-    assert torch.equal(call([TREE, HAT], pictures, seeds(1, 2)), both)
-    assert (call([TREE, HAT], pictures, seeds(1, 3))[1] - both[1]).abs().max() > 1e-3
+    both = call([TREE, HAT], originals, seeds(1, 2))
+    close(call([HAT], originals[1:], seeds(2)), both[1:], 1e-5)
+    assert torch.equal(call([TREE, HAT], originals, seeds(1, 2)), both)
+    assert (call([TREE, HAT], originals, seeds(1, 3))[1] - both[1]).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------ callbacks
@@ -181,7 +179,7 @@ def test_an_image_depends_on_its_own_generator_alone(
 
 @pytest.mark.parametrize("method", EDITING)
 def test_callbacks_see_each_step_where_it_began(
-    method: str, text_pipe: LatentFlowPipeline, pictures: Tensor
+    method: str, text_pipe: LatentFlowPipeline, images: Tensor
 ) -> None:
     seen: list[tuple[int, float, float]] = []
 
@@ -192,7 +190,7 @@ def test_callbacks_see_each_step_where_it_began(
 
     out = editor(text_pipe)(
         TREE,
-        pictures,
+        images,
         APPLE,
         method,
         0.5,
@@ -207,9 +205,7 @@ def test_callbacks_see_each_step_where_it_began(
 
 
 @pytest.mark.parametrize("method", EDITING)
-def test_an_interrupted_edit_stops_there(
-    method: str, text_pipe: LatentFlowPipeline, pictures: Tensor
-) -> None:
+def test_an_interrupted_edit_stops_there(method: str, text_pipe: LatentFlowPipeline, images: Tensor) -> None:
     steps = []
 
     def callback(pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -217,20 +213,20 @@ def test_an_interrupted_edit_stops_there(
         pipe._interrupt = i == 1
 
     edit = editor(text_pipe)
-    out = edit(TREE, pictures, APPLE, method, callback_on_step_end=callback, output_type="latent").images
+    out = edit(TREE, images, APPLE, method, callback_on_step_end=callback, output_type="latent").images
     assert len(steps) == 2 and torch.equal(out, steps[-1])
 
 
 # ------------------------------------------------------------------ inversion
 
 
-def test_inversion_finds_the_noise_that_makes_the_picture(
-    text_pipe: LatentFlowPipeline, pictures: Tensor, text_mean: Mean
+def test_inversion_finds_the_noise_that_makes_the_image(
+    text_pipe: LatentFlowPipeline, images: Tensor, text_mean: Mean
 ) -> None:
     edit = editor(text_pipe)
-    inversion = edit.invert(pictures, [APPLE, TREE], 20, solver="rk4")
+    inversion = edit.invert(images, [APPLE, TREE], 20, solver="rk4")
     means = torch.stack([text_mean(edit, APPLE), text_mean(edit, TREE)])[:, :, None, None]
-    x1 = latents_of(edit, pictures)
+    x1 = latents_of(edit, images)
     close(inversion.latents, (x1 - means) / 0.5)
     again = text_pipe(
         [APPLE, TREE],
@@ -245,39 +241,39 @@ def test_inversion_finds_the_noise_that_makes_the_picture(
 
 
 def test_the_error_of_the_round_trip_falls_with_the_solver_s_order(
-    text_pipe: LatentFlowPipeline, pictures: Tensor
+    text_pipe: LatentFlowPipeline, images: Tensor
 ) -> None:
     edit = editor(text_pipe)
-    errors = [edit.invert(pictures, APPLE, steps, solver="euler").error for steps in (40, 80)]
+    errors = [edit.invert(images, APPLE, steps, solver="euler").error for steps in (40, 80)]
     assert all(error is not None for error in errors)
     assert math.log2(float(errors[0].mean() / errors[1].mean())) == pytest.approx(1.0, abs=0.15)
-    assert edit.invert(pictures, APPLE, 4, measure=False).error is None
+    assert edit.invert(images, APPLE, 4, measure=False).error is None
 
 
 def test_inversion_needs_no_condition(
-    class_pipe: LatentFlowPipeline, plain_pipe: LatentFlowPipeline, pictures: Tensor
+    class_pipe: LatentFlowPipeline, plain_pipe: LatentFlowPipeline, images: Tensor
 ) -> None:
     for pipe in (class_pipe, plain_pipe):
         edit, network = editor(pipe), pipe.transformer
-        noise = edit.invert(pictures, num_inference_steps=20, solver="rk4").latents
-        close(noise, (latents_of(edit, pictures) - network.null[:, None, None]) / 0.5)
-    guided = editor(class_pipe).invert(pictures, "", 20, 3.0, class_labels="hat", solver="rk4").latents
+        noise = edit.invert(images, num_inference_steps=20, solver="rk4").latents
+        close(noise, (latents_of(edit, images) - network.null[:, None, None]) / 0.5)
+    guided = editor(class_pipe).invert(images, "", 20, 3.0, class_labels="hat", solver="rk4").latents
     network = class_pipe.transformer
     mean = network.null + 3.0 * (network.means[1] - network.null)
-    close(guided, (latents_of(class_pipe, pictures) - mean[:, None, None]) / 0.5)
+    close(guided, (latents_of(class_pipe, images) - mean[:, None, None]) / 0.5)
 
 
 # ------------------------------------------------------------------ interpolation
 
 
-def test_between_two_pictures_noise_takes_the_arc_and_the_mean_the_line(
-    text_pipe: LatentFlowPipeline, pictures: Tensor, text_mean: Mean
+def test_between_two_images_noise_takes_the_arc_and_the_mean_the_line(
+    text_pipe: LatentFlowPipeline, images: Tensor, text_mean: Mean
 ) -> None:
     edit = editor(text_pipe)
     texts = [APPLE, "big yellow sun over a house"]  # of different lengths
-    out = edit.interpolate(texts, list(pictures), 5, 20, **LATENT).images
+    out = edit.interpolate(texts, list(images), 5, 20, **LATENT).images
     means = [text_mean(edit, text)[:, None, None] for text in texts]
-    x1 = latents_of(edit, pictures)
+    x1 = latents_of(edit, images)
     noise = [(x - mean) / 0.5 for x, mean in zip(x1, means, strict=True)]
     for frame, s in zip(out, (0.0, 0.25, 0.5, 0.75, 1.0), strict=True):
         middle = slerp(noise[0][None], noise[1][None], s)[0]
@@ -304,7 +300,7 @@ def test_between_two_prompts_there_is_one_noise_or_two(text_pipe: LatentFlowPipe
 
 
 def test_between_classes_and_without_any_condition(
-    class_pipe: LatentFlowPipeline, plain_pipe: LatentFlowPipeline, pictures: Tensor
+    class_pipe: LatentFlowPipeline, plain_pipe: LatentFlowPipeline, images: Tensor
 ) -> None:
     edit = editor(class_pipe)
     settings: dict[str, Any] = {"frames": 3, "guidance_scale": 1.0, "generator": seeds(1)[0], **LATENT}
@@ -313,8 +309,8 @@ def test_between_classes_and_without_any_condition(
     close(last - first, (means[2] - means[0])[:, None, None].expand(2, 4, 4))
     close(middle, (first + last) / 2)
     plain = editor(plain_pipe)
-    out = plain.interpolate(image=list(pictures), frames=4, **LATENT).images
-    close(out[[0, -1]], latents_of(plain, pictures))
+    out = plain.interpolate(image=list(images), frames=4, **LATENT).images
+    close(out[[0, -1]], latents_of(plain, images))
     assert max(rows for rows, _, _ in plain_pipe.transformer.calls) == 4  # one condition is evaluated once
 
 
@@ -327,56 +323,56 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "another method's setting": ({"method": "inversion", "draws": 2}, "draws is given"),
     "no draws": ({"draws": 0}, "draws is 0"),
     "no time": ({"plain_from": 2.0}, "plain_from is 2.0"),
-    "prompts": ({"prompt": [TREE, HAT, APPLE]}, "3 prompts or classes for 2 pictures"),
+    "prompts": ({"prompt": [TREE, HAT, APPLE]}, "3 prompts or classes for 2 images"),
     "source prompts": ({"source_prompt": [TREE, HAT, APPLE]}, "3 of source_prompt where there are 2"),
     "generators": ({"generator": [torch.Generator()]}, "1 generators for 2 images"),
     "no prompt": ({"prompt": None}, "prompt is missing"),
     "classes": ({"source_class_labels": 1}, "does not take class_labels"),
-    "no picture": ({"image": None}, "image is NoneType"),
+    "no image": ({"image": None}, "image is NoneType"),
     "output type": ({"output_type": "jpeg"}, "unknown output_type"),
 }
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_named(
-    changes: dict[str, Any], message: str, text_pipe: LatentFlowPipeline, pictures: Tensor
+    changes: dict[str, Any], message: str, text_pipe: LatentFlowPipeline, images: Tensor
 ) -> None:
     with pytest.raises(UserError, match=message):
-        editor(text_pipe)(**{"prompt": TREE, "image": pictures, "source_prompt": APPLE, **changes})
+        editor(text_pipe)(**{"prompt": TREE, "image": images, "source_prompt": APPLE, **changes})
 
 
 def test_words_for_a_class_checkpoint_list_its_classes(
-    class_pipe: LatentFlowPipeline, pictures: Tensor
+    class_pipe: LatentFlowPipeline, images: Tensor
 ) -> None:
     edit = editor(class_pipe)
     for words in ({"prompt": TREE}, {"class_labels": 1, "source_prompt": APPLE}):
         with pytest.raises(UserError, match="apple, hat, tree"):
-            edit(image=pictures, **words)
+            edit(image=images, **words)
     with pytest.raises(UserError, match="class_labels is missing"):
-        edit(image=pictures)
+        edit(image=images)
 
 
 def test_an_unconditional_checkpoint_has_nothing_to_edit_by(
-    plain_pipe: LatentFlowPipeline, pictures: Tensor
+    plain_pipe: LatentFlowPipeline, images: Tensor
 ) -> None:
     with pytest.raises(UserError, match="nothing to edit by"):
-        editor(plain_pipe)(TREE, pictures)
+        editor(plain_pipe)(TREE, images)
 
 
 def test_mistakes_in_inversion_and_interpolation_are_named(
-    text_pipe: LatentFlowPipeline, class_pipe: LatentFlowPipeline, pictures: Tensor
+    text_pipe: LatentFlowPipeline, class_pipe: LatentFlowPipeline, images: Tensor
 ) -> None:
     edit, of_classes = editor(text_pipe), editor(class_pipe)
     cases: list[tuple[Callable[[], Any], str]] = [
-        (lambda: edit.invert(pictures, solver="ddpm"), "stochastic"),
-        (lambda: edit.invert(pictures, [APPLE, TREE, HAT]), "3 prompts"),
-        (lambda: of_classes.invert(pictures, negative_prompt="x"), "negative prompt without a prompt"),
-        (lambda: of_classes.invert(pictures, "x"), "apple, hat, tree"),
+        (lambda: edit.invert(images, solver="ddpm"), "stochastic"),
+        (lambda: edit.invert(images, [APPLE, TREE, HAT]), "3 prompts"),
+        (lambda: of_classes.invert(images, negative_prompt="x"), "negative prompt without a prompt"),
+        (lambda: of_classes.invert(images, "x"), "apple, hat, tree"),
         (lambda: edit.interpolate(APPLE, frames=1), "frames is 1"),
         (lambda: edit.interpolate([APPLE, TREE, HAT]), "3 of prompt where there are 2"),
-        (lambda: edit.interpolate(APPLE, [pictures[0]]), "1 pictures to interpolate between"),
+        (lambda: edit.interpolate(APPLE, [images[0]]), "1 images to interpolate between"),
         (lambda: edit.interpolate(APPLE, generator=seeds(1, 2, 3)), "3 generators"),
-        (lambda: edit.interpolate(APPLE, [pictures[0], pictures[1, :, :4]]), "several sizes"),
+        (lambda: edit.interpolate(APPLE, [images[0], images[1, :, :4]]), "several sizes"),
     ]
     for call, message in cases:
         with pytest.raises(UserError, match=message):

@@ -103,7 +103,7 @@ def test_interpolation_begins_and_ends_with_what_generate_draws(program: Program
     assert distance(frames[1], first) > 0 < distance(frames[1], last)
 
 
-def test_interpolation_between_pictures_in_one_row(program: Program, class_folder: Path) -> None:
+def test_interpolation_between_images_in_one_row(program: Program, class_folder: Path) -> None:
     options = ("-n", 4, "--grid", "--checkpoint", class_folder)
     [row] = program("interpolate", "--images", "a.png", "b.png", *options)
     assert pixels(row).shape == (HEIGHT, 4 * WIDTH, 3)
@@ -173,9 +173,9 @@ def test_the_code_of_the_page_on_editing_runs(
 def test_transparency_is_lost_with_a_word(
     program: Program, dit_folder: Path, arguments: tuple[object, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    picture = Image.open("a.png").convert("RGBA")
-    picture.putpixel((0, 0), (9, 9, 9, 0))
-    picture.save("clear.png")
+    image = Image.open("a.png").convert("RGBA")
+    image.putpixel((0, 0), (9, 9, 9, 0))
+    image.save("clear.png")
     for path in program(*arguments, "--checkpoint", dit_folder):
         assert Image.open(path).mode == "RGB"
     assert "clear.png has transparent parts: they lie on white" in caplog.text

@@ -1,4 +1,4 @@
-"""What is not finite never becomes a picture: it is made again in float32 where that helps, and refused elsewhere."""
+"""What is not finite never becomes an image: it is made again in float32 where that helps, and refused elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from latentflow.pipeline.windows import composite
 
 from .conftest import NAMES, GaussianFlow, quiet, tiny_vae
 
-PICTURE = torch.randint(0, 256, (1, 3, 8, 8), generator=torch.Generator().manual_seed(4)).float() / 255.0
+IMAGE = torch.randint(0, 256, (1, 3, 8, 8), generator=torch.Generator().manual_seed(4)).float() / 255.0
 HOLE = torch.zeros(1, 1, 8, 8)
 HOLE[:, :, 2:6, 2:5] = 1.0
 KINDS = {
@@ -47,11 +47,11 @@ def pipeline(way: str, vae: Any) -> Any:
 
 
 def drawn(way: str, vae: Any) -> Tensor:
-    """(1, 3, 8, 8): a hat, drawn or put into the picture."""
+    """(1, 3, 8, 8): a hat, drawn or put into the image."""
     call: dict[str, Any] = {"class_labels": 1, "num_inference_steps": 2, "output_type": "pt"}
     call["generator"] = torch.Generator().manual_seed(0)
     if way != "generate":
-        call["image"] = PICTURE
+        call["image"] = IMAGE
     if way == "inpaint":
         call["mask_image"] = HOLE
     images: Tensor = pipeline(way, vae)(**call).images
@@ -76,7 +76,7 @@ def test_an_autoencoder_that_overflows_in_float16_is_used_in_float32_and_that_is
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-3)
     assert images.std() > 0.01
     if way == "inpaint":
-        assert torch.equal(images * (1 - HOLE), PICTURE * (1 - HOLE))
+        assert torch.equal(images * (1 - HOLE), IMAGE * (1 - HOLE))
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def test_a_damaged_network_is_named_with_the_step(way: str, output_type: str) ->
         pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     with torch.no_grad():
         pipe.transformer.means[1] = float("nan")
-    call: dict[str, Any] = {"image": PICTURE} if way not in ("generate", "scheduler") else {}
+    call: dict[str, Any] = {"image": IMAGE} if way not in ("generate", "scheduler") else {}
     if way == "inpaint":
         call |= {"mask_image": HOLE}
     with pytest.raises(
@@ -180,12 +180,12 @@ def test_latents_become_images_of_a_known_kind_only(class_pipe: LatentFlowPipeli
 
 def test_a_composite_selects_and_blends_only_between() -> None:
     drawn = torch.full((1, 3, 1, 3), torch.nan)
-    picture = torch.tensor([0.25, 0.5, 0.75]).expand(1, 3, 1, 3)
+    image = torch.tensor([0.25, 0.5, 0.75]).expand(1, 3, 1, 3)
     mask = torch.tensor([0.0, 0.5, 1.0]).expand(1, 1, 1, 3)
-    assert torch.equal(composite(mask, drawn, picture)[..., 0], picture[..., 0])
-    blended = composite(mask, torch.full_like(picture, 1.0), picture)
+    assert torch.equal(composite(mask, drawn, image)[..., 0], image[..., 0])
+    blended = composite(mask, torch.full_like(image, 1.0), image)
     assert blended[0, 0, 0].tolist() == [0.25, 0.75, 1.0]
-    assert torch.equal(composite(mask, picture, torch.full_like(picture, torch.nan))[..., 2], picture[..., 2])
+    assert torch.equal(composite(mask, image, torch.full_like(image, torch.nan))[..., 2], image[..., 2])
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np"])

@@ -44,7 +44,7 @@ def pixels(path: Path) -> Any:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_one_prompt_is_one_picture(generate: Generate, dit_folder: Path) -> None:
+def test_one_prompt_is_one_image(generate: Generate, dit_folder: Path) -> None:
     assert generate("red apple", "-o", "apple.png", "--checkpoint", dit_folder) == [Path("apple.png")]
     assert pixels(Path("apple.png")).shape == (8, 8, 3)
 
@@ -59,7 +59,7 @@ def test_a_file_that_exists_is_kept(generate: Generate, dit_folder: Path) -> Non
     assert np.array_equal(pixels(Path("a.png")), pixels(Path("a-1.png")))
 
 
-def test_each_picture_has_its_own_seed(generate: Generate, dit_folder: Path) -> None:
+def test_each_image_has_its_own_seed(generate: Generate, dit_folder: Path) -> None:
     common = ("--checkpoint", dit_folder, "-o", "a.png")
     several = generate("red apple", "green tree", "-n", 2, "--seed", 5, *common)
     assert several == [Path(f"a-{i}.png") for i in (1, 2, 3, 4)]
@@ -98,7 +98,7 @@ def test_a_run_folder_will_do(generate: Generate, dit_folder: Path) -> None:
         (["--checkpoint", "CLASSES"], "nothing says what to draw\nIt takes --class"),
         (["--class", "hat", "--checkpoint", "CAPTIONS"], "takes no --class\nIt takes a prompt"),
         (["hat", "--checkpoint", "nowhere/at/all"], "no folder"),
-        (["hat", "-o", "out.pgn", "--checkpoint", "CAPTIONS"], "no picture format '.pgn'"),
+        (["hat", "-o", "out.pgn", "--checkpoint", "CAPTIONS"], "no image format '.pgn'"),
         (["hat", "-n", "0", "--checkpoint", "CAPTIONS"], "-n must be at least 1"),
         (["hat", "--solver", "huen", "--checkpoint", "CAPTIONS"], "did you mean 'heun'"),
         (["hat", "--width", "9", "--checkpoint", "CAPTIONS"], "width 9 is not a multiple of 2"),

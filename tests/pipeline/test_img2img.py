@@ -1,4 +1,4 @@
-"""Image-to-image against closed forms, and reading pictures."""
+"""Image-to-image against closed forms, and reading images."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from latentflow.autoencoder import encode
 from latentflow.errors import UserError
-from latentflow.pipeline.images import read_pictures
+from latentflow.pipeline.images import read_images
 from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
 
 Noise = Callable[[int], Tensor]
-Pictures = Callable[..., Tensor]
+Images = Callable[..., Tensor]
 EXACT: dict[str, Any] = {"solver": "dopri5", "num_inference_steps": 10, "output_type": "latent"}
 
 
-def latents_of(pipe: Any, pictures: Tensor) -> Tensor:
+def latents_of(pipe: Any, images: Tensor) -> Tensor:
     with torch.no_grad():
-        return encode(pipe.vae, 2.0 * pictures - 1.0)
+        return encode(pipe.vae, 2.0 * images - 1.0)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
@@ -35,33 +35,33 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.37, 0.8])
-def test_the_flow_starts_between_picture_and_noise(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures, x0: Noise, strength: float
+def test_the_flow_starts_between_image_and_noise(
+    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, x0: Noise, strength: float
 ) -> None:
     call: dict[str, Any] = {"class_labels": 2, "guidance_scale": 3.0, "latents": x0(1)}
-    out = img2img_pipe(image=pictures(), strength=strength, **call, **EXACT).images
+    out = img2img_pipe(image=images(), strength=strength, **call, **EXACT).images
     network, t = img2img_pipe.transformer, 1.0 - strength
     mean = network.null + 3.0 * (network.means[2] - network.null)
-    start = t * latents_of(img2img_pipe, pictures()) + (1.0 - t) * x0(1)
+    start = t * latents_of(img2img_pipe, images()) + (1.0 - t) * x0(1)
     close(out, network.end_from(mean, start, t))
     assert img2img_pipe.num_timesteps == int(np.ceil(10 * strength))
 
 
 def test_full_strength_is_plain_generation(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures, x0: Noise
+    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, x0: Noise
 ) -> None:
     out = img2img_pipe(
-        image=pictures(), class_labels=1, strength=1.0, guidance_scale=1.0, latents=x0(1), **EXACT
+        image=images(), class_labels=1, strength=1.0, guidance_scale=1.0, latents=x0(1), **EXACT
     )
     close(out.images, img2img_pipe.transformer.end(img2img_pipe.transformer.means[1], x0(1)))
 
 
-def test_without_strength_it_is_the_picture_through_the_autoencoder(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures
+def test_without_strength_it_is_the_image_through_the_autoencoder(
+    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images
 ) -> None:
-    out = img2img_pipe(image=pictures(2), class_labels=1, strength=0.0, output_type="pt").images
+    out = img2img_pipe(image=images(2), class_labels=1, strength=0.0, output_type="pt").images
     with torch.no_grad():
-        latent = img2img_pipe.vae.encode(2.0 * pictures(2) - 1.0).latent_dist.mean
+        latent = img2img_pipe.vae.encode(2.0 * images(2) - 1.0).latent_dist.mean
         expected = (img2img_pipe.vae.decode(latent).sample / 2 + 0.5).clamp(0, 1)
     close(out, expected, 1e-5)
     assert not img2img_pipe.transformer.calls
@@ -74,14 +74,14 @@ def test_without_strength_it_is_the_picture_through_the_autoencoder(
 )  # fmt: skip
 def test_the_grid_is_cut(
     img2img_pipe: LatentFlowImg2ImgPipeline,
-    pictures: Pictures,
+    images: Images,
     strength: float,
     sigmas: Any,
     starts: list[float],
 ) -> None:
     seen: list[float] = []
     img2img_pipe(
-        image=pictures(), class_labels=0, strength=strength, sigmas=sigmas, num_inference_steps=10,
+        image=images(), class_labels=0, strength=strength, sigmas=sigmas, num_inference_steps=10,
         output_type="latent", callback_on_step_end=lambda p, i, t, k: seen.append(float(t)),
     )  # fmt: skip
     assert seen == pytest.approx(starts)
@@ -98,7 +98,7 @@ SCHEDULERS: dict[str, tuple[Any, float]] = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_starts_there_too(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures, x0: Noise, name: str
+    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, x0: Noise, name: str
 ) -> None:
     img2img_pipe.scheduler, tolerance = SCHEDULERS[name]
     call: dict[str, Any] = {
@@ -107,22 +107,22 @@ def test_a_scheduler_starts_there_too(
         "latents": x0(1),
         "output_type": "latent",
     }
-    out = img2img_pipe(image=pictures(), strength=0.4, num_inference_steps=160, **call).images
-    start = 0.6 * latents_of(img2img_pipe, pictures()) + 0.4 * x0(1)
+    out = img2img_pipe(image=images(), strength=0.4, num_inference_steps=160, **call).images
+    start = 0.6 * latents_of(img2img_pipe, images()) + 0.4 * x0(1)
     close(out, img2img_pipe.transformer.end_from(img2img_pipe.transformer.means[0], start, 0.6), tolerance)
     assert img2img_pipe.num_timesteps == (127 if name == "heun" else 64)
-    at_rest = img2img_pipe(image=pictures(), strength=0.0, num_inference_steps=160, **call).images
-    close(at_rest, latents_of(img2img_pipe, pictures()), 1e-6)
+    at_rest = img2img_pipe(image=images(), strength=0.0, num_inference_steps=160, **call).images
+    close(at_rest, latents_of(img2img_pipe, images()), 1e-6)
 
 
 # ------------------------------------------------------------------ batches, sizes, callbacks
 
 
-def test_one_picture_serves_several_prompts_and_one_prompt_several_pictures(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures, x0: Noise
+def test_one_image_serves_several_prompts_and_one_prompt_several_images(
+    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, x0: Noise
 ) -> None:
     def ends(means: list[int], rows: list[int]) -> Tensor:
-        start = 0.5 * latents_of(img2img_pipe, pictures(2))[rows] + 0.5 * x0(4)
+        start = 0.5 * latents_of(img2img_pipe, images(2))[rows] + 0.5 * x0(4)
         return img2img_pipe.transformer.end_from(img2img_pipe.transformer.means[means], start, 0.5)
 
     call: dict[str, Any] = {
@@ -131,21 +131,21 @@ def test_one_picture_serves_several_prompts_and_one_prompt_several_pictures(
         "num_images_per_prompt": 2,
         "latents": x0(4),
     }
-    several = img2img_pipe(image=pictures(2)[:1], class_labels=[1, 2], **call, **EXACT).images
+    several = img2img_pipe(image=images(2)[:1], class_labels=[1, 2], **call, **EXACT).images
     close(several, ends([1, 1, 2, 2], [0, 0, 0, 0]))
-    one = img2img_pipe(image=pictures(2), class_labels=1, **call, **EXACT).images
+    one = img2img_pipe(image=images(2), class_labels=1, **call, **EXACT).images
     close(one, ends([1, 1, 1, 1], [0, 0, 1, 1]))
-    each = img2img_pipe(image=pictures(2), class_labels=[1, 2], **call, **EXACT).images
+    each = img2img_pipe(image=images(2), class_labels=[1, 2], **call, **EXACT).images
     close(each, ends([1, 1, 2, 2], [0, 0, 1, 1]))
 
 
 def test_a_generator_decides_its_own_image_alone(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures
+    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images
 ) -> None:
     def seeds(*numbers: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(number) for number in numbers]
 
-    both = pictures(2)
+    both = images(2)
     call: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"}
     together = img2img_pipe(
         image=both, class_labels=[0, 1], num_images_per_prompt=2, generator=seeds(5, 6, 7, 8), **call
@@ -156,9 +156,9 @@ def test_a_generator_decides_its_own_image_alone(
 
 @pytest.mark.parametrize("size", [(7, 9), (1, 3), (8, 11)])
 def test_any_size_comes_back_as_it_was(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures, size: tuple[int, int]
+    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, size: tuple[int, int]
 ) -> None:
-    own = pictures(1, *size)
+    own = images(1, *size)
     missing = (0, size[1] % 2, 0, size[0] % 2)  # edge pixels are repeated to the right and below
     padded = torch.nn.functional.pad(own, missing, mode="replicate")
     call: dict[str, Any] = {"class_labels": 0, "strength": 0.0, "output_type": "pt"}
@@ -166,17 +166,17 @@ def test_any_size_comes_back_as_it_was(
     close(img2img_pipe(image=own, **call).images, expected, 1e-6)
 
 
-def test_height_and_width_resize(img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures) -> None:
-    out = img2img_pipe(image=pictures(1, 16, 12), height=8, width=6, class_labels=0, num_inference_steps=1)
+def test_height_and_width_resize(img2img_pipe: LatentFlowImg2ImgPipeline, images: Images) -> None:
+    out = img2img_pipe(image=images(1, 16, 12), height=8, width=6, class_labels=0, num_inference_steps=1)
     assert out.images[0].size == (6, 8)
 
 
 def test_a_preview_is_what_the_last_evaluation_points_to(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures
+    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images
 ) -> None:
     seen: list[Tensor] = []
     out = img2img_pipe(
-        image=pictures(), class_labels=0, solver="euler", num_inference_steps=4, output_type="pt",
+        image=images(), class_labels=0, solver="euler", num_inference_steps=4, output_type="pt",
         callback_on_step_end_tensor_inputs=["latents", "prediction"],
         callback_on_step_end=lambda p, i, t, k: seen.append(p.to_images(k["prediction"], "pt")),
     ).images  # fmt: skip
@@ -184,29 +184,27 @@ def test_a_preview_is_what_the_last_evaluation_points_to(
     assert not torch.allclose(seen[0], seen[-1], atol=1e-3)
 
 
-def test_an_interrupted_call_keeps_the_size(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures
-) -> None:
+def test_an_interrupted_call_keeps_the_size(img2img_pipe: LatentFlowImg2ImgPipeline, images: Images) -> None:
     steps: list[int] = []
 
     def stop(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
         steps.append(i)
         pipe._interrupt = True
 
-    out = img2img_pipe(image=pictures(1, 7, 9), class_labels=0, callback_on_step_end=stop)
+    out = img2img_pipe(image=images(1, 7, 9), class_labels=0, callback_on_step_end=stop)
     assert steps == [0]
     assert out.images[0].size == (9, 7)
 
 
-# ------------------------------------------------------------------ pictures of all kinds
+# ------------------------------------------------------------------ images of all kinds
 
 
 def grey_levels() -> np.ndarray[Any, Any]:
     return np.arange(0, 240, 5, dtype=np.uint8).reshape(6, 8)
 
 
-def pil_pictures() -> dict[str, tuple[Image.Image, np.ndarray[Any, Any]]]:
-    """name -> (picture, its levels (6, 8, 3) when upright, on white)."""
+def pil_images() -> dict[str, tuple[Image.Image, np.ndarray[Any, Any]]]:
+    """name -> (image, its levels (6, 8, 3) when upright, on white)."""
     grey = grey_levels()
     colours = np.stack([grey, 255 - grey, grey[::-1]], -1)
     alpha = np.where(np.arange(8) < 4, 0, 255).astype(np.uint8) * np.ones((6, 1), np.uint8)
@@ -229,17 +227,17 @@ def pil_pictures() -> dict[str, tuple[Image.Image, np.ndarray[Any, Any]]]:
     }
 
 
-@pytest.mark.parametrize("name", pil_pictures())
+@pytest.mark.parametrize("name", pil_images())
 def test_every_pil_mode(name: str) -> None:
-    picture, levels = pil_pictures()[name]
-    read = read_pictures([picture])
+    image, levels = pil_images()[name]
+    read = read_images([image])
     assert read.shape == (1, 3, 6, 8)
     assert np.array_equal((read[0].permute(1, 2, 0) * 255).round().byte().numpy(), levels)
 
 
 def test_arrays_and_tensors() -> None:
     levels = np.stack([grey_levels(), 255 - grey_levels(), grey_levels()[::-1]], -1)
-    expected = read_pictures(Image.fromarray(levels))
+    expected = read_images(Image.fromarray(levels))
     array = levels.astype(np.float32) / 255.0
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     same: list[Any] = [
@@ -251,12 +249,12 @@ def test_arrays_and_tensors() -> None:
         [tensor[None]],
         [Image.fromarray(levels)],
     ]
-    for picture in same:
-        assert torch.equal(read_pictures(picture), expected)
-    assert torch.equal(read_pictures([array, array]), expected.expand(2, -1, -1, -1))
+    for image in same:
+        assert torch.equal(read_images(image), expected)
+    assert torch.equal(read_images([array, array]), expected.expand(2, -1, -1, -1))
     alpha = torch.zeros(1, 6, 8)
-    assert torch.equal(read_pictures(torch.cat([tensor, alpha])), torch.ones(1, 3, 6, 8))
-    assert torch.equal(read_pictures(tensor[:1]), tensor[:1].expand(1, 3, -1, -1))
+    assert torch.equal(read_images(torch.cat([tensor, alpha])), torch.ones(1, 3, 6, 8))
+    assert torch.equal(read_images(tensor[:1]), tensor[:1].expand(1, 3, -1, -1))
 
 
 @pytest.mark.parametrize(
@@ -274,9 +272,9 @@ def test_arrays_and_tensors() -> None:
         ([torch.zeros(3, 8, 8), torch.zeros(3, 8, 6)], "several sizes: 6 x 8, 8 x 8"),
     ],
 )
-def test_what_is_no_picture(picture: Any, message: str) -> None:
+def test_what_is_no_image(image: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_pictures(picture)
+        read_images(image)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +283,7 @@ def test_what_is_no_picture(picture: Any, message: str) -> None:
         ({"strength": -0.1}, "strength is -0.1"),
         ({"strength": 1.5}, "strength is 1.5"),
         ({"strength": float("nan")}, "strength is nan"),
-        ({"class_labels": [0, 1]}, "2 prompts or classes for 3 pictures"),
+        ({"class_labels": [0, 1]}, "2 prompts or classes for 3 images"),
         (
             {"class_labels": None, "prompt": "a hat"},
             "does not take prompt\nIt takes class_labels: apple, hat, tree",
@@ -296,13 +294,13 @@ def test_what_is_no_picture(picture: Any, message: str) -> None:
     ],
 )
 def test_what_is_refused(
-    img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures, call: dict[str, Any], message: str
+    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, call: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        img2img_pipe(**{"image": pictures(3), "class_labels": 0} | call)
+        img2img_pipe(**{"image": images(3), "class_labels": 0} | call)
 
 
-def test_without_an_autoencoder(img2img_pipe: LatentFlowImg2ImgPipeline, pictures: Pictures) -> None:
+def test_without_an_autoencoder(img2img_pipe: LatentFlowImg2ImgPipeline, images: Images) -> None:
     img2img_pipe.vae = None
     with pytest.raises(UserError, match="without its autoencoder"):
-        img2img_pipe(image=pictures(), class_labels=0)
+        img2img_pipe(image=images(), class_labels=0)

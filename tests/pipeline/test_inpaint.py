@@ -1,4 +1,4 @@
-"""Inpainting against closed forms: what the network is told, what is kept, and whose picture is whose."""
+"""Inpainting against closed forms: what the network is told, what is kept, and whose image is whose."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
 
 Noise = Callable[[int], Tensor]
-Pictures = Callable[..., Tensor]
+Images = Callable[..., Tensor]
 LATENT: dict[str, Any] = {"solver": "dopri5", "num_inference_steps": 10, "output_type": "latent"}
 
 
@@ -50,10 +50,10 @@ def data_dependent(pipe: LatentFlowInpaintPipeline) -> LatentFlowInpaintPipeline
     return other
 
 
-def known_of(pipe: Any, pictures: Tensor, masks: Tensor) -> Tensor:
-    """Latents of the pictures with grey holes, written out for the tiny autoencoder."""
+def known_of(pipe: Any, images: Tensor, masks: Tensor) -> Tensor:
+    """Latents of the images with grey holes, written out for the tiny autoencoder."""
     with torch.no_grad():
-        raw = pipe.vae.encode((2.0 * pictures - 1.0) * (1.0 - masks)).latent_dist.mean
+        raw = pipe.vae.encode((2.0 * images - 1.0) * (1.0 - masks)).latent_dist.mean
     mean, std = torch.tensor([0.3, -0.7]).view(1, 2, 1, 1), torch.tensor([1.5, 0.4]).view(1, 2, 1, 1)
     return (raw - mean) / std
 
@@ -69,52 +69,52 @@ def decoded(pipe: Any, latents: Tensor) -> Tensor:
 @pytest.mark.parametrize("mask", [HALF, ODD, box(slice(0, 2), slice(0, 8))])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_hole_follows_the_class_and_the_rest_what_is_known(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, mask: Tensor, scale: float
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise, mask: Tensor, scale: float
 ) -> None:
     out = inpaint_pipe(
-        image=pictures(), mask_image=mask, class_labels=2, guidance_scale=scale, latents=x0(1), **LATENT
+        image=images(), mask_image=mask, class_labels=2, guidance_scale=scale, latents=x0(1), **LATENT
     ).images
     network = inpaint_pipe.transformer
     guided = network.null + scale * (network.means[2] - network.null)
     hole = F.max_pool2d(mask, 2) > 0
     # The known latents stay the mean of the kept cells at any guidance: both halves are told of them.
-    mean = torch.where(hole, guided.view(1, 2, 1, 1), known_of(inpaint_pipe, pictures(), mask))
+    mean = torch.where(hole, guided.view(1, 2, 1, 1), known_of(inpaint_pipe, images(), mask))
     close(out, network.end(mean, x0(1)))
 
 
-def test_a_checkpoint_without_other_conditions(pictures: Pictures, x0: Noise, inpaint_pipe: Any) -> None:
+def test_a_checkpoint_without_other_conditions(images: Images, x0: Noise, inpaint_pipe: Any) -> None:
     network = type(inpaint_pipe.transformer)(condition_channels=6)
     pipe = LatentFlowInpaintPipeline(inpaint_pipe.vae, network)
     pipe.set_progress_bar_config(disable=True)
-    out = pipe(image=pictures(), mask_image=HALF, latents=x0(1), **LATENT).images
+    out = pipe(image=images(), mask_image=HALF, latents=x0(1), **LATENT).images
     mean = torch.where(
-        F.max_pool2d(HALF, 2) > 0, network.null.view(1, 2, 1, 1), known_of(pipe, pictures(), HALF)
+        F.max_pool2d(HALF, 2) > 0, network.null.view(1, 2, 1, 1), known_of(pipe, images(), HALF)
     )
     close(out, network.end(mean, x0(1)))
     assert {rows for rows, _, _ in network.calls} == {1}  # nothing to guide
 
 
 def test_a_soft_mask_is_a_hole_from_one_half_on(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise
 ) -> None:
-    call: dict[str, Any] = {"image": pictures(), "class_labels": 0, "latents": x0(1), **LATENT}
+    call: dict[str, Any] = {"image": images(), "class_labels": 0, "latents": x0(1), **LATENT}
     soft = torch.where(HALF > 0, 0.5, 0.49)
     assert torch.equal(
         inpaint_pipe(mask_image=soft, **call).images, inpaint_pipe(mask_image=HALF, **call).images
     )
 
 
-def test_given_latents_stand_for_the_masked_picture(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+def test_given_latents_stand_for_the_masked_image(
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise
 ) -> None:
     call: dict[str, Any] = {
-        "image": pictures(),
+        "image": images(),
         "mask_image": HALF,
         "class_labels": 0,
         "latents": x0(1),
         **LATENT,
     }
-    same = inpaint_pipe(masked_image_latents=known_of(inpaint_pipe, pictures(), HALF), **call).images
+    same = inpaint_pipe(masked_image_latents=known_of(inpaint_pipe, images(), HALF), **call).images
     close(same, inpaint_pipe(**call).images)
     other = inpaint_pipe(masked_image_latents=torch.full((1, 2, 4, 4), 2.0), **call).images
     close(other[..., :2], 2.0 + 0.5 * x0(1)[..., :2])
@@ -127,21 +127,21 @@ def test_given_latents_stand_for_the_masked_picture(
 def test_what_lies_in_the_hole_changes_nothing(
     inpaint_pipe: LatentFlowInpaintPipeline,
     steered_pipe: LatentFlowInpaintPipeline,
-    pictures: Pictures,
+    images: Images,
     x0: Noise,
 ) -> None:
-    other = torch.where(ODD > 0, 1.0 - pictures(), pictures())
+    other = torch.where(ODD > 0, 1.0 - images(), images())
     call: dict[str, Any] = {"mask_image": ODD, "class_labels": 0, "latents": x0(1), "num_inference_steps": 3}
     for pipe, method in ((inpaint_pipe, "trained"), (steered_pipe, "replacement")):
         results = [
             pipe(
-                image=picture,
+                image=image,
                 method=method,
                 generator=torch.Generator().manual_seed(0),
                 output_type="pt",
                 **call,
             )
-            for picture in (pictures(), other)
+            for image in (images(), other)
         ]
         assert torch.equal(results[0].images, results[1].images)
 
@@ -150,10 +150,10 @@ def test_what_lies_in_the_hole_changes_nothing(
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (3, 5)])
-def test_kept_pixels_are_the_pictures_and_soft_ones_blend(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, size: tuple[int, int]
+def test_kept_pixels_are_the_images_and_soft_ones_blend(
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, size: tuple[int, int]
 ) -> None:
-    own = pictures(1, *size)
+    own = images(1, *size)
     mask = torch.linspace(0.0, 1.0, size[0] * size[1]).view(1, 1, *size)
     mask[..., :2] = 0.0
     mask[..., -1] = 1.0
@@ -176,15 +176,15 @@ def test_kept_pixels_are_the_pictures_and_soft_ones_blend(
     kept = (mask == 0).expand_as(own)
     assert torch.equal(out[kept], own[kept])
     array = inpaint_pipe(image=own, mask_image=mask, output_type="np", **call).images
-    picture = inpaint_pipe(image=own, mask_image=mask, **call).images[0]
+    image = inpaint_pipe(image=own, mask_image=mask, **call).images[0]
     assert np.array_equal(array[0], out[0].permute(1, 2, 0).numpy())
-    assert np.array_equal(np.asarray(picture), (array[0] * 255).round().astype(np.uint8))
+    assert np.array_equal(np.asarray(image), (array[0] * 255).round().astype(np.uint8))
 
 
 def test_feather_blends_outside_of_the_hole_and_no_farther_than_it_says(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images
 ) -> None:
-    mask, own = box(slice(6, 10), slice(6, 10), 16, 16), pictures(1, 16, 16)
+    mask, own = box(slice(6, 10), slice(6, 10), 16, 16), images(1, 16, 16)
     call: dict[str, Any] = {"image": own, "mask_image": mask, "class_labels": 0, "output_type": "pt"}
 
     def draw(feather: float) -> Tensor:
@@ -202,33 +202,33 @@ def test_feather_blends_outside_of_the_hole_and_no_farther_than_it_says(
     assert not changed[3, 4]  # 3.6 pixels away, over the corner
     assert changed[3, 8]
     assert changed[8, 12]
-    # One pixel out of the hole the new picture counts 3/4, two out 1/2, three out 1/4.
+    # One pixel out of the hole the new image counts 3/4, two out 1/2, three out 1/4.
     ratio = (soft - own)[0, :, 8, 10:13] / (draw(1e6) - own)[0, :, 8, 10:13]
     close(ratio.median(0).values, torch.tensor([0.75, 0.5, 0.25]), 1e-3)
 
 
-def test_a_black_mask_returns_the_picture_and_says_so(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, caplog: pytest.LogCaptureFixture
+def test_a_black_mask_returns_the_image_and_says_so(
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         out = inpaint_pipe(
-            image=pictures(), mask_image=torch.full((8, 8), 0.4), class_labels=0, output_type="pt"
+            image=images(), mask_image=torch.full((8, 8), 0.4), class_labels=0, output_type="pt"
         )
-    assert torch.equal(out.images, pictures())
+    assert torch.equal(out.images, images())
     assert "keeps every pixel" in caplog.text
     assert not inpaint_pipe.transformer.calls
     masks = torch.cat([HALF, 0.4 * HALF])
-    some = inpaint_pipe(image=pictures(2), mask_image=masks, class_labels=0, output_type="pt").images
-    assert "of picture 1 keeps" in caplog.text
-    assert torch.equal(some[1], pictures(2)[1])
-    assert not torch.equal(some[0], pictures(2)[0])
+    some = inpaint_pipe(image=images(2), mask_image=masks, class_labels=0, output_type="pt").images
+    assert "of image 1 keeps" in caplog.text
+    assert torch.equal(some[1], images(2)[1])
+    assert not torch.equal(some[0], images(2)[0])
 
 
 def test_a_white_mask_is_generation(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise
 ) -> None:
     call: dict[str, Any] = {"class_labels": 1, "latents": x0(1), "output_type": "pt", "solver": "heun"}
-    out = inpaint_pipe(image=pictures(), mask_image=torch.ones(8, 8), **call).images
+    out = inpaint_pipe(image=images(), mask_image=torch.ones(8, 8), **call).images
     plain = LatentFlowPipeline(**inpaint_pipe.components)
     plain.set_progress_bar_config(disable=True)
     close(out, plain(**call).images, 1e-6)
@@ -238,50 +238,48 @@ def test_a_white_mask_is_generation(
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75])
-def test_strength_starts_from_the_whole_picture(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, strength: float
+def test_strength_starts_from_the_whole_image(
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise, strength: float
 ) -> None:
     out = inpaint_pipe(
-        image=pictures(), mask_image=HALF, class_labels=0, strength=strength, guidance_scale=1.0,
+        image=images(), mask_image=HALF, class_labels=0, strength=strength, guidance_scale=1.0,
         latents=x0(1), **LATENT,
     ).images  # fmt: skip
     network, t = inpaint_pipe.transformer, 1.0 - strength
-    known = known_of(inpaint_pipe, pictures(), HALF)
+    known = known_of(inpaint_pipe, images(), HALF)
     mean = torch.where(F.max_pool2d(HALF, 2) > 0, network.means[0].view(1, 2, 1, 1), known)
-    start = t * known_of(inpaint_pipe, pictures(), torch.zeros(1)) + (1.0 - t) * x0(1)
+    start = t * known_of(inpaint_pipe, images(), torch.zeros(1)) + (1.0 - t) * x0(1)
     close(out, network.end_from(mean, start, t))
 
 
-def test_strength_zero_is_the_very_picture(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures
-) -> None:
-    levels = (pictures(1, 7, 9)[0].permute(1, 2, 0) * 255).byte().numpy()
+def test_strength_zero_is_the_very_image(inpaint_pipe: LatentFlowInpaintPipeline, images: Images) -> None:
+    levels = (images(1, 7, 9)[0].permute(1, 2, 0) * 255).byte().numpy()
     mask = Image.new("L", (9, 7), 255)
     out = inpaint_pipe(image=Image.fromarray(levels), mask_image=mask, class_labels=0, strength=0.0).images[0]
     assert np.array_equal(np.asarray(out), levels)
 
 
 def test_the_data_dependent_source_is_the_known_part_with_noise_in_the_hole(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise
 ) -> None:
     pipe = data_dependent(inpaint_pipe)
-    call: dict[str, Any] = {"image": pictures(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
+    call: dict[str, Any] = {"image": images(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
     out = pipe(guidance_scale=1.0, **call, **LATENT).images
     network, hole = pipe.transformer, F.max_pool2d(ODD, 2) > 0
-    known = known_of(pipe, pictures(), ODD)
+    known = known_of(pipe, images(), ODD)
     close(out, torch.where(hole, network.end(network.means[0].view(1, 2, 1, 1), x0(1)), known))
 
 
 @pytest.mark.parametrize("way", [{"solver": name} for name in SOLVERS] + [{"method": "pnp-flow"}], ids=str)
 def test_the_data_dependent_flow_moves_in_the_hole_only(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, way: dict[str, str]
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise, way: dict[str, str]
 ) -> None:
     """Also where the solver draws noise everywhere, in the middle of a step too; the network sees what is known."""
     pipe = data_dependent(inpaint_pipe)
-    known, hole = known_of(pipe, pictures(), ODD), F.max_pool2d(ODD, 2) > 0
+    known, hole = known_of(pipe, images(), ODD), F.max_pool2d(ODD, 2) > 0
     seen: list[Tensor] = []
     hook = pipe.transformer.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    call: dict[str, Any] = {"image": pictures(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
+    call: dict[str, Any] = {"image": images(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
     steps: list[Tensor] = []
 
     def watch(pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -299,12 +297,12 @@ def test_the_data_dependent_flow_moves_in_the_hole_only(
 
 
 def test_the_data_dependent_flow_follows_a_scheduler_that_draws_noise(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise
 ) -> None:
     pipe = data_dependent(inpaint_pipe)
-    known, hole = known_of(pipe, pictures(), ODD), F.max_pool2d(ODD, 2) > 0
+    known, hole = known_of(pipe, images(), ODD), F.max_pool2d(ODD, 2) > 0
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    call: dict[str, Any] = {"image": pictures(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
+    call: dict[str, Any] = {"image": images(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
     one, two = (
         pipe(generator=torch.Generator().manual_seed(seed), output_type="latent", **call).images
         for seed in (1, 2)
@@ -315,7 +313,7 @@ def test_the_data_dependent_flow_follows_a_scheduler_that_draws_noise(
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_method_gets_the_noise_what_is_known_and_the_grid(
-    steered_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, monkeypatch: Any, strength: float
+    steered_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise, monkeypatch: Any, strength: float
 ) -> None:
     given: dict[str, Any] = {}
 
@@ -330,14 +328,14 @@ def test_a_method_gets_the_noise_what_is_known_and_the_grid(
     steered_pipe.scheduler = FlowMatchEulerDiscreteScheduler()  # which does not steer
     seen: list[float] = []
     generator = torch.Generator()
-    call: dict[str, Any] = {"image": pictures(), "mask_image": ODD, "class_labels": 0, "strength": strength}
+    call: dict[str, Any] = {"image": images(), "mask_image": ODD, "class_labels": 0, "strength": strength}
     steered_pipe(
         **call, method="mine", latents=x0(1), num_inference_steps=4, generator=generator,
         callback_on_step_end=lambda p, i, t, k: seen.append(float(t)),
     )  # fmt: skip
-    whole = known_of(steered_pipe, pictures(), torch.zeros(1))
+    whole = known_of(steered_pipe, images(), torch.zeros(1))
     close(given["x"], x0(1) if strength == 1.0 else 0.5 * whole + 0.5 * x0(1), 1e-5)
-    close(given["known"], masked_latents(steered_pipe.vae, 2 * pictures() - 1, ODD).detach(), 1e-5)
+    close(given["known"], masked_latents(steered_pipe.vae, 2 * images() - 1, ODD).detach(), 1e-5)
     assert torch.equal(given["mask"], F.max_pool2d(ODD, 2))
     assert given["solver"] is None
     assert given["generator"] is generator
@@ -347,7 +345,7 @@ def test_a_method_gets_the_noise_what_is_known_and_the_grid(
 
 @pytest.mark.parametrize("method", [None, *INPAINTING])
 def test_every_method_keeps_what_is_kept(
-    steered_pipe: LatentFlowInpaintPipeline, pictures: Pictures, method: str | None
+    steered_pipe: LatentFlowInpaintPipeline, images: Images, method: str | None
 ) -> None:
     def seeds(*numbers: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(number) for number in numbers]
@@ -358,19 +356,19 @@ def test_every_method_keeps_what_is_kept(
         "num_inference_steps": 3,
         "output_type": "pt",
     }
-    out = steered_pipe(image=pictures(2), class_labels=[0, 1], generator=seeds(1, 2), **call).images
+    out = steered_pipe(image=images(2), class_labels=[0, 1], generator=seeds(1, 2), **call).images
     kept = (ODD == 0).expand_as(out)
-    assert torch.equal(out[kept], pictures(2)[kept])
-    assert not torch.equal(out, pictures(2))
-    alone = steered_pipe(image=pictures(2)[1:], class_labels=1, generator=seeds(2), **call).images
+    assert torch.equal(out[kept], images(2)[kept])
+    assert not torch.equal(out, images(2))
+    alone = steered_pipe(image=images(2)[1:], class_labels=1, generator=seeds(2), **call).images
     close(out[1:], alone, 1e-4)
 
 
 def test_the_usual_method_is_posterior_or_follows_the_solver_that_is_asked_for(
-    inpaint_pipe: LatentFlowInpaintPipeline, steered_pipe: LatentFlowInpaintPipeline, pictures: Pictures
+    inpaint_pipe: LatentFlowInpaintPipeline, steered_pipe: LatentFlowInpaintPipeline, images: Images
 ) -> None:
     call: dict[str, Any] = {
-        "image": pictures(),
+        "image": images(),
         "mask_image": ODD,
         "class_labels": 0,
         "num_inference_steps": 3,
@@ -400,18 +398,18 @@ def test_the_usual_method_is_posterior_or_follows_the_solver_that_is_asked_for(
 
 @pytest.mark.parametrize("method", ["trained", *INPAINTING])
 def test_who_is_told_of_the_hole(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, method: str
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, method: str
 ) -> None:
     told: list[Tensor | None] = []
     hook = inpaint_pipe.transformer.register_forward_pre_hook(
         lambda module, given: told.append(given[2].channels)
     )
     inpaint_pipe(
-        image=pictures(), mask_image=ODD, class_labels=0, method=method, num_inference_steps=2, guidance_scale=1.0
+        image=images(), mask_image=ODD, class_labels=0, method=method, num_inference_steps=2, guidance_scale=1.0
     )  # fmt: skip
     hook.remove()
     if method in ("trained", "pnp-flow"):
-        expected = masked_condition(inpaint_pipe.vae, 2 * pictures() - 1, ODD).detach()
+        expected = masked_condition(inpaint_pipe.vae, 2 * images() - 1, ODD).detach()
         assert told
         for channels in told:
             close(channels, expected, 1e-6)
@@ -427,27 +425,27 @@ def test_who_is_told_of_the_hole(
     [(1, 1, [0, 1], ([0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1])), (2, 1, [2], ([0, 0, 1, 1], [0] * 4, [2] * 4)),
      (1, 2, [2], ([0] * 4, [0, 0, 1, 1], [2] * 4)), (2, 2, [0, 1], ([0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]))],
 )  # fmt: skip
-def test_whose_picture_mask_and_class_a_row_has(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise, images: int, masks: int, labels: Any,
+def test_whose_image_mask_and_class_a_row_has(
+    inpaint_pipe: LatentFlowInpaintPipeline, originals: Images, x0: Noise, images: int, masks: int, labels: Any,
     rows: Any,
 ) -> None:  # fmt: skip
     holes = torch.cat([HALF, ODD])
     call: dict[str, Any] = {"guidance_scale": 2.0, "num_images_per_prompt": 2, "num_inference_steps": 3}
     call["solver"] = "heun"
     out = inpaint_pipe(
-        image=pictures(2)[:images], mask_image=holes[:masks], class_labels=labels, latents=x0(4),
+        image=originals(2)[:images], mask_image=holes[:masks], class_labels=labels, latents=x0(4),
         output_type="pt", **call,
     ).images  # fmt: skip
-    for row, (picture, mask, label) in enumerate(zip(*rows, strict=True)):
+    for row, (image, mask, label) in enumerate(zip(*rows, strict=True)):
         alone = inpaint_pipe(
-            image=pictures(2)[picture : picture + 1], mask_image=holes[mask : mask + 1], class_labels=label,
+            image=originals(2)[image : image + 1], mask_image=holes[mask : mask + 1], class_labels=label,
             latents=x0(4)[row : row + 1], output_type="pt", **call | {"num_images_per_prompt": 1},
         ).images  # fmt: skip
         close(out[row : row + 1], alone, 1e-5)
 
 
 def test_a_generator_decides_its_own_image_alone(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images
 ) -> None:
     def seeds(*numbers: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(number) for number in numbers]
@@ -458,18 +456,18 @@ def test_a_generator_decides_its_own_image_alone(
         "output_type": "pt",
         "solver": "ddpm",
     }
-    together = inpaint_pipe(image=pictures(2), class_labels=[0, 1], generator=seeds(5, 6), **call).images
-    alone = inpaint_pipe(image=pictures(2)[1:], class_labels=1, generator=seeds(6), **call).images
+    together = inpaint_pipe(image=images(2), class_labels=[0, 1], generator=seeds(5, 6), **call).images
+    alone = inpaint_pipe(image=images(2)[1:], class_labels=1, generator=seeds(6), **call).images
     close(together[1:], alone, 1e-5)
 
 
-# ------------------------------------------------------------------ large pictures
+# ------------------------------------------------------------------ large images
 
 
 def test_padding_mask_crop_draws_around_the_hole(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise
 ) -> None:
-    own, mask = pictures(1, 20, 30), box(slice(9, 13), slice(15, 19), 20, 30)
+    own, mask = images(1, 20, 30), box(slice(9, 13), slice(15, 19), 20, 30)
     call: dict[str, Any] = {
         "class_labels": 0,
         "latents": x0(1),
@@ -488,9 +486,9 @@ def test_padding_mask_crop_draws_around_the_hole(
 
 @pytest.mark.parametrize("size", [(50, 40), (9, 31), (5, 4)])
 def test_padding_mask_crop_at_other_scales(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, size: tuple[int, int]
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, size: tuple[int, int]
 ) -> None:
-    own = pictures(2, *size)
+    own = images(2, *size)
     masks = torch.cat([box(slice(0, 3), slice(1, 4), *size), box(slice(-3, None), slice(-2, None), *size)])
     drawn: list[torch.Size] = []
     out = inpaint_pipe(
@@ -503,29 +501,27 @@ def test_padding_mask_crop_at_other_scales(
     assert (out != own)[holes].float().mean() > 0.9
 
 
-def test_an_outpainted_picture_keeps_the_old_one(inpaint_pipe: LatentFlowInpaintPipeline) -> None:
+def test_an_outpainted_image_keeps_the_old_one(inpaint_pipe: LatentFlowInpaintPipeline) -> None:
     from latentflow import expand_canvas
 
     levels = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
-    picture, mask = expand_canvas(Image.fromarray(levels), left=3, bottom=5)
-    assert picture.size == mask.size == (10, 11)
+    image, mask = expand_canvas(Image.fromarray(levels), left=3, bottom=5)
+    assert image.size == mask.size == (10, 11)
     out = np.asarray(
-        inpaint_pipe(image=picture, mask_image=mask, class_labels=0, num_inference_steps=2).images[0]
+        inpaint_pipe(image=image, mask_image=mask, class_labels=0, num_inference_steps=2).images[0]
     )
     assert np.array_equal(out[:6, 3:], levels)
     assert np.asarray(mask).sum() == 255 * (110 - 42)
     with pytest.raises(UserError, match="cannot add 0, -1, 0, 0"):
-        expand_canvas(picture, top=-1)
+        expand_canvas(image, top=-1)
 
 
 # ------------------------------------------------------------------ transparency
 
 
 @pytest.mark.parametrize("form", ["PIL", "palette", "grey", "array", "tensor"])
-def test_transparent_pictures_come_back_transparent(
-    inpaint_pipe: LatentFlowInpaintPipeline, form: str
-) -> None:
-    """Several masks of one picture, among opaque ones: each result has the alpha of its own picture."""
+def test_transparent_images_come_back_transparent(inpaint_pipe: LatentFlowInpaintPipeline, form: str) -> None:
+    """Several masks of one image, among opaque ones: each result has the alpha of its own image."""
     levels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
     clear = Image.fromarray(levels)
     given: Any = clear
@@ -557,11 +553,9 @@ def test_transparent_pictures_come_back_transparent(
 # ------------------------------------------------------------------ masks of all kinds
 
 
-def test_masks_in_all_their_forms(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, x0: Noise
-) -> None:
+def test_masks_in_all_their_forms(inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise) -> None:
     call: dict[str, Any] = {
-        "image": pictures(),
+        "image": images(),
         "class_labels": 0,
         "latents": x0(1),
         "num_inference_steps": 2,
@@ -569,7 +563,7 @@ def test_masks_in_all_their_forms(
     call |= {"output_type": "pt", "solver": "heun"}
     expected = inpaint_pipe(mask_image=ODD, **call).images
     array = ODD[0, 0].numpy()
-    picture = Image.fromarray((array * 255).astype(np.uint8))
+    image = Image.fromarray((array * 255).astype(np.uint8))
     forms: list[Any] = [
         ODD[0, 0],
         ODD[0],
@@ -580,30 +574,30 @@ def test_masks_in_all_their_forms(
         array[..., None],
         array[None, ..., None],
     ]
-    forms += [picture, [picture], picture.convert("1"), picture.convert("RGB"), picture.convert("I;16")]
+    forms += [image, [image], image.convert("1"), image.convert("RGB"), image.convert("I;16")]
     for mask in forms:
         assert torch.equal(inpaint_pipe(mask_image=mask, **call).images, expected)
 
 
 @pytest.mark.parametrize("form", ["pil", "np", "pt"])
 def test_a_mask_of_another_size_is_resized_and_says_so(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, form: str, caplog: pytest.LogCaptureFixture
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = box(slice(1, 3), slice(2, 4), 4, 4)
     array = small[0, 0].numpy()
     mask = {"pil": Image.fromarray((array * 255).astype(np.uint8)), "np": array, "pt": small}[form]
     call: dict[str, Any] = {
-        "image": pictures(),
+        "image": images(),
         "class_labels": 0,
         "num_inference_steps": 2,
         "output_type": "pt",
     }
     with caplog.at_level(logging.WARNING):
         out = inpaint_pipe(mask_image=mask, **call).images
-    changed = (out != pictures()).any(1)[0]
+    changed = (out != images()).any(1)[0]
     assert changed[2:6, 4:8].all()
     assert changed.sum() == 16
-    assert "4 x 4, the picture 8 x 8: resized to the nearest pixel" in caplog.text
+    assert "4 x 4, the image 8 x 8: resized to the nearest pixel" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -618,8 +612,8 @@ def test_a_mask_of_another_size_is_resized_and_says_so(
         ),
         ({"mask_image": torch.ones(1, 3, 8, 8)}, r"mask_image has shape \(1, 3, 8, 8\)"),
         ({"mask_image": Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3) * 5)}, "not a mask"),
-        ({"mask_image": torch.ones(3, 8, 8)}, "3 masks for 2 pictures"),
-        ({"class_labels": [0, 1, 2]}, "3 prompts or classes for 2 pictures"),
+        ({"mask_image": torch.ones(3, 8, 8)}, "3 masks for 2 images"),
+        ({"class_labels": [0, 1, 2]}, "3 prompts or classes for 2 images"),
         (
             {"class_labels": None, "prompt": "a hat"},
             "does not take prompt\nIt takes class_labels: apple, hat, tree",
@@ -635,17 +629,17 @@ def test_a_mask_of_another_size_is_resized_and_says_so(
     ],
 )
 def test_what_is_refused(
-    inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures, call: dict[str, Any], message: str
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, call: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        inpaint_pipe(**{"image": pictures(2), "mask_image": HALF, "class_labels": 0} | call)
+        inpaint_pipe(**{"image": images(2), "mask_image": HALF, "class_labels": 0} | call)
 
 
 def test_the_trained_method_needs_a_checkpoint_trained_with_masks(
-    steered_pipe: LatentFlowInpaintPipeline, pictures: Pictures
+    steered_pipe: LatentFlowInpaintPipeline, images: Images
 ) -> None:
     with pytest.raises(UserError, match=r"not trained with masks.*\n.*replacement"):
-        steered_pipe(image=pictures(), mask_image=HALF, class_labels=0, method="trained")
+        steered_pipe(image=images(), mask_image=HALF, class_labels=0, method="trained")
 
 
 # ------------------------------------------------------------------ diffusers' conventions
@@ -661,7 +655,7 @@ def test_arguments_stand_where_diffusers_has_them() -> None:
     assert {"prompt", "image", "mask_image", "strength", "guidance_scale", "generator"} <= set(shared)
 
 
-def test_callbacks_and_interruption(inpaint_pipe: LatentFlowInpaintPipeline, pictures: Pictures) -> None:
+def test_callbacks_and_interruption(inpaint_pipe: LatentFlowInpaintPipeline, images: Images) -> None:
     bars: list[int] = []
     inpaint_pipe.progress_bar = lambda steps: bars.append(len(steps)) or steps
 
@@ -670,7 +664,7 @@ def test_callbacks_and_interruption(inpaint_pipe: LatentFlowInpaintPipeline, pic
         return {"latents": torch.zeros_like(tensors["latents"])}
 
     call: dict[str, Any] = {
-        "image": pictures(),
+        "image": images(),
         "mask_image": HALF,
         "class_labels": 0,
         "num_inference_steps": 4,
@@ -678,7 +672,7 @@ def test_callbacks_and_interruption(inpaint_pipe: LatentFlowInpaintPipeline, pic
     out = inpaint_pipe(callback_on_step_end=stop, output_type="pt", **call).images
     assert bars == [4]
     close(out[..., 4:], decoded(inpaint_pipe, torch.zeros(1, 2, 4, 4))[..., 4:], 1e-6)
-    assert torch.equal(out[..., :4], pictures()[..., :4])
+    assert torch.equal(out[..., :4], images()[..., :4])
     hooked = LatentFlowInpaintPipeline(**inpaint_pipe.components)
     hooked.set_progress_bar_config(disable=True)
     hooked.enable_model_cpu_offload(device="cpu")

@@ -64,7 +64,7 @@ def test_without_a_prompt_the_surroundings_decide(inpaint: Inpaint, dit_folder: 
     assert not np.array_equal(pixels(without), pixels(words))
 
 
-def test_each_picture_has_its_own_seed_and_files_are_kept(inpaint: Inpaint, class_folder: Path) -> None:
+def test_each_image_has_its_own_seed_and_files_are_kept(inpaint: Inpaint, class_folder: Path) -> None:
     common = ("in.png", "mask.png", "--class", "hat", "--checkpoint", class_folder)
     several = inpaint(*common, "-n", 2, "--seed", 5)
     assert several == [Path("out-1.png"), Path("out-2.png")]
@@ -92,7 +92,7 @@ def test_grid(inpaint: Inpaint, dit_folder: Path) -> None:
     assert np.array_equal(pixels(sheet), np.concatenate(rows))
 
 
-def test_an_empty_mask_returns_the_picture_and_a_full_one_draws(
+def test_an_empty_mask_returns_the_image_and_a_full_one_draws(
     inpaint: Inpaint, dit_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, level in (("black.png", 0), ("white.png", 255)):
@@ -135,7 +135,7 @@ def rotated(image: Image.Image, path: str) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_pictures_of_every_kind(
+def test_images_of_every_kind(
     inpaint: Inpaint, dit_folder: Path, write: Callable[[Image.Image, str], None], mode: str
 ) -> None:
     original = Image.open("in.png")
@@ -156,7 +156,7 @@ def test_pictures_of_every_kind(
         (["in.png"], "there is no mask\n.*--expand"),
         (["in.png", "no.png"], "no file no.png"),
         (["in.png", "in.png", "hat"], "in colour\n(.|\n)*--mask-threshold"),
-        (["text.png", "mask.png", "hat"], "text.png is not a picture"),
+        (["text.png", "mask.png", "hat"], "text.png is not an image"),
         (["cut.png", "mask.png", "hat"], "cut.png cannot be read"),
         (["in.png", "cut.png", "hat"], "cut.png cannot be read"),
         (["in.png", "mask.png", "hat", "--strength", "1.5"], "strength"),
@@ -164,17 +164,17 @@ def test_pictures_of_every_kind(
         (["in.png", "mask.png", "hat", "--method", "repait"], "did you mean 'repaint'"),
         (["in.png", "mask.png", "hat", "--mask-threshold", "7"], "threshold is 7"),
         (["in.png", "mask.png", "hat", "--checkpoint", "CLASSES"], "--class NAME: apple, hat"),
-        (["in.png", "mask.png", "hat", "-o", "out.pgn"], "no picture format '.pgn'"),
+        (["in.png", "mask.png", "hat", "-o", "out.pgn"], "no image format '.pgn'"),
         (["in.png", "hat", "--expand", "0", "-1", "0", "0"], "-1"),
         (["in.png", "mask.png", "hat", "--expand", "0", "1", "0", "0"], "a mask and --expand are both given"),
         (["in.png", "hat", "--expand", "0", "1", "0", "0", "--mask-threshold", "0.5"], "a mask and --expand"),
-        (["in.png", "mask.png", "hat", "-o", "out.psd"], "no picture format '.psd'"),  # Pillow only reads it
+        (["in.png", "mask.png", "hat", "-o", "out.psd"], "no image format '.psd'"),  # Pillow only reads it
     ],
 )
 def test_what_it_refuses(
     inpaint: Inpaint, dit_folder: Path, class_folder: Path, arguments: list[str], message: str
 ) -> None:
-    Path("text.png").write_text("not a picture")
+    Path("text.png").write_text("not an image")
     Path("cut.png").write_bytes(Path("in.png").read_bytes()[:200])
     before = sorted(Path().iterdir())
     if "--checkpoint" not in arguments:
@@ -202,7 +202,7 @@ def test_the_help_names_every_method(
 
 
 def see_through() -> tuple[Image.Image, Any]:
-    """An RGBA picture whose alpha takes every value, with colours under alpha 0, and its bytes."""
+    """An RGBA image whose alpha takes every value, with colours under alpha 0, and its bytes."""
     levels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 4), np.uint8)
     levels[:2, :, 3], levels[8:, :, 3] = 0, 255
     return Image.fromarray(levels), levels
@@ -218,7 +218,7 @@ def test_what_is_kept_keeps_its_alpha_to_the_byte(inpaint: Inpaint, dit_folder: 
     hole = pixels("mask.png").any(-1)
     assert np.array_equal(seen[~hole], levels[~hole])  # colours under alpha 0 too
     assert (seen[hole][:, 3] == 255).all() and (seen[hole] != levels[hole]).any(-1).mean() > 0.5
-    # On white it is what an opaque picture on white becomes.
+    # On white it is what an opaque image on white becomes.
     white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     white.save("white.png")
     [opaque] = inpaint("white.png", "mask.png", "hat", "--checkpoint", dit_folder, "-o", "opaque.png")

@@ -45,7 +45,7 @@ def captions(dit_folder: Path) -> Any:
 
 
 def test_the_conditions_matter(captions: Any) -> None:
-    assert np.abs(captions[0] - captions[1]).max() > 0.01  # the tests below compare pictures, not constants
+    assert np.abs(captions[0] - captions[1]).max() > 0.01  # the tests below compare images, not constants
 
 
 @pytest.mark.parametrize("folder", ["dit_folder", "class_folder"])

@@ -33,7 +33,7 @@ Run = Callable[..., None]
 def run(
     load_program: Callable[[str], Any], dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Run:
-    """Run a program in a folder with a picture and a mask."""
+    """Run a program in a folder with an image and a mask."""
     monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save("a.png")
@@ -88,7 +88,7 @@ def test_what_cannot_work_is_said_before_anything_is_drawn(name: str, run: Run, 
 
 
 @pytest.mark.parametrize("name", ["generate", "inpaint", "edit"])
-def test_a_seed_that_only_the_last_picture_lacks(name: str, run: Run, undrawn: None) -> None:
+def test_a_seed_that_only_the_last_image_lacks(name: str, run: Run, undrawn: None) -> None:
     with pytest.raises(
         UserError, match=r"--seed is 18446744073709551615\nGive a whole number from 0 to \d+614"
     ):
@@ -176,9 +176,9 @@ def test_what_was_written_before_the_disk_was_full_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    pictures = [Image.new("RGB", (8, 8)), Image.fromarray(noise), Image.new("RGB", (8, 8))]
+    images = [Image.new("RGB", (8, 8)), Image.fromarray(noise), Image.new("RGB", (8, 8))]
     with largest_file(1000), pytest.raises(RunError, match=r"b-2\.png cannot be written: File too large"):
-        save(pictures, str(tmp_path / "b.png"))
+        save(images, str(tmp_path / "b.png"))
     assert capsys.readouterr().out.split() == [str(tmp_path / "b-1.png")]
     assert names(tmp_path) == ["b-1.png"]
 

@@ -228,10 +228,10 @@ def test_output_types_agree(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
     call: dict[str, Any] = {"class_labels": [0, 1], "latents": x0(2), "num_inference_steps": 2}
     tensor = class_pipe(**call, output_type="pt").images
     array = class_pipe(**call, output_type="np").images
-    pictures = class_pipe(**call).images
+    images = class_pipe(**call).images
     assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
-    for picture, values in zip(pictures, array, strict=True):
-        assert np.array_equal(np.asarray(picture), (values * 255).round().astype("uint8"))
+    for image, values in zip(images, array, strict=True):
+        assert np.array_equal(np.asarray(image), (values * 255).round().astype("uint8"))
     assert torch.equal(class_pipe(**call, output_type="pt", return_dict=False)[0], tensor)
 
 
@@ -362,16 +362,16 @@ def test_words_that_are_not_known_are_warned_of_once_a_call_where_it_was_made(
 ) -> None:
     edit = LatentFlowEditPipeline(**text_pipe.components)
     edit.set_progress_bar_config(disable=True)
-    pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     quick: dict[str, Any] = {"num_inference_steps": 1}
     calls: list[tuple[Callable[[], Any], str]] = [
         (
             lambda: text_pipe(["zorgon, red", "a Blorp"], negative_prompt="blorp", **quick),
             "'zorgon', 'blorp'",
         ),
-        (lambda: edit("a zorgon", pictures, source_prompt=["a hat", "blorp"], **quick), "'zorgon', 'blorp'"),
-        (lambda: edit.invert(pictures, "zorgon", **quick), "'zorgon'"),
-        (lambda: edit.interpolate(["zorgon", "blorp"], pictures, 2, **quick), "'zorgon', 'blorp'"),
+        (lambda: edit("a zorgon", images, source_prompt=["a hat", "blorp"], **quick), "'zorgon', 'blorp'"),
+        (lambda: edit.invert(images, "zorgon", **quick), "'zorgon'"),
+        (lambda: edit.interpolate(["zorgon", "blorp"], images, 2, **quick), "'zorgon', 'blorp'"),
     ]
     for call, words in calls:
         for _ in range(2):
@@ -429,7 +429,7 @@ def test_dopri5_chooses_the_steps_of_each_image_on_its_own(
     with torch.no_grad():
         class_pipe.transformer.means[2] = 3000.0
     parts: dict[str, Any] = {**class_pipe.components, "id2label": class_pipe.config.id2label}
-    pictures = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    originals = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 1.0}
     hole = torch.ones(1, 1, 8, 8)
     hole[..., :4] = 0.0
@@ -442,10 +442,10 @@ def test_dopri5_chooses_the_steps_of_each_image_on_its_own(
         pipe: Any = class_pipe
         if way == "replacement":
             pipe = LatentFlowInpaintPipeline(**parts)
-            asked |= {"image": pictures[:rows], "mask_image": hole, "method": way}
+            asked |= {"image": originals[:rows], "mask_image": hole, "method": way}
         elif way != "generate":
             pipe = LatentFlowEditPipeline(**parts)
-            asked |= {"image": pictures[:rows], "source_class_labels": 0, "method": way}
+            asked |= {"image": originals[:rows], "source_class_labels": 0, "method": way}
         pipe.set_progress_bar_config(disable=True)
         class_pipe.transformer.calls.clear()
         images: Tensor = pipe(**asked).images

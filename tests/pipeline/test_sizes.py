@@ -24,9 +24,9 @@ def network(**more: Any) -> DiT:
     return DiT(in_channels=2, width=16, depth=1, heads=2, sample_size=4, size_conditioning=True, **more)
 
 
-def calls(pictures: Callable[..., Tensor], asked: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
+def calls(images: Callable[..., Tensor], asked: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
     """Every way to use a pipeline, each of 8 x 12 pixels."""
-    one, two = pictures(1, 8, 12), pictures(2, 8, 12)
+    one, two = images(1, 8, 12), images(2, 8, 12)
     mask = torch.zeros(1, 1, 8, 12)
     mask[..., 2:6] = 1
     size = {"height": 8, "width": 12}
@@ -48,7 +48,7 @@ def calls(pictures: Callable[..., Tensor], asked: dict[str, Any]) -> dict[str, C
         "inverted": lambda pipe: edited(pipe).invert(one, num_inference_steps=2, **first),
         "inverted without a condition": lambda pipe: edited(pipe).invert(one, num_inference_steps=2),
         "interpolated": lambda pipe: edited(pipe).interpolate(frames=2, **asked, **size, **STEPS),
-        "between pictures": lambda pipe: edited(pipe).interpolate(image=two, frames=2, **asked, **STEPS),
+        "between images": lambda pipe: edited(pipe).interpolate(image=two, frames=2, **asked, **STEPS),
     }
     if asked:
         ways["edited"] = lambda pipe: edited(pipe)(**first, image=one, **STEPS)
@@ -60,7 +60,7 @@ def calls(pictures: Callable[..., Tensor], asked: dict[str, Any]) -> dict[str, C
 
 @pytest.mark.parametrize("classes", [None, 3])
 def test_every_evaluation_is_told_the_size_that_is_drawn(
-    classes: int | None, assemble: Assemble, pictures: Callable[..., Tensor]
+    classes: int | None, assemble: Assemble, images: Callable[..., Tensor]
 ) -> None:
     pipe = assemble(network(num_classes=classes))
     heard: list[Tensor | None] = []
@@ -71,7 +71,7 @@ def test_every_evaluation_is_told_the_size_that_is_drawn(
 
     pipe.transformer.register_forward_pre_hook(hear)
     asked: dict[str, Any] = {} if classes is None else {"class_labels": [0, 1]}
-    for way, use in calls(pictures, asked).items():
+    for way, use in calls(images, asked).items():
         heard.clear()
         use(pipe)
         assert heard, way

@@ -1,4 +1,4 @@
-"""The command as a user runs it, on a dozen small pictures, without its imports."""
+"""The command as a user runs it, on a dozen small images, without its imports."""
 
 from __future__ import annotations
 

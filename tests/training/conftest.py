@@ -1,4 +1,4 @@
-"""A folder of a dozen small captioned pictures."""
+"""A folder of a dozen small captioned images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from latentflow.data.sources.shapes import train_source
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     rows = []
     for number, example in enumerate(train_source().examples[:240:20]):

@@ -34,20 +34,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(pictures: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(images: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline that a run made."""
     run = tmp_path_factory.mktemp("base")
-    call(cache, pictures, "-o", run, *TINY, "--max-train-steps", 3, "--preview-steps", 0)
+    call(cache, images, "-o", run, *TINY, "--max-train-steps", 3, "--preview-steps", 0)
     return run / "pipeline"
 
 
 @pytest.fixture(scope="module")
-def others(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures under captions with two words that the base does not know."""
+def others(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images under captions with two words that the base does not know."""
     folder = tmp_path_factory.mktemp("others")
-    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
     for row in rows:
-        (folder / row["file_name"]).write_bytes((pictures / row["file_name"]).read_bytes())
+        (folder / row["file_name"]).write_bytes((images / row["file_name"]).read_bytes())
         row["text"] = "a glimmering wug"
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -188,7 +188,7 @@ def test_a_compiled_adapter_learns_the_same(others: Path, cache: Path, base: Pat
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_what_cannot_be_had_is_said(
-    flags: list[str], words: str, pictures: Path, cache: Path, base: Path, tmp_path: Path
+    flags: list[str], words: str, images: Path, cache: Path, base: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     given: list[object] = []
@@ -196,18 +196,18 @@ def test_what_cannot_be_had_is_said(
         given += (
             ["--init-from", base] if flag == "BASE" else [tmp_path / "empty"] if flag == "EMPTY" else [flag]
         )
-    said = call(cache, pictures, "-o", tmp_path / "run", *TINY, *given, "--max-train-steps", 1, expect=2)
+    said = call(cache, images, "-o", tmp_path / "run", *TINY, *given, "--max-train-steps", 1, expect=2)
     assert words in said and "Traceback" not in said
 
 
 def test_without_peft_the_line_that_installs_it(
-    pictures: Path, cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find_spec(name, *rest)
     )
-    line = [pictures, "-o", tmp_path / "run", *TINY, *LORA, "--init-from", base]
+    line = [images, "-o", tmp_path / "run", *TINY, *LORA, "--init-from", base]
     assert 'pip install "latentflow[lora]"' in call(cache, *line, expect=2)
 
 

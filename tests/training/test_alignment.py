@@ -134,7 +134,7 @@ def test_the_loss_and_all_gradients_are_there_in_lower_precision_too(
 
 
 def test_the_teacher_is_told_what_the_student_is_told() -> None:
-    """The same conditions are dropped, and the same is known of masked pictures."""
+    """The same conditions are dropped, and the same is known of masked images."""
     one = stage(AlignmentConfig(alignment="self"))
 
     class Told(torch.nn.Module):
@@ -215,7 +215,7 @@ def test_a_target_depends_on_the_running_number_alone(kind: str, encoder: Path) 
 
 
 class Latents:
-    """A dozen random latents with their pictures."""
+    """A dozen random latents with their images."""
 
     def __len__(self) -> int:
         return 12
@@ -278,7 +278,7 @@ def test_two_processes_learn_what_one_learns(kind: str, shard: bool, encoder: Pa
         torch.testing.assert_close(one, pair[name], rtol=0, atol=1e-5, msg=name)
 
 
-def test_a_vision_model_sees_normalised_pictures_whose_patches_are_the_cells(
+def test_a_vision_model_sees_normalised_images_whose_patches_are_the_cells(
     encoder: Path, tmp_path: Path
 ) -> None:
     pixels = batch(2)["pixels"]
@@ -349,10 +349,10 @@ def test_what_cannot_be_aligned_is_refused_in_words(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_command_routes_and_aligns_and_nothing_of_it_is_in_the_result(
-    pictures: Path, encoder: Path, tmp_path: Path
+    images: Path, encoder: Path, tmp_path: Path
 ) -> None:
     line = [
-        pictures,
+        images,
         *TINY,
         "--depth",
         3,

@@ -126,10 +126,10 @@ def test_the_tangent_is_float32_and_weights_learn_under_autocast(
     assert all(weight.grad is not None for weight in one.network.parameters() if weight.requires_grad)
 
 
-def test_a_run_resumes_bit_for_bit(pictures: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_bit_for_bit(images: Path, tmp_path: Path) -> None:
     """Whatever is taken together: captions, masks, guidance, the network's own velocity, bfloat16."""
     options = ["guidance", 2, "share", 0.7, "mixing", 0.4, "improved", 1]
-    line = [pictures, *TINY, "--objective", "mean-flow", "--objective-options", *options, "--inpainting"]
+    line = [images, *TINY, "--objective", "mean-flow", "--objective-options", *options, "--inpainting"]
     line += ["--mixed-precision", "bf16", "--lr-scheduler", "constant"]
 
     def losses(run: str, *stops: int) -> list[float]:
@@ -228,19 +228,19 @@ def test_earlier_runs_go_on() -> None:
 
 
 def test_the_command_from_scratch_and_from_a_velocity_model(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pipeline draws in four evaluations without being told, in one when asked; so does a fine-tune's."""
     velocity, scratch, tuned = tmp_path / "velocity", tmp_path / "scratch", tmp_path / "tuned"
     few = ["--max-train-steps", 2]
     bare = ["--condition", "none", "--objective", "mean-flow", "--objective-options", "guidance", 2]
-    said = call(tmp_path, pictures, "-o", tmp_path / "bare", *TINY, *bare, expect=2)
+    said = call(tmp_path, images, "-o", tmp_path / "bare", *TINY, *bare, expect=2)
     assert "without a condition" in said and "autoencoder" not in said  # before anything is trained
     mean_flow = ["--objective", "mean-flow", "--objective-options", "guidance", 2, "share", 0.5]
-    call(tmp_path, pictures, "-o", scratch, *TINY, *few, *mean_flow)
-    call(tmp_path, pictures, "-o", velocity, *TINY, *few)
+    call(tmp_path, images, "-o", scratch, *TINY, *few, *mean_flow)
+    call(tmp_path, images, "-o", velocity, *TINY, *few)
     start = ["--init-from", velocity / "pipeline"]
-    call(tmp_path, pictures, "-o", tuned, *TINY, *few, *mean_flow, *start)
+    call(tmp_path, images, "-o", tuned, *TINY, *few, *mean_flow, *start)
     assert not LatentFlowPipeline.from_pretrained(velocity / "pipeline").few_steps.average
     assert "average" not in (velocity / "pipeline" / "model_index.json").read_text()
     assert LatentFlowPipeline.from_pretrained(scratch / "pipeline").transformer.config.time_scale == 1.0
@@ -257,10 +257,10 @@ def test_the_command_from_scratch_and_from_a_velocity_model(
     pipe.set_progress_bar_config(disable=True)
     for asked, expected in (({}, [0.25, 0.5, 0.75, 1.0]), ({"num_inference_steps": 1}, [1.0])):
         ends.clear()
-        pipe("a picture", output_type="latent", **asked)
+        pipe("an image", output_type="latent", **asked)
         assert ends == expected
     ends.clear()
-    pipe("a picture", output_type="latent", solver="euler", num_inference_steps=2, guidance_scale=4.0)
+    pipe("an image", output_type="latent", solver="euler", num_inference_steps=2, guidance_scale=4.0)
     assert ends == [-1.0, -1.0]  # an ordinary solver follows the velocity; the guidance was learned along
     base, more = str(tuned / "pipeline"), FlowConfig(objective="mean-flow", objective_options={"share": 0.4})
     kept = with_base_flow(more, base, {"objective", "objective_options"})  # what is not said stays as it was
@@ -270,5 +270,5 @@ def test_the_command_from_scratch_and_from_a_velocity_model(
     with pytest.raises(UserError, match="has learned guidance along"):
         asked_of(base, FineTuningConfig(prior_samples=5), 9, 0)
     again = tmp_path / "again"  # a fine-tune of it learns average velocities without being told, guided alike
-    call(tmp_path, pictures, "-o", again, *TINY, *few, "--init-from", tuned / "pipeline")
+    call(tmp_path, images, "-o", again, *TINY, *few, "--init-from", tuned / "pipeline")
     assert LatentFlowPipeline.from_pretrained(again / "pipeline").config.folded_guidance == 2.0

@@ -1,4 +1,4 @@
-"""Training on pictures of several aspect ratios, from the command line to the pipeline."""
+"""Training on images of several aspect ratios, from the command line to the pipeline."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SHAPES = ((16, 16), (16, 16), (16, 16), (24, 10), (10, 24), (10, 24), (40, 10))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of four aspect ratios, each of another colour."""
+    """Images of four aspect ratios, each of another colour."""
     folder = tmp_path_factory.mktemp("pictures")
     for row, size in enumerate(SHAPES * 2):
-        picture = np.full((*size[::-1], 3), 15 * row, dtype=np.uint8)
-        picture[0] = 255 - row
-        Image.fromarray(picture).save(folder / f"{row:02d}.png")
+        image = np.full((*size[::-1], 3), 15 * row, dtype=np.uint8)
+        image[0] = 255 - row
+        Image.fromarray(image).save(folder / f"{row:02d}.png")
     return folder
 
 
 def latent_data(folder: Path, **more: Any) -> LatentData:
-    """What a picture's latent says is its row and its crop."""
+    """What an image's latent says is its row and its crop."""
     source = find_source(str(folder), condition="none")
     framing = frame(source, 16, 4, FramingConfig(buckets=True, crops=2), told=True)
     sized = []
@@ -55,7 +55,7 @@ def latent_data(folder: Path, **more: Any) -> LatentData:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_epoch_has_every_picture_once_each_at_its_size(folder: Path, workers: int) -> None:
+def test_an_epoch_has_every_image_once_each_at_its_size(folder: Path, workers: int) -> None:
     data = latent_data(folder)
     order = DataOrder(size=len(data), batch_size=4, seed=1, groups=groups_of(data))
     seen: Counter[int] = Counter()
@@ -64,7 +64,7 @@ def test_an_epoch_has_every_picture_once_each_at_its_size(folder: Path, workers:
         assert sum(len(part["numbers"]) for part in parts) == 4
         for part in parts:
             latents, rows = part["latents"], part["rows"]
-            assert torch.equal(latents[:, 0, 0, 0].long(), rows)  # the right picture's, not its neighbour's
+            assert torch.equal(latents[:, 0, 0, 0].long(), rows)  # the right image's, not its neighbour's
             assert part["sizes"].shape == (len(rows), 6)
             assert (part["sizes"][:, 4:] == torch.tensor(latents.shape[2:]) * 4).all()
             natural = torch.tensor([(SHAPES * 2)[row][::-1] for row in rows.tolist()])
@@ -74,7 +74,7 @@ def test_an_epoch_has_every_picture_once_each_at_its_size(folder: Path, workers:
     assert seen == Counter(dict.fromkeys(range(14), 2)) and len(shapes) == 4
 
 
-def test_both_crops_of_a_picture_are_drawn_by_seed_and_running_number(folder: Path) -> None:
+def test_both_crops_of_an_image_are_drawn_by_seed_and_running_number(folder: Path) -> None:
     def crops(seed: int) -> list[int]:
         data = latent_data(folder, seed=seed)
         order = DataOrder(size=14, batch_size=14, groups=groups_of(data))
@@ -89,7 +89,7 @@ def test_both_crops_of_a_picture_are_drawn_by_seed_and_running_number(folder: Pa
     assert 100 < sum(one) < 180 and crops(0) == one and crops(1) != one
 
 
-def test_what_is_told_of_a_crop_needs_its_picture_no_more(folder: Path, tmp_path: Path) -> None:
+def test_what_is_told_of_a_crop_needs_its_image_no_more(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     kept, gone = latent_data(folder), latent_data(copy)
     shutil.rmtree(copy)
@@ -152,7 +152,7 @@ def test_a_run_resumes_bit_for_bit_and_its_pipeline_is_told_sizes(folder: Path, 
         return [row["loss"] for row in rows if "loss" in row]
 
     said = call(tmp_path / "cache", *line, "-o", tmp_path / "whole", "--max-train-steps", 8)
-    assert re.search(r"sizes \(width x height: pictures\): .*16x16: \d.*; none left out", said)
+    assert re.search(r"sizes \(width x height: images\): .*16x16: \d.*; none left out", said)
     vae = ["--vae", tmp_path / "whole" / "autoencoder" / "autoencoder", "--lr-scheduler", "constant"]
     for steps in (4, 8):
         call(tmp_path / "cache", *line, *vae, "-o", tmp_path / "resumed", "--max-train-steps", steps)
@@ -175,7 +175,7 @@ def test_a_run_resumes_bit_for_bit_and_its_pipeline_is_told_sizes(folder: Path, 
     assert not np.array_equal(drawn(), drawn(crops_coords_top_left=(0, 9)))
 
 
-def test_captions_are_mirrored_with_their_pictures_only(folder: Path, tmp_path: Path) -> None:
+def test_captions_are_mirrored_with_their_images_only(folder: Path, tmp_path: Path) -> None:
     said = call(tmp_path, folder, "--mirror-captions", "-o", tmp_path / "run", expect=2)
     assert "--mirror-captions without --random-flip" in said
 

@@ -1,4 +1,4 @@
-"""Which caption, which picture and which factor a training sample gets."""
+"""Which caption, which image and which factor a training sample gets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def latent_data(source: Source, table: LatentTable) -> LatentData:
     return LatentData(one_size(source, (64, 64)), [Sized(table)], {})
 
 
-def test_each_use_draws_one_of_its_pictures_captions() -> None:
+def test_each_use_draws_one_of_its_images_captions() -> None:
     captions = Captions(source(), seed=7)
     assert list(captions) == [text for texts in TEXTS for text in texts]
     drawn = [captions[place] for place in captions.drawn([1] * 3000, list(range(3000)))]
@@ -67,7 +67,7 @@ def test_tokens_are_those_of_the_drawn_caption() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_an_epoch_uses_each_picture_as_often_as_it_is_repeated(processes: int) -> None:
+def test_an_epoch_uses_each_image_as_often_as_it_is_repeated(processes: int) -> None:
     table = LatentTable(torch.arange(3.0).view(3, 1, 1, 1, 1), None)
     data = latent_data(source(repeats=4), table)
     order = DataOrder(size=len(data), batch_size=2, processes=processes)
@@ -87,7 +87,7 @@ def test_weights_multiply_the_loss_and_not_what_is_measured() -> None:
     table = LatentTable(torch.zeros(3, 1, 1, 1, 1), None)
     assert "weights" not in latent_data(source(), table).__getitems__([Draw(0, 0)])
     assert latent_data(source(weight=0.5), table).__getitems__([Draw(2, 0)])["weights"].tolist() == [0.5]
-    # Each use has its picture's, however often those before it are used.
+    # Each use has its image's, however often those before it are used.
     examples = [
         dataclasses.replace(one, repeats=repeats, weight=weight)
         for one, repeats, weight in zip(source().examples, (3, 1, 2), (1.0, 2.0, 3.0), strict=True)
@@ -106,7 +106,7 @@ class Linear(nn.Module):
         return self.slope * x
 
 
-def test_captions_of_mirrored_pictures_say_left_for_right() -> None:
+def test_captions_of_mirrored_images_say_left_for_right() -> None:
     told = {
         "A cat, left of the dog": "A cat, right of the dog",
         "LEFT and Right": "RIGHT and Left",

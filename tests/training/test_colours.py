@@ -19,9 +19,9 @@ from .command import TINY, call
 
 
 @pytest.fixture
-def data(pictures: Path, tmp_path: Path) -> Path:
-    """Pictures of which half have a profile."""
-    folder = Path(shutil.copytree(pictures, tmp_path / "data"))
+def data(images: Path, tmp_path: Path) -> Path:
+    """Images of which half have a profile."""
+    folder = Path(shutil.copytree(images, tmp_path / "data"))
     for number in range(6):
         path = folder / f"{number:02d}.png"
         Image.open(path).save(path, icc_profile=rgb_profile("Display P3"))

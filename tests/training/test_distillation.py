@@ -38,10 +38,10 @@ PAIRS = ["--pairs", 6, "--pairs-steps", 2]
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+def teacher(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """Captions, and masks."""
     folder = tmp_path_factory.mktemp("teacher")
-    call(folder, pictures, "-o", folder / "run", *TINY, "--max-train-steps", 2, "--inpainting")
+    call(folder, images, "-o", folder / "run", *TINY, "--max-train-steps", 2, "--inpainting")
     return folder / "run" / "pipeline"
 
 
@@ -51,10 +51,10 @@ def distill(folder: Path, *arguments: Any, expect: int = 0) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
-    method: str, teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, teacher: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    said = distill(tmp_path, teacher, pictures, "-o", run, "--method", method, *FEW, *PAIRS, "--guidance", 3)
+    said = distill(tmp_path, teacher, images, "-o", run, "--method", method, *FEW, *PAIRS, "--guidance", 3)
     assert "guidance 3 learned along" in said
     pipe = LatentFlowPipeline.from_pretrained(run / "pipeline")
     pipe.set_progress_bar_config(disable=True)
@@ -67,31 +67,31 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     assert pipe.usual_guidance == 1.0 and pipe.config.folded_guidance == 3.0
     evaluations: list[float] = []
     pipe.transformer.register_forward_pre_hook(lambda module, given: evaluations.append(float(given[1][0])))
-    pipe("a picture", output_type="latent")
+    pipe("an image", output_type="latent")
     assert len(evaluations) == counts[-1]
     evaluations.clear()
     warned: list[str] = []
     monkeypatch.setattr(pipeline_base.log, "warning", lambda text, *values: warned.append(text % values))
-    pipe("a picture", output_type="latent", num_inference_steps=3)
+    pipe("an image", output_type="latent", num_inference_steps=3)
     assert len(evaluations) == 3
     assert warned == [f"3 steps of a checkpoint that was made for {' or '.join(map(str, counts))}"]
     assert ("straightness" in said) == METHODS[method].pairs
-    # Previews: two rows of eight pictures for each number of steps, and two of holes.
+    # Previews: two rows of eight images for each number of steps, and two of holes.
     preview = Image.open(sorted((run / "samples").glob("*.png"))[-1])
     assert preview.height == (2 * len(counts) + 2) * (16 + 2) + 2
     card = (run / "pipeline" / "README.md").read_text()
     assert ("1 steps." if len(counts) == 1 else "1 and 2 and 4 steps, two rows each.") in card
 
 
-def test_a_student_may_be_an_adapter(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_student_may_be_an_adapter(teacher: Path, images: Path, tmp_path: Path) -> None:
     """It brings the input that the teacher lacks; the pipeline follows it while it is in effect, and not after."""
     run = tmp_path / "run"
-    distill(tmp_path, teacher, pictures, "-o", run, *FEW, "--lora-rank", 2, "--guidance", 2)
+    distill(tmp_path, teacher, images, "-o", run, *FEW, "--lora-rank", 2, "--guidance", 2)
     whole = LatentFlowPipeline.from_pretrained(run / "pipeline")
     pipe = LatentFlowPipeline.from_pretrained(teacher)
     for one in (whole, pipe):
         one.set_progress_bar_config(disable=True)
-    ask: dict[str, Any] = {"prompt": "a picture", "output_type": "latent"}
+    ask: dict[str, Any] = {"prompt": "an image", "output_type": "latent"}
 
     def drawn(one: Any, **more: Any) -> Tensor:
         latents: Tensor = one(**ask, generator=torch.Generator().manual_seed(1), **more).images
@@ -112,7 +112,7 @@ def test_a_student_may_be_an_adapter(teacher: Path, pictures: Path, tmp_path: Pa
     assert {name: one for name, one in pipe.config.items() if name in config} == config
     # A second one with the same step counts brings its own embedder; a consistency model leaves nothing behind.
     other = tmp_path / "other"
-    distill(tmp_path, teacher, pictures, "-o", other, *FEW, "--lora-rank", 2, "--guidance", 2, "--seed", 5)
+    distill(tmp_path, teacher, images, "-o", other, *FEW, "--lora-rank", 2, "--guidance", 2, "--seed", 5)
     pipe.load_lora_weights(run / "adapter", adapter_name="a")
     pipe.load_lora_weights(other / "adapter", adapter_name="b")
     second = LatentFlowPipeline.from_pretrained(other / "pipeline")
@@ -125,7 +125,7 @@ def test_a_student_may_be_an_adapter(teacher: Path, pictures: Path, tmp_path: Pa
     pipe.unload_lora_weights()
     assert not sharing.few_steps
     third = tmp_path / "third"
-    distill(tmp_path, teacher, pictures, "-o", third, *FEW, "--lora-rank", 2, "--method", "consistency")
+    distill(tmp_path, teacher, images, "-o", third, *FEW, "--lora-rank", 2, "--method", "consistency")
     pipe.load_lora_weights(third / "adapter")
     assert pipe.few_steps.consistency
     pipe.unload_lora_weights()
@@ -198,11 +198,11 @@ def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> 
 
 
 def test_pairs_are_the_teachers_and_are_drawn_once(
-    teacher: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, pairs = tmp_path / "run", tmp_path / "pairs"
     flags = [*FEW, *PAIRS, "--pairs-folder", pairs, "--pairs-solver", "euler", "--method", "reflow"]
-    distill(tmp_path, teacher, pictures, "-o", run, *flags)
+    distill(tmp_path, teacher, images, "-o", run, *flags)
     held = load_file(pairs / "000000.safetensors")
     asked = json.loads((pairs / "drawn.json").read_text())["asked"]
     assert len(asked) == 6 == len(held["noise"])
@@ -213,10 +213,10 @@ def test_pairs_are_the_teachers_and_are_drawn_once(
     ).images  # fmt: skip
     torch.testing.assert_close(again, held["latents"], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("latentflow.training.fine_tune.teacher_samples._draw", None)
-    distill(tmp_path, teacher, pictures, "-o", tmp_path / "second", *flags)
-    said = distill(tmp_path, teacher, pictures, "-o", tmp_path / "third", *flags, "--guidance", 2, expect=2)
+    distill(tmp_path, teacher, images, "-o", tmp_path / "second", *flags)
+    said = distill(tmp_path, teacher, images, "-o", tmp_path / "third", *flags, "--guidance", 2, expect=2)
     assert "drawn otherwise (guidance)" in said
-    said = distill(tmp_path, run / "pipeline", pictures, "-o", tmp_path / "fourth", *flags, expect=2)
+    said = distill(tmp_path, run / "pipeline", images, "-o", tmp_path / "fourth", *flags, expect=2)
     assert "checkpoint" in said and "drawn otherwise" in said
 
 
@@ -236,9 +236,9 @@ def _stop_at(steps: int) -> Any:
     ids=lambda method: method[0],
 )
 def test_a_student_resumes_bit_for_bit(
-    method: list[Any], teacher: Path, pictures: Path, tmp_path: Path
+    method: list[Any], teacher: Path, images: Path, tmp_path: Path
 ) -> None:
-    line = [teacher, pictures, *FEW, "--method", *method]
+    line = [teacher, images, *FEW, "--method", *method]
     line += ["--lr-scheduler", "constant", "--log-steps", 1]
 
     def losses(run: str, *stops: int) -> list[float]:
@@ -277,34 +277,32 @@ def test_a_student_resumes_bit_for_bit(
     ],
 )
 def test_bad_input_is_refused(
-    flags: list[str], what: str, teacher: Path, pictures: Path, tmp_path: Path
+    flags: list[str], what: str, teacher: Path, images: Path, tmp_path: Path
 ) -> None:
-    said = distill(tmp_path, teacher, pictures, "-o", tmp_path / "run", *FEW, *flags, expect=2)
+    said = distill(tmp_path, teacher, images, "-o", tmp_path / "run", *FEW, *flags, expect=2)
     assert what.lower() in said.lower()
 
 
-def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(pictures: Path, tmp_path: Path) -> None:
-    said = distill(tmp_path, pictures, pictures, "-o", tmp_path / "run", *FEW, expect=2)
+def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(images: Path, tmp_path: Path) -> None:
+    said = distill(tmp_path, images, images, "-o", tmp_path / "run", *FEW, expect=2)
     assert "is not a pipeline folder" in said
-    call(tmp_path, pictures, "-o", tmp_path / "bare", *TINY, "--max-train-steps", 1, "--condition", "none")
+    call(tmp_path, images, "-o", tmp_path / "bare", *TINY, "--max-train-steps", 1, "--condition", "none")
     bare = tmp_path / "bare" / "pipeline"
-    said = distill(tmp_path, bare, pictures, "-o", tmp_path / "run", *FEW, "--guidance", 2, expect=2)
+    said = distill(tmp_path, bare, images, "-o", tmp_path / "run", *FEW, "--guidance", 2, expect=2)
     assert "no classes or captions to follow" in said
     more = ["--condition", "none", "--method", "consistency"]
-    assert "guidance 1 learned along" in distill(
-        tmp_path, bare, pictures, "-o", tmp_path / "few", *FEW, *more
-    )
+    assert "guidance 1 learned along" in distill(tmp_path, bare, images, "-o", tmp_path / "few", *FEW, *more)
     few = tmp_path / "few" / "pipeline"
     assert LatentFlowPipeline.from_pretrained(few).few_steps.consistency
 
 
 def test_a_students_student_has_the_guidance_that_it_learned(
-    teacher: Path, pictures: Path, tmp_path: Path
+    teacher: Path, images: Path, tmp_path: Path
 ) -> None:
     first = tmp_path / "first"
-    distill(tmp_path, teacher, pictures, "-o", first, *FEW, "--guidance", 3)
+    distill(tmp_path, teacher, images, "-o", first, *FEW, "--guidance", 3)
     tuned = ["--init-from", first / "pipeline", *TINY, "--max-train-steps", 1]
-    said = call(tmp_path, pictures, "-o", tmp_path / "tuned", *tuned, "--objective", "flow-matching")
+    said = call(tmp_path, images, "-o", tmp_path / "tuned", *tuned, "--objective", "flow-matching")
     assert "has learned guidance 3 along, this objective does not" in said
     one = Distillation(str(first / "pipeline"), DistillationConfig(), "shortcut")
     assert (one.guidance, one.folded_guidance) == (1.0, 3.0)
@@ -312,8 +310,8 @@ def test_a_students_student_has_the_guidance_that_it_learned(
         Distillation(str(first / "pipeline"), DistillationConfig(guidance=4.0), "shortcut")
 
 
-def test_the_plan_of_a_student_is_told_in_advance(teacher: Path, pictures: Path, tmp_path: Path) -> None:
-    said = distill(tmp_path, teacher, pictures, "-o", tmp_path / "run", *FEW, "--dry-run")
+def test_the_plan_of_a_student_is_told_in_advance(teacher: Path, images: Path, tmp_path: Path) -> None:
+    said = distill(tmp_path, teacher, images, "-o", tmp_path / "run", *FEW, "--dry-run")
     assert "student of" in said and "compute:" in said
     assert not (tmp_path / "run").exists()
 
@@ -425,9 +423,9 @@ def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> N
         for folder in ("both",) if label == "green" else ("both", "two"):
             (tmp_path / folder / label).mkdir(parents=True)
             for number in range(4):
-                picture = Image.new("RGB", (16, 16), label)
-                picture.putpixel((number, 0), (9 * number, 9, 9))
-                picture.save(tmp_path / folder / label / f"{number}.png")
+                image = Image.new("RGB", (16, 16), label)
+                image.putpixel((number, 0), (9 * number, 9, 9))
+                image.save(tmp_path / folder / label / f"{number}.png")
     call(tmp_path, tmp_path / "two", "-o", tmp_path / "teacher", *TINY, "--max-train-steps", 1)
     known = tmp_path / "teacher" / "pipeline"
     said = distill(tmp_path, known, tmp_path / "both", "-o", tmp_path / "run", *FEW, expect=2)
@@ -435,10 +433,10 @@ def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> N
     distill(tmp_path, known, tmp_path / "two", "-o", tmp_path / "run", *FEW)
 
 
-def test_a_finished_run_says_how_it_goes_on(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_finished_run_says_how_it_goes_on(teacher: Path, images: Path, tmp_path: Path) -> None:
     """By its own program, with its own settings."""
     run = tmp_path / "run"
-    distill(tmp_path, teacher, pictures, "-o", run, *FEW, "--method", "shortcut", "--guidance", 2)
+    distill(tmp_path, teacher, images, "-o", run, *FEW, "--method", "shortcut", "--guidance", 2)
     words = shlex.split(read_run(run).resume())
     assert words[:2] == ["latentflow", "distill"]
     assert "guidance 2 learned along" in distill(tmp_path, *words[2:])

@@ -175,11 +175,11 @@ def own_flags() -> list[Any]:
 
 
 def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`latentflow distill`: test_distillation.py."""
     cache, out = tmp_path / "cache", tmp_path / "run"
-    line = [pictures, "-o", out, *FEW]
+    line = [images, "-o", out, *FEW]
     with monkeypatch.context() as patch:  # the autoencoder's last step: it is finished, the run is not
         interrupting(AutoencoderStage, signal.SIGINT, 1 * 4, patch)
         said = call(cache, *line, expect=130)
@@ -206,7 +206,7 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
     assert f"the result {out}/pipeline could not be written: No space left on device" in said
     assert "done:" in call(cache, *line, "--max-train-steps", 4)
 
-    alone = [pictures, "-o", tmp_path / "autoencoder", *own_flags()]
+    alone = [images, "-o", tmp_path / "autoencoder", *own_flags()]
     with monkeypatch.context() as patch:
         interrupting(AutoencoderStage, signal.SIGHUP, 1 * 4, patch)
         assert "resume with" in call(cache, *alone, file="autoencoder", expect=129)
@@ -215,9 +215,9 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
         assert "done:" in call(cache, *alone, file="autoencoder")
 
 
-def test_closing_the_terminal_saves_and_ends_with_129(pictures: Path, tmp_path: Path) -> None:
+def test_closing_the_terminal_saves_and_ends_with_129(images: Path, tmp_path: Path) -> None:
     """The real command, whose writing to the terminal fails from then on."""
-    line = [pictures, "-o", tmp_path / "run", *TINY, "--max-train-steps", 10**6, "--validation-steps", 0]
+    line = [images, "-o", tmp_path / "run", *TINY, "--max-train-steps", 10**6, "--validation-steps", 0]
     words = [sys.executable, "-m", "latentflow.cli", "train", *map(str, line)]
     process, terminal = pty.fork()
     if not process:

@@ -83,7 +83,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pictures each of ant, dog and cow."""
+    """Three images each of ant, dog and cow."""
     folder = tmp_path_factory.mktemp("animals")
     for index, label in enumerate(["ant", "dog", "cow"]):
         (folder / label).mkdir()
@@ -124,7 +124,7 @@ def test_new_classes_follow_those_of_the_checkpoint_which_draws_what_it_drew(
     for name in ("cat", "dog"):
         kept = drawn(base, class_labels=name), drawn(tmp_path / "pipeline", class_labels=name)
         torch.testing.assert_close(*kept, rtol=0, atol=1e-5)
-    # Begun with these numbers: the same data with fewer classes known would train pictures under other ones.
+    # Begun with these numbers: the same data with fewer classes known would train images under other ones.
     with pytest.raises(UserError, match="'dog' was 1, is 2"):
         from latentflow.training.networks import refuse_renumbered_classes
 
@@ -280,12 +280,12 @@ def test_two_processes_mix_as_one_does(
     "flags", [["--prior-samples", 0], ["--prior-samples", 6], ["--prior-samples", 6, "--auto-micro-batch"]]
 )
 def test_two_processes_leave_out_what_the_data_do_not_say(
-    flags: list[object], pictures: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[object], images: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without captions the text encoder is used by none, or by one process alone: that with the step's sample."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     base = checkpoint(tmp_path / "base", text_dim=8)
-    line = [pictures, *QUICK, "--init-from", base, "--condition", "none", *flags]
+    line = [images, *QUICK, "--init-from", base, "--condition", "none", *flags]
     line += ["--prior-share", 0.25, "--max-train-steps", 3, "--mixed-precision", "no"]
     call(cache, *line, "-o", tmp_path / "one")
     two = [*line, "-o", tmp_path / "two", "--train-batch-size", 2]
@@ -383,8 +383,8 @@ def test_a_duplicate_in_the_data_does_not_hide_copies(
     source = find_source(str(tmp_path / "data"))
 
     def copies(self: LatentFlowPipeline, height: int, **settings: Any) -> Any:
-        pictures = pixels_to_images(cached_pixels(source, height, "white")[:])
-        return SimpleNamespace(images=(pictures.repeat(2, 1, 1, 1) + 1) / 2)
+        images = pixels_to_images(cached_pixels(source, height, "white")[:])
+        return SimpleNamespace(images=(images.repeat(2, 1, 1, 1) + 1) / 2)
 
     monkeypatch.setattr(LatentFlowPipeline, "__call__", copies)
     monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
@@ -396,10 +396,10 @@ def test_a_duplicate_in_the_data_does_not_hide_copies(
 
 
 def test_captions_words_and_no_condition_go_through_training(
-    cache: Path, pictures: Path, tmp_path: Path
+    cache: Path, images: Path, tmp_path: Path
 ) -> None:
     base = checkpoint(tmp_path / "base", text_dim=8)
-    line = [pictures, *QUICK, "--init-from", base, "--prior-samples", 4, "--max-train-steps", 2]
+    line = [images, *QUICK, "--init-from", base, "--prior-samples", 4, "--max-train-steps", 2]
     call(cache, *line, "-o", tmp_path / "a")
     call(cache, *line, "-o", tmp_path / "b", "--condition", "none")
     found = json.loads((tmp_path / "a" / "memorisation.json").read_text())
@@ -409,11 +409,11 @@ def test_captions_words_and_no_condition_go_through_training(
 # ---------------------------------------------------------------- defaults
 
 
-def test_defaults_follow_from_the_number_of_pictures_and_flags_win() -> None:
+def test_defaults_follow_from_the_number_of_images_and_flags_win() -> None:
     loop = LoopConfig(train_batch_size=64)
     few = fitted(loop, (), 40, own_share=0.5)
     assert few.learning_rate == pytest.approx(4e-4) and few.lr_embeddings == 5
-    assert few.max_train_steps == 313  # 250 uses of 40 pictures, 32 a step
+    assert few.max_train_steps == 313  # 250 uses of 40 images, 32 a step
     assert (few.lr_warmup_steps, few.validation_steps, few.preview_steps) == (31, 31, 78)
     assert (few.lr_decay_share, LoopConfig().lr_decay_share) == (1.0, 0.2)
     more = fitted(loop, (), 500, own_share=1.0)
@@ -434,7 +434,7 @@ def test_the_plan_says_what_was_chosen(base: Path, animals: Path, cache: Path, t
     line = [animals, "-o", tmp_path / "run", "--resolution", 16, "--init-from", base, "--dry-run"]
     said = call(cache, *line, "--preset", "tiny")
     assert "--learning-rate 0.0004" in said  # a fifth of the preset's
-    assert "9 pictures to train on, 0 held out" in said and "few pictures (9)" in said
+    assert "9 images to train on, 0 held out" in said and "few images (9)" in said
     assert "200 samples of" in said
     said = call(cache, *line, "--learning_rate", "0.003", "--max-train-steps=7", "--prior-samples", 0)
     assert "learning rate 0.003" in said and "plan: 7 steps" in said and "prior: none" in said
@@ -511,21 +511,21 @@ def test_bad_input_names_the_remedy(
     flags: Callable[[Path], list[object]],
     message: str,
     base: Path,
-    pictures: Path,
+    images: Path,
     cache: Path,
     tmp_path: Path,
 ) -> None:
-    said = call(cache, pictures, "-o", tmp_path, *TINY, "--max-train-steps", 1, *flags(base), expect=2)
+    said = call(cache, images, "-o", tmp_path, *TINY, "--max-train-steps", 1, *flags(base), expect=2)
     assert message in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("file", ["flow", "distill"])
 def test_the_plan_from_a_checkpoint_is_all_that_is_printed(
-    file: str, tmp_path: Path, pictures: Path, capfd: pytest.CaptureFixture[str]
+    file: str, tmp_path: Path, images: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Neither the libraries' bars of loading nor their warnings, of which nobody who asked for a plan has any use."""
     base = ROOT / "checkpoints" / "emoji-64"
-    data = ["--init-from", base, pictures] if file == "flow" else [base, pictures]
+    data = ["--init-from", base, images] if file == "flow" else [base, images]
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.enable_progress_bar()  # as in a new process
     plan = call(tmp_path, *data, "-o", tmp_path / "run", "--dry-run", file=file)

@@ -272,11 +272,11 @@ def test_choices_that_cannot_work_are_refused_at_once(choices: dict[str, Any], m
         FlowConfig(**choices)
 
 
-def test_a_diffusion_model_is_one_line(pictures: Path, tmp_path: Path) -> None:
+def test_a_diffusion_model_is_one_line(images: Path, tmp_path: Path) -> None:
     """The real command: noise prediction on the VP path, weighted; the pipeline knows, and so does fine-tuning."""
     choices = ["--path", "variance-preserving", "--path-options", "beta_max", "12", "--prediction", "noise"]
     more = ["--weighting", "sigmoid", "--coupling", "conditional-ot", "--contrastive-weight", "0.05"]
-    line = [pictures, *TINY, "--max-train-steps", 2, "--checkpointing-steps", 2]
+    line = [images, *TINY, "--max-train-steps", 2, "--checkpointing-steps", 2]
     call(tmp_path / "cache", *line, "-o", tmp_path / "run", *choices, *more)
     pipe = LatentFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.path == PATHS["variance-preserving"](beta_max=12.0)
@@ -292,7 +292,7 @@ def test_a_diffusion_model_is_one_line(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_validation_has_no_contrastive_term() -> None:
-    """Its rows are several noises of one picture: no row is another's negative."""
+    """Its rows are several noises of one image: no row is another's negative."""
     one = stage(contrastive_weight=0.5)
     assert one(batch())["loss"] < -0.1
     assert abs(one.eval()(batch())["loss"]) < 1e-4

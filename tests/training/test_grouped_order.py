@@ -1,4 +1,4 @@
-"""The order of pictures of several sizes."""
+"""The order of images of several sizes."""
 
 from __future__ import annotations
 

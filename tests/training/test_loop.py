@@ -230,7 +230,7 @@ def test_the_same_data_in_another_order_is_refused_in_words(tmp_path: Path) -> N
     first = {"data": "abc", "data_order": "1"}
     assert run(tmp_path, description=first)
     longer = dataclasses.replace(CONFIG, max_train_steps=14)
-    told = r"data_order: the same pictures in another order \(files were renamed or moved\)"
+    told = r"data_order: the same images in another order \(files were renamed or moved\)"
     with pytest.raises(UserError, match=told):
         run(tmp_path, longer, description={"data": "abc", "data_order": "2"})
     with pytest.raises(UserError, match="data: abc -> abd") as refused:

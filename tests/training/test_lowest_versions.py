@@ -51,7 +51,7 @@ def test_every_dependency_has_one_lower_bound_wherever_it_is_named(repository: P
 
 @pytest.mark.network
 def test_the_lowest_versions_together_import_train_and_draw(
-    repository: Path, pictures: Path, tmp_path: Path
+    repository: Path, images: Path, tmp_path: Path
 ) -> None:
     pins = lowest(tomllib.loads((repository / "pyproject.toml").read_text())["project"])
     environment = tmp_path / "environment"
@@ -73,11 +73,11 @@ def test_the_lowest_versions_together_import_train_and_draw(
     run("-m", "pip", "install", "--quiet", *pins)
     run("-c", IMPORT_ALL, *pins)
     run(
-        "-m", "latentflow.cli", "train", pictures, "-o", tmp_path / "run", *TINY, "--max-train-steps", "4",
+        "-m", "latentflow.cli", "train", images, "-o", tmp_path / "run", *TINY, "--max-train-steps", "4",
         "--preview-steps", "2", "--report-to", "tensorboard",
     )  # fmt: skip
     run(
-        "-m", "latentflow.cli", "train", pictures, "-o", tmp_path / "lora",
+        "-m", "latentflow.cli", "train", images, "-o", tmp_path / "lora",
         "--init-from", tmp_path / "run" / "pipeline",
         "--lora-rank", "2", "--max-train-steps", "4",
     )  # fmt: skip

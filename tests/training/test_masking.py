@@ -121,7 +121,7 @@ def test_masks_and_pixels_are_mirrored_with_the_latents() -> None:
 
 @pytest.mark.parametrize("network", [DiT, UNet])
 def test_an_extended_network_draws_what_it_drew_before(
-    network: Any, vae: AutoencoderDC, pictures: Path, tmp_path: Path
+    network: Any, vae: AutoencoderDC, images: Path, tmp_path: Path
 ) -> None:
     sizes: Any = (
         {"width": 16, "depth": 1, "heads": 1} if network is DiT else {"channels": (16, 16), "head_dim": 8}
@@ -131,7 +131,7 @@ def test_an_extended_network_draws_what_it_drew_before(
         for parameter in old.parameters():
             parameter.normal_(0, 0.2)
     LatentFlowPipeline(vae, old).save_pretrained(tmp_path / "plain")
-    source = find_source(str(pictures), condition="none")
+    source = find_source(str(images), condition="none")
     new = networks_from(
         str(tmp_path / "plain"), source, FlowConfig(), inpainting=True, size_conditioning=True
     ).network
@@ -147,9 +147,9 @@ def test_an_extended_network_draws_what_it_drew_before(
     assert networks_from(str(tmp_path / "told"), source, FlowConfig()).network.config.size_conditioning
 
 
-def test_one_flag_trains_to_inpaint_and_extends_a_checkpoint(pictures: Path, tmp_path: Path) -> None:
+def test_one_flag_trains_to_inpaint_and_extends_a_checkpoint(images: Path, tmp_path: Path) -> None:
     """The real command: from nothing, from a checkpoint without masks, and on from one that has learnt it."""
-    line = [pictures, *TINY, "--max-train-steps", 2, "--checkpointing-steps", 2]
+    line = [images, *TINY, "--max-train-steps", 2, "--checkpointing-steps", 2]
     call(tmp_path / "cache", *line, "-o", tmp_path / "plain")
     extend = ["--init-from", tmp_path / "plain" / "pipeline", "--inpainting", "--coupling", "data-dependent"]
     call(tmp_path / "cache", *line, "-o", tmp_path / "extended", *extend)

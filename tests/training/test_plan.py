@@ -159,7 +159,7 @@ def test_state_is_what_one_step_allocates(optimizer: str) -> None:
     assert state_bytes(network, loop, torch.bfloat16) > planned
 
 
-def test_encoding_is_counted_for_one_picture() -> None:
+def test_encoding_is_counted_for_one_image() -> None:
     vae = tiny_autoencoder(4)
     once = encoding_flops(vae, 32)
     assert encoding_flops(vae, 64) == pytest.approx(4 * once, rel=0.05)
@@ -194,11 +194,11 @@ def test_recipes_are_planned_without_their_weights(
     recipe: str,
     channels: int,
     said: list[str],
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data = pictures
+    data = images
     if channels == 4:  # class by class
         for name in ("cat", "dog"):
             (tmp_path / "data" / name).mkdir(parents=True)
@@ -220,15 +220,15 @@ def test_recipes_are_planned_without_their_weights(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_small_network_is_timed_on_this_machine(pictures: Path, tmp_path: Path) -> None:
-    out = call(tmp_path, pictures, "-o", tmp_path / "run", *TINY, "--inpainting", "--dry-run")
+def test_a_small_network_is_timed_on_this_machine(images: Path, tmp_path: Path) -> None:
+    out = call(tmp_path, images, "-o", tmp_path / "run", *TINY, "--inpainting", "--dry-run")
     assert "s a step" in out and "measured on this cpu;" in out
 
     def encoding(said: str) -> float:
-        return float(said.split("encode the pictures before it, ")[1].split()[0])
+        return float(said.split("encode the images before it, ")[1].split()[0])
 
     mirrored = call(
-        tmp_path, pictures, "-o", tmp_path / "run", *TINY, "--random-flip", "--crops", 3, "--dry-run"
+        tmp_path, images, "-o", tmp_path / "run", *TINY, "--random-flip", "--crops", 3, "--dry-run"
     )
     assert encoding(mirrored) == pytest.approx(6 * encoding(out), rel=0.01)
 

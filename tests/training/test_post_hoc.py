@@ -174,10 +174,8 @@ def test_two_processes_keep_the_averages_of_one(tmp_path: Path, shard: bool) -> 
     )
 
 
-def test_the_command_makes_a_pipeline(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    line = [pictures, *TINY, "--max-train-steps", 6, "--ema-lengths", 0.05, 0.1, "--ema-snapshot-steps", 2]
+def test_the_command_makes_a_pipeline(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = [images, *TINY, "--max-train-steps", 6, "--ema-lengths", 0.05, 0.1, "--ema-snapshot-steps", 2]
     line += ["--alignment", "self"]  # whose head is averaged as well, and is no part of the result
     said = call(tmp_path / "cache", *line, "-o", tmp_path / "run")
     assert "a snapshot of" in said and "in all" in said

@@ -1,4 +1,4 @@
-"""`latentflow precompute`, and training from what it leaves, without the pictures."""
+"""`latentflow precompute`, and training from what it leaves, without the images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from latentflow.data.cache import tensors as cache
 from latentflow.data.sources.latent_files import INDEX
 from latentflow.errors import UserError, one_line
 
-from ..data.pictures import load_program, noise
+from ..data.images import load_program, noise
 from ..data.profiles import rgb_profile
 from ..data.test_near import save_copies
 from .command import ROOT, TINY, call
@@ -43,13 +43,13 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def data(pictures: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(pictures, tmp_path / "data"))
+def data(images: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(images, tmp_path / "data"))
 
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """How many pictures were encoded at once, each time."""
+    """How many images were encoded at once, each time."""
     monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
     counts: list[int] = []
     posteriors = cache._posteriors
@@ -81,7 +81,7 @@ def losses(folder: Path) -> list[float]:
     return [row[name] for row in rows for name in ("loss", "val_loss") if name in row]
 
 
-def test_training_without_the_pictures_is_training_with_them(
+def test_training_without_the_images_is_training_with_them(
     data: Path, vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     latents, stored = tmp_path / "latents", tmp_path / "cache"
@@ -165,14 +165,14 @@ def test_what_was_begun_is_finished_and_nothing_else_is_touched(
     assert sum(encoded) == 4
 
     source = readable(find_source(str(latents)))
-    pictures = find_source(str(data))
-    assert isinstance(source, LatentFolder) and source.all_captions() == pictures.all_captions()
-    assert list(source.content_keys()) == pictures.content_keys()
+    images = find_source(str(data))
+    assert isinstance(source, LatentFolder) and source.all_captions() == images.all_captions()
+    assert list(source.content_keys()) == images.content_keys()
     assert [example.name for example in source.subset([3, 1]).examples] == ["03.png", "01.png"]
-    assert source.subset([3, 1]).subset([1]).captions() == pictures.captions()[1:2]
+    assert source.subset([3, 1]).subset([1]).captions() == images.captions()[1:2]
     assert source.subset([3, 1]).fingerprint() != source.subset([1, 3]).fingerprint() != source.fingerprint()
     network = load_autoencoder(vae)
-    direct = cached_latents(pictures, network, 16, flips=False, progress=False)
+    direct = cached_latents(images, network, 16, flips=False, progress=False)
     folder = cached_latents(source, network, 16, flips=False, progress=False)
     torch.testing.assert_close(folder.mean[:], direct.mean[:])
 
@@ -181,7 +181,7 @@ def test_what_was_begun_is_finished_and_nothing_else_is_touched(
     assert "inside the data" in precompute(capsys, data, "--vae", vae, "-o", data / "x", expect=2)
 
 
-def test_near_duplicates_are_kept_together_without_the_pictures(
+def test_near_duplicates_are_kept_together_without_the_images(
     vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, latents = tmp_path / "twins", tmp_path / "latents"
@@ -189,9 +189,9 @@ def test_near_duplicates_are_kept_together_without_the_pictures(
     for seed in range(12):
         save_copies(data, seed, f"{seed:02}")
     precompute(capsys, data, "--vae", vae, "-o", latents, "--resolution", 16)
-    pictures, stored = find_source(str(data)), find_source(str(latents))
+    images, stored = find_source(str(data)), find_source(str(latents))
     for seed in range(3):
-        assert split(stored, 6, seed) == split(pictures, 6, seed)
+        assert split(stored, 6, seed) == split(images, 6, seed)
         assert {name[:2] for name in names(stored, 0, seed)}.isdisjoint(
             name[:2] for name in names(stored, 1, seed)
         )
@@ -220,7 +220,7 @@ def test_an_index_that_is_not_what_was_written_is_refused(
         assert index.read_bytes() == whole and sum(encoded) == 12
 
 
-def test_latents_of_several_aspect_ratios_train_as_their_pictures_do(
+def test_latents_of_several_aspect_ratios_train_as_their_images_do(
     vae: Path, encoded: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, latents, stored = tmp_path / "data", tmp_path / "latents", tmp_path / "cache"
@@ -237,8 +237,8 @@ def test_latents_of_several_aspect_ratios_train_as_their_pictures_do(
     assert sum(encoded) == 12
     source = find_source(str(latents))
     assert isinstance(source, LatentFolder) and not source.damage() and len(source.sizes) == 4
-    pictures = find_source(str(data))
-    for example, whole in zip(source.examples, pictures.examples, strict=True):
+    images = find_source(str(data))
+    for example, whole in zip(source.examples, images.examples, strict=True):
         assert example.name == whole.name and example.open().size in {(w, h) for h, w in source.sizes}
 
     quick = [*TINY, "--max-train-steps", 3, "--preview-steps", 0, "--size-conditioning", "--inpainting"]
@@ -305,14 +305,14 @@ def test_latents_of_converted_images_have_keys_of_their_own(
     said = precompute(capsys, *line)  # only what is read otherwise is made again
     assert sum(encoded) == 2 and "2 images have another colour profile than sRGB and are converted" in said
 
-    source, pictures = find_source(str(tmp_path / "latents")), find_source(str(data))
-    assert list(source.content_keys()) == pictures.content_keys()  # split as its pictures are
-    assert list(source.pixel_keys()) == pictures.pixel_keys() != pictures.content_keys()
+    source, images = find_source(str(tmp_path / "latents")), find_source(str(data))
+    assert list(source.content_keys()) == images.content_keys()  # split as its images are
+    assert list(source.pixel_keys()) == images.pixel_keys() != images.content_keys()
     after = [example.open().tobytes() for example in source.examples]
     assert [row for row in range(12) if before[row] != after[row]] == [2, 5]
     assert not check_source(str(tmp_path / "latents")).problems
     network = load_autoencoder(vae)
-    direct = cached_latents(pictures, network, 16, flips=False, progress=False)
+    direct = cached_latents(images, network, 16, flips=False, progress=False)
     torch.testing.assert_close(
         cached_latents(source, network, 16, flips=False, progress=False).mean[:], direct.mean[:]
     )

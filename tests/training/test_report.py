@@ -62,7 +62,7 @@ def killed(tmp_path: Path) -> Path:
     for folder, step in ((run, 3), (run / "autoencoder", 2)):
         Image.new("RGB", (1300, 650), "red").save(folder / "samples" / f"step-{step:06d}.png")
     (run / "samples" / "step-000005.png").write_bytes(b"\x89PNG torn")
-    told = ["notes of old", "plan: 8 steps", "step 3: val_loss 6", "my/cats: <b>9</b> pictures", "data: 9 to train on",
+    told = ["notes of old", "plan: 8 steps", "step 3: val_loss 6", "my/cats: <b>9</b> images", "data: 9 to train on",
             "plan: 8 steps", "WARNING: step 5: not finite. The update is skipped."]  # fmt: skip
     (run / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in told))
     return run
@@ -97,8 +97,8 @@ def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
     html = str(report_page(killed).html())
     for text in (
         "not finished: step 6 of 8", "The autoencoder, trained first", "val_psnr", "20.5000 dB", "not finite: 1 (log",
-        "<td>0 s, 8 pictures a second</td>",  # the first stage has its own batch: 2 steps of 2
-        "step-000005.png cannot be read", "&lt;b&gt;9&lt;/b&gt; pictures", "step 3</figcaption>",
+        "<td>0 s, 8 images a second</td>",  # the first stage has its own batch: 2 steps of 2
+        "step-000005.png cannot be read", "&lt;b&gt;9&lt;/b&gt; images", "step 3</figcaption>",
     ):  # fmt: skip
         assert text in html, text
     assert html.count("<svg") == 2 and html.count("data:image/") == 2
@@ -247,7 +247,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> list[FakeTracker]:
     return FakeTracker.made
 
 
-def test_wandb_gets_settings_curves_and_pictures_and_a_resumed_run_its_old_name(
+def test_wandb_gets_settings_curves_and_images_and_a_resumed_run_its_old_name(
     tmp_path: Path, wandb: list[FakeTracker]
 ) -> None:
     (tmp_path / "config.yaml").write_text("learning_rate: 0.5\n")
@@ -255,7 +255,7 @@ def test_wandb_gets_settings_curves_and_pictures_and_a_resumed_run_its_old_name(
         one = reporter(tmp_path, "wandb")
         one.metrics(step, 4, {"loss": 0.5, "lr": 0.1})
         one.validation(step, {"loss": 0.25})
-        one.picture(step, Image.new("RGB", (6, 4), "red"))
+        one.image(step, Image.new("RGB", (6, 4), "red"))
         one.close()
     first, second = wandb
     assert first.options["id"] == second.options["id"] and first.options["dir"] == str(tmp_path)
@@ -284,42 +284,42 @@ def test_a_missing_package_is_named_with_its_extra(
         reporter(tmp_path, name)
 
 
-def test_tensorboard_gets_curves_and_pictures(tmp_path: Path) -> None:
+def test_tensorboard_gets_curves_and_images(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     one = reporter(tmp_path, "tensorboard")
     one.metrics(3, 4, {"loss": 0.5, "lr": 0.1})
-    one.picture(3, Image.new("RGB", (6, 4), "red"))
+    one.image(3, Image.new("RGB", (6, 4), "red"))
     one.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
-    picture = events.Images("preview")[0]
-    assert (picture.width, picture.height) == (6, 4)
+    image = events.Images("preview")[0]
+    assert (image.width, image.height) == (6, 4)
 
 
 # ---- the model card and the hub ----
 
 
-def facts(pictures: Path) -> CardFacts:
+def facts(images: Path) -> CardFacts:
     return CardFacts(
         where="owner/cats",
-        source=find_source(str(pictures)),
+        source=find_source(str(images)),
         parts={"transformer": torch.nn.Linear(999, 1000)},
     )
 
 
-def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: Path, pictures: Path) -> None:
+def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: Path, images: Path) -> None:
     folder = killed.parent / "pipeline"
     folder.mkdir()
-    write_card(folder, killed, facts(pictures))
+    write_card(folder, killed, facts(images))
     card = (folder / "README.md").read_text()
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header) == {
         "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["latentflow", "flow-matching"]
     }  # fmt: skip
     assert "# license:" in header  # for the user to write
-    caption = find_source(str(pictures)).captions()[0]
+    caption = find_source(str(images)).captions()[0]
     for text in (
         'from_pretrained("owner/cats")', f"prompt={caption!r}", "`transformer` | Linear | 1.00 M",
         "- data: 9 to train on",
@@ -333,12 +333,12 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: 
 
 
 def test_what_a_reader_pastes_is_quoted_and_names_no_place_on_the_author_s_disk(
-    killed: Path, pictures: Path
+    killed: Path, images: Path
 ) -> None:
     (killed / "config.yaml").write_text(yaml.safe_dump({"data": "/home/me/my cats", "network": "dit"}))
     told = ["/home/me/my cats: 2 left out: /home/me/my cats/1.png, /tmp/x/2.png", "5.5 % of 1/2", "plan: 8"]
     (killed / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in told))
-    source = find_source(str(pictures))
+    source = find_source(str(images))
     source = dataclasses.replace(
         source,
         examples=(dataclasses.replace(source.examples[0], text="a $(reboot) `x`"), *source.examples[1:]),
@@ -363,12 +363,12 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("kind", ["text", "class"])
-def test_text_of_the_data_is_no_markup_in_the_card(kind: str, killed: Path, pictures: Path) -> None:
+def test_text_of_the_data_is_no_markup_in_the_card(kind: str, killed: Path, images: Path) -> None:
     settings = {"data": "cats", "network": "dit", "checkpoint": HOSTILE, "width": 96}
     (killed / "config.yaml").write_text(yaml.safe_dump(settings))
     told = [f"cats: 1 left out: {few([HOSTILE])}", HOSTILE.splitlines()[-1], "plan: 8"]
     (killed / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in told))
-    source = find_source(str(pictures))
+    source = find_source(str(images))
     example = dataclasses.replace(source.examples[0], text=HOSTILE, label=HOSTILE)
     source = dataclasses.replace(source, examples=(example,), kind=kind, classes=(HOSTILE,))
     folder = killed.parent / "new"
@@ -392,20 +392,20 @@ def test_text_of_the_data_is_no_markup_in_the_card(kind: str, killed: Path, pict
     python, bash = (token.content for token in tokens if token.type == "fence")
     compile(python, "card", "exec")
     words = shlex.split(bash)
-    assert words[:2] == ["latentflow", "generate"] and words[-1] == "picture.png" and len(words) in (7, 8)
+    assert words[:2] == ["latentflow", "generate"] and words[-1] == "image.png" and len(words) in (7, 8)
     assert any("<script>alert(1)</script> [x](http://y) | `z` ```" in child.content for child in inside)
 
 
-def test_a_card_of_ours_is_renewed_and_one_of_the_user_s_stays(killed: Path, pictures: Path) -> None:
+def test_a_card_of_ours_is_renewed_and_one_of_the_user_s_stays(killed: Path, images: Path) -> None:
     old, new = killed / "pipeline", killed / ".new"
     for folder in (old, new):
         folder.mkdir()
-        write_card(folder, killed, facts(pictures))
+        write_card(folder, killed, facts(images))
         assert is_generated((folder / "README.md").read_text().replace("\n", "\r\n"))
         assert len(list(folder.iterdir())) == 2
     mine = (old / "README.md").read_text().replace("# license: name the licence here", "license: mit  #")
     (old / "README.md").write_text(mine)
-    write_card(new, killed, facts(pictures))
+    write_card(new, killed, facts(images))
     assert (new / "README.md").read_text() == mine
     beside = (new / "README-step-000006.md").read_text()
     assert "owner/cats" in beside and "![Samples](sample-step-000006.png)" in beside

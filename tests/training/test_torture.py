@@ -119,7 +119,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     ("processes", "flags"), [(1, []), (2, []), (2, ["--shard"])], ids=["one", "two", "sharded"]
 )
 def test_a_run_killed_25_times_equals_the_run_that_was_never_killed(
-    pictures: Path, tmp_path: Path, processes: int, flags: list[str]
+    images: Path, tmp_path: Path, processes: int, flags: list[str]
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
     rng, settings = random.Random(seed), [*SETTINGS, *flags, "--train-batch-size", 4 // processes]
@@ -130,9 +130,9 @@ def test_a_run_killed_25_times_equals_the_run_that_was_never_killed(
         for folder in (tmp_path / "cache-warm", tmp_path / "cache-whole", tmp_path / "cache"):
             folder.mkdir()
         # What the program imports is imported here, once: the kills are to fall into the run, not before it.
-        call(tmp_path / "cache-warm", pictures, "-o", tmp_path / "warm", *settings, "--max-train-steps", 1)
+        call(tmp_path / "cache-warm", images, "-o", tmp_path / "warm", *settings, "--max-train-steps", 1)
         Attempt(
-            tmp_path / "cache-whole", [pictures, "-o", whole, *settings], processes, tmp_path / "whole"
+            tmp_path / "cache-whole", [images, "-o", whole, *settings], processes, tmp_path / "whole"
         ).finish(600)
         fell: Counter[str] = Counter()
         moments = ["cache"] * 4 + rng.choices(["save", "any"], [12, 9], k=KILLS)
@@ -141,7 +141,7 @@ def test_a_run_killed_25_times_equals_the_run_that_was_never_killed(
             if moment == "cache" and (killed / "checkpoints").exists():
                 moment = "save"  # caches are complete before the network is trained
             attempt = Attempt(
-                tmp_path / "cache", [pictures, "-o", killed, *settings], processes, tmp_path / "killed"
+                tmp_path / "cache", [images, "-o", killed, *settings], processes, tmp_path / "killed"
             )
             where = kill_at(moment, attempt, killed, tmp_path / "cache", rng)
             said = "".join(file.read_text() for file in tmp_path.glob("killed.*.txt"))
@@ -151,9 +151,9 @@ def test_a_run_killed_25_times_equals_the_run_that_was_never_killed(
             print(
                 f"kill {sum(fell.values())}: {moment} -> {where}, {done[-1].name if done else 'no checkpoint yet'}"
             )
-        Attempt(
-            tmp_path / "cache", [pictures, "-o", killed, *settings], processes, tmp_path / "killed"
-        ).finish(600)
+        Attempt(tmp_path / "cache", [images, "-o", killed, *settings], processes, tmp_path / "killed").finish(
+            600
+        )
     finally:
         torch.set_num_threads(threads)
     print(f"seed {seed}: {KILLS} kills fell into {dict(fell)}")

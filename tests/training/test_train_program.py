@@ -22,7 +22,7 @@ from latentflow.data import Source
 from latentflow.errors import UserError
 from latentflow.training.networks import refuse_renumbered_classes
 
-from ..data.pictures import noise
+from ..data.images import noise
 from .command import ROOT, TINY, call, environment
 from .forking import fork_ranks
 
@@ -33,10 +33,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(pictures: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(images: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """An uninterrupted run of 8 steps, and what it said. (tests/test_wheel.py has one in a process of its own.)"""
     run = tmp_path_factory.mktemp("finished")
-    said = call(cache, pictures, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
+    said = call(cache, images, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
     return run, said
 
 
@@ -49,7 +49,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_run_leaves_what_the_documentation_lists(finished: tuple[Path, str], pictures: Path) -> None:
+def test_a_run_leaves_what_the_documentation_lists(finished: tuple[Path, str], images: Path) -> None:
     run, said = finished
     for name in (
         "config.yaml",
@@ -61,7 +61,7 @@ def test_a_run_leaves_what_the_documentation_lists(finished: tuple[Path, str], p
         assert (run / name).is_file(), name
     assert "captions from metadata.jsonl" in said  # what was inferred is said before training
     assert "memorise" in said and "no GPU" in said
-    assert sorted(path.name for path in pictures.iterdir()) == [f"{n:02d}.png" for n in range(12)] + [
+    assert sorted(path.name for path in images.iterdir()) == [f"{n:02d}.png" for n in range(12)] + [
         "metadata.jsonl"
     ]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -87,9 +87,9 @@ def begin(run: Path, cache: Path, *arguments: object, losses: int, expect: int =
 
 
 def test_killed_at_a_random_moment_and_started_again_equals_the_uninterrupted_run_bit_for_bit(
-    finished: tuple[Path, str], pictures: Path, cache: Path, tmp_path: Path
+    finished: tuple[Path, str], images: Path, cache: Path, tmp_path: Path
 ) -> None:
-    line = [pictures, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2]
+    line = [images, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2]
     process = begin(tmp_path, cache, *line, losses=random.Random().randint(1, 6))
     os.kill(process, signal.SIGKILL)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL, "it ended before it could be killed"
@@ -100,7 +100,7 @@ def test_killed_at_a_random_moment_and_started_again_equals_the_uninterrupted_ru
 
 
 def test_a_result_that_is_made_again_keeps_what_the_user_put_there(
-    finished: tuple[Path, str], pictures: Path, cache: Path, tmp_path: Path
+    finished: tuple[Path, str], images: Path, cache: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
@@ -109,7 +109,7 @@ def test_a_result_that_is_made_again_keeps_what_the_user_put_there(
     for folder in ("pipeline", "autoencoder/autoencoder"):
         (run / folder / "notes.txt").write_text("mine")
     card = (run / "pipeline" / "README.md").read_text()
-    call(cache, pictures, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
+    call(cache, images, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
     assert len(list(run.rglob("exported"))) == 2  # both were made again
     for folder in ("pipeline", "autoencoder/autoencoder"):
         assert (run / folder / "notes.txt").read_text() == "mine"
@@ -126,13 +126,13 @@ def test_config_yaml_reproduces_the_run(finished: tuple[Path, str], cache: Path,
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-def test_sigterm_saves_and_prints_the_line_that_resumes(pictures: Path, cache: Path, tmp_path: Path) -> None:
-    line = [pictures, *TINY, "--max-train-steps", 100000]
+def test_sigterm_saves_and_prints_the_line_that_resumes(images: Path, cache: Path, tmp_path: Path) -> None:
+    line = [images, *TINY, "--max-train-steps", 100000]
     process = begin(tmp_path, cache, *line, losses=3, expect=143)
     os.kill(process, signal.SIGTERM)
     assert os.waitpid(process, 0)[1] == 0
     said = (tmp_path / "train.log").read_text()
-    assert "resume with" in said and f"latentflow train {pictures}" in said, said
+    assert "resume with" in said and f"latentflow train {images}" in said, said
     assert list((tmp_path / "checkpoints").glob("step-*/state.json"))
 
 
@@ -151,14 +151,14 @@ def torchrun(cache: Path, *arguments: object) -> None:
 @pytest.mark.parametrize("launch", [forked, pytest.param(torchrun, marks=pytest.mark.slow)])
 def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
     launch: Callable[..., None],
-    pictures: Path,
+    images: Path,
     cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     settings = [
-        pictures, *TINY, "--checkpointing-steps", 10, "--mixed-precision", "no", "--validation-steps", 0,
+        images, *TINY, "--checkpointing-steps", 10, "--mixed-precision", "no", "--validation-steps", 0,
         "--preview-steps", 0, "--lr-scheduler", "constant",
     ]  # fmt: skip
     # One process trains the autoencoder both times: only the flow is compared.
@@ -253,7 +253,7 @@ def test_a_run_is_not_resumed_with_other_numbers_of_its_classes(tmp_path: Path) 
     refuse_renumbered_classes(tmp_path / "none", Source("d", (), "class", ("2", "10", "cat")))
 
 
-def test_a_run_goes_on_with_renamed_pictures_only_where_their_order_is_the_same(
+def test_a_run_goes_on_with_renamed_images_only_where_their_order_is_the_same(
     cache: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
@@ -267,8 +267,7 @@ def test_a_run_goes_on_with_renamed_pictures_only_where_their_order_is_the_same(
     (data / "00-cat.png").rename(data / "cat.png")
     said = call(cache, *line, "--max-train-steps", 4, expect=2)
     assert (
-        "the same pictures in another order (files were renamed or moved)" in said
-        and "--allow-changes" in said
+        "the same images in another order (files were renamed or moved)" in said and "--allow-changes" in said
     )
 
 
@@ -291,15 +290,13 @@ def test_a_run_goes_on_with_renamed_pictures_only_where_their_order_is_the_same(
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_screen_that_names_the_remedy(
-    flags: list[str], message: str, pictures: Path, cache: Path, tmp_path: Path
+    flags: list[str], message: str, images: Path, cache: Path, tmp_path: Path
 ) -> None:
-    said = call(cache, pictures, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *flags, expect=2)
+    said = call(cache, images, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *flags, expect=2)
     assert message in said and "Traceback" not in said and len(said.splitlines()) < 40
 
 
-def test_a_u_net_and_an_unconditional_model_train_as_well(
-    pictures: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_a_u_net_and_an_unconditional_model_train_as_well(images: Path, cache: Path, tmp_path: Path) -> None:
     quick = [
         *TINY,
         "--max-train-steps",
@@ -312,7 +309,7 @@ def test_a_u_net_and_an_unconditional_model_train_as_well(
         "--preview-steps",
         0,
     ]
-    call(cache, pictures, "-o", tmp_path, *quick)
+    call(cache, images, "-o", tmp_path, *quick)
     pipe = LatentFlowPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe.transformer).__name__ == "UNet" and not pipe.takes_text
@@ -324,10 +321,8 @@ def test_data_that_is_not_there_ends_with_status_2(cache: Path, tmp_path: Path) 
     assert "there is no folder" in said and "Traceback" not in said
 
 
-def test_dry_run_prints_sizes_and_time_and_writes_nothing(
-    pictures: Path, cache: Path, tmp_path: Path
-) -> None:
-    said = call(cache, pictures, "-o", tmp_path / "run", *TINY, "--dry-run")
+def test_dry_run_prints_sizes_and_time_and_writes_nothing(images: Path, cache: Path, tmp_path: Path) -> None:
+    said = call(cache, images, "-o", tmp_path / "run", *TINY, "--dry-run")
     for word in ("parameters", "memory:", "time:", "epochs"):
         assert word in said
     assert not (tmp_path / "run").exists()

@@ -132,11 +132,11 @@ class Visitor:
         self.one(f"#{tab}-go").click()
 
     def source(self, tab: str) -> str:
-        pictures = self.all(f"#{tab}-results img")
-        return pictures[0].get_attribute("src") if pictures else ""
+        images = self.all(f"#{tab}-results img")
+        return images[0].get_attribute("src") if images else ""
 
     def draw(self, tab: str) -> bytes:
-        """Press the button and wait for another picture than before; its file."""
+        """Press the button and wait for another image than before; its file."""
         before = self.source(tab)
         self.press(tab)
         complaints = ".toast-body.warning, .toast-body.error"
@@ -194,7 +194,7 @@ def pixels(content: bytes) -> Any:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
 
 
-def test_a_prompt_becomes_a_picture_and_nobody_else_is_contacted(me: Visitor) -> None:
+def test_a_prompt_becomes_an_image_and_nobody_else_is_contacted(me: Visitor) -> None:
     me.type("#generate-prompt textarea", "red apple")
     me.set_steps("generate", STEPS)
     me.set_seed("generate", 0)
@@ -225,14 +225,14 @@ def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me: Visitor) -> Non
     me.screenshot("inpaint")
     assert painted.shape == original.shape
     rows, columns = np.nonzero((painted != original).any(-1))
-    to_pixels = 64 / (512 * int(zoom[1]) / 100)  # of the screen to the picture
+    to_pixels = 64 / (512 * int(zoom[1]) / 100)  # of the screen to the image
     brush = 64 / 512 * 40 + 2
     assert len(rows) > 20
     assert columns.min() >= 32 - 50 * to_pixels - brush and columns.max() <= 32 + 50 * to_pixels + brush
     assert rows.min() >= 32 - 40 * to_pixels - brush and rows.max() <= 32 - 35 * to_pixels + brush
 
 
-def test_words_edit_a_picture(me: Visitor) -> None:
+def test_words_edit_an_image(me: Visitor) -> None:
     me.type("#generate-prompt textarea", "red apple")
     me.set_steps("generate", STEPS)
     me.set_seed("generate", 0)
@@ -249,7 +249,7 @@ def test_words_edit_a_picture(me: Visitor) -> None:
 
 def test_cancel_ends_a_long_run(me: Visitor) -> None:
     me.type("#generate-prompt textarea", "red apple")
-    me.type("#generate-pictures input[type=number]", "16")
+    me.type("#generate-images input[type=number]", "16")
     me.set_steps("generate", 200)
     me.press("generate")
     me.wait(lambda: re.search(r"\b[1-9]\d*/200", me.one("#generate-results").text))  # it moves
@@ -257,12 +257,12 @@ def test_cancel_ends_a_long_run(me: Visitor) -> None:
     me.one("#generate-cancel").click()
     me.wait(lambda: "/200" not in me.one("#generate-results").text)
     assert me.source("generate") == ""
-    me.type("#generate-pictures input[type=number]", "1")
+    me.type("#generate-images input[type=number]", "1")
     me.set_steps("generate", 1)
     assert me.draw("generate")  # the line is free again
 
 
-def test_two_windows_keep_their_own_seeds_and_pictures(me: Visitor, other: Visitor) -> None:
+def test_two_windows_keep_their_own_seeds_and_images(me: Visitor, other: Visitor) -> None:
     visitors = {1: me, 2: other}
     for seed, one in visitors.items():
         one.type("#generate-prompt textarea", ("red apple", "blue heart")[seed - 1])
@@ -284,11 +284,11 @@ def test_two_windows_keep_their_own_seeds_and_pictures(me: Visitor, other: Visit
 
 
 def test_a_bad_upload_gets_a_message(me: Visitor, tmp_path: Path) -> None:
-    (tmp_path / "notes.png").write_text("not a picture")
+    (tmp_path / "notes.png").write_text("not an image")
     for tab in ("inpaint", "edit"):
         me.open_tab(tab.capitalize())
         me.one(f"#{tab}-file input[type=file]").send_keys(str(tmp_path / "notes.png"))
-        assert "notes.png is not a picture" in me.message()
+        assert "notes.png is not an image" in me.message()
         assert str(Path("/tmp/gradio")) not in me.message()
         for close in me.all(".toast-close"):
             close.click()

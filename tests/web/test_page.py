@@ -54,7 +54,7 @@ def test_the_page_asks_for_what_the_checkpoint_takes(studio: Any, shown: set[str
         "Its class now",
     }
     assert visible & conditional == shown
-    assert {"Seed", "Steps", "Solver", "Pictures"} <= visible
+    assert {"Seed", "Steps", "Solver", "Images"} <= visible
 
 
 @pytest.mark.parametrize(("masks", "inpaint"), [(True, 4), (False, 20)])
@@ -76,8 +76,8 @@ def raising(error: Exception) -> Callable[[], Any]:
 
 def test_mistakes_become_messages_that_hold_no_markup() -> None:
     with pytest.raises(gr.Error) as error:
-        raising(UserError("<b>.png is no\npicture", "take another."))()
-    assert error.value.message == "&lt;b&gt;.png is no picture. Take another."
+        raising(UserError("<b>.png is no\nimage", "take another."))()
+    assert error.value.message == "&lt;b&gt;.png is no image. Take another."
     assert not error.value.print_exception
 
 

@@ -189,7 +189,7 @@ def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) 
             {"tab": "edit", "image": "a", "strength": 1.5},
             "strength is 1.5. Give a finite number from 0 to 1.",
         ),
-        ({"tab": "edit", "image": "text", "strength": 0.5}, "a.png is not a picture"),
+        ({"tab": "edit", "image": "text", "strength": 0.5}, "a.png is not an image"),
         ({"tab": "edit", "image": "huge"}, "a.png is too large: 7200 x 7200 pixels"),
         ({"tab": "edit", "image": "http"}, "Nothing is fetched from other addresses"),
         ({"tab": "edit", "image": "elsewhere"}, "was not uploaded"),
@@ -372,12 +372,12 @@ def test_no_upload_is_read_as_a_program(
         {"tab": "inpaint", "image": image, "strokes": {"id": "mine"}},
     ):
         state, data = ask(client, prompt="red apple", **values)
-        assert state == "error" and "is not a picture" in data["error"], data
+        assert state == "error" and "is not an image" in data["error"], data
     for one in config["dependencies"]:  # what the page itself asks when a file is dropped
         if one["targets"] and one["targets"][0][1] == "change" and one["inputs"]:
             body = {"data": [program], "fn_index": one["id"], "session_hash": "me"}
             assert client.post("/queue/join", json=body).status_code == 200
-            assert "is not a picture" in client.get("/queue/data", params={"session_hash": "me"}).text
+            assert "is not an image" in client.get("/queue/data", params={"session_hash": "me"}).text
     assert not (tmp_path / "executed").exists()
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from latentflow.errors import UserError
 from latentflow.inference.checkpoint import Takes, taken_by
-from latentflow.web.studio import MOST_PICTURES, Order, Studio, painted
+from latentflow.web.studio import MOST_IMAGES, Order, Studio, painted
 
 Checkpoint = Callable[..., Path]
 
@@ -31,8 +31,8 @@ def studio(caption_checkpoint: Path) -> Studio:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "picture.png"
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)).save(path)
     return path
 
@@ -58,9 +58,9 @@ def test_two_at_once_get_what_each_would_get_alone(studio: Studio) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    for who, pictures in alone.items():
-        assert [p.tobytes() for p in together[who]] == [p.tobytes() for p in pictures]
-    assert len({pictures[0].tobytes() for pictures in alone.values()}) == len(orders)
+    for who, images in alone.items():
+        assert [p.tobytes() for p in together[who]] == [p.tobytes() for p in images]
+    assert len({images[0].tobytes() for images in alone.values()}) == len(orders)
 
 
 def test_progress_counts_the_steps(studio: Studio) -> None:
@@ -86,11 +86,11 @@ def test_what_progress_raises_ends_a_request_at_its_step(studio: Studio) -> None
     assert len(studio.generate(ORDER, silent)) == 1  # the next one is drawn
 
 
-def test_only_what_was_painted_over_changes(studio: Studio, picture: Path) -> None:
+def test_only_what_was_painted_over_changes(studio: Studio, image: Path) -> None:
     stroke = Image.new("RGBA", (48, 32))  # the canvas is four times as large
     stroke.paste((255, 0, 255, 255), (16, 8, 32, 24))
-    [result] = studio.inpaint(ORDER, silent, str(picture), [stroke])
-    changed = (np.asarray(result) != np.asarray(Image.open(picture))).any(-1)
+    [result] = studio.inpaint(ORDER, silent, str(image), [stroke])
+    changed = (np.asarray(result) != np.asarray(Image.open(image))).any(-1)
     hole = np.zeros((8, 12), bool)
     hole[2:6, 4:8] = True
     assert not changed[~hole].any() and changed[hole].mean() > 0.5
@@ -104,10 +104,10 @@ def test_strokes_that_do_not_meet_the_pixels_are_rounded() -> None:
 
 
 @pytest.mark.parametrize("method", ["flowedit", "inversion", "image-to-image"])
-def test_editing(studio: Studio, picture: Path, method: str) -> None:
+def test_editing(studio: Studio, image: Path, method: str) -> None:
     def edited(strength: float, images: int = 1) -> list[Image.Image]:
         order = replace(ORDER, images=images)
-        return studio.edit(order, silent, str(picture), "blue hat", method, strength)
+        return studio.edit(order, silent, str(image), "blue hat", method, strength)
 
     assert edited(1.0)[0].size == (12, 8)
     assert edited(1.0)[0].tobytes() != edited(0.0)[0].tobytes()
@@ -117,7 +117,7 @@ def test_editing(studio: Studio, picture: Path, method: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": MOST_PICTURES + 1}, "images is 17"),
+        ({"images": MOST_IMAGES + 1}, "images is 17"),
         ({"images": 0}, "images is 0"),
         ({"steps": 10_000}, "steps is 10000"),
         ({"seed": -1}, "seed is -1"),
@@ -133,8 +133,8 @@ def test_bounds(studio: Studio, changes: dict[str, Any], message: str) -> None:
 
 def test_a_bad_upload_is_named_without_the_server_s_folders(studio: Studio, tmp_path: Path) -> None:
     path = tmp_path / "notes.png"
-    path.write_text("not a picture")
-    with pytest.raises(UserError, match=r"notes\.png is not a picture") as error:
+    path.write_text("not an image")
+    with pytest.raises(UserError, match=r"notes\.png is not an image") as error:
         studio.edit(ORDER, silent, str(path), "", "flowedit", 0.5)
     assert str(tmp_path) not in str(error.value)
     with pytest.raises(UserError, match="there is no image"):
@@ -148,16 +148,16 @@ def test_an_upload_of_another_format_is_refused(studio: Studio, tmp_path: Path) 
     (tmp_path / "drawing.png").write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
     )
-    with pytest.raises(UserError, match=r"drawing\.png is not a picture"):
+    with pytest.raises(UserError, match=r"drawing\.png is not an image"):
         studio.opened(str(tmp_path / "drawing.png"))
 
 
-def test_large_uploads_are_shrunk_and_that_is_said(studio: Studio, picture: Path, tmp_path: Path) -> None:
+def test_large_uploads_are_shrunk_and_that_is_said(studio: Studio, image: Path, tmp_path: Path) -> None:
     Image.new("RGB", (400, 200)).save(tmp_path / "large.png")
     shrunk, note = studio.opened(str(tmp_path / "large.png"))
     assert shrunk.size == (32, 16)  # four times the 8 pixels of the training
     assert note == "Shrunk from 400 x 200 to 32 x 16 pixels."
-    assert studio.opened(str(picture))[1] == ""
+    assert studio.opened(str(image))[1] == ""
 
 
 def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint: Path) -> None:

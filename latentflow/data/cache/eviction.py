@@ -56,7 +56,7 @@ def _is_still(descriptor: int, path: Path) -> bool:
 
 log = logging.getLogger(__name__)
 
-LOOKS = "looks-{}.sqlite"  # what pictures are, of each version; counts and goes like a set
+LOOKS = "looks-{}.sqlite"  # what images are, of each version; counts and goes like a set
 LOCK = "in-use"  # held by whoever has the set open; its time is that of the last use
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _DOOMED = ".deleted-"

@@ -1,8 +1,8 @@
 """Prepared pixels, latents and text embeddings, kept outside the data and keyed by content.
 
-Each row is looked up by a hash of what it was made of (a picture's bytes, a caption), in the set of shards of a hash of
-everything else that its values depend on: the transform, and the weights and config of the network. So equal pictures
-share a row, data sets share rows, and an edited picture is the only one that is made again.
+Each row is looked up by a hash of what it was made of (an image's bytes, a caption), in the set of shards of a hash of
+everything else that its values depend on: the transform, and the weights and config of the network. So equal images
+share a row, data sets share rows, and an edited image is the only one that is made again.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LatentTable:
-    """Latents of N pictures as the autoencoder's posteriors, normalised by its own statistics.
+    """Latents of N images as the autoencoder's posteriors, normalised by its own statistics.
 
     Attributes:
-        mean: (N, F, C, h, w) float32; F = 1, or 2 where the second is the picture mirrored left to right.
-        std: the same shape, or None where the autoencoder gives one latent for a picture.
+        mean: (N, F, C, h, w) float32; F = 1, or 2 where the second is the image mirrored left to right.
+        std: the same shape, or None where the autoencoder gives one latent for an image.
     """
 
     mean: Tensor | Rows
@@ -68,7 +68,7 @@ class LatentTable:
         return len(self.mean)
 
     def batch(self, indices: list[int], versions: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Mean and std, each (B, C, h, w), of the pictures at ``indices`` in the given ``versions`` (1: mirrored)."""
+        """Mean and std, each (B, C, h, w), of the images at ``indices`` in the given ``versions`` (1: mirrored)."""
         return _pick(self.mean, indices, versions), (
             None if self.std is None else _pick(self.std, indices, versions)
         )
@@ -76,7 +76,7 @@ class LatentTable:
 
 @dataclass(frozen=True)
 class MaskTable:
-    """The user's own masks of N pictures.
+    """The user's own masks of N images.
 
     Attributes:
         masks: (N, 1, H, W) uint8, 255 repaint and 0 keep; all 0 where there is none.
@@ -120,12 +120,12 @@ class TextTable:
 def cached_pixels(
     source: Source, resolution: Resolution, background: str = "white", progress: bool = True
 ) -> Rows:
-    """Every picture of ``source``, prepared by ``read_image``: uint8 (N, 3, H, W), in the source's order.
+    """Every image of ``source``, prepared by ``read_image``: uint8 (N, 3, H, W), in the source's order.
 
     Rows are read from the disk when they are indexed; ``[:]`` is all of them as a tensor.
 
     Raises:
-        UserError: a picture cannot be decoded (run the source through ``readable`` first), or the cache
+        UserError: an image cannot be decoded (run the source through ``readable`` first), or the cache
             would lie inside the data.
     """
     shards = _shards("pixels", pixel_settings(resolution, background), source)
@@ -135,7 +135,7 @@ def cached_pixels(
 
 
 def cached_masks(source: Source, resolution: Resolution, progress: bool = True) -> MaskTable:
-    """The user's own mask of every picture, registered with ``cached_pixels``; see ``MaskTable``.
+    """The user's own mask of every image, registered with ``cached_pixels``; see ``MaskTable``.
 
     Raises:
         UserError: a file is no mask or cannot be read, or the cache would lie inside the data.
@@ -159,7 +159,7 @@ def cached_latents(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> LatentTable:
-    """Every picture's latent under a frozen autoencoder, computed once; see ``LatentTable``.
+    """Every image's latent under a frozen autoencoder, computed once; see ``LatentTable``.
 
     Raises:
         UserError: as for ``cached_pixels``.
@@ -258,7 +258,7 @@ def located_pixels(
         for batch in _batches(read_pixels(examples, resolution, background), 64):
             yield {"pixels": torch.stack(batch)}
 
-    told = _told("reading pictures", progress)
+    told = _told("reading images", progress)
     return located(
         shards,
         source.examples,
@@ -271,7 +271,7 @@ def located_pixels(
 
 
 def mask_table(source: Source, resolution: Resolution, shards: ShardSet, *, progress: bool) -> MaskTable:
-    """``cached_masks`` in a given set of shards, of a source of which some picture has a mask."""
+    """``cached_masks`` in a given set of shards, of a source of which some image has a mask."""
     height, width = _size(resolution)
     places = [row for row, example in enumerate(source.examples) if example.mask is not None]
     if not places:
@@ -283,7 +283,7 @@ def mask_table(source: Source, resolution: Resolution, shards: ShardSet, *, prog
             masks, found = zip(*batch, strict=True)
             yield {"masks": torch.stack(masks), "found": torch.tensor(found)}
 
-    def key(example: Example) -> str:  # the picture's size decides where its mask lies: a row belongs to both
+    def key(example: Example) -> str:  # the image's size decides where its mask lies: a row belongs to both
         return f"{example.content_key()} {example.mask_key()}"
 
     some = located(
@@ -325,7 +325,7 @@ def latent_table(
 
     found = located(
         shards, source.examples, source.pixel_keys, methodcaller("pixel_key"), encode,
-        latent_bytes(vae, resolution, flips), _told("encoding pictures", progress),
+        latent_bytes(vae, resolution, flips), _told("encoding images", progress),
     )  # fmt: skip
     mean = found.table("mean")
     assert mean is not None
@@ -341,7 +341,7 @@ def encode_latents(
     batch_size: int,
     device: str | torch.device,
 ) -> Iterator[Tables]:
-    """``mean`` and, where the autoencoder has them, ``std`` of batches of pictures; several threads decode."""
+    """``mean`` and, where the autoencoder has them, ``std`` of batches of images; several threads decode."""
     vae.to(device)
     for batch in _batches(read_pixels(examples, resolution, background), batch_size):
         mean, std = _posteriors(vae, torch.stack(batch), flips, device)
@@ -349,12 +349,12 @@ def encode_latents(
 
 
 def latent_settings(vae: Any, resolution: Resolution, background: str, flips: bool) -> Settings:
-    """What latents depend on, beside the picture."""
+    """What latents depend on, beside the image."""
     return pixel_settings(resolution, background) | {"flips": flips, "autoencoder": fingerprint(vae)}
 
 
 def latent_bytes(vae: Any, resolution: Resolution, flips: bool) -> int:
-    """Size of a picture's row: means and deviations, of its mirror image as well."""
+    """Size of an image's row: means and deviations, of its mirror image as well."""
     from ...autoencoder import downscale_factor, latent_channels
 
     height, width = _size(resolution)
@@ -363,12 +363,12 @@ def latent_bytes(vae: Any, resolution: Resolution, flips: bool) -> int:
 
 
 def mask_settings(resolution: Resolution) -> Settings:
-    """What masks depend on, beside the picture and its mask."""
+    """What masks depend on, beside the image and its mask."""
     return {"size": list(_size(resolution)), "resize": "fit-nearest"}
 
 
 def pixel_settings(resolution: Resolution, background: str) -> Settings:
-    """What pixels depend on, beside the picture."""
+    """What pixels depend on, beside the image."""
     return {
         "size": list(_size(resolution)), "background": parse_colour(background), "resize": "fit-lanczos"
     }  # fmt: skip
@@ -377,10 +377,10 @@ def pixel_settings(resolution: Resolution, background: str) -> Settings:
 def read_pixels(
     examples: Iterable[Example], resolution: Resolution, background: str = "white"
 ) -> Iterator[Tensor]:
-    """Each picture as uint8 (3, H, W), decoded in several threads.
+    """Each image as uint8 (3, H, W), decoded in several threads.
 
     Raises:
-        UserError: a picture cannot be decoded, or was changed while it was read.
+        UserError: an image cannot be decoded, or was changed while it was read.
     """
     parse_colour(background)
     return map_threaded(partial(_pixels, resolution=resolution, background=background), examples)

@@ -1,4 +1,4 @@
-"""What is in a data set: every picture opened once, duplicates found, reports, a suggested command."""
+"""What is in a data set: every image opened once, duplicates found, reports, a suggested command."""
 
 from __future__ import annotations
 

@@ -32,10 +32,10 @@ from .report import (
 )
 
 MOST_UNREADABLE = 0.05  # a larger share hints at a broken copy rather than a few bad files
-_FEW = 1000  # below this a generator repeats its pictures rather than learning what they share
+_FEW = 1000  # below this a generator repeats its images rather than learning what they share
 _EXTREME = 4  # times as long as wide: a square shows less than a quarter of it
 _TINY = 32  # pixels
-_UNBALANCED = 10  # times as many pictures in the largest class as in the smallest
+_UNBALANCED = 10  # times as many images in the largest class as in the smallest
 
 
 def look_through(
@@ -47,7 +47,7 @@ def look_through(
     columns: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> tuple[Report, Source | None]:
-    """The report, and the pictures of ``data`` that can be used; None where they cannot be found.
+    """The report, and the images of ``data`` that can be used; None where they cannot be found.
 
     Where captions or classes are missing, that is a problem, and the rest is looked at all the same.
     """
@@ -62,14 +62,14 @@ def look_through(
             problems.append(one_line(f"{error.what}. {error.fix}".rstrip(". ")))
     if source is None:
         return Report(data, "unknown", problems=tuple(problems[:1])), None
-    if isinstance(source, LatentFolder):  # its pictures were checked when it was made
+    if isinstance(source, LatentFolder):  # its images were checked when it was made
         told = (*problems[:1], *source.damage())
-        return Report(data, source.kind, pictures=len(source), notes=source.notes, problems=told), None
+        return Report(data, source.kind, images=len(source), notes=source.notes, problems=told), None
     return _report(source, problems[:1], progress)
 
 
 def check_source(data: str, **settings: Any) -> Report:
-    """Opens every picture and mask of ``data`` and reports; a folder that cannot be used is a report, not an error.
+    """Opens every image and mask of ``data`` and reports; a folder that cannot be used is a report, not an error.
 
     The settings are those of ``look_through``.
     """
@@ -77,7 +77,7 @@ def check_source(data: str, **settings: Any) -> Report:
 
 
 def readable(source: Source, progress: bool = True) -> Source:
-    """The source without the pictures that cannot be decoded; its notes name them. Nothing is ever deleted.
+    """The source without the images that cannot be decoded; its notes name them. Nothing is ever deleted.
 
     Raises:
         UserError: more than 5 % cannot be decoded, or none is left.
@@ -98,7 +98,7 @@ def readable(source: Source, progress: bool = True) -> Source:
     if problems:
         raise UserError(problems[0], "`latentflow check --json` lists them all: repair or move them.")
     kept = [index for index, example in enumerate(source.examples) if example.name not in errors]
-    note = f"{len(errors)} pictures cannot be read and are skipped: {listed(errors)}"
+    note = f"{len(errors)} images cannot be read and are skipped: {listed(errors)}"
     note += "; `latentflow check --json` names all" if len(errors) > 5 else ""
     return source.subset(kept).noted(one_line(note))
 
@@ -125,7 +125,7 @@ def _profile_warnings(unusable: Mapping[str, str]) -> list[str]:
 
 
 def near_groups(looks: Sequence[Look]) -> NDArray[np.int64]:
-    """(N,): which group of near duplicates each picture belongs to; none of them may be unreadable."""
+    """(N,): which group of near duplicates each image belongs to; none of them may be unreadable."""
     if not looks:
         return np.zeros(0, dtype=np.int64)
     return near_duplicates(
@@ -136,7 +136,7 @@ def near_groups(looks: Sequence[Look]) -> NDArray[np.int64]:
 
 
 def groups_of(source: Source) -> NDArray[np.int64]:
-    """(N,): the number of the group of near duplicates that each picture is in; what cannot be read stands alone."""
+    """(N,): the number of the group of near duplicates that each image is in; what cannot be read stands alone."""
     if isinstance(source, LatentFolder):
         return source.groups()
     looks = list(looks_at(source, progress=False))
@@ -166,7 +166,7 @@ def _report(source: Source, problems: list[str], progress: bool) -> tuple[Report
     report = Report(
         source.name,
         source.kind,
-        pictures=len(good),
+        images=len(good),
         classes=dict(sorted(classes.items())),
         captions=len({example.text for example in good}) if source.kind == "text" else 0,
         caption_facts=facts,
@@ -207,7 +207,7 @@ def _counted(values: Any) -> dict[str, int]:
 
 
 def _is_misnamed(name: str, format: str) -> bool:
-    """Whether a name ends as those of another format do. MPO is what cameras call a JPEG of several pictures."""
+    """Whether a name ends as those of another format do. MPO is what cameras call a JPEG of several images."""
     wanted = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
     return bool(format and wanted) and {wanted, format} - {"JPEG", "MPO"} != set() and wanted != format
 
@@ -231,7 +231,7 @@ def _problems(source: Source, unreadable: Mapping[str, str]) -> list[str]:
     share = len(unreadable) / len(source)
     if share <= MOST_UNREADABLE:
         return []
-    told = f"{len(unreadable)} of {len(source)} pictures cannot be read ({share:.0%}, at most 5 % may)"
+    told = f"{len(unreadable)} of {len(source)} images cannot be read ({share:.0%}, at most 5 % may)"
     return [one_line(f"{told}: {listed(unreadable)}")]
 
 
@@ -247,13 +247,13 @@ def _mask_warnings(seen: Mapping[str, Look]) -> list[str]:
         if look.mask_size is None or look.mask_size == look.size:
             continue
         (width, height), (mask_width, mask_height) = look.size, look.mask_size
-        off = abs(mask_height - mask_width * height / width)  # sizes are rounded when a picture is shrunk
+        off = abs(mask_height - mask_width * height / width)  # sizes are rounded when an image is shrunk
         other = off > max(1, 0.02 * mask_height)
         told = f"{name} ({width}x{height}, its mask {mask_width}x{mask_height})"
         (distorted if other else resized).append(told)
     kinds = {"another size": resized, "another aspect ratio": distorted}
     return [
-        f"{len(names)} masks have {what} than their picture and are resized to it: {few(names)}"
+        f"{len(names)} masks have {what} than their image and are resized to it: {few(names)}"
         for what, names in kinds.items()
         if names
     ]
@@ -262,17 +262,17 @@ def _mask_warnings(seen: Mapping[str, Look]) -> list[str]:
 def _warnings(source: Source, good: list[Example], duplicates: list[tuple[str, ...]]) -> list[str]:
     lines = []
     if duplicates:
-        lines.append(f"{len(duplicates)} pictures are there more than once: {joined(duplicates)}")
+        lines.append(f"{len(duplicates)} images are there more than once: {joined(duplicates)}")
     told = {example.name: (example.text, example.label) for example in good}
     clash = [names for names in duplicates if len({told[name] for name in names}) > 1]
     if clash:
         lines.append(f"{len(clash)} of them have different captions or classes: {joined(clash)}")
     if len(good) < _FEW:
-        lines.append(f"{len(good)} pictures are few: below {_FEW} a model mostly memorises them")
+        lines.append(f"{len(good)} images are few: below {_FEW} a model mostly memorises them")
     counts = Counter(example.label or "" for example in good) if source.classes else {}
     rare = [f"{name} ({count})" for name, count in sorted(counts.items()) if count < 10]
     if rare:
-        lines.append(f"classes of fewer than 10 pictures: {few(rare)}")
+        lines.append(f"classes of fewer than 10 images: {few(rare)}")
     return lines
 
 
@@ -281,7 +281,7 @@ def _near_warnings(near: list[tuple[str, ...]], good: list[Example]) -> list[str
         return []
     total, largest = sum(map(len, near)), max(map(len, near))
     lines = [
-        f"{total} pictures are {NEAR} ({len(near)} groups, the largest of {largest}); "
+        f"{total} images are {NEAR} ({len(near)} groups, the largest of {largest}); "
         f"a group is trained on or held out as a whole: {joined(near)}"
     ]
     labels = {example.name: example.label for example in good}
@@ -291,13 +291,13 @@ def _near_warnings(near: list[tuple[str, ...]], good: list[Example]) -> list[str
     return lines
 
 
-def _caption_warnings(repeated: Mapping[str, int], missing: tuple[str, ...], pictures: int) -> list[str]:
+def _caption_warnings(repeated: Mapping[str, int], missing: tuple[str, ...], images: int) -> list[str]:
     lines = []
     if missing:
-        lines.append(f"{len(missing)} pictures have no caption: {few(missing)}")
-    common = {text: count for text, count in repeated.items() if count > max(10, pictures / 20)}
+        lines.append(f"{len(missing)} images have no caption: {few(missing)}")
+    common = {text: count for text, count in repeated.items() if count > max(10, images / 20)}
     if common:
-        lines.append(f"captions that more than 5 % of the pictures share: {most(common)}")
+        lines.append(f"captions that more than 5 % of the images share: {most(common)}")
     return lines
 
 
@@ -308,8 +308,8 @@ def _class_warnings(classes: Mapping[str, int]) -> list[str]:
     if classes[large] < _UNBALANCED * classes[small]:
         return []
     return [
-        f"classes are unbalanced: {large} has {classes[large]} pictures, {small} has {classes[small]}; "
-        "`repeats` of a mix, or more pictures, even them out"
+        f"classes are unbalanced: {large} has {classes[large]} images, {small} has {classes[small]}; "
+        "`repeats` of a mix, or more images, even them out"
     ]
 
 
@@ -320,11 +320,11 @@ def _size_warnings(sizes: Mapping[str, tuple[int, int]]) -> list[str]:
     lines = []
     if extreme:
         what = (
-            f"pictures are more than {_EXTREME} times as long as wide, and a square crop shows little of them"
+            f"images are more than {_EXTREME} times as long as wide, and a square crop shows little of them"
         )
         lines.append(f"{len(extreme)} {what}: {few(extreme)}")
     if tiny:
-        lines.append(f"{len(tiny)} pictures have a side below {_TINY} pixels and are enlarged: {few(tiny)}")
+        lines.append(f"{len(tiny)} images have a side below {_TINY} pixels and are enlarged: {few(tiny)}")
     return lines
 
 
@@ -336,5 +336,5 @@ def _format_warnings(misnamed: Mapping[str, str], animated: tuple[str, ...]) -> 
             + listed(misnamed)
         )
     if animated:
-        lines.append(f"of {len(animated)} animated pictures the first frame is used: {few(animated)}")
+        lines.append(f"of {len(animated)} animated images the first frame is used: {few(animated)}")
     return lines

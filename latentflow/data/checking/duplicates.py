@@ -1,7 +1,7 @@
-"""Near duplicates: one picture saved twice, at another size, quality or format, or cropped by a percent or two.
+"""Near duplicates: one image saved twice, at another size, quality or format, or cropped by a percent or two.
 
-Two pictures are near duplicates when their perceptual hashes differ in at most ``BITS`` of 64 bits, and, as hashes of
-different pictures also meet by chance, their thumbnails by at most ``LEVELS`` of 255 (root mean square) and their
+Two images are near duplicates when their perceptual hashes differ in at most ``BITS`` of 64 bits, and, as hashes of
+different images also meet by chance, their thumbnails by at most ``LEVELS`` of 255 (root mean square) and their
 aspect ratios by at most 5 %. Mirror images are not.
 """
 
@@ -19,13 +19,13 @@ BITS = 6
 LEVELS = 4.0
 ASPECT = 0.05
 _BANDS = 8  # of 8 bits: where 6 bits differ at most, two bands at least are equal
-_MOST_NEIGHBOURS = 200  # that a picture is compared with in one table: time stays bounded on any data
+_MOST_NEIGHBOURS = 200  # that an image is compared with in one table: time stays bounded on any data
 
 
 def near_duplicates(
     hashes: NDArray[np.int64], thumbnails: NDArray[np.uint8], sizes: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(N,): the number of the group that each picture belongs to. A group grows from pair to pair.
+    """(N,): the number of the group that each image belongs to. A group grows from pair to pair.
 
     Args:
         hashes: (N,) perceptual hashes.

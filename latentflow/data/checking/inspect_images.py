@@ -38,7 +38,7 @@ _REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """One picture, opened: what it is, or why it cannot be read.
+    """One image, opened: what it is, or why it cannot be read.
 
     Attributes:
         width, height: after EXIF rotation.
@@ -46,7 +46,7 @@ class Look:
         rotated: whether EXIF turns or mirrors it.
         animated: whether it has more frames than the first, which is what is used.
         key: the example's content key.
-        hash: perceptual hash (64 bits, as a signed number): few bits differ between copies of one picture.
+        hash: perceptual hash (64 bits, as a signed number): few bits differ between copies of one image.
         thumbnail: RGB pixels, ``THUMBNAIL`` x ``THUMBNAIL``, row by row.
         mask_width, mask_height: of its mask, 0 where there is none.
         profile: the name of its colour profile where that is another than sRGB.
@@ -81,7 +81,7 @@ class Look:
 
 
 def look_at(example: Example) -> Look:
-    """The picture and its mask, decoded. What cannot be read is a result, not an error."""
+    """The image and its mask, decoded. What cannot be read is a result, not an error."""
     try:
         look = _look_at(example)
     except UserError as error:
@@ -134,27 +134,25 @@ def _fingerprint(upright: Image.Image) -> tuple[int, bytes]:
 log = logging.getLogger(__name__)
 
 _VERSION = 2  # raise it when the meaning of a look changes
-_TASK = 32  # pictures that a worker is given at once
+_TASK = 32  # images that a worker is given at once
 _AT_ONCE = 1024  # looks that are remembered at once: a disk may take 20 ms to take anything for good
-_MANY = 1000  # pictures from which starting processes pays
+_MANY = 1000  # images from which starting processes pays
 _FIELDS = [field.name for field in dataclasses.fields(Look) if not field.name.endswith("error")]
 _FLAGS = ("rotated", "animated")
 
 
 def looks_at(source: Source, progress: bool = True) -> Iterator[Look]:
-    """What every picture of ``source`` is, in its order; what was seen before comes from the cache.
+    """What every image of ``source`` is, in its order; what was seen before comes from the cache.
 
     Raises:
-        UserError: a process that decodes pictures was killed.
+        UserError: a process that decodes images was killed.
     """
     waiting: deque[tuple[list[Example], list[Look | None], Future[list[Look]] | None]] = deque()
     examples = iter(source.examples)
     with (
         _Seen(source) as seen,
         _workers(source) as pool,
-        tqdm(
-            total=len(source), desc="checking pictures", unit=" pictures", disable=not progress or None
-        ) as bar,
+        tqdm(total=len(source), desc="checking images", unit=" images", disable=not progress or None) as bar,
     ):
         while True:
             while len(waiting) < 8 * _cores() and (task := list(islice(examples, _TASK))):
@@ -179,8 +177,8 @@ def _result(future: Future[list[Look]]) -> list[Look]:
         return future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a process that decodes pictures was killed, probably for want of memory",
-            "Start again: what was seen is remembered. A picture of very many pixels may be the reason.",
+            "a process that decodes images was killed, probably for want of memory",
+            "Start again: what was seen is remembered. An image of very many pixels may be the reason.",
         ) from None
 
 
@@ -212,7 +210,7 @@ def _cores() -> int:
 class _Seen:
     """Looks of earlier, in a small database in the cache; a look is true as long as size and time of its files are.
 
-    Only pictures that can be read are remembered: the reason why one cannot may pass.
+    Only images that can be read are remembered: the reason why one cannot may pass.
     """
 
     def __init__(self, source: Source) -> None:
@@ -290,7 +288,7 @@ class _Seen:
 
 
 def _place(example: Example) -> tuple[bytes, str] | None:
-    """Where a picture lies, and the state of its files there; None where a file is gone."""
+    """Where an image lies, and the state of its files there; None where a file is gone."""
     files = [example.path if isinstance(example, FileExample) else example.content_key(), example.mask]
     try:
         states = [_state(file) if isinstance(file, Path) else repr(file) for file in files]

@@ -20,13 +20,13 @@ _GAP, _TEXT, _PAPER, _INK = 8, 13, (250, 250, 250), (40, 40, 40)
 
 
 def contact_sheet(source: Source, most: int = 80, columns: int = 10, cell: int = 112) -> Image.Image:
-    """Up to ``most`` pictures, spread evenly over the set and its classes, whole and upright.
+    """Up to ``most`` images, spread evenly over the set and its classes, whole and upright.
 
     Args:
-        source: pictures that can be read.
-        most: number of pictures.
+        source: images that can be read.
+        most: number of images.
         columns: of the sheet.
-        cell: pixels, the longer side of each picture.
+        cell: pixels, the longer side of each image.
     """
     return strip(spread(source, most), columns, cell)
 
@@ -39,10 +39,10 @@ def strip(examples: list[Example], columns: int = 10, cell: int = 112) -> Image.
     paper = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), _PAPER)
     pen = ImageDraw.Draw(paper)
     font = ImageFont.load_default(_TEXT - 3)
-    pictures = map_threaded(lambda example: _small(example, cell), examples)
-    for index, (example, picture) in enumerate(zip(examples, pictures, strict=True)):
+    images = map_threaded(lambda example: _small(example, cell), examples)
+    for index, (example, image) in enumerate(zip(examples, images, strict=True)):
         x, y = _GAP + index % columns * width, _GAP + index // columns * height
-        paper.paste(picture, (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2))
+        paper.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
         pen.text((x, y + cell), _fitting(example, pen, font, cell), fill=_INK, font=font)
     return paper
 
@@ -73,10 +73,10 @@ def _halved(place: int, count: int) -> float:
 def _small(example: Example, cell: int) -> Image.Image:
     with example.open() as image:
         image.draft(None, (cell, cell))
-        picture = to_rgb(image)
-    scale = cell / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+        rgb = to_rgb(image)
+    scale = cell / max(rgb.size)
+    size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
+    return rgb.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
 
 
 def _fitting(
@@ -95,7 +95,7 @@ _SIZES = 12
 
 
 def report_page(report: Report, source: Source | None, suggestion: Suggestion | None) -> Page:
-    """One page: what to do next, what is wrong, how the pictures look, then the details."""
+    """One page: what to do next, what is wrong, how the images look, then the details."""
     page = Page(one_line(f"Data: {report.data}"))
     page.text(one_line(f"{report.headline}. {report.verdict[0].upper()}{report.verdict[1:]}."))
     if report.problems:
@@ -110,7 +110,7 @@ def report_page(report: Report, source: Source | None, suggestion: Suggestion | 
         page.list(map(one_line, report.warnings))
     if source is not None and len(source):
         page.heading("Contact sheet")
-        page.picture(contact_sheet(source), f"Some of {len(source)} pictures, evenly spread", "webp")
+        page.image(contact_sheet(source), f"Some of {len(source)} images, evenly spread", "webp")
     _sizes(page, report)
     _said(page, report)
     if source is not None:
@@ -126,7 +126,7 @@ def _sizes(page: Page, report: Report) -> None:
     page.text("Width to height, by the nearest of the usual shapes:")
     page.bars(report.aspects)
     page.text(f"A square cut from the centre keeps {report.kept_by_square_crop:.0%} of the area on average.")
-    page.text("Pictures whose short side has at least so many pixels:")
+    page.text("Images whose short side has at least so many pixels:")
     page.bars({f"{side} px": count for side, count in report.reach.items()})
     sizes = list(report.sizes.items())
     page.details(f"{len(sizes)} different sizes, the most frequent").table(
@@ -162,10 +162,8 @@ def _said(page: Page, report: Report) -> None:
         page.text("The most frequent words:")
         page.bars(facts.common)
         if facts.repeated:
-            page.details("Captions of several pictures").table(
-                ["caption", "pictures"], facts.repeated.items()
-            )
-        _names(page, "pictures without a caption", [[name] for name in facts.missing], ["file"])
+            page.details("Captions of several images").table(["caption", "pictures"], facts.repeated.items())
+        _names(page, "images without a caption", [[name] for name in facts.missing], ["file"])
 
 
 def _duplicates(page: Page, report: Report, source: Source) -> None:
@@ -175,7 +173,7 @@ def _duplicates(page: Page, report: Report, source: Source) -> None:
     page.text(f"{len(report.duplicates)} groups of equal files, {len(report.near_duplicates)} of {NEAR}.")
     examples = {example.name: example for example in source.examples}
     for names in report.near_duplicates[:_GROUPS]:
-        page.picture(
+        page.image(
             strip([examples[name] for name in names[:8]], cell=88), one_line(" = ".join(names[:8])), "webp"
         )
     groups = [[one_line(" = ".join(names))] for names in (*report.duplicates, *report.near_duplicates)]
@@ -189,7 +187,7 @@ def _files(page: Page, report: Report) -> None:
     _names(page, "colour profiles that cannot be used", report.unusable_profiles.items(), ["file", "why"])
     _names(page, "files named as another format", report.misnamed.items(), ["file", "format"])
     _names(
-        page, "animated pictures, of which the first frame is used", [[n] for n in report.animated], ["file"]
+        page, "animated images, of which the first frame is used", [[n] for n in report.animated], ["file"]
     )
     page.list(map(one_line, report.notes))
 

@@ -24,7 +24,7 @@ _ASPECTS = {  # width / height
 
 
 def aspect_histogram(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
-    """Pictures by the nearest (in ratio) of the usual shapes that occur, from tall to wide."""
+    """Images by the nearest (in ratio) of the usual shapes that occur, from tall to wide."""
     values = np.log([width / height for width, height in sizes])
     nearest = np.abs(values[:, None] - np.log(list(_ASPECTS.values()))).argmin(axis=1)
     counts = np.bincount(nearest, minlength=len(_ASPECTS)).tolist()
@@ -32,13 +32,13 @@ def aspect_histogram(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
 
 
 def reach(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
-    """How many pictures have a short side of at least 32, 64, ... pixels."""
+    """How many images have a short side of at least 32, 64, ... pixels."""
     short = np.array([min(size) for size in sizes], dtype=np.int64)
     return {str(side): int((short >= side).sum()) for side in SIDES}
 
 
 def kept_by_square_crop(sizes: Iterable[tuple[int, int]]) -> float:
-    """The share of their area that pictures keep when a square is cut from their centre, on average."""
+    """The share of their area that images keep when a square is cut from their centre, on average."""
     shares = [min(size) / max(size) for size in sizes]
     return float(np.mean(shares)) if shares else 1.0
 
@@ -48,12 +48,12 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 @dataclass(frozen=True)
 class CaptionFacts:
-    """Of all captions of all pictures.
+    """Of all captions of all images.
 
     Attributes:
-        missing: names of pictures without one.
+        missing: names of images without one.
         different: number of different captions.
-        repeated: captions of several pictures, the most frequent first, with the number of pictures.
+        repeated: captions of several images, the most frequent first, with the number of images.
         shortest, median, longest: in words.
         vocabulary: number of different words, whatever their case.
         once: how many of them occur only once, and so can hardly be learnt.
@@ -116,7 +116,7 @@ class Report:
 
     data: str
     condition: str
-    pictures: int = 0
+    images: int = 0
     classes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     captions: int = 0
     caption_facts: CaptionFacts = CaptionFacts()
@@ -141,14 +141,15 @@ class Report:
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain lists, strings and numbers."""
-        return dataclasses.asdict(self)
+        """Return the report as plain lists, strings and numbers, under the keys that scripts read: `pictures` too."""
+        values = dataclasses.asdict(self)
+        return {"pictures" if name == "images" else name: value for name, value in values.items()}
 
     def lines(self) -> list[str]:
         """The report for people, one screen."""
         lines = [self.headline, *self.notes]
         if self.classes:
-            lines.append("pictures per class: " + most(self.classes, 12))
+            lines.append("images per class: " + most(self.classes, 12))
         if self.condition == "text" and self.captions:
             facts = self.caption_facts
             lines.append(f"{self.captions} different captions")
@@ -168,7 +169,7 @@ class Report:
         if self.profiles:
             lines.append(profile_line(self.profiles))
         if self.masks:
-            lines.append(f"{self.masks} of {self.pictures} pictures have a mask of their own")
+            lines.append(f"{self.masks} of {self.images} images have a mask of their own")
         if self.unreadable:
             lines.append(f"{len(self.unreadable)} cannot be read and are skipped: {listed(self.unreadable)}")
         lines += [f"warning: {line}" for line in self.warnings]
@@ -177,7 +178,7 @@ class Report:
 
     @property
     def headline(self) -> str:
-        return f"{self.data}: {self.pictures} pictures, {_CONDITIONED[self.condition]}"
+        return f"{self.data}: {self.images} images, {_CONDITIONED[self.condition]}"
 
     @property
     def verdict(self) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from .report import Report
 
-_REACHED = 0.9  # share of the pictures that have to be large enough
-_PASSES = 70  # over the data: the shipped checkpoint took 72 over 3,208 pictures
+_REACHED = 0.9  # share of the images that have to be large enough
+_PASSES = 70  # over the data: the shipped checkpoint took 72 over 3,208 images
 _LEAST_STEPS = 2000
-_MUCH_LOST = 0.1  # share of a picture that a square cuts off, on average, from which buckets pay
+_MUCH_LOST = 0.1  # share of an image that a square cuts off, on average, from which buckets pay
 _PRETRAINED_FROM = 256  # pixels
 _PRETRAINED = "stabilityai/sd-vae-ft-mse"
 
@@ -63,7 +63,7 @@ def suggest(report: Report, *, gpu: bool, flags: tuple[str, ...] = ()) -> Sugges
     if (lost := 1 - report.kept_by_square_crop) > _MUCH_LOST:
         words.append("--buckets")
         reasons["--buckets"] = (
-            f"a square would cut off {lost:.0%} of a picture on average; this trains each at its own aspect ratio"
+            f"a square would cut off {lost:.0%} of an image on average; this trains each at its own aspect ratio"
         )
     if resolution >= _PRETRAINED_FROM:
         words += ["--vae", _PRETRAINED]
@@ -72,27 +72,27 @@ def suggest(report: Report, *, gpu: bool, flags: tuple[str, ...] = ()) -> Sugges
         )
     else:
         reasons["no --vae"] = (
-            "below 256 px pretrained autoencoders lose detail; one is trained on your pictures first"
+            "below 256 px pretrained autoencoders lose detail; one is trained on your images first"
         )
-    enough_steps = 100 * round(report.pictures * _PASSES / preset.batch / 100)
+    enough_steps = 100 * round(report.images * _PASSES / preset.batch / 100)
     steps = min(preset.most_steps, max(_LEAST_STEPS, enough_steps))
     words += ["--max-train-steps", str(steps)]
-    passes = steps * preset.batch / report.pictures
+    passes = steps * preset.batch / report.images
     reasons[f"--max-train-steps {steps}"] = (
-        f"{passes:.0f} passes over {report.pictures} pictures in batches of {preset.batch} (the shipped checkpoint "
+        f"{passes:.0f} passes over {report.images} images in batches of {preset.batch} (the shipped checkpoint "
         "took 72 over 3,208); more help while val_loss falls"
     )
     if report.masks:
-        reasons["masks"] = f"inpainting is learnt along: {report.masks} pictures have a mask"
+        reasons["masks"] = f"inpainting is learnt along: {report.masks} images have a mask"
     return Suggestion(shlex.join([*words, *flags]), reasons)
 
 
 def _resolution(report: Report, gpu: bool, reasons: dict[str, str]) -> int:
-    large = [int(side) for side, count in report.reach.items() if count >= _REACHED * report.pictures]
+    large = [int(side) for side, count in report.reach.items() if count >= _REACHED * report.images]
     limit = 256 if gpu else 64
     resolution = min(max(large, default=32), limit)
     count = report.reach[str(resolution)]
-    why = f"{count / report.pictures:.0%} of the pictures are at least that large"
+    why = f"{count / report.images:.0%} of the images are at least that large"
     if not large:
         why += "; the others are enlarged"
     elif max(large) > limit:

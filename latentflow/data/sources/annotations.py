@@ -164,7 +164,7 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
 @dataclass(frozen=True)
 class Row:
-    """What the metadata say of one picture."""
+    """What the metadata say of one image."""
 
     line: int
     said: Said

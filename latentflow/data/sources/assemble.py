@@ -23,12 +23,12 @@ _ENDING = "-mask"
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """The masks of a folder, by the name of their picture; all names relative to the folder in posix form.
+    """The masks of a folder, by the name of their image; all names relative to the folder in posix form.
 
     Attributes:
         folder: the folder.
         listed: from the metadata's ``mask`` column.
-        beside: named like the picture with ``-mask`` added, in any format; hardly ever more than one.
+        beside: named like the image with ``-mask`` added, in any format; hardly ever more than one.
     """
 
     folder: Folder
@@ -41,10 +41,10 @@ class MaskFiles:
         return {mask for masks in self.beside.values() for mask in masks}
 
     def files(self) -> dict[str, File]:
-        """The mask of every picture that has one.
+        """The mask of every image that has one.
 
         Raises:
-            UserError: a picture has several, and they differ.
+            UserError: an image has several, and they differ.
         """
         found, root = dict(self.listed), self.folder.root
         for name, masks in self.beside.items():
@@ -59,19 +59,19 @@ class MaskFiles:
 
 
 def find_masks(folder: Folder, metadata: Metadata | None) -> MaskFiles:
-    """The masks of a folder. What the metadata list as a picture is no mask by its name."""
+    """The masks of a folder. What the metadata list as an image is no mask by its name."""
     rows = metadata.rows if metadata is not None else {}
     by_stem: dict[str, list[str]] = {}
     for name in folder.images:
         by_stem.setdefault(os.path.splitext(name)[0], []).append(name)  # noqa: PTH122 (as in folder.py)
-    pictures: set[str] = set()
+    images: set[str] = set()
     beside: dict[str, list[str]] = {}
-    for stem in sorted(by_stem, key=len):  # a picture's stem is shorter than its mask's
+    for stem in sorted(by_stem, key=len):  # an image's stem is shorter than its mask's
         base = stem.removesuffix(_ENDING)
-        if base != stem and base in pictures and not any(name in rows for name in by_stem[stem]):
+        if base != stem and base in images and not any(name in rows for name in by_stem[stem]):
             beside |= dict.fromkeys(by_stem[base], by_stem[stem])
         else:
-            pictures.add(stem)
+            images.add(stem)
     listed = {name: row.mask for name, row in rows.items() if row.mask}
     return MaskFiles(folder, listed, beside)
 
@@ -167,10 +167,10 @@ def source_of(
         told.append(f"{len(classes)} classes: {few(classes, 12)}")
     several = sum(bool(example.texts) for example in kept)
     if several:
-        told.append(f"{several} pictures have several captions: each use draws one of them")
+        told.append(f"{several} images have several captions: each use draws one of them")
     weighted = sum(example.weight != 1 for example in kept)
     if weighted:
-        told.append(f"{weighted} pictures have a weight other than 1: it multiplies their loss")
+        told.append(f"{weighted} images have a weight other than 1: it multiplies their loss")
     return Source(data, tuple(kept), kind, classes, tuple(told), root)
 
 
@@ -179,7 +179,7 @@ def masked(examples: Sequence[FileExample], masks: Masks) -> tuple[list[FileExam
     count, notes = sum(example.mask is not None for example in examples), []
     if count:
         notes.append(
-            f"masks of {count} pictures" + ("" if masks == "auto" else f", not used (--masks {masks})")
+            f"masks of {count} images" + ("" if masks == "auto" else f", not used (--masks {masks})")
         )
     if masks == "none":
         return [dataclasses.replace(example, mask=None) for example in examples], notes
@@ -193,14 +193,14 @@ def _captioned(examples: Sequence[Example], missing: MissingCaption) -> tuple[li
     without = [example.name for example in examples if not example.text]
     if without and missing == "error":
         raise UserError(
-            f"{len(without)} of {len(examples)} pictures have no caption: {few(without)}",
+            f"{len(without)} of {len(examples)} images have no caption: {few(without)}",
             "Add them, or choose --missing-caption empty (an empty caption) or skip (leave them out).",
         )
     if len(without) == len(examples):
-        raise UserError("no picture has a caption", "Use --condition none for an unconditional model.")
+        raise UserError("no image has a caption", "Use --condition none for an unconditional model.")
     if not without:
         return list(examples), []
-    note = f"{len(without)} pictures without a caption, {_FATES[missing]}: {few(without)}"
+    note = f"{len(without)} images without a caption, {_FATES[missing]}: {few(without)}"
     if missing == "skip":
         return [example for example in examples if example.text], [note]
     return [dataclasses.replace(example, text=example.text or "") for example in examples], [note]
@@ -210,20 +210,20 @@ def _labelled(examples: Sequence[Example], missing: MissingCaption) -> tuple[lis
     without = [example.name for example in examples if not example.label]
     if without and missing != "skip":
         raise UserError(
-            f"{len(without)} of {len(examples)} pictures have no class: {few(without)}",
-            "Add them, or choose --missing-caption skip to leave these pictures out.",
+            f"{len(without)} of {len(examples)} images have no class: {few(without)}",
+            "Add them, or choose --missing-caption skip to leave these images out.",
         )
     if len(without) == len(examples):
-        raise UserError("no picture has a class", "Use --condition none for an unconditional model.")
+        raise UserError("no image has a class", "Use --condition none for an unconditional model.")
     kept = [dataclasses.replace(e, text=None, texts=()) for e in examples if e.label]
-    return kept, [f"{len(without)} pictures without a class, left out: {few(without)}"] if without else []
+    return kept, [f"{len(without)} images without a class, left out: {few(without)}"] if without else []
 
 
 def _refuse_equal_names(examples: Iterable[Example]) -> None:
     seen: set[str] = set()
     for example in examples:
         if example.name in seen:
-            raise UserError(f"two pictures are named {example.name}", "Rename one of them.")
+            raise UserError(f"two images are named {example.name}", "Rename one of them.")
         seen.add(example.name)
 
 

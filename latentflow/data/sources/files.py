@@ -20,11 +20,11 @@ CAPTIONS = (".txt", ".caption")  # of a file beside an image that holds its capt
 
 @dataclass(frozen=True)
 class Folder:
-    """The pictures below a folder: paths relative to ``root`` in posix form, sorted."""
+    """The images below a folder: paths relative to ``root`` in posix form, sorted."""
 
     root: Path
     images: tuple[str, ...]
-    ignored: tuple[str, ...]  # hidden and macOS resource files that carry a picture's suffix
+    ignored: tuple[str, ...]  # hidden and macOS resource files that carry an image's suffix
     others: tuple[str, ...]  # files that are no images by their name
     closed: tuple[str, ...] = field(default=(), kw_only=True)  # folders that could not be listed, and why
 
@@ -33,7 +33,7 @@ class Folder:
         return [name for name in self.images if "/" not in name]
 
     def per_subfolder(self) -> Counter[str]:
-        """Number of pictures below each first-level subfolder, by name."""
+        """Number of images below each first-level subfolder, by name."""
         return Counter(name.split("/")[0] for name in sorted(self.images) if "/" in name)
 
     def suffixes(self) -> Counter[str]:
@@ -61,7 +61,7 @@ class ArchivedFolder(Folder):
 
 
 def list_folder(root: Path) -> Folder:
-    """All pictures below ``root`` (links are followed once). Hidden files and folders are never pictures.
+    """All images below ``root`` (links are followed once). Hidden files and folders are never images.
 
     Raises:
         OSError: ``root`` itself cannot be listed.

@@ -22,11 +22,11 @@ _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation",
 
 
 def folder_source(data: str, folder: Folder, wanted: Wanted) -> Source:
-    """The source of a folder's pictures.
+    """The source of a folder's images.
 
     Raises:
         UserError: the folder is empty or of the wrong level; metadata cannot be understood or contradict sidecars;
-            captions or classes are missing; a picture has two different masks.
+            captions or classes are missing; an image has two different masks.
     """
     metadata = read_metadata(folder, wanted.columns)
     mask_files = find_masks(folder, metadata)
@@ -46,7 +46,7 @@ def folder_source(data: str, folder: Folder, wanted: Wanted) -> Source:
 def _examples(
     folder: Folder, metadata: Metadata | None, sidecars: Mapping[str, str], kind: Kind
 ) -> list[FileExample]:
-    """Every picture with all that is said of it that ``kind`` may use."""
+    """Every image with all that is said of it that ``kind`` may use."""
     subfolders = kind == "class" and not (metadata is not None and metadata.has_label)
     examples = []
     for name in folder.images:
@@ -72,7 +72,7 @@ def _decide(
     if condition == "text" and not has_text:
         raise UserError(
             f"there are no captions in {folder.root} (no metadata with a text column, no .txt or .caption files)",
-            "Add metadata.jsonl (file_name, text) or a .txt beside each picture, or use --condition none.",
+            "Add metadata.jsonl (file_name, text) or a .txt beside each image, or use --condition none.",
         )
     if condition == "auto" and metadata is not None and metadata.has_text:
         rest = [("label", has_label), ("sidecar texts", bool(sidecars.texts))]
@@ -84,7 +84,7 @@ def _decide(
         origin = (
             metadata.path.name
             if metadata and metadata.has_text
-            else f"{_endings(sidecars)} files beside the pictures"
+            else f"{_endings(sidecars)} files beside the images"
         )
         _refuse_splits(folder)
         rest = [("subfolders", len(folder.per_subfolder()) > 1)]
@@ -105,11 +105,9 @@ def _passed_over(sources: list[tuple[str, bool]]) -> list[str]:
 
 
 def _without_masks(folder: Folder, masks: MaskFiles, metadata: Metadata | None) -> Folder:
-    """The folder without the files that are masks; what the metadata list as a picture is one all the same."""
-    no_pictures = masks.named | (set(masks.listed.values()) - set(metadata.rows if metadata else ()))
-    return dataclasses.replace(
-        folder, images=tuple(name for name in folder.images if name not in no_pictures)
-    )
+    """The folder without the files that are masks; what the metadata list as an image is one all the same."""
+    no_images = masks.named | (set(masks.listed.values()) - set(metadata.rows if metadata else ()))
+    return dataclasses.replace(folder, images=tuple(name for name in folder.images if name not in no_images))
 
 
 def _with_masks(
@@ -118,10 +116,10 @@ def _with_masks(
     """The examples with their masks, and the notes that say where these come from."""
     notes, unused = [], "" if masks == "auto" else f", not used (--masks {masks})"
     if files.listed:
-        notes.append(f"masks of {len(files.listed)} pictures in the metadata{unused}")
+        notes.append(f"masks of {len(files.listed)} images in the metadata{unused}")
     if files.named:
         named = few(sorted(files.named))
-        notes.append(f"{len(files.named)} files are masks of the pictures beside them{unused}: {named}")
+        notes.append(f"{len(files.named)} files are masks of the images beside them{unused}: {named}")
     if masks == "none":
         return examples, notes
     if masks == "alpha":
@@ -140,8 +138,8 @@ def _endings(sidecars: Sidecars) -> str:
 def _refuse_contradiction(metadata: Metadata | None, sidecars: Sidecars) -> None:
     if sidecars.clashes:
         raise UserError(
-            f"{len(sidecars.clashes)} pictures have captions that differ: {few(sidecars.clashes)}",
-            "Keep one caption file for each picture, or use --condition class|none.",
+            f"{len(sidecars.clashes)} images have captions that differ: {few(sidecars.clashes)}",
+            "Keep one caption file for each image, or use --condition class|none.",
         )
     if metadata is None:
         return
@@ -153,20 +151,20 @@ def _refuse_contradiction(metadata: Metadata | None, sidecars: Sidecars) -> None
     ]  # fmt: skip
     if clash:
         raise UserError(
-            f"{metadata.path.name} and the {_endings(sidecars)} files differ on {len(clash)} pictures: {few(clash)}",
+            f"{metadata.path.name} and the {_endings(sidecars)} files differ on {len(clash)} images: {few(clash)}",
             "Keep one of the two (rename the other), or use --condition class|none.",
         )
 
 
 def _nothing_here(folder: Folder) -> UserError:
     held = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in folder.suffixes().items())
-    what = f"there are no pictures in {folder.root} or below it"
+    what = f"there are no images in {folder.root} or below it"
     if folder.ignored:
         what += f" except {len(folder.ignored)} hidden or macOS resource files ({few(folder.ignored)})"
     what += f"; it holds {held} files" if held else "; it is empty"
     if folder.closed:
         what += f"; {len(folder.closed)} folders in it cannot be opened: {few(folder.closed)}"
-    return UserError(what, f"Pictures end in {', '.join(SUFFIXES)}.")
+    return UserError(what, f"Images end in {', '.join(SUFFIXES)}.")
 
 
 def _refuse_splits(folder: Folder) -> None:
@@ -179,7 +177,7 @@ def _refuse_splits(folder: Folder) -> None:
     best = next((name for name in counts if name.lower().startswith("train")), (described or parts)[0])
     why = f"metadata in {few(described)}" if described else "parts of one data set"
     raise UserError(
-        f"{folder.root} is one level too high: its pictures lie in {_counted(counts)} ({why})",
+        f"{folder.root} is one level too high: its images lie in {_counted(counts)} ({why})",
         f"Give one of them: {folder.root / best}",
     )
 
@@ -190,8 +188,8 @@ def _refuse_wrong_level(folder: Folder) -> None:
     counts = folder.per_subfolder()
     if folder.direct:
         raise UserError(
-            f"{len(folder.direct)} pictures lie in {folder.root} itself, others in {_counted(counts)}",
-            "Move every picture into the subfolder of its class, or use --condition none for all of them.",
+            f"{len(folder.direct)} images lie in {folder.root} itself, others in {_counted(counts)}",
+            "Move every image into the subfolder of its class, or use --condition none for all of them.",
         )
     deep = not any(name.count("/") == 1 for name in folder.images)
     if len(counts) == 1 or deep:
@@ -199,9 +197,9 @@ def _refuse_wrong_level(folder: Folder) -> None:
         deepest = os.path.commonpath(list(parents))
         fix = "Give one of these folders, or use --condition class to take the first level as classes"
         if deepest:
-            fix = f"Give the folder that holds the pictures or the class folders, {folder.root / deepest}"
+            fix = f"Give the folder that holds the images or the class folders, {folder.root / deepest}"
         raise UserError(
-            f"there are no pictures in {folder.root} itself; they were found in {_counted(parents)}",
+            f"there are no images in {folder.root} itself; they were found in {_counted(parents)}",
             f"{fix}; or --condition none for all of them together.",
         )
 
@@ -210,7 +208,7 @@ def _refuse_unclassed(folder: Folder) -> None:
     if not folder.per_subfolder():
         raise UserError(
             f"there are no classes in {folder.root}: no subfolders, no metadata with a label column",
-            "Put each picture in a subfolder named like its class, or add metadata.jsonl (file_name, label).",
+            "Put each image in a subfolder named like its class, or add metadata.jsonl (file_name, label).",
         )
 
 
@@ -220,7 +218,7 @@ def _left_out(folder: Folder, metadata: Metadata | None, sidecars: Sidecars) -> 
         notes.append(f"columns of {metadata.path.name} not used: {few(metadata.unused)}")
     strange = sorted(set(metadata.rows) - set(folder.images)) if metadata else []
     if strange:
-        notes.append(f"metadata name {len(strange)} files that are not read as pictures: {few(strange)}")
+        notes.append(f"metadata name {len(strange)} files that are not read as images: {few(strange)}")
     if folder.ignored:
         count = len(folder.ignored)
         notes.append(f"{count} hidden or macOS resource files passed over: {few(folder.ignored)}")
@@ -235,15 +233,13 @@ def _left_out(folder: Folder, metadata: Metadata | None, sidecars: Sidecars) -> 
     packed = {suffix: n for suffix, n in folder.suffixes().items() if suffix in _PACKED}
     if packed:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in packed.items())
-        notes.append(
-            f"{counts} files lie beside the pictures and are not read: give them as DATA of their own"
-        )
+        notes.append(f"{counts} files lie beside the images and are not read: give them as DATA of their own")
     read = sidecars.files | ({metadata.path.name} if metadata is not None else set())
     unread = [name for name in folder.others if name not in read and not _is_told(name)]
     if unread:
         notes.append(
             f"{len(unread)} other files are not read: {few(unread)}; captions are read from "
-            f"{' or '.join(METADATA_NAMES)}, or from a {' or '.join(CAPTIONS)} file named like its picture"
+            f"{' or '.join(METADATA_NAMES)}, or from a {' or '.join(CAPTIONS)} file named like its image"
         )
     return notes
 

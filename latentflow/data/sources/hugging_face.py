@@ -28,7 +28,7 @@ _HUB = re.compile(r"hub:(?P<name>[^:]+/[^:]+)(:(?P<part>.+))?")
 
 @dataclass(frozen=True, slots=True)
 class ArrowMember(Member):
-    """A picture in a row of a data set, which is mapped from disk."""
+    """An image in a row of a data set, which is mapped from disk."""
 
     fingerprint: str  # of the data set, which tells its content
     row: int
@@ -40,7 +40,7 @@ class ArrowMember(Member):
             value = self.rows[self.row][self.column]
         held: bytes | None = value["bytes"] if value is not None else None
         if held is None and (value is None or value["path"] is None):
-            raise UserError(f"{self} holds no picture", "Leave the row out.")
+            raise UserError(f"{self} holds no image", "Leave the row out.")
         return read_bytes(Path(value["path"]), bound) if held is None else held
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ def read_saved(data: str, wanted: Wanted) -> Source:
 
     Raises:
         UserError: `datasets` is missing; the folder is damaged or holds several parts; there is no column of
-            pictures (the columns are listed); captions or classes are missing.
+            images (the columns are listed); captions or classes are missing.
     """
     path = Path(data).expanduser()
     library = _library()
@@ -106,7 +106,7 @@ def _source(data: str, rows: Any, wanted: Wanted, root: Path | None) -> Source:
     ours, notes = _columns(data, rows.features, wanted)
     theirs = {name: column for column, name in ours.items()}
     if rows.num_rows == 0:
-        raise UserError(f"{data} has no rows", "Give a data set with pictures.")
+        raise UserError(f"{data} has no rows", "Give a data set with images.")
     with reading(data, *_failures(), fix=_AGAIN):
         rows.data.validate(full=True)  # offsets of a damaged file would lead out of the memory
         rows = rows.with_format(None)  # all columns as plain values, however it was saved
@@ -120,11 +120,11 @@ def _source(data: str, rows: Any, wanted: Wanted, root: Path | None) -> Source:
 def _examples(data: str, rows: Any, theirs: Mapping[str, str]) -> Iterator[FileExample]:
     import datasets
 
-    pictures = {name: theirs[name] for name in ("image", "mask") if name in theirs}
-    spoken = [name for name in theirs if name not in pictures]
+    images = {name: theirs[name] for name in ("image", "mask") if name in theirs}
+    spoken = [name for name in theirs if name not in images]
     with reading(data, *_failures(), fix=_AGAIN):
-        undecoded = rows.select_columns(list(pictures.values()))
-        for column in pictures.values():
+        undecoded = rows.select_columns(list(images.values()))
+        for column in images.values():
             undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
         told = rows.select_columns([theirs[name] for name in spoken])
     names = getattr(rows.features.get(theirs.get("label", "")), "names", None)
@@ -133,7 +133,7 @@ def _examples(data: str, rows: Any, theirs: Mapping[str, str]) -> Iterator[FileE
         if names is not None:
             record["label"] = class_name(names, record.get("label"), f"{data}, row {row}")
         places: dict[str, File] = {
-            name: ArrowMember(rows._fingerprint, row, column, undecoded) for name, column in pictures.items()
+            name: ArrowMember(rows._fingerprint, row, column, undecoded) for name, column in images.items()
         }
         fields = fields_of(said(record, f"{data}, row {row}"))
         yield FileExample(f"row {row:08d}", path=places["image"], mask=places.get("mask"), **fields)
@@ -158,26 +158,26 @@ def _columns(data: str, features: Mapping[str, Any], wanted: Wanted) -> tuple[di
     """Our name of every column that is used, by its own, and a note on what was inferred.
 
     Raises:
-        UserError: no column, or more than one, may hold the pictures.
+        UserError: no column, or more than one, may hold the images.
     """
     ours = rename(features, wanted.columns, data)
     listed = ", ".join(f"{name} ({type(one).__name__})" for name, one in features.items())
     inferred = []
-    pictures = [name for name, one in features.items() if type(one).__name__ == "Image"]
+    images = [name for name, one in features.items() if type(one).__name__ == "Image"]
     for meaning, likely in _LIKELY.items():
         if meaning in ours.values() or (meaning == "text" and any(map(is_text, ours.values()))):
             continue
         chosen = next((name for name in likely if name in features and ours[name] == name), None)
-        if meaning == "image" and len(pictures) == 1:
-            chosen = pictures[0]
-        if chosen is not None and (meaning in ("text", "label") or chosen in pictures):
+        if meaning == "image" and len(images) == 1:
+            chosen = images[0]
+        if chosen is not None and (meaning in ("text", "label") or chosen in images):
             ours[chosen] = meaning
             inferred.append(f"{meaning} from '{chosen}'")
     held = [name for name in ours if ours[name] in ("image", "mask")]
-    if "image" not in ours.values() or any(name not in pictures for name in held):
-        guess = pictures[0] if pictures else "NAME"
+    if "image" not in ours.values() or any(name not in images for name in held):
+        guess = images[0] if images else "NAME"
         raise UserError(
-            f"{data} has no one column of pictures; its columns: {listed}",
+            f"{data} has no one column of images; its columns: {listed}",
             f"Say which: --columns image {guess}",
         )
     used = {name: mine for name, mine in ours.items() if mine in KNOWN or is_text(mine)}

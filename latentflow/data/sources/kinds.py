@@ -44,26 +44,26 @@ def find_source(
     keep_tags: int = 0,
     colours: Colours = "srgb",
 ) -> Source:
-    """The pictures of ``data``, which is of one of ``KINDS``, and what they are conditioned on (docs/data.md).
+    """The images of ``data``, which is of one of ``KINDS``, and what they are conditioned on (docs/data.md).
 
     ``condition`` "auto" takes captions, else classes, else nothing; in a folder the first of ``metadata.jsonl`` or
     ``metadata.csv`` (file_name, text, label), sidecar texts (``cat.txt`` beside ``cat.png``), subfolders as
-    classes, nothing. Any other value is obeyed. ``missing_caption`` says what becomes of pictures without one:
+    classes, nothing. Any other value is obeyed. ``missing_caption`` says what becomes of images without one:
     "error", the "empty" caption, or "skip".
 
     ``masks`` "auto" takes the user's own masks (``mask`` columns and members; ``cat-mask.png`` beside ``cat.png``);
-    "alpha" takes the alpha channel of every picture (transparent is to be repainted; the picture is then what its
-    file holds beneath); "none" takes none. The files of masks are never pictures of the set, whatever ``masks`` is.
+    "alpha" takes the alpha channel of every image (transparent is to be repainted; the image is then what its
+    file holds beneath); "none" takes none. The files of masks are never images of the set, whatever ``masks`` is.
 
     ``columns`` maps our names (image, file_name, text, label, mask, weight) to those of a table's columns.
     ``shuffle_tags`` is the number of orders that each caption's tags are trained in (0: as written), of which the
     first ``keep_tags`` stay in place.
 
-    ``colours`` "srgb" converts by colour profiles, "stored" takes the numbers of all pictures as they are.
+    ``colours`` "srgb" converts by colour profiles, "stored" takes the numbers of all images as they are.
 
     Raises:
         UserError: the data are missing, empty, broken or of the wrong level; metadata cannot be understood or
-            contradict sidecars; captions or classes are missing; a picture has two different masks.
+            contradict sidecars; captions or classes are missing; an image has two different masks.
     """
     lookup(dict.fromkeys(("auto", "none", "class", "text")), condition, "condition")
     lookup(dict.fromkeys(("error", "empty", "skip")), missing_caption, "missing-caption")
@@ -110,7 +110,7 @@ def _read_shapes(data: str, wanted: Wanted) -> Source:
     from .shapes import train_source
 
     if wanted.masks == "alpha":
-        raise UserError("the pictures of 'shapes' have no alpha channel", "Leave --masks alpha out.")
+        raise UserError("the images of 'shapes' have no alpha channel", "Leave --masks alpha out.")
     if wanted.columns:
         raise UserError("'shapes' has no columns", "Leave --columns out.")
     if Path("shapes").is_dir():
@@ -126,7 +126,7 @@ def _nothing(data: str) -> UserError:
     if path.exists():
         known = "; ".join(kind.meaning for kind in KINDS.values())
         return UserError(
-            f"{data} is a file, not a folder of pictures, nor any other data that is read",
+            f"{data} is a file, not a folder of images, nor any other data that is read",
             f"Give the folder: {path.parent}. DATA may be: {known}.",
         )
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -145,5 +145,5 @@ KINDS: dict[str, DataKind] = {
     "saved": DataKind("a folder that `datasets` saved", is_saved, read_saved),
     "table": DataKind("a .csv or .parquet table", is_table, read_table),
     "latents": DataKind("a folder of `latentflow precompute`", is_latent_folder, read_latent_folder),
-    "folder": DataKind("a folder of pictures", lambda data: Path(data).expanduser().is_dir(), _read_folder),
+    "folder": DataKind("a folder of images", lambda data: Path(data).expanduser().is_dir(), _read_folder),
 }

@@ -120,7 +120,7 @@ def index_schema(*, pixel_keys: bool) -> Any:
 
 
 def place_of(kind: str, size: Sequence[int]) -> str:
-    """The folder of the shards of ``kind`` of pictures of (height, width) ``size``."""
+    """The folder of the shards of ``kind`` of images of (height, width) ``size``."""
     height, width = size
     return kind if height == width else f"{kind}-{height}x{width}"
 

@@ -1,11 +1,11 @@
-"""A folder of latents that `latentflow precompute` wrote: a source to train from, without the pictures.
+"""A folder of latents that `latentflow precompute` wrote: a source to train from, without the images.
 
     latents.json     what it holds and how that was made
-    index.arrow      a row for each picture: name, captions, class, weight, sizes, keys (Arrow's file format)
+    index.arrow      a row for each image: name, captions, class, weight, sizes, keys (Arrow's file format)
     autoencoder/     the autoencoder that encoded them
     latents/, pixels/, masks/    shards of squares; of another size in latents-48x80/ (height x width) and so on
 
-The index is mapped, so a picture costs no memory until it is asked for.
+The index is mapped, so an image costs no memory until it is asked for.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
     kind: Kind = "unconditional" if wanted.condition == "none" else description["kind"]
     index = _open_index(folder / INDEX, description)
     store = LatentStore(folder, description)
-    notes = [f"latents of {description['name']}: {len(index)} pictures", *description["notes"]]
+    notes = [f"latents of {description['name']}: {len(index)} images", *description["notes"]]
     if "colours" not in description:
         notes.append(
             "made before colour profiles were converted to sRGB; `latentflow check` says which images have others: "
@@ -173,14 +173,14 @@ class LatentStore:
         """Where the mask of this key lies; None where there is none, or masks are not wanted."""
         return self.folder / "masks" if key and "masks" in self.kinds else None
 
-    def picture(self, key: str) -> Image.Image:
-        """The stored pixels of a picture."""
+    def image(self, key: str) -> Image.Image:
+        """The stored pixels of an image."""
         for shards in self._pixels:
             if (place := shards.place(key)) is not None:
                 number, row = place
                 pixels = shards.shard(number).row("pixels", row)
                 return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-        raise UserError(f"{self.folder} lacks a picture", "Start its `latentflow precompute` line again.")
+        raise UserError(f"{self.folder} lacks an image", "Start its `latentflow precompute` line again.")
 
     @functools.cached_property
     def _pixels(self) -> list[ShardSet]:
@@ -190,7 +190,7 @@ class LatentStore:
 
 @dataclass(frozen=True)
 class StoredExample(Example):
-    """A picture of which only what was stored is there."""
+    """An image of which only what was stored is there."""
 
     key: str = field(kw_only=True)
     own_pixel_key: str = field(kw_only=True)
@@ -200,11 +200,11 @@ class StoredExample(Example):
     def open(self) -> Image.Image:
         if "pixels" not in self.store.kinds:
             raise UserError(
-                f"{self.store.folder} holds latents only, not the picture {self.name}",
-                "Start its `latentflow precompute` line again (with --pixels where pictures are needed): it makes what "
+                f"{self.store.folder} holds latents only, not the image {self.name}",
+                "Start its `latentflow precompute` line again (with --pixels where images are needed): it makes what "
                 "is missing or damaged.",
             )
-        return self.store.picture(self.own_pixel_key)
+        return self.store.image(self.own_pixel_key)
 
     def content_key(self) -> str:
         return self.key
@@ -218,7 +218,7 @@ class StoredExample(Example):
 
 @dataclass(frozen=True, eq=False)
 class LatentFolder(Source):
-    """The pictures of a folder of latents, or some of them. ``examples`` makes each when it is asked for."""
+    """The images of a folder of latents, or some of them. ``examples`` makes each when it is asked for."""
 
     store: LatentStore = field(kw_only=True)
     index: _Index = field(kw_only=True)
@@ -247,15 +247,15 @@ class LatentFolder(Source):
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) in pixels of what is stored of the pictures."""
+        """(height, width) in pixels of what is stored of the images."""
         return tuple((height, width) for height, width in self.store.description["sizes"])
 
     def buckets(self) -> Array:
-        """(N,): which of ``sizes`` each picture has."""
+        """(N,): which of ``sizes`` each image has."""
         return self.index.numbers("bucket", self.rows)
 
     def natural(self) -> Array:
-        """(N, 2): heights and widths of the pictures as they were."""
+        """(N, 2): heights and widths of the images as they were."""
         return np.stack([self.index.numbers(name, self.rows) for name in ("height", "width")], axis=1)
 
     def adopt(self, data: DataConfig) -> DataConfig:
@@ -306,7 +306,7 @@ class LatentFolder(Source):
         return np.asarray(numbers, dtype=np.int64)[stored]  # type: ignore[return-value]
 
     def groups(self) -> Array:
-        """(N,): the number of the group of near duplicates that each picture was in."""
+        """(N,): the number of the group of near duplicates that each image was in."""
         return self.index.numbers("group", self.rows)
 
     def content_keys(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pictures that lie inside other files (tar, zip, parquet, Arrow): found once, read by position, never unpacked."""
+"""Images that lie inside other files (tar, zip, parquet, Arrow): found once, read by position, never unpacked."""
 
 from __future__ import annotations
 

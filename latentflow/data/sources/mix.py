@@ -17,7 +17,7 @@ from .annotations import HEAVIEST
 from .assemble import Wanted, source_of
 from .latent_folder import is_latent_folder
 
-MOST_REPEATS = 1_000_000  # every use of a picture in an epoch takes some bytes
+MOST_REPEATS = 1_000_000  # every use of an image in an epoch takes some bytes
 _KEYS = ("data", "repeats", "weight", "regularisation")
 _FIX = "Write: sources: [{data: cats, repeats: 2}, {data: more, weight: 0.5}]"
 
@@ -43,11 +43,11 @@ def is_mix(data: str) -> bool:
 def read_mix(data: str, wanted: Wanted, find: Find) -> Source:
     """The sets that a YAML file lists, as one; ``find`` finds each. Relative paths start at the file's folder.
 
-    ``repeats`` is how often an epoch uses each picture of a set, ``weight`` a factor on their loss. Pictures of a set
+    ``repeats`` is how often an epoch uses each image of a set, ``weight`` a factor on their loss. Images of a set
     with ``regularisation: true`` (prior preservation) are used about as often as all others together.
 
     Raises:
-        UserError: the file cannot be understood; the sets are of several kinds of condition, or share pictures.
+        UserError: the file cannot be understood; the sets are of several kinds of condition, or share images.
     """
     path = Path(data).expanduser()
     parts = _parts(path)
@@ -56,7 +56,7 @@ def read_mix(data: str, wanted: Wanted, find: Find) -> Source:
         if is_mix(place):
             raise UserError(f"{path} is a list of lists: {place}", "Name the sets themselves.")
         if is_latent_folder(place):
-            raise UserError(f"{path} mixes in latents: {place}", "Mix the pictures, and precompute the mix.")
+            raise UserError(f"{path} mixes in latents: {place}", "Mix the images, and precompute the mix.")
     sources = [find(place, wanted) for place in places]
     _refuse_kinds(path, parts, sources)
     for source in sources:
@@ -64,7 +64,7 @@ def read_mix(data: str, wanted: Wanted, find: Find) -> Source:
     repeats = _repeats(parts, sources)
     examples, notes = [], [f"{len(parts)} sets"]
     for part, source, times in zip(parts, sources, repeats, strict=True):
-        said = f"{part.data}: {len(source)} pictures, each used {times} times an epoch"
+        said = f"{part.data}: {len(source)} images, each used {times} times an epoch"
         said += f", their loss times {part.weight:g}" if part.weight != 1 else ""
         notes += [
             said + (" (regularisation)" if part.regularisation else ""),
@@ -138,5 +138,5 @@ def _refuse_kinds(path: Path, parts: list[Part], sources: list[Source]) -> None:
         told = few([f"{part.data} ({source.kind})" for part, source in zip(parts, sources, strict=True)])
         raise UserError(
             f"{path} mixes sets with different conditions: {told}",
-            "Describe all pictures in one way, or use --condition none (or text, class) for all.",
+            "Describe all images in one way, or use --condition none (or text, class) for all.",
         )

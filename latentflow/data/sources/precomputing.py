@@ -53,10 +53,10 @@ class Precomputation:
     """What a folder of latents is to hold.
 
     Attributes:
-        framing: the pictures, all of them readable, and the size of each.
+        framing: the images, all of them readable, and the size of each.
         vae: the frozen autoencoder, with its statistics.
         data: resolution, background, and whether mirror images are stored.
-        pixels: whether to store the pictures themselves (uint8), for inpainting.
+        pixels: whether to store the images themselves (uint8), for inpainting.
         given: fingerprint of the autoencoder as the user gave it, perhaps without statistics.
     """
 
@@ -73,7 +73,7 @@ class Precomputation:
     def __post_init__(self) -> None:
         if self.source.has_masks and not self.pixels:
             raise UserError(
-                "the pictures have masks, and training with masks needs pixels",
+                "the images have masks, and training with masks needs pixels",
                 "Add --pixels to store them, or --masks none to leave the masks out.",
             )
 
@@ -91,7 +91,7 @@ class Precomputation:
         return tables
 
     def row_bytes(self) -> dict[str, int]:
-        """Size of a picture's row of every kind (the largest of all sizes of pictures)."""
+        """Size of an image's row of every kind (the largest of all sizes of images)."""
         side = self.data.resolution
         sizes = {
             "latents": latent_bytes(self.vae, side, self.data.random_flip),
@@ -159,9 +159,9 @@ def plan_latents(wanted: Precomputation, folder: Path, *, batch_size: int, devic
     left = len(keys) - int(done.sum())
     parts = ", ".join(f"{name} {size * len(keys) / 1e9:.2f} GB" for name, size in sizes.items())
     return [
-        f"pictures: {len(wanted.source)}, {len(keys)} of them different, {left} still to be encoded",
+        f"images: {len(wanted.source)}, {len(keys)} of them different, {left} still to be encoded",
         f"on disk: {total / 1e9:.2f} GB ({parts})",
-        f"time: {each * left / 60:.1f} minutes ({1 / each:.0f} pictures a second, measured)",
+        f"time: {each * left / 60:.1f} minutes ({1 / each:.0f} images a second, measured)",
     ]
 
 
@@ -233,7 +233,7 @@ def describe(
 
 
 def write_index(framing: Framing, folder: Path, groups: Array) -> str:
-    """``index.arrow``, a row for each picture in the source's order; its hash.
+    """``index.arrow``, a row for each image in the source's order; its hash.
 
     ``groups`` (N,) are the numbers of their groups of near duplicates, which a split keeps together.
     """

@@ -1,8 +1,8 @@
-"""A procedural captioned data set: coloured shapes on white, and an exact checker of generated pictures.
+"""A procedural captioned data set: coloured shapes on white, and an exact checker of generated images.
 
 One object, "a small red circle on the left" (6 colours x 4 shapes x 2 sizes x 5 positions = 240 captions), or
 two of different colours and middle size, "a red circle left of a blue square" (4 relations, 1,920 captions,
-of which two describe each picture: "left of" and "right of"). Lengths are shares of the side: any resolution
+of which two describe each image: "left of" and "right of"). Lengths are shares of the side: any resolution
 works.
 
 Held out from training are 40 single captions and 240 pair captions (``is_held_out``), chosen so that any two
@@ -48,7 +48,7 @@ SINK = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "cross": 0.0}
 
 @dataclass(frozen=True)
 class Placed:
-    """An object in a picture: half its width and its centre, as shares of the side."""
+    """An object in an image: half its width and its centre, as shares of the side."""
 
     colour: str
     shape: str
@@ -95,7 +95,7 @@ def _inside(shape: str, u: Array, v: Array) -> Mask:
     return box & (np.minimum(abs(u), abs(v)) <= _ARM)
 
 
-SIZES = {"small": 0.15, "large": 0.23}  # half the width of the shape, as a share of the picture's side
+SIZES = {"small": 0.15, "large": 0.23}  # half the width of the shape, as a share of the image's side
 PAIR_SIZE = 0.16
 POSITIONS = {  # centre (x, y) as shares of the side, y downwards; and the words for it
     "centre": (0.5, 0.5, "in the centre"),
@@ -146,7 +146,7 @@ Spec = Single | Pair
 
 @dataclass(frozen=True)
 class ShapeExample(Example):
-    """A picture of the set, drawn when opened."""
+    """An image of the set, drawn when opened."""
 
     spec: Spec = field(kw_only=True)
     seed: int = field(kw_only=True)
@@ -185,7 +185,7 @@ def is_held_out(spec: Spec) -> bool:
 
 
 def reverse(spec: Pair) -> Pair:
-    """The same picture told from the second object."""
+    """The same image told from the second object."""
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     return Pair(spec.other_colour, spec.other_shape, opposite[spec.relation], spec.colour, spec.shape)
 
@@ -231,7 +231,7 @@ def layout(spec: Spec) -> list[Placed]:
 
 
 def render(spec: Spec, resolution: int, seed: int | None = None) -> tuple[Image.Image, Tensor]:
-    """The picture of a spec (square, RGB, antialiased) and the mask of each object, (objects, H, W) bool.
+    """The image of a spec (square, RGB, antialiased) and the mask of each object, (objects, H, W) bool.
 
     Each object is moved by up to 1/32 of the side in both directions, drawn from ``seed``; not without one.
     """
@@ -245,18 +245,18 @@ def render(spec: Spec, resolution: int, seed: int | None = None) -> tuple[Image.
 
 
 def check(image: Image.Image | Tensor, text: str) -> bool:
-    """Whether a picture (or a tensor (3, H, W) in [-1, 1]) shows what the caption says; see ``problem``."""
+    """Whether an image (or a tensor (3, H, W) in [-1, 1]) shows what the caption says; see ``problem``."""
     return problem(image, text) is None
 
 
 def problem(image: Image.Image | Tensor, text: str) -> str | None:
-    """What is wrong with a square picture for this caption; None when it is right.
+    """What is wrong with a square image for this caption; None when it is right.
 
     All that the caption says is checked: number of objects, colours, shapes, and for one object its size
     (half width within 20 %) and position (within 0.1 of the side), for two the relation (at least 0.2 of the
-    side apart that way, and less than half of it across). For pictures of 32 px and more.
+    side apart that way, and less than half of it across). For images of 32 px and more.
 
-    Measured on every spec: no clean picture is refused, nor one blurred by a Gaussian of 0.9 pixels of 32 or
+    Measured on every spec: no clean image is refused, nor one blurred by a Gaussian of 0.9 pixels of 32 or
     with noise of standard deviation 30 of 255. Half-formed, two-coloured and additional objects are refused.
     """
     spec = parse(text)
@@ -309,7 +309,7 @@ def train_source(condition: Literal["auto", "none", "class", "text"] = "auto") -
         for seed in range(RENDERS_PER_SINGLE if isinstance(spec, Single) else 1):
             examples.append(ShapeExample(f"{text} {seed}", text, label, spec=spec, seed=seed))
     notes = (
-        f"the procedural set of shapes: {len(examples)} pictures; "
+        f"the procedural set of shapes: {len(examples)} images; "
         f"{len(held_out_captions())} captions are held out, combinations that training never shows",
     )
     if condition == "class":
@@ -324,12 +324,12 @@ def train_captions() -> list[str]:
 
 
 def held_out_captions() -> list[str]:
-    """Every caption that is never trained on; neither is any other caption of the same picture."""
+    """Every caption that is never trained on; neither is any other caption of the same image."""
     return [caption(spec) for spec in all_specs() if is_held_out(spec)]
 
 
 _FOREGROUND = 115.0  # distance from white, in levels of 255: half of the palest colour's
-_STRAY = 0.005  # specks of less than this share of the picture are not objects
+_STRAY = 0.005  # specks of less than this share of the image are not objects
 _GROUND = 60.0  # mean distance from white that the ground may have
 _SAME_COLOUR = 68.0  # half the distance of the two closest colours
 _UNIFORM = 0.8  # share of an object that must have its colour
@@ -343,7 +343,7 @@ class Found(Placed):
 
 
 def find_objects(image: Image.Image) -> list[Found] | str:
-    """The objects on the white ground of a square picture, or what makes it unreadable.
+    """The objects on the white ground of a square image, or what makes it unreadable.
 
     A colour is the median inside an object, half the width follows from the area under that colour's soft
     mask, and the shape is the one of the four that overlaps best when drawn with that area at its place.

@@ -1,4 +1,4 @@
-"""CSV and parquet tables: a row for each picture, with its path or (parquet) its bytes."""
+"""CSV and parquet tables: a row for each image, with its path or (parquet) its bytes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Cell(Member):
         value = values[self.row].as_py()
         held: bytes | None = value["bytes"] if isinstance(value, Mapping) else value
         if held is None:
-            raise UserError(f"{self} holds no picture", _AGAIN)
+            raise UserError(f"{self} holds no image", _AGAIN)
         return held
 
     def __str__(self) -> str:
@@ -76,8 +76,8 @@ def read_table(data: str, wanted: Wanted) -> Source:
     Paths are relative to the table's folder; absolute paths may lead anywhere, and the notes count them.
 
     Raises:
-        UserError: a file is broken or not there; there is no column of pictures, or one of bytes and one of paths; a
-            picture is listed twice, or is not there; captions or classes are missing.
+        UserError: a file is broken or not there; there is no column of images, or one of bytes and one of paths; an
+            image is listed twice, or is not there; captions or classes are missing.
     """
     folder = Path(data).expanduser()
     paths = _parquet_files(folder) if folder.is_dir() else many_paths(data)
@@ -90,7 +90,7 @@ def read_table(data: str, wanted: Wanted) -> Source:
         found = list(read(path, wanted, passed_over))
         examples += [_example(path, prefix, *row) for row in found]
     if not examples:
-        raise UserError(f"there are no rows in {data}", "Write one row for each picture.")
+        raise UserError(f"there are no rows in {data}", "Write one row for each image.")
     outside = _check_files(data, examples, root)
     kind, more = decide(examples, wanted.condition, data, "a column text or label")
     examples, told = masked(examples, wanted.masks)
@@ -100,7 +100,7 @@ def read_table(data: str, wanted: Wanted) -> Source:
     return source_of(data, examples, kind, wanted, notes, folder if folder.is_dir() else None)
 
 
-_Row = tuple[str, File, File | None, dict[str, Any]]  # name, picture, mask, what else is said
+_Row = tuple[str, File, File | None, dict[str, Any]]  # name, image, mask, what else is said
 
 
 def _csv_rows(path: Path, wanted: Wanted, passed_over: dict[str, None]) -> Iterator[_Row]:
@@ -108,14 +108,14 @@ def _csv_rows(path: Path, wanted: Wanted, passed_over: dict[str, None]) -> Itera
     if not records:
         return
     ours = _ours(path, list(records[0][1]), wanted)
-    column = _picture_column(path, ours.values())
+    column = _image_column(path, ours.values())
     passed_over |= dict.fromkeys(unused(ours, column))
     for line, record in records:
         record = {ours[name]: value for name, value in record.items()}
         where = f"{path}, line {line}"
         place = text_of(record, column, where)
         if place is None:
-            raise UserError(f"{where} names no picture", "Give the path of one, or leave the line out.")
+            raise UserError(f"{where} names no image", "Give the path of one, or leave the line out.")
         mask = text_of(record, "mask", where)
         file = _place(path, place, where)
         yield place, file, _place(path, mask, where) if mask else None, fields_of(said(record, where))
@@ -125,7 +125,7 @@ def _parquet_rows(path: Path, wanted: Wanted, passed_over: dict[str, None]) -> I
     file = _parquet(path)
     container = Container.of(path)
     ours = _ours(path, file.schema_arrow.names, wanted)
-    column = _picture_column(path, ours.values())
+    column = _image_column(path, ours.values())
     passed_over |= dict.fromkeys(unused(ours, column))
     theirs = {ours_: name for name, ours_ in ours.items()}
     held = {name for name in ("image", "mask") if name in theirs and _holds_bytes(file, theirs[name])}
@@ -149,11 +149,11 @@ def _parquet_rows(path: Path, wanted: Wanted, passed_over: dict[str, None]) -> I
                 else:
                     place = text_of(record, name, where)
                     files[name] = _place(path, place, where) if place else None
-            picture = files[column]
-            if picture is None:
-                raise UserError(f"{where} holds no picture", "Leave the row out.")
+            image = files[column]
+            if image is None:
+                raise UserError(f"{where} holds no image", "Leave the row out.")
             name = f"row {number:08d}" if column in held else str(record[column])
-            yield name, picture, files["mask"], fields_of(said(record, where))
+            yield name, image, files["mask"], fields_of(said(record, where))
             number += 1
 
 
@@ -171,7 +171,7 @@ def _ours(path: Path, columns: list[str], wanted: Wanted) -> dict[str, str]:
     return ours
 
 
-def _picture_column(path: Path, columns: Collection[str]) -> str:
+def _image_column(path: Path, columns: Collection[str]) -> str:
     """ "image" or "file_name", whichever the table has."""
     there = [name for name in ("image", "file_name") if name in columns]
     if len(there) == 1:
@@ -184,7 +184,7 @@ def _picture_column(path: Path, columns: Collection[str]) -> str:
     guess = nearest("image", columns) or nearest("file_name", columns) or "NAME"
     raise UserError(
         f"{path} has no column image (paths or bytes) or file_name (paths); its columns: {listed}",
-        f"Rename the column of the pictures, or add --columns image {guess}.",
+        f"Rename the column of the images, or add --columns image {guess}.",
     )
 
 
@@ -218,7 +218,7 @@ def _check_files(data: str, examples: list[FileExample], root: Path) -> list[str
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """The parquet files of a folder, or of its subfolder data, where it holds no pictures: as on the hub."""
+    """The parquet files of a folder, or of its subfolder data, where it holds no images: as on the hub."""
     files = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
     if files and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()):
         return []
@@ -298,7 +298,7 @@ def _rows(path: Path, file: Any, group: int, columns: list[str]) -> list[dict[st
 
 
 def _holds_bytes(file: Any, column: str) -> bool:
-    """Whether a column holds the bytes of pictures, bare or in a struct (bytes, path) as `datasets` writes them."""
+    """Whether a column holds the bytes of images, bare or in a struct (bytes, path) as `datasets` writes them."""
     import pyarrow.types as types
 
     kind = file.schema_arrow.field(column).type

@@ -54,7 +54,7 @@ class _Sample:
 
 
 def is_shards(data: str) -> bool:
-    """Whether DATA names tar files, or is a folder of them without pictures or subfolders."""
+    """Whether DATA names tar files, or is a folder of them without images or subfolders."""
     path = Path(data).expanduser()
     if path.is_dir():
         entries = (entry for entry in path.iterdir() if not entry.name.startswith("."))
@@ -67,10 +67,10 @@ def is_shards(data: str) -> bool:
 def read_shards(data: str, wanted: Wanted) -> Source:
     """The samples of all shards; their names are ``shard/key``.
 
-    Only the headers and the short texts are read; pictures are read from their place when they are needed.
+    Only the headers and the short texts are read; images are read from their place when they are needed.
 
     Raises:
-        UserError: a tar file is broken, compressed or not there; a sample has two pictures or two captions that
+        UserError: a tar file is broken, compressed or not there; a sample has two images or two captions that
             differ, or a text that cannot be read; captions or classes are missing.
     """
     if wanted.columns:
@@ -90,11 +90,11 @@ def read_shards(data: str, wanted: Wanted) -> Source:
             fields = fields_of(_said(name, sample))
             examples.append(FileExample(name, path=sample.image, mask=sample.mask, **fields))
     if not examples:
-        raise UserError(f"there are no pictures in {data}", f"Pictures end in {', '.join(SUFFIXES)}.")
-    kind, notes = decide(examples, wanted.condition, data, "a .txt, .json or .cls member for each picture")
+        raise UserError(f"there are no images in {data}", f"Images end in {', '.join(SUFFIXES)}.")
+    kind, notes = decide(examples, wanted.condition, data, "a .txt, .json or .cls member for each image")
     notes.insert(0, f"{len(examples)} samples in {len(paths)} tar files, read in place")
     if empty:
-        notes.append(f"{len(empty)} samples have no picture and are left out: {few(empty)}")
+        notes.append(f"{len(empty)} samples have no image and are left out: {few(empty)}")
     if unread:
         endings = [f".{one_line(ending)} ({len(names)}): {few(names, 2)}" for ending, names in unread.items()]
         more = f"; and {len(endings) - 5} more endings" if len(endings) > 5 else ""
@@ -141,7 +141,7 @@ def _members(path: Path, unread: dict[str, list[str]]) -> Iterator[TarMember]:
     if path.name.lower().endswith(_COMPRESSED):
         raise UserError(
             f"{path} is compressed: no member can be read without all before it",
-            "Unpack the compression only (`gunzip` and the like): pictures are compressed already.",
+            "Unpack the compression only (`gunzip` and the like): images are compressed already.",
         )
     container = Container.of(path)
     try:

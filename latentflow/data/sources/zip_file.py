@@ -58,7 +58,7 @@ def is_zip(data: str) -> bool:
 
 
 def read_zip(data: str, wanted: Wanted) -> Source:
-    """The pictures of a zip file; a folder that holds all of it is taken for the root.
+    """The images of a zip file; a folder that holds all of it is taken for the root.
 
     Raises:
         UserError: it is no zip file, or damaged; a name is there twice or leads out of the folder; and what a folder

@@ -52,7 +52,7 @@ def twisted(
         velocity: as ``repaint``, and differentiable in x.
         x0, known, mask, times, path, callback, progress: as ``repaint``.
         solver: none: the steps are its own.
-        particles: so many rows in a run belong to one picture (as the images of one prompt lie), and have the same
+        particles: so many rows in a run belong to one image (as the images of one prompt lie), and have the same
             known values and mask. 1: each row for itself, guided but not weighted.
         generator: as ``repaint``, but rows that belong together depend on each other's generators.
 
@@ -121,14 +121,14 @@ def _require_alike(known: Known, x: Tensor, particles: int) -> None:
     if particles < 1 or len(x) % particles:
         raise UserError(
             f"{len(x)} rows cannot be divided into runs of {particles} particles",
-            "Draw a multiple of `particles` images of each picture.",
+            "Draw a multiple of `particles` images of each image.",
         )
     for value in (known.values, known.hole.expand_as(x)):
         runs = value.unflatten(0, (-1, particles))
         if not torch.equal(runs, runs[:, :1].expand_as(runs)):
             raise UserError(
-                f"rows that are to be {particles} particles of one picture differ in what is known of it",
-                "Let the rows of a picture follow one another, or use particles=1.",
+                f"rows that are to be {particles} particles of one image differ in what is known of it",
+                "Let the rows of an image follow one another, or use particles=1.",
             )
 
 

@@ -1,4 +1,4 @@
-"""Denoising and noising in turn, the known region replaced in the denoised picture."""
+"""Denoising and noising in turn, the known region replaced in the denoised image."""
 
 from __future__ import annotations
 

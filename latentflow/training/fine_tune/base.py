@@ -47,7 +47,7 @@ def base_classes(checkpoint: str) -> tuple[str, ...]:
 
 
 def base_resolution(checkpoint: str) -> int | None:
-    """Side in pixels of the pictures that a checkpoint was trained on (the longer one); None if it does not say.
+    """Side in pixels of the images that a checkpoint was trained on (the longer one); None if it does not say.
 
     Raises:
         UserError: ``checkpoint`` is no pipeline.

@@ -13,11 +13,11 @@ from ...errors import UserError
 from ..loop.config import LoopConfig
 from ..loop.distributed import process_state
 
-FEW = 50  # pictures: from here down, each is used as often as it takes to learn it
+FEW = 50  # images: from here down, each is used as often as it takes to learn it
 _USES = 250  # of each of so few; of more, by the square root of their number fewer
-_REPLAYED = 1000  # pictures: up to here the model's own samples are mixed in by default
+_REPLAYED = 1000  # images: up to here the model's own samples are mixed in by default
 _SLOWER = 5  # times the learning rate from scratch
-_LEAST_HELD_OUT_OF = 20  # pictures: of fewer none is held out by default
+_LEAST_HELD_OUT_OF = 20  # images: of fewer none is held out by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,10 @@ class FineTuningConfig:
     """With --init-from: what keeps the checkpoint from forgetting. See docs/fine-tuning.md."""
 
     prior_samples: int | None = None
-    """Pictures that the checkpoint draws before it is trained, to be trained on again beside yours. 0: none. Empty:
-    200, or 10 of each class if that is more (1000 at most), if there are up to 1000 pictures of yours."""
+    """Images that the checkpoint draws before it is trained, to be trained on again beside yours. 0: none. Empty:
+    200, or 10 of each class if that is more (1000 at most), if there are up to 1000 images of yours."""
     prior_share: float = 0.5
-    """Share of each step's samples that are such pictures."""
+    """Share of each step's samples that are such images."""
     prior_prompts: str | None = None
     """A text file, one caption a line: what a checkpoint of captions draws them of. Best are captions that it was
     trained on. Empty: a word or two that it knows for each."""
@@ -42,11 +42,11 @@ class FineTuningConfig:
                 "Give a share such as 0.5; --prior-samples 0 mixes none in.",
             )
 
-    def samples(self, pictures: int, classes: int) -> int:
-        """How many pictures the checkpoint draws, for that many pictures of the data and classes of its own."""
+    def samples(self, images: int, classes: int) -> int:
+        """How many images the checkpoint draws, for that many images of the data and classes of its own."""
         if self.prior_samples is not None:
             return self.prior_samples
-        return min(1000, max(200, 10 * classes)) if pictures <= _REPLAYED else 0
+        return min(1000, max(200, 10 * classes)) if images <= _REPLAYED else 0
 
 
 def refuse_without_base(config: FineTuningConfig) -> None:
@@ -62,13 +62,13 @@ def refuse_without_base(config: FineTuningConfig) -> None:
             )
 
 
-def held_out_share(given: Collection[str], validation: float, pictures: int) -> float:
-    """The share of the pictures to hold out: by default none of very few, of which each is needed."""
-    return 0.0 if "validation" not in given and pictures < _LEAST_HELD_OUT_OF else validation
+def held_out_share(given: Collection[str], validation: float, images: int) -> float:
+    """The share of the images to hold out: by default none of very few, of which each is needed."""
+    return 0.0 if "validation" not in given and images < _LEAST_HELD_OUT_OF else validation
 
 
 def fitted(
-    loop: LoopConfig, given: Collection[str], pictures: int, own_share: float, adapter: bool = False
+    loop: LoopConfig, given: Collection[str], images: int, own_share: float, adapter: bool = False
 ) -> LoopConfig:
     """The loop's settings for a fine-tune. What is ``given`` stays; a preset's are for a training from scratch.
 
@@ -84,8 +84,8 @@ def fitted(
     Args:
         loop: as flags, file, preset and defaults have it.
         given: keys of what flags or a file set.
-        pictures: of the data; ``repeats`` decide which are used more often, not how often they are on average.
-        own_share: share of the samples that are pictures of the data.
+        images: of the data; ``repeats`` decide which are used more often, not how often they are on average.
+        own_share: share of the samples that are images of the data.
         adapter: whether an adapter is trained. It starts at nothing, and learns at the rate from scratch.
 
     Raises:
@@ -109,7 +109,7 @@ def fitted(
     if not adapter and "learning_rate" not in given:
         changes["lr_embeddings"] = loop.lr_embeddings * _SLOWER
     own = own_share * _samples(loop)
-    steps = math.ceil(_USES * math.sqrt(pictures * min(pictures, FEW)) / own)
+    steps = math.ceil(_USES * math.sqrt(images * min(images, FEW)) / own)
     changes["max_train_steps"] = steps = min(max(steps, 100), loop.max_train_steps)
     if "max_train_steps" in given:
         steps = loop.max_train_steps
@@ -125,7 +125,7 @@ def fine_tuning_lines(
     checkpoint: str,
     loop: LoopConfig,
     given: Collection[str],
-    pictures: int,
+    images: int,
     own_share: float,
     folded_guidance: float = 1.0,
 ) -> list[str]:
@@ -141,7 +141,7 @@ def fine_tuning_lines(
         if name not in given and ("learning_rate" not in given or name != "lr_embeddings")
     ]
     lines = [
-        f"fine-tuning {checkpoint}: each picture is used about {own / pictures:.0f} times"
+        f"fine-tuning {checkpoint}: each image is used about {own / images:.0f} times"
         + (f"; chosen for that (flags win): {' '.join(chosen)}" if chosen else "")
     ]
     if folded_guidance != 1.0:
@@ -149,9 +149,9 @@ def fine_tuning_lines(
             f"WARNING: {checkpoint} has learned guidance {folded_guidance:g} along, this objective does not: the "
             "result is an ordinary checkpoint, and draws with more guidance on top; guide it less than others"
         )
-    if pictures <= FEW:
+    if images <= FEW:
         lines.append(
-            f"few pictures ({pictures}): how near the result comes to copying them is measured at the end; "
+            f"few images ({images}): how near the result comes to copying them is measured at the end; "
             + "mirror images would double them (--random-flip), where left and right do not matter"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Has a fine-tune on few pictures learnt them, or learnt them by heart? Measured once, when it is finished."""
+"""Has a fine-tune on few images learnt them, or learnt them by heart? Measured once, when it is finished."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ...utils.memory import memory_phase
 log = logging.getLogger(__name__)
 
 _DRAWN = 16
-_COPIES = 0.5  # share of the drawn pictures that are nearer to one of the data than those are to one another
+_COPIES = 0.5  # share of the drawn images that are nearer to one of the data than those are to one another
 
 
 def tell_memorised(
     output: Path, training: Source, validation: Source, background: str, device: torch.device
 ) -> None:
-    """Draw pictures of what ``training`` shows with the result in ``output``, and say how near to it they come.
+    """Draw images of what ``training`` shows with the result in ``output``, and say how near to it they come.
 
     Written to ``memorisation.json`` as well; where that is of this result, nothing is drawn. A failure is a warning:
     the result is there.
@@ -45,22 +45,22 @@ def tell_memorised(
         told = json.dumps(found._asdict(), indent=2)
         file.write_text(told + "\n", encoding="utf-8")
     except (UserError, OSError) as error:
-        log.warning(f"WARNING: how near the result comes to your pictures was not measured: {error}")
+        log.warning(f"WARNING: how near the result comes to your images was not measured: {error}")
         return
     line = (
-        f"memorisation: drawn pictures are {found.ratio:.2f} times as far from the nearest training picture as other "
-        f"pictures of yours are (near 0: copies); {found.copied} of {found.drawn} are nearer than nearly all of those "
+        f"memorisation: drawn images are {found.ratio:.2f} times as far from the nearest training image as other "
+        f"images of yours are (near 0: copies); {found.copied} of {found.drawn} are nearer than nearly all of those "
         f"(0 to {round(found.usual[1] * found.drawn)} without memorising)"
     )
-    if found.copies >= _COPIES and found.copies > found.usual[1]:  # of very few pictures half may be chance
-        line = f"WARNING: {line}. It redraws your pictures: use more of them, fewer --max-train-steps, or --random-flip"
+    if found.copies >= _COPIES and found.copies > found.usual[1]:  # of very few images half may be chance
+        line = f"WARNING: {line}. It redraws your images: use more of them, fewer --max-train-steps, or --random-flip"
     log.info(line)
 
 
 def _measured(
     result: Path, training: Source, validation: Source, background: str, device: torch.device
 ) -> Memorisation | None:
-    """None: there is nothing to ask the result for, or one picture only, beside which none is new."""
+    """None: there is nothing to ask the result for, or one image only, beside which none is new."""
     pipe = LatentFlowPipeline.from_pretrained(result).to(device)
     pipe.set_progress_bar_config(disable=True)
     rows = [number * len(training) // _DRAWN for number in range(_DRAWN)]  # spread over all classes

@@ -26,7 +26,7 @@ _STREAM = 6  # of random numbers; see `seeded`
 
 
 class MixedData:
-    """The user's pictures with the checkpoint's samples behind them; a step has ``share`` of these.
+    """The user's images with the checkpoint's samples behind them; a step has ``share`` of these.
 
     The two never pass through the network together: they may differ in size, and in the length of their captions.
 
@@ -57,7 +57,7 @@ class MixedData:
 
 
 def asked_of(
-    checkpoint: str, config: FineTuningConfig, pictures: int, seed: int, vae: str | None = None
+    checkpoint: str, config: FineTuningConfig, images: int, seed: int, vae: str | None = None
 ) -> tuple[list[str], str]:
     """What the checkpoint is to draw: a caption or class for each sample ("" for one that takes neither); and a line.
 
@@ -65,7 +65,7 @@ def asked_of(
     two of the vocabulary: a checkpoint does not hold the captions that it was trained on.
 
     Args:
-        pictures: of the data.
+        images: of the data.
         vae: another autoencoder than the checkpoint's, to which its samples would mean nothing.
 
     Raises:
@@ -73,7 +73,7 @@ def asked_of(
             needed: a pretrained text encoder's vocabulary does not say which words were trained on.
     """
     pipe = open_base(checkpoint)
-    count = config.samples(pictures, len(class_names(pipe)))
+    count = config.samples(images, len(class_names(pipe)))
     if config.prior_prompts and not pipe.takes_text:
         raise UserError(
             f"--prior-prompts, but {checkpoint} takes no captions", "Leave it out: all classes are drawn."
@@ -93,7 +93,7 @@ def asked_of(
         told = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "") + " reminds it"
         if unfit and not no_captions:
             told = unfit[0]
-        return [], f"prior: none; what your pictures do not show may be forgotten ({told})"
+        return [], f"prior: none; what your images do not show may be forgotten ({told})"
     if config.prior_prompts:
         asked, told = (
             in_turn(_read_prompts(config.prior_prompts), count),

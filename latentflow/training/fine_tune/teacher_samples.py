@@ -42,7 +42,7 @@ class Drawing:
     Attributes:
         what, phase: what one is called, and the phase of `latentflow.utils.memory.ADVICE`.
         seed: with a sample's number decides its noise.
-        pixels: whether the pictures are kept as well, to be masked.
+        pixels: whether the images are kept as well, to be masked.
         noise: whether the noise that each came from is kept.
         guidance, steps, solver: of the pipeline; without a solver it takes its own.
     """
@@ -65,7 +65,7 @@ class DrawnExample(Example):
 
     def open(self) -> Image.Image:
         if self.pixels is None:
-            raise UserError(f"{self.name} was drawn as latents", "Open a picture of the data.")
+            raise UserError(f"{self.name} was drawn as latents", "Open an image of the data.")
         return to_pil(self.pixels.float() / 127.5 - 1)
 
     def content_key(self) -> str:
@@ -91,13 +91,13 @@ def drawn_data(
     with memory_phase(drawing.phase), state.main_process_first():
         tensors, kind, side = _drawn(checkpoint, asked, folder, drawing, state.device)
     views = {name: one for name, one in tensors.items() if name != "latents"}
-    pictures = tensors.get("pixels")
+    images = tensors.get("pixels")
     examples = tuple(
         DrawnExample(
             f"{drawing.what} {number}",
             text=name if kind == "text" else None,
             label=name if kind == "class" else None,
-            pixels=None if pictures is None else pictures[number],
+            pixels=None if images is None else images[number],
         )
         for number, name in enumerate(asked)
     )

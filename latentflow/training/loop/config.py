@@ -80,7 +80,7 @@ class LoopConfig:
     """End after this many validations that were not better than the best one; the result is the best one's weights,
     also where the end is reached. 0: go on to the end, the result is of the end."""
     preview_steps: int = 1000
-    """Steps between preview pictures; 0 for none."""
+    """Steps between preview images; 0 for none."""
     log_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"

@@ -27,7 +27,7 @@ def refuse_unvalidated(config: LoopConfig, validated: bool) -> None:
     if config.early_stop and not (validated and config.validation_steps):
         raise UserError(
             "--early-stop without validations",
-            "Hold pictures out (--validation 0.1), and validate (--validation-steps).",
+            "Hold images out (--validation 0.1), and validate (--validation-steps).",
         )
 
 

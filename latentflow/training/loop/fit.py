@@ -341,7 +341,7 @@ class _Loop:
             half.replace(file)
         finally:
             half.unlink(missing_ok=True)
-        self.report.picture(self.step, image)
+        self.report.image(self.step, image)
 
     def _attempt(self, phase: str, function: Callable[[], None]) -> None:
         """Call what training can do without: a failure is a warning, with its traceback where it is a defect."""
@@ -519,7 +519,7 @@ class _Loop:
                 yield line
             elif before.get("data") == now.get("data"):  # else that line says enough
                 yield (
-                    f"{order}: the same pictures in another order (files were renamed or moved), so that each step "
+                    f"{order}: the same images in another order (files were renamed or moved), so that each step "
                     "would use others than it would have"
                 )
 

@@ -122,7 +122,7 @@ class Gradients:
     def _passes(self, micros: Iterable[list[Batch]]) -> Iterator[tuple[Batch, bool, bool]]:
         """What passes through the network in a step: rows, whether they count, whether they are the last.
 
-        In a sharded run the processes need one another in every pass, and a batch of pictures of several sizes may
+        In a sharded run the processes need one another in every pass, and a batch of images of several sizes may
         have more parts in another one: then a part passes again, and counts for nothing.
         """
         for micro, batches in enumerate(micros, 1):

@@ -87,7 +87,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Curves and pictures outside the run folder's own files. What fails here is said once, and no run ends of it."""
+    """Curves and images outside the run folder's own files. What fails here is said once, and no run ends of it."""
 
     def __init__(self, tracker: GeneralTracker, folder: Path) -> None:
         self._tracker: GeneralTracker | None = tracker
@@ -99,7 +99,7 @@ class Tracker:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._call("log", values, step=step)
 
-    def picture(self, step: int, image: Image) -> None:
+    def image(self, step: int, image: Image) -> None:
         self._call("log_images", {"preview": np.asarray(image)[None]}, step=step)  # (1, H, W, 3)
 
     def close(self) -> None:
@@ -256,10 +256,10 @@ class Reporter:
             self._write(step, figures)
             self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
-    def picture(self, step: int, image: Image) -> None:
-        """Hand a preview picture to the tracker; its file is the caller's."""
+    def image(self, step: int, image: Image) -> None:
+        """Hand a preview image to the tracker; its file is the caller's."""
         if self._tracker is not None:
-            self._tracker.picture(step, image)
+            self._tracker.image(step, image)
 
     def say(self, text: str) -> None:
         """A line for people: on the terminal above the bar, and in train.log."""

@@ -144,7 +144,7 @@ class SelfAlignment(Alignment):
 
 
 class EncoderAlignment(Alignment):
-    """REPA: Yu et al. 2024 (arXiv:2410.06940), eq. 8: the cosine to a vision model's features of the clean picture.
+    """REPA: Yu et al. 2024 (arXiv:2410.06940), eq. 8: the cosine to a vision model's features of the clean image.
 
     The paper's loss is minus the cosine; this is 1 minus it.
     """

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ...autoencoder import Autoencoder, AutoencoderConfig
-from ...autoencoder.losses import SMALLEST_PICTURE, adaptive_weight, hinge_loss, perceptual_loss
+from ...autoencoder.losses import SMALLEST_IMAGE, adaptive_weight, hinge_loss, perceptual_loss
 from ...autoencoder.regularisation import noisy, scales, transformed
 from ..loop.data_order import SampleRandom, seeded
 from ..loop.distributed import process_state
 
-_ENOUGH_STEPS = 3000  # 64 px pictures are beyond 33 dB by then
+_ENOUGH_STEPS = 3000  # 64 px images are beyond 33 dB by then
 
 
 def autoencoder_steps(asked: int | None, max_train_steps: int) -> int:
@@ -74,12 +74,12 @@ class AutoencoderStage(nn.Module):
         return posterior.mean + posterior.std * noise, posterior.kl().mean()
 
     def _transform(self, images: Tensor, latents: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Pictures and latents transformed alike, or, by chance, as they are; one draw for the whole step."""
+        """Images and latents transformed alike, or, by chance, as they are; one draw for the whole step."""
         random = seeded(self._seed, 7, self._step(number))
         if torch.rand((), generator=random) >= self._config.equivariance:
             return images, latents
-        # The discriminator and LPIPS see these pictures as well, and cannot see the smallest.
-        smallest = 1 if self._others == (None, None) else SMALLEST_PICTURE
+        # The discriminator and LPIPS see these images as well, and cannot see the smallest.
+        smallest = 1 if self._others == (None, None) else SMALLEST_IMAGE
         choices = scales(latents.shape[2], latents.shape[3], smallest * latents.shape[3] // images.shape[3])
         scale = choices[int(torch.randint(len(choices), (), generator=random))]
         quarter_turns = int(torch.randint(1, 4, (), generator=random))

@@ -48,7 +48,7 @@ _LATER = {
     "time_uniform_from": 1.0,
     "objective_options": {},
 }  # settings that earlier runs do not know, and what they did
-_VALIDATION_TIMES = 4  # noises and times per validation picture
+_VALIDATION_TIMES = 4  # noises and times per validation image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +97,18 @@ class FlowConfig:
     condition_dropout: float = 0.1
     """Share of the samples whose condition is replaced by the learned null, for classifier-free guidance."""
     inpainting: bool = False
-    """Learn to inpaint as well, from what is left of each picture under random masks. On by itself if the data has
+    """Learn to inpaint as well, from what is left of each image under random masks. On by itself if the data has
     masks of its own, or the checkpoint that is fine-tuned has learnt it."""
     mask_shapes: dict[str, float] = field(default_factory=dict)
     """Shares of the masks: rectangle, strokes, ellipse, half-plane, frame (outpainting), full (nothing is known: plain
-    generation), none, and data (the picture's own mask). Empty: some of each but none; if the data has masks, these
+    generation), none, and data (the image's own mask). Empty: some of each but none; if the data has masks, these
     are half of all."""
 
     def __post_init__(self) -> None:
         choices = self.choices()
         if self.coupling == "data-dependent" and not self.inpainting:
             raise UserError(
-                "coupling 'data-dependent' starts from the known part of a picture",
+                "coupling 'data-dependent' starts from the known part of an image",
                 "Add --inpainting; for another source use latentflow.flow.DataDependent from Python.",
             )
         check_shapes(self.shapes(has_masks=True), more=[OWN])
@@ -236,7 +236,7 @@ class FlowStage(nn.Module):
     (B, L, D) and ``text_mask`` (B, L), or ``sizes`` (B, 6); perhaps ``noise``, shaped like the latents, that they are
     coupled with; perhaps ``weights`` (B,), factors on the losses in their
     mean, of which ``per_sample`` holds the plain ones. With ``masking`` the network also gets what is known of each
-    picture, and the batch holds what `Masking` needs. With ``routing`` some tokens skip blocks while it is trained;
+    image, and the batch holds what `Masking` needs. With ``routing`` some tokens skip blocks while it is trained;
     with ``alignment`` a second loss is added, logged as ``alignment``, and the batch may have to hold ``pixels``.
     ``samples`` is how many draws the whole run has, which ``time_uniform_from`` is a share of, ``samples_per_step``
     those of a step over all processes.
@@ -269,7 +269,7 @@ class FlowStage(nn.Module):
 
     @property
     def masked(self) -> bool:
-        """Whether the network sees masked pictures."""
+        """Whether the network sees masked images."""
         return self._masking is not None
 
     @property
@@ -313,7 +313,7 @@ class FlowStage(nn.Module):
         return {"loss": (total * batch["weights"] if "weights" in batch else total).mean()} | result
 
     def _told(self, batch: dict[str, Any], drop: Tensor) -> tuple[Condition, Callable[[Tensor], Tensor]]:
-        """The condition, with what is known of each picture; and what makes of noise where the flow starts."""
+        """The condition, with what is known of each image; and what makes of noise where the flow starts."""
         condition = self.condition(batch, drop)
         if self._masking is None:
             return condition, lambda noise: noise

@@ -15,9 +15,9 @@ from ..loop.data_order import Draw, seeded
 
 
 class PixelData:
-    """uint8 pictures (N, 3, H, W), in memory or cached; a batch holds ``images`` (B, 3, H, W) in [-1, 1].
+    """uint8 images (N, 3, H, W), in memory or cached; a batch holds ``images`` (B, 3, H, W) in [-1, 1].
 
-    With ``flips`` every other use of a picture, on average, is mirrored; which one depends on the draw only.
+    With ``flips`` every other use of an image, on average, is mirrored; which one depends on the draw only.
     """
 
     def __init__(self, source: Source, pixels: Tensor | Rows, *, flips: bool) -> None:
@@ -42,17 +42,17 @@ def is_flipped(number: int) -> bool:
     return bool((number * 0x9E3779B1 >> 15) & 1)
 
 
-# Gives the condition's part of a batch for the pictures at some rows, used under these running numbers.
+# Gives the condition's part of a batch for the images at some rows, used under these running numbers.
 Conditions = Callable[[list[int], list[int]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Sized:
-    """The pictures of one size, crop after crop of each.
+    """The images of one size, crop after crop of each.
 
     Attributes:
         table: their latents.
-        views: further rows; those that show the picture, ``pixels`` (N, 3, H, W) and ``masks`` (N, 1, H, W), are
+        views: further rows; those that show the image, ``pixels`` (N, 3, H, W) and ``masks`` (N, 1, H, W), are
             mirrored with it.
     """
 
@@ -61,15 +61,15 @@ class Sized:
 
 
 class LatentData:
-    """Cached latents as training data, each as often in an epoch as its picture's ``repeats`` say.
+    """Cached latents as training data, each as often in an epoch as its image's ``repeats`` say.
 
-    Memory holds a few bytes for each picture; latents, pixels and masks are read when they are used.
+    Memory holds a few bytes for each image; latents, pixels and masks are read when they are used.
 
     Args:
-        framing: the pictures, and how they are cut.
+        framing: the images, and how they are cut.
         sized: what is cached of those of each size, in the framing's order.
         conditions: what goes with them: a function, or rows such as ``class_labels`` (N,).
-        flips: mirror pictures at random, where the table has mirrored latents; which use of a picture is mirrored
+        flips: mirror images at random, where the table has mirrored latents; which use of an image is mirrored
             depends on the draw only.
         told: add ``sizes`` (B, 6), what the network is told of sizes and crops.
         seed: of the crops.
@@ -95,7 +95,7 @@ class LatentData:
         for members in framing.members:
             self._place[members] = np.arange(len(members))
         if told:
-            _ = framing.centres  # now: later, in the processes that load, a picture may have gone
+            _ = framing.centres  # now: later, in the processes that load, an image may have gone
         self._uses = np.asarray(framing.source.uses(), dtype=np.int32)
         self.groups = (
             torch.from_numpy(framing.bucket[self._uses].astype(np.int64)) if len(sized) > 1 else None

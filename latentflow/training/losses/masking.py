@@ -1,4 +1,4 @@
-"""Hiding a part of each training picture, for a network that learns to inpaint."""
+"""Hiding a part of each training image, for a network that learns to inpaint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...autoencoder import Autoencoder, downscale_factor, latent_channels, laten
 from ...data import pixels_to_images
 from ...data.masks import DEFAULT_SHAPES, check_shapes, random_masks
 
-OWN = "data"  # among the shapes: the mask that came with the picture
+OWN = "data"  # among the shapes: the mask that came with the image
 
 
 class Masked(NamedTuple):
@@ -21,7 +21,7 @@ class Masked(NamedTuple):
 
     Attributes:
         channels: (B, f^2 + C, h, w), what the network is told (`masked_condition`).
-        known: (B, C, h, w), the latents of the pictures with their holes in grey: the last C of the channels.
+        known: (B, C, h, w), the latents of the images with their holes in grey: the last C of the channels.
         hole: (B, 1, h, w) in {0, 1}; 1 = a cell with pixels to repaint.
     """
 
@@ -37,7 +37,7 @@ class Masking:
 
     Args:
         vae: the frozen autoencoder.
-        shapes: share of each of ``MASK_SHAPES``; "data" is the picture's own mask, where it has one.
+        shapes: share of each of ``MASK_SHAPES``; "data" is the image's own mask, where it has one.
         seed: of the run.
     """
 

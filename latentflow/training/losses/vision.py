@@ -1,4 +1,4 @@
-"""Frozen vision models as a measure of what is in a picture: features of its patches."""
+"""Frozen vision models as a measure of what is in an image: features of its patches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class VisionEncoder:
     def __call__(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """pixels (B, 3, H, W) uint8 -> (B, h * w, width), row by row of the ``grid`` (h, w).
 
-        The pictures are resized so that the model's patches are the cells of the grid, as in the paper that uses them
+        The images are resized so that the model's patches are the cells of the grid, as in the paper that uses them
         (arXiv:2410.06940): no feature is interpolated, only the model's table of positions.
         """
         self._model.to(pixels.device)

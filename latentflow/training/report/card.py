@@ -33,19 +33,19 @@ _SHOWN = (
 
 _CARD = """---
 {{ header }}# license: name the licence here (https://huggingface.co/docs/hub/repositories-licenses).
-#   The pictures that it learnt from have one too, and it may bind you. This line is yours to write.
+#   The images that it learnt from have one too, and it may bind you. This line is yours to write.
 ---
 
 # {{ name }}
 
-Draws pictures of {{ resolution }} x {{ resolution }} pixels{{ asked }}. Made by latent flow matching with
-[latentflow](https://pypi.org/project/latentflow/){% if inpaints %}; it fills holes in pictures as well{% endif %}.
+Draws images of {{ resolution }} x {{ resolution }} pixels{{ asked }}. Made by latent flow matching with
+[latentflow](https://pypi.org/project/latentflow/){% if inpaints %}; it fills holes in images as well{% endif %}.
 {% if sample %}
 ![Samples]({{ sample }})
 
 *What it drew at step {{ sample_step }}, one try each, seeds 0 to 15, {{ sample_steps }} steps
 {%- if sample_rows > 2 %}, two rows each{% endif %}.
-{%- if inpaints %} Below: pictures with holes, and what it put there.{% endif %}*
+{%- if inpaints %} Below: images with holes, and what it put there.{% endif %}*
 {% endif %}
 ## Use
 
@@ -53,7 +53,7 @@ Draws pictures of {{ resolution }} x {{ resolution }} pixels{{ asked }}. Made by
 from latentflow import LatentFlowPipeline
 
 pipe = LatentFlowPipeline.from_pretrained({{ where }})
-pipe({{ call }}).images[0].save("picture.png")
+pipe({{ call }}).images[0].save("image.png")
 ```
 
 ```bash
@@ -75,7 +75,7 @@ pipe({{ call }}).images[0].save("picture.png")
 {{ step }} steps of {{ batch }} samples
 {%- if time %}, {{ time }}{% endif %}
 {%- if device %} on {{ device }}{% endif %}
-{%- if result_step != step %}; the weights are of step {{ result_step }}, the best on held-out pictures{% endif %}.
+{%- if result_step != step %}; the weights are of step {{ result_step }}, the best on held-out images{% endif %}.
 
 | setting | value |
 |---|---|
@@ -85,15 +85,15 @@ pipe({{ call }}).images[0].save("picture.png")
 ## Figures
 
 {% if figures -%}
-On held-out pictures, always with the same noises and times, at step {{ measured }}: {{ figures }}. They compare
-checkpoints of one data set and autoencoder only; `latentflow evaluate` measures the pictures.
+On held-out images, always with the same noises and times, at step {{ measured }}: {{ figures }}. They compare
+checkpoints of one data set and autoencoder only; `latentflow evaluate` measures the images.
 {%- else -%}
 None were measured.
 {%- endif %}
 
 ## Limits
 
-It knows what its data show and little else. A model of few pictures repeats them: `latentflow evaluate` measures that.
+It knows what its data show and little else. A model of few images repeats them: `latentflow evaluate` measures that.
 """
 
 
@@ -156,9 +156,7 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
             resolution=run.config.get("resolution", "?"),
             asked={"text": " from captions", "class": " of its classes"}.get(kind, ""),
             call={"text": f"prompt={caption!r}", "class": f"class_labels=[{label!r}]"}.get(kind, ""),
-            command=shlex.join(
-                ["latentflow", "generate", *asked, "--checkpoint", where, "-o", "picture.png"]
-            ),
+            command=shlex.join(["latentflow", "generate", *asked, "--checkpoint", where, "-o", "image.png"]),
             inpaints=facts.inpaints,
             sample=sample,
             sample_step=sample_step,

@@ -42,14 +42,14 @@ def add_curves(page: Section, run: Run) -> None:
         if panel == "loss":
             axes.legend(frameon=False, fontsize=9)
     page.figure(
-        figure, "Blue: in training; orange: on held-out pictures, always with the same noises and times."
+        figure, "Blue: in training; orange: on held-out images, always with the same noises and times."
     )
 
 
 _TITLES = {
     "lr": "learning rate",
     "grad_norm": "norm of the gradient, before clipping",
-    "images_per_second": "pictures per second",
+    "images_per_second": "images per second",
     "model_flops_utilisation": "model FLOPs utilisation, 1 is a matrix product's speed",
     "memory_gib": "peak memory, GiB",
     "psnr": "PSNR, dB",

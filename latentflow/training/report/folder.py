@@ -98,7 +98,7 @@ class Run:
         return total
 
     def previews(self) -> list[Path]:
-        """The preview pictures, oldest first."""
+        """The preview images, oldest first."""
         return sorted((self.folder / "samples").glob("step-*.png"), key=preview_step)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
@@ -157,7 +157,8 @@ def data_lines(log: list[str]) -> list[str]:
     first = next(
         (i for i in range(plans[-1], 0, -1) if told[i - 1].startswith(("step ", "stopped", "done:"))), 0
     )
-    warnings = [line for line in told[plans[-1] : plans[-1] + 3] if "pictures are few" in line]
+    # Runs of before say "pictures" for images.
+    warnings = [line for line in told[plans[-1] : plans[-1] + 3] if "s are few" in line]
     return list(dict.fromkeys([*told[first : plans[-1]], *warnings]))
 
 

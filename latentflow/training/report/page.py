@@ -24,7 +24,7 @@ from ..losses.flow import FlowConfig
 from .curves import add_curves
 from .folder import Run, data_lines, duration, preview_step, read_run
 
-_MOST_PICTURES, _PICTURE_WIDTH = 12, 640
+_MOST_IMAGES, _IMAGE_WIDTH = 12, 640
 _LOG_LINES = 200
 _LONG = 600  # seconds without a line after which a run is hardly running
 
@@ -83,7 +83,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if run.seconds:
         rate = run.step * run.batch / run.seconds
         shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-        facts.append(("time in training", f"{duration(run.seconds)}, {shown} pictures a second"))
+        facts.append(("time in training", f"{duration(run.seconds)}, {shown} images a second"))
     for name, best, unit in (("val_loss", min, ""), ("val_psnr", max, " dB")):
         steps, values = run.curve(name)
         if values:
@@ -116,7 +116,7 @@ def _remarks(run: Run) -> list[str]:
         best = values.index(min(values))
         remarks.append(
             f"The validation loss has risen by {values[-1] / values[best] - 1:.0%} since step {steps[best]}: "
-            "most often the network learns the training pictures by heart from there on; fewer steps or more pictures "
+            "most often the network learns the training images by heart from there on; fewer steps or more images "
             "help. If the loss in training rises as well, lower --learning-rate."
         )
     skipped = sum("The update is skipped" in line for line in run.log)
@@ -128,20 +128,20 @@ def _remarks(run: Run) -> list[str]:
 
 
 def _samples(page: Section, run: Run) -> None:
-    pictures = run.previews()
-    chosen = sorted({round(i) for i in np.linspace(0, len(pictures) - 1, _MOST_PICTURES)} if pictures else ())
-    if len(chosen) < len(pictures):
-        page.text(f"{len(chosen)} of {len(pictures)} in {run.folder / 'samples'}.")
-    for path in (pictures[index] for index in chosen):
+    images = run.previews()
+    chosen = sorted({round(i) for i in np.linspace(0, len(images) - 1, _MOST_IMAGES)} if images else ())
+    if len(chosen) < len(images):
+        page.text(f"{len(chosen)} of {len(images)} in {run.folder / 'samples'}.")
+    for path in (images[index] for index in chosen):
         try:
             with open_image(path) as image:
                 shown = to_rgb(image)
         except UserError:
             page.text(f"{path.name} cannot be read: the run was killed while writing it.")
             continue
-        if shown.width > _PICTURE_WIDTH:
-            shown.thumbnail((_PICTURE_WIDTH, 2 * _PICTURE_WIDTH))
-        page.picture(shown, f"step {preview_step(path)}", "webp")
+        if shown.width > _IMAGE_WIDTH:
+            shown.thumbnail((_IMAGE_WIDTH, 2 * _IMAGE_WIDTH))
+        page.image(shown, f"step {preview_step(path)}", "webp")
 
 
 def _data(page: Page, run: Run) -> None:
@@ -149,7 +149,7 @@ def _data(page: Page, run: Run) -> None:
     lines = data_lines(run.log)
     page.list(lines or ["train.log says nothing about the data."])
     if data := run.config.get("data"):
-        page.text("All that can be said about the pictures, with a contact sheet:")
+        page.text("All that can be said about the images, with a contact sheet:")
         page.code(shlex.join(["latentflow", "check", str(data), "--report", "data.html"]))
 
 

@@ -1,4 +1,4 @@
-"""Pictures and folders made on the spot."""
+"""Images and folders made on the spot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-# What a camera stored for each EXIF orientation, so that turning it back gives the upright picture.
+# What a camera stored for each EXIF orientation, so that turning it back gives the upright image.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -26,13 +26,13 @@ STORED = {
 
 
 def noise(seed: int, width: int = 8, height: int = 8) -> Image.Image:
-    """An RGB picture in which every pixel differs."""
+    """An RGB image in which every pixel differs."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
 
 def save_all(root: Path, names: list[str]) -> None:
-    """Different pictures under ``names``, whose suffix decides the format."""
+    """Different images under ``names``, whose suffix decides the format."""
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         noise(seed).save(root / name)
