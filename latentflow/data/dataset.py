@@ -13,7 +13,7 @@ from PIL import Image
 
 from .images import Profile, decode_image, key_and_profile, open_image
 from .masks import alpha_mask, read_mask, without_alpha
-from .sources.members import File, file_key
+from .sources.files import File, file_key
 
 Kind = Literal["text", "class", "unconditional"]
 Colours = Literal["srgb", "stored"]

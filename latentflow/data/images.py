@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ..errors import UserError, nearest, printable, reason
 from ..utils.image_formats import FORMATS, readable_formats
-from .sources.members import File, Member, open_stream
+from .sources.files import File, Member, open_stream
 
 _TOLERANCE = 1  # levels of 255 by which profiles of sRGB differ, which many programs write in their own way
 _LONGEST, _LARGEST = 60, 2**22  # characters of a profile's name, bytes of a profile; some are kept

@@ -27,7 +27,7 @@ from ..cache.eviction import LOOKS, cache_root
 from ..dataset import Example, FileExample, Source
 from ..images import ImageFileError, decoding, name_of
 from ..pixels import to_rgb
-from ..sources.members import Member
+from ..sources.files import Member
 
 THUMBNAIL = 8  # pixels, the side of what near duplicates are compared by
 _ORIENTATION = 0x0112  # the EXIF tag

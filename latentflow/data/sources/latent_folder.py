@@ -26,7 +26,7 @@ from ...errors import UserError, reading
 from ..cache.store import Array, ShardSet, digests
 from ..config import DataConfig
 from ..dataset import Example, Kind, Source
-from .assemble import Wanted
+from .assemble import DataRequest
 from .latent_files import (
     AUTOENCODER,
     DESCRIPTION,
@@ -44,7 +44,7 @@ def is_latent_folder(data: str) -> bool:
     return (Path(data).expanduser() / DESCRIPTION).is_file()
 
 
-def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
+def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
     """The source in a folder of latents. Condition and masks were decided when it was made; "none" does without.
 
     Raises:
@@ -57,11 +57,11 @@ def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
             f"{folder} is not complete: `latentflow precompute` was stopped",
             "Start the line that made it again: it goes on where it stopped.",
         )
-    _refuse_decided(data, description, wanted)
-    if wanted.masks == "none":
+    _refuse_decided(data, description, request)
+    if request.masks == "none":
         tables = description["tables"].items()
         description["tables"] = {name: made for name, made in tables if kind_of(name) != "masks"}
-    kind: Kind = "unconditional" if wanted.condition == "none" else description["kind"]
+    kind: Kind = "unconditional" if request.condition == "none" else description["kind"]
     index = _open_index(folder / INDEX, description)
     store = LatentStore(folder, description)
     notes = [f"latents of {description['name']}: {len(index)} images", *description["notes"]]
@@ -82,13 +82,13 @@ def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
     )
 
 
-def _refuse_decided(data: str, description: dict[str, Any], wanted: Wanted) -> None:
+def _refuse_decided(data: str, description: dict[str, Any], request: DataRequest) -> None:
     refused = {
-        f"--condition {wanted.condition}": wanted.condition not in ("auto", "none", description["kind"]),
-        "--masks alpha": wanted.masks == "alpha",
-        f"--missing-caption {wanted.missing_caption}": wanted.missing_caption != "error",
-        "--columns": bool(wanted.columns),
-        f"--colours {wanted.colours}": wanted.colours != "srgb",
+        f"--condition {request.condition}": request.condition not in ("auto", "none", description["kind"]),
+        "--masks alpha": request.masks == "alpha",
+        f"--missing-caption {request.missing_caption}": request.missing_caption != "error",
+        "--columns": bool(request.columns),
+        f"--colours {request.colours}": request.colours != "srgb",
     }
     for flag, is_refused in refused.items():
         if is_refused:
