@@ -1,4 +1,4 @@
-"""Finding, checking, reading and caching images and what is said of them."""
+"""Finding, checking, reading and caching images and their annotations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .cache.tensors import (
     fingerprint,
 )
 from .checking import Report, check_source, readable
-from .crops import Framing, frame, one_size
+from .crops import Cropping, crop, one_size
 from .dataset import Example, FileExample, Source
 from .images import decode_image
 from .masks import read_mask
@@ -25,9 +25,9 @@ from .sources.latent_folder import LatentFolder
 from .splits import split
 
 __all__ = [
+    "Cropping",
     "Example",
     "FileExample",
-    "Framing",
     "LatentFolder",
     "LatentTable",
     "MaskTable",
@@ -41,10 +41,10 @@ __all__ = [
     "cached_pixels",
     "cached_text",
     "check_source",
+    "crop",
     "decode_image",
     "find_source",
     "fingerprint",
-    "frame",
     "one_size",
     "pixels_to_images",
     "read_image",

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentflow.data.sources.paths import many_paths
 from PIL import Image
 
 from latentflow.cli import run
@@ -22,7 +23,6 @@ from latentflow.data import cached_pixels, find_source
 from latentflow.data.pixels import read_image, read_own_mask
 from latentflow.data.sources.annotations import class_name
 from latentflow.data.sources.kinds import KINDS
-from latentflow.data.sources.paths import many_paths
 from latentflow.errors import UserError
 
 from .images import load_program, noise, write_jsonl

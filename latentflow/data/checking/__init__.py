@@ -1,8 +1,8 @@
-"""What is in a data set: every image opened once, duplicates found, reports, a suggested command."""
+"""The check of a data set: every image opened once, duplicates found, reports, a suggested command."""
 
 from __future__ import annotations
 
-from .check import check_source, look_through, readable
+from .check import check_data, check_source, readable
 from .page import contact_sheet, report_page
 from .report import Report
 from .suggest import Suggestion, suggest
@@ -10,9 +10,9 @@ from .suggest import Suggestion, suggest
 __all__ = [
     "Report",
     "Suggestion",
+    "check_data",
     "check_source",
     "contact_sheet",
-    "look_through",
     "readable",
     "report_page",
     "suggest",

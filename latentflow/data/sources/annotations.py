@@ -125,7 +125,9 @@ def rename(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> di
         raise UserError(f"{where} has two columns named '{twice[0]}'", "Rename one of them.")
     for ours, theirs in renamed.items():
         if ours not in COLUMNS:
-            raise UserError(f"--columns: '{ours}' is none of {', '.join(COLUMNS)}", _did_you_mean(ours, COLUMNS))
+            raise UserError(
+                f"--columns: '{ours}' is none of {', '.join(COLUMNS)}", _did_you_mean(ours, COLUMNS)
+            )
         if theirs not in own:
             raise UserError(
                 f"{where} has no column '{theirs}' (--columns {ours} {theirs})",

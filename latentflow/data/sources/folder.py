@@ -180,7 +180,9 @@ def read_sidecars(folder: Folder) -> Sidecars:
         for image, captions in sorted(found.items())
         if len({text for text in captions.values() if text}) > 1
     ]
-    return Sidecars(texts, frozenset(name for captions in found.values() for name in captions), tuple(clashes))
+    return Sidecars(
+        texts, frozenset(name for captions in found.values() for name in captions), tuple(clashes)
+    )
 
 
 @dataclass(frozen=True)
@@ -403,7 +405,9 @@ def _left_out(folder: Folder, metadata: Metadata | None, sidecars: Sidecars) -> 
     if strange := sorted(metadata.rows.keys() - set(folder.images)) if metadata is not None else []:
         notes.append(f"metadata name {len(strange)} files that are not read as images: {few(strange)}")
     if folder.hidden:
-        notes.append(f"{len(folder.hidden)} hidden or macOS resource files are not read: {few(folder.hidden)}")
+        notes.append(
+            f"{len(folder.hidden)} hidden or macOS resource files are not read: {few(folder.hidden)}"
+        )
     if folder.closed:
         notes.append(f"{len(folder.closed)} folders cannot be opened and are not read: {few(folder.closed)}")
     if foreign := folder.count_others(_FOREIGN):

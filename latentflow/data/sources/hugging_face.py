@@ -148,7 +148,9 @@ def _each(data: str, rows: Any) -> Iterator[Any]:
         yield values
 
 
-def _columns(data: str, features: Mapping[str, Any], request: DataRequest) -> tuple[dict[str, str], list[str]]:
+def _columns(
+    data: str, features: Mapping[str, Any], request: DataRequest
+) -> tuple[dict[str, str], list[str]]:
     """Return our name of every column that is used, by its own, and notes on what was inferred or is not used.
 
     Raises:

@@ -31,7 +31,7 @@ from ..cache.tensors import (
 )
 from ..checking.check import groups_of
 from ..config import DataConfig
-from ..crops import Framing
+from ..crops import Cropping
 from ..dataset import Source
 from .latent_files import (
     AUTOENCODER,
@@ -60,7 +60,7 @@ class Precomputation:
         given: fingerprint of the autoencoder as the user gave it, perhaps without statistics.
     """
 
-    framing: Framing
+    framing: Cropping
     vae: Any
     data: DataConfig
     pixels: bool
@@ -232,7 +232,7 @@ def describe(
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_index(framing: Framing, folder: Path, groups: Array) -> str:
+def write_index(framing: Cropping, folder: Path, groups: Array) -> str:
     """``index.arrow``, a row for each image in the source's order; its hash.
 
     ``groups`` (N,) are the numbers of their groups of near duplicates, which a split keeps together.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import UserError, few, one_line, reading, reason, shown
+from ...errors import UserError, few, one_line, reason, shown
 from ...utils.documents import decode, parse_json
 from ..dataset import FileExample, Source
 from .annotations import RowAnnotation, parse_row

@@ -78,7 +78,9 @@ def read_zip(data: str, request: DataRequest) -> Source:
             f"{path} is no intact zip file: {reason(error)}", "Copy or download it again."
         ) from None
     names = [info.filename for info in archive.infolist() if not info.filename.endswith("/")]
-    places = [PurePosixPath(name.replace("\\", "/")) for name in names]  # some programs write Windows' separators
+    places = [
+        PurePosixPath(name.replace("\\", "/")) for name in names
+    ]  # some programs write Windows' separators
     for name, place in zip(names, places, strict=True):
         if place.is_absolute() or ".." in place.parts:
             raise UserError(f"{path} holds names that lead out of it: {name}", _FIX)
