@@ -15,7 +15,9 @@ import tyro
 from PIL import Image
 
 from latentflow.cli import parse, run
-from latentflow.data.checking import check_data, contact_sheet, report_page, suggest
+from latentflow.data.checking.check import check_data
+from latentflow.data.checking.page import contact_sheet, report_page
+from latentflow.data.checking.suggest import suggest
 from latentflow.data.sources.kinds import Condition, Masks, MissingCaption
 from latentflow.errors import UserError, one_line, printable
 from latentflow.utils.html_page import refuse_existing

@@ -14,7 +14,8 @@ from .cache.tensors import (
     cached_text,
     fingerprint,
 )
-from .checking import Report, check_source, readable
+from .checking.check import check_source, readable
+from .checking.report import Report
 from .crops import Cropping, crop, one_size
 from .dataset import Example, FileExample, Source
 from .images import decode_image

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,15 +41,15 @@ def in_srgb(image: Image.Image) -> Image.Image:
     if "icc_profile" not in image.info:
         return image
     bare, mode = image.copy(), _colours_of(image)
-    conversion = _conversion(bare.info.pop("icc_profile"), mode)
-    if conversion.profile is None or conversion.profile.problem:
+    _, convert = _conversion(bare.info.pop("icc_profile"), mode)
+    if convert is None:
         return bare
     if not bare.has_transparency_data:
-        return conversion.apply(bare.convert(mode))
+        return convert(bare.convert(mode))
     whole = bare.convert("LA" if mode == "L" else "RGBA")
-    done = conversion.apply(whole.convert(mode))
-    done.putalpha(whole.getchannel("A"))
-    return done
+    converted = convert(whole.convert(mode))
+    converted.putalpha(whole.getchannel("A"))
+    return converted
 
 
 def profile_of(image: Image.Image) -> Profile | None:
@@ -59,7 +59,7 @@ def profile_of(image: Image.Image) -> Profile | None:
     """
     if "icc_profile" not in image.info:
         return None
-    return _conversion(image.info["icc_profile"], _colours_of(image)).profile
+    return _conversion(image.info["icc_profile"], _colours_of(image))[0]
 
 
 def key_and_profile(file: File) -> tuple[str, Profile | None]:
@@ -81,33 +81,21 @@ def _key_and_profile(file: File, size: int, modified: int) -> tuple[str, Profile
             return key, None
 
 
-@dataclass(frozen=True)
-class _Conversion:
-    """Conversion of colours by a profile: none without one, or where it has a problem."""
-
-    profile: Profile | None = None
-    transform: ImageCms.ImageCmsTransform | None = None
-    table: list[int] | None = None  # of grey levels
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        """Return the colours of an image without alpha in sRGB."""
-        if self.table is not None:
-            return image.point(self.table)
-        assert self.transform is not None
-        done = self.transform.apply(image)
-        done.info.clear()  # a profile of sRGB, which images without one are in
-        return done
-
-
 @functools.lru_cache(maxsize=32)
-def _conversion(profile: object, mode: str) -> _Conversion:
-    """Return the conversion of colours of ``mode`` (L, RGB or CMYK) by ``profile``, which Pillow read from a file."""
+def _conversion(
+    profile: object, mode: str
+) -> tuple[Profile | None, Callable[[Image.Image], Image.Image] | None]:
+    """Return the profile that Pillow read from a file, and a function that converts colours by it to sRGB.
+
+    The profile is None where it is sRGB, the function where it is or where the profile has a problem. The colours are
+    of ``mode`` (L, RGB or CMYK), without alpha.
+    """
     # Pillow gives None where it could not join the profile's parts, and numbers from a damaged TIFF.
     if not isinstance(profile, bytes):
-        return _Conversion(Profile("unknown", "it is damaged"))
+        return Profile("unknown", "it is damaged"), None
     ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
     if len(profile) > _LARGEST:
-        return _Conversion(Profile("unknown", f"it has {len(profile)} bytes"))
+        return Profile("unknown", f"it has {len(profile)} bytes"), None
     name = "unknown"
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -125,15 +113,21 @@ def _conversion(profile: object, mode: str) -> _Conversion:
         probe = ramp.convert(of) if mode == "L" else _probe()
         seen = None if mode == "CMYK" else transform.apply(probe)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        return _Conversion(Profile(name, reason(error)))
+        return Profile(name, reason(error)), None
+
+    def convert(image: Image.Image) -> Image.Image:
+        converted = transform.apply(image)
+        converted.info.clear()  # a profile of sRGB, which images without one are in
+        return converted
+
     if seen is None:
-        return _Conversion(Profile(name), transform)
-    before = np.asarray(probe.convert("RGB"), dtype=int)
-    if np.abs(np.asarray(seen) - before).max() <= _TOLERANCE:
-        return _Conversion()
+        return Profile(name), convert
+    if np.abs(np.asarray(seen) - np.asarray(probe.convert("RGB"), dtype=int)).max() <= _TOLERANCE:
+        return None, None
     if mode == "L":
-        return _Conversion(Profile(name), table=list(seen.convert("L").tobytes()))
-    return _Conversion(Profile(name), transform)
+        levels = list(seen.convert("L").tobytes())
+        return Profile(name), lambda image: image.point(levels)
+    return Profile(name), convert
 
 
 def _probe() -> Image.Image:

@@ -44,9 +44,7 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     np.maximum.at(highest, members, ranks)
     held_out = _lowest(highest[members], wanted)
     if len(held_out) > max(2 * wanted, len(alone := _lowest(ranks, wanted))):
-        log.warning(
-            "most images are near duplicates of others: groups of them are split"
-        )
+        log.warning("most images are near duplicates of others: groups of them are split")
         held_out = alone
     if len(held_out) == total:
         raise _impossible(validation, total)

@@ -168,7 +168,9 @@ class Folder:
         members: Mapping[str, Member] | None = None,
     ) -> Folder:
         """Sort files into images and others, by their names."""
-        images, hidden, others = [], [], []
+        images: list[str] = []
+        hidden: list[str] = []
+        others: list[str] = []
         for name in sorted(names):
             if suffix_of(name) not in IMAGE_SUFFIXES:
                 others.append(name)
