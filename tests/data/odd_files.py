@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .images import STORED
+from .images import STORED, turned_by_exif
 
 RED, GREEN, BLUE, WHITE = (220, 30, 40), (30, 200, 60), (40, 60, 210), (255, 255, 255)
 SIDE = 64
@@ -57,10 +57,8 @@ def make_used(root: Path) -> dict[str, str]:
     _as(image, "GIF", root / "gif-named.jpg")
     _as(image, "PNG", root / "png-named.webp")
     image.save(root / "UPPER.PNG")
-    for orientation, stored in STORED.items():
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        turned = Image.fromarray(np.ascontiguousarray(stored(np.asarray(image))))
+    for orientation in STORED:
+        turned, exif = turned_by_exif(np.asarray(image), orientation)
         turned.save(root / f"exif-{orientation}.jpg", quality=100, subsampling=0, exif=exif)
         turned.save(root / f"exif-{orientation}.tif", exif=exif)
     for name in (

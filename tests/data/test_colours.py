@@ -256,7 +256,8 @@ def test_only_what_is_converted_has_new_keys_in_the_caches(mixed: Path) -> None:
         )
         assert np.array_equal(levels, numbers) == (example.name not in changed)
         looks = [
-            next(inspect_images(Source("one", (one,), "unconditional"), progress=False)) for one in (old, example)
+            next(inspect_images(Source("one", (one,), "unconditional"), progress=False))
+            for one in (old, example)
         ]
         assert (looks[0].thumbnail == looks[1].thumbnail) == (example.name not in changed)
         if example.name == "p3.png":

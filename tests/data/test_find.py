@@ -44,8 +44,9 @@ FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
         {"kind": "unconditional", "names": ["1.png", "2.png"]}, [],
     ),
     "metadata of files that are not read": (
-        {"1.png": None, "2.heic": "", "metadata.jsonl": jsonl(*({"file_name": n, "text": "a"} for n in ("1.png", "2.heic")))},
-        {}, {"kind": "text"}, ["1 files that are not read as images: 2.heic", "1 .heic files are not read"],
+        {"1.png": None, "2.heic": "",
+         "metadata.jsonl": jsonl({"file_name": "1.png", "text": "a"}, {"file_name": "2.heic", "text": "a"})}, {},
+        {"kind": "text"}, ["1 files that are not read as images: 2.heic", "1 .heic files are not read"],
     ),
     "texts beside": (BESIDE, {}, {"kind": "text", "captions": ["a cat", "a dog"]}, ["subfolders found as well"]),
     "texts beside, classes asked for": (
@@ -247,7 +248,8 @@ REFUSED: dict[str, tuple[Files, dict[str, Any], str]] = {
         r"found in photos/cat/ \(1\), photos/dog/ \(1\)\n.*/photos",
     ),
     "images beside class folders": (
-        {"0.png": None, "a/1.png": None, "b/2.png": None}, {}, r"1 images lie in .* itself, others in a/ \(1\), b/ \(1\)",
+        {"0.png": None, "a/1.png": None, "b/2.png": None}, {},
+        r"1 images lie in .* itself, others in a/ \(1\), b/ \(1\)",
     ),
 }  # fmt: skip
 

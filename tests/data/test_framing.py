@@ -114,9 +114,7 @@ def test_a_crop_s_mask_is_cut_with_it(source: Source, tmp_path: Path) -> None:
 def test_what_a_crop_says_of_its_image(source: Source) -> None:
     whole, cut, *_ = with_crops(source, 2).examples
     assert isinstance(cut, CroppedExample) and cut.name == whole.name and cut.centering != whole.centering
-    assert (
-        crop(source, 64, 8, FramingConfig(crops=2)).part(0).examples[1].content_key() == cut.content_key()
-    )
+    assert crop(source, 64, 8, FramingConfig(crops=2)).part(0).examples[1].content_key() == cut.content_key()
 
 
 def test_many_crops_take_no_memory_before_they_are_asked_for(source: Source) -> None:

@@ -153,7 +153,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no caption": (shard(png=b"", _1_png=b"", _1_txt=b"a"), "1 of 2 images have no caption: s/0"),
     "compressed": (lambda path: written(path / "s.tar.gz", ""), "is compressed"),
     "absent in a zip": (
-        archive(**{"1.png": png(1), "metadata.csv": b"file_name,text\n9.png,a\n"}), "names 1 files that are not there: 9",
+        archive(**{"1.png": png(1), "metadata.csv": b"file_name,text\n9.png,a\n"}),
+        "names 1 files that are not there: 9",
     ),
     "zip slip": (archive(**{"../1.png": png(1)}), r"names that lead out of it: \.\./1.png"),
     "twice in a zip": (twice, r"twice.zip holds 1.png twice"),
@@ -177,7 +178,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no rows": (csv("file_name,text"), "there are no rows"),
     "a row without an image": (csv("file_name,text", ",a"), "line 2 holds no image"),
     "a path outside": (csv("image,label", "../1.png,3"), r"t.csv, line 2: ../1.png leads out of the folder"),
-    "no parquet": (lambda path: written(path / "bad.parquet", b"PAR1 no more"), r"bad.parquet is no intact parquet file"),
+    "no parquet": (lambda path: written(path / "b.parquet", b"PAR1 no more"), r"b.parquet is no intact parquet file"),
     "a parquet row without an image": (
         lambda path: parquet(path / "p.parquet", image=[png(1), png(2), None], text=["a", "b", "c"]),
         r"p.parquet, row 2 holds no image",

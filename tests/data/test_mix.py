@@ -201,9 +201,9 @@ def test_tags_in_other_orders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("orders", "keep", "message"),
     [
-        (1, 0, "from 2 on"),
-        (-1, 0, "from 2 on"),
-        (4, -1, "from 0 on"),
+        (1, 0, "at least 2"),
+        (-1, 0, "at least 2"),
+        (4, -1, "at least 0"),
         (0, 1, "Add --shuffle-tags"),
         (4, 3, "no caption of"),
     ],

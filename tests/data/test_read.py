@@ -13,7 +13,7 @@ from latentflow.data import FileExample, read_image, to_pil, to_tensor
 from latentflow.data.pixels import to_rgb
 from latentflow.errors import UserError
 
-from .images import STORED, noise
+from .images import noise, turned_by_exif
 
 
 def example(path: Path) -> FileExample:
@@ -28,9 +28,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone_exactly(tmp_path: Path, orientation: int) -> None:
     upright = np.asarray(noise(0, width=6, height=4))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    stored, exif = turned_by_exif(upright, orientation)
     stored.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(pixels(read_image(example(tmp_path / "a.png"), (4, 6))), upright)
 
