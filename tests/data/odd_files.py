@@ -99,7 +99,7 @@ def make_reported(root: Path) -> dict[str, str]:
     (root / "page.jpg").write_text("<!doctype html><html><body>404 not found</body></html>")
     (root / "zeros.png").write_bytes(bytes(1000))
     (root / "header-only.png").write_bytes(held.getvalue()[:33])
-    (root / "bomb.png").write_bytes(_png_header(60_000, 60_000))
+    (root / "bomb.png").write_bytes(png_header(60_000, 60_000))
     Image.fromarray(np.array([[0, 1], [np.nan, 1]], np.float32)).save(root / "undefined.tif")
     (root / "loop.png").symlink_to("loop.png")
     (root / "dangling.png").symlink_to("nowhere.png")
@@ -136,7 +136,9 @@ def _palette_with_alpha(path: Path) -> None:
     image.save(path, transparency=bytes([255, 255, 255, 0]))
 
 
-def _png_header(width: int, height: int) -> bytes:
+def png_header(width: int, height: int) -> bytes:
+    """A small file whose header promises that many pixels."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
