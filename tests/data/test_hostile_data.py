@@ -189,8 +189,8 @@ ROWS = [
     ('{"file_name": "0.png", "weight": 1' + "0" * 400 + "}", "weight is 1000"),
     ('{"file_name": "0.png", "weight": Infinity}', "weight is inf"),
     ('{"file_name": "0.png", "weight": 1e308}', "weight is 1e\\+308"),
-    ('{"file_name": "0\\u0000.png"}', "names 1 files that are not there"),
-    ('{"file_name": "\\ud83c.png"}', "names 1 files that are not there"),
+    ('{"file_name": "0\\u0000.png"}', "names 1 files that do not exist"),
+    ('{"file_name": "\\ud83c.png"}', "names 1 files that do not exist"),
     ('{"file_name": "' + "a" * 5000 + '"}', "cannot be read: file name too long|not there"),
 ]
 FEATURED: list[tuple[str | bytes, str]] = [

@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "compressed": (lambda path: written(path / "s.tar.gz", ""), "is compressed"),
     "absent in a zip": (
         archive(**{"1.png": png(1), "metadata.csv": b"file_name,text\n9.png,a\n"}),
-        "names 1 files that are not there: 9",
+        "names 1 files that do not exist: 9",
     ),
     "zip slip": (archive(**{"../1.png": png(1)}), r"names that lead out of it: \.\./1.png"),
     "twice in a zip": (twice, r"twice.zip holds 1.png twice"),
@@ -162,14 +162,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         f"twice in a zip, {name}": (archive(**{"a/1.png": png(1), name: png(2)}), r"z.zip holds a/1.png twice")
         for name in ("a/./1.png", "a//1.png", "a\\1.png")
     },
-    "no zip": (lambda path: written(path / "bad.zip", b"PK no more"), r"bad.zip is no intact zip file"),
+    "no zip": (lambda path: written(path / "bad.zip", b"PK no more"), r"bad.zip is not an intact zip file"),
     "wrong checksum": (bad_bit, r"bit.zip: 1.png cannot be read: Bad CRC"),
     "two columns of images": (csv("file_name,image", "1.png,1.png"), "has both an image and a file_name column"),
     "no column of images": (csv("imge,text", "1.png,a"), r"its columns: imge, text\n.*--columns image imge"),
     "another word": (
         csv("file_name,caption", "1.png,a"), r"but 'caption'\nRename it to 'text', or add --columns text caption",
     ),
-    "absent in a table": (csv("file_name,text", "2.png,a"), "names 1 files that are not there"),
+    "absent in a table": (csv("file_name,text", "2.png,a"), "names 1 files that do not exist"),
     "one name twice": (csv("file_name,text", "1.png,a", "1.png,b"), "two images are named 1.png"),
     "more cells": (csv("file_name,text", "1.png,a,b"), "line 2 has more cells"),
     "one column twice": (csv("file_name,text,text", "1.png,a,b"), "two columns named 'text'"),
@@ -178,13 +178,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no rows": (csv("file_name,text"), "there are no rows"),
     "a row without an image": (csv("file_name,text", ",a"), "line 2 holds no image"),
     "a path outside": (csv("image,label", "../1.png,3"), r"t.csv, line 2: ../1.png leads out of the folder"),
-    "no parquet": (lambda path: written(path / "b.parquet", b"PAR1 no more"), r"b.parquet is no intact parquet file"),
+    "no parquet": (
+        lambda path: written(path / "b.parquet", b"PAR1 no more"), "b.parquet is not an intact parquet file",
+    ),
     "a parquet row without an image": (
         lambda path: parquet(path / "p.parquet", image=[png(1), png(2), None], text=["a", "b", "c"]),
         r"p.parquet, row 2 holds no image",
     ),
     "no image in a saved set": (
-        lambda path: saved(path / "none", text=["a"]), r"no one column of images; its columns: text \(Value\)",
+        lambda path: saved(path / "none", text=["a"]), r"not exactly one column of images; its columns: text \(Value\)",
     ),
     "parts of a saved set": (parts, r"holds the parts train, test\nGive one of them: .*/both/train"),
 }  # fmt: skip
@@ -210,10 +212,10 @@ def test_names_of_many_files(tmp_path: Path) -> None:
     (tmp_path / "odd[1].tar").touch()
     assert len(many_paths(f"{tmp_path}/odd[1].tar")) == 1
     for pattern, message in {
-        "s-{007..010}": r"2 of the 4 files .* not there: .*s-007.tar, .*s-008.tar",
+        "s-{007..010}": r"2 of the 4 files .* do not exist: .*s-007.tar, .*s-008.tar",
         "t*": "no file is named like",
         "s-{9..1}": "counts down",
-        "s-{a}": "is no range",
+        "s-{a}": "is not a range",
     }.items():
         with pytest.raises(UserError, match=message):
             many_paths(f"{tmp_path}/{pattern}.tar")
@@ -265,7 +267,7 @@ def test_broken_tar_files(tmp_path: Path) -> None:
         "empty": b"",
     }.items():
         (tmp_path / "s.tar").write_bytes(content)
-        with pytest.raises(UserError, match=r"s.tar is no intact tar file|there are no images"):
+        with pytest.raises(UserError, match=r"s.tar is not an intact tar file|there are no images"):
             print(name, len(find_source(str(tmp_path / "s.tar"))))
 
 
@@ -307,7 +309,7 @@ def test_columns_called_otherwise(tmp_path: Path) -> None:
     assert source.captions() == ["a hat"]
     with pytest.raises(UserError, match=r"no column 'pth' .*\nDid you mean 'path'"):
         find_source(data, columns={"file_name": "pth"})
-    with pytest.raises(UserError, match="'img' is none of image"):
+    with pytest.raises(UserError, match="'img' is not one of image"):
         find_source(data, columns={"img": "path"})
 
 
@@ -411,7 +413,8 @@ def test_the_hub_is_asked_only_when_named(tmp_path: Path, monkeypatch: pytest.Mo
 
 BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "broken tar": (
-        lambda path: [str(written(path / "s.tar", as_shards(path).read_bytes()[:900]))], "s.tar is no intact tar file",
+        lambda path: [str(written(path / "s.tar", as_shards(path).read_bytes()[:900]))],
+        "s.tar is not an intact tar file",
     ),
     "no such shard": (lambda path: [f"{path}/s-{{0..3}}.tar"], "4 of the 4 files"),
     "bytes and paths": (
