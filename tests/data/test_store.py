@@ -15,8 +15,7 @@ import torch
 
 from latentflow.data.cache import store
 from latentflow.data.cache.eviction import LOCK, LOOKS, cache_limit
-from latentflow.data.cache.rows import Located
-from latentflow.data.cache.store import Array, ShardSet, Tables, digests, open_cache
+from latentflow.data.cache.store import Array, RowIndex, ShardSet, Tables, digests, open_cache
 from latentflow.errors import UserError
 
 N, ROWS = 44, 8  # five shards of eight rows and one of four
@@ -48,15 +47,15 @@ def built(told: Path) -> list[int]:
     return sorted(map(int, told.read_text().split())) if told.exists() else []
 
 
-def fill(shards: ShardSet, told: Path, seconds: float = 0.0) -> Located:
+def fill(shards: ShardSet, told: Path, seconds: float = 0.0) -> RowIndex:
     def find() -> Array:
         shards.fill(KEYS, builder(told, seconds), 16)
         return shards.find(KEYS)
 
-    return Located(shards, find)
+    return RowIndex(shards, find)
 
 
-def assert_right(rows: Located) -> None:
+def assert_right(rows: RowIndex) -> None:
     table = rows.table("value")
     assert table is not None and table.shape == (N, 3)
     assert torch.equal(table[:], torch.arange(N).float()[:, None].expand(-1, 3))
@@ -172,7 +171,7 @@ def test_only_a_damaged_shard_is_made_again(
 def test_damage_is_found_before_a_row_is_used_and_told_where_it_cannot_be_repaired(tmp_path: Path) -> None:
     told = tmp_path / "told"
     shards = ShardSet(tmp_path / "folder", "things")
-    shards.folder.mkdir()
+
     fill(shards, told)
     path = shard_files(shards)[0]
     data = bytearray(path.read_bytes())
@@ -312,14 +311,14 @@ def test_a_limit_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_full_disk_keeps_rows_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(folder: Path, shard: object) -> Path:
+    def full(shard: object, folder: Path) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "write_shard", full)
+    monkeypatch.setattr(store.Shard, "write", full)
     with caplog.at_level(logging.WARNING):
         assert_right(fill(open_cache("things", {}), tmp_path / "told"))
     assert caplog.text.count("No space left") == 1
     shards = ShardSet(tmp_path / "folder", "things")  # one of the user's
-    shards.folder.mkdir()
+
     with pytest.raises(OSError, match="No space left"):
         fill(shards, tmp_path / "told")

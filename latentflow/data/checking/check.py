@@ -15,7 +15,6 @@ from ...errors import UserError, few, one_line
 from ..dataset import Example, FileExample, Source
 from ..sources.assemble import Condition, Masks, MissingCaption
 from ..sources.kinds import find_source
-from ..sources.latent_folder import LatentFolder
 from .duplicates import near_duplicates
 from .inspect_images import Look, looks_at
 from .report import (
@@ -62,9 +61,10 @@ def look_through(
             problems.append(one_line(f"{error.what}. {error.fix}".rstrip(". ")))
     if source is None:
         return Report(data, "unknown", problems=tuple(problems[:1])), None
-    if isinstance(source, LatentFolder):  # its images were checked when it was made
-        told = (*problems[:1], *source.damage())
-        return Report(data, source.kind, images=len(source), notes=source.notes, problems=told), None
+    if source.precomputed:  # its images were checked when it was made
+        problems = [*problems[:1], *source.damage()]
+        report = Report(data, source.kind, images=len(source), notes=source.notes, problems=tuple(problems))
+        return report, None
     return _report(source, problems[:1], progress)
 
 
@@ -82,7 +82,7 @@ def readable(source: Source, progress: bool = True) -> Source:
     Raises:
         UserError: more than 5 % cannot be decoded, or none is left.
     """
-    if isinstance(source, LatentFolder):
+    if source.precomputed:
         return source  # checked when it was made
     notable = {
         example.name: look
@@ -137,8 +137,8 @@ def near_groups(looks: Sequence[Look]) -> NDArray[np.int64]:
 
 def groups_of(source: Source) -> NDArray[np.int64]:
     """(N,): the number of the group of near duplicates that each image is in; what cannot be read stands alone."""
-    if isinstance(source, LatentFolder):
-        return source.groups()
+    if (stored := source.groups()) is not None:
+        return stored
     looks = list(looks_at(source, progress=False))
     rows = [row for row, look in enumerate(looks) if look.error is None]
     groups = np.arange(len(looks), 2 * len(looks))
