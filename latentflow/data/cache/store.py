@@ -393,7 +393,7 @@ class RowIndex:
         Raises:
             UserError: it is damaged and cannot be made again here.
         """
-        number, row = self._places[index]
+        number, row = self._places[index].tolist()
         if number < 0:
             return None
         try:
