@@ -11,7 +11,7 @@ import tyro
 
 from latentflow.autoencoder import AutoencoderConfig, downscale_factor, load_autoencoder
 from latentflow.cli import parse, run
-from latentflow.data import find_source, fingerprint, frame, readable
+from latentflow.data import crop, find_source, fingerprint, readable
 from latentflow.data.config import DataConfig, FramingConfig
 from latentflow.data.sources.precomputing import Precomputation, own_autoencoder, plan_latents, write_latents
 from latentflow.errors import UserError
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---- latents ----
     unit = downscale_factor(vae) * config.patch_size
     framing = FramingConfig(buckets=config.buckets)
-    framed = frame(source, data.resolution, unit, framing, told=True)  # sizes serve --size-conditioning
+    # With sizes, for --size-conditioning.
+    framed = crop(source, data.resolution, unit, framing, size_conditioning=True)
     if config.buckets:
         for line in framed.lines():
             log.info(line)

@@ -1,4 +1,4 @@
-"""Finding, checking, reading and caching images and what is said of them."""
+"""Finding, checking, reading and caching images and their annotations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from .cache.tensors import (
     cached_text,
     fingerprint,
 )
-from .checking import Report, check_source, readable
-from .crops import Framing, frame, one_size
+from .checking.check import check_source, readable
+from .checking.report import Report
+from .crops import Cropping, crop, one_size
 from .dataset import Example, FileExample, Source
 from .images import decode_image
 from .masks import read_mask
@@ -25,9 +26,9 @@ from .sources.latent_folder import LatentFolder
 from .splits import split
 
 __all__ = [
+    "Cropping",
     "Example",
     "FileExample",
-    "Framing",
     "LatentFolder",
     "LatentTable",
     "LazyTable",
@@ -41,10 +42,10 @@ __all__ = [
     "cached_pixels",
     "cached_text",
     "check_source",
+    "crop",
     "decode_image",
     "find_source",
     "fingerprint",
-    "frame",
     "one_size",
     "pixels_to_images",
     "read_image",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentflow.data import find_source
 from latentflow.data.checking import Report, contact_sheet, suggest
-from latentflow.data.checking.page import spread
+from latentflow.data.checking.page import choose_evenly
 from latentflow.data.checking.report import aspect_histogram, caption_facts, kept_by_square_crop, reach
 from latentflow.data.checking.suggest import _PRESETS
 from latentflow.errors import UserError
@@ -96,7 +96,7 @@ def test_the_sheet_shows_every_class(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         Image.new("RGB", (40, 20), (250, 0, 0) if index < 2 else (0, 0, 250)).save(folder / f"{index:02}.png")
     source = find_source(str(tmp_path))
-    chosen = spread(source, 8)
+    chosen = choose_evenly(source, 8)
     assert len(chosen) == 8 and [e.label for e in chosen].count("rare") == 2
     sheet = contact_sheet(source, most=8, columns=4, cell=40)
     colours = {
@@ -130,4 +130,4 @@ def test_files_are_written_and_kept(
     with pytest.raises(UserError, match=r"does not end in \.html"):
         main([str(tmp_path / "data"), "--report", "report.pdf"])
     main([str(tmp_path / "data"), "--report", str(page), "--overwrite"])
-    assert "to start with:" in capsys.readouterr().out
+    assert "to start a training:" in capsys.readouterr().out

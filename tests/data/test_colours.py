@@ -21,7 +21,7 @@ from latentflow.data import (
     read_mask,
     readable,
 )
-from latentflow.data.checking.inspect_images import looks_at
+from latentflow.data.checking.inspect_images import inspect_images
 from latentflow.data.images import profile_of
 from latentflow.data.pixels import to_rgb, upright
 from latentflow.errors import UserError
@@ -256,7 +256,8 @@ def test_only_what_is_converted_has_new_keys_in_the_caches(mixed: Path) -> None:
         )
         assert np.array_equal(levels, numbers) == (example.name not in changed)
         looks = [
-            next(looks_at(Source("one", (one,), "unconditional"), progress=False)) for one in (old, example)
+            next(inspect_images(Source("one", (one,), "unconditional"), progress=False))
+            for one in (old, example)
         ]
         assert (looks[0].thumbnail == looks[1].thumbnail) == (example.name not in changed)
         if example.name == "p3.png":

@@ -19,9 +19,9 @@ from latentflow.cli import parse
 from latentflow.data import check_source, find_source
 from latentflow.data.config import DataConfig
 from latentflow.data.sources import annotations as metadata
+from latentflow.data.sources import assemble, files, latent_files, latent_folder, mix, table
 from latentflow.data.sources import folder as folder_source
 from latentflow.data.sources import hugging_face as saved_sets
-from latentflow.data.sources import latent_files, latent_folder, members, mix, table
 from latentflow.data.sources import webdataset as shards
 from latentflow.data.sources import zip_file as archives
 from latentflow.errors import LENGTH, UserError, few, one_line, shown
@@ -360,7 +360,7 @@ def test_a_member_that_says_how_large_it_is_is_not_unpacked(
     name: str, compression: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = zipped(tmp_path / "a.zip", {"0.png": png(0), name: bytes(MANY)}, compression)
-    monkeypatch.setattr(members, "IMAGE_BYTES", 2**20)
+    monkeypatch.setattr(files, "IMAGE_BYTES", 2**20)
     with (
         memory_below(MANY // 2),
         pytest.raises(UserError, match=rf"a.zip: {name} holds {MANY:,} bytes, more than the 1,048,576"),
@@ -409,7 +409,7 @@ def test_columns_and_rows_of_a_parquet_file_are_bounded(
     rows = {"image": [png(0)] * 100_000}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "y.parquet")
     assert (tmp_path / "y.parquet").stat().st_size < 100_000
-    with pytest.raises(UserError, match=r"y.parquet tells of 100000 rows in \d+ bytes"):
+    with pytest.raises(UserError, match=r"y.parquet claims 100000 rows in \d+ bytes"):
         find_source(str(tmp_path / "y.parquet"))
 
 
@@ -456,15 +456,15 @@ SEEDS: dict[str, Callable[[Path], object]] = {
     "config": lambda folder: read_config(written(folder / "c.yaml", "masks: none")),
 }  # fmt: skip
 OURS = [
-    ("metadata", metadata, "said"), ("metadata", metadata, "rename"), ("metadata", documents, "_refuse_excess"),
-    ("csv", metadata, "_required"), ("csv", metadata, "decode"), ("sidecar", folder_source, "read_sidecars"),
-    ("sidecar", folder_source, "_left_out"), ("table", table, "text_of"), ("table", table, "_place"),
-    ("parquet", table, "class_name"), ("parquet", table, "_filled"), ("parquet", table, "refuse_synonyms"),
-    ("shard", shards, "_object"), ("shard", shards, "_meaning"), ("shard", shards, "TarMember"),
-    ("zip", archives, "_folder"), ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"),
-    ("latents", latent_folder, "_Index"), ("latents", latent_folder, "index_schema"), ("saved", saved_sets, "said"),
-    ("saved", saved_sets, "ArrowMember"), ("mix", mix, "_part"), ("mix", documents, "_repeated_key"),
-    ("config", cli, "_convert"),
+    ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"), ("metadata", folder_source, "rename"),
+    ("metadata", documents, "_refuse_excess"), ("csv", folder_source, "_file_name"), ("csv", metadata, "decode"),
+    ("sidecar", folder_source, "read_sidecars"), ("sidecar", folder_source, "_left_out"),
+    ("table", assemble, "text_in"), ("table", assemble, "_path_in"), ("parquet", assemble, "class_name"),
+    ("parquet", table, "_filled"), ("parquet", table, "refuse_synonyms"), ("shard", shards, "_json_object"),
+    ("shard", shards, "_is_caption"), ("shard", shards, "TarMember"), ("zip", archives, "Folder"),
+    ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"), ("latents", latent_folder, "_Index"),
+    ("latents", latent_folder, "index_schema"), ("saved", assemble, "parse_row"), ("saved", saved_sets, "ArrowMember"),
+    ("mix", mix, "_part"), ("mix", documents, "_repeated_key"), ("config", cli, "_convert"),
 ]  # fmt: skip
 
 

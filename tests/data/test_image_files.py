@@ -14,9 +14,9 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from latentflow.data import FileExample, check_source, decode_image, find_source, read_image, readable
-from latentflow.data.checking.inspect_images import look_at
+from latentflow.data.checking.inspect_images import inspect_image
 from latentflow.data.images import open_image
-from latentflow.data.sources.files import SUFFIXES
+from latentflow.data.sources.files import IMAGE_SUFFIXES
 from latentflow.errors import UserError
 from latentflow.utils.image_formats import FORMATS, open_no_others
 
@@ -176,8 +176,8 @@ def test_the_error_says_which_formats_are_read(hostile: Path) -> None:
 
 
 def test_every_promised_suffix_is_read(tmp_path: Path) -> None:
-    assert {Image.registered_extensions()[suffix] for suffix in SUFFIXES} == set(FORMATS)
-    for suffix in SUFFIXES:
+    assert {Image.registered_extensions()[suffix] for suffix in IMAGE_SUFFIXES} == set(FORMATS)
+    for suffix in IMAGE_SUFFIXES:
         path = tmp_path / f"a{suffix}"
         image = noise(0, 16, 16).convert("L" if suffix == ".pgm" else "RGB")
         image.save(path)
@@ -205,7 +205,7 @@ def test_images_are_opened_in_one_place() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("suffix", sorted(set(SUFFIXES) - {".jpeg", ".jfif", ".tiff"}))
+@pytest.mark.parametrize("suffix", sorted(set(IMAGE_SUFFIXES) - {".jpeg", ".jfif", ".tiff"}))
 def test_a_damaged_image_is_a_sentence_that_names_it(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,7 +231,7 @@ def test_a_damaged_image_is_a_sentence_that_names_it(
             data[:start] + b"\xff\xff\xff\xff" + data[start:],
         ][generator.integers(4)]
         path.write_bytes(data)
-        assert look_at(example).error != "" and example.pixel_key()
+        assert inspect_image(example).error != "" and example.pixel_key()
         for read in (decode_image, lambda path: read_image(FileExample("a", path=path), 8)):
             try:
                 read(path)

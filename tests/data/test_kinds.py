@@ -21,8 +21,8 @@ from latentflow.cli import run
 from latentflow.data import cached_pixels, find_source
 from latentflow.data.pixels import read_image, read_own_mask
 from latentflow.data.sources.annotations import class_name
+from latentflow.data.sources.files import many_paths
 from latentflow.data.sources.kinds import KINDS
-from latentflow.data.sources.paths import many_paths
 from latentflow.errors import UserError
 
 from .images import load_program, noise, write_jsonl
@@ -350,7 +350,7 @@ def test_absolute_paths_may_lead_out_of_the_folder_and_are_told(tmp_path: Path) 
         (["file_name,weight", "1.png,-1"], "line 2: weight is '-1'"),
         (["file_name,weight", "1.png,nan"], "line 2: weight is 'nan'"),
         (["file_name,text"], "there are no rows"),
-        (["file_name,text", ",a"], "line 2 names no image"),
+        (["file_name,text", ",a"], "line 2 holds no image"),
     ],
 )
 def test_tables_that_cannot_be_meant(tmp_path: Path, lines: list[str], message: str) -> None:

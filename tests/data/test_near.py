@@ -16,7 +16,7 @@ from PIL import Image
 
 from latentflow.data import Source, check_source, find_source, split
 from latentflow.data.checking.duplicates import BITS, near_duplicates
-from latentflow.data.checking.inspect_images import looks_at
+from latentflow.data.checking.inspect_images import inspect_images
 
 
 def make_image(seed: int, width: int = 96, height: int = 96) -> Image.Image:
@@ -167,14 +167,14 @@ def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: 
         make_image(seed).save(tmp_path / f"{seed}.png")
     (tmp_path / "bad.png").write_text("no image")
     opened: list[str] = []
-    real = module.look_at_all
-    monkeypatch.setattr(module, "look_at_all", lambda e: (opened.extend(x.name for x in e), real(e))[1])
+    real = module._inspect_all
+    monkeypatch.setattr(module, "_inspect_all", lambda e: (opened.extend(x.name for x in e), real(e))[1])
     source = find_source(str(tmp_path))
-    first = list(looks_at(source, progress=False))
+    first = list(inspect_images(source, progress=False))
     assert opened == ["0.png", "1.png", "2.png", "bad.png"]
     opened.clear()
-    assert list(looks_at(source, progress=False)) == first
+    assert list(inspect_images(source, progress=False)) == first
     assert opened == ["bad.png"]  # why it could not be read may have passed
     make_image(9, 80).save(tmp_path / "1.png")
     opened.clear()
-    assert list(looks_at(source, progress=False))[1].size == (80, 96) and opened == ["1.png", "bad.png"]
+    assert list(inspect_images(source, progress=False))[1].size == (80, 96) and opened == ["1.png", "bad.png"]

@@ -25,7 +25,7 @@ class _Preset:
     needs_gpu: bool
 
 
-# What of `latentflow train --preset` decides here; a test holds them to it.
+# The parts of `latentflow train --preset` that matter here; a test compares them.
 _PRESETS = (
     _Preset("tiny", range(64), 128, 800, False),
     _Preset("small", range(64, 256), 64, 20_000, False),
@@ -35,19 +35,19 @@ _PRESETS = (
 
 @dataclass(frozen=True)
 class Suggestion:
-    """``command`` is a line for the shell; ``reasons`` maps each choice in it to why."""
+    """A command line for the shell, and the reason for each choice in it."""
 
     command: str
     reasons: dict[str, str]
 
 
 def suggest(report: Report, *, gpu: bool, flags: tuple[str, ...] = ()) -> Suggestion | None:
-    """The line for a first training; None where the data cannot be used, or are latents already.
+    """Suggest a first training; None where the data cannot be used, or are latents already.
 
     Args:
         report: of the data.
-        gpu: whether there is one on this machine.
-        flags: of the check that the training needs as well, such as ("--masks", "alpha").
+        gpu: whether this machine has one.
+        flags: those of the check that the training needs as well, such as ("--masks", "alpha").
     """
     if report.problems or not report.sizes:
         return None
@@ -83,7 +83,7 @@ def suggest(report: Report, *, gpu: bool, flags: tuple[str, ...] = ()) -> Sugges
         "took 72 over 3,208); more help while val_loss falls"
     )
     if report.masks:
-        reasons["masks"] = f"inpainting is learnt along: {report.masks} images have a mask"
+        reasons["masks"] = f"inpainting is trained as well: {report.masks} images have a mask"
     return Suggestion(shlex.join([*words, *flags]), reasons)
 
 
@@ -104,7 +104,7 @@ def _resolution(report: Report, gpu: bool, reasons: dict[str, str]) -> int:
 
 
 def _name(data: str) -> str:
-    """A short name for the run: the folder's, or the one above where that is only a part (train)."""
+    """Return a short name for the run: the folder's, or the one above where that is only a part (train)."""
     path = Path(data.split(":")[-1])
     stem = path.parent.name if path.stem in ("train", "training") and path.parent.name else path.stem
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem).strip("-") or "first"

@@ -26,7 +26,7 @@ from ...errors import UserError, reading
 from ..cache.store import NO_KEY, Array, ShardSet, digests
 from ..config import DataConfig
 from ..dataset import Example, Kind, Source, StoredSizes
-from .assemble import Wanted
+from .assemble import DataRequest
 from .latent_files import (
     AUTOENCODER,
     DESCRIPTION,
@@ -45,7 +45,7 @@ def is_latent_folder(data: str) -> bool:
     return (Path(data).expanduser() / DESCRIPTION).is_file()
 
 
-def read_latent_folder(data: str, request: Wanted) -> LatentFolder:
+def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
     """Open a folder of latents. Condition and masks were decided when it was made; "none" does without.
 
     Raises:

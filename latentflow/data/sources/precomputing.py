@@ -29,7 +29,7 @@ from ..cache.tensors import (
 )
 from ..checking.check import groups_of
 from ..config import DataConfig
-from ..crops import Framing
+from ..crops import Cropping
 from ..dataset import Example, Source
 from .latent_files import (
     AUTOENCODER,
@@ -61,7 +61,7 @@ class Precomputation:
         device: where they are encoded.
     """
 
-    framing: Framing
+    framing: Cropping
     vae: Any
     data: DataConfig
     pixels: bool
@@ -209,7 +209,7 @@ def describe(
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_index(framing: Framing, folder: Path, groups: Array) -> str:
+def write_index(framing: Cropping, folder: Path, groups: Array) -> str:
     """Write ``index.arrow``, a row for each image in the source's order, and return its hash.
 
     ``groups`` (N,) are the numbers of their groups of near duplicates, which a split keeps together.
