@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, load_autoencoder
 from latentflow.cli import run
-from latentflow.data import LatentFolder, Source, cached_latents, check_source, find_source, readable, split
+from latentflow.data import LatentFolder, cached_latents, check_source, find_source, readable, split
 from latentflow.data.cache import tensors as cache
 from latentflow.data.sources.latent_files import INDEX
 from latentflow.errors import UserError, one_line
@@ -104,20 +104,19 @@ def test_training_without_the_images_is_training_with_them(
     assert len(losses(tmp_path / "with")) >= 3
     assert losses(tmp_path / "without") == pytest.approx(losses(tmp_path / "with"), rel=1e-3)
     assert (tmp_path / "without" / "pipeline" / "vae").is_dir()
+    table = cached_latents(find_source(str(latents)), load_autoencoder(vae), 16, flips=False, progress=False)
+    assert table.mean.shape[1] == 2  # mirror images are not needed, but there
 
     said = call(stored, latents, "-o", tmp_path / "holes", *quick, "--inpainting", expect=2)
     assert "holds no pixels" in said and "--pixels" in said
+    build_autoencoder(AUTOENCODER, 16).save_pretrained(tmp_path / "other")
     for flags, told in [
         (["--condition", "class"], "--condition class"),
         (["--resolution", "32"], "latents of 16 pixels, not of 32"),
-        (["--vae", str(other_autoencoder(tmp_path))], "autoencoder"),
+        (["--vae", str(tmp_path / "other")], "autoencoder"),
+        (["--shuffle-tags", "4"], "--shuffle-tags 4 was decided"),
     ]:
         assert told in call(stored, latents, "-o", tmp_path / "bad", *quick, *flags, expect=2)
-
-
-def other_autoencoder(tmp_path: Path) -> Path:
-    build_autoencoder(AUTOENCODER, 16).save_pretrained(tmp_path / "other")
-    return tmp_path / "other"
 
 
 def test_pixels_and_masks_are_stored_on_request(
@@ -191,14 +190,10 @@ def test_near_duplicates_are_kept_together_without_the_images(
     precompute(capsys, data, "--vae", vae, "-o", latents, "--resolution", 16)
     images, stored = find_source(str(data)), find_source(str(latents))
     for seed in range(3):
-        assert split(stored, 6, seed) == split(images, 6, seed)
-        assert {name[:2] for name in names(stored, 0, seed)}.isdisjoint(
-            name[:2] for name in names(stored, 1, seed)
-        )
-
-
-def names(source: Source, side: int, seed: int) -> list[str]:
-    return [source.examples[row].name for row in split(source, 6, seed)[side]]
+        sides = split(stored, 6, seed)
+        assert sides == split(images, 6, seed)
+        first, second = ({stored.examples[row].name[:2] for row in rows} for rows in sides)
+        assert first.isdisjoint(second)
 
 
 def test_an_index_that_is_not_what_was_written_is_refused(
