@@ -177,7 +177,7 @@ class Source:
 
     def captions(self) -> list[str]:
         """Return the first caption of every example ("" where there is none): previews and evaluation use it."""
-        return [example.text or "" for example in self.examples]
+        return [captions[0] for captions in self.all_captions()]
 
     def all_captions(self) -> list[tuple[str, ...]]:
         """Return all captions of every example, ("",) where there is none: each use in training draws one."""

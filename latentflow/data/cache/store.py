@@ -94,7 +94,7 @@ class Shard:
         return cls(keys.reshape(-1).view(f"S{_DIGEST_BYTES}"), tables, sums, path)
 
     def write(self, folder: Path) -> Path:
-        """Write it to its own file in ``folder``: the whole of it is there or nothing, whenever the process dies.
+        """Write it to its own file in ``folder``. The file is there whole or not at all, whenever the process dies.
 
         Raises:
             OSError: it cannot be written.
@@ -222,7 +222,7 @@ class ShardSet:
         return shard
 
     def discard(self, number: int, reason: object) -> None:
-        """Do without a damaged shard; its rows are to be made again."""
+        """Drop a damaged shard, so that its rows are made again."""
         path = self.shard(number).path
         self._shards[number] = None
         if path is not None:
@@ -267,7 +267,7 @@ class ShardSet:
                 chunks = [chunk for chunk in chunks if not self._make(keys, chunk, build, bar, wait=wait)]
 
     def _make(self, keys: Array, chunk: Array, build: Build, bar: tqdm[None], *, wait: bool) -> bool:
-        """Make one shard; False where another process is making it, and ``wait`` is off."""
+        """Make one shard; return False where another process is making it, and ``wait`` is off."""
         name, claim = shard_name(keys[chunk]), None
         with self._in_memory_instead():
             claim = acquire(self.folder / f"{name}.claim", wait=wait)
@@ -296,7 +296,7 @@ class ShardSet:
 
     @contextmanager
     def _in_memory_instead(self) -> Iterator[None]:
-        """Go on where a cache cannot be written, with one warning; raises OSError where it is another folder."""
+        """Keep on in memory, with one warning, where a cache cannot be written; raise OSError where it is no cache."""
         try:
             yield
         except OSError as error:
@@ -356,7 +356,7 @@ def _padded(parts: list[Tensor]) -> list[Tensor]:
 
 
 class RowIndex:
-    """Where the rows of N samples lie: eight bytes for each, whatever the size of a row.
+    """The places of the rows of N samples: eight bytes for each, whatever the size of a row.
 
     Args:
         shards: the set that holds them.

@@ -192,7 +192,7 @@ def cached_text(
 
 @dataclass(frozen=True)
 class Transform(Generic[T]):
-    """How the rows of a set of shards are made of items: images, or captions.
+    """The making of the rows of a set of shards from items: images, or captions.
 
     Attributes:
         kind: what the rows are.
@@ -212,7 +212,7 @@ class Transform(Generic[T]):
 
 
 def pixel_transform(size: tuple[int, int], background: str) -> Transform[Example]:
-    """Return how images become ``pixels`` (3, H, W) uint8."""
+    """Return the transform of images to ``pixels`` (3, H, W) uint8."""
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
         for batch in _batches(read_pixels(examples, size, background), 64):
@@ -226,7 +226,7 @@ def pixel_transform(size: tuple[int, int], background: str) -> Transform[Example
 
 
 def mask_transform(size: tuple[int, int]) -> Transform[Example]:
-    """Return how images become ``masks`` (1, H, W) uint8 of the user's own, and whether one was ``found``."""
+    """Return the transform of images to the user's own ``masks`` (1, H, W) uint8, and whether one was ``found``."""
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
         for batch in _batches(map_threaded(partial(_mask, size=size), examples), 64):
@@ -241,7 +241,7 @@ def mask_transform(size: tuple[int, int]) -> Transform[Example]:
 def latent_transform(
     size: tuple[int, int], background: str, vae: Any, flips: bool, batch_size: int, device: str | torch.device
 ) -> Transform[Example]:
-    """Return how images become ``mean`` and, where the autoencoder has them, ``std`` (F, C, h, w) of their latents."""
+    """Return the transform of images to latents: ``mean`` and, where the autoencoder has it, ``std`` (F, C, h, w)."""
     from ...autoencoder import downscale_factor, latent_channels
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
@@ -259,7 +259,7 @@ def latent_transform(
 def index_images(
     source: Source, transform: Transform[Example], progress: bool, shards: ShardSet | None = None
 ) -> RowIndex:
-    """Return where the rows of a source's images lie, after the missing ones were made.
+    """Find the rows of a source's images, and make the missing ones.
 
     Args:
         shards: the set of shards; None: the source's own, or the cache's.
@@ -277,7 +277,7 @@ def _index_rows(
     keys: Callable[[], Iterable[str | None]],
     progress: bool,
 ) -> RowIndex:
-    """Index the rows of ``items``; ``keys`` gives those of all items. Items of equal keys share a row."""
+    """Find the rows of ``items``, and make the missing ones; ``keys`` gives the key of each. Equal keys share a row."""
 
     def find() -> Array:
         all_keys = digests(keys())

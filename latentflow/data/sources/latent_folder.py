@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -62,7 +62,7 @@ def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
         tables = description["tables"].items()
         description["tables"] = {place: made for place, made in tables if kind_of(place) != "masks"}
     kind: Kind = "unconditional" if request.condition == "none" else description["kind"]
-    index, store = _open_index(folder / INDEX, description), LatentStore(folder, description)
+    index = _open_index(folder / INDEX, LatentStore(folder, description))
     notes = [f"latents of {description['name']}: {len(index)} images", *description["notes"]]
     if "colours" not in description:
         notes.append(
@@ -71,12 +71,11 @@ def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
         )
     source = LatentFolder(
         name=data,
-        examples=_Examples(store, index),  # type: ignore[arg-type]  # a sequence; a tuple would be N objects
+        examples=index,  # type: ignore[arg-type]  # a sequence; a tuple would be N objects
         kind=kind,
         classes=tuple(description["classes"]) if kind == "class" else (),
         notes=tuple(notes),
         root=folder,
-        store=store,
         index=index,
     )
     decided = {
@@ -92,13 +91,13 @@ def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
     return source
 
 
-def _open_index(path: Path, description: dict[str, Any]) -> _Index:
+def _open_index(path: Path, store: LatentStore) -> _Index:
     """Map the index.
 
     Raises:
         UserError: it is not what was written beside ``latents.json``.
     """
-    arrow = import_arrow()
+    arrow, description = import_arrow(), store.description
     fix = "Start the `latentflow precompute` line that made it again: it encodes only what is missing."
     with reading(path, OSError, fix=fix), path.open("rb") as file:
         hash = hashlib.file_digest(file, "sha256").hexdigest()
@@ -112,7 +111,7 @@ def _open_index(path: Path, description: dict[str, Any]) -> _Index:
         raise UserError(
             f"{path} does not hold the {description['pictures']} rows that {DESCRIPTION} tells of", fix
         )
-    index = _Index(table, np.arange(table.num_rows, dtype=np.int32))
+    index = _Index(table, np.arange(table.num_rows, dtype=np.int32), store)
     least = 0 if description["kind"] == "class" else -1
     ranges = {"bucket": (0, len(description["sizes"])), "class_id": (least, len(description["classes"]))}
     ranges |= dict.fromkeys(("repeats", "height", "width"), (1, 2**31))
@@ -181,7 +180,7 @@ class LatentStore:
 
 @dataclass(frozen=True)
 class StoredExample(Example):
-    """An image of which only what was stored is there."""
+    """An image whose latents were stored, and perhaps its pixels and its mask; its file is not needed."""
 
     key: str = field(kw_only=True)
     own_pixel_key: str = field(kw_only=True)
@@ -209,11 +208,14 @@ class StoredExample(Example):
 
 @dataclass(frozen=True, eq=False)
 class LatentFolder(Source):
-    """The images of a folder of latents, or some of them. ``examples`` makes each when it is asked for."""
+    """The images of a folder of latents, or some of them; ``index`` is ``examples``."""
 
     precomputed = True
-    store: LatentStore = field(kw_only=True)
     index: _Index = field(kw_only=True)
+
+    @property
+    def store(self) -> LatentStore:
+        return self.index.store
 
     @property
     def autoencoder(self) -> str:
@@ -258,18 +260,14 @@ class LatentFolder(Source):
             "Leave the flag out, or give it to `latentflow precompute` with another output folder.",
         )
 
-    def _at(self, index: _Index) -> LatentFolder:
-        examples: Any = _Examples(self.store, index)  # a sequence; a tuple would be N objects
-        return dataclasses.replace(self, examples=examples, index=index)
+    def _with_index(self, index: Any) -> LatentFolder:
+        return dataclasses.replace(self, examples=index, index=index)
 
     def subset(self, indices: Sequence[int]) -> LatentFolder:
-        return self._at(self.index.take(indices))
+        return self._with_index(self.index.take(indices))
 
     def once(self) -> LatentFolder:
-        return self._at(self.index.without_repeats())
-
-    def captions(self) -> list[str]:
-        return [captions[0] for captions in self.all_captions()]
+        return self._with_index(self.index.without_repeats())
 
     def all_captions(self) -> list[tuple[str, ...]]:
         return [tuple(texts) or ("",) for texts in self.index.values("texts")]
@@ -324,25 +322,41 @@ class LatentFolder(Source):
         return self.fingerprint()  # of which the rows are a part, in their order
 
 
-class _Index:
-    """The columns of ``index.arrow``, mapped, at some ``rows`` (int32)."""
+class _Index(Sequence[StoredExample]):
+    """The rows of ``index.arrow``, mapped, at some ``rows`` (int32): each is an example, made when it is asked for."""
 
-    def __init__(self, table: Any, rows: Array, repeats: bool = True) -> None:
-        self._table, self.rows, self._repeats = table, rows, repeats
+    def __init__(self, table: Any, rows: Array, store: LatentStore, repeats: bool = True) -> None:
+        self._table, self.rows, self.store, self._repeats = table, rows, store, repeats
+
+    def take(self, places: Sequence[int]) -> _Index:
+        rows = self.rows[np.asarray(places, dtype=np.int32)]
+        return _Index(self._table, rows, self.store, self._repeats)
+
+    def without_repeats(self) -> _Index:
+        return _Index(self._table, self.rows, self.store, repeats=False)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, places: Sequence[int]) -> _Index:
-        return _Index(self._table, self.rows[np.asarray(places, dtype=np.int32)], self._repeats)
-
-    def without_repeats(self) -> _Index:
-        return _Index(self._table, self.rows, repeats=False)
-
-    def row(self, place: int) -> dict[str, Any]:
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[row] for row in range(len(self))[place]]
         row = int(self.rows[place])
         values = {name: self._table[name][row].as_py() for name in self._table.column_names}
-        return {"pixel_key": values["key"]} | values
+        first, *more = values["texts"] or [None]
+        return StoredExample(
+            name=values["name"],
+            text=first,
+            texts=tuple(more),
+            label=values["label"],
+            mask=self.store.mask(values["mask_key"]),
+            weight=values["weight"],
+            repeats=values["repeats"],
+            key=values["key"],
+            own_pixel_key=values.get("pixel_key", values["key"]),
+            own_mask_key=values["mask_key"],
+            store=self.store,
+        )
 
     def numbers(self, name: str) -> Array:
         """Return a column of numbers."""
@@ -376,34 +390,3 @@ class _Column(Sequence[str]):
 
     def __getitem__(self, place: Any) -> Any:
         return list(self)[place]
-
-
-class _Examples(Sequence[StoredExample]):
-    def __init__(self, store: LatentStore, index: _Index) -> None:
-        self._store, self._index = store, index
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @overload
-    def __getitem__(self, place: int) -> StoredExample: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[StoredExample]: ...
-    def __getitem__(self, place: int | slice) -> StoredExample | list[StoredExample]:
-        if isinstance(place, slice):
-            return [self[row] for row in range(len(self))[place]]
-        row = self._index.row(range(len(self))[place])
-        texts = row["texts"]
-        return StoredExample(
-            name=row["name"],
-            text=texts[0] if texts else None,
-            texts=tuple(texts[1:]),
-            label=row["label"],
-            mask=self._store.mask(row["mask_key"]),
-            weight=row["weight"],
-            repeats=row["repeats"],
-            key=row["key"],
-            own_pixel_key=row["pixel_key"],
-            own_mask_key=row["mask_key"],
-            store=self._store,
-        )

@@ -82,7 +82,7 @@ class Precomputation:
 
     @functools.cached_property
     def transforms(self) -> list[dict[str, Transform[Example]]]:
-        """Return what is made of the images of each size, by the folder that it lies in."""
+        """The transforms of the images of each size, by the folder that their rows lie in."""
         data, found = self.data, []
         for size in self.framing.sizes:
             made = [
@@ -124,7 +124,7 @@ def write_latents(job: Precomputation, folder: Path, *, progress: bool) -> None:
 
 
 def plan_latents(job: Precomputation, folder: Path) -> list[str]:
-    """Return what would be written and how long it takes; the time is measured on two batches."""
+    """Return the plan: images, size on disk, and time, which is measured on two batches."""
     keys = digests(set(job.source.pixel_keys()))
     done = np.zeros(len(keys), dtype=bool)
     sizes: dict[str, int] = {}  # of an image's row, the largest of all sizes of images
