@@ -36,7 +36,7 @@ from torchvision.datasets import ImageFolder
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
 from latentflow.data import LatentTable, Source, cached_latents, find_source, one_size, readable, split
-from latentflow.data.cache.store import digests, make_shard, write_shard
+from latentflow.data.cache.store import Shard, digests
 from latentflow.data.cache.tensors import read_pixels
 from latentflow.data.config import DataConfig
 from latentflow.data.dataset import Example
@@ -182,7 +182,7 @@ def write_random(folder: Path, entries: int) -> None:
     (folder / "latents").mkdir()
     for start in range(0, entries, 4096):
         keys = digests(example.content_key() for example in examples[start : start + 4096])
-        write_shard(folder / "latents", make_shard(keys, {"mean": torch.randn(len(keys), 1, 4, 8, 8)}))
+        Shard(keys, {"mean": torch.randn(len(keys), 1, 4, 8, 8).numpy()}).write(folder / "latents")
     describe(
         wanted,
         folder,

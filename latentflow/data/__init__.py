@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .cache.eviction import cache_root
-from .cache.rows import Rows
+from .cache.store import LazyTable
 from .cache.tensors import (
     LatentTable,
     MaskTable,
@@ -31,9 +31,9 @@ __all__ = [
     "FileExample",
     "LatentFolder",
     "LatentTable",
+    "LazyTable",
     "MaskTable",
     "Report",
-    "Rows",
     "Source",
     "TextTable",
     "cache_root",

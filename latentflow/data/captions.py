@@ -7,7 +7,6 @@ import random
 
 from ..errors import UserError
 from .dataset import Example, Source
-from .sources.latent_folder import LatentFolder
 
 
 def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
@@ -28,11 +27,7 @@ def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
         if keep:
             raise UserError(f"--keep-tags {keep} without --shuffle-tags", "Add --shuffle-tags 8.")
         return source
-    if isinstance(source, LatentFolder):
-        raise UserError(
-            f"--shuffle-tags {orders}: the captions in {source.name} were decided when it was made",
-            "Give the flag to `latentflow precompute`, with another output folder.",
-        )
+    source.refuse_decided(f"--shuffle-tags {orders}")
     if source.kind != "text":
         raise UserError(f"--shuffle-tags {orders}: {source.name} has no captions", "Leave it out.")
     examples = tuple(_shuffled(example, orders, keep) for example in source.examples)

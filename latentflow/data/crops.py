@@ -16,8 +16,7 @@ from ..errors import UserError, one_line
 from .cache.store import Array
 from .checking.inspect_images import inspect_images
 from .config import FramingConfig
-from .dataset import Example, Source, hash_text
-from .sources.latent_folder import LatentFolder
+from .dataset import Example, Source, StoredSizes, hash_text
 
 Size: TypeAlias = tuple[int, int]  # (height, width) in pixels
 
@@ -148,8 +147,8 @@ def crop(
     Raises:
         UserError: a wrong setting, or one that does not fit a folder of latents.
     """
-    if isinstance(source, LatentFolder):
-        return _as_stored(source, unit, config)
+    if (stored := source.stored_sizes()) is not None:
+        return _as_stored(source, stored, unit, config)
     square = ((resolution, resolution),)
     if not (config.buckets or size_conditioning):
         return one_size(source, square[0], config.crops)
@@ -160,20 +159,20 @@ def crop(
     return _cropping(source, sizes, nearest, natural, config.crops)
 
 
-def _as_stored(source: LatentFolder, unit: int, config: FramingConfig) -> Cropping:
-    if config.crops > 1 or (config.buckets and all(height == width for height, width in source.sizes)):
+def _as_stored(source: Source, stored: StoredSizes, unit: int, config: FramingConfig) -> Cropping:
+    if config.crops > 1 or (config.buckets and all(height == width for height, width in stored.sizes)):
         raise UserError(
             f"{source.name} is a folder of latents: how images are cut was decided when it was made",
             "Leave --crops and --buckets out (`latentflow precompute --buckets` stores several aspect ratios), or "
             "train on the images.",
         )
-    for size in source.sizes:
+    for size in stored.sizes:
         if size[0] % unit or size[1] % unit:
             raise UserError(
                 f"{source.name} holds images of {size[1]} x {size[0]} pixels; the network needs multiples of {unit}",
                 "Use a smaller --patch-size, or precompute again with a multiple of the resolution.",
             )
-    return _cropping(source, source.sizes, source.buckets(), source.natural())
+    return _cropping(source, *stored)
 
 
 def _cropping(

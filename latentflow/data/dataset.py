@@ -7,13 +7,17 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from PIL import Image
 
+from .cache.store import Array, ShardSet, open_cache
 from .images import Profile, decode_image, key_and_profile, open_image
 from .masks import alpha_mask, read_mask, without_alpha
 from .sources.files import File, file_key
+
+if TYPE_CHECKING:
+    from .config import DataConfig
 
 Kind = Literal["text", "class", "unconditional"]
 Colours = Literal["srgb", "stored"]
@@ -90,6 +94,10 @@ class Example(ABC):
         """Return the hexadecimal hash of the mask's file, "" where there is none."""
         return "" if self.mask is None else file_key(self.mask)
 
+    def masked_key(self) -> str | None:
+        """Return a key of the mask as it lies on the image, whose size decides that; None where there is no mask."""
+        return None if self.mask is None else f"{self.content_key()} {self.mask_key()}"
+
 
 @dataclass(frozen=True)
 class FileExample(Example):
@@ -127,6 +135,20 @@ class FileExample(Example):
         return self.mask == self.path
 
 
+class StoredSizes(NamedTuple):
+    """The sizes of N images that are stored.
+
+    Attributes:
+        sizes: the (height, width) in pixels that there are.
+        bucket: (N,), each image's among ``sizes``.
+        natural: (N, 2), heights and widths of the images as they were.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    bucket: Array
+    natural: Array
+
+
 @dataclass(frozen=True)
 class Source:
     """A set of images and the annotations that a model of them is conditioned on.
@@ -141,6 +163,8 @@ class Source:
         root: the folder, None for a procedural set. Nothing is ever written below it.
     """
 
+    precomputed: ClassVar[bool] = False  # True: images were checked, and latents stored, when it was made
+
     name: str
     examples: tuple[Example, ...]
     kind: Kind
@@ -153,7 +177,7 @@ class Source:
 
     def captions(self) -> list[str]:
         """Return the first caption of every example ("" where there is none): previews and evaluation use it."""
-        return [example.text or "" for example in self.examples]
+        return [captions[0] for captions in self.all_captions()]
 
     def all_captions(self) -> list[tuple[str, ...]]:
         """Return all captions of every example, ("",) where there is none: each use in training draws one."""
@@ -191,6 +215,9 @@ class Source:
     def pixel_keys(self) -> list[str]:
         return [example.pixel_key() for example in self.examples]
 
+    def masked_keys(self) -> list[str | None]:
+        return [example.masked_key() for example in self.examples]
+
     def fingerprint(self) -> str:
         """Return a hash of all images and annotations, whatever their names and order: it tells changed data."""
         rows = sorted(_describe(example) for example in self.examples)
@@ -203,6 +230,45 @@ class Source:
     def subset(self, indices: list[int]) -> Source:
         """Return the examples at ``indices``, with the same classes."""
         return dataclasses.replace(self, examples=tuple(self.examples[i] for i in indices))
+
+    # ---- overridden by data that were precomputed ----
+
+    @property
+    def autoencoder(self) -> str | None:
+        """The folder of the autoencoder that encoded them."""
+        return None
+
+    def shards(self, kind: str, settings: dict[str, object]) -> ShardSet:
+        """Return the set of shards that holds what is made of the images: ``kind`` is latents, pixels or masks.
+
+        Raises:
+            UserError: precomputed data hold nothing of the kind, or made with other settings; the cache would lie
+                inside the data.
+        """
+        return open_cache(kind, settings, self.root)
+
+    def stored_sizes(self) -> StoredSizes | None:
+        """Return how the images were cut; None where that is still to be decided."""
+        return None
+
+    def groups(self) -> Array | None:
+        """Return the number of each image's group of near duplicates, (N,); None where it is not known."""
+        return None
+
+    def damage(self) -> list[str]:
+        """Read all that is stored, and return what is missing or not what was written, a line each."""
+        return []
+
+    def adopt(self, data: DataConfig) -> DataConfig:
+        """Return the settings with those that were decided when the data were precomputed: resolution and background.
+
+        Raises:
+            UserError: other ones were asked for, or mirror images, which are not there.
+        """
+        return data
+
+    def refuse_decided(self, flag: str) -> None:
+        """Raise UserError where ``flag`` was decided when the data were precomputed."""
 
     def noted(self, *notes: str) -> Source:
         """Return the same set with more notes."""

@@ -18,8 +18,7 @@ from ..autoencoder import downscale_factor
 from ..autoencoder.latents import Autoencoder
 from ..data import (
     Cropping,
-    LatentFolder,
-    Rows,
+    LazyTable,
     Source,
     cached_latents,
     cached_masks,
@@ -164,13 +163,11 @@ def find_examples(config: RunConfig, given_keys: Collection[str]) -> Examples:
     if base:
         base_classes(base)  # refuses what is no checkpoint, before every image is looked at
     source = readable(find_source(data.data, **data.wanted()))
-    autoencoder = config.vae or base
-    if isinstance(source, LatentFolder):
-        data, autoencoder = source.adopt(data), autoencoder or source.autoencoder
+    data, autoencoder = source.adopt(data), config.vae or base or source.autoencoder
     if base:
         source = with_base_classes(source, base, config.output)
         data = replace(data, validation=held_out_share(given_keys, data.validation, len(source)))
-        if "resolution" not in given_keys and not isinstance(source, LatentFolder):
+        if "resolution" not in given_keys and not source.precomputed:
             data = replace(data, resolution=base_resolution(base) or data.resolution)
     training, validation = (source.subset(rows) for rows in split(source, data.validation, config.loop.seed))
     return Examples(source, training, validation, data, autoencoder)
@@ -240,7 +237,7 @@ class LatentCache:
 
     def _sized(self, framed: Cropping, number: int) -> Sized:
         part, size, data = framed.part(number), framed.sizes[number], self._data
-        views: dict[str, Tensor | Rows] = {}
+        views: dict[str, Tensor | LazyTable] = {}
         if self._built.stage.needs_pixels:
             views["pixels"] = cached_pixels(part, size, data.background)
         if self._has_masks:

@@ -15,8 +15,7 @@ import torch
 
 from latentflow.data.cache import store
 from latentflow.data.cache.eviction import LOCK, LOOKS, cache_limit
-from latentflow.data.cache.rows import Located
-from latentflow.data.cache.store import Array, ShardSet, Tables, digests, open_cache
+from latentflow.data.cache.store import Array, RowIndex, ShardSet, Tables, digests, open_cache
 from latentflow.errors import UserError
 
 N, ROWS = 44, 8  # five shards of eight rows and one of four
@@ -48,15 +47,15 @@ def built(told: Path) -> list[int]:
     return sorted(map(int, told.read_text().split())) if told.exists() else []
 
 
-def fill(shards: ShardSet, told: Path, seconds: float = 0.0) -> Located:
+def fill(shards: ShardSet, told: Path, seconds: float = 0.0) -> RowIndex:
     def find() -> Array:
         shards.fill(KEYS, builder(told, seconds), 16)
         return shards.find(KEYS)
 
-    return Located(shards, find)
+    return RowIndex(shards, find)
 
 
-def assert_right(rows: Located) -> None:
+def assert_right(rows: RowIndex) -> None:
     table = rows.table("value")
     assert table is not None and table.shape == (N, 3)
     assert torch.equal(table[:], torch.arange(N).float()[:, None].expand(-1, 3))
@@ -142,7 +141,7 @@ def test_a_process_that_dies_leaves_its_part_to_the_others(tmp_path: Path) -> No
     os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("damage", ["values", "keys", "torn"])
+@pytest.mark.parametrize("damage", ["values", "keys", "torn", "empty"])
 def test_only_a_damaged_shard_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -154,8 +153,8 @@ def test_only_a_damaged_shard_is_made_again(
     start = 8 + int.from_bytes(data[:8], "little")
     keys = KEYS.tobytes()
     at = next(place for place in range(start, len(data)) if data[place : place + 16] in keys)
-    if damage == "torn":
-        data = data[:-9]
+    if damage in ("torn", "empty"):
+        data = data[:-9] if damage == "torn" else bytearray()
     else:  # tables are kept in order of their types and names: the keys, bytes, come last
         data[at + 3 if damage == "keys" else at - 2] ^= 4
     del shards
@@ -164,15 +163,17 @@ def test_only_a_damaged_shard_is_made_again(
     told.unlink()
     with caplog.at_level(logging.WARNING):
         assert_right(fill(open_cache("things", {}), told))
-    assert len(built(told)) == ROWS and "damaged" in caplog.text and path.name in caplog.text
+    assert len(built(told)) == ROWS and "damaged" in caplog.text and str(path) in caplog.text
+    caplog.clear()
     assert_right(fill(open_cache("things", {}), told))
-    assert len(built(told)) == ROWS
+    assert len(built(told)) == ROWS and not caplog.text
 
 
-def test_damage_is_found_before_a_row_is_used_and_told_where_it_cannot_be_repaired(tmp_path: Path) -> None:
+def test_damage_is_found_before_a_row_is_used_and_reported_where_it_cannot_be_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = tmp_path / "told"
     shards = ShardSet(tmp_path / "folder", "things")
-    shards.folder.mkdir()
     fill(shards, told)
     path = shard_files(shards)[0]
     data = bytearray(path.read_bytes())
@@ -182,6 +183,11 @@ def test_damage_is_found_before_a_row_is_used_and_told_where_it_cannot_be_repair
     table = fill(ShardSet(tmp_path / "folder", "things", read_only=True), told).table("value")
     assert table is not None
     with pytest.raises(UserError, match=r"damaged.*\n.*only the damaged part"):
+        table[:]
+    table = fill(ShardSet(tmp_path / "folder", "things"), told).table("value")
+    assert table is not None
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"damaged.*\n.*--num-workers 0"):
+        patch.setattr(store, "get_worker_info", lambda: "a process that loads data")
         table[:]
     assert path.exists()  # it is the user's
     again = ShardSet(tmp_path / "folder", "things")
@@ -201,16 +207,8 @@ def test_rows_are_indexed_as_a_tensor_is(tmp_path: Path) -> None:
     table = fill(open_cache("things", {}), tmp_path / "told").table("value")
     assert table is not None and table.dtype == torch.float32 and len(table) == N
     whole = table[:]
-    for index in (
-        3,
-        -1,
-        slice(2, 20, 3),
-        [5, 1, 5],
-        torch.tensor([4, 0]),
-        (slice(0, 3), 1),
-        (2, 0),
-        torch.arange(N) > 40,
-    ):
+    several = (slice(2, 20, 3), [5, 1, 5], torch.tensor([4, 0]), torch.arange(N) > 40)
+    for index in (3, -1, (2, 0), *several, (slice(0, 3), 1), ([5, 1], [0, 2]), ([5, 1], slice(1, 2))):
         assert torch.equal(table[index], whole[index]), index
     with pytest.raises(IndexError):
         table[N]
@@ -246,15 +244,8 @@ def test_the_set_that_was_not_used_for_longest_makes_room(
 
 def test_what_is_not_ours_is_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LATENTFLOW_CACHE may be a folder that holds other things."""
-    theirs = [
-        tmp_path / "cache" / name
-        for name in (
-            "models/base.safetensors",
-            "old/run.deleted-2/x.txt",
-            f"models/{'a' * 40}.pt",
-            "things/in-use",
-        )
-    ]
+    names = "models/base.safetensors", "old/run.deleted-2/x.txt", f"models/{'a' * 40}.pt", "things/in-use"
+    theirs = [tmp_path / "cache" / name for name in names]
     for path in theirs:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1000))
@@ -295,15 +286,10 @@ def test_what_is_in_use_stays_and_the_excess_is_told_once(
     assert_right(rows)
 
 
-@pytest.mark.parametrize(
-    ("told", "size"), [("20GB", 20e9), ("500 mb", 500e6), ("1.5G", 1.5e9), ("4096", 4096), ("", None)]
-)
-def test_limits(monkeypatch: pytest.MonkeyPatch, told: str, size: float | None) -> None:
-    monkeypatch.setenv("LATENTFLOW_CACHE_LIMIT", told)
-    assert cache_limit() == size
-
-
-def test_a_limit_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, size in {"20GB": 20e9, "500 mb": 500e6, "1.5G": 1.5e9, "4096": 4096, "": None}.items():
+        monkeypatch.setenv("LATENTFLOW_CACHE_LIMIT", limit)
+        assert cache_limit() == size
     monkeypatch.setenv("LATENTFLOW_CACHE_LIMIT", "plenty")
     with pytest.raises(UserError, match="'plenty'"):
         cache_limit()
@@ -312,14 +298,13 @@ def test_a_limit_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_full_disk_keeps_rows_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(folder: Path, shard: object) -> Path:
+    def full(shard: object, folder: Path) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "write_shard", full)
+    monkeypatch.setattr(store.Shard, "write", full)
     with caplog.at_level(logging.WARNING):
         assert_right(fill(open_cache("things", {}), tmp_path / "told"))
     assert caplog.text.count("No space left") == 1
     shards = ShardSet(tmp_path / "folder", "things")  # one of the user's
-    shards.folder.mkdir()
     with pytest.raises(OSError, match="No space left"):
         fill(shards, tmp_path / "told")

@@ -15,7 +15,6 @@ from PIL import Image
 from ...errors import UserError, few, one_line
 from ..dataset import Example, FileExample, Source
 from ..sources.kinds import MissingCaption, find_source
-from ..sources.latent_folder import LatentFolder
 from .duplicates import near_duplicates
 from .inspect_images import ImageInfo, inspect_images
 from .report import (
@@ -56,9 +55,10 @@ def check_data(
             problems.append(one_line(f"{error.what}. {error.fix}".rstrip(". ")))
     if source is None:
         return Report(data, "unknown", problems=tuple(problems[:1])), None
-    if isinstance(source, LatentFolder):  # its images were checked when it was made
-        told = (*problems[:1], *source.damage())
-        return Report(data, source.kind, images=len(source), notes=source.notes, problems=told), None
+    if source.precomputed:  # its images were checked when it was made
+        problems = [*problems[:1], *source.damage()]
+        report = Report(data, source.kind, images=len(source), notes=source.notes, problems=tuple(problems))
+        return report, None
     return _report(source, problems[:1], progress)
 
 
@@ -76,7 +76,7 @@ def readable(source: Source, progress: bool = True) -> Source:
     Raises:
         UserError: more than 5 % cannot be decoded, or none is left.
     """
-    if isinstance(source, LatentFolder):
+    if source.precomputed:
         return source  # checked when it was made
     notable = {
         example.name: info
@@ -103,8 +103,8 @@ def readable(source: Source, progress: bool = True) -> Source:
 
 def groups_of(source: Source) -> NDArray[np.int64]:
     """Return the number of the group of near duplicates (N,) of every image; what cannot be read stands alone."""
-    if isinstance(source, LatentFolder):
-        return source.groups()
+    if (stored := source.groups()) is not None:
+        return stored
     infos = list(inspect_images(source, progress=False))
     rows = [row for row, info in enumerate(infos) if info.error is None]
     groups = np.arange(len(infos), 2 * len(infos))

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...errors import one_line
 from ...utils.html_page import Page
-from ..cache.parallel import map_threaded
+from ..cache.tensors import map_threaded
 from ..dataset import Example, Source
 from ..pixels import to_rgb
 from .report import NEAR, Report

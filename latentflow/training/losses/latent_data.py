@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import Cropping, LatentTable, Rows, Source, pixels_to_images
+from ...data import Cropping, LatentTable, LazyTable, Source, pixels_to_images
 from ..loop.data_order import Draw, seeded
 
 
@@ -20,7 +20,7 @@ class PixelData:
     With ``flips`` every other use of an image, on average, is mirrored; which one depends on the draw only.
     """
 
-    def __init__(self, source: Source, pixels: Tensor | Rows, *, flips: bool) -> None:
+    def __init__(self, source: Source, pixels: Tensor | LazyTable, *, flips: bool) -> None:
         self._source, self._pixels, self._flips = source, pixels, flips
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Sized:
     """
 
     table: LatentTable
-    views: Mapping[str, Tensor | Rows] = field(default_factory=dict)
+    views: Mapping[str, Tensor | LazyTable] = field(default_factory=dict)
 
 
 class LatentData:
