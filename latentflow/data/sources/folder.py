@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ...errors import UserError, few, shown
@@ -46,18 +46,18 @@ _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation",
 
 @dataclass(frozen=True)
 class Metadata:
-    """The metadata file of a folder.
+    """The metadata file of a folder; empty where there is none.
 
     Attributes:
-        path: the file.
+        name: the file's name.
         rows: annotations by the image's name, in the order of the file.
         masks: names of masks by the image's name.
         unused: columns that are not read.
     """
 
-    path: Path
-    rows: Mapping[str, RowAnnotation]
-    masks: Mapping[str, str]
+    name: str = ""
+    rows: Mapping[str, RowAnnotation] = field(default_factory=dict)
+    masks: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
 
     @property
@@ -69,8 +69,8 @@ class Metadata:
         return any(row.label for row in self.rows.values())
 
 
-def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata | None:
-    """Read the metadata file of a folder; None where there is none. ``renamed`` are the columns of ``--columns``.
+def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
+    """Read the metadata file of a folder, if there is one; ``renamed`` are the columns of ``--columns``.
 
     Raises:
         UserError: there are two; a line cannot be read; a file is listed twice or does not exist.
@@ -81,7 +81,7 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata | None
             f"--columns is given, but {folder.root} has no {' or '.join(METADATA_NAMES)}", "Leave it out."
         )
     if not found:
-        return None
+        return Metadata()
     if len(found) > 1:
         raise UserError(f"{folder.root} holds both {' and '.join(METADATA_NAMES)}", "Keep one of them.")
     path = folder.root / found[0]
@@ -111,7 +111,7 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata | None
                 f"{path} names {len(absent)} {what} that do not exist: {few(absent)}",
                 f"{column} is relative to the folder of the metadata.",
             )
-    return Metadata(path, rows, masks, tuple(unused_columns(ours, "file_name")))
+    return Metadata(found[0], rows, masks, tuple(unused_columns(ours, "file_name")))
 
 
 def _file_name(row: Mapping[str, object], where: str) -> str:
@@ -185,44 +185,12 @@ def read_sidecars(folder: Folder) -> Sidecars:
     )
 
 
-@dataclass(frozen=True)
-class MaskNames:
-    """The masks of a folder by the name of their image.
+def masks_beside(images: Iterable[str], listed: Container[str]) -> dict[str, list[str]]:
+    """Find the files among images that are named like another one with ``-mask`` added, by the name of that image.
 
-    Attributes:
-        listed: from the metadata's ``mask`` column.
-        beside: files named like the image with ``-mask`` added, in any format; rarely more than one.
+    What the metadata list as an image (``listed``) is one, whatever its name. Several masks of an image have different
+    formats.
     """
-
-    listed: Mapping[str, str]
-    beside: Mapping[str, list[str]]
-
-    @property
-    def named(self) -> set[str]:
-        """The files that are masks by their name."""
-        return {mask for masks in self.beside.values() for mask in masks}
-
-    def choose(self, folder: Folder) -> dict[str, File]:
-        """Return the one mask of every image that has any.
-
-        Raises:
-            UserError: an image has several, and they differ.
-        """
-        found, root = dict(self.listed), folder.root
-        for name, masks in self.beside.items():
-            for mask in masks:
-                first = found.setdefault(name, mask)
-                if first != mask and file_key(folder.file(first)) != file_key(folder.file(mask)):
-                    raise UserError(
-                        f"{root / name} has two masks that differ: {root / first} and {root / mask}",
-                        "Keep one of them (move the other away), or use --masks none.",
-                    )
-        return {name: folder.file(mask) for name, mask in found.items()}
-
-
-def find_masks(images: Iterable[str], metadata: Metadata | None) -> MaskNames:
-    """Find the masks of a folder among its images. What the metadata list as an image is one, whatever its name."""
-    listed = metadata.rows if metadata is not None else {}
     by_stem: dict[str, list[str]] = {}
     for name in images:
         by_stem.setdefault(_stem(name), []).append(name)
@@ -234,7 +202,27 @@ def find_masks(images: Iterable[str], metadata: Metadata | None) -> MaskNames:
             beside |= dict.fromkeys(by_stem[base], by_stem[stem])
         else:
             stems.add(stem)
-    return MaskNames(metadata.masks if metadata is not None else {}, beside)
+    return beside
+
+
+def choose_masks(
+    folder: Folder, listed: Mapping[str, str], beside: Mapping[str, list[str]]
+) -> dict[str, File]:
+    """Return the one mask of every image that has any, listed in the metadata or beside it.
+
+    Raises:
+        UserError: an image has several, and they differ.
+    """
+    found, root = dict(listed), folder.root
+    for name, masks in beside.items():
+        for mask in masks:
+            first = found.setdefault(name, mask)
+            if first != mask and file_key(folder.file(first)) != file_key(folder.file(mask)):
+                raise UserError(
+                    f"{root / name} has two masks that differ: {root / first} and {root / mask}",
+                    "Keep one of them (move the other away), or use --masks none.",
+                )
+    return {name: folder.file(mask) for name, mask in found.items()}
 
 
 def _stem(name: str) -> str:
@@ -252,9 +240,9 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
             beside the images; captions or classes are missing; an image has two different masks.
     """
     metadata = read_metadata(folder, request.columns)
-    masks = find_masks(folder.images, metadata)
-    listed = metadata.rows if metadata is not None else {}
-    no_images = masks.named | (set(masks.listed.values()) - listed.keys())
+    beside = masks_beside(folder.images, metadata.rows)
+    named = sorted({mask for masks in beside.values() for mask in masks})
+    no_images = {*named, *metadata.masks.values()} - metadata.rows.keys()
     folder = dataclasses.replace(folder, images=tuple(n for n in folder.images if n not in no_images))
     if not folder.images:
         raise _no_images(folder)
@@ -262,21 +250,21 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
     kind, notes = _decide(folder, metadata, sidecars, request.condition)
     if kind == "text":
         _refuse_contradiction(metadata, sidecars)
-    mask_files = masks.choose(folder) if request.masks == "auto" else {}
-    by_subfolder = kind == "class" and not (metadata is not None and metadata.has_label)
+    masks = choose_masks(folder, metadata.masks, beside) if request.masks == "auto" else {}
+    by_subfolder = kind == "class" and not metadata.has_label
     examples = []
     for name in folder.images:
-        row = listed.get(name, RowAnnotation())
+        row = metadata.rows.get(name, RowAnnotation())
         if not row.texts and (text := sidecars.texts.get(name)):
             row = dataclasses.replace(row, texts=(text,))
         if by_subfolder:
             # A folder's name may be no text, which a class must be.
             label = storable(name.split("/")[0]) if "/" in name else None
             row = dataclasses.replace(row, label=label)
-        examples.append(annotated_example(name, folder.file(name), mask_files.get(name), row))
-    if masks.listed:
-        notes.append(f"masks of {len(masks.listed)} images in the metadata{request.unused_masks}")
-    if named := sorted(masks.named):
+        examples.append(annotated_example(name, folder.file(name), masks.get(name), row))
+    if metadata.masks:
+        notes.append(f"masks of {len(metadata.masks)} images in the metadata{request.unused_masks}")
+    if named:
         what = f"{len(named)} files are masks of the images beside them"
         notes.append(f"{what}{request.unused_masks}: {few(named)}")
     notes += _left_out(folder, metadata, sidecars)
@@ -284,11 +272,10 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
 
 
 def _decide(
-    folder: Folder, metadata: Metadata | None, sidecars: Sidecars, condition: Condition
+    folder: Folder, metadata: Metadata, sidecars: Sidecars, condition: Condition
 ) -> tuple[Kind, list[str]]:
     """Choose what to condition on, and write notes on where it comes from and what is not used."""
-    listed = metadata.path.name if metadata is not None else ""
-    described, labelled = (metadata.has_text, metadata.has_label) if metadata is not None else (False, False)
+    described, labelled = metadata.has_text, metadata.has_label
     has_text, auto = described or bool(sidecars.texts), condition == "auto"
     if condition == "none":
         return "unconditional", ["unconditional, as asked: captions and classes are not used"]
@@ -299,12 +286,15 @@ def _decide(
         )
     if auto and described:
         unused = {"label": labelled, "sidecar texts": bool(sidecars.texts)}
-        return "text", [f"captions from {listed}", *_passed_over(unused)]
+        return "text", [f"captions from {metadata.name}", *_passed_over(unused)]
     if auto and labelled:
-        return "class", [f"classes from {listed}", *_passed_over({"sidecar texts": bool(sidecars.texts)})]
+        return "class", [
+            f"classes from {metadata.name}",
+            *_passed_over({"sidecar texts": bool(sidecars.texts)}),
+        ]
     if has_text and condition != "class":
         _refuse_splits(folder)
-        origin = listed if described else f"{sidecars.endings} files beside the images"
+        origin = metadata.name if described else f"{sidecars.endings} files beside the images"
         unused = {"subfolders": len(folder.per_subfolder()) > 1}
         return "text", [f"captions from {origin}", *_passed_over(unused)]
     if condition == "class":
@@ -313,7 +303,7 @@ def _decide(
                 f"there are no classes in {folder.root}: no subfolders, no metadata with a label column",
                 "Put each image in a subfolder named like its class, or add metadata.jsonl (file_name, label).",
             )
-        origin = listed if labelled else "subfolders"
+        origin = metadata.name if labelled else "subfolders"
         return "class", [f"classes from {origin}", *_passed_over({"captions": has_text})]
     if folder.per_subfolder():
         _refuse_wrong_level(folder)
@@ -325,14 +315,12 @@ def _passed_over(found: Mapping[str, bool]) -> list[str]:
     return [f"{name} found as well, not used (--condition decides)" for name, there in found.items() if there]
 
 
-def _refuse_contradiction(metadata: Metadata | None, sidecars: Sidecars) -> None:
+def _refuse_contradiction(metadata: Metadata, sidecars: Sidecars) -> None:
     if sidecars.clashes:
         raise UserError(
             f"{len(sidecars.clashes)} images have captions that differ: {few(sidecars.clashes)}",
             "Keep one caption file for each image, or use --condition class|none.",
         )
-    if metadata is None:
-        return
     clash = [
         name for name, text in sidecars.texts.items()
         if (row := metadata.rows.get(name))
@@ -341,7 +329,7 @@ def _refuse_contradiction(metadata: Metadata | None, sidecars: Sidecars) -> None
     ]  # fmt: skip
     if clash:
         raise UserError(
-            f"{metadata.path.name} and the {sidecars.endings} files differ on {len(clash)} images: {few(clash)}",
+            f"{metadata.name} and the {sidecars.endings} files differ on {len(clash)} images: {few(clash)}",
             "Keep one of the two (rename the other), or use --condition class|none.",
         )
 
@@ -397,12 +385,12 @@ def _counted(counts: Mapping[str, int]) -> str:
     return few([f"{name}/ ({n})" for name, n in counts.items()])
 
 
-def _left_out(folder: Folder, metadata: Metadata | None, sidecars: Sidecars) -> list[str]:
+def _left_out(folder: Folder, metadata: Metadata, sidecars: Sidecars) -> list[str]:
     """Write notes on everything in the folder that is not read."""
     notes = []
-    if metadata is not None and metadata.unused:
-        notes.append(f"columns of {metadata.path.name} not used: {few(metadata.unused)}")
-    if strange := sorted(metadata.rows.keys() - set(folder.images)) if metadata is not None else []:
+    if metadata.unused:
+        notes.append(f"columns of {metadata.name} not used: {few(metadata.unused)}")
+    if strange := sorted(metadata.rows.keys() - set(folder.images)):
         notes.append(f"metadata name {len(strange)} files that are not read as images: {few(strange)}")
     if folder.hidden:
         notes.append(
@@ -414,7 +402,7 @@ def _left_out(folder: Folder, metadata: Metadata | None, sidecars: Sidecars) -> 
         notes.append(f"{foreign} files are not read: convert them to PNG or JPEG to use them")
     if packed := folder.count_others(_PACKED):
         notes.append(f"{packed} files lie beside the images and are not read: give them as DATA of their own")
-    read = sidecars.files | ({metadata.path.name} if metadata is not None else set())
+    read = {*sidecars.files, metadata.name}
     if unread := [name for name in folder.others if name not in read and not _has_own_note(name)]:
         notes.append(
             f"{len(unread)} other files are not read: {few(unread)}; captions are read from "
