@@ -479,14 +479,6 @@ def test_a_defect_of_our_own_keeps_its_traceback(
         SEEDS[seed](tmp_path)
 
 
-def test_a_file_that_vanishes_between_is_no_defect(tmp_path: Path) -> None:
-    path = zipped(tmp_path / "a.zip", {"0.png": png(0)})
-    source = find_source(str(path))
-    path.unlink()
-    with pytest.raises(UserError, match=r"a\.zip cannot be read"):
-        source.content_keys()
-
-
 def test_names_that_are_text_are_classes_as_they_are(tmp_path: Path) -> None:
     """A joiner inside a word is a part of it, unseen as it is: only what no file can hold is written otherwise."""
     names = ["می\u200cخواهم", "👩\u200d🚀", "soft\u00adhyphen"]

@@ -92,12 +92,15 @@ def test_one_set_in_every_kind_is_one_source(tmp_path: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["zip", "shards", "parquet"])
-def test_what_changes_under_a_running_program_is_refused(tmp_path: Path, way: str) -> None:
+def test_what_changes_or_vanishes_under_a_running_program_is_refused(tmp_path: Path, way: str) -> None:
     path = WAYS[way](tmp_path)
     source = find_source(str(path))
     os.utime(path, ns=(1, 1))
     with pytest.raises(UserError, match=f"{path.name} has changed since it was listed"):
         source.examples[2].open()
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path.name} cannot be read"):
+        source.content_keys()
 
 
 def test_every_kind_is_in_the_documentation(repository: Path) -> None:
