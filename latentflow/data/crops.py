@@ -32,7 +32,7 @@ def bucket_sizes(resolution: int, unit: int) -> list[Size]:
         unit: number that every side must be a multiple of.
 
     Raises:
-        UserError: ``resolution`` is none of its multiples.
+        UserError: ``resolution`` is not one of its multiples.
     """
     if resolution % unit:
         nearest = max(1, round(resolution / unit)) * unit

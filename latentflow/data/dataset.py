@@ -86,7 +86,7 @@ class Example(ABC):
         """Return the user's own mask, upright at its own size (mode "L", 255 = repaint); None where there is none.
 
         Raises:
-            UserError: the file is no mask or cannot be read.
+            UserError: the file is not a mask or cannot be read.
         """
         return None if self.mask is None else read_mask(decode_image(self.mask))
 

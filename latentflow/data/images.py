@@ -185,7 +185,7 @@ def decode_image(path: str | os.PathLike[str] | Member) -> Image.Image:
     """Return the image in a file or a member, wholly decoded, in its own mode, its EXIF rotation not yet applied.
 
     Raises:
-        ImageFileError: there is no such file, it is no image, damaged, or larger than Pillow decodes
+        ImageFileError: there is no such file, it is not an image, damaged, or larger than Pillow decodes
             (``PIL.Image.MAX_IMAGE_PIXELS``).
     """
     if not isinstance(path, Member):

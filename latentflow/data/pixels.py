@@ -20,7 +20,7 @@ def read_image(example: Example, resolution: int | tuple[int, int], background: 
     resized, antialiased.
 
     Raises:
-        UserError: ``background`` is no colour; the image cannot be decoded.
+        UserError: ``background`` is not a colour; the image cannot be decoded.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     with example.open() as image:
@@ -34,7 +34,7 @@ def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.
     A mask of another size than its image is brought to that first; every resize takes the nearest pixel.
 
     Raises:
-        UserError: the mask's file is no mask or cannot be read.
+        UserError: the mask's file is not a mask or cannot be read.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     mask = example.open_mask()
@@ -52,7 +52,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Return an image in any of Pillow's modes and of any colour profile as upright sRGB, at its own size.
 
     Raises:
-        UserError: ``background`` is no colour; the image cannot be decoded.
+        UserError: ``background`` is not a colour; the image cannot be decoded.
     """
     colour = parse_colour(background)
     image = upright(image)

@@ -17,6 +17,8 @@ from latentflow.data.crops import CroppedExample, bucket_sizes, with_crops
 from latentflow.data.pixels import read_image, read_own_mask
 from latentflow.errors import UserError
 
+from .images import turned_by_exif
+
 SIZES = {"square": (64, 64), "wide": (100, 60), "tall": (60, 100), "panorama": (300, 50), "turned": (90, 40)}
 
 
@@ -28,9 +30,7 @@ def source(tmp_path: Path) -> Source:
     for name, (width, height) in SIZES.items():
         pixels = np.zeros((height, width, 3), dtype=np.uint8)
         pixels[..., 0] = np.linspace(0, 255, width).astype(np.uint8)
-        exif = Image.Exif()
-        if name == "turned":
-            exif[0x0112] = 6
+        _, exif = turned_by_exif(pixels, 6 if name == "turned" else 1)
         Image.fromarray(pixels).save(folder / f"{name}.png", exif=exif)
     return find_source(str(folder), condition="none")
 

@@ -41,7 +41,7 @@ def test_captions_round_trip() -> None:
     "text", ["", "a red circle", "a red circle left of a red square", "a pink dog at the top"]
 )
 def test_other_captions_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is no caption of shapes"):
+    with pytest.raises(UserError, match="is not a caption of shapes"):
         s.parse(text)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...errors import UserError, few, one_line
 from ..dataset import Example, FileExample, Source
-from ..sources.kinds import Condition, Masks, MissingCaption, find_source
+from ..sources.kinds import MissingCaption, find_source
 from .duplicates import near_duplicates
 from .inspect_images import ImageInfo, inspect_images
 from .report import (
@@ -38,19 +38,13 @@ _UNBALANCED = 10  # times as many images in the largest class as in the smallest
 
 
 def check_data(
-    data: str,
-    *,
-    condition: Condition = "auto",
-    missing_caption: MissingCaption = "error",
-    masks: Masks = "auto",
-    columns: Mapping[str, str] | None = None,
-    progress: bool = True,
+    data: str, *, missing_caption: MissingCaption = "error", progress: bool = True, **request: Any
 ) -> tuple[Report, Source | None]:
     """Return the report on ``data``, and its images that can be used; None where they cannot be found.
 
-    Where captions or classes are missing, that is a problem, and the rest is checked all the same.
+    ``request`` are further settings of ``find_source``. Where captions or classes are missing, that is a problem, and
+    the rest is checked all the same.
     """
-    request: dict[str, Any] = {"condition": condition, "masks": masks, "columns": columns}
     problems: list[str] = []
     source = None
     for missing in dict.fromkeys((missing_caption, "empty", "skip")):

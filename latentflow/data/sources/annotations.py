@@ -88,7 +88,7 @@ def text_in(row: Mapping[str, object], column: str, where: str) -> str | None:
     """Return the text in a column, stripped; None where it is empty or absent.
 
     Raises:
-        UserError: it is no text.
+        UserError: it is not text.
     """
     value = row.get(column)
     if value is None or isinstance(value, str):
@@ -126,7 +126,7 @@ def rename(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> di
     for ours, theirs in renamed.items():
         if ours not in COLUMNS:
             raise UserError(
-                f"--columns: '{ours}' is none of {', '.join(COLUMNS)}", _did_you_mean(ours, COLUMNS)
+                f"--columns: '{ours}' is not one of {', '.join(COLUMNS)}", _did_you_mean(ours, COLUMNS)
             )
         if theirs not in own:
             raise UserError(

@@ -20,7 +20,7 @@ Masks = Literal["auto", "none", "alpha"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataRequest:
-    """What the user asks of the data, whatever their kind; see ``find_source``."""
+    """The settings of ``find_source``, as the reader of every kind gets them."""
 
     condition: Condition = "auto"
     missing_caption: MissingCaption = "error"

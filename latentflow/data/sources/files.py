@@ -241,7 +241,7 @@ def many_paths(data: str) -> list[Path]:
             found += sorted(Path(match) for match in glob.glob(name))  # noqa: PTH207 (from any folder)
     absent = [str(path) for path in found if not path.is_file()]
     if absent or not found:
-        what = f"{len(absent)} of the {len(found)} files of {data} are not there: {', '.join(absent[:5])}"
+        what = f"{len(absent)} of the {len(found)} files of {data} do not exist: {', '.join(absent[:5])}"
         raise UserError(what if absent else f"no file is named like {data}", "Check the path.")
     return list(dict.fromkeys(found))
 
@@ -265,7 +265,7 @@ def _expand_braces(text: str) -> list[str]:
         words = match[1].split(",")
     else:
         raise UserError(
-            f"{text}: {{{match[1]}}} is no range", "Write {000..009} or {a,b}; quote it in the shell."
+            f"{text}: {{{match[1]}}} is not a range", "Write {000..009} or {a,b}; quote it in the shell."
         )
     before, after = text[: match.start()], text[match.end() :]
     return [expanded for word in words for expanded in _expand_braces(before + word + after)]

@@ -108,7 +108,7 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata | None
     for names, what, column in ((rows, "files", "file_name"), (masks.values(), "masks", "mask")):
         if absent := [name for name in names if not folder.holds(name)]:
             raise UserError(
-                f"{path} names {len(absent)} {what} that are not there: {few(absent)}",
+                f"{path} names {len(absent)} {what} that do not exist: {few(absent)}",
                 f"{column} is relative to the folder of the metadata.",
             )
     return Metadata(path, rows, masks, tuple(unused_columns(ours, "file_name")))
@@ -160,7 +160,7 @@ def read_sidecars(folder: Folder) -> Sidecars:
     """Read the captions of ``cat.png``: ``cat.txt``, ``cat.caption``, ``cat.png.txt``, in lower or upper case.
 
     Raises:
-        UserError: one of the files is no UTF-8 text, or larger than ``CAPTION_BYTES``.
+        UserError: one of the files is not UTF-8 text, or larger than ``CAPTION_BYTES``.
     """
     sidecars = [name for name in folder.others if suffix_of(name) in CAPTION_SUFFIXES]
     described: dict[str, list[str]] = {}  # images by their name, and by their name without its suffix
@@ -221,7 +221,7 @@ class MaskNames:
 
 
 def find_masks(images: Iterable[str], metadata: Metadata | None) -> MaskNames:
-    """Find the masks of a folder among its images. A file that the metadata list as an image is no mask by its name."""
+    """Find the masks of a folder among its images. What the metadata list as an image is one, whatever its name."""
     listed = metadata.rows if metadata is not None else {}
     by_stem: dict[str, list[str]] = {}
     for name in images:

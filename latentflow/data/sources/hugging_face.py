@@ -88,7 +88,8 @@ def read_hub(data: str, request: DataRequest) -> Source:
     match = _HUB.fullmatch(data)
     if match is None:
         raise UserError(
-            f"'{data}' names no data set of the hub", "Write hub:owner/name or hub:owner/name:split."
+            f"'{data}' is not the name of a data set on the hub",
+            "Write hub:owner/name or hub:owner/name:split.",
         )
     library = _library()
     try:
@@ -172,7 +173,7 @@ def _columns(
     if "image" not in ours.values() or any(theirs not in images for theirs in chosen_images):
         listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
         raise UserError(
-            f"{data} has no one column of images; its columns: {listed}",
+            f"{data} has not exactly one column of images; its columns: {listed}",
             f"Say which: --columns image {images[0] if images else 'NAME'}",
         )
     used = {

@@ -200,7 +200,7 @@ def parse(text: str) -> Spec:
     """Return the spec that a caption describes.
 
     Raises:
-        UserError: it is no caption of this set.
+        UserError: it is not a caption of this set.
     """
     words = " ".join(text.lower().split())
     colour, shape = "|".join(COLOURS), "|".join(SHAPES)
@@ -212,7 +212,7 @@ def parse(text: str) -> Spec:
     if pair and pair[1] != pair[4]:
         return Pair(*pair.groups())
     raise UserError(
-        f"'{text}' is no caption of shapes",
+        f"'{text}' is not a caption of shapes",
         "Write 'a small red circle on the left' or 'a red circle left of a blue square' (two colours).",
     )
 
@@ -271,7 +271,7 @@ def problem(image: Image.Image | Tensor, text: str) -> str | None:
         if seen is None:
             return f"nothing is {item.colour}"
         if seen.shape != item.shape or seen.overlap < OVERLAP:
-            return f"the {item.colour} object is no clear {item.shape}"
+            return f"the {item.colour} object is not a clear {item.shape}"
     if isinstance(spec, Single):
         return _misplaced(found[0], wanted[0])
     first, second = by_colour[spec.colour], by_colour[spec.other_colour]

@@ -61,7 +61,7 @@ def read_table(data: str, request: DataRequest) -> Source:
     files = [file for example in examples for file in (example.path, example.mask) if isinstance(file, Path)]
     if absent := [str(file) for file in files if not file.is_file()]:
         raise UserError(
-            f"{data} names {len(absent)} files that are not there: {few(absent)}",
+            f"{data} names {len(absent)} files that do not exist: {few(absent)}",
             "Paths are absolute or relative to the folder of the table.",
         )
     if outside := [str(file) for file in files if not file.absolute().is_relative_to(root)]:
@@ -216,7 +216,7 @@ def _open_parquet(path: Path) -> Any:
         file = pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER)
         file.schema_arrow  # noqa: B018 (made, and refused, when it is asked for)
     except _failures() as error:
-        raise UserError(f"{path} is no intact parquet file: {reason(error)}", _AGAIN) from None
+        raise UserError(f"{path} is not an intact parquet file: {reason(error)}", _AGAIN) from None
     return file
 
 

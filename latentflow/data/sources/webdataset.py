@@ -186,7 +186,9 @@ def _next(path: Path, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def _broken(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is no intact tar file: {why}", "It may be cut off: copy or download it again.")
+    return UserError(
+        f"{path} is not an intact tar file: {why}", "It may be cut off: copy or download it again."
+    )
 
 
 def _annotation(name: str, members: dict[str, TarMember]) -> RowAnnotation:

@@ -67,7 +67,7 @@ def read_zip(data: str, request: DataRequest) -> Source:
     """Return the images of a zip file; a single folder at the top that holds everything is taken for the root.
 
     Raises:
-        UserError: it is no zip file, or damaged; a name occurs twice or leads out of the folder; and as for a folder.
+        UserError: it is not an intact zip file; a name occurs twice or leads out of the folder; and as for a folder.
     """
     path = Path(data).expanduser()
     container = Container.of(path)
@@ -75,7 +75,7 @@ def read_zip(data: str, request: DataRequest) -> Source:
         archive = _open(container, os.getpid())
     except _FAILURES as error:
         raise UserError(
-            f"{path} is no intact zip file: {reason(error)}", "Copy or download it again."
+            f"{path} is not an intact zip file: {reason(error)}", "Copy or download it again."
         ) from None
     names = [info.filename for info in archive.infolist() if not info.filename.endswith("/")]
     places = [
