@@ -175,7 +175,7 @@ def write_random(folder: Path, entries: int) -> None:
     classes = tuple(f"class {number}" for number in range(10))
     examples = tuple(Nothing(f"{number:08d}", label=classes[number % 10]) for number in range(entries))
     source = Source("random", examples, "class", classes)
-    wanted = Precomputation(
+    job = Precomputation(
         framing=one_size(source, (SIDE, SIDE)), vae=vae, data=DataConfig(data=""), pixels=False, given=""
     )
     vae.save_pretrained(folder / "autoencoder")
@@ -184,11 +184,11 @@ def write_random(folder: Path, entries: int) -> None:
         keys = digests(example.content_key() for example in examples[start : start + 4096])
         Shard(keys, {"mean": torch.randn(len(keys), 1, 4, 8, 8).numpy()}).write(folder / "latents")
     describe(
-        wanted,
+        job,
         folder,
-        wanted.tables(),
+        job.tables(),
         complete=True,
-        index=write_index(wanted.framing, folder, np.arange(entries)),
+        index=write_index(job.framing, folder, np.arange(entries)),
     )
 
 

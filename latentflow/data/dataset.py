@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -215,8 +216,8 @@ class Source:
     def pixel_keys(self) -> list[str]:
         return [example.pixel_key() for example in self.examples]
 
-    def masked_keys(self) -> list[str | None]:
-        return [example.masked_key() for example in self.examples]
+    def masked_keys(self) -> Iterator[str | None]:
+        return (example.masked_key() for example in self.examples)
 
     def fingerprint(self) -> str:
         """Return a hash of all images and annotations, whatever their names and order: it tells changed data."""

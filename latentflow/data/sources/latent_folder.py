@@ -76,7 +76,6 @@ def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
         classes=tuple(description["classes"]) if kind == "class" else (),
         notes=tuple(notes),
         root=folder,
-        index=index,
     )
     decided = {
         f"--condition {request.condition}": request.condition not in ("auto", "none", description["kind"]),
@@ -208,10 +207,13 @@ class StoredExample(Example):
 
 @dataclass(frozen=True, eq=False)
 class LatentFolder(Source):
-    """The images of a folder of latents, or some of them; ``index`` is ``examples``."""
+    """The images of a folder of latents, or some of them."""
 
     precomputed = True
-    index: _Index = field(kw_only=True)
+
+    @property
+    def index(self) -> _Index:
+        return self.examples  # type: ignore[return-value]  # a sequence; a tuple would be N objects
 
     @property
     def store(self) -> LatentStore:
@@ -260,14 +262,11 @@ class LatentFolder(Source):
             "Leave the flag out, or give it to `latentflow precompute` with another output folder.",
         )
 
-    def _with_index(self, index: Any) -> LatentFolder:
-        return dataclasses.replace(self, examples=index, index=index)
-
     def subset(self, indices: Sequence[int]) -> LatentFolder:
-        return self._with_index(self.index.take(indices))
+        return dataclasses.replace(self, examples=self.index.take(indices))  # type: ignore[arg-type]
 
     def once(self) -> LatentFolder:
-        return self._with_index(self.index.without_repeats())
+        return dataclasses.replace(self, examples=self.index.without_repeats())  # type: ignore[arg-type]
 
     def all_captions(self) -> list[tuple[str, ...]]:
         return [tuple(texts) or ("",) for texts in self.index.values("texts")]
@@ -293,9 +292,9 @@ class LatentFolder(Source):
     def pixel_keys(self) -> list[str]:
         return _Column(self.index, "pixel_key")  # type: ignore[return-value]
 
-    def masked_keys(self) -> list[str | None]:
+    def masked_keys(self) -> Iterator[str | None]:
         keys = zip(self.index.values("key"), self.index.values("mask_key"), strict=True)
-        return [f"{key} {mask}" if self.store.mask(mask) else None for key, mask in keys]
+        return (f"{key} {mask}" if self.store.mask(mask) else None for key, mask in keys)
 
     def damage(self) -> list[str]:
         pixels, lines = digests(self.pixel_keys()), []
