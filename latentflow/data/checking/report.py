@@ -154,8 +154,8 @@ class Report:
             lines += [
                 "sizes: " + list_counts(self.sizes),
                 "shapes: " + list_counts(self.aspects, 12),
-                f"a square crop keeps {self.kept_by_square_crop:.0%} of the area; short sides of at least: "
-                + ", ".join(sides),
+                f"a square crop keeps {self.kept_by_square_crop:.0%} of the area",
+                f"short sides of at least: {', '.join(sides) or f'none has {SIDES[0]} px'}",
                 f"modes: {list_counts(self.modes)}; {self.rotated} rotated by EXIF",
                 "formats: " + list_counts(self.formats),
             ]
