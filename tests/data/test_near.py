@@ -170,3 +170,17 @@ def test_inspected_images_are_remembered_until_a_file_changes(
     make_image(9, 80).save(tmp_path / "1.png")
     opened.clear()
     assert list(inspect_images(source, progress=False))[1].size == (80, 96) and opened == ["1.png", "bad.png"]
+
+
+def test_a_damaged_memory_of_inspected_images_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    make_image(0).save(tmp_path / "data" / "0.png")
+    monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
+    source = find_source(str(tmp_path / "data"))
+    first = list(inspect_images(source, progress=False))
+    (database,) = (tmp_path / "cache").iterdir()
+    database.write_bytes(b"no database" * 1000)
+    assert list(inspect_images(source, progress=False)) == first
+    assert f"cannot be remembered in {database}" in caplog.text and len(caplog.records) == 1

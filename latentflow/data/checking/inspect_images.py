@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -226,8 +227,8 @@ class _Inspected:
         self._new: list[tuple[object, ...]] = []  # rows that are not written yet
 
     def __enter__(self) -> _Inspected:
-        if self._path is not None:
-            try:
+        with self._going_on_without():
+            if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 # Threads take turns; other processes are waited for.
                 self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
@@ -236,8 +237,6 @@ class _Inspected:
                     f"CREATE TABLE IF NOT EXISTS looks (place BLOB PRIMARY KEY, state TEXT, {columns})"
                 )
                 os.utime(self._path)  # the cache makes room by removing what was not used for longest
-            except (sqlite3.Error, OSError) as error:
-                self._give_up(error)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -246,15 +245,12 @@ class _Inspected:
             self._database.close()
 
     def get(self, example: Example) -> ImageInfo | None:
-        if self._database is None or (place := _place(example)) is None:
-            return None
-        try:
-            row = self._database.execute(
-                f"SELECT {', '.join(_FIELDS)} FROM looks WHERE place = ? AND state = ?", place
-            ).fetchone()
-        except sqlite3.Error as error:
-            self._give_up(error)
-            return None
+        row = None
+        if self._database is not None and (place := _place(example)) is not None:
+            with self._going_on_without():
+                row = self._database.execute(
+                    f"SELECT {', '.join(_FIELDS)} FROM looks WHERE place = ? AND state = ?", place
+                ).fetchone()
         if row is None:
             return None
         values = dict(zip(_FIELDS, row, strict=True))
@@ -268,24 +264,25 @@ class _Inspected:
 
     def _write(self) -> None:
         rows, self._new = self._new, []
-        if self._database is None or not rows:
-            return
-        try:
-            with self._database:
-                marks = ", ".join("?" * len(rows[0]))
+        if self._database is not None and rows:
+            marks = ", ".join("?" * len(rows[0]))
+            with self._going_on_without(), self._database:
                 self._database.executemany(f"INSERT OR REPLACE INTO looks VALUES ({marks})", rows)
-        except sqlite3.Error as error:
-            self._give_up(error)
 
-    def _give_up(self, error: Exception) -> None:
-        log.warning(
-            "inspected images cannot be remembered in %s (%s): going on without; delete the file if it is damaged",
-            self._path,
-            error,
-        )
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+    @contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        """Warn of an error of the database or the disk, and go on without remembering."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            log.warning(
+                "inspected images cannot be remembered in %s (%s): going on without; delete the file if it is damaged",
+                self._path,
+                error,
+            )
+            if self._database is not None:
+                self._database.close()
+                self._database = None
 
 
 def _place(example: Example) -> tuple[bytes, str] | None:
