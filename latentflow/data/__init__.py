@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from .cache.eviction import cache_root
 from .cache.store import LazyTable
 from .cache.tensors import (
     LatentTable,
-    MaskTable,
-    TextTable,
     cached_latents,
     cached_masks,
     cached_pixels,
@@ -32,11 +29,8 @@ __all__ = [
     "LatentFolder",
     "LatentTable",
     "LazyTable",
-    "MaskTable",
     "Report",
     "Source",
-    "TextTable",
-    "cache_root",
     "cached_latents",
     "cached_masks",
     "cached_pixels",
