@@ -1,4 +1,4 @@
-"""How fast images and cached latents are loaded, and what a million of them cost in memory.
+"""Measure how fast images and cached latents are loaded, and the memory that a million of them take.
 
     python benchmarks/loading.py FOLDER [--resolution 128] [--repeats 5] [--images 1024]
     python benchmarks/loading.py --entries 10000 100000 1000000

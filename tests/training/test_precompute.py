@@ -181,7 +181,7 @@ def test_what_was_begun_is_finished_and_nothing_else_is_touched(
 def assert_same_latents(source: Source, images: Source, vae: Path) -> None:
     network = load_autoencoder(vae)
     stored, direct = (
-        cached_latents(one, network, 16, flips=False, progress=False) for one in (source, images)
+        cached_latents(data, network, 16, flips=False, progress=False) for data in (source, images)
     )
     torch.testing.assert_close(stored.mean[:], direct.mean[:])
 
