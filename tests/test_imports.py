@@ -35,7 +35,7 @@ LAYERS = [
     {"training.losses"},
     {"training.report"},
     {"training"},
-    {"web"},
+    {"web", "evaluation"},
 ]
 
 
