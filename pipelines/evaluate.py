@@ -39,7 +39,7 @@ LARGEST_SEED = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(AdapterChoice):
-    """Settings of a measurement: the checkpoint, the data, and how images are drawn."""
+    """Settings of an evaluation: the checkpoint, the data, and how images are sampled."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Pipeline folder, run folder, such as runs/cats, or hub id."""
@@ -51,51 +51,51 @@ class EvaluateConfig(AdapterChoice):
     """Replace a report that exists."""
 
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 200
-    """Images to draw, of the captions or classes of as many training images (again from the first where they are
-    fewer). Below 50 most figures say little."""
+    """Images to generate, for the captions or classes of as many training images (repeated where there are fewer).
+    Below 50 most figures say little."""
     steps: int | None = None
-    """Steps from noise to data; default: 20, or 4 of a few-step checkpoint."""
+    """Steps from noise to data; default: 20, or those of a few-step checkpoint."""
     guidance: float | None = None
-    """Guidance scale; 1 is off. Default: 4, unless the checkpoint has learned its guidance along."""
+    """Guidance scale; 1 is off. Default: 4, unless guidance was distilled into the checkpoint."""
     solver: Literal[tuple(SOLVERS)] | None = None  # type: ignore[valid-type]
-    """Solver of the flow; default: heun, or none of a few-step checkpoint, which leaps from time to time."""
+    """Solver of the flow; default: heun, or none for a few-step checkpoint, which needs none."""
     seed: int = 0
-    """Decides the captions, the noise, and which real images are compared with which."""
+    """Seed of the captions, of the noise, and of which real images are compared with which."""
     batch_size: int = 50
-    """Images drawn or encoded at once."""
+    """Images that are generated or encoded at once."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
 
     validation: float | None = None
-    """Share of DATA that the run held out. This and the next seven are read from the run's config.yaml where
-    CHECKPOINT lies in a run folder; else they are what `latentflow train` takes by default."""
+    """Share of DATA that the run held out. This and the next seven settings are read from the run's config.yaml if
+    CHECKPOINT lies in a run folder; else they default to those of `latentflow train`."""
     validation_seed: int | None = None
     """Seed of that run."""
     condition: Literal["auto", "none", "class", "text"] | None = None
-    """What DATA's images are conditioned on."""
+    """What the network is conditioned on for DATA's images."""
     missing_caption: Literal["error", "empty", "skip"] | None = None
-    """What becomes of images without a caption."""
+    """What to do with images that have no caption."""
     masks: Literal["auto", "none", "alpha"] | None = None
-    """Where your own masks come from; alpha shows the images without their transparency."""
+    """Where masks come from; with alpha the images are used without their transparency."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns of tables (of --test as well) that are called otherwise, as for `latentflow train`."""
+    """Rename table columns (of --test as well), as for `latentflow train`."""
     colours: Literal["srgb", "stored"] | None = None
     """Convert images (of --test as well) to sRGB by their colour profiles, or not, as for `latentflow train`."""
     background: str | None = None
     """Colour behind transparent images."""
     test: str | None = None
-    """One more folder that was not trained on, whose reconstruction and loss are reported as well."""
+    """One more folder that was not trained on; its reconstruction and loss are reported as well."""
 
     attributes: tuple[str, ...] = ()
-    """Words that tell captions apart, such as "light skin tone" "dark skin tone": every caption of --test
-    (without it: held out) with such words is drawn, and must be nearest to the real one with the same."""
+    """Words that distinguish captions, such as "light skin tone" "dark skin tone". For every caption of --test
+    (without it: held out) with such words an image is generated; it should be nearest to the real one with the same."""
     fid: bool = False
     """Also FID in Inception's feature space (extra `metrics`; downloads weights)."""
     clip: str | None = None
     """Also the CLIP score under this hub id or folder, such as openai/clip-vit-base-patch16."""
 
     def __post_init__(self) -> None:
-        fix = f"Draw at least 2, to fit a distribution, and at most {MOST:,}; default: 200."
+        fix = f"Give at least 2, to fit a distribution, and at most {MOST:,}; default: 200."
         whole("-n", self.n, 2, MOST, fix=fix)
         for flag, value, least, most in (
             ("--steps", self.steps, 1, None),
@@ -109,7 +109,7 @@ class EvaluateConfig(AdapterChoice):
             if number is not None:
                 finite(flag, number)
         if self.attributes and len(set(self.attributes)) < max(2, len(self.attributes)):
-            raise UserError("--attributes tell captions apart", "Give at least two, all different.")
+            raise UserError("--attributes must distinguish captions", "Give at least two, all different.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

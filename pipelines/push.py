@@ -16,12 +16,12 @@ from latentflow.training.report.hub import push
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
-    """Upload a pipeline folder. A new repository is private; a README.md on the hub stays as it is."""
+    """Upload a pipeline folder to the hub. A new repository is private; your own README.md there stays."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A pipeline folder, such as runs/cats/pipeline."""
     repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
-    """Where to."""
+    """The repository on the hub."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,12 +16,12 @@ from latentflow.utils.html_page import refuse_existing
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write one self-contained HTML page about a run: curves, samples, settings, data, environment, how to go on."""
+    """Write one self-contained HTML page about a run: curves, samples, settings, data, environment, how to resume."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """A run folder of `latentflow train` or `latentflow autoencoder`."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
-    """The page. Empty: report.html in the run folder."""
+    """The page; default: report.html in the run folder."""
     overwrite: bool = False
     """Replace the page if it exists."""
 

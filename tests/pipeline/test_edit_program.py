@@ -116,13 +116,13 @@ def test_interpolation_between_images_in_one_row(program: Program, class_folder:
     [
         (["edit", "no.png", "hat"], "no file no.png"),
         (["edit", "cut.png", "hat"], "cut.png cannot be read"),
-        (["edit", "a.png"], "nothing says what to draw"),
+        (["edit", "a.png"], "a prompt is needed"),
         (["edit", "a.png", "hat", "--strength", "1.5"], "strength"),
         (
             ["edit", "a.png", "hat", "--from", "apple", "--method", "image-to-image"],
-            "does not look at --from",
+            "does not use --from",
         ),
-        (["edit", "a.png", "hat", "-n", "2", "--method", "inversion"], "all would be equal"),
+        (["edit", "a.png", "hat", "-n", "2", "--method", "inversion"], "all images would be equal"),
         (["edit", "a.png", "hat", "--solver", "ddpm"], "ddpm"),
         (["edit", "a.png", "hat", "--checkpoint", "CLASSES"], "--class NAME: apple, hat"),
         (
@@ -178,4 +178,4 @@ def test_transparency_is_lost_with_a_word(
     image.save("clear.png")
     for path in program(*arguments, "--checkpoint", dit_folder):
         assert Image.open(path).mode == "RGB"
-    assert "clear.png has transparent parts: they lie on white" in caplog.text
+    assert "clear.png has transparent parts: they become white" in caplog.text

@@ -95,7 +95,7 @@ def test_a_run_folder_will_do(generate: Generate, dit_folder: Path) -> None:
             "takes no prompt such as 'hat'\nIt takes --class NAME: apple, hat",
         ),
         (["--class", "ht", "--checkpoint", "CLASSES"], "did you mean 'hat'"),
-        (["--checkpoint", "CLASSES"], "nothing says what to draw\nIt takes --class"),
+        (["--checkpoint", "CLASSES"], "a class is needed\nIt takes --class"),
         (["--class", "hat", "--checkpoint", "CAPTIONS"], "takes no --class\nIt takes a prompt"),
         (["hat", "--checkpoint", "nowhere/at/all"], "no folder"),
         (["hat", "-o", "out.pgn", "--checkpoint", "CAPTIONS"], "no image format '.pgn'"),

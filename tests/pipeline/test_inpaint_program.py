@@ -259,7 +259,7 @@ def test_a_format_without_alpha_says_so(
     ]
     load_program("inpaint").main([*arguments, "-o", "a.jpg"])
     said = capsys.readouterr()
-    assert ".jpg has no transparency: what is transparent lies on white" in said.err
+    assert ".jpg has no transparency: transparent parts become white" in said.err
     assert said.out == "a.jpg\n" and Image.open("a.jpg").mode == "RGB"
 
 
