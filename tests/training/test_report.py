@@ -96,8 +96,8 @@ def test_time_in_training_counts_repeated_steps_and_no_standstill(killed: Path) 
 def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
     html = str(report_page(killed).html())
     for text in (
-        "not finished: step 6 of 8", "The autoencoder, trained first", "val_psnr", "20.5000 dB", "not finite: 1 (log",
-        "<td>0 s, 8 images a second</td>",  # the first stage has its own batch: 2 steps of 2
+        "not finished: step 6 of 8", "The autoencoder, trained first", "val_psnr", "20.5000 dB", "not finite: 1 (see the log",
+        "<td>0 s, 8 images per second</td>",  # the first stage has its own batch: 2 steps of 2
         "step-000005.png cannot be read", "&lt;b&gt;9&lt;/b&gt; images", "step 3</figcaption>",
     ):  # fmt: skip
         assert text in html, text
@@ -325,7 +325,7 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: 
         "- data: 9 to train on",
         "- cats: \\<b\\>9\\</b\\>", "# cats", "| width | 96 |", "| vae | vae |",
         "6 steps of 4 samples, 3 s.", "at step 5: `val_loss` 3.0000. They", "![Samples](sample.png)",
-        "What it drew at step 5,",  # the last preview
+        "Samples at step 5,",  # the last preview
     ):  # fmt: skip
         assert text in body, text
     assert (folder / "sample.png").is_file()
