@@ -16,7 +16,7 @@ from .sample import LARGEST_SEED
 
 @dataclass(frozen=True, kw_only=True)
 class DrawingConfig(AdapterChoice):
-    """How images are sampled, and where they are written."""
+    """Settings for sampling images and writing them."""
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "out.png"
     """The image to write; several become FILE-1, FILE-2, ... Files that exist are kept, and the next free number is
