@@ -149,10 +149,7 @@ def capabilities(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Capabil
 
 
 def open_pipeline(
-    kind: str,
-    checkpoint: str | None = None,
-    device: str = "auto",
-    adapters: AdapterChoice | None = None,
+    kind: str, checkpoint: str | None = None, device: str = "auto", adapters: AdapterChoice | None = None
 ) -> Any:
     """Load a pipeline onto its device.
 
@@ -206,8 +203,7 @@ def check_device(name: str) -> str:
     # torch raises all of these; AssertionError where it was built without CUDA.
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
         raise UserError(
-            f"--device {name} cannot be used: {reason(error)}",
-            f"auto takes {fastest_device()} here.",
+            f"--device {name} cannot be used: {reason(error)}", f"auto takes {fastest_device()} here."
         ) from error
     return name
 

@@ -358,10 +358,7 @@ def choice(label: str, offered: Callable[[], list[str]]) -> gr.Dropdown:
     """
     field = gr.Dropdown([USUAL], value=USUAL, label=label)
     gr.on(  # without a trigger: when the page is loaded
-        None,
-        lambda: gr.Dropdown([USUAL, *offered()]),
-        outputs=field,
-        **AT_ONCE,
+        None, lambda: gr.Dropdown([USUAL, *offered()]), outputs=field, **AT_ONCE
     )
     return field
 

@@ -70,10 +70,7 @@ def start(
     listeners: Counter[str] = Counter()
     page = build(server, listeners)
     guard = Middleware(
-        Guard,
-        hosts=Hosts(host, allowed_hosts),
-        uploads=Path(page.GRADIO_CACHE),
-        listeners=listeners,
+        Guard, hosts=Hosts(host, allowed_hosts), uploads=Path(page.GRADIO_CACHE), listeners=listeners
     )
     try:
         page.launch(

@@ -118,10 +118,7 @@ def test_interpolation_between_images_in_one_row(program: Program, class_folder:
         (["edit", "cut.png", "hat"], "cut.png cannot be read"),
         (["edit", "a.png"], "a prompt is needed"),
         (["edit", "a.png", "hat", "--strength", "1.5"], "strength"),
-        (
-            ["edit", "a.png", "hat", "--from", "apple", "--method", "image-to-image"],
-            "does not use --from",
-        ),
+        (["edit", "a.png", "hat", "--from", "apple", "--method", "image-to-image"], "does not use --from"),
         (["edit", "a.png", "hat", "-n", "2", "--method", "inversion"], "all images would be equal"),
         (["edit", "a.png", "hat", "--solver", "ddpm"], "ddpm"),
         (["edit", "a.png", "hat", "--checkpoint", "CLASSES"], "--class NAME: apple, hat"),

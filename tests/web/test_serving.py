@@ -211,10 +211,7 @@ def test_a_program_is_told_what_was_wrong(
         "text": lambda: upload(client, "a.png", b"no image"),
         "huge": lambda: upload(client, "a.png", encoded(Image.new("1", (7200, 7200)))),
         "http": lambda: {"path": "http://192.0.2.1/a.png", "meta": {"_type": "gradio.FileData"}},
-        "elsewhere": lambda: {
-            "path": str(tmp_path / "elsewhere.png"),
-            "meta": {"_type": "gradio.FileData"},
-        },
+        "elsewhere": lambda: {"path": str(tmp_path / "elsewhere.png"), "meta": {"_type": "gradio.FileData"}},
     }
     values = {"tab": "generate", "prompt": "red apple", "steps": 2} | values
     if isinstance(values.get("image"), str):
