@@ -20,9 +20,10 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # Leaves that those after them, and everything else, may import; `cli` is for programs only.
 GROUND = [
     {"errors"},
-    {"utils", "utils.arguments", "utils.documents", "utils.replacing"},
+    {"utils", "utils.arguments", "utils.documents", "utils.flags", "utils.replacing"},
     {"utils.settings"},
     {"utils.components", "utils.html_page", "utils.image_formats", "utils.libraries", "utils.memory", "cli"},
+    {"__main__"},
 ]
 LEAVES = set().union(*GROUND)
 LAYERS = [
@@ -36,7 +37,7 @@ LAYERS = [
     {"training.losses"},
     {"training.report"},
     {"training"},
-    {"web"},
+    {"web", "evaluation"},
 ]
 
 

@@ -1,4 +1,4 @@
-"""Settings of the data."""
+"""Settings of the data: which images, with which captions, classes and masks, and how they are cropped."""
 
 from __future__ import annotations
 
@@ -8,60 +8,61 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..errors import UserError
+from ..utils.flags import Essential
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The images, and what is made of them."""
+    """The images, with their captions, classes and masks."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A folder of images, tar shards, a zip, a table, a saved data set, hub:owner/name, a .yaml that mixes several, or
-    the procedural set `shapes` (docs/data.md)."""
-    resolution: int = 64
-    """Side of the square that every image is resized and centre-cropped to (with --buckets, of about as many
+    """A folder of images, tar shards, a zip file, a table, a saved data set, hub:owner/name, a .yaml that mixes
+    several, or `shapes` (docs/data.md)."""
+    resolution: Annotated[int, Essential("data")] = 64
+    """Side in pixels to which images are resized and centre-cropped (with --buckets: of a square of as many
     pixels)."""
     background: str = "white"
-    """What lies behind transparent images: a colour name or #rrggbb."""
-    condition: Literal["auto", "none", "class", "text"] = "auto"
-    """What to condition on; auto: captions before classes before nothing (in a folder: metadata, .txt files,
-    subfolders as classes)."""
+    """Colour behind transparent images: a name or #rrggbb."""
+    condition: Annotated[Literal["auto", "none", "class", "text"], Essential("data")] = "auto"
+    """Condition of the model. auto: captions if there are any, else classes (subfolders), else none."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
-    """What becomes of images without a caption."""
-    masks: Literal["auto", "none", "alpha"] = "auto"
-    """Your own masks; auto: a mask column in the metadata, then cat-mask.png beside cat.png; alpha: what is
-    transparent is to be repainted."""
+    """What to do with images that have no caption: stop with an error, train on an empty caption, or skip them."""
+    masks: Annotated[Literal["auto", "none", "alpha"], Essential("data")] = "auto"
+    """Your own inpainting masks. auto: the metadata's mask column, else cat-mask.png beside cat.png. alpha: repaint
+    what is transparent."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns of a table that are called otherwise, such as `image picture text caption`: our name, then theirs."""
+    """Rename table columns: pairs of our name and yours, such as `image photo text caption`."""
     colours: Literal["srgb", "stored"] = "srgb"
-    """Colour profiles: srgb converts the images that have another than sRGB, stored takes the numbers of all as they
-    are."""
+    """srgb converts images that have another colour profile to sRGB; stored takes all pixel values as they are."""
     shuffle_tags: int = 0
-    """Captions are lists of tags parted by commas: train on this many orders of each. 0: as they are written."""
+    """For captions that are lists of tags separated by commas: train on this many random orders of each list. 0
+    keeps the order as it is."""
     keep_tags: int = 0
-    """That many tags stay in front when the others are shuffled."""
+    """With --shuffle-tags: this many tags keep their place at the front."""
     validation: float = 0.02
-    """Share of the images held out for validation."""
-    random_flip: bool = False
-    """Mirror images at random (leave it off where left and right matter)."""
+    """Share of the images that is held out for validation."""
+    random_flip: Annotated[bool, Essential("data")] = False
+    """Mirror images at random."""
 
     def wanted(self) -> dict[str, Any]:
-        """The keywords of `find_source`."""
+        """Return the keyword arguments of `find_source`."""
         names = ("condition", "missing_caption", "masks", "columns", "colours", "shuffle_tags", "keep_tags")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FramingConfig:
-    """Which part of each image is trained on."""
+    """Which part of each image is used."""
 
-    buckets: bool = False
-    """Train at several aspect ratios, each image at the one nearest to its own, so that little is cut off."""
+    buckets: Annotated[bool, Essential("data")] = False
+    """Train on several aspect ratios, each image on the one nearest to its own, so that little is cropped away."""
     crops: int = 1
-    """Cut what is too long from this many random places of each image; 1: the centre."""
+    """Number of crops of each image, at random places along its longer side. 1: only the centre."""
     mirror_captions: bool = False
     """With --random-flip: swap the words left and right in the captions of mirrored images."""
     size_conditioning: bool = False
-    """Tell the network how large each image was and what was cut off (SDXL, arXiv:2307.01952)."""
+    """Condition the network on the original size of each image and on what was cropped away (SDXL,
+    arXiv:2307.01952)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.crops <= 64:

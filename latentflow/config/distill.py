@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from ..errors import UserError, lookup
+from ..utils.flags import Essential
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """What the student takes from its teacher."""
+    """What the student learns from its teacher."""
 
-    guidance: float | None = None
-    """Guidance scale at which the teacher is followed, and which the student then has without being asked. Empty: that
-    at which the teacher draws (4; 1 without a condition)."""
-    step_counts: tuple[int, ...] = (1, 2, 4)
-    """The numbers of evaluations that the student is made for; it draws in the last of them unless told otherwise.
-    (Method one-step: 1.)"""
+    guidance: Annotated[float | None, Essential("training")] = None
+    """Guidance scale of the teacher, which the student learns and then has without being asked for. Default: the
+    teacher's usual one (4; 1 without a condition)."""
+    step_counts: Annotated[tuple[int, ...], Essential("training")] = (1, 2, 4)
+    """Numbers of evaluations that the student is made for; it uses the last one unless asked otherwise. (Method
+    one-step: 1.)"""
     pairs: int = 10_000
-    """Of the methods reflow and one-step: how many pairs the teacher draws, of the captions or classes of the data in
-    turn."""
+    """Methods reflow and one-step: number of pairs of noise and image that the teacher generates, for the captions
+    or classes of the data in turn."""
     pairs_steps: int = 20
-    """Steps in which it draws them."""
+    """Number of steps in which it generates them."""
     pairs_solver: str | None = None
-    """By this solver. Empty: the teacher's own."""
+    """Solver with which it generates them. Default: the teacher's own."""
     pairs_folder: str | None = None
-    """Where they are kept; what is there is not drawn again. Empty: in the run folder."""
+    """Folder in which the pairs are kept; pairs that are in it are not generated again. Default: `pairs` in the run
+    folder."""
 
     def __post_init__(self) -> None:
         if self.guidance is not None and not 0.0 < self.guidance < float("inf"):
@@ -40,7 +43,7 @@ class DistillationConfig:
             solver = lookup(SOLVERS, self.pairs_solver, "solver")
             if solver.stochastic:
                 raise UserError(
-                    f"--pairs-solver {self.pairs_solver} draws noise on its way, and forgets that which it began with",
+                    f"--pairs-solver {self.pairs_solver} adds fresh noise on its way, and forgets the first noise",
                     "Use heun or dopri5.",
                 )
         if not self.step_counts or not rising or self.step_counts[0] < 1:

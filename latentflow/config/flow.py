@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from ..errors import UserError, lookup, unknown
+from ..utils.flags import Essential
 
 if TYPE_CHECKING:
     from ..flow import Coupling, Objective, Path, TimeDensity, Weighting
@@ -23,56 +24,56 @@ _NAMED = {
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """What the velocity network learns: one choice from each table of `latentflow.flow` (docs/design-space.md).
+    """What the velocity network learns: one entry of each table of `latentflow.flow` (docs/design-space.md).
 
     Raises:
         UserError: an unknown name or option (the nearest is named), or choices that do not go together.
     """
 
     path: str = "condot"
-    """Probability path from noise to data: condot, variance-preserving, variance-exploding, trigonometric,
-    polynomial, sqrt."""
+    """Probability path from noise to data: condot (straight), variance-preserving, variance-exploding,
+    trigonometric, polynomial or sqrt."""
     path_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `beta_max 12`."""
+    """Options of the path, such as `beta_max 12`."""
     prediction: str = "velocity"
     """What the network predicts: velocity, data, noise or score."""
     coupling: str = "independent"
-    """How noise and data are paired: independent, ot, sinkhorn, conditional-ot; with --inpainting also data-dependent
-    (a flow from the known part, with noise in the hole only). Those in the middle pair within a forward pass, so that
-    its size is part of what is learnt."""
+    """How noise and data are paired: independent, ot, sinkhorn, conditional-ot; with --inpainting also
+    data-dependent (the flow starts from the known part of the image, with noise in the hole only). ot, sinkhorn and
+    conditional-ot pair within one forward pass, so that its batch size affects what is learned."""
     coupling_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `regularization 0.05`."""
+    """Options of the coupling, such as `regularization 0.05`."""
     objective: str = "flow-matching"
-    """What is minimised: flow-matching learns velocities, mean-flow average velocities, which draw in one to four
-    evaluations (docs/few-step.md)."""
+    """What is minimised: flow-matching learns velocities; mean-flow and its relatives learn average velocities,
+    which generate in one to four evaluations (docs/few-step.md)."""
     objective_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `guidance 3` of mean-flow."""
+    """Options of the objective, such as `guidance 3` of mean-flow."""
     weighting: str | None = None
     """Weighting of the noise levels as a function of the log-SNR: flow-matching, edm, min-snr, sigmoid, ...
-    Empty: the plain squared error of the prediction, weighted by the density of the times."""
+    Default: the plain squared error of the prediction, weighted by the density of the times."""
     weighting_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `bias 2`."""
+    """Options of the weighting, such as `bias 2`."""
     time_density: str | None = None
-    """Density of the training times t: uniform, logit-normal, mode, cosine-map, beta, power. Empty: logit-normal;
-    with a weighting uniform, where the density decides nothing but how noisy the loss is."""
+    """Density of the training times t: uniform, logit-normal, mode, cosine-map, beta or power. Default:
+    logit-normal; with --weighting uniform, where the density affects only how noisy the loss is."""
     time_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `mean 0.5 std 1`; `shift 3` leans towards the noise, as large images need."""
+    """Options of the density, such as `mean 0.5 std 1`. `shift 3` moves it towards the noise, as large images
+    need."""
     time_uniform_from: float = 1.0
-    """Share of the run after which the training times are uniform, whatever the density before, such as 0.8; 1 for
-    never. (Logit-normal times speed up the start; see the public notes on LightningDiT, arXiv:2501.01423.)"""
+    """Share of the run after which the training times are uniform, such as 0.8; 1: never. Logit-normal times speed
+    up the start (see the public notes on LightningDiT, arXiv:2501.01423)."""
     direction_weight: float = 0.0
-    """Weight of the velocity-direction (cosine) term."""
+    """Weight of the loss on the direction (cosine) of the velocity."""
     contrastive_weight: float = 0.0
-    """Weight of the contrastive term (Delta-FM); 0.05 is usual."""
+    """Weight of the contrastive loss (Delta-FM); 0.05 is usual."""
     condition_dropout: float = 0.1
     """Share of the samples whose condition is replaced by the learned null, for classifier-free guidance."""
-    inpainting: bool = False
-    """Learn to inpaint as well, from what is left of each image under random masks. On by itself if the data has
-    masks of its own, or the checkpoint that is fine-tuned has learnt it."""
+    inpainting: Annotated[bool, Essential("model")] = False
+    """Also learn to inpaint, with random masks. Automatic if the data have masks or --init-from can inpaint."""
     mask_shapes: dict[str, float] = field(default_factory=dict)
-    """Shares of the masks: rectangle, strokes, ellipse, half-plane, frame (outpainting), full (nothing is known: plain
-    generation), none, and data (the image's own mask). Empty: some of each but none; if the data has masks, these
-    are half of all."""
+    """Shares of the mask shapes: rectangle, strokes, ellipse, half-plane, frame (outpainting), full (nothing is
+    known: plain generation), none, and data (the image's own mask). Default: a mixture of all but none; if the data
+    have masks, half of them are data."""
 
     def __post_init__(self) -> None:
         choices = self.choices() if changed(self) & _NAMED else None
@@ -127,7 +128,7 @@ class FlowConfig:
             )
 
     def shapes(self, has_masks: bool) -> dict[str, float]:
-        """Shares of the shapes of masks, for data that have masks of their own or have not."""
+        """Return the share of each mask shape, for data with or without masks of their own."""
         from ..data.masks import DEFAULT_SHAPES, OWN
 
         return self.mask_shapes or {
@@ -136,10 +137,12 @@ class FlowConfig:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Plain values; a resumed run must have the same. What came later is left out where it changes nothing, so that
-        runs of before go on."""
+        """Return the settings that must not change when a run is resumed.
+
+        Settings that earlier versions did not have are left out where they change nothing, so that their runs resume.
+        """
         values = dataclasses.asdict(self)
-        return {name: one for name, one in values.items() if name not in _LATER or one != _LATER[name]}
+        return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
 
     def choices(self) -> Choices:
         """Return the entries of the tables that this config names."""
@@ -179,19 +182,19 @@ class Choices(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """Token routing (TREAD, arXiv:2501.04765): cheaper steps; validation and the result never route.
+    """Token routing (TREAD, arXiv:2501.04765): cheaper training steps; validation and the result use all tokens.
 
     Raises:
         UserError: a share outside its bounds.
     """
 
     route_share: float = 0.0
-    """Share of the tokens that skips the middle blocks in training (TREAD, dit); 0.5 is usual. 0: none."""
+    """Share of the tokens that skips the middle blocks in training (dit); 0.5 is usual. 0: none."""
     route_blocks: tuple[int, int] = (1, -1)
-    """The blocks that they skip: all but so many at the beginning, up to this one; a negative number counts from the
-    end, as in Python. 1 -1: all but the first and the last."""
+    """First and last block that they skip, as in a Python slice: 1 -1 skips all but the first and the last
+    block."""
     route_until: float = 0.9
-    """Share of the run after which all tokens take all blocks, to fit the network to how it will be used."""
+    """Share of the run after which no token skips a block any more, so that the network ends as it will be used."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.route_share < 1.0:
@@ -202,7 +205,7 @@ class RoutingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-    """Feature alignment: a second loss on the tokens of an early block. Neither validation nor the result knows it.
+    """Feature alignment: a second loss on the tokens of an early block, used in training only.
 
     Raises:
         UserError: an unknown alignment, a weight that is not positive, an encoder that is missing, or settings of no
@@ -210,15 +213,16 @@ class AlignmentConfig:
     """
 
     alignment: str | None = None
-    """Draw the features of an early block (dit) towards those of the weight average, later in the network and nearer to
-    the data: self (SRA, arXiv:2505.02831); or of a vision model: encoder (REPA, arXiv:2410.06940). Empty: neither."""
+    """Pull the features of an early block (dit) towards better ones. self: those of the weight average, of a later
+    block and of less noisy data (SRA, arXiv:2505.02831). encoder: those of a vision model (REPA, arXiv:2410.06940).
+    Default: off."""
     alignment_weight: float | None = None
-    """Weight of that loss. Empty: 0.2 (self), 0.5 (encoder)."""
+    """Weight of this loss. Default: 0.2 (self), 0.5 (encoder)."""
     alignment_block: int | None = None
-    """Behind how many blocks. Empty: three in ten (2 of 8, 8 of 28)."""
+    """Number of blocks before the aligned features. Default: three tenths of all (2 of 8, 8 of 28)."""
     alignment_encoder: str | None = None
-    """The vision model of `encoder`: a transformers model (hub id or folder; DINOv2, CLIP, ...), which stays as it
-    is."""
+    """With --alignment encoder: the vision model, from transformers (hub id or folder; DINOv2, CLIP, ...). It stays
+    frozen."""
 
     def __post_init__(self) -> None:
         if self.alignment is not None:

@@ -13,53 +13,54 @@ from ..utils.arguments import finite, whole
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterChoice:
-    """Which adapters, and how much of each."""
+    """Adapters to add to the checkpoint."""
 
     fast: bool = False
-    """Draw in a few evaluations, by the adapter that the checkpoint brings for that (its folder `fast`)."""
+    """Generate in a few evaluations, with the few-step adapter that comes with the checkpoint (its folder
+    `fast`)."""
     lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER[:WEIGHT]")] = ()
-    """An adapter (LoRA): folder, file, run folder or hub id, and how much of it, such as runs/hats:0.8. Several: once
-    more for each."""
+    """An adapter (LoRA), as a folder, file, run folder or hub id, with an optional weight, such as runs/hats:0.8.
+    Repeat the flag for several."""
     lora_any_base: bool = False
-    """Take adapters also if they were made for another base of the same architecture."""
+    """Accept adapters that were made for another base checkpoint of the same architecture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(AdapterChoice):
-    """How images are drawn, and where they go."""
+    """How images are generated, and where they are written."""
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "out.png"
-    """The image to write; several become FILE-1, FILE-2, ... A file that exists is kept, and the next free
-    number taken, unless --overwrite."""
+    """Image file to write; several images become FILE-1, FILE-2, ... Existing files are kept and the next free
+    number is used, unless --overwrite is given."""
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Pipeline folder, run folder or hub id; default: the shipped checkpoint."""
+    """Pipeline folder, run folder or hub id. Default: the checkpoint that comes with latentflow."""
     class_labels: Annotated[tuple[str, ...], tyro.conf.arg(name="class", metavar="NAME ...")] = ()
-    """Names or numbers of classes, for checkpoints trained on classes."""
+    """Classes to generate, by name or number, for checkpoints that were trained on classes."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
-    """Images per prompt or class."""
+    """Number of images per prompt or class."""
     seed: int = 0
-    """Image i is drawn from seed + i."""
+    """Image i is generated from seed + i."""
     steps: int | None = None
-    """Steps from noise to image; default: 20, or what a few-step checkpoint was made for, if no solver or edit
-    follows it."""
+    """Number of steps from noise to image. Default: 20; for a few-step checkpoint without --solver, the number it
+    was made for."""
     guidance: float | None = None
-    """How hard to follow the prompt or class; 1 is off, and twice as fast. Default: 4, unless the checkpoint has
-    learned its guidance along."""
+    """Guidance scale: how strongly the prompt or class is followed. 1 is off, and twice as fast. Default: 4; 1 for
+    checkpoints that have learned their guidance."""
     solver: str | None = None
     """euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
-    dopri5, or with fresh noise euler-maruyama, stochastic-heun, ddpm, churn, langevin; default: the scheduler that
-    the checkpoint brings, else heun (exponential-adams for networks that predict the data)."""
+    dopri5, or with fresh noise euler-maruyama, stochastic-heun, ddpm, churn, langevin. Default: the checkpoint's
+    scheduler if it has one, else heun (exponential-adams for networks that predict the data)."""
     negative: str | None = None
-    """What to keep away from."""
+    """Negative prompt: what the image should not show."""
     scale: int = 1
-    """Enlarge the finished image so many times."""
+    """Enlarge the finished image this many times."""
     overwrite: bool = False
-    """Write over files that exist."""
+    """Replace existing files."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
 
     def check(self) -> None:
-        """Refuse at once what would fail after the drawing.
+        """Refuse at once what would fail after the images are generated.
 
         Raises:
             UserError: a number below 1, out of range or not finite; a file name without an image format, or where

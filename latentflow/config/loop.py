@@ -7,92 +7,94 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..errors import UserError
+from ..utils.flags import Essential
 
 SNAPSHOTS = 32  # of a run: enough for post-hoc averages to agree with tracked ones to 1e-3 (docs/training.md)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """The training loop: optimiser, schedule, precision, checkpoints and reports."""
+    """Training: steps, optimiser, learning rate, precision, checkpoints and reports."""
 
-    max_train_steps: int = 20_000
-    """Optimiser steps in all; a resumed run counts on from where it stopped."""
-    train_batch_size: int = 64
-    """Samples in one forward pass of one process."""
+    max_train_steps: Annotated[int, Essential("training")] = 20_000
+    """Optimiser steps, counted over all resumptions of the run."""
+    train_batch_size: Annotated[int, Essential("training")] = 64
+    """Samples per forward pass and process."""
     gradient_accumulation_steps: int = 1
-    """Forward passes for one optimiser step."""
-    auto_micro_batch: bool = False
-    """When memory runs out, pass batches in halves, then quarters, ...; the samples of a step stay the same."""
-    learning_rate: float = 2e-3
-    """Peak learning rate. Right for a network of width 256; the best one falls as the width grows (docs/recipe.md)."""
+    """Forward passes per optimiser step."""
+    auto_micro_batch: Annotated[bool, Essential("training")] = False
+    """If memory runs out, split batches into halves, quarters, ...; what a step learns stays the same."""
+    learning_rate: Annotated[float, Essential("training")] = 2e-3
+    """Peak learning rate; this default suits a network of width 256, wider ones need less."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """Shape of the decay after the warm-up: none, or down to zero at max_train_steps."""
+    """Learning rate after the warm-up: constant, or a linear or cosine decay to zero at the end."""
     lr_decay_share: float = 0.2
-    """Share of the run, at its end, over which the learning rate decays; of a fine-tune or student 1 unless given."""
+    """Share of the run, at its end, in which the learning rate decays. For fine-tuning and distillation the default
+    is 1."""
     lr_warmup_steps: int = 100
-    """Steps of linear warm-up."""
+    """Steps in which the learning rate rises from zero."""
     lr_layer_decay: float = 1.0
-    """Each block of the network learns at this factor of the rate of the next one, so that the first ones, and what is
-    before them, change least (dit; 0.8 is usual for fine-tuning). Tables of classes and words keep the full rate."""
+    """Learning rate of each block divided by that of the next one, so that the first blocks, and the layers before
+    them, change least (dit; 0.8 is usual for fine-tuning). The tables of classes and words keep the full rate."""
     lr_embeddings: float = 1.0
     """Factor on the learning rate of the tables of classes and words."""
     optimizer: Literal["adamw", "adamw-8bit", "muon", "schedule-free"] = "adamw"
-    """adamw; muon (orthogonalised momentum for the matrices, AdamW for the rest); schedule-free (AdamW that averages
-    its weights instead of decaying its rate; extra `schedule-free`); adamw-8bit (moments in 8 bits, a quarter of the
-    memory; extra `bitsandbytes`)."""
+    """adamw; muon (orthogonalised momentum for matrices, AdamW for the rest); schedule-free (AdamW that averages
+    its weights instead of decaying its rate; extra `schedule-free`); adamw-8bit (a quarter of AdamW's memory; extra
+    `bitsandbytes`)."""
     adam_beta1: float = 0.9
-    """AdamW's first decay; of schedule-free the share of its average in the weights that are trained."""
+    """AdamW's first decay. With schedule-free: the share of the average in the weights that are trained."""
     adam_beta2: float = 0.95
     """AdamW's second decay."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, for matrices only."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 switches clipping off."""
+    """Largest norm of the gradient; larger ones are scaled down. 0: no limit."""
     ema_decay: float = 0.999
-    """Decay of the weight average, reached gradually: min(ema_decay, (1 + step) / (10 + step)). Not used by
-    `--optimizer schedule-free`, whose own average takes its place."""
+    """Decay of the weight average, which rises with the steps: min(ema_decay, (1 + step) / (10 + step)).
+    `--optimizer schedule-free` uses its own average instead."""
     ema_lengths: tuple[float, ...] = ()
-    """Relative lengths, such as 0.05 0.1, of power-function averages of the weights that are tracked as well. From
-    their snapshots `latentflow average` makes the average of any length near these, after the run."""
+    """Relative lengths, such as 0.05 0.1, of power-function averages of the weights that are tracked too. After the
+    run `latentflow average` makes averages of any length near these."""
     ema_snapshot_steps: int = 0
-    """Steps between snapshots of these averages; 0 for a 32nd of the run."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Autocast precision; weights stay in float32. auto: bf16 where the device computes in it, else none. fp16 needs
-    a GPU."""
+    """Steps between snapshots of these averages. 0: a 32nd of the run."""
+    mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], Essential("training")] = "auto"
+    """Precision of the computation; auto: bf16 where the device supports it. fp16 needs a GPU. Weights stay in
+    float32."""
     compile: bool = False
-    """torch.compile the networks (minutes of warm-up; worth it on long runs)."""
-    seed: int = 0
-    """Decides weights, data order, noise and times."""
+    """Compile the networks with torch.compile: some minutes at the start, faster steps."""
+    seed: Annotated[int, Essential("training")] = 0
+    """Seed of the weights, the data order, the noise and the times."""
     num_workers: int = 0
     """Processes that load data; cached latents need none."""
     checkpointing_steps: int = 1000
     """Steps between checkpoints."""
     checkpoints_total_limit: int = 2
-    """Checkpoints kept; older ones of this run are removed."""
+    """Number of checkpoints that are kept; older ones of this run are removed."""
     validation_steps: int = 500
-    """Steps between validations; 0 for none."""
-    early_stop: int = 0
-    """End after this many validations that were not better than the best one; the result is the best one's weights,
-    also where the end is reached. 0: go on to the end, the result is of the end."""
+    """Steps between validations. 0: none."""
+    early_stop: Annotated[int, Essential("training")] = 0
+    """End after this many validations in a row without a better loss; the result is the best one's weights, also at
+    the planned end. 0: never."""
     preview_steps: int = 1000
-    """Steps between preview images; 0 for none."""
+    """Steps between preview images. 0: none."""
     log_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Also report curves and previews to TensorBoard (files in the run folder; extra `tensorboard`) or to Weights &
-    Biases (extra `wandb`; without network under WANDB_MODE=offline)."""
+    Biases (extra `wandb`; WANDB_MODE=offline without network)."""
     shard: bool = field(default_factory=lambda: _from_environment("ACCELERATE_USE_FSDP"))
-    """Spread weights, gradients, average and optimiser over the processes (FSDP2) instead of holding them in each.
-    `accelerate launch --use_fsdp` switches it on."""
+    """Spread weights, gradients, average and optimiser state over the processes (FSDP2) instead of keeping all of
+    them in each. `accelerate launch --use_fsdp` switches it on."""
     profile: bool = False
-    """Write a trace of a few steps and a table of where their time goes to the run's folder `profile`."""
+    """Write a trace of a few steps, and a table of where their time goes, to the folder `profile` of the run."""
     max_nonfinite_steps: int = 10
-    """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    """Steps in a row that may be skipped because the loss or a gradient is not finite; after more the run stops."""
     allow_changes: bool = False
-    """Resume although the data or the architecture changed (the difference is printed)."""
+    """Resume although the data or the settings of the network changed; the differences are printed."""
 
     def __post_init__(self) -> None:
         for names, allowed, words in _BOUNDS:
@@ -121,7 +123,7 @@ class LoopConfig:
 
     @property
     def snapshot_steps(self) -> int:
-        """Steps between snapshots of the power-function averages; 0 without them."""
+        """Return the steps between snapshots of the power-function averages; 0 without them."""
         if not self.ema_lengths:
             return 0
         return self.ema_snapshot_steps or math.ceil(self.max_train_steps / SNAPSHOTS)
@@ -132,12 +134,12 @@ def _from_environment(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-# Of optimisers that are others' work: the package, and the extra that brings it.
+# Optimisers from other packages: the package, and our extra that installs it.
 _PACKAGES = {
     "schedule-free": ("schedulefree", "schedule-free"),
     "adamw-8bit": ("bitsandbytes", "bitsandbytes"),
 }
-# Settings, what they may be, and how to say so.
+# Names of settings, the test of their value, and the error if it fails.
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
         ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",

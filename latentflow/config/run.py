@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..errors import UserError
+from ..utils.flags import Essential
 from .data import DataConfig, FramingConfig
 from .fine_tune import AdapterConfig, FineTuningConfig
 from .flow import AlignmentConfig, FlowConfig, RoutingConfig
@@ -20,18 +21,18 @@ class RunConfig:
     """Turn a folder of images into a diffusers pipeline; the same line again resumes."""
 
     data: DataConfig
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """Run folder; the result is its subfolder `pipeline`."""
-    init_from: str | None = None
-    """Fine-tune: start from the weights of this pipeline folder."""
-    vae: str | None = None
-    """A pretrained diffusers autoencoder (folder or hub id). Empty: one is trained on the data first."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Run folder. The result is its subfolder `pipeline`."""
+    init_from: Annotated[str | None, Essential()] = None
+    """Fine-tune: start from the weights of this pipeline."""
+    vae: Annotated[str | None, Essential()] = None
+    """Pretrained autoencoder of diffusers (folder or hub id). Default: train one on your images first."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
     push_to_hub: str | None = None
-    """Put the result on the Hugging Face hub under this name, owner/name. A new repository is private."""
-    dry_run: bool = False
-    """Print the plan, the sizes and an estimate of memory and time, and stop."""
+    """Upload the result to the Hugging Face hub under this name (owner/name). A new repository is private."""
+    dry_run: Annotated[bool, Essential()] = False
+    """Print the plan, sizes and an estimate of memory and time, then stop."""
     fine_tuning: FineTuningConfig = FineTuningConfig()
     framing: FramingConfig = FramingConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
