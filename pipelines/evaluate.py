@@ -20,17 +20,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from latentflow import metrics
 from latentflow.cli import parse, run
-from latentflow.errors import UserError, printable
-from latentflow.evaluation import figures, report
-from latentflow.evaluation.data import condition_kind, load_image_sets, open_source, run_settings
-from latentflow.evaluation.sampler import TRAINING_CAPTIONS, Sampler
-from latentflow.flow import SOLVERS
-from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
-from latentflow.metrics import learned
-from latentflow.models.text import UnknownWords
-from latentflow.pipeline.conditioning import unknown_words_text
+from latentflow.config import AdapterChoice
+from latentflow.errors import UserError, lookup, printable
 from latentflow.utils.arguments import finite, whole
 
 MOST = 1_000_000  # images; they are held in memory
@@ -57,7 +49,7 @@ class EvaluateConfig(AdapterChoice):
     """Steps from noise to data; default: 20, or those of a few-step checkpoint."""
     guidance: float | None = None
     """Guidance scale; 1 is off. Default: 4, unless guidance was distilled into the checkpoint."""
-    solver: Literal[tuple(SOLVERS)] | None = None  # type: ignore[valid-type]
+    solver: str | None = None
     """Solver of the flow; default: heun, or none for a few-step checkpoint, which needs none."""
     seed: int = 0
     """Seed of the captions, of the noise, and of which real images are compared with which."""
@@ -108,6 +100,10 @@ class EvaluateConfig(AdapterChoice):
         for flag, number in (("--guidance", self.guidance), ("--validation", self.validation)):
             if number is not None:
                 finite(flag, number)
+        if self.solver is not None:
+            from latentflow.flow import SOLVERS
+
+            lookup(SOLVERS, self.solver, "solver")
         if self.attributes and len(set(self.attributes)) < max(2, len(self.attributes)):
             raise UserError("--attributes must distinguish captions", "Give at least two, all different.")
 
@@ -115,6 +111,16 @@ class EvaluateConfig(AdapterChoice):
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure a checkpoint, and write the report."""
     config = parse(EvaluateConfig, argv, prog="latentflow evaluate", description=__doc__ or "")
+
+    from latentflow import metrics
+    from latentflow.evaluation import figures, report
+    from latentflow.evaluation.data import condition_kind, load_image_sets, open_source, run_settings
+    from latentflow.evaluation.sampler import TRAINING_CAPTIONS, Sampler
+    from latentflow.inference.checkpoint import open_pipeline
+    from latentflow.metrics import learned
+    from latentflow.models.text import UnknownWords
+    from latentflow.pipeline.conditioning import unknown_words_text
+
     settings = run_settings(config.checkpoint, config.data)
     settings |= {name: value for name in settings if (value := getattr(config, name)) not in (None, {})}
     config = dataclasses.replace(config, **settings)  # for the report

@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
-from latentflow.training.loop.folders import write_folder
+from latentflow.inference.checkpoint import open_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--export-dtype has no effect with --adapter, which copies the adapter",
             "Leave --export-dtype out.",
         )
+
+    from latentflow.training.loop.folders import write_folder
 
     # ---- the adapter alone ----
     if config.adapter:

@@ -10,14 +10,14 @@ from typing import Annotated
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import SamplingConfig
 from latentflow.inference.checkpoint import open_pipeline
-from latentflow.inference.config import DrawingConfig
 from latentflow.inference.images import enlarge, image_grid, save_images
 from latentflow.inference.sample import check_memory, conditions, sample_images, warn_unknown_words
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(DrawingConfig):
+class GenerateConfig(SamplingConfig):
     """Generate images from prompts or classes, or unconditionally, as the checkpoint was trained."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()

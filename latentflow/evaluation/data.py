@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..config import DataConfig, LoopConfig
 from ..data import Source, cached_pixels, find_source, pixels_to_images, readable, split
-from ..data.config import DataConfig
 from ..data.sources.latent_folder import is_latent_folder
 from ..errors import UserError
-from ..training import LoopConfig
 from ..utils.documents import read_yaml
 
 #: Argument of the pipeline's call that takes the captions or class names; "nothing": the checkpoint takes neither.

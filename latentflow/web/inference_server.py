@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import AdapterChoice
 from ..errors import UserError
-from ..inference.checkpoint import AdapterChoice, capabilities, open_pipeline, read_capabilities
+from ..inference.checkpoint import capabilities, open_pipeline, read_capabilities
 from ..inference.images import read_image
 from ..inference.sample import BATCH, conditions, sample_images
 from ..utils.arguments import finite, whole

@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from latentflow.cli import parse, write_config
+from latentflow.config import RunConfig
 from latentflow.data import find_source
 from latentflow.errors import RunError, UserError, few
 from latentflow.training.loop import logging as trackers
@@ -130,17 +131,17 @@ def test_an_autoencoder_is_finished_when_it_has_the_steps_that_follow_from_the_r
     assert shlex.split(run.resume())[-2:] == ["--autoencoder-steps", "6000"]
 
 
-@pytest.mark.parametrize("name", ["flow", "autoencoder"])
+@pytest.mark.parametrize("command", ["train", "autoencoder"])
 def test_the_command_to_resume_gives_the_settings_of_the_run(
-    name: str, load_program: Callable[[str], Any], tmp_path: Path
+    command: str, load_program: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    module, run = load_program(name), tmp_path / "my run"
+    kind, run = RunConfig if command == "train" else load_program(command).Config, tmp_path / "my run"
     run.mkdir()
-    config = parse(module.Config, ["my data", "-o", str(run), "--learning-rate", "0.5"], prog="x")
+    config = parse(kind, ["my data", "-o", str(run), "--learning-rate", "0.5"], prog="x")
     write_config(config, run / "config.yaml")
     words = shlex.split(read_run(run).resume())
-    assert words[:2] == ["latentflow", "train" if name == "flow" else "autoencoder"]
-    assert parse(module.Config, words[2:], prog="x") == config
+    assert words[:2] == ["latentflow", command]
+    assert parse(kind, words[2:], prog="x") == config
 
 
 def test_an_existing_page_is_replaced_only_when_asked(
