@@ -98,8 +98,6 @@ def test_a_run_folder_will_do(generate: Generate, dit_folder: Path) -> None:
         (["--checkpoint", "CLASSES"], "a class is needed\nIt takes --class"),
         (["--class", "hat", "--checkpoint", "CAPTIONS"], "takes no --class\nIt takes a prompt"),
         (["hat", "--checkpoint", "nowhere/at/all"], "no folder"),
-        (["hat", "-o", "out.pgn", "--checkpoint", "CAPTIONS"], "no image format '.pgn'"),
-        (["hat", "-n", "0", "--checkpoint", "CAPTIONS"], "-n must be at least 1"),
         (["hat", "--solver", "huen", "--checkpoint", "CAPTIONS"], "did you mean 'heun'"),
         (["hat", "--width", "9", "--checkpoint", "CAPTIONS"], "width 9 is not a multiple of 2"),
     ],

@@ -71,6 +71,8 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--device", "gpu"], "--device gpu cannot be used: .*device type.*\nauto takes "),
     (["--device", "meta"], "--device meta cannot be used: it holds no numbers\nauto takes "),
     (["--device", "cuda:99"], "--device cuda:99 cannot be used: .*\nauto takes "),
+    (["-o", "b.pgn"], "no image format '.pgn'"),
+    (["-o", "b.psd"], "no image format '.psd'"),  # Pillow only reads it
     (["-o", "a.png/b.png"], "-o a.png/b.png cannot be written: a.png is no folder"),
     (["-o", "/proc/self/none/b.png"], "-o /proc/self/none/b.png cannot be written: "),
     (["-o", f"{'x' * 300}.png"], "cannot be written: File name too long"),
@@ -126,7 +128,7 @@ def test_words_that_nobody_taught_are_named_once(
         load_program(name).main([*arguments, *many, *common])
     told = [line for line in capsys.readouterr().err.splitlines() if "vocabulary" in line]
     assert [line.partition(": ")[2].partition(": ")[2] for line in told] == [f"{words}."]
-    assert not [one for one in caught if issubclass(one.category, UnknownWords)]
+    assert not [warning for warning in caught if issubclass(warning.category, UnknownWords)]
 
 
 def test_words_that_are_known_are_not_spoken_of(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
