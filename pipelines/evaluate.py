@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -118,8 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation.sampler import TRAINING_CAPTIONS, Sampler
     from latentflow.inference.checkpoint import open_pipeline
     from latentflow.metrics import learned
-    from latentflow.models.text import UnknownWords
-    from latentflow.pipeline.conditioning import unknown_words_text
 
     settings = run_settings(config.checkpoint, config.data)
     settings |= {name: value for name in settings if (value := getattr(config, name)) not in (None, {})}
@@ -146,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=settings["validation_seed"],
         background=settings["background"],
     )
-    numbers = ", ".join(f"{len(part)} ({name})" for name, part in unseen.items())
-    print(f"{len(train)} training images; not trained on: {numbers}")
+    data = report.describe_data(source, train, unseen)
+    print(", ".join(f"{number} {name} images" for name, number in data["images"].items()))
 
     # Conditions are those of real training images, so in the data's own proportions. The first of these images stand
     # for what a perfect generator would make; the reference of both is all others.
@@ -155,25 +152,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = [train.captions[order[i % len(order)]] for i in range(config.n)]
     real = metrics.real_split(order, config.n)
     beside, reference = train.rows(real.beside), train.rows(real.reference)
-    notes = report.notes(pipe, source, kind, config.n, real, unseen)
-    if kind == "prompt" and (words := pipe.unknown_words(sorted(set(captions)))):
-        notes.append(unknown_words_text(words))
-    warnings.simplefilter("ignore", UnknownWords)  # each batch would say it again
+    notes = report.notes(pipe, source, kind, captions, real, unseen)
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")
-    counterparts = None
-    if config.attributes:
-        unseen_images = unseen.get("test") or unseen["held_out"]
-        counterparts = figures.find_counterparts(train, unseen_images, config.attributes)
     if clip is not None and not any(captions):
         raise UserError("--clip compares images with captions, and DATA has none", "Leave --clip out.")
+    if config.attributes:
+        held_out = unseen.get("test") or unseen["held_out"]
+        counterparts = figures.find_counterparts(train, held_out, config.attributes)
 
     # ---------------------------------------------------------------- without sampling: what the networks know
-    height, width = train.images.shape[2:]
     sampler = Sampler(
         pipe=pipe,
         condition_kind=kind,
-        size=(height, width),
+        size=train.size,
         steps=steps,
         guidance=guidance,
         solver=solver,
@@ -181,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=config.batch_size,
     )
     measured: dict[str, Any] = {
-        "data": report.describe_data(source, train, unseen),
+        "data": data,
         "asked": report.proportions(captions, train.captions, kind),
         "reconstruction": {
             name: figures.reconstruction(pipe.vae, part.images, config.batch_size)
@@ -198,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured["memorisation"] = figures.memorisation(generated, train, unseen.get("held_out"))
     if config.data == "shapes" and kind == "prompt":
         measured["shapes"] = figures.shapes(sampler, generated, captions, beside)
-    if counterparts is not None:
+    if config.attributes:
         measured["attributes"] = figures.attribute_accuracy(sampler, counterparts)
     if fid is not None:
         measured["fid"] = figures.inception_distance(fid, generated, beside, reference, config.batch_size)
@@ -208,11 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---------------------------------------------------------------- the report
     measured |= {"notes": notes, "seconds": round(time.monotonic() - started, 1)}
     print(printable("\n".join([*report.lines(measured), *(f"note: {note}" for note in notes)])))
-    repeat = {
-        "settings": dataclasses.asdict(config),
-        "versions": report.versions(),
-        "checkpoint": report.weight_hashes(pipe),
-    }
+    repeat = {"settings": dataclasses.asdict(config), "versions": report.versions()}
+    repeat["checkpoint"] = report.weight_hashes(pipe)
     report.write(output, repeat | measured, generated[:64])
     print(f"Wrote {output} and {output.with_suffix('.png')}")
 

@@ -83,18 +83,13 @@ def _draw(axes: Any, steps: Sequence[int], values: Sequence[float], name: str, c
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Return at most 1000 points of a curve, each the mean of equally many neighbours."""
     stride = -(-len(steps) // _MOST_POINTS)
-    edges = range(0, len(steps), stride)
-    x, y = np.asarray(steps, float), np.asarray(values, float)
-    return (
-        np.array([x[i : i + stride].mean() for i in edges]),
-        np.array([y[i : i + stride].mean() for i in edges]),
-    )
+    edges = np.arange(0, len(steps), stride)
+    counts = np.diff(edges, append=len(steps))
+    x, y = (np.add.reduceat(np.asarray(points, float), edges) / counts for points in (steps, values))
+    return x, y
 
 
 def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
     """Return the moving mean over ``reach`` neighbours on either side, of fewer at the ends."""
-    sums = np.concatenate([[0.0], values.cumsum()])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
-    smooth: np.ndarray = (sums[high] - sums[low]) / (high - low)
-    return smooth
+    window = np.ones(2 * reach + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
