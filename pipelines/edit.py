@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     img2img = config.method == "image-to-image"
     kind = "LatentFlowImg2ImgPipeline" if img2img else "LatentFlowEditPipeline"
     pipe = open_pipeline(kind, config.checkpoint, config.device, config)
-    shown = conditions(pipe, config.prompt, config.class_labels, config.negative, optional=img2img)
-    check_memory(len(shown) * config.n, (image.height, image.width), config.scale)
+    rows = conditions(pipe, config.prompt, config.class_labels, config.negative, optional=img2img)
+    check_memory(len(rows) * config.n, (image.height, image.width), config.scale)
     warn_unknown_words(pipe, *config.prompt, config.negative, None if config.class_labels else config.source)
 
     # Edit: all images of the first prompt, then of the second, ...
     images = sample_images(
         pipe,
-        [row for row in shown for _ in range(config.n)],
+        [row for row in rows for _ in range(config.n)],
         config.seed,
         image=image,
         **({} if config.steps is None else {"num_inference_steps": config.steps}),

@@ -35,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(GenerateConfig, argv, prog="latentflow generate")
     config.check()
     pipe = open_pipeline("LatentFlowPipeline", config.checkpoint, config.device, config)
-    shown = conditions(pipe, config.prompt, config.class_labels, config.negative)
-    check_memory(len(shown) * config.n, pipe.image_size(config.height, config.width), config.scale)
+    rows = conditions(pipe, config.prompt, config.class_labels, config.negative)
+    check_memory(len(rows) * config.n, pipe.image_size(config.height, config.width), config.scale)
     warn_unknown_words(pipe, *config.prompt, config.negative)
 
     # Sample: all images of the first prompt, then of the second, ...
     images = sample_images(
         pipe,
-        [row for row in shown for _ in range(config.n)],
+        [row for row in rows for _ in range(config.n)],
         config.seed,
         height=config.height,
         width=config.width,
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Write
     images = [enlarge(image, config.scale) for image in images]
     if config.grid and len(images) > 1:
-        several = len(shown) > 1 < config.n  # a row for each prompt
+        several = len(rows) > 1 < config.n  # a row for each prompt
         images = [image_grid(images, config.n if several else math.ceil(math.sqrt(len(images))))]
     save_images(images, config.output, config.overwrite)
 

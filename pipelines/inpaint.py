@@ -67,14 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.check()
     image, mask, prompts = read(config)
     pipe = open_pipeline("LatentFlowInpaintPipeline", config.checkpoint, config.device, config)
-    shown = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
-    check_memory(len(shown) * config.n, (image.height, image.width), config.scale)
+    rows = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
+    check_memory(len(rows) * config.n, (image.height, image.width), config.scale)
     warn_unknown_words(pipe, *prompts, config.negative)
 
     # Paint: all images of the first prompt, then of the second, ...
     images = sample_images(
         pipe,
-        [row for row in shown for _ in range(config.n)],
+        [row for row in rows for _ in range(config.n)],
         config.seed,
         image=image,
         mask_image=mask,

@@ -126,8 +126,8 @@ def test_words_that_nobody_taught_are_named_once(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_program(name).main([*arguments, *many, *common])
-    told = [line for line in capsys.readouterr().err.splitlines() if "vocabulary" in line]
-    assert [line.partition(": ")[2].partition(": ")[2] for line in told] == [f"{words}."]
+    messages = [line for line in capsys.readouterr().err.splitlines() if "vocabulary" in line]
+    assert [line.partition(": ")[2].partition(": ")[2] for line in messages] == [f"{words}."]
     assert not [warning for warning in caught if issubclass(warning.category, UnknownWords)]
 
 

@@ -131,9 +131,9 @@ def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint
     assert server._pipe is None
     assert server.capabilities == Capabilities(text=True, labels=(), masks=False)
     assert capabilities(server.pipe.config, server.pipe.transformer.config) == server.capabilities
-    told: list[str] = []
-    InferenceServer(str(caption_checkpoint), "cpu").generate(REQUEST, lambda *step: told.append(step[2]))
-    assert told == ["Loading the models", *["Generating"] * 3]
+    messages: list[str] = []
+    InferenceServer(str(caption_checkpoint), "cpu").generate(REQUEST, lambda *step: messages.append(step[2]))
+    assert messages == ["Loading the models", *["Generating"] * 3]
 
 
 @pytest.mark.parametrize(

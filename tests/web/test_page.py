@@ -121,5 +121,5 @@ def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143
     assert not folders[0].exists()
-    said = capsys.readouterr()
-    assert said.out == "http://[::1]:7860\n" and said.err == "a name: \\x1b[2J\n"
+    printed = capsys.readouterr()
+    assert printed.out == "http://[::1]:7860\n" and printed.err == "a name: \\x1b[2J\n"

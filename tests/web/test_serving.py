@@ -259,9 +259,9 @@ def test_words_that_the_checkpoint_does_not_know_are_named(
 
 
 def test_names_that_are_none_are_refused_with_a_sentence(client: httpx.Client) -> None:
-    for values, said in (({"solvre": "heun"}, "solvre"), ({"prompt": "red"}, "image")):
+    for values, name in (({"solvre": "heun"}, "solvre"), ({"prompt": "red"}, "image")):
         answer = client.post("/call/v2/edit", json=values)
-        assert answer.status_code == 422 and said in answer.json()["detail"]
+        assert answer.status_code == 422 and name in answer.json()["detail"]
 
 
 def test_an_upload_that_made_room_is_asked_for_again(client: httpx.Client) -> None:
