@@ -177,7 +177,9 @@ def test_nothing_unpickles(file: Path) -> None:
         ("latentflow.pipeline", ["latentflow.data", "latentflow.training", "tyro"]),
     ],
 )
-def test_light_imports_stay_light(module: str, absent: list[str]) -> None:
-    code = f"import sys, {module}; print(*sorted(set({absent!r}) & set(sys.modules)))"
+def test_light_imports_stay_light_and_leave_the_garbage_collector_on(module: str, absent: list[str]) -> None:
+    code = (
+        f"import gc, sys, {module}; assert gc.isenabled(); print(*sorted(set({absent!r}) & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

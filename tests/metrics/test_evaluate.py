@@ -46,7 +46,7 @@ def evaluate(load_program: Callable[[str], Any]) -> Evaluate:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 captioned images: a hat is a colour above white, a shoe a colour below white."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     rows = []
     for thing in THINGS:
         for colour in COLOURS:
@@ -367,9 +367,9 @@ def test_images_that_are_not_finite_are_not_measured(
     evaluate: Evaluate, images: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Any, prompt: list[str], height: int, width: int, **settings: Any) -> Any:
-        images = torch.full((len(prompt), 3, height, width), 0.5)
-        images[1, 0, 0, 0] = float("nan")
-        return SimpleNamespace(images=images)
+        drawn = torch.full((len(prompt), 3, height, width), 0.5)
+        drawn[1, 0, 0, 0] = float("nan")
+        return SimpleNamespace(images=drawn)
 
     monkeypatch.setattr(LatentFlowPipeline, "__call__", broken)
     with pytest.raises(UserError, match=r"1 of 4 generated images .* not finite, first number 1"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...autoencoder import known_source
+from ...autoencoder import masked_source
 from ...config import FlowConfig
 from ...flow import PathSample, UniformTimes, loss_factor
 from ...models import Condition
@@ -151,7 +151,7 @@ class FlowStage(nn.Module):
         condition = dataclasses.replace(condition, channels=masked.channels)
         if self._config.coupling != "data-dependent":
             return condition, lambda noise: noise
-        return condition, lambda noise: known_source(noise, masked.known, masked.hole)
+        return condition, lambda noise: masked_source(noise, masked.known, masked.hole)
 
     def _times(self, random: SampleRandom, numbers: list[int]) -> Times:
         """The training times: a pure function of the samples' running numbers."""
