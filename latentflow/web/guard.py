@@ -167,6 +167,9 @@ class Guard:
                 )
             else:
                 await self._app(scope, receive, send)
+        except Exception as error:
+            if type(error).__name__ != "ClientDisconnect":  # Starlette's: the window was closed meanwhile
+                raise
         finally:
             self._incoming -= size
 

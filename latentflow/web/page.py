@@ -85,7 +85,7 @@ def generate_tab(server: InferenceServer, listeners: Counter[str]) -> Results:
 
     def generate(values: Values, progress: Progress) -> Any:
         request = controls.request(values)
-        return results.show(server, server.generate(request, progress), request)
+        return results.outputs(server, server.generate(request, progress), request)
 
     connect("generate", generate, listeners, controls.inputs, results, go, cancel)
     return results
@@ -125,7 +125,7 @@ def inpaint_tab(server: InferenceServer, listeners: Counter[str]) -> tuple[gr.Fi
     def show(path: str | None) -> Any:
         if path is None:
             return None
-        return {"background": enlarged(server, path), "layers": [], "composite": None}
+        return {"background": display_image(server, path), "layers": [], "composite": None}
 
     file.change(show, file, editor, show_progress="hidden", api_visibility="private")
 
@@ -136,7 +136,7 @@ def inpaint_tab(server: InferenceServer, listeners: Counter[str]) -> tuple[gr.Fi
         method = chosen(values["method"])
         image = uploaded(values["image"])
         images = server.inpaint(request, progress, image, strokes, method=method, **settings)
-        return results.show(server, images, request)
+        return results.outputs(server, images, request)
 
     inputs = {"image": file, "strokes": editor, "method": method, "strength": strength}
     inputs |= {"feather": feather, "margin": margin}
@@ -174,7 +174,7 @@ def edit_tab(server: InferenceServer, listeners: Counter[str]) -> tuple[gr.File,
 
     @reporting_errors
     def show(path: str | None) -> Any:
-        return None if path is None else enlarged(server, path)
+        return None if path is None else display_image(server, path)
 
     file.change(show, file, shown, show_progress="hidden", api_visibility="private")
 
@@ -183,7 +183,7 @@ def edit_tab(server: InferenceServer, listeners: Counter[str]) -> tuple[gr.File,
         shown = values.get("source_prompt") or values.get("source_class") or ""
         image, method = uploaded(values["image"]), chosen(values["method"])
         images = server.edit(request, progress, image, shown, method, values["strength"])
-        return results.show(server, images, request, shown if request.label is None else None)
+        return results.outputs(server, images, request, shown if request.label is None else None)
 
     inputs = {"image": file, "method": method, "strength": strength}
     inputs |= {"source_prompt": source} if server.capabilities.text else {}
@@ -314,7 +314,7 @@ class Results:
                 "edit": gr.Button("Send to Edit", size="sm", elem_id=f"{tab}-to-edit"),
             }
 
-    def show(
+    def outputs(
         self,
         server: InferenceServer,
         images: list[Image.Image],
@@ -373,7 +373,7 @@ def uploaded(value: dict[str, Any] | None) -> str | None:
     return value["path"] if value else None
 
 
-def enlarged(server: InferenceServer, path: str) -> Image.Image:
+def display_image(server: InferenceServer, path: str) -> Image.Image:
     """Return an uploaded image as the page shows it: opaque, and large enough to paint on."""
     image, note = server.opened(path)
     if note:
