@@ -1,4 +1,4 @@
-"""Check the images of a data set: `latentflow check DATA`. Exit status 1 on what would break a training."""
+"""Check your images before training: `latentflow check DATA`. Exits with 1 if something would break a training."""
 
 from __future__ import annotations
 
@@ -8,39 +8,36 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
-from PIL import Image
 
 from latentflow.cli import parse, run
-from latentflow.data.checking.check import check_data
-from latentflow.data.checking.page import contact_sheet, report_page
-from latentflow.data.checking.suggest import suggest
-from latentflow.data.sources.kinds import Condition, Masks, MissingCaption
 from latentflow.errors import UserError, one_line, printable
 from latentflow.utils.html_page import refuse_existing
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Report what your images are, how a training would use them, and how to start one."""
+    """Report what is in your images, how a training would use them, and how to start one."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A folder of images, or any other data that `latentflow train` takes."""
-    condition: Condition = "auto"
-    """What the model is conditioned on; auto: captions if there are any, else classes, else nothing."""
-    missing_caption: MissingCaption = "error"
+    condition: Literal["auto", "none", "class", "text"] = "auto"
+    """Condition of the model. auto: captions if there are any, else classes, else none."""
+    missing_caption: Literal["error", "empty", "skip"] = "error"
     """What to do with images that have no caption."""
-    masks: Masks = "auto"
-    """Your own masks; auto: from the metadata and from files such as cat-mask.png; alpha: from the alpha channels."""
+    masks: Literal["auto", "none", "alpha"] = "auto"
+    """Your own inpainting masks. auto: from the metadata and from files; alpha: from the alpha channels."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Rename table columns: pairs of our name and yours, e.g. `image picture text caption`."""
+    """Rename table columns: pairs of our name and yours, such as `image photo text caption`."""
     json: bool = False
     """Print the report as JSON."""
     sheet: str | None = None
-    """Write a contact sheet, one image that shows up to 80 of them, to this file (.png)."""
+    """Write a contact sheet (one image that shows some of yours) to this file (.png)."""
     report: str | None = None
     """Write the report as one web page to this file (.html)."""
     overwrite: bool = False
@@ -48,12 +45,20 @@ class CheckConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Check the images, print the report and write the files that are asked for."""
     config = parse(CheckConfig, argv, prog="latentflow check")
     for flag, file, suffix in (("--sheet", config.sheet, ".png"), ("--report", config.report, ".html")):
         if file is not None and Path(file).suffix.lower() != suffix:
             raise UserError(f"{flag} {file} does not end in {suffix}", f"Name it {Path(file).stem}{suffix}.")
         if file is not None:
             refuse_existing(file, config.overwrite)
+
+    import torch
+
+    from latentflow.data.checking.check import check_data
+    from latentflow.data.checking.page import contact_sheet, report_page
+    from latentflow.data.checking.suggest import suggest
+
     report, source = check_data(
         config.data,
         condition=config.condition,
@@ -64,12 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     suggestion = suggest(report, gpu=torch.cuda.is_available(), flags=training_flags(config))
     if config.json:
-        values = report.as_dict() | {
-            "suggestion": None if suggestion is None else dataclasses.asdict(suggestion)
-        }
-        text = json.dumps(values, indent=2, ensure_ascii=False)
-        # Characters that cannot be written, or would steer a terminal, become JSON's escapes.
-        print("".join(c if c == printable(c) else json.dumps(c)[1:-1] for c in text))
+        contents = report.as_dict()
+        contents["suggestion"] = None if suggestion is None else dataclasses.asdict(suggestion)
+        text = json.dumps(contents, indent=2, ensure_ascii=False)
+        # Characters that cannot be written, or would steer a terminal, are written in JSON's escapes.
+        print("".join(char if char == printable(char) else json.dumps(char)[1:-1] for char in text))
     else:
         print("\n".join(report.lines()))
         if suggestion is not None:
@@ -87,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write the contact sheet.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
@@ -97,7 +106,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 
 def training_flags(config: CheckConfig) -> tuple[str, ...]:
-    """Return the flags on the data that a training needs as well."""
+    """Return the flags of a training that describe the data as they are described here."""
     default = CheckConfig(data="")
     names = ("condition", "missing_caption", "masks")
     flags = [

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from PIL import Image
 
+from ..config import FramingConfig
 from ..errors import UserError, one_line
 from .cache.store import Array
 from .checking.inspect_images import inspect_images
-from .config import FramingConfig
 from .dataset import Example, Source, StoredSizes, hash_text
 
 Size: TypeAlias = tuple[int, int]  # (height, width) in pixels

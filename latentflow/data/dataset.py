@@ -18,7 +18,7 @@ from .masks import alpha_mask, read_mask, without_alpha
 from .sources.files import File, file_key
 
 if TYPE_CHECKING:
-    from .config import DataConfig
+    from ..config import DataConfig
 
 Kind = Literal["text", "class", "unconditional"]
 Colours = Literal["srgb", "stored"]

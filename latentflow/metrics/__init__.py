@@ -1,4 +1,7 @@
-"""What `latentflow evaluate` reports. Images are (B, 3, H, W) in [-1, 1]; values outside are clipped."""
+"""Metrics of images, which are (B, 3, H, W) in [-1, 1]; values outside are clipped.
+
+:mod:`latentflow.evaluation` measures a checkpoint with them.
+"""
 
 from __future__ import annotations
 
@@ -19,5 +22,4 @@ from .proportions import real_split as real_split
 from .retrieval import Retrieval as Retrieval
 from .retrieval import attribute_groups as attribute_groups
 from .retrieval import attribute_retrieval as attribute_retrieval
-from .retrieval import caption_retrieval as caption_retrieval
 from .retrieval import retrieve as retrieve

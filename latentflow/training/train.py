@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..autoencoder.latents import Autoencoder
+from ..config import RunConfig
 from .build import build
-from .config import RunConfig
 from .data import Examples, LatentCache, as_begun, find_examples
 from .estimate import estimate_lines, sample_flops
 from .export import Result

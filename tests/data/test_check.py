@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.config import PRESETS, RunConfig
 from latentflow.data import Report, check_source, find_source, readable
 from latentflow.data.checking.page import choose_evenly, contact_sheet
 from latentflow.data.checking.report import aspect_histogram, caption_facts, kept_by_square_crop, reach
 from latentflow.data.checking.suggest import _PRESETS, suggest
 from latentflow.errors import UserError
-from latentflow.training.config import RunConfig
-from latentflow.training.presets import PRESETS
 
 from .images import folder_of, load_program, noise, save_all, turned_by_exif
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.config import FramingConfig
 from latentflow.data import Source, crop, find_source
-from latentflow.data.config import FramingConfig
 from latentflow.data.crops import CroppedExample, bucket_sizes, with_crops
 from latentflow.data.pixels import read_image, read_own_mask
 from latentflow.errors import UserError

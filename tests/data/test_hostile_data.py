@@ -17,8 +17,8 @@ import pytest
 
 from latentflow import cli
 from latentflow.cli import parse
+from latentflow.config import DataConfig
 from latentflow.data import check_source, find_source
-from latentflow.data.config import DataConfig
 from latentflow.data.sources import annotations as metadata
 from latentflow.data.sources import assemble, files, latent_files, latent_folder, mix, table
 from latentflow.data.sources import folder as folder_source

@@ -17,16 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentflow import LatentFlowImg2ImgPipeline, LatentFlowPipeline
+from latentflow.config import AdapterChoice, DistillationConfig, FlowConfig
 from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
-from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
+from latentflow.inference.checkpoint import open_pipeline
 from latentflow.models import Condition
 from latentflow.pipeline import base as pipeline_base
-from latentflow.training.distill import METHODS, Distillation, DistillationConfig
+from latentflow.training.distill import METHODS, Distillation
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses.average_velocity import AverageVelocityStage
 from latentflow.training.losses.distribution_matching import FakeStage, GeneratorStage
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.losses.teacher import VelocityTeacher
 from latentflow.training.report.folder import read_run
 
@@ -150,7 +151,7 @@ def test_a_student_may_be_an_adapter(teacher: Path, images: Path, tmp_path: Path
     quick.set_progress_bar_config(disable=True)
     assert quick.few_steps == whole.few_steps
     torch.testing.assert_close(drawn(quick), drawn(whole), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="brings no adapter for few steps"):
+    with pytest.raises(UserError, match="has no few-step adapter"):
         open_pipeline("LatentFlowPipeline", str(teacher), "cpu", AdapterChoice(fast=True))
 
 

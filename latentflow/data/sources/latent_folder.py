@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...config import DataConfig
 from ...errors import UserError, reading
 from ..cache.store import NO_KEY, Array, ShardSet, digests
-from ..config import DataConfig
 from ..dataset import Example, Kind, Source, StoredSizes
 from .assemble import DataRequest
 from .latent_files import (

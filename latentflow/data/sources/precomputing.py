@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...config import DataConfig
 from ...errors import UserError
 from ...utils.documents import storable
 from ...utils.replacing import replacing
@@ -28,7 +29,6 @@ from ..cache.tensors import (
     pixel_transform,
 )
 from ..checking.check import groups_of
-from ..config import DataConfig
 from ..crops import Cropping
 from ..dataset import Example, Source
 from .latent_files import (
