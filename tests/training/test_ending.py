@@ -22,9 +22,9 @@ from latentflow.training import Callbacks, Stop, fit
 from latentflow.training.loop import logging as report
 from latentflow.training.loop import saving
 from latentflow.training.loop.checkpoint import list_checkpoints
-from latentflow.training.loop.data_order import Draw
-from latentflow.training.losses.autoencoder import AutoencoderStage
-from latentflow.training.losses.flow import FlowStage
+from latentflow.training.loop.data_order import SampleUse
+from latentflow.training.losses.autoencoder import AutoencoderLoss
+from latentflow.training.losses.flow import FlowLoss
 
 from .command import ROOT, TINY, call, environment
 from .forking import fork_ranks
@@ -41,7 +41,7 @@ class Asked(Regression):
         self.at = at
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        for number in batch["numbers"]:
+        for number in batch["sample_ids"]:
             if number in self.at:
                 os.kill(os.getpid(), self.at[number])
         return super().forward(batch)
@@ -125,8 +125,8 @@ class Signalled(Line):
     def __init__(self, number: signal.Signals, main: signal.Signals | None = None) -> None:
         self.number, self.main = number, main
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
-        if any(draw.number == 6 * 6 + 3 for draw in draws):
+    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
+        if any(draw.sample_id == 6 * 6 + 3 for draw in draws):
             if self.main is not None:
                 time.sleep(0.5)  # the loop has taken all that was loaded before, and waits
                 os.kill(os.getppid(), self.main)
@@ -154,7 +154,7 @@ def interrupting(stage: type, number: signal.Signals, at: int, patch: pytest.Mon
     forward = stage.forward
 
     def seen(self: Any, batch: dict[str, Any]) -> Any:
-        if self.training and at in batch["numbers"]:
+        if self.training and at in batch["sample_ids"]:
             os.kill(os.getpid(), number)
         return forward(self, batch)
 
@@ -181,17 +181,17 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
     cache, out = tmp_path / "cache", tmp_path / "run"
     line = [images, "-o", out, *FEW]
     with monkeypatch.context() as patch:  # the autoencoder's last step: it is finished, the run is not
-        interrupting(AutoencoderStage, signal.SIGINT, 1 * 4, patch)
+        interrupting(AutoencoderLoss, signal.SIGINT, 1 * 4, patch)
         said = call(cache, *line, expect=130)
     assert "resume with:\n  latentflow train" in said and (out / "autoencoder/autoencoder").is_dir()
     assert not (out / "checkpoints").exists()
     with monkeypatch.context() as patch:
-        interrupting(FlowStage, signal.SIGTERM, 1 * 4, patch)
+        interrupting(FlowLoss, signal.SIGTERM, 1 * 4, patch)
         said = call(cache, *line, expect=143)
     assert "stopped at step 2, saved; resume with:\n  latentflow train" in said and "done:" not in said
     assert not (out / "pipeline").exists()
     with monkeypatch.context() as patch:  # the last step of all
-        interrupting(FlowStage, signal.SIGTERM, 2 * 4, patch)
+        interrupting(FlowLoss, signal.SIGTERM, 2 * 4, patch)
         said = call(cache, *line)
     assert "done:" in said and "resume with" not in said
 
@@ -208,10 +208,10 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
 
     alone = [images, "-o", tmp_path / "autoencoder", *own_flags()]
     with monkeypatch.context() as patch:
-        interrupting(AutoencoderStage, signal.SIGHUP, 1 * 4, patch)
+        interrupting(AutoencoderLoss, signal.SIGHUP, 1 * 4, patch)
         assert "resume with" in call(cache, *alone, file="autoencoder", expect=129)
     with monkeypatch.context() as patch:
-        interrupting(AutoencoderStage, signal.SIGHUP, 2 * 4, patch)
+        interrupting(AutoencoderLoss, signal.SIGHUP, 2 * 4, patch)
         assert "done:" in call(cache, *alone, file="autoencoder")
 
 

@@ -192,7 +192,7 @@ class Wide(Regression):
         self.dies_at = dies_at
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if self.dies_at in batch["numbers"]:
+        if self.dies_at in batch["sample_ids"]:
             raise InterruptedError
         return super().forward(batch)
 
@@ -233,7 +233,7 @@ def test_schedule_free_goes_on_from_a_state_in_its_evaluation_mode() -> None:
 
     def step(one: Player, number: int) -> None:
         torch.manual_seed(number)
-        one.trained({"x": torch.ones(2, 1), "y": torch.zeros(2, 1), "numbers": [0, 1]})["loss"].backward()
+        one.trained({"x": torch.ones(2, 1), "y": torch.zeros(2, 1), "sample_ids": [0, 1]})["loss"].backward()
         one.update(number, 1e-3, skip=False)
 
     whole, second = player(), player()

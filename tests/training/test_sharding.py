@@ -16,7 +16,7 @@ from torch import nn
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, LoopConfig, fit
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.data_order import DataOrder, Draw
+from latentflow.training.loop.data_order import DataOrder, SampleUse
 from latentflow.training.loop.distributed import is_sharded
 from latentflow.training.loop.loader import by_group
 
@@ -65,7 +65,7 @@ class Sorts(Line):
 
     groups = torch.arange(20) % 7
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
         assert len({int(self.groups[draw.index]) for draw in draws}) == 1
         return super().__getitems__(draws)
 

@@ -33,7 +33,7 @@ from .early_stop import EarlyStop, refuse_unvalidated
 from .ema_snapshots import Snapshots
 from .folders import begin_folder, clean_up, finish_folder
 from .gradients import Gradients
-from .loader import DataFailed, TrainingData, groups_of, load_batches, second_of
+from .loader import DataFailed, TrainingData, groups_of, load_batches
 from .logging import Reporter
 from .optimizers import learning_rate
 from .profiling import matrix_product_rate, profiler
@@ -125,7 +125,6 @@ class _Loop:
         self.sharded = any(player.sharded for player in self.players)
         refuse_unvalidated(config, callbacks.validate is not None)
         self.early = EarlyStop(config.early_stop, self.players, self.accelerator)
-        second, second_share = second_of(data)
         self.order = DataOrder(
             size=len(data),
             batch_size=config.train_batch_size,
@@ -133,8 +132,8 @@ class _Loop:
             processes=self.accelerator.num_processes,
             seed=config.seed,
             groups=groups_of(data),
-            second=second,
-            second_share=second_share,
+            mixin_count=getattr(data, "mixin_count", 0),
+            mixin_share=getattr(data, "mixin_share", 0.0),
         )
         # As it comes back from a checkpoint.
         self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))

@@ -99,7 +99,7 @@ class Gradients:
         self._losses.clear()
         samples = self._config.gradient_accumulation_steps * self._config.train_batch_size
         for part, counts, last in self._passes(micros):
-            parts_in_step = samples / len(part["numbers"])
+            parts_in_step = samples / len(part["sample_ids"])
             part = to_device(part, self._accelerator.device)
             for player in self._players:
                 with ExitStack() as stack:

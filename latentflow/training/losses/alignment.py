@@ -104,7 +104,7 @@ class Alignment(nn.Module):
         random: SampleRandom,
         teacher: Teacher,
     ) -> Tensor:
-        """Return features (B, N, F), without gradient, for the batch at times t (B,), whose N tokens are a ``grid`` (h, w)."""
+        """Return features (B, N, F), without gradient, for the batch at t (B,); its tokens are a ``grid`` (h, w)."""
         raise NotImplementedError
 
     def distance(self, projected: Tensor, target: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Alignment(nn.Module):
         raise NotImplementedError
 
     def forward(self, features: Tensor, target: Tensor, route: Route | None) -> Tensor:
-        """Return the distances (B,) of the features (B, N or K, D) of the tokens that pass on a ``route`` from ``target``."""
+        """Return the distances (B,) from ``target`` of features (B, N or K, D) of tokens that pass on a ``route``."""
         if route is not None and route.spares(self.block):
             target = route.of(target)
         return self.distance(self.head(features).float(), target.float()).mean(dim=1)

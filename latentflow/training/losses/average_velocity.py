@@ -59,7 +59,9 @@ class AverageVelocityLoss(FlowLoss):
         super().__init__(network, config, seed, *arguments, **options)
         self.settings: AverageObjective = self.choices.settings
         self.teacher, self.alignment = teacher, alignment
-        self.learns_from_average = self.settings.averaged or (alignment is not None and alignment.needs_average)
+        self.learns_from_average = self.settings.averaged or (
+            alignment is not None and alignment.needs_average
+        )
         if self.settings.needs_teacher and teacher is None:
             raise _needs_teacher(config)
         if not network.config.get("interval_conditioning"):
@@ -89,7 +91,9 @@ class AverageVelocityLoss(FlowLoss):
         if self.alignment is None or not self.training:
             output = self.network(sample.xt, sample.t, condition, end=end)
         else:
-            output, distance = predict_aligned(self, self.alignment, batch, sample, condition, random, end=end)
+            output, distance = predict_aligned(
+                self, self.alignment, batch, sample, condition, random, end=end
+            )
         error = self.objective(output, sample, target=target)
         trained = adaptive(error, self.settings.power, self.settings.floor)
         result = with_distance(trained, distance, self.alignment, batch)
@@ -109,7 +113,9 @@ class AverageVelocityLoss(FlowLoss):
         if not self.training or self.samples is None:
             return None
         step = self.samples_per_step
-        begun = [number // step * step for number in sample_ids]  # alike in all passes and processes of a step
+        begun = [
+            number // step * step for number in sample_ids
+        ]  # alike in all passes and processes of a step
         return torch.tensor(begun, dtype=torch.float64).div(self.samples).clamp(max=1.0).to(like)
 
     def target(
@@ -136,7 +142,7 @@ class AverageVelocityLoss(FlowLoss):
         return target
 
     def target_network(self, *given: Any, **end: Any) -> Tensor:
-        """Call the network that targets come from, as it is written: one that is compiled has no forward derivatives."""
+        """Call the network that targets come from, as it is written: compiled it has no forward derivatives."""
         value: Tensor = self.network.forward(*given, **end)
         return value
 
@@ -163,7 +169,7 @@ class AverageVelocityLoss(FlowLoss):
         return exact_where_still
 
     def _velocity(self, sample: PathSample, condition: Condition, wanted: Tensor) -> Tensor:
-        """Return the velocities to learn, (B, ...), where they are ``wanted`` (B,): the samples', guided, or the teacher's."""
+        """Return the velocities to learn (B, ...), guided or the teacher's; only ``wanted`` (B,) rows count."""
         settings, velocity = self.settings, sample.velocity.clone()
         rows = wanted.nonzero().flatten()
         if not len(rows) or (self.teacher is None and not settings.guided):

@@ -34,9 +34,9 @@ from ...flow import (
     make,
 )
 from ...models import Condition
-from ..loop.data_order import Draw, SampleRandom, Stream, seeded
+from ..loop.data_order import SampleRandom, SampleUse, Stream, seeded
 from ..loop.ema import WeightAverage
-from ..loop.loader import by_group, groups_of, numbered, to_device
+from ..loop.loader import by_group, groups_of, load_batch, to_device
 from .latent_data import LatentData
 from .masking import OWN, Masking
 
@@ -252,7 +252,9 @@ class FlowLoss(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return ``loss``; ``per_sample`` (B,), the errors without the samples' weights; and their times ``t`` (B,)."""
-        random = SampleRandom(self.seed, batch["sample_ids"], batch["latents"].device)  # rows depend on their id alone
+        random = SampleRandom(
+            self.seed, batch["sample_ids"], batch["latents"].device
+        )  # rows depend on their id alone
         density, u = self.density(batch["sample_ids"]), random.uniform()
         t, drop = density.quantile(u), self.dropped(random)
         x0, x1 = self.noise(batch, random), self.latents(batch, random)
@@ -316,16 +318,16 @@ class FlowLoss(nn.Module):
         """Return where the flow starts: the noise, or with the coupling data-dependent the kept part beside it."""
         if self.config.coupling != "data-dependent" or condition.channels is None:
             return noise
-        kept, known = condition.channels.split([condition.channels.shape[1] - noise.shape[1], noise.shape[1]], 1)
+        kept, known = condition.channels.split(
+            [condition.channels.shape[1] - noise.shape[1], noise.shape[1]], 1
+        )
         return masked_source(noise, known, 1.0 - kept.amin(1, keepdim=True))
 
     def weight(self, t: Tensor, u: Tensor, density: Density) -> Tensor | None:
         """Return factors (B,) on the squared errors at the times t = density.quantile(u); None for the plain loss."""
         if self.choices.weighting is None:
             return None
-        return loss_factor(
-            self.choices.weighting, self.path, self.config.prediction, t, density.slope(u)
-        )
+        return loss_factor(self.choices.weighting, self.path, self.config.prediction, t, density.slope(u))
 
     @property
     def masked(self) -> bool:
@@ -415,13 +417,13 @@ def validation_loss(loss: FlowLoss, data: LatentData, device: torch.device, batc
     The training loss is noise from one t to the next; this one moves only when the network does.
     """
     uses = [
-        Draw(index, index * _VALIDATION_TIMES + k)
+        SampleUse(index, index * _VALIDATION_TIMES + k)
         for index in range(len(data))
         for k in range(_VALIDATION_TIMES)
     ]
     total = 0.0
     for start in range(0, len(uses), batch_size):
         for part in by_group(uses[start : start + batch_size], groups_of(data)):
-            batch = numbered(data, part)
+            batch = load_batch(data, part)
             total += float(loss(to_device(batch, device))["per_sample"].double().sum())
     return total / len(uses)

@@ -47,7 +47,9 @@ class Masking:
         """
         pixels = batch["pixels"]
         self._vae.to(pixels.device)
-        generators = [np.random.default_rng([self._seed, Stream.MASKS, number]) for number in batch["sample_ids"]]
+        generators = [
+            np.random.default_rng([self._seed, Stream.MASKS, number]) for number in batch["sample_ids"]
+        ]
         own = torch.tensor([rng.uniform() < self._own for rng in generators])
         masks = random_masks(self._shapes, (pixels.shape[2], pixels.shape[3]), generators).to(pixels.device)
         if "masks" in batch:

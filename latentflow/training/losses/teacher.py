@@ -31,7 +31,7 @@ class VelocityTeacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Return dx/dt (B, C, h, w) at x and t (B,), float32. Where the condition is dropped there is nothing to guide."""
+        """Return dx/dt (B, C, h, w) at x and t (B,), float32; rows whose condition is dropped are not guided."""
         if self._pipe.transformer.device != x.device:
             self._pipe.transformer.to(x.device)
         with uncached_autocast(x.device):
