@@ -12,6 +12,7 @@ from torch import Tensor
 
 from latentflow.errors import UserError
 from latentflow.flow import DEFAULT_INPAINTING, INPAINTING, PATHS, SOLVERS, CondOT, Counted, integrate
+from latentflow.flow.inpainting.base import KnownRegion
 from latentflow.flow.inpainting.particles import look_ahead
 from latentflow.flow.inpainting.replacement import _passages
 
