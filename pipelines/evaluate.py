@@ -35,18 +35,17 @@ import latentflow
 from latentflow import metrics
 from latentflow.autoencoder import decode, encode
 from latentflow.cli import parse, run
+from latentflow.config import AdapterChoice, DataConfig, LoopConfig
 from latentflow.data import Source, cached_pixels, find_source, fingerprint, pixels_to_images, readable, split
-from latentflow.data.config import DataConfig
 from latentflow.data.sources import shapes as shapes_data
 from latentflow.data.sources.latent_folder import is_latent_folder
 from latentflow.errors import UserError, printable
 from latentflow.flow import SOLVERS, CondOT, flow_matching_loss
-from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
+from latentflow.inference.checkpoint import open_pipeline
 from latentflow.inference.images import check_writable, whole_file
 from latentflow.metrics import learned
 from latentflow.models.text import UnknownWords
 from latentflow.pipeline.conditioning import unknown_words_text
-from latentflow.training import LoopConfig
 from latentflow.training.loop.data_order import seeded
 from latentflow.utils.arguments import finite, whole
 from latentflow.utils.documents import read_yaml

@@ -16,8 +16,9 @@ from typing import Annotated, Literal
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
+from latentflow.inference.checkpoint import open_pipeline
 from latentflow.training.loop.folders import write_folder
 
 

@@ -10,11 +10,10 @@ from typing import Annotated
 
 import tyro
 
-from latentflow.autoencoder import AutoencoderConfig
 from latentflow.cli import given, parse, run, write_config
+from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data import find_source, readable, split
-from latentflow.data.config import DataConfig
-from latentflow.training import LoopConfig, Stop, log_to, resume_line
+from latentflow.training import Stop, log_to, resume_line
 from latentflow.training.data import as_begun
 from latentflow.training.loop.run_folder import run_lock
 from latentflow.training.train_autoencoder import train_autoencoder

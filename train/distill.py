@@ -12,15 +12,20 @@ from typing import Annotated, Literal
 import tyro
 
 from latentflow.cli import given, parse, run, write_config
-from latentflow.data.config import DataConfig, FramingConfig
+from latentflow.config import (
+    AdapterConfig,
+    DataConfig,
+    DistillationConfig,
+    FlowConfig,
+    FramingConfig,
+    LoopConfig,
+    NetworkConfig,
+    RunConfig,
+)
 from latentflow.errors import UserError, lookup
-from latentflow.models.config import NetworkConfig
-from latentflow.training import LoopConfig, resume_line
-from latentflow.training.config import RunConfig
-from latentflow.training.distill import METHODS, Distillation, DistillationConfig
-from latentflow.training.fine_tune.adapters import AdapterConfig
+from latentflow.training import resume_line
+from latentflow.training.distill import METHODS, Distillation
 from latentflow.training.loop.run_folder import run_lock
-from latentflow.training.losses.flow import FlowConfig
 from latentflow.training.train import train
 
 

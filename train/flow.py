@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from latentflow.cli import given, parse, run, write_config
+from latentflow.config import PRESETS
+from latentflow.config import RunConfig as Config
 from latentflow.training import resume_line
-from latentflow.training.config import RunConfig as Config
 from latentflow.training.loop.run_folder import run_lock
-from latentflow.training.presets import PRESETS
 from latentflow.training.recipe import Lesson
 from latentflow.training.train import train
 

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import tyro
 
-from latentflow.autoencoder import AutoencoderConfig, downscale_factor, load_autoencoder
+from latentflow.autoencoder import downscale_factor, load_autoencoder
 from latentflow.cli import parse, run
+from latentflow.config import AutoencoderConfig, DataConfig, FramingConfig, LoopConfig
 from latentflow.data import find_source, fingerprint, frame, readable
-from latentflow.data.config import DataConfig, FramingConfig
 from latentflow.data.sources.precomputing import Precomputation, own_autoencoder, plan_latents, write_latents
 from latentflow.errors import UserError
-from latentflow.training import LoopConfig, log_to, resume_line
+from latentflow.training import log_to, resume_line
 from latentflow.training.loop.distributed import process_state
 from latentflow.training.train_autoencoder import autoencoder_for
 

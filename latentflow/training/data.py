@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..autoencoder import downscale_factor
 from ..autoencoder.latents import Autoencoder
+from ..config import DataConfig, RunConfig
 from ..data import (
     Framing,
     LatentFolder,
@@ -30,11 +31,9 @@ from ..data import (
     readable,
     split,
 )
-from ..data.config import DataConfig
 from ..data.sources.latent_folder import is_latent_folder
 from ..utils.documents import read_yaml
 from ..utils.memory import memory_phase
-from .config import RunConfig
 from .fine_tune.base import base_classes, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share
 from .loop.data_order import Stream, seeded

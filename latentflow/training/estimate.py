@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..autoencoder import Autoencoder, downscale_factor, latent_channels
+from ..config import LoopConfig
 from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
-from .loop.config import LoopConfig
 from .loop.data_order import SampleRandom, SampleUse
 from .loop.distributed import compute_dtype, process_state, resolve
 from .loop.loader import TrainingData, by_group, groups_of, load_batch

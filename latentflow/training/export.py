@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from ..autoencoder.latents import Autoencoder
+from ..config import RunConfig
 from ..data import Source
 from ..pipeline.few_steps import FewSteps
 from ..pipeline.generate import LatentFlowPipeline
-from .config import RunConfig
 from .loop.folders import write_folder
 from .loop.saving import writing
 from .networks import Networks

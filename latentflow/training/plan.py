@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from .config import RunConfig
+from ..config import RunConfig
 from .data import Examples
 from .estimate import plan_lines
 from .fine_tune.defaults import fine_tuning_lines, fitted

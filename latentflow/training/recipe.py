@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from ..config import FlowConfig, LoopConfig, RunConfig
 from ..data import Source
 from ..flow import AverageObjective
 from ..pipeline.few_steps import FewSteps
-from .config import RunConfig
 from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.prior import MixedData, asked_of, prior_data
-from .loop.config import LoopConfig
 from .losses.average_velocity import flow_loss
-from .losses.flow import FlowConfig, FlowLoss
+from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
 from .trained_model import Built
 

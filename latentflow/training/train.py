@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..autoencoder.latents import Autoencoder
+from ..config import RunConfig
 from ..data import LatentFolder
 from .build import build
-from .config import RunConfig
 from .data import Examples, LatentCache, as_begun, find_examples
 from .estimate import estimate_lines, sample_flops
 from .export import Result

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from latentflow import DiT, LatentFlowPipeline
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, downscale_factor, latent_channels
+from latentflow.autoencoder import build_autoencoder, downscale_factor, latent_channels
+from latentflow.config import AutoencoderConfig
 from latentflow.data import Source, find_source, to_pil, to_tensor
 from latentflow.errors import UserError
 from latentflow.models import small_text_encoder, train_tokenizer

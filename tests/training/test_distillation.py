@@ -17,16 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentflow import LatentFlowImg2ImgPipeline, LatentFlowPipeline
+from latentflow.config import AdapterChoice, DistillationConfig, FlowConfig
 from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
-from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
+from latentflow.inference.checkpoint import open_pipeline
 from latentflow.models import Condition
 from latentflow.pipeline import base as pipeline_base
-from latentflow.training.distill import METHODS, Distillation, DistillationConfig
+from latentflow.training.distill import METHODS, Distillation
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses.average_velocity import ProgressiveLoss, flow_loss
 from latentflow.training.losses.distribution_matching import FakeLoss, GeneratorLoss
-from latentflow.training.losses.flow import FlowConfig, FlowLoss
+from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.teacher import VelocityTeacher
 from latentflow.training.report.folder import read_run
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from latentflow import LatentFlowPipeline
+from latentflow.config import FlowConfig
 from latentflow.errors import UserError
 from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS
 from latentflow.flow.tensors import expand_t
 from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.losses.average_velocity import OneStepLoss
-from latentflow.training.losses.flow import FlowConfig, FlowLoss, _compared_by, validation_loss
+from latentflow.training.losses.flow import FlowLoss, _compared_by, validation_loss
 
 from .command import TINY, call
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...config import FineTuningConfig
 from ...errors import UserError, reading
 from ...utils.documents import decode
 from ..loop.data_order import SampleUse, Stream, seeded
@@ -19,7 +20,6 @@ from ..loop.loader import Batch
 from ..losses.latent_data import LatentData
 from ..networks import Networks, is_small_tokenizer
 from .base import class_names, open_base
-from .defaults import FineTuningConfig
 from .teacher_samples import Drawing, drawn_data
 
 

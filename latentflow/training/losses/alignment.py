@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import UserError, lookup
+from ...config import AlignmentConfig, FlowConfig
+from ...errors import UserError
 from ...flow import PathSample
 from ...models import Condition, DiT
 from ...models.embeddings import linear
 from ...models.routing import Route
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
-from .flow import FlowConfig, FlowLoss, weighted_mean
+from .flow import FlowLoss, weighted_mean
 from .routing import Routing
 from .vision import VisionEncoder
 
@@ -30,44 +31,6 @@ Teacher = Callable[[Tensor, int], Tensor]
 # The shares of the blocks behind which features are drawn, and those of the average are taken: blocks 8 and 20 of 28,
 # 4 and 8 of 12 in both papers' tables and code.
 _EARLY, _LATE = 0.3, 0.7
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignmentConfig:
-    """Feature alignment: a second loss on the tokens of an early block. Neither validation nor the result knows it.
-
-    Raises:
-        UserError: an unknown alignment, a weight that is not positive, an encoder that is missing, or settings of no
-            use.
-    """
-
-    alignment: str | None = None
-    """Draw the features of an early block (dit) towards those of the weight average, later in the network and nearer to
-    the data: self (SRA, arXiv:2505.02831); or of a vision model: encoder (REPA, arXiv:2410.06940). Empty: neither."""
-    alignment_weight: float | None = None
-    """Weight of that loss. Empty: 0.2 (self), 0.5 (encoder)."""
-    alignment_block: int | None = None
-    """Behind how many blocks. Empty: three in ten (2 of 8, 8 of 28)."""
-    alignment_encoder: str | None = None
-    """The vision model of `encoder`: a transformers model (hub id or folder; DINOv2, CLIP, ...), which stays as it
-    is."""
-
-    def __post_init__(self) -> None:
-        if self.alignment is not None:
-            lookup(ALIGNMENTS, self.alignment, "alignment")
-        if (self.alignment == "encoder") != (self.alignment_encoder is not None):
-            raise UserError(
-                f"--alignment {self.alignment} with --alignment-encoder {self.alignment_encoder}",
-                "Give both: --alignment encoder --alignment-encoder FOLDER_OR_HUB_ID; or leave the encoder out.",
-            )
-        if self.alignment is None and (self.alignment_weight, self.alignment_block) != (None, None):
-            raise UserError(
-                "--alignment-weight or --alignment-block without --alignment", "Add --alignment self."
-            )
-        if self.alignment_weight is not None and not self.alignment_weight > 0:
-            raise UserError(
-                f"alignment_weight {self.alignment_weight}", "Use more than 0, or no --alignment."
-            )
 
 
 class Alignment(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import FlowConfig, LoopConfig
 from ...errors import UserError
 from ...flow import (
     AverageObjective,
@@ -20,11 +21,10 @@ from ...flow import (
     folded_velocity,
 )
 from ...models import Condition
-from ..loop.config import LoopConfig
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
 from .alignment import AlignedFlowLoss, Alignment, predict_aligned, with_distance
-from .flow import Density, FlowConfig, FlowLoss
+from .flow import Density, FlowLoss
 from .masking import Masking
 from .routing import Routing
 from .teacher import VelocityTeacher

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ...autoencoder import Autoencoder, masked_condition
 from ...data import pixels_to_images
-from ...data.masks import DEFAULT_SHAPES, check_shapes, random_masks
+from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
 from ..loop.data_order import Stream
-
-OWN = "data"  # among the shapes: the mask that came with the image
 
 
 class Masking:

@@ -1,4 +1,4 @@
-"""The flags of every program that draws images."""
+"""Settings of every program that samples images."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import tyro
 
 from ..errors import UserError
 from ..utils.arguments import finite, whole
-from .checkpoint import AdapterChoice
-from .images import check_format, check_writable
-from .sample import LARGEST_SEED
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingConfig(AdapterChoice):
+class AdapterChoice:
+    """Which adapters, and how much of each."""
+
+    fast: bool = False
+    """Draw in a few evaluations, by the adapter that the checkpoint brings for that (its folder `fast`)."""
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER[:WEIGHT]")] = ()
+    """An adapter (LoRA): folder, file, run folder or hub id, and how much of it, such as runs/hats:0.8. Several: once
+    more for each."""
+    lora_any_base: bool = False
+    """Take adapters also if they were made for another base of the same architecture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(AdapterChoice):
     """How images are drawn, and where they go."""
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "out.png"
@@ -55,6 +65,9 @@ class DrawingConfig(AdapterChoice):
             UserError: a number below 1, out of range or not finite; a file name without an image format, or where
                 nothing can be written.
         """
+        from ..inference.images import check_format, check_writable
+        from ..inference.sample import LARGEST_SEED
+
         for flag, value in (("-n", self.n), ("--steps", self.steps), ("--scale", self.scale)):
             if value is not None and value < 1:
                 raise UserError(f"{flag} must be at least 1, not {value}")

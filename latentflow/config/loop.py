@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from accelerate.utils import parse_flag_from_env
-
-from ...errors import UserError
-from .post_hoc_ema import exponent
+from ..errors import UserError
 
 SNAPSHOTS = 32  # of a run: enough for post-hoc averages to agree with tracked ones to 1e-3 (docs/training.md)
 
@@ -86,7 +84,7 @@ class LoopConfig:
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Also report curves and previews to TensorBoard (files in the run folder; extra `tensorboard`) or to Weights &
     Biases (extra `wandb`; without network under WANDB_MODE=offline)."""
-    shard: bool = field(default_factory=lambda: parse_flag_from_env("ACCELERATE_USE_FSDP"))
+    shard: bool = field(default_factory=lambda: _from_environment("ACCELERATE_USE_FSDP"))
     """Spread weights, gradients, average and optimiser over the processes (FSDP2) instead of holding them in each.
     `accelerate launch --use_fsdp` switches it on."""
     profile: bool = False
@@ -108,8 +106,11 @@ class LoopConfig:
                 f"--optimizer {self.optimizer} needs the package {package}",
                 f'pip install "latentflow[{extra}]"',
             )
-        for length in self.ema_lengths:
-            exponent(length)  # raises where there is none
+        if self.ema_lengths:
+            from ..training.loop.post_hoc_ema import exponent
+
+            for length in self.ema_lengths:
+                exponent(length)  # raises where there is none
         if self.optimizer == "schedule-free" and self.lr_scheduler != "constant":
             raise UserError(
                 f"--optimizer schedule-free with --lr-scheduler {self.lr_scheduler}: its rate does not decay",
@@ -124,6 +125,11 @@ class LoopConfig:
         if not self.ema_lengths:
             return 0
         return self.ema_snapshot_steps or math.ceil(self.max_train_steps / SNAPSHOTS)
+
+
+def _from_environment(name: str) -> bool:
+    """Return whether an environment variable says yes, in the words that accelerate takes."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 # Of optimisers that are others' work: the package, and the extra that brings it.
