@@ -27,10 +27,9 @@ from ..autoencoder.losses import PatchDiscriminator
 from ..config import AutoencoderConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..metrics import psnr, ssim
-from .loop.callbacks import Callbacks
-from .loop.fit import fit
-from .loop.saving import writing
-from .loop.signals import Stop
+from .loop.fit import Callbacks, fit
+from .loop.folders import writing
+from .loop.stopping import Stop
 from .losses.autoencoder import AutoencoderLoss, DiscriminatorLoss, autoencoder_steps
 from .losses.latent_data import PixelData
 from .report.export import carry_over

@@ -345,7 +345,7 @@ def test_what_cannot_be_aligned_is_refused_in_words(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(player, "is_sharded", lambda *_: True)
     accelerator: Any = type("Accelerator", (), {"device": torch.device("cpu"), "is_main_process": True})()
     with pytest.raises(UserError, match="--shard"):
-        player.Player("flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator)
+        player.TrainedModule("flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator)
 
 
 def test_the_command_routes_and_aligns_and_nothing_of_it_is_in_the_result(

@@ -21,8 +21,8 @@ from latentflow.autoencoder import latents
 from latentflow.errors import RunError, UserError
 from latentflow.training import Callbacks, fit, log_to
 from latentflow.training.loop import fit as loop
+from latentflow.training.loop import folders, saving
 from latentflow.training.loop import loader as batches
-from latentflow.training.loop import saving
 from latentflow.training.loop.checkpoint import list_checkpoints, load_latest
 from latentflow.training.loop.data_order import DataOrder, SampleUse
 from latentflow.utils.memory import OutOfMemory, is_out_of_memory, memory_phase
@@ -52,7 +52,7 @@ class NoDropout(Regression):
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -384,7 +384,7 @@ def test_an_export_of_an_earlier_target_is_made_again(
     (tmp_path / "result" / "made").unlink()
     longer = dataclasses.replace(CONFIG, max_train_steps=14)
     with monkeypatch.context() as patch:  # killed after the last checkpoint
-        patch.setattr(loop._Loop, "_export", lambda self: None)
+        patch.setattr(loop.Loop, "_export", lambda self: None)
         assert run(tmp_path / "run", longer, callbacks=callbacks)
     assert not (tmp_path / "result" / "made").exists()
     assert run(tmp_path / "run", longer, callbacks=callbacks)

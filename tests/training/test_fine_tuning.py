@@ -218,7 +218,7 @@ def test_a_step_has_its_share_of_both_sets_and_each_has_its_own_epochs() -> None
         )
         assert order.mixin_per_step == 4  # of 10
         found = [order.batches(first, last, process) for process in range(processes)]
-        return sorted((d.number, d.index) for one in found for part in one for d in part)
+        return sorted((d.sample_id, d.index) for one in found for part in one for d in part)
 
     whole = draws(1, 10, 0, 15)
     for step in range(15):

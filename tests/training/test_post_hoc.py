@@ -19,8 +19,7 @@ from latentflow.errors import UserError
 from latentflow.training import average, fit
 from latentflow.training.average import averaged_pipeline, reconstruct
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.ema import WeightAverage, power_function
-from latentflow.training.loop.post_hoc_ema import LONGEST, coefficients, exponent
+from latentflow.training.loop.ema import LONGEST, WeightAverage, coefficients, exponent, power_function
 
 from .command import TINY, call
 from .forking import fork_ranks

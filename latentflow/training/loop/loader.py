@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from ...errors import RunError, UserError
 from ...utils.memory import is_out_of_memory
 from .data_order import SampleUse
-from .signals import leave_to_parent
 
 Batch = dict[str, Any]
 
@@ -82,8 +81,13 @@ def load_batches(
     return _checked(batches)
 
 
-def _begin_worker(number: int) -> None:
-    leave_to_parent()
+def _begin_worker(worker: int) -> None:
+    """Ignore what a terminal sends to all processes of a run (Ctrl-C, its end): the one that started this one stops.
+
+    SIGTERM stays: it is how a process that hangs is ended.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:

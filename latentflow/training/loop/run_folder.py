@@ -24,7 +24,7 @@ import torch
 
 from ...errors import UserError
 from .distributed import process_state, together
-from .saving import cannot_write
+from .folders import cannot_write
 
 _PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
