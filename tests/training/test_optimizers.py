@@ -329,7 +329,7 @@ def test_a_scaled_rate_reaches_the_weights() -> None:
     before = {key: one.detach().clone() for key, one in stage.named_parameters()}
     for one in stage.parameters():
         one.grad = torch.ones_like(one)
-    player.update(1, 0.01, skip=False)  # AdamW's first step has the length of its rate
+    player.update(0.01, skip=False)  # AdamW's first step has the length of its rate
     moved = {key: float((one.detach() - before[key]).abs().max()) for key, one in stage.named_parameters()}
     assert moved["network.final_layer.linear.bias"] == pytest.approx(0.01, rel=1e-3)
     assert moved["network.blocks.0.attn.proj.bias"] == pytest.approx(0.0025, rel=1e-3)

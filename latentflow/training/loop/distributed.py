@@ -67,9 +67,9 @@ def together(action: Callable[[], None], group: dist.ProcessGroup | None = None)
         failure = error
     failures: list[Exception | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(failures, _portable(failure), group=group)
-    for error in (failure, *failures):
-        if error is not None:
-            raise error
+    for first in (failure, *failures):
+        if first is not None:
+            raise first
 
 
 def _portable(error: Exception | None) -> Exception | None:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import torch
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from ...config import LoopConfig
@@ -37,14 +37,14 @@ from .recovery import Part, Recovery, Values
 from .run_folder import run_lock
 from .saving import AverageSnapshots, Saver, export_once
 from .stopping import EarlyStop, Stop, refuse_unvalidated, stop_on_signal
-from .trained_module import TrainedModule, with_averages
+from .trained_module import TrainedModule, tensor_for, with_averages
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
-    """What the loop calls, always with the averaged weights in place and on the main process only.
+    """Functions that the loop calls, with the averaged weights in place and on the main process only.
 
     A validation or a preview that fails is a warning. ``export`` fills an empty folder that becomes ``export_to``, at
     the end of the run, when its last checkpoint is complete. If it raises a `RunError`, as when the disk is full, it is
@@ -166,12 +166,10 @@ class Loop:
             if self.step < last and not self.early.stopped:
                 self.snapshots.begin(self.step)
                 return self.train(last)
+            reached, other = f"step {last}, the target, is already reached in {self.output}", "target"
             if self.early.stopped:
-                done = f"{self.early.line(self.step)}: nothing to do (a higher --early-stop goes on)"
-            else:
-                done = f"step {last}, the target, is already reached in {self.output}: nothing to do (a higher target "
-                done += "goes on)"
-            self.report.say(done)
+                reached, other = self.early.line(self.step), "--early-stop"
+            self.report.say(f"{reached}: nothing to do (a higher {other} goes on)")
             self._export()  # if the run was killed before it was complete
             return True
         finally:
@@ -246,7 +244,7 @@ class Loop:
         return values
 
     def forward_backward(self, parts: Iterable[Part]) -> Values:
-        """Leave the mean gradients over a step's samples in the modules; return its values to log, on the device."""
+        """Leave the mean gradients over a step's samples in the modules; return values to log, on the device."""
         sums: Values = {}
         samples = self.config.gradient_accumulation_steps * self.config.train_batch_size
         for part in parts:
@@ -405,9 +403,11 @@ class Loop:
             self.saver.save_now(self.step, state)
         except RunError as error:
             newest = self.saver.newest()
-            kept = "there is no earlier checkpoint"
-            if newest is not None:
-                kept = f"the last good one is step-{newest:06d}"
+            kept = (
+                "there is no earlier checkpoint"
+                if newest is None
+                else f"the last good one is step-{newest:06d}"
+            )
             raise RunError(
                 f"step {self.step} is trained, but its {error.what}; {kept}",
                 f"{error.fix} Then the same line goes on from there.",
@@ -435,7 +435,7 @@ class Loop:
 
     def _resume(self) -> dict[str, float]:
         """Load the newest checkpoint; return the figures that its progress line showed."""
-        state = checkpoint.load_latest(self.output / "checkpoints", self._place)
+        state = checkpoint.load_latest(self.output / "checkpoints", partial(tensor_for, self.modules))
         if state is None:
             return {}
         checkpoint.refuse_changes(
@@ -463,15 +463,8 @@ class Loop:
         if self.config.auto_micro_batch and state.get("micro_batch", math.inf) < self.recovery.micro_batch:
             self.recovery.micro_batch = int(state["micro_batch"])
             log.info(f"forward passes of {self.recovery.micro_batch}: more ran out of memory before")
-        return state.get("shown", {})
-
-    def _place(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return the tensor to read a checkpoint's into: where it is sharded, this process's part."""
-        for module in self.modules:
-            parameter = module.parameter_of(name)
-            if isinstance(parameter, DTensor) and parameter.shape == shape:
-                return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-        return torch.empty(shape, dtype=dtype)
+        shown: dict[str, float] = state.get("shown", {})
+        return shown
 
     def _export(self) -> None:
         self.early.take_best()

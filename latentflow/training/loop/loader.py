@@ -23,7 +23,7 @@ Batch = dict[str, Any]
 
 
 class TrainingData(Protocol):
-    """What the loop needs of a data set.
+    """A data set as the loop needs it.
 
     A data set whose samples fit into a forward pass by groups only, such as one for each size, has ``groups`` (N,)
     int64. One with a second data set mixed in has ``mixin_count``, the size of that (its samples come last), and

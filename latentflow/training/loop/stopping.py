@@ -98,7 +98,7 @@ class EarlyStop:
 
     @property
     def stopped(self) -> bool:
-        """Whether training is over."""
+        """True when training is over."""
         return 0 < self._patience <= self._since
 
     def validated(self, step: int, loss: float | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...config import LoopConfig
 from ...errors import UserError
@@ -101,7 +102,7 @@ class TrainedModule:
 
     @torch.no_grad()
     def gather_averages(self) -> None:
-        """In a sharded run, give the averaged weights to the main process's `module`. All processes must call it."""
+        """Give the averaged weights of a sharded run to the main process's `module`; all processes must call it."""
         if not self.sharded:
             return
         target, averages = self.module.state_dict(), self.average.averages
@@ -149,6 +150,15 @@ class TrainedModule:
         """Drop what backward passes have left so far."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+
+def tensor_for(modules: Sequence[TrainedModule], name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor to read a checkpoint's into; of what is sharded it is this process's part."""
+    for module in modules:
+        parameter = module.parameter_of(name)
+        if isinstance(parameter, DTensor) and parameter.shape == shape:
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype)
 
 
 def with_averages(modules: Sequence[TrainedModule], function: Callable[[], T]) -> T:

@@ -115,7 +115,7 @@ class DiscriminatorLoss(nn.Module):
 
 def _frozen(module: nn.Module, inputs: Tensor) -> Tensor:
     """Return the module's output, with gradients to the inputs but not to its weights."""
-    weights = {name: one.detach() for name, one in module.named_parameters()}
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
     output: Tensor = torch.func.functional_call(module, weights, (inputs,))
     return output
 

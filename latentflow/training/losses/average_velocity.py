@@ -58,6 +58,7 @@ class AverageVelocityLoss(FlowLoss):
     ) -> None:
         super().__init__(network, config, seed, *arguments, **options)
         self.settings: AverageObjective = self.choices.settings
+        self.objective = self.choices.objective
         self.teacher, self.alignment = teacher, alignment
         self.learns_from_average = self.settings.averaged or (
             alignment is not None and alignment.needs_average

@@ -24,7 +24,7 @@ _PATH = CondOT()
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What the generator made in a step, for the fake network to learn.
+    """The data that the generator made in a step, for the fake network to learn.
 
     Attributes:
         noise: draws noise of the shape of ``data``, as the flow starts from it.

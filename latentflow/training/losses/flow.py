@@ -70,26 +70,26 @@ class FlowLoss(nn.Module):
             if samples is None:
                 raise ValueError("time_uniform_from is a share of the run: give the samples of the run")
             self.density = LateUniform(choices.density, config.time_uniform_from * samples)
-        self.objective: Callable[..., Tensor] = choices.objective
-        if not choices.objective.average:
-            terms = {"direction_weight": config.direction_weight} if config.direction_weight else {}
-            self.objective = partial(
-                choices.objective, path=choices.path, prediction=config.prediction, **terms
-            )
+        self.objective: Callable[..., Tensor] = partial(
+            choices.objective,
+            path=choices.path,
+            prediction=config.prediction,
+            direction_weight=config.direction_weight,
+        )
         if config.contrastive_weight:
             self.objective = Contrastive(self.objective, config.contrastive_weight)
         self.average: WeightAverage | None = None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return ``loss``; ``per_sample`` (B,), the errors without the samples' weights; and their times ``t`` (B,)."""
-        random = SampleRandom(
-            self.seed, batch["sample_ids"], batch["latents"].device
-        )  # rows depend on their id alone
-        density, u = self.density(batch["sample_ids"]), random.uniform()
+        sample_ids, device = batch["sample_ids"], batch["latents"].device
+        random = SampleRandom(self.seed, sample_ids, device)  # a row depends on the seed and its id alone
+        density, u = self.density(sample_ids), random.uniform()
         t, drop = density.quantile(u), self.dropped(random)
-        x0, x1 = self.noise(batch, random), self.latents(batch, random)
-        condition = self.condition(batch, drop)
-        x0 = self.pair(x0, x1, condition, batch)
+        x0 = self.noise(batch, random)
+        x1 = self.latents(batch, random)  # a sample of the autoencoder's posterior
+        condition = self.condition(batch, drop)  # class, caption, sizes, what a mask leaves of the image
+        x0 = self.pair(x0, x1, condition, batch)  # the coupling
         sample = self.path.sample(x0, x1, t.to(x1.dtype))
         output = self.network(self.path.scale_input(sample.xt, sample.t), sample.t, condition)
         error = self.objective(output, sample, weight=self.weight(t, u, density))
@@ -161,12 +161,12 @@ class FlowLoss(nn.Module):
 
     @property
     def masked(self) -> bool:
-        """Whether the network sees masked images."""
+        """True if the network sees masked images."""
         return self.masking is not None
 
     @property
     def needs_pixels(self) -> bool:
-        """Whether a batch must hold ``pixels``."""
+        """True if a batch must hold ``pixels``."""
         return self.masked
 
     def use_average(self, average: WeightAverage) -> None:
@@ -180,7 +180,7 @@ def weighted_mean(error: Tensor, batch: dict[str, Any]) -> Tensor:
 
 
 class Density(Protocol):
-    """What the loss needs of a `TimeDensity`."""
+    """A density of training times, as `TimeDensity`."""
 
     def quantile(self, u: Tensor) -> Tensor:
         """Return the times (B,) of uniform numbers u."""
