@@ -32,7 +32,7 @@ from latentflow.training.loop import trained_module as player
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.loop.ema import WeightAverage
-from latentflow.training.losses.alignment import _averaged_features, make_alignment
+from latentflow.training.losses.alignment import make_alignment
 from latentflow.training.losses.average_velocity import flow_loss
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.routing import Routing
@@ -148,7 +148,7 @@ def test_the_teacher_is_told_what_the_student_is_told() -> None:
     told = Condition(class_labels=labels, channels=known, drop=drop)
     pair = torch.randn(2, 3, 2, SIDE, SIDE)
     sample = FlowConfig().choices().path.sample(*pair, torch.full((3,), 0.5))
-    _averaged_features(one, {"class_labels": labels}, sample, told, torch.full((3,), 0.6), 2)
+    one.averaged_features({"class_labels": labels}, sample, told, torch.full((3,), 0.6), 2)
     found = one.network.cond
     assert all(
         torch.equal(getattr(found, name), getattr(told, name))

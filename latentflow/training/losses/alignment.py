@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import AlignmentConfig, FlowConfig
+from ...config import AlignmentConfig
 from ...errors import UserError
 from ...flow import PathSample
 from ...models import Condition, DiT
@@ -170,15 +170,12 @@ class AlignedFlowLoss(FlowLoss):
 
     def __init__(
         self,
-        network: nn.Module,
-        config: FlowConfig,
-        seed: int,
         *arguments: Any,
         routing: Routing | None = None,
         alignment: Alignment | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(network, config, seed, *arguments, **options)
+        super().__init__(*arguments, **options)
         self.routing, self.alignment = routing, alignment
         self.learns_from_average = alignment is not None and alignment.needs_average
 
@@ -187,68 +184,62 @@ class AlignedFlowLoss(FlowLoss):
         return self.masked or (self.alignment is not None and self.alignment.needs_pixels)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        if not self.training:
-            return super().forward(batch)
-        random = SampleRandom(self.seed, batch["sample_ids"], batch["latents"].device)
-        density, u = self.density(batch["sample_ids"]), random.uniform()
+        sample_ids, device = batch["sample_ids"], batch["latents"].device
+        random = SampleRandom(self.seed, sample_ids, device)
+        density, u = self.density(sample_ids), random.uniform()
         t, drop = density.quantile(u), self.dropped(random)
         x0, x1 = self.noise(batch, random), self.latents(batch, random)
         condition = self.condition(batch, drop)
         x0 = self.pair(x0, x1, condition, batch)
         sample = self.path.sample(x0, x1, t.to(x1.dtype))
+        output, distance = self.predict(batch, sample, condition, random)
+        error = self.objective(output, sample, weight=self.weight(t, u, density))
+        return self.with_distance(error, distance, batch) | {"per_sample": error.detach(), "t": t}
+
+    def predict(
+        self,
+        batch: dict[str, Any],
+        sample: PathSample,
+        condition: Condition,
+        random: SampleRandom,
+        **end: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the prediction at ``sample``, and the distances (B,) of its features from their target, if any."""
+        given = self.path.scale_input(sample.xt, sample.t), sample.t, condition
+        if not self.training or (self.routing is None and self.alignment is None):
+            return self.network(*given, **end), None
         route = None
         if self.routing is not None:
-            route = self.routing(x1.shape, random, batch["sample_ids"][0])
+            route = self.routing(sample.xt.shape, random, batch["sample_ids"][0])
         if self.alignment is None:
-            given = self.path.scale_input(sample.xt, sample.t), sample.t, condition
-            output, distance = self.network(*given, route=route), None
-        else:
-            output, distance = predict_aligned(self, self.alignment, batch, sample, condition, random, route)
-        error = self.objective(output, sample, weight=self.weight(t, u, density))
-        return with_distance(error, distance, self.alignment, batch) | {"per_sample": error.detach(), "t": t}
+            return self.network(*given, route=route, **end), None
+        side = self.alignment.patch_size
+        grid = sample.xt.shape[2] // side, sample.xt.shape[3] // side
+        averaged = partial(self.averaged_features, batch, sample, condition)
+        target = self.alignment.target(batch, sample.t, grid, random, averaged)
+        output, features = self.network(*given, route=route, features=self.alignment.block, **end)
+        return output, self.alignment(features, target, route)
 
+    def averaged_features(
+        self, batch: dict[str, Any], sample: PathSample, condition: Condition, t: Tensor, blocks: int
+    ) -> Tensor:
+        """Return features of the averaged network, and text encoder, for the same pairs and conditions at t (B,)."""
+        average = nullcontext() if self.average is None else self.average.applied()
+        with torch.no_grad(), uncached_autocast(t.device), average:
+            averaged = replace(self.prompts(batch, condition.drop), channels=condition.channels)
+            t = t.to(sample.xt.dtype)
+            xt = self.path.scale_input(self.path.sample(sample.x0, sample.x1, t).xt, t)
+            features: Tensor = self.network(xt, t, averaged, features=blocks, only_features=True).features
+            return features
 
-def predict_aligned(
-    loss: FlowLoss,
-    alignment: Alignment,
-    batch: dict[str, Any],
-    sample: PathSample,
-    condition: Condition,
-    random: SampleRandom,
-    route: Route | None = None,
-    **end: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the network's prediction at ``sample``, and the distances (B,) of its features from their target."""
-    side = alignment.patch_size
-    grid = sample.xt.shape[2] // side, sample.xt.shape[3] // side
-    teacher = partial(_averaged_features, loss, batch, sample, condition)
-    target = alignment.target(batch, sample.t, grid, random, teacher)
-    given = loss.path.scale_input(sample.xt, sample.t), sample.t, condition
-    output, features = loss.network(*given, route=route, features=alignment.block, **end)
-    return output, alignment(features, target, route)
-
-
-def with_distance(
-    error: Tensor, distance: Tensor | None, alignment: Alignment | None, batch: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Return ``loss`` of errors (B,) and, with an alignment, of distances (B,), whose mean is ``alignment``."""
-    if distance is None or alignment is None:
-        return {"loss": weighted_mean(error, batch)}
-    total = error + alignment.weight * distance
-    return {"loss": weighted_mean(total, batch), "alignment": distance.detach().mean()}
-
-
-def _averaged_features(
-    loss: FlowLoss, batch: dict[str, Any], sample: PathSample, condition: Condition, t: Tensor, blocks: int
-) -> Tensor:
-    """Return features of the averaged network, and text encoder, for the same pairs under the same conditions at t."""
-    average = nullcontext() if loss.average is None else loss.average.applied()
-    with torch.no_grad(), uncached_autocast(t.device), average:
-        averaged = replace(loss.prompts(batch, condition.drop), channels=condition.channels)
-        t = t.to(sample.xt.dtype)
-        xt = loss.path.scale_input(loss.path.sample(sample.x0, sample.x1, t).xt, t)
-        features: Tensor = loss.network(xt, t, averaged, features=blocks, only_features=True).features
-        return features
+    def with_distance(
+        self, error: Tensor, distance: Tensor | None, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` of errors (B,) and, with an alignment, of distances (B,), whose mean is ``alignment``."""
+        if distance is None or self.alignment is None:
+            return {"loss": weighted_mean(error, batch)}
+        total = error + self.alignment.weight * distance
+        return {"loss": weighted_mean(total, batch), "alignment": distance.detach().mean()}
 
 
 def _blocks(share: float, depth: int) -> int:

@@ -23,14 +23,14 @@ from ...flow import (
 from ...models import Condition
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
-from .alignment import AlignedFlowLoss, Alignment, predict_aligned, with_distance
+from .alignment import AlignedFlowLoss, Alignment
 from .flow import Density, FlowLoss
 from .masking import Masking
 from .routing import Routing
 from .teacher import VelocityTeacher
 
 
-class AverageVelocityLoss(FlowLoss):
+class AverageVelocityLoss(AlignedFlowLoss):
     """The loss of objectives of average velocities: a step evaluates the network over intervals from r to t.
 
     The target of an interval is evaluated for the samples whose interval has a length only, derivatives in float32
@@ -39,11 +39,10 @@ class AverageVelocityLoss(FlowLoss):
 
     Args:
         teacher: its velocities, guided as it is, are learned in the place of the samples'.
-        alignment: a second loss, logged as ``alignment``.
 
     Raises:
-        UserError: the network takes no end of an interval, a teacher is needed, or guidance is asked for where there is
-            no condition.
+        UserError: the network takes no end of an interval, a teacher is needed, tokens are routed (it is trained on one
+            network and differentiated through another), or guidance is asked for where there is no condition.
     """
 
     def __init__(
@@ -53,16 +52,15 @@ class AverageVelocityLoss(FlowLoss):
         seed: int,
         *arguments: Any,
         teacher: VelocityTeacher | None = None,
-        alignment: Alignment | None = None,
         **options: Any,
     ) -> None:
         super().__init__(network, config, seed, *arguments, **options)
         self.settings: AverageObjective = self.choices.settings
         self.objective = self.choices.objective
-        self.teacher, self.alignment = teacher, alignment
-        self.learns_from_average = self.settings.averaged or (
-            alignment is not None and alignment.needs_average
-        )
+        self.teacher = teacher
+        self.learns_from_average |= self.settings.averaged
+        if self.routing is not None:
+            raise _routed(config)
         if self.settings.needs_teacher and teacher is None:
             raise _needs_teacher(config)
         if not network.config.get("interval_conditioning"):
@@ -74,10 +72,6 @@ class AverageVelocityLoss(FlowLoss):
         if self.settings.guided and all(network.config.get(name) is None for name in conditions):
             raise _nothing_to_follow(config)
 
-    @property
-    def needs_pixels(self) -> bool:
-        return self.masked or (self.alignment is not None and self.alignment.needs_pixels)
-
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return what `FlowLoss` does, and the plain ``error`` where it is not what is minimised."""
         random = SampleRandom(self.seed, batch["sample_ids"], batch["latents"].device)
@@ -88,16 +82,10 @@ class AverageVelocityLoss(FlowLoss):
         x0 = self.pair(x0, x1, condition, batch)
         sample, end = self.path.sample(x0, x1, r.to(x1.dtype)), t.to(x1.dtype)
         target = self.target(sample, condition, end, self.progress(batch["sample_ids"], end))
-        distance = None
-        if self.alignment is None or not self.training:
-            output = self.network(sample.xt, sample.t, condition, end=end)
-        else:
-            output, distance = predict_aligned(
-                self, self.alignment, batch, sample, condition, random, end=end
-            )
+        output, distance = self.predict(batch, sample, condition, random, end=end)
         error = self.objective(output, sample, target=target)
         trained = adaptive(error, self.settings.power, self.settings.floor)
-        result = with_distance(trained, distance, self.alignment, batch)
+        result = self.with_distance(trained, distance, batch)
         if trained is not error:
             result["error"] = error.detach().mean()
         return result | {"per_sample": error.detach(), "t": r}
@@ -275,19 +263,16 @@ def flow_loss(
         options: further arguments of the loss.
 
     Raises:
-        UserError: an objective of average velocities with routing: it is trained on one network and differentiated
-            through another; see `AverageVelocityLoss` too.
+        UserError: see `AverageVelocityLoss`.
     """
-    given = (network, config, seed, text_encoder, masking)
-    average = config.choices().objective.average
-    if kind is None and average:
-        if routing is not None:
-            raise _routed(config)
-        kind = _OWN_LOSSES.get(config.objective, AverageVelocityLoss)
-        return kind(*given, alignment=alignment, **options)
-    if kind is not None or (routing is None and alignment is None):
-        return (kind or FlowLoss)(*given, **options)
-    return AlignedFlowLoss(*given, routing=routing, alignment=alignment, **options)
+    if kind is None:
+        if config.choices().objective.average:
+            kind = _OWN_LOSSES.get(config.objective, AverageVelocityLoss)
+        elif routing is not None or alignment is not None:
+            kind = AlignedFlowLoss
+    if kind is not None and issubclass(kind, AlignedFlowLoss):
+        options |= {"routing": routing, "alignment": alignment}
+    return (kind or FlowLoss)(network, config, seed, text_encoder, masking, **options)
 
 
 def refuse_unfit(
