@@ -23,10 +23,9 @@ from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
 from .loop.data_order import SampleRandom, SampleUse
-from .loop.distributed import compute_dtype, process_state, resolve
+from .loop.distributed import compute_dtype, matrix_product_rate, process_state, resolve
 from .loop.loader import TrainingData, by_group, groups_of, load_batch
 from .loop.optimizers import Muon, make_optimizers
-from .loop.profiling import matrix_product_rate
 from .losses.flow import FlowLoss
 from .networks import Networks
 

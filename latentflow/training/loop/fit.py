@@ -27,12 +27,19 @@ from ...utils.memory import OutOfMemory, is_out_of_memory, memory_phase, release
 from ...utils.replacing import replacing
 from . import checkpoint
 from .data_order import DataOrder
-from .distributed import compute_dtype, make_accelerator, most_of_any_process, together, whole
+from .distributed import (
+    compute_dtype,
+    make_accelerator,
+    matrix_product_rate,
+    most_of_any_process,
+    together,
+    whole,
+)
 from .folders import clean_up
 from .loader import Batch, DataFailed, TrainingData, groups_of, load_batches, to_device
 from .logging import Reporter
 from .optimizers import learning_rate
-from .profiling import matrix_product_rate, profiler
+from .profiling import profiler
 from .recovery import Part, Recovery, Values
 from .run_folder import run_lock
 from .saving import AverageSnapshots, Saver, export_once
@@ -187,7 +194,10 @@ class Loop:
             num_workers=self.config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        with stop_on_signal() as asked, self._profiler() as profiled:
+        profile: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None)
+        if self.config.profile and self.main:
+            profile = profiler(self.output / "profile", self.report.say)
+        with stop_on_signal() as asked, profile as profiled:
             while self.step < last and not self.early.stopped:
                 try:
                     values = self.train_step(batches)
@@ -348,11 +358,6 @@ class Loop:
             shown=shown,
         )
 
-    def _profiler(self) -> AbstractContextManager[Callable[[], None]]:
-        if self.config.profile and self.main:
-            return profiler(self.output / "profile", self.report.say)
-        return nullcontext(lambda: None)
-
     def _validate(self) -> None:
         if self.callbacks.validate is not None:
             values = with_averages(self.modules, self.callbacks.validate)
@@ -377,14 +382,13 @@ class Loop:
     # ---- saving, resuming, the result ----
 
     def _state(self, random: checkpoint.State) -> checkpoint.State:
-        scaler = self.accelerator.scaler
         state = {
             "step": self.step,
             "saved_at": time.time(),
             "description": self.description,
             "processes": self.accelerator.num_processes,
             "micro_batch": self.recovery.micro_batch,
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "scaler": scaler.state_dict() if (scaler := self.accelerator.scaler) is not None else None,
             "random": random,
             "shown": self.report.shown,
         }
