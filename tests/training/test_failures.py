@@ -152,6 +152,26 @@ def test_out_of_memory_names_the_phase_the_peak_and_the_flags_and_saves(
     assert_equal_weights(tmp_path, tmp_path / "whole")
 
 
+def test_an_optimiser_that_runs_out_of_memory_leaves_the_last_checkpoint_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some weights have changed by then: the step before is no longer there to be saved."""
+    step, calls = torch.optim.AdamW.step, iter(range(100))
+
+    def fails(self: Any, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fails)
+        with pytest.raises(OutOfMemory, match="phase: train") as caught:
+            run(tmp_path / "run", module=NoDropout(), resume_line=LINE)
+    assert steps(tmp_path / "run") == [4] and "Saved" not in str(caught.value)
+    assert run(tmp_path / "run", module=NoDropout()) and run(tmp_path / "whole", module=NoDropout())
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+
+
 def test_two_processes_split_alike_when_one_runs_out_and_another_number_may_go_on(
     tmp_path: Path, log: Path
 ) -> None:
