@@ -350,18 +350,8 @@ def test_what_cannot_be_aligned_is_refused_in_words(monkeypatch: pytest.MonkeyPa
 def test_the_command_routes_and_aligns_and_nothing_of_it_is_in_the_result(
     images: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    line = [
-        images,
-        *TINY,
-        "--depth",
-        3,
-        "--block",
-        "plain",
-        "--max-train-steps",
-        2,
-        "--checkpointing-steps",
-        2,
-    ]
+    line = [images, *TINY, "--depth", 3, "--block", "plain"]
+    line += ["--max-train-steps", 2, "--checkpointing-steps", 2]
     choices = ["--route-share", 0.5, "--alignment", "encoder", "--alignment-encoder", encoder]
     call(tmp_path / "cache", *line, "-o", tmp_path / "run", *choices)
     folder = tmp_path / "run" / "pipeline" / "transformer"

@@ -21,14 +21,8 @@ from .forking import run_ranks
 from .test_loop import CONFIG, Regression, assert_equal_weights, run, steps
 
 STOPPING = dataclasses.replace(CONFIG, validation_steps=2, early_stop=2)
-LOSSES = {
-    2: 5.0,
-    4: 3.0,
-    6: 4.0,
-    8: 3.5,
-    10: 1.0,
-    12: 1.0,
-}  # by step: 4 is the best, 8 the second that is not better
+# By step: 4 is the best, 8 the second that is not better.
+LOSSES = {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 1.0, 12: 1.0}
 
 
 def callbacks(module: Regression, folder: Path, seen: dict[int, torch.Tensor] | None = None) -> Callbacks:

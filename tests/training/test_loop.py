@@ -195,11 +195,8 @@ def test_a_non_finite_loss_names_the_sample_skips_the_update_and_goes_on(tmp_pat
     assert "step 4" in text and "point " in text and "t = 0.0000" in text and "skipped" in text
     assert all(torch.isfinite(one).all() for one in module.parameters())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == [
-        1,
-        2,
-        3,
-    ]  # no invented loss for the skipped step
+    # No invented loss for the skipped step.
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
 
 
 def test_a_skipped_update_moves_no_weight_and_no_moment(tmp_path: Path) -> None:
@@ -245,7 +242,7 @@ def test_the_same_data_in_another_order_is_refused_in_words(tmp_path: Path) -> N
     assert run(tmp_path, longer, description=first)
 
 
-def test_a_run_of_before_that_tells_no_order_goes_on(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_that_wrote_no_order_goes_on(tmp_path: Path) -> None:
     assert run(tmp_path, description={"data": "abc"})
     longer = dataclasses.replace(CONFIG, max_train_steps=14)
     assert run(tmp_path, longer, description={"data": "abc", "data_order": "1"})

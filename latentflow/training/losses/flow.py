@@ -41,7 +41,7 @@ class FlowLoss(nn.Module):
         samples_per_step: samples of one step, over all processes.
 
     Attributes:
-        density: the density of the training times, for the samples of these ids.
+        density: sample ids -> the density of their training times.
         masked: whether the network sees masked images.
         needs_pixels: whether a batch must hold ``pixels``.
         learns_from_average: whether the loop must hand over the weight average (`use_average`).
