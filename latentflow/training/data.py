@@ -35,15 +35,15 @@ from ..utils.documents import read_yaml
 from ..utils.memory import memory_phase
 from .fine_tune.base import base_classes, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share
-from .loop.data_order import seeded
+from .loop.data_order import Stream, seeded
 from .loop.distributed import process_state
-from .losses.latent_data import Conditions, LatentData, Sized, is_flipped, rows_of
+from .losses.latent_data import BucketData, Conditions, LatentData, is_flipped, rows_of
 from .networks import Networks
 from .trained_model import Built
 
 
 def conditions_of(source: Source, networks: Networks, seed: int, mirror: bool = False) -> Conditions:
-    """What `FlowStage` makes its condition of, for rows of ``source``.
+    """What `FlowLoss` makes its condition of, for rows of ``source``.
 
     Classes become ids, captions token ids (for an encoder that is trained along) or cached embeddings (frozen). Of
     several captions each use of an image draws one, by ``seed`` and its running number; with ``mirror`` those of
@@ -116,7 +116,7 @@ class Captions(Sequence[str]):
             start += count
         if count == 1:
             return start
-        return start + int(torch.randint(count, (), generator=seeded(self._seed, 3, number)))
+        return start + int(torch.randint(count, (), generator=seeded(self._seed, Stream.CAPTIONS, number)))
 
 
 def mirrored(caption: str) -> str:
@@ -230,11 +230,11 @@ class LatentCache:
             [self._sized(framed, number) for number in range(len(framed.sizes))],
             conditions_of(framed.source, self._built.networks, seed, self._config.framing.mirror_captions),
             flips=self._data.random_flip,
-            told=self._built.told,
+            size_conditioning=self._built.told,
             seed=seed,
         )
 
-    def _sized(self, framed: Cropping, number: int) -> Sized:
+    def _sized(self, framed: Cropping, number: int) -> BucketData:
         part, size, data = framed.part(number), framed.sizes[number], self._data
         views: dict[str, Tensor | LazyTable] = {}
         if self._built.stage.needs_pixels:
@@ -252,4 +252,4 @@ class LatentCache:
                 device=process_state().device,
                 progress=process_state().is_main_process,
             )
-        return Sized(table, views)
+        return BucketData(table, views)

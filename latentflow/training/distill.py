@@ -21,11 +21,11 @@ from ..pipeline.generate import LatentFlowPipeline
 from .fine_tune.base import class_names, open_base
 from .fine_tune.prior import MixedData, in_turn
 from .fine_tune.teacher_samples import Drawing, drawn_data
-from .loop.data_order import Draw, SampleRandom
-from .loop.loader import by_group, groups_of, numbered, to_device
-from .losses.average_velocity import AverageVelocityStage, OneStepStage, stage_class
-from .losses.distribution_matching import FakeStage, GeneratorStage
-from .losses.flow import FlowStage
+from .loop.data_order import SampleRandom, SampleUse
+from .loop.loader import by_group, groups_of, load_batch, to_device
+from .losses.average_velocity import OneStepLoss, flow_loss
+from .losses.distribution_matching import FakeLoss, GeneratorLoss
+from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
 from .losses.teacher import VelocityTeacher
 from .recipe import Lesson
@@ -45,7 +45,7 @@ class Method(NamedTuple):
 
     objective: str
     pairs: bool = False
-    stage: type[FlowStage] | None = None
+    stage: type[FlowLoss] | None = None
     usual: Mapping[str, float] = MappingProxyType({})
 
     @property
@@ -61,9 +61,9 @@ METHODS: dict[str, Method] = {
     "alpha-flow": Method("alpha-flow", usual={"share": 0.5}),
     "shortcut": Method("shortcut", usual={"share": 0.5, "finest": 8}),
     # Sampled as consistency models are: to the data, and back.
-    "distribution-matching": Method("consistency", stage=GeneratorStage),
+    "distribution-matching": Method("consistency", stage=GeneratorLoss),
     "reflow": Method("flow-matching", pairs=True),
-    "one-step": Method("flow-matching", pairs=True, stage=OneStepStage),
+    "one-step": Method("flow-matching", pairs=True, stage=OneStepLoss),
 }
 
 
@@ -105,7 +105,7 @@ class Distillation(Lesson):
             self.guidance = config.guidance if learned == 1.0 else 1.0
         self.folded_guidance = self.guidance if learned == 1.0 else learned
         self.checkpoint, self.name, self._config = checkpoint, method, config
-        self.step_counts = (1,) if self.method.stage is OneStepStage else config.step_counts
+        self.step_counts = (1,) if self.method.stage is OneStepLoss else config.step_counts
         # Neither pairs nor matched distributions are measured by held-out images.
         self.validates = not self.method.pairs and self.method.stage is None
 
@@ -139,16 +139,16 @@ class Distillation(Lesson):
                 "Leave it out, and give --max-train-steps.",
             )
 
-    def stage(self, flow: FlowConfig) -> Callable[..., FlowStage]:
+    def stage(self, flow: FlowConfig) -> Callable[..., FlowLoss]:
         if self.method.pairs:
-            return self.method.stage or stage_class(flow)
+            return partial(flow_loss, kind=self.method.stage)
         teacher = VelocityTeacher(self._pipe, self.guidance)
-        if self.method.stage is GeneratorStage:
-            return partial(GeneratorStage, teacher=teacher, step_counts=self.step_counts)
-        return partial(AverageVelocityStage, teacher=teacher)
+        if self.method.stage is GeneratorLoss:
+            return partial(flow_loss, kind=GeneratorLoss, teacher=teacher, step_counts=self.step_counts)
+        return partial(flow_loss, teacher=teacher)
 
-    def players(self, stage: FlowStage) -> dict[str, nn.Module]:
-        more = {"fake": FakeStage(stage)} if isinstance(stage, GeneratorStage) else {}
+    def players(self, stage: FlowLoss) -> dict[str, nn.Module]:
+        more = {"fake": FakeLoss(stage)} if isinstance(stage, GeneratorLoss) else {}
         return {"flow": stage, **more}
 
     def data(
@@ -186,17 +186,19 @@ class Distillation(Lesson):
         asked = in_turn(names, self._config.pairs)
         return drawn_data(self.checkpoint, asked, built.networks, folder, drawing, built.told)
 
-    def lines_after(self, result: Path, stage: FlowStage, data: LatentData) -> list[str]:
+    def lines_after(self, result: Path, stage: FlowLoss, data: LatentData) -> list[str]:
         """How straight the trajectories of the teacher and of the student are, from the same noise under the same
         conditions: of students of pairs."""
         if not self.method.pairs:
             return []
         student = LatentFlowPipeline.from_pretrained(result)
-        draws = by_group([Draw(row, row) for row in range(min(len(data), _TRAJECTORIES))], groups_of(data))[0]
-        batch = numbered(data, draws)
+        draws = by_group(
+            [SampleUse(row, row) for row in range(min(len(data), _TRAJECTORIES))], groups_of(data)
+        )[0]
+        batch = load_batch(data, draws)
         device = next(stage.network.parameters()).device
-        noise = SampleRandom(0, batch["numbers"], device).normal(batch["latents"].shape[1:])
-        condition = stage.condition(to_device(batch, device))
+        noise = SampleRandom(0, batch["sample_ids"], device).normal(batch["latents"].shape[1:])
+        condition = stage.prompts(to_device(batch, device))
         if stage.masked:  # nothing is known
             channels = student.transformer.config.condition_channels
             condition = replace(condition, channels=noise.new_zeros(len(noise), channels, *noise.shape[2:]))
@@ -243,6 +245,6 @@ class Distillation(Lesson):
             "guidance": self.guidance,
             "teacher": weights_hash(self._pipe.transformer),
             **({"pairs": self._config.pairs} if self.method.pairs else {}),
-            **({"step_counts": [*self.step_counts]} if self.method.stage is GeneratorStage else {}),
+            **({"step_counts": [*self.step_counts]} if self.method.stage is GeneratorLoss else {}),
         }
         return {"distillation": described}

@@ -22,12 +22,11 @@ from ..config import LoopConfig
 from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
-from .loop.data_order import Draw, SampleRandom
-from .loop.distributed import compute_dtype, process_state, resolve
-from .loop.loader import TrainingData, by_group, groups_of, numbered
+from .loop.data_order import SampleRandom, SampleUse
+from .loop.distributed import compute_dtype, matrix_product_rate, process_state, resolve
+from .loop.loader import TrainingData, by_group, groups_of, load_batch
 from .loop.optimizers import Muon, make_optimizers
-from .loop.profiling import matrix_product_rate
-from .losses.flow import FlowStage
+from .losses.flow import FlowLoss
 from .networks import Networks
 
 Shape = tuple[int, ...]
@@ -112,8 +111,8 @@ def sample_flops(network: nn.Module, text_encoder: nn.Module | None, data: Train
     The first batch of ``data`` says how long captions are; latents are ``size`` x ``size``. What a teacher or a frozen
     encoder computes does not count: it is not the model.
     """
-    draws = [Draw(index, index) for index in range(min(len(data), _FIRST))]
-    batch = numbered(data, by_group(draws, groups_of(data))[0])
+    draws = [SampleUse(index, index) for index in range(min(len(data), _FIRST))]
+    batch = load_batch(data, by_group(draws, groups_of(data))[0])
     tokens, text = batch.get("input_ids"), batch.get("text")
     length = tokens.shape[1] if tokens is not None else text.shape[1] if text is not None else 0
     flops = network_cost(network, size, length).flops
@@ -253,7 +252,7 @@ def plan_lines(
 
 
 def estimate_lines(
-    stage: FlowStage,
+    stage: FlowLoss,
     networks: Networks,
     vae: Autoencoder,
     source: Source,
@@ -271,7 +270,7 @@ def estimate_lines(
 
 @dataclass(frozen=True)
 class _Estimate:
-    stage: FlowStage
+    stage: FlowLoss
     networks: Networks
     vae: Autoencoder
     source: Source
@@ -410,7 +409,7 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _random_batch(
-    stage: FlowStage,
+    stage: FlowLoss,
     networks: Networks,
     vae: Autoencoder,
     source: Source,
@@ -419,7 +418,7 @@ def _random_batch(
     device: torch.device,
 ) -> dict[str, Any]:
     noise = SampleRandom(0, list(range(rows))).normal((latent_channels(vae), latent_size, latent_size))
-    batch: dict[str, Any] = {"latents": noise.to(device), "numbers": list(range(rows))}
+    batch: dict[str, Any] = {"latents": noise.to(device), "sample_ids": list(range(rows))}
     if source.kind == "class":
         batch["class_labels"] = torch.zeros(rows, dtype=torch.long, device=device)
     elif source.kind == "text" and networks.trained_text:

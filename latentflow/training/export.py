@@ -14,8 +14,7 @@ from ..config import RunConfig
 from ..data import Source
 from ..pipeline.few_steps import FewSteps
 from ..pipeline.generate import LatentFlowPipeline
-from .loop.folders import write_folder
-from .loop.saving import writing
+from .loop.folders import write_folder, writing
 from .networks import Networks
 from .preview import preview_steps
 from .report.card import CardFacts, write_card

@@ -14,8 +14,8 @@ from ..flow import AverageObjective
 from ..pipeline.few_steps import FewSteps
 from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.prior import MixedData, asked_of, prior_data
-from .losses.average_velocity import stage_class
-from .losses.flow import FlowStage
+from .losses.average_velocity import flow_loss
+from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
 from .trained_model import Built
 
@@ -52,11 +52,11 @@ class Lesson:
 
     # ---- training ----
 
-    def stage(self, flow: FlowConfig) -> Callable[..., FlowStage]:
-        """What makes the module that is trained, called as `FlowStage` is."""
-        return stage_class(flow)
+    def stage(self, flow: FlowConfig) -> Callable[..., FlowLoss]:
+        """What makes the module that is trained, called as `FlowLoss` is."""
+        return flow_loss
 
-    def players(self, stage: FlowStage) -> dict[str, nn.Module]:
+    def players(self, stage: FlowLoss) -> dict[str, nn.Module]:
         """What the loop trains: the stage, and what learns beside it."""
         return {"flow": stage}
 
@@ -106,6 +106,6 @@ class Lesson:
             folded_guidance=settings.guidance,
         )
 
-    def lines_after(self, result: Path, stage: FlowStage, data: LatentData) -> list[str]:
+    def lines_after(self, result: Path, stage: FlowLoss, data: LatentData) -> list[str]:
         """What to tell of the pipeline ``result`` when it is trained."""
         return []

@@ -17,12 +17,10 @@ from .estimate import estimate_lines, sample_flops
 from .export import Result
 from .fine_tune.defaults import FEW
 from .fine_tune.memorisation import tell_memorised
-from .loop.callbacks import Callbacks
 from .loop.distributed import process_state
-from .loop.early_stop import refuse_unvalidated
-from .loop.fit import fit
+from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
-from .loop.signals import Stop
+from .loop.stopping import Stop, refuse_unvalidated
 from .losses.average_velocity import refuse_unfit
 from .losses.flow import validation_loss
 from .networks import refuse_renumbered_classes
@@ -143,7 +141,7 @@ def train(
         description=_description(planned, examples, built, lesson),
         resume_line=again,
         flops=flops,
-        partly=bool(config.init_from) and examples.source.kind == "unconditional",
+        find_unused_parameters=bool(config.init_from) and examples.source.kind == "unconditional",
         stop=stop,
     )
     if not finished:

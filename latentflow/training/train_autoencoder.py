@@ -27,11 +27,10 @@ from ..autoencoder.losses import PatchDiscriminator
 from ..config import AutoencoderConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..metrics import psnr, ssim
-from .loop.callbacks import Callbacks
-from .loop.fit import fit
-from .loop.saving import writing
-from .loop.signals import Stop
-from .losses.autoencoder import AutoencoderStage, DiscriminatorStage, autoencoder_steps
+from .loop.fit import Callbacks, fit
+from .loop.folders import writing
+from .loop.stopping import Stop
+from .losses.autoencoder import AutoencoderLoss, DiscriminatorLoss, autoencoder_steps
 from .losses.latent_data import PixelData
 from .report.export import carry_over
 
@@ -67,10 +66,10 @@ def train_autoencoder(
     torch.manual_seed(loop.seed)
     vae = build_autoencoder(config, resolution).to(memory_format=torch.channels_last)
     discriminator = PatchDiscriminator() if config.adversarial_weight else None
-    stage = AutoencoderStage(vae, config, loop.seed, discriminator)
+    stage = AutoencoderLoss(vae, config, loop.seed, discriminator)
     players: dict[str, nn.Module] = {"autoencoder": stage}
     if discriminator is not None:
-        players["discriminator"] = DiscriminatorStage(discriminator, stage)
+        players["discriminator"] = DiscriminatorLoss(discriminator, stage)
     pixels = cached_pixels(train, resolution, background)
     held_out = (
         pixels_to_images(cached_pixels(validation, resolution, background)[:256]) if len(validation) else None

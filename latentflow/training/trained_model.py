@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .fine_tune.adapters import Adapter
-from .losses.flow import FlowStage
+from .losses.flow import FlowLoss
 from .networks import Networks
 
 
@@ -24,7 +24,7 @@ class Built:
 
     networks: Networks
     adapter: Adapter | None
-    stage: FlowStage
+    stage: FlowLoss
     latent_size: int
     batch: int
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,16 +29,17 @@ from latentflow.models.routing import Route
 from latentflow.training import fit
 from latentflow.training.loop import trained_module as player
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.data_order import Draw
+from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.loop.ema import WeightAverage
 from latentflow.training.losses.alignment import make_alignment
-from latentflow.training.losses.flow import FlowStage
+from latentflow.training.losses.average_velocity import flow_loss
+from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.routing import Routing
 from latentflow.training.losses.vision import VisionEncoder
 
 from ..models.tiny import perturb
 from .command import TINY, call
-from .forking import fork_ranks
+from .forking import run_ranks
 
 SIDE, ROWS, WIDTH = 4, 6, 16
 
@@ -55,14 +55,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stage(config: AlignmentConfig, *, share: float = 0.0) -> FlowStage:
+def stage(config: AlignmentConfig, *, share: float = 0.0) -> FlowLoss:
     torch.manual_seed(0)
     network = DiT(in_channels=2, width=WIDTH, depth=4, heads=2, registers=1)
     perturb(network)
     routing = Routing(RoutingConfig(route_share=share), network, (10**6, 10)) if share else None
-    return FlowStage(
-        network, FlowConfig(), seed=3, routing=routing, alignment=make_alignment(config, network)
-    )
+    return flow_loss(network, FlowConfig(), 3, routing=routing, alignment=make_alignment(config, network))
 
 
 def settings(kind: str, encoder: Path, **more: Any) -> AlignmentConfig:
@@ -76,11 +74,11 @@ def batch(rows: int = ROWS, start: int = 0) -> dict[str, Any]:
     return {
         "latents": torch.randn(1, 2, SIDE, SIDE, generator=g).expand(rows, -1, -1, -1),
         "pixels": torch.randint(256, (1, 3, 16, 16), generator=g, dtype=torch.uint8).expand(rows, -1, -1, -1),
-        "numbers": list(range(start, start + rows)),
+        "sample_ids": list(range(start, start + rows)),
     }
 
 
-def exchanged(one: FlowStage) -> dict[str, Any]:
+def exchanged(one: FlowLoss) -> dict[str, Any]:
     """What the stage's network was called with and returned, by call."""
     calls: dict[str, Any] = {}
 
@@ -149,7 +147,7 @@ def test_the_teacher_is_told_what_the_student_is_told() -> None:
     told = Condition(class_labels=labels, channels=known, drop=drop)
     pair = torch.randn(2, 3, 2, SIDE, SIDE)
     sample = FlowConfig().choices().path.sample(*pair, torch.full((3,), 0.5))
-    one._teacher({"class_labels": labels}, sample, told)(torch.full((3,), 0.6), 2)
+    one.averaged_features({"class_labels": labels}, sample, told, torch.full((3,), 0.6), 2)
     found = one.network.cond
     assert all(
         torch.equal(getattr(found, name), getattr(told, name))
@@ -221,7 +219,7 @@ class Latents:
     def __len__(self) -> int:
         return 12
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
         rows = [torch.Generator().manual_seed(draw.index) for draw in draws]
         return {
             "latents": torch.stack([torch.randn(2, SIDE, SIDE, generator=row) for row in rows]),
@@ -272,7 +270,7 @@ def test_two_processes_learn_what_one_learns(kind: str, shard: bool, encoder: Pa
     def half(rank: int) -> None:
         train(tmp_path / "pair", config, 3, mixed_precision="no", train_batch_size=2, shard=shard)
 
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, half)] == [0, 0]
+    run_ranks(2, half)
     pair = weights(tmp_path / "pair")
     assert alone.keys() == pair.keys()
     for name, one in alone.items():
@@ -346,24 +344,14 @@ def test_what_cannot_be_aligned_is_refused_in_words(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(player, "is_sharded", lambda *_: True)
     accelerator: Any = type("Accelerator", (), {"device": torch.device("cpu"), "is_main_process": True})()
     with pytest.raises(UserError, match="--shard"):
-        player.Player("flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator)
+        player.TrainedModule("flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator)
 
 
 def test_the_command_routes_and_aligns_and_nothing_of_it_is_in_the_result(
     images: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    line = [
-        images,
-        *TINY,
-        "--depth",
-        3,
-        "--block",
-        "plain",
-        "--max-train-steps",
-        2,
-        "--checkpointing-steps",
-        2,
-    ]
+    line = [images, *TINY, "--depth", 3, "--block", "plain"]
+    line += ["--max-train-steps", 2, "--checkpointing-steps", 2]
     choices = ["--route-share", 0.5, "--alignment", "encoder", "--alignment-encoder", encoder]
     call(tmp_path / "cache", *line, "-o", tmp_path / "run", *choices)
     folder = tmp_path / "run" / "pipeline" / "transformer"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from latentflow.errors import UserError
 from latentflow.training import average, fit
 from latentflow.training.average import averaged_pipeline, reconstruct
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.ema import WeightAverage, power_function
-from latentflow.training.loop.post_hoc_ema import LONGEST, coefficients, exponent
+from latentflow.training.loop.ema import LONGEST, WeightAverage, coefficients, exponent, power_function
 
 from .command import TINY, call
-from .forking import fork_ranks
+from .forking import run_ranks
 from .test_loop import CONFIG, Line, Regression
 
 STEPS = 160
@@ -129,7 +127,7 @@ def test_a_length_made_after_training_equals_the_one_that_was_tracked(whole: Pat
 def test_a_run_that_died_has_the_same_averages_and_snapshots(whole: Path, tmp_path: Path) -> None:
     class Dying(Regression):
         def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            if 70 * 6 in batch["numbers"]:
+            if 70 * 6 in batch["sample_ids"]:
                 raise InterruptedError
             return super().forward(batch)
 
@@ -164,8 +162,7 @@ def test_two_processes_keep_the_averages_of_one(tmp_path: Path, shard: bool) -> 
         fit({"flow": Plain()}, Line(), config, folder)
 
     train(alone, tmp_path / "alone")
-    processes = fork_ranks(2, lambda rank: train(pair, tmp_path / "pair"))
-    assert [os.waitpid(one, 0)[1] for one in processes] == [0, 0]
+    run_ranks(2, lambda rank: train(pair, tmp_path / "pair"))
     first, second = averages(tmp_path / "alone"), averages(tmp_path / "pair")
     assert first.keys() == second.keys() and len(first) == 2 * 3
     for key, one in first.items():

@@ -9,9 +9,11 @@ import resource
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,8 +26,7 @@ from latentflow.training.loop.saving import Saver
 
 
 @pytest.fixture(autouse=True)
-def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "RETRY_SECONDS", (0.0, 0.0))
+def _propagates() -> None:
     logging.getLogger("latentflow").propagate = True
 
 
@@ -93,7 +94,9 @@ def test_a_failed_save_is_a_warning_and_the_next_one_succeeds(
     saver.wait()
     with monkeypatch.context() as patch:
         patch.setattr(
-            saving.checkpoint, "write_checkpoint", raising(OSError(errno.ENOSPC, "No space left on device"))
+            saving.checkpoint,
+            "write_checkpoint",
+            Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")),
         )
         saver.save(2, state(2))
         while saver._running is not None:
@@ -103,13 +106,6 @@ def test_a_failed_save_is_a_warning_and_the_next_one_succeeds(
     saver.save(3, state(3))
     saver.close()
     assert names(tmp_path) == ["step-000001", "step-000003"]
-
-
-def raising(error: Exception):  # type: ignore[no-untyped-def]
-    def function(*args: object, **kwargs: object) -> None:
-        raise error
-
-    return function
 
 
 def test_a_full_disk_costs_no_old_checkpoint_and_leaves_nothing_half_written(
@@ -123,7 +119,7 @@ def test_a_full_disk_costs_no_old_checkpoint_and_leaves_nothing_half_written(
             saver.save_now(2, state(2, 500_000))
         assert caught.value.status == 1 and "Free some space" in caught.value.fix
         # It fills up during the save as well: the estimate is not the only guard.
-        monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: os_usage(10**9))
+        monkeypatch.setattr(saving.shutil, "disk_usage", Mock(return_value=Mock(free=10**9)))
         with pytest.raises(RunError, match="No space left"):
             saver.save_now(2, state(2, 500_000))
         assert names(root) == ["step-000001"]
@@ -132,10 +128,6 @@ def test_a_full_disk_costs_no_old_checkpoint_and_leaves_nothing_half_written(
         saver.save_now(3, state(3, 1000))  # small enough: the run goes on, and only now the old one goes
         assert names(root) == ["step-000003"]
         saver.close()
-
-
-def os_usage(free: int):  # type: ignore[no-untyped-def]
-    return saving.shutil._ntuple_diskusage(free, 0, free)  # type: ignore[attr-defined]
 
 
 def test_a_file_that_may_not_grow_is_told_of(tmp_path: Path) -> None:
@@ -250,10 +242,10 @@ def test_sigkill_while_saving_leaves_the_newest_complete_checkpoint(tmp_path: Pa
                 saver.save(step, {"step": step, "w": tensors})
         finally:
             os._exit(1)
-    deadline = saving.time.monotonic() + 60
-    while not (tmp_path / "step-000002").exists() and saving.time.monotonic() < deadline:
-        saving.time.sleep(0.001)
-    saving.time.sleep(delay)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "step-000002").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(delay)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     clean_up(tmp_path, r"step-\d+")

@@ -24,15 +24,14 @@ from ...pipeline.generate import LatentFlowPipeline
 from ...utils.memory import memory_phase
 from ...utils.replacing import replacing
 from ..data import conditions_of
-from ..loop.data_order import seeded
+from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
-from ..losses.latent_data import LatentData, Sized
+from ..losses.latent_data import BucketData, LatentData
 from ..networks import Networks
 from .base import open_base
 
 _TOGETHER = 50  # samples in a file, and drawn at once,
 _PIXELS = 2**20  # unless they have more pixels in all
-_STREAM = 6  # of random numbers; see `seeded`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +103,9 @@ def drawn_data(
     source = Source(f"samples of {checkpoint}", examples, kind, networks.classes if kind == "class" else ())
     natural = np.full((len(asked), 2), side, dtype=np.int32)
     framing = Cropping(source, ((side, side),), np.zeros(len(asked), dtype=np.int32), natural)
-    sized = Sized(LatentTable(tensors["latents"][:, None], None), views)
+    sized = BucketData(LatentTable(tensors["latents"][:, None], None), views)
     conditions = conditions_of(source, networks, drawing.seed)
-    return LatentData(framing, [sized], conditions, flips=False, told=told, seed=drawing.seed)
+    return LatentData(framing, [sized], conditions, flips=False, size_conditioning=told, seed=drawing.seed)
 
 
 def _drawn(
@@ -141,7 +140,9 @@ def _draw(
     pipe: LatentFlowPipeline, kind: Kind, names: list[str], start: int, side: int, drawing: Drawing
 ) -> dict[str, Tensor]:
     generators = [
-        torch.Generator().manual_seed(seeded(drawing.seed, _STREAM, start + row).initial_seed())
+        torch.Generator().manual_seed(
+            seeded(drawing.seed, Stream.TEACHER_SAMPLES, start + row).initial_seed()
+        )
         for row in range(len(names))
     ]
     asked: dict[str, Any] = {"num_images_per_prompt": len(names)}

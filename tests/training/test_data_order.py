@@ -1,0 +1,146 @@
+"""The order of samples, also of several sizes, and the random numbers of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from scipy import stats
+
+from latentflow.training.loop.data_order import DataOrder, SampleRandom, grouped_permutation, seeded
+
+
+def flat(order: DataOrder, first: int, last: int, process: int = 0) -> list[tuple[int, int]]:
+    return [(draw.index, draw.sample_id) for batch in order.batches(first, last, process) for draw in batch]
+
+
+def test_every_epoch_uses_every_sample_exactly_once() -> None:
+    order = DataOrder(size=10, batch_size=4, seed=3)  # 10 is no multiple of 4: batches run across epoch ends
+    draws = flat(order, 0, 25)  # 100 draws = 10 epochs
+    assert [number for _, number in draws] == list(range(100))
+    assert set(Counter(index for index, _ in draws).values()) == {10}
+    for epoch in range(10):
+        assert sorted(index for index, number in draws if number // 10 == epoch) == list(range(10))
+
+
+def test_epochs_and_seeds_are_shuffled_differently() -> None:
+    orders = {
+        tuple(i for i, _ in flat(DataOrder(size=20, batch_size=20, seed=seed), e, e + 1))
+        for seed in (0, 1)
+        for e in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_resuming_at_any_step_continues_the_same_order() -> None:
+    order = DataOrder(size=7, batch_size=3, accumulation=2, seed=1)
+    whole = flat(order, 0, 9)
+    for step in range(9):
+        assert flat(order, step, 9) == whole[step * order.global_batch :]
+
+
+@pytest.mark.parametrize(("processes", "batch", "accumulation"), [(2, 6, 1), (3, 4, 1), (2, 3, 2), (1, 4, 3)])
+def test_a_step_covers_the_same_samples_whatever_the_processes(
+    processes: int, batch: int, accumulation: int
+) -> None:
+    single = DataOrder(size=31, batch_size=12, seed=5)
+    shared = DataOrder(size=31, batch_size=batch, accumulation=accumulation, processes=processes, seed=5)
+    for step in range(6):
+        parts = [draw for process in range(processes) for draw in flat(shared, step, step + 1, process)]
+        assert sorted(parts, key=lambda draw: draw[1]) == flat(single, step, step + 1)
+        assert len(set(parts)) == 12
+
+
+def test_random_numbers_depend_on_the_draw_alone() -> None:
+    together = SampleRandom(0, [4, 5, 6])
+    uniform, normal = together.uniform(), together.normal((2, 3))
+    for row, number in enumerate([4, 5, 6]):
+        alone = SampleRandom(0, [number])
+        assert torch.equal(alone.uniform()[0], uniform[row])
+        assert torch.equal(alone.normal((2, 3))[0], normal[row])
+    assert not torch.equal(SampleRandom(1, [4]).uniform(), uniform[:1])
+
+
+def test_random_numbers_are_uniform_and_normal_across_draws() -> None:
+    # Neighbouring seeds must not give related streams: Kolmogorov-Smirnov over 4,000 draws, one number each.
+    random = SampleRandom(7, list(range(4000)))
+    assert stats.kstest(random.uniform().numpy(), "uniform").pvalue > 1e-3
+    normal = random.normal((1,)).flatten()
+    assert stats.kstest(normal.numpy(), "norm").pvalue > 1e-3
+    assert abs(float(torch.corrcoef(torch.stack([normal[:-1], normal[1:]]))[0, 1])) < 0.06  # 3.8 sigma
+
+
+def test_islice_of_the_order_is_lazy() -> None:
+    endless = DataOrder(size=5, batch_size=2).batches(0, 10**12, 0)
+    assert len(list(islice(endless, 3))) == 3
+
+
+# ---- samples of several groups, such as sizes ----
+
+COUNTS = {
+    "usual": (70, 33, 20, 5, 1, 1),
+    "one group": (64,),
+    "fewer than a batch": (3, 2),
+    "nothing fills a batch": (5, 6, 7, 4, 3, 2, 5, 6),
+    "nothing is left over": (16, 32, 16),
+}
+BATCH = 16
+
+
+def shuffled_groups(name: str) -> torch.Tensor:
+    groups = torch.repeat_interleave(torch.arange(len(COUNTS[name])), torch.tensor(COUNTS[name]))
+    return groups[torch.randperm(len(groups), generator=seeded(1, 0, 0))]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_epoch_uses_each_sample_once_and_most_batches_are_of_one_group(name: str) -> None:
+    groups = shuffled_groups(name)
+    size, epochs = len(groups), 12
+    flat = torch.cat(
+        [grouped_permutation(groups, epoch * size, BATCH, seeded(0, 0, epoch)) for epoch in range(epochs)]
+    )
+    for epoch in flat.view(epochs, size):
+        assert torch.equal(epoch.sort().values, torch.arange(size))
+    batches = groups[flat[: len(flat) // BATCH * BATCH].view(-1, BATCH)]
+    mixed = (batches != batches[:, :1]).any(1).sum().item() / epochs
+    left_over = sum(count % BATCH for count in COUNTS[name]) + BATCH
+    assert mixed <= left_over / BATCH + 2
+
+
+def test_order_and_company_change_from_epoch_to_epoch() -> None:
+    groups = shuffled_groups("usual")
+    first, second = (grouped_permutation(groups, 0, BATCH, seeded(0, 0, epoch)) for epoch in range(2))
+    assert (first == second).float().mean() < 0.1
+    companies = [
+        {frozenset(batch.tolist()) for batch in order[:128].view(-1, BATCH)} for order in (first, second)
+    ]
+    assert not companies[0] & companies[1]
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (4, 1), (1, 4), (2, 2)])
+def test_steps_have_the_same_samples_for_any_number_of_processes(processes: int, accumulation: int) -> None:
+    groups = shuffled_groups("usual")
+
+    def steps(processes: int, accumulation: int, first: int = 0) -> list[list[tuple[int, int]]]:
+        order = DataOrder(
+            size=len(groups), batch_size=BATCH // processes // accumulation, accumulation=accumulation,
+            processes=processes, seed=3, groups=groups,
+        )  # fmt: skip
+        parts = [list(order.batches(first, 30, process)) for process in range(processes)]
+        return [
+            sorted(
+                (draw.sample_id, draw.index)
+                for part in parts
+                for micro in part[step * accumulation : (step + 1) * accumulation]
+                for draw in micro
+            )
+            for step in range(30 - first)
+        ]
+
+    alone = steps(1, 1)
+    assert steps(processes, accumulation) == alone
+    assert steps(processes, accumulation, first=17) == alone[17:]  # resumed
+    used = [index for step in alone for _, index in step][: 3 * len(groups)]
+    assert sorted(used) == sorted(list(range(len(groups))) * 3)  # exact epochs
