@@ -519,7 +519,7 @@ def validation_loss(pipe: Any, part: Part, asks: Asks, config: EvaluateConfig) -
         x1 = encode(pipe.vae, part.images[rows])
         noise = [seeded(config.seed, VALIDATION, start + i) for i in range(len(x1))]
         x0 = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in noise]).to(x1)
-        velocity = pipe.velocity(condition(pipe, part.captions[rows], asks), None)
+        velocity = pipe.model.velocity(condition(pipe.model, part.captions[rows], asks), 1.0)
         of_times = []
         for t in VALIDATION_TIMES:
             sample = path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device))
@@ -536,12 +536,11 @@ def validation_loss(pipe: Any, part: Part, asks: Asks, config: EvaluateConfig) -
     return {"value": float(of_images.mean()), **error, "images": n, "times": VALIDATION_TIMES}
 
 
-def condition(pipe: Any, captions: list[str], asks: Asks) -> Any:
-    """Return the captions as the network's condition."""
+def condition(model: Any, captions: list[str], asks: Asks) -> Any:
+    """Return the captions as conditions of a flow model."""
     if asks == "prompt":
-        embeds, _, mask, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
-        return pipe.condition(None, embeds, mask)
-    return pipe.condition(pipe.get_label_ids(captions) if asks == "class_labels" else None, None, None)
+        return model.encode_prompt(captions)
+    return model.encode_class(captions) if asks == "class_labels" else model.null(len(captions))
 
 
 def frechet(generated: Tensor, train: Part, real: metrics.RealSplit) -> dict[str, Any]:

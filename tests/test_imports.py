@@ -28,7 +28,7 @@ LEAVES = set().union(*GROUND)
 LAYERS = [
     {"flow"},
     {"models", "autoencoder"},
-    {"data"},
+    {"families", "data"},
     {"metrics", "pipeline"},
     {"inference"},
     {"training.loop"},

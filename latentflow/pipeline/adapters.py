@@ -15,6 +15,7 @@ from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..families.latentflow import FewSteps, LatentFlowModel
 from ..models import with_words
 from ..utils.settings import MEND
 from .adapter_files import (
@@ -30,7 +31,6 @@ from .adapter_files import (
     type_name,
     weights_hash,
 )
-from .few_steps import FewSteps
 
 # The side of a tensor that must be as long as its layer's weight.
 _SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
@@ -469,7 +469,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             loaded = _Added(
                 base=(type_name(dtype), weights_hash(self.transformer, dtype)),
                 tokenizer=self.tokenizer,
-                classes=self.labels,
+                classes=LatentFlowModel(self).labels,
                 num_classes=self.transformer.config.get("num_classes") or 0,
                 own=followed,
                 installed=followed,
@@ -500,7 +500,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             if sums or len(self.tokenizer) != len(loaded.tokenizer):
                 self._set_words(loaded, sums)
         sums = _summed(loaded.fused_labels, loaded.labels, self._weights("transformer"))
-        if sums or self.labels != loaded.classes:
+        if sums or LatentFlowModel(self).labels != loaded.classes:
             self._set_classes(loaded, sums)
         self._set_few_steps(loaded)
 
@@ -545,7 +545,6 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         embed.embedding_table = nn.Embedding.from_pretrained(torch.cat(rows))
         embed.num_classes = known + len(sums)
         self.transformer.register_to_config(num_classes=known + len(sums))
-        self.labels = names
         self.register_to_config(id2label={str(number): name for name, number in names.items()})
 
 

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, lookup
+from ..families.latentflow import Size
+from ..families.model import Generators
 from ..flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
 from ..flow.editing import deterministic
 from ..flow.solvers import BY_ROW
 from . import scheduler as border
 from .arguments import checked
-from .base import FlowPipeline, Generators, Interrupted, last_part
-from .call import RunningCall, Size, StepCallback
+from .base import FlowPipeline
 from .conditioning import ClassLabels
-from .images import Images, read_images
-from .windows import seen_images, whole
+from .images import Images, padded, read_images
+from .sampling import BindVelocity, Interrupted, RunningCall, StepCallback, last_part
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,6 @@ class LatentFlowEditPipeline(FlowPipeline):
         shared: dict[str, Any] = {
             "size": size,
             "num_images_per_prompt": num_images_per_prompt,
-            "output_type": output_type,
             "max_sequence_length": max_sequence_length,
             "guidance_interval": guidance_interval,
         }
@@ -141,7 +141,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             generator=generator,
             **shared,
         )
-        count = target.rows // num_images_per_prompt
+        count = len(target.rows) // num_images_per_prompt
         source = self._start(
             _as_many(source_prompt, count, "source_prompt"),
             _as_many(source_class_labels, count, "source_class_labels"),
@@ -150,12 +150,12 @@ class LatentFlowEditPipeline(FlowPipeline):
             images=count,
             **shared,
         )
-        # The target's: a callback sees it, and may change it
-        self._guidance_scale = self._guidance_of(guidance_scale)
+        source.scale = self._guidance_scale
+        self._guidance_scale = self.model.guidance(guidance_scale)  # a callback sees it, and may change it
         if "generator" in inspect.signature(EDITING[method]).parameters:
             settings["generator"] = generator
         # 2. From image to image
-        x1 = target.rows_of(self._latents_of(images))
+        x1 = target.expand(self._latents_of(images))
         times = last_part(time_grid(num_inference_steps), strength)
         begins = times[:-1] if method != "inversion" else torch.cat([times.flip(0)[:-1], times[:-1]])
         self._num_timesteps = len(begins)
@@ -167,15 +167,14 @@ class LatentFlowEditPipeline(FlowPipeline):
             return x
 
         if len(begins):
-            scale = self._guidance_of(source_guidance_scale)
-            velocities = self._scaled(source.velocity, scale), target.velocity
+            velocities = source.velocity(), target.velocity()
             options = {"callback": after_step, "progress": self.progress_bar, **settings}
             try:
                 x1 = EDITING[method](*velocities, x1, times, **options)
             except Interrupted as interrupted:
                 x1 = interrupted.latents
         # 3. From latents to images of the images' size
-        return self.finish_call(self._cropped(x1, size, output_type), return_dict)
+        return self.finish_call(self.output_images(x1, output_type, size), return_dict)
 
     @checked
     @torch.no_grad()
@@ -244,11 +243,15 @@ class LatentFlowEditPipeline(FlowPipeline):
             max_sequence_length=max_sequence_length,
             images=len(images),
         )
-        x1, times = call.rows_of(self._latents_of(images)), time_grid(num_inference_steps)
-        noise = integrate(call.velocity, x1, times.flip(0), method, progress=self.progress_bar)
+        x1, times, velocity = (
+            call.expand(self._latents_of(images)),
+            time_grid(num_inference_steps),
+            call.velocity(),
+        )
+        noise = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
         error = None
         if measure:
-            again = integrate(call.velocity, noise, times, method, progress=self.progress_bar)
+            again = integrate(velocity, noise, times, method, progress=self.progress_bar)
             error = (again - x1).square().flatten(1).mean(1).sqrt()
         self.maybe_free_model_hooks()
         return Inversion(noise, error, size)
@@ -316,7 +319,6 @@ class LatentFlowEditPipeline(FlowPipeline):
                 guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt,
                 num_images_per_prompt=frames,
-                output_type=output_type,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
                 max_sequence_length=max_sequence_length,
@@ -342,7 +344,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         # 3. From noise to data
         shares = torch.linspace(0.0, 1.0, frames, device=noise.device)
         one_condition = prompts[0] == prompts[1] and (labels is None or labels[0] == labels[1])
-        latents = self.follow(
+        latents = self.sample(
             first.velocity if one_condition else _between(first, last, shares),
             slerp(noise[:1].expand(frames, -1, -1, -1), noise[-1:].expand(frames, -1, -1, -1), shares),
             num_inference_steps,
@@ -351,15 +353,14 @@ class LatentFlowEditPipeline(FlowPipeline):
             None,
             first.after_step,
         )
-        return self.finish_call(self._cropped(latents, size, output_type), return_dict)
+        return self.finish_call(self.output_images(latents, output_type, size), return_dict)
 
     # ---------------------------------------------------------------- the parts of a call
 
     def _latents_of(self, images: Tensor) -> Tensor:
-        """(P, C, h, w) of images (P, 3, H, W) in [0, 1]."""
-        size = (images.shape[2], images.shape[3])
-        seen = seen_images(images, [whole(size)] * len(images), self._canvas(size))
-        return self.encode_images(2.0 * seen.to(self._execution_device) - 1.0)
+        """Return the latents (P, C, h, w) of images (P, 3, H, W) in [0, 1]."""
+        canvas = self.canvas_size((images.shape[2], images.shape[3]))
+        return self.encode_images(2.0 * padded(images, canvas).to(self._execution_device) - 1.0)
 
     def _start(
         self,
@@ -372,28 +373,24 @@ class LatentFlowEditPipeline(FlowPipeline):
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        output_type: str = "latent",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         max_sequence_length: int | None = None,
         images: int = 1,
         generator: Generators | None = None,
     ) -> RunningCall:
-        """``start_call``; where a condition may lack, "" and None are the network without any."""
-        height, width = self._canvas(size)
+        """Call ``start_call``; where a condition may lack, "" and None are the network without any."""
+        height, width = self.canvas_size(size)
         if may_lack_condition and not any([prompt] if isinstance(prompt, str) else prompt or []):
             prompt = "" if self.takes_text and not self.takes_classes else None
         if may_lack_condition and prompt is None and class_labels is None:
             if negative_prompt is not None:
                 raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
-            rows = images * num_images_per_prompt
-            self._require_room(rows, height, width)
-            self._guidance_scale, self._interrupt = guidance_scale, False
-            wanted = callback_on_step_end_tensor_inputs or ["latents"]
-            call = RunningCall(self, None, None, None, None, None, rows, callback_on_step_end, wanted)
-            canvas = height, width
-            call.sizes = self._sizes_told(rows, canvas, (0, 0), canvas, canvas)
-            return call
+            count = images * num_images_per_prompt
+            self.require_room(count, height, width)
+            self._guidance_scale, self._interrupt = self.model.guidance(guidance_scale), False
+            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+            return RunningCall(self, self.model.rows(None, count=count), None, *callback)
         return self.start_call(
             prompt=prompt,
             height=height,
@@ -401,37 +398,14 @@ class LatentFlowEditPipeline(FlowPipeline):
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=None,
-            negative_prompt_embeds=None,
-            output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
             class_labels=class_labels,
             guidance_interval=guidance_interval,
-            prompt_attention_mask=None,
-            negative_prompt_attention_mask=None,
             images=images,
             generator=generator,
         )
-
-    def _scaled(self, velocity: Velocity, scale: float) -> Velocity:
-        """``velocity`` guided by ``scale``, in a call whose own guidance is another."""
-
-        def scaled(x: Tensor, t: Tensor) -> Tensor:
-            own, self._guidance_scale = self._guidance_scale, scale
-            try:
-                return velocity(x, t)
-            finally:
-                self._guidance_scale = own
-
-        return scaled
-
-    def _cropped(self, latents: Tensor, size: Size, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        images = (self.decode_latents(latents) / 2.0 + 0.5).clamp(0.0, 1.0)
-        return self.output_images(images[:, :, : size[0], : size[1]], output_type)
 
 
 def _settings(method: str, **given: Any) -> dict[str, Any]:
@@ -461,14 +435,19 @@ def _as_many(values: Any, count: int, name: str) -> list[Any] | None:
     return rows * (count // len(rows))
 
 
-def _between(first: RunningCall, last: RunningCall, shares: Tensor) -> Velocity:
-    """The velocity of row b, ``shares[b]`` of the way from the first condition to the last."""
+def _between(first: RunningCall, last: RunningCall, shares: Tensor) -> BindVelocity:
+    """Return the velocity of row b, ``shares[b]`` of the way from the first condition to the last."""
     weights = shares[:, None, None, None]
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        value = torch.lerp(first.velocity(x, t), last.velocity(x, t), weights)
-        if first.prediction is not None and last.prediction is not None:
-            first.prediction = torch.lerp(first.prediction, last.prediction, weights)
-        return value
+    def bound(times: Tensor | None) -> Velocity:
+        one, other = first.velocity(times), last.velocity(times)
 
-    return velocity
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            value = torch.lerp(one(x, t), other(x, t), weights)
+            if first.prediction is not None and last.prediction is not None:
+                first.prediction = torch.lerp(first.prediction, last.prediction, weights)
+            return value
+
+        return velocity
+
+    return bound

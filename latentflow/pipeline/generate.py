@@ -1,4 +1,4 @@
-"""``LatentFlowPipeline``: from a caption, a class or nothing to images, as a diffusers pipeline."""
+"""``LatentFlowPipeline``: a diffusers pipeline from a caption, a class or nothing to images."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families.latentflow import Size
+from ..families.model import Generators
 from .arguments import checked
-from .base import FlowPipeline, Generators
-from .call import Size, StepCallback
+from .base import FlowPipeline
 from .conditioning import ClassLabels
+from .sampling import StepCallback
 
 
 class LatentFlowPipeline(FlowPipeline):
-    """Draws images by following a learned velocity from noise (t = 0) to data (t = 1).
+    """Draw images: integrate a learned velocity from noise (t = 0) to data (t = 1).
 
     Open one with ``LatentFlowPipeline.from_pretrained(folder_or_hub_id)``; components: see ``FlowPipeline``.
     """
@@ -107,7 +109,6 @@ class LatentFlowPipeline(FlowPipeline):
             num_images_per_prompt=num_images_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
-            output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
@@ -122,9 +123,9 @@ class LatentFlowPipeline(FlowPipeline):
             target_size=target_size,
         )
         # 2. The noise
-        noise = self.prepare_noise(call.rows, height, width, generator, latents)
+        noise = self.prepare_noise(len(call.rows), height, width, generator, latents)
         # 3. From noise to data
-        latents = self.follow(
+        latents = self.sample(
             call.velocity, noise, num_inference_steps, sigmas, solver, generator, call.after_step
         )
         # 4. From latents to images

@@ -15,8 +15,8 @@ from ..data.images import profile_of
 from ..data.masks import read_mask
 from ..data.pixels import to_pixels, to_rgb, upright
 from ..errors import UserError
+from ..families.latentflow import Size
 from ..utils.memory import require_memory
-from .call import Size
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +194,12 @@ def resized(images: Tensor, size: Size) -> Tensor:
     if tuple(images.shape[-2:]) == size:
         return images
     return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+
+
+def padded(images: Tensor, size: Size) -> Tensor:
+    """Return images (B, C, H, W) with their last row and column repeated up to (height, width)."""
+    missing = (size[1] - images.shape[-1], size[0] - images.shape[-2])
+    return F.pad(images, (0, missing[0], 0, missing[1]), mode="replicate") if any(missing) else images
 
 
 def _resized_mask(masks: Tensor, size: Size) -> Tensor:

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..autoencoder.latents import check_statistics
 from ..errors import UserError
+from ..families import FAMILIES
+from ..families.latentflow import LatentFlowModel
 from ..models import MODELS, check_vocabulary, load_tokenizer
 from ..utils.components import (
     about,
@@ -28,12 +30,7 @@ from ..utils.settings import MEND, check_settings, check_types, read_settings
 from .scheduler import set_grid
 
 #: the pipelines that share one kind of folder
-FAMILY = (
-    "LatentFlowPipeline",
-    "LatentFlowEditPipeline",
-    "LatentFlowImg2ImgPipeline",
-    "LatentFlowInpaintPipeline",
-)
+FAMILY = tuple(name for name, family in FAMILIES.items() if family is LatentFlowModel)
 _BASES: dict[str, type] = {
     "vae": ModelMixin,
     "transformer": ModelMixin,
@@ -241,6 +238,28 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
             f"id2label names the class {str(wrong[0])[:60]!r}, but the transformer's num_classes is {count}",
             "Restore model_index.json.",
         )
+
+
+def register_with_diffusers() -> None:
+    """Let stock ``DiffusionPipeline.from_pretrained(folder)`` and the ``AutoPipelineFor...`` Text2Image,
+    Image2Image and Inpainting open our checkpoints.
+
+    diffusers looks a pipeline's class up among its own attributes, and a component's class in modules that
+    are already imported; this puts ours there. Nothing in the checkpoint's folder is executed. Calling it
+    again changes nothing.
+    """
+    import diffusers
+    from diffusers.pipelines import auto_pipeline
+
+    import latentflow  # whose pipelines lie above this file
+
+    for mapping, pipeline in (
+        (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, latentflow.LatentFlowPipeline),
+        (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, latentflow.LatentFlowImg2ImgPipeline),
+        (auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING, latentflow.LatentFlowInpaintPipeline),
+    ):
+        mapping["latentflow"] = pipeline
+        setattr(diffusers, pipeline.__name__, pipeline)
 
 
 def _forget_origin(file: Path) -> None:

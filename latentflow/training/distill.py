@@ -13,9 +13,9 @@ from torch import nn
 
 from ..data import Source
 from ..errors import UserError, few, lookup
+from ..families.latentflow import FewSteps
 from ..flow import OBJECTIVES, SOLVERS, straightness, time_grid
 from ..pipeline.adapter_files import weights_hash
-from ..pipeline.few_steps import FewSteps
 from ..pipeline.generate import LatentFlowPipeline
 from .config import RunConfig
 from .fine_tune.base import class_names, open_base

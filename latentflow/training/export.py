@@ -11,7 +11,7 @@ import torch
 
 from ..autoencoder.latents import Autoencoder
 from ..data import Source
-from ..pipeline.few_steps import FewSteps
+from ..families.latentflow import FewSteps
 from ..pipeline.generate import LatentFlowPipeline
 from .config import RunConfig
 from .loop.folders import write_folder

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..data import Source
+from ..families.latentflow import FewSteps
 from ..flow import AverageObjective
-from ..pipeline.few_steps import FewSteps
 from .config import RunConfig
 from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.prior import MixedData, asked_of, prior_data

@@ -16,8 +16,7 @@ from latentflow.errors import UserError
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline.edit import LatentFlowEditPipeline
 from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
-from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
-from latentflow.pipeline.windows import composite
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline, composite
 
 from .conftest import NAMES, GaussianFlow, quiet, tiny_vae
 

@@ -64,7 +64,7 @@ def test_heun_is_our_heun_with_an_euler_step_at_the_end(class_pipe: LatentFlowPi
     times = [t for _, t, _ in class_pipe.transformer.calls]
     assert times == pytest.approx([0.0, *(i / 6 for i in (1, 1, 2, 2, 3, 3, 4, 4, 5, 5))], abs=1e-6)
 
-    velocity = class_pipe.velocity(class_pipe.condition([1], None, None), None)
+    velocity = class_pipe.model.velocity(class_pipe.model.encode_class([1]), 1.0)
     grid = time_grid(6)
     with torch.no_grad():
         ours = integrate(velocity, integrate(velocity, x0(1), grid[:-1], "heun"), grid[-2:], "euler")
