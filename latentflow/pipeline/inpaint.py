@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from ..autoencoder import known_source, latent_mask, masked_latents
+from ..autoencoder import latent_mask, masked_latents, masked_source
 from ..errors import UserError, unknown
 from ..families.latentflow import Size
 from ..families.model import Generators
@@ -156,7 +156,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         velocity: BindVelocity = call.velocity
         after_step: AfterStep = call.after_step
         if method in CONDITIONED and self.takes_masks and self.model.coupling == "data-dependent":
-            noise = known_source(noise, known, hole)
+            noise = masked_source(noise, known, hole)
             velocity, after_step = only_in(hole, known, velocity, after_step)
         if method == TRAINED and self.scheduler is None and not self.few_steps:
             solver = solver or TRAINED_SOLVER
