@@ -358,9 +358,12 @@ class LatentFlowModel(FlowModel):
 
     @property
     def few_steps(self) -> FewSteps:
-        """How the network is sampled, as the checkpoint says or an adapter in effect."""
-        few: FewSteps = self.pipeline.few_steps
-        return few
+        """How the network is sampled: as an adapter in effect says, whichever pipeline loaded it, or the checkpoint."""
+        adapted: FewSteps | None = getattr(self.network, "_few_steps", None)
+        if adapted is not None:
+            return adapted
+        names = [entry.name for entry in fields(FewSteps) if entry.name in self.pipeline.config]
+        return FewSteps.of({name: self.pipeline.config[name] for name in names})
 
     @property
     def usual_steps(self) -> int:

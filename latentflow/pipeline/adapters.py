@@ -87,14 +87,6 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     transformer: Any
     text_encoder: Any
     tokenizer: Any
-    _own_few_steps: FewSteps
-
-    @property
-    def few_steps(self) -> FewSteps:
-        """How the network is followed: as the checkpoint says, or an adapter that is in effect, whichever pipeline that
-        shares the network loaded it."""
-        loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
-        return self._own_few_steps if loaded is None else loaded.installed[0]
 
     def load_lora_weights(
         self,
@@ -465,7 +457,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
         if loaded is None:
             dtype = self.transformer.dtype
-            followed: Followed = (self.few_steps, {})
+            followed: Followed = (LatentFlowModel(self).few_steps, {})
             loaded = _Added(
                 base=(type_name(dtype), weights_hash(self.transformer, dtype)),
                 tokenizer=self.tokenizer,
@@ -525,6 +517,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             return
         loaded.installed = wanted
         followed, intervals = wanted
+        self.transformer._few_steps = followed
         usual = {one.name: one.default for one in fields(FewSteps)} | {"step_counts": None}
         self.register_to_config(**(usual | followed.plain()))
         if loaded.own_intervals:

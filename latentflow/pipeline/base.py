@@ -83,13 +83,11 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         check_components(vae, transformer, text_encoder, tokenizer, id2label)
         components = {"text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler}
         self.register_modules(vae=vae, transformer=transformer, **components)
-        few = FewSteps.of(
-            {
-                "average": average,
-                "consistency": consistency,
-                "folded_guidance": folded_guidance,
-                "step_counts": step_counts,
-            }
+        few = FewSteps(
+            average=average,
+            consistency=consistency,
+            folded_guidance=folded_guidance,
+            step_counts=tuple(step_counts or ()),
         )
         # Keys as JSON has them, so that the config is the same before and after saving.
         names = None if id2label is None else {str(key): name for key, name in id2label.items()}
@@ -101,7 +99,6 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
             coupling=coupling,
             **few.plain(),
         )
-        self._own_few_steps = few
         self.vae_scale_factor = downscale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         _ = self.model  # refuses settings that are none

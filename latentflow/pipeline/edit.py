@@ -15,7 +15,6 @@ from ..families.model import Generators
 from ..flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
 from ..flow.editing import deterministic
 from ..flow.solvers import BY_ROW
-from . import scheduler as border
 from .arguments import checked
 from .base import FlowPipeline
 from .conditioning import ClassLabels
@@ -161,7 +160,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         self._num_timesteps = len(begins)
 
         def after_step(i: int, reached: Tensor, x: Tensor) -> Tensor:
-            x = target.after_step(i, border.to_timestep(begins[i]), x)
+            x = target.after_step(i, begins[i], x)
             if self._interrupt:
                 raise Interrupted(x)
             return x

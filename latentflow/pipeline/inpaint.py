@@ -407,7 +407,7 @@ def only_in(
         everywhere = velocity(times)
         return lambda x, t: torch.where(hole > 0, everywhere(put(x), t), 0.0)
 
-    return moving, lambda i, timestep, x: put(after_step(i, timestep, put(x)))
+    return moving, lambda i, t, x: put(after_step(i, t, put(x)))
 
 
 def steered(method: Callable[..., Tensor], known: Tensor, hole: Tensor) -> Sampler:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, shown
-from ..families.latentflow import USUAL_STEPS, LatentFlowModel
+from ..families.latentflow import USUAL_STEPS, FewSteps, LatentFlowModel
 from ..families.model import Generators, Rows
 from ..flow import Solver, Velocity, integrate
 from ..flow.solvers import BY_ROW
@@ -21,7 +21,7 @@ from . import scheduler as border
 
 log = logging.getLogger(__name__)
 
-#: (step, timestep as diffusers counts it, x) -> x
+#: (step, time at which it began, x) -> x
 AfterStep: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
 #: grid of an average velocity, or None -> the velocity
 BindVelocity: TypeAlias = Callable[[Tensor | None], Velocity]
@@ -72,6 +72,11 @@ class SamplingMixin:
         return self._interrupt
 
     @property
+    def few_steps(self) -> FewSteps:
+        """How the network is sampled, if it was made for few steps."""
+        return self.model.few_steps
+
+    @property
     def usual_steps(self) -> int:
         """Steps of a call that names neither their number nor a solver."""
         return self.model.usual_steps if self.scheduler is None else USUAL_STEPS
@@ -110,7 +115,7 @@ class SamplingMixin:
         """
 
         def stepped(i: int, t: Tensor, x: Tensor) -> Tensor:
-            x = after_step(i, border.to_timestep(t), x)
+            x = after_step(i, t, x)
             if self._interrupt:
                 raise Interrupted(x)
             return x
@@ -202,14 +207,14 @@ class RunningCall:
 
         return guided
 
-    def after_step(self, i: int, timestep: Tensor, x: Tensor) -> Tensor:
-        """Let the callback see step i, and take what it returns."""
+    def after_step(self, i: int, t: Tensor, x: Tensor) -> Tensor:
+        """Let the callback see step i, which began at t, and take what it returns."""
         if self.callback is None:
             return x
         tensors = {"latents": x, "prediction": self.prediction}
         tensors |= {name: _text_of(getattr(self, place)) for name, place in _NAMES.items()}
         given = {name: tensors[name] for name in self.wanted}
-        changed = self.callback(self.pipe, i, timestep, given) or {}
+        changed = self.callback(self.pipe, i, border.to_timestep(t), given) or {}
         if not isinstance(changed, dict):
             raise UserError(
                 f"callback_on_step_end returned {shown(changed)} after step {i + 1}",
