@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin, VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +15,6 @@ from ..autoencoder import downscale_factor
 from ..errors import UserError
 from ..families.latentflow import FewSteps, Size
 from ..families.model import Generators
-from ..flow import Path as FlowPath
 from .adapters import AdapterMixin
 from .arguments import CALLBACK_TENSORS, output_kind
 from .conditioning import ConditionMixin
@@ -103,43 +101,13 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         _ = self.model  # refuses settings that are none
 
-    @property
-    def path(self) -> FlowPath:
-        """The probability path that the network was trained on."""
-        return self.model.path
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: Generators | None = None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Return the noise to start from, (B, C, height / factor, width / factor), or ``latents`` as they are.
-
-        With a list of generators the noise of image b comes from generator b alone, whatever else is in the batch.
-
-        Raises:
-            UserError: the list's length is not the number of images, or ``latents`` have another shape.
-        """
-        self.check_noise(batch_size, height, width, generator, latents)
-        if latents is not None:
-            return latents.to(device, dtype)
-        shape = (batch_size, num_channels_latents, *self.model.latent_shape(height, width)[1:])
-        noise: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return noise
-
     def prepare_noise(
         self, count: int, height: int, width: int, generator: Generators | None, latents: Tensor | None
     ) -> Tensor:
         """Return the noise (B, C, h, w) of ``count`` images, float32; or ``latents``.
 
         Raises:
-            UserError: see ``prepare_latents``.
+            UserError: generators or latents that do not fit.
         """
         self.check_noise(count, height, width, generator, latents)
         if latents is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,13 +16,41 @@ from ..families.model import Generators
 from ..models.text import UnknownWords, unknown_words
 from ..utils.memory import require_memory
 from .arguments import labels, texts
-from .sampling import RunningCall, SamplingMixin, StepCallback
+from .sampling import RunningCall, SamplingMixin, StepCallback, from_model
 
 log = logging.getLogger(__name__)
 
 ClassLabels: TypeAlias = int | str | Sequence[int | str]
 # An image while it is drawn, at least: three channels in float32.
 _PIXEL_BYTES = 12
+
+
+#: arguments of a pipeline's call that `ConditionMixin.start_call` takes as they are
+CONDITION_ARGUMENTS = (
+    "guidance_scale",
+    "prompt",
+    "negative_prompt",
+    "num_images_per_prompt",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_attention_mask",
+    "max_sequence_length",
+    "class_labels",
+    "guidance_interval",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "generator",
+    "latents",
+)
+
+
+def condition_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `CONDITION_ARGUMENTS` among the arguments of a call, by name."""
+    return {name: arguments[name] for name in CONDITION_ARGUMENTS if name in arguments}
 
 
 def unknown_words_text(words: Sequence[str]) -> str:
@@ -37,26 +65,10 @@ class ConditionMixin(SamplingMixin):
     text_encoder: Any
     tokenizer: Any
     _execution_device: torch.device
-
-    @property
-    def takes_text(self) -> bool:
-        """Whether the network is conditioned on captions."""
-        return self.model.takes_text
-
-    @property
-    def takes_classes(self) -> bool:
-        """Whether the network is conditioned on a class."""
-        return self.model.takes_classes
-
-    @property
-    def takes_masks(self) -> bool:
-        """Whether the network was trained to inpaint."""
-        return self.model.takes_masks
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Class name -> id."""
-        return self.model.labels
+    takes_text = from_model("takes_text")
+    takes_classes = from_model("takes_classes")
+    takes_masks = from_model("takes_masks")
+    labels = from_model("labels")
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Return class ids of class names; see ``class_ids``."""
@@ -146,25 +158,47 @@ class ConditionMixin(SamplingMixin):
         )
         return first, second, third, fourth
 
-    def check_inputs(
+    def start_call(
         self,
-        prompt: str | list[str] | None,
+        *,
         height: int,
         width: int,
+        images: int = 1,
+        guidance_scale: float | None = None,
+        prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        class_labels: ClassLabels | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
         max_sequence_length: int | None = None,
-    ) -> None:
-        """Refuse what cannot work, before anything is computed.
+        class_labels: ClassLabels | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+    ) -> RunningCall:
+        """Check how the arguments fit one another and encode the condition, one row per image.
+
+        Args:
+            height, width: in pixels, of what is drawn.
+            images: how many images the call brings; one prompt serves them all, and one image all prompts.
+                Row i * num_images_per_prompt + j is of prompt i and image i.
+            guidance_scale: None is the usual one.
+            original_size, crops_coords_top_left, target_size: the condition of a network that takes sizes; by default
+                that of an image of this size of which nothing was cut off.
+            generator, latents: checked only, where they are one for each row.
 
         Raises:
-            UserError: a size that the autoencoder cannot make (the nearest is named), a condition that is
-                missing or that the checkpoint does not take, arguments that exclude each other or do not fit one
-                another.
+            UserError: before anything is computed: a size that the autoencoder cannot make (the nearest is named), a
+                condition that is missing or that the checkpoint does not take; arguments that exclude one another, or
+                numbers of prompts, classes, images and generators that do not fit; more images than the machine has
+                memory for.
         """
         model, unit = self.model, self.model.size_multiple
         for what, size in (("height", height), ("width", width)):
@@ -200,60 +234,6 @@ class ConditionMixin(SamplingMixin):
             raise UserError(
                 f"max_sequence_length is {max_sequence_length}", f"The text encoder takes {limit} tokens."
             )
-
-    def start_call(
-        self,
-        *,
-        prompt: str | list[str] | None,
-        height: int,
-        width: int,
-        guidance_scale: float | None,
-        negative_prompt: str | list[str] | None,
-        num_images_per_prompt: int,
-        callback_on_step_end: StepCallback | None,
-        callback_on_step_end_tensor_inputs: list[str] | None,
-        max_sequence_length: int | None,
-        class_labels: ClassLabels | None,
-        guidance_interval: tuple[float, float],
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        prompt_attention_mask: Tensor | None = None,
-        negative_prompt_attention_mask: Tensor | None = None,
-        images: int = 1,
-        original_size: Size | None = None,
-        crops_coords_top_left: Size = (0, 0),
-        target_size: Size | None = None,
-        generator: Generators | None = None,
-        latents: Tensor | None = None,
-    ) -> RunningCall:
-        """Check how the arguments fit one another and encode the condition, one row per image.
-
-        Args:
-            height, width: in pixels, of what is drawn.
-            guidance_scale: None is the usual one.
-            images: how many images the call brings; one prompt serves them all, and one image all prompts.
-                Row i * num_images_per_prompt + j is of prompt i and image i.
-            original_size, crops_coords_top_left, target_size: the condition of a network that takes sizes; by default
-                that of an image of this size of which nothing was cut off.
-            generator, latents: checked only, where they are one for each row.
-
-        Raises:
-            UserError: see ``check_inputs``; numbers of prompts, classes, images and generators that do not fit one
-                another; more images than the machine has memory for.
-        """
-        self.check_inputs(
-            prompt,
-            height,
-            width,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            class_labels,
-            prompt_attention_mask,
-            negative_prompt_attention_mask,
-            max_sequence_length,
-        )
-        model = self.model
         ids = None if class_labels is None else self.class_ids(class_labels)
         prompts = _number(prompt, prompt_embeds)
         negatives = (
@@ -267,13 +247,13 @@ class ConditionMixin(SamplingMixin):
         count = count_rows(num_images_per_prompt, prompts, None if ids is None else len(ids), images)
         self.require_room(count, height, width)
         self.check_noise(count, height, width, generator, latents)
-        self._guidance_scale = model.guidance(guidance_scale)
+
+        self._guidance_scale, self._interrupt = model.guidance(guidance_scale), False
         if guidance_scale not in (None, self._guidance_scale, model.few_steps.folded_guidance):
             scales = (guidance_scale, model.few_steps.folded_guidance)
             log.warning(
                 "guidance_scale %g is left out: the checkpoint has learned guidance %g along", *scales
             )
-        self._interrupt = False
         embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
             prompt,
             negative_prompt,
@@ -292,9 +272,9 @@ class ConditionMixin(SamplingMixin):
         negative = (
             None if negative_embeds is None else model.rows(ids, negative_embeds, negative_mask)[places]
         )
-        size = height, width
+        drawn = height, width
         rows = model.with_sizes(
-            rows[places], original_size or size, crops_coords_top_left, target_size or size, size
+            rows[places], original_size or drawn, crops_coords_top_left, target_size or drawn, drawn
         )
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
         return RunningCall(self, rows, negative, *callback, guidance_interval)

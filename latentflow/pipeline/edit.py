@@ -321,6 +321,7 @@ class LatentFlowEditPipeline(FlowPipeline):
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
                 max_sequence_length=max_sequence_length,
+                images=1,
             )
             for end in (0, 1)
         )
@@ -367,44 +368,24 @@ class LatentFlowEditPipeline(FlowPipeline):
         class_labels: ClassLabels | None,
         *,
         size: Size,
-        guidance_scale: float,
         may_lack_condition: bool = False,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
-        max_sequence_length: int | None = None,
-        images: int = 1,
-        generator: Generators | None = None,
+        **call: Any,
     ) -> RunningCall:
         """Call ``start_call``; where a condition may lack, "" and None are the network without any."""
         height, width = self.canvas_size(size)
         if may_lack_condition and not any([prompt] if isinstance(prompt, str) else prompt or []):
             prompt = "" if self.takes_text and not self.takes_classes else None
-        if may_lack_condition and prompt is None and class_labels is None:
-            if negative_prompt is not None:
-                raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
-            count = images * num_images_per_prompt
-            self.require_room(count, height, width)
-            self._guidance_scale, self._interrupt = self.model.guidance(guidance_scale), False
-            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-            return RunningCall(self, self.model.rows(None, count=count), None, *callback)
-        return self.start_call(
-            prompt=prompt,
-            height=height,
-            width=width,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            class_labels=class_labels,
-            guidance_interval=guidance_interval,
-            images=images,
-            generator=generator,
-        )
+        if not may_lack_condition or prompt is not None or class_labels is not None:
+            return self.start_call(
+                prompt=prompt, class_labels=class_labels, height=height, width=width, **call
+            )
+        if call.get("negative_prompt") is not None:
+            raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
+        count = call["images"] * call.get("num_images_per_prompt", 1)
+        self.require_room(count, height, width)
+        self._guidance_scale, self._interrupt = self.model.guidance(call["guidance_scale"]), False
+        callback = call.get("callback_on_step_end"), call.get("callback_on_step_end_tensor_inputs")
+        return RunningCall(self, self.model.rows(None, count=count), None, *callback)
 
 
 def _settings(method: str, **given: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..families.model import Generators
 from .arguments import checked
 from .base import FlowPipeline
-from .conditioning import ClassLabels
+from .conditioning import ClassLabels, condition_arguments
 from .images import Images, padded, read_images
 from .sampling import StepCallback
 
@@ -78,24 +78,7 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
         canvas = self.canvas_size(size)
         # 1. The condition, one row per image
         call = self.start_call(
-            prompt=prompt,
-            height=canvas[0],
-            width=canvas[1],
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            class_labels=class_labels,
-            guidance_interval=guidance_interval,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            generator=generator,
-            latents=latents,
-            images=len(originals),
+            height=canvas[0], width=canvas[1], images=len(originals), **condition_arguments(locals())
         )
         # 2. The image's latents and the noise
         data = call.expand(

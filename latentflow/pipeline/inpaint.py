@@ -23,7 +23,7 @@ from ..flow import Velocity
 from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 from .arguments import checked
 from .base import FlowPipeline
-from .conditioning import ClassLabels
+from .conditioning import ClassLabels, condition_arguments
 from .images import Images, padded, read_images, read_masks, resized, transparent_again
 from .sampling import AfterStep, BindVelocity, RunningCall, Sampler, StepCallback
 
@@ -128,24 +128,10 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             )
         # 2. The condition, one row per image
         call = self.start_call(
-            prompt=prompt,
             height=batch.canvas[0],
             width=batch.canvas[1],
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            class_labels=class_labels,
-            guidance_interval=guidance_interval,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            generator=generator,
-            latents=latents,
             images=len(batch.images),
+            **condition_arguments(locals()),
         )
         # 3. The noise, what is known, and how to go from one to the other
         noise = self.prepare_noise(len(call.rows), *batch.canvas, generator, latents)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, shown
-from ..families.latentflow import USUAL_STEPS, FewSteps, LatentFlowModel
+from ..families.latentflow import USUAL_STEPS, LatentFlowModel
 from ..families.model import Generators, Rows
 from ..flow import Solver, Velocity, integrate
 from ..flow.solvers import BY_ROW
@@ -36,12 +36,20 @@ _NAMES = {
 }  # a callback's tensor: where its text is
 
 
+def from_model(name: str) -> Any:
+    """Return a property that asks the pipeline's flow model for its attribute ``name``."""
+    return property(lambda pipe: getattr(pipe.model, name))
+
+
 class SamplingMixin:
     """The sampling loop, for a diffusers pipeline of latentflow's components."""
 
     scheduler: Any
     vae_scale_factor: int
     progress_bar: Any
+    path = from_model("path")
+    few_steps = from_model("few_steps")
+    usual_guidance = from_model("usual_guidance")
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
     _interrupt: bool = False
@@ -72,19 +80,9 @@ class SamplingMixin:
         return self._interrupt
 
     @property
-    def few_steps(self) -> FewSteps:
-        """How the network is sampled, if it was made for few steps."""
-        return self.model.few_steps
-
-    @property
     def usual_steps(self) -> int:
         """Steps of a call that names neither their number nor a solver."""
         return self.model.usual_steps if self.scheduler is None else USUAL_STEPS
-
-    @property
-    def usual_guidance(self) -> float:
-        """Guidance scale of a call that names none: what is added to that which the checkpoint has learned along."""
-        return self.model.usual_guidance
 
     def sample(
         self,
