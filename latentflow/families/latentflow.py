@@ -30,7 +30,7 @@ LARGEST_STEPS = 1000  # of `FewSteps.step_counts`
 
 @dataclass(frozen=True, kw_only=True)
 class FewSteps:
-    """How the network of a checkpoint, or with an adapter, is sampled; the defaults are an ordinary velocity's.
+    """Settings of few-step sampling, of a checkpoint or an adapter; the defaults are an ordinary velocity's.
 
     Attributes:
         average: the network predicts average velocities (arXiv:2505.13447).
@@ -115,17 +115,17 @@ class LatentFlowModel(FlowModel):
 
     @property
     def takes_text(self) -> bool:
-        """Whether the network is conditioned on captions."""
+        """True for a network that is conditioned on captions."""
         return self.text_width is not None
 
     @property
     def takes_classes(self) -> bool:
-        """Whether the network is conditioned on a class."""
+        """True for a network that is conditioned on a class."""
         return self.setting("num_classes") is not None
 
     @property
     def takes_masks(self) -> bool:
-        """Whether the network was trained to inpaint."""
+        """True for a network that was trained to inpaint."""
         return self.vae is not None and self.setting("condition_channels") == mask_channels(self.vae)
 
     @property
@@ -339,7 +339,7 @@ class LatentFlowModel(FlowModel):
         """Return the rows of images that were of the size ``original``, and cropped at ``crop`` to ``target``.
 
         Args:
-            drawn: the size that is drawn, of which a network that takes sizes is told by default.
+            drawn: the size that is drawn.
 
         Raises:
             UserError: other sizes than what is drawn, for a network that takes none.
@@ -358,7 +358,7 @@ class LatentFlowModel(FlowModel):
 
     @property
     def few_steps(self) -> FewSteps:
-        """How the network is sampled: as an adapter in effect says, whichever pipeline loaded it, or the checkpoint."""
+        """Settings of few-step sampling: of an adapter in effect, whichever pipeline loaded it, or the checkpoint's."""
         adapted: FewSteps | None = getattr(self.network, "_few_steps", None)
         if adapted is not None:
             return adapted

@@ -130,17 +130,17 @@ class FlowModel(ABC):
 
     @property
     def takes_text(self) -> bool:
-        """Whether the network is conditioned on prompts."""
+        """True for a network that is conditioned on prompts."""
         return True
 
     @property
     def takes_classes(self) -> bool:
-        """Whether the network is conditioned on a class."""
+        """True for a network that is conditioned on a class."""
         return False
 
     @property
     def takes_masks(self) -> bool:
-        """Whether the network was trained to inpaint."""
+        """True for a network that was trained to inpaint."""
         return False
 
     @property
@@ -355,6 +355,15 @@ class FlowModel(ABC):
             )
         negative = replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)
         both = self._bound(Rows.cat([rows, negative]), times, scale)
+        return self.guide(both, alone, scale, interval)
+
+    def guide(self, both: Velocity, alone: Velocity, scale: float, interval: tuple[float, float]) -> Velocity:
+        """Return the guided velocity by the family's rule: classifier-free guidance, if it has no other.
+
+        Args:
+            both: the velocity of 2B rows, those with the condition before those without.
+            alone: the velocity of the B rows with it.
+        """
         return guide_batched(both, alone, scale, interval)
 
     def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> Velocity:

@@ -1,4 +1,4 @@
-"""``LatentFlowEditPipeline``: images edited with words, turned into noise and back, and led into one another."""
+"""``LatentFlowEditPipeline``: edit images with words, turn them into noise and back, interpolate between them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .sampling import BindVelocity, Interrupted, RunningCall, StepCallback, last
 
 @dataclass(frozen=True)
 class Inversion:
-    """Images as noise.
+    """The noise of images.
 
     Attributes:
         latents: (B, C, h, w): the noise from which the flow makes the images; ``latents`` of ``LatentFlowPipeline``.
@@ -40,11 +40,11 @@ class Inversion:
 
 
 class LatentFlowEditPipeline(FlowPipeline):
-    """Edits images: calling it changes what words (or classes) describe, ``invert`` turns images into noise,
+    """Edit images: a call changes what words (or classes) describe, ``invert`` turns images into noise,
     ``interpolate`` leads from one image or prompt to another.
 
-    ``LatentFlowEditPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. It follows the flow
-    by our own solvers alone: a diffusers scheduler cannot go back.
+    ``LatentFlowEditPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. It integrates the
+    flow by our own solvers alone: a diffusers scheduler cannot go back.
     """
 
     @checked
@@ -79,7 +79,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         """Edit images. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 
         Args:
-            prompt: what the images shall show, as a whole: "green apple", not "make it green".
+            prompt: what the images should show, as a whole: "green apple", not "make it green".
             image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
                 size, which is also the result's. One with several prompts, or several with one prompt, will do.
             source_prompt: what they show now: one for all, or one for each. The closer to the caption that training
@@ -122,7 +122,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         size = (images.shape[2], images.shape[3])
         if source_class_labels is not None and self.takes_classes:
             self.class_ids(source_class_labels)  # refused before the target's prompt is encoded
-        # 1. What the images shall show, and what they show now, one row per image
+        # 1. What the images should show, and what they show now, one row per image
         shared: dict[str, Any] = {
             "size": size,
             "num_images_per_prompt": num_images_per_prompt,
@@ -191,7 +191,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> Inversion:
-        """The noise that the flow turns into these images.
+        """Return the noise that the flow turns into these images.
 
         To have them back, call ``LatentFlowPipeline`` with ``latents=`` the noise and the same prompt, steps, solver
         and guidance. It goes beyond images of the kind that the checkpoint draws: whatever the autoencoder can copy.
@@ -230,7 +230,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         measure: bool,
         max_sequence_length: int | None,
     ) -> Inversion:
-        """``invert``, its arguments checked and its images read."""
+        """Do what ``invert`` does, its arguments checked and its images read."""
         method, size = _by_row(solver), (images.shape[2], images.shape[3])
         call = self._start(
             prompt,
@@ -276,7 +276,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> Any:
-        """Images on the way from one image, or prompt, to another.
+        """Draw images on the way from one image, or prompt, to another.
 
         The noise moves along an arc (``slerp``), the velocity from the one under the first condition to the one under
         the second in proportion. That is a straight line in the scores of the two, so it works for classes and for
@@ -389,7 +389,11 @@ class LatentFlowEditPipeline(FlowPipeline):
 
 
 def _settings(method: str, **given: Any) -> dict[str, Any]:
-    """Those of ``given`` that are not None, if the method has them."""
+    """Return those of ``given`` that are not None.
+
+    Raises:
+        UserError: the method has no such setting.
+    """
     known = inspect.signature(lookup(EDITING, method, "editing method")).parameters
     settings = {name: value for name, value in given.items() if value is not None}
     if "solver" in settings:
@@ -401,12 +405,12 @@ def _settings(method: str, **given: Any) -> dict[str, Any]:
 
 
 def _by_row(solver: str | Solver) -> str | Solver:
-    """The solver whose rows do not depend on one another, where there are two of this name."""
+    """Return the solver whose rows do not depend on one another, where there are two of this name."""
     return BY_ROW.get(solver, solver) if isinstance(solver, str) else solver
 
 
 def _as_many(values: Any, count: int, name: str) -> list[Any] | None:
-    """One value, or one for each of ``count``, as a list of ``count``."""
+    """Return one value, or one for each of ``count``, as a list of ``count``."""
     if values is None:
         return None
     rows = [values] if isinstance(values, str | int) else list(values)

@@ -1,4 +1,4 @@
-"""``LatentFlowImg2ImgPipeline``: an image drawn anew, from as far back towards noise as ``strength`` says."""
+"""``LatentFlowImg2ImgPipeline``: draw an image anew, from as far back towards noise as ``strength`` says."""
 
 from __future__ import annotations
 

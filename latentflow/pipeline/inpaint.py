@@ -1,4 +1,4 @@
-"""``LatentFlowInpaintPipeline``: a hole in an image filled, and every other pixel kept."""
+"""``LatentFlowInpaintPipeline``: fill a hole in an image, and keep every other pixel."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
     """Fill the hole that a mask leaves in an image; what is not masked is the image's own, to the pixel.
 
     ``LatentFlowInpaintPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. The flow is
-    steered towards what is known; a checkpoint that was trained with masks is told of it as well, and fills better.
+    steered towards what is known; a checkpoint that was trained with masks has it as a condition too, and fills better.
 
     Outpainting: ``image, mask = latentflow.expand_canvas(image, right=32)`` makes the arguments.
     """
@@ -96,15 +96,15 @@ class LatentFlowInpaintPipeline(FlowPipeline):
             strength: in [0, 1]: the flow starts at t = 1 - strength from what is in the hole, mixed with noise. 1 draws
                 from pure noise, 0 returns the image.
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken. Default: 20,
-                or 4 where average velocities are followed, which of all methods "trained" does alone.
+                or 4 of a checkpoint of average velocities, which method "trained" alone takes.
             latents: the noise (B, C, h, w) to start from.
             output_type: as of ``LatentFlowPipeline``; "latent" are those of the part that was drawn, uncomposed.
             method: "trained", or a key of ``latentflow.flow.INPAINTING``; default:
-                ``latentflow.flow.inpainting.DEFAULT_INPAINTING``, but "trained" where a checkpoint that is shall
-                follow a solver or the pipeline's scheduler, or predicts average velocities. "trained" takes any of
-                these, by itself 'ddpm', or average velocities; the others run on our own solvers. A checkpoint that was
-                trained with masks is told of the hole by "trained" and "pnp-flow", the others tell it nothing.
-                "repaint" goes back in time, which the timesteps that a callback is told do not show.
+                ``latentflow.flow.inpainting.DEFAULT_INPAINTING``, but "trained" where a checkpoint was trained with
+                masks and a solver or a scheduler is given, or it predicts average velocities. "trained" takes any of
+                these, by itself 'ddpm', or average velocities; the others run on our own solvers. "trained" and
+                "pnp-flow" give a checkpoint that was trained with masks the hole as a condition, the others do not.
+                "repaint" goes back in time, which the timesteps that a callback gets do not show.
             feather: blend over so many pixels around the hole.
 
         Returns:
@@ -286,7 +286,7 @@ def crop_around_mask(mask: Tensor, margin: int, canvas: Size) -> Window:
 
 @dataclass(frozen=True)
 class InpaintBatch:
-    """The images of a call, with holes to be painted.
+    """The images of a call, with holes to be filled.
 
     Attributes:
         images: (P, 3, H, W) in [0, 1].
@@ -314,7 +314,7 @@ class InpaintBatch:
 
     @property
     def unchanged(self) -> bool:
-        """Whether there is no hole in any of them."""
+        """True if there is no hole in any of them."""
         return not bool(self.holes.any())
 
     def network_view(self) -> Tensor:

@@ -38,7 +38,7 @@ _BASES: dict[str, type] = {
     "tokenizer": PreTrainedTokenizerBase,
     "scheduler": SchedulerMixin,
 }
-# Of from_pretrained: diffusers places the networks itself, and so reads them once more.
+# Options of from_pretrained with which diffusers places the networks itself, and so reads them once more.
 _PLACING = {"device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config"}
 
 
@@ -162,7 +162,7 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """A pipeline of this class with the components of another, in the precision that they have.
+        """Build a pipeline of this class with the components of another, in the precision that they have.
 
         diffusers' own would bring them, and with them the other pipeline, to float32.
         """
@@ -210,9 +210,8 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
     Raises:
         UserError: says which two differ, and in what.
     """
-    configs = [getattr(one, "config", {}) for one in (transformer, vae, text_encoder)]
-    network, autoencoder = ({} if one is None else one for one in configs[:2])
-    text = getattr(configs[2], "hidden_size", None)
+    network, autoencoder = (getattr(part, "config", {}) for part in (transformer, vae))
+    text = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
     if vae is not None:
         check_statistics(vae)
     if tokenizer is not None and text_encoder is not None:
@@ -263,7 +262,7 @@ def register_with_diffusers() -> None:
 
 
 def _forget_origin(file: Path) -> None:
-    """Remove the path that a component was loaded from: it tells strangers about this machine, and nothing else."""
+    """Remove the path that a component was loaded from: it says something of this machine only."""
     if file.is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:

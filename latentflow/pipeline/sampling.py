@@ -1,4 +1,4 @@
-"""From noise to data: a running call, whose conditions its callback may change, and the steps that it takes."""
+"""Sampling: the running call, whose conditions its callback may change, and its steps from noise to data."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SamplingMixin:
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether guidance does anything: the checkpoint has a condition and the scale is not 1."""
+        """True if guidance does anything: the checkpoint has a condition and the scale is not 1."""
         return self._guidance_scale != 1.0 and (self.model.takes_text or self.model.takes_classes)
 
     @property
@@ -76,7 +76,7 @@ class SamplingMixin:
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call ends after this step; a callback sets ``_interrupt``, what is there is decoded."""
+        """True if the call ends after this step; a callback sets ``_interrupt``, and x as it is then is decoded."""
         return self._interrupt
 
     @property
