@@ -168,11 +168,7 @@ def test_rows_are_indexed_and_joined_like_a_batch() -> None:
 def test_known_images_are_part_of_the_rows() -> None:
     """Trained inpainting: guided too, since what is known belongs to the negative rows as well."""
     channels = mask_channels(tiny_vae())
-    pipe, model = checkpoint(
-        LatentFlowInpaintPipeline,
-        text_dim=16,
-        condition_channels=channels,
-    )
+    pipe, model = checkpoint(LatentFlowInpaintPipeline, text_dim=16, condition_channels=channels)
     images = torch.rand(2, 3, SIDE, SIDE, generator=seeded(1))
     masks = torch.zeros(2, 1, SIDE, SIDE)
     masks[:, :, :, 3:] = 1.0

@@ -29,6 +29,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from .adapters import make_adapter
+from .conftest import quiet
 
 FILE = "pytorch_lora_weights.safetensors"
 KINDS: list[dict[str, Any]] = [
@@ -40,9 +41,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 def opened(folder: Path, kind: Any = LatentFlowPipeline, **options: Any) -> Any:
-    pipe = kind.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(kind.from_pretrained(folder, **options))
 
 
 def drawn(pipe: Any, **condition: Any) -> Tensor:
@@ -56,15 +55,9 @@ def drawn(pipe: Any, **condition: Any) -> Tensor:
 
 def pipeline_of(base: Path, networks: Any, **config: Any) -> Any:
     """The base with other networks, as the training's result is one."""
-    pipe = LatentFlowPipeline(
-        LatentFlowPipeline.from_pretrained(base).vae,
-        networks.network,
-        networks.text_encoder,
-        networks.tokenizer,
-        **config,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    vae = LatentFlowPipeline.from_pretrained(base).vae
+    parts = networks.network, networks.text_encoder, networks.tokenizer
+    return quiet(LatentFlowPipeline(vae, *parts, **config))
 
 
 def test_an_adapter_before_its_first_step_changes_nothing(dit_folder: Path, tmp_path: Path) -> None:
@@ -488,8 +481,7 @@ def test_what_peft_makes_with_its_own_settings_loads_and_merges(
         transformer_lora_layers=get_peft_model_state_dict(network),
         **_collate_lora_metadata({"transformer": network}),
     )
-    own = LatentFlowPipeline.from_pretrained(dit_folder, transformer=network)
-    own.set_progress_bar_config(disable=True)
+    own = opened(dit_folder, transformer=network)
     expected = drawn(own)
     assert (expected - drawn(opened(dit_folder))).abs().max() > 1e-3
     for load in ("load_lora_weights", "merge_lora_weights"):
@@ -569,10 +561,7 @@ def test_a_colon_may_be_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_generate_says_why_an_adapter_does_not_fit(
-    program: Callable[..., None],
-    dit_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    program: Callable[..., None], dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_adapter(dit_folder, tmp_path / "other" / "adapter")
