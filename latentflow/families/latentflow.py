@@ -407,14 +407,13 @@ class LatentFlowModel(FlowModel):
         self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        network = self.network
         if condition.sizes is None and self.setting("size_conditioning"):
             factor = self.pipeline.vae_scale_factor
             drawn = [x.shape[2] * factor, x.shape[3] * factor]
             sizes = torch.tensor([[*drawn, 0, 0, *drawn]] * len(x), dtype=torch.float32, device=x.device)
             condition = replace(condition, sizes=sizes)
         interval = {} if end is None or not self.few_steps.average else {"end": end}
-        output: Tensor = network(x.to(network.dtype), t, condition, **interval)
+        output: Tensor = self.network(x, t, condition, **interval)
         return output
 
     def velocity(

@@ -368,12 +368,12 @@ class FlowModel(ABC):
 
     def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> Velocity:
         """Return the velocity under ``rows`` alone, on the straight path, where nothing is singular."""
-        condition = self.prepare(rows)
+        condition, dtype = self.prepare(rows), self.network.dtype
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             each = t.to(x.device, torch.float32).expand(x.shape[0])
             end = None if times is None else next_time(times, each)
-            return self.predict(self.path.scale_input(x, t), each, condition, end, scale).float()
+            return self.predict(self.path.scale_input(x, t).to(dtype), each, condition, end, scale).float()
 
         straight, trained = CondOT(), as_velocity(network, self.path, self.prediction)
         return trained if self.path == straight else change_path(trained, old=self.path, new=straight)
@@ -389,7 +389,7 @@ class FlowModel(ABC):
         """Evaluate the network once; return what it predicts (see ``prediction``), shaped like x.
 
         Args:
-            x: (B, C, h, w) float32.
+            x: (B, C, h, w) in the network's precision.
             t: (B,) float32, 0 is noise and 1 data.
             condition: what `prepare` returns.
             end: (B,) the end of the interval of an average velocity; None: its velocity is asked for.
