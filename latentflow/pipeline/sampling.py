@@ -30,10 +30,8 @@ Sampler: TypeAlias = Callable[..., Tensor]
 StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 # Times that differ by less are the same time of a grid, reached by different sums.
 ROUNDING = 1e-9
-_NAMES = {
-    "prompt_embeds": "rows",
-    "negative_prompt_embeds": "negative",
-}  # a callback's tensor: where its text is
+# A callback's tensor, and the rows of a `RunningCall` whose text it is.
+_NAMES = {"prompt_embeds": "rows", "negative_prompt_embeds": "negative"}
 
 
 def from_model(name: str) -> Any:
