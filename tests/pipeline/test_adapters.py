@@ -29,7 +29,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from .adapters import make_adapter
-from .conftest import quiet
+from .conftest import close, quiet
 
 FILE = "pytorch_lora_weights.safetensors"
 KINDS: list[dict[str, Any]] = [
@@ -79,16 +79,14 @@ def test_trained_merged_loaded_and_fused_are_the_same(
     base = drawn(pipe, **asked)
     trained = drawn(pipeline_of(dit_folder, adapter.networks), **asked)
     assert (trained - base).abs().max() > 0.1
-    torch.testing.assert_close(
-        drawn(pipeline_of(dit_folder, adapter.merged()), **asked), trained, atol=1e-4, rtol=0
-    )
+    close(drawn(pipeline_of(dit_folder, adapter.merged()), **asked), trained)
     pipe.load_lora_weights(tmp_path / FILE, adapter_name="one")
     assert pipe.get_active_adapters() == ["one"]
-    torch.testing.assert_close(drawn(pipe, **asked), trained, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), trained)
     pipe.fuse_lora()
-    torch.testing.assert_close(drawn(pipe, **asked), trained, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), trained)
     pipe.unfuse_lora()
-    torch.testing.assert_close(drawn(pipe, **asked), trained, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), trained)
 
 
 def test_after_unloading_the_base_is_what_it_was(dit_folder: Path, tmp_path: Path) -> None:
@@ -121,9 +119,9 @@ def test_two_at_once_are_the_weighted_sum(dit_folder: Path, tmp_path: Path) -> N
                     layer.weight += weight * 3.0 / 2 * state[key.replace("lora_A", "lora_B")] @ down
     pipe.set_adapters(list(weights), list(weights.values()))
     assert sorted(pipe.get_active_adapters()) == ["left", "right"]
-    torch.testing.assert_close(drawn(pipe), drawn(by_hand), atol=1e-4, rtol=0)
+    close(drawn(pipe), drawn(by_hand))
     pipe.fuse_lora()
-    torch.testing.assert_close(drawn(pipe), drawn(by_hand), atol=1e-4, rtol=0)
+    close(drawn(pipe), drawn(by_hand))
 
 
 def test_the_last_that_is_loaded_is_active_alone(dit_folder: Path, tmp_path: Path) -> None:
@@ -162,9 +160,9 @@ def test_the_scale_of_fusing_is_a_weight_and_goes_with_it(dit_folder: Path, tmp_
     half = drawn(pipe, **asked)
     pipe.set_adapters("one")
     pipe.fuse_lora(lora_scale=0.5)
-    torch.testing.assert_close(drawn(pipe, **asked), half, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), half)
     pipe.unfuse_lora()
-    torch.testing.assert_close(drawn(pipe, **asked), whole, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), whole)
 
 
 def test_fused_one_after_the_other_or_at_once(dit_folder: Path, tmp_path: Path) -> None:
@@ -178,9 +176,7 @@ def test_fused_one_after_the_other_or_at_once(dit_folder: Path, tmp_path: Path) 
         by_turns.unload_lora_weights()
     pipe.set_adapters(["left", "right"])
     for prompt in ("a red zebra", "left right"):
-        torch.testing.assert_close(
-            drawn(by_turns, prompt=[prompt]), drawn(pipe, prompt=[prompt]), atol=1e-4, rtol=0
-        )
+        close(drawn(by_turns, prompt=[prompt]), drawn(pipe, prompt=[prompt]))
 
 
 def test_unloading_keeps_what_is_fused_and_no_more(dit_folder: Path, tmp_path: Path) -> None:
@@ -271,9 +267,7 @@ def test_new_classes_join_those_of_the_base(class_folder: Path, tmp_path: Path) 
     pipe.load_lora_weights(tmp_path, adapter_name="vehicles")
     assert pipe.labels == {"apple": 0, "hat": 1, "tree": 2, "boat": 3, "car": 4}
     for name in names.values():
-        torch.testing.assert_close(
-            drawn(pipe, class_labels=[name]), drawn(trained, class_labels=[name]), atol=1e-4, rtol=0
-        )
+        close(drawn(pipe, class_labels=[name]), drawn(trained, class_labels=[name]))
     pipe.unload_lora_weights()
     assert torch.equal(drawn(pipe, class_labels=["hat"]), before)
     with pytest.raises(UserError, match="unknown class 'boat'"):
@@ -322,7 +316,7 @@ def test_a_fused_pipeline_takes_another_adapter_of_its_base(dit_folder: Path, tm
     with_one = drawn(pipe, **asked)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    torch.testing.assert_close(drawn(pipe, **asked), with_one, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), with_one)
     pipe.load_lora_weights(tmp_path / "1")
     assert (drawn(pipe, **asked) - with_one).abs().max() > 0.1
 
@@ -453,7 +447,7 @@ def test_what_others_made_loads_without_our_facts(dit_folder: Path, tmp_path: Pa
     LatentFlowPipeline.save_lora_weights(tmp_path / "bare", transformer_lora_layers=bare)
     again = opened(dit_folder)
     again.load_lora_weights(tmp_path / "bare", adapter_name="one")
-    torch.testing.assert_close(drawn(again), expected, atol=1e-5, rtol=0)
+    close(drawn(again), expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -487,7 +481,7 @@ def test_what_peft_makes_with_its_own_settings_loads_and_merges(
     for load in ("load_lora_weights", "merge_lora_weights"):
         pipe = opened(dit_folder)
         getattr(pipe, load)(tmp_path)
-        torch.testing.assert_close(drawn(pipe), expected, atol=1e-4, rtol=0)
+        close(drawn(pipe), expected)
 
 
 def test_a_pipeline_with_loaded_adapters_is_not_saved_in_halves(dit_folder: Path, tmp_path: Path) -> None:
@@ -500,7 +494,7 @@ def test_a_pipeline_with_loaded_adapters_is_not_saved_in_halves(dit_folder: Path
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(drawn(opened(tmp_path / "saved")), expected, atol=1e-4, rtol=0)
+    close(drawn(opened(tmp_path / "saved")), expected)
 
 
 def test_without_peft_the_line_that_installs_it(
@@ -596,7 +590,7 @@ def test_export_merges(program: Callable[..., None], dit_folder: Path, tmp_path:
     merged = tmp_path / "merged"
     program("export", dit_folder, "--lora", f"{tmp_path / 'run'}:0.5", "-o", merged)
     for asked in ({"prompt": ["a zebra"]}, {"prompt": ["a red apple"]}):
-        torch.testing.assert_close(drawn(opened(merged), **asked), drawn(pipe, **asked), atol=1e-4, rtol=0)
+        close(drawn(opened(merged), **asked), drawn(pipe, **asked))
 
 
 def test_export_writes_the_adapter_of_a_run(
