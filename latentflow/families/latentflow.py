@@ -308,7 +308,7 @@ class LatentFlowModel(FlowModel):
                     f"class '{label}': this checkpoint has no class names", self.describe_condition()
                 )
             number = lookup(known, label, "class") if isinstance(label, str) else label
-            if not 0 <= number < self.setting("num_classes"):
+            if not 0 <= number < (self.setting("num_classes") or 0):
                 raise UserError(f"class id {number} does not exist", self.describe_condition())
             ids.append(number)
         return ids
@@ -321,6 +321,11 @@ class LatentFlowModel(FlowModel):
         """
         if not self.takes_masks:
             super().with_known(rows, images, masks)
+        if len(rows) % len(images) or len(images) != len(masks):
+            raise UserError(
+                f"{len(images)} images and {len(masks)} masks for {len(rows)} rows",
+                "Give a mask for each image, and as many images as rows, or a part of them.",
+            )
         with self.steady_vae() as vae:
             channels = masked_condition(vae, images, masks)
             if known is not None:

@@ -186,6 +186,8 @@ def test_known_images_are_part_of_the_rows() -> None:
     assert torch.equal(rows[[1, 0]].kept["channels"], rows.kept["channels"][[1, 0]])  # type: ignore[index]
     with pytest.raises(ValueError, match="cannot be joined"):
         Rows.cat([rows, model.encode_prompt(PROMPTS)])
+    with pytest.raises(UserError, match="2 images and 1 masks for 2 rows"):
+        rows.with_known(images, masks[:1])
 
 
 def test_images_and_latents() -> None:
@@ -218,6 +220,16 @@ def test_it_is_saved_and_opened_with_the_pipeline_inside(tmp_path: Path) -> None
     assert type(model) is type(opened) is FAMILIES["LatentFlowPipeline"]
     assert type(opened.pipeline) is LatentFlowPipeline and opened.network is opened.pipeline.transformer
     assert "FlowModel" in latentflow.__all__
+
+
+def test_a_hub_id_is_opened_by_the_class_that_its_index_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = checkpoint(num_classes=3)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name: {"_class_name": "LatentFlowPipeline"})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(tmp_path))
+    assert type(FlowModel.from_pretrained("someone/emoji")) is type(model)
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
