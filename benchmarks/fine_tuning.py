@@ -197,9 +197,8 @@ def loss(pipe: Any, images: Images) -> float:
     total = []
     for start in range(0, len(images.captions), BATCH):
         x1 = encode(pipe.vae, images.images[start : start + BATCH])
-        captions = images.captions[start : start + BATCH]
-        embeds, _, mask, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
-        velocity = pipe.velocity(pipe.condition(None, embeds, mask), None)
+        rows = pipe.model.encode_prompt(images.captions[start : start + BATCH])
+        velocity = pipe.model.velocity(rows, 1.0)
         for number in range(NOISES):
             x0 = torch.randn(x1.shape, generator=torch.Generator().manual_seed(1000 * number + start))
             for t in TIMES:

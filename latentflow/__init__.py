@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .autoencoder import load_autoencoder as load_autoencoder
+    from .families import FlowModel as FlowModel
     from .models import DiT as DiT
     from .models import UNet as UNet
     from .pipeline.edit import LatentFlowEditPipeline as LatentFlowEditPipeline
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .pipeline.images import expand_canvas as expand_canvas
     from .pipeline.img2img import LatentFlowImg2ImgPipeline as LatentFlowImg2ImgPipeline
     from .pipeline.inpaint import LatentFlowInpaintPipeline as LatentFlowInpaintPipeline
-    from .pipeline.registration import register_with_diffusers as register_with_diffusers
+    from .pipeline.loading import register_with_diffusers as register_with_diffusers
     from .training import fit as fit
 
 __version__ = "0.1.0"
@@ -32,11 +33,12 @@ _OWNERS = {
     "LatentFlowImg2ImgPipeline": ".pipeline.img2img",
     "LatentFlowInpaintPipeline": ".pipeline.inpaint",
     "expand_canvas": ".pipeline.images",
+    "FlowModel": ".families",
     "DiT": ".models",
     "UNet": ".models",
     "load_autoencoder": ".autoencoder",
     "fit": ".training",
-    "register_with_diffusers": ".pipeline.registration",
+    "register_with_diffusers": ".pipeline.loading",
 }
 
 __all__ = sorted(_OWNERS)

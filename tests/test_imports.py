@@ -30,7 +30,7 @@ LAYERS = [
     {"flow"},
     {"config"},
     {"models", "autoencoder"},
-    {"data"},
+    {"families", "data"},
     {"metrics", "pipeline"},
     {"inference"},
     {"training.loop"},

@@ -65,7 +65,7 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
         x1 = encode(pipe.vae, unseen.images[rows])
         noise = [seeded(sampler.seed, VALIDATION, start + i) for i in range(len(x1))]
         x0 = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in noise]).to(x1)
-        velocity = pipe.velocity(sampler.network_condition(unseen.captions[rows]), None)
+        velocity = pipe.model.velocity(sampler.rows(unseen.captions[rows]), 1.0)
         at_times = []
         for t in VALIDATION_TIMES:
             sample = path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device))

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .. import metrics
 from ..data import pixels_to_images
+from ..families import FlowModel, Rows
 from ..training.loop.data_order import seeded
 from ..utils.memory import memory_phase
 from .data import ConditionKind
@@ -73,10 +74,13 @@ class Sampler:
             batches.append(pixels_to_images((images.float().cpu().clamp(0, 1) * 255).round()))
         return torch.cat(batches)
 
-    def network_condition(self, captions: list[str]) -> Any:
-        """Return the captions as the velocity network's condition."""
+    def rows(self, captions: list[str]) -> Rows:
+        """Return the captions as conditions of the flow model."""
+        model: FlowModel = self.pipe.model
         if self.condition_kind == "prompt":
-            embeds, _, mask, _ = self.pipe.encode_prompt(captions, do_classifier_free_guidance=False)
-            return self.pipe.condition(None, embeds, mask)
-        labels = self.pipe.get_label_ids(captions) if self.condition_kind == "class_labels" else None
-        return self.pipe.condition(labels, None, None)
+            return model.encode_prompt(captions)
+        return (
+            model.encode_class(captions)
+            if self.condition_kind == "class_labels"
+            else model.null(len(captions))
+        )

@@ -1,7 +1,7 @@
-"""Files of adapters (LoRA, DoRA): diffusers' format, and what ours say beside it.
+"""Files of adapters (LoRA, DoRA): diffusers' format, and the facts that ours hold beside it.
 
-A file of ours tells which base it was made for, and brings the words and classes that the base does not know: of each
-the distance of its embedding from the mean of the base's, which is where training began.
+A file of ours names the base that it was made for, and brings the words and classes that the base does not know: for
+each the distance of its embedding from the mean of the base's, which is where training began.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ _NARROWER = ("exclude_modules", "layers_to_transform")
 _THEIRS = "lora_adapter_metadata"  # under which peft's settings are among a file's metadata
 # A setting, and the tensor of each layer that it brings.
 _MORE = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
+# The side of a tensor that must be as long as its layer's weight, and what it counts.
+_SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
+_SIDES |= {".lora.down.weight": (1, "inputs"), ".lora.up.weight": (0, "outputs")}  # diffusers' older spelling
+_SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
+_FOR_EACH_OUTPUT = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_B.bias")
 # The two halves of a layer, in peft's spelling, of embeddings, and in an older one of diffusers.
 _HALVES = {
     "lora_A.weight": "lora_B.weight",
@@ -57,13 +62,13 @@ _HALVES = {
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
-    """What a file of ours says beyond diffusers' format.
+    """The facts in a file of ours beyond diffusers' format.
 
     Attributes:
         base: type of numbers -> hash of the base's network in it, see `base_hashes`.
         base_name: what the base was called.
         words, classes: what the base does not know, in the order of the rows.
-        few_steps: how the network is followed with the adapter, as `FewSteps.plain` has it; empty: as without.
+        few_steps: how the network is sampled with the adapter, as `FewSteps.plain` has it; empty: as without.
     """
 
     base: dict[str, str] = field(default_factory=dict)
@@ -73,12 +78,12 @@ class AdapterFacts:
     few_steps: dict[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, str]:
-        """As an entry of a safetensors file's metadata."""
+        """Return the facts as an entry of a safetensors file's metadata."""
         return {METADATA_KEY: json.dumps(asdict(self))}
 
 
 def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
-    """What `AdapterFacts.metadata` wrote; nothing of a file that others made.
+    """Read what `AdapterFacts.metadata` wrote; from a file that others made, nothing.
 
     Raises:
         UserError: it did not write this.
@@ -91,12 +96,12 @@ def facts_of(metadata: Mapping[str, str] | None) -> AdapterFacts:
 
 
 def base_hashes(network: nn.Module) -> dict[str, str]:
-    """The hash of a network's weights, rounded to each type of numbers in which pipelines are loaded."""
+    """Return the hash of a network's weights, rounded to each type of numbers in which pipelines are loaded."""
     return {type_name(dtype): weights_hash(network, dtype) for dtype in _DTYPES}
 
 
 def weights_hash(network: nn.Module, dtype: torch.dtype = torch.float32) -> str:
-    """The hash of a network's weights in this type of numbers, without adapters."""
+    """Return the hash of a network's weights in this type of numbers, without adapters."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         if "lora_" not in name:
@@ -107,14 +112,14 @@ def weights_hash(network: nn.Module, dtype: torch.dtype = torch.float32) -> str:
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """As in `AdapterFacts.base`."""
+    """Return the name of a type of numbers, as in `AdapterFacts.base`."""
     return str(dtype).removeprefix("torch.")
 
 
 def read_adapter(
     source: Any, shown: str, options: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None, AdapterFacts]:
-    """Tensors, settings as diffusers keeps them, and our facts.
+    """Read an adapter: tensors, settings as diffusers keeps them, and our facts.
 
     Raises:
         UserError: there is no such file, or it is damaged, holds numbers that are not finite, or is no adapter.
@@ -159,27 +164,31 @@ def read_adapter(
         )
     odd = [
         key
-        for key, one in state.items()
-        if not one.is_floating_point() or (one.numel() and not is_finite(one))
+        for key, value in state.items()
+        if not value.is_floating_point() or (value.numel() and not is_finite(value))
     ]
     if odd:
         raise UserError(f"{shown}: {odd[0]} is not of finite floating-point numbers", MEND)
     if not isinstance(metadata, dict) and (metadata is not None or _THEIRS in (file_metadata or {})):
         raise UserError(f"{shown}: its settings ({_THEIRS}) are {metadata or 'empty'}", MEND)
-    settings = {name: one for name, one in (metadata or {}).items() if name.rpartition(".")[2] in _SETTINGS}
+    settings = {
+        name: value for name, value in (metadata or {}).items() if name.rpartition(".")[2] in _SETTINGS
+    }
     for part in PARTS:
         _check_settings(settings_of(part, settings), f"{shown}: the settings for its {part}")
         narrower = any((metadata or {}).get(f"{part}.{name}") not in (None, [], "") for name in _NARROWER)
         if narrower and isinstance(settings.get(f"{part}.target_modules"), list):
             held = {key.partition(".lora")[0] for key in state if key.startswith(f"{part}.")}
-            settings[f"{part}.target_modules"] = sorted(one.removeprefix(f"{part}.") for one in held)
+            settings[f"{part}.target_modules"] = sorted(layer.removeprefix(f"{part}.") for layer in held)
     return state, settings or None, facts
 
 
 def settings_of(part: str, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the settings of a file for one part of a pipeline, by their names in peft."""
     prefix = f"{part}."
-    return {key.removeprefix(prefix): one for key, one in (settings or {}).items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in (settings or {}).items() if key.startswith(prefix)
+    }
 
 
 def _check_settings(settings: Mapping[str, Any], shown: str) -> None:
@@ -212,16 +221,16 @@ def check_tensors(state: Mapping[str, Tensor], settings: Mapping[str, Any] | Non
         if dot:
             layers.setdefault(layer, {})[f"lora{kind}"] = value
     for part in PARTS:
-        own = {layer: one for layer, one in layers.items() if layer.startswith(f"{part}.")}
-        kinds = dict.fromkeys(kind for one in own.values() for kind in one)
+        own = {layer: held for layer, held in layers.items() if layer.startswith(f"{part}.")}
+        kinds = dict.fromkeys(kind for held in own.values() for kind in held)
         for down, up in _HALVES.items():
             if down in kinds or up in kinds:
                 kinds |= dict.fromkeys((down, up))
-        told = settings_of(part, settings)
+        given = settings_of(part, settings)
         for name, kind in _MORE.items():
-            if own and told and told.get(name, False) != any(one.startswith(kind) for one in kinds):
+            if own and given and given.get(name, False) != any(held.startswith(kind) for held in kinds):
                 raise UserError(
-                    f"{shown}: {name} is {told.get(name, False)}, and its tensors say the opposite", MEND
+                    f"{shown}: {name} is {given.get(name, False)}, and its tensors say the opposite", MEND
                 )
         for layer, tensors in own.items():
             missing = [kind for kind in kinds if kind not in tensors]
@@ -229,17 +238,76 @@ def check_tensors(state: Mapping[str, Tensor], settings: Mapping[str, Any] | Non
                 raise UserError(f"{shown} lacks a part of a layer: {layer}.{missing[0]}", MEND)
             ranks = {tensors[down].shape[0] for down in _HALVES if down in tensors}
             ranks |= {tensors[up].shape[1] for up in _HALVES.values() if up in tensors}
-            if told:
-                patterns = told.get("rank_pattern", {}).items()
+            if given:
+                patterns = given.get("rank_pattern", {}).items()
                 path = layer.removeprefix(f"{part}.")
                 # As peft reads them.
-                ranks.add(next((r for key, r in patterns if re.match(rf"(.*\.)?({key})$", path)), told["r"]))
+                ranks.add(next((r for key, r in patterns if re.match(rf"(.*\.)?({key})$", path)), given["r"]))
             if len(ranks) > 1:
                 raise UserError(
                     f"{shown}: the tensors of {layer} and the file's settings differ in the rank: "
                     f"{' and '.join(map(str, sorted(ranks)))}",
                     MEND,
                 )
+
+
+def check_architecture(
+    parts: Mapping[str, nn.Module],
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, Any] | None,
+    shown: str,
+    facts: AdapterFacts,
+) -> None:
+    """Refuse an adapter that does not fit the networks it is loaded onto, or is not whole.
+
+    Args:
+        parts: those of `PARTS` that are loaded; what is for another is passed over.
+        state, settings, shown: as of `check_tensors`.
+
+    Raises:
+        UserError: names the layer.
+    """
+    fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
+    layers = {
+        f"{part}.{name}": layer for part, whole in parts.items() for name, layer in whole.named_modules()
+    }
+    if "text_encoder" in parts:
+        layers[WORDS] = parts["text_encoder"].get_input_embeddings()  # type: ignore[operator]
+    if getattr(parts["transformer"], "y_embedder", None) is not None:
+        layers[CLASSES] = parts["transformer"].y_embedder.embedding_table  # type: ignore[union-attr]
+    for key, value in state.items():
+        if key.startswith(INTERVALS) or (
+            "text_encoder" not in parts and key.startswith(("text_encoder.", WORDS))
+        ):
+            continue
+        layer = key.rpartition(".lora")[0] or key
+        weight = getattr(layers.get(layer), "weight", None)
+        if weight is None:
+            raise UserError(f"{shown} is for another architecture: there is no layer {layer} here", fix)
+        if weight.ndim < 2:
+            raise UserError(f"{shown} is for another architecture: {layer} is no layer that is adapted", fix)
+        end = next((end for end in _SIDES if key.endswith(end)), "")
+        side, what = _SIDES.get(end, (0, "outputs"))
+        there: int | None = weight.shape[side]
+        if end:
+            there = value.shape[side] if value.ndim == weight.ndim else None
+        elif key.endswith(_FOR_EACH_OUTPUT):
+            there = value.numel()
+        if there != weight.shape[side]:
+            raise UserError(
+                f"{shown} is for another architecture: {layer} has {there or tuple(value.shape)} {what} there, "
+                f"{weight.shape[side]} here",
+                fix,
+            )
+    check_tensors(state, settings, shown)
+    held = {key.partition(".lora")[0] for key in state}
+    for part, whole in parts.items():
+        targets = settings_of(part, settings).get("target_modules")
+        for name, module in whole.named_modules() if isinstance(targets, list) else ():
+            path = name.replace(".base_layer", "")
+            named = any(path == target or path.endswith(f".{target}") for target in targets or ())
+            if named and isinstance(getattr(module, "weight", None), Tensor) and f"{part}.{path}" not in held:
+                raise UserError(f"{shown} lacks a layer that its target_modules name: {part}.{path}", MEND)
 
 
 def _file_in(folder: Path, shown: str) -> str:
@@ -255,7 +323,11 @@ def _file_in(folder: Path, shown: str) -> str:
 def take_rows(
     state: MutableMapping[str, Tensor], key: str, names: Sequence[str], shown: str
 ) -> dict[str, Tensor]:
-    """Takes the rows of new words or classes out of ``state``; by name."""
+    """Take the rows of new words or classes out of ``state``; return them by name.
+
+    Raises:
+        UserError: there are not as many rows as names.
+    """
     rows = state.pop(key, torch.empty(0))
     if len(rows) != len(names):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Adapters (LoRA, DoRA) of our pipelines, loaded, weighed, fused and unloaded as diffusers' own are."""
+"""Adapters (LoRA, DoRA) of our pipelines: loading, weighing, fusing and unloading, by diffusers' method names."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..families.latentflow import FewSteps, LatentFlowModel
 from ..models import with_words
 from ..utils.settings import MEND
 from .adapter_files import (
@@ -23,39 +24,32 @@ from .adapter_files import (
     PARTS,
     WORDS,
     AdapterFacts,
-    check_tensors,
+    check_architecture,
     read_adapter,
     settings_of,
     take_rows,
     type_name,
     weights_hash,
 )
-from .few_steps import FewSteps
 
-# The side of a tensor that must be as long as its layer's weight.
-_SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
-_SIDES |= {".lora.down.weight": (1, "inputs"), ".lora.up.weight": (0, "outputs")}  # diffusers' older spelling
-_SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
-_FOR_EACH_OUTPUT = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_B.bias")
 _MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
 
-#: how a network is followed, and the parameters of a length's embedder that it is given for that
-Followed: TypeAlias = tuple[FewSteps, dict[str, Tensor]]
+#: how a network is sampled, and the parameters of the embedder of an interval's length that it is given for that
+SamplingMode: TypeAlias = tuple[FewSteps, dict[str, Tensor]]
 
 
 @dataclass(kw_only=True)
 class _Added:
-    """What is loaded onto a network beside its layers' adapters, kept on it: pipelines may share it.
+    """Words, classes and sampling mode of loaded adapters; kept on the network, which pipelines may share.
 
     Attributes:
         base: type of numbers and hash of the network as it was before.
         tokenizer, classes, num_classes: of the pipeline as it was before.
         words, labels: adapter -> word or class that the base does not know -> (D,).
         fused_words, fused_labels: word or class -> (D,), of adapters that were unloaded while fused.
-        own: how the network is followed without adapters, and the parameters of the length's embedder that one brought
-            which was unloaded while fused.
-        installed: the same as it is now.
-        few: adapter -> the same with it.
+        own: sampling mode without adapters, or of an adapter that was unloaded while fused.
+        installed: sampling mode in effect.
+        modes: adapter -> its sampling mode.
         weights: adapter -> part of the pipeline -> weight.
         scale: part of the pipeline -> scale of what is fused into it.
         own_intervals: the network takes the end of an interval without adapters.
@@ -66,9 +60,9 @@ class _Added:
     tokenizer: Any
     classes: dict[str, int]
     num_classes: int
-    own: Followed
-    installed: Followed
-    few: dict[str, Followed] = field(default_factory=dict)
+    own: SamplingMode
+    installed: SamplingMode
+    modes: dict[str, SamplingMode] = field(default_factory=dict)
     words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fused_words: dict[str, Tensor] = field(default_factory=dict)
@@ -87,14 +81,6 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     transformer: Any
     text_encoder: Any
     tokenizer: Any
-    _own_few_steps: FewSteps
-
-    @property
-    def few_steps(self) -> FewSteps:
-        """How the network is followed: as the checkpoint says, or an adapter that is in effect, whichever pipeline that
-        shares the network loaded it."""
-        loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
-        return self._own_few_steps if loaded is None else loaded.installed[0]
 
     def load_lora_weights(
         self,
@@ -122,11 +108,11 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
         state, metadata, facts = read_adapter(source, shown, kwargs)
-        self._check_architecture(state, metadata, shown, facts)
+        check_architecture(self._parts(), state, metadata, shown, facts)
         self._check_base(shown, facts, any_base)
         words = take_rows(state, WORDS, facts.words, shown)
         labels = take_rows(state, CLASSES, facts.classes, shown)
-        followed, intervals = self._take_few_steps(state, shown, facts)
+        mode = self._take_mode(state, shown, facts)
         name = adapter_name or get_adapter_name(self.transformer)
         replaced = getattr(self.text_encoder, "peft_config", {})
         if hotswap and (name in replaced or any(key.startswith("text_encoder.") for key in state)):
@@ -149,8 +135,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         known = {} if loaded.tokenizer is None else loaded.tokenizer.get_vocab()
         loaded.words[name] = {word: row for word, row in words.items() if word not in known}
         loaded.labels[name] = {label: row for label, row in labels.items() if label not in loaded.classes}
-        if followed:
-            loaded.few[name] = followed, intervals
+        if mode[0]:
+            loaded.modes[name] = mode
         self._renew()
 
     @torch.no_grad()
@@ -170,16 +156,16 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         """
         shown = f"the adapter {source}"
         state, metadata, facts = read_adapter(source, shown, {"subfolder": subfolder})
-        self._check_architecture(state, metadata, shown, facts)
+        check_architecture(self._parts(), state, metadata, shown, facts)
         self._check_base(shown, facts, any_base)
         added = {
             **take_rows(state, WORDS, facts.words, shown),
             **take_rows(state, CLASSES, facts.classes, shown),
         }
-        followed, intervals = self._take_few_steps(state, shown, facts)
+        mode = self._take_mode(state, shown, facts)
         settings = metadata or {}
         plain = not any(settings.get(f"{part}.{name}") for part in PARTS for name in _MORE_THAN_PLAIN)
-        ends = tuple(_SIDES)[:2]
+        ends = ".lora_A.weight", ".lora_B.weight"
         if added or not plain or not all(name.endswith(ends) for name in state):
             raise UserError(
                 f"{shown} is more than plain LoRA", 'pip install "latentflow[lora]", and use --lora.'
@@ -196,16 +182,16 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             # Flattened: those of convolutions as well.
             change = alpha / len(down) * up.float().flatten(1) @ down.float().flatten(1)
             weight += change.view_as(weight).to(weight)
-        if followed:
+        if mode[0]:
             loaded = self._added()
-            loaded.own = followed, intervals
-            self._set_few_steps(loaded)
+            loaded.own = mode
+            self._set_mode(loaded)
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
-        """The tensors of an adapter, and with ``return_lora_metadata`` its settings, as diffusers has them.
+        """Return the tensors of an adapter, and with ``return_lora_metadata`` its settings, as diffusers has them.
 
-        Its new words and classes are left out: tensors alone do not tell their names.
+        Its new words and classes are left out: tensors alone do not hold their names.
 
         Raises:
             UserError: there is no such file, or it is damaged or no adapter.
@@ -236,21 +222,14 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise UserError("adapters are written as safetensors only", "Leave safe_serialization out.")
-        layers = {"transformer": transformer_lora_layers, "text_encoder": text_encoder_lora_layers}
-        metadata = {
-            "transformer": transformer_lora_adapter_metadata,
-            "text_encoder": text_encoder_lora_adapter_metadata,
-        }
-        given = {part: one for part, one in layers.items() if one}
+        layers = dict(zip(PARTS, (transformer_lora_layers, text_encoder_lora_layers), strict=True))
+        settings = transformer_lora_adapter_metadata, text_encoder_lora_adapter_metadata
+        given = {part: held for part, held in layers.items() if held}
         if not given:
             raise ValueError("pass transformer_lora_layers or text_encoder_lora_layers")
+        metadata = {part: held for part, held in zip(PARTS, settings, strict=True) if part in given}
         cls._save_lora_weights(
-            save_directory=save_directory,
-            lora_layers=given,
-            lora_metadata={part: metadata[part] for part in given},
-            is_main_process=is_main_process,
-            weight_name=weight_name,
-            save_function=save_function,
+            save_directory, given, metadata, is_main_process, weight_name, save_function, safe_serialization
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -283,7 +262,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         super().delete_adapters(adapter_names)
         loaded = self._added()
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for rows in (loaded.words, loaded.labels, loaded.weights, loaded.few):
+            for rows in (loaded.words, loaded.labels, loaded.weights, loaded.modes):
                 rows.pop(name, None)
         if any(self.get_list_adapters().values()):
             self._renew()
@@ -327,77 +306,20 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         """Take the adapters away, with their words and classes; what is fused stays in the weights."""
         loaded, fused = self._added(), self._fused()
         words, labels = (
-            {name: one for name, one in rows.items() if name in fused}
+            {name: row for name, row in rows.items() if name in fused}
             for rows in (loaded.words, loaded.labels)
         )
         loaded.fused_words = _summed(loaded.fused_words, words, self._weights("text_encoder"))
         loaded.fused_labels = _summed(loaded.fused_labels, labels, self._weights("transformer"))
-        for name, followed in loaded.few.items():  # in the order of loading: the last wins
-            loaded.own = followed if name in fused else loaded.own
+        for name, mode in loaded.modes.items():  # in the order of loading: the last wins
+            loaded.own = mode if name in fused else loaded.own
         super().unload_lora_weights()
-        for one in (loaded.words, loaded.labels, loaded.weights, loaded.scale, loaded.few):
-            one.clear()
+        for held in (loaded.words, loaded.labels, loaded.weights, loaded.scale, loaded.modes):
+            held.clear()
         loaded.disabled = False
         self._renew()
 
     # ---------------------------------------------------------------- loading
-
-    def _check_architecture(
-        self, state: Mapping[str, Tensor], settings: dict[str, Any] | None, shown: str, facts: AdapterFacts
-    ) -> None:
-        fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
-        parts = {part: one for part in PARTS if (one := getattr(self, part, None)) is not None}
-        layers = {
-            f"{part}.{name}": one for part, whole in parts.items() for name, one in whole.named_modules()
-        }
-        if "text_encoder" in parts:
-            layers[WORDS] = self.text_encoder.get_input_embeddings()
-        if getattr(self.transformer, "y_embedder", None) is not None:
-            layers[CLASSES] = self.transformer.y_embedder.embedding_table
-        for key, value in state.items():
-            if key.startswith(INTERVALS):
-                continue  # see `_take_few_steps`
-            if "text_encoder" not in parts and key.startswith(("text_encoder.", WORDS)):
-                continue  # loaded without, to be given embeddings
-            layer = key.rpartition(".lora")[0] or key
-            weight = getattr(layers.get(layer), "weight", None)
-            if weight is None:
-                raise UserError(f"{shown} is for another architecture: there is no layer {layer} here", fix)
-            if weight.ndim < 2:
-                raise UserError(
-                    f"{shown} is for another architecture: {layer} is no layer that is adapted", fix
-                )
-            end = next((end for end in _SIDES if key.endswith(end)), "")
-            side, what = _SIDES.get(end, (0, "outputs"))
-            there: int | None = weight.shape[side]
-            if end:
-                there = value.shape[side] if value.ndim == weight.ndim else None
-            elif key.endswith(_FOR_EACH_OUTPUT):
-                there = value.numel()
-            if there != weight.shape[side]:
-                raise UserError(
-                    f"{shown} is for another architecture: {layer} has {there or tuple(value.shape)} {what} there, "
-                    f"{weight.shape[side]} here",
-                    fix,
-                )
-        check_tensors(state, settings, shown)
-        for part, whole in parts.items():
-            self._check_targets(part, whole, state, settings_of(part, settings), shown)
-
-    @staticmethod
-    def _check_targets(
-        part: str, whole: nn.Module, state: Mapping[str, Tensor], settings: dict[str, Any], shown: str
-    ) -> None:
-        """Refuse a file that says it changes layers of which it holds nothing."""
-        targets = settings.get("target_modules")
-        if not isinstance(targets, list):
-            return
-        held = {key.partition(".lora")[0] for key in state}
-        for name, layer in whole.named_modules():
-            path = name.replace(".base_layer", "")
-            named = any(path == one or path.endswith(f".{one}") for one in targets)
-            if named and isinstance(getattr(layer, "weight", None), Tensor) and f"{part}.{path}" not in held:
-                raise UserError(f"{shown} lacks a layer that its target_modules name: {part}.{path}", MEND)
 
     def _check_base(self, shown: str, facts: AdapterFacts, any_base: bool) -> None:
         dtype, base = self._added().base
@@ -409,37 +331,37 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             "--lora-any-base.",
         )
 
-    def _take_few_steps(
-        self, state: MutableMapping[str, Tensor], shown: str, facts: AdapterFacts
-    ) -> Followed:
-        """How the network is followed with the adapter; takes what it knows of intervals out of ``state``."""
+    def _take_mode(self, state: MutableMapping[str, Tensor], shown: str, facts: AdapterFacts) -> SamplingMode:
+        """Return the adapter's sampling mode, whose parameters are taken out of ``state``.
+
+        Raises:
+            UserError: it does not fit the network, or is no such mode.
+        """
         names = [key for key in state if key.startswith(INTERVALS)]
         intervals = {key.removeprefix(INTERVALS): state.pop(key) for key in names}
+        fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
         try:
-            followed = FewSteps.of(facts.few_steps)
+            few = FewSteps.of(facts.few_steps)
         except (TypeError, UserError) as error:
-            raise UserError(f"{shown} does not say how it is followed: {error}", "Train it again.") from error
-        if followed.average and not intervals and not self.transformer.config.get("interval_conditioning"):
-            raise UserError(
-                f"{shown} was made for a network that takes the end of an interval",
-                f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from.",
-            )
-        if intervals and not followed:
-            raise UserError(f"{shown} does not say how it is followed, though it knows of intervals", MEND)
+            raise UserError(f"{shown} does not say how it is sampled: {error}", "Train it again.") from error
+        if few.average and not intervals and not self.transformer.config.get("interval_conditioning"):
+            raise UserError(f"{shown} was made for a network that takes the end of an interval", fix)
+        if intervals and not few:
+            raise UserError(f"{shown} does not say how it is sampled, though it knows of intervals", MEND)
         if intervals:
             make = getattr(self.transformer, "new_length_embedder", None)
-            own = {} if make is None else {name: one.shape for name, one in make().state_dict().items()}
-            if own != {name: one.shape for name, one in intervals.items()}:
+            own = {} if make is None else {name: value.shape for name, value in make().state_dict().items()}
+            if own != {name: value.shape for name, value in intervals.items()}:
                 raise UserError(
                     f"{shown} is for another architecture: what it knows of intervals does not fit this network",
-                    f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from.",
+                    fix,
                 )
-        return followed, intervals
+        return few, intervals
 
     def _load_into_text_encoder(
         self, state: Mapping[str, Tensor], name: str, metadata: dict[str, Any] | None, low_memory: bool
     ) -> None:
-        """diffusers' own function for this knows the layers of CLIP only."""
+        """Load the text encoder's layers; diffusers' own function for this finds the ranks of CLIP's layers only."""
         prefix = "text_encoder."
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if self.text_encoder is None:
@@ -465,27 +387,30 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
         if loaded is None:
             dtype = self.transformer.dtype
-            followed: Followed = (self.few_steps, {})
+            mode: SamplingMode = (LatentFlowModel(self).few_steps, {})
             loaded = _Added(
                 base=(type_name(dtype), weights_hash(self.transformer, dtype)),
                 tokenizer=self.tokenizer,
-                classes=self.labels,
+                classes=LatentFlowModel(self).labels,
                 num_classes=self.transformer.config.get("num_classes") or 0,
-                own=followed,
-                installed=followed,
+                own=mode,
+                installed=mode,
                 own_intervals=bool(self.transformer.config.get("interval_conditioning")),
             )
             self.transformer._adapters_added = loaded
         return loaded
 
+    def _parts(self) -> dict[str, nn.Module]:
+        """Return the parts that adapters change, as far as they are loaded."""
+        return {part: module for part in PARTS if (module := getattr(self, part, None)) is not None}
+
     def _fused(self) -> set[str]:
-        """The adapters that are fused now; diffusers' ``fused_loras`` counts unloaded ones as well."""
-        models = [one for part in PARTS if (one := getattr(self, part, None)) is not None]
-        layers = [layer for model in models for layer in model.modules()]
+        """Return the adapters that are fused now; diffusers' ``fused_loras`` counts unloaded ones as well."""
+        layers = [layer for part in self._parts().values() for layer in part.modules()]
         return {name for layer in layers for name in getattr(layer, "merged_adapters", ())}
 
     def _weights(self, part: str) -> dict[str, float]:
-        """Adapter -> its weight in this part of the pipeline now; where some are fused, no others count."""
+        """Return adapter -> its weight in this part of the pipeline now; where some are fused, no others count."""
         loaded = self._added()
         active = [] if loaded.disabled else self._fused() or self.get_active_adapters()
         scale = loaded.scale.get(part, 1.0)
@@ -493,16 +418,16 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     @torch.no_grad()
     def _renew(self) -> None:
-        """Words and classes as the adapters' weights have them: mean + scale * sum of weight * distance."""
+        """Set words and classes as the adapters' weights have them: mean + scale * sum of weight * distance."""
         loaded = self._added()
         if self.text_encoder is not None and self.tokenizer is not None:
             sums = _summed(loaded.fused_words, loaded.words, self._weights("text_encoder"))
             if sums or len(self.tokenizer) != len(loaded.tokenizer):
                 self._set_words(loaded, sums)
         sums = _summed(loaded.fused_labels, loaded.labels, self._weights("transformer"))
-        if sums or self.labels != loaded.classes:
+        if sums or LatentFlowModel(self).labels != loaded.classes:
             self._set_classes(loaded, sums)
-        self._set_few_steps(loaded)
+        self._set_mode(loaded)
 
     def _set_words(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
         known = len(loaded.tokenizer)
@@ -516,17 +441,18 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             ids = [self.tokenizer.get_vocab()[word] for word in sums]
             table[ids] = _around_mean(table[:known], sums)
 
-    def _set_few_steps(self, loaded: _Added) -> None:
-        """Follow the network as the last active adapter says that says something, else as without adapters."""
+    def _set_mode(self, loaded: _Added) -> None:
+        """Put the sampling mode of the last active adapter that has one into effect, else that without adapters."""
         wanted = loaded.own
-        for name in self._weights("transformer") if loaded.few else ():
-            wanted = loaded.few.get(name, wanted)
+        for name in self._weights("transformer") if loaded.modes else ():
+            wanted = loaded.modes.get(name, wanted)
         if wanted is loaded.installed:
             return
         loaded.installed = wanted
-        followed, intervals = wanted
-        usual = {one.name: one.default for one in fields(FewSteps)} | {"step_counts": None}
-        self.register_to_config(**(usual | followed.plain()))
+        few, intervals = wanted
+        self.transformer._few_steps = few
+        usual = {entry.name: entry.default for entry in fields(FewSteps)} | {"step_counts": None}
+        self.register_to_config(**(usual | few.plain()))
         if loaded.own_intervals:
             return
         self.transformer.register_to_config(interval_conditioning=bool(intervals))
@@ -545,14 +471,13 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         embed.embedding_table = nn.Embedding.from_pretrained(torch.cat(rows))
         embed.num_classes = known + len(sums)
         self.transformer.register_to_config(num_classes=known + len(sums))
-        self.labels = names
         self.register_to_config(id2label={str(number): name for name, number in names.items()})
 
 
 def _summed(
     fused: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
 ) -> dict[str, Tensor]:
-    """New name -> what is fused + the sum over adapters of weight * row; an adapter without a weight counts 0."""
+    """Return new name -> what is fused + the sum over adapters of weight * row; without a weight, 0."""
     sums = dict(fused)
     for adapter, own in rows.items():
         for name, row in own.items():
@@ -566,6 +491,10 @@ def _around_mean(table: Tensor, sums: dict[str, Tensor]) -> Tensor:
 
 
 def _by_part(weight: Any) -> dict[str, float]:
-    """An adapter's weight in each part of the pipeline; diffusers also takes one for each block of a part."""
+    """Return an adapter's weight in each part of the pipeline; diffusers also takes one for each block of a part."""
     given = weight if isinstance(weight, dict) else dict.fromkeys(PARTS, weight)
-    return {part: float(one) for part, one in given.items() if one is not None and not isinstance(one, dict)}
+    return {
+        part: float(value)
+        for part, value in given.items()
+        if value is not None and not isinstance(value, dict)
+    }

@@ -22,7 +22,7 @@ T = TypeVar("T")
 #: (name, value) -> the value, in the form that the pipelines work with.
 Check = Callable[[str, Any], Any]
 
-#: Of a side in pixels, and of a text in tokens: whatever is larger is a mistake.
+#: largest side in pixels, and longest text in tokens: whatever is larger is a mistake
 LARGEST = 2**20
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 #: what a callback may ask for; "prediction" cannot be replaced
@@ -71,8 +71,8 @@ def labels(name: str, value: Any) -> int | str | list[int | str]:
         UserError: it is none.
     """
 
-    def plain(one: Any) -> Any:
-        return one.tolist() if hasattr(one, "tolist") else one
+    def plain(label: Any) -> Any:
+        return label.tolist() if hasattr(label, "tolist") else label
 
     value = plain(value)
     rows = [value] if isinstance(value, int | str) else value
@@ -92,7 +92,7 @@ def _finite(least: float = -float("inf"), most: float = float("inf"), fix: str =
 
 
 def _tensor(shape: str, *, floating: bool = True) -> Check:
-    """A tensor of as many dimensions as ``shape`` names, such as "(B, L)", none of them 0."""
+    """Return the check of a tensor of as many dimensions as ``shape`` names, such as "(B, L)", none of them 0."""
 
     def check(name: str, value: Any) -> Tensor:
         ndim = shape.count(",") + 1

@@ -1,23 +1,56 @@
-"""What a pipeline is conditioned on: captions, classes, sizes and masks; from the arguments of a call to tensors."""
+"""The conditions of a call: its arguments checked against one another and encoded, one row per image."""
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..autoencoder import mask_channels
-from ..errors import UserError, few, lookup
-from ..flow.tensors import require_finite
-from ..models import Condition, encode_text
+from ..errors import UserError, few
+from ..families.latentflow import Size
+from ..families.model import Generators
 from ..models.text import UnknownWords, unknown_words
+from ..utils.memory import require_memory
 from .arguments import labels, texts
-from .call import Size
+from .sampling import RunningCall, SamplingMixin, StepCallback, from_model
+
+log = logging.getLogger(__name__)
 
 ClassLabels: TypeAlias = int | str | Sequence[int | str]
+# An image while it is drawn, at least: three channels in float32.
+_PIXEL_BYTES = 12
+
+
+#: arguments of a pipeline's call that `ConditionMixin.start_call` takes as they are
+CONDITION_ARGUMENTS = (
+    "guidance_scale",
+    "prompt",
+    "negative_prompt",
+    "num_images_per_prompt",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_attention_mask",
+    "max_sequence_length",
+    "class_labels",
+    "guidance_interval",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "original_size",
+    "crops_coords_top_left",
+    "target_size",
+    "generator",
+    "latents",
+)
+
+
+def condition_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `CONDITION_ARGUMENTS` among the arguments of a call, by name."""
+    return {name: arguments[name] for name in CONDITION_ARGUMENTS if name in arguments}
 
 
 def unknown_words_text(words: Sequence[str]) -> str:
@@ -26,107 +59,44 @@ def unknown_words_text(words: Sequence[str]) -> str:
     return f"words that the checkpoint's vocabulary does not know, and that it cannot draw: {named}"
 
 
-class ConditionMixin:
-    """For a pipeline with a ``transformer``, whose config says what it takes, and perhaps a ``text_encoder``."""
+class ConditionMixin(SamplingMixin):
+    """The arguments that say what is drawn, for our pipelines."""
 
-    vae: Any
-    transformer: Any
     text_encoder: Any
     tokenizer: Any
-    #: class name -> id
-    labels: dict[str, int]
     _execution_device: torch.device
-
-    @property
-    def takes_text(self) -> bool:
-        """Whether the network is conditioned on captions."""
-        return self._network_config("text_dim") is not None
-
-    @property
-    def takes_classes(self) -> bool:
-        """Whether the network is conditioned on a class."""
-        return self._network_config("num_classes") is not None
-
-    @property
-    def takes_masks(self) -> bool:
-        """Whether the network was trained to inpaint."""
-        return self.vae is not None and self._network_config("condition_channels") == mask_channels(self.vae)
-
-    def _network_config(self, name: str, default: Any = None) -> Any:
-        return default if self.transformer is None else self.transformer.config.get(name, default)
+    takes_text = from_model("takes_text")
+    takes_classes = from_model("takes_classes")
+    takes_masks = from_model("takes_masks")
+    labels = from_model("labels")
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Class ids of class names.
-
-        Raises:
-            UserError: a name is unknown (the nearest is suggested), or the checkpoint has no class names.
-        """
-        names = [label] if isinstance(label, str) else list(label)
-        if names and not self.labels:
-            raise UserError(f"class '{names[0]}': this checkpoint has no class names", self._takes())
-        return [lookup(self.labels, name, "class") for name in names]
+        """Return class ids of class names; see ``class_ids``."""
+        return self.model.class_ids([label] if isinstance(label, str) else label)
 
     def class_ids(self, class_labels: ClassLabels) -> list[int]:
-        """Class ids of names, ids or a mixture.
+        """Return class ids of names, ids or a mixture.
 
         Raises:
-            UserError: a name or an id is unknown, or none.
+            UserError: a name is unknown (the nearest is suggested), or an id, or there are no names.
         """
         given = labels("class_labels", class_labels)
-        rows = given if isinstance(given, list) else [given]
-        ids = [self.get_label_ids(row)[0] if isinstance(row, str) else row for row in rows]
-        for number in ids:
-            if not 0 <= number < self._network_config("num_classes"):
-                raise UserError(f"class id {number} does not exist", self._takes())
-        return ids
+        return self.model.class_ids(given if isinstance(given, list) else [given])
 
-    def _takes(self) -> str:
-        """What the checkpoint takes, as the second half of an error."""
-        count, names = self._network_config("num_classes"), list(self.labels)
-        if self.takes_text and self.takes_classes:
-            return "It takes a prompt, class_labels, or both."
-        if self.takes_text:
-            return 'It takes a prompt: pipe(prompt="..."); prompt="" draws without a condition.'
-        if names:
-            shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
-            return f"It takes class_labels: {shown}."
-        if self.takes_classes:
-            return f"It takes class_labels: ids from 0 to {count - 1}."
-        return "It takes no condition: num_images_per_prompt is the number of images."
+    def unknown_words(self, prompts: str | list[str]) -> list[str]:
+        """Return words of prompts that the checkpoint's vocabulary does not know, each once: they cannot be drawn.
 
-    def check_condition(
-        self, prompt: Any = None, negative_prompt: Any = None, class_labels: Any = None
-    ) -> None:
-        """Refuse a condition that the checkpoint does not take, or the lack of one (None = not given).
-
-        Raises:
-            UserError: says what the checkpoint takes.
+        None without a tokenizer, or with one that spells everything in bytes.
         """
-        given = {"prompt": prompt, "negative_prompt": negative_prompt, "class_labels": class_labels}
-        taken = {"prompt": self.takes_text, "negative_prompt": self.takes_text}
-        taken["class_labels"] = self.takes_classes
-        for name, value in given.items():
-            if value is not None and not taken[name]:
-                raise UserError(f"this checkpoint does not take {name}", self._takes())
-        needed = [name for name in ("prompt", "class_labels") if taken[name]]
-        if needed and all(given[name] is None for name in needed):
-            raise UserError(f"{' or '.join(needed)} is missing", self._takes())
+        if self.tokenizer is None:
+            return []
+        return unknown_words(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts)
 
-    def _sizes_told(self, rows: int, original: Size, crop: Size, target: Size, drawn: Size) -> Tensor | None:
-        """(rows, 6), see ``Condition``; None for a network that takes no sizes.
-
-        Raises:
-            UserError: other than what is drawn, for a network that takes none.
-        """
-        if self._network_config("size_conditioning"):
-            told = [*original, *crop, *target]
-            return torch.tensor([told] * rows, dtype=torch.float32, device=self._execution_device)
-        if (original, crop, target) != (drawn, (0, 0), drawn):
-            raise UserError(
-                "this checkpoint was not trained to be told sizes and crops",
-                "Leave original_size, crops_coords_top_left and target_size out.",
-            )
-        return None
+    def warn_of_unknown_words(self, *prompts: str | list[str] | None, stacklevel: int = 2) -> None:
+        """Warn once of all `unknown_words` of ``prompts``, as ``UnknownWords``."""
+        rows = [[text] if isinstance(text, str) else text or [] for text in prompts]
+        if words := self.unknown_words([text for row in rows for text in row]):
+            warnings.warn(UnknownWords(unknown_words_text(words)), stacklevel=stacklevel + 1)
 
     def encode_prompt(
         self,
@@ -141,7 +111,7 @@ class ConditionMixin:
         negative_prompt_attention_mask: Tensor | None = None,
         max_sequence_length: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Token embeddings of prompts, each repeated ``num_images_per_prompt`` times in place: a, a, b, b.
+        """Return token embeddings of prompts, each repeated ``num_images_per_prompt`` times in place: a, a, b, b.
 
         An empty prompt becomes a row without tokens (mask all False), which means the learned null. Without a
         negative prompt the negative tensors are None, and guidance starts from that same null.
@@ -154,93 +124,218 @@ class ConditionMixin:
             UserError: no text encoder is loaded, or the numbers of prompts and negative prompts differ.
         """
         device = device or self._execution_device
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+
+        def encoded(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None, count: int) -> Any:
             if text is not None:
-                texts(name, text)
-        if prompt is not None:
-            prompt = [prompt] if isinstance(prompt, str) else list(prompt)
-            prompt_embeds, prompt_attention_mask = self._embed(prompt, max_sequence_length)
-        count = 0 if prompt_embeds is None else prompt_embeds.shape[0]
-        if not do_classifier_free_guidance:
-            negative_prompt_embeds = negative_prompt_attention_mask = None
-        elif negative_prompt is not None:
-            negative = (
-                [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
+                rows = texts(name, text)
+                prompts = [rows] * count if isinstance(rows, str) else rows
+                embeds, mask = self.model.embed_text(prompts, max_sequence_length)
+            if embeds is None:
+                return None, None
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
+            return embeds.to(device), mask.to(device)
+
+        embeds, mask = encoded("prompt", prompt, prompt_embeds, prompt_attention_mask, 1)
+        negative, negative_mask, count = None, None, 0 if embeds is None else len(embeds)
+        if negative_prompt is not None:
+            texts("negative_prompt", negative_prompt)
+        if do_classifier_free_guidance:
+            negative, negative_mask = encoded(
+                "negative_prompt",
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+                count,
             )
-            negative_prompt_embeds, negative_prompt_attention_mask = self._embed(
-                negative, max_sequence_length
-            )
-        if negative_prompt_embeds is not None and negative_prompt_embeds.shape[0] != count:
+        if negative is not None and len(negative) != count:
             raise UserError(
-                f"{negative_prompt_embeds.shape[0]} negative prompts for {count} prompts",
+                f"{len(negative)} negative prompts for {count} prompts",
                 "Pass one negative prompt for all, or one for each prompt.",
             )
-        prompt_embeds, prompt_attention_mask = _repeated(
-            prompt_embeds, prompt_attention_mask, num_images_per_prompt, device
+        each = (embeds, negative, mask, negative_mask)
+        first, second, third, fourth = (
+            None if value is None else value.repeat_interleave(num_images_per_prompt, 0) for value in each
         )
-        negative_prompt_embeds, negative_prompt_attention_mask = _repeated(
-            negative_prompt_embeds, negative_prompt_attention_mask, num_images_per_prompt, device
-        )
-        return prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
+        return first, second, third, fourth
 
-    def unknown_words(self, prompts: str | list[str]) -> list[str]:
-        """Words of prompts that the checkpoint's vocabulary does not know, each once: they cannot be drawn.
-
-        None without a tokenizer, or with one that spells everything in bytes.
-        """
-        if self.tokenizer is None:
-            return []
-        return unknown_words(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts)
-
-    def warn_of_unknown_words(self, *prompts: str | list[str] | None, stacklevel: int = 2) -> None:
-        """Warn once of all `unknown_words` of ``prompts``, as ``UnknownWords``."""
-        rows = [[text] if isinstance(text, str) else text or [] for text in prompts]
-        if words := self.unknown_words([text for row in rows for text in row]):
-            warnings.warn(UnknownWords(unknown_words_text(words)), stacklevel=stacklevel + 1)
-
-    def _embed(self, prompts: list[str], max_length: int | None) -> tuple[Tensor, Tensor]:
-        """(P, L, D) and (P, L) bool; an empty prompt has no tokens, unless there is a class beside it."""
-        if self.text_encoder is None or self.tokenizer is None:
-            raise UserError(
-                "a prompt was given, but the pipeline was loaded without its text encoder or tokenizer",
-                "Load them, or pass prompt_embeds (from pipe.encode_prompt) instead.",
-            )
-        embeds, mask = encode_text(self.tokenizer, self.text_encoder, prompts, max_length)
-        require_finite(
-            embeds,
-            "what the text encoder makes of the prompts",
-            "In float16 it may overflow: load it in bfloat16 or float32. Else its weights are damaged.",
-        )
-        if self.takes_classes:
-            return embeds, mask
-        written = torch.tensor([bool(text.strip()) for text in prompts], device=mask.device)
-        return embeds, mask & written[:, None]
-
-    def condition(
+    def start_call(
         self,
-        class_ids: list[int] | None,
-        text: Tensor | None,
-        mask: Tensor | None,
-        channels: Tensor | None = None,
-        sizes: Tensor | None = None,
-    ) -> Condition | None:
-        """The network's condition of B rows, or None without any. Rows without tokens become the null."""
-        if class_ids is None and text is None and channels is None and sizes is None:
-            return None
-        device = self._execution_device
-        labels = None if class_ids is None else torch.tensor(class_ids, device=device)
-        empty = None if mask is None else ~mask.any(dim=1)
-        drop = empty if empty is not None and bool(empty.any()) else None
-        return Condition(
-            class_labels=labels, text=text, text_mask=mask, channels=channels, sizes=sizes, drop=drop
+        *,
+        height: int,
+        width: int,
+        images: int = 1,
+        guidance_scale: float | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        class_labels: ClassLabels | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+    ) -> RunningCall:
+        """Check how the arguments fit one another and encode the condition, one row per image.
+
+        Args:
+            height, width: in pixels, of what is drawn.
+            images: how many images the call brings; one prompt serves them all, and one image all prompts.
+                Row i * num_images_per_prompt + j is of prompt i and image i.
+            guidance_scale: None is the usual one.
+            original_size, crops_coords_top_left, target_size: the condition of a network that takes sizes; by default
+                that of an image of this size of which nothing was cut off.
+            generator, latents: checked only, where they are one for each row.
+
+        Raises:
+            UserError: before anything is computed: a size that the autoencoder cannot make (the nearest is named), a
+                condition that is missing or that the checkpoint does not take; arguments that exclude one another, or
+                numbers of prompts, classes, images and generators that do not fit; more images than the machine has
+                memory for.
+        """
+        model, unit = self.model, self.model.size_multiple
+        for what, size in (("height", height), ("width", width)):
+            if size <= 0 or size % unit:
+                valid = max(1, round(size / unit)) * unit
+                raise UserError(f"{what} {size} is not a multiple of {unit}", f"The nearest is {valid}.")
+        given = (
+            ("prompt", prompt, prompt_embeds, prompt_attention_mask),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask),
         )
+        for name, text, embeds, mask in given:
+            if text is not None and embeds is not None:
+                raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
+            if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
+                shape = None if embeds is None else tuple(embeds.shape)
+                raise UserError(
+                    f"{name}_attention_mask has shape {tuple(mask.shape)}, {name}_embeds {shape}",
+                    "Pass both as encode_prompt returns them: (B, L) and (B, L, D).",
+                )
+        model.check_condition(
+            prompt if prompt_embeds is None else prompt_embeds,
+            negative_prompt if negative_prompt_embeds is None else negative_prompt_embeds,
+            class_labels,
+        )
+        for name, _, embeds, _ in given:
+            if embeds is not None and embeds.shape[-1] != model.text_width:
+                raise UserError(
+                    f"{name}_embeds has shape {tuple(embeds.shape)}",
+                    f"The network takes (B, L, {model.text_width}).",
+                )
+        limit = getattr(getattr(self.text_encoder, "config", None), "max_position_embeddings", None)
+        if limit is not None and (max_sequence_length or 0) > limit:
+            raise UserError(
+                f"max_sequence_length is {max_sequence_length}", f"The text encoder takes {limit} tokens."
+            )
+        ids = None if class_labels is None else self.class_ids(class_labels)
+        prompts = _number(prompt, prompt_embeds)
+        negatives = (
+            None if isinstance(negative_prompt, str) else _number(negative_prompt, negative_prompt_embeds)
+        )
+        if negatives is not None and negatives != prompts:
+            raise UserError(
+                f"{negatives} negative prompts for {prompts or 0} prompts",
+                "Pass one negative prompt for all, or one for each prompt.",
+            )
+        count = count_rows(num_images_per_prompt, prompts, None if ids is None else len(ids), images)
+        self.require_room(count, height, width)
+        self.check_noise(count, height, width, generator, latents)
+
+        self._guidance_scale, self._interrupt = model.guidance(guidance_scale), False
+        if guidance_scale not in (None, self._guidance_scale, model.few_steps.folded_guidance):
+            scales = (guidance_scale, model.few_steps.folded_guidance)
+            log.warning(
+                "guidance_scale %g is left out: the checkpoint has learned guidance %g along", *scales
+            )
+        embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            self.do_classifier_free_guidance,
+            1,
+            self._execution_device,
+            prompt_embeds,
+            negative_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            max_sequence_length,
+        )
+        rows = model.rows(ids, embeds, mask)
+        places = [row for row in range(len(rows)) for _ in range(num_images_per_prompt)]
+        places *= count // len(places)
+        negative = (
+            None if negative_embeds is None else model.rows(ids, negative_embeds, negative_mask)[places]
+        )
+        drawn = height, width
+        rows = model.with_sizes(
+            rows[places], original_size or drawn, crops_coords_top_left, target_size or drawn, drawn
+        )
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        return RunningCall(self, rows, negative, *callback, guidance_interval)
+
+    def require_room(self, count: int, height: int, width: int) -> None:
+        """Refuse more pixels than this machine has memory for.
+
+        Raises:
+            UserError: says how much there is.
+        """
+        require_memory(f"{count} images of {width} x {height} pixels", count * width * height * _PIXEL_BYTES)
+
+    def check_noise(
+        self, count: int, height: int, width: int, generator: Generators | None, latents: Tensor | None
+    ) -> None:
+        """Refuse generators, or latents to start from, that do not fit ``count`` images.
+
+        Raises:
+            UserError: as many as there are, or their shape or device.
+        """
+        if isinstance(generator, list) and len(generator) != count:
+            raise UserError(
+                f"{len(generator)} generators for {count} images",
+                "Pass one for each image (prompts x num_images_per_prompt), or a single one.",
+            )
+        shape = (count, *self.model.latent_shape(height, width))
+        if latents is not None and tuple(latents.shape) != shape:
+            raise UserError(f"latents have shape {tuple(latents.shape)}", f"For these inputs it is {shape}.")
+        device = self._execution_device.type
+        for given in [generator] if isinstance(generator, torch.Generator) else generator or []:
+            if given.device.type not in ("cpu", device):
+                raise UserError(
+                    f"a generator is on {given.device}, the pipeline on {device}",
+                    "Make it on the CPU, where the same seed is the same noise everywhere: torch.Generator().",
+                )
 
 
-def _repeated(
-    embeds: Tensor | None, mask: Tensor | None, times: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Each row ``times`` times in place, on ``device``; a missing mask becomes all True."""
-    if embeds is None:
-        return None, None
-    mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
-    return embeds.to(device).repeat_interleave(times, 0), mask.to(device).repeat_interleave(times, 0)
+def _number(text: str | list[str] | None, embeds: Tensor | None) -> int | None:
+    """Return the number of prompts that are given; None = none."""
+    if text is None:
+        return None if embeds is None else len(embeds)
+    return 1 if isinstance(text, str) else len(text)
+
+
+def count_rows(images_per_prompt: int, prompts: int | None, classes: int | None, images: int) -> int:
+    """Return the rows of a call: prompts (or classes) x images_per_prompt; one prompt serves any number of images.
+
+    Args:
+        prompts, classes: how many are given; None = none.
+
+    Raises:
+        UserError: the numbers of prompts, classes and images do not fit one another.
+    """
+    given = {count for count in (prompts, classes) if count is not None}
+    if len(given) > 1:
+        raise UserError(
+            f"the numbers of prompts and class_labels differ: {sorted(given)}", "Pass as many of each."
+        )
+    count = given.pop() if given else 1
+    if 1 not in (count, images) and count != images:
+        raise UserError(
+            f"{count} prompts or classes for {images} images", "Pass as many of each, or one of either."
+        )
+    return max(count, images) * images_per_prompt

@@ -1,4 +1,4 @@
-"""``LatentFlowEditPipeline``: images edited with words, turned into noise and back, and led into one another."""
+"""``LatentFlowEditPipeline``: edit images with words, turn them into noise and back, interpolate between them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, lookup
+from ..families.latentflow import Size
+from ..families.model import Generators
 from ..flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
 from ..flow.editing import deterministic
 from ..flow.solvers import BY_ROW
-from . import scheduler as border
 from .arguments import checked
-from .base import FlowPipeline, Generators, Interrupted, last_part
-from .call import RunningCall, Size, StepCallback
+from .base import FlowPipeline
 from .conditioning import ClassLabels
-from .images import Images, read_images
-from .windows import seen_images, whole
+from .images import Images, padded, read_images
+from .sampling import BindVelocity, Interrupted, RunningCall, StepCallback, last_part
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """Images as noise.
+    """The noise of images.
 
     Attributes:
         latents: (B, C, h, w): the noise from which the flow makes the images; ``latents`` of ``LatentFlowPipeline``.
@@ -40,11 +40,11 @@ class Inversion:
 
 
 class LatentFlowEditPipeline(FlowPipeline):
-    """Edits images: calling it changes what words (or classes) describe, ``invert`` turns images into noise,
+    """Edit images: a call changes what words (or classes) describe, ``invert`` turns images into noise,
     ``interpolate`` leads from one image or prompt to another.
 
-    ``LatentFlowEditPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. It follows the flow
-    by our own solvers alone: a diffusers scheduler cannot go back.
+    ``LatentFlowEditPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. It integrates the
+    flow by our own solvers alone: a diffusers scheduler cannot go back.
     """
 
     @checked
@@ -79,7 +79,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         """Edit images. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 
         Args:
-            prompt: what the images shall show, as a whole: "green apple", not "make it green".
+            prompt: what the images should show, as a whole: "green apple", not "make it green".
             image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
                 size, which is also the result's. One with several prompts, or several with one prompt, will do.
             source_prompt: what they show now: one for all, or one for each. The closer to the caption that training
@@ -122,11 +122,10 @@ class LatentFlowEditPipeline(FlowPipeline):
         size = (images.shape[2], images.shape[3])
         if source_class_labels is not None and self.takes_classes:
             self.class_ids(source_class_labels)  # refused before the target's prompt is encoded
-        # 1. What the images shall show, and what they show now, one row per image
+        # 1. What the images should show, and what they show now, one row per image
         shared: dict[str, Any] = {
             "size": size,
             "num_images_per_prompt": num_images_per_prompt,
-            "output_type": output_type,
             "max_sequence_length": max_sequence_length,
             "guidance_interval": guidance_interval,
         }
@@ -141,7 +140,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             generator=generator,
             **shared,
         )
-        count = target.rows // num_images_per_prompt
+        count = len(target.rows) // num_images_per_prompt
         source = self._start(
             _as_many(source_prompt, count, "source_prompt"),
             _as_many(source_class_labels, count, "source_class_labels"),
@@ -150,32 +149,31 @@ class LatentFlowEditPipeline(FlowPipeline):
             images=count,
             **shared,
         )
-        # The target's: a callback sees it, and may change it
-        self._guidance_scale = self._guidance_of(guidance_scale)
+        source.scale = self._guidance_scale
+        self._guidance_scale = self.model.guidance(guidance_scale)  # a callback sees it, and may change it
         if "generator" in inspect.signature(EDITING[method]).parameters:
             settings["generator"] = generator
         # 2. From image to image
-        x1 = target.rows_of(self._latents_of(images))
+        x1 = target.expand(self._latents_of(images))
         times = last_part(time_grid(num_inference_steps), strength)
         begins = times[:-1] if method != "inversion" else torch.cat([times.flip(0)[:-1], times[:-1]])
         self._num_timesteps = len(begins)
 
         def after_step(i: int, reached: Tensor, x: Tensor) -> Tensor:
-            x = target.after_step(i, border.to_timestep(begins[i]), x)
+            x = target.after_step(i, begins[i], x)
             if self._interrupt:
                 raise Interrupted(x)
             return x
 
         if len(begins):
-            scale = self._guidance_of(source_guidance_scale)
-            velocities = self._scaled(source.velocity, scale), target.velocity
+            velocities = source.velocity(), target.velocity()
             options = {"callback": after_step, "progress": self.progress_bar, **settings}
             try:
                 x1 = EDITING[method](*velocities, x1, times, **options)
             except Interrupted as interrupted:
                 x1 = interrupted.latents
         # 3. From latents to images of the images' size
-        return self.finish_call(self._cropped(x1, size, output_type), return_dict)
+        return self.finish_call(self.output_images(x1, output_type, size), return_dict)
 
     @checked
     @torch.no_grad()
@@ -193,7 +191,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> Inversion:
-        """The noise that the flow turns into these images.
+        """Return the noise that the flow turns into these images.
 
         To have them back, call ``LatentFlowPipeline`` with ``latents=`` the noise and the same prompt, steps, solver
         and guidance. It goes beyond images of the kind that the checkpoint draws: whatever the autoencoder can copy.
@@ -232,7 +230,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         measure: bool,
         max_sequence_length: int | None,
     ) -> Inversion:
-        """``invert``, its arguments checked and its images read."""
+        """Do what ``invert`` does, its arguments checked and its images read."""
         method, size = _by_row(solver), (images.shape[2], images.shape[3])
         call = self._start(
             prompt,
@@ -244,11 +242,15 @@ class LatentFlowEditPipeline(FlowPipeline):
             max_sequence_length=max_sequence_length,
             images=len(images),
         )
-        x1, times = call.rows_of(self._latents_of(images)), time_grid(num_inference_steps)
-        noise = integrate(call.velocity, x1, times.flip(0), method, progress=self.progress_bar)
+        x1, times, velocity = (
+            call.expand(self._latents_of(images)),
+            time_grid(num_inference_steps),
+            call.velocity(),
+        )
+        noise = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
         error = None
         if measure:
-            again = integrate(call.velocity, noise, times, method, progress=self.progress_bar)
+            again = integrate(velocity, noise, times, method, progress=self.progress_bar)
             error = (again - x1).square().flatten(1).mean(1).sqrt()
         self.maybe_free_model_hooks()
         return Inversion(noise, error, size)
@@ -274,7 +276,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> Any:
-        """Images on the way from one image, or prompt, to another.
+        """Draw images on the way from one image, or prompt, to another.
 
         The noise moves along an arc (``slerp``), the velocity from the one under the first condition to the one under
         the second in proportion. That is a straight line in the scores of the two, so it works for classes and for
@@ -316,10 +318,10 @@ class LatentFlowEditPipeline(FlowPipeline):
                 guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt,
                 num_images_per_prompt=frames,
-                output_type=output_type,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
                 max_sequence_length=max_sequence_length,
+                images=1,
             )
             for end in (0, 1)
         )
@@ -342,7 +344,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         # 3. From noise to data
         shares = torch.linspace(0.0, 1.0, frames, device=noise.device)
         one_condition = prompts[0] == prompts[1] and (labels is None or labels[0] == labels[1])
-        latents = self.follow(
+        latents = self.sample(
             first.velocity if one_condition else _between(first, last, shares),
             slerp(noise[:1].expand(frames, -1, -1, -1), noise[-1:].expand(frames, -1, -1, -1), shares),
             num_inference_steps,
@@ -351,15 +353,14 @@ class LatentFlowEditPipeline(FlowPipeline):
             None,
             first.after_step,
         )
-        return self.finish_call(self._cropped(latents, size, output_type), return_dict)
+        return self.finish_call(self.output_images(latents, output_type, size), return_dict)
 
     # ---------------------------------------------------------------- the parts of a call
 
     def _latents_of(self, images: Tensor) -> Tensor:
-        """(P, C, h, w) of images (P, 3, H, W) in [0, 1]."""
-        size = (images.shape[2], images.shape[3])
-        seen = seen_images(images, [whole(size)] * len(images), self._canvas(size))
-        return self.encode_images(2.0 * seen.to(self._execution_device) - 1.0)
+        """Return the latents (P, C, h, w) of images (P, 3, H, W) in [0, 1]."""
+        canvas = self.canvas_size((images.shape[2], images.shape[3]))
+        return self.encode_images(2.0 * padded(images, canvas).to(self._execution_device) - 1.0)
 
     def _start(
         self,
@@ -367,75 +368,32 @@ class LatentFlowEditPipeline(FlowPipeline):
         class_labels: ClassLabels | None,
         *,
         size: Size,
-        guidance_scale: float,
         may_lack_condition: bool = False,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
-        output_type: str = "latent",
-        callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
-        max_sequence_length: int | None = None,
-        images: int = 1,
-        generator: Generators | None = None,
+        **call: Any,
     ) -> RunningCall:
-        """``start_call``; where a condition may lack, "" and None are the network without any."""
-        height, width = self._canvas(size)
+        """Call ``start_call``; where a condition may lack, "" and None are the network without any."""
+        height, width = self.canvas_size(size)
         if may_lack_condition and not any([prompt] if isinstance(prompt, str) else prompt or []):
             prompt = "" if self.takes_text and not self.takes_classes else None
-        if may_lack_condition and prompt is None and class_labels is None:
-            if negative_prompt is not None:
-                raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
-            rows = images * num_images_per_prompt
-            self._require_room(rows, height, width)
-            self._guidance_scale, self._interrupt = guidance_scale, False
-            wanted = callback_on_step_end_tensor_inputs or ["latents"]
-            call = RunningCall(self, None, None, None, None, None, rows, callback_on_step_end, wanted)
-            canvas = height, width
-            call.sizes = self._sizes_told(rows, canvas, (0, 0), canvas, canvas)
-            return call
-        return self.start_call(
-            prompt=prompt,
-            height=height,
-            width=width,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=None,
-            negative_prompt_embeds=None,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            class_labels=class_labels,
-            guidance_interval=guidance_interval,
-            prompt_attention_mask=None,
-            negative_prompt_attention_mask=None,
-            images=images,
-            generator=generator,
-        )
-
-    def _scaled(self, velocity: Velocity, scale: float) -> Velocity:
-        """``velocity`` guided by ``scale``, in a call whose own guidance is another."""
-
-        def scaled(x: Tensor, t: Tensor) -> Tensor:
-            own, self._guidance_scale = self._guidance_scale, scale
-            try:
-                return velocity(x, t)
-            finally:
-                self._guidance_scale = own
-
-        return scaled
-
-    def _cropped(self, latents: Tensor, size: Size, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        images = (self.decode_latents(latents) / 2.0 + 0.5).clamp(0.0, 1.0)
-        return self.output_images(images[:, :, : size[0], : size[1]], output_type)
+        if not may_lack_condition or prompt is not None or class_labels is not None:
+            return self.start_call(
+                prompt=prompt, class_labels=class_labels, height=height, width=width, **call
+            )
+        if call.get("negative_prompt") is not None:
+            raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
+        count = call["images"] * call.get("num_images_per_prompt", 1)
+        self.require_room(count, height, width)
+        self._guidance_scale, self._interrupt = self.model.guidance(call["guidance_scale"]), False
+        callback = call.get("callback_on_step_end"), call.get("callback_on_step_end_tensor_inputs")
+        return RunningCall(self, self.model.rows(None, count=count), None, *callback)
 
 
 def _settings(method: str, **given: Any) -> dict[str, Any]:
-    """Those of ``given`` that are not None, if the method has them."""
+    """Return those of ``given`` that are not None.
+
+    Raises:
+        UserError: the method has no such setting.
+    """
     known = inspect.signature(lookup(EDITING, method, "editing method")).parameters
     settings = {name: value for name, value in given.items() if value is not None}
     if "solver" in settings:
@@ -447,12 +405,12 @@ def _settings(method: str, **given: Any) -> dict[str, Any]:
 
 
 def _by_row(solver: str | Solver) -> str | Solver:
-    """The solver whose rows do not depend on one another, where there are two of this name."""
+    """Return the solver whose rows do not depend on one another, where there are two of this name."""
     return BY_ROW.get(solver, solver) if isinstance(solver, str) else solver
 
 
 def _as_many(values: Any, count: int, name: str) -> list[Any] | None:
-    """One value, or one for each of ``count``, as a list of ``count``."""
+    """Return one value, or one for each of ``count``, as a list of ``count``."""
     if values is None:
         return None
     rows = [values] if isinstance(values, str | int) else list(values)
@@ -461,14 +419,19 @@ def _as_many(values: Any, count: int, name: str) -> list[Any] | None:
     return rows * (count // len(rows))
 
 
-def _between(first: RunningCall, last: RunningCall, shares: Tensor) -> Velocity:
-    """The velocity of row b, ``shares[b]`` of the way from the first condition to the last."""
+def _between(first: RunningCall, last: RunningCall, shares: Tensor) -> BindVelocity:
+    """Return the velocity of row b, ``shares[b]`` of the way from the first condition to the last."""
     weights = shares[:, None, None, None]
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        value = torch.lerp(first.velocity(x, t), last.velocity(x, t), weights)
-        if first.prediction is not None and last.prediction is not None:
-            first.prediction = torch.lerp(first.prediction, last.prediction, weights)
-        return value
+    def bound(times: Tensor | None) -> Velocity:
+        one, other = first.velocity(times), last.velocity(times)
 
-    return velocity
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            value = torch.lerp(one(x, t), other(x, t), weights)
+            if first.prediction is not None and last.prediction is not None:
+                first.prediction = torch.lerp(first.prediction, last.prediction, weights)
+            return value
+
+        return velocity
+
+    return bound

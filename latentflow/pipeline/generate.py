@@ -1,4 +1,4 @@
-"""``LatentFlowPipeline``: from a caption, a class or nothing to images, as a diffusers pipeline."""
+"""``LatentFlowPipeline``: a diffusers pipeline from a caption, a class or nothing to images."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families.latentflow import Size
+from ..families.model import Generators
 from .arguments import checked
-from .base import FlowPipeline, Generators
-from .call import Size, StepCallback
-from .conditioning import ClassLabels
+from .base import FlowPipeline
+from .conditioning import ClassLabels, condition_arguments
+from .sampling import StepCallback
 
 
 class LatentFlowPipeline(FlowPipeline):
-    """Draws images by following a learned velocity from noise (t = 0) to data (t = 1).
+    """Draw images: integrate a learned velocity from noise (t = 0) to data (t = 1).
 
     Open one with ``LatentFlowPipeline.from_pretrained(folder_or_hub_id)``; components: see ``FlowPipeline``.
     """
@@ -98,33 +100,11 @@ class LatentFlowPipeline(FlowPipeline):
         """
         height, width = self.image_size(height, width, latents)
         # 1. The condition, one row per image
-        call = self.start_call(
-            prompt=prompt,
-            height=height,
-            width=width,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            class_labels=class_labels,
-            guidance_interval=guidance_interval,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            generator=generator,
-            latents=latents,
-            original_size=original_size,
-            crops_coords_top_left=crops_coords_top_left,
-            target_size=target_size,
-        )
+        call = self.start_call(height=height, width=width, **condition_arguments(locals()))
         # 2. The noise
-        noise = self.prepare_noise(call.rows, height, width, generator, latents)
+        noise = self.prepare_noise(len(call.rows), height, width, generator, latents)
         # 3. From noise to data
-        latents = self.follow(
+        latents = self.sample(
             call.velocity, noise, num_inference_steps, sigmas, solver, generator, call.after_step
         )
         # 4. From latents to images

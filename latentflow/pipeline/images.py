@@ -1,4 +1,4 @@
-"""Images and masks as callers bring them: in any of their forms to tensors in [0, 1]."""
+"""Images and masks of a call: in any form that callers bring them, to tensors in [0, 1]."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..data.images import profile_of
 from ..data.masks import read_mask
 from ..data.pixels import to_pixels, to_rgb, upright
 from ..errors import UserError
+from ..families.latentflow import Size
 from ..utils.memory import require_memory
-from .call import Size
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ Images: TypeAlias = Any
 
 
 def read_images(images: Images, height: int | None = None, width: int | None = None) -> Tensor:
-    """(N, 3, H, W) float32 in [0, 1]. Any mode of Pillow's is upright RGB here; transparency lies on white.
+    """Return images as (N, 3, H, W) float32 in [0, 1]; of any mode of Pillow's, as upright RGB on white ground.
 
     PIL images with a colour profile other than sRGB are converted to it.
 
@@ -85,7 +85,7 @@ def _uncovered(
 
 
 def read_masks(masks: Images, size: Size) -> Tensor:
-    """(N, 1, H, W) float32 in [0, 1], 1 = repaint; another size than ``size`` is resized, which is warned of.
+    """Return masks as (N, 1, H, W) float32 in [0, 1], 1 = repaint; resized to ``size``, with a warning.
 
     Args:
         masks: as ``Images`` with one channel, which arrays and tensors may leave out: (H, W) or (B, H, W).
@@ -118,7 +118,7 @@ def _listed(values: Images, name: str) -> list[Any]:
 
 
 def _rgb(image: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:
-    """(n, 3, H, W) of one entry of a list."""
+    """Return the images in one entry of a list, (n, 3, H, W)."""
     if isinstance(image, Image.Image):
         profile = profile_of(image)
         if profile is not None and profile.problem:
@@ -165,7 +165,7 @@ def _mask_rows(mask: np.ndarray[Any, Any] | Tensor) -> Tensor:
 
 
 def _channels_first(values: np.ndarray[Any, Any] | Tensor) -> Tensor:
-    """Arrays are (..., H, W, C), tensors (..., C, H, W); both get rows. float32."""
+    """Return arrays (..., H, W, C) and tensors (..., C, H, W) as (B, C, H, W) float32."""
     if isinstance(values, np.ndarray):
         if values.dtype.kind not in "buif":
             raise UserError(f"an array of dtype {values.dtype}", "Pass numbers in [0, 1], such as float32.")
@@ -190,10 +190,16 @@ def _check_range(values: Tensor, name: str) -> None:
 
 
 def resized(images: Tensor, size: Size) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] at another (height, width), antialiased."""
+    """Return images (B, C, H, W) in [0, 1] at another (height, width), antialiased."""
     if tuple(images.shape[-2:]) == size:
         return images
     return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+
+
+def padded(images: Tensor, size: Size) -> Tensor:
+    """Return images (B, C, H, W) with their last row and column repeated up to (height, width)."""
+    missing = (size[1] - images.shape[-1], size[0] - images.shape[-2])
+    return F.pad(images, (0, missing[0], 0, missing[1]), mode="replicate") if any(missing) else images
 
 
 def _resized_mask(masks: Tensor, size: Size) -> Tensor:
@@ -209,7 +215,7 @@ def _resized_mask(masks: Tensor, size: Size) -> Tensor:
 def expand_canvas(
     image: Image.Image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0
 ) -> tuple[Image.Image, Image.Image]:
-    """For outpainting: the image on a larger canvas, and the mask of what is new (white) beside it.
+    """Return the image on a larger canvas, and the mask of what is new (white), for outpainting.
 
     >>> image, mask = expand_canvas(photo, right=32)
     >>> pipe(prompt, image=image, mask_image=mask).images[0]

@@ -1,4 +1,4 @@
-"""``LatentFlowImg2ImgPipeline``: an image drawn anew, from as far back towards noise as ``strength`` says."""
+"""``LatentFlowImg2ImgPipeline``: draw an image anew, from as far back towards noise as ``strength`` says."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families.model import Generators
 from .arguments import checked
-from .base import FlowPipeline, Generators
-from .call import StepCallback
-from .conditioning import ClassLabels
-from .images import Images, read_images
-from .windows import seen_images, whole
+from .base import FlowPipeline
+from .conditioning import ClassLabels, condition_arguments
+from .images import Images, padded, read_images
+from .sampling import StepCallback
 
 
 class LatentFlowImg2ImgPipeline(FlowPipeline):
-    """Draws an image anew: noise is mixed into its latents, which then follow the flow to data.
+    """Draw an image anew: noise is mixed into its latents, which then follow the flow to data.
 
     ``LatentFlowImg2ImgPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines.
 
@@ -75,35 +75,18 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
         """
         originals = read_images(image, height, width)
         size = (originals.shape[2], originals.shape[3])
-        canvas, windows = self._canvas(size), [whole(size)] * len(originals)
+        canvas = self.canvas_size(size)
         # 1. The condition, one row per image
         call = self.start_call(
-            prompt=prompt,
-            height=canvas[0],
-            width=canvas[1],
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            class_labels=class_labels,
-            guidance_interval=guidance_interval,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            generator=generator,
-            latents=latents,
-            images=len(originals),
+            height=canvas[0], width=canvas[1], images=len(originals), **condition_arguments(locals())
         )
         # 2. The image's latents and the noise
-        seen = seen_images(originals, windows, canvas).to(self._execution_device)
-        data = call.rows_of(self.encode_images(2.0 * seen - 1.0))
-        noise = self.prepare_noise(call.rows, *canvas, generator, latents)
+        data = call.expand(
+            self.encode_images(2.0 * padded(originals, canvas).to(self._execution_device) - 1.0)
+        )
+        noise = self.prepare_noise(len(call.rows), *canvas, generator, latents)
         # 3. From between the two to data; strength 1 is pure noise on every grid
-        drawn = self.follow(
+        drawn = self.sample(
             call.velocity,
             noise,
             num_inference_steps,
@@ -115,8 +98,4 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
             x1=data if strength < 1.0 else None,
         )
         # 4. From latents to images of the image's size
-        if output_type == "latent":
-            return self.finish_call(drawn, return_dict)
-        images = (self.decode_latents(drawn) / 2.0 + 0.5).clamp(0.0, 1.0)
-        images = images[:, :, : size[0], : size[1]]
-        return self.finish_call(self.output_images(images, output_type), return_dict)
+        return self.finish_call(self.output_images(drawn, output_type, size), return_dict)

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..autoencoder.latents import check_statistics
 from ..errors import UserError
+from ..families import FAMILIES
+from ..families.latentflow import LatentFlowModel
 from ..models import MODELS, check_vocabulary, load_tokenizer
 from ..utils.components import (
     about,
@@ -28,12 +30,7 @@ from ..utils.settings import MEND, check_settings, check_types, read_settings
 from .scheduler import set_grid
 
 #: the pipelines that share one kind of folder
-FAMILY = (
-    "LatentFlowPipeline",
-    "LatentFlowEditPipeline",
-    "LatentFlowImg2ImgPipeline",
-    "LatentFlowInpaintPipeline",
-)
+FAMILY = tuple(name for name, family in FAMILIES.items() if family is LatentFlowModel)
 _BASES: dict[str, type] = {
     "vae": ModelMixin,
     "transformer": ModelMixin,
@@ -41,7 +38,7 @@ _BASES: dict[str, type] = {
     "tokenizer": PreTrainedTokenizerBase,
     "scheduler": SchedulerMixin,
 }
-# Of from_pretrained: diffusers places the networks itself, and so reads them once more.
+# Options of from_pretrained with which diffusers places the networks itself, and so reads them once more.
 _PLACING = {"device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config"}
 
 
@@ -165,7 +162,7 @@ class CheckpointPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """A pipeline of this class with the components of another, in the precision that they have.
+        """Build a pipeline of this class with the components of another, in the precision that they have.
 
         diffusers' own would bring them, and with them the other pipeline, to float32.
         """
@@ -213,9 +210,8 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
     Raises:
         UserError: says which two differ, and in what.
     """
-    configs = [getattr(one, "config", {}) for one in (transformer, vae, text_encoder)]
-    network, autoencoder = ({} if one is None else one for one in configs[:2])
-    text = getattr(configs[2], "hidden_size", None)
+    network, autoencoder = (getattr(part, "config", {}) for part in (transformer, vae))
+    text = getattr(getattr(text_encoder, "config", None), "hidden_size", None)
     if vae is not None:
         check_statistics(vae)
     if tokenizer is not None and text_encoder is not None:
@@ -243,8 +239,30 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
         )
 
 
+def register_with_diffusers() -> None:
+    """Let stock ``DiffusionPipeline.from_pretrained(folder)`` and the ``AutoPipelineFor...`` Text2Image,
+    Image2Image and Inpainting open our checkpoints.
+
+    diffusers looks a pipeline's class up among its own attributes, and a component's class in modules that
+    are already imported; this puts ours there. Nothing in the checkpoint's folder is executed. Calling it
+    again changes nothing.
+    """
+    import diffusers
+    from diffusers.pipelines import auto_pipeline
+
+    import latentflow  # whose pipelines lie above this file
+
+    for mapping, pipeline in (
+        (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, latentflow.LatentFlowPipeline),
+        (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, latentflow.LatentFlowImg2ImgPipeline),
+        (auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING, latentflow.LatentFlowInpaintPipeline),
+    ):
+        mapping["latentflow"] = pipeline
+        setattr(diffusers, pipeline.__name__, pipeline)
+
+
 def _forget_origin(file: Path) -> None:
-    """Remove the path that a component was loaded from: it tells strangers about this machine, and nothing else."""
+    """Remove the path that a component was loaded from: it says something of this machine only."""
     if file.is_file():
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:

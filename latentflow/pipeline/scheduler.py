@@ -1,4 +1,4 @@
-"""The one module that knows diffusers' conventions.
+"""The border to diffusers' schedulers: the one module that knows their conventions.
 
 Theirs: ``sigma = 1 - t`` (sigma = 1 is noise), ``timestep = 1000 sigma``, ``model_output = -velocity``.
 Everything else in latentflow speaks of t in [0, 1] with t = 1 the data, and of the velocity dx/dt.
@@ -28,12 +28,12 @@ LARGEST_LOG_SIGMA = 1.0 - 1e-6
 
 
 def to_timestep(t: Tensor) -> Tensor:
-    """Our time t as diffusers' timestep, 1000 (1 - t), in the dtype of ``t``."""
+    """Return our time t as diffusers' timestep, 1000 (1 - t), in the dtype of ``t``."""
     return 1000.0 * (1.0 - t)
 
 
 def times_from_sigmas(sigmas: Sequence[float]) -> Tensor:
-    """Our grid for diffusers' ``sigmas``: N values, the final 0 implied, are N + 1 float64 times up to 1.
+    """Return our grid for diffusers' ``sigmas``: N values, the final 0 implied, are N + 1 float64 times up to 1.
 
     Raises:
         UserError: ``sigmas`` is empty, leaves (0, 1] or does not decrease.
@@ -103,7 +103,7 @@ def set_grid(
     """Give a diffusers flow scheduler ``steps`` steps from sigma 1 to 0, or the grid ``sigmas``; its own
     shift applies.
 
-    FlowMatch schedulers spend their last step on 0.001 -> 0 unless told the grid, so they get 1, 1 - 1/N,
+    FlowMatch schedulers spend their last step on 0.001 -> 0 unless the grid is given, so they get 1, 1 - 1/N,
     ..., 1/N; the multistep ones keep their own grid. ``sigmas`` is honoured also where ``set_timesteps``
     does not take it. Of N steps the last N * ``strength``, rounded up, are to be taken, as in diffusers.
 
@@ -150,12 +150,12 @@ def _check_grid(scheduler: Any) -> None:
 
 
 def remaining_steps(scheduler: Any) -> int:
-    """Scheduler steps that the grid set by ``set_grid`` leaves to take; Heun's are two to a step of the grid."""
+    """Return the scheduler steps that the grid set by ``set_grid`` leaves to take; Heun's are two to a step."""
     return max(0, len(scheduler.timesteps) - int(scheduler.begin_index))
 
 
 def start_time(scheduler: Any) -> float:
-    """Our time at which the grid set by ``set_grid`` begins."""
+    """Return our time at which the grid set by ``set_grid`` begins."""
     return 1.0 - float(scheduler.sigmas[scheduler.begin_index]) if remaining_steps(scheduler) else 1.0
 
 

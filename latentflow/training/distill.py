@@ -14,9 +14,9 @@ from torch import nn
 from ..config import DistillationConfig, FlowConfig, LoopConfig, RunConfig
 from ..data import Source
 from ..errors import UserError, few, lookup
+from ..families.latentflow import FewSteps
 from ..flow import OBJECTIVES, straightness, time_grid
 from ..pipeline.adapter_files import weights_hash
-from ..pipeline.few_steps import FewSteps
 from ..pipeline.generate import LatentFlowPipeline
 from .fine_tune.base import class_names, open_base
 from .fine_tune.prior import MixedData, in_turn

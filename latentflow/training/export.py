@@ -12,7 +12,7 @@ import torch
 from ..autoencoder.latents import Autoencoder
 from ..config import RunConfig
 from ..data import Source
-from ..pipeline.few_steps import FewSteps
+from ..families.latentflow import FewSteps
 from ..pipeline.generate import LatentFlowPipeline
 from .loop.folders import write_folder, writing
 from .networks import Networks

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..config import FlowConfig, LoopConfig, RunConfig
 from ..data import Source
+from ..families.latentflow import FewSteps
 from ..flow import AverageObjective
-from ..pipeline.few_steps import FewSteps
 from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.prior import MixedData, asked_of, prior_data
 from .losses.average_velocity import flow_loss

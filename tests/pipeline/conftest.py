@@ -211,3 +211,18 @@ def text_mean() -> Callable[[LatentFlowPipeline, str], Tensor]:
 def quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def latents_of(pipe: Any, images: Tensor) -> Tensor:
+    """Latents of images in [0, 1]."""
+    with torch.no_grad():
+        latents: Tensor = pipe.encode_images(2.0 * images - 1.0)
+    return latents

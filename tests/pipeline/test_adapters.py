@@ -30,6 +30,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from .adapters import make_adapter
+from .conftest import close, quiet
 
 FILE = "pytorch_lora_weights.safetensors"
 KINDS: list[dict[str, Any]] = [
@@ -41,9 +42,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 def opened(folder: Path, kind: Any = LatentFlowPipeline, **options: Any) -> Any:
-    pipe = kind.from_pretrained(folder, **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(kind.from_pretrained(folder, **options))
 
 
 def drawn(pipe: Any, **condition: Any) -> Tensor:
@@ -57,15 +56,9 @@ def drawn(pipe: Any, **condition: Any) -> Tensor:
 
 def pipeline_of(base: Path, networks: Any, **config: Any) -> Any:
     """The base with other networks, as the training's result is one."""
-    pipe = LatentFlowPipeline(
-        LatentFlowPipeline.from_pretrained(base).vae,
-        networks.network,
-        networks.text_encoder,
-        networks.tokenizer,
-        **config,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    vae = LatentFlowPipeline.from_pretrained(base).vae
+    parts = networks.network, networks.text_encoder, networks.tokenizer
+    return quiet(LatentFlowPipeline(vae, *parts, **config))
 
 
 def test_an_adapter_before_its_first_step_changes_nothing(dit_folder: Path, tmp_path: Path) -> None:
@@ -87,16 +80,14 @@ def test_trained_merged_loaded_and_fused_are_the_same(
     base = drawn(pipe, **asked)
     trained = drawn(pipeline_of(dit_folder, adapter.networks), **asked)
     assert (trained - base).abs().max() > 0.1
-    torch.testing.assert_close(
-        drawn(pipeline_of(dit_folder, adapter.merged()), **asked), trained, atol=1e-4, rtol=0
-    )
+    close(drawn(pipeline_of(dit_folder, adapter.merged()), **asked), trained)
     pipe.load_lora_weights(tmp_path / FILE, adapter_name="one")
     assert pipe.get_active_adapters() == ["one"]
-    torch.testing.assert_close(drawn(pipe, **asked), trained, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), trained)
     pipe.fuse_lora()
-    torch.testing.assert_close(drawn(pipe, **asked), trained, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), trained)
     pipe.unfuse_lora()
-    torch.testing.assert_close(drawn(pipe, **asked), trained, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), trained)
 
 
 def test_after_unloading_the_base_is_what_it_was(dit_folder: Path, tmp_path: Path) -> None:
@@ -129,9 +120,9 @@ def test_two_at_once_are_the_weighted_sum(dit_folder: Path, tmp_path: Path) -> N
                     layer.weight += weight * 3.0 / 2 * state[key.replace("lora_A", "lora_B")] @ down
     pipe.set_adapters(list(weights), list(weights.values()))
     assert sorted(pipe.get_active_adapters()) == ["left", "right"]
-    torch.testing.assert_close(drawn(pipe), drawn(by_hand), atol=1e-4, rtol=0)
+    close(drawn(pipe), drawn(by_hand))
     pipe.fuse_lora()
-    torch.testing.assert_close(drawn(pipe), drawn(by_hand), atol=1e-4, rtol=0)
+    close(drawn(pipe), drawn(by_hand))
 
 
 def test_the_last_that_is_loaded_is_active_alone(dit_folder: Path, tmp_path: Path) -> None:
@@ -170,9 +161,9 @@ def test_the_scale_of_fusing_is_a_weight_and_goes_with_it(dit_folder: Path, tmp_
     half = drawn(pipe, **asked)
     pipe.set_adapters("one")
     pipe.fuse_lora(lora_scale=0.5)
-    torch.testing.assert_close(drawn(pipe, **asked), half, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), half)
     pipe.unfuse_lora()
-    torch.testing.assert_close(drawn(pipe, **asked), whole, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), whole)
 
 
 def test_fused_one_after_the_other_or_at_once(dit_folder: Path, tmp_path: Path) -> None:
@@ -186,9 +177,7 @@ def test_fused_one_after_the_other_or_at_once(dit_folder: Path, tmp_path: Path) 
         by_turns.unload_lora_weights()
     pipe.set_adapters(["left", "right"])
     for prompt in ("a red zebra", "left right"):
-        torch.testing.assert_close(
-            drawn(by_turns, prompt=[prompt]), drawn(pipe, prompt=[prompt]), atol=1e-4, rtol=0
-        )
+        close(drawn(by_turns, prompt=[prompt]), drawn(pipe, prompt=[prompt]))
 
 
 def test_unloading_keeps_what_is_fused_and_no_more(dit_folder: Path, tmp_path: Path) -> None:
@@ -279,9 +268,7 @@ def test_new_classes_join_those_of_the_base(class_folder: Path, tmp_path: Path) 
     pipe.load_lora_weights(tmp_path, adapter_name="vehicles")
     assert pipe.labels == {"apple": 0, "hat": 1, "tree": 2, "boat": 3, "car": 4}
     for name in names.values():
-        torch.testing.assert_close(
-            drawn(pipe, class_labels=[name]), drawn(trained, class_labels=[name]), atol=1e-4, rtol=0
-        )
+        close(drawn(pipe, class_labels=[name]), drawn(trained, class_labels=[name]))
     pipe.unload_lora_weights()
     assert torch.equal(drawn(pipe, class_labels=["hat"]), before)
     with pytest.raises(UserError, match="unknown class 'boat'"):
@@ -330,7 +317,7 @@ def test_a_fused_pipeline_takes_another_adapter_of_its_base(dit_folder: Path, tm
     with_one = drawn(pipe, **asked)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    torch.testing.assert_close(drawn(pipe, **asked), with_one, atol=1e-4, rtol=0)
+    close(drawn(pipe, **asked), with_one)
     pipe.load_lora_weights(tmp_path / "1")
     assert (drawn(pipe, **asked) - with_one).abs().max() > 0.1
 
@@ -461,7 +448,7 @@ def test_what_others_made_loads_without_our_facts(dit_folder: Path, tmp_path: Pa
     LatentFlowPipeline.save_lora_weights(tmp_path / "bare", transformer_lora_layers=bare)
     again = opened(dit_folder)
     again.load_lora_weights(tmp_path / "bare", adapter_name="one")
-    torch.testing.assert_close(drawn(again), expected, atol=1e-5, rtol=0)
+    close(drawn(again), expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -489,14 +476,13 @@ def test_what_peft_makes_with_its_own_settings_loads_and_merges(
         transformer_lora_layers=get_peft_model_state_dict(network),
         **_collate_lora_metadata({"transformer": network}),
     )
-    own = LatentFlowPipeline.from_pretrained(dit_folder, transformer=network)
-    own.set_progress_bar_config(disable=True)
+    own = opened(dit_folder, transformer=network)
     expected = drawn(own)
     assert (expected - drawn(opened(dit_folder))).abs().max() > 1e-3
     for load in ("load_lora_weights", "merge_lora_weights"):
         pipe = opened(dit_folder)
         getattr(pipe, load)(tmp_path)
-        torch.testing.assert_close(drawn(pipe), expected, atol=1e-4, rtol=0)
+        close(drawn(pipe), expected)
 
 
 def test_a_pipeline_with_loaded_adapters_is_not_saved_in_halves(dit_folder: Path, tmp_path: Path) -> None:
@@ -509,7 +495,7 @@ def test_a_pipeline_with_loaded_adapters_is_not_saved_in_halves(dit_folder: Path
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(drawn(opened(tmp_path / "saved")), expected, atol=1e-4, rtol=0)
+    close(drawn(opened(tmp_path / "saved")), expected)
 
 
 def test_without_peft_the_line_that_installs_it(
@@ -570,10 +556,7 @@ def test_a_colon_may_be_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_generate_says_why_an_adapter_does_not_fit(
-    program: Callable[..., None],
-    dit_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    program: Callable[..., None], dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_adapter(dit_folder, tmp_path / "other" / "adapter")
@@ -608,7 +591,7 @@ def test_export_merges(program: Callable[..., None], dit_folder: Path, tmp_path:
     merged = tmp_path / "merged"
     program("export", dit_folder, "--lora", f"{tmp_path / 'run'}:0.5", "-o", merged)
     for asked in ({"prompt": ["a zebra"]}, {"prompt": ["a red apple"]}):
-        torch.testing.assert_close(drawn(opened(merged), **asked), drawn(pipe, **asked), atol=1e-4, rtol=0)
+        close(drawn(opened(merged), **asked), drawn(pipe, **asked))
 
 
 def test_export_writes_the_adapter_of_a_run(

@@ -180,10 +180,10 @@ def test_a_wrong_argument_is_named_before_anything_is_computed(
         what, fix = caught.value.what, caught.value.fix
         assert fix, value
         assert "\n" not in what and len(what) < 250, value
-        assert any(word in what for word in told(name)), f"{value!r}: {what}"
+        assert any(word in what for word in names_of(name)), f"{value!r}: {what}"
 
 
-def told(name: str) -> list[str]:
+def names_of(name: str) -> list[str]:
     """What an error may call an argument."""
     others = {
         "class_labels": ["class"],

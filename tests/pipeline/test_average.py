@@ -72,7 +72,7 @@ def test_any_number_of_steps_is_exact(steps: int | None) -> None:
     count = steps or 4
     assert pipe.transformer.ends == [round((k + 1) / count, 6) for k in range(count)]
     # Nothing of the call stays: what asks for the velocity afterwards gets it.
-    pipe.velocity(None, None)(x0, torch.tensor(0.5))
+    pipe.model.velocity(pipe.model.null(len(x0)))(x0, torch.tensor(0.5))
     assert pipe.transformer.ends[-1] is None
 
 

@@ -23,17 +23,16 @@ from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training.fine_tune.base import open_base
 
 from .adapters import make_adapter
+from .conftest import quiet
 from .damage import ADAPTER, PLANTED, REFUSED, SAME, SOUND, Damage, all_damages, damaged_copy
 
 Draw = Callable[[Path], Any]
 
 
 def opened(folder: Path) -> Any:
-    """The pipeline of a checkpoint; the page and the flags read what it takes first."""
+    """Open the pipeline of a checkpoint; the page and the flags read what it takes first."""
     read_capabilities(str(folder))
-    pipe = LatentFlowPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quiet(LatentFlowPipeline.from_pretrained(folder))
 
 
 def image_of(pipe: Any) -> Any:

@@ -51,7 +51,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     def follow(*_: Any, **__: Any) -> Any:
         raise AssertionError("something was drawn")
 
-    monkeypatch.setattr(FlowPipeline, "follow", follow)
+    monkeypatch.setattr(FlowPipeline, "sample", follow)
     monkeypatch.setattr(FlowPipeline, "encode_images", follow)
 
 

@@ -24,6 +24,8 @@ from latentflow.flow import integrate, time_grid
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline import scheduler as border
 
+from .conftest import close
+
 Noise = Callable[[int], Tensor]
 MULTISTEP = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 SCHEDULERS: dict[str, Callable[[], Any]] = {
@@ -34,49 +36,47 @@ SCHEDULERS: dict[str, Callable[[], Any]] = {
 }
 
 
+def draw(pipe: LatentFlowPipeline, x0: Tensor, **call: Any) -> Tensor:
+    """Draw latents, of class 0 unless asked otherwise."""
+    out: Tensor = pipe(**{"class_labels": 0, "latents": x0, "output_type": "latent"} | call).images
+    return out
+
+
 def error(pipe: LatentFlowPipeline, x0: Tensor, **call: Any) -> float:
     """Root mean square distance from the exact end of the flow."""
-    out = pipe(class_labels=[0, 2], guidance_scale=2.0, latents=x0, output_type="latent", **call).images
+    out = draw(pipe, x0, class_labels=[0, 2], guidance_scale=2.0, **call)
     network = pipe.transformer.requires_grad_(False)
     end = network.end(network.null + 2.0 * (network.means[[0, 2]] - network.null), x0)
     return float((out - end).square().mean().sqrt())
 
 
 def test_euler_is_our_euler(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
-    call: dict[str, Any] = {"class_labels": [0, 1], "latents": x0(2), "output_type": "latent"}
+    class_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     for grid in ({"num_inference_steps": 7}, {"sigmas": [1.0, 0.8, 0.1]}):
-        class_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-        theirs = class_pipe(**call, **grid).images
-        torch.testing.assert_close(
-            theirs, class_pipe(**call, **grid, solver="euler").images, atol=1e-5, rtol=0
+        theirs, ours = (
+            draw(class_pipe, x0(2), class_labels=[0, 1], **grid, solver=s) for s in (None, "euler")
         )
+        close(theirs, ours, 1e-5)
 
 
 def test_heun_is_our_heun_with_an_euler_step_at_the_end(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
     class_pipe.scheduler = FlowMatchHeunDiscreteScheduler()
-    call: dict[str, Any] = {
-        "class_labels": 1,
-        "guidance_scale": 1.0,
-        "latents": x0(1),
-        "output_type": "latent",
-    }
-    theirs = class_pipe(**call, num_inference_steps=6).images
+    theirs = draw(class_pipe, x0(1), class_labels=1, guidance_scale=1.0, num_inference_steps=6)
     times = [t for _, t, _ in class_pipe.transformer.calls]
     assert times == pytest.approx([0.0, *(i / 6 for i in (1, 1, 2, 2, 3, 3, 4, 4, 5, 5))], abs=1e-6)
 
-    velocity = class_pipe.velocity(class_pipe.condition([1], None, None), None)
+    velocity = class_pipe.model.velocity(class_pipe.model.encode_class([1]), 1.0)
     grid = time_grid(6)
     with torch.no_grad():
         ours = integrate(velocity, integrate(velocity, x0(1), grid[:-1], "heun"), grid[-2:], "euler")
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    close(theirs, ours, 1e-5)
 
 
 def test_the_schedulers_own_shift_is_our_shifted_grid(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
-    call: dict[str, Any] = {"class_labels": 1, "latents": x0(1), "output_type": "latent"}
     sigmas = (1.0 - time_grid(5, shift=3.0)).tolist()
-    ours = class_pipe(**call, sigmas=sigmas, solver="euler").images
+    ours = draw(class_pipe, x0(1), class_labels=1, sigmas=sigmas, solver="euler")
     class_pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    torch.testing.assert_close(class_pipe(**call, num_inference_steps=5).images, ours, atol=1e-5, rtol=0)
+    close(draw(class_pipe, x0(1), class_labels=1, num_inference_steps=5), ours, 1e-5)
 
 
 # Root mean square error after so many steps, on states of size 1 to 6 (measured, with a margin).
@@ -96,39 +96,26 @@ def test_every_scheduler_finds_the_end_of_the_flow(
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_sigmas_are_honoured_by_every_scheduler(class_pipe: LatentFlowPipeline, x0: Noise, name: str) -> None:
     class_pipe.scheduler = SCHEDULERS[name]()
-    class_pipe(class_labels=0, sigmas=[1.0, 0.6, 0.1], latents=x0(1), output_type="latent")
+    first = draw(class_pipe, x0(1), sigmas=[1.0, 0.6, 0.1])
     times = {round(t, 4) for _, t, _ in class_pipe.transformer.calls}
     assert times == {0.0, 0.4, 0.9}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_two_calls_give_the_same(class_pipe: LatentFlowPipeline, x0: Noise, name: str) -> None:
-    class_pipe.scheduler = SCHEDULERS[name]()
-    call: dict[str, Any] = {
-        "class_labels": 0,
-        "latents": x0(1),
-        "num_inference_steps": 5,
-        "output_type": "latent",
-    }
-    assert torch.equal(class_pipe(**call).images, class_pipe(**call).images)
+    assert torch.equal(draw(class_pipe, x0(1), sigmas=[1.0, 0.6, 0.1]), first)  # nothing of a call stays
 
 
 def test_half_precision_stays_inside_the_network(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
     class_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    call: dict[str, Any] = {"class_labels": 0, "latents": x0(1), "num_inference_steps": 3}
-    full = class_pipe(**call, output_type="latent").images
+    full = draw(class_pipe, x0(1), num_inference_steps=3)
     class_pipe.transformer.to(torch.bfloat16)
-    half = class_pipe(**call, output_type="latent").images
+    half = draw(class_pipe, x0(1), num_inference_steps=3)
     assert half.dtype == torch.float32
     assert not torch.equal(half, half.bfloat16().float())
-    torch.testing.assert_close(half, full, atol=0.1, rtol=0)
+    close(half, full, 0.1)
 
 
 def test_a_named_solver_wins_over_the_scheduler(class_pipe: LatentFlowPipeline, x0: Noise) -> None:
-    call: dict[str, Any] = {"class_labels": 0, "latents": x0(1), "output_type": "latent", "solver": "rk4"}
-    ours = class_pipe(**call).images
+    ours = draw(class_pipe, x0(1), solver="rk4")
     class_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    assert torch.equal(class_pipe(**call).images, ours)
+    assert torch.equal(draw(class_pipe, x0(1), solver="rk4"), ours)
 
 
 def test_callback_and_interrupt_with_a_scheduler(class_pipe: LatentFlowPipeline) -> None:

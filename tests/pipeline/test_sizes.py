@@ -1,4 +1,4 @@
-"""What a network that is told sizes and crops hears of them: in every evaluation of every pipeline."""
+"""Sizes and crops as a condition: the same in every evaluation of every pipeline."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def calls(images: Callable[..., Tensor], asked: dict[str, Any]) -> dict[str, Cal
 
 
 @pytest.mark.parametrize("classes", [None, 3])
-def test_every_evaluation_is_told_the_size_that_is_drawn(
+def test_every_evaluation_has_the_size_that_is_drawn(
     classes: int | None, assemble: Assemble, images: Callable[..., Tensor]
 ) -> None:
     pipe = assemble(network(num_classes=classes))
@@ -75,9 +75,9 @@ def test_every_evaluation_is_told_the_size_that_is_drawn(
         heard.clear()
         use(pipe)
         assert heard, way
-        for told in heard:
-            assert told is not None, way
-            assert (told == torch.tensor([8.0, 12, 0, 0, 8, 12])).all(), way
+        for sizes in heard:
+            assert sizes is not None, way
+            assert (sizes == torch.tensor([8.0, 12, 0, 0, 8, 12])).all(), way
 
 
 def test_half_precision_hears_the_same_sizes(assemble: Assemble) -> None:

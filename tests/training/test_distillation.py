@@ -22,7 +22,7 @@ from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
 from latentflow.inference.checkpoint import open_pipeline
 from latentflow.models import Condition
-from latentflow.pipeline import base as pipeline_base
+from latentflow.pipeline import sampling as pipeline_sampling
 from latentflow.training.distill import METHODS, Distillation
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses.average_velocity import ProgressiveLoss, flow_loss
@@ -72,7 +72,7 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     assert len(evaluations) == counts[-1]
     evaluations.clear()
     warned: list[str] = []
-    monkeypatch.setattr(pipeline_base.log, "warning", lambda text, *values: warned.append(text % values))
+    monkeypatch.setattr(pipeline_sampling.log, "warning", lambda text, *values: warned.append(text % values))
     pipe("an image", output_type="latent", num_inference_steps=3)
     assert len(evaluations) == 3
     assert warned == [f"3 steps of a checkpoint that was made for {' or '.join(map(str, counts))}"]
@@ -164,10 +164,8 @@ def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:
             vae=None, transformer=build("dit", num_classes=3), prediction=prediction, path=path
         )
         under, null = (
-            torch.cat(
-                [pipe.velocity(one.rows(torch.tensor([row])), None)(x[[row]], t[row]) for row in range(3)]
-            )
-            for one in (condition, condition.unconditional())
+            torch.cat([pipe.model.velocity(rows[[row]], 1.0)(x[[row]], t[row]) for row in range(3)])
+            for rows in (pipe.model.rows_of(given, 3) for given in (condition, condition.unconditional()))
         )
         expected = null + 3.0 * (under - null)
         torch.testing.assert_close(

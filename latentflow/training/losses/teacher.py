@@ -21,19 +21,17 @@ class VelocityTeacher:
     def __init__(self, pipe: LatentFlowPipeline, guidance: float) -> None:
         names = ("path", "path_options", "prediction")
         # Without the other components: the device is the network's.
-        self._pipe = LatentFlowPipeline(
+        self._model = LatentFlowPipeline(
             vae=None,
             transformer=pipe.transformer.requires_grad_(False).eval(),
             **{name: pipe.config[name] for name in names},
-        )
-        self._pipe._guidance_scale = guidance
-        self._guided = guidance != 1.0
+        ).model
+        self._guidance = guidance
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return dx/dt (B, C, h, w) at x and t (B,), float32; rows whose condition is dropped are not guided."""
-        if self._pipe.transformer.device != x.device:
-            self._pipe.transformer.to(x.device)
+        if self._model.network.device != x.device:
+            self._model.network.to(x.device)
         with uncached_autocast(x.device):
-            against = condition.unconditional() if self._guided else None
-            return self._pipe.velocity(condition, against)(x, t)
+            return self._model.velocity(self._model.rows_of(condition, len(x)), self._guidance)(x, t)

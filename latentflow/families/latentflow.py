@@ -1,0 +1,435 @@
+"""latentflow's own checkpoints: a ``DiT`` or a ``UNet`` of captions, classes, sizes and masks, or of nothing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeAlias, get_type_hints
+
+import torch
+from torch import Tensor
+
+from .. import flow
+from ..autoencoder import latent_channels, mask_channels, masked_condition
+from ..errors import UserError, lookup, unknown
+from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, PREDICTIONS, CondOT, make
+from ..flow.tensors import require_finite
+from ..models import Condition, encode_text
+from ..utils.settings import check_types
+from .model import FlowModel, Rows
+
+#: (height, width), or (top, left), in pixels
+Size: TypeAlias = tuple[int, int]
+#: steps of an ordinary network, and of one of average velocities, where nothing else is asked for
+USUAL_STEPS, FEW_STEPS = 20, 4
+USUAL_GUIDANCE = 4.0
+LARGEST_STEPS = 1000  # of `FewSteps.step_counts`
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewSteps:
+    """Settings of few-step sampling, of a checkpoint or an adapter; the defaults are an ordinary velocity's.
+
+    Attributes:
+        average: the network predicts average velocities (arXiv:2505.13447).
+        consistency: those lead to the data only: between steps noise is added again.
+        folded_guidance: the scale of the guidance that was learned along; where it is not 1, none is added.
+        step_counts: the numbers of steps, of one evaluation each, that it was made for, rising.
+
+    Raises:
+        UserError: the settings contradict each other.
+    """
+
+    average: bool = False
+    consistency: bool = False
+    folded_guidance: float = 1.0
+    step_counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.consistency and not self.average:
+            raise UserError("consistency without average", "A consistency model predicts average velocities.")
+        check_types("few-step settings", asdict(self), get_type_hints(FewSteps))
+        if any(not 1 <= count <= LARGEST_STEPS for count in self.step_counts):
+            raise UserError(f"step_counts {[*self.step_counts]}", "Give numbers of steps, such as [1, 2, 4].")
+
+    def __bool__(self) -> bool:
+        return self.average or bool(self.step_counts)
+
+    @staticmethod
+    def of(settings: dict[str, Any]) -> FewSteps:
+        """Build from plain values, as `plain` and a pipeline's config have them.
+
+        Raises:
+            TypeError, UserError: they are no such settings.
+        """
+        return FewSteps(**{**settings, "step_counts": tuple(settings.get("step_counts") or ())})
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values without the defaults, so that the config of an ordinary checkpoint stays as it is."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        written = {entry.name for entry in fields(self) if values[entry.name] != entry.default}
+        if self.average:
+            written.add("folded_guidance")
+        values["step_counts"] = [*self.step_counts]
+        return {name: value for name, value in values.items() if name in written}
+
+
+class LatentFlowModel(FlowModel):
+    """The flow model of latentflow's own checkpoints.
+
+    What a checkpoint is conditioned on is read from its network's config: ``text_dim`` set means captions,
+    ``num_classes`` classes, neither nothing. Its rows have text (B, L, D) with text_mask (B, L), class_labels (B,) and
+    drop (B,), see ``latentflow.models.Condition``; they keep sizes (B, 6) and channels (B, C', h, w).
+
+    Raises:
+        UserError: the pipeline's settings are none, or do not belong together.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        config = pipeline.config
+        if config.prediction not in PREDICTIONS:
+            raise unknown("prediction", config.prediction, PREDICTIONS)
+        lookup(COUPLINGS, config.coupling, "coupling")
+        self.prediction, self.coupling = config.prediction, config.coupling
+        self.path = make(PATHS, config.path, "path", **dict(config.path_options or {}))
+        if config.get("average") and (self.prediction != "velocity" or self.path != CondOT()):
+            raise UserError(
+                f"average velocities with prediction {self.prediction} on path {config.path}",
+                "They are of velocities on the straight path: prediction velocity, path condot.",
+            )
+
+    @staticmethod
+    def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+        """Open a ``LatentFlowPipeline``; see its ``from_pretrained``."""
+        module = importlib.import_module("latentflow.pipeline.generate")  # which lies above this package
+        return module.LatentFlowPipeline.from_pretrained(name_or_path, **options)
+
+    # ---------------------------------------------------------------- what the checkpoint takes
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """Return a setting of the network, or ``default`` where it has none or is not loaded."""
+        return default if self.network is None else self.network.config.get(name, default)
+
+    @property
+    def takes_text(self) -> bool:
+        """True for a network that is conditioned on captions."""
+        return self.text_width is not None
+
+    @property
+    def takes_classes(self) -> bool:
+        """True for a network that is conditioned on a class."""
+        return self.setting("num_classes") is not None
+
+    @property
+    def takes_masks(self) -> bool:
+        """True for a network that was trained to inpaint."""
+        return self.vae is not None and self.setting("condition_channels") == mask_channels(self.vae)
+
+    @property
+    def text_width(self) -> int | None:
+        """Width D of the embeddings of captions; None for a network that takes none."""
+        width: int | None = self.setting("text_dim")
+        return width
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> id."""
+        return {name: int(key) for key, name in (self.pipeline.config.get("id2label") or {}).items()}
+
+    @property
+    def native_size(self) -> Size | None:
+        """(height, width) in pixels of the images that it was trained on; None if it does not say."""
+        size = self.setting("sample_size")
+        rows, columns = size if isinstance(size, list | tuple) else (size, size)
+        factor = self.pipeline.vae_scale_factor
+        return None if rows is None else (rows * factor, columns * factor)
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths in pixels are multiples of this."""
+        return int(self.pipeline.vae_scale_factor * self.setting("patch_size", 1))
+
+    def describe_condition(self) -> str:
+        """Return what the checkpoint takes, as the second half of an error."""
+        count, names = self.setting("num_classes"), list(self.labels)
+        if self.takes_text and self.takes_classes:
+            return "It takes a prompt, class_labels, or both."
+        if self.takes_text:
+            return 'It takes a prompt: pipe(prompt="..."); prompt="" draws without a condition.'
+        if names:
+            shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+            return f"It takes class_labels: {shown}."
+        if self.takes_classes:
+            return f"It takes class_labels: ids from 0 to {count - 1}."
+        return "It takes no condition: num_images_per_prompt is the number of images."
+
+    def check_condition(
+        self, prompt: Any = None, negative_prompt: Any = None, class_labels: Any = None
+    ) -> None:
+        """Refuse a condition that the checkpoint does not take, or the lack of one (None = not given).
+
+        Raises:
+            UserError: says what the checkpoint takes.
+        """
+        given = {"prompt": prompt, "negative_prompt": negative_prompt, "class_labels": class_labels}
+        taken = {"prompt": self.takes_text, "negative_prompt": self.takes_text}
+        taken["class_labels"] = self.takes_classes
+        for name, value in given.items():
+            if value is not None and not taken[name]:
+                raise UserError(f"this checkpoint does not take {name}", self.describe_condition())
+        needed = [name for name in ("prompt", "class_labels") if taken[name]]
+        if needed and all(given[name] is None for name in needed):
+            raise UserError(f"{' or '.join(needed)} is missing", self.describe_condition())
+
+    # ---------------------------------------------------------------- conditions
+
+    def encode_prompt(  # type: ignore[override]
+        self,
+        prompts: Sequence[str],
+        *,
+        class_labels: Sequence[int | str] | None = None,
+        max_sequence_length: int | None = None,
+    ) -> Rows:
+        """Return one row for each prompt; "" is the null, unless there is a class beside it.
+
+        Args:
+            class_labels: for networks that take both: one for each prompt.
+            max_sequence_length: tokens per prompt; default: the tokenizer's own limit.
+
+        Raises:
+            UserError: the network takes no prompts, or its text encoder or tokenizer is not loaded.
+        """
+        self.check_condition(prompts, class_labels=class_labels)
+        text, mask = self.embed_text(
+            [prompts] if isinstance(prompts, str) else [*prompts], max_sequence_length
+        )
+        return self.rows(None if class_labels is None else self.class_ids(class_labels), text, mask)
+
+    def encode_class(self, labels: Sequence[int | str]) -> Rows:
+        """Return one row for each class, a name or an id.
+
+        Raises:
+            UserError: the network takes no classes, or knows none of this name.
+        """
+        self.check_condition(class_labels=labels)
+        return self.rows(self.class_ids(labels))
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows without a condition: the learned null of a network that takes one."""
+        text, mask, ids = None, None, None
+        if self.takes_text:
+            text = torch.zeros(n, 1, self.setting("text_dim"), device=self.device)
+            mask = torch.zeros(n, 1, dtype=torch.bool, device=self.device)
+        elif self.takes_classes:
+            ids = [0] * n
+        rows = self.rows(ids, text, mask, count=n)
+        return replace(
+            rows, values={**rows.values, "drop": torch.ones(n, dtype=torch.bool, device=self.device)}
+        )
+
+    def unconditional(self, rows: Rows) -> Rows | None:
+        """Return the same rows with every class and text dropped; None where there are neither."""
+        if not {"text", "class_labels"} & rows.values.keys():
+            return None
+        drop = rows.values["drop"]
+        assert isinstance(drop, Tensor)
+        return replace(rows, values={**rows.values, "drop": torch.ones_like(drop)})
+
+    def rows(
+        self,
+        class_ids: Sequence[int] | None,
+        text: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        count: int = 1,
+    ) -> Rows:
+        """Return rows of classes, of embeddings as `embed_text` makes them, or of both.
+
+        Args:
+            class_ids: B numbers.
+            text, mask: (B, L, D) and (B, L) bool. Rows without tokens are the null.
+            count: of rows, where none of these is given.
+        """
+        device = self.device
+        labels = None if class_ids is None else torch.tensor(class_ids, device=device)
+        if text is not None and mask is not None:
+            text, mask = text.to(device), mask.to(device)
+            drop = ~mask.any(dim=1)
+        else:
+            drop = torch.zeros(count if labels is None else len(labels), dtype=torch.bool, device=device)
+        return self.rows_of(Condition(class_labels=labels, text=text, text_mask=mask, drop=drop), count)
+
+    def rows_of(self, condition: Condition, count: int) -> Rows:
+        """Return the network's condition of ``count`` images as rows."""
+        values = {entry.name: getattr(condition, entry.name) for entry in fields(condition)}
+        if condition.drop is None:
+            values["drop"] = torch.zeros(count, dtype=torch.bool, device=self.device)
+        given = {name: value for name, value in values.items() if value is not None}
+        kept = {name: given.pop(name) for name in [*given] if name in ("channels", "sizes")}
+        return Rows(self, given, kept)
+
+    def embed_text(self, prompts: list[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return token embeddings (P, L, D) and their mask (P, L) bool; an empty prompt has no tokens, unless the
+        network takes a class beside it.
+
+        Raises:
+            UserError: the text encoder or the tokenizer is not loaded, or what it makes is not finite.
+        """
+        pipeline = self.pipeline
+        if pipeline.text_encoder is None or pipeline.tokenizer is None:
+            raise UserError(
+                "a prompt was given, but the pipeline was loaded without its text encoder or tokenizer",
+                "Load them, or pass prompt_embeds (from pipe.encode_prompt) instead.",
+            )
+        embeds, mask = encode_text(pipeline.tokenizer, pipeline.text_encoder, prompts, max_length)
+        require_finite(
+            embeds,
+            "what the text encoder makes of the prompts",
+            "In float16 it may overflow: load it in bfloat16 or float32. Else its weights are damaged.",
+        )
+        if self.takes_classes:
+            return embeds, mask
+        written = torch.tensor([bool(text.strip()) for text in prompts], device=mask.device)
+        return embeds, mask & written[:, None]
+
+    def class_ids(self, labels: Sequence[int | str]) -> list[int]:
+        """Return the ids of class names, ids or a mixture.
+
+        Raises:
+            UserError: a name (the nearest is suggested) or an id is unknown, or the checkpoint has no class names.
+        """
+        known, ids = self.labels, []
+        for label in labels:
+            if isinstance(label, str) and not known:
+                raise UserError(
+                    f"class '{label}': this checkpoint has no class names", self.describe_condition()
+                )
+            number = lookup(known, label, "class") if isinstance(label, str) else label
+            if not 0 <= number < (self.setting("num_classes") or 0):
+                raise UserError(f"class id {number} does not exist", self.describe_condition())
+            ids.append(number)
+        return ids
+
+    def with_known(self, rows: Rows, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Rows:
+        """See `Rows.with_known`.
+
+        Args:
+            known: latents (P, C, h, w) of the images with their holes hidden; default: made from them.
+        """
+        if not self.takes_masks:
+            super().with_known(rows, images, masks)
+        if len(rows) % len(images) or len(images) != len(masks):
+            raise UserError(
+                f"{len(images)} images and {len(masks)} masks for {len(rows)} rows",
+                "Give a mask for each image, and as many images as rows, or a part of them.",
+            )
+        with self.steady_vae() as vae:
+            channels = masked_condition(vae, images, masks)
+            if known is not None:
+                channels = torch.cat([channels[:, : -latent_channels(vae)], known.to(channels)], 1)
+        return replace(
+            rows, kept={**rows.kept, "channels": channels.repeat_interleave(len(rows) // len(channels), 0)}
+        )
+
+    def known_latents(self, rows: Rows) -> Tensor:
+        """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""
+        channels = rows.kept["channels"]
+        assert isinstance(channels, Tensor)
+        return channels[:, -latent_channels(self.vae) :]
+
+    def with_sizes(self, rows: Rows, original: Size, crop: Size, target: Size, drawn: Size) -> Rows:
+        """Return the rows of images that were of the size ``original``, and cropped at ``crop`` to ``target``.
+
+        Args:
+            drawn: the size that is drawn.
+
+        Raises:
+            UserError: other sizes than what is drawn, for a network that takes none.
+        """
+        if self.setting("size_conditioning"):
+            sizes = torch.tensor([[*original, *crop, *target]] * len(rows), dtype=torch.float32)
+            return replace(rows, kept={**rows.kept, "sizes": sizes.to(self.device)})
+        if (original, crop, target) != (drawn, (0, 0), drawn):
+            raise UserError(
+                "this checkpoint was not trained with sizes and crops as a condition",
+                "Leave original_size, crops_coords_top_left and target_size out.",
+            )
+        return rows
+
+    # ---------------------------------------------------------------- from noise to data
+
+    @property
+    def few_steps(self) -> FewSteps:
+        """Settings of few-step sampling: of an adapter in effect, whichever pipeline loaded it, or the checkpoint's."""
+        adapted: FewSteps | None = getattr(self.network, "_few_steps", None)
+        if adapted is not None:
+            return adapted
+        names = [entry.name for entry in fields(FewSteps) if entry.name in self.pipeline.config]
+        return FewSteps.of({name: self.pipeline.config[name] for name in names})
+
+    @property
+    def usual_steps(self) -> int:
+        """Steps where nobody asks for a number."""
+        few = self.few_steps
+        return few.step_counts[-1] if few.step_counts else FEW_STEPS if few else USUAL_STEPS
+
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance scale where nobody asks for one: what is added to that which was learned along."""
+        return self.guidance(None)
+
+    @property
+    def usual_solver(self) -> str | flow.Solver:
+        """The solver that follows the model's own velocity, bound to its grid."""
+        if self.few_steps:
+            return CONSISTENCY_STEPS if self.few_steps.consistency else "euler"
+        # Heun's last evaluation is at t = 1, where a velocity made from predicted data magnifies its errors.
+        return "exponential-adams" if self.prediction == "data" else "heun"
+
+    def guidance(self, scale: float | None) -> float:
+        """Return the guidance scale that is used; a checkpoint that has learned its guidance along does without."""
+        if self.few_steps.folded_guidance != 1.0:
+            return 1.0
+        return USUAL_GUIDANCE if scale is None else scale
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Return (C, h, w) of the latents of an image of this size in pixels."""
+        factor = self.pipeline.vae_scale_factor
+        return int(self.network.config.in_channels), height // factor, width // factor
+
+    def prepare(self, rows: Rows) -> Condition:
+        """Return the network's condition."""
+        moved = rows.to(self.device, self.network.dtype)
+        kept = dict(moved.kept)
+        if "sizes" in kept:  # in half precision they would be others
+            kept["sizes"] = rows.kept["sizes"].to(self.device)  # type: ignore[union-attr]
+        return Condition(**moved.values, **kept)  # type: ignore[arg-type]
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        if condition.sizes is None and self.setting("size_conditioning"):
+            factor = self.pipeline.vae_scale_factor
+            drawn = [x.shape[2] * factor, x.shape[3] * factor]
+            sizes = torch.tensor([[*drawn, 0, 0, *drawn]] * len(x), dtype=torch.float32, device=x.device)
+            condition = replace(condition, sizes=sizes)
+        interval = {} if end is None or not self.few_steps.average else {"end": end}
+        output: Tensor = self.network(x, t, condition, **interval)
+        return output
+
+    def velocity(
+        self,
+        rows: Rows,
+        guidance_scale: float | None = None,
+        negative: Rows | None = None,
+        times: Tensor | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> flow.Velocity:
+        """See `FlowModel.velocity`; a consistency model goes to the end of the grid at every step."""
+        if times is not None and self.few_steps.consistency:
+            times = times[[0, -1]]
+        return super().velocity(rows, guidance_scale, negative, times, interval)

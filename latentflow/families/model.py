@@ -1,0 +1,415 @@
+"""The flow model: a velocity network with all that belongs to it, whatever family of checkpoints it comes from.
+
+    model = FlowModel.from_pretrained(folder_or_hub_id)
+    rows = model.encode_prompt(["red apple"])
+    times = model.time_grid(20, height, width)
+    velocity = model.velocity(rows, times=times)
+    x1 = integrate(velocity, model.noise(len(rows), height, width, generator), times, model.usual_solver)
+    images = model.decode(x1)
+
+A new family is one subclass of `FlowModel` in a file of its own, and one line in ``FAMILIES``. It says how a prompt
+becomes rows (`FlowModel.encode_prompt`) and how its network is evaluated once (`FlowModel.predict`: time, sign and
+layout); the rest is overridden where the family differs. Everything here may be differentiated: sample under
+``torch.no_grad()``.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .. import flow
+from ..autoencoder import decode, encode, in_float32
+from ..errors import UserError
+from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
+from ..utils.components import library_reads
+from ..utils.settings import read_settings
+
+Generators: TypeAlias = torch.Generator | list[torch.Generator]
+#: one value for each row: a tensor (B, ...), or a list of B tensors of any shapes
+Values: TypeAlias = Tensor | list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Conditions, one row per image.
+
+    Attributes:
+        model: the flow model that made them.
+        values: name -> what guidance leaves out: embeddings of prompts, classes.
+        kept: name -> what guidance does not leave out: what is known of the image, sizes.
+    """
+
+    model: FlowModel
+    values: Mapping[str, Values]
+    kept: Mapping[str, Values] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Rows:
+        """Return the rows of ``index``: a number, a slice, or numbers (or a mask) of rows; always as rows."""
+        places = torch.arange(len(self))[index].reshape(-1).tolist()
+        return self._map(lambda value: _pick(value, places))
+
+    def repeat(self, times: int) -> Rows:
+        """Return every row ``times`` times, copies of one row next to one another."""
+        return self[[row for row in range(len(self)) for _ in range(times)]]
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        """Join rows of one model. Of values that differ in their second dimension (tokens) the shorter are padded with
+        zeros, and masks with False.
+
+        Raises:
+            ValueError: they do not hold the same values.
+        """
+        first = parts[0]
+        for part in parts[1:]:
+            for own, other in ((first.values, part.values), (first.kept, part.kept)):
+                if own.keys() != other.keys():
+                    raise ValueError(f"rows of {sorted(own)} cannot be joined with rows of {sorted(other)}")
+        values = {name: _joined([part.values[name] for part in parts]) for name in first.values}
+        kept = {name: _joined([part.kept[name] for part in parts]) for name in first.kept}
+        return replace(first, values=values, kept=kept)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Rows:
+        """Return the rows on ``device``, floating-point values in ``dtype``."""
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        return self._map(lambda value: [*map(moved, value)] if isinstance(value, list) else moved(value))
+
+    def with_known(self, images: Tensor, masks: Tensor) -> Rows:
+        """Return the rows of images that are known outside of a hole, for networks that were trained to inpaint.
+
+        Args:
+            images: (P, 3, H, W) in [-1, 1]; row b is of image b * P // B.
+            masks: (P, 1, H, W) in {0, 1}, 1 = repaint.
+
+        Raises:
+            UserError: the network was not trained with masks.
+        """
+        return self.model.with_known(self, images, masks)
+
+    def _map(self, function: Callable[[Values], Values]) -> Rows:
+        values = {name: function(value) for name, value in self.values.items()}
+        return replace(self, values=values, kept={name: function(value) for name, value in self.kept.items()})
+
+
+class FlowModel(ABC):
+    """A velocity network with its conditioning, latents, path and prediction, guidance, time grid and saving.
+
+    It holds no state beside its pipeline's: where adapters, devices or precisions of that change, it follows.
+
+    Args:
+        pipeline: the diffusers pipeline that has the components.
+    """
+
+    #: what the network predicts, a member of ``latentflow.flow.PREDICTIONS``
+    prediction: str = "velocity"
+    #: the path that it was trained on; it is sampled on the straight path all the same
+    path: flow.Path = CondOT()
+    #: the network takes the guidance scale as an input, and is evaluated under the condition alone
+    embeds_guidance: bool = False
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    @property
+    def takes_text(self) -> bool:
+        """True for a network that is conditioned on prompts."""
+        return True
+
+    @property
+    def takes_classes(self) -> bool:
+        """True for a network that is conditioned on a class."""
+        return False
+
+    @property
+    def takes_masks(self) -> bool:
+        """True for a network that was trained to inpaint."""
+        return False
+
+    @property
+    def usual_steps(self) -> int:
+        """Steps where nobody asks for a number."""
+        return 20
+
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance scale where nobody asks for one."""
+        return 4.0
+
+    @property
+    def usual_solver(self) -> str | flow.Solver:
+        """The solver that suits `time_grid`, as ``latentflow.flow.integrate`` takes it."""
+        return "heun"
+
+    # ---------------------------------------------------------------- opening and saving
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> FlowModel:
+        """Open a checkpoint of any family in `FAMILIES`.
+
+        Args:
+            name_or_path: pipeline folder or hub id.
+            options: of the pipeline's own ``from_pretrained`` (``dtype``, ``revision``, ...).
+
+        Raises:
+            UserError: there is no such checkpoint, or its pipeline is of no family that is known.
+        """
+        from . import FAMILIES
+
+        index = Path(name_or_path, DiffusionPipeline.config_name)
+        if index.is_file():
+            kind = read_settings(index).get("_class_name")
+        elif Path(name_or_path).is_dir() or len(Path(name_or_path).parts) != 2:
+            kind = next(iter(FAMILIES))  # which says what is wrong with the folder
+        else:
+            with library_reads(f"the checkpoint '{name_or_path}'", fix="Check the spelling and the network."):
+                kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise UserError(f"{name_or_path} is a {kind}", f"Pipelines that open: {', '.join(FAMILIES)}.")
+        family = FAMILIES[kind]
+        return family(family.open_pipeline(name_or_path, **options))
+
+    @staticmethod
+    def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+        """Open the diffusers pipeline of a folder or hub id; safetensors only."""
+        return DiffusionPipeline.from_pretrained(str(name_or_path), **{"use_safetensors": True, **options})
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the pipeline folder, as its own pipeline class does."""
+        self.pipeline.save_pretrained(folder)
+
+    # ---------------------------------------------------------------- components
+
+    @property
+    def network(self) -> Any:
+        """The velocity network."""
+        return self.pipeline.transformer
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, or None."""
+        return self.pipeline.vae
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes, also where weights are offloaded from it."""
+        device: torch.device = self.pipeline._execution_device
+        return device
+
+    # ---------------------------------------------------------------- conditions
+
+    @abstractmethod
+    def encode_prompt(self, prompts: Sequence[str], **options: Any) -> Rows:
+        """Return one row for each prompt; ``options`` are the family's own, such as ``max_sequence_length``.
+
+        Raises:
+            UserError: the network takes no prompts, or its text encoder is not loaded.
+        """
+
+    def encode_class(self, labels: Sequence[int | str]) -> Rows:
+        """Return one row for each class, a name or a number.
+
+        Raises:
+            UserError: the network takes no classes, or knows none of this name.
+        """
+        raise UserError("this checkpoint does not take classes", "Give prompts: model.encode_prompt([...]).")
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows without a condition."""
+        return self.encode_prompt([""]).repeat(n)
+
+    def unconditional(self, rows: Rows) -> Rows | None:
+        """Return what guidance leads away from by default; None where ``rows`` have nothing to leave out."""
+        return replace(self.null(len(rows)), kept=rows.kept)
+
+    def with_known(self, rows: Rows, images: Tensor, masks: Tensor) -> Rows:
+        """See `Rows.with_known`."""
+        raise UserError("this checkpoint was not trained with masks", "Steer it: latentflow.flow.INPAINTING.")
+
+    # ---------------------------------------------------------------- images and latents
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32, the posterior's mean, normalised.
+
+        Raises:
+            UserError: no autoencoder is loaded.
+        """
+        with self.steady_vae() as vae:
+            return encode(vae, images)
+
+    def decode(self, x1: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1].
+
+        Raises:
+            UserError: no autoencoder is loaded.
+        """
+        with self.steady_vae() as vae:
+            return decode(vae, x1)
+
+    @contextmanager
+    def steady_vae(self) -> Iterator[Any]:
+        """Yield the autoencoder; one that overflows in float16 (``force_upcast`` in its config) in float32.
+
+        Raises:
+            UserError: no autoencoder is loaded.
+        """
+        vae = self.vae
+        if vae is None:
+            raise UserError(
+                "the pipeline was loaded without its autoencoder",
+                "Load it; to draw without one, use output_type='latent'.",
+            )
+        widen = vae.dtype == torch.float16 and bool(vae.config.get("force_upcast", False))
+        with in_float32(vae) if widen else nullcontext():
+            yield vae
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Return (C, h, w) of the latents of an image of this size in pixels."""
+        factor = self.pipeline.vae_scale_factor
+        return int(self.vae.config.latent_channels), height // factor, width // factor
+
+    def noise(self, n: int, height: int, width: int, generator: Generators | None = None) -> Tensor:
+        """Return the noise to start from, (n, C, h, w) float32.
+
+        Args:
+            height, width: of the images, in pixels.
+            generator: one for all, or a list with one for each row, which alone decides its noise.
+        """
+        shape = (n, *self.latent_shape(height, width))
+        noise: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        return noise
+
+    # ---------------------------------------------------------------- from noise to data
+
+    def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
+        """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64; None is `usual_steps`.
+
+        Args:
+            height, width: of the images, in pixels.
+
+        Raises:
+            UserError: ``steps`` is no number of steps.
+        """
+        steps = self.usual_steps if steps is None else steps
+        return flow.time_grid(steps, self.shift(steps, height, width))
+
+    def shift(self, steps: int, height: int, width: int) -> float:
+        """Return the shift of the time grid, see ``latentflow.flow.time_grid``; 1 is none."""
+        return 1.0
+
+    def guidance(self, scale: float | None) -> float:
+        """Return the guidance scale that is used where ``scale`` is asked for; None is `usual_guidance`."""
+        return self.usual_guidance if scale is None else scale
+
+    def velocity(
+        self,
+        rows: Rows,
+        guidance_scale: float | None = None,
+        negative: Rows | None = None,
+        times: Tensor | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Velocity:
+        """Return (x, t) -> dx/dt on the straight path, float32, whatever path and prediction the network has.
+
+        Each call is one evaluation of the network: of B rows without guidance or outside its interval, else of 2B.
+
+        Args:
+            rows: B conditions.
+            guidance_scale: 1.0 is the condition alone; None the model's own.
+            negative: what guidance leads away from, one row or B; default: `null`. Known images are those of ``rows``.
+            times: the grid to which an average velocity is bound; other networks ignore it.
+            interval: guide only while t is in it.
+
+        Raises:
+            UserError: the numbers of rows and negative rows differ.
+            ValueError: they do not hold the same values.
+        """
+        scale = self.guidance(guidance_scale)
+        alone = self._bound(rows, times, scale)
+        if scale == 1.0 or self.embeds_guidance:
+            return alone
+        if negative is None:
+            negative = self.unconditional(rows)
+            if negative is None:
+                return alone
+        if len(negative) not in (1, len(rows)):
+            raise UserError(
+                f"{len(negative)} negative rows for {len(rows)} rows", "Pass one, or one for each."
+            )
+        negative = replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)
+        both = self._bound(Rows.cat([rows, negative]), times, scale)
+        return self.guide(both, alone, scale, interval)
+
+    def guide(self, both: Velocity, alone: Velocity, scale: float, interval: tuple[float, float]) -> Velocity:
+        """Return the guided velocity by the family's rule: classifier-free guidance, if it has no other.
+
+        Args:
+            both: the velocity of 2B rows, those with the condition before those without.
+            alone: the velocity of the B rows with it.
+        """
+        return guide_batched(both, alone, scale, interval)
+
+    def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> Velocity:
+        """Return the velocity under ``rows`` alone, on the straight path, where nothing is singular."""
+        condition, dtype = self.prepare(rows), self.network.dtype
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            each = t.to(x.device, torch.float32).expand(x.shape[0])
+            end = None if times is None else next_time(times, each)
+            return self.predict(self.path.scale_input(x, t).to(dtype), each, condition, end, scale).float()
+
+        straight, trained = CondOT(), as_velocity(network, self.path, self.prediction)
+        return trained if self.path == straight else change_path(trained, old=self.path, new=straight)
+
+    def prepare(self, rows: Rows) -> Any:
+        """Return ``rows`` as `predict` takes them, on the network's device and in its precision; called once."""
+        return rows.to(self.device, self.network.dtype)
+
+    @abstractmethod
+    def predict(
+        self, x: Tensor, t: Tensor, condition: Any, end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network once; return what it predicts (see ``prediction``), shaped like x.
+
+        Args:
+            x: (B, C, h, w) in the network's precision.
+            t: (B,) float32, 0 is noise and 1 data.
+            condition: what `prepare` returns.
+            end: (B,) the end of the interval of an average velocity; None: its velocity is asked for.
+            guidance_scale: for networks that embed it.
+        """
+
+
+def _pick(value: Values, places: list[int]) -> Values:
+    return [value[place] for place in places] if isinstance(value, list) else value[places]
+
+
+def _joined(parts: list[Values]) -> Values:
+    """Return the values of several batches as one batch."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) < len(parts):
+        return [row for part in parts for row in part]
+    longest = max((part.shape[1] for part in tensors if part.ndim > 1), default=0)
+    padding = [
+        (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) if part.ndim > 1 else () for part in tensors
+    ]
+    return torch.cat(
+        [F.pad(part, pad) if any(pad) else part for part, pad in zip(tensors, padding, strict=True)]
+    )

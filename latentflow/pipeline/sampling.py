@@ -1,0 +1,260 @@
+"""Sampling: the running call, whose conditions its callback may change, and its steps from noise to data."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, shown
+from ..families.latentflow import USUAL_STEPS, LatentFlowModel
+from ..families.model import Generators, Rows
+from ..flow import Solver, Velocity, integrate
+from ..flow.solvers import BY_ROW
+from ..flow.tensors import expand_t, require_finite
+from . import scheduler as border
+
+log = logging.getLogger(__name__)
+
+#: (step, time at which it began, x) -> x
+AfterStep: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
+#: grid of an average velocity, or None -> the velocity
+BindVelocity: TypeAlias = Callable[[Tensor | None], Velocity]
+#: called as ``integrate`` is: (velocity, x, times, solver, callback=, progress=, generator=) -> x at times[-1]
+Sampler: TypeAlias = Callable[..., Tensor]
+StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+# Times that differ by less are the same time of a grid, reached by different sums.
+ROUNDING = 1e-9
+# A callback's tensor, and the rows of a `RunningCall` whose text it is.
+_NAMES = {"prompt_embeds": "rows", "negative_prompt_embeds": "negative"}
+
+
+def from_model(name: str) -> Any:
+    """Return a property that asks the pipeline's flow model for its attribute ``name``."""
+    return property(lambda pipe: getattr(pipe.model, name))
+
+
+class SamplingMixin:
+    """The sampling loop, for a diffusers pipeline of latentflow's components."""
+
+    scheduler: Any
+    vae_scale_factor: int
+    progress_bar: Any
+    path = from_model("path")
+    few_steps = from_model("few_steps")
+    usual_guidance = from_model("usual_guidance")
+    _guidance_scale: float = 1.0
+    _num_timesteps: int = 0
+    _interrupt: bool = False
+
+    @property
+    def model(self) -> LatentFlowModel:
+        """The flow model in this pipeline."""
+        return LatentFlowModel(self)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the running call; a callback may change ``_guidance_scale``."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """True if guidance does anything: the checkpoint has a condition and the scale is not 1."""
+        return self._guidance_scale != 1.0 and (self.model.takes_text or self.model.takes_classes)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the running call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """True if the call ends after this step; a callback sets ``_interrupt``, and x as it is then is decoded."""
+        return self._interrupt
+
+    @property
+    def usual_steps(self) -> int:
+        """Steps of a call that names neither their number nor a solver."""
+        return self.model.usual_steps if self.scheduler is None else USUAL_STEPS
+
+    def sample(
+        self,
+        velocity: BindVelocity,
+        x0: Tensor,
+        steps: int | None,
+        sigmas: list[float] | None,
+        solver: str | Solver | None,
+        generator: Generators | None,
+        after_step: AfterStep,
+        *,
+        strength: float = 1.0,
+        x1: Tensor | None = None,
+        sampler: Sampler | None = None,
+    ) -> Tensor:
+        """Go from noise to data, by our solvers or the diffusers scheduler; end early once interrupted.
+
+        Args:
+            velocity: of the grid, on the straight path.
+            x0: noise (B, C, h, w).
+            steps, sigmas: the grid, as of a call; steps None = the usual number.
+            solver: None = the scheduler where there is one, else the model's own.
+            generator: for solvers that draw noise.
+            after_step: sees, and may replace, x after each step.
+            strength: the part of the grid, counted from its end, that is taken: from t = 1 - strength on.
+            x1: data; the start is the point t x1 + (1 - t) x0 of the path at the time t of the first step. None: x0.
+            sampler: in the place of ``integrate``, and of the scheduler; without a solver it takes its own.
+        """
+
+        def stepped(i: int, t: Tensor, x: Tensor) -> Tensor:
+            x = after_step(i, t, x)
+            if self._interrupt:
+                raise Interrupted(x)
+            return x
+
+        def start(t: float) -> Tensor:
+            return x0 if x1 is None else t * x1 + (1.0 - t) * x0
+
+        model, scheduled = self.model, self.scheduler is not None and solver is None and sampler is None
+        made_for_few = bool(model.few_steps) and not scheduled and solver is None and sampler is None
+        if steps is None:
+            steps = model.usual_steps if made_for_few else USUAL_STEPS
+        if made_for_few and model.few_steps.step_counts and steps not in model.few_steps.step_counts:
+            counts = " or ".join(map(str, model.few_steps.step_counts))
+            log.warning("%d steps of a checkpoint that was made for %s", steps, counts)
+        options: dict[str, Any] = {"progress": self.progress_bar, "generator": generator}
+        try:
+            if scheduled:
+                border.set_grid(self.scheduler, steps, sigmas, x0.device, strength)
+                self._num_timesteps = border.remaining_steps(self.scheduler)
+                x = start(border.start_time(self.scheduler))
+                return border.integrate_with_scheduler(
+                    self.scheduler, velocity(None), x, callback=stepped, **options
+                )
+            height, width = (side * self.vae_scale_factor for side in x0.shape[-2:])
+            times = (
+                model.time_grid(steps, height, width) if sigmas is None else border.times_from_sigmas(sigmas)
+            )
+            times = last_part(times, strength)
+            self._num_timesteps, x = len(times) - 1, start(float(times[0]))
+            if self._num_timesteps == 0:
+                return x
+            run: Sampler = integrate if sampler is None else sampler
+            if sampler is None and solver is None:
+                solver = model.usual_solver
+            if isinstance(solver, str):
+                solver = BY_ROW.get(solver, solver)  # a generator alone decides its image
+            bound = velocity(times if made_for_few else None)
+            return run(
+                bound, x, times, solver=solver, callback=lambda i, t, x: stepped(i, times[i], x), **options
+            )
+        except Interrupted as interrupted:
+            return interrupted.latents
+
+
+class RunningCall:
+    """The conditions of one call, a row per image, as a guided velocity.
+
+    Args:
+        pipe: the pipeline that is called.
+        rows: the conditions.
+        negative: what guidance leads away from; None: the model's null.
+        callback: as ``callback_on_step_end`` of the pipelines.
+        wanted: the names of ``arguments.CALLBACK_TENSORS`` that it gets.
+        interval: of guidance.
+    """
+
+    def __init__(
+        self,
+        pipe: SamplingMixin,
+        rows: Rows,
+        negative: Rows | None = None,
+        callback: StepCallback | None = None,
+        wanted: Sequence[str] | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        self.pipe, self.rows, self.negative = pipe, rows, negative
+        self.callback, self.wanted, self.interval = callback, wanted or ["latents"], interval
+        #: guidance of this call where it is not the pipeline's own
+        self.scale: float | None = None
+        #: where the last evaluation pointed: the data that it predicts
+        self.prediction: Tensor | None = None
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Return values of the images of this call, (P, ...), as one for each row."""
+        return values.repeat_interleave(len(self.rows) // len(values), 0)
+
+    def velocity(self, times: Tensor | None = None) -> Velocity:
+        """Return the guided velocity under the conditions as they are at each evaluation; see `FlowModel.velocity`."""
+
+        @functools.lru_cache(maxsize=1)
+        def bound(scale: float, rows: Rows, negative: Rows | None) -> Velocity:
+            return rows.model.velocity(rows, scale, negative, times, self.interval)
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            scale = self.pipe.guidance_scale if self.scale is None else self.scale
+            value = bound(scale, self.rows, self.negative)(x, t)
+            self.prediction = x + (1.0 - expand_t(t, x)) * value  # on the straight path
+            return value
+
+        return guided
+
+    def after_step(self, i: int, t: Tensor, x: Tensor) -> Tensor:
+        """Let the callback see step i, which began at t, and take what it returns."""
+        if self.callback is None:
+            return x
+        tensors = {"latents": x, "prediction": self.prediction}
+        tensors |= {name: _text_of(getattr(self, place)) for name, place in _NAMES.items()}
+        given = {name: tensors[name] for name in self.wanted}
+        changed = self.callback(self.pipe, i, border.to_timestep(t), given) or {}
+        if not isinstance(changed, dict):
+            raise UserError(
+                f"callback_on_step_end returned {shown(changed)} after step {i + 1}",
+                "Let it return None, or a dictionary of the tensors that are to be replaced.",
+            )
+        for name in ("latents", *_NAMES):
+            if name in changed:
+                what = f"{name} that the callback returned after step {i + 1}"
+                _check_replacement(changed[name], tensors[name], what)
+        for name, place in _NAMES.items():
+            rows: Rows | None = getattr(self, place)
+            if rows is not None and changed.get(name) is not None:
+                setattr(self, place, replace(rows, values={**rows.values, "text": changed[name]}))
+        replacement: Tensor = changed.get("latents", x)
+        return replacement
+
+
+def _text_of(rows: Rows | None) -> Any:
+    return None if rows is None else rows.values.get("text")
+
+
+def _check_replacement(value: Any, earlier: Tensor | None, what: str) -> None:
+    """Refuse a tensor in the place of another if it is none, or of another shape, or not finite."""
+    if value is None and earlier is None:
+        return
+    if not isinstance(value, Tensor) or earlier is None or value.shape != earlier.shape:
+        expected = (
+            "Leave it out: this call has none."
+            if earlier is None
+            else f"It has shape {tuple(earlier.shape)}."
+        )
+        raise UserError(f"{what} is {shown(value)}", expected)
+    require_finite(value, what, "Check the callback.")
+
+
+def last_part(times: Tensor, strength: float) -> Tensor:
+    """Return the part of a grid from t = 1 - ``strength`` on, which it begins with exactly; at strength 1 all of it."""
+    if strength == 1.0:
+        return times
+    first = times[:1].clamp(min=1.0 - strength)
+    return torch.cat([first, times[times > first + ROUNDING]])
+
+
+class Interrupted(Exception):  # noqa: N818 - no error: the way out of any solver's loop
+    def __init__(self, latents: Tensor) -> None:
+        super().__init__("interrupted by a callback")
+        self.latents = latents
