@@ -35,16 +35,14 @@ from latentflow.flow import (
 )
 from latentflow.flow.solvers import stochastic
 
+from .closed_forms import seeded
+
 STOCHASTIC = [name for name, solver in SOLVERS.items() if solver.stochastic]
 # Noise that falls 5000-fold, the default of variance exploding, asks for more steps than a test has.
 CASES: dict[str, Path] = {name: make() for name, make in PATHS.items()} | {
     "variance-exploding": VarianceExploding(sigma_min=0.05, sigma_max=3.0)
 }
 MEAN, STD = 1.5, 0.4  # of the fixture ``gaussian``
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def schedule(path: Path, t: float) -> tuple[float, float]:
@@ -339,58 +337,10 @@ def test_sbdm_is_the_noise_of_the_diffusion() -> None:
     assert (g_squared - (0.1 + 19.9 * (1 - t))).abs().max() < 1e-12
 
 
-# ---------------------------------------------------------------- what every solver promises
-
-
-class Watched:
-    def __init__(self, velocity) -> None:
-        self.velocity = velocity
-        self.times: list[float] = []
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        self.times.append(t.item())
-        return self.velocity(x, t)
-
-
-@pytest.mark.parametrize("solver", STOCHASTIC)
-@pytest.mark.parametrize("times", [time_grid(7).tolist(), [0.3, 0.35, 0.8], [0.9, 0.5, 0.2], [1.0, 0.4, 0.0]])
-def test_evaluations_are_as_declared_and_within_the_times(velocity, draw, solver, times) -> None:
-    watched = Watched(velocity)
-    integrate(watched, draw(4, 2), times, solver, generator=seeded())
-    assert len(watched.times) == (len(times) - 1) * SOLVERS[solver].evaluations
-    assert min(times) <= min(watched.times)
-    assert max(watched.times) <= max(times)
-
-
 def test_composed_solvers_declare_their_evaluations() -> None:
     assert churn(solver=SOLVERS["rk4"]).evaluations == 4
     assert langevin(3, predictor=SOLVERS["heun"]).evaluations == 5
     assert langevin(3, predictor=SOLVERS["dopri5"]).evaluations is None
-
-
-@pytest.mark.parametrize("solver", STOCHASTIC)
-def test_the_generator_alone_decides(velocity, draw, solver) -> None:
-    x, times = draw(8, 2), time_grid(6)
-    one, again, other = (integrate(velocity, x, times, solver, generator=seeded(seed)) for seed in (1, 1, 2))
-    assert torch.equal(one, again)
-    assert (one - other).abs().max() > 1e-2
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        assert torch.equal(integrate(velocity, x, times, solver), one)
-        untouched = torch.random.get_rng_state()
-        integrate(velocity, x, times, solver, generator=seeded())
-        assert torch.equal(torch.random.get_rng_state(), untouched)
-
-
-@pytest.mark.parametrize("solver", STOCHASTIC)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_x_keeps_its_dtype_and_shape(velocity, draw, solver, dtype) -> None:
-    x = draw(4, 3, 2, 2).to(dtype)
-    end = integrate(velocity, x, time_grid(20), solver, generator=seeded())
-    assert (end.dtype, end.shape) == (dtype, x.shape)
-    assert bool(end.isfinite().all())
-    reference = integrate(velocity, x.float(), time_grid(20), solver, generator=seeded())
-    assert (end.float() - reference).abs().max() < 0.2 or dtype == torch.float64  # other dtype, other noise
 
 
 # ---------------------------------------------------------------- bad input
@@ -453,20 +403,3 @@ def test_a_bad_score_is_named(velocity, draw) -> None:
     for name in ("ddpm", "churn"):
         with pytest.raises(UserError, match=f"'{name}'.*no separate score"):
             integrate(velocity, x, [0, 0.5], name, score=lambda x, t: x)
-
-
-def test_a_given_score_sees_the_dtype_of_the_network() -> None:
-    seen = set()
-
-    def score(x: Tensor, t: Tensor) -> Tensor:
-        seen.add(x.dtype)
-        return torch.zeros_like(x)
-
-    integrate(
-        lambda x, t: torch.zeros_like(x),
-        torch.zeros(2, 2).bfloat16(),
-        [0.1, 0.5],
-        euler_maruyama("constant"),
-        score=score,
-    )
-    assert seen == {torch.bfloat16}
