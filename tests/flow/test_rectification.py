@@ -6,7 +6,6 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
-from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, CondOT, integrate, reflow_pairs, straightness, time_grid
 
 FINE = time_grid(200)
@@ -122,28 +121,20 @@ def test_rectifying_a_mixture_in_one_dimension_makes_it_straight(mixture, draw) 
     assert after < 1e-4 * before
 
 
-def test_random_solvers_draw_from_the_generator_alone(draw) -> None:
-    stochastic = [name for name, solver in SOLVERS.items() if solver.stochastic]
-    x0 = draw(4, 2)
-    for name in stochastic:
-        one, two, other = (
-            reflow_pairs(
-                lambda x, t: -x, x0, time_grid(5), name, generator=torch.Generator().manual_seed(seed)
-            )[1]
-            for seed in (1, 1, 2)
-        )
-        assert torch.equal(one, two) and not torch.equal(one, other)
-        with pytest.raises(UserError, match="stochastic"):
-            straightness(lambda x, t: x, x0, FINE, name)
-
-
-def test_bad_input() -> None:
-    x = torch.zeros(2, 2)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        reflow_pairs(lambda x, t: x, x, [0, 1], batch_size=0)
-    with pytest.raises(UserError, match="did you mean 'heun'"):
-        reflow_pairs(lambda x, t: x, x, [0, 1], "huen")
-    with pytest.raises(ValueError, match="at least 2 steps"):
-        straightness(lambda x, t: x, x, [0, 1])
-    with pytest.raises(UserError, match="did you mean 'heun'"):
-        straightness(lambda x, t: x, x, FINE, "huen")
+@pytest.mark.parametrize(
+    ("function", "times", "options", "message"),
+    [
+        (reflow_pairs, [0, 1], {"batch_size": 0}, "batch_size is 0"),
+        (reflow_pairs, [0, 1], {"solver": "huen"}, "did you mean 'heun'"),
+        (straightness, [0, 1], {}, "at least 2 steps"),
+        (straightness, FINE, {"solver": "huen"}, "did you mean 'heun'"),
+        *(
+            (straightness, FINE, {"solver": name}, "stochastic")
+            for name, solver in SOLVERS.items()
+            if solver.stochastic
+        ),
+    ],
+)
+def test_mistakes_are_named(function, times, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(lambda x, t: x, torch.zeros(2, 2), times, **options)
