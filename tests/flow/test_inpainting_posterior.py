@@ -128,16 +128,6 @@ def distance(toy: str, method: str, seed: int, count: int = ROWS, **settings: ob
     return measured / floor(exact, torch.Generator().manual_seed(2000))
 
 
-@pytest.mark.parametrize("toy", TOYS)
-def test_the_toy_is_no_trivial_one(toy: str) -> None:
-    """At least two modes of the conditional distribution, which is far from the marginal one."""
-    data, seen = TOYS[toy]
-    exact, generator = data.given(torch.tensor(seen, dtype=torch.float64)), torch.Generator().manual_seed(3)
-    assert int((exact.weights > 0.1).sum()) >= 2
-    marginal = data.sample(ROWS, generator)[:, len(seen) :]
-    assert sliced_distance(marginal, exact.sample(ROWS, generator)) > 2.0 * floor(exact, generator)
-
-
 @pytest.mark.parametrize("toy", [SLOW, *list(TOYS)[1:]])
 def test_twisted_meets_the_conditional_distribution(toy: str) -> None:
     """Within twice the distance between two exact samples, in the mean of two runs."""

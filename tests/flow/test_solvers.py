@@ -25,16 +25,6 @@ def velocity(gaussian):
     return lambda x, t: gaussian.velocity(CondOT(), x, t)
 
 
-@pytest.mark.parametrize("sigma_min", [0.0, 0.1])
-def test_velocity_of_a_gaussian_is_the_closed_form(gaussian, draw, sigma_min) -> None:
-    """Holds the tests' own closed form to the formula of the literature."""
-    path, x, m, c = CondOT(sigma_min), draw(9), 1.5, 0.4
-    t = torch.linspace(0, 1, 9, dtype=torch.float64)
-    a, s, da, ds = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
-    expected = da * m + (da * a * c**2 + ds * s) / (a**2 * c**2 + s**2) * (x - a * m)
-    torch.testing.assert_close(gaussian.velocity(path, x, t), expected)
-
-
 class Circle(Path):
     """alpha = sin, sigma = cos. The straight path cannot measure an order: the leading error of the
     midpoint rule vanishes on it for every Gaussian, so that it converges with order 3."""

@@ -49,6 +49,16 @@ def sech(x):
             {"mean": 0.4, "std": 0.7, "sigma_data": 1},
             lambda x: scipy.stats.norm.pdf(x, -0.8, 1.4) * (numpy.exp(-x) + 1),
         ),
+        *(
+            # Its training loop: log sigma ~ N(-1.2, 1.2^2), sigma = e^(-x/2), the data's squared error times
+            # (sigma^2 + sigma_data^2) / (sigma sigma_data)^2; an error e of the data is one of e / sigma of the noise.
+            (
+                "edm",
+                {"sigma_data": s},
+                lambda x, s=s: (numpy.exp(-x) + s**2) / s**2 * scipy.stats.norm.pdf(-x / 2, -1.2, 1.2) / 2,
+            )
+            for s in (0.5, 1.0)
+        ),
         ("min-snr", {}, lambda x: sech(x / 2) * numpy.minimum(1, 5 * numpy.exp(-x))),
         ("min-snr", {"gamma": 1}, lambda x: sech(x / 2) * numpy.minimum(1, numpy.exp(-x))),
         ("sigmoid", {}, lambda x: 1 / (1 + numpy.exp(x - 2))),
@@ -88,18 +98,6 @@ def test_plain_losses_are_what_their_weightings_say() -> None:
     factor = loss_factor(weighting("min-snr", gamma=5.0), Trigonometric(), "data", u)
     snr = torch.exp(Trigonometric().log_snr(u))
     torch.testing.assert_close(factor, math.pi * snr.clamp(max=5.0), atol=1e-9, rtol=1e-10)
-
-
-@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
-def test_edm_is_its_training_loop(sigma_data) -> None:
-    """log sigma ~ N(-1.2, 1.2^2), data MSE times (sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
-    sigma = torch.exp(-LAMBDA / 2)
-    data_weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    density = torch.from_numpy(scipy.stats.norm.pdf(sigma.log().numpy(), -1.2, 1.2)) / 2  # of lambda
-    noise_weight = data_weight * sigma**2 * density  # an error e of the data is one of e / sigma of the noise
-    torch.testing.assert_close(
-        weighting("edm", sigma_data=sigma_data)(LAMBDA), noise_weight, rtol=1e-12, atol=0
-    )
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
