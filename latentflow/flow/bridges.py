@@ -18,7 +18,7 @@ from .tensors import compute_dtype, expand_t, normal_like
 
 
 class BridgeSample(NamedTuple):
-    """A point on a Brownian bridge, the targets of regression there, and what it was made from; all (B, ...) but ``t``."""
+    """A point on a Brownian bridge, its regression targets, and what it was made from; all (B, ...) but ``t``."""
 
     xt: Tensor
     velocity: Tensor

@@ -44,16 +44,16 @@ def flow_matching_loss(
         weight: (B,) factors on the squared errors, from ``loss_factor``.
         direction_weight: weight of the added term 1 - cos(velocity, target), the cosine over channels, averaged over
             positions: Yao et al. 2024 (FasterDiT, arXiv:2410.10356), also in LightningDiT (arXiv:2501.01423).
-        contrastive_weight: weight of the subtracted term ||output - another row's target||^2: Stoica et al. 2025 (Delta-FM,
-            arXiv:2506.05350), who use 0.05. The other row is the one before, its target taken at this row's t. The
-            optimum is (target - weight * mean target) / (1 - weight), no longer the velocity of the data itself.
+        contrastive_weight: weight of the subtracted term ||output - another row's target||^2: Stoica et al. 2025
+            (Delta-FM, arXiv:2506.05350), who use 0.05. The other row is the one before, its target taken at this
+            row's t. The optimum is (target - weight * mean target) / (1 - weight), no longer the velocity of the data itself.
 
     Returns:
         (B,), float32 or better.
 
     Raises:
-        UserError: unknown prediction; a direction weight for another prediction than the velocity; contrastive_weight outside
-            [0, 1), where the loss has no minimum.
+        UserError: unknown prediction; a direction weight where the prediction is not the velocity; contrastive_weight
+            outside [0, 1), where the loss has no minimum.
         ValueError: the output is not shaped like the target, or the weight not (B,); one row has no other to
             contrast.
     """
@@ -122,8 +122,8 @@ class Objective:
     Attributes:
         loss: (output, sample, ...) -> (B,), the output being the network's at ``sample``.
         settings: builds the objective's own settings from the options that a user wrote.
-        average: whether the network learns average velocities: then its output belongs to an interval, and the settings,
-            an ``AverageObjective``, define the target.
+        average: whether the network learns average velocities: then its output belongs to an interval, and the
+            settings, an ``AverageObjective``, define the target.
     """
 
     loss: Callable[..., Tensor]

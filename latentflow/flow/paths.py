@@ -6,9 +6,9 @@ The schedules are finite on [0, 1] and so are their derivatives, with two except
 ``VariancePreserving`` and of ``SqrtPath`` is -infinite. At t = 0 the velocity of a ``Polynomial`` of degree > 1
 vanishes and so tells nothing of the data. ``Path.clip`` moves t away from these three ends into
 ``Path.interval``: ``Path.at`` applies it to the derivatives (never to alpha and sigma), ``as_velocity`` and
-``change_path`` to the t at which they evaluate a network. Other code that divides by alpha or sigma states its own limit:
-``as_velocity`` (predictions that do not determine the velocity), ``loss_factor``, ``SchrodingerBridge``, and the score
-as a target.
+``change_path`` to the t at which they evaluate a network. Other code that divides by alpha or sigma states its own
+limit: ``as_velocity`` (predictions that do not determine the velocity), ``loss_factor``, ``SchrodingerBridge``, and the
+score as a target.
 
 The log-SNR, log(alpha^2 / sigma^2), is +infinite at t = 1 but for ``VarianceExploding`` and a ``CondOT`` with
 sigma_min > 0, and -infinite at t = 0 but for ``VariancePreserving`` (-10.05 as it stands) and

@@ -25,7 +25,7 @@ def gaussian() -> Mixture:
 
 @pytest.fixture
 def draw() -> Callable[..., Tensor]:
-    """Standard normal float64 numbers of a shape, the same in every test."""
+    """Draw standard normal float64 numbers of a shape, the same in every test."""
     generator = seeded()
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 

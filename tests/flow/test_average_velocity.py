@@ -131,7 +131,7 @@ AVERAGES = [name for name, objective in OBJECTIVES.items() if objective.average]
     ("name", "settings"), [*((name, {}) for name in AVERAGES), ("mean-flow", {"improved": 1})]
 )
 def test_the_exact_solution_has_no_loss_and_no_gradient(name, settings, gaussian, draw) -> None:
-    """With the velocity of the flow itself, not of one pair."""
+    """The velocity is that of the flow itself, not of one pair."""
     objective = OBJECTIVES[name].settings(**settings | {"share": 1.0})
     r, t = intervals(24)
     if bool((objective.interval(draws(24))[1] == 1).all()):

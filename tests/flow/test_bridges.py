@@ -31,7 +31,7 @@ def coefficients(bridge: SchrodingerBridge, t: torch.Tensor) -> tuple[torch.Tens
 
 
 def static_covariance(sigma: float) -> torch.Tensor:
-    """Of (x0, x1, noise)."""
+    """Return the covariance of (x0, x1, noise)."""
     c = correlation(sigma)
     return torch.tensor([[1.0, c, 0.0], [c, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
 
@@ -54,7 +54,7 @@ def test_targets_average_to_the_exact_velocity_score_and_drift(sigma) -> None:
     covariance, mean = static_covariance(sigma), torch.tensor([-A, A, 0.0], dtype=torch.float64)
 
     def slope(target: torch.Tensor) -> torch.Tensor:
-        """Of E[target | xt] = E[target] + slope (xt - E[xt]), all being jointly Gaussian."""
+        """Return the slope of E[target | xt] = E[target] + slope (xt - E[xt]), all being jointly Gaussian."""
         return torch.einsum("ti,ij,tj->t", target, covariance, xt) / variance(sigma, t)
 
     v = variance(sigma, t)

@@ -25,7 +25,7 @@ def grid(start: float, steps: int) -> Tensor:
 
 
 def shift(start: float) -> float:
-    """How far an edit from t = start on moves the data: the closed form in the module's docstring."""
+    """Return how far an edit from t = start on moves the data: the closed form in the module's docstring."""
     ratio = SPREAD / math.sqrt((start * SPREAD) ** 2 + (1 - start) ** 2)
     return (TARGET - SOURCE) * (1 - start * ratio)
 

@@ -36,7 +36,7 @@ MASK = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
 
 
 class Network(nn.Module):
-    """What a user trains on ``path.sample(x0, x1, t)`` with t of shape (B,)."""
+    """A network as users train it on ``path.sample(x0, x1, t)`` with t of shape (B,)."""
 
     def __init__(self, slope: float) -> None:
         super().__init__()

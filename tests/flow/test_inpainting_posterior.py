@@ -107,7 +107,7 @@ def floor(exact: CorrelatedMixture, generator: torch.Generator, repeats: int = 8
 
 
 def distance(toy: str, method: str, seed: int, count: int = ROWS, **settings: object) -> float:
-    """From the hole of ``method``'s samples to exact ones, in floors."""
+    """Measure the distance from the hole of ``method``'s samples to exact ones, in floors."""
     data, seen = TOYS[toy]
     y, dimension = torch.tensor(seen, dtype=torch.float64), data.means.shape[1]
     generator = torch.Generator().manual_seed(seed)

@@ -42,7 +42,7 @@ def exact(mixture, path, x, t) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("source", PREDICTIONS)
 def test_predictions_of_a_mixture_are_one_another(mixture, draw, path, source) -> None:
-    """By `convert`, and as the velocity of a network."""
+    """They are converted by `convert`, and as the velocity of a network."""
     t = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
     if isinstance(path, Polynomial):
         t = t.clamp(min=0.08)  # earlier, alpha < 1 / 200
@@ -61,7 +61,7 @@ def test_predictions_of_a_mixture_are_one_another(mixture, draw, path, source) -
 
 
 def determined(path, t: float, source: str, target: str) -> bool:
-    """Whether ``source`` at the end ``t`` of the path determines ``target`` there."""
+    """Return True if ``source`` at the end ``t`` of the path determines ``target`` there."""
     end = torch.tensor(t, dtype=torch.float64)
     if source == target:
         return True
@@ -106,7 +106,7 @@ def test_conversions_agree_at_the_ends_where_they_are_determined(mixture, draw, 
     ],
 )
 def test_what_is_not_determined_is_refused(path, t, source, target, divisor) -> None:
-    """On every path whose alpha or sigma is 0 there; elsewhere the conversion is finite."""
+    """The conversion divides by 0 on every path whose alpha or sigma is 0 there; elsewhere it is finite."""
     x = torch.ones(2, 3)
     if getattr(path, divisor)(torch.tensor(t)) > 0:
         assert convert(x, x, t, path, source, target).isfinite().all()

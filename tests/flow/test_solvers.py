@@ -374,7 +374,7 @@ def test_values_that_are_not_finite_name_the_step_and_t(draw, solver, bad) -> No
 
 
 def test_tolerances_that_cannot_be_met_are_named() -> None:
-    """From t = 0.5 the velocity is noise at every scale: the step size underflows."""
+    """The velocity is noise at every scale from t = 0.5 on: the step size underflows."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return torch.where(t < 0.5, 0.0, 1e30) * torch.sin(1e30 * (x + t))

@@ -115,7 +115,7 @@ def chain(monkeypatch):
 
 
 def error(path: Path, after: tuple[float, float, float]) -> float:
-    """Of the mean and the standard deviation at one time, in standard deviations."""
+    """Return the error of the mean and the standard deviation at one time, in standard deviations."""
     t, mean, std = after
     exact_mean, exact_std = moments(path, t)
     return max(abs(mean - exact_mean), abs(std - exact_std)) / exact_std
@@ -127,7 +127,7 @@ STEPS, TOLERANCE = {0: 60, 1: 120, 2: 60}, {0: 0.08, 1: 0.11, 2: 0.012}  # by or
 @pytest.mark.parametrize("path", CASES.values(), ids=list(CASES))
 @pytest.mark.parametrize("solver", STOCHASTIC)
 def test_gaussian_marginals(chain, path, solver) -> None:
-    """On the whole of every path, at the middle and at the end, forwards and backwards."""
+    """They are held on the whole of every path, at the middle and at the end, forwards and backwards."""
     order = SOLVERS[solver].order
     times = time_grid(STEPS[order])
     for grid in (times, times.flip(0)):
@@ -175,7 +175,7 @@ def test_weak_order(chain, name) -> None:
 
 
 def test_langevin_pulls_a_wrong_marginal_back(chain) -> None:
-    """What Euler alone would carry along; the bias that stays is of the order snr^2 = 0.01."""
+    """Euler alone would carry it along; the bias that stays is of the order snr^2 = 0.01."""
     path, times = Trigonometric(), torch.linspace(0.2, 0.6, 61, dtype=torch.float64)
     wrong = (0.0, 2.0)
     assert error(path, chain(path, times, "euler", start=wrong)[-1]) > 0.5
@@ -288,7 +288,7 @@ def test_without_noise_it_is_the_ode_solver_bit_for_bit(velocity, draw, solver, 
 
 
 def test_ddim_is_euler(gaussian, draw) -> None:
-    """On the straight path step for step; on any other as Euler on the straight path at matched times."""
+    """It is, step for step, on the straight path; on any other as Euler on the straight path at matched times."""
     x, times = draw(16, 2), time_grid(12)
     straight, other = CondOT(), VariancePreserving()
     flow = lambda x, t: gaussian.velocity(straight, x, t)  # noqa: E731
@@ -331,7 +331,7 @@ def test_a_diffusion_of_ones_own(velocity, draw) -> None:
 
 
 def test_sbdm_is_the_noise_of_the_diffusion() -> None:
-    """On the variance-preserving path g^2 is the noise schedule beta."""
+    """g^2 on the variance-preserving path is the noise schedule beta."""
     t = torch.linspace(0, 0.99, 9, dtype=torch.float64)
     g_squared = DIFFUSIONS["sbdm"](VariancePreserving(0.1, 20.0), t)
     assert (g_squared - (0.1 + 19.9 * (1 - t))).abs().max() < 1e-12

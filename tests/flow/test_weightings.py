@@ -82,7 +82,7 @@ def test_formulas_of_the_papers(name, options, formula) -> None:
 
 
 def test_plain_losses_are_what_their_weightings_say() -> None:
-    """Where a weighting is named after a plain loss, the factor is 1 up to a constant on that very setting."""
+    """A weighting that is named after a plain loss has a constant factor on that very setting."""
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     density = LogitNormal(0.4, 0.8)
     factor = loss_factor(weighting("flow-matching"), CondOT(), "velocity", torch.linspace(0, 1, 101))

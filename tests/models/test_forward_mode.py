@@ -95,7 +95,7 @@ def test_the_fused_kernel_is_left_where_a_forward_derivative_is_taken_and_where_
     ],
 )
 def test_the_network_agrees_with_finite_differences(arguments: dict) -> None:
-    """In x, and in t; t is float32 inside, so its finite difference is a coarse one."""
+    """It does in x, and in t, which is float32 inside, so that its finite difference is coarse."""
     model = build("dit", time_scale=1.0, **arguments).double()
     x, v, t = latents().double(), normal(3, 4, 6, 4, seed=5), torch.tensor([0.25, 0.5, 0.75])
     cond = full_condition() if "num_classes" in arguments else None

@@ -1,4 +1,4 @@
-"""What every velocity network must hold, whichever it is."""
+"""Promises of every velocity network."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_row_without_any_token_is_the_null_text(name: str) -> None:
 
 
 def test_half_precision_stays_close_to_float32(name: str) -> None:
-    """By autocast, and with weights in bfloat16; latents and velocities stay in float32."""
+    """It does by autocast and with weights in bfloat16; latents and velocities stay in float32."""
     model, x, cond = build(name, **FULL), latents(), full_condition()
     expected = model(x, 0.5, cond)
     with torch.autocast("cpu", torch.bfloat16):

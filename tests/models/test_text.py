@@ -180,7 +180,7 @@ def test_of_other_tokenizers_words_with_an_unknown_token_are_unknown() -> None:
 
 
 def test_a_tokenizer_of_bytes_knows_every_word() -> None:
-    """As CLIP's, whose unknown token is the one that ends every text."""
+    """One such is CLIP's, whose unknown token is the one that ends every text."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend = Tokenizer(
         models.BPE(vocab={letter: i for i, letter in enumerate([*alphabet, "<end>"])}, merges=[])
@@ -213,7 +213,7 @@ def clip(size: int) -> Any:
 
 
 def older(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As files of years ago have it: other names of norms, and a buffer that is computed now."""
+    """Rename norms, and add a buffer that is computed now, as in files of years ago."""
     renamed = {
         name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
         for name, value in state.items()

@@ -1,8 +1,8 @@
 """Consistency in continuous time: from anywhere on a trajectory to its end. Lu & Song 2024 (sCM, arXiv:2410.11081).
 
 A consistency function f(x, r) = x + (1 - r) u(x, r, 1) is constant along the flow: df/dr = v - u + (1 - r) du/dr = 0,
-which is the identity of average velocities (`mean_flow`) for intervals that end at the data. sCM adds two things that keep
-training stable: a normalised tangent df/dr, and a warm-up of the derivative in it.
+which is the identity of average velocities (`mean_flow`) for intervals that end at the data. sCM adds two things that
+keep training stable: a normalised tangent df/dr, and a warm-up of the derivative in it.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class MeanFlow(AverageObjective):
         return bool(self.improved)
 
     def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Two times in order (sec. 4.3, "Sampling r, t"); intervals without a length are at the one nearer the noise."""
+        """Two times in order (sec. 4.3, "Sampling r, t"); intervals without a length are at the earlier one."""
         first, second = draws.quantile(draws.first), draws.quantile(draws.second)
         start, end = torch.minimum(first, second), torch.maximum(first, second)
         return start, torch.where(draws.coin < self.share, end, start)
@@ -71,8 +71,8 @@ class AlphaFlow(MeanFlow):
         share, power, guidance, mixing, improved: as of MeanFlow.
         begin, end: shares of the run between which alpha goes from 1 to 0, along a sigmoid.
         least: lower bound of alpha. Above 0 no derivative is ever taken, so that fused attention can be used
-            throughout; a target costs two evaluations. At 0.5 it is the self-consistency of shortcut models, with a velocity as the
-            first half.
+            throughout; a target costs two evaluations. At 0.5 it is the self-consistency of shortcut models,
+            with a velocity as the first half.
 
     Raises:
         UserError: a value outside its bounds.

@@ -5,8 +5,8 @@ With m between r and t and x_m = x + (m - r) u(x, r, m), the average velocity sa
     (t - r) u(x, r, t) = (m - r) u(x, r, m) + (t - m) u(x_m, m, t),
 
 so that, with m half-way, the network's own shorter steps are the target of its longer ones: all lengths at once in
-shortcut models (Frans et al. 2024, arXiv:2410.12557, eq. 5), one after the other in progressive distillation (Salimans & Ho
-2022, arXiv:2202.00512). No derivative is taken.
+shortcut models (Frans et al. 2024, arXiv:2410.12557, eq. 5), one after the other in progressive distillation (Salimans
+& Ho 2022, arXiv:2202.00512). No derivative is taken.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ def _require_alike(known: KnownRegion, x: Tensor, particles: int) -> None:
 
 
 class LookAhead(NamedTuple):
-    """Values at (x, t): the velocity and predicted data, the ``shift`` of the data towards what is known, all (B, ...), and
-    log N(known; data there, r^2), (B,), without its constant."""
+    """Values at (x, t): the velocity and predicted data, the ``shift`` of the data towards what is known, all
+    (B, ...), and log N(known; data there, r^2), (B,), without its constant."""
 
     velocity: Tensor
     data: Tensor

@@ -27,8 +27,8 @@ def pnp_flow(
 ) -> Tensor:
     """Denoise, put the known region in place, and noise again, all of it, for the next step.
 
-    PnP-Flow, Martin et al. 2024 (arXiv:2410.02423), algorithm 3, for known values without noise, where the gradient step
-    on |known - data|^2 with step size 1 puts the known values in place:
+    PnP-Flow, Martin et al. 2024 (arXiv:2410.02423), algorithm 3, for known values without noise, where the gradient
+    step on |known - data|^2 with step size 1 puts the known values in place:
 
         D = the data predicted at x_t, with the known values;   x_t' = alpha' D + sigma' z,  z ~ N(0, 1) fresh.
 
