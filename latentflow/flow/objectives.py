@@ -46,7 +46,8 @@ def flow_matching_loss(
             positions: Yao et al. 2024 (FasterDiT, arXiv:2410.10356), also in LightningDiT (arXiv:2501.01423).
         contrastive_weight: weight of the subtracted term ||output - another row's target||^2: Stoica et al. 2025
             (Delta-FM, arXiv:2506.05350), who use 0.05. The other row is the one before, its target taken at this
-            row's t. The optimum is (target - weight * mean target) / (1 - weight), no longer the velocity of the data itself.
+            row's t. The optimum is (target - weight * mean target) / (1 - weight), no longer the velocity of the data
+            itself.
 
     Returns:
         (B,), float32 or better.

@@ -147,7 +147,7 @@ def test_one_step_of_the_student_is_nearly_fifty_of_the_teacher(teacher: Percept
 
 
 def distilled(teacher: Perceptron, settings: AverageObjective, steps: int) -> Perceptron:
-    """Train a student as the training does: the teacher's velocity, and targets of the average or of an earlier self."""
+    """Train a student as a run does: on the teacher's velocity, and on targets of the average or an earlier self."""
     student, asked, generator = copy.deepcopy(teacher), copy.deepcopy(teacher), seeded(2)
     stages = isinstance(settings, Progressive)
     stage = 0
