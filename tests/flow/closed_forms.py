@@ -83,6 +83,12 @@ class Mixture:
     def log_density(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
         return torch.logsumexp(self.components(path, x, t)[-1], dim=-1)
 
+    def cdf(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
+        """Return the distribution function of x_t, elementwise."""
+        _, _, _, residual, variance, _ = self.components(path, x, t)
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        return (weights * torch.special.ndtr(residual / variance.sqrt())).sum(-1)
+
     def score(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
         """d/dx log p_t(x), by autograd through the density, so not through any formula for the ends."""
         with torch.enable_grad():

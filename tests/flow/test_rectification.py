@@ -102,25 +102,6 @@ def test_rectifying_a_correlated_gaussian_makes_it_straight(draw) -> None:
     )
 
 
-def test_rectifying_a_mixture_in_one_dimension_makes_it_straight(mixture, draw) -> None:
-    """The pairs are monotone there: E[x1 - x0 | x_t] is the difference of the one pair that passes x_t."""
-    path, noise = CondOT(), torch.linspace(-5, 5, 4001, dtype=torch.float64)[:, None]
-
-    def first(x: Tensor, t: Tensor) -> Tensor:
-        return mixture.velocity(path, x, t)
-
-    x0, x1 = reflow_pairs(first, noise, FINE, "rk4")
-
-    def second(x: Tensor, t: Tensor) -> Tensor:
-        sample = path.sample(x0, x1, t)
-        return torch.from_numpy(np.interp(x[:, 0], sample.xt[:, 0], sample.velocity[:, 0]))[:, None]
-
-    start = draw(200, 1)
-    before, after = (straightness(v, start, time_grid(50)).mean() for v in (first, second))
-    assert before > 0.1
-    assert after < 1e-4 * before
-
-
 @pytest.mark.parametrize(
     ("function", "times", "options", "message"),
     [

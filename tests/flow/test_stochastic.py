@@ -8,7 +8,6 @@ and the k-th draw of noise is replaced by the k-th unit vector.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from latentflow.flow import (
     Trigonometric,
     VarianceExploding,
     VariancePreserving,
+    Velocity,
     churn,
     ddpm,
     euler_maruyama,
@@ -34,6 +34,7 @@ from latentflow.flow import (
     time_grid,
 )
 from latentflow.flow.solvers import stochastic
+from latentflow.flow.solvers.base import schedule
 
 from .closed_forms import seeded
 
@@ -45,38 +46,18 @@ CASES: dict[str, Path] = {name: make() for name, make in PATHS.items()} | {
 MEAN, STD = 1.5, 0.4  # of the fixture ``gaussian``
 
 
-def schedule(path: Path, t: float) -> tuple[float, float]:
-    time = torch.tensor(t, dtype=torch.float64)
-    return float(path.alpha(time)), float(path.sigma(time))
-
-
 def moments(path: Path, t: float) -> tuple[float, float]:
     """Mean and standard deviation of x_t."""
     a, s = schedule(path, t)
     return a * MEAN, math.hypot(a * STD, s)
 
 
-Affine = Callable[[float], tuple[float, float]]  # t -> (slope, intercept)
-
-
-def gaussian_velocity(path: Path) -> Affine:
-    """u = a' m + (a' a c^2 + s' s) / (a^2 c^2 + s^2) (x - a m)."""
-
-    def affine(t: float) -> tuple[float, float]:
-        time = torch.tensor(t, dtype=torch.float64)
-        a, s, da, ds = (float(value) for value in path.at(path.clip(time), time))
-        slope = (da * a * STD**2 + ds * s) / (a**2 * STD**2 + s**2)
-        return slope, (da - slope * a) * MEAN
-
-    return affine
-
-
-def on_coefficients(affine: Affine) -> Callable[[Tensor, Tensor], Tensor]:
-    """An affine function of x, on rows of coefficients."""
+def on_coefficients(affine: Velocity) -> Velocity:
+    """Apply a function that is affine in x to rows of coefficients."""
 
     def apply(x: Tensor, t: Tensor) -> Tensor:
-        slope, intercept = affine(float(t))
-        result = slope * x
+        intercept, moved = affine(torch.tensor([[0.0], [1.0]], dtype=torch.float64), t)
+        result = (moved - intercept) * x
         result[:, 0] += intercept
         return result
 
@@ -84,7 +65,7 @@ def on_coefficients(affine: Affine) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @pytest.fixture
-def chain(monkeypatch):
+def chain(monkeypatch, gaussian):
     """chain(path, times, solver) -> [(t, mean, standard deviation)] after each step, exactly."""
 
     def run(path, times, solver, velocity=None, score=None, start=None) -> list[tuple[float, float, float]]:
@@ -101,7 +82,7 @@ def chain(monkeypatch):
         x[0, 0], x[0, 1] = start or moments(path, float(times[0]))
         seen: list[tuple[float, float, float]] = []
         integrate(
-            on_coefficients(velocity or gaussian_velocity(path)),
+            on_coefficients(velocity or (lambda x, t: gaussian.velocity(path, x, t))),
             x,
             times,
             solver,
@@ -189,14 +170,13 @@ def test_schrodinger_bridge_with_its_own_score(chain) -> None:
     def exact(t):
         return (2 * t - 1) * 2.0, t * (1 - t) * root + (1 - t) ** 2 + t**2
 
-    def velocity(t: float) -> tuple[float, float]:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
         mean, variance = exact(t)
-        slope = (1 - 2 * t) * (root - 2) / (2 * variance)
-        return slope, 4.0 - slope * mean
+        return 4.0 + (1 - 2 * t) * (root - 2) / (2 * variance) * (x - mean)
 
-    def score(t: float) -> tuple[float, float]:
+    def score(x: Tensor, t: Tensor) -> Tensor:
         mean, variance = exact(t)
-        return -1.0 / variance, mean / variance
+        return (mean - x) / variance
 
     times = time_grid(60)
     for solver, tolerance in [(euler_maruyama("constant", 1.0), 1.5e-2), (stochastic_heun("constant"), 2e-4)]:
@@ -208,14 +188,9 @@ def test_schrodinger_bridge_with_its_own_score(chain) -> None:
                 assert abs(std**2 - exact(t)[1]) < tolerance
 
 
-def kolmogorov_smirnov(mixture, path: Path, x: Tensor, t: float) -> float:
-    a, s = schedule(path, t)
-    x = x.flatten().sort().values
-    cdf = sum(
-        w * torch.special.ndtr((x - a * m) / math.hypot(a * c, s))
-        for w, m, c in zip(mixture.weights, mixture.means, mixture.stds, strict=True)
-    )
-    return float((cdf - (torch.arange(len(x)) + 0.5) / len(x)).abs().max())
+def kolmogorov_smirnov(mixture, path: Path, x: Tensor, t: Tensor) -> float:
+    cdf = mixture.cdf(path, x.flatten().sort().values, t)
+    return float((cdf - (torch.arange(len(cdf)) + 0.5) / len(cdf)).abs().max())
 
 
 SAMPLED: dict[str, tuple[Solver, Path, int]] = {
@@ -241,7 +216,7 @@ def test_mixture_marginals(mixture, monkeypatch, name) -> None:
 
     def watch(i: int, t: Tensor, x: Tensor) -> None:
         if i + 1 in (steps // 2, steps):
-            far.append(kolmogorov_smirnov(mixture, path, x, float(t)))
+            far.append(kolmogorov_smirnov(mixture, path, x, t))
 
     def run() -> list[float]:
         far.clear()
