@@ -181,7 +181,7 @@ def distilled(teacher: Perceptron, settings: AverageObjective, steps: int) -> Pe
     return student
 
 
-#: objective -> settings that learn fast; an objective that is not here is trained with a share of 0.75
+#: objective -> settings that learn fast; below are those of any other objective
 SETTINGS: dict[str, list[dict[str, float]]] = {
     "mean-flow": [{"share": 0.75, "power": 0.5}],
     "alpha-flow": [{"share": 0.75, "power": 0.5, "end": 0.8}, {"share": 0.75, "power": 0.5, "least": 0.1}],
@@ -193,7 +193,7 @@ CASES = [
     OBJECTIVES[name].settings(**settings)
     for name, objective in OBJECTIVES.items()
     if objective.average
-    for settings in SETTINGS.get(name, [{"share": 0.75}])
+    for settings in SETTINGS.get(name, [{"share": 0.75, "power": 0.0}])
 ]
 
 
