@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from latentflow.errors import UserError
 from latentflow.flow import (
     COUPLINGS,
     ConditionalOptimalTransport,
@@ -268,7 +269,7 @@ NAN, INFINITY = float("nan"), float("inf")
     ],
 )
 def test_mistakes_are_named(call, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError if "did you mean" in message else ValueError, match=message):
         call()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentflow.errors import UserError
 from latentflow.flow import INPAINTING, PATHS, SOLVERS, CondOT, Counted, integrate
 from latentflow.flow.inpainting.base import KnownRegion
 from latentflow.flow.inpainting.particles import look_ahead
@@ -123,7 +124,8 @@ def test_mistakes_are_named(name: str, problem: tuple[Tensor, Tensor, Tensor]) -
     if name == "repaint":
         mistakes += [({setting: 0}, f"{setting} 0") for setting in ("jump", "resamplings")]
     for change, message in mistakes:
-        with pytest.raises(ValueError, match=message):
+        error = UserError if change.keys() <= {"solver", "jump", "resamplings"} else ValueError
+        with pytest.raises(error, match=message):
             INPAINTING[name](velocity, **{"x0": x0, "known": known, "mask": mask, "times": times(4)} | change)
 
 

@@ -6,6 +6,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
+from latentflow.errors import UserError
 from latentflow.flow import SOLVERS, CondOT, integrate, reflow_pairs, straightness, time_grid
 
 FINE = time_grid(200)
@@ -103,19 +104,19 @@ def test_rectifying_a_correlated_gaussian_makes_it_straight(draw) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "times", "options", "message"),
+    ("function", "times", "options", "error", "message"),
     [
-        (reflow_pairs, [0, 1], {"batch_size": 0}, "batch_size is 0"),
-        (reflow_pairs, [0, 1], {"solver": "huen"}, "did you mean 'heun'"),
-        (straightness, [0, 1], {}, "at least 2 steps"),
-        (straightness, FINE, {"solver": "huen"}, "did you mean 'heun'"),
+        (reflow_pairs, [0, 1], {"batch_size": 0}, ValueError, "batch_size is 0"),
+        (reflow_pairs, [0, 1], {"solver": "huen"}, UserError, "did you mean 'heun'"),
+        (straightness, [0, 1], {}, ValueError, "at least 2 steps"),
+        (straightness, FINE, {"solver": "huen"}, UserError, "did you mean 'heun'"),
         *(
-            (straightness, FINE, {"solver": name}, "stochastic")
+            (straightness, FINE, {"solver": name}, UserError, "stochastic")
             for name, solver in SOLVERS.items()
             if solver.stochastic
         ),
     ],
 )
-def test_mistakes_are_named(function, times, options, message) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_mistakes_are_named(function, times, options, error, message) -> None:
+    with pytest.raises(error, match=message):
         function(lambda x, t: x, torch.zeros(2, 2), times, **options)

@@ -17,8 +17,6 @@ from transformers import (
     BertForMaskedLM,
     CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -130,22 +128,11 @@ def test_a_saved_encoder_loads_with_the_same_embeddings(tokenizer: Any, encoder:
     assert torch.equal(encode_text(*again, CAPTIONS)[0], encode_text(tokenizer, encoder, CAPTIONS)[0])
 
 
-def test_a_clip_folder_gives_its_text_half(tokenizer: Any, tmp_path: Path) -> None:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=7,
-    )
-    tokenizer.save_pretrained(tmp_path)
-    CLIPTextModel(config).save_pretrained(tmp_path)
-    loaded_tokenizer, encoder = load_text_encoder(tmp_path)
-    assert isinstance(encoder, CLIPTextModel)
+def test_prompts_are_cut_at_the_positions_of_the_encoder(tokenizer: Any, tmp_path: Path) -> None:
+    loaded, encoder = load_text_encoder(saved(clip(len(tokenizer), positions=7), tokenizer, tmp_path))
     assert not encoder.training
     with pytest.warns(UserWarning, match="exceed 7 tokens"):
-        embeddings, mask = encode_text(loaded_tokenizer, encoder, ["red apple", CAPTIONS[0]])
+        embeddings, mask = encode_text(loaded, encoder, ["red apple", CAPTIONS[0]])
     assert embeddings.shape == (2, 7, 16)
     assert mask.sum(1).tolist() == [3, 7]
 
@@ -207,8 +194,14 @@ def t5(size: int) -> Any:
     )
 
 
-def clip(size: int) -> Any:
-    text = {"vocab_size": size, "max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 1, **WIDE}
+def clip(size: int, positions: int = 16) -> Any:
+    text = {
+        "vocab_size": size,
+        "max_position_embeddings": positions,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        **WIDE,
+    }
     return CLIPModel(CLIPConfig(text_config=text, vision_config=EYE, projection_dim=8))
 
 
