@@ -230,12 +230,12 @@ def test_intervals_are_in_order_and_a_share_has_a_length(name: str) -> None:
 
 def test_intervals_of_each_objective() -> None:
     given = draws(4000)
-    one, other = given.first.sqrt(), given.second.sqrt()
+    first, second = given.first.sqrt(), given.second.sqrt()
     start, end = MeanFlow(share=0.25).interval(given)
-    assert torch.equal(start, torch.minimum(one, other))
-    assert torch.equal(end[given.coin < 0.25], torch.maximum(one, other)[given.coin < 0.25])
+    assert torch.equal(start, torch.minimum(first, second))
+    assert torch.equal(end[given.coin < 0.25], torch.maximum(first, second)[given.coin < 0.25])
     start, end = Consistency(share=1.0).interval(given)
-    assert torch.equal(start, one) and bool((end == 1).all())
+    assert torch.equal(start, first) and bool((end == 1).all())
     start, end = Shortcut(share=1.0, finest=8).interval(given)
     length = end - start
     for level in (1, 2, 4, 8):  # each length as often, from each of its multiples as often

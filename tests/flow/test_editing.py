@@ -107,8 +107,8 @@ def test_each_step_has_new_normal_noise_and_both_sides_have_the_same(draw: Draw)
     for noise in noises:
         assert abs(float(noise.mean())) < 4 / 2000**0.5
         assert abs(float(noise.var()) - 1) < 4 * (2 / 2000) ** 0.5
-    for one, other in pairwise(noises):
-        assert abs(float((one * other).mean())) < 4 / 2000**0.5
+    for before, after in pairwise(noises):
+        assert abs(float((before * after).mean())) < 4 / 2000**0.5
     for (x_source, _), (x_target, _), z in zip(source.calls, target.calls, states, strict=False):
         torch.testing.assert_close(x_target - x_source, z - x1)
     assert len(source.calls) == len(target.calls) == 5

@@ -130,10 +130,10 @@ def test_optimized_scale_takes_the_nearest_multiple_of_the_unconditional(draw) -
     s = guided / u
     assert torch.allclose(s, s[:, :1, :1].expand_as(s)) and s.std(0).min() > 0.01  # one number for each row
     # The unconditional's length cancels: two lengths, one result; at length 0 there is nothing to project on.
-    one, two = (
+    first, second = (
         guide(lambda x, t: c, lambda x, t, k=k: k * u, 3.0, optimized_scale=True)(x, t) for k in (1, 7)
     )
-    assert torch.allclose(one, two) and torch.allclose(one, 3 * c - 2 * guided)
+    assert torch.allclose(first, second) and torch.allclose(first, 3 * c - 2 * guided)
     zero = guide(lambda x, t: c, lambda x, t: 0 * u, 3.0, optimized_scale=True)(x, t)
     assert torch.allclose(zero, 3 * c)
 

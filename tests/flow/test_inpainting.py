@@ -68,7 +68,7 @@ def test_nothing_known_is_sampling_and_all_known_is_known(
 
 @METHODS
 def test_cost_callback_and_progress(name: str, problem: tuple[Tensor, Tensor, Tensor]) -> None:
-    """One evaluation a step; each step is told once, in order, and the bar moves with them."""
+    """One evaluation a step; each step is reported once, in order, and the bar moves with them."""
     x0, known, mask = problem
     counted, seen, bar = Counted(velocity), [], []
 

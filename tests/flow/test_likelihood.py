@@ -165,7 +165,7 @@ def test_a_network_with_attention_is_differentiated_twice(net, draw) -> None:
 @pytest.mark.parametrize("kind", ["exact", "hutchinson"])
 def test_chunks_change_nothing(net, draw, kind) -> None:
     x1 = draw(2, 2, 3, 3).float()
-    one, *others = (
+    first, *others = (
         log_likelihood(
             net,
             x1,
@@ -178,7 +178,7 @@ def test_chunks_change_nothing(net, draw, kind) -> None:
         )
         for size in (1, 5, 18, 1000)
     )
-    assert all(torch.allclose(one, other, atol=1e-4) for other in others)
+    assert all(torch.allclose(first, other, atol=1e-4) for other in others)
 
 
 def test_a_source_of_its_own_and_a_part_of_the_time(draw) -> None:

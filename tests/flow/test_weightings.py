@@ -132,9 +132,9 @@ def test_shapes_and_precision() -> None:
     rows = loss_factor(w, path, "data", T.float())
     assert rows.dtype == torch.float64
     assert rows.shape == T.shape
-    one = loss_factor(w, path, "data", T.float()[3])
-    assert one.shape == ()
-    assert one == rows[3]
+    single = loss_factor(w, path, "data", T.float()[3])
+    assert single.shape == ()
+    assert single == rows[3]
     assert torch.equal(loss_factor(w, path, "data", T.float(), 2.0), 2 * rows)
 
 
