@@ -1,4 +1,4 @@
-"""What is in your images: `latentflow check DATA`. Exit status 1 on what would break a training."""
+"""Check the images of a data set: `latentflow check DATA`. Exit status 1 on what would break a training."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ import tyro
 from PIL import Image
 
 from latentflow.cli import parse, run
-from latentflow.data.checking import contact_sheet, look_through, report_page, suggest
-from latentflow.data.sources.assemble import Masks
-from latentflow.data.sources.kinds import Condition, MissingCaption
+from latentflow.data.checking.check import check_data
+from latentflow.data.checking.page import contact_sheet, report_page
+from latentflow.data.checking.suggest import suggest
+from latentflow.data.sources.kinds import Condition, Masks, MissingCaption
 from latentflow.errors import UserError, one_line, printable
 from latentflow.utils.html_page import refuse_existing
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Report what is in your images, what a training would make of them, and how to start one."""
+    """Report what your images are, how a training would use them, and how to start one."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A folder of images, or any other data that `latentflow train` takes."""
     condition: Condition = "auto"
-    """What to condition on; auto takes the first of captions, classes, nothing."""
+    """What the model is conditioned on; auto: captions if there are any, else classes, else nothing."""
     missing_caption: MissingCaption = "error"
-    """What becomes of images without a caption."""
+    """What to do with images that have no caption."""
     masks: Masks = "auto"
-    """Your own masks: of metadata and files, none, or the alpha channels."""
+    """Your own masks; auto: from the metadata and from files such as cat-mask.png; alpha: from the alpha channels."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns of a table that are called otherwise: our name, then theirs."""
+    """Rename table columns: pairs of our name and yours, e.g. `image picture text caption`."""
     json: bool = False
     """Print the report as JSON."""
     sheet: str | None = None
-    """Write a contact sheet, an image of some images, to this file (.png)."""
+    """Write a contact sheet, one image that shows up to 80 of them, to this file (.png)."""
     report: str | None = None
     """Write the report as one web page to this file (.html)."""
     overwrite: bool = False
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{flag} {file} does not end in {suffix}", f"Name it {Path(file).stem}{suffix}.")
         if file is not None:
             refuse_existing(file, config.overwrite)
-    report, source = look_through(
+    report, source = check_data(
         config.data,
         condition=config.condition,
         missing_caption=config.missing_caption,
@@ -63,16 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     suggestion = suggest(report, gpu=torch.cuda.is_available(), flags=training_flags(config))
     if config.json:
-        told = report.as_dict() | {
+        values = report.as_dict() | {
             "suggestion": None if suggestion is None else dataclasses.asdict(suggestion)
         }
-        text = json.dumps(told, indent=2, ensure_ascii=False)
-        # What cannot be written, or would steer a terminal, stands there in JSON's escapes.
-        print("".join(one if one == printable(one) else json.dumps(one)[1:-1] for one in text))
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        # Characters that cannot be written, or would steer a terminal, become JSON's escapes.
+        print("".join(c if c == printable(c) else json.dumps(c)[1:-1] for c in text))
     else:
         print("\n".join(report.lines()))
         if suggestion is not None:
-            print(f"\nto start with:\n  {one_line(suggestion.command)}")
+            print(f"\nto start a training:\n  {one_line(suggestion.command)}")
             print("\n".join(f"    {choice}: {one_line(why)}" for choice, why in suggestion.reasons.items()))
     if config.sheet is not None and source is not None and len(source):
         save_sheet(contact_sheet(source), Path(config.sheet))
@@ -96,7 +97,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 
 def training_flags(config: CheckConfig) -> tuple[str, ...]:
-    """What was said of the data here, for the command line of a training."""
+    """Return the flags on the data that a training needs as well."""
     default = CheckConfig(data="")
     names = ("condition", "missing_caption", "masks")
     flags = [

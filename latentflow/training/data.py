@@ -17,16 +17,15 @@ from torch import Tensor
 from ..autoencoder import downscale_factor
 from ..autoencoder.latents import Autoencoder
 from ..data import (
-    Framing,
-    LatentFolder,
-    Rows,
+    Cropping,
+    LazyTable,
     Source,
     cached_latents,
     cached_masks,
     cached_pixels,
     cached_text,
+    crop,
     find_source,
-    frame,
     readable,
     split,
 )
@@ -164,13 +163,11 @@ def find_examples(config: RunConfig, given_keys: Collection[str]) -> Examples:
     if base:
         base_classes(base)  # refuses what is no checkpoint, before every image is looked at
     source = readable(find_source(data.data, **data.wanted()))
-    autoencoder = config.vae or base
-    if isinstance(source, LatentFolder):
-        data, autoencoder = source.adopt(data), autoencoder or source.autoencoder
+    data, autoencoder = source.adopt(data), config.vae or base or source.autoencoder
     if base:
         source = with_base_classes(source, base, config.output)
         data = replace(data, validation=held_out_share(given_keys, data.validation, len(source)))
-        if "resolution" not in given_keys and not isinstance(source, LatentFolder):
+        if "resolution" not in given_keys and not source.precomputed:
             data = replace(data, resolution=base_resolution(base) or data.resolution)
     training, validation = (source.subset(rows) for rows in split(source, data.validation, config.loop.seed))
     return Examples(source, training, validation, data, autoencoder)
@@ -214,19 +211,19 @@ class LatentCache:
         self._config, self._data, self._vae, self._built = config, examples.data, vae, built
         self._has_masks = examples.source.has_masks
 
-    def framed(self, source: Source, *, crops: int | None = None) -> Framing:
+    def framed(self, source: Source, *, crops: int | None = None) -> Cropping:
         """How the images are cut; with another number of crops than the settings say, if given."""
         framing = self._config.framing
         patch = self._built.networks.network.config.get("patch_size", 1)
-        return frame(
+        return crop(
             source,
             config=framing if crops is None else replace(framing, crops=crops),
             resolution=self._data.resolution,
             unit=downscale_factor(self._vae) * patch,
-            told=self._built.told,
+            size_conditioning=self._built.told,
         )
 
-    def latents(self, framed: Framing) -> LatentData:
+    def latents(self, framed: Cropping) -> LatentData:
         """The images as training data, computed where they are not cached."""
         seed = self._config.loop.seed
         return LatentData(
@@ -238,9 +235,9 @@ class LatentCache:
             seed=seed,
         )
 
-    def _sized(self, framed: Framing, number: int) -> Sized:
+    def _sized(self, framed: Cropping, number: int) -> Sized:
         part, size, data = framed.part(number), framed.sizes[number], self._data
-        views: dict[str, Tensor | Rows] = {}
+        views: dict[str, Tensor | LazyTable] = {}
         if self._built.stage.needs_pixels:
             views["pixels"] = cached_pixels(part, size, data.background)
         if self._has_masks:

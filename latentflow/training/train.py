@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..autoencoder.latents import Autoencoder
-from ..data import LatentFolder
 from .build import build
 from .config import RunConfig
 from .data import Examples, LatentCache, as_begun, find_examples
@@ -157,9 +156,7 @@ def train(
 
 def _estimate(config: RunConfig, examples: Examples, vae: Autoencoder, built: Built) -> list[str]:
     """Sizes, operations, memory and time."""
-    views = config.framing.crops * (1 + examples.data.random_flip)
-    if isinstance(examples.source, LatentFolder):
-        views = 0
+    views = config.framing.crops * (1 + examples.data.random_flip) * (not examples.source.precomputed)
     return estimate_lines(
         built.stage, built.networks, vae, examples.source, config.loop, built.latent_size, views
     )

@@ -23,12 +23,12 @@ os.environ |= {"OMP_NUM_THREADS": "1", "LATENTFLOW_CACHE": "cache", "TOKENIZERS_
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from latentflow.training.loop.report import Reporter
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline, UNet
 from latentflow.cli import main
-from latentflow.training.loop.report import Reporter
 
 CAPTIONS = [
     ("a red circle", "a glimmering wug", "round"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data import Example, Framing, LatentTable, Source, to_pil
+from ...data import Cropping, Example, LatentTable, Source, to_pil
 from ...data.dataset import Kind
 from ...errors import UserError, reading
 from ...pipeline.adapter_files import weights_hash
@@ -103,7 +103,7 @@ def drawn_data(
     )
     source = Source(f"samples of {checkpoint}", examples, kind, networks.classes if kind == "class" else ())
     natural = np.full((len(asked), 2), side, dtype=np.int32)
-    framing = Framing(source, ((side, side),), np.zeros(len(asked), dtype=np.int32), natural)
+    framing = Cropping(source, ((side, side),), np.zeros(len(asked), dtype=np.int32), natural)
     sized = Sized(LatentTable(tensors["latents"][:, None], None), views)
     conditions = conditions_of(source, networks, drawing.seed)
     return LatentData(framing, [sized], conditions, flips=False, told=told, seed=drawing.seed)
