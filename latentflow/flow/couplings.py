@@ -264,9 +264,8 @@ def _condition_weight(cost: Tensor, apart: Tensor, ratio: float) -> float:
     w is an order statistic of these.
     """
     limit = (cost.diagonal()[:, None] - cost) / apart
-    limit = limit.nan_to_num(
-        nan=torch.inf, posinf=torch.inf, neginf=-torch.inf
-    )  # 0 / 0: every w meets the inequality
+    # NaN is 0 / 0: every w meets the inequality.
+    limit = limit.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     limit = limit[~torch.eye(len(cost), dtype=torch.bool, device=cost.device)]
     finite = limit[limit.isfinite()]
     if not len(finite):  # all conditions are equal, or there is but one row: the weight changes nothing
