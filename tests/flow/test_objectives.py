@@ -108,7 +108,7 @@ def test_the_target_is_the_true_velocity_in_another_form(path, prediction, draw)
     torch.testing.assert_close(loss, torch.zeros_like(loss), atol=1e-15, rtol=0)
     direction = 1.0 if prediction == "velocity" else 0.0
     LOSS(target, sample, path=path, prediction=prediction, direction_weight=direction).sum().backward()
-    torch.testing.assert_close(target.grad, torch.zeros_like(target), atol=1e-6, rtol=0)
+    torch.testing.assert_close(target.grad, torch.zeros_like(target), atol=1e-9, rtol=0)
     off = LOSS(target + 0.5, sample, path=path, prediction=prediction)
     torch.testing.assert_close(off, torch.full_like(loss, 0.25), atol=1e-8, rtol=0)
 

@@ -15,6 +15,8 @@ def test_unconditional_drops_every_row_and_keeps_the_fields() -> None:
     assert out.class_labels is cond.class_labels
     assert out.channels is cond.channels
     assert Condition().unconditional() == Condition()
+    with pytest.raises(AttributeError):  # it is frozen
+        cond.drop = out.drop  # type: ignore[misc]
 
 
 def test_cat_keeps_the_order_of_rows_and_fills_what_one_side_left_to_the_default() -> None:
