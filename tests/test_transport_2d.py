@@ -127,17 +127,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_tiny_run_and_its_resumption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def scaled(output: str) -> list[str]:
-        return [
-            "--quick",
-            "--steps",
-            "3",
-            "--batches",
-            "2",
-            "--w2-points",
-            "50",
-            "--output",
-            str(tmp_path / output),
-        ]
+        scale = ["--quick", "--steps", "3", "--batches", "2", "--w2-points", "50"]
+        return [*scale, "--output", str(tmp_path / output)]
 
     line = scaled("out")
     chosen = ["--tasks", "normal-moons", "--methods", "ot-cfm", "sf2m", "2-rf"]

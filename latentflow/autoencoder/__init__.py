@@ -1,4 +1,4 @@
-"""Autoencoders: loading any of diffusers', normalised latents, and the losses that train our own."""
+"""Autoencoders: loading any of diffusers', normalised latents, and the losses for training new ones."""
 
 from __future__ import annotations
 

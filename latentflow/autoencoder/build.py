@@ -1,4 +1,4 @@
-"""Our own autoencoders: diffusers' classes at a size fit for the data."""
+"""New autoencoders: diffusers' classes at a size that fits the data."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The border between images, raw latents and the normalised latents that the flow sees.
+"""Conversion between images, raw latents and the normalised latents that the flow sees.
 
 diffusers writes a checkpoint's scaling in one of two ways, both read here: ``(raw - latents_mean) * scaling_factor /
-latents_std`` per channel, or ``(raw - shift_factor) * scaling_factor``. Autoencoders trained or measured by us carry
-the first, with ``scaling_factor = 1``.
+latents_std`` per channel, or ``(raw - shift_factor) * scaling_factor``. Autoencoders trained or measured by latentflow
+have the first, with ``scaling_factor = 1``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Autoencoder: TypeAlias = Any
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
-# Autoencoders that were warned of.
+# Autoencoders for which the overflow warning was given.
 _OVERFLOWING: WeakSet[Any] = WeakSet()
 
 # diffusers keeps config entries that a class does not declare (AutoencoderDC: our latent statistics), and warns of
@@ -62,8 +62,8 @@ def check_statistics(vae: Autoencoder) -> None:
     """Refuse an autoencoder whose config cannot scale its latents.
 
     Raises:
-        UserError: a statistic is no finite number, a deviation or the scaling factor is not above 0, there is not
-            one of each channel, or there are means without deviations or deviations without means.
+        UserError: a statistic is not finite, a deviation or the scaling factor is not above 0, their number is not that
+            of the channels, or there are means without deviations or deviations without means.
     """
     config, channels = vae.config, vae.config.get("latent_channels")
     there = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
@@ -89,7 +89,7 @@ def check_statistics(vae: Autoencoder) -> None:
 
 
 def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Raw latents of images.
+    """Encode images into raw latents.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
@@ -98,7 +98,7 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
         Mean and standard deviation, each (B, C, h, w) float32; the deviation is None for a deterministic autoencoder.
 
     Raises:
-        UserError: the images are not finite, or what the autoencoder makes of them is not, in float32 either.
+        UserError: the images are not finite, or their latents are not, even in float32.
     """
 
     def moments(rows: Tensor) -> tuple[Tensor, ...]:
@@ -114,19 +114,19 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def normalise(vae: Autoencoder, raw: Tensor) -> Tensor:
-    """Raw latents (B, C, h, w) -> latents, by the checkpoint's own statistics."""
+    """Turn raw latents (B, C, h, w) into latents, by the checkpoint's own statistics."""
     shift, scale = _shift_and_scale(vae, raw)
     return (raw - shift) * scale
 
 
 def denormalise(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) -> raw latents; the inverse of `normalise`."""
+    """Turn latents (B, C, h, w) into raw latents: the inverse of `normalise`."""
     shift, scale = _shift_and_scale(vae, latents)
     return latents / scale + shift
 
 
 def encode(vae: Autoencoder, images: Tensor, *, generator: Generators | None = None) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32.
+    """Encode images (B, 3, H, W) in [-1, 1] into latents (B, C, h, w) float32.
 
     Without a generator the posterior's mean is taken; with one (or one for each image) a sample is drawn from it.
     """
@@ -145,7 +145,7 @@ def encode(vae: Autoencoder, images: Tensor, *, generator: Generators | None = N
 
 
 def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1] (not clipped).
+    """Decode latents (B, C, h, w) into images (B, 3, H, W) float32, nominally in [-1, 1] (not clipped).
 
     Raises:
         UserError: the latents are not finite, or the images are not, in float32 either.
@@ -164,12 +164,12 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
 def _finite(
     vae: Autoencoder, function: Callable[[Tensor], tuple[Tensor, ...]], values: Tensor, what: str
 ) -> tuple[Tensor, ...]:
-    """``function(values)``; the rows of it that are not finite once more, in float32.
+    """Return ``function(values)``, with the rows that are not finite computed again in float32.
 
-    Row by row, so that what overflows beside an image changes nothing of it.
+    Each row for itself, so that an overflow beside an image does not change it.
 
     Raises:
-        UserError: a row is not finite in float32 either; names a weight that is not, if there is one.
+        UserError: a row is not finite in float32 either; a weight that is not finite is named.
     """
     results = function(values)
     bad = _bad_rows(results)
@@ -195,11 +195,13 @@ def _finite(
             *(dtype, len(bad), total, what),
         )
     rows = bad.to(values.device)
-    return tuple(one.index_copy(0, rows.to(one.device), new) for one, new in zip(results, again, strict=True))
+    return tuple(
+        result.index_copy(0, rows.to(result.device), new) for result, new in zip(results, again, strict=True)
+    )
 
 
 def _bad_rows(results: tuple[Tensor, ...]) -> Tensor:
-    """Numbers of the rows that are not finite."""
+    """Return the numbers of the rows that are not finite."""
     fine = torch.stack([torch.isfinite(result).flatten(1).all(1) for result in results]).all(0)
     return (~fine).nonzero()[:, 0]
 

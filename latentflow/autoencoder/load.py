@@ -15,11 +15,11 @@ from .latents import Autoencoder, check_statistics
 
 
 def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, **kwargs: Any) -> Autoencoder:
-    """A diffusers autoencoder (AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel and their kin), ready to use.
+    """Load a diffusers autoencoder (AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel, ...), ready to use.
 
     Args:
         name_or_path: a folder that `save_pretrained` wrote, a pipeline folder or hub id (its ``vae`` is taken).
-        subfolder: where in it the autoencoder lies; found by itself for a local pipeline folder.
+        subfolder: folder of the autoencoder within; found automatically in a local pipeline folder.
         kwargs: handed to the class's ``from_pretrained`` (``torch_dtype``, ``variant``, ``revision``...).
 
     Returns:
@@ -28,7 +28,7 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
 
     Raises:
         UserError: nothing loadable is there, its class is not an autoencoder of diffusers, weights and config do not
-            belong together, or the statistics of its latents are no such.
+            belong together, or the statistics of its latents are invalid.
     """
     local = Path(name_or_path)
     if subfolder is None and (local / "vae" / "config.json").is_file():

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-SMALLEST_IMAGE = (
-    16  # side in pixels that LPIPS can take (VGG halves it four times) and the discriminator (three times)
-)
+#: Smallest side in pixels that LPIPS (VGG halves it four times) and the discriminator (three times) can take.
+SMALLEST_IMAGE = 16
 
 
 class PatchDiscriminator(nn.Module):
@@ -40,7 +39,7 @@ def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
-    """The factor that gives both losses gradients of one size at the last layer; scalar, at most 1e4.
+    """Return the factor that gives both losses gradients of one size at the last layer; scalar, at most 1e4.
 
     Esser et al. 2021 (arXiv:2012.09841), eq. 7.
     """
@@ -54,7 +53,7 @@ def perceptual_loss() -> nn.Module:
     """LPIPS (Zhang et al. 2018) on VGG features, frozen: (images, images) in [-1, 1] -> (B, 1, 1, 1).
 
     Raises:
-        UserError: the package or its VGG weights cannot be had; nothing is trained without saying so.
+        UserError: the package or its VGG weights are not available.
     """
     try:
         import lpips

@@ -1,6 +1,6 @@
 """Masked images as a network sees them: the kept pixels, and the latent of the image without the masked ones.
 
-A mask is (B, 1, H, W): 1 = repaint, 0 = keep. Nothing of what lies under a mask enters anything that is returned here.
+A mask is (B, 1, H, W): 1 = repaint, 0 = keep. No pixel under a mask has any influence on what these functions return.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def masked_condition(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
         masks: (B, 1, H, W) in {0, 1}; H and W are multiples of the downscale factor f.
 
     Returns:
-        (B, f^2 + C, H / f, W / f): first the pixels of each cell that are kept (1) or not (0), none of them lost to
-        the latent's coarser grid; then the latent of the image with its hole in mid-grey. A row of which nothing
+        (B, f^2 + C, H / f, W / f): first the pixels of each cell that are kept (1) or not (0), at the full
+        resolution of the mask; then the latent of the image with its hole in mid-grey. A row of which nothing
         is kept is zero, as is the condition of plain generation: so one network generates and inpaints.
     """
     kept = 1.0 - masks.float()
     mask = F.pixel_unshuffle(kept, downscale_factor(vae))
     latent = mask.new_zeros(len(mask), latent_channels(vae), *mask.shape[2:])
-    some = kept.flatten(1).any(1).nonzero()[:, 0]  # the others cost nothing
+    some = kept.flatten(1).any(1).nonzero()[:, 0]  # the others need no encoding
     if len(some):
         latent[some] = encode(vae, images[some].float() * kept[some]).to(latent)
     return torch.cat([mask, latent], 1)
@@ -58,16 +58,16 @@ def masked_source(noise: Tensor, known: Tensor, hole: Tensor) -> Tensor:
 
 
 def masked_latents(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
-    """Latents (B, C, h, w) of images whose holes are filled from the nearest kept pixel.
+    """Encode images whose holes are filled from the nearest kept pixel: latents (B, C, h, w).
 
     An autoencoder looks around each cell: next to such a filling the kept cells stay close to what they would be
-    beside the true content, closer than next to a grey hole. Arguments as of `masked_condition`.
+    beside the true content, closer than next to a grey hole. Arguments as in `masked_condition`.
     """
     return encode(vae, torch.stack([_filled(image, mask) for image, mask in zip(images, masks, strict=True)]))
 
 
 def _filled(image: Tensor, mask: Tensor) -> Tensor:
-    """(3, H, W) with each masked pixel replaced by the kept pixel nearest to it; grey where none is kept."""
+    """Return (3, H, W) with each masked pixel replaced by the kept pixel nearest to it; grey if none is kept."""
     from scipy.ndimage import distance_transform_edt  # scipy is slow to import
 
     hole = (mask[0] > 0).cpu().numpy()

@@ -18,7 +18,7 @@ from .tensors import compute_dtype, expand_t, normal_like
 
 
 class BridgeSample(NamedTuple):
-    """A point on a Brownian bridge, what to regress on there, and what it was made from; all (B, ...) but ``t``."""
+    """A point on a Brownian bridge, its regression targets, and what it was made from; all (B, ...) but ``t``."""
 
     xt: Tensor
     velocity: Tensor
@@ -33,8 +33,8 @@ class BridgeSample(NamedTuple):
 class SchrodingerBridge:
     """The bridge whose reference is Brownian motion of diffusion ``sigma``: x_t ~ N((1-t) x0 + t x1, sigma^2 t (1-t)).
 
-    For pairs from ``coupling`` the mixture of these bridges is the Schrodinger bridge; for other pairs the targets
-    still carry source to data, by another process.
+    For pairs from ``coupling`` the mixture of these bridges is the Schrodinger bridge; with other pairs the targets
+    still lead from source to data, by another process.
 
     With s = sigma sqrt(t (1-t)) and x_t = (1-t) x0 + t x1 + s z, the targets are
     velocity = ds/dt z + x1 - x0 and score = -z / s. Both grow without bound towards t = 0 and 1, where the targets

@@ -46,7 +46,7 @@ class Coupling(Protocol):
 
 @dataclass(frozen=True)
 class Independent:
-    """pi(x0, x1) = p(x0) p(x1): rows drawn independently are already paired so."""
+    """The independent coupling, pi(x0, x1) = p(x0) p(x1): the rows stay as they were drawn."""
 
     def __call__(
         self,
@@ -182,13 +182,13 @@ class ConditionalOptimalTransport:
 
 @dataclass(frozen=True)
 class DataDependent:
-    """The source belongs to the data: x0 ~ p(x0 | x1), as in restoration, inpainting and data-to-data transport.
+    """A source drawn for each data row: x0 ~ p(x0 | x1), as in restoration, inpainting and data-to-data transport.
 
     Albergo et al. 2023 (arXiv:2310.03725).
 
     Args:
         source: (x0, x1, condition, generator) -> the source rows for x1, shaped like x1; for example a degraded x1 plus
-            x0 as noise. Without it the rows as supplied are the pairs, as with the pairs of a reflow.
+            x0 as noise. None: the rows are paired as they are supplied, as with the pairs of a reflow.
     """
 
     source: PairedSource | None = None
@@ -264,13 +264,14 @@ def _condition_weight(cost: Tensor, apart: Tensor, ratio: float) -> float:
     w is an order statistic of these.
     """
     limit = (cost.diagonal()[:, None] - cost) / apart
-    limit = limit.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # 0 / 0: met by every w
+    # NaN is 0 / 0: every w meets the inequality.
+    limit = limit.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     limit = limit[~torch.eye(len(cost), dtype=torch.bool, device=cost.device)]
     finite = limit[limit.isfinite()]
     if not len(finite):  # all conditions are equal, or there is but one row: the weight changes nothing
         return 0.0
     rank = max(round(ratio * len(limit)), 1)
-    # Where so many conditions are equal that any weight would do: the least that holds all others back.
+    # If so many conditions are equal that any weight would do, take the least that holds all other pairs back.
     weight = limit.sort(descending=True).values[rank - 1].clamp(max=finite.max())
     return max(float(weight), 0.0)
 

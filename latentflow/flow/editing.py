@@ -48,8 +48,8 @@ def flow_edit(
         times: strictly increasing, from 1 - n_max / T of the paper to 1.
         solver: a key of ``SOLVERS`` or a ``Solver``, deterministic. All evaluations of a step see the same noise.
         draws: noises over which each step averages, n_avg of the paper.
-        plain_from: steps that begin at this t or later just sample z + x_t - x1 under the target: 1 - n_min / T of
-            the paper. It frees the details from the source; 1 is off.
+        plain_from: steps that begin at this t or later sample z + x_t - x1 under the target alone, so that details
+            need not follow the source: 1 - n_min / T of the paper. 1: no such steps.
         generator: for the noise; a list with one for each row makes every row independent of the others.
         callback, progress: as in ``integrate``; x is z, and in the plain part the noisy sample.
 
@@ -110,7 +110,7 @@ def inversion_edit(
     callback: Callback | None = None,
     progress: Progress = False,
 ) -> Tensor:
-    """Back along the flow of the source, forth along that of the target: DDIM inversion, for flows.
+    """Follow the flow of the source back, then that of the target forth: DDIM inversion, for flows.
 
     Song et al. 2020 (arXiv:2010.02502), sec. 5.4; with a start short of pure noise as in SDEdit, Meng et al. 2021
     (arXiv:2108.01073), but with the noise that the image has, in place of a random one. With equal velocities it is
@@ -142,17 +142,17 @@ EDITING: dict[str, Callable[..., Tensor]] = {"flowedit": flow_edit, "inversion":
 
 
 def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
-    """From ``a`` (share 0) to ``b`` (share 1) along the arc between them: Shoemake 1985, row by row.
+    """Interpolate row by row from ``a`` (share 0) to ``b`` (share 1) along the arc between them: Shoemake 1985.
 
     Noise in many dimensions lies near a sphere, and so does what is in between, which a straight line would leave.
-    Rows (nearly) parallel or opposite to one another, where there is no one arc, take the straight line.
+    Rows that are (nearly) parallel or opposite, where the arc is not unique, take the straight line.
 
     Args:
         a, b: (B, ...).
         share: in [0, 1]: one number, or (B,).
 
     Returns:
-        (B, ...) in the dtype of a and b; exactly a at 0 and b at 1, of the norm of both where they are equal.
+        (B, ...) in the dtype of a and b; exactly a at 0 and b at 1; where both have the same norm, so has the result.
 
     Raises:
         ValueError: shapes that differ, or a share outside [0, 1].
@@ -168,7 +168,7 @@ def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
     s, rows = s.expand(len(a))[:, None], [x.to(dtype).flatten(1) for x in (a, b)]
     units = [x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny) for x in rows]
     chord, sum_ = (x.norm(dim=1, keepdim=True) for x in (units[0] - units[1], units[0] + units[1]))
-    angle = 2.0 * torch.atan2(chord, sum_)  # accurate at every angle, which acos is not
+    angle = 2.0 * torch.atan2(chord, sum_)  # accurate at every angle, unlike acos
     straight = torch.minimum(chord, sum_) < 1e-3
     sine = torch.where(straight, 1.0, angle.sin())
     weights = [torch.where(straight, x, (x * angle).sin() / sine) for x in (1.0 - s, s)]
@@ -177,7 +177,7 @@ def slerp(a: Tensor, b: Tensor, share: float | Tensor) -> Tensor:
 
 
 def deterministic(solver: str | Solver) -> Solver:
-    """The solver, if it follows one and the same path there and back.
+    """Return the solver, if it is deterministic, so that a flow leads back to where it came from.
 
     Raises:
         UserError: it is stochastic or unknown.

@@ -59,10 +59,10 @@ def guide(
             zero_init outside [0, 1).
         ValueError: scale has more than one dimension or, when evaluated, not one number for each row.
     """
-    one, other = with_time_rows(conditional), with_time_rows(unconditional)
+    conditional, unconditional = with_time_rows(conditional), with_time_rows(unconditional)
     return _guided(
-        one,
-        lambda x, t: (one(x, t), other(x, t)),
+        conditional,
+        lambda x, t: (conditional(x, t), unconditional(x, t)),
         scale,
         interval,
         rescale,

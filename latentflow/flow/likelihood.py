@@ -43,14 +43,14 @@ def log_likelihood(
     chunk_size: int = 32,
     differentiable: bool = False,
 ) -> Tensor:
-    """log p_1(x1), in nats: the state and its log-density are integrated together, from data to noise.
+    """Return log p_1(x1) in nats, integrating the state and its log-density together, from data to noise.
 
     Args:
         velocity: (x, t) -> dx/dt, differentiable in x, each row depending on its own row of x alone (no batch
             statistics). It gets x in the dtype of x1; attention runs by torch's unfused kernel.
         x1: (B, D), (B, C, H, W) or any (B, ...), floating point: in the network's space, so latents for a latent flow.
         divergence: "exact": the trace of the Jacobian, D vector products for each evaluation; or "hutchinson": the
-            mean of e . (dv/dx) e over random e, whose log-likelihood is unbiased but for the solver's error.
+            mean of e . (dv/dx) e over random e, an unbiased estimate but for the solver's error.
         probes: for "hutchinson": random vectors e for each row, drawn once for the whole integration, so that an
             adaptive solver sees a smooth field.
         probe: for "hutchinson": "rademacher" (+-1; exact where the Jacobian is diagonal) or "gaussian".
@@ -131,7 +131,7 @@ def bits_per_dim(log_likelihood: Tensor, shape: int | Sequence[int]) -> Tensor:
 def _velocity_and_trace(
     velocity: Velocity, x: Tensor, t: Tensor, vectors: Vectors, differentiable: bool
 ) -> tuple[Tensor, Tensor]:
-    """v(x, t), and (B,) the sum of e . (dv/dx) e over ``vectors``, by vector-Jacobian products.
+    """Return v(x, t), and (B,) the sum of e . (dv/dx) e over ``vectors``, by vector-Jacobian products.
 
     The rows are independent, so one product gives e (dv/dx) for every row at once.
     """

@@ -42,18 +42,19 @@ def flow_matching_loss(
         prediction: what the network predicts, and the target: "velocity" (``sample.velocity``), "data" (x1), "noise"
             (x0) or "score" (-x0 / sigma, for a standard normal source; sigma counts as 1e-3 where it is less).
         weight: (B,) factors on the squared errors, from ``loss_factor``.
-        direction_weight: times 1 - cos(velocity, target), the cosine over channels, averaged over positions, is
-            added: Yao et al. 2024 (FasterDiT, arXiv:2410.10356), also in LightningDiT (arXiv:2501.01423).
-        contrastive_weight: times ||output - another row's target||^2 is subtracted: Stoica et al. 2025 (Delta-FM,
-            arXiv:2506.05350), who use 0.05. The other row is the one before, its target taken at this row's t. The
-            optimum is (target - weight * mean target) / (1 - weight), no longer the velocity of the data itself.
+        direction_weight: weight of the added term 1 - cos(velocity, target), the cosine over channels, averaged over
+            positions: Yao et al. 2024 (FasterDiT, arXiv:2410.10356), also in LightningDiT (arXiv:2501.01423).
+        contrastive_weight: weight of the subtracted term ||output - another row's target||^2: Stoica et al. 2025
+            (Delta-FM, arXiv:2506.05350), who use 0.05. The other row is the one before, its target taken at this
+            row's t. The optimum is (target - weight * mean target) / (1 - weight), no longer the velocity of the data
+            itself.
 
     Returns:
         (B,), float32 or better.
 
     Raises:
-        UserError: unknown prediction; a direction for something else than velocities; contrastive_weight outside
-            [0, 1), where the loss has no minimum.
+        UserError: unknown prediction; a direction weight where the prediction is not the velocity; contrastive_weight
+            outside [0, 1), where the loss has no minimum.
         ValueError: the output is not shaped like the target, or the weight not (B,); one row has no other to
             contrast.
     """
@@ -112,18 +113,18 @@ def _check_contrast(weight: float, rows: int) -> None:
 
 
 def _no_settings() -> None:
-    """An objective without settings of its own."""
+    """Take no options: the objective has no settings of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """An entry of ``OBJECTIVES``; called, it is its loss.
+    """An entry of ``OBJECTIVES``. Calling it computes its loss.
 
     Attributes:
-        loss: (output, sample, ...) -> (B,): of what the network returned at ``sample``.
-        settings: makes the settings of its own from the options that a user wrote.
-        average: whether the network learns average velocities: its output is that of an interval, and the settings,
-            an ``AverageObjective``, say what that should be.
+        loss: (output, sample, ...) -> (B,), the output being the network's at ``sample``.
+        settings: builds the objective's own settings from the options that a user wrote.
+        average: whether the network learns average velocities: then its output belongs to an interval, and the
+            settings, an ``AverageObjective``, define the target.
     """
 
     loss: Callable[..., Tensor]
@@ -135,7 +136,7 @@ class Objective:
 
 
 def _averages(settings: type[AverageObjective]) -> Objective:
-    """The objective with these settings: its targets are theirs, its loss is ``average_velocity_loss``."""
+    """Return the objective whose targets come from these settings; its loss is ``average_velocity_loss``."""
 
     def loss(output: Tensor, sample: PathSample, *, target: Tensor, **weight: float) -> Tensor:
         return average_velocity_loss(output, target, **weight)

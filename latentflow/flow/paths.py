@@ -6,9 +6,9 @@ The schedules are finite on [0, 1] and so are their derivatives, with two except
 ``VariancePreserving`` and of ``SqrtPath`` is -infinite. At t = 0 the velocity of a ``Polynomial`` of degree > 1
 vanishes and so tells nothing of the data. ``Path.clip`` moves t away from these three ends into
 ``Path.interval``: ``Path.at`` applies it to the derivatives (never to alpha and sigma), ``as_velocity`` and
-``change_path`` to the t at which they ask a network. What divides by alpha or sigma beside, and so needs a limit of
-its own, states it where it does: ``as_velocity`` (predictions that do not determine the velocity), ``loss_factor``,
-``SchrodingerBridge``, and the score as a target.
+``change_path`` to the t at which they evaluate a network. Other code that divides by alpha or sigma states its own
+limit: ``as_velocity`` (predictions that do not determine the velocity), ``loss_factor``, ``SchrodingerBridge``, and the
+score as a target.
 
 The log-SNR, log(alpha^2 / sigma^2), is +infinite at t = 1 but for ``VarianceExploding`` and a ``CondOT`` with
 sigma_min > 0, and -infinite at t = 0 but for ``VariancePreserving`` (-10.05 as it stands) and
@@ -81,7 +81,7 @@ class Path(ABC):
         return 2.0 * (self.d_alpha(t) / self.alpha(t) - self.d_sigma(t) / self.sigma(t))
 
     def inverse_log_snr(self, value: Tensor) -> Tensor:
-        """The t at which the log-SNR is ``value``; the nearest end where it never is. +-infinity is allowed.
+        """The t at which the log-SNR is ``value``; the nearest end if it never is. +-infinity is allowed.
 
         By bisection, for paths that have no closed form.
         """
@@ -93,7 +93,7 @@ class Path(ABC):
         return 0.5 * (low + high)
 
     def clip(self, t: Tensor) -> Tensor:
-        """``t`` moved into ``interval``: what is not finite at an end of time is taken a little before it."""
+        """Move ``t`` into ``interval``: values that are infinite at an end of time are taken a little before it."""
         return t.clamp(*self.interval)
 
     def at(self, t: Tensor | float, x: Tensor) -> Coefficients:
@@ -113,7 +113,7 @@ class Path(ABC):
         return noise * self.sigma(torch.zeros((), dtype=torch.float64)).item()
 
     def scale_input(self, xt: Tensor, t: Tensor | float) -> Tensor:
-        """``xt`` as a network should see it: as it is, or where its scale explodes, divided by that."""
+        """Return ``xt`` as a network should see it: unchanged, or, where its scale explodes, divided by the scale."""
         return xt
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor | float) -> PathSample:
@@ -270,7 +270,7 @@ class VarianceExploding(Path):
         return t.clamp(0.0, 1.0)
 
     def scale_input(self, xt: Tensor, t: Tensor | float) -> Tensor:
-        """``xt`` over its standard deviation, that of the data being about 1."""
+        """Return ``xt`` divided by its standard deviation, if that of the data is about 1."""
         sigma = self.at(t, xt).sigma
         return (xt / (1.0 + sigma**2).sqrt()).to(xt.dtype)
 
@@ -302,7 +302,7 @@ class Trigonometric(Path):
 class Polynomial(Path):
     """The straight line at another speed: alpha = t^n, sigma = 1 - t^n, for n = ``degree``.
 
-    With more time near the noise the larger n is. The schedule is that of Gat et al. 2024 (arXiv:2407.15595).
+    The larger n, the more time is spent near the noise. The schedule is that of Gat et al. 2024 (arXiv:2407.15595).
 
     Raises:
         UserError: ``degree`` is not a finite number >= 1 (below 1 the velocity is infinite at t = 0).

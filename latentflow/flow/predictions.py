@@ -26,7 +26,7 @@ from .tensors import Velocity, compute_dtype, time_dtype, with_time_rows
 
 
 def convert(value: Tensor, xt: Tensor, t: Tensor | float, path: Path, source: str, target: str) -> Tensor:
-    """``value``, a prediction of kind ``source`` at (xt, t), as a prediction of kind ``target``.
+    """Convert ``value``, a prediction of kind ``source`` at (xt, t), to a prediction of kind ``target``.
 
     Args:
         value, xt: (B, ...) of equal shape.
@@ -62,10 +62,10 @@ def convert(value: Tensor, xt: Tensor, t: Tensor | float, path: Path, source: st
 
 
 def as_velocity(network: Velocity, path: Path, source: str) -> Velocity:
-    """The velocity that ``network``, trained on ``path``, implies.
+    """Return the velocity that ``network``, trained on ``path``, implies.
 
     Where its prediction does not determine the velocity (the data where sigma = 0, at t = 1; the noise and the
-    score where alpha = 0, at t = 0), the network is asked at the nearest t at which the conversion magnifies its
+    score where alpha = 0, at t = 0), the network is evaluated at the nearest t at which the conversion magnifies its
     errors no more than 200 times: about t = 0.005 and 0.995 on the straight path. A velocity is returned as it is.
 
     Args:
@@ -94,7 +94,7 @@ def as_velocity(network: Velocity, path: Path, source: str) -> Velocity:
 
 
 def change_path(velocity: Velocity, old: Path, new: Path) -> Velocity:
-    """``velocity``, which belongs to the path ``old``, as a velocity on the path ``new``.
+    """Return ``velocity``, which belongs to the path ``old``, as a velocity on the path ``new``.
 
     Up to a scale, x_t is the same random variable on both paths wherever their log-SNR is the same. So the data
     and noise predictions are taken on the old path, at the matching t and at x times
@@ -103,7 +103,7 @@ def change_path(velocity: Velocity, old: Path, new: Path) -> Velocity:
 
     and put together with the new path's derivatives: no derivative of the change of time is needed. Exact where
     both paths reach the log-SNR; beyond the old path's range (a new path that starts with purer noise, or ends
-    with cleaner data) the old path's nearest end answers. Finite on all of [0, 1]. Sample from ``new.start``.
+    with cleaner data) the old path's nearest end is used. Finite on all of [0, 1]. Sample from ``new.start``.
     Karras et al. 2022 (EDM, arXiv:2206.00364), sec. 2 and 4; Pokle et al. 2023 (arXiv:2310.04432), sec. 3.
 
     Returns:
@@ -130,7 +130,7 @@ def change_path(velocity: Velocity, old: Path, new: Path) -> Velocity:
 def _recombine(
     network: Velocity, x: Tensor, t: Tensor, path: Path, source: str, c: Coefficients, dtype: torch.dtype
 ) -> Tensor:
-    """The two ends of the path that ``network`` implies at (x, t), moving with the derivatives in ``c``."""
+    """Return the velocity of the two ends that ``network`` implies at (x, t), moving with the derivatives in ``c``."""
     value = network(x.to(dtype), t).to(x.dtype)
     data = convert(value, x, t, path, source, "data")
     noise = convert(value, x, t, path, source, "noise")

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def make(table: Mapping[str, Callable[..., T]], name: str, kind: str, /, **options: Any) -> T:
-    """``table[name](**options)``, with every mistake in the name or the options named.
+    """Return ``table[name](**options)``; every mistake in the name or the options is named in an error.
 
     Args:
         table: name -> class or function; its signature says which options there are.
@@ -45,7 +45,7 @@ def make(table: Mapping[str, Callable[..., T]], name: str, kind: str, /, **optio
 
 
 def _read(value: Any, parameter: inspect.Parameter, what: str) -> Any:
-    """``value`` as a number where the default of ``parameter`` is one, whole where it is declared so."""
+    """Return ``value`` as a number if the default of ``parameter`` is one, as an integer if it is declared so."""
     if type(parameter.default) not in (int, float):
         return value
     whole = parameter.annotation in (int, "int")

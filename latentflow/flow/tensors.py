@@ -14,7 +14,7 @@ from ..errors import UserError
 #: dx/dt at (x, t): x is (B, ...), t a scalar tensor or (B,), the result is shaped like x.
 Velocity: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-#: What decides random numbers: one generator for the whole batch, one for each row, or torch's global one.
+#: The source of random numbers: one generator for the whole batch, one for each row, or torch's global one.
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -64,11 +64,11 @@ def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
 
 
 def with_time_rows(velocity: Velocity) -> Velocity:
-    """Return ``velocity`` so that a network may be handed over as it is.
+    """Wrap ``velocity`` so that a network may be passed as it is.
 
     An `nn.Module` is called with t of shape (B,), in the precision of x (at least float32), as it was in training. Any
-    other callable gets the t that there is, mostly a scalar tensor, so that ``lambda x, t: (1 - x) * t`` is right for
-    every shape of x.
+    other callable gets t as the caller has it, usually a scalar tensor, so that ``lambda x, t: (1 - x) * t`` is right
+    for every shape of x.
     """
     if not isinstance(velocity, nn.Module):
         return velocity
@@ -85,7 +85,7 @@ def require_finite(value: Tensor, what: str, fix: str) -> None:
     """Refuse values that are NaN or infinite.
 
     Raises:
-        UserError: ``what`` is not finite; says how many of its values.
+        UserError: some values are not finite; the message counts them.
     """
     # One pass that only reads: a sum is finite unless an element is not, or unless it overflows by itself.
     if math.isfinite(value.detach().sum()):
@@ -96,7 +96,7 @@ def require_finite(value: Tensor, what: str, fix: str) -> None:
 
 
 def normal_like(x: Tensor, generator: Generators) -> Tensor:
-    """Standard normal numbers like ``x``, drawn on the generator's device.
+    """Draw standard normal numbers in the shape and dtype of ``x``, on the generator's device.
 
     Raises:
         ValueError: there are several generators, but not one for each row.

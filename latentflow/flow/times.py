@@ -24,14 +24,14 @@ from .tables import make
 
 # Slopes are taken at a u no nearer than this to 0 and 1, where the densities that vanish there have none.
 _EDGE = 2.0**-53
-#: Beyond, a step is so small that float32 rounds away much of what it adds.
+#: With more steps each is so small that float32 rounds away much of what it adds.
 MOST_STEPS = 100_000
 STEPS_FIX = f"Use a whole number from 1 to {MOST_STEPS}; 20 to 50 are usual."
 
 
 @dataclass(frozen=True)
 class TimeDensity(ABC):
-    """A density of training times, by its quantile function t(u) at uniform numbers u.
+    """A density of training times, given by its quantile function t(u) of uniform numbers u.
 
     The caller draws u, so that each sample's t may come from its own seed (and stratified or low-discrepancy
     numbers work unchanged).
@@ -46,7 +46,7 @@ class TimeDensity(ABC):
         _check_positive(self.shift, "time shift", "1 changes nothing.")
 
     def quantile(self, u: Tensor) -> Tensor:
-        """t: float64, shaped like ``u``, in [0, 1], increasing in u.
+        """Return t(u): float64, shaped like ``u``, in [0, 1], increasing in u.
 
         Raises:
             ValueError: u is outside [0, 1].
@@ -54,7 +54,7 @@ class TimeDensity(ABC):
         return shifted(self._quantile(_uniform(u)), self.shift)
 
     def slope(self, u: Tensor) -> Tensor:
-        """dt/du = 1 / (probability density at t(u)): float64, shaped like ``u``, finite.
+        """Return dt/du = 1 / (probability density at t(u)): float64, shaped like ``u``, finite.
 
         Raises:
             ValueError: u is outside [0, 1].
@@ -85,7 +85,7 @@ class UniformTimes(TimeDensity):
 
 @dataclass(frozen=True)
 class LogitNormal(TimeDensity):
-    """t with logit(t) ~ N(mean, std^2): most training in the middle of the path.
+    """Times with logit(t) ~ N(mean, std^2): most lie in the middle of the path.
 
     SD3, eq. 19, whose location m is -``mean`` here: a positive mean leans towards the data (t = 1).
 
@@ -207,7 +207,7 @@ TIME_DENSITIES: dict[str, type[TimeDensity]] = {
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Times moved towards the noise by ``shift`` > 1: sigma' = shift sigma / (1 + (shift - 1) sigma), sigma = 1 - t.
+    """Move times towards the noise, for ``shift`` > 1: sigma' = shift sigma / (1 + (shift - 1) sigma), sigma = 1 - t.
 
     SD3, eq. 23, where the shift is the root of the ratio of pixel counts. Shifts multiply: by 2, then by 3, is by 6.
     """
@@ -229,7 +229,7 @@ def edm_grid(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: 
     """The straight path's times with the noise levels of Karras et al. 2022 (EDM, arXiv:2206.00364), eq. 5.
 
     Args:
-        steps: how many.
+        steps: number of steps.
         rho: higher makes the steps near the data smaller.
         sigma_min, sigma_max: the last level but one (then 0), and the first, as sigma / alpha. At the first
             level t is taken as 0, pure noise.
@@ -250,7 +250,7 @@ def edm_grid(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: 
 
 
 #: Grids for the straight path. For another path, ``path.inverse_log_snr(CondOT().log_snr(grid))`` has the same
-#: log-SNRs. Any increasing sequence of one's own goes straight into ``integrate``.
+#: log-SNRs. ``integrate`` also takes any other increasing sequence.
 TIME_GRIDS: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform_grid,
     "cosine": cosine_grid,
@@ -268,7 +268,7 @@ def time_grid(steps: int, shift: float = 1.0, kind: str = "uniform", **options: 
         options: the grid's own ("edm": rho, sigma_min, sigma_max).
 
     Raises:
-        UserError: steps is no whole number from 1 to ``MOST_STEPS``; shift <= 0, an unknown kind or option, or an
+        UserError: steps is not a whole number from 1 to ``MOST_STEPS``; shift <= 0, an unknown kind or option, or an
             option out of range.
     """
     steps = whole("the number of sampling steps", steps, 1, MOST_STEPS, fix=STEPS_FIX)
@@ -277,11 +277,11 @@ def time_grid(steps: int, shift: float = 1.0, kind: str = "uniform", **options: 
 
 
 def checked_times(times: Tensor | Sequence[float], *, rising: bool = False) -> list[float]:
-    """A grid that a solver can follow, in float64.
+    """Return the times as a grid that a solver can follow, in float64.
 
     Args:
         times: N + 1 of them for N steps.
-        rising: from noise to data only; else falling will do as well.
+        rising: accept only times from noise to data; otherwise falling times as well.
 
     Raises:
         UserError: fewer than two, not in one row, no numbers, outside [0, 1], or not strictly monotone.

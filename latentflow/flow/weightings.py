@@ -127,7 +127,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class SD3Weighting:
-    """e^(-lambda / 2) q(t(lambda)): what logit-normal times do on the straight path, without sampling by them.
+    """e^(-lambda / 2) q(t(lambda)): the effect of logit-normal times on the straight path, for times of any density.
 
     Esser et al. 2024 (arXiv:2403.03206), eq. 18-19; q is the logit-normal density with logit t = lambda / 2. A
     positive ``mean`` leans towards the data (their t = 1 is noise, so their location m is -mean).
@@ -163,15 +163,15 @@ WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
 def loss_factor(
     weighting: Weighting, path: Path, prediction: str, t: Tensor, slope: Tensor | float = 1.0
 ) -> Tensor:
-    """The factor on a network's squared error at t: w(lambda) |d lambda / dt| k^2 slope / 2.
+    """Return the factor on a network's squared error at t: w(lambda) |d lambda / dt| k^2 slope / 2.
 
-    k is the error of the noise that an error of 1 in the prediction makes. With it, E over t of
+    k is the error that an error of 1 in the prediction causes in the noise. With this factor, E over t of
     factor(t) |prediction error|^2 is the weighted loss at the head of this file.
 
     Args:
         weighting: an entry of ``WEIGHTINGS``.
         prediction: "velocity", "data", "noise" or "score".
-        t: () or (B,), in [0, 1]. Nearer than 1e-5 to an end the factor is that at 1e-5, so that it is finite.
+        t: () or (B,), in [0, 1]. Nearer to an end than 1e-5 the factor at 1e-5 is taken, so that it is finite.
         slope: 1 / density of the t's, ``TimeDensity.slope(u)``; 1 for uniform t.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Velocity networks, all called ``model(x, t, cond)``, and the text encoders that feed them."""
+"""Velocity networks, all called as ``model(x, t, cond)``, and the text encoders for their conditions."""
 
 from __future__ import annotations
 

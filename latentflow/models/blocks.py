@@ -18,7 +18,7 @@ Norm = Callable[[Tensor], Tensor]
 def has_tangent(*tensors: Tensor) -> bool:
     """Return True if a forward derivative is being taken through any of these, as by ``torch.func.jvp``.
 
-    A compiler cannot ask; nor does it differentiate forwards.
+    False under a compiler, which cannot ask and does not differentiate forwards.
     """
     if torch.compiler.is_compiling():
         return False
@@ -31,7 +31,7 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
-    """1 / root mean square over the last dimension, kept, in float32 or better."""
+    """Return 1 / root mean square over the last dimension, which is kept, in float32 or better."""
     # The sum runs in float32 whatever the type of x; autocast would only add a copy of x in float32.
     with torch.autocast(x.device.type, enabled=False):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -88,7 +88,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); ``mask`` (B, L) bool, True = a key that is seen.
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d); ``mask`` (B, L) bool, True = the key is seen.
 
     Differentiable backwards and forwards; forwards it holds the N x L scores and their tangents.
     """
@@ -105,14 +105,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 class Attention(nn.Module):
-    """Self-attention over (B, N, D), by choice with rotary positions and normalised queries and keys."""
+    """Self-attention over (B, N, D), optionally with rotary positions and normalised queries and keys."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = linear(width, 3 * width)
         self.proj = linear(width, width)
-        # The weights of queries' and keys' RMSNorm (arXiv:2302.05442), for every head its own.
+        # The weights of the queries' and keys' RMSNorm (arXiv:2302.05442), separate for every head.
         self.qk_scale = nn.Parameter(torch.ones(2 * width)) if qk_norm else None
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -162,7 +162,7 @@ class GeluMlp(nn.Module):
 
 
 class SwiGluMlp(nn.Module):
-    """SwiGLU (arXiv:2002.05202) with two thirds of the hidden width, so that the parameters stay as many."""
+    """SwiGLU (arXiv:2002.05202) with two thirds of the hidden width, which keeps the number of parameters."""
 
     def __init__(self, width: int, ratio: float) -> None:
         super().__init__()

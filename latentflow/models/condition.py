@@ -12,15 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """The condition of a batch; every field is optional, B is the same in all of them.
+    """The condition of a batch; every field is optional, and all have the same B.
 
     Attributes:
         class_labels: (B,) int64, in [0, num_classes).
         text: (B, L, D) token embeddings of a text encoder.
         text_mask: (B, L) bool, True = token, False = padding. None = every position is a token.
         channels: (B, C', H, W), placed beside the channels of the latent (masks, masked images, ...).
-        sizes: (B, 6), in pixels: height and width of the image as it was, what was cut off above and on the left
-            once it was resized, height and width of what is left (arXiv:2307.01952, section 2.2).
+        sizes: (B, 6), in pixels: height and width of the original image; what was cut off at the top and on the left
+            after resizing; height and width of the result (arXiv:2307.01952, section 2.2).
         drop: (B,) bool. True = the class and the text of this row are replaced, inside the network, by its
             learned null (classifier-free guidance, arXiv:2207.12598). ``channels`` and ``sizes`` are never
             dropped.
@@ -39,7 +39,7 @@ class Condition:
         return next((value.shape[0] for value in self._tensors().values()), 0)
 
     def unconditional(self) -> Condition:
-        """The same condition with every row dropped."""
+        """Return the same condition with every row dropped."""
         given = next(iter(self._tensors().values()), None)
         if given is None:
             return self
@@ -50,7 +50,7 @@ class Condition:
         """The rows of ``a``, then those of ``b``; the shorter text is padded (and masked) to the longer.
 
         Raises:
-            ValueError: one of the two has class labels, text, channels or sizes, the other has not.
+            ValueError: only one of the two has class labels, text, channels or sizes.
         """
         for name in ("class_labels", "text", "channels", "sizes"):
             if (getattr(a, name) is None) != (getattr(b, name) is None):
@@ -74,7 +74,7 @@ class Condition:
         return self._map(lambda value: value[index])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
-        """Moved to ``device``; ``dtype`` applies to text and channels: in half precision sizes would be others."""
+        """Move to ``device``; cast text and channels to ``dtype``, but not sizes, which half precision would change."""
         moved = self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))
         return moved if self.sizes is None else replace(moved, sizes=self.sizes.to(device))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
-from diffusers import ModelMixin  # as a name of this module: diffusers' loader looks for it here
+from diffusers import ModelMixin  # diffusers' loader looks for this name in this module
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -36,11 +36,11 @@ POSITIONS = ("rope", "sincos")
 
 
 class WithFeatures(NamedTuple):
-    """Velocity and features of a `DiT`, as training may ask for them.
+    """Velocity and features of a `DiT`, returned in training if features are asked for.
 
     Attributes:
         velocity: (B, in_channels, H, W); None if only the features were asked for.
-        features: (B, N, width), the tokens of the latent behind some block; with a route, of those that pass.
+        features: (B, N, width), the tokens of the latent after some block; on a route, only those that pass.
     """
 
     velocity: Tensor | None
@@ -67,7 +67,7 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
         qk_norm: normalise queries and keys (keeps training stable at high learning rates).
         num_classes: None = no class embedding.
         text_dim: features of the text encoder's tokens; None = no text.
-        condition_channels: channels beside the latent's; their weights start at zero.
+        condition_channels: additional input channels; their weights start at zero.
         registers: learned tokens that attend and are dropped at the end (arXiv:2309.16588).
         time_scale: t in [0, 1] is multiplied by it before its Fourier features are taken.
         sample_size: side, or (height, width), of the latents it was trained on; other sizes work as well.
@@ -131,8 +131,8 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
             for _ in range(depth)
         )
         self.final_layer = FinalLayer(width, patch_size**2 * (out_channels or in_channels), norm_function)
-        # SiT keeps its fixed table among the parameters, without gradient. So do we where it is SiT's, of one
-        # size: the same 132 keys and the same count. Everywhere else it is computed, and never saved.
+        # SiT keeps its fixed table, of one size, among the parameters, without gradient. So does this class in that
+        # case, to have the same 132 keys and the same count. Otherwise the table is computed, and never saved.
         self.grid: tuple[int, int] | None = None
         self.pos_embed = None
         if position == "sincos" and sample_size is not None:
@@ -161,18 +161,18 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
         features: int | None = None,
         only_features: bool = False,
     ) -> Tensor | Transformer2DModelOutput | WithFeatures:
-        """The velocity at ``x`` and time ``t``.
+        """Return the velocity at ``x`` and time ``t``.
 
         Args:
             x: (B, in_channels, H, W) noisy latent; H and W are multiples of ``patch_size``.
             t: in [0, 1], 0 = noise, 1 = data; a scalar or (B,).
             cond: None = every row is the learned null.
             return_dict: return diffusers' `Transformer2DModelOutput` instead of the tensor.
-            end: in [t, 1], a scalar or (B,): return the average velocity from ``t`` to it. None = ``t``, where that
-                is the velocity.
-            route: spare some tokens the middle blocks (training only).
-            features: also return the tokens behind this many blocks, 1 .. ``depth``, see `WithFeatures`.
-            only_features: stop there.
+            end: in [t, 1], a scalar or (B,): return the average velocity from ``t`` to ``end``. None = ``t``: return
+                the velocity.
+            route: let some tokens skip the middle blocks (training only).
+            features: also return the tokens after this many blocks, 1 .. ``depth``; see `WithFeatures`.
+            only_features: stop after those blocks.
 
         Returns:
             (B, in_channels, H, W), in the type of ``x``.
@@ -234,7 +234,7 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
         return out
 
     def _embed_latent(self, x: Tensor, channels: Tensor | None, height: int, width: int) -> Tensor:
-        """-> (B, registers + height * width, D)."""
+        """Return the tokens of a latent, (B, registers + height * width, D)."""
         x = x.to(self.x_embedder.proj.weight.dtype)
         if self.condition_channels:
             if channels is None:
@@ -261,7 +261,7 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
 
 
 def check_shape(in_channels: int, out_channels: int | None, width: int, heads: int, position: str) -> None:
-    """Refuse what could not be built, or would fail in the first step."""
+    """Refuse a configuration that cannot be built, or would fail in the first step."""
     lookup({name: name for name in POSITIONS}, position, "position")
     step = heads * 4 if position == "rope" else math.lcm(heads, 4)
     if out_channels is not None and out_channels < in_channels:

@@ -1,4 +1,4 @@
-"""Embeddings of a velocity network: positions, patches, time, class and text, each as vectors of one width."""
+"""Embeddings of a velocity network: positions, patches, time, sizes, class and text as vectors of one width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .condition import Condition
 
 
 def linear(inputs: int, outputs: int, *, std: float | None = None, zero: bool = False) -> nn.Linear:
-    """A linear layer, as DiT initialises it: Xavier-uniform, or normal with ``std``, or zero; bias zero."""
+    """Make a linear layer, initialised as in DiT: Xavier-uniform, or normal with ``std``, or zero; bias zero."""
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.bias)
     if zero:
@@ -28,13 +28,13 @@ def linear(inputs: int, outputs: int, *, std: float | None = None, zero: bool = 
 
 
 def _outer(positions: Tensor, frequencies: int, base: float) -> Tensor:
-    """(N, frequencies): positions times base^(-i / frequencies), in float64."""
+    """Return positions (N,) times base^(-i / frequencies): (N, frequencies), in float64."""
     exponents = torch.arange(frequencies, dtype=torch.float64, device=positions.device) / frequencies
     return positions.double()[:, None] * base ** -exponents[None]
 
 
 def _grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of every token, both (height * width,), row by row."""
+    """Return the row and the column of every token, both (height * width,), row by row."""
     y = torch.arange(height, device=device).repeat_interleave(width)
     x = torch.arange(width, device=device).repeat(height)
     return y, x
@@ -44,9 +44,9 @@ Table = TypeVar("Table", bound=Callable[..., Any])
 
 
 def cached(table: Table) -> Table:
-    """A table that depends on its arguments only: computed once per grid, shared by networks, never saved.
+    """Cache a table that depends on its arguments only: computed once per grid, shared by networks, never saved.
 
-    A compiler makes the table a constant by itself, and does not look into the cache.
+    A compiler makes the table a constant by itself, so the cache is left out there.
     """
     memory = lru_cache(maxsize=64)(table)
 
@@ -63,7 +63,7 @@ def cached(table: Table) -> Table:
 
 @cached
 def sincos_table(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """(height * width, channels) float32: the fixed 2-D sin-cos embedding of DiT (arXiv:2212.09748).
+    """Return the fixed 2-D sin-cos embedding of DiT (arXiv:2212.09748), (height * width, channels) float32.
 
     The first half of the channels encodes the column, the second the row, each as [sin | cos].
     """
@@ -76,11 +76,11 @@ def sincos_table(height: int, width: int, channels: int, device: torch.device) -
 def rope_table(
     height: int, width: int, head_dim: int, registers: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (registers + height * width, 1, head_dim), of axial rotary positions (2403.13298).
+    """Return cos and sin of axial rotary positions (arXiv:2403.13298), each (registers + height * width, 1, head_dim).
 
-    Half of the channel pairs turn with the row, half with the column. The base is 100, as the paper has it
-    for images: with the 10000 of text, most pairs would hardly turn on a small grid. Register tokens stand
-    nowhere, and are not turned. ``sin`` carries the signs of `rotate`.
+    Half of the channel pairs turn with the row, half with the column. The base is 100, as in the paper
+    for images: with the 10000 of text, most pairs would hardly turn on a small grid. Register tokens have no
+    position, and are not turned. ``sin`` holds the signs that `rotate` needs.
     """
     y, x = _grid(height, width, device)
     angles = torch.cat([_outer(y, head_dim // 4, 100.0), _outer(x, head_dim // 4, 100.0)], dim=1)
@@ -95,7 +95,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C * patch * patch), the channel slowest, as a convolution's weight has it."""
+    """(B, C, H, W) -> (B, N, C * patch * patch), the channel slowest, as in a convolution's weight."""
     batch, channels, height, width = x.shape
     if patch == 1:
         return x.flatten(2).transpose(1, 2)
@@ -127,16 +127,16 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         proj: nn.Module = self.proj
-        if not isinstance(proj, nn.Conv2d):  # an adapter lies around it
+        if not isinstance(proj, nn.Conv2d):  # an adapter wraps it
             adapted: Tensor = proj(x)
             return adapted.flatten(2).transpose(1, 2)
-        # The same product as a matrix product, which skips the convolution's layout changes.
+        # The convolution as a matrix product, which skips its changes of layout.
         tokens = patchify(x, proj.kernel_size[0])
         return F.linear(tokens, proj.weight.flatten(1), proj.bias)
 
 
 def fourier_features(values: Tensor, features: int) -> Tensor:
-    """(N,) float32 -> (N, features): [cos | sin] with periods from 2 pi to nearly 2 pi 10000."""
+    """Map (N,) float32 to (N, features): [cos | sin] with periods from 2 pi to nearly 2 pi 10000."""
     half = features // 2
     index = torch.arange(half, dtype=torch.float32, device=values.device)
     angles = values[:, None] * torch.exp(-math.log(1e4) / half * index)
@@ -177,7 +177,7 @@ class SizeEmbed(nn.Module):
         )
 
     def forward(self, sizes: Tensor | None, t: Tensor) -> Tensor:
-        """``t`` (B,) says how many rows there are."""
+        """Embed sizes (B, 6); without any, the number of rows is that of ``t`` (B,)."""
         if sizes is None:
             return torch.zeros(len(t), self.width, dtype=next(self.mlp.parameters()).dtype, device=t.device)
         features = fourier_features(sizes.float().flatten(), self.features).view(len(sizes), -1)
@@ -195,7 +195,7 @@ class LabelEmbed(nn.Module):
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, labels: Tensor | None, drop: Tensor) -> Tensor:
-        """``drop`` (B,) bool; no labels at all = every row is the null."""
+        """Embed labels (B,); rows in ``drop`` (B,) bool, or all rows if there are no labels, are the null."""
         null = torch.full_like(drop, self.num_classes, dtype=torch.long)
         rows = null if labels is None else torch.where(drop, null, labels)
         out: Tensor = self.embedding_table(rows)
@@ -220,7 +220,7 @@ class TextEmbed(nn.Module):
     def forward(
         self, text: Tensor | None, mask: Tensor | None, drop: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """text (B, L, text_dim), mask (B, L), drop (B,) -> tokens (B, L, D), mask (B, L), pooled (B, D)."""
+        """Map text (B, L, text_dim), mask (B, L), drop (B,) to tokens (B, L, D), mask (B, L), pooled (B, D)."""
         if text is None:
             tokens = self.null.expand(drop.shape[0], 1, -1)
             mask = torch.ones_like(drop)[:, None]
@@ -240,7 +240,7 @@ class TextEmbed(nn.Module):
 def embed_condition(
     labels: LabelEmbed | None, text: TextEmbed | None, sizes: SizeEmbed | None, cond: Condition, t: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Class, text and sizes of a condition for the rows of t (B,): one vector (B, D), text tokens, their mask."""
+    """Embed a condition for the rows of t (B,): one vector (B, D) of class, text and sizes; text tokens; their mask."""
     drop = torch.zeros(t.shape, dtype=torch.bool, device=t.device) if cond.drop is None else cond.drop
     tokens, mask, vectors = None, None, []
     if labels is not None:
@@ -254,7 +254,7 @@ def embed_condition(
 
 
 def times_of_rows(t: Tensor | float, rows: int, device: torch.device) -> Tensor:
-    """A time, or one per row, as (rows,) float32.
+    """Return a time, or one per row, as (rows,) float32.
 
     Raises:
         ValueError: ``t`` has another shape.

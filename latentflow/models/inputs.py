@@ -12,10 +12,10 @@ from .condition import Condition
 
 
 def check_sizes(sample_size: int | Sequence[int] | None, **sizes: float | None) -> None:
-    """Refuse sizes that are not above 0, and a ``sample_size`` of other than one or two sides; None is none.
+    """Refuse sizes that are not above 0, and a ``sample_size`` that is not one or two sides; None is not checked.
 
     Raises:
-        UserError: names the size.
+        UserError: a size is refused; it is named.
     """
     if sample_size is not None:
         sides = [sample_size] * 2 if isinstance(sample_size, int) else [*sample_size]
@@ -27,10 +27,10 @@ def check_sizes(sample_size: int | Sequence[int] | None, **sizes: float | None) 
 
 
 def check_inputs(config: Any, x: Tensor, cond: Condition, multiple: int = 1) -> None:
-    """Compare a call with the network's ``config``. Shapes only, nothing that waits for the device.
+    """Refuse a call that does not fit the network's ``config``. Only shapes are read: nothing waits for the device.
 
     Raises:
-        ValueError: names the value and the remedy.
+        ValueError: a shape does not fit; the message says which, and what to do.
     """
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(

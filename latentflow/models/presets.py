@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import lookup
 
-# What a block and its inputs are made of. Both have about as many parameters.
+# The parts of a block and of its inputs. Both kinds have about the same number of parameters.
 BLOCKS: dict[str, dict[str, Any]] = {
     # LightningDiT's (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries and keys.
     "modern": {
@@ -28,7 +28,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 
 
 def _sit(width: int, depth: int, heads: int) -> dict[str, Any]:
-    """SiT (arXiv:2401.08740, table 1) with patches of 2 as released: ImageNet-256, 4 x 32 x 32 latents."""
+    """Return the settings of SiT (arXiv:2401.08740, table 1), patches of 2: ImageNet-256, 4 x 32 x 32 latents."""
     return {
         "in_channels": 4,
         "out_channels": 8,  # the upper half is the learned sigma of DiT, which SiT computes and ignores
@@ -43,7 +43,7 @@ def _sit(width: int, depth: int, heads: int) -> dict[str, Any]:
 
 
 def _modern(width: int, depth: int, heads: int) -> dict[str, Any]:
-    """The default block, one latent pixel per token; for the latents of small autoencoders."""
+    """Return the settings of the default block with one latent pixel per token, for latents of small autoencoders."""
     return {"width": width, "depth": depth, "heads": heads}
 
 
@@ -58,9 +58,9 @@ DIT_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def dit_config(preset: str, block: str | None = None, **changes: Any) -> dict[str, Any]:
-    """The arguments of `DiT` for a preset on other data: ``DiT(**dit_config("B", in_channels=16))``.
+    """Return the arguments of `DiT` for a preset on other data: ``DiT(**dit_config("B", in_channels=16))``.
 
-    ``block``, one of ``BLOCKS``, takes the place of the preset's own. Other ``in_channels`` also drop the preset's
+    ``block``, one of ``BLOCKS``, replaces the preset's own. Other ``in_channels`` also drop the preset's
     ``out_channels``, unless ``changes`` give them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A route past the middle blocks of a `DiT`: while it is trained, some tokens skip them."""
+"""A route past the middle blocks of a `DiT`: in training, some tokens skip these blocks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Rope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Route:
-    """Tokens that pass through the blocks ``first`` .. ``last - 1``; the others come back behind them as they were.
+    """Tokens that pass through the blocks ``first`` .. ``last - 1``; the others skip these blocks unchanged.
 
     TREAD: Krause et al. 2025 (arXiv:2501.04765). The R registers, which stand before the tokens of the latent, always
     pass.
 
     Attributes:
-        kept: (B, K) int64, ascending: the places of those that pass, among the N tokens of the latent.
+        kept: (B, K) int64, ascending: the positions of the tokens that pass, among the N tokens of the latent.
         first: number of blocks before the route.
         last: number of blocks before its end; more than ``first``.
     """
@@ -28,33 +28,33 @@ class Route:
     last: int
 
     def spares(self, blocks: int) -> bool:
-        """Return True if only the kept tokens are there behind the first ``blocks`` blocks."""
+        """Return True if only the kept tokens are present after the first ``blocks`` blocks."""
         return self.first < blocks < self.last
 
     def leave(self, tokens: Tensor, rope: Rope | None, registers: int) -> tuple[Tensor, Rope | None]:
-        """tokens (B, R + N, D), and rope, each (R + N, 1, d), of those that pass: (B, R + K, D), (B, R + K, 1, d)."""
+        """Return the tokens that pass, of (B, R + N, D), and their rope: (B, R + K, D), each (B, R + K, 1, d)."""
         places = self._places(registers)
         rows = _rows(places, tokens.shape[1])
         passing = tokens.flatten(0, 1).index_select(0, rows).view(*places.shape, -1)
         return passing, None if rope is None else (rope[0][places], rope[1][places])
 
     def come_back(self, tokens: Tensor, passed: Tensor, registers: int) -> Tensor:
-        """The tokens (B, R + N, D) that `leave` was given, with ``passed`` (B, R + K, D) in place of those it took."""
+        """Return the tokens (B, R + N, D) given to `leave`, those that passed replaced by ``passed`` (B, R + K, D)."""
         rows = _rows(self._places(registers), tokens.shape[1])
         joined = tokens.to(passed.dtype).flatten(0, 1).index_copy(0, rows, passed.flatten(0, 1))
         return joined.view_as(tokens)
 
     def of(self, values: Tensor) -> Tensor:
-        """The rows of ``values`` (B, N, F) that belong to the kept tokens, (B, K, F)."""
+        """Return the rows of ``values`` (B, N, F) that belong to the kept tokens, (B, K, F)."""
         return values.gather(1, self.kept[..., None].expand(-1, -1, values.shape[-1]))
 
     def _places(self, registers: int) -> Tensor:
-        """(B, R + K): what passes, among registers and tokens."""
+        """Return the positions (B, R + K), among registers and tokens, of all that pass."""
         first = torch.arange(registers, device=self.kept.device).expand(len(self.kept), -1)
         return torch.cat([first, self.kept + registers], dim=1)
 
 
 def _rows(places: Tensor, tokens: int) -> Tensor:
-    """(B * K,): places (B, K) among ``tokens`` of every sample, as places in the whole batch laid flat."""
+    """Return positions (B, K) among the ``tokens`` of each sample as positions (B * K,) in the flattened batch."""
     starts = torch.arange(len(places), device=places.device) * tokens
     return (places + starts[:, None]).flatten()

@@ -1,4 +1,4 @@
-"""Captions -> token embeddings: a small tokenizer and encoder trained on the data, or one of transformers."""
+"""Text encoders: a small tokenizer and encoder trained on the data, or those of a transformers model."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[START]"
 def train_tokenizer(
     captions: Iterable[str], max_length: int = 32, vocab_size: int = 30_000
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary is the words and punctuation marks of ``captions``, lower-case.
+    """Make a tokenizer whose vocabulary is the words and punctuation marks of ``captions``, in lower case.
 
     Words beyond ``vocab_size`` (the rarest) and unseen words are spelled in known beginnings and single
     characters (WordPiece); a word with a character never seen is [UNK]. Every text begins with [START], so
-    that none is empty. The same captions in any order give the same tokenizer.
+    that no text is empty. The same captions in any order give the same tokenizer.
 
     Raises:
         UserError: the captions hold no word.
@@ -54,7 +54,7 @@ def train_tokenizer(
         raise UserError("the captions hold no word to train a tokenizer on", "Give captions with words.")
     characters = sorted({character for word in words for character in word})
     spelling = [*characters, *(f"##{character}" for character in characters)]
-    # dict.fromkeys: each once, the first place counts.
+    # dict.fromkeys: each word once, at its first place.
     by_frequency = sorted(words, key=lambda word: (-words[word], word))
     room = max(0, vocab_size - 3 - len(spelling))
     vocabulary = list(dict.fromkeys([PAD, UNKNOWN, START, *spelling, *by_frequency[:room]]))
@@ -72,7 +72,7 @@ def train_tokenizer(
 
 
 def with_words(tokenizer: PreTrainedTokenizerFast, words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of `train_tokenizer` that knows ``words`` as well: their ids come after those that there are."""
+    """Return a tokenizer of `train_tokenizer` with ``words`` added: their ids follow the existing ones."""
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = document["model"]["vocab"]
     for word in words:
@@ -95,13 +95,13 @@ def _fast(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
 def small_text_encoder(
     tokenizer: PreTrainedTokenizerFast, width: int = 256, depth: int = 2, heads: int = 4
 ) -> PreTrainedModel:
-    """A small encoder with random weights, to be trained along with the velocity network.
+    """Make a small encoder with random weights, to be trained together with the velocity network.
 
     T5's encoder (arXiv:1910.10683), because it starts well: normalised before every layer, so it needs no
     warm-up of its own; word embeddings of unit variance, so that words differ from the first step on; a
-    last norm, so that what the velocity network receives has one scale all along. The position biases start
-    large, so that the heads look to different places from the first step; as T5 has them, near zero, the order of
-    the words ("a circle above a square") was learnt last. No dropout: the same text, the same embedding.
+    last norm, so that the velocity network receives embeddings of a constant scale. The position biases start
+    large, so that the heads attend to different places from the first step; with T5's own, near zero, the order of
+    the words ("a circle above a square") was learnt last. No dropout: a text always has the same embedding.
 
     Raises:
         UserError: ``width`` is not a multiple of ``heads``.
@@ -131,13 +131,13 @@ def small_text_encoder(
 
 
 def load_tokenizer(kind: Any, source: str | Path, shown: str = "", fix: str = MEND, **where: str) -> Any:
-    """Load a tokenizer that can be drawn with: it pads, and says which tokens count.
+    """Load a tokenizer that can make batches: it pads, and masks the padding.
 
     Args:
         kind: its class in transformers, or AutoTokenizer.
         source: folder or hub id.
         shown: what it is called in errors; default: the folder.
-        fix: what the user can do where it cannot be read.
+        fix: what the user can do if it cannot be read.
         where: ``subfolder``.
 
     Raises:
@@ -176,7 +176,7 @@ def check_vocabulary(tokenizer: Any, encoder: PreTrainedModel) -> None:
     """Refuse a tokenizer that makes tokens for which the text encoder has no embedding.
 
     Raises:
-        UserError: names both sizes.
+        UserError: it does; both sizes are named.
     """
     largest = max(tokenizer.get_vocab().values(), default=0)
     rows = encoder.get_input_embeddings().weight.shape[0]
@@ -188,7 +188,7 @@ def check_vocabulary(tokenizer: Any, encoder: PreTrainedModel) -> None:
         )
 
 
-# Models of images and text, of which only the text half is wanted.
+# Models of images and text, of which only the text half is loaded.
 _TEXT_HALVES: dict[str, Any] = {"clip": CLIPTextModel, "siglip": SiglipTextModel}
 
 
@@ -199,14 +199,14 @@ def _text_family(config: Any) -> Any:
 
 
 def load_text_encoder(name_or_path: str | Path) -> tuple[Any, PreTrainedModel]:
-    """The tokenizer and the encoder of a transformers model (CLIP, T5, BERT, ...), by hub id or folder.
+    """Load the tokenizer and the encoder of a transformers model (CLIP, T5, BERT, ...), by hub id or folder.
 
     A diffusers pipeline folder, with ``tokenizer/`` and ``text_encoder/`` inside, works as well. The encoder
     is in evaluation mode, in float32.
 
     Raises:
-        UserError: it cannot be found or read, or is no text model; weights of it are missing, of another shape or not
-            finite; the tokenizer knows more tokens than the encoder.
+        UserError: the model cannot be found or read, or is not a text model; weights are missing, of another shape or
+            not finite; the tokenizer knows more tokens than the encoder.
     """
     name = str(name_or_path)
     parts: tuple[dict[str, str], dict[str, str]] = ({}, {})
@@ -228,9 +228,9 @@ def load_text_encoder(name_or_path: str | Path) -> tuple[Any, PreTrainedModel]:
 def encode_text(
     tokenizer: Any, encoder: PreTrainedModel, prompts: list[str], max_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Token embeddings (B, L, D) and their mask (B, L), True = token; L is that of the longest prompt.
+    """Encode prompts: token embeddings (B, L, D) and their mask (B, L), True = token, L that of the longest prompt.
 
-    Gradients flow into ``encoder`` unless the caller forbids it. A prompt longer than ``max_length`` (None =
+    Gradients flow into ``encoder`` unless the caller disables them. A prompt longer than ``max_length`` (None =
     what the tokenizer and the encoder can take) is cut, with a warning.
     """
     limit = max_length or _longest(tokenizer, encoder)
@@ -250,8 +250,8 @@ class UnknownWords(UserWarning):
 def unknown_words(tokenizer: Any, texts: Iterable[str]) -> list[str]:
     """Return the words of ``texts`` that the tokenizer does not know, each once.
 
-    Of a tokenizer of `train_tokenizer` those are the words that it has to spell, since a network trained beside it
-    has not learnt what they mean; of others those with an unknown token (of a byte-level one, none).
+    For a tokenizer of `train_tokenizer` they are the words that it has to spell, since the network trained with it
+    has not learnt what they mean; for others, the words with an unknown token (none for a byte-level one).
     """
     ours = getattr(tokenizer, "bos_token", None) == START and tokenizer.is_fast
     vocabulary = tokenizer.get_vocab() if ours else {}

@@ -1,4 +1,4 @@
-"""`UNet`: diffusers' U-Nets, called as `DiT` is."""
+"""`UNet`: diffusers' U-Nets behind the interface of `DiT`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    ModelMixin,  # as a name of this module: diffusers' loader looks for it here
+    ModelMixin,  # diffusers' loader looks for this name in this module
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -32,14 +32,14 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
 
     Args:
         in_channels, out_channels, num_classes, text_dim, condition_channels, time_scale, sample_size,
-            size_conditioning: as of `DiT`.
+            size_conditioning: as in `DiT`.
         channels: one number per resolution, each half the previous one; multiples of ``head_dim``.
         layers_per_block: residual blocks per resolution.
         head_dim: channels of one attention head.
 
     Raises:
-        UserError: a size is not above 0, ``channels`` are not multiples of ``head_dim``, or fewer channels go out than
-            in.
+        UserError: a size is not above 0, ``channels`` are not multiples of ``head_dim``, or there are fewer output
+            than input channels.
     """
 
     _supports_gradient_checkpointing = True
@@ -96,12 +96,12 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
             "resnet_time_scale_shift": "scale_shift",
             "class_embed_type": "identity" if num_classes is not None or text or size_conditioning else None,
         }
-        if text:  # there, diffusers means the number of heads when it says attention_head_dim
+        if text:  # here attention_head_dim is, in diffusers, the number of heads
             heads = tuple(c // head_dim for c in channels)
             self.unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **arguments)
         else:
             self.unet = UNet2DModel(attention_head_dim=head_dim, **arguments)
-        # A new network says zero, as DiT does, and does not see the channels it may have been extended by.
+        # A new network returns zero, as DiT does, and ignores the channels of the condition.
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
         with torch.no_grad():
@@ -110,9 +110,9 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
     def forward(
         self, x: Tensor, t: Tensor | float, cond: Condition | None = None, return_dict: bool = False
     ) -> Tensor | UNet2DOutput:
-        """The velocity at ``x`` and time ``t``; arguments, result and errors as of `DiT.forward`.
+        """Return the velocity at ``x`` and time ``t``; arguments, result and errors as in `DiT.forward`.
 
-        Sides that the resolutions do not divide are padded with zeros inside, and cut again.
+        Sides that the downscaling does not divide are padded with zeros inside, and cropped again.
         """
         cond = cond or Condition()
         check_inputs(self.config, x, cond)
@@ -132,7 +132,7 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
         return UNet2DOutput(sample=velocity) if return_dict else velocity
 
     def _latent(self, x: Tensor, channels: Tensor | None) -> Tensor:
-        """-> (B, in_channels + condition_channels, H', W'), sides padded to what the resolutions divide."""
+        """Return the input (B, in_channels + condition_channels, H', W'), padded to multiples of the downscaling."""
         height, width = x.shape[2:]
         x = x.to(self.unet.conv_in.weight.dtype)
         if self.condition_channels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +25,41 @@ from latentflow.autoencoder import (
 from latentflow.errors import UserError
 
 
-def kl(**config: Any) -> AutoencoderKL:
+def _small(kind: Any, **config: Any) -> Any:
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **blocks, **config
-    ).eval()
+    return kind(latent_channels=4, **config).eval()
+
+
+def kl(**config: Any) -> AutoencoderKL:
+    return _small(AutoencoderKL, **CONVOLUTIONS, **config)
 
 
 def dc(**config: Any) -> AutoencoderDC:
-    torch.manual_seed(0)
-    return AutoencoderDC(
-        latent_channels=4,
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_layers_per_block=(0, 1),
-        decoder_layers_per_block=(0, 1),
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
-        **config,
-    ).eval()
+    layers = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in (
+            ("block_out_channels", (8, 8)), ("layers_per_block", (0, 1)), ("qkv_multiscales", ((), ())),
+        )
+    }  # fmt: skip
+    return _small(AutoencoderDC, **layers, **config)
 
 
 def tiny() -> AutoencoderTiny:
-    torch.manual_seed(0)
     blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    return AutoencoderTiny(
-        latent_channels=4, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **blocks
-    ).eval()
+    return _small(AutoencoderTiny, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), **blocks)
 
 
 def vq() -> VQModel:
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return VQModel(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, num_vq_embeddings=16, **blocks
-    ).eval()
+    return _small(VQModel, num_vq_embeddings=16, **CONVOLUTIONS)
 
 
+CONVOLUTIONS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
+}
 KINDS = {"kl": kl, "dc": dc, "tiny": tiny, "vq": vq}
 IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
@@ -96,8 +94,6 @@ def test_loading_our_statistics_warns_of_nothing(tmp_path: Path, caplog: pytest.
     vae = dc()
     measure_statistics(vae, [IMAGES])
     vae.save_pretrained(tmp_path)
-    import logging
-
     logging.getLogger("diffusers").propagate = True
     loaded = load_autoencoder(tmp_path)
     assert loaded.config.latents_mean == vae.config.latents_mean
@@ -154,7 +150,7 @@ def test_names_of_years_ago_are_read(tmp_path: Path) -> None:
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
-        state = {name.replace(f".{new}.", f".{old}."): one for name, one in state.items()}
+        state = {name.replace(f".{new}.", f".{old}."): value for name, value in state.items()}
     assert any(".query." in name for name in state)
     save_file(state, file, metadata={"format": "pt"})
     assert torch.equal(encode(load_autoencoder(tmp_path), IMAGES), encode(vae, IMAGES))

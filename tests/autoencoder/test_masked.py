@@ -1,4 +1,4 @@
-"""What a network is told of an image with a hole: everything that is kept, nothing that is not."""
+"""The condition of a network that inpaints holds all that is kept of an image, and nothing of what is masked."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FACTOR, CHANNELS = 4, 3
 def vae() -> AutoencoderDC:
     torch.manual_seed(0)
     widths, none = (6, 12, 12), ((),) * 3
-    one = AutoencoderDC(
+    network = AutoencoderDC(
         latent_channels=CHANNELS, encoder_block_out_channels=widths, decoder_block_out_channels=widths,
         encoder_layers_per_block=(0, 1, 1), decoder_layers_per_block=(0, 1, 1), encoder_qkv_multiscales=none,
         decoder_qkv_multiscales=none, scaling_factor=1.0,
     )  # fmt: skip
-    one.register_to_config(latents_mean=[0.1, -0.2, 0.3], latents_std=[0.5, 1.5, 1.0])
-    return one.eval().requires_grad_(False)
+    network.register_to_config(latents_mean=[0.1, -0.2, 0.3], latents_std=[0.5, 1.5, 1.0])
+    return network.eval().requires_grad_(False)
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
-"""Closed forms that everything in flow must meet: x_t = alpha x1 + sigma x0 with x0 ~ N(0, 1), float64."""
+"""Data whose flow is known exactly, and every path: x_t = alpha x1 + sigma x0 with x0 ~ N(0, 1), float64."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,57 +10,7 @@ from torch import Tensor
 
 from latentflow.flow import Path
 
-
-@dataclass(frozen=True)
-class Mixture:
-    """x1 ~ sum_k weights_k N(means_k, stds_k^2), independently in every element of x.
-
-    Posterior expectations given x_t = x by responsibilities: nothing divides by alpha or sigma.
-    """
-
-    weights: tuple[float, ...]
-    means: tuple[float, ...]
-    stds: tuple[float, ...]
-
-    def components(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """(alpha, means, stds^2, residual, variance, log of the joint density), (..., K) or broadcast to it."""
-        a, s = path.alpha(t)[..., None], path.sigma(t)[..., None]
-        weights, means, stds = (
-            torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds)
-        )
-        variance = a**2 * stds**2 + s**2
-        residual = x[..., None] - a * means
-        log_joint = weights.log() - 0.5 * (residual**2 / variance + (2 * math.pi * variance).log())
-        return a, means, stds**2, residual, variance, log_joint
-
-    def data_and_score(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(E[x1 | x_t = x], d/dx log p_t(x)); t broadcasts against x. Finite wherever x_t has a density."""
-        a, means, variances, residual, variance, log_joint = self.components(path, x, t)
-        share = torch.softmax(log_joint, dim=-1)
-        data = (share * (means + a * variances * residual / variance)).sum(-1)
-        return data, -(share * residual / variance).sum(-1)
-
-    def ends(self, path: Path, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(E[x1 | x_t = x], E[x0 | x_t = x]); t broadcasts against x."""
-        data, score = self.data_and_score(path, x, t)
-        return data, -path.sigma(t) * score
-
-    def log_density(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
-        return torch.logsumexp(self.components(path, x, t)[-1], dim=-1)
-
-    def score(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
-        """d/dx log p_t(x), by autograd through the density, so not through any formula for the ends."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.log_density(path, x, t).sum(), x)[0]
-
-    def velocity(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
-        """alpha' E[x1 | x] + sigma' E[x0 | x], finite at both ends of every path."""
-        data, score = self.data_and_score(path, x, t)
-        a, s, da, ds = path.alpha(t), path.sigma(t), path.d_alpha(t), path.d_sigma(t)
-        # Where sigma' is infinite, sigma sigma' is not: there alpha^2 + sigma^2 = 1.
-        product = torch.where(ds.isinf(), -a * da, s * ds)
-        return da * data - product * score
+from .closed_forms import EVERY_PATH, Mixture, seeded
 
 
 @pytest.fixture
@@ -77,6 +25,12 @@ def gaussian() -> Mixture:
 
 @pytest.fixture
 def draw() -> Callable[..., Tensor]:
-    """Standard normal float64 numbers of a shape, the same in every test."""
-    generator = torch.Generator().manual_seed(0)
+    """Draw standard normal float64 numbers of a shape, the same in every test."""
+    generator = seeded()
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(params=EVERY_PATH.values(), ids=list(EVERY_PATH))
+def path(request: pytest.FixtureRequest) -> Path:
+    """Every path: a test that takes it runs for each."""
+    return request.param

@@ -10,6 +10,8 @@ import torch
 from latentflow.flow import SchrodingerBridge, bridge_matching_loss, sinkhorn_plan
 from latentflow.flow.transport import squared_distances
 
+from .closed_forms import seeded
+
 SIGMAS = [0.5, 1.0, 2.0]
 A = 1.5
 
@@ -31,7 +33,7 @@ def coefficients(bridge: SchrodingerBridge, t: torch.Tensor) -> tuple[torch.Tens
 
 
 def static_covariance(sigma: float) -> torch.Tensor:
-    """Of (x0, x1, noise)."""
+    """Return the covariance of (x0, x1, noise)."""
     c = correlation(sigma)
     return torch.tensor([[1.0, c, 0.0], [c, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
 
@@ -54,7 +56,7 @@ def test_targets_average_to_the_exact_velocity_score_and_drift(sigma) -> None:
     covariance, mean = static_covariance(sigma), torch.tensor([-A, A, 0.0], dtype=torch.float64)
 
     def slope(target: torch.Tensor) -> torch.Tensor:
-        """Of E[target | xt] = E[target] + slope (xt - E[xt]), all being jointly Gaussian."""
+        """Return the slope of E[target | xt] = E[target] + slope (xt - E[xt]), all being jointly Gaussian."""
         return torch.einsum("ti,ij,tj->t", target, covariance, xt) / variance(sigma, t)
 
     v = variance(sigma, t)
@@ -81,7 +83,7 @@ def test_a_minibatch_plan_has_the_static_covariance(sigma, draw) -> None:
 
 
 def test_coupled_samples_are_drawn_with_the_known_moments(draw) -> None:
-    bridge, generator, rows, rounds = SchrodingerBridge(1.0), torch.Generator().manual_seed(0), 128, 49
+    bridge, generator, rows, rounds = SchrodingerBridge(1.0), seeded(), 128, 49
     moments = []
     for _ in range(rounds):
         x0, x1 = draw(rows, 1) - A, draw(rows, 1) + A
@@ -112,19 +114,12 @@ def test_velocity_is_the_derivative_of_the_point_at_fixed_noise(draw) -> None:
     torch.testing.assert_close(bridge.sample(x0, x1, t, noise=noise).velocity, (ahead - behind) / (2 * h))
 
 
-def test_noise_comes_from_the_generator_alone(draw) -> None:
-    x0, x1, bridge = draw(4, 3), draw(4, 3), SchrodingerBridge()
-    first = bridge.sample(x0, x1, 0.5, generator=torch.Generator().manual_seed(5))
+def test_noise_comes_from_the_generator_alone_and_half_precision_is_calculated_in_float32(draw) -> None:
+    x0, x1, bridge = draw(8, 3).bfloat16(), draw(8, 3).bfloat16(), SchrodingerBridge()
+    half = bridge.sample(x0, x1, 0.3, generator=seeded(5))
     torch.manual_seed(123)
-    again = bridge.sample(x0, x1, 0.5, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(first.xt, again.xt)
-    assert torch.equal(first.xt, bridge.sample(x0, x1, 0.5, noise=first.noise).xt)
-
-
-def test_half_precision_is_calculated_in_float32(draw) -> None:
-    x0, x1, noise = draw(8, 3).bfloat16(), draw(8, 3).bfloat16(), draw(8, 3).float()
-    half = SchrodingerBridge().sample(x0, x1, 0.3, noise=noise)
-    full = SchrodingerBridge().sample(x0.float(), x1.float(), 0.3, noise=noise)
+    assert torch.equal(half.xt, bridge.sample(x0, x1, 0.3, generator=seeded(5)).xt)
+    full = bridge.sample(x0.float(), x1.float(), 0.3, noise=half.noise)
     for name in ("xt", "velocity", "score"):
         assert torch.equal(getattr(half, name), getattr(full, name).bfloat16())
 

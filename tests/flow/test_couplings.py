@@ -11,6 +11,7 @@ from latentflow.flow import (
     COUPLINGS,
     ConditionalOptimalTransport,
     DataDependent,
+    Independent,
     OptimalTransport,
     Sinkhorn,
     assignment,
@@ -19,11 +20,9 @@ from latentflow.flow import (
 from latentflow.flow.couplings import _condition_weight, _draw_rows
 from latentflow.flow.transport import squared_distances
 
+from .closed_forms import seeded
+
 PERMUTING = [name for name in COUPLINGS if name != "sinkhorn"]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def which(rows: torch.Tensor, x0: torch.Tensor) -> list[int]:
@@ -54,28 +53,20 @@ def test_the_generator_alone_decides(name, draw) -> None:
     first = COUPLINGS[name]()(x0, x1, label, seeded(7))
     torch.manual_seed(2)
     assert torch.equal(first, COUPLINGS[name]()(x0, x1, label, seeded(7)))
-
-
-@pytest.mark.parametrize("name", COUPLINGS)
-def test_different_numbers_of_rows_are_refused(name, draw) -> None:
+    (
+        x0.requires_grad_(),
+        x1.requires_grad_(),
+    )  # rows that carry a graph are paired, and pass their gradients on
+    (gradient,) = torch.autograd.grad(COUPLINGS[name]()(x0, x1, generator=seeded()).sum(), x0)
+    assert gradient.sum() == 128
     with pytest.raises(ValueError, match="4 source rows for 8 data rows"):
         COUPLINGS[name]()(draw(4, 2), draw(8, 2))
 
 
-@pytest.mark.parametrize("name", ["ot", "sinkhorn", "conditional-ot"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_rows_that_have_no_distance_are_refused(name, bad, draw) -> None:
-    x0, x1 = draw(4, 2), draw(4, 2)
-    x1[2, 1] = bad
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        COUPLINGS[name]()(x0, x1)
-    with pytest.raises(ValueError, match=r"\(2,\) but data rows \(3,\)"):
-        COUPLINGS[name]()(x0, draw(4, 3))
-
-
-def test_independent_coupling_leaves_the_rows_as_drawn(draw) -> None:
+@pytest.mark.parametrize("coupling", [Independent(), DataDependent()])
+def test_rows_that_are_paired_already_stay_as_drawn(coupling, draw) -> None:
     x0, x1 = draw(8, 2), draw(8, 2)
-    assert torch.equal(COUPLINGS["independent"]()(x0, x1), x0)
+    assert coupling(x0, x1) is x0
 
 
 def test_squared_distances_far_from_the_origin(draw) -> None:
@@ -173,21 +164,6 @@ def test_relative_regularization_does_not_depend_on_units(draw) -> None:
     assert torch.equal(Sinkhorn(0.1)(torch.ones(4, 2), torch.ones(4, 2)), torch.ones(4, 2))
 
 
-@pytest.mark.parametrize("regularization", [0.0, -1.0, float("nan")])
-def test_regularization_must_be_positive(regularization) -> None:
-    with pytest.raises(ValueError, match="regularization must be positive"):
-        Sinkhorn(regularization)
-    with pytest.raises(ValueError, match="regularization must be positive"):
-        sinkhorn_plan(torch.ones(2, 2), regularization)
-
-
-def test_bad_costs_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"square cost, not \(2, 3\)"):
-        assignment(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        assignment(torch.full((2, 2), float("nan")))
-
-
 # -- conditions ------------------------------------------------------------------------------------------------------
 
 
@@ -209,15 +185,24 @@ def test_transport_skews_the_source_given_the_label_and_conditional_transport_do
         assert torch.equal(paired[label == k], OptimalTransport()(x0[label == k], x1[label == k]))
 
 
-def test_labels_may_be_booleans_or_several_numbers(draw) -> None:
+def test_conditions_that_amount_to_the_same_pair_alike(draw) -> None:
     x0, x1, label = labelled(draw)
-    several = torch.stack([label == 0, label == 1], 1)
-    expected = ConditionalOptimalTransport()(x0, x1, label)
-    assert torch.equal(ConditionalOptimalTransport()(x0, x1, several), expected)
-    assert torch.equal(ConditionalOptimalTransport()(x0, x1, torch.arange(300)), x0)
+    pair = ConditionalOptimalTransport()
     everyone = OptimalTransport()(x0, x1)
-    assert torch.equal(ConditionalOptimalTransport()(x0, x1, torch.zeros(300, dtype=torch.long)), everyone)
-    assert torch.equal(ConditionalOptimalTransport()(x0, x1), everyone)
+    one_number = draw(300)
+    for condition, expected in (
+        (torch.stack([label == 0, label == 1], 1), pair(x0, x1, label)),  # labels may be several booleans
+        (torch.arange(300), x0),
+        (torch.zeros(300, dtype=torch.long), everyone),
+        (torch.ones(300, 4), everyone),  # equal continuous conditions
+        (None, everyone),
+        (one_number, ConditionalOptimalTransport(distance="euclidean")(x0, x1, one_number)),
+    ):
+        assert torch.equal(pair(x0, x1, condition), expected)
+    one_hot = torch.nn.functional.one_hot(label).float()
+    paired = ConditionalOptimalTransport(0.001)(x0, x1, one_hot)
+    assert sum(int(label[row] == label[column]) for column, row in enumerate(which(paired, x0))) >= 290
+    assert torch.equal(pair(x0[:1], x1[:1], one_hot[:1]), x0[:1])
 
 
 def test_condition_weight_lets_the_asked_share_of_pairs_through(draw) -> None:
@@ -247,55 +232,52 @@ def test_continuous_conditions_hold_the_source_back(distance, draw) -> None:
     assert skew(1.0) == plain
 
 
-def test_equal_continuous_conditions_are_plain_transport_and_groups_are_kept(draw) -> None:
-    x0, x1, label = labelled(draw)
-    same = ConditionalOptimalTransport()(x0, x1, torch.ones(300, 4))
-    assert torch.equal(same, OptimalTransport()(x0, x1))
-    one_hot = torch.nn.functional.one_hot(label).float()
-    paired = ConditionalOptimalTransport(0.001)(x0, x1, one_hot)
-    stayed = sum(int(label[row] == label[column]) for column, row in enumerate(which(paired, x0)))
-    assert stayed >= 290
-    one = ConditionalOptimalTransport()(x0[:1], x1[:1], one_hot[:1])
-    assert torch.equal(one, x0[:1])
+X = torch.arange(16.0).reshape(8, 2)
+NAN, INFINITY = float("nan"), float("inf")
 
 
-def test_single_numbers_as_conditions_are_compared_by_distance(draw) -> None:
-    x0, x1, number = draw(64, 2), draw(64, 2), draw(64)
-    expected = ConditionalOptimalTransport(distance="euclidean")(x0, x1, number)
-    assert torch.equal(ConditionalOptimalTransport()(x0, x1, number), expected)
-
-
-@pytest.mark.parametrize("name", COUPLINGS)
-def test_rows_that_carry_a_graph_are_paired(name, draw) -> None:
-    x0, x1 = draw(8, 2).requires_grad_(), draw(8, 2).requires_grad_()
-    paired = COUPLINGS[name]()(x0, x1, generator=torch.Generator().manual_seed(0))
-    (gradient,) = torch.autograd.grad(paired.sum(), x0)
-    assert gradient.sum() == 16  # each paired row passes its gradient on
-
-
-def test_bad_conditions_are_refused(draw) -> None:
-    x0, x1 = draw(8, 2), draw(8, 2)
-    with pytest.raises(ValueError, match="euclidean"):
-        ConditionalOptimalTransport(distance="cosine")(x0, x1, draw(8))
-    with pytest.raises(ValueError, match=r"\(7, 2\) for 8 rows"):
-        ConditionalOptimalTransport()(x0, x1, draw(7, 2))
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        ConditionalOptimalTransport()(x0, x1, torch.full((8, 2), float("nan")))
-    with pytest.raises(UserError, match="did you mean 'cosine'"):
-        ConditionalOptimalTransport(distance="cosin")
-    for ratio in (0.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="ratio"):
-            ConditionalOptimalTransport(ratio)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *(
+            (
+                lambda name=name, bad=bad: COUPLINGS[name]()(
+                    X, X.clone().index_fill_(0, torch.tensor(2), bad)
+                ),
+                "NaN or infinite",
+            )
+            for name in ("ot", "sinkhorn", "conditional-ot")
+            for bad in (NAN, INFINITY)
+        ),
+        *(
+            (lambda name=name: COUPLINGS[name]()(X, torch.ones(8, 3)), r"\(2,\) but data rows \(3,\)")
+            for name in ("ot", "sinkhorn", "conditional-ot")
+        ),
+        *((lambda bad=bad: Sinkhorn(bad), "regularization must be positive") for bad in (0.0, -1.0, NAN)),
+        *(
+            (lambda bad=bad: sinkhorn_plan(X, bad), "regularization must be positive")
+            for bad in (0.0, -1.0, NAN)
+        ),
+        (lambda: assignment(torch.ones(2, 3)), r"square cost, not \(2, 3\)"),
+        (lambda: assignment(torch.full((2, 2), NAN)), "NaN or infinite"),
+        (lambda: ConditionalOptimalTransport(distance="cosine")(X, X, torch.rand(8)), "euclidean"),
+        (lambda: ConditionalOptimalTransport()(X, X, torch.rand(7, 2)), r"\(7, 2\) for 8 rows"),
+        (lambda: ConditionalOptimalTransport()(X, X, torch.full((8, 2), NAN)), "NaN or infinite"),
+        (lambda: ConditionalOptimalTransport(distance="cosin"), "did you mean 'cosine'"),
+        *((lambda bad=bad: ConditionalOptimalTransport(bad), "ratio") for bad in (0.0, 1.5, NAN)),
+        (lambda: DataDependent(lambda x0, *others: x0[:4])(X, X), r"source returned shape \(4, 2\)"),
+    ],
+)
+def test_mistakes_are_named(call, message) -> None:
+    with pytest.raises(UserError if "did you mean" in message else ValueError, match=message):
+        call()
 
 
 def test_data_dependent_source_is_the_callers(draw) -> None:
     x0, x1, label = draw(8, 2), draw(8, 2), torch.arange(8)
-    assert DataDependent()(x0, x1) is x0
 
     def degrade(x0, x1, condition, generator):
         return x1 * (condition[:, None] % 2) + x0 + torch.randn(x1.shape, generator=generator)
 
     paired = DataDependent(degrade)(x0, x1, label, seeded(3))
     torch.testing.assert_close(paired, degrade(x0, x1, label, seeded(3)))
-    with pytest.raises(ValueError, match=r"source returned shape \(4, 2\)"):
-        DataDependent(lambda x0, x1, condition, generator: x0[:4])(x0, x1)

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from latentflow.errors import UserError
-from latentflow.flow import SOLVERS, CondOT, guide, guide_batched, integrate, time_grid
+from latentflow.flow import guide, guide_batched, integrate, time_grid
+
+from .closed_forms import gaussian_velocity
 
 
 class Spy:
@@ -34,8 +35,8 @@ class Spy:
         assert torch.equal(first, second)
         return torch.cat(
             [
-                torch.full_like(first, self.values["conditional"]),
-                torch.full_like(second, self.values["unconditional"]),
+                torch.full_like(half, value)
+                for half, value in zip((first, second), self.values.values(), strict=True)
             ]
         )
 
@@ -51,27 +52,26 @@ def form(request):
     return FORMS[request.param]
 
 
-@pytest.mark.parametrize(
-    ("scale", "expected"), [(4.0, 14.0), (1.0, 5.0), (0.0, 2.0), (0.5, 3.5), (-1.0, -1.0)]
-)
-def test_formula_and_order(form, scale, expected) -> None:
-    value = form(Spy(), scale)(torch.zeros(3, 2), torch.tensor(0.5))
-    assert (
-        value.tolist() == [[expected, expected]] * 3
-    )  # 2 + scale (5 - 2): swapped arguments give 5 - 3 scale
+def test_formula_and_order(form) -> None:
+    expected = {4.0: 14.0, 1.0: 5.0, 0.0: 2.0, 0.5: 3.5, -1.0: -1.0}  # swapped arguments give 5 - 3 scale
+    for scale, value in expected.items():
+        assert form(Spy(), scale)(torch.zeros(3, 2), torch.tensor(0.5)).unique() == value
+    rows = form(Spy(), torch.tensor(list(expected)))(torch.zeros(5, 5, 2), torch.tensor(0.5))  # B == channels
+    assert rows.flatten(1).tolist() == [[value] * 10 for value in expected.values()]
+    spy, t = Spy(), torch.tensor([0.1, 0.5, 0.9])
+    value = form(spy, 4.0, (0.2, 0.8))(torch.zeros(3, 3), t)  # B == width
+    assert value.tolist() == [[5.0] * 3, [14.0] * 3, [5.0] * 3]
+    assert all(torch.equal(seen[:3], t) and torch.equal(seen[-3:], t) for seen in spy.times)
 
 
 @pytest.mark.parametrize("form_name", FORMS)
 @pytest.mark.parametrize(
     ("scale", "interval", "t", "guided"),
     [
-        (1.0, (0.0, 1.0), 0.5, False),
-        (3.0, (0.2, 0.8), 0.1, False),
-        (3.0, (0.2, 0.8), 0.9, False),
-        (3.0, (0.2, 0.8), 0.2, True),
-        (3.0, (0.2, 0.8), 0.8, True),
-        (3.0, (0.0, 1.0), 0.0, True),
-        (3.0, (0.0, 1.0), 1.0, True),
+        *((scale, (0.0, 1.0), 0.5, False) for scale in (1.0, torch.ones(2), torch.tensor(1.0))),
+        *((3.0, (0.2, 0.8), t, False) for t in (0.1, 0.9)),
+        *((3.0, (0.2, 0.8), t, True) for t in (0.2, 0.8)),
+        *((3.0, (0.0, 1.0), t, True) for t in (0.0, 1.0)),
     ],
 )
 def test_unguided_calls_evaluate_only_the_conditional(form_name, scale, interval, t, guided) -> None:
@@ -79,14 +79,7 @@ def test_unguided_calls_evaluate_only_the_conditional(form_name, scale, interval
     value = FORMS[form_name](spy, scale, interval)(torch.zeros(2, 3), torch.tensor(t, dtype=torch.float64))
     both = ["conditional", "unconditional"] if form_name == "guide" else ["batched"]
     assert spy.calls == (both if guided else ["conditional"])
-    assert value.unique().tolist() == [2 + scale * 3.0 if guided else 5.0]
-
-
-def test_rows_with_their_own_t_are_guided_on_their_own(form) -> None:
-    spy, t = Spy(), torch.tensor([0.1, 0.5, 0.9])
-    value = form(spy, 4.0, (0.2, 0.8))(torch.zeros(3, 3), t)  # B == width
-    assert value.tolist() == [[5.0] * 3, [14.0] * 3, [5.0] * 3]
-    assert all(torch.equal(seen[:3], t) and torch.equal(seen[-3:], t) for seen in spy.times)
+    assert value.unique() == (11.0 if guided else 5.0)
 
 
 def test_both_forms_agree_with_the_same_evaluations_of_integrate(draw) -> None:
@@ -95,15 +88,12 @@ def test_both_forms_agree_with_the_same_evaluations_of_integrate(draw) -> None:
     def conditional(x: Tensor, t: Tensor) -> Tensor:
         return (1 + t) * x.sin()
 
-    def unconditional(x: Tensor, t: Tensor) -> Tensor:
-        return -t * x
-
     def batched(x2: Tensor, t: Tensor) -> Tensor:
-        return torch.cat([conditional(x2[:4], t), unconditional(x2[4:], t)])
+        return torch.cat([conditional(x2[:4], t), -t * x2[4:]])
 
-    one = integrate(guide(conditional, unconditional, 3.0, (0.3, 1.0)), x, [0, 0.25, 0.5, 1.0])
-    two = integrate(guide_batched(batched, conditional, 3.0, (0.3, 1.0)), x, [0, 0.25, 0.5, 1.0])
-    assert torch.equal(one, two)
+    apart = guide(conditional, lambda x, t: -t * x, 3.0, (0.3, 1.0))
+    together = guide_batched(batched, conditional, 3.0, (0.3, 1.0))
+    assert torch.equal(*(integrate(velocity, x, [0, 0.25, 0.5, 1.0]) for velocity in (apart, together)))
 
 
 def test_half_precision_keeps_its_dtype_and_is_calculated_in_float32() -> None:
@@ -113,32 +103,6 @@ def test_half_precision_keeps_its_dtype_and_is_calculated_in_float32() -> None:
     )
     assert value.dtype == torch.bfloat16
     assert value == torch.tensor(1 + 2.3 * (1 - 0.99609375)).bfloat16()
-
-
-@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
-def test_a_scale_that_is_no_number_is_refused(form, scale) -> None:
-    with pytest.raises(UserError, match="guidance scale"):
-        form(Spy(), scale)
-
-
-@pytest.mark.parametrize("interval", [(0.8, 0.2), (-0.1, 1.0), (0.0, 1000.0), (float("nan"), 1.0)])
-def test_an_interval_that_is_none_is_refused(form, interval) -> None:
-    with pytest.raises(UserError, match="guidance interval"):
-        form(Spy(), 2.0, interval)
-
-
-def test_each_row_has_its_own_scale(form) -> None:
-    spy, scales = Spy(), torch.tensor([1.0, 4.0, 0.0])
-    value = form(spy, scales)(torch.zeros(3, 3, 2), torch.tensor(0.5))  # B == channels
-    assert value[:, 0, 0].tolist() == [5.0, 14.0, 2.0]
-    assert all(len(row.unique()) == 1 for row in value)
-
-
-def test_scales_that_are_all_one_cost_one_evaluation(form) -> None:
-    for scale in (1.0, torch.ones(3), torch.tensor(1.0)):
-        spy = Spy()
-        assert form(spy, scale)(torch.zeros(3, 2), torch.tensor(0.5)).unique() == 5.0
-        assert spy.calls == ["conditional"]
 
 
 def test_rescale_brings_the_std_of_each_row_back_to_the_conditional_ones(draw) -> None:
@@ -153,11 +117,9 @@ def test_rescale_brings_the_std_of_each_row_back_to_the_conditional_ones(draw) -
     assert torch.allclose(torch.cosine_similarity(full.flatten(1), plain.flatten(1)), torch.ones(4).double())
     assert torch.allclose(half, (plain + full) / 2)
     assert torch.equal(full[0], c[0])  # at scale 1 exactly the conditional
-
-
-def test_rescale_leaves_rows_that_do_not_vary(form) -> None:
-    for shape in ((3, 1), (3, 2, 2), (3,)):
-        assert form(Spy(), 4.0, rescale=0.7)(torch.zeros(shape), torch.tensor(0.5)).unique() == 14.0
+    for shape in ((3, 1), (3, 2, 2), (3,)):  # rows that do not vary stay as they are
+        value = guide(lambda x, t: x + 5.0, lambda x, t: x + 2.0, 4.0, rescale=0.7)(torch.zeros(shape), t)
+        assert value.unique() == 14.0
 
 
 def test_optimized_scale_takes_the_nearest_multiple_of_the_unconditional(draw) -> None:
@@ -168,10 +130,10 @@ def test_optimized_scale_takes_the_nearest_multiple_of_the_unconditional(draw) -
     s = guided / u
     assert torch.allclose(s, s[:, :1, :1].expand_as(s)) and s.std(0).min() > 0.01  # one number for each row
     # The unconditional's length cancels: two lengths, one result; at length 0 there is nothing to project on.
-    one, two = (
+    first, second = (
         guide(lambda x, t: c, lambda x, t, k=k: k * u, 3.0, optimized_scale=True)(x, t) for k in (1, 7)
     )
-    assert torch.allclose(one, two) and torch.allclose(one, 3 * c - 2 * guided)
+    assert torch.allclose(first, second) and torch.allclose(first, 3 * c - 2 * guided)
     zero = guide(lambda x, t: c, lambda x, t: 0 * u, 3.0, optimized_scale=True)(x, t)
     assert torch.allclose(zero, 3 * c)
 
@@ -195,58 +157,41 @@ def test_options_leave_rows_outside_the_interval_exactly_alone(draw) -> None:
     assert torch.equal(value[[0, 2]], c[[0, 2]]) and not torch.allclose(value[1], c[1], atol=0.1)
 
 
-def guided_between(gaussian, shift: float, scale: float):
-    """To N(1, 0.4^2) and away from N(1 - shift, 0.4^2): with equal variances the guided velocity is that
-    to N(1 + (scale - 1) shift, 0.4^2)."""
-    c, u = (replace(gaussian, means=(mean,), stds=(0.4,)) for mean in (1.0, 1.0 - shift))
-    path = CondOT()
-    return guide(lambda x, t: c.velocity(path, x, t), lambda x, t: u.velocity(path, x, t), scale)
-
-
-@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if not solver.stochastic])
-def test_guidance_goes_through_every_deterministic_solver(gaussian, draw, solver) -> None:
-    x0 = draw(50, 3)
-    adaptive = SOLVERS[solver].evaluations is None
-    steps = 1 if adaptive else {1: 400, 2: 60}.get(SOLVERS[solver].order, 20)
-    x1 = integrate(guided_between(gaussian, 0.5, 3.0), x0, time_grid(steps), solver, rtol=1e-8, atol=1e-8)
-    assert torch.allclose(x1, 2.0 + 0.4 * x0, atol=0.02)
-    assert not torch.allclose(x1, 1.0 + 0.4 * x0, atol=0.5)  # unguided
-
-
-@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if solver.stochastic])
-def test_guidance_goes_through_every_stochastic_solver(gaussian, draw, solver) -> None:
-    x0, generator = draw(20_000, 1), torch.Generator().manual_seed(0)
-    x1 = integrate(guided_between(gaussian, 0.5, 3.0), x0, time_grid(200), solver, generator=generator)
-    # Five standard errors, and the bias of finite steps.
-    assert abs(x1.mean().item() - 2.0) < 5 * 0.4 / 20_000**0.5 + 0.02
-    assert abs(x1.std().item() - 0.4) < 5 * 0.4 / 40_000**0.5 + 0.02
-
-
-def test_autoguidance_with_a_broader_model_sharpens_by_the_closed_form(gaussian, draw) -> None:
-    """N(0, c^2) guided by N(0, b^2): the velocities are x d/dt log std, so x1 = x0 c (c / b)^(scale - 1)."""
-    x0, path = draw(20, 2), CondOT()
-    model, weak = (replace(gaussian, means=(0.0,), stds=(std,)) for std in (0.5, 0.8))
-    velocity = guide(lambda x, t: model.velocity(path, x, t), lambda x, t: weak.velocity(path, x, t), 2.5)
+@pytest.mark.parametrize(
+    ("model", "weak", "scale", "mean", "std"),
+    [
+        # Equal variances: the flow to the mean m + (scale - 1) (m - m'), 1 + 2 * 0.5 here.
+        ((1.0, 0.4), (0.5, 0.4), 3.0, 2.0, 0.4),
+        # Autoguidance with a broader model: the velocities are x d/dt log std, so x1 = x0 c (c / b)^(scale - 1).
+        ((0.0, 0.5), (0.0, 0.8), 2.5, 0.0, 0.5 * (0.5 / 0.8) ** 1.5),
+    ],
+)
+def test_guidance_of_gaussians_has_its_closed_form(model, weak, scale, mean, std, draw) -> None:
+    x0, velocity = draw(20, 2), guide(gaussian_velocity(*model), gaussian_velocity(*weak), scale)
     x1 = integrate(velocity, x0, [0, 1], "dopri5", rtol=1e-9, atol=1e-9)
-    assert torch.allclose(x1, x0 * 0.5 * (0.5 / 0.8) ** 1.5, atol=1e-7)
+    assert torch.allclose(x1, mean + std * x0, atol=1e-7)
+
+
+NAN = float("nan")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": torch.tensor([1.0, float("nan")])}, "guidance scale"),
+        *(({"scale": scale}, "guidance scale") for scale in (NAN, float("inf"), torch.tensor([1.0, NAN]))),
+        *(
+            ({"interval": interval}, "guidance interval")
+            for interval in ((0.8, 0.2), (-0.1, 1.0), (0.0, 1000.0), (NAN, 1.0))
+        ),
         ({"rescale": 1.5}, "guidance rescale 1.5"),
-        ({"rescale": float("nan")}, "guidance rescale"),
+        ({"rescale": NAN}, "guidance rescale"),
         ({"zero_init": 1.0}, "guidance zero_init 1.0"),
         ({"zero_init": -0.1}, "guidance zero_init"),
     ],
 )
 def test_options_out_of_range_are_refused(form, options, message) -> None:
     with pytest.raises(UserError, match=message):
-        form(Spy(), **{"scale": 2.0, **options})
-
-
-def test_scales_that_do_not_fit_the_rows_are_refused(form) -> None:
+        form(Spy(), **{"scale": 2.0} | options)
     with pytest.raises(ValueError, match=r"one per row, shape \(B,\)"):
         form(Spy(), torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"shape \(2,\) for 3 rows"):

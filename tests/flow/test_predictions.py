@@ -7,7 +7,6 @@ import torch
 
 from latentflow.errors import UserError
 from latentflow.flow import (
-    PATHS,
     PREDICTIONS,
     CondOT,
     Polynomial,
@@ -19,11 +18,11 @@ from latentflow.flow import (
     integrate,
 )
 
-NAMED_PATHS = {name: path() for name, path in PATHS.items()} | {"condot-sigma-min": CondOT(sigma_min=0.05)}
-EVERY_PATH = [pytest.param(path, id=name) for name, path in NAMED_PATHS.items()]
+from .closed_forms import EVERY_PATH
+
 EVERY_PAIR = [
     pytest.param(old, new, id=f"{first}-to-{second}")
-    for (first, old), (second, new) in itertools.permutations(NAMED_PATHS.items(), 2)
+    for (first, old), (second, new) in itertools.permutations(EVERY_PATH.items(), 2)
 ]
 
 
@@ -41,19 +40,28 @@ def exact(mixture, path, x, t) -> dict[str, torch.Tensor]:
     return {kind: make(mixture, path, x, t[:, None]) for kind, make in EXACT.items()}
 
 
-@pytest.mark.parametrize("path", EVERY_PATH)
-@pytest.mark.parametrize(("source", "target"), [*itertools.product(PREDICTIONS, PREDICTIONS)])
-def test_conversions_agree_on_a_mixture(mixture, draw, path, source, target) -> None:
+@pytest.mark.parametrize("source", PREDICTIONS)
+def test_predictions_of_a_mixture_are_one_another(mixture, draw, path, source) -> None:
+    """They are converted by `convert`, and as the velocity of a network."""
     t = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    if isinstance(path, Polynomial):
+        t = t.clamp(min=0.08)  # earlier, alpha < 1 / 200
     x = 2 * draw(25, 25)  # B == width: a t along the wrong dimension cannot hide
     truth = exact(mixture, path, x, t)
-    torch.testing.assert_close(
-        convert(truth[source], x, t, path, source, target), truth[target], atol=1e-8, rtol=1e-8
+    for target in PREDICTIONS:
+        torch.testing.assert_close(
+            convert(truth[source], x, t, path, source, target), truth[target], atol=1e-8, rtol=1e-8
+        )
+    velocity = as_velocity(
+        lambda x, t: EXACT[source](mixture, path, x, t.expand(len(x))[:, None]), path, source
     )
+    torch.testing.assert_close(velocity(x, t), truth["velocity"], atol=1e-8, rtol=1e-8)
+    row = velocity(x[7:8], t[7])  # a scalar t
+    torch.testing.assert_close(row, truth["velocity"][7:8], atol=1e-8, rtol=1e-8)
 
 
 def determined(path, t: float, source: str, target: str) -> bool:
-    """Whether ``source`` at the end ``t`` of the path determines ``target`` there."""
+    """Return True if ``source`` at the end ``t`` of the path determines ``target`` there."""
     end = torch.tensor(t, dtype=torch.float64)
     if source == target:
         return True
@@ -68,7 +76,6 @@ def determined(path, t: float, source: str, target: str) -> bool:
 
 
 @pytest.mark.parametrize("t", [0.0, 1.0])
-@pytest.mark.parametrize("path", EVERY_PATH)
 def test_conversions_agree_at_the_ends_where_they_are_determined(mixture, draw, path, t) -> None:
     x, time = 2 * draw(3, 5), torch.full((3,), t, dtype=torch.float64)
     truth = exact(mixture, path, x, time)
@@ -78,82 +85,46 @@ def test_conversions_agree_at_the_ends_where_they_are_determined(mixture, draw, 
         torch.testing.assert_close(
             convert(truth[source], x, time, path, source, target), truth[target], atol=1e-8, rtol=1e-8
         )
-
-
-@pytest.mark.parametrize("path", EVERY_PATH)
-@pytest.mark.parametrize("t", [0.0, 1.0])
-def test_convert_undoes_sample_at_the_ends(draw, path, t) -> None:
-    """The velocity of ``sample`` holds both ends of the path at every t, clipped derivatives or not."""
+    # The velocity of ``sample`` holds both ends of the path at every t, clipped derivatives or not.
     x0, x1 = draw(3, 5), draw(3, 5)
     sample = path.sample(x0, x1, t)
     for target, end in (("data", x1), ("noise", x0)):
-        torch.testing.assert_close(
-            convert(sample.velocity, sample.xt, t, path, "velocity", target), end, atol=1e-8, rtol=1e-8
-        )
-
-
-@pytest.mark.parametrize("path", EVERY_PATH)
-@pytest.mark.parametrize("source", ["velocity", "noise", "data"])
-def test_the_score_where_sigma_is_0_is_refused(path, source) -> None:
-    x = torch.ones(2, 3)
-    if path.sigma(torch.ones(())) > 0:
-        assert convert(x, x, 1.0, path, source, "score").isfinite().all()
-    else:
-        with pytest.raises(ValueError, match="divides by sigma, which is 0"):
-            convert(x, x, 1.0, path, source, "score")
+        found = convert(sample.velocity, sample.xt, t, path, "velocity", target)
+        torch.testing.assert_close(found, end, atol=1e-8, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
     ("t", "source", "target", "divisor"),
     [
         (1.0, "velocity", "score", "sigma"),
+        (1.0, "noise", "score", "sigma"),
+        (1.0, "data", "score", "sigma"),
         (1.0, "data", "velocity", "sigma"),
         (1.0, "data", "noise", "sigma"),
         (0.0, "noise", "velocity", "alpha"),
         (0.0, "score", "data", "alpha"),
     ],
 )
-def test_what_is_not_determined_is_refused(t, source, target, divisor) -> None:
+def test_what_is_not_determined_is_refused(path, t, source, target, divisor) -> None:
+    """The conversion divides by 0 on every path whose alpha or sigma is 0 there; elsewhere it is finite."""
     x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match=f"divides by {divisor}, which is 0"):
-        convert(x, x, t, CondOT(), source, target)
-
-
-def test_noise_and_score_need_no_data_at_t_0() -> None:
-    x = torch.full((2, 3), 2.0)
-    assert torch.equal(convert(x, x, 0.0, CondOT(), "noise", "score"), -x)
-    assert torch.equal(convert(-x, x, 0.0, CondOT(), "score", "noise"), x)
+    if getattr(path, divisor)(torch.tensor(t)) > 0:
+        assert convert(x, x, t, path, source, target).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=f"divides by {divisor}, which is 0"):
+            convert(x, x, t, path, source, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("path", EVERY_PATH)
-@pytest.mark.parametrize(("source", "target"), [*itertools.permutations(PREDICTIONS, 2)])
-def test_half_precision_keeps_its_dtype_and_is_calculated_in_float32(
-    draw, dtype, path, source, target
-) -> None:
+def test_half_precision_keeps_its_dtype_and_is_calculated_in_float32(draw, dtype, path) -> None:
     value, x = draw(4, 4).to(dtype), draw(4, 4).to(dtype)
     t = torch.linspace(0.25, 0.75, 4, dtype=torch.float64)
-    half = convert(value, x, t, path, source, target)
-    assert half.dtype == dtype
-    assert torch.equal(half, convert(value.float(), x.float(), t, path, source, target).to(dtype))
+    for source, target in itertools.permutations(PREDICTIONS, 2):
+        half = convert(value, x, t, path, source, target)
+        assert half.dtype == dtype
+        assert torch.equal(half, convert(value.float(), x.float(), t, path, source, target).to(dtype))
 
 
-@pytest.mark.parametrize("path", EVERY_PATH)
-@pytest.mark.parametrize("source", PREDICTIONS)
-def test_a_network_of_any_prediction_is_a_velocity(mixture, draw, path, source) -> None:
-    def network(x, t):
-        return EXACT[source](mixture, path, x, t.expand(len(x))[:, None])
-
-    x, t = 2 * draw(25, 25), torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
-    if isinstance(path, Polynomial):
-        t = t.clamp(min=0.08)  # earlier, alpha < 1 / 200
-    velocity = as_velocity(network, path, source)
-    torch.testing.assert_close(velocity(x, t), mixture.velocity(path, x, t[:, None]), atol=1e-8, rtol=1e-8)
-    row = velocity(x[7:8], t[7])  # a scalar t
-    torch.testing.assert_close(row, mixture.velocity(path, x[7:8], t[7]), atol=1e-8, rtol=1e-8)
-
-
-@pytest.mark.parametrize("path", EVERY_PATH)
 @pytest.mark.parametrize("source", PREDICTIONS)
 def test_a_network_of_any_prediction_samples_from_end_to_end(gaussian, draw, path, source) -> None:
     """Heun evaluates both ends of time. The exact map is affine: x at 1 = m + c (x at 0 - alpha m) / std.
@@ -177,28 +148,23 @@ def test_a_network_of_any_prediction_samples_from_end_to_end(gaussian, draw, pat
 @pytest.mark.parametrize(("old", "new"), EVERY_PAIR)
 def test_the_changed_velocity_is_that_of_the_new_path(mixture, draw, old, new) -> None:
     t = torch.linspace(0.1, 0.9, 25, dtype=torch.float64)
-    ends = old.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    t = t[(new.log_snr(t) >= ends[0]) & (new.log_snr(t) <= ends[1])]
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    first, last = old.log_snr(ends)
+    t = t[(new.log_snr(t) >= first) & (new.log_snr(t) <= last)]
     assert len(t) >= 15
     x = 2 * draw(len(t), len(t))
     changed = change_path(lambda x, t: mixture.velocity(old, x, t[:, None]), old, new)
     torch.testing.assert_close(changed(x, t), mixture.velocity(new, x, t[:, None]), atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.parametrize(("old", "new"), EVERY_PAIR)
-def test_the_changed_velocity_is_finite_and_near_the_truth_at_both_ends(mixture, draw, old, new) -> None:
-    changed = change_path(lambda x, t: mixture.velocity(old, x, t[:, None]), old, new)
-    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    # At both ends it is finite, and near the truth where the old path reaches as far.
     x = draw(2, 100)
     x[0] = new.start(x[0])
-    value, truth = changed(x, t), mixture.velocity(new, x, t[:, None])
+    value, truth = changed(x, ends), mixture.velocity(new, x, ends[:, None])
     assert value.isfinite().all()
-    assert changed(x.float(), t.float()).isfinite().all()
-    first, last = old.log_snr(t) - new.log_snr(t)
-    if not first > 0:
-        torch.testing.assert_close(value[0], truth[0], atol=0.02, rtol=0.01)
-    if not last < 0:
-        torch.testing.assert_close(value[1], truth[1], atol=0.02, rtol=0.01)
+    assert changed(x.float(), ends.float()).isfinite().all()
+    first, last = old.log_snr(ends) - new.log_snr(ends)
+    for row, beyond in enumerate((first > 0, last < 0)):
+        if not beyond:
+            torch.testing.assert_close(value[row], truth[row], atol=0.02, rtol=0.01)
 
 
 def test_beyond_its_range_the_old_path_answers_at_its_nearest_end() -> None:
@@ -238,21 +204,6 @@ def test_a_changed_velocity_calculates_half_precision_in_float32(draw, dtype, sh
         assert torch.equal(half, changed(x.float(), t).to(dtype))
         for row in range(4):  # t belongs to rows
             torch.testing.assert_close(half[row : row + 1], changed(x[row : row + 1], t[row]))
-
-
-def test_ddim_on_variance_preserving_is_euler_on_the_straight_path(mixture, draw) -> None:
-    path, times = VariancePreserving(), torch.linspace(0, 1, 11, dtype=torch.float64)
-    x = draw(4, 6)
-    straight_times = path.alpha(times) / (path.alpha(times) + path.sigma(times))
-    velocity = change_path(lambda x, t: mixture.velocity(path, x, t), path, CondOT())
-    scale = path.alpha(times) + path.sigma(times)
-    euler = integrate(velocity, x / scale[0], straight_times, "euler")
-    for t, t_next in itertools.pairwise(times):
-        data, noise = mixture.ends(path, x, t)
-        x = (
-            path.alpha(t_next) * data + path.sigma(t_next) * noise
-        )  # Song et al. 2020, arXiv:2010.02502, eq. 12
-    torch.testing.assert_close(euler * scale[-1], x, atol=1e-9, rtol=1e-9)
 
 
 def test_bad_arguments_are_named() -> None:

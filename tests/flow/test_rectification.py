@@ -103,47 +103,20 @@ def test_rectifying_a_correlated_gaussian_makes_it_straight(draw) -> None:
     )
 
 
-def test_rectifying_a_mixture_in_one_dimension_makes_it_straight(mixture, draw) -> None:
-    """The pairs are monotone there: E[x1 - x0 | x_t] is the difference of the one pair that passes x_t."""
-    path, noise = CondOT(), torch.linspace(-5, 5, 4001, dtype=torch.float64)[:, None]
-
-    def first(x: Tensor, t: Tensor) -> Tensor:
-        return mixture.velocity(path, x, t)
-
-    x0, x1 = reflow_pairs(first, noise, FINE, "rk4")
-
-    def second(x: Tensor, t: Tensor) -> Tensor:
-        sample = path.sample(x0, x1, t)
-        return torch.from_numpy(np.interp(x[:, 0], sample.xt[:, 0], sample.velocity[:, 0]))[:, None]
-
-    start = draw(200, 1)
-    before, after = (straightness(v, start, time_grid(50)).mean() for v in (first, second))
-    assert before > 0.1
-    assert after < 1e-4 * before
-
-
-def test_random_solvers_draw_from_the_generator_alone(draw) -> None:
-    stochastic = [name for name, solver in SOLVERS.items() if solver.stochastic]
-    x0 = draw(4, 2)
-    for name in stochastic:
-        one, two, other = (
-            reflow_pairs(
-                lambda x, t: -x, x0, time_grid(5), name, generator=torch.Generator().manual_seed(seed)
-            )[1]
-            for seed in (1, 1, 2)
-        )
-        assert torch.equal(one, two) and not torch.equal(one, other)
-        with pytest.raises(UserError, match="stochastic"):
-            straightness(lambda x, t: x, x0, FINE, name)
-
-
-def test_bad_input() -> None:
-    x = torch.zeros(2, 2)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        reflow_pairs(lambda x, t: x, x, [0, 1], batch_size=0)
-    with pytest.raises(UserError, match="did you mean 'heun'"):
-        reflow_pairs(lambda x, t: x, x, [0, 1], "huen")
-    with pytest.raises(ValueError, match="at least 2 steps"):
-        straightness(lambda x, t: x, x, [0, 1])
-    with pytest.raises(UserError, match="did you mean 'heun'"):
-        straightness(lambda x, t: x, x, FINE, "huen")
+@pytest.mark.parametrize(
+    ("function", "times", "options", "error", "message"),
+    [
+        (reflow_pairs, [0, 1], {"batch_size": 0}, ValueError, "batch_size is 0"),
+        (reflow_pairs, [0, 1], {"solver": "huen"}, UserError, "did you mean 'heun'"),
+        (straightness, [0, 1], {}, ValueError, "at least 2 steps"),
+        (straightness, FINE, {"solver": "huen"}, UserError, "did you mean 'heun'"),
+        *(
+            (straightness, FINE, {"solver": name}, UserError, "stochastic")
+            for name, solver in SOLVERS.items()
+            if solver.stochastic
+        ),
+    ],
+)
+def test_mistakes_are_named(function, times, options, error, message) -> None:
+    with pytest.raises(error, match=message):
+        function(lambda x, t: x, torch.zeros(2, 2), times, **options)

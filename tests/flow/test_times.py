@@ -63,15 +63,16 @@ def test_quantiles_increase_into_the_unit_interval(density) -> None:
     t = density.quantile(u)
     assert t.shape == u.shape
     assert t.dtype == torch.float64
-    assert (t.flatten().diff() > 0).all()
-    assert t[0, 0] == 0
-    assert t[-1, -1] == 1
+    assert (t.flatten().diff() > 0).all() and t[0, 0] == 0 and t[-1, -1] == 1
     assert density.quantile(torch.rand(3)).dtype == torch.float64  # float32 numbers are widened
     slope = density.slope(u)
     assert slope.shape == u.shape
     assert slope.dtype == torch.float64
-    assert slope.isfinite().all()
-    assert (slope >= 0).all()
+    assert slope.isfinite().all() and (slope >= 0).all()
+    for bad in (-0.1, 1.1, math.nan):
+        for method in (density.quantile, density.slope):
+            with pytest.raises(ValueError, match=r"uniform numbers in \[0, 1\]"):
+                method(torch.tensor([0.5, bad]))
 
 
 @pytest.mark.parametrize("density", DENSITIES, ids=repr)
@@ -89,35 +90,12 @@ def test_one_over_the_slope_is_the_density_of_the_paper(density) -> None:
     change = s / (1 + (s - 1) * t) ** 2
     numpy.testing.assert_allclose(1 / density.slope(U).numpy(), pdf(plain) * change, rtol=1e-9)
     assert scipy.integrate.quad(pdf, 0, 1)[0] == pytest.approx(1, abs=1e-6)
-    # The mean of t by quadrature over t is that by quadrature over u: the quantile belongs to this density.
-    unshifted = make(
-        TIME_DENSITIES,
-        next(k for k, v in TIME_DENSITIES.items() if v is type(density)),
-        "time density",
-        **{k: v for k, v in vars(density).items() if k != "shift"},
-    )
-    over_t = scipy.integrate.quad(lambda t: t * pdf(t), 0, 1)[0]
-    over_u = scipy.integrate.quad(lambda u: unshifted.quantile(torch.tensor(u)).item(), 0, 1)[0]
-    assert over_u == pytest.approx(over_t, abs=1e-6)
-
-
-@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.5, 0.8), (-1.0, 2.0)])
-def test_logit_normal_has_the_quantiles_of_scipy(mean, std) -> None:
-    u = torch.linspace(1e-6, 1 - 1e-6, 101, dtype=torch.float64)
-    expected = torch.from_numpy(scipy.special.expit(scipy.stats.norm.ppf(u.numpy(), loc=mean, scale=std)))
-    torch.testing.assert_close(LogitNormal(mean, std).quantile(u), expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.81, 1.29, 1.75])
 def test_mode_is_that_of_sd3_with_t_turned_round(scale) -> None:
     theirs = 1 - U - scale * (torch.cos(math.pi / 2 * U) ** 2 - 1 + U)  # 1 is noise
     torch.testing.assert_close(Mode(scale).quantile(U), 1 - theirs, atol=1e-14, rtol=0)
-
-
-def test_cosine_map_is_that_of_sd3_and_symmetric() -> None:
-    theirs = 1 - 1 / (torch.tan(math.pi / 2 * U) + 1)
-    torch.testing.assert_close(CosineMap().quantile(U), theirs, atol=1e-14, rtol=0)
-    torch.testing.assert_close(1 - CosineMap().quantile(1 - U), theirs, atol=1e-14, rtol=0)
 
 
 def test_cosine_map_has_the_log_snrs_of_the_cosine_schedule() -> None:
@@ -139,17 +117,6 @@ def test_cosine_map_has_the_log_snrs_of_the_cosine_schedule() -> None:
 def test_special_cases_agree(narrow, wide) -> None:
     torch.testing.assert_close(narrow.quantile(U), wide.quantile(U), atol=1e-12, rtol=0)
     torch.testing.assert_close(narrow.slope(U), wide.slope(U), atol=0, rtol=1e-10)
-
-
-def test_which_parameters_lean_towards_the_data() -> None:
-    middle = UniformTimes().quantile(U).mean()
-    for data, noise in [
-        (LogitNormal(mean=1.0), LogitNormal(mean=-1.0)),
-        (Beta(2, 1), Beta(1, 2)),
-        (Power(2), Power(0.5)),
-        (UniformTimes(shift=0.5), UniformTimes(shift=2.0)),
-    ]:
-        assert data.quantile(U).mean() > middle > noise.quantile(U).mean()
 
 
 def test_uniform_and_no_shift_change_no_bit() -> None:
@@ -190,20 +157,6 @@ def test_bad_densities_are_named(name, options, message) -> None:
         make(TIME_DENSITIES, name, "time density", **options)
 
 
-@pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan")])
-def test_numbers_outside_the_unit_interval_are_refused(bad) -> None:
-    for method in (UniformTimes().quantile, UniformTimes().slope):
-        with pytest.raises(ValueError, match=r"uniform numbers in \[0, 1\]"):
-            method(torch.tensor([0.5, bad]))
-
-
-def test_grid_of_shift_1_is_uniform() -> None:
-    grid = time_grid(8)
-    assert grid.dtype == torch.float64
-    assert grid.tolist() == [i / 8 for i in range(9)]
-    assert torch.equal(time_grid(1000), torch.linspace(0, 1, 1001, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("kind", TIME_GRIDS)
 @pytest.mark.parametrize("shift", [0.3, 1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 20, 1000])
@@ -211,9 +164,9 @@ def test_grids_run_from_0_to_1(kind, shift, steps) -> None:
     grid = time_grid(steps, shift, kind)
     assert grid.shape == (steps + 1,)
     assert grid.dtype == torch.float64
-    assert grid[0] == 0
-    assert grid[-1] == 1
-    assert (grid.diff() > 0).all()
+    assert grid[0] == 0 and grid[-1] == 1 and (grid.diff() > 0).all()
+    if (kind, shift) == ("uniform", 1.0):
+        assert torch.equal(grid, torch.linspace(0, 1, steps + 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shift", [0.3, 1.15, 3.0, 7.7])
@@ -222,10 +175,6 @@ def test_shift_is_that_of_sd3_on_sigma(steps, shift) -> None:
     sigma = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     expected = shift * sigma / (1 + (shift - 1) * sigma)
     torch.testing.assert_close(1 - time_grid(steps, shift), expected, atol=1e-14, rtol=0)
-
-
-def test_a_larger_shift_spends_more_steps_near_the_noise() -> None:
-    assert (time_grid(10, 3.0)[1:-1] < time_grid(10)[1:-1]).all()
 
 
 @pytest.mark.parametrize(("rho", "low", "high"), [(7.0, 0.002, 80.0), (3.0, 0.01, 50.0)])

@@ -5,7 +5,7 @@ An interval starts at r, nearer the noise, and ends at t (t = 1 is data). Where 
     u(x_r, r, t) = (phi(x_r) - x_r) / (t - r),        u(x, r, r) = v(x, r),
 
 so that x + (t - r) u is exact however long the step. An objective of average velocities says which intervals are
-trained, and what u should be there, in terms of the velocity and of u itself. All are regressions::
+trained, and defines the target of u there by the velocity and by u itself. All are regressions::
 
     r, t = objective.interval(Draws(quantile, first, second, coin))
     target = objective.target(network, Interval(x, r, t, velocity))    # network(x, r, t) -> average velocity
@@ -30,7 +30,7 @@ from ..tensors import Velocity, compute_dtype, expand_t
 #: u(x, r, t): x (B, ...), r and t scalar tensors or (B,), r <= t; the result is shaped like x.
 AverageVelocity: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Times of a grid in float64 and the same in a network's float32 are the same time.
+# A time of a grid in float64 and the same in a network's float32 differ by less than this.
 _ROUNDING = 1e-6
 
 
@@ -40,7 +40,7 @@ class Draws(NamedTuple):
     Attributes:
         quantile: quantile function of the density of the training times, uniform numbers -> times.
         first, second, coin: (B,) uniform numbers, independent.
-        progress: (B,) share of the run that is done, in [0, 1], for settings that change along it; None: all of it.
+        progress: (B,) share of the run that is done, in [0, 1], for settings that change during it; None: all of it.
     """
 
     quantile: Callable[[Tensor], Tensor]
@@ -51,15 +51,15 @@ class Draws(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """Intervals of the flow, a row each, that have a length.
+    """Intervals of the flow, one in each row, of a length above 0.
 
     Attributes:
         x: (B, ...) at the starts.
         r, t: (B,) start and end.
-        velocity: shaped like ``x``: dx/dr there, of the sample or a teacher; it is what u averages.
+        velocity: shaped like ``x``: dx/dr there, of the sample or a teacher; u is the average of it.
         progress: of the draws.
-        along: shaped like ``x``: the velocity whose trajectory is followed; None: ``velocity``. That of the network
-            itself, u(x, r, r), is less noisy than a sample's.
+        along: shaped like ``x``: the velocity whose trajectory is followed; None: ``velocity``. The network's own,
+            u(x, r, r), is less noisy than a sample's.
     """
 
     x: Tensor
@@ -85,10 +85,10 @@ class AverageObjective(ABC):
     """The settings that objectives of average velocities share; a subclass says what is trained.
 
     Attributes:
-        share: of the samples whose interval has a length; the others train the velocity itself. In (0, 1].
+        share: share of the samples whose interval has a length; the others train the velocity itself. In (0, 1].
         power: p of the adaptive weight, see ``adaptive``. 0 is the plain squared error.
-        guidance: scale of the classifier-free guidance that is learned along, so that a guided sample costs one
-            evaluation; 1 is none.
+        guidance: scale of the classifier-free guidance that is trained into the network, so that a guided sample costs
+            one evaluation; 1 is none.
         mixing: kappa of ``folded_velocity``, in [0, 1): how much of the guided velocity is the network's own.
 
     Raises:
@@ -100,21 +100,21 @@ class AverageObjective(ABC):
     guidance: float = 1.0
     mixing: float = 0.0
 
-    #: what users call it
+    #: its name for users
     name: ClassVar[str]
     #: c of the adaptive weight
     floor: ClassVar[float] = 1e-3
     #: whether targets come from the averaged network
     averaged: ClassVar[bool] = False
-    #: whether there is nothing to learn without a teacher
+    #: whether it needs a teacher
     needs_teacher: ClassVar[bool] = False
-    #: whether targets are taken ``along`` the network's own velocity u(x, r, r) in the place of the sample's
+    #: whether targets are taken ``along`` the network's own velocity u(x, r, r) instead of the sample's
     own_velocity: ClassVar[bool] = False
     #: whether the targets of intervals look at the velocity
     follows_velocity: ClassVar[bool] = True
     #: whether a target takes forward-mode derivatives
     differentiates: ClassVar[bool] = False
-    #: what is done after the first step of several: "average" goes on from there, "consistency" adds noise again
+    #: how sampling continues after a step: "average" goes on from there, "consistency" adds noise again
     sampler: ClassVar[str] = "average"
 
     def __post_init__(self) -> None:
@@ -154,7 +154,7 @@ class AverageObjective(ABC):
 
 
 def total_derivative(average: AverageVelocity, x: Tensor, r: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
-    """du/dr along the flow, with the end t fixed: the derivative of u along (velocity, 1, 0) at (x, r, t).
+    """Return du/dr along the flow, with the end t fixed: the derivative of u along (velocity, 1, 0) at (x, r, t).
 
     Geng et al. 2025 (arXiv:2505.13447), eq. 8. Exact (a Jacobian-vector product in forward mode), for about the price
     of two evaluations, and without a graph: it is part of a target.
@@ -183,7 +183,7 @@ def average_velocity_loss(
 
     Args:
         output: (B, ...) the network's u(x, r, t).
-        target: (B, ...) from the objective; it gets no gradient.
+        target: (B, ...) from the objective; no gradient flows into it.
         power, floor: of ``adaptive``.
 
     Returns:
@@ -215,11 +215,11 @@ def adaptive(error: Tensor, power: float, floor: float = 1e-3) -> Tensor:
 def folded_velocity(
     velocity: Tensor, conditional: Tensor, unconditional: Tensor, guidance: float, mixing: float = 0.0
 ) -> Tensor:
-    """The guided velocity that takes the place of the sample's in the target, (B, ...), without a graph.
+    """Return the guided velocity that replaces the sample's in the target, (B, ...), without a graph.
 
     Sec. 4.2 of MeanFlow (arXiv:2505.13447) and, for k, its appendix: w v + k u(x, r, r | condition) +
-    (1 - w - k) u(x, r, r) with k = ``mixing`` and w = (1 - k) ``guidance``. What the network then learns is the flow of
-    the velocity guided at scale ``guidance``, whatever k is: k only takes from the noise of the sample's velocity.
+    (1 - w - k) u(x, r, r) with k = ``mixing`` and w = (1 - k) ``guidance``. The network then learns the flow of the
+    velocity guided at scale ``guidance``, whatever k is: k only reduces the noise of the sample's velocity.
 
     Args:
         velocity: the sample's.
@@ -232,7 +232,7 @@ def folded_velocity(
 
 
 def average_as_velocity(average: AverageVelocity, times: Tensor) -> Velocity:
-    """The velocity whose Euler steps on the grid ``times`` are exact: x_t = x_r + (t - r) u(x_r, r, t).
+    """Return the velocity whose Euler steps on the grid ``times`` are exact: x_t = x_r + (t - r) u(x_r, r, t).
 
     At r it is the average velocity from r to the next time of the grid; from the last time on, the velocity itself.
     So ``integrate(average_as_velocity(u, times), x, times, "euler")`` is MeanFlow's sampler (algorithm 2) with as many
@@ -247,7 +247,7 @@ def average_as_velocity(average: AverageVelocity, times: Tensor) -> Velocity:
 
 
 def next_time(times: Tensor, r: Tensor) -> Tensor:
-    """The first of the increasing ``times`` after r, shaped and typed like r; r itself where there is none."""
+    """Return the first of the increasing ``times`` after r, in the shape and dtype of r; r itself if there is none."""
     grid = times.to(r.device, torch.float64 if r.device.type != "mps" else torch.float32).contiguous()
     index = torch.searchsorted(grid, r.to(grid) + _ROUNDING).clamp(max=len(grid) - 1)
     return torch.maximum(grid[index].to(r), r)

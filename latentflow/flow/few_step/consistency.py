@@ -1,8 +1,8 @@
 """Consistency in continuous time: from anywhere on a trajectory to its end. Lu & Song 2024 (sCM, arXiv:2410.11081).
 
 A consistency function f(x, r) = x + (1 - r) u(x, r, 1) is constant along the flow: df/dr = v - u + (1 - r) du/dr = 0,
-which is the identity of average velocities (`mean_flow`) for intervals that end at the data. What sCM adds are the two
-things that keep its training stable: a normalised tangent df/dr and a warm-up of the derivative in it.
+which is the identity of average velocities (`mean_flow`) for intervals that end at the data. sCM adds two things that
+keep training stable: a normalised tangent df/dr, and a warm-up of the derivative in it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Consistency(AverageObjective):
     """The settings of the objective "consistency".
 
     Attributes:
-        share: of the samples that learn the step to the data; the others keep the velocity, which other solvers and
-            inpainting follow.
+        share: share of the samples that learn the step to the data; the others train the velocity, which other solvers
+            and inpainting follow.
         power: 0.5 divides the tangent by its root mean square, sCM's tangent normalisation (their eq. 8 ff.); its
             constant c = 0.1 is ``floor`` squared.
         guidance, mixing: see ``AverageObjective``.
-        warmup: share of the run in which the derivative's part of the tangent grows from 0 to all of it (sec. 4.2).
+        warmup: share of the run during which the derivative in the tangent is scaled from 0 to 1 (sec. 4.2).
 
     Raises:
         UserError: a value outside its bounds.
@@ -48,7 +48,7 @@ class Consistency(AverageObjective):
         self._refuse(warmup=(0.0 <= self.warmup <= 1.0, "Use a share of the run, 0 to 1."))
 
     def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """From the density's times to the data, t = 1."""
+        """Intervals from the density's times to the data, t = 1."""
         start = draws.quantile(draws.first)
         return start, torch.where(draws.coin < self.share, torch.ones_like(start), start)
 
@@ -74,6 +74,6 @@ def _steps(options: SolverOptions) -> Step:
 
 
 #: The solver that goes to the data in every step and adds noise again, up to the next time: Song et al. 2023
-#: (arXiv:2303.01469), algorithm 1, on the straight path. It follows velocities that lead to the data however far that
-#: is, ``average_as_velocity(average, [0, 1])``; of another velocity it is no sampler, and so stands in no table.
+#: (arXiv:2303.01469), algorithm 1, on the straight path. It needs a velocity that leads to the data in one step,
+#: ``average_as_velocity(average, [0, 1])``; with another velocity it is no sampler, so it is in no table.
 CONSISTENCY_STEPS = Solver(order=1, evaluations=1, start=_steps, stochastic=True)

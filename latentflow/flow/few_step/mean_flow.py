@@ -22,7 +22,7 @@ from ..tensors import expand_t
 from .average_velocity import AverageObjective, AverageVelocity, Draws, Interval, total_derivative
 
 _SHARPNESS = 25.0  # of alpha-Flow's sigmoid, its sec. 4.3
-_CLAMPED = 5e-3  # so near to 0 or 1, alpha is 0 or 1
+_CLAMPED = 5e-3  # alpha this near to 0 or 1 counts as 0 or 1
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MeanFlow(AverageObjective):
         share, power, guidance, mixing: see ``AverageObjective``.
         improved: 1 takes du/dr along the network's velocity u(x, r, r) instead of the sample's, which is that of one
             pair (noise, data) and therefore far noisier: improved MeanFlow, Geng et al. 2025 (arXiv:2512.02012),
-            sec. 4. One more evaluation, without a gradient, of the samples whose interval has a length.
+            sec. 4. It costs one more evaluation, without a gradient, of the samples whose interval has a length.
 
     Raises:
         UserError: a value outside its bounds.
@@ -53,9 +53,9 @@ class MeanFlow(AverageObjective):
         return bool(self.improved)
 
     def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Sec. 4.3, "Sampling r, t": two times in order; rows without a length are at the one nearer the noise."""
-        one, other = draws.quantile(draws.first), draws.quantile(draws.second)
-        start, end = torch.minimum(one, other), torch.maximum(one, other)
+        """Two times in order (sec. 4.3, "Sampling r, t"); intervals without a length are at the earlier one."""
+        first, second = draws.quantile(draws.first), draws.quantile(draws.second)
+        start, end = torch.minimum(first, second), torch.maximum(first, second)
         return start, torch.where(draws.coin < self.share, end, start)
 
     def target(self, average: AverageVelocity, over: Interval) -> Tensor:
@@ -70,9 +70,9 @@ class AlphaFlow(MeanFlow):
     Attributes:
         share, power, guidance, mixing, improved: as of MeanFlow.
         begin, end: shares of the run between which alpha goes from 1 to 0, along a sigmoid.
-        least: alpha stays above it. Above 0 no derivative is ever taken, and fused attention serves throughout; a
-            target costs two evaluations. At 0.5 it is the self-consistency of shortcut models, with a velocity as the
-            first half.
+        least: lower bound of alpha. Above 0 no derivative is ever taken, so that fused attention can be used
+            throughout; a target costs two evaluations. At 0.5 it is the self-consistency of shortcut models,
+            with a velocity as the first half.
 
     Raises:
         UserError: a value outside its bounds.
@@ -97,7 +97,7 @@ class AlphaFlow(MeanFlow):
         return self.least < _CLAMPED
 
     def alpha(self, progress: Tensor) -> Tensor:
-        """Return alpha after these shares of the run; exactly 0 or 1 where it is near (sec. 4.3)."""
+        """Return alpha after these shares of the run; exactly 0 or 1 where it is near to them (sec. 4.3)."""
         middle, width = (self.begin + self.end) / 2, self.end - self.begin
         alpha = 1.0 - torch.sigmoid((progress - middle) * _SHARPNESS / width)
         alpha = torch.where(alpha > 1.0 - _CLAMPED, 1.0, torch.where(alpha < _CLAMPED, 0.0, alpha))

@@ -1,4 +1,4 @@
-"""Rectification: straighten a flow by training again on the pairs (noise, what the flow makes of it).
+"""Rectification: straighten a flow by training again on the pairs (noise, data that the flow makes of it).
 
 Liu et al. 2022 (arXiv:2209.03003). The pairs of one flow, coupled as they are ("data-dependent"), train the next::
 
@@ -32,7 +32,7 @@ def reflow_pairs(
     progress: bool = False,
     batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The coupling (Z_0, Z_1) that the flow induces: ``x0`` and the data generated from it, row by row.
+    """Return the coupling (Z_0, Z_1) that the flow induces: ``x0`` and the data generated from it, row by row.
 
     Liu et al. 2022 (arXiv:2209.03003), algorithm 1 ("Reflow"). Rows stay where they are, so that labels,
     captions and seeds of the rows of ``x0`` belong to the pairs.
@@ -83,7 +83,7 @@ def straightness(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Tensor:
-    """S = int_0^1 |(z_1 - z_0) - dz_t/dt|^2 dt of the trajectory from each row; 0 where it is straight.
+    """Return S = int_0^1 |(z_1 - z_0) - dz_t/dt|^2 dt of the trajectory from each row; 0 where it is straight.
 
     Liu et al. 2022 (arXiv:2209.03003), sec. 2.2; their S(Z) is the mean over rows. dz/dt is the slope of each
     step's chord, which costs no evaluation beyond the solver's own: the midpoint rule, so of second order in

@@ -4,9 +4,9 @@ With m between r and t and x_m = x + (m - r) u(x, r, m), the average velocity sa
 
     (t - r) u(x, r, t) = (m - r) u(x, r, m) + (t - m) u(x_m, m, t),
 
-with m half-way the network's own shorter steps are the target of its longer ones: all lengths at once in shortcut
-models (Frans et al. 2024, arXiv:2410.12557, eq. 5), one after the other in progressive distillation (Salimans & Ho
-2022, arXiv:2202.00512). No derivative is taken.
+so that, with m half-way, the network's own shorter steps are the target of its longer ones: all lengths at once in
+shortcut models (Frans et al. 2024, arXiv:2410.12557, eq. 5), one after the other in progressive distillation (Salimans
+& Ho 2022, arXiv:2202.00512). No derivative is taken.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Shortcut(AverageObjective):
     """The settings of the objective "shortcut". Targets come from the averaged network, as in the paper.
 
     Attributes:
-        share: of the samples that learn from two shorter steps; the paper's is a quarter.
+        share: share of the samples that learn from two shorter steps; the paper's is a quarter.
         power: of the adaptive weight; the paper has none.
         guidance, mixing: see ``AverageObjective``.
         finest: number of the shortest steps from noise to data, a power of two; the paper's is 128. The halves of
-            those are steps of the velocity itself. Trained are the lengths 1, 1/2, 1/4, ..., 1 / finest, each as often,
-            from multiples of themselves.
+            those are steps of the velocity itself. The lengths 1, 1/2, 1/4, ..., 1 / finest are trained
+            equally often, each from multiples of itself.
 
     Raises:
         UserError: a value outside its bounds.
@@ -60,7 +60,7 @@ class Shortcut(AverageObjective):
 
     def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Lengths 2^-k, k = 0 ... log2(finest), from multiples of themselves; velocities at the density's times."""
-        # One coin says whether there is a length, and which: what is left of it is uniform again.
+        # One coin decides whether there is a length, and which: below the share it is uniform again.
         level = (draws.coin / self.share * self.lengths).floor().clamp(max=self.lengths - 1)
         return self._steps(draws, 2.0**level)
 
@@ -72,7 +72,7 @@ class Shortcut(AverageObjective):
         return start, torch.where(long, (place + 1) / count, start)
 
     def target(self, average: AverageVelocity, over: Interval) -> Tensor:
-        """The mean of two steps of half the length; no velocity is looked at."""
+        """The mean of two steps of half the length; the velocity is not used."""
         x, r, t = over.x, over.r, over.t
         middle = (r + t) / 2
         shortest = (t - r) * self.finest < 1.5
@@ -90,7 +90,8 @@ class Progressive(Shortcut):
     Targets come from the network as it was when the stage began, those of the first stage from the teacher.
 
     Attributes:
-        share: of the samples that learn steps; the others keep the velocity, which other solvers and inpainting follow.
+        share: share of the samples that learn steps; the others train the velocity, which other solvers and inpainting
+            follow.
         power, guidance, mixing: see ``AverageObjective``.
         finest: number of steps from noise to data in the first stage, a power of two; the last stage has one.
 

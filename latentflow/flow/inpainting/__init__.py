@@ -6,5 +6,18 @@ its own; ``solver=None`` is the method's own choice. A new one is a function and
 
 from __future__ import annotations
 
-from .table import DEFAULT_INPAINTING as DEFAULT_INPAINTING
-from .table import INPAINTING as INPAINTING
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .particles import twisted
+from .plug_and_play import pnp_flow
+from .replacement import repaint, replacement
+
+INPAINTING: dict[str, Callable[..., Tensor]] = {
+    "replacement": replacement,
+    "repaint": repaint,
+    "pnp-flow": pnp_flow,
+    "twisted": twisted,
+}
+DEFAULT_INPAINTING = "pnp-flow"

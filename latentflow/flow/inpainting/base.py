@@ -31,21 +31,21 @@ class KnownRegion:
     path: Path
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
-        """``x`` with ``values`` outside the hole."""
+        """Return ``x`` with ``values`` outside the hole."""
         return torch.where(self.hole, x, values)
 
     def noise(self, x: Tensor, t: float) -> Tensor:
-        """The noise x0 with which the known values make the known region of ``x`` at t."""
+        """Return the noise x0 that, with the known values, makes the known region of ``x`` at t."""
         alpha, sigma = schedule(self.path, t)
         return (x - alpha * self.values) / sigma
 
     def hold(self, x: Tensor, noise: Tensor, t: float) -> Tensor:
-        """``x`` with the known region where the path has it at t: alpha known + sigma noise."""
+        """Return ``x`` with the known region as it is on the path at t: alpha known + sigma noise."""
         alpha, sigma = schedule(self.path, t)
         return self.put(x, alpha * self.values + sigma * noise)
 
     def finish(self, x: Tensor, t: float) -> Tensor:
-        """``x`` with the known values in place where no noise is left, and as it is elsewhere."""
+        """Return ``x`` with the known values in place, if no noise is left at t; otherwise ``x`` as it is."""
         alpha, sigma = schedule(self.path, t)
         return self.put(x, alpha * self.values) if sigma == 0.0 else x
 
@@ -68,7 +68,7 @@ class InpaintProblem:
         solver: str | Solver,
         hold: Callable[[Tensor, float], Tensor],
     ) -> Tensor:
-        """``integrate`` over the times; after each step ``hold(x, t)`` puts the known region in its place."""
+        """``integrate`` over the times; after each step ``hold(x, t)`` puts the known region in place."""
 
         def after(index: int, t: Tensor, x: Tensor) -> Tensor:
             reached = self.times[index + 1]
@@ -128,6 +128,6 @@ def refuse_solver(method: str, solver: str | Solver | None) -> None:
     if solver is not None:
         named = f"the solver '{solver}'" if isinstance(solver, str) else "a solver"
         raise UserError(
-            f"the inpainting method '{method}' takes steps of its own, so {named} has no place in it",
+            f"the inpainting method '{method}' takes steps of its own, so it does not take {named}",
             "Leave the solver out, or use the method 'replacement' or 'repaint', which take any.",
         )

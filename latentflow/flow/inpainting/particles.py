@@ -1,4 +1,4 @@
-"""Guided particles, weighted and resampled: the method that tends to the conditional distribution itself."""
+"""Guided particles, weighted and resampled: this method tends to the conditional distribution itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def twisted(
     callback: Callback | None = None,
     progress: Progress = False,
 ) -> Tensor:
-    """Stochastic steps, guided by the gradient through the network; weights make good what is wrong about them.
+    """Take stochastic steps guided by the gradient through the network, and correct their errors by weights.
 
     The Twisted Diffusion Sampler, Wu et al. 2023 (arXiv:2306.17775), algorithm 1, for a velocity. The twist is
     psi(x, t) = N(known; predicted data there, r^2) with r^2 = sigma^2 / (sigma^2 + alpha^2). A step p(x' | x) of
@@ -52,8 +52,8 @@ def twisted(
         velocity: as ``repaint``, and differentiable in x.
         x0, known, mask, times, path, callback, progress: as ``repaint``.
         solver: none: the steps are its own.
-        particles: so many rows in a run belong to one image (as the images of one prompt lie), and have the same
-            known values and mask. 1: each row for itself, guided but not weighted.
+        particles: number of consecutive rows that belong to one image (as the images of one prompt follow one another),
+            with the same known values and mask. 1: each row for itself, guided but not weighted.
         generator: as ``repaint``, but rows that belong together depend on each other's generators.
 
     Returns: as ``repaint``; rows that belong together are samples, but not independent ones.
@@ -72,9 +72,8 @@ def twisted(
 def _twisted_steps(known: KnownRegion, particles: int, last: float) -> Callable[[SolverOptions], Step]:
     def start(options: SolverOptions) -> Step:
         path = options.path
-        log_weight: Tensor | float = (
-            0.0  # at the beginning of a step it lacks log psi of where the last one led
-        )
+        # Between two steps it lacks log psi at the point that the last one reached: the next step adds it.
+        log_weight: Tensor | float = 0.0
 
         def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
             nonlocal log_weight
@@ -103,7 +102,7 @@ def _twisted_steps(known: KnownRegion, particles: int, last: float) -> Callable[
 def _resampled(
     log_weight: Tensor, particles: int, always: bool, generator: Generators
 ) -> tuple[Tensor, Tensor]:
-    """(B,) log weights -> the rows that go on, (B,), and their log weights: 0 where they were drawn by them."""
+    """Return the rows (B,) that go on, drawn by their log weights (B,), and their new ones: 0 where they were drawn."""
     groups = log_weight.double().reshape(-1, particles)
     share = groups.softmax(1)
     few = (share.square().sum(1) * particles > 2.0)[:, None] | always
@@ -127,14 +126,14 @@ def _require_alike(known: KnownRegion, x: Tensor, particles: int) -> None:
         runs = value.unflatten(0, (-1, particles))
         if not torch.equal(runs, runs[:, :1].expand_as(runs)):
             raise UserError(
-                f"rows that are to be {particles} particles of one image differ in what is known of it",
+                f"the {particles} rows that belong to one image differ in their known values or masks",
                 "Let the rows of an image follow one another, or use particles=1.",
             )
 
 
-class Ahead(NamedTuple):
-    """At (x, t): the velocity and predicted data, the ``shift`` of the data towards what is known, all (B, ...), and
-    log N(known; data there, r^2), (B,), without its constant."""
+class LookAhead(NamedTuple):
+    """Values at (x, t): the velocity and predicted data, the ``shift`` of the data towards what is known, all
+    (B, ...), and log N(known; data there, r^2), (B,), without its constant."""
 
     velocity: Tensor
     data: Tensor
@@ -142,8 +141,8 @@ class Ahead(NamedTuple):
     log_likelihood: Tensor
 
 
-def look_ahead(velocity: Callable[[Tensor], Tensor], known: KnownRegion, x: Tensor, t: float) -> Ahead:
-    """One evaluation and its gradient, at a t where sigma is not 0."""
+def look_ahead(velocity: Callable[[Tensor], Tensor], known: KnownRegion, x: Tensor, t: float) -> LookAhead:
+    """Evaluate the velocity once, with its gradient, at a t where sigma is not 0."""
     alpha, sigma = schedule(known.path, t)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -153,4 +152,4 @@ def look_ahead(velocity: Callable[[Tensor], Tensor], known: KnownRegion, x: Tens
         log = -0.5 * (sigma**2 + alpha**2) / sigma**2 * error.square().flatten(1).sum(1)
         (gradient,) = torch.autograd.grad(log.sum(), x)
     shift = sigma**2 / alpha * gradient if alpha > 0.0 else torch.zeros_like(gradient)
-    return Ahead(v.detach(), data.detach(), shift, log.detach())
+    return LookAhead(v.detach(), data.detach(), shift, log.detach())

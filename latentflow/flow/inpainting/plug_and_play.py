@@ -1,4 +1,4 @@
-"""Denoising and noising in turn, the known region replaced in the denoised image."""
+"""Plug and play: denoise and noise in turn, replacing the known region in the denoised image."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def pnp_flow(
 ) -> Tensor:
     """Denoise, put the known region in place, and noise again, all of it, for the next step.
 
-    PnP-Flow, Martin et al. 2024 (arXiv:2410.02423), algorithm 3, for a mask without noise, where the gradient step on
-    |known - data|^2 with step size 1 is to put the known values in place:
+    PnP-Flow, Martin et al. 2024 (arXiv:2410.02423), algorithm 3, for known values without noise, where the gradient
+    step on |known - data|^2 with step size 1 puts the known values in place:
 
-        D = (1 - t-th denoiser at x_t), with the known values;   x_t' = alpha' D + sigma' z,  z ~ N(0, 1) fresh.
+        D = the data predicted at x_t, with the known values;   x_t' = alpha' D + sigma' z,  z ~ N(0, 1) fresh.
 
-    The hole is averaged over noises on the way. It ends smooth, and near the conditional mean; a method for one
-    good answer (the highest PSNR), not for samples of all of them.
+    The hole is averaged over noises on the way, and so ends smooth, near the conditional mean. Use it for one good
+    answer (the highest PSNR), not to sample the possible answers.
 
     Cost: len(times) - 1 evaluations.
 

@@ -1,4 +1,4 @@
-"""The known region is replaced along the path: plainly, and with time travel."""
+"""Methods that replace the known region along the path: plainly, and with time travel."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def replacement(
     callback: Callback | None = None,
     progress: Progress = False,
 ) -> Tensor:
-    """The known region is put on its own straight way, alpha known + sigma x0 with its part of x0, before each step.
+    """Put the known region on its own path, alpha known + sigma x0 with its part of x0, before each step.
 
-    Song et al. 2021 (arXiv:2011.13456), app. I.2, for a deterministic flow. The hole sees the known region only as
-    noisy as itself, and what it has settled early is never revised: seams, and not the conditional distribution.
+    Song et al. 2021 (arXiv:2011.13456), app. I.2, for a deterministic flow. The hole sees the known region only
+    at its own noise level, and early decisions are never revised: so there are seams, and samples do not follow the
+    conditional distribution.
 
     Cost: as many evaluations as the solver takes without a mask.
 
@@ -62,14 +63,14 @@ def repaint(
     callback: Callback | None = None,
     progress: Progress = False,
 ) -> Tensor:
-    """Replacement with time travel: after ``jump`` steps noise is added that leads back, and they are taken again.
+    """Replace with time travel: after ``jump`` steps add noise, which leads back, and take them again.
 
     RePaint, Lugmayr et al. 2022 (arXiv:2201.09865), algorithm 1 and app. B, for a flow: from t' back to t,
 
         x_t = (alpha/alpha') x_t' + sqrt(sigma^2 - (alpha sigma'/alpha')^2) z,
 
     keeps the marginals of the path and gives the known region fresh noise. Each passage lets the hole and the known
-    region agree better. In the limit of many resamplings of small jumps the hole follows, at the last, p(hole | known).
+    region agree better. In the limit of many resamplings of small jumps the hole follows p(hole | known).
 
     Cost: as many steps as ``replacement`` takes, len(times) - 1: passages take the place of a fine grid.
     ``times`` gives start, end and spacing; the steps run on a grid that is about ``resamplings`` times coarser,

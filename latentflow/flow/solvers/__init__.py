@@ -1,7 +1,7 @@
 """Solvers: one step from t to t_next, and the one loop ``integrate`` that takes the steps.
 
 A new Runge-Kutta method is one tableau in ``SOLVERS`` (table.py). Any other method is one function
-``start(options) -> step``, called once per integration: what it closes over is its memory (a multistep
+``start(options) -> step``, called once per integration: the variables it closes over are its memory (a multistep
 history, a generator for noise). A method with settings is a factory that returns a ``Solver``.
 """
 

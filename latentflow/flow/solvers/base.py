@@ -20,7 +20,7 @@ Step: TypeAlias = Callable[[Field, Tensor, float, float], Tensor]
 
 
 class Counted:
-    """``velocity``, counting its calls in ``evaluations``: the NFE of a sampler.
+    """A velocity that counts its calls in ``evaluations``: the NFE of a sampler.
 
     A guided velocity counts as one, however often it calls networks inside: to count those, wrap them.
     """
@@ -52,7 +52,7 @@ class Solver:
     Attributes:
         order: global order of convergence (weak order where stochastic); a test holds every entry to it.
         evaluations: velocity evaluations per step; None where the solver decides.
-        start: makes the step function of one integration; what that closes over is its memory.
+        start: makes the step function of one integration; the variables that it closes over are its memory.
         stochastic: draws noise, from the generator in the options.
     """
 
@@ -63,6 +63,6 @@ class Solver:
 
 
 def schedule(path: Path, t: float) -> tuple[float, float]:
-    """(alpha, sigma) at t, in float64."""
+    """Return (alpha, sigma) at t, in float64."""
     time = torch.tensor(t, dtype=torch.float64)
     return path.alpha(time).item(), path.sigma(time).item()

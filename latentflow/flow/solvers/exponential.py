@@ -22,10 +22,10 @@ def dpm_solver_2m(options: SolverOptions) -> Step:
 
     The data prediction D is extrapolated in log-SNR from the two latest evaluations: with steps h in log-SNR,
     x' = (sigma'/sigma) x + (alpha' - alpha sigma'/sigma) (D + h / (2 h_before) (D - D_before)).
-    What precedes the difference is DDIM, and written with the noise prediction N it is alpha' D + sigma' N,
+    Without the difference it is DDIM, which, written with the noise prediction N, is alpha' D + sigma' N,
     finite at both ends.
 
-    A step is of first order (DDIM) where the difference says nothing: in the first step; in the last step
+    A step is of first order (DDIM) where the difference is of no use: in the first step; in the last step
     into an end of the path where log-SNR is infinite, or so large that h > 4 h_before; and in the second step out
     of such an end, where h_before is infinite.
     """
@@ -51,7 +51,7 @@ def dpm_solver_2m(options: SolverOptions) -> Step:
 
 
 def _log_snr(path: Path, t: float) -> float:
-    """It may be infinite."""
+    """Return the log-SNR at t, which may be infinite."""
     return path.log_snr(torch.tensor(t, dtype=torch.float64)).item()
 
 

@@ -55,8 +55,8 @@ def integrate(
         x at times[-1], in the dtype of x. Differentiable.
 
     Raises:
-        UserError: unknown solver (the nearest is suggested); values not finite (step and t are named); times or shapes
-            that make no sense.
+        UserError: unknown solver (the nearest is suggested); values not finite (step and t are named); invalid times or
+            shapes.
     """
     method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
     grid = checked_times(times)
@@ -125,6 +125,7 @@ def _scalar(t: float, x: Tensor) -> Tensor:
 def progress_over(
     progress: bool | Callable[[Iterable[int]], Iterable[int]], steps: Iterable[int]
 ) -> Iterable[int]:
+    """Return ``steps`` under a progress bar, or wrapped by ``progress`` if that is a function."""
     if callable(progress):
         return progress(steps)
     if not progress:

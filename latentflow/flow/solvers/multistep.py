@@ -16,7 +16,7 @@ def adams_bashforth(order: int) -> Solver:
 
     Its weights come from the actual times, so any grid will do (Hairer, Norsett & Wanner, Solving Ordinary
     Differential Equations I, sec. III.5). While there are fewer slopes, each step integrates the polynomial through
-    all of them from the very first time on, and so makes good what the lower orders before it missed: that
+    all of them from the very first time on, and so corrects the errors of the lower orders before it: this
     start keeps the order without a second evaluation in any step.
 
     Slopes of earlier steps stay in use when a callback replaces x: as long as what it does is smooth in t

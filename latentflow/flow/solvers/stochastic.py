@@ -95,7 +95,7 @@ def ddpm(eta: float = 1.0) -> Solver:
 
 
 def churn(amount: float = 10.0, interval: tuple[float, float] = (0.0, 1.0), solver: Solver = HEUN) -> Solver:
-    """Noise is added, which leads back to a lower log-SNR; from there a step of an ODE ``solver`` to t_next.
+    """Add noise, which leads back to a lower log-SNR; from there take a step of an ODE ``solver`` to t_next.
 
     Karras et al. 2022 (EDM, arXiv:2206.00364), algorithm 2, on any path: sigma/alpha, their noise level, grows
     by the factor 1 + min(amount |t_next - t|, sqrt(2) - 1). Their S_noise is 1, which keeps the marginals.
@@ -135,7 +135,7 @@ def churn(amount: float = 10.0, interval: tuple[float, float] = (0.0, 1.0), solv
 
 
 def langevin(corrections: int = 1, snr: float = 0.16, predictor: Solver = EULER) -> Solver:
-    """Steps of Langevin dynamics at t, which pull x back to the marginal, then the predictor's step to t_next.
+    """Take steps of Langevin dynamics at t, which pull x back to the marginal, then the predictor's step to t_next.
 
     Song et al. 2021 (arXiv:2011.13456), algorithms 4 and 5: x + e score + sqrt(2 e) z, correcting before each
     step rather than after (the last correction, at sigma = 0, would do nothing). Their e = 2 (snr |z|/|score|)^2
@@ -178,7 +178,7 @@ def langevin(corrections: int = 1, snr: float = 0.16, predictor: Solver = EULER)
 def _sde_solver(
     ode: Solver, quadrature: tuple[float, float], diffusion: str | Diffusion, scale: float
 ) -> Solver:
-    """An ODE solver's step along the drift, its later stages at points that have the noise of the step too.
+    """Take an ODE solver's step along the drift; its later stages start from points that hold the step's noise.
 
     ``quadrature``: weights of g^2 at t and t_next in the variance of that noise.
     """
@@ -258,7 +258,7 @@ def _lower_snr(path: Path, t: float, growth: float) -> float:
 
 
 def _renoise(x: Tensor, t: float, back: float, options: SolverOptions) -> tuple[Tensor, float]:
-    """x at t as a sample at the earlier time ``back``, by adding noise."""
+    """Turn x at t into a sample at the earlier time ``back``, by adding noise."""
     if not back < t:  # already pure noise, or pure data
         return x, t
     (alpha, sigma), (alpha_back, sigma_back) = schedule(options.path, t), schedule(options.path, back)

@@ -34,7 +34,8 @@ SOLVERS: dict[str, Solver] = {
     "langevin": langevin(),
 }
 
-#: The entries whose rows would depend on one another, so that they do not: for velocities that take t of shape (B,).
+#: Variants of entries that otherwise couple the rows of a batch: here each row has its own steps, and none
+#: depends on another. The velocity must take t of shape (B,).
 BY_ROW: dict[str, Solver] = {
     "dopri5": Solver(order=5, evaluations=None, start=partial(dormand_prince, by_row=True)),
 }
