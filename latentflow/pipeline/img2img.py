@@ -53,7 +53,7 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
         height: int | None = None,
         width: int | None = None,
     ) -> Any:
-        """Draw originals anew. Arguments that are not listed here are those of ``LatentFlowPipeline``.
+        """Draw images anew. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 
         Args:
             image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
