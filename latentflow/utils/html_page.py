@@ -16,7 +16,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from ..errors import UserError
-from .replacing import replacing
+from .files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,7 +20,7 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from ...errors import UserError, printable
-from ...utils.libraries import quiet_libraries
+from ...utils.components import quiet_libraries
 from ...utils.memory import peak_gib
 from . import logging as trackers
 from . import run_folder as run_files
