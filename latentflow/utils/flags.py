@@ -100,11 +100,12 @@ def flags_of(config_class: type, path: tuple[str, ...] = (), section: Section = 
         bare, extras = without_annotation(hints[field.name])
         here = (*path, field.name)
         if dataclasses.is_dataclass(bare) and isinstance(bare, type):
-            nameless = any(
+            inner = Section(field.name.replace("_", "-"), _first_paragraph(bare))
+            if any(
                 getattr(extra, "name", None) == "" for extra in extras
-            )  # part of the outer dataclass
-            name = field.name.replace("_", "-")
-            flags += flags_of(bare, here, section if nameless else Section(name, _first_paragraph(bare)))
+            ):  # its flags count as the outer class's
+                inner = section
+            flags += flags_of(bare, here, inner)
         elif field.init:
             flag = Flag(field.name, here, bare, extras, texts.get(field.name, ""), section)
             key, text = flag.extra("name") or field.name, flag.extra("help") or flag.help
@@ -150,19 +151,22 @@ def help_text(
     from tyro import MISSING
 
     flags = flags_of(config_class)
-    required = [flag for flag in flags if flag.of(defaults) is MISSING]
+    main = [flag for flag in flags if flag.positional or flag.of(defaults) is MISSING]
     sections = {flag.section.name: flag.section for flag in flags if flag.section.name}
     short = group is None and not everything and len(flags) > _FEW
-    shown: dict[str, list[Flag]] = {"": list(required)}
+    shown: dict[str, list[Flag]] = {"": list(main)}
     for flag in flags:
         essential = [extra for extra in flag.extras if isinstance(extra, Essential)]
         heading = essential[0].heading if short and essential else flag.section.name
-        if flag not in required and (essential or not short):
+        if flag not in main and (essential or not short):
             shown.setdefault(heading, []).append(flag)
     if group is not None and sections:
         shown = {group: shown.get(lookup(sections, group, "group of flags").name, [])}
 
-    usage = [" ".join([*flag.names(MISSING)[:1], flag.value]) for flag in required]
+    usage = []
+    for flag in main:
+        text = " ".join([*flag.names(MISSING)[:1], flag.value])
+        usage.append(text if flag.of(defaults) is MISSING else f"[{text}]")
     lines = [" ".join(["usage:", prog, *usage, "[flags]"]), ""]
     width = min(100, shutil.get_terminal_size().columns)
     for line in description.splitlines():
@@ -172,30 +176,29 @@ def help_text(
         if members:
             lines += ["", *textwrap.wrap(f"{name}: {about}", width)] if name else [""]
         for flag in members:
-            lines += _entry(flag, flag.of(defaults), flag in required, width)
+            lines += _entry(flag, flag.of(defaults), width)
     if sum(map(len, shown.values())) < len(flags):
-        more = (
-            f"More flags: `{prog} --help-all`, or `{prog} --help GROUP` with one of: {', '.join(sections)}."
-        )
+        names = ", ".join(sections)
+        more = f"More flags: `{prog} --help-all`, or `{prog} --help GROUP` with one of: {names}."
         lines += ["", *textwrap.wrap(more, width, break_on_hyphens=False)]
     return "\n".join(lines)
 
 
-def _entry(flag: Flag, default: Any, required: bool, width: int) -> list[str]:
-    """Return the lines of one flag: its spellings on the left, its help and default on the right."""
-    left = (
-        f"  {', '.join(flag.names(default))} {flag.value}".rstrip()
-        if not flag.positional
-        else f"  {flag.value}"
+def _entry(flag: Flag, default: Any, width: int) -> list[str]:
+    """Return the lines of one flag: its names and value on the left, its help and default on the right."""
+    from tyro import MISSING
+
+    left = "  " + f"{', '.join(flag.names(default))} {flag.value}".strip()
+    has_default = (
+        default is not MISSING and not isinstance(default, bool) and default not in (None, "", (), {})
     )
-    note = (
-        ""
-        if required or isinstance(default, bool) or default in (None, "", (), {})
-        else f" (default: {_plain(default)})"
+    right = textwrap.wrap(
+        flag.help + (f" (default: {_plain(default)})" if has_default else ""), width - _MARGIN
     )
-    right = textwrap.wrap(flag.help + note, width - _MARGIN)
-    first = [left] if len(left) > _MARGIN - 2 or not right else [f"{left:<{_MARGIN}}{right.pop(0)}"]
-    return first + [" " * _MARGIN + line for line in right]
+    lines = [f"{'':{_MARGIN}}{line}" for line in right] or [""]
+    if len(left) > _MARGIN - 2:
+        return [left, *lines]
+    return [(left.ljust(_MARGIN) + lines[0][_MARGIN:]).rstrip(), *lines[1:]]
 
 
 def _plain(value: Any) -> str:
@@ -215,7 +218,7 @@ def _words(hint: Any) -> str:
         return f"NAME {_words(inner[1])} ..."
     if get_origin(hint) is tuple:
         return " ".join("..." if kind is Ellipsis else _words(kind) for kind in inner)
-    return _WORDS[hint]
+    return _WORDS.get(hint, "VALUE")
 
 
 def _first_paragraph(config_class: type) -> str:
