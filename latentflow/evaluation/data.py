@@ -39,6 +39,12 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.captions)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (height, width) of the images in pixels."""
+        height, width = self.images.shape[2:]
+        return height, width
+
     def rows(self, indices: list[int]) -> ImageSet:
         """Return the images of these indices."""
         return ImageSet(images=self.images[indices], captions=[self.captions[index] for index in indices])
