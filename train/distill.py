@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ from latentflow.errors import UserError, lookup
 from latentflow.models.config import NetworkConfig
 from latentflow.training import LoopConfig, resume_line
 from latentflow.training.config import RunConfig
-from latentflow.training.distill import METHODS, Distillation, DistillationConfig
+from latentflow.training.distill import METHODS, DistillationConfig, distillation_recipe, open_teacher
 from latentflow.training.fine_tune.adapters import AdapterConfig
 from latentflow.training.loop.run_folder import run_lock
 from latentflow.training.losses.flow import FlowConfig
@@ -58,7 +59,11 @@ class Config:
     loop: LoopConfig = LoopConfig()
 
     def run(self) -> RunConfig:
-        """The run that it comes to: a fine-tune of the teacher by another objective."""
+        """Return the settings of the run: a fine-tune of the teacher by another objective.
+
+        Raises:
+            UserError: the method is unknown, or an option is not its own.
+        """
         shared = ("data", "output", "export_dtype", "dry_run", "framing", "adapter", "loop")
         if "guidance" in self.method_options:
             raise UserError("guidance among --method-options", "It is the teacher's: use --guidance.")
@@ -88,9 +93,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     def keep(run: RunConfig, file: Path) -> None:
         write_config(dataclasses.replace(config, data=run.data, loop=run.loop), file)
 
-    student = Distillation(config.checkpoint, config.distillation, config.method)
+    recipe = partial(
+        distillation_recipe,
+        teacher=open_teacher(config.checkpoint, config.distillation.guidance),
+        settings=config.distillation,
+        name=config.method,
+    )
     with nullcontext() if config.dry_run else run_lock(config.output):
-        train(settings, resume_line("distill", argv), given(Config, argv), keep, student)
+        train(settings, resume_line("distill", argv), given(Config, argv), keep, recipe)
 
 
 if __name__ == "__main__":

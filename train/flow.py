@@ -10,7 +10,6 @@ from latentflow.training import resume_line
 from latentflow.training.config import RunConfig as Config
 from latentflow.training.loop.run_folder import run_lock
 from latentflow.training.presets import PRESETS
-from latentflow.training.recipe import Lesson
 from latentflow.training.train import train
 
 
@@ -18,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator on a folder of images."""
     config = parse(Config, argv, prog="latentflow train", presets=PRESETS)
     with nullcontext() if config.dry_run else run_lock(config.output):
-        train(config, resume_line("train", argv), given(Config, argv), write_config, Lesson())
+        train(config, resume_line("train", argv), given(Config, argv), write_config)
 
 
 if __name__ == "__main__":

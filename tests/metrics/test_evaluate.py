@@ -22,7 +22,7 @@ from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, downsca
 from latentflow.data import Source, find_source, to_pil, to_tensor
 from latentflow.errors import UserError
 from latentflow.models import small_text_encoder, train_tokenizer
-from latentflow.training.fine_tune.teacher_samples import DrawnExample
+from latentflow.training.fine_tune.teacher_samples import TeacherSample
 
 COLOURS = ["red", "lime", "blue", "yellow", "white", "black"]
 THINGS = ["hat", "shoe"]
@@ -289,7 +289,7 @@ def test_a_checkpoint_is_asked_with_what_it_takes(
         labels={"cat": 0, "dog": 1},
         get_label_ids=lambda names: [{"cat": 0, "dog": 1}[name] for name in names],
     )
-    example = DrawnExample("1", text="a cat", label="cat")
+    example = TeacherSample("1", text="a cat", label="cat")
     source = Source("d", (example,), kind, ("cat",) if kind == "class" else ())
     if asks is None:
         with pytest.raises(UserError, match="takes classes"):

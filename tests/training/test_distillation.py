@@ -22,7 +22,7 @@ from latentflow.flow import OBJECTIVES
 from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
 from latentflow.models import Condition
 from latentflow.pipeline import base as pipeline_base
-from latentflow.training.distill import METHODS, Distillation, DistillationConfig
+from latentflow.training.distill import METHODS, open_teacher
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses.average_velocity import AverageVelocityStage
 from latentflow.training.losses.distribution_matching import FakeStage, GeneratorStage
@@ -177,7 +177,7 @@ def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, one in METHODS.items() if one.stage is None and not one.pairs]
+    "method", [name for name, one in METHODS.items() if one.loss is None and not one.pairs]
 )
 def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> None:
     """Where an interval has no length the target is the teacher's velocity."""
@@ -304,10 +304,10 @@ def test_a_students_student_has_the_guidance_that_it_learned(
     tuned = ["--init-from", first / "pipeline", *TINY, "--max-train-steps", 1]
     said = call(tmp_path, images, "-o", tmp_path / "tuned", *tuned, "--objective", "flow-matching")
     assert "has learned guidance 3 along, this objective does not" in said
-    one = Distillation(str(first / "pipeline"), DistillationConfig(), "shortcut")
-    assert (one.guidance, one.folded_guidance) == (1.0, 3.0)
+    follower = open_teacher(str(first / "pipeline"), None)
+    assert (follower.guidance, follower.folded_guidance) == (1.0, 3.0)
     with pytest.raises(UserError, match="has learned guidance 3 along"):
-        Distillation(str(first / "pipeline"), DistillationConfig(guidance=4.0), "shortcut")
+        open_teacher(str(first / "pipeline"), 4.0)
 
 
 def test_the_plan_of_a_student_is_told_in_advance(teacher: Path, images: Path, tmp_path: Path) -> None:

@@ -26,13 +26,13 @@ from latentflow.data import Source, cached_pixels, find_source, pixels_to_images
 from latentflow.errors import UserError
 from latentflow.models import DiT, small_text_encoder, train_tokenizer
 from latentflow.training import LoopConfig
+from latentflow.training.export import preview_source
 from latentflow.training.fine_tune.base import open_base, with_base_classes
 from latentflow.training.fine_tune.defaults import FineTuningConfig, fitted, held_out_share
-from latentflow.training.fine_tune.memorisation import tell_memorised
-from latentflow.training.fine_tune.prior import asked_of
-from latentflow.training.fine_tune.teacher_samples import DrawnExample
+from latentflow.training.fine_tune.memorisation import report_memorisation
+from latentflow.training.fine_tune.prior import prior_prompts
+from latentflow.training.fine_tune.teacher_samples import TeacherSample
 from latentflow.training.loop.data_order import DataOrder
-from latentflow.training.preview import preview_source
 
 from .command import ROOT, TINY, call
 from .forking import fork_ranks
@@ -133,7 +133,7 @@ def test_new_classes_follow_those_of_the_checkpoint_which_draws_what_it_drew(
 
 def test_classes_that_differ_in_case_or_spaces_only_are_refused(base: Path, tmp_path: Path) -> None:
     def joined(*classes: str) -> Source:
-        return with_base_classes(Source("d", (), "class", classes), str(base), tmp_path)
+        return with_base_classes(Source("d", (), "class", classes), str(base))
 
     assert joined("cat", "Catfish").classes == ("cat", "dog", "Catfish")
     assert joined("caterpillar").classes[2:] == ("caterpillar",)
@@ -153,7 +153,7 @@ def test_fine_tuning_without_its_condition_keeps_the_classes(
 def test_a_class_that_macos_spells_in_parts_is_nearly_equal(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", id2label={0: "café_noir"})
     with pytest.raises(UserError, match="Spell them as the checkpoint"):
-        with_base_classes(Source("d", (), "class", ("cafe\u0301 noir",)), str(base), tmp_path)
+        with_base_classes(Source("d", (), "class", ("cafe\u0301 noir",)), str(base))
 
 
 # ---------------------------------------------------------------- another resolution
@@ -328,34 +328,34 @@ def test_samples_have_pixels_where_an_alignment_needs_them(
 
 
 def test_the_samples_are_the_checkpoints_own_under_its_conditions(base: Path, tmp_path: Path) -> None:
-    asked, line = asked_of(str(base), FineTuningConfig(prior_samples=5), 9, 0)
+    asked, line = prior_prompts(str(base), FineTuningConfig(prior_samples=5), 9, 0)
     assert asked == ["cat", "dog", "cat", "dog", "cat"] and "50% of each step" in line
-    assert len(asked_of(str(base), FineTuningConfig(), 1000, 0)[0]) == 200
-    none, advice = asked_of(str(base), FineTuningConfig(), 1001, 0)
+    assert len(prior_prompts(str(base), FineTuningConfig(), 1000, 0)[0]) == 200
+    none, advice = prior_prompts(str(base), FineTuningConfig(), 1001, 0)
     assert none == [] and "--prior-samples 200" in advice
     with pytest.raises(UserError, match="takes no captions"):
-        asked_of(str(base), FineTuningConfig(prior_prompts="some.txt"), 9, 0)
+        prior_prompts(str(base), FineTuningConfig(prior_prompts="some.txt"), 9, 0)
     with pytest.raises(UserError, match="--vae names another"):
-        asked_of(str(base), FineTuningConfig(prior_samples=5), 9, 0, vae="other")
+        prior_prompts(str(base), FineTuningConfig(prior_samples=5), 9, 0, vae="other")
 
     captioned = str(checkpoint(tmp_path / "captioned", text_dim=8))
     known = {"red", "circle", "small", "blue", "square"}
-    words, line = asked_of(captioned, FineTuningConfig(), 9, 0)
+    words, line = prior_prompts(captioned, FineTuningConfig(), 9, 0)
     assert len(words) == 200 and set(" ".join(words).split()) == known and "--prior-prompts" in line
     (tmp_path / "captions.txt").write_text("a red circle\n\n a blue square \n")
     prompts = FineTuningConfig(prior_samples=3, prior_prompts=str(tmp_path / "captions.txt"))
-    assert asked_of(captioned, prompts, 9, 0)[0] == ["a red circle", "a blue square", "a red circle"]
+    assert prior_prompts(captioned, prompts, 9, 0)[0] == ["a red circle", "a blue square", "a red circle"]
     (tmp_path / "captions.txt").write_text(
         "\n".join(map(str, range(1000)))
     )  # more than samples: not the first
-    assert asked_of(captioned, prompts, 9, 0)[0] == ["0", "333", "666"]
+    assert prior_prompts(captioned, prompts, 9, 0)[0] == ["0", "333", "666"]
 
 
 def test_memorisation_is_measured_on_all_classes_and_its_failure_is_a_warning(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "pipeline").symlink_to(base)
-    examples = tuple(DrawnExample(f"{n}", label="cat" if n < 18 else "dog") for n in range(20))
+    examples = tuple(TeacherSample(f"{n}", label="cat" if n < 18 else "dog") for n in range(20))
     source, asked = Source("d", examples, "class", ("cat", "dog")), []
     draw = LatentFlowPipeline.__call__
 
@@ -364,7 +364,7 @@ def test_memorisation_is_measured_on_all_classes_and_its_failure_is_a_warning(
         return draw(self, **settings, num_inference_steps=1)
 
     monkeypatch.setattr(LatentFlowPipeline, "__call__", drawn)
-    tell_memorised(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
+    report_memorisation(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
     assert Counter(asked) == {0: 15, 1: 1}
     assert "was not measured: 0 was drawn as latents" in caplog.text
     assert not (tmp_path / "memorisation.json").exists()
@@ -388,7 +388,7 @@ def test_a_duplicate_in_the_data_does_not_hide_copies(
 
     monkeypatch.setattr(LatentFlowPipeline, "__call__", copies)
     monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
-    tell_memorised(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
+    report_memorisation(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
     assert "WARNING: memorisation" in caplog.text and "16 of 16 are nearer" in caplog.text
     found = json.loads((tmp_path / "memorisation.json").read_text())
     assert (found["ratio"], found["copied"], found["drawn"]) == (0.0, 16, 16)
@@ -467,7 +467,7 @@ def test_a_fine_tune_goes_on_with_what_the_checkpoint_was_trained_for(
 
 
 def test_previews_show_what_the_data_show_though_little_of_it_is_held_out() -> None:
-    source = Source("d", tuple(DrawnExample(f"{n}") for n in range(40)), "unconditional")
+    source = Source("d", tuple(TeacherSample(f"{n}") for n in range(40)), "unconditional")
     few, many = source.subset([0]), source.subset(list(range(16)))
     assert preview_source(source, few) is source and preview_source(source, many) is many
 
