@@ -9,15 +9,15 @@ from typing import Annotated
 
 import tyro
 
-from latentflow.autoencoder import AutoencoderConfig, downscale_factor, load_autoencoder
+from latentflow.autoencoder import downscale_factor, load_autoencoder
 from latentflow.cli import parse, run
 from latentflow.data import find_source, fingerprint, frame, readable
 from latentflow.data.config import DataConfig, FramingConfig
 from latentflow.data.sources.precomputing import Precomputation, own_autoencoder, plan_latents, write_latents
 from latentflow.errors import UserError
-from latentflow.training import LoopConfig, log_to, resume_line
+from latentflow.training import log_to, resume_line
+from latentflow.training.data import given_autoencoder
 from latentflow.training.loop.distributed import process_state
-from latentflow.training.train_autoencoder import autoencoder_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---- autoencoder: as given, with statistics ----
     given = fingerprint(load_autoencoder(config.vae))
-    vae = autoencoder_for(
-        str(own_autoencoder(output, given) or config.vae),
-        source,
-        source,
-        AutoencoderConfig(),
-        LoopConfig(),
-        output,
-        data=data,
-        resume_line="",
-    )
+    vae = given_autoencoder(str(own_autoencoder(output, given) or config.vae), source, data)
 
     # ---- latents ----
     unit = downscale_factor(vae) * config.patch_size

@@ -14,7 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..autoencoder import downscale_factor
+from ..autoencoder import (
+    check_resolution,
+    downscale_factor,
+    has_statistics,
+    load_autoencoder,
+    measure_statistics,
+)
 from ..autoencoder.latents import Autoencoder
 from ..data import (
     Framing,
@@ -27,6 +33,7 @@ from ..data import (
     cached_text,
     find_source,
     frame,
+    pixels_to_images,
     readable,
     split,
 )
@@ -119,6 +126,27 @@ def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) 
         )
     colours = begun.get("colours", "stored")
     return replace(data, colours=colours) if colours in ("srgb", "stored") else data
+
+
+def given_autoencoder(
+    checkpoint: str, training: Source, data: DataConfig, *, measured: bool = True
+) -> Autoencoder:
+    """Load an autoencoder, frozen. If it has no per-channel statistics, they are measured on the training images.
+
+    Args:
+        measured: False: for a plan, which needs no statistics.
+
+    Raises:
+        UserError: the resolution is not divisible by its downscale factor; the nearest valid one is named.
+    """
+    vae = load_autoencoder(checkpoint).requires_grad_(False)
+    check_resolution(data.resolution, downscale_factor(vae))
+    if measured and not has_statistics(vae):
+        log.info("autoencoder: measuring its latent statistics on the data")
+        rows = torch.linspace(0, len(training) - 1, min(len(training), 512)).long().tolist()
+        pixels = cached_pixels(training.subset(rows), data.resolution, data.background)[:]
+        measure_statistics(vae, pixels_to_images(pixels).split(16))
+    return vae
 
 
 @dataclass(frozen=True, kw_only=True)

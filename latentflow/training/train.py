@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from ..autoencoder import Autoencoder, build_autoencoder
 from ..data import LatentFolder
 from .config import RunConfig
-from .data import DataSplits, LatentCache, as_begun, load_data
+from .data import DataSplits, LatentCache, as_begun, given_autoencoder, load_data
 from .estimate import estimate_lines, sample_flops
 from .export import PipelineExporter, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
@@ -29,7 +30,7 @@ from .losses.flow import validation_loss
 from .networks import refuse_renumbered_classes
 from .recipe import Recipe, data_recipe
 from .report.hub import check_push, push
-from .train_autoencoder import autoencoder_for
+from .train_autoencoder import train_autoencoder
 from .trained_model import TrainedModel, build
 
 
@@ -91,23 +92,31 @@ def train(
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     stop = Stop()
-    vae = autoencoder_for(
-        splits.autoencoder,
-        training,
-        validation,
-        config.autoencoder,
-        config.loop,
-        output / "autoencoder",
-        data=splits.data,
-        resume_line=resume_command,
-        untrained=dry_run,
-        stop=stop,
-    )
-    if vae is None:
-        raise SystemExit(stop.status)  # the line that resumes was printed
-    if stop.signal:  # it came in the autoencoder's last step
-        log.info(f"stopped, the autoencoder is trained; resume with:\n  {resume_command}")
-        raise SystemExit(stop.status)
+    vae: Autoencoder | None
+    if splits.autoencoder is not None:
+        vae = given_autoencoder(splits.autoencoder, training, splits.data, measured=not dry_run)
+    elif dry_run:
+        vae = build_autoencoder(config.autoencoder, splits.data.resolution)
+    else:
+        folder = output / "autoencoder"
+        if not (folder / "autoencoder" / "config.json").is_file():
+            log.info("autoencoder: none given, training one")
+        vae = train_autoencoder(
+            training,
+            validation,
+            config.autoencoder,
+            config.loop,
+            folder,
+            splits.data,
+            resume_command=resume_command,
+            stop=stop,
+        )
+        if vae is None:
+            raise SystemExit(stop.status)  # the line that resumes was printed
+        vae.requires_grad_(False)
+        if stop.signal:  # it came in the autoencoder's last step
+            log.info(f"stopped, the autoencoder is trained; resume with:\n  {resume_command}")
+            raise SystemExit(stop.status)
 
     # ---- networks and loss ----
     model = build(config, source, splits.data.resolution, vae, recipe)

@@ -15,6 +15,7 @@ from torch import nn
 
 from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, has_statistics
 from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss
+from latentflow.data.config import DataConfig
 from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training import LoopConfig
@@ -31,10 +32,10 @@ SMALL = AutoencoderConfig(
     latent_channels=4, autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(1, 1), autoencoder_steps=60,
     autoencoder_batch_size=8,
 )  # fmt: skip
-CLASSES = ("dc", "kl")
+DATA = DataConfig(data="", resolution=16, random_flip=True)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", ["dc", "kl"])
 def test_the_size_is_as_configured(kind: Any) -> None:
     vae = build_autoencoder(dataclasses.replace(SMALL, autoencoder_class=kind), 16)
     encoded = vae.encode(torch.zeros(1, 3, 16, 16))
@@ -249,8 +250,7 @@ def test_the_adversarial_term_starts_at_the_same_step_in_all_numbers_of_processe
 
     def train(folder: Path, batch: int) -> None:
         one = dataclasses.replace(config, autoencoder_batch_size=batch)
-        images = {"resolution": 16, "background": "white", "flips": True}
-        assert train_autoencoder(source, source.subset([]), one, loop, folder, **images) is not None
+        assert train_autoencoder(source, source.subset([]), one, loop, folder, DATA) is not None
 
     def told(folder: Path) -> list[int]:
         rows = read_metrics(folder)
@@ -281,9 +281,7 @@ def test_a_short_run_learns_reports_held_out_psnr_and_stores_statistics(
     loop = LoopConfig(
         validation_steps=30, preview_steps=60, lr_warmup_steps=5, ema_decay=0.9, mixed_precision="no"
     )
-    vae = train_autoencoder(
-        train, validation, config, loop, tmp_path, resolution=16, background="white", flips=True
-    )
+    vae = train_autoencoder(train, validation, config, loop, tmp_path, DATA)
     assert vae is not None and has_statistics(vae)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     psnrs = [row["val_psnr"] for row in rows if "val_psnr" in row]

@@ -59,11 +59,10 @@ def test_tokens_are_those_of_the_drawn_caption() -> None:
     networks = Networks(network=None, text_encoder=nn.Identity(), tokenizer=tokenizer, trained_text=True)  # type: ignore[arg-type]
     numbers, rows = source(), [0, 1, 2] * 8
     batch = conditions_of(numbers, networks, 3)(rows, list(range(24)))
-    told = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-    assert told == [
-        Captions(numbers, 3)[place] for place in Captions(numbers, 3).choose(rows, list(range(24)))
-    ]
-    assert all(text in TEXTS[row] for text, row in zip(told, rows, strict=True)) and len(set(told)) == 6
+    texts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    captions = Captions(numbers, 3)
+    assert texts == [captions[place] for place in captions.choose(rows, list(range(24)))]
+    assert all(text in TEXTS[row] for text, row in zip(texts, rows, strict=True)) and len(set(texts)) == 6
 
 
 @pytest.mark.parametrize("processes", [1, 2])

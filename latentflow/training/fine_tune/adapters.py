@@ -153,8 +153,8 @@ class Adapter:
             if names
         ]
         return [
-            f"adapter: {kind} of rank {self._config.lora_rank} in {self._layers} layers{''.join(new)}: {count:,} trained "
-            f"parameters, {count / self._whole:.1%} of {self._whole / 1e6:.1f} M"
+            f"adapter: {kind} of rank {self._config.lora_rank} in {self._layers} layers{''.join(new)}: "
+            f"{count:,} trained parameters, {count / self._whole:.1%} of {self._whole / 1e6:.1f} M"
         ]
 
     def description(self) -> dict[str, Any]:
