@@ -160,7 +160,6 @@ def train(
         dtype=getattr(torch, config.export_dtype),
         repository=config.push_to_hub,
     )
-    shown = preview_source(training, validation)
     flops = sample_flops(networks.network, loss.text_encoder, data, model.latent_size)
     if config.loop.compile:
         networks.network.compile()
@@ -173,7 +172,9 @@ def train(
             validate=None
             if held_out is None
             else lambda: {"loss": validation_loss(loss, held_out, state.device)},
-            preview=lambda: preview_grid(exporter.pipeline(), shown, state.device),
+            preview=lambda: preview_grid(
+                exporter.pipeline(), preview_source(training, validation), state.device
+            ),
             export=exporter.export,
             export_to=exporter.folder,
         ),
