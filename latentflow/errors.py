@@ -30,7 +30,7 @@ class UserError(ValueError):
 
 
 class RunError(UserError):
-    """What stopped a run and was no mistake in its settings: a full disk, too little memory, a worker that died."""
+    """A failure of a run that no setting caused: a full disk, too little memory, a worker that died."""
 
     status = 1
 
@@ -41,7 +41,7 @@ def printable(text: str) -> str:
     Line ends, tabs and the joiners inside emoji and words stay. What others wrote (names of files, captions, messages
     of libraries) passes through here before it reaches a terminal or a file.
     """
-    return "".join(one if _is_printable(one) else _escaped(one) for one in text)
+    return "".join(character if _is_printable(character) else _escaped(character) for character in text)
 
 
 def one_line(text: str) -> str:
@@ -128,13 +128,13 @@ def reading(file: object, *failures: type[BaseException], fix: str = "") -> Iter
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """The choice that ``name`` was probably meant to be, or None when nothing is close."""
+    """Return the choice that ``name`` was probably meant to be, or None when nothing is close."""
     matches = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
-    """The error for a ``name`` that is none of ``choices``, with the nearest one named."""
+    """Return the error for a ``name`` that is none of ``choices``, with the nearest one named."""
     names = list(choices)
     guess = nearest(name, names)
     hint = f"did you mean '{guess}'? " if guess else ""
@@ -142,7 +142,7 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
 
 
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
-    """``table[name]``.
+    """Return ``table[name]``.
 
     Raises:
         UserError: ``name`` is not in the table; the nearest name is suggested.

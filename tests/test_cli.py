@@ -62,7 +62,7 @@ def write(folder: Path, text: str) -> str:
 def test_flags_are_flat_and_take_both_dashes_and_underscores() -> None:
     flags = "images -o out -n 3 --learning_rate 0.1 --betas 0.5 0.6 --class hat --no-ema --names a b"
     assert parse(*flags.split()) == Settings(
-        data="pictures",
+        data="images",
         output="out",
         count=3,
         class_name="hat",
@@ -70,12 +70,12 @@ def test_flags_are_flat_and_take_both_dashes_and_underscores() -> None:
         names=("a", "b"),
         optimiser=Optimiser(learning_rate=0.1, betas=(0.5, 0.6)),
     )
-    assert parse("pictures", "--learning-rate", "0.1") == parse("pictures", "--learning_rate=0.1")
+    assert parse("images", "--learning-rate", "0.1") == parse("images", "--learning_rate=0.1")
 
 
 def test_an_outer_default_of_a_section_is_kept() -> None:
-    assert parse("pictures") == Settings(data="pictures")
-    assert parse("pictures").optimiser.learning_rate == 2e-3
+    assert parse("images") == Settings(data="images")
+    assert parse("images").optimiser.learning_rate == 2e-3
 
 
 def test_precedence_is_defaults_preset_config_flags(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_precedence_is_defaults_preset_config_flags(tmp_path: Path) -> None:
 def test_what_flags_and_the_file_set_is_told_from_presets_and_defaults(tmp_path: Path) -> None:
     config = write(tmp_path, "optimiser: {betas: [0.0, 1.0]}\n")
     line = [
-        "pictures",
+        "images",
         "--preset",
         "tiny",
         "--no-ema",
@@ -102,7 +102,7 @@ def test_what_flags_and_the_file_set_is_told_from_presets_and_defaults(tmp_path:
         config,
     ]
     assert cli.given(Settings, line) == {"ema", "learning_rate", "class", "betas"}
-    assert cli.given(Settings, ["pictures"]) == frozenset()
+    assert cli.given(Settings, ["images"]) == frozenset()
 
 
 @pytest.mark.parametrize(

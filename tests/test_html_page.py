@@ -63,12 +63,12 @@ def test_everything_is_escaped_and_closed(page: Page) -> None:
 
 def test_images_are_held_by_the_page_and_nothing_is_fetched(page: Page) -> None:
     seen = Reader(page)
-    (image,) = [attributes for tag, attributes in seen.tags if tag == "img"]
-    header, data = (image["src"] or "").split(",")
+    (tag,) = [attributes for name, attributes in seen.tags if name == "img"]
+    header, data = (tag["src"] or "").split(",")
     assert header == "data:image/png;base64"
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert image.size == (3, 2) and image.getpixel((0, 0)) == (255, 0, 0)
-    assert image["alt"] == 'a "red" image'
+    assert tag["alt"] == 'a "red" image'
     assert "http" not in page.html() and "url(" not in page.html()
 
 

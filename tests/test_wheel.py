@@ -99,8 +99,8 @@ def test_the_command_finds_its_programs(installed: Path, environment: dict[str, 
 
 def test_a_tiny_training_runs(installed: Path, environment: dict[str, str], tmp_path: Path) -> None:
     for i in range(12):
-        (tmp_path / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), (20 * i, 0, 90)).save(tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png")
+        (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (20 * i, 0, 90)).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")
     line = "train images --preset tiny --autoencoder-steps 2 --max-train-steps 2 --train-batch-size 4 -o run"
     execute(installed / "latentflow", *line.split(), cwd=tmp_path, env=environment)
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()

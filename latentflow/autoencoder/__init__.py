@@ -17,8 +17,8 @@ from .latents import measure_statistics as measure_statistics
 from .latents import normalise as normalise
 from .latents import posterior as posterior
 from .load import load_autoencoder as load_autoencoder
-from .masked import known_source as known_source
 from .masked import latent_mask as latent_mask
 from .masked import mask_channels as mask_channels
 from .masked import masked_condition as masked_condition
 from .masked import masked_latents as masked_latents
+from .masked import masked_source as masked_source

@@ -67,7 +67,7 @@ class AutoencoderConfig:
 
 
 def build_autoencoder(config: AutoencoderConfig, resolution: int) -> Autoencoder:
-    """A new autoencoder for (3, resolution, resolution) images.
+    """Build a new autoencoder for (3, resolution, resolution) images.
 
     Raises:
         UserError: the resolution is not divisible by the downscale factor, or the widths do not go together (the
@@ -155,7 +155,7 @@ def _nearest_widths(wanted: Sequence[int], latent_channels: int) -> tuple[int, .
             if end % part == 0 and 4 * (end // part) <= most
         ]
         chains = {chain[-1]: (cost, chain) for cost, chain in sorted(longer, reverse=True)}
-    return min(one for end, one in chains.items() if end % latent_channels == 0)[1]
+    return min(chain for end, chain in chains.items() if end % latent_channels == 0)[1]
 
 
 def _kl(config: AutoencoderConfig, resolution: int) -> AutoencoderKL:

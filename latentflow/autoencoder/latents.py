@@ -54,7 +54,7 @@ def downscale_factor(vae: Autoencoder) -> int:
 
 
 def has_statistics(vae: Autoencoder) -> bool:
-    """Whether the checkpoint carries per-channel latent statistics."""
+    """Return True if the checkpoint carries per-channel latent statistics."""
     return vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
 
 
@@ -81,7 +81,7 @@ def check_statistics(vae: Autoencoder) -> None:
                 f"the autoencoder's {name} has {len(values)} numbers for {channels} channels of its latents",
                 "Restore its config.json.",
             )
-        if any(not is_number(one) or (positive and one <= 0) for one in values):
+        if any(not is_number(value) or (positive and value <= 0) for value in values):
             raise UserError(
                 f"the autoencoder's {name} is {str(value)[:60]}",
                 f"Expected: finite numbers{' above 0' if positive else ''}. Restore its config.json.",
@@ -135,7 +135,10 @@ def encode(vae: Autoencoder, images: Tensor, *, generator: Generators | None = N
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
         per_draw = mean.shape[0] // len(generators)
         noise = torch.cat(
-            [torch.randn(per_draw, *mean.shape[1:], generator=one, device=one.device) for one in generators]
+            [
+                torch.randn(per_draw, *mean.shape[1:], generator=source, device=source.device)
+                for source in generators
+            ]
         )
         mean = mean + std * noise.to(mean)
     return normalise(vae, mean)
@@ -176,7 +179,9 @@ def _finite(
     with in_float32(vae):
         again = function(values[bad])
     if left := len(_bad_rows(again)):
-        weight = next((name for name, one in vae.state_dict().items() if not torch.isfinite(one).all()), None)
+        weight = next(
+            (name for name, value in vae.state_dict().items() if not torch.isfinite(value).all()), None
+        )
         raise UserError(
             f"{left} of {total} {what}s of the autoencoder {'is' if left == 1 else 'are'} not finite, in float32 too"
             + (f": its weight {weight} is not" if weight else ""),
@@ -195,7 +200,7 @@ def _finite(
 
 def _bad_rows(results: tuple[Tensor, ...]) -> Tensor:
     """Numbers of the rows that are not finite."""
-    fine = torch.stack([torch.isfinite(one).flatten(1).all(1) for one in results]).all(0)
+    fine = torch.stack([torch.isfinite(result).flatten(1).all(1) for result in results]).all(0)
     return (~fine).nonzero()[:, 0]
 
 
@@ -257,6 +262,6 @@ def _shift_and_scale(vae: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _placed(vae: Autoencoder, value: Tensor) -> Tensor:
-    """Where and how the autoencoder computes. Offloaded weights are on "meta": their hooks move the input."""
+    """Move a tensor to the autoencoder's device and precision; hooks of offloaded ("meta") weights move it."""
     parameter: Tensor = next(vae.parameters())
     return value.to(None if parameter.device.type == "meta" else parameter.device, parameter.dtype)

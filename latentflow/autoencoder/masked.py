@@ -1,4 +1,4 @@
-"""Images with holes, as a network sees them: what is known of a latent, and where.
+"""Masked images as a network sees them: the kept pixels, and the latent of the image without the masked ones.
 
 A mask is (B, 1, H, W): 1 = repaint, 0 = keep. Nothing of what lies under a mask enters anything that is returned here.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from .latents import Autoencoder, downscale_factor, encode, latent_channels
@@ -20,7 +19,7 @@ def mask_channels(vae: Autoencoder) -> int:
 
 
 def masked_condition(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
-    """What a network trained to inpaint is told, beside the noisy latent.
+    """Return the condition of a network trained to inpaint: the mask, and the latent of the masked image.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
@@ -29,15 +28,15 @@ def masked_condition(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
     Returns:
         (B, f^2 + C, H / f, W / f): first the pixels of each cell that are kept (1) or not (0), none of them lost to
         the latent's coarser grid; then the latent of the image with its hole in mid-grey. A row of which nothing
-        is kept is zero, which is also what a network gets that is told nothing: so one network draws and inpaints.
+        is kept is zero, as is the condition of plain generation: so one network generates and inpaints.
     """
     kept = 1.0 - masks.float()
-    where = F.pixel_unshuffle(kept, downscale_factor(vae))
-    what = where.new_zeros(len(where), latent_channels(vae), *where.shape[2:])
+    mask = F.pixel_unshuffle(kept, downscale_factor(vae))
+    latent = mask.new_zeros(len(mask), latent_channels(vae), *mask.shape[2:])
     some = kept.flatten(1).any(1).nonzero()[:, 0]  # the others cost nothing
     if len(some):
-        what[some] = encode(vae, images[some].float() * kept[some]).to(what)
-    return torch.cat([where, what], 1)
+        latent[some] = encode(vae, images[some].float() * kept[some]).to(latent)
+    return torch.cat([mask, latent], 1)
 
 
 def latent_mask(masks: Tensor, factor: int) -> Tensor:
@@ -45,8 +44,8 @@ def latent_mask(masks: Tensor, factor: int) -> Tensor:
     return F.max_pool2d(masks.float(), factor)
 
 
-def known_source(noise: Tensor, known: Tensor, hole: Tensor) -> Tensor:
-    """Where a flow begins that only fills the hole: the known latents, with noise in the hole.
+def masked_source(noise: Tensor, known: Tensor, hole: Tensor) -> Tensor:
+    """Return the start of a flow that only fills the hole: the known latents, with noise in the hole.
 
     The data-dependent coupling of Albergo et al. 2023 (arXiv:2310.03725), section 3.2. Training and sampling both start
     here.
@@ -69,6 +68,8 @@ def masked_latents(vae: Autoencoder, images: Tensor, masks: Tensor) -> Tensor:
 
 def _filled(image: Tensor, mask: Tensor) -> Tensor:
     """(3, H, W) with each masked pixel replaced by the kept pixel nearest to it; grey where none is kept."""
+    from scipy.ndimage import distance_transform_edt  # scipy is slow to import
+
     hole = (mask[0] > 0).cpu().numpy()
     if hole.all():
         return torch.zeros_like(image)

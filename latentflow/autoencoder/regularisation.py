@@ -1,4 +1,4 @@
-"""What makes latents easier to model: transformed alike with their image, and noisy when decoded."""
+"""Regularisation that makes latents easier to model: transformed alike with their image, and noisy when decoded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scales(height: int, width: int, smallest: int = 1) -> list[Fraction]:
     """The factors from 1/4 to below 1 that leave latents whole sides of at least ``smallest``; 1 if there are none."""
     whole = math.gcd(height, width)
     factors = [Fraction(side, whole) for side in range(math.ceil(whole / 4), whole)]
-    return [one for one in factors if one * min(height, width) >= smallest] or [Fraction(1)]
+    return [factor for factor in factors if factor * min(height, width) >= smallest] or [Fraction(1)]
 
 
 def noisy(latents: Tensor, level: Tensor, noise: Tensor) -> Tensor:

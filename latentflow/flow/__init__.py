@@ -24,8 +24,8 @@ from .few_step.average_velocity import AverageVelocity as AverageVelocity
 from .few_step.average_velocity import Draws as Draws
 from .few_step.average_velocity import Interval as Interval
 from .few_step.average_velocity import adaptive as adaptive
+from .few_step.average_velocity import average_as_velocity as average_as_velocity
 from .few_step.average_velocity import average_velocity_loss as average_velocity_loss
-from .few_step.average_velocity import chords as chords
 from .few_step.average_velocity import folded_velocity as folded_velocity
 from .few_step.average_velocity import next_time as next_time
 from .few_step.average_velocity import total_derivative as total_derivative

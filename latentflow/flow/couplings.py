@@ -35,7 +35,7 @@ class Coupling(Protocol):
 
         Args:
             x0, x1: (B, ...).
-            condition: (B, ...), what the network is told about each row of x1.
+            condition: (B, ...), the condition of each row of x1.
             generator: decides all that is random.
 
         Raises:
@@ -218,7 +218,7 @@ def _check_rows(x0: Tensor, x1: Tensor) -> None:
 
 
 def _draw_rows(plan: Tensor, generator: torch.Generator | None) -> Tensor:
-    """For every column of the (B, B) plan one row, drawn with the column's probabilities."""
+    """Draw a row for every column of the (B, B) plan, with the column's probabilities."""
     device = plan.device if generator is None else generator.device
     uniform = torch.rand(len(plan), generator=generator, device=device).to(plan)
     cumulative = plan.T.cumsum(1).contiguous()

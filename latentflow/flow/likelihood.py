@@ -164,7 +164,7 @@ def _products(v: Tensor, x: Tensor, e: Tensor, differentiable: bool) -> Tensor |
         (batched,) = torch.autograd.grad(v, x, e, is_grads_batched=True, **options)
         return cast("Tensor | None", batched)
     # One by one: torch before 2.14 cannot differentiate the batched gradient of attention.
-    single = [torch.autograd.grad(v, x, one, **options)[0] for one in e]
+    single = [torch.autograd.grad(v, x, probe, **options)[0] for probe in e]
     return None if single[0] is None else torch.stack(single)
 
 

@@ -123,7 +123,7 @@ class Objective:
         loss: (output, sample, ...) -> (B,): of what the network returned at ``sample``.
         settings: makes the settings of its own from the options that a user wrote.
         average: whether the network learns average velocities: its output is that of an interval, and the settings,
-            an ``AverageObjective``, say what that shall be.
+            an ``AverageObjective``, say what that should be.
     """
 
     loss: Callable[..., Tensor]
@@ -145,5 +145,8 @@ def _averages(settings: type[AverageObjective]) -> Objective:
 
 OBJECTIVES: dict[str, Objective] = {
     "flow-matching": Objective(loss=flow_matching_loss),
-    **{one.name: _averages(one) for one in (MeanFlow, AlphaFlow, Shortcut, Consistency, Progressive)},
+    **{
+        settings.name: _averages(settings)
+        for settings in (MeanFlow, AlphaFlow, Shortcut, Consistency, Progressive)
+    },
 }

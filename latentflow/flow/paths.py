@@ -53,7 +53,7 @@ class Path(ABC):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where the derivatives are finite and the velocity determines the data."""
+        """Times (first, last) between which the derivatives are finite and the velocity determines the data."""
         return 0.0, 1.0
 
     @abstractmethod
@@ -109,7 +109,7 @@ class Path(ABC):
         return Coefficients(*(value.to(compute_dtype(x)).to(x.device) for value in schedules))
 
     def start(self, noise: Tensor) -> Tensor:
-        """Where sampling starts, at t = 0: ``noise`` times sigma(0): 1, but for variance exploding."""
+        """Return the start of sampling, at t = 0: ``noise`` times sigma(0), which is 1 but for variance exploding."""
         return noise * self.sigma(torch.zeros((), dtype=torch.float64)).item()
 
     def scale_input(self, xt: Tensor, t: Tensor | float) -> Tensor:

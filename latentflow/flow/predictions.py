@@ -1,4 +1,4 @@
-"""What a network may predict - velocity, data, noise, score - and how each turns into the others on any path.
+"""Predictions of a network - velocity, data, noise, score - and their conversion into one another on any path.
 
 Everything goes through the two ends of the path, x1 (data) and x0 (noise). With a = alpha and s = sigma,
 

@@ -1,4 +1,4 @@
-"""What the whole of ``flow`` shares about tensors: how t broadcasts, and which precision the maths has."""
+"""Helpers on tensors for the whole of ``flow``: broadcasting of t, and the precision of the maths."""
 
 from __future__ import annotations
 
@@ -106,6 +106,6 @@ def normal_like(x: Tensor, generator: Generators) -> Tensor:
             raise ValueError(
                 f"{len(generator)} generators for {len(x)} rows: pass one for each row, or a single one"
             )
-        return torch.stack([normal_like(row, one) for row, one in zip(x, generator, strict=True)])
+        return torch.stack([normal_like(row, source) for row, source in zip(x, generator, strict=True)])
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)

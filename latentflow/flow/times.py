@@ -1,4 +1,4 @@
-"""Where on [0, 1] to train (densities of t) and where to step when sampling (grids).
+"""Times in [0, 1]: densities of t for training, and grids of steps for sampling.
 
 A new density is one subclass of ``TimeDensity`` and one line in ``TIME_DENSITIES``; a new grid is one function and one
 line in ``TIME_GRIDS``. Formulas of Esser et al. 2024 (SD3, arXiv:2403.03206) are turned round: their t = 1 is noise,

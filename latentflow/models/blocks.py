@@ -16,13 +16,13 @@ Norm = Callable[[Tensor], Tensor]
 
 
 def has_tangent(*tensors: Tensor) -> bool:
-    """Whether a forward derivative is being taken through any of these, as by ``torch.func.jvp``.
+    """Return True if a forward derivative is being taken through any of these, as by ``torch.func.jvp``.
 
     A compiler cannot ask; nor does it differentiate forwards.
     """
     if torch.compiler.is_compiling():
         return False
-    return any(forward_ad.unpack_dual(one).tangent is not None for one in tensors)
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def layer_norm(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a velocity network is told besides the noisy latent and the time."""
+"""The condition of a velocity network: class, text, sizes, and channels beside the noisy latent."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Condition:
             if (getattr(a, name) is None) != (getattr(b, name) is None):
                 raise ValueError(
                     f"only one of the two conditions has {name}: give it to both, "
-                    "with drop=True for the rows that shall not see it"
+                    "with drop=True for the rows that should not see it"
                 )
         length = max((c.text.shape[1] for c in (a, b) if c.text is not None), default=0)
         a, b = a._padded(length), b._padded(length)

@@ -36,7 +36,7 @@ POSITIONS = ("rope", "sincos")
 
 
 class WithFeatures(NamedTuple):
-    """What training may ask a `DiT` for.
+    """Velocity and features of a `DiT`, as training may ask for them.
 
     Attributes:
         velocity: (B, in_channels, H, W); None if only the features were asked for.
@@ -143,7 +143,7 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
                 self.pos_embed.copy_(sincos_table(self.grid[0], self.grid[1], width, torch.device("cpu")))
 
     def new_length_embedder(self) -> TimeEmbed:
-        """What ``interval_conditioning`` brings; it says nothing at first.
+        """Return the embedder that ``interval_conditioning`` adds; it is zero at first.
 
         MeanFlow's ablation (arXiv:2505.13447, table 1c) found t and the length best, better than start and end.
         """

@@ -1,4 +1,4 @@
-"""What enters a velocity network: positions, patches, time, class and text, each as vectors of one width."""
+"""Embeddings of a velocity network: positions, patches, time, class and text, each as vectors of one width."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class TimeEmbed(nn.Module):
 
 
 class SizeEmbed(nn.Module):
-    """Numbers of pixels (B, 6), see `Condition`, -> (B, width); zero at first, and where nothing is told.
+    """Numbers of pixels (B, 6), see `Condition`, -> (B, width); zero at first, and where no sizes are given.
 
     Each number becomes Fourier features [cos | sin] with periods up to 2 pi 10000 pixels (arXiv:2307.01952).
     """

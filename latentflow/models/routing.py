@@ -1,4 +1,4 @@
-"""A route past the middle blocks of a `DiT`, by which some tokens are spared them while it is trained."""
+"""A route past the middle blocks of a `DiT`: while it is trained, some tokens skip them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Rope = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Route:
-    """Which tokens pass through the blocks ``first`` .. ``last - 1``; the others come back behind them as they were.
+    """Tokens that pass through the blocks ``first`` .. ``last - 1``; the others come back behind them as they were.
 
     TREAD: Krause et al. 2025 (arXiv:2501.04765). The R registers, which stand before the tokens of the latent, always
     pass.
 
     Attributes:
         kept: (B, K) int64, ascending: the places of those that pass, among the N tokens of the latent.
-        first: how many blocks come before the route.
-        last: how many blocks come before its end; more than ``first``.
+        first: number of blocks before the route.
+        last: number of blocks before its end; more than ``first``.
     """
 
     kept: Tensor
@@ -28,7 +28,7 @@ class Route:
     last: int
 
     def spares(self, blocks: int) -> bool:
-        """Whether behind the first ``blocks`` blocks only the kept tokens are there."""
+        """Return True if only the kept tokens are there behind the first ``blocks`` blocks."""
         return self.first < blocks < self.last
 
     def leave(self, tokens: Tensor, rope: Rope | None, registers: int) -> tuple[Tensor, Rope | None]:

@@ -98,7 +98,7 @@ def small_text_encoder(
     """A small encoder with random weights, to be trained along with the velocity network.
 
     T5's encoder (arXiv:1910.10683), because it starts well: normalised before every layer, so it needs no
-    warm-up of its own; word embeddings of unit variance, so that words are told apart from the first step; a
+    warm-up of its own; word embeddings of unit variance, so that words differ from the first step on; a
     last norm, so that what the velocity network receives has one scale all along. The position biases start
     large, so that the heads look to different places from the first step; as T5 has them, near zero, the order of
     the words ("a circle above a square") was learnt last. No dropout: the same text, the same embedding.
@@ -279,5 +279,5 @@ def _longest(tokenizer: Any, encoder: PreTrainedModel) -> int:
 
 
 def _cut(tokenizer: Any, prompts: list[str], limit: int) -> int:
-    """How many prompts have more than ``limit`` tokens."""
+    """Count the prompts that have more than ``limit`` tokens."""
     return sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False)["input_ids"])

@@ -393,7 +393,7 @@ class FlowPipeline(ConditionMixin, AdapterMixin, CheckpointPipeline):
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             times = t.to(x.device, torch.float32).expand(x.shape[0])
-            # As ``chords`` of the running grid.
+            # As ``average_as_velocity`` of the running grid.
             end: dict[str, Tensor] = {} if self._grid is None else {"end": next_time(self._grid, times)}
             output: Tensor = self.transformer(self.path.scale_input(x, t).to(dtype), times, moved, **end)
             return output.float()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autoencoder import known_source, latent_channels, latent_mask, masked_condition, masked_latents
+from ..autoencoder import latent_channels, latent_mask, masked_condition, masked_latents, masked_source
 from ..errors import UserError, unknown
 from ..flow import Velocity
 from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
@@ -148,7 +148,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         velocity: Velocity = call.velocity
         after_step: AfterStep = call.after_step
         if call.channels is not None and self.config.coupling == "data-dependent":
-            noise = known_source(noise, known, hole)
+            noise = masked_source(noise, known, hole)
             velocity, after_step = only_in(hole, known, velocity, after_step)
         if method == TRAINED and self.scheduler is None and not self.few_steps:
             solver = solver or TRAINED_SOLVER

@@ -128,12 +128,12 @@ def test_nothing_is_asked_of_a_width_that_is_not_used_nor_of_the_other_class() -
 def test_mistakes_are_one_screen_without_a_traceback(
     flags: list[object], message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number, example in enumerate(train_source().examples[:5]):
-        example.open().resize((16, 16)).save(tmp_path / "pictures" / f"{number}.png")
+        example.open().resize((16, 16)).save(tmp_path / "images" / f"{number}.png")
     own = TINY[: TINY.index("--network-preset")]
     said = call(
-        tmp_path, tmp_path / "pictures", "-o", tmp_path / "run", *own, *flags, file="autoencoder", expect=2
+        tmp_path, tmp_path / "images", "-o", tmp_path / "run", *own, *flags, file="autoencoder", expect=2
     )
     assert message in said and "Traceback" not in said and len(said.splitlines()) < 20
 

@@ -166,9 +166,9 @@ def test_metadata_of_unread_files_are_told(tmp_path: Path) -> None:
 
 
 def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match=f"there is no folder .*\nDid you mean {tmp_path}/images"):
-        find_source(str(tmp_path / "pictrues"))
+        find_source(str(tmp_path / "imgaes"))
     save_all(tmp_path, ["a.png"])
     with pytest.raises(UserError, match="is a file, not a folder"):
         find_source(str(tmp_path / "a.png"))

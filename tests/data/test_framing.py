@@ -23,7 +23,7 @@ SIZES = {"square": (64, 64), "wide": (100, 60), "tall": (60, 100), "panorama": (
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
     """Ramps from left (red 0) to right (red 255); ``turned`` is told by EXIF to stand upright."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, (width, height) in SIZES.items():
         pixels = np.zeros((height, width, 3), dtype=np.uint8)

@@ -24,8 +24,8 @@ from latentflow.flow import (
     Progressive,
     Shortcut,
     adaptive,
+    average_as_velocity,
     average_velocity_loss,
-    chords,
     flow_matching_loss,
     folded_velocity,
     integrate,
@@ -106,7 +106,7 @@ def test_the_exact_average_velocity_satisfies_the_identity(target: str, gaussian
 def test_steps_of_the_exact_average_velocity_are_exact(steps: int, mixture, draw) -> None:
     """However few: the quantiles of the mixture, one evaluation a step."""
     x0 = draw(16, 2)
-    counted = Counted(chords(mixture_average(mixture), time_grid(steps)))
+    counted = Counted(average_as_velocity(mixture_average(mixture), time_grid(steps)))
     x1 = integrate(counted, x0, time_grid(steps), "euler")
     cdf = sum(
         w * scipy.stats.norm.cdf(x1.numpy(), m, s)
@@ -124,7 +124,7 @@ def test_times_of_a_grid_are_met_in_any_precision() -> None:
         assert torch.equal(next_time(grid, given), expected)
         assert torch.equal(next_time(grid, given[1]), expected[1])
     with pytest.raises(ValueError, match="strictly increase"):
-        chords(GaussianAverage(), grid.flip(0))
+        average_as_velocity(GaussianAverage(), grid.flip(0))
 
 
 #: objectives whose target at the exact average velocity is that itself
@@ -325,7 +325,7 @@ def test_consistency_steps_lead_to_the_data_and_back(draw) -> None:
     average, ends = GaussianAverage(), torch.tensor([0.0, 1.0], dtype=torch.float64)
     x0 = draw(200_000, 1)
     for steps in (1, 3):
-        counted = Counted(chords(average, ends))
+        counted = Counted(average_as_velocity(average, ends))
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             x1 = integrate(counted, x0, time_grid(steps), CONSISTENCY_STEPS, generator=generator)

@@ -22,8 +22,8 @@ from latentflow.flow import (
     Progressive,
     Shortcut,
     Velocity,
+    average_as_velocity,
     average_velocity_loss,
-    chords,
     flow_matching_loss,
     integrate,
     reflow_pairs,
@@ -110,9 +110,9 @@ def velocity_of(network: Perceptron) -> Velocity:
 def sampled(network: Perceptron, noise: Tensor, steps: int, settings: AverageObjective) -> Tensor:
     if settings.sampler == "consistency":
         generator = torch.Generator().manual_seed(4)
-        ends = chords(network, time_grid(1))
+        ends = average_as_velocity(network, time_grid(1))
         return integrate(ends, noise, time_grid(steps), CONSISTENCY_STEPS, generator=generator)
-    return integrate(chords(network, time_grid(steps)), noise, time_grid(steps), "euler")
+    return integrate(average_as_velocity(network, time_grid(steps)), noise, time_grid(steps), "euler")
 
 
 def test_one_step_of_the_student_is_nearly_fifty_of_the_teacher(

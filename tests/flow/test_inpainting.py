@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentflow.errors import UserError
 from latentflow.flow import DEFAULT_INPAINTING, INPAINTING, PATHS, SOLVERS, CondOT, Counted, integrate
-from latentflow.flow.inpainting.base import Known
+from latentflow.flow.inpainting.base import KnownRegion
 from latentflow.flow.inpainting.particles import look_ahead
 from latentflow.flow.inpainting.replacement import _passages
 
@@ -39,7 +39,7 @@ def velocity(x: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def task() -> tuple[Tensor, Tensor, Tensor]:
+def problem() -> tuple[Tensor, Tensor, Tensor]:
     """x0, known, mask: float32, nothing but NaN where nothing is known, and a soft mask."""
     mask = torch.tensor([[0.0, 0.2, 1.0], [0.0, 0.0, 1.0]]).expand(SHAPE[0], 1, 2, 3)
     known = torch.randn(SHAPE, generator=seeded(1)).masked_fill(mask > 0, math.nan)
@@ -58,9 +58,9 @@ def test_default_is_in_the_table() -> None:
 @pytest.mark.parametrize("start", [0.0, 0.6])
 @pytest.mark.parametrize("path", PATHS)
 def test_known_region_ends_exactly_known(
-    name: str, start: float, path: str, task: tuple[Tensor, Tensor, Tensor]
+    name: str, start: float, path: str, problem: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    x0, known, mask = task
+    x0, known, mask = problem
     x = INPAINTING[name](velocity, x0, known, mask, times(6, start), path=PATHS[path](), generator=seeded())
     kept = (mask == 0).expand(SHAPE)
     if float(PATHS[path]().sigma(torch.tensor(1.0))) == 0.0:
@@ -73,9 +73,9 @@ def test_known_region_ends_exactly_known(
 
 @METHODS
 def test_nothing_known_is_sampling_and_all_known_is_known(
-    name: str, task: tuple[Tensor, Tensor, Tensor]
+    name: str, problem: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    x0, _, mask = task
+    x0, _, mask = problem
     known = torch.zeros(SHAPE)
     everything = INPAINTING[name](velocity, x0, known + 2, 0 * mask, times(5), generator=seeded())
     assert torch.equal(everything, known + 2)
@@ -85,8 +85,8 @@ def test_nothing_known_is_sampling_and_all_known_is_known(
 
 
 @METHODS
-def test_rows_depend_on_their_own_generator_alone(name: str, task: tuple[Tensor, Tensor, Tensor]) -> None:
-    x0, known, mask = task
+def test_rows_depend_on_their_own_generator_alone(name: str, problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    x0, known, mask = problem
     together = INPAINTING[name](velocity, x0, known, mask, times(6), generator=generators())
     for row in range(SHAPE[0]):
         rows = slice(row, row + 1)
@@ -97,9 +97,9 @@ def test_rows_depend_on_their_own_generator_alone(name: str, task: tuple[Tensor,
 
 
 @METHODS
-def test_cost_callback_and_progress(name: str, task: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_cost_callback_and_progress(name: str, problem: tuple[Tensor, Tensor, Tensor]) -> None:
     """One evaluation a step; each step is told once, in order, and the bar moves with them."""
-    x0, known, mask = task
+    x0, known, mask = problem
     counted, seen, bar = Counted(velocity), [], []
 
     def callback(index: int, t: Tensor, x: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ def test_cost_callback_and_progress(name: str, task: tuple[Tensor, Tensor, Tenso
 @pytest.mark.parametrize("name", STEPPED)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_any_solver_holds_the_known_region_on_its_way(
-    name: str, solver: str, task: tuple[Tensor, Tensor, Tensor]
+    name: str, solver: str, problem: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    x0, known, mask = task
+    x0, known, mask = problem
     kept, on_way = (mask == 0).expand(SHAPE), []
 
     def callback(index: int, t: Tensor, x: Tensor) -> None:
@@ -141,10 +141,10 @@ def test_any_solver_holds_the_known_region_on_its_way(
 
 @pytest.mark.parametrize("name", [name for name in INPAINTING if name not in STEPPED])
 def test_methods_with_steps_of_their_own_refuse_a_solver(
-    name: str, task: tuple[Tensor, Tensor, Tensor]
+    name: str, problem: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     with pytest.raises(UserError, match="steps of its own"):
-        INPAINTING[name](velocity, *task, times(4), solver="heun")
+        INPAINTING[name](velocity, *problem, times(4), solver="heun")
 
 
 @METHODS
@@ -159,9 +159,9 @@ def test_methods_with_steps_of_their_own_refuse_a_solver(
     ],
 )
 def test_misfits_are_named(
-    name: str, change: dict[str, object], message: str, task: tuple[Tensor, Tensor, Tensor]
+    name: str, change: dict[str, object], message: str, problem: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    x0, known, mask = task
+    x0, known, mask = problem
     arguments = {"x0": x0, "known": known, "mask": mask, "times": times(4)} | change
     with pytest.raises(ValueError, match=message):
         INPAINTING[name](velocity, **arguments)
@@ -183,16 +183,16 @@ def test_repaint_plans_as_many_steps_as_times(count: int, jump: int, resamplings
     assert max(passes) <= resamplings
 
 
-def test_repaint_without_repetition_is_replacement(task: tuple[Tensor, Tensor, Tensor]) -> None:
-    plain = INPAINTING["replacement"](velocity, *task, times(7), solver="heun")
-    once = INPAINTING["repaint"](velocity, *task, times(7), solver="heun", resamplings=1)
+def test_repaint_without_repetition_is_replacement(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    plain = INPAINTING["replacement"](velocity, *problem, times(7), solver="heun")
+    once = INPAINTING["repaint"](velocity, *problem, times(7), solver="heun", resamplings=1)
     torch.testing.assert_close(once, plain)
 
 
 @pytest.mark.parametrize("setting", ["jump", "resamplings"])
-def test_repaint_refuses_settings_below_one(setting: str, task: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_repaint_refuses_settings_below_one(setting: str, problem: tuple[Tensor, Tensor, Tensor]) -> None:
     with pytest.raises(UserError, match=f"{setting} 0"):
-        INPAINTING["repaint"](velocity, *task, times(4), **{setting: 0})
+        INPAINTING["repaint"](velocity, *problem, times(4), **{setting: 0})
 
 
 # ---------------------------------------------------------------- correlated Gaussian data, N(0, C)
@@ -215,7 +215,7 @@ def test_gradient_moves_the_data_by_the_covariance_that_the_flow_implies() -> No
     """(sigma^2 / alpha) dD/dx is Cov(x1 | x_t), so the shift is Cov(x1, known | x_t) (known - D) / r^2."""
     t, x = 0.4, torch.randn(5, 1, 1, 3, generator=seeded(), dtype=torch.float64)
     hole = torch.tensor([False, True, True])
-    known = Known(torch.tensor([1.3, 0.0, 0.0], dtype=torch.float64).expand(x.shape), hole, CondOT())
+    known = KnownRegion(torch.tensor([1.3, 0.0, 0.0], dtype=torch.float64).expand(x.shape), hole, CondOT())
     ahead = look_ahead(lambda y: gaussian_velocity(y, torch.tensor(t)), known, x, t)
     precision = torch.linalg.inv(COVARIANCE) + (t / (1 - t)) ** 2 * torch.eye(3)
     covariance = torch.linalg.inv(precision)

@@ -44,7 +44,7 @@ def program(repository: Path) -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 captioned images: a hat is a colour above white, a shoe a colour below white."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     rows = []
     for thing in THINGS:
         for colour in COLOURS:
@@ -378,17 +378,17 @@ def test_counterparts_that_are_one_image_are_left_out(
 
 
 def test_images_that_are_not_finite_are_not_measured(
-    program: ModuleType, originals: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    program: ModuleType, images: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Any, prompt: list[str], height: int, width: int, **settings: Any) -> Any:
-        images = torch.full((len(prompt), 3, height, width), 0.5)
-        images[1, 0, 0, 0] = float("nan")
-        return SimpleNamespace(images=images)
+        drawn = torch.full((len(prompt), 3, height, width), 0.5)
+        drawn[1, 0, 0, 0] = float("nan")
+        return SimpleNamespace(images=drawn)
 
     monkeypatch.setattr(LatentFlowPipeline, "__call__", broken)
     flags = ["-n", 4, "--validation", 0.25, "--device", "cpu"]
     with pytest.raises(UserError, match=r"1 of 4 generated images .* not finite, first number 1"):
-        evaluate(program, checkpoint, originals, "-o", tmp_path / "x.json", *flags)
+        evaluate(program, checkpoint, images, "-o", tmp_path / "x.json", *flags)
     assert not (tmp_path / "x.json").exists()
 
 

@@ -157,21 +157,21 @@ def test_solver_steps_and_settings_reach_the_method(text_pipe: LatentFlowPipelin
 
 
 def test_an_image_depends_on_its_own_generator_alone(
-    assemble: Callable[[Any], LatentFlowPipeline], originals: Tensor
+    assemble: Callable[[Any], LatentFlowPipeline], images: Tensor
 ) -> None:
     from .conftest import tiny_dit
 
     edit = editor(assemble(tiny_dit(text_dim=16)))
 
-    def call(prompt: list[str], images: Tensor, generators: list[torch.Generator]) -> Tensor:
+    def call(prompt: list[str], given: Tensor, generators: list[torch.Generator]) -> Tensor:
         settings: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
-        out: Tensor = edit(prompt, images, APPLE, generator=generators, **settings).images
+        out: Tensor = edit(prompt, given, APPLE, generator=generators, **settings).images
         return out
 
-    both = call([TREE, HAT], originals, seeds(1, 2))
-    close(call([HAT], originals[1:], seeds(2)), both[1:], 1e-5)
-    assert torch.equal(call([TREE, HAT], originals, seeds(1, 2)), both)
-    assert (call([TREE, HAT], originals, seeds(1, 3))[1] - both[1]).abs().max() > 1e-3
+    both = call([TREE, HAT], images, seeds(1, 2))
+    close(call([HAT], images[1:], seeds(2)), both[1:], 1e-5)
+    assert torch.equal(call([TREE, HAT], images, seeds(1, 2)), both)
+    assert (call([TREE, HAT], images, seeds(1, 3))[1] - both[1]).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------ callbacks

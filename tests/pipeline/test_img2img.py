@@ -258,7 +258,7 @@ def test_arrays_and_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
         (None, "image is NoneType"),
         ("photo.png", "image is str"),

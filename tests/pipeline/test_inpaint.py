@@ -421,24 +421,24 @@ def test_who_is_told_of_the_hole(
 
 
 @pytest.mark.parametrize(
-    ("images", "masks", "labels", "rows"),
+    ("count", "masks", "labels", "rows"),
     [(1, 1, [0, 1], ([0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1])), (2, 1, [2], ([0, 0, 1, 1], [0] * 4, [2] * 4)),
      (1, 2, [2], ([0] * 4, [0, 0, 1, 1], [2] * 4)), (2, 2, [0, 1], ([0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]))],
 )  # fmt: skip
 def test_whose_image_mask_and_class_a_row_has(
-    inpaint_pipe: LatentFlowInpaintPipeline, originals: Images, x0: Noise, images: int, masks: int, labels: Any,
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise, count: int, masks: int, labels: Any,
     rows: Any,
 ) -> None:  # fmt: skip
     holes = torch.cat([HALF, ODD])
     call: dict[str, Any] = {"guidance_scale": 2.0, "num_images_per_prompt": 2, "num_inference_steps": 3}
     call["solver"] = "heun"
     out = inpaint_pipe(
-        image=originals(2)[:images], mask_image=holes[:masks], class_labels=labels, latents=x0(4),
+        image=images(2)[:count], mask_image=holes[:masks], class_labels=labels, latents=x0(4),
         output_type="pt", **call,
     ).images  # fmt: skip
     for row, (image, mask, label) in enumerate(zip(*rows, strict=True)):
         alone = inpaint_pipe(
-            image=originals(2)[image : image + 1], mask_image=holes[mask : mask + 1], class_labels=label,
+            image=images(2)[image : image + 1], mask_image=holes[mask : mask + 1], class_labels=label,
             latents=x0(4)[row : row + 1], output_type="pt", **call | {"num_images_per_prompt": 1},
         ).images  # fmt: skip
         close(out[row : row + 1], alone, 1e-5)

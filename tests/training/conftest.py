@@ -14,7 +14,7 @@ from latentflow.data.sources.shapes import train_source
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     rows = []
     for number, example in enumerate(train_source().examples[:240:20]):
         example.open().resize((24, 20)).save(folder / f"{number:02d}.png")

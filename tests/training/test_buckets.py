@@ -33,7 +33,7 @@ SHAPES = ((16, 16), (16, 16), (16, 16), (24, 10), (10, 24), (10, 24), (40, 10))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of four aspect ratios, each of another colour."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for row, size in enumerate(SHAPES * 2):
         image = np.full((*size[::-1], 3), 15 * row, dtype=np.uint8)
         image[0] = 255 - row

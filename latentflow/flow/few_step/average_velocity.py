@@ -5,13 +5,13 @@ An interval starts at r, nearer the noise, and ends at t (t = 1 is data). Where 
     u(x_r, r, t) = (phi(x_r) - x_r) / (t - r),        u(x, r, r) = v(x, r),
 
 so that x + (t - r) u is exact however long the step. An objective of average velocities says which intervals are
-trained, and what u shall be there, in terms of the velocity and of u itself. All are regressions::
+trained, and what u should be there, in terms of the velocity and of u itself. All are regressions::
 
     r, t = objective.interval(Draws(quantile, first, second, coin))
     target = objective.target(network, Interval(x, r, t, velocity))    # network(x, r, t) -> average velocity
     loss = average_velocity_loss(network(x, r, t), target, objective.power, objective.floor).mean()
 
-and all are sampled by ``integrate(chords(network, times), x0, times, "euler")``.
+and all are sampled by ``integrate(average_as_velocity(network, times), x0, times, "euler")``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _ROUNDING = 1e-6
 
 
 class Draws(NamedTuple):
-    """What intervals are made of.
+    """Random numbers from which intervals are made.
 
     Attributes:
-        quantile: of the density of the training times: uniform numbers -> times.
+        quantile: quantile function of the density of the training times, uniform numbers -> times.
         first, second, coin: (B,) uniform numbers, independent.
-        progress: (B,) how much of the run lies behind, in [0, 1], for what changes along it; None: all.
+        progress: (B,) share of the run that is done, in [0, 1], for settings that change along it; None: all of it.
     """
 
     quantile: Callable[[Tensor], Tensor]
@@ -126,14 +126,14 @@ class AverageObjective(ABC):
         )
 
     def _refuse(self, **bounds: tuple[bool, str]) -> None:
-        """Raise for the first setting that is not fine: name -> (whether it is, what to do else)."""
+        """Raise for the first setting that is out of range: name -> (in range?, how to fix it)."""
         for name, (fine, fix) in bounds.items():
             if not fine:
                 raise UserError(f"{self.name}'s {name} is {getattr(self, name)}", fix)
 
     @property
     def guided(self) -> bool:
-        """Whether guidance is folded into what is learned."""
+        """Return True if guidance is part of the velocity that is learned."""
         return self.guidance != 1.0
 
     @abstractmethod
@@ -142,11 +142,11 @@ class AverageObjective(ABC):
 
     @abstractmethod
     def target(self, average: AverageVelocity, over: Interval) -> Tensor:
-        """What u(x, r, t) shall be, where the interval has a length; without a graph.
+        """Return the target of u(x, r, t) where the interval has a length, without a graph.
 
         Args:
             average: u as it is now.
-            over: what is asked about.
+            over: the intervals.
 
         Returns:
             (B, ...).
@@ -231,11 +231,11 @@ def folded_velocity(
     return guided.detach()
 
 
-def chords(average: AverageVelocity, times: Tensor) -> Velocity:
+def average_as_velocity(average: AverageVelocity, times: Tensor) -> Velocity:
     """The velocity whose Euler steps on the grid ``times`` are exact: x_t = x_r + (t - r) u(x_r, r, t).
 
     At r it is the average velocity from r to the next time of the grid; from the last time on, the velocity itself.
-    So ``integrate(chords(u, times), x, times, "euler")`` is the sampler of MeanFlow (algorithm 2) with as many
+    So ``integrate(average_as_velocity(u, times), x, times, "euler")`` is MeanFlow's sampler (algorithm 2) with as many
     evaluations as steps, and everything that wraps a velocity (guidance, callbacks) wraps it.
 
     Raises:

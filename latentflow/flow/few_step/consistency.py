@@ -75,5 +75,5 @@ def _steps(options: SolverOptions) -> Step:
 
 #: The solver that goes to the data in every step and adds noise again, up to the next time: Song et al. 2023
 #: (arXiv:2303.01469), algorithm 1, on the straight path. It follows velocities that lead to the data however far that
-#: is, ``chords(average, [0, 1])``; of another velocity it is no sampler, and so stands in no table.
+#: is, ``average_as_velocity(average, [0, 1])``; of another velocity it is no sampler, and so stands in no table.
 CONSISTENCY_STEPS = Solver(order=1, evaluations=1, start=_steps, stochastic=True)

@@ -97,7 +97,7 @@ class AlphaFlow(MeanFlow):
         return self.least < _CLAMPED
 
     def alpha(self, progress: Tensor) -> Tensor:
-        """What alpha is after these shares of the run; exactly 0 or 1 where it is near (sec. 4.3)."""
+        """Return alpha after these shares of the run; exactly 0 or 1 where it is near (sec. 4.3)."""
         middle, width = (self.begin + self.end) / 2, self.end - self.begin
         alpha = 1.0 - torch.sigmoid((progress - middle) * _SHARPNESS / width)
         alpha = torch.where(alpha > 1.0 - _CLAMPED, 1.0, torch.where(alpha < _CLAMPED, 0.0, alpha))

@@ -55,7 +55,7 @@ class Shortcut(AverageObjective):
 
     @property
     def lengths(self) -> int:
-        """How many lengths of steps there are, from 1 / finest to 1."""
+        """Number of step lengths, from 1 / finest to 1."""
         return int(math.log2(self.finest)) + 1
 
     def interval(self, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What all inpainting methods share: the known region on its way, checks, and the call to ``integrate``."""
+"""The shared part of all inpainting methods: the known region along the path, checks, the call to ``integrate``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Progress: TypeAlias = bool | Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownRegion:
     """The known region of a batch: its ``values`` (B, ...) (0 in the hole), and where the ``hole`` is (bool)."""
 
     values: Tensor
@@ -51,12 +51,12 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Task:
+class InpaintProblem:
     """One call of a method, checked, in float32 or better."""
 
     velocity: Velocity
     x: Tensor
-    known: Known
+    known: KnownRegion
     times: list[float]
     dtype: torch.dtype
     generator: Generators
@@ -93,7 +93,7 @@ def prepare(
     generator: Generators,
     callback: Callback | None,
     progress: Progress,
-) -> Task:
+) -> InpaintProblem:
     """Check a method's arguments.
 
     Raises:
@@ -117,14 +117,14 @@ def prepare(
     values = torch.where(hole, 0.0, known.to(x0.device, precision))
     velocity = with_time_rows(velocity)
     wide: Velocity = lambda x, t: velocity(x.to(dtype), t).to(precision)  # noqa: E731
-    return Task(
-        wide, x0.to(precision), Known(values, hole, path or CondOT()), grid, dtype,
+    return InpaintProblem(
+        wide, x0.to(precision), KnownRegion(values, hole, path or CondOT()), grid, dtype,
         generator, callback, progress,
     )  # fmt: skip
 
 
 def refuse_solver(method: str, solver: str | Solver | None) -> None:
-    """For the methods that are a way of stepping themselves."""
+    """Refuse a solver for a method that takes steps of its own."""
     if solver is not None:
         named = f"the solver '{solver}'" if isinstance(solver, str) else "a solver"
         raise UserError(

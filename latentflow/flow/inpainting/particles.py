@@ -15,7 +15,7 @@ from ..predictions import convert
 from ..solvers import Solver
 from ..solvers.base import Field, SolverOptions, Step, schedule
 from ..tensors import Generators, Velocity, normal_like
-from .base import Callback, Known, Progress, Times, prepare, refuse_solver
+from .base import Callback, KnownRegion, Progress, Times, prepare, refuse_solver
 
 
 def twisted(
@@ -63,13 +63,13 @@ def twisted(
         ValueError: as ``repaint``.
     """
     refuse_solver("twisted", solver)
-    task = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
-    _require_alike(task.known, task.x, particles)
-    start = _twisted_steps(task.known, particles, task.times[-1])
-    return task.follow(Solver(order=1, evaluations=1, start=start, stochastic=True), task.known.finish)
+    problem = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
+    _require_alike(problem.known, problem.x, particles)
+    start = _twisted_steps(problem.known, particles, problem.times[-1])
+    return problem.follow(Solver(order=1, evaluations=1, start=start, stochastic=True), problem.known.finish)
 
 
-def _twisted_steps(known: Known, particles: int, last: float) -> Callable[[SolverOptions], Step]:
+def _twisted_steps(known: KnownRegion, particles: int, last: float) -> Callable[[SolverOptions], Step]:
     def start(options: SolverOptions) -> Step:
         path = options.path
         log_weight: Tensor | float = (
@@ -117,7 +117,7 @@ def _resampled(
     return rows, torch.where(few, 0.0, groups).flatten().to(log_weight)
 
 
-def _require_alike(known: Known, x: Tensor, particles: int) -> None:
+def _require_alike(known: KnownRegion, x: Tensor, particles: int) -> None:
     if particles < 1 or len(x) % particles:
         raise UserError(
             f"{len(x)} rows cannot be divided into runs of {particles} particles",
@@ -142,7 +142,7 @@ class Ahead(NamedTuple):
     log_likelihood: Tensor
 
 
-def look_ahead(velocity: Callable[[Tensor], Tensor], known: Known, x: Tensor, t: float) -> Ahead:
+def look_ahead(velocity: Callable[[Tensor], Tensor], known: KnownRegion, x: Tensor, t: float) -> Ahead:
     """One evaluation and its gradient, at a t where sigma is not 0."""
     alpha, sigma = schedule(known.path, t)
     with torch.enable_grad():

@@ -48,15 +48,15 @@ def pnp_flow(
         ValueError: as ``repaint``.
     """
     refuse_solver("pnp-flow", solver)
-    task = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
+    problem = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
 
     def start(options: SolverOptions) -> Step:
         def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
             predicted = convert(field(x, t), x, t, options.path, "velocity", "data")
             alpha, sigma = schedule(options.path, t_next)
-            data = task.known.put(predicted, task.known.values)
+            data = problem.known.put(predicted, problem.known.values)
             return alpha * data + sigma * normal_like(x, options.generator)
 
         return step
 
-    return task.follow(Solver(order=1, evaluations=1, start=start, stochastic=True), task.known.finish)
+    return problem.follow(Solver(order=1, evaluations=1, start=start, stochastic=True), problem.known.finish)

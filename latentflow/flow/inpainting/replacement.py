@@ -13,7 +13,7 @@ from ..solvers import Solver
 from ..solvers.base import schedule
 from ..solvers.integrate import progress_over
 from ..tensors import Generators, Velocity, normal_like
-from .base import Callback, Progress, Task, Times, prepare
+from .base import Callback, InpaintProblem, Progress, Times, prepare
 
 
 def replacement(
@@ -38,13 +38,13 @@ def replacement(
 
     Args: as ``repaint``. solver: any; default "heun".
     """
-    task = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
-    return _replaced(task, solver or "heun")
+    problem = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
+    return _replaced(problem, solver or "heun")
 
 
-def _replaced(task: Task, solver: str | Solver) -> Tensor:
-    noise = task.known.noise(task.x, task.times[0])
-    return task.follow(solver, lambda x, t: task.known.hold(x, noise, t))
+def _replaced(problem: InpaintProblem, solver: str | Solver) -> Tensor:
+    noise = problem.known.noise(problem.x, problem.times[0])
+    return problem.follow(solver, lambda x, t: problem.known.hold(x, noise, t))
 
 
 def repaint(
@@ -73,7 +73,7 @@ def repaint(
 
     Cost: as many steps as ``replacement`` takes, len(times) - 1: passages take the place of a fine grid.
     ``times`` gives start, end and spacing; the steps run on a grid that is about ``resamplings`` times coarser,
-    and the t that the callback is told goes back at times. The first jump is made once, since it would
+    and the t that the callback gets goes back at times. The first jump is made once, since it would
     lead back to pure noise.
 
     Args:
@@ -101,11 +101,11 @@ def repaint(
             raise UserError(
                 f"{name} {value} of the inpainting method 'repaint'", "Use a whole number from 1."
             )
-    task = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
-    x, count = task.x, len(task.times) - 1
+    problem = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
+    x, count = problem.x, len(problem.times) - 1
     indices, done = iter(progress_over(progress, range(count))), 0
     for start, end, steps, again in _passages(count, jump, resamplings):
-        grid = [_between(task.times, start + (end - start) * k / steps) for k in range(steps + 1)]
+        grid = [_between(problem.times, start + (end - start) * k / steps) for k in range(steps + 1)]
         first = done
 
         def shifted(index: int, t: Tensor, y: Tensor, first: int = first) -> Tensor | None:
@@ -113,7 +113,7 @@ def repaint(
 
         # zip asks the steps first: the shared bar moves by as many as there are.
         passage = replace(
-            task,
+            problem,
             x=x,
             times=grid,
             callback=shifted,
@@ -122,10 +122,10 @@ def repaint(
         x = _replaced(passage, solver or "euler").to(x)
         done += steps
         if again:
-            x = _noised(task, x, grid[-1], grid[0])
+            x = _noised(problem, x, grid[-1], grid[0])
     for _ in indices:  # lets a bar close
         pass
-    return x.to(task.dtype)
+    return x.to(problem.dtype)
 
 
 def _passages(count: int, jump: int, resamplings: int) -> list[tuple[float, float, int, bool]]:
@@ -152,7 +152,10 @@ def _between(times: list[float], place: float) -> float:
     return times[low] + (place - low) * (times[low + 1] - times[low])
 
 
-def _noised(task: Task, x: Tensor, t: float, back: float) -> Tensor:
-    (alpha, sigma), (alpha_back, sigma_back) = schedule(task.known.path, t), schedule(task.known.path, back)
+def _noised(problem: InpaintProblem, x: Tensor, t: float, back: float) -> Tensor:
+    (alpha, sigma), (alpha_back, sigma_back) = (
+        schedule(problem.known.path, t),
+        schedule(problem.known.path, back),
+    )
     shrink = alpha_back / alpha
-    return shrink * x + math.sqrt(sigma_back**2 - (shrink * sigma) ** 2) * normal_like(x, task.generator)
+    return shrink * x + math.sqrt(sigma_back**2 - (shrink * sigma) ** 2) * normal_like(x, problem.generator)

@@ -1,4 +1,4 @@
-"""What a solver is: a step from t to t_next, and what an entry of ``SOLVERS`` says about it."""
+"""A solver: a step from t to t_next, and the entry of ``SOLVERS`` that describes it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Counted:
 
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions:
-    """What a solver may need beyond the velocity."""
+    """Settings and functions that a solver may need beyond the velocity."""
 
     path: Path
     score: Velocity | None

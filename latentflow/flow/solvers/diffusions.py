@@ -1,4 +1,4 @@
-"""How much noise a stochastic sampler stirs in: the squared diffusion coefficient g^2(t).
+"""The noise that a stochastic sampler adds: the squared diffusion coefficient g^2(t).
 
 dx = (u + g^2/2 score) dt + g dW has the marginals of dx/dt = u for every g, which is therefore chosen when
 sampling. Ma et al. 2024 (SiT, arXiv:2401.08740), sec. 2, whose w is g^2. A new schedule is one function and

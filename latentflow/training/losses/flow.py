@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...autoencoder import known_source
+from ...autoencoder import masked_source
 from ...data.masks import DEFAULT_SHAPES, check_shapes
 from ...errors import UserError, lookup, unknown
 from ...flow import (
@@ -321,7 +321,7 @@ class FlowStage(nn.Module):
         condition = dataclasses.replace(condition, channels=masked.channels)
         if self._config.coupling != "data-dependent":
             return condition, lambda noise: noise
-        return condition, lambda noise: known_source(noise, masked.known, masked.hole)
+        return condition, lambda noise: masked_source(noise, masked.known, masked.hole)
 
     def _times(self, random: SampleRandom, numbers: list[int]) -> Times:
         """The training times: a pure function of the samples' running numbers."""
