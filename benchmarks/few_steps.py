@@ -38,13 +38,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latentflow import LatentFlowPipeline
+from latentflow.config import FlowConfig
 from latentflow.data import cached_pixels, find_source, pixels_to_images, to_pil
 from latentflow.data.sources.shapes import check, train_captions
 from latentflow.flow import OBJECTIVES
 from latentflow.metrics import caption_retrieval, features, frechet_distance, in_proportion, real_split
 from latentflow.models import DiT
 from latentflow.training.losses.average_velocity import AverageVelocityStage
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.losses.teacher import VelocityTeacher
 
 matplotlib.use("Agg")

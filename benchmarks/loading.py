@@ -34,17 +34,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
+from latentflow.autoencoder import build_autoencoder
+from latentflow.config import AutoencoderConfig, DataConfig, FlowConfig
 from latentflow.data import LatentTable, Source, cached_latents, find_source, one_size, readable, split
 from latentflow.data.cache.store import digests, make_shard, write_shard
 from latentflow.data.cache.tensors import read_pixels
-from latentflow.data.config import DataConfig
 from latentflow.data.dataset import Example
 from latentflow.data.pixels import to_pixels, to_rgb
 from latentflow.data.sources.precomputing import Precomputation, describe, write_index
 from latentflow.models import DiT
 from latentflow.training.loop.data_order import DataOrder
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.losses.latent_data import LatentData, Sized
 
 BATCH, SIDE = 64, 64

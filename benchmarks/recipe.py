@@ -33,6 +33,15 @@ from recipe_table import write_table
 from torch import Tensor, nn
 
 from latentflow.autoencoder import decode, downscale_factor, load_autoencoder
+from latentflow.config import (
+    AlignmentConfig,
+    FlowConfig,
+    FramingConfig,
+    LoopConfig,
+    NetworkConfig,
+    RoutingConfig,
+    TextConfig,
+)
 from latentflow.data import (
     Source,
     cached_latents,
@@ -43,19 +52,17 @@ from latentflow.data import (
     readable,
     split,
 )
-from latentflow.data.config import FramingConfig
 from latentflow.data.sources.shapes import check
 from latentflow.errors import lookup
 from latentflow.flow import guide, integrate
 from latentflow.metrics import caption_retrieval, features, frechet_distance, in_proportion, real_split
 from latentflow.models import Condition
-from latentflow.models.config import NetworkConfig, TextConfig
-from latentflow.training import Callbacks, LoopConfig, fit
+from latentflow.training import Callbacks, fit
 from latentflow.training.data import conditions_of
-from latentflow.training.losses.alignment import AlignmentConfig, make_alignment
-from latentflow.training.losses.flow import FlowConfig, FlowStage, validation_loss
+from latentflow.training.losses.alignment import make_alignment
+from latentflow.training.losses.flow import FlowStage, validation_loss
 from latentflow.training.losses.latent_data import LatentData, Sized
-from latentflow.training.losses.routing import Routing, RoutingConfig
+from latentflow.training.losses.routing import Routing
 from latentflow.training.networks import Networks, new_networks
 
 Recipe = dict[str, Any]

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from latentflow.training import LoopConfig
+from latentflow.config import LoopConfig
 from latentflow.training.loop.saving import Saver
 from latentflow.training.loop.trained_module import Player
 

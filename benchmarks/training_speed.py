@@ -22,12 +22,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
+from latentflow.config import FlowConfig, FramingConfig, LoopConfig
 from latentflow.data import LatentTable, find_source, frame
-from latentflow.data.config import FramingConfig
 from latentflow.models import Condition, DiT
-from latentflow.training import LoopConfig, fit
+from latentflow.training import fit
 from latentflow.training.loop.distributed import compute_dtype
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.losses.latent_data import LatentData, Sized
 
 BATCH, CHANNELS, SIDE, CLASSES = 64, 16, 8, 10

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import enum
+import inspect
 import os
 import runpy
 import sys
@@ -18,11 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from . import __version__
 from .errors import UserError, nearest, printable, shown, unknown
 from .utils.documents import read_yaml
+from .utils.flags import Essential, Flag, flags_of, help_text, normal, without_annotation
 from .utils.replacing import replacing
 
 C = TypeVar("C")
@@ -45,7 +47,8 @@ def parse(
     Defaults < preset < config file < flags. Nested dataclasses are sections: their fields become plain flags,
     and a config file may write them flat or under the section's name, with ``-`` or ``_``. The docstring
     below a field is its help. ``Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]`` makes a
-    positional, ``Annotated[str, tyro.conf.arg(aliases=["-o"])]`` a short name.
+    positional, ``Annotated[str, tyro.conf.arg(aliases=["-o"])]`` a short name. ``--help`` prints the flags that are
+    marked `Essential` where there are many, ``--help SECTION`` those of a section, ``--help-all`` all of them.
 
     Args:
         config_class: the dataclass to build.
@@ -71,11 +74,25 @@ def parse(
     if (file := _peek(args, "config")) is not None:
         values |= _checked(config_class, _read_yaml(Path(file)), file)
     program, default = _program(config_class, _defaults(config_class, values), list(presets))
+    description = inspect.cleandoc(description or config_class.__doc__ or "")
+    if wanted := [word for word in args if word in ("-h", "--help", "--help-all")]:
+        group = next(iter(args[args.index(wanted[0]) + 1 :]), None) if wanted[0] != "--help-all" else None
+        print(
+            help_text(
+                program,
+                default,
+                prog=prog,
+                description=description,
+                group=None if group is None or group.startswith("-") else group,
+                everything=wanted[0] == "--help-all",
+            )
+        )
+        sys.exit()
     parsed = tyro.cli(
         program,
         args=args,
         prog=prog,
-        description=description or config_class.__doc__ or "",
+        description=description,
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
@@ -93,59 +110,18 @@ def given(config_class: type, argv: Sequence[str] | None = None) -> frozenset[st
     args = list(sys.argv[1:] if argv is None else argv)
     file = _peek(args, "config")
     keys = set() if file is None else set(_checked(config_class, _read_yaml(Path(file)), file))
-    flags = {_normal(arg.partition("=")[0]) for arg in args if arg.startswith("-")}
+    flags = {normal(arg.partition("=")[0]) for arg in args if arg.startswith("-")}
     flags |= {flag.removeprefix("no_") for flag in flags}
-    return frozenset(keys | (flags & {leaf.key for leaf in _fields(config_class)}))
+    return frozenset(keys | (flags & {leaf.key for leaf in flags_of(config_class)}))
 
 
 def write_config(config: Any, path: str | os.PathLike[str]) -> None:
     """Write a dataclass as flat YAML that :func:`parse` reads back to an equal dataclass."""
     import yaml
 
-    values = {field.key: _plain(field.of(config)) for field in _fields(type(config))}
+    values = {field.key: _plain(field.of(config)) for field in flags_of(type(config))}
     with replacing(Path(path)) as partial:  # a full disk must not cost the earlier file
         partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    """One leaf of a config: ``path`` leads to it through the sections, ``key`` is its flag without dashes."""
-
-    key: str
-    path: tuple[str, ...]
-    hint: Any
-
-    def of(self, config: Any) -> Any:
-        for name in self.path:
-            config = getattr(config, name)
-        return config
-
-
-def _fields(config_class: type, path: tuple[str, ...] = ()) -> list[_Field]:
-    """The leaves of a dataclass, sections flattened, in order."""
-    hints = get_type_hints(config_class, include_extras=True)
-    leaves: list[_Field] = []
-    for field in dataclasses.fields(config_class):
-        bare, extras = _strip(hints[field.name])
-        here = (*path, field.name)
-        if dataclasses.is_dataclass(bare) and isinstance(bare, type):
-            leaves += _fields(bare, here)
-        elif field.init:
-            renamed = next((e.name for e in extras if isinstance(getattr(e, "name", None), str)), None)
-            leaves.append(_Field(_normal(renamed or field.name), here, bare))
-    return leaves
-
-
-def _strip(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type hint without its ``Annotated`` wrapping, and what was in the wrapping."""
-    if get_origin(hint) is Annotated:
-        bare, *extras = get_args(hint)
-        return bare, tuple(extras)
-    return hint, ()
-
-
-def _normal(key: Any) -> str:
-    return str(key).strip("-").replace("-", "_").strip("_")
 
 
 def _peek(args: Sequence[str], flag: str) -> str | None:
@@ -172,16 +148,16 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 
 def _checked(config_class: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Keys made flat and known, values made of their field's type. Returns field key -> value."""
-    leaves = {leaf.key: leaf for leaf in _fields(config_class)}
-    sections = {_normal(name) for leaf in leaves.values() for name in leaf.path[:-1]}
+    leaves = {leaf.key: leaf for leaf in flags_of(config_class)}
+    sections = {normal(name) for leaf in leaves.values() for name in leaf.path[:-1]}
     checked: dict[str, Any] = {}
 
     def visit(items: Mapping[Any, Any], section: str | None) -> None:
         for raw_key, value in items.items():
-            key = _normal(raw_key)
+            key = normal(raw_key)
             if key in sections and isinstance(value, Mapping):
                 visit(value, key)
-            elif key in leaves and (section is None or section in map(_normal, leaves[key].path[:-1])):
+            elif key in leaves and (section is None or section in map(normal, leaves[key].path[:-1])):
                 if key in checked:
                     raise UserError(f"{where}: '{raw_key}' is given twice", "Keep one of them.")
                 checked[key] = _convert(leaves[key], value, f"{where}: {raw_key}")
@@ -193,12 +169,12 @@ def _checked(config_class: type, values: Mapping[str, Any], where: str) -> dict[
 
 
 def _unknown_key(key: Any, where: str, section: str | None, known: list[str]) -> UserError:
-    guess = nearest(_normal(key), known)
+    guess = nearest(normal(key), known)
     place = f"{where}: unknown key '{key}'" + (f" in section '{section}'" if section else "")
     return UserError(place, f"Did you mean '{guess}'?" if guess else f"Known keys: {', '.join(known)}")
 
 
-def _convert(field: _Field, value: Any, where: str) -> Any:
+def _convert(field: Flag, value: Any, where: str) -> Any:
     """A YAML value as the field's type, by the same rules as a flag's text."""
     import tyro
 
@@ -245,11 +221,11 @@ def _defaults(config_class: type[C], values: Mapping[str, Any], path: tuple[str,
     """
     import tyro
 
-    keys = {leaf.path: leaf.key for leaf in _fields(config_class, path)}
+    keys = {leaf.path: leaf.key for leaf in flags_of(config_class, path)}
     hints = get_type_hints(config_class, include_extras=True)
     instance = object.__new__(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
-        bare, _ = _strip(hints[field.name])
+        bare, _ = without_annotation(hints[field.name])
         here = (*path, field.name)
         default: Any = tyro.MISSING
         if field.default is not dataclasses.MISSING:
@@ -267,7 +243,7 @@ def _defaults(config_class: type[C], values: Mapping[str, Any], path: tuple[str,
 
 def _section(section_class: type, given: Any, values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     """A section's defaults: the class' own, what the outer class gives, then ``values``."""
-    leaves = _fields(section_class, path)
+    leaves = flags_of(section_class, path)
     outer: dict[str, Any] = {}
     if given is not None:
         outer = {
@@ -281,19 +257,19 @@ def _program(config_class: type, settings: Any, presets: list[str]) -> tuple[typ
     import tyro
 
     off = tyro.conf.FlagCreatePairsOff
-    config_help = "YAML file whose keys are the names of these flags. Flags win over it."
-    preset_help = "A named set of values. The config file and flags win over it."
+    config_help = "YAML file with values for flags; flags win over it."
+    preset_help = "Named set of values; --config and flags win over it."
     debug_help = "Show the whole traceback of an error."
     fields: list[tuple[str, Any, Any]] = [
         ("settings", Annotated[config_class, tyro.conf.arg(name="")], dataclasses.field()),
         (
             "config",
-            Annotated[str | None, tyro.conf.arg(help=config_help, metavar="FILE")],
+            Annotated[str | None, tyro.conf.arg(help=config_help, metavar="FILE"), Essential()],
             dataclasses.field(default=None),
         ),
     ]
     if presets:
-        choice = Annotated[Literal[tuple(presets)] | None, tyro.conf.arg(help=preset_help)]  # type: ignore[valid-type]
+        choice = Annotated[Literal[tuple(presets)] | None, tyro.conf.arg(help=preset_help), Essential()]  # type: ignore[valid-type]
         fields.append(("preset", choice, dataclasses.field(default=None)))
     fields.append(
         ("debug", Annotated[off[bool], tyro.conf.arg(help=debug_help)], dataclasses.field(default=False))
@@ -413,7 +389,3 @@ def _summary(file: Path) -> str:
     """The first line of a program's docstring, read without running it."""
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]
-
-
-if __name__ == "__main__":
-    main()

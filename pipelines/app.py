@@ -12,8 +12,8 @@ from typing import Annotated
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import AdapterChoice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
 from latentflow.inference.checkpoint import open_pipeline
-from latentflow.inference.config import DrawingConfig
 from latentflow.inference.images import enlarged, read_opaque, save, sheet
 from latentflow.inference.sample import Condition, check_room, conditions, draw, tell_unknown_words
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditConfig(DrawingConfig):
+class EditConfig(SamplingConfig):
     """Change an image with words, or draw variations of it.
 
     latentflow edit apple.png "green apple" --from "red apple" -o green.png

@@ -16,9 +16,9 @@ from typing import Annotated, Literal
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
-from latentflow.training.loop.folders import write_folder
+from latentflow.inference.checkpoint import open_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if config.adapter and config.export_dtype != "float32":
         raise UserError("--export-dtype with --adapter: it is copied as it is", "Leave --export-dtype out.")
+
+    from latentflow.training.loop.folders import write_folder
 
     # ---- the adapter alone ----
     if config.adapter:

@@ -10,14 +10,14 @@ from typing import Annotated
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import SamplingConfig
 from latentflow.inference.checkpoint import open_pipeline
-from latentflow.inference.config import DrawingConfig
 from latentflow.inference.images import enlarged, save, sheet
 from latentflow.inference.sample import check_room, conditions, draw, tell_unknown_words
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(DrawingConfig):
+class GenerateConfig(SamplingConfig):
     """Draw images from captions, classes or nothing, as the checkpoint was trained."""
 
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
 from latentflow.inference.checkpoint import open_pipeline
-from latentflow.inference.config import DrawingConfig
 from latentflow.inference.images import enlarged, read_image, read_mask_of, save, sheet
 from latentflow.inference.sample import check_room, conditions, draw, tell_unknown_words
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InpaintConfig(DrawingConfig):
+class InpaintConfig(SamplingConfig):
     """Paint part of an image anew. Every pixel outside of the mask stays as it is, transparent or not, in sRGB.
 
     latentflow inpaint face.png mask.png "a red hat" -o hat.png

@@ -9,15 +9,15 @@ from typing import Annotated
 import tyro
 
 from latentflow.cli import parse, run
+from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
 from latentflow.inference.checkpoint import open_pipeline
-from latentflow.inference.config import DrawingConfig
 from latentflow.inference.images import enlarged, read_opaque, save, sheet
 from latentflow.inference.sample import Condition, check_room, conditions, generators, tell_unknown_words
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolateConfig(DrawingConfig):
+class InterpolateConfig(SamplingConfig):
     """Draw what lies between two prompts, classes or images.
 
     latentflow interpolate "red apple" "green apple" --grid -o apples.png

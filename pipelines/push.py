@@ -1,4 +1,4 @@
-"""Put a checkpoint on the Hugging Face hub: `latentflow push runs/cats/pipeline owner/cats`."""
+"""Upload a checkpoint to the Hugging Face hub: `latentflow push runs/cats/pipeline owner/cats`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.errors import UserError
-from latentflow.training.report.hub import push
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class PushConfig:
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A pipeline folder, such as runs/cats/pipeline."""
     repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
-    """Where to."""
+    """Name of the repository on the hub."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(config.checkpoint)
     if not (folder / "model_index.json").is_file():
         raise UserError(f"'{folder}' is not a pipeline folder", "A run's pipeline is in RUN/pipeline.")
+
+    from latentflow.training.report.hub import push
+
     print(push(folder, config.repository))
 
 

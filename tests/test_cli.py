@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import tyro
 
 from latentflow import __version__, cli
+from latentflow.config import RunConfig
 from latentflow.errors import UserError
+from latentflow.utils.flags import flags_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,21 +198,57 @@ def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert "--learning-rate" in capsys.readouterr().err
 
 
-def test_help_answers(capsys: pytest.CaptureFixture[str]) -> None:
+def help_of(*argv: str, capsys: pytest.CaptureFixture[str], config_class: type = RunConfig) -> str:
     with pytest.raises(SystemExit) as exit_:
-        parse("--help")
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
+        cli.parse(config_class, argv, prog="latentflow example", presets=PRESETS)
+    assert not exit_.value.code
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_of_few_flags_shows_all_with_their_values_and_defaults(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = help_of("-h", capsys=capsys, config_class=Settings)
     for words in [
-        "A program's settings.",
-        "A folder of images.",
-        "--config",
-        "--preset",
-        "tiny",
-        "-o",
-        "--debug",
+        "usage: latentflow example DATA [flags] A program's settings.",
+        "DATA A folder of images.",
+        "-o, --output TEXT Where results go.",
+        "-n, --count INT (default: 1)",
+        "--class TEXT",
+        "--no-ema",
+        "--device {cpu,cuda} (default: cpu)",
+        "--names TEXT ...",
+        "--config FILE YAML",
+        "--preset {tiny,bad}",
+        "--debug Show the whole traceback of an error.",
+        "optimiser: --learning-rate FLOAT (default: 0.002) --betas FLOAT FLOAT (default: 0.9 0.99)",
     ]:
         assert words in text
+    assert "--count INT (default: 2)" in help_of(
+        "--preset", "tiny", "--help", capsys=capsys, config_class=Settings
+    )
+
+
+def test_help_of_many_flags_shows_the_essential_ones_or_a_group_or_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short = help_of("--help", capsys=capsys)
+    for words in ["DATA A folder", "-o, --output", "data: --resolution INT", "training: --max-train-steps"]:
+        assert words in short
+    for words in [
+        "`latentflow example --help-all`",
+        "--help GROUP` with one of: data, fine-tuning, framing,",
+    ]:
+        assert words in short
+    assert "--route-share" not in short
+    group = help_of("images", "--help", "routing", capsys=capsys)
+    assert "routing: --route-share FLOAT" in group and "--resolution" not in group
+    everything = help_of("--help-all", capsys=capsys)
+    for flag in flags_of(RunConfig):
+        assert flag.help, flag.key
+        assert f"--{flag.key.replace('_', '-')} " in everything or flag.positional
+    with pytest.raises(UserError, match="did you mean 'routing'"):
+        cli.parse(RunConfig, ["--help", "routin"], prog="latentflow example")
 
 
 def _raise(error: BaseException) -> None:
@@ -254,7 +293,7 @@ def test_run_leaves_defects_their_traceback() -> None:
 
 def latentflow(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "latentflow.cli", *args],
+        [sys.executable, "-m", "latentflow", *args],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -274,6 +313,44 @@ def test_overview_lists_every_program_without_importing_torch() -> None:
         assert summary, f"{file} has no docstring"
         assert f"{command} " in done.stdout
         assert summary in done.stdout
+
+
+@pytest.fixture(scope="module")
+def light() -> dict[str, dict[str, Any]]:
+    """Run every command with ``--help`` and with a mistyped flag, in one process that must never import torch."""
+    code = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from latentflow import cli
+answers = {}
+for command in cli.programs():
+    for flag in ("--help", "--hepl"):
+        sys.argv, out, err = ["latentflow", command, flag], io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = end.code
+        heavy = sorted({"torch", "numpy", "diffusers", "transformers", "accelerate"} & set(sys.modules))
+        answers[f"{command} {flag}"] = [code or 0, out.getvalue(), err.getvalue(), heavy]
+print(json.dumps(answers))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("command", cli.programs())
+def test_help_and_mistyped_flags_of_every_command_need_no_torch(command: str, light: dict[str, Any]) -> None:
+    code, out, err, heavy = light[f"{command} --help"]
+    assert (code, err, heavy) == (0, "", [])
+    assert out.startswith(f"usage: latentflow {command} ")
+    code, out, err, heavy = light[f"{command} --hepl"]
+    assert (code, out, heavy) == (2, "", [])
+    assert "--hepl" in err or "Missing" in err
+
+
+def test_the_help_of_a_training_is_short(light: dict[str, Any]) -> None:
+    assert len(light["train --help"][1].splitlines()) <= 70
 
 
 def test_version_and_unknown_command() -> None:

@@ -20,13 +20,15 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # Leaves that those after them, and everything else, may import; `cli` is for programs only.
 GROUND = [
     {"errors"},
-    {"utils", "utils.arguments", "utils.documents", "utils.replacing"},
+    {"utils", "utils.arguments", "utils.documents", "utils.flags", "utils.replacing"},
     {"utils.settings"},
     {"utils.components", "utils.html_page", "utils.image_formats", "utils.libraries", "utils.memory", "cli"},
+    {"__main__"},
 ]
 LEAVES = set().union(*GROUND)
 LAYERS = [
     {"flow"},
+    {"config"},
     {"models", "autoencoder"},
     {"data"},
     {"metrics", "pipeline"},
@@ -35,7 +37,7 @@ LAYERS = [
     {"training.losses"},
     {"training.report"},
     {"training"},
-    {"web"},
+    {"web", "evaluation"},
 ]
 
 
@@ -53,11 +55,16 @@ def module_name(file: Path) -> str:
     return ".".join(names[:-1] if names[-1] == "__init__" else names)
 
 
-def imports(file: Path) -> list[tuple[int, str]]:
-    """(line, absolute module) of every import; `from latentflow import x` counts as latentflow.x."""
+def imports(file: Path, everywhere: bool = True) -> list[tuple[int, str]]:
+    """(line, absolute module) of every import; `from latentflow import x` counts as latentflow.x.
+
+    Args:
+        everywhere: also those within functions. Settings are checked there against tables of any package.
+    """
     found = []
     package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -94,6 +101,9 @@ def allowed(importer: str, imported: str) -> bool:
 
 def test_the_rules_themselves() -> None:
     assert allowed("models", "flow")
+    assert allowed("models", "config")
+    assert not allowed("config", "models")
+    assert not allowed("flow", "config")
     assert allowed("training.loop", "models")
     assert allowed("training", "training.loop")
     assert not allowed("training.loop", "training.losses")
@@ -122,7 +132,7 @@ def test_imports_point_downwards(file: Path) -> None:
     if not importer:
         return  # latentflow/__init__.py hands out names lazily
     wrong = []
-    for line, module in imports(file):
+    for line, module in imports(file, everywhere=importer != "config"):
         top = module.split(".")[0]
         if top in ("train", "pipelines"):
             wrong.append(f"line {line}: {module} is a program")
@@ -162,6 +172,7 @@ def test_nothing_unpickles(file: Path) -> None:
     [
         ("latentflow", ["torch", "diffusers", "transformers", "tyro"]),
         ("latentflow.cli", ["torch", "diffusers", "transformers", "tyro"]),
+        ("latentflow.config", ["torch", "numpy", "accelerate", "diffusers", "transformers", "yaml"]),
         ("latentflow.flow", ["diffusers", "transformers", "accelerate", "tyro"]),
         ("latentflow.pipeline", ["latentflow.data", "latentflow.training", "tyro"]),
     ],

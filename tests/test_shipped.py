@@ -67,7 +67,7 @@ def test_the_readme_s_fast_command_draws_one_as_well(repository: Path, tmp_path:
 
 def _draws_a_red_apple(command: str, folder: Path) -> None:
     # The installed command is this module: the environment of the tests may lack the script on its PATH.
-    words = [sys.executable, "-m", "latentflow.cli", *shlex.split(command)]
+    words = [sys.executable, "-m", "latentflow", *shlex.split(command)]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     image = np.asarray(Image.open(folder / "apple.png").convert("RGB")).astype(int)

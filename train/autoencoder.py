@@ -10,36 +10,39 @@ from typing import Annotated
 
 import tyro
 
-from latentflow.autoencoder import AutoencoderConfig
 from latentflow.cli import given, parse, run, write_config
-from latentflow.data import find_source, readable, split
-from latentflow.data.config import DataConfig
-from latentflow.training import LoopConfig, Stop, log_to, resume_line
-from latentflow.training.data import as_begun
-from latentflow.training.loop.run_folder import run_lock
-from latentflow.training.train_autoencoder import train_autoencoder
+from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Train an autoencoder; the same line again resumes."""
 
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """Run folder; the result is its subfolder `autoencoder`."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Run folder. The result is its subfolder `autoencoder`."""
     data: DataConfig
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     loop: LoopConfig = LoopConfig()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train an autoencoder."""
+    """Train an autoencoder on a folder of images."""
     config = parse(Config, argv, prog="latentflow autoencoder")
+
+    from latentflow.training import resume_line
+    from latentflow.training.loop.run_folder import run_lock
+
     with run_lock(config.output):
         train(config, resume_line("autoencoder", argv), given(Config, argv))
 
 
 def train(config: Config, resume_command: str, given_keys: Collection[str]) -> None:
-    """Train on the data of the settings, from top to bottom."""
+    """Load the data, and train the autoencoder on them."""
+    from latentflow.data import find_source, readable, split
+    from latentflow.training import Stop, log_to
+    from latentflow.training.data import as_begun
+    from latentflow.training.train_autoencoder import train_autoencoder
+
     output = Path(config.output)
     log = log_to(output)
 

@@ -1,4 +1,4 @@
-"""What is in your images: `latentflow check DATA`. Exit status 1 on what would break a training."""
+"""Check your images before training: `latentflow check DATA`. Exits with 1 if something would break a training."""
 
 from __future__ import annotations
 
@@ -8,38 +8,36 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
-from PIL import Image
 
 from latentflow.cli import parse, run
-from latentflow.data.checking import contact_sheet, look_through, report_page, suggest
-from latentflow.data.sources.assemble import Masks
-from latentflow.data.sources.kinds import Condition, MissingCaption
 from latentflow.errors import UserError, one_line, printable
 from latentflow.utils.html_page import refuse_existing
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Report what is in your images, what a training would make of them, and how to start one."""
+    """Report what is in your images, how a training would use them, and how to start one."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A folder of images, or any other data that `latentflow train` takes."""
-    condition: Condition = "auto"
-    """What to condition on; auto takes the first of captions, classes, nothing."""
-    missing_caption: MissingCaption = "error"
-    """What becomes of images without a caption."""
-    masks: Masks = "auto"
-    """Your own masks: of metadata and files, none, or the alpha channels."""
+    condition: Literal["auto", "none", "class", "text"] = "auto"
+    """Condition of the model. auto: captions if there are any, else classes, else none."""
+    missing_caption: Literal["error", "empty", "skip"] = "error"
+    """What to do with images that have no caption."""
+    masks: Literal["auto", "none", "alpha"] = "auto"
+    """Your own inpainting masks. auto: from the metadata and from files; alpha: from the alpha channels."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns of a table that are called otherwise: our name, then theirs."""
+    """Rename table columns: pairs of our name and yours, such as `image photo text caption`."""
     json: bool = False
     """Print the report as JSON."""
     sheet: str | None = None
-    """Write a contact sheet, an image of some images, to this file (.png)."""
+    """Write a contact sheet (one image that shows some of yours) to this file (.png)."""
     report: str | None = None
     """Write the report as one web page to this file (.html)."""
     overwrite: bool = False
@@ -47,12 +45,18 @@ class CheckConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Check the images, print the report and write the files that are asked for."""
     config = parse(CheckConfig, argv, prog="latentflow check")
     for flag, file, suffix in (("--sheet", config.sheet, ".png"), ("--report", config.report, ".html")):
         if file is not None and Path(file).suffix.lower() != suffix:
             raise UserError(f"{flag} {file} does not end in {suffix}", f"Name it {Path(file).stem}{suffix}.")
         if file is not None:
             refuse_existing(file, config.overwrite)
+
+    import torch
+
+    from latentflow.data.checking import contact_sheet, look_through, report_page, suggest
+
     report, source = look_through(
         config.data,
         condition=config.condition,
@@ -63,12 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     suggestion = suggest(report, gpu=torch.cuda.is_available(), flags=training_flags(config))
     if config.json:
-        told = report.as_dict() | {
-            "suggestion": None if suggestion is None else dataclasses.asdict(suggestion)
-        }
-        text = json.dumps(told, indent=2, ensure_ascii=False)
-        # What cannot be written, or would steer a terminal, stands there in JSON's escapes.
-        print("".join(one if one == printable(one) else json.dumps(one)[1:-1] for one in text))
+        contents = report.as_dict()
+        contents["suggestion"] = None if suggestion is None else dataclasses.asdict(suggestion)
+        text = json.dumps(contents, indent=2, ensure_ascii=False)
+        # Characters that cannot be written, or would steer a terminal, are written in JSON's escapes.
+        print("".join(char if char == printable(char) else json.dumps(char)[1:-1] for char in text))
     else:
         print("\n".join(report.lines()))
         if suggestion is not None:
@@ -86,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write the contact sheet.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
@@ -96,7 +104,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 
 def training_flags(config: CheckConfig) -> tuple[str, ...]:
-    """What was said of the data here, for the command line of a training."""
+    """Return the flags of a training that describe the data as they are described here."""
     default = CheckConfig(data="")
     names = ("condition", "missing_caption", "masks")
     flags = [

@@ -13,57 +13,62 @@ from typing import Annotated, Literal
 import tyro
 
 from latentflow.cli import given, parse, run, write_config
-from latentflow.data.config import DataConfig, FramingConfig
+from latentflow.config import (
+    AdapterConfig,
+    DataConfig,
+    DistillationConfig,
+    FlowConfig,
+    FramingConfig,
+    LoopConfig,
+    NetworkConfig,
+    RunConfig,
+)
 from latentflow.errors import UserError, lookup
-from latentflow.models.config import NetworkConfig
-from latentflow.training import LoopConfig, resume_line
-from latentflow.training.config import RunConfig
-from latentflow.training.distill import METHODS, DistillationConfig, distillation_recipe, open_teacher
-from latentflow.training.fine_tune.adapters import AdapterConfig
-from latentflow.training.loop.run_folder import run_lock
-from latentflow.training.losses.flow import FlowConfig
-from latentflow.training.train import train
+from latentflow.utils.flags import Essential
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Make a student of a checkpoint that draws in one to four evaluations; the same line again resumes.
+    """Train a student of a checkpoint that generates in one to four evaluations; the same line again resumes.
 
-    DATA are images such as the checkpoint was trained on: the student learns on the way from noise to them.
+    DATA are images like those that the checkpoint was trained on.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """The teacher: a pipeline folder, such as runs/cats/pipeline."""
     data: DataConfig
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """Run folder; the student is its subfolder `pipeline`, with --lora-rank also `adapter`."""
-    method: str = "shortcut"
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Run folder. The student is its subfolder `pipeline`; with --lora-rank also `adapter`."""
+    method: Annotated[str, Essential()] = "shortcut"
     """shortcut, progressive, mean-flow, alpha-flow, consistency, distribution-matching, reflow or one-step
     (docs/few-step.md)."""
     method_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `share 0.5`."""
+    """Options of the method, such as `share 0.5`."""
     condition_dropout: float = 0.1
-    """Share of the samples that are learned without their condition (not by reflow and one-step)."""
+    """Share of the samples that are learned without their condition (not used by reflow and one-step)."""
     mask_shapes: dict[str, float] = field(default_factory=dict)
-    """Shares of the masks, of a checkpoint that inpaints; see `latentflow train --help` (not by reflow and one-step,
-    whose pairs are of whole images)."""
+    """For a checkpoint that inpaints: shares of the mask shapes, as in `latentflow train --help flow` (not used by
+    reflow and one-step, whose pairs are whole images)."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
     gradient_checkpointing: bool = False
-    """Compute the network's blocks again in the backward pass: less memory, a third more time."""
-    dry_run: bool = False
-    """Print the plan, the sizes and an estimate of memory and time, and stop."""
+    """Compute activations a second time in the backward pass instead of storing them: less memory, about a third more
+    time."""
+    dry_run: Annotated[bool, Essential()] = False
+    """Print the plan, sizes and an estimate of memory and time, then stop."""
     distillation: DistillationConfig = DistillationConfig()
     framing: FramingConfig = FramingConfig()
     adapter: AdapterConfig = AdapterConfig()
     loop: LoopConfig = LoopConfig()
 
     def run(self) -> RunConfig:
-        """Return the settings of the run: a fine-tune of the teacher by another objective.
+        """Return the settings as those of a training: a fine-tune of the teacher with another objective.
 
         Raises:
-            UserError: the method is unknown, or an option is not its own.
+            UserError: there is no such method, or it does not take these options.
         """
+        from latentflow.training.distill import METHODS
+
         shared = ("data", "output", "export_dtype", "dry_run", "framing", "adapter", "loop")
         if "guidance" in self.method_options:
             raise UserError("guidance among --method-options", "It is the teacher's: use --guidance.")
@@ -86,8 +91,14 @@ class Config:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train a student."""
+    """Train a student of a checkpoint."""
     config = parse(Config, argv, prog="latentflow distill")
+
+    from latentflow.training import resume_line
+    from latentflow.training.distill import distillation_recipe, open_teacher
+    from latentflow.training.loop.run_folder import run_lock
+    from latentflow.training.train import train
+
     settings = config.run()
 
     def keep(run: RunConfig, file: Path) -> None:

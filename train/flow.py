@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from latentflow.cli import given, parse, run, write_config
-from latentflow.training import resume_line
-from latentflow.training.config import RunConfig as Config
-from latentflow.training.loop.run_folder import run_lock
-from latentflow.training.presets import PRESETS
-from latentflow.training.train import train
+from latentflow.config import PRESETS, RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator on a folder of images."""
-    config = parse(Config, argv, prog="latentflow train", presets=PRESETS)
+    config = parse(RunConfig, argv, prog="latentflow train", presets=PRESETS)
+
+    from latentflow.training import resume_line
+    from latentflow.training.loop.run_folder import run_lock
+    from latentflow.training.train import train
+
     with nullcontext() if config.dry_run else run_lock(config.output):
-        train(config, resume_line("train", argv), given(Config, argv), write_config)
+        train(config, resume_line("train", argv), given(RunConfig, argv), write_config)
 
 
 if __name__ == "__main__":

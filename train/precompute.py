@@ -9,15 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from latentflow.autoencoder import downscale_factor, load_autoencoder
 from latentflow.cli import parse, run
-from latentflow.data import find_source, fingerprint, frame, readable
-from latentflow.data.config import DataConfig, FramingConfig
-from latentflow.data.sources.precomputing import Precomputation, own_autoencoder, plan_latents, write_latents
+from latentflow.config import DataConfig, FramingConfig
 from latentflow.errors import UserError
-from latentflow.training import log_to, resume_line
-from latentflow.training.data import given_autoencoder
-from latentflow.training.loop.distributed import process_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,29 +19,42 @@ class Config:
     """Encode images into a folder that `latentflow train` takes as DATA; the same line again resumes."""
 
     data: DataConfig
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """The folder of latents."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
+    """Folder of latents to write."""
     vae: str
-    """The diffusers autoencoder (folder or hub id); the folder keeps a copy."""
+    """Autoencoder of diffusers (folder or hub id). The folder of latents keeps a copy."""
     buckets: bool = False
-    """Several aspect ratios, each image at the one nearest to its own, so that little is cut off."""
+    """Use several aspect ratios, each image at the one nearest to its own, so that little is cropped away."""
     patch_size: int = 2
-    """With --buckets: the sides must suit networks of patches of up to this many latent pixels."""
+    """With --buckets: largest patch size, in latent pixels, of the networks that will be trained on the latents."""
     pixels: bool = False
-    """Store the images at the resolution as well, which inpainting needs."""
+    """Store the resized images too, which inpainting needs."""
     batch_size: int = 64
     """Images that are encoded at once."""
     dry_run: bool = False
-    """Print what would be written and how long it takes, and stop."""
+    """Print what would be written and how long it takes, then stop."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode images once, to train without them."""
     config = parse(Config, argv, prog="latentflow precompute")
+    if config.data.validation != DataConfig.validation:
+        raise UserError("--validation is chosen when training", "Leave it out here.")
+
+    from latentflow.autoencoder import downscale_factor, load_autoencoder
+    from latentflow.data import find_source, fingerprint, frame, readable
+    from latentflow.data.sources.precomputing import (
+        Precomputation,
+        own_autoencoder,
+        plan_latents,
+        write_latents,
+    )
+    from latentflow.training import log_to, resume_line
+    from latentflow.training.data import given_autoencoder
+    from latentflow.training.loop.distributed import process_state
+
     data, output, device = config.data, Path(config.output), process_state().device
     log = log_to(None)
-    if data.validation != DataConfig.validation:
-        raise UserError("--validation is chosen when training", "Leave it out here.")
 
     # ---- data ----
     source = readable(find_source(data.data, **data.wanted()))

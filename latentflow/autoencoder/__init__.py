@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .build import AutoencoderConfig as AutoencoderConfig
 from .build import build_autoencoder as build_autoencoder
 from .build import check_resolution as check_resolution
 from .latents import Autoencoder as Autoencoder

@@ -2,68 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from ..errors import UserError
 from .latents import Autoencoder
 
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
-    """The autoencoder that is trained when none is given, and how."""
-
-    autoencoder_class: Literal["dc", "kl"] = "dc"
-    """dc: AutoencoderDC with a space-to-channel stem (deterministic; the cheaper one for the same PSNR, see
-    docs/autoencoder.md). kl: AutoencoderKL."""
-    latent_channels: int = 16
-    """Channels of the latents."""
-    autoencoder_widths: tuple[int, ...] = (16, 64, 128, 256)
-    """Channels at each resolution, finest first; n entries downscale by 2^(n-1). With dc each is 4 times a divisor of
-    the one before."""
-    encoder_layers: tuple[int, ...] = (0, 1, 1, 2)
-    """Residual blocks at each resolution of the encoder; a leading 0 is the space-to-channel stem (dc only)."""
-    decoder_layers: tuple[int, ...] = (1, 2, 2, 2)
-    """Residual blocks at each resolution of the decoder (kl: the largest number is used everywhere)."""
-    autoencoder_steps: int | None = None
-    """Optimiser steps. Empty: as many as max_train_steps, but at most 3000."""
-    autoencoder_batch_size: int = 16
-    """Images in one step of one process."""
-    autoencoder_learning_rate: float = 2e-3
-    """Peak learning rate."""
-    autoencoder_optimizer: Literal["adamw", "muon"] = "muon"
-    """Optimiser of the autoencoder."""
-    kl_weight: float = 1e-6
-    """Weight of the KL term, summed over the latent and divided by the number of pixel values (kl only)."""
-    perceptual_weight: float = 0.0
-    """Weight of LPIPS (needs the extra `lpips` and its VGG weights)."""
-    adversarial_weight: float = 0.0
-    """Weight of the PatchGAN hinge loss, before the adaptive factor."""
-    adversarial_start: int = 1_500
-    """Step from which the adversarial loss counts."""
-    equivariance: float = 0.0
-    """Probability of a step whose latents are made smaller and turned, and decoded to the images made smaller and
-    turned alike (EQ-VAE, arXiv:2502.09509; 0.5 is usual). 0: off."""
-    latent_noise: float = 0.0
-    """Noise on the latents that the decoder learns from, drawn for each sample between none and this many times their
-    spread (as in l-DeTok, arXiv:2507.15856, which goes up to noise alone; 0.5 is mild). 0: off."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.equivariance <= 1:
-            raise UserError(f"--equivariance is {self.equivariance}", "It must be from 0 to 1.")
-        if not 0 <= self.latent_noise < math.inf:
-            raise UserError(f"--latent-noise is {self.latent_noise}", "It must be finite, and not negative.")
-
-    def describe(self) -> dict[str, Any]:
-        """What must not change between resumed runs. Levers that are off are left out: earlier runs had none."""
-        levers = ("equivariance", "latent_noise")
-        return {name: one for name, one in dataclasses.asdict(self).items() if one or name not in levers}
+if TYPE_CHECKING:
+    from ..config import AutoencoderConfig
 
 
 def build_autoencoder(config: AutoencoderConfig, resolution: int) -> Autoencoder:

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from PIL import Image
 
+from ..config import FramingConfig
 from ..errors import UserError, one_line
 from .cache.store import Array
 from .checking.inspect_images import looks_at
-from .config import FramingConfig
 from .dataset import Example, Source
 from .sources.latent_folder import LatentFolder
 

@@ -27,6 +27,7 @@ MaskShape: TypeAlias = Callable[[Size, np.random.Generator], np.ndarray]
 DEFAULT_SHAPES: Mapping[str, float] = {
     "rectangle": 0.2, "strokes": 0.2, "ellipse": 0.1, "half-plane": 0.1, "frame": 0.1, "full": 0.3,
 }  # fmt: skip
+OWN = "data"  # among the shapes in training: the mask that came with the image
 
 
 def random_masks(

@@ -6,26 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from ..config import AdapterChoice
 from ..errors import UserError, reason
 from ..utils.libraries import quiet_libraries
 from ..utils.settings import check_types, read_settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterChoice:
-    """Which adapters, and how much of each."""
-
-    fast: bool = False
-    """Draw in a few evaluations, by the adapter that the checkpoint brings for that (its folder `fast`)."""
-    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER[:WEIGHT]")] = ()
-    """An adapter (LoRA): folder, file, run folder or hub id, and how much of it, such as runs/hats:0.8. Several: once
-    more for each."""
-    lora_any_base: bool = False
-    """Take adapters also if they were made for another base of the same architecture."""
 
 
 def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .loop.callbacks import Callbacks as Callbacks
-from .loop.config import LoopConfig as LoopConfig
 from .loop.fit import fit as fit
 from .loop.logging import log_to as log_to
 from .loop.logging import resume_line as resume_line

@@ -22,6 +22,7 @@ from ..autoencoder import (
     measure_statistics,
 )
 from ..autoencoder.latents import Autoencoder
+from ..config import DataConfig, FramingConfig
 from ..data import (
     Framing,
     LatentFolder,
@@ -37,7 +38,6 @@ from ..data import (
     readable,
     split,
 )
-from ..data.config import DataConfig, FramingConfig
 from ..data.sources.latent_folder import is_latent_folder
 from ..utils.documents import read_yaml
 from ..utils.memory import memory_phase

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..autoencoder import Autoencoder, downscale_factor, latent_channels
+from ..config import LoopConfig
 from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
 from .data import DataSplits
-from .loop.config import LoopConfig
 from .loop.data_order import Draw, SampleRandom
 from .loop.distributed import compute_dtype, process_state, resolve
 from .loop.loader import TrainingData, by_group, groups_of, numbered, to_device

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..autoencoder.latents import Autoencoder
+from ..config import FlowConfig
 from ..data import Source, cached_pixels, to_pil
 from ..data.masks import DEFAULT_SHAPES, random_masks
 from ..models.text import UnknownWords
@@ -26,7 +27,6 @@ from .fine_tune.base import native_resolution
 from .loop.distributed import has_fast_bfloat16
 from .loop.folders import write_folder
 from .loop.saving import writing
-from .losses.flow import FlowConfig
 from .networks import Networks
 from .report.card import CardFacts, write_card
 from .report.export import carry_over

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..autoencoder import Autoencoder, latent_channels, mask_channels
+from ..config import FlowConfig, NetworkConfig, TextConfig
 from ..data import Source
 from ..errors import UserError, few
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
-from ..models.config import NetworkConfig, TextConfig
 from ..utils.settings import check_types, read_settings
 from .fine_tune.base import class_names, is_small_tokenizer, open_base, refuse_other_flow
-from .losses.flow import FlowConfig
 
 log = logging.getLogger(__name__)
 

@@ -9,17 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from ..config import FlowConfig, LoopConfig, RunConfig
 from ..flow import AverageObjective
 from ..pipeline.few_steps import FewSteps
-from .config import RunConfig
 from .data import DataSplits
 from .estimate import plan_lines
 from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import MixedData, prior_data, prior_prompts
-from .loop.config import LoopConfig
 from .losses.average_velocity import stage_class
-from .losses.flow import FlowConfig, FlowStage
+from .losses.flow import FlowStage
 from .losses.latent_data import LatentData
 from .networks import Networks
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..autoencoder import Autoencoder, build_autoencoder
+from ..config import RunConfig
 from ..data import LatentFolder
-from .config import RunConfig
 from .data import DataSplits, LatentCache, as_begun, given_autoencoder, load_data
 from .estimate import estimate_lines, sample_flops
 from .export import PipelineExporter, preview_grid, preview_source

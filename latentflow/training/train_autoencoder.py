@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..autoencoder import (
     Autoencoder,
-    AutoencoderConfig,
     build_autoencoder,
     decode,
     encode,
@@ -20,11 +19,10 @@ from ..autoencoder import (
     measure_statistics,
 )
 from ..autoencoder.losses import PatchDiscriminator
+from ..config import AutoencoderConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
-from ..data.config import DataConfig
 from ..metrics import psnr, ssim
 from .loop.callbacks import Callbacks
-from .loop.config import LoopConfig
 from .loop.fit import fit
 from .loop.saving import writing
 from .loop.signals import Stop

@@ -9,8 +9,8 @@ import torch
 
 from ..autoencoder import downscale_factor
 from ..autoencoder.latents import Autoencoder
+from ..config import RunConfig
 from ..data import Source
-from .config import RunConfig
 from .fine_tune.adapters import Adapter
 from .loop.distributed import process_state
 from .losses.alignment import make_alignment

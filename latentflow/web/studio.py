@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import AdapterChoice
 from ..errors import UserError
-from ..inference.checkpoint import AdapterChoice, open_pipeline, taken_by, takes
+from ..inference.checkpoint import open_pipeline, taken_by, takes
 from ..inference.images import read_image
 from ..inference.sample import BATCH, conditions, draw
 from ..utils.arguments import finite, whole

@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor, nn
 
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
+from latentflow.autoencoder import build_autoencoder
 from latentflow.autoencoder.losses import SMALLEST_IMAGE, PatchDiscriminator
 from latentflow.autoencoder.regularisation import noisy, scales, transformed
-from latentflow.data.config import DataConfig
+from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
-from latentflow.training import LoopConfig
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses import autoencoder as training
 from latentflow.training.losses.autoencoder import AutoencoderStage, DiscriminatorStage

@@ -13,12 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, has_statistics
+from latentflow.autoencoder import build_autoencoder, has_statistics
 from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss
-from latentflow.data.config import DataConfig
+from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
-from latentflow.training import LoopConfig
 from latentflow.training.loop.data_order import Draw, SampleRandom
 from latentflow.training.loop.run_folder import read_metrics
 from latentflow.training.losses.autoencoder import AutoencoderStage, DiscriminatorStage

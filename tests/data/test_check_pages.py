@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from latentflow.config import PRESETS, RunConfig
 from latentflow.data import find_source
 from latentflow.data.checking import Report, contact_sheet, suggest
 from latentflow.data.checking.page import spread
 from latentflow.data.checking.report import aspect_histogram, caption_facts, kept_by_square_crop, reach
 from latentflow.data.checking.suggest import _PRESETS
 from latentflow.errors import UserError
-from latentflow.training.config import RunConfig
-from latentflow.training.presets import PRESETS
 
 from .images import load_program, save_all
 

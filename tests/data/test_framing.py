@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.config import FramingConfig
 from latentflow.data import Source, find_source, frame
-from latentflow.data.config import FramingConfig
 from latentflow.data.crops import Crop, bucket_sizes, cropped
 from latentflow.data.pixels import read_image, read_own_mask
 from latentflow.errors import UserError

@@ -24,8 +24,8 @@ from PIL import Image
 from safetensors.torch import save
 
 from latentflow.cli import parse
+from latentflow.config import DataConfig
 from latentflow.data import decode_image, find_source, read_mask
-from latentflow.data.config import DataConfig
 from latentflow.data.sources.latent_files import index_schema
 from latentflow.errors import LENGTH, UserError, printable
 from latentflow.pipeline.adapter_files import AdapterFacts, read_adapter

@@ -16,8 +16,8 @@ import pytest
 
 from latentflow import cli
 from latentflow.cli import parse
+from latentflow.config import DataConfig
 from latentflow.data import check_source, find_source
-from latentflow.data.config import DataConfig
 from latentflow.data.sources import annotations as metadata
 from latentflow.data.sources import folder as folder_source
 from latentflow.data.sources import hugging_face as saved_sets

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from latentflow.config import AdapterConfig
 from latentflow.models import with_words
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.training.fine_tune.adapters import Adapter, AdapterConfig
+from latentflow.training.fine_tune.adapters import Adapter
 from latentflow.training.networks import Networks
 
 

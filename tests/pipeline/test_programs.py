@@ -190,18 +190,6 @@ def test_a_format_that_takes_no_such_size_is_named(suffix: str, side: int, tmp_p
     assert not names(tmp_path)
 
 
-def test_evaluate_finds_out_first_whether_its_report_can_be_written(
-    load_program: Callable[[str], Any], tmp_path: Path
-) -> None:
-    evaluate = load_program("evaluate")
-    (tmp_path / "file").write_text("mine")
-    config = evaluate.EvaluateConfig(
-        checkpoint="none", data="none", output=str(tmp_path / "file" / "report.json")
-    )
-    with pytest.raises(UserError, match=r"report\.json cannot be written: .* is no folder"):
-        evaluate.checked_output(config)
-
-
 def test_a_link_keeps_leading_to_its_file(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.png").write_text("old")

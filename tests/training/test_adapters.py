@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentflow.config import AdapterConfig
 from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet, small_text_encoder, train_tokenizer
 from latentflow.pipeline import LatentFlowPipeline
-from latentflow.training.fine_tune.adapters import Adapter, AdapterConfig, chosen_layers
+from latentflow.training.fine_tune.adapters import Adapter, chosen_layers
 from latentflow.training.networks import Networks
 
 from .command import TINY, call, call_on_two, opened, same_state, sampled

@@ -23,17 +23,18 @@ from transformers import (
     T5Model,
 )
 
+from latentflow.config import AlignmentConfig, FlowConfig, LoopConfig, RoutingConfig
 from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet
 from latentflow.models.routing import Route
-from latentflow.training import LoopConfig, fit
+from latentflow.training import fit
 from latentflow.training.loop import trained_module as player
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.data_order import Draw
 from latentflow.training.loop.ema import WeightAverage
-from latentflow.training.losses.alignment import AlignmentConfig, make_alignment
-from latentflow.training.losses.flow import FlowConfig, FlowStage
-from latentflow.training.losses.routing import Routing, RoutingConfig
+from latentflow.training.losses.alignment import make_alignment
+from latentflow.training.losses.flow import FlowStage
+from latentflow.training.losses.routing import Routing
 from latentflow.training.losses.vision import VisionEncoder
 
 from ..models.tiny import perturb

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from latentflow import LatentFlowPipeline
+from latentflow.config import FineTuningConfig, FlowConfig, LoopConfig
 from latentflow.errors import UserError
 from latentflow.flow import MeanFlow, total_derivative
 from latentflow.models import Condition
 from latentflow.training.fine_tune.base import with_base_flow
-from latentflow.training.fine_tune.defaults import FineTuningConfig
 from latentflow.training.fine_tune.prior import prior_prompts
-from latentflow.training.loop.config import LoopConfig
 from latentflow.training.losses.average_velocity import AverageVelocityStage, refuse_unfit, stage_class
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.networks import _copy_weights
 
 from ..models.tiny import build

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from latentflow import LatentFlowPipeline
+from latentflow.config import FlowConfig, FramingConfig
 from latentflow.data import LatentTable, find_source, frame
-from latentflow.data.config import FramingConfig
 from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet
 from latentflow.training.loop.data_order import DataOrder, Draw
 from latentflow.training.loop.loader import by_group, groups_of, load_batches, numbered
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.losses.latent_data import LatentData, Sized
 
 from .command import TINY, call, losses, opened, sampled

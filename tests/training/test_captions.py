@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from latentflow.config import FlowConfig
 from latentflow.data import FileExample, LatentTable, Source, one_size
 from latentflow.models import train_tokenizer
 from latentflow.training.data import Captions, conditions_of, mirrored
 from latentflow.training.loop.data_order import DataOrder, Draw
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.losses.latent_data import LatentData, Sized, is_flipped
 from latentflow.training.networks import Networks
 

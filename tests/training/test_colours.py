@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
+from latentflow.autoencoder import build_autoencoder
+from latentflow.config import AutoencoderConfig
 
 from ..data.profiles import rgb_profile
 from .command import TINY, call

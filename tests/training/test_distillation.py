@@ -17,16 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentflow import LatentFlowImg2ImgPipeline, LatentFlowPipeline
+from latentflow.config import AdapterChoice, FlowConfig
 from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
-from latentflow.inference.checkpoint import AdapterChoice, open_pipeline
+from latentflow.inference.checkpoint import open_pipeline
 from latentflow.models import Condition
 from latentflow.pipeline import base as pipeline_base
 from latentflow.training.distill import METHODS, open_teacher
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses.average_velocity import AverageVelocityStage
 from latentflow.training.losses.distribution_matching import FakeStage, GeneratorStage
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.losses.teacher import VelocityTeacher
 from latentflow.training.report.folder import read_run
 

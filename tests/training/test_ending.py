@@ -218,7 +218,7 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
 def test_closing_the_terminal_saves_and_ends_with_129(images: Path, tmp_path: Path) -> None:
     """The real command, whose writing to the terminal fails from then on."""
     line = [images, "-o", tmp_path / "run", *TINY, "--max-train-steps", 10**6, "--validation-steps", 0]
-    words = [sys.executable, "-m", "latentflow.cli", "train", *map(str, line)]
+    words = [sys.executable, "-m", "latentflow", "train", *map(str, line)]
     process, terminal = pty.fork()
     if not process:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests

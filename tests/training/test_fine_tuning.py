@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
 from latentflow import LatentFlowPipeline
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
+from latentflow.autoencoder import build_autoencoder
+from latentflow.config import AutoencoderConfig, FineTuningConfig, LoopConfig
 from latentflow.data import Source, cached_pixels, find_source, pixels_to_images
 from latentflow.errors import UserError
 from latentflow.models import DiT, small_text_encoder, train_tokenizer
-from latentflow.training import LoopConfig
 from latentflow.training.export import preview_source
 from latentflow.training.fine_tune.base import open_base, with_base_classes
-from latentflow.training.fine_tune.defaults import FineTuningConfig, fitted, held_out_share
+from latentflow.training.fine_tune.defaults import fitted, held_out_share
 from latentflow.training.fine_tune.memorisation import report_memorisation
 from latentflow.training.fine_tune.prior import prior_prompts
 from latentflow.training.fine_tune.teacher_samples import TeacherSample

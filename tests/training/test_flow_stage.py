@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from latentflow import LatentFlowPipeline
+from latentflow.config import FlowConfig
 from latentflow.errors import UserError
 from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS
 from latentflow.flow.tensors import expand_t
 from latentflow.training.loop.data_order import Draw
 from latentflow.training.losses.average_velocity import OneStepStage
-from latentflow.training.losses.flow import FlowConfig, FlowStage, _for_coupling, validation_loss
+from latentflow.training.losses.flow import FlowStage, _for_coupling, validation_loss
 
 from .command import TINY, call
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from latentflow.config import LoopConfig
 from latentflow.errors import UserError
-from latentflow.training import Callbacks, LoopConfig, fit, log_to
+from latentflow.training import Callbacks, fit, log_to
 from latentflow.training.loop.checkpoint import list_checkpoints
 from latentflow.training.loop.data_order import DataOrder, Draw, SampleRandom
 from latentflow.training.loop.run_folder import read_metrics

@@ -73,17 +73,17 @@ def test_the_lowest_versions_together_import_train_and_draw(
     run("-m", "pip", "install", "--quiet", *pins)
     run("-c", IMPORT_ALL, *pins)
     run(
-        "-m", "latentflow.cli", "train", images, "-o", tmp_path / "run", *TINY, "--max-train-steps", "4",
+        "-m", "latentflow", "train", images, "-o", tmp_path / "run", *TINY, "--max-train-steps", "4",
         "--preview-steps", "2", "--report-to", "tensorboard",
     )  # fmt: skip
     run(
-        "-m", "latentflow.cli", "train", images, "-o", tmp_path / "lora",
+        "-m", "latentflow", "train", images, "-o", tmp_path / "lora",
         "--init-from", tmp_path / "run" / "pipeline",
         "--lora-rank", "2", "--max-train-steps", "4",
     )  # fmt: skip
     run(
-        "-m", "latentflow.cli", "generate", "a red circle", "--checkpoint", tmp_path / "run",
+        "-m", "latentflow", "generate", "a red circle", "--checkpoint", tmp_path / "run",
         "--lora", tmp_path / "lora", "-o", "out.png",
     )  # fmt: skip
-    run("-m", "latentflow.cli", "generate", "--fast", "red apple", "-o", "apple.png")
+    run("-m", "latentflow", "generate", "--fast", "red apple", "-o", "apple.png")
     assert (tmp_path / "out.png").is_file() and (tmp_path / "apple.png").is_file()

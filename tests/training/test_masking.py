@@ -11,12 +11,13 @@ from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from latentflow import LatentFlowPipeline
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, mask_channels
+from latentflow.autoencoder import build_autoencoder, mask_channels
+from latentflow.config import AutoencoderConfig, FlowConfig
 from latentflow.data import LatentTable, Source, find_source, one_size
 from latentflow.data.sources.shapes import ShapeExample, all_specs
 from latentflow.models import Condition, DiT, UNet
 from latentflow.training.loop.data_order import Draw
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.losses.latent_data import LatentData, Sized
 from latentflow.training.losses.masking import Masking
 from latentflow.training.networks import networks_from

@@ -15,13 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from latentflow.config import LoopConfig
 from latentflow.errors import UserError
 from latentflow.models import DiT
 from latentflow.training import fit
 from latentflow.training.estimate import state_bytes
 from latentflow.training.loop import optimizers as muon
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.config import LoopConfig
 from latentflow.training.loop.distributed import is_sharded
 from latentflow.training.loop.ema import WeightAverage, warmed_up
 from latentflow.training.loop.optimizers import (

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder
+from latentflow.autoencoder import build_autoencoder
+from latentflow.config import AutoencoderConfig, LoopConfig
 from latentflow.models import DIT_PRESETS, Condition, DiT, UNet, dit_config
-from latentflow.training import LoopConfig
 from latentflow.training import estimate as plan
 from latentflow.training.estimate import encoding_flops, network_cost, state_bytes, text_encoder_cost
 from latentflow.training.loop.ema import WeightAverage

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from latentflow import LatentFlowPipeline
+from latentflow.config import LoopConfig
 from latentflow.errors import UserError
-from latentflow.training import LoopConfig, average, fit
+from latentflow.training import average, fit
 from latentflow.training.average import averaged_pipeline, reconstruct
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.ema import WeightAverage, power_function

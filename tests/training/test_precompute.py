@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from latentflow.autoencoder import AutoencoderConfig, build_autoencoder, load_autoencoder
+from latentflow.autoencoder import build_autoencoder, load_autoencoder
 from latentflow.cli import run
+from latentflow.config import AutoencoderConfig
 from latentflow.data import LatentFolder, Source, cached_latents, check_source, find_source, readable, split
 from latentflow.data.cache import tensors as cache
 from latentflow.data.sources.latent_files import INDEX

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentflow.config import FlowConfig, FramingConfig, LoopConfig
 from latentflow.data import LatentTable, find_source, frame
-from latentflow.data.config import FramingConfig
 from latentflow.models import DiT
-from latentflow.training import LoopConfig, fit
+from latentflow.training import fit
 from latentflow.training.estimate import sample_flops
 from latentflow.training.loop.checkpoint import load_checkpoint
 from latentflow.training.loop.profiling import SECTIONS, matrix_product_rate
-from latentflow.training.losses.flow import FlowConfig, FlowStage
+from latentflow.training.losses.flow import FlowStage
 from latentflow.training.losses.latent_data import LatentData, Sized
 
 CONFIG = LoopConfig(

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from latentflow.config import FlowConfig, RoutingConfig
 from latentflow.errors import UserError
 from latentflow.models import DiT, UNet
 from latentflow.models.routing import Route
 from latentflow.training.loop.data_order import SampleRandom
-from latentflow.training.losses.flow import FlowConfig, FlowStage
-from latentflow.training.losses.routing import Routing, RoutingConfig
+from latentflow.training.losses.flow import FlowStage
+from latentflow.training.losses.routing import Routing
 
 ROWS, SIDE = 6, 4
 RUN = (1000, 10)  # samples of the run, and of a step

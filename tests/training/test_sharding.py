@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from latentflow.config import LoopConfig
 from latentflow.errors import UserError
-from latentflow.training import Callbacks, LoopConfig, fit
+from latentflow.training import Callbacks, fit
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.data_order import DataOrder, Draw
 from latentflow.training.loop.distributed import is_sharded

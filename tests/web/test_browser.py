@@ -51,7 +51,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "latentflow.cli", "app", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "latentflow", "app", "--port", str(port), "--device", "cpu"]
     errors = (tmp_path_factory.mktemp("app") / "stderr").open("w+")
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as app:

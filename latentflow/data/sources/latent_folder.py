@@ -22,9 +22,9 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
+from ...config import DataConfig
 from ...errors import UserError, reading
 from ..cache.store import Array, ShardSet, digests
-from ..config import DataConfig
 from ..dataset import Example, Kind, Source
 from .assemble import Wanted
 from .latent_files import (

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...config import DataConfig
 from ...errors import UserError
 from ...utils.documents import storable
 from ...utils.replacing import replacing
@@ -30,7 +31,6 @@ from ..cache.tensors import (
     pixel_settings,
 )
 from ..checking.check import groups_of
-from ..config import DataConfig
 from ..crops import Framing
 from ..dataset import Source
 from .latent_files import (

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import json
-import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...config import AdapterConfig
 from ...errors import UserError
 from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
 from ..networks import Networks
@@ -32,43 +30,6 @@ _GROUPS = {
     "feed-forward": re.compile(r"^blocks\.\d+\.mlp\.|\.ff\.net\.|\.DenseReluDense\."),
     "all": re.compile(""),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """Fine-tuning by an adapter: the checkpoint's weights stay, small factors beside its layers learn (extra `lora`).
-
-    Raises:
-        UserError: a setting is out of bounds or has no effect, or peft is missing.
-    """
-
-    lora_rank: int = 0
-    """Train an adapter of this rank (LoRA) beside the weights of the checkpoint that is started from, 8 is usual; 0
-    trains all weights."""
-    lora_alpha: float | None = None
-    """The adapter is scaled by alpha / rank; default: the rank."""
-    lora_dora: bool = False
-    """Also learn the length of each row of weights (DoRA)."""
-    lora_layers: tuple[str, ...] = ("attention", "feed-forward")
-    """attention, feed-forward, all (every linear layer), or parts of layers' names such as blocks.0 cross_attn."""
-    lora_text_encoder: bool = False
-    """Adapt the text encoder as well, if it was trained with the checkpoint. New words are learnt in any case."""
-
-    def __post_init__(self) -> None:
-        if self.lora_rank < 0:
-            raise UserError(f"--lora-rank is {self.lora_rank}", "It must be at least 1; 8 is usual.")
-        if not self.lora_rank:
-            for one in dataclasses.fields(self):
-                if getattr(self, one.name) != one.default:
-                    flag = f"--{one.name.replace('_', '-')}"
-                    raise UserError(f"{flag} without --lora-rank", "Add --lora-rank 8.")
-            return
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
-            raise UserError(f"--lora-alpha is {self.lora_alpha}", "It must be above 0; default: the rank.")
-        if not self.lora_layers:
-            raise UserError("--lora-layers names none", "Name some, or leave it out.")
-        if importlib.util.find_spec("peft") is None:
-            raise UserError("--lora-rank needs peft", 'pip install "latentflow[lora]"')
 
 
 class Adapter:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...autoencoder import downscale_factor, load_autoencoder
+from ...config import FlowConfig
 from ...data import Source
 from ...data.dataset import Kind
 from ...errors import UserError, few, reason
@@ -19,7 +20,6 @@ from ...models import MODELS, DiT, UNet
 from ...pipeline.generate import LatentFlowPipeline
 from ...utils.libraries import quiet_libraries
 from ...utils.settings import CONFIG, check_settings, read_settings
-from ..losses.flow import FlowConfig
 
 
 def open_base(checkpoint: str) -> LatentFlowPipeline:

@@ -5,60 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
+from ...config import LoopConfig
 from ...errors import UserError
-from ..loop.config import LoopConfig
 from ..loop.distributed import process_state
 
 FEW = 50  # images: from here down, each is used as often as it takes to learn it
 _USES = 250  # of each of so few; of more, by the square root of their number fewer
-_REPLAYED = 1000  # images: up to here the model's own samples are mixed in by default
 _SLOWER = 5  # times the learning rate from scratch
 _LEAST_HELD_OUT_OF = 20  # images: of fewer none is held out by default
-
-
-@dataclass(frozen=True, kw_only=True)
-class FineTuningConfig:
-    """With --init-from: what keeps the checkpoint from forgetting. See docs/fine-tuning.md."""
-
-    prior_samples: int | None = None
-    """Images that the checkpoint draws before it is trained, to be trained on again beside yours. 0: none. Empty:
-    200, or 10 of each class if that is more (1000 at most), if there are up to 1000 images of yours."""
-    prior_share: float = 0.5
-    """Share of each step's samples that are such images."""
-    prior_prompts: str | None = None
-    """A text file, one caption a line: what a checkpoint of captions draws them of. Best are captions that it was
-    trained on. Empty: a word or two that it knows for each."""
-
-    def __post_init__(self) -> None:
-        if self.prior_samples is not None and self.prior_samples < 0:
-            raise UserError(f"--prior-samples is {self.prior_samples}", "Give a number from 0 on.")
-        if not 0 < self.prior_share < 1:
-            raise UserError(
-                f"--prior-share is {self.prior_share}",
-                "Give a share such as 0.5; --prior-samples 0 mixes none in.",
-            )
-
-    def samples(self, images: int, classes: int) -> int:
-        """How many images the checkpoint draws, for that many images of the data and classes of its own."""
-        if self.prior_samples is not None:
-            return self.prior_samples
-        return min(1000, max(200, 10 * classes)) if images <= _REPLAYED else 0
-
-
-def refuse_without_base(config: FineTuningConfig) -> None:
-    """Refuse settings that mean nothing without ``--init-from``.
-
-    Raises:
-        UserError: one is given.
-    """
-    for name in ("prior_samples", "prior_prompts"):
-        if getattr(config, name):
-            raise UserError(
-                f"--{name.replace('_', '-')} without --init-from", "Name the checkpoint that shall be kept."
-            )
 
 
 def held_out_share(given: Collection[str], validation: float, images: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...config import FineTuningConfig
 from ...errors import UserError, reading
 from ...utils.documents import decode
 from ..loop.data_order import Draw, seeded
@@ -19,7 +20,6 @@ from ..loop.loader import Batch
 from ..losses.latent_data import LatentData
 from ..networks import Networks
 from .base import class_names, is_small_tokenizer, open_base
-from .defaults import FineTuningConfig
 from .teacher_samples import SampleSettings, teacher_data
 
 _STREAM = 6  # of random numbers; see `seeded`

@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ...config import LoopConfig
 from ...errors import UserError
-from .config import LoopConfig
 
 # The others wait while the main process encodes the data, which may take hours. A process that dies is noticed by its
 # launcher, not by this.

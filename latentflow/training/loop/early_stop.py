@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...config import LoopConfig
 from ...errors import UserError
-from .config import LoopConfig
 from .distributed import most_of_any_process
 from .trained_module import Player
 

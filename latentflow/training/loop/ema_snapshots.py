@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...config import LoopConfig
 from ...errors import UserError
 from ...utils.memory import size_text
 from .checkpoint import State, list_checkpoints, step_of
-from .config import LoopConfig
 from .folders import remove_folder
 from .saving import Saver
 from .trained_module import Player

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
+from ...config import LoopConfig
 from ...errors import RunError, UserError, reason
 from ...utils.memory import OutOfMemory, is_out_of_memory, memory_phase, out_of_memory, release_memory
 from . import checkpoint
 from .callbacks import Callbacks, with_averages
-from .config import LoopConfig
 from .data_order import DataOrder
 from .distributed import compute_dtype, most_of_any_process, process_state, resolve, together, whole
 from .early_stop import EarlyStop, refuse_unvalidated

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.profiler import record_function
 
+from ...config import LoopConfig
 from ...errors import one_line
 from ...utils.memory import OutOfMemory, is_out_of_memory, out_of_memory, release_memory
 from . import checkpoint
-from .config import LoopConfig
 from .distributed import in_any_process, most_of_any_process
 from .loader import Batch, DataFailed, TrainingData, split_rows, to_device
 from .trained_module import Player

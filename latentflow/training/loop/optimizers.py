@@ -11,8 +11,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from ...config import LoopConfig
 from ...errors import UserError, lookup
-from .config import LoopConfig
 from .distributed import has_fast_bfloat16, local, part_of, whole
 
 # Quintic Newton-Schulz coefficients of Jordan et al. 2024: steep at 0, singular values end in about [0.7, 1.2].

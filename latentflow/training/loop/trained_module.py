@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from ...config import LoopConfig
 from ...errors import UserError
-from .config import LoopConfig
 from .distributed import is_sharded, sharded, whole
 from .ema import WeightAverage, power_function, warmed_up
 from .optimizers import evaluated_weights, make_optimizers

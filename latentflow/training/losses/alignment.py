@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import UserError, lookup
+from ...config import AlignmentConfig
+from ...errors import UserError
 from ...models import DiT
 from ...models.embeddings import linear
 from ...models.routing import Route
@@ -24,44 +24,6 @@ Teacher = Callable[[Tensor, int], Tensor]
 # Behind which share of the blocks features are drawn, and those of the average are taken: blocks 8 and 20 of 28, 4
 # and 8 of 12 in both papers' tables and code.
 _EARLY, _LATE = 0.3, 0.7
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignmentConfig:
-    """Feature alignment: a second loss on the tokens of an early block. Neither validation nor the result knows it.
-
-    Raises:
-        UserError: an unknown alignment, a weight that is not positive, an encoder that is missing, or settings of no
-            use.
-    """
-
-    alignment: str | None = None
-    """Draw the features of an early block (dit) towards those of the weight average, later in the network and nearer to
-    the data: self (SRA, arXiv:2505.02831); or of a vision model: encoder (REPA, arXiv:2410.06940). Empty: neither."""
-    alignment_weight: float | None = None
-    """Weight of that loss. Empty: 0.2 (self), 0.5 (encoder)."""
-    alignment_block: int | None = None
-    """Behind how many blocks. Empty: three in ten (2 of 8, 8 of 28)."""
-    alignment_encoder: str | None = None
-    """The vision model of `encoder`: a transformers model (hub id or folder; DINOv2, CLIP, ...), which stays as it
-    is."""
-
-    def __post_init__(self) -> None:
-        if self.alignment is not None:
-            lookup(ALIGNMENTS, self.alignment, "alignment")
-        if (self.alignment == "encoder") != (self.alignment_encoder is not None):
-            raise UserError(
-                f"--alignment {self.alignment} with --alignment-encoder {self.alignment_encoder}",
-                "Give both: --alignment encoder --alignment-encoder FOLDER_OR_HUB_ID; or leave the encoder out.",
-            )
-        if self.alignment is None and (self.alignment_weight, self.alignment_block) != (None, None):
-            raise UserError(
-                "--alignment-weight or --alignment-block without --alignment", "Add --alignment self."
-            )
-        if self.alignment_weight is not None and not self.alignment_weight > 0:
-            raise UserError(
-                f"alignment_weight {self.alignment_weight}", "Use more than 0, or no --alignment."
-            )
 
 
 class Alignment(nn.Module):

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...autoencoder import Autoencoder, AutoencoderConfig
+from ...autoencoder import Autoencoder
 from ...autoencoder.losses import SMALLEST_IMAGE, adaptive_weight, hinge_loss, perceptual_loss
 from ...autoencoder.regularisation import noisy, scales, transformed
+from ...config import AutoencoderConfig
 from ..loop.data_order import SampleRandom, seeded
 from ..loop.distributed import process_state
 

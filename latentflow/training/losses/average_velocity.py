@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import FlowConfig, LoopConfig
 from ...errors import UserError
 from ...flow import (
     AverageObjective,
@@ -22,10 +23,9 @@ from ...flow import (
     folded_velocity,
 )
 from ...models import Condition
-from ..loop.config import LoopConfig
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
-from .flow import FlowConfig, FlowStage, Losses, Times
+from .flow import FlowStage, Losses, Times
 from .teacher import VelocityTeacher
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import FlowConfig
 from ...errors import UserError
 from ...flow import CondOT, distribution_matching_target, flow_matching_loss
 from ...models import Condition
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
-from .flow import FlowConfig, FlowStage
+from .flow import FlowStage
 from .teacher import VelocityTeacher
 
 _PATH = CondOT()

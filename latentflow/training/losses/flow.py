@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -14,26 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...autoencoder import masked_source
-from ...data.masks import DEFAULT_SHAPES, check_shapes
-from ...errors import UserError, lookup, unknown
-from ...flow import (
-    COUPLINGS,
-    OBJECTIVES,
-    PATHS,
-    PREDICTIONS,
-    TIME_DENSITIES,
-    WEIGHTINGS,
-    CondOT,
-    Coupling,
-    Objective,
-    Path,
-    PathSample,
-    TimeDensity,
-    UniformTimes,
-    Weighting,
-    loss_factor,
-    make,
-)
+from ...config import FlowConfig
+from ...flow import PathSample, UniformTimes, loss_factor
 from ...models import Condition
 from ..loop.data_order import Draw, SampleRandom, seeded
 from ..loop.distributed import uncached_autocast
@@ -41,161 +22,10 @@ from ..loop.ema import WeightAverage
 from ..loop.loader import by_group, groups_of, numbered, to_device
 from .alignment import Alignment, Teacher
 from .latent_data import LatentData
-from .masking import OWN, Masking
+from .masking import Masking
 from .routing import Routing
 
-_LATER = {
-    "time_uniform_from": 1.0,
-    "objective_options": {},
-}  # settings that earlier runs do not know, and what they did
 _VALIDATION_TIMES = 4  # noises and times per validation image
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    """What the velocity network learns: one choice from each table of `latentflow.flow` (docs/design-space.md).
-
-    Raises:
-        UserError: an unknown name or option (the nearest is named), or choices that do not go together.
-    """
-
-    path: str = "condot"
-    """Probability path from noise to data: condot, variance-preserving, variance-exploding, trigonometric,
-    polynomial, sqrt."""
-    path_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `beta_max 12`."""
-    prediction: str = "velocity"
-    """What the network predicts: velocity, data, noise or score."""
-    coupling: str = "independent"
-    """How noise and data are paired: independent, ot, sinkhorn, conditional-ot; with --inpainting also data-dependent
-    (a flow from the known part, with noise in the hole only). Those in the middle pair within a forward pass, so that
-    its size is part of what is learnt."""
-    coupling_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `regularization 0.05`."""
-    objective: str = "flow-matching"
-    """What is minimised: flow-matching learns velocities, mean-flow average velocities, which draw in one to four
-    evaluations (docs/few-step.md)."""
-    objective_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `guidance 3` of mean-flow."""
-    weighting: str | None = None
-    """Weighting of the noise levels as a function of the log-SNR: flow-matching, edm, min-snr, sigmoid, ...
-    Empty: the plain squared error of the prediction, weighted by the density of the times."""
-    weighting_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `bias 2`."""
-    time_density: str | None = None
-    """Density of the training times t: uniform, logit-normal, mode, cosine-map, beta, power. Empty: logit-normal;
-    with a weighting uniform, where the density decides nothing but how noisy the loss is."""
-    time_options: dict[str, float] = field(default_factory=dict)
-    """Its settings, such as `mean 0.5 std 1`; `shift 3` leans towards the noise, as large images need."""
-    time_uniform_from: float = 1.0
-    """Share of the run after which the training times are uniform, whatever the density before, such as 0.8; 1 for
-    never. (Logit-normal times speed up the start; see the public notes on LightningDiT, arXiv:2501.01423.)"""
-    direction_weight: float = 0.0
-    """Weight of the velocity-direction (cosine) term."""
-    contrastive_weight: float = 0.0
-    """Weight of the contrastive term (Delta-FM); 0.05 is usual."""
-    condition_dropout: float = 0.1
-    """Share of the samples whose condition is replaced by the learned null, for classifier-free guidance."""
-    inpainting: bool = False
-    """Learn to inpaint as well, from what is left of each image under random masks. On by itself if the data has
-    masks of its own, or the checkpoint that is fine-tuned has learnt it."""
-    mask_shapes: dict[str, float] = field(default_factory=dict)
-    """Shares of the masks: rectangle, strokes, ellipse, half-plane, frame (outpainting), full (nothing is known: plain
-    generation), none, and data (the image's own mask). Empty: some of each but none; if the data has masks, these
-    are half of all."""
-
-    def __post_init__(self) -> None:
-        choices = self.choices()
-        if self.coupling == "data-dependent" and not self.inpainting:
-            raise UserError(
-                "coupling 'data-dependent' starts from the known part of an image",
-                "Add --inpainting; for another source use latentflow.flow.DataDependent from Python.",
-            )
-        check_shapes(self.shapes(has_masks=True), more=[OWN])
-        if self.direction_weight and self.prediction != "velocity":
-            raise UserError(
-                f"direction_weight with prediction '{self.prediction}'",
-                "Only velocities have a direction to learn.",
-            )
-        if not 0.0 <= self.contrastive_weight < 1.0:
-            raise UserError(
-                f"contrastive_weight {self.contrastive_weight}", "Use 0 to below 1; 0.05 is usual."
-            )
-        if not 0.0 <= self.time_uniform_from <= 1.0:
-            raise UserError(
-                f"time_uniform_from {self.time_uniform_from}", "Use 0 to 1, a share of the run; 1 is never."
-            )
-        if choices.objective.average:
-            self._check_average(choices)
-        if self.weighting_options and choices.weighting is None:
-            raise UserError("weighting_options are given without a weighting", "Name one with --weighting.")
-
-    def _check_average(self, choices: Choices) -> None:
-        """Refuse what average velocities cannot be combined with."""
-        unfit = {
-            f"--path {self.path}": choices.path != CondOT(),
-            f"--prediction {self.prediction}": self.prediction != "velocity",
-            f"--weighting {self.weighting}": choices.weighting is not None,
-            "--direction-weight": self.direction_weight != 0.0,
-            "--contrastive-weight": self.contrastive_weight != 0.0,
-        }
-        for flag, given in unfit.items():
-            if given:
-                raise UserError(
-                    f"{flag} with --objective {self.objective}",
-                    "Leave it out: average velocities are learned on the straight path, with a weight of their own.",
-                )
-        if choices.settings.guided and not self.condition_dropout:
-            raise UserError(
-                f"guidance {choices.settings.guidance:g} of --objective {self.objective} with --condition-dropout 0",
-                "Leave --condition-dropout out: guidance needs what is learned without the condition.",
-            )
-
-    def shapes(self, has_masks: bool) -> dict[str, float]:
-        """Shares of the shapes of masks, for data that have masks of their own or have not."""
-        return self.mask_shapes or {
-            **DEFAULT_SHAPES,
-            **({OWN: sum(DEFAULT_SHAPES.values())} if has_masks else {}),
-        }
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values; a resumed run must have the same. What came later is left out where it changes nothing, so that
-        runs of before go on."""
-        values = dataclasses.asdict(self)
-        return {name: one for name, one in values.items() if name not in _LATER or one != _LATER[name]}
-
-    def choices(self) -> Choices:
-        """The entries of the tables that this config names."""
-        if self.prediction not in PREDICTIONS:
-            raise unknown("prediction", self.prediction, PREDICTIONS)
-        weighting = None
-        if self.weighting is not None:
-            weighting = make(WEIGHTINGS, self.weighting, "weighting", **self.weighting_options)
-        density = self.time_density or ("logit-normal" if weighting is None else "uniform")
-        objective = lookup(OBJECTIVES, self.objective, "objective")
-        # MeanFlow, table 1d; its t = 1 is noise
-        usual = {"mean": 0.4} if objective.average and (self.time_density or weighting) is None else {}
-        return Choices(
-            path=make(PATHS, self.path, "path", **self.path_options),
-            coupling=make(COUPLINGS, self.coupling, "coupling", **self.coupling_options),
-            objective=objective,
-            settings=make(
-                {self.objective: objective.settings}, self.objective, "objective", **self.objective_options
-            ),
-            density=make(TIME_DENSITIES, density, "time density", **usual | self.time_options),
-            weighting=weighting,
-        )
-
-
-class Choices(NamedTuple):
-    """One entry of each table."""
-
-    path: Path
-    coupling: Coupling
-    objective: Objective
-    settings: Any  # the objective's own
-    density: TimeDensity
-    weighting: Weighting | None
 
 
 class Times(NamedTuple):

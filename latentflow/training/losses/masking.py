@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ...autoencoder import Autoencoder, downscale_factor, latent_channels, latent_mask, masked_condition
 from ...data import pixels_to_images
-from ...data.masks import DEFAULT_SHAPES, check_shapes, random_masks
-
-OWN = "data"  # among the shapes: the mask that came with the image
+from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
 
 
 class Masked(NamedTuple):

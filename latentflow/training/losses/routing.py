@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
+from ...config import RoutingConfig
 from ...errors import UserError
 from ...models import DiT
 from ...models.routing import Route
 from ..loop.data_order import SampleRandom
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingConfig:
-    """Token routing (TREAD, arXiv:2501.04765): cheaper steps; validation and the result never route.
-
-    Raises:
-        UserError: a share outside its bounds.
-    """
-
-    route_share: float = 0.0
-    """Share of the tokens that skips the middle blocks in training (TREAD, dit); 0.5 is usual. 0: none."""
-    route_blocks: tuple[int, int] = (1, -1)
-    """The blocks that they skip: all but so many at the beginning, up to this one; a negative number counts from the
-    end, as in Python. 1 -1: all but the first and the last."""
-    route_until: float = 0.9
-    """Share of the run after which all tokens take all blocks, to fit the network to how it will be used."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.route_share < 1.0:
-            raise UserError(f"route_share {self.route_share}", "Use 0 to below 1; 0.5 is usual.")
-        if not 0.0 <= self.route_until <= 1.0:
-            raise UserError(f"route_until {self.route_until}", "Use a share of the run, 0 to 1.")
 
 
 class Routing:

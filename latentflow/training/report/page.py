@@ -11,16 +11,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ...autoencoder import AutoencoderConfig
-from ...data.config import DataConfig
+from ...config import AutoencoderConfig, DataConfig, FlowConfig, LoopConfig, NetworkConfig, TextConfig
 from ...data.images import open_image
 from ...data.pixels import to_rgb
 from ...errors import UserError
-from ...models.config import NetworkConfig, TextConfig
 from ...utils.html_page import Page, Section
 from ..loop.checkpoint import list_checkpoints
-from ..loop.config import LoopConfig
-from ..losses.flow import FlowConfig
 from .curves import add_curves
 from .folder import Run, data_lines, duration, preview_step, read_run
 

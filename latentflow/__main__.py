@@ -1,0 +1,7 @@
+"""`python -m latentflow`: the `latentflow` command."""
+
+from __future__ import annotations
+
+from .cli import main
+
+main()

@@ -1,0 +1,24 @@
+"""The settings of every command: frozen dataclasses, importable without torch or numpy.
+
+A docstring below a field is its help (`latentflow.cli`). Checks against tables of other packages import them where they
+run, and run only for values that differ from the defaults.
+"""
+
+from __future__ import annotations
+
+from .data import DataConfig as DataConfig
+from .data import FramingConfig as FramingConfig
+from .distill import DistillationConfig as DistillationConfig
+from .fine_tune import AdapterConfig as AdapterConfig
+from .fine_tune import FineTuningConfig as FineTuningConfig
+from .flow import AlignmentConfig as AlignmentConfig
+from .flow import FlowConfig as FlowConfig
+from .flow import RoutingConfig as RoutingConfig
+from .inference import AdapterChoice as AdapterChoice
+from .inference import SamplingConfig as SamplingConfig
+from .loop import LoopConfig as LoopConfig
+from .model import AutoencoderConfig as AutoencoderConfig
+from .model import NetworkConfig as NetworkConfig
+from .model import TextConfig as TextConfig
+from .run import PRESETS as PRESETS
+from .run import RunConfig as RunConfig

@@ -1,0 +1,79 @@
+"""Settings of every program that samples images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from ..errors import UserError
+from ..utils.arguments import finite, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterChoice:
+    """Adapters to add to the checkpoint."""
+
+    fast: bool = False
+    """Generate in a few evaluations, with the few-step adapter that comes with the checkpoint (its folder
+    `fast`)."""
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER[:WEIGHT]")] = ()
+    """An adapter (LoRA), as a folder, file, run folder or hub id, with an optional weight, such as runs/hats:0.8.
+    Repeat the flag for several."""
+    lora_any_base: bool = False
+    """Accept adapters that were made for another base checkpoint of the same architecture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(AdapterChoice):
+    """How images are generated, and where they are written."""
+
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "out.png"
+    """Image file to write; several images become FILE-1, FILE-2, ... Existing files are kept and the next free
+    number is used, unless --overwrite is given."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Pipeline folder, run folder or hub id. Default: the checkpoint that comes with latentflow."""
+    class_labels: Annotated[tuple[str, ...], tyro.conf.arg(name="class", metavar="NAME ...")] = ()
+    """Classes to generate, by name or number, for checkpoints that were trained on classes."""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1
+    """Number of images per prompt or class."""
+    seed: int = 0
+    """Image i is generated from seed + i."""
+    steps: int | None = None
+    """Number of steps from noise to image. Default: 20; for a few-step checkpoint without --solver, the number it
+    was made for."""
+    guidance: float | None = None
+    """Guidance scale: how strongly the prompt or class is followed. 1 is off, and twice as fast. Default: 4; 1 for
+    checkpoints that have learned their guidance."""
+    solver: str | None = None
+    """euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
+    dopri5, or with fresh noise euler-maruyama, stochastic-heun, ddpm, churn, langevin. Default: the checkpoint's
+    scheduler if it has one, else heun (exponential-adams for networks that predict the data)."""
+    negative: str | None = None
+    """Negative prompt: what the image should not show."""
+    scale: int = 1
+    """Enlarge the finished image this many times."""
+    overwrite: bool = False
+    """Replace existing files."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
+
+    def check(self) -> None:
+        """Refuse at once what would fail after the images are generated.
+
+        Raises:
+            UserError: a number below 1, out of range or not finite; a file name without an image format, or where
+                nothing can be written.
+        """
+        from ..inference.images import check_format, check_writable
+        from ..inference.sample import LARGEST_SEED
+
+        for flag, value in (("-n", self.n), ("--steps", self.steps), ("--scale", self.scale)):
+            if value is not None and value < 1:
+                raise UserError(f"{flag} must be at least 1, not {value}")
+        whole("--seed", self.seed, 0, LARGEST_SEED)
+        if self.guidance is not None:
+            finite("--guidance", self.guidance)
+        check_format(self.output)
+        check_writable(self.output)

@@ -1,0 +1,152 @@
+"""The images that a checkpoint was trained on, those that it was not, and how they condition it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..config import DataConfig, LoopConfig
+from ..data import Source, cached_pixels, find_source, pixels_to_images, readable, split
+from ..data.sources.latent_folder import is_latent_folder
+from ..errors import UserError
+from ..utils.documents import read_yaml
+
+#: Argument of the pipeline's call that takes the captions or class names; "nothing": the checkpoint takes neither.
+ConditionKind = Literal["prompt", "class_labels", "nothing"]
+
+#: Settings of a data set that a run reads it with.
+DATA_SETTINGS = ("condition", "missing_caption", "masks", "columns", "colours")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images with a caption or class name each.
+
+    Attributes:
+        images: (N, 3, H, W) in [-1, 1].
+        captions: N; "" for an image that has neither caption nor class.
+        trained_on: number of images that are in the training data, though they should not be.
+    """
+
+    images: Tensor
+    captions: list[str]
+    trained_on: int = 0
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def rows(self, indices: list[int]) -> ImageSet:
+        """Return the images of these indices."""
+        return ImageSet(images=self.images[indices], captions=[self.captions[index] for index in indices])
+
+
+def run_settings(checkpoint: str, data: str) -> dict[str, Any]:
+    """Read how the run that ``checkpoint`` lies in read its data; settings that it does not name are the defaults.
+
+    Raises:
+        UserError: the run's config.yaml cannot be read, or a setting in it has the wrong type.
+    """
+    folder = Path(checkpoint)
+    file = (folder if (folder / "pipeline").is_dir() else folder.parent) / "config.yaml"
+    fix = "Mend it, or move it away and give --validation and the like as the run had them."
+    read = read_yaml(file, fix) if file.is_file() else {}
+    run = read if isinstance(read, dict) else {}
+    settings = {
+        name: run.get(name, getattr(DataConfig, name, {}))
+        for name in ("validation", "background", *DATA_SETTINGS)
+    }
+    if run and "colours" not in run and not is_latent_folder(data):
+        settings["colours"] = "stored"  # runs of before did not convert colour profiles
+    settings["validation_seed"] = run.get("seed", LoopConfig.seed)
+    types = {"validation": (int, float), "validation_seed": (int,), "columns": (dict,)}
+    for name, value in settings.items():
+        if not isinstance(value, types.get(name, (str,))):
+            raise UserError(
+                f"{file}: {'seed' if name == 'validation_seed' else name} is {value!r}",
+                f"Mend it, or give --{name.replace('_', '-')}.",
+            )
+    return settings
+
+
+def open_source(data: str, settings: Mapping[str, Any]) -> Source:
+    """Open a data set as the run did, without the images that cannot be read."""
+    return readable(find_source(data, **{name: settings[name] for name in DATA_SETTINGS}))
+
+
+def condition_kind(pipe: Any, source: Source) -> ConditionKind:
+    """Return how the checkpoint is conditioned on what the data show.
+
+    Raises:
+        UserError: the data have classes that the checkpoint does not know by name, or captions or nothing where it
+            takes classes.
+    """
+    if source.kind == "class" and pipe.takes_classes:
+        present = {example.label or "" for example in source.examples}
+        pipe.get_label_ids([name for name in source.classes if name in present])
+        return "class_labels"
+    if pipe.takes_text:
+        return "prompt"
+    if pipe.takes_classes:
+        described = "captions" if source.kind == "text" else "no classes"
+        raise UserError(
+            f"the checkpoint takes classes ({', '.join(pipe.labels)}), and {source.name} has {described}",
+            "Give the images that it was trained on, or say where its classes are: --condition class.",
+        )
+    return "nothing"
+
+
+def load_image_sets(
+    pipe: Any, source: Source, test: Source | None, *, validation: float, seed: int, background: str
+) -> tuple[ImageSet, dict[str, ImageSet]]:
+    """Load the training images, and those that were not trained on ("held_out", "test"), at the checkpoint's size.
+
+    Args:
+        test: a data set that was not trained on.
+        validation: share of ``source`` that the run held out, with the seed ``seed``.
+        background: colour behind transparent images.
+
+    Raises:
+        UserError: nothing is held out and there is no ``test``; ``test`` conditions otherwise than ``source``; or all
+            training images are equal.
+    """
+    kept, held_out = split(source, validation, seed)
+    if not held_out and test is None:
+        raise UserError(
+            f"--validation {validation} holds no image out",
+            "Some figures need images that were not trained on: raise it, or give --test FOLDER.",
+        )
+    if test is not None and condition_kind(pipe, test) != condition_kind(pipe, source):
+        raise UserError(
+            f"{source.name} is a data set of kind '{source.kind}', and --test {test.name} one of kind '{test.kind}'",
+            "Give a --test whose images are described as those of DATA.",
+        )
+    train = _load(pipe, source.subset(kept), background)
+    if len(train.images.flatten(1).unique(dim=0)) < 2:
+        raise UserError(
+            f"{source.name} holds {len(kept)} training images, all of them equal",
+            "Nothing can be compared with one image: give at least two different ones beside what is held out.",
+        )
+    unseen = {"held_out": _load(pipe, source.subset(held_out), background)} if held_out else {}
+    if test is not None:
+        known = set(source.content_keys())
+        trained_on = sum(key in known for key in test.content_keys())
+        unseen["test"] = replace(_load(pipe, test, background), trained_on=trained_on)
+    return train, unseen
+
+
+def _load(pipe: Any, source: Source, background: str) -> ImageSet:
+    side = pipe.transformer.config.sample_size
+    height, width = (
+        cells * pipe.vae_scale_factor for cells in ((side, side) if isinstance(side, int) else side)
+    )
+    if source.kind == "text":
+        captions = list(source.captions())
+    else:  # an unconditional example may have a label all the same
+        captions = [(example.label or "") if source.kind == "class" else "" for example in source.examples]
+    return ImageSet(
+        images=pixels_to_images(cached_pixels(source, (height, width), background)[:]), captions=captions
+    )

@@ -1,0 +1,267 @@
+"""The figures of the report. Each function returns one entry, as JSON holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import metrics
+from ..autoencoder import decode, encode
+from ..data.sources import shapes as shapes_data
+from ..errors import UserError
+from ..flow import CondOT, flow_matching_loss
+from ..metrics import learned
+from ..training.loop.data_order import seeded
+from .data import ImageSet
+from .sampler import HELD_OUT_CAPTIONS, VALIDATION, Sampler
+
+RETRIEVAL_SPACE = "pixels-32"
+FRECHET_SPACE = "pixels-16"
+VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
+
+# ---------------------------------------------------------------- without sampling: what the networks know
+
+
+@torch.no_grad()
+def reconstruction(vae: Any, images: Tensor, batch_size: int) -> dict[str, Any]:
+    """Measure PSNR and SSIM of images that were not trained on, through the autoencoder, without noise."""
+    psnr, ssim = [], []
+    large = min(images.shape[2:]) >= metrics.SSIM_SIDE
+    for batch in tqdm(images.split(batch_size), desc="reconstructing"):
+        copies = decode(vae, encode(vae, batch)).cpu()
+        metrics.refuse_not_finite(copies, "reconstructions")
+        psnr.append(metrics.psnr(copies, batch))
+        if large:
+            ssim.append(metrics.ssim(copies, batch))
+    decibels = torch.cat(psnr)
+    exact = int(decibels.isinf().sum())
+    report: dict[str, Any] = {"images": len(images), "exact_copies": exact}
+    if exact < len(decibels):  # the PSNR of an exact copy is infinite, and so would the mean be
+        report["psnr"] = float(decibels[decibels.isfinite()].mean())
+    else:
+        report |= _unknown("psnr", "every image is reproduced exactly")
+    if large:
+        report["ssim"] = float(torch.cat(ssim).mean())
+    else:
+        report |= _unknown("ssim", f"images of fewer than {metrics.SSIM_SIDE} pixels a side have none")
+    return report
+
+
+@torch.no_grad()
+def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
+    """Measure the flow-matching loss on images that were not trained on, averaged over fixed times.
+
+    Each image has its own fixed noise. The loss is that of the velocity on the straight path, whatever path and
+    prediction the network was trained with.
+    """
+    pipe, path, losses = sampler.pipe, CondOT(), []
+    for start in tqdm(range(0, len(unseen), sampler.batch_size), desc="validating"):
+        rows = slice(start, start + sampler.batch_size)
+        x1 = encode(pipe.vae, unseen.images[rows])
+        noise = [seeded(sampler.seed, VALIDATION, start + i) for i in range(len(x1))]
+        x0 = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in noise]).to(x1)
+        velocity = pipe.velocity(sampler.network_condition(unseen.captions[rows]), None)
+        at_times = []
+        for t in VALIDATION_TIMES:
+            sample = path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device))
+            at_times.append(flow_matching_loss(velocity(sample.xt, sample.t), sample).cpu())
+        losses.append(torch.stack(at_times).mean(0))
+    per_image = torch.cat(losses).double()
+    metrics.refuse_not_finite(per_image[:, None], "images' validation losses")
+    n = len(per_image)
+    error = _unknown("standard_error", "one image")
+    if n > 1:
+        error = {"standard_error": float(per_image.std() / n**0.5)}
+    return {"value": float(per_image.mean()), **error, "images": n, "times": VALIDATION_TIMES}
+
+
+# ---------------------------------------------------------------- by sampling
+
+
+def frechet_distance(generated: Tensor, beside: ImageSet, reference: ImageSet) -> dict[str, Any]:
+    """Measure the Frechet distance of generated images to the reference.
+
+    ``floor`` is that of as many real images, ``beside``, to the same reference.
+    """
+    data = metrics.features(reference.images, FRECHET_SPACE)
+
+    def distance(images: Tensor) -> float:
+        return metrics.frechet_distance(metrics.features(images, FRECHET_SPACE), data)
+
+    report = _between_gaussians(generated, beside, reference, lambda sets: list(map(distance, sets)))
+    return report | ({"features": FRECHET_SPACE} if "floor" in report else {})
+
+
+def inception_distance(
+    fid: Any, generated: Tensor, beside: ImageSet, reference: ImageSet, batch_size: int
+) -> dict[str, Any]:
+    """Measure FID and its floor, of the images that `frechet_distance` compares."""
+    return _between_gaussians(
+        generated,
+        beside,
+        reference,
+        lambda sets: learned.inception_fid(fid, sets, reference.images, batch_size=batch_size),
+    )
+
+
+def _between_gaussians(
+    generated: Tensor, beside: ImageSet, reference: ImageSet, distances: Any
+) -> dict[str, Any]:
+    """Compare as many generated images as there are real ones beside them with the reference, if that is possible."""
+    n = len(beside)
+    if n < 2:
+        images = f"{n + len(reference)} training images"
+        return _unknown("value", f"{images} cannot be split in two with a covariance each")
+    value, floor = distances([generated[:n], beside.images])
+    return {"value": value, "floor": floor, "generated": n, "real": n, "reference": len(reference)}
+
+
+def caption_retrieval(
+    generated: Tensor, captions: list[str], train: ImageSet, unseen: dict[str, ImageSet]
+) -> dict[str, Any]:
+    """Measure the share of images whose caption is among those of the k nearest training images.
+
+    Real images that were not trained on are measured as well, where their captions are in the training data.
+    """
+    known = set(train.captions) - {""}
+
+    def retrieved(images: Tensor, captions: list[str]) -> dict[str, Any]:
+        rows = [row for row, caption in enumerate(captions) if caption in known]
+        found = metrics.retrieve(
+            images[rows], [captions[row] for row in rows], train.images, train.captions, space=RETRIEVAL_SPACE
+        )
+        return {
+            f"top_{k}": {**share(hits, found.n), "chance": found.chance[k]} for k, hits in found.hits.items()
+        }
+
+    comparable = {name: images for name, images in unseen.items() if known & set(images.captions)}
+    return {
+        **retrieved(generated, captions),
+        **{f"real_{name}": retrieved(images.images, images.captions) for name, images in comparable.items()},
+        "features": RETRIEVAL_SPACE,
+    }
+
+
+def memorisation(generated: Tensor, train: ImageSet, held_out: ImageSet | None) -> dict[str, Any]:
+    """Measure distances to the nearest training image, beside those of real images that are new."""
+    new = None if held_out is None else held_out.images
+    found = metrics.memorisation(generated, train.images, new, space=RETRIEVAL_SPACE)
+    return {
+        "ratio": found.ratio,
+        "copies": {**share(found.copied, found.drawn), "expected": found.expected, "usual": found.usual},
+        "generated": found.generated,
+        "real": found.real,
+        "compared": found.compared,
+        "new": found.new,
+        "features": RETRIEVAL_SPACE,
+    }
+
+
+def shapes(sampler: Sampler, generated: Tensor, captions: list[str], beside: ImageSet) -> dict[str, Any]:
+    """Measure the share of images that the exact checker of the procedural set finds right.
+
+    Args:
+        generated: as many images of captions that were held out are generated as these.
+    """
+    different = sorted(shapes_data.held_out_captions())
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(sampler.seed)).tolist()
+    new = [different[order[i % len(order)]] for i in range(len(captions))]
+
+    def right(images: Tensor, captions: list[str]) -> dict[str, Any]:
+        return share(sum(map(shapes_data.check, images, captions)), len(captions))
+
+    return {
+        "train": right(generated, captions),
+        "held_out": right(sampler.sample(new, HELD_OUT_CAPTIONS, "held-out captions"), new),
+        "real": right(beside.images, beside.captions),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counterparts:
+    """N captions that were not trained on, each with K real images that differ from one another by an attribute.
+
+    Attributes:
+        candidates: (N, K, 3, H, W).
+        own: N; which of the K images carries the caption's own attribute.
+        equal: number of captions that are left out because two of their images are equal.
+    """
+
+    captions: list[str]
+    candidates: Tensor
+    own: list[int]
+    equal: int
+
+
+def find_counterparts(train: ImageSet, unseen: ImageSet, attributes: Sequence[str]) -> Counterparts:
+    """Return the captions of ``unseen`` that have a counterpart for each of ``attributes``.
+
+    Raises:
+        UserError: there is none.
+    """
+    images = torch.cat([train.images, unseen.images])
+    groups = metrics.attribute_groups(unseen.captions, attributes, [*train.captions, *unseen.captions])
+    apart = [group for group in groups if len(images[group[2]].flatten(1).unique(dim=0)) == len(group[2])]
+    if not apart:
+        raise UserError(
+            f"no held-out caption has a counterpart for each of {', '.join(attributes)}, all different images",
+            "Name all attributes as the captions spell them; --test FOLDER gives the captions.",
+        )
+    return Counterparts(
+        captions=[unseen.captions[index] for index, _, _ in apart],
+        candidates=torch.stack([images[rows] for _, _, rows in apart]),
+        own=[own for _, own, _ in apart],
+        equal=len(groups) - len(apart),
+    )
+
+
+def attribute_accuracy(sampler: Sampler, counterparts: Counterparts) -> dict[str, Any]:
+    """Measure the share of captions whose image is nearest to the real counterpart with the same attribute."""
+    generated = sampler.sample(counterparts.captions, HELD_OUT_CAPTIONS, "held-out captions")
+    right = metrics.attribute_retrieval(
+        generated, counterparts.candidates, counterparts.own, space=RETRIEVAL_SPACE
+    )
+    n = len(counterparts.own)
+    return {
+        "right": share(round(right * n), n),
+        "chance": 1 / counterparts.candidates.shape[1],
+        "left_out_as_equal": counterparts.equal,
+        "features": RETRIEVAL_SPACE,
+    }
+
+
+def clip_scores(
+    clip: Any, generated: Tensor, captions: list[str], beside: ImageSet, batch_size: int
+) -> dict[str, Any]:
+    """Measure the CLIP score of generated images with their captions, and of real images with theirs."""
+    report: dict[str, Any] = {}
+    sets = {"value": ImageSet(images=generated, captions=captions), "real": beside}
+    for name, images in sets.items():
+        captioned = images.rows([row for row, caption in enumerate(images.captions) if caption])
+        if not len(captioned):
+            report |= _unknown(name, "no image has a caption")
+            continue
+        report[name] = learned.clip_score(clip, captioned.images, captioned.captions, batch_size=batch_size)
+        report[f"{name}_images"] = len(captioned)
+    return report
+
+
+# ---------------------------------------------------------------- parts of entries
+
+
+def share(count: int, n: int) -> dict[str, Any]:
+    """Return a share with its counts and its 95 % interval (Wilson)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, n).proportion_ci(method="wilson")
+    return {"share": count / n, "count": count, "n": n, "interval_95": [interval.low, interval.high]}
+
+
+def _unknown(name: str, reason: str) -> dict[str, Any]:
+    """Return a figure that cannot be given, with the reason."""
+    return {name: None, f"{name}_reason": reason}

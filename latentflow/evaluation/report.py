@@ -1,0 +1,167 @@
+"""The report of an evaluation: notes on it, what is needed to repeat it, its files, and its lines for the terminal."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import __version__, metrics
+from ..data import Source, fingerprint
+from ..errors import UserError
+from ..inference.images import check_writable, whole_file
+from .data import ConditionKind, ImageSet
+
+FEW = 50  # images; the covariance of fewer says little
+MOST_NAMED = 1000  # classes or captions whose proportions are reported, of which the terminal shows 30
+
+
+def notes(
+    pipe: Any,
+    source: Source,
+    kind: ConditionKind,
+    generated: int,
+    real: metrics.RealSplit,
+    unseen: dict[str, ImageSet],
+) -> list[str]:
+    """Return one line for everything that was inferred, or that makes figures of this report less reliable."""
+    found = list(source.notes)
+    if "test" in unseen and unseen["test"].trained_on:
+        test = unseen["test"]
+        found.append(f"{test.trained_on} of the {len(test)} images of --test are in DATA too")
+    beside = len(real.beside)
+    if beside < generated:
+        found.append(
+            f"DATA is small: the Frechet distance is of {beside} of the {generated} generated images, beside as many "
+            f"real ones, to the {len(real.reference)} others"
+        )
+    if beside < FEW:
+        found.append(f"a Frechet distance of {beside} images says little: at least {FEW} should be compared")
+    if any(example.repeats != 1 or example.weight != 1 for example in source.examples):
+        found.append("training follows DATA's repeats and weights; every figure counts each image once")
+    if kind == "nothing" and source.kind != "unconditional":
+        found.append("the checkpoint takes no condition: the captions or classes of DATA are not used")
+    if kind == "prompt" and source.kind != "text":
+        prompts = "the classes' names as captions" if source.kind == "class" else "the empty caption"
+        found.append(f"the checkpoint takes captions, and DATA has none: it is prompted with {prompts}")
+    if absent := sorted(set(pipe.labels) - set(source.classes)) if kind == "class_labels" else []:
+        found.append(f"classes of the checkpoint that DATA lacks; none are generated: {', '.join(absent)}")
+    return found
+
+
+def describe_data(source: Source, train: ImageSet, unseen: dict[str, ImageSet]) -> dict[str, Any]:
+    """Return name, kind, numbers of images and fingerprint of the data."""
+    images = {"training": len(train), **{name: len(part) for name, part in unseen.items()}}
+    return {"name": source.name, "kind": source.kind, "images": images, "fingerprint": source.fingerprint()}
+
+
+def proportions(asked: list[str], captions: list[str], kind: ConditionKind) -> dict[str, Any]:
+    """Return how often each caption was asked for, beside its share of the training images.
+
+    Of a single caption, or of more than `MOST_NAMED`, only the numbers are returned.
+    """
+    generated, real = Counter(asked), Counter(captions)
+    counts = {"n": len(asked), "different": len(generated), "in_training": len(real)}
+    if not 1 < len(real) <= MOST_NAMED:
+        return {"with": kind, **counts}
+    shares = {
+        name: {"asked": generated[name] / len(asked), "training": count / len(captions)}
+        for name, count in sorted(real.items())
+    }
+    return {"with": kind, **counts, "proportions": shares}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that figures depend on."""
+    libraries = ("torch", "torchvision", "diffusers", "transformers", "torchmetrics", "numpy", "pillow")
+    return {
+        "latentflow": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: importlib.metadata.version(name) for name in libraries},
+    }
+
+
+def weight_hashes(pipe: Any) -> dict[str, str]:
+    """Return a hash of every network's config and weights, adapters merged."""
+    networks = {name: getattr(pipe, name, None) for name in ("transformer", "vae", "text_encoder")}
+    return {name: fingerprint(network) for name, network in networks.items() if network is not None}
+
+
+def check_output(path: str, overwrite: bool) -> Path:
+    """Return the report's path if it, and the image beside it, can be written.
+
+    Raises:
+        UserError: it is no .json, is a folder, exists and is not to be overwritten, or cannot be written.
+    """
+    output = Path(path)
+    if output.suffix != ".json":
+        raise UserError(
+            f"the report is JSON, '{output}' is not", f"Did you mean -o {output.with_suffix('.json')}?"
+        )
+    for file in (output, output.with_suffix(".png")):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder", "Choose another -o.")
+        if file.exists() and not overwrite:
+            raise UserError(f"{file} exists", "Choose another -o, or replace it with --overwrite.")
+    check_writable(path)
+    return output
+
+
+def write(output: Path, report: dict[str, Any], shown: Tensor) -> None:
+    """Write the report, and images (N, 3, H, W) in [-1, 1] as one PNG beside it.
+
+    Raises:
+        RunError: a file cannot be written.
+    """
+    from torchvision.utils import save_image
+
+    with whole_file(output) as partial:
+        text = json.dumps(strict_json(report), indent=2, allow_nan=False)
+        partial.write_text(text + "\n", encoding="utf-8")
+    with whole_file(output.with_suffix(".png")) as partial:
+        save_image((shown + 1) / 2, partial, nrow=math.ceil(len(shown) ** 0.5))
+
+
+def strict_json(value: Any) -> Any:
+    """Return ``value`` as JSON can hold it: infinity and NaN become null, with the reason beside it."""
+    if isinstance(value, dict):
+        plain = {}
+        for key, item in value.items():
+            plain[key] = strict_json(item)
+            if isinstance(item, float) and not math.isfinite(item):
+                plain[f"{key}_reason"] = f"it came out as {item}"
+        return plain
+    if isinstance(value, list | tuple):
+        return [strict_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def lines(report: dict[str, Any], indent: str = "") -> list[str]:
+    """Return the report for the terminal."""
+    out: list[str] = []
+    for name, value in report.items():
+        if isinstance(value, dict) and "share" in value:
+            low, high = value["interval_95"]
+            beside = f", chance {value['chance']:.1%}" if "chance" in value else ""
+            if "usual" in value:
+                beside = ", without memorising {:.1%} to {:.1%}".format(*value["usual"])
+            shown = f"{value['share']:.1%} ({value['count']} of {value['n']}; 95 %: {low:.1%} to {high:.1%}{beside})"
+            out.append(f"{indent}{name:<28}{shown}")
+        elif isinstance(value, dict) and value.keys() == {"asked", "training"}:
+            out.append(
+                f"{indent}{name:<28}{value['asked']:.1%} (of the training images {value['training']:.1%})"
+            )
+        elif isinstance(value, dict) and len(value) > 30:
+            out.append(f"{indent}{name:<28}of {len(value)}: see the report")
+        elif isinstance(value, dict):
+            out += [f"{indent}{name}", *lines(value, indent + "  ")]
+        elif not isinstance(value, list | tuple):
+            out.append(f"{indent}{name:<28}{f'{value:.4g}' if isinstance(value, float) else value}")
+    return out

@@ -1,0 +1,82 @@
+"""A checkpoint, and the settings with which its images are generated and its network is conditioned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import metrics
+from ..data import pixels_to_images
+from ..training.loop.data_order import seeded
+from ..utils.memory import memory_phase
+from .data import ConditionKind
+
+# Streams of random numbers, none of which training uses; see `seeded`.
+TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION = 8, 9, 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A pipeline and how it is sampled.
+
+    Attributes:
+        condition_kind: how the pipeline takes captions.
+        size: (height, width) of the images in pixels.
+        batch_size: images that are generated or encoded at once.
+    """
+
+    pipe: Any
+    condition_kind: ConditionKind
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    solver: str | None
+    seed: int
+    batch_size: int
+
+    def sample(self, captions: Sequence[str], stream: int, description: str) -> Tensor:
+        """Generate one image for each caption, (N, 3, H, W) in [-1, 1].
+
+        Image i depends on the seed, the stream of random numbers and i only.
+
+        Args:
+            description: of the captions, for the progress bar.
+
+        Raises:
+            UserError: an image holds values that are not finite.
+        """
+        height, width = self.size
+        batches = []
+        for start in tqdm(range(0, len(captions), self.batch_size), desc=f"drawing {description}"):
+            batch = list(captions[start : start + self.batch_size])
+            condition: dict[str, Any] = {self.condition_kind: batch}
+            if self.condition_kind == "nothing":
+                condition = {"num_images_per_prompt": len(batch)}
+            with memory_phase("draw"):
+                images = self.pipe(
+                    **condition,
+                    height=height,
+                    width=width,
+                    num_inference_steps=self.steps,
+                    guidance_scale=self.guidance,
+                    solver=self.solver,
+                    generator=[seeded(self.seed, stream, start + i) for i in range(len(batch))],
+                    output_type="pt",
+                ).images
+            metrics.refuse_not_finite(images, f"generated images (those from number {start} on)")
+            # In 256 levels, as files and the real images are: else they would be nearer to these than real ones can be.
+            batches.append(pixels_to_images((images.float().cpu().clamp(0, 1) * 255).round()))
+        return torch.cat(batches)
+
+    def network_condition(self, captions: list[str]) -> Any:
+        """Return the captions as the velocity network's condition."""
+        if self.condition_kind == "prompt":
+            embeds, _, mask, _ = self.pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+            return self.pipe.condition(None, embeds, mask)
+        labels = self.pipe.get_label_ids(captions) if self.condition_kind == "class_labels" else None
+        return self.pipe.condition(labels, None, None)
