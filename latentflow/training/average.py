@@ -13,9 +13,9 @@ from ..errors import UserError
 from ..pipeline.generate import LatentFlowPipeline
 from ..utils.documents import read_json
 from .loop.checkpoint import list_checkpoints, load_checkpoint, step_of
-from .loop.ema_snapshots import FOLDER
+from .loop.ema import coefficients
 from .loop.folders import write_folder
-from .loop.post_hoc_ema import coefficients
+from .loop.saving import AVERAGES
 from .report.export import is_generated, signed, unsigned
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,12 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
         raise UserError(f"{run} has no pipeline", "Give the folder of a finished run of `latentflow train`.")
     if output.exists():
         raise UserError(f"{output} exists", "Choose another name.")
-    weights, step = reconstruct(run / FOLDER, length)
+    weights, step = reconstruct(run / AVERAGES, length)
     # The head of a feature alignment was trained along, and is no part of the result.
     weights = {name: weight for name, weight in weights.items() if not name.startswith("alignment.")}
     if any("lora_" in name for name in weights):
         raise UserError(
-            f"the averages in {run / FOLDER} are of an adapter, without the weights that it adapts",
+            f"the averages in {run / AVERAGES} are of an adapter, without the weights that it adapts",
             "Train with --ema-lengths but without --lora-rank.",
         )
     pipe = LatentFlowPipeline.from_pretrained(result)
@@ -64,7 +64,7 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
         unknown = ["shapes"]
     if unknown:
         raise UserError(
-            f"the averages in {run / FOLDER} do not fit {result}: {unknown[0]}",
+            f"the averages in {run / AVERAGES} do not fit {result}: {unknown[0]}",
             "Were the settings of the run changed after it was finished? Let it finish again.",
         )
 

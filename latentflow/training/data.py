@@ -43,9 +43,9 @@ from ..utils.documents import read_yaml
 from ..utils.memory import memory_phase
 from .fine_tune.base import base_classes, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share
-from .loop.data_order import seeded
+from .loop.data_order import Stream, seeded
 from .loop.distributed import process_state
-from .losses.latent_data import Conditions, LatentData, Sized, is_flipped, rows_of
+from .losses.latent_data import BucketData, Conditions, LatentData, is_flipped, rows_of
 from .networks import Networks
 
 log = logging.getLogger(__name__)
@@ -186,11 +186,11 @@ class LatentCache:
             [self._sized(framed.part(number), size) for number, size in enumerate(framed.sizes)],
             conditions_of(framed.source, self.networks, self.seed, self.framing.mirror_captions),
             flips=self.data.random_flip,
-            told=self.networks.size_conditioning,
+            size_conditioning=self.networks.size_conditioning,
             seed=self.seed,
         )
 
-    def _sized(self, part: Source, size: tuple[int, int]) -> Sized:
+    def _sized(self, part: Source, size: tuple[int, int]) -> BucketData:
         views: dict[str, Tensor | Rows] = {}
         if self.needs_pixels:
             views["pixels"] = cached_pixels(part, size, self.data.background)
@@ -208,7 +208,7 @@ class LatentCache:
                 device=state.device,
                 progress=state.is_main_process,
             )
-        return Sized(table, views)
+        return BucketData(table, views)
 
 
 def pipeline_condition(source: Source, rows: list[int]) -> dict[str, Any]:
@@ -295,7 +295,7 @@ class Captions(Sequence[str]):
             start += count
         if count == 1:
             return start
-        return start + int(torch.randint(count, (), generator=seeded(self._seed, 3, sample_id)))
+        return start + int(torch.randint(count, (), generator=seeded(self._seed, Stream.CAPTIONS, sample_id)))
 
 
 def mirrored(caption: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -24,11 +24,11 @@ from .fine_tune.base import class_names, open_base, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import in_turn
 from .fine_tune.teacher_samples import SampleSettings, teacher_data
-from .loop.data_order import Draw, SampleRandom
-from .loop.loader import by_group, groups_of, numbered, to_device
-from .losses.average_velocity import AverageVelocityStage, OneStepStage, stage_class
-from .losses.distribution_matching import FakeStage, GeneratorStage
-from .losses.flow import FlowStage
+from .loop.data_order import SampleRandom, SampleUse
+from .loop.loader import by_group, groups_of, load_batch, to_device
+from .losses.average_velocity import OneStepLoss
+from .losses.distribution_matching import FakeLoss, GeneratorLoss
+from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
 from .losses.teacher import VelocityTeacher
 from .networks import Networks
@@ -48,7 +48,7 @@ class Method(NamedTuple):
 
     objective: str
     pairs: bool = False
-    loss: type[FlowStage] | None = None
+    loss: type[FlowLoss] | None = None
     usual: Mapping[str, float] = MappingProxyType({})
 
     @property
@@ -64,9 +64,9 @@ METHODS: dict[str, Method] = {
     "alpha-flow": Method("alpha-flow", usual={"share": 0.5}),
     "shortcut": Method("shortcut", usual={"share": 0.5, "finest": 8}),
     # Sampled as consistency models are: to the data, and back.
-    "distribution-matching": Method("consistency", loss=GeneratorStage),
+    "distribution-matching": Method("consistency", loss=GeneratorLoss),
     "reflow": Method("flow-matching", pairs=True),
-    "one-step": Method("flow-matching", pairs=True, loss=OneStepStage),
+    "one-step": Method("flow-matching", pairs=True, loss=OneStepLoss),
 }
 
 
@@ -160,7 +160,7 @@ def distillation_recipe(
     method, pipe, checkpoint = METHODS[name], teacher.pipe, teacher.checkpoint
     # Neither pairs nor matched distributions are measured by held-out images.
     validates = not method.pairs and method.loss is None
-    step_counts = (1,) if method.loss is OneStepStage else settings.step_counts
+    step_counts = (1,) if method.loss is OneStepLoss else settings.step_counts
 
     # ---- what does not fit ----
     teacher.refuse_unfit(splits.source, config.framing.size_conditioning)
@@ -191,18 +191,17 @@ def distillation_recipe(
         )
 
     # ---- loss ----
-    velocity = VelocityTeacher(pipe, teacher.guidance)
-    make_loss: Callable[..., FlowStage] = partial(AverageVelocityStage, teacher=velocity)
-    if method.pairs:
-        make_loss = method.loss or stage_class(flow)
-    elif method.loss is GeneratorStage:
-        make_loss = partial(GeneratorStage, teacher=velocity, step_counts=step_counts)
+    loss_options: dict[str, Any] = {"kind": method.loss}
+    if not method.pairs:
+        loss_options["teacher"] = VelocityTeacher(pipe, teacher.guidance)
+    if method.loss is GeneratorLoss:
+        loss_options["step_counts"] = step_counts
 
     def extra_modules(loss: Any) -> dict[str, nn.Module]:
-        return {"fake": FakeStage(loss)} if method.loss is GeneratorStage else {}
+        return {"fake": FakeLoss(loss)} if method.loss is GeneratorLoss else {}
 
     # ---- data: the images; or the teacher's samples of what they are conditioned on, with their noise ----
-    def training_data(own: LatentData, networks: Networks, loss: FlowStage) -> LatentData:
+    def training_data(own: LatentData, networks: Networks, loss: FlowLoss) -> LatentData:
         if not method.pairs:
             return own
         prompts = in_turn(_prompts(splits.training), settings.pairs)
@@ -226,10 +225,10 @@ def distillation_recipe(
         "guidance": teacher.guidance,
         "teacher": weights_hash(pipe.transformer),
         **({"pairs": settings.pairs} if method.pairs else {}),
-        **({"step_counts": [*step_counts]} if method.loss is GeneratorStage else {}),
+        **({"step_counts": [*step_counts]} if method.loss is GeneratorLoss else {}),
     }
 
-    def summary(result: Path, loss: FlowStage, own: LatentData) -> list[str]:
+    def summary(result: Path, loss: FlowLoss, own: LatentData) -> list[str]:
         return [_straightness_line(teacher, result, loss, own)] if method.pairs else []
 
     return Recipe(
@@ -239,7 +238,7 @@ def distillation_recipe(
         sampling=replace(
             average_sampling(flow), folded_guidance=teacher.folded_guidance, step_counts=step_counts
         ),
-        make_loss=make_loss,
+        loss_options=loss_options,
         student=True,
         extra_modules=extra_modules,
         training_data=training_data,
@@ -258,14 +257,16 @@ def _prompts(source: Source) -> list[str]:
     return [""]
 
 
-def _straightness_line(teacher: Teacher, result: Path, loss: FlowStage, data: LatentData) -> str:
+def _straightness_line(teacher: Teacher, result: Path, loss: FlowLoss, data: LatentData) -> str:
     """Compare how straight the trajectories of teacher and student are, from equal noise under equal conditions."""
     student = LatentFlowPipeline.from_pretrained(result)
-    draws = by_group([Draw(row, row) for row in range(min(len(data), _TRAJECTORIES))], groups_of(data))[0]
-    batch = numbered(data, draws)
+    draws = by_group([SampleUse(row, row) for row in range(min(len(data), _TRAJECTORIES))], groups_of(data))[
+        0
+    ]
+    batch = load_batch(data, draws)
     device = next(loss.network.parameters()).device
-    noise = SampleRandom(0, batch["numbers"], device).normal(batch["latents"].shape[1:])
-    condition = loss.condition(to_device(batch, device))
+    noise = SampleRandom(0, batch["sample_ids"], device).normal(batch["latents"].shape[1:])
+    condition = loss.prompts(to_device(batch, device))
     if loss.masked:  # nothing is known
         channels = student.transformer.config.condition_channels
         condition = replace(condition, channels=noise.new_zeros(len(noise), channels, *noise.shape[2:]))

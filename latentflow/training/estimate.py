@@ -26,12 +26,12 @@ from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
 from .data import DataSplits
-from .loop.data_order import Draw, SampleRandom
+from .loop.data_order import SampleRandom, SampleUse
 from .loop.distributed import compute_dtype, process_state, resolve
-from .loop.loader import TrainingData, by_group, groups_of, numbered, to_device
+from .loop.loader import TrainingData, by_group, groups_of, load_batch, to_device
 from .loop.optimizers import Muon, make_optimizers
 from .loop.profiling import matrix_product_rate
-from .losses.flow import FlowStage
+from .losses.flow import FlowLoss
 from .networks import Networks
 
 _FEW = 1000  # images: with fewer, a model from scratch memorises many of them
@@ -146,8 +146,8 @@ def sample_flops(network: nn.Module, text_encoder: nn.Module | None, data: Train
 
     The first batch of ``data`` shows how long captions are; latents are ``size`` x ``size``.
     """
-    draws = [Draw(index, index) for index in range(min(len(data), _FIRST))]
-    batch = numbered(data, by_group(draws, groups_of(data))[0])
+    draws = [SampleUse(index, index) for index in range(min(len(data), _FIRST))]
+    batch = load_batch(data, by_group(draws, groups_of(data))[0])
     tokens, text = batch.get("input_ids"), batch.get("text")
     length = tokens.shape[1] if tokens is not None else text.shape[1] if text is not None else 0
     flops = network_cost(network, size, length).flops
@@ -238,7 +238,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def estimate_lines(
-    loss: FlowStage,
+    loss: FlowLoss,
     networks: Networks,
     vae: Autoencoder,
     source: Source,
@@ -305,7 +305,7 @@ def estimate_lines(
 
 
 def _time_here(
-    loss: FlowStage,
+    loss: FlowLoss,
     networks: Networks,
     vae: Autoencoder,
     source: Source,
@@ -370,7 +370,7 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _random_batch(
-    loss: FlowStage,
+    loss: FlowLoss,
     networks: Networks,
     vae: Autoencoder,
     source: Source,
@@ -380,7 +380,7 @@ def _random_batch(
 ) -> dict[str, Any]:
     sample_ids = list(range(rows))
     noise = SampleRandom(0, sample_ids).normal((latent_channels(vae), latent_size, latent_size))
-    batch: dict[str, Any] = {"latents": noise, "numbers": sample_ids}
+    batch: dict[str, Any] = {"latents": noise, "sample_ids": sample_ids}
     if source.kind == "class":
         batch["class_labels"] = torch.zeros(rows, dtype=torch.long)
     elif source.kind == "text" and networks.trained_text:

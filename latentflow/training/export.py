@@ -25,8 +25,7 @@ from ..pipeline.inpaint import LatentFlowInpaintPipeline
 from .data import pipeline_condition
 from .fine_tune.base import native_resolution
 from .loop.distributed import has_fast_bfloat16
-from .loop.folders import write_folder
-from .loop.saving import writing
+from .loop.folders import write_folder, writing
 from .networks import Networks
 from .report.card import CardFacts, write_card
 from .report.export import carry_over

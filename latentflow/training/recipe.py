@@ -17,8 +17,7 @@ from .estimate import plan_lines
 from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import MixedData, prior_data, prior_prompts
-from .losses.average_velocity import stage_class
-from .losses.flow import FlowStage
+from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
 from .networks import Networks
 
@@ -31,7 +30,7 @@ class Recipe:
         flow, loop: the settings, with the defaults that follow from the data and the checkpoint.
         plan: lines that say what is going to be done.
         sampling: how the trained network is sampled.
-        make_loss: makes the module that is trained; called as `FlowStage` is.
+        loss_options: further arguments of `flow_loss`, such as a teacher.
         student: a teacher is learned from, so that its path and prediction do not bind the student.
         extra_modules: given the loss, the modules that learn beside it, by name.
         training_data: given the latents of the user's images, the networks and the loss, what is trained on.
@@ -44,15 +43,15 @@ class Recipe:
     loop: LoopConfig
     plan: list[str]
     sampling: FewSteps
-    make_loss: Callable[..., FlowStage]
+    loss_options: dict[str, Any] = field(default_factory=dict)
     student: bool = False
     extra_modules: Callable[[Any], dict[str, nn.Module]] = lambda loss: {}
-    training_data: Callable[[LatentData, Networks, FlowStage], LatentData | MixedData] = (
+    training_data: Callable[[LatentData, Networks, FlowLoss], LatentData | MixedData] = (
         lambda own, networks, loss: own
     )
     validates: bool = True
     identity: dict[str, Any] = field(default_factory=dict)
-    summary: Callable[[Path, FlowStage, LatentData], list[str]] = lambda result, loss, own: []
+    summary: Callable[[Path, FlowLoss, LatentData], list[str]] = lambda result, loss, own: []
 
 
 def data_recipe(config: RunConfig, splits: DataSplits, given: Collection[str]) -> Recipe:
@@ -73,7 +72,6 @@ def scratch_recipe(flow: FlowConfig, loop: LoopConfig, splits: DataSplits) -> Re
         loop=loop,
         plan=plan_lines(splits, loop),
         sampling=average_sampling(flow),
-        make_loss=stage_class(flow),
     )
 
 
@@ -96,7 +94,7 @@ def fine_tune_recipe(
     lost = lost_guidance(config.flow, checkpoint, given)
     flow = with_base_flow(config.flow, checkpoint, given)
 
-    def mixed(own: LatentData, networks: Networks, loss: FlowStage) -> MixedData:
+    def mixed(own: LatentData, networks: Networks, loss: FlowLoss) -> MixedData:
         folder = Path(config.output) / "prior"
         prior = prior_data(checkpoint, prompts, networks, folder, loop.seed, loss.needs_pixels)
         return MixedData(own, prior, share)
@@ -111,7 +109,6 @@ def fine_tune_recipe(
             prior_line,
         ],
         sampling=average_sampling(flow),
-        make_loss=stage_class(flow),
     )
     if not prompts:
         return recipe

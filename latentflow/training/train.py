@@ -19,12 +19,10 @@ from .export import PipelineExporter, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
 from .fine_tune.defaults import FEW
 from .fine_tune.memorisation import report_memorisation
-from .loop.callbacks import Callbacks
 from .loop.distributed import process_state
-from .loop.early_stop import refuse_unvalidated
-from .loop.fit import fit
+from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
-from .loop.signals import Stop
+from .loop.stopping import Stop, refuse_unvalidated
 from .losses.average_velocity import refuse_unfit
 from .losses.flow import validation_loss
 from .networks import refuse_renumbered_classes
@@ -181,7 +179,7 @@ def train(
         description=_description(config, splits, model, recipe),
         resume_line=resume_command,
         flops=flops,
-        partly=bool(config.init_from) and source.kind == "unconditional",
+        find_unused_parameters=bool(config.init_from) and source.kind == "unconditional",
         stop=stop,
     )
     if not finished:

@@ -22,11 +22,10 @@ from ..autoencoder.losses import PatchDiscriminator
 from ..config import AutoencoderConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..metrics import psnr, ssim
-from .loop.callbacks import Callbacks
-from .loop.fit import fit
-from .loop.saving import writing
-from .loop.signals import Stop
-from .losses.autoencoder import AutoencoderStage, DiscriminatorStage, autoencoder_steps
+from .loop.fit import Callbacks, fit
+from .loop.folders import writing
+from .loop.stopping import Stop
+from .losses.autoencoder import AutoencoderLoss, DiscriminatorLoss, autoencoder_steps
 from .losses.latent_data import PixelData
 from .report.export import carry_over
 
@@ -63,10 +62,10 @@ def train_autoencoder(
     torch.manual_seed(loop.seed)
     vae = build_autoencoder(config, data.resolution).to(memory_format=torch.channels_last)
     discriminator = PatchDiscriminator() if config.adversarial_weight else None
-    loss = AutoencoderStage(vae, config, loop.seed, discriminator)
+    loss = AutoencoderLoss(vae, config, loop.seed, discriminator)
     modules: dict[str, nn.Module] = {"autoencoder": loss}
     if discriminator is not None:
-        modules["discriminator"] = DiscriminatorStage(discriminator, loss)
+        modules["discriminator"] = DiscriminatorLoss(discriminator, loss)
 
     # ---- data ----
     pixels = cached_pixels(training, data.resolution, data.background)

@@ -14,7 +14,8 @@ from ..data import Source
 from .fine_tune.adapters import Adapter
 from .loop.distributed import process_state
 from .losses.alignment import make_alignment
-from .losses.flow import FlowStage
+from .losses.average_velocity import flow_loss
+from .losses.flow import FlowLoss
 from .losses.masking import Masking
 from .losses.routing import Routing
 from .networks import Networks, networks_from, new_networks
@@ -35,7 +36,7 @@ class TrainedModel:
 
     networks: Networks
     adapter: Adapter | None
-    loss: FlowStage
+    loss: FlowLoss
     latent_size: int
     batch: int
 
@@ -90,7 +91,7 @@ def build(
         masking = Masking(vae, flow.shapes(source.has_masks), loop.seed)
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * process_state().num_processes
     samples = loop.max_train_steps * batch
-    loss = recipe.make_loss(
+    loss = flow_loss(
         network,
         flow,
         loop.seed,
@@ -100,5 +101,6 @@ def build(
         make_alignment(config.alignment, network),
         samples=samples,
         samples_per_step=batch,
+        **recipe.loss_options,
     )
     return TrainedModel(networks, adapter, loss, latent_size, batch)

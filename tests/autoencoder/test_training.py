@@ -18,9 +18,9 @@ from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, h
 from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
-from latentflow.training.loop.data_order import Draw, SampleRandom
+from latentflow.training.loop.data_order import SampleRandom, SampleUse
 from latentflow.training.loop.run_folder import read_metrics
-from latentflow.training.losses.autoencoder import AutoencoderStage, DiscriminatorStage
+from latentflow.training.losses.autoencoder import AutoencoderLoss, DiscriminatorLoss
 from latentflow.training.losses.latent_data import PixelData, is_flipped
 from latentflow.training.train_autoencoder import train_autoencoder
 
@@ -156,7 +156,7 @@ def test_the_kl_term_is_the_closed_form() -> None:
     torch.manual_seed(0)
     vae = build_autoencoder(config, 16)
     images = torch.rand(3, 3, 16, 16) * 2 - 1
-    values = AutoencoderStage(vae, config, 0)({"images": images, "numbers": [0, 1, 2]})
+    values = AutoencoderLoss(vae, config, 0)({"images": images, "sample_ids": [0, 1, 2]})
     posterior = vae.encode(images).latent_dist
     closed = (
         0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.var.log()).flatten(1).sum(1).mean()
@@ -173,7 +173,7 @@ def test_the_decoder_learns_from_samples_of_the_posterior(monkeypatch: pytest.Mo
     images, seen = torch.rand(3, 3, 16, 16) * 2 - 1, list[torch.Tensor]()
     decode = vae.decode
     monkeypatch.setattr(vae, "decode", lambda latents: (seen.append(latents), decode(latents))[1])
-    AutoencoderStage(vae, config, 5)({"images": images, "numbers": [7, 8, 9]})
+    AutoencoderLoss(vae, config, 5)({"images": images, "sample_ids": [7, 8, 9]})
     posterior = vae.encode(images).latent_dist
     noise = SampleRandom(5, [7, 8, 9]).normal(posterior.mean.shape[1:])
     torch.testing.assert_close((seen[0] - posterior.mean) / posterior.std, noise, rtol=1e-3, atol=1e-3)
@@ -183,33 +183,33 @@ def test_both_sides_of_the_adversarial_loss_are_their_formulas() -> None:
     config = dataclasses.replace(SMALL, adversarial_weight=0.3, adversarial_start=0)
     torch.manual_seed(0)
     vae, discriminator = build_autoencoder(config, 16), PatchDiscriminator(8)
-    stage = AutoencoderStage(vae, config, 0, discriminator)
+    stage = AutoencoderLoss(vae, config, 0, discriminator)
     images = torch.rand(8, 3, 16, 16) * 2 - 1
-    values = stage({"images": images, "numbers": list(range(8))})
+    values = stage({"images": images, "sample_ids": list(range(8))})
     made = vae.decode(vae.encode(images).latent).sample
     l1, adversarial = (made - images).abs().mean(), -discriminator(made).mean()  # scored as real, it is low
     torch.testing.assert_close(values["adversarial"], adversarial.detach(), rtol=1e-4, atol=1e-6)
     last = [one for one in vae.decoder.modules() if isinstance(one, nn.Conv2d)][-1].weight
     factor = adaptive_weight(l1, adversarial, last)
     torch.testing.assert_close(values["loss"], l1 + 0.3 * factor * adversarial, rtol=1e-3, atol=1e-5)
-    told = DiscriminatorStage(discriminator, stage)({})
+    told = DiscriminatorLoss(discriminator, stage)({})
     real, fake = discriminator(images), discriminator(made.detach())
     expected = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
     torch.testing.assert_close(told["loss"], expected, rtol=1e-4, atol=1e-6)
     assert not values["adversarial"].requires_grad and real.mean() != fake.mean()
     stage.eval()  # a validation is of what is drawn
-    assert "adversarial" not in stage({"images": images, "numbers": list(range(8))})
+    assert "adversarial" not in stage({"images": images, "sample_ids": list(range(8))})
 
 
 def test_half_of_the_images_are_mirrored_each_use_by_its_number() -> None:
     source = train_source().subset([0, 1])
     pixels = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
-    draws = [Draw(number % 2, number) for number in range(2000)]
+    draws = [SampleUse(number % 2, number) for number in range(2000)]
     plain, flipped = (
         PixelData(source, pixels, flips=flips).__getitems__(draws)["images"] for flips in (False, True)
     )
     torch.testing.assert_close(plain[:2], pixels.float() / 127.5 - 1)
-    mirrored = torch.tensor([is_flipped(draw.number) for draw in draws])
+    mirrored = torch.tensor([is_flipped(draw.sample_id) for draw in draws])
     assert torch.equal(flipped[mirrored], plain[mirrored].flip(-1))
     assert torch.equal(flipped[~mirrored], plain[~mirrored])
     for image in (0, 1):
@@ -220,12 +220,12 @@ def test_the_adversarial_term_starts_when_told_and_never_moves_the_discriminator
     config = dataclasses.replace(SMALL, adversarial_weight=0.1, adversarial_start=2)
     torch.manual_seed(0)
     vae, discriminator = build_autoencoder(config, 16), PatchDiscriminator(8)
-    stage = AutoencoderStage(vae, config, 0, discriminator)
-    other = DiscriminatorStage(discriminator, stage)
+    stage = AutoencoderLoss(vae, config, 0, discriminator)
+    other = DiscriminatorLoss(discriminator, stage)
     images = torch.rand(8, 3, 16, 16) * 2 - 1
-    early = {"images": images, "numbers": list(range(8))}
+    early = {"images": images, "sample_ids": list(range(8))}
     assert "adversarial" not in stage(early) and other(early) == {}
-    late = {"images": images, "numbers": list(range(16, 24))}
+    late = {"images": images, "sample_ids": list(range(16, 24))}
     values = stage(late)
     values["loss"].backward()
     assert "adversarial" in values

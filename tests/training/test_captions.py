@@ -16,9 +16,9 @@ from latentflow.config import FlowConfig
 from latentflow.data import FileExample, LatentTable, Source, one_size
 from latentflow.models import train_tokenizer
 from latentflow.training.data import Captions, conditions_of, mirrored
-from latentflow.training.loop.data_order import DataOrder, Draw
-from latentflow.training.losses.flow import FlowStage
-from latentflow.training.losses.latent_data import LatentData, Sized, is_flipped
+from latentflow.training.loop.data_order import DataOrder, SampleUse
+from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.latent_data import BucketData, LatentData, is_flipped
 from latentflow.training.networks import Networks
 
 TEXTS = [("one",), ("two", "deux", "zwei"), ("three", "trois")]
@@ -33,7 +33,7 @@ def source(**more: Any) -> Source:
 
 
 def latent_data(source: Source, table: LatentTable) -> LatentData:
-    return LatentData(one_size(source, (64, 64)), [Sized(table)], {})
+    return LatentData(one_size(source, (64, 64)), [BucketData(table)], {})
 
 
 def test_each_use_draws_one_of_its_images_captions() -> None:
@@ -78,22 +78,22 @@ def test_an_epoch_uses_each_image_as_often_as_it_is_repeated(processes: int) -> 
 
 def test_weights_multiply_the_loss_and_not_what_is_measured() -> None:
     torch.manual_seed(0)
-    stage = FlowStage(Linear(), FlowConfig(), seed=0)
-    batch = {"latents": torch.randn(3, 1, 2, 2), "numbers": [0, 1, 2]}
+    stage = FlowLoss(Linear(), FlowConfig(), seed=0)
+    batch = {"latents": torch.randn(3, 1, 2, 2), "sample_ids": [0, 1, 2]}
     plain, weights = stage(batch), torch.tensor([0.5, 2.0, 0.0])
     weighted = stage(batch | {"weights": weights})
     assert torch.equal(plain["per_sample"], weighted["per_sample"])
     torch.testing.assert_close(weighted["loss"], (plain["per_sample"] * weights).mean())
     table = LatentTable(torch.zeros(3, 1, 1, 1, 1), None)
-    assert "weights" not in latent_data(source(), table).__getitems__([Draw(0, 0)])
-    assert latent_data(source(weight=0.5), table).__getitems__([Draw(2, 0)])["weights"].tolist() == [0.5]
+    assert "weights" not in latent_data(source(), table).__getitems__([SampleUse(0, 0)])
+    assert latent_data(source(weight=0.5), table).__getitems__([SampleUse(2, 0)])["weights"].tolist() == [0.5]
     # Each use has its image's, however often those before it are used.
     examples = [
         dataclasses.replace(one, repeats=repeats, weight=weight)
         for one, repeats, weight in zip(source().examples, (3, 1, 2), (1.0, 2.0, 3.0), strict=True)
     ]
     data = latent_data(Source("numbers", tuple(examples), "text"), table)
-    told = data.__getitems__([Draw(index, index) for index in range(6)])["weights"]
+    told = data.__getitems__([SampleUse(index, index) for index in range(6)])["weights"]
     assert told.tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]
 
 

@@ -25,9 +25,9 @@ from latentflow.models import Condition
 from latentflow.pipeline import base as pipeline_base
 from latentflow.training.distill import METHODS, open_teacher
 from latentflow.training.loop.data_order import SampleRandom
-from latentflow.training.losses.average_velocity import AverageVelocityStage
-from latentflow.training.losses.distribution_matching import FakeStage, GeneratorStage
-from latentflow.training.losses.flow import FlowStage
+from latentflow.training.losses.average_velocity import ProgressiveLoss, flow_loss
+from latentflow.training.losses.distribution_matching import FakeLoss, GeneratorLoss
+from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.teacher import VelocityTeacher
 from latentflow.training.report.folder import read_run
 
@@ -184,12 +184,12 @@ def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> 
     )
     batch = {
         "latents": torch.randn(5, 4, 4, 4),
-        "numbers": [*range(5)],
+        "sample_ids": [*range(5)],
         "class_labels": torch.tensor([0, 1, 2, 0, 1]),
     }
-    own = AverageVelocityStage(network, config, 0, teacher=VelocityTeacher(pipe, 1.0))
+    own = flow_loss(network, config, 0, teacher=VelocityTeacher(pipe, 1.0))
     torch.testing.assert_close(own(batch)["per_sample"], torch.zeros(5), rtol=0, atol=1e-9)
-    guided = AverageVelocityStage(network, config, 0, teacher=VelocityTeacher(pipe, 3.0))
+    guided = flow_loss(network, config, 0, teacher=VelocityTeacher(pipe, 3.0))
     assert float(guided(batch)["per_sample"].min()) > 1e-4
 
 
@@ -295,7 +295,7 @@ def few_classes() -> dict[str, Any]:
     g = torch.Generator().manual_seed(3)
     return {
         "latents": torch.randn(6, 4, 4, 4, generator=g),
-        "numbers": [*range(6)],
+        "sample_ids": [*range(6)],
         "class_labels": torch.arange(6) % 3,
     }
 
@@ -307,7 +307,7 @@ def teacher_of(network: Any) -> VelocityTeacher:
 def test_a_new_stage_learns_from_what_the_last_one_has_become() -> None:
     network = build("dit", num_classes=3, interval_conditioning=True)
     config = FlowConfig(objective="progressive", objective_options={"share": 1.0, "finest": 4})
-    stage = AverageVelocityStage(
+    stage = ProgressiveLoss(
         network, config, 0, teacher=teacher_of(network), samples=72, samples_per_step=8
     )  # stages begin at 24 and 48
     first = copy.deepcopy(network.state_dict())
@@ -316,12 +316,11 @@ def test_a_new_stage_learns_from_what_the_last_one_has_become() -> None:
             weight.add_(0.01)
 
     def lengths(start: int) -> set[float]:
-        batch = few_classes() | {"numbers": [*range(start, start + 6)]}
-        random = SampleRandom(0, batch["numbers"])
-        times = stage._times(random, batch["numbers"])
+        batch = few_classes() | {"sample_ids": [*range(start, start + 6)]}
+        random = SampleRandom(0, batch["sample_ids"])
+        r, t = stage.interval(batch["sample_ids"], random)
         stage(batch)
-        assert times.end is not None
-        return set((times.end - times.t).tolist())
+        return set((t - r).tolist())
 
     assert lengths(0) == {0.25} and int(stage.earlier_stage) == 0
     torch.testing.assert_close(dict(stage.earlier.state_dict()), dict(first), rtol=0, atol=0)
@@ -340,12 +339,12 @@ def test_a_generator_that_draws_as_its_teacher_is_left_alone_and_has_its_turns()
     """The fake network begins as the teacher: their velocities agree, and nothing pulls."""
     network = build("dit", num_classes=3, interval_conditioning=True)
     config = FlowConfig(objective="consistency", condition_dropout=0.0)
-    made = GeneratorStage(
-        network, config, 0, teacher=teacher_of(network), step_counts=(1, 2, 4), samples_per_step=6, turns=3
+    made = GeneratorLoss(
+        network, config, 0, teacher=teacher_of(network), step_counts=(1, 2, 4), samples_per_step=6, every=3
     )
-    fake = FakeStage(made)
+    fake = FakeLoss(made)
     for step in range(6):
-        result = made(few_classes() | {"numbers": [*range(6 * step, 6 * step + 6)]})
+        result = made(few_classes() | {"sample_ids": [*range(6 * step, 6 * step + 6)]})
         assert bool(result) == (step % 3 == 2)
         loss = fake(few_classes())["loss"]
         loss.backward()
@@ -354,7 +353,7 @@ def test_a_generator_that_draws_as_its_teacher_is_left_alone_and_has_its_turns()
     with torch.no_grad():
         for weight in made.fake.parameters():
             weight.mul_(1.1)
-    its_turn = few_classes() | {"numbers": [*range(12, 18)]}
+    its_turn = few_classes() | {"sample_ids": [*range(12, 18)]}
     together = made(its_turn)["per_sample"]
     assert float(together.min()) > 1e-6
     # A sample is a pure function of its number, whatever its company.
@@ -374,23 +373,25 @@ def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation(
     """And its fake network, and the fake's own lesson, are under the conditions that it drew under."""
     network = build("dit", num_classes=3, interval_conditioning=True)
     config = FlowConfig(objective="consistency", condition_dropout=0.25)
-    made = GeneratorStage(
-        network, config, 0, teacher=teacher_of(network), step_counts=(1,), samples_per_step=400, turns=1
+    made = GeneratorLoss(
+        network, config, 0, teacher=teacher_of(network), step_counts=(1,), samples_per_step=400, every=1
     )
-    fake, given = FakeStage(made), list[Any]()
+    fake, given = FakeLoss(made), list[Any]()
     made.fake.register_forward_pre_hook(lambda module, arguments: given.append(arguments[2]))
     batch = few_classes()
-    many = {name: value.repeat_interleave(67, 0)[:400] for name, value in batch.items() if name != "numbers"}
-    made(many | {"numbers": list(range(400))})
+    many = {
+        name: value.repeat_interleave(67, 0)[:400] for name, value in batch.items() if name != "sample_ids"
+    }
+    made(many | {"sample_ids": list(range(400))})
     fake(batch)
-    assert made.drawn is not None
-    dropped = made.drawn.condition.drop
+    assert made.generated is not None
+    dropped = made.generated.condition.drop
     assert float(dropped.double().mean()) == pytest.approx(0.25, abs=5 * (0.1875 / 400) ** 0.5)
     assert len(given) == 2
     for one in given:
         assert torch.equal(one.drop, dropped) and torch.equal(one.class_labels, many["class_labels"])
     made.eval()(batch)
-    assert not made.drawn.condition.drop.any()
+    assert not made.generated.condition.drop.any()
 
 
 def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> None:
@@ -415,7 +416,7 @@ def test_a_finished_run_says_how_it_goes_on(teacher: Path, images: Path, tmp_pat
 def test_a_teachers_coupling_does_not_part_pairs() -> None:
     network = build("dit", num_classes=3)
     config = FlowConfig(coupling="ot", condition_dropout=0.0)
-    stage, batch = FlowStage(network, config, 0), few_classes()
+    stage, batch = FlowLoss(network, config, 0), few_classes()
     pairs = batch | {"noise": torch.randn(6, 4, 4, 4)}
     seen: list[Tensor] = []
     network.register_forward_pre_hook(lambda module, given: seen.append(given[0]))

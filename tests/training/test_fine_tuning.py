@@ -175,10 +175,12 @@ def test_another_resolution_has_its_own_positions(
 
 def test_a_step_has_its_share_of_both_sets_and_each_has_its_own_epochs() -> None:
     def draws(processes: int, batch: int, first: int, last: int) -> list[tuple[int, int]]:
-        order = DataOrder(size=25, batch_size=batch, processes=processes, seed=1, second=10, second_share=0.4)
-        assert order.second_per_step == 4  # of 10
+        order = DataOrder(
+            size=25, batch_size=batch, processes=processes, seed=1, mixin_count=10, mixin_share=0.4
+        )
+        assert order.mixin_per_step == 4  # of 10
         found = [order.batches(first, last, process) for process in range(processes)]
-        return sorted((d.number, d.index) for one in found for part in one for d in part)
+        return sorted((d.sample_id, d.index) for one in found for part in one for d in part)
 
     whole = draws(1, 10, 0, 15)
     for step in range(15):
@@ -186,8 +188,8 @@ def test_a_step_has_its_share_of_both_sets_and_each_has_its_own_epochs() -> None
     uses = Counter(index for _, index in whole)
     assert {uses[index] for index in range(15)} == {6} and {uses[index] for index in range(15, 25)} == {6}
     assert whole == draws(2, 5, 0, 15) == draws(1, 10, 0, 7) + draws(2, 5, 7, 15)
-    lone = DataOrder(size=5, batch_size=2, second=3, second_share=0.01)
-    assert lone.second_per_step == 1
+    lone = DataOrder(size=5, batch_size=2, mixin_count=3, mixin_share=0.01)
+    assert lone.mixin_per_step == 1
 
 
 def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(

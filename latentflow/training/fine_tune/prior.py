@@ -15,14 +15,12 @@ import torch
 from ...config import FineTuningConfig
 from ...errors import UserError, reading
 from ...utils.documents import decode
-from ..loop.data_order import Draw, seeded
+from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import Batch
 from ..losses.latent_data import LatentData
 from ..networks import Networks
 from .base import class_names, is_small_tokenizer, open_base
 from .teacher_samples import SampleSettings, teacher_data
-
-_STREAM = 6  # of random numbers; see `seeded`
 
 
 class MixedData:
@@ -32,24 +30,24 @@ class MixedData:
 
     Attributes:
         groups: (N,) int64; a batch must be of one.
-        second: how many of the samples, the last ones, are the checkpoint's.
-        second_share: their share in each step.
+        mixin_count: number of the checkpoint's samples, which come last.
+        mixin_share: their share of every step.
     """
 
     def __init__(self, own: LatentData, prior: LatentData, share: float) -> None:
         self._own, self._prior = own, prior
-        self.second, self.second_share = len(prior), share
+        self.mixin_count, self.mixin_share = len(prior), share
         groups = torch.zeros(len(own), dtype=torch.int64) if own.groups is None else own.groups
         self.groups = torch.cat([groups, groups.max() + 1 + torch.zeros(len(prior), dtype=torch.int64)])
 
     def __len__(self) -> int:
         return len(self._own) + len(self._prior)
 
-    def __getitems__(self, draws: list[Draw]) -> Batch:
+    def __getitems__(self, draws: list[SampleUse]) -> Batch:
         first = len(self._own)
         if draws[0].index < first:
             return self._own.__getitems__(draws)
-        return self._prior.__getitems__([Draw(draw.index - first, draw.number) for draw in draws])
+        return self._prior.__getitems__([SampleUse(draw.index - first, draw.sample_id) for draw in draws])
 
     def name(self, index: int) -> str:
         first = len(self._own)
@@ -138,5 +136,6 @@ def _words(tokenizer: Any, count: int, seed: int) -> list[str]:
     """Return one word, then two, in turn; all are of the tokenizer's vocabulary."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     words = [word for word, _ in vocabulary if word.isalpha() and len(word) > 1] or [vocabulary[-1][0]]
-    places = torch.randint(len(words), (count, 2), generator=seeded(seed, _STREAM, -1)).tolist()
+    random = seeded(seed, Stream.TEACHER_SAMPLES, -1)
+    places = torch.randint(len(words), (count, 2), generator=random).tolist()
     return [" ".join(words[place] for place in row[: 1 + number % 2]) for number, row in enumerate(places)]

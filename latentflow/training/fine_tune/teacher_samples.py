@@ -23,15 +23,14 @@ from ...pipeline.generate import LatentFlowPipeline
 from ...utils.memory import memory_phase
 from ...utils.replacing import replacing
 from ..data import conditions_of
-from ..loop.data_order import seeded
+from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
-from ..losses.latent_data import LatentData, Sized
+from ..losses.latent_data import BucketData, LatentData
 from ..networks import Networks
 from .base import condition_kind, native_resolution, open_base
 
 _TOGETHER = 50  # samples in a file, and drawn at once,
 _PIXELS = 2**20  # unless they have more pixels in all
-_STREAM = 6  # of random numbers; see `seeded`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +111,10 @@ def teacher_data(
     latents = LatentTable(tensors.pop("latents")[:, None], None)
     return LatentData(
         framing,
-        [Sized(latents, tensors)],
+        [BucketData(latents, tensors)],
         conditions_of(source, networks, settings.seed),
         flips=False,
-        told=networks.size_conditioning,
+        size_conditioning=networks.size_conditioning,
         seed=settings.seed,
     )
 
@@ -152,10 +151,8 @@ def _draw(
     pipe: LatentFlowPipeline, prompts: list[str], start: int, side: int, settings: SampleSettings
 ) -> dict[str, Tensor]:
     count, kind = len(prompts), condition_kind(pipe)
-    generators = [
-        torch.Generator().manual_seed(seeded(settings.seed, _STREAM, start + row).initial_seed())
-        for row in range(count)
-    ]
+    random = (seeded(settings.seed, Stream.TEACHER_SAMPLES, start + row) for row in range(count))
+    generators = [torch.Generator().manual_seed(each.initial_seed()) for each in random]
     condition: dict[str, Any] = {"num_images_per_prompt": count}
     if kind == "text":
         condition = {"prompt": prompts}
