@@ -44,8 +44,8 @@ from latentflow.data.sources.shapes import check, train_captions
 from latentflow.flow import OBJECTIVES
 from latentflow.metrics import caption_retrieval, features, frechet_distance, in_proportion, real_split
 from latentflow.models import DiT
-from latentflow.training.losses.average_velocity import AverageVelocityStage
-from latentflow.training.losses.flow import FlowStage
+from latentflow.training.losses.average_velocity import flow_loss
+from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.teacher import VelocityTeacher
 
 matplotlib.use("Agg")
@@ -196,13 +196,13 @@ def costs(rounds: int = 5, steps: int = 1) -> str:
     """A table: milliseconds of a step and, over the rounds, its ratio to that of flow matching."""
     network = DiT(in_channels=16, width=192, depth=7, heads=3, num_classes=10, interval_conditioning=True)
     teacher = VelocityTeacher(LatentFlowPipeline(vae=None, transformer=copy.deepcopy(network)), 4.0)
-    stages: dict[str, FlowStage] = {"flow matching": FlowStage(network, FlowConfig(), 0)}
+    stages: dict[str, FlowLoss] = {"flow matching": FlowLoss(network, FlowConfig(), 0)}
     for name, objective in OBJECTIVES.items():
         if objective.average:
             config = FlowConfig(objective=name)
             if not config.choices().settings.needs_teacher:
-                stages[name] = AverageVelocityStage(network, config, 0)
-            stages[f"{name}, guided teacher"] = AverageVelocityStage(network, config, 0, teacher=teacher)
+                stages[name] = flow_loss(network, config, 0)
+            stages[f"{name}, guided teacher"] = flow_loss(network, config, 0, teacher=teacher)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-6, fused=True)
     seconds: dict[str, list[float]] = {name: [] for name in stages}
     for turn in range(rounds + 1):
@@ -212,7 +212,7 @@ def costs(rounds: int = 5, steps: int = 1) -> str:
                 numbers = [*range(step * 32, (step + 1) * 32)]
                 generator = torch.Generator().manual_seed(step)
                 latents = torch.randn(32, 16, 8, 8, generator=generator)
-                batch = {"latents": latents, "numbers": numbers, "class_labels": torch.arange(32) % 10}
+                batch = {"latents": latents, "sample_ids": numbers, "class_labels": torch.arange(32) % 10}
                 stage(batch)["loss"].backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -44,8 +44,8 @@ from latentflow.data.pixels import to_pixels, to_rgb
 from latentflow.data.sources.precomputing import Precomputation, describe, write_index
 from latentflow.models import DiT
 from latentflow.training.loop.data_order import DataOrder
-from latentflow.training.losses.flow import FlowStage
-from latentflow.training.losses.latent_data import LatentData, Sized
+from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.latent_data import BucketData, LatentData
 
 BATCH, SIDE = 64, 64
 TINY = AutoencoderConfig(autoencoder_widths=(8, 8, 8, 8), encoder_layers=(0, 1, 1, 1), decoder_layers=(0, 1, 1, 1),
@@ -117,7 +117,7 @@ def throughput(folder: Path, resolution: int, repeats: int, count: int) -> None:
 
         def from_cache() -> int:
             table = cached_latents(some, vae, resolution, flips=False, progress=False)
-            return timed_inside(LatentData(one_size(some, (SIDE, SIDE)), [Sized(table)], {}))
+            return timed_inside(LatentData(one_size(some, (SIDE, SIDE)), [BucketData(table)], {}))
 
         ways: dict[str, Callable[[], int]] = {
             "ImageFolder + DataLoader": lambda: plain(folder, resolution, count),
@@ -204,14 +204,14 @@ def start_training(folder: Path) -> None:
     table: LatentTable = cached_latents(training, vae, SIDE, flips=False, progress=False)
     data = LatentData(
         one_size(training, (SIDE, SIDE)),
-        [Sized(table)],
+        [BucketData(table)],
         {"class_labels": torch.as_tensor(training.class_ids())},
     )
     network = DiT(in_channels=4, width=64, depth=2, heads=2, sample_size=8, num_classes=10)
-    stage = FlowStage(network, FlowConfig(), 0)
+    stage = FlowLoss(network, FlowConfig(), 0)
     batches = DataOrder(size=len(data), batch_size=BATCH).batches(0, 201, 0)
     draws = next(batches)
-    stage(data.__getitems__(draws) | {"numbers": [draw.number for draw in draws]})["loss"].backward()
+    stage(data.__getitems__(draws) | {"sample_ids": [draw.sample_id for draw in draws]})["loss"].backward()
     seconds, cpu = time.perf_counter() - start, time.process_time() - used
     for draws in batches:
         data.__getitems__(draws)

@@ -60,8 +60,9 @@ from latentflow.models import Condition
 from latentflow.training import Callbacks, fit
 from latentflow.training.data import conditions_of
 from latentflow.training.losses.alignment import make_alignment
-from latentflow.training.losses.flow import FlowStage, validation_loss
-from latentflow.training.losses.latent_data import LatentData, Sized
+from latentflow.training.losses.average_velocity import flow_loss
+from latentflow.training.losses.flow import FlowLoss, validation_loss
+from latentflow.training.losses.latent_data import BucketData, LatentData
 from latentflow.training.losses.routing import Routing
 from latentflow.training.networks import Networks, new_networks
 
@@ -257,14 +258,16 @@ class Bench:
     def latents(self, part: Source, networks: Networks, seed: int) -> LatentData:
         framed = frame(part, 64, int(downscale_factor(self.vae)) * self.size["patch_size"], FramingConfig())
         table = cached_latents(part, self.vae, 64, flips=False)
-        return LatentData(framed, [Sized(table)], conditions_of(part, networks, seed), flips=False, seed=seed)
+        return LatentData(
+            framed, [BucketData(table)], conditions_of(part, networks, seed), flips=False, seed=seed
+        )
 
-    def stage(self, networks: Networks, settings: Recipe, seed: int, steps: int) -> FlowStage:
+    def stage(self, networks: Networks, settings: Recipe, seed: int, steps: int) -> FlowLoss:
         batch = config_of(LoopConfig, self.size | settings).train_batch_size
         routing = None
         if settings.get("route_share"):
             routing = Routing(config_of(RoutingConfig, settings), networks.network, (steps * batch, batch))
-        return FlowStage(
+        return flow_loss(
             networks.network,
             config_of(FlowConfig, settings),
             seed,
@@ -279,7 +282,7 @@ class Bench:
         networks = self.networks(settings, seed)
         training, held_out = (self.latents(part, networks, seed) for part in self.parts)
         stage = self.stage(networks, settings, seed, steps)
-        plain = FlowStage(networks.network, FlowConfig(time_density="uniform"), 1, stage.text_encoder)
+        plain = FlowLoss(networks.network, FlowConfig(time_density="uniform"), 1, stage.text_encoder)
         loop = config_of(LoopConfig, self.size | settings)
         every = max(1, steps // CURVE_POINTS)
         curve: list[dict[str, float]] = []

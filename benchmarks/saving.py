@@ -20,7 +20,7 @@ from torch import nn
 
 from latentflow.config import LoopConfig
 from latentflow.training.loop.saving import Saver
-from latentflow.training.loop.trained_module import Player
+from latentflow.training.loop.trained_module import TrainedModule
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     torch.set_num_threads(1)
     layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
     network = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
-    player = Player("flow", network, LoopConfig(mixed_precision="no"), Accelerator(cpu=True))
+    player = TrainedModule("flow", network, LoopConfig(mixed_precision="no"), Accelerator(cpu=True))
     x = torch.randn(64, 64, 256)
     for step in range(1, 4):
         start = time.process_time()

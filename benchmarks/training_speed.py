@@ -27,8 +27,8 @@ from latentflow.data import LatentTable, find_source, frame
 from latentflow.models import Condition, DiT
 from latentflow.training import fit
 from latentflow.training.loop.distributed import compute_dtype
-from latentflow.training.losses.flow import FlowStage
-from latentflow.training.losses.latent_data import LatentData, Sized
+from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.latent_data import BucketData, LatentData
 
 BATCH, CHANNELS, SIDE, CLASSES = 64, 16, 8, 10
 WIDTH, DEPTH, HEADS = 256, 8, 4
@@ -107,7 +107,7 @@ def ours(latents: Tensor, steps: int, compiled: bool) -> float:
     source = source.subset((list(range(len(source))) * (len(latents) // len(source) + 1))[: len(latents)])
     labels = {"class_labels": torch.arange(len(latents)) % CLASSES}
     table = LatentTable(latents[:, None], None)
-    data = Timed(frame(source, 64, 8, FramingConfig()), [Sized(table)], labels, flips=False)
+    data = Timed(frame(source, 64, 8, FramingConfig()), [BucketData(table)], labels, flips=False)
     data.times = []
     config = LoopConfig(
         max_train_steps=WARM_UP + steps + 1,
@@ -120,7 +120,7 @@ def ours(latents: Tensor, steps: int, compiled: bool) -> float:
     if compiled:
         network.compile()
     with tempfile.TemporaryDirectory() as folder:
-        fit({"flow": FlowStage(network, FlowConfig(), seed=0)}, data, config, Path(folder))
+        fit({"flow": FlowLoss(network, FlowConfig(), seed=0)}, data, config, Path(folder))
     return steps * BATCH / (data.times[WARM_UP + steps] - data.times[WARM_UP])
 
 

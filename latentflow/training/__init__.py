@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..utils import garbage_collection_paused
 
 with garbage_collection_paused():
-    from .loop.callbacks import Callbacks as Callbacks
+    from .loop.fit import Callbacks as Callbacks
     from .loop.fit import fit as fit
     from .loop.logging import log_to as log_to
     from .loop.logging import resume_line as resume_line
-    from .loop.signals import Stop as Stop
+    from .loop.stopping import Stop as Stop

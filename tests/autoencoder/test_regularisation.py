@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from latentflow.autoencoder import build_autoencoder
 from latentflow.autoencoder.losses import SMALLEST_IMAGE, PatchDiscriminator
 from latentflow.autoencoder.regularisation import noisy, scales, transformed
-from latentflow.config import AutoencoderConfig, LoopConfig
+from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses import autoencoder as training
-from latentflow.training.losses.autoencoder import AutoencoderStage, DiscriminatorStage
+from latentflow.training.losses.autoencoder import AutoencoderLoss, DiscriminatorLoss
 from latentflow.training.train_autoencoder import train_autoencoder
 
 HALF, QUARTER = Fraction(1, 2), Fraction(1, 4)
@@ -81,7 +81,7 @@ def blocks(side: int, rows: int = 8) -> Tensor:
 
 
 def batch(images: Tensor, step: int = 0) -> dict[str, Any]:
-    return {"images": images, "numbers": list(range(step * len(images), (step + 1) * len(images)))}
+    return {"images": images, "sample_ids": list(range(step * len(images), (step + 1) * len(images)))}
 
 
 # ---- equivariance ----
@@ -96,15 +96,15 @@ def test_an_equivariant_autoencoder_has_no_equivariance_loss(
     side: int, factors: list[Fraction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "scales", lambda *_: factors)
-    stage = AutoencoderStage(Pooling(), dataclasses.replace(SMALL, equivariance=1.0), 0)
+    stage = AutoencoderLoss(Pooling(), dataclasses.replace(SMALL, equivariance=1.0), 0)
     for step in range(12):
         assert float(stage(batch(blocks(side), step))["loss"]) == pytest.approx(0, abs=1e-6)
 
 
 def test_one_that_loses_nothing_but_is_not_equivariant_has() -> None:
     images = blocks(1)
-    assert float(AutoencoderStage(Shuffling(), SMALL, 0)(batch(images))["loss"]) == 0
-    stage = AutoencoderStage(Shuffling(), dataclasses.replace(SMALL, equivariance=1.0), 0)
+    assert float(AutoencoderLoss(Shuffling(), SMALL, 0)(batch(images))["loss"]) == 0
+    stage = AutoencoderLoss(Shuffling(), dataclasses.replace(SMALL, equivariance=1.0), 0)
     assert all(float(stage(batch(images, step))["loss"]) > 0.1 for step in range(12))
 
 
@@ -140,7 +140,7 @@ def test_scales_leave_whole_sides() -> None:
 def test_steps_are_transformed_with_the_given_probability_each_in_its_own_way() -> None:
     config = dataclasses.replace(SMALL, equivariance=0.3)
     images, vae = blocks(2), Pooling()
-    stage, kinds = AutoencoderStage(vae, config, 0), []
+    stage, kinds = AutoencoderLoss(vae, config, 0), []
     for step in range(400):
         stage(batch(images, step))
         plain = vae.seen.shape == (8, 3, 8, 8)
@@ -161,7 +161,7 @@ def test_steps_are_transformed_with_the_given_probability_each_in_its_own_way() 
 
 def test_a_step_in_parts_is_the_same_step() -> None:
     config = dataclasses.replace(SMALL, equivariance=1.0)
-    stage = AutoencoderStage(Pooling(), config, 0)
+    stage = AutoencoderLoss(Pooling(), config, 0)
     whole = batch(blocks(2), 3)
     parts = [{name: rows[at : at + 2] for name, rows in whole.items()} for at in range(0, 8, 2)]
     losses = torch.cat([stage(part)["per_sample"] for part in parts])
@@ -175,7 +175,7 @@ def test_all_classes_decode_them_and_the_adversary_judges_what_was_decoded(kind:
     )
     torch.manual_seed(0)
     vae, discriminator = build_autoencoder(config, 32), PatchDiscriminator(8)
-    stage = AutoencoderStage(vae, config, 0, discriminator)
+    stage = AutoencoderLoss(vae, config, 0, discriminator)
     sizes = set()
     for step in range(8):
         values = stage(batch(torch.rand(8, 3, 32, 32) * 2 - 1, step))
@@ -185,7 +185,7 @@ def test_all_classes_decode_them_and_the_adversary_judges_what_was_decoded(kind:
         images, reconstructions = stage.pairs
         assert images.shape == reconstructions.shape and images.shape[2] < 32
         sizes.add(images.shape[2])
-        assert DiscriminatorStage(discriminator, stage)({})["loss"].isfinite()
+        assert DiscriminatorLoss(discriminator, stage)({})["loss"].isfinite()
     assert min(sizes) >= SMALLEST_IMAGE and len(sizes) > 2
 
 
@@ -196,7 +196,7 @@ def test_noise_is_uniform_in_level_and_normal_and_follows_the_spread_of_each_cha
     config = dataclasses.replace(SMALL, latent_noise=0.8)
     images = blocks(2, rows=256) * torch.tensor([1.0, 3.0, 0.2]).view(-1, 1, 1)
     vae = Pooling()
-    AutoencoderStage(vae, config, 0)(batch(images))
+    AutoencoderLoss(vae, config, 0)(batch(images))
     latents = vae.encoded(images)
     relative = (vae.seen - latents) / latents.std((0, 2, 3), correction=0).view(-1, 1, 1)
     levels = relative.square().mean((1, 2, 3)).sqrt()  # of 192 values: 5 % off
@@ -226,7 +226,7 @@ def test_a_constant_channel_gets_no_noise_and_finite_gradients() -> None:
 
 
 def test_noise_is_left_out_where_nothing_is_trained() -> None:
-    stage = AutoencoderStage(Pooling(), ON, 0).eval()
+    stage = AutoencoderLoss(Pooling(), ON, 0).eval()
     assert float(stage(batch(blocks(2)))["loss"]) == 0
 
 
@@ -238,7 +238,7 @@ def test_switched_off_the_loss_is_that_of_plain_reconstruction_to_the_bit(kind: 
     config = dataclasses.replace(SMALL, autoencoder_class=kind)
     torch.manual_seed(0)
     vae, images = build_autoencoder(config, 16), blocks(2)
-    values = AutoencoderStage(vae, config, 5)(batch(images, 1))
+    values = AutoencoderLoss(vae, config, 5)(batch(images, 1))
     encoded = vae.encode(images.contiguous(memory_format=torch.channels_last))
     latents = encoded.latent if kind == "dc" else encoded.latent_dist.mean
     if kind == "kl":
@@ -265,9 +265,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
     whole, resumed = (tmp_path_factory.mktemp(name) for name in ("whole", "resumed"))
     for folder in (whole, resumed):
-        train_autoencoder(
-            train, validation, config, loop, folder, resolution=16, background="white", flips=True
-        )
+        data = DataConfig(data="", resolution=16, random_flip=True)
+        train_autoencoder(train, validation, config, loop, folder, data)
         if folder == whole:
             shutil.copytree(whole / "checkpoints" / "step-000003", resumed / "checkpoints" / "step-000003")
     return whole, resumed

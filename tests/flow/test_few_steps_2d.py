@@ -131,7 +131,7 @@ def test_one_step_of_the_student_is_nearly_fifty_of_the_teacher(
 
 
 def distilled(teacher: Perceptron, settings: AverageObjective, steps: int, rate: float) -> Perceptron:
-    """As `AverageVelocityStage` does it: the teacher's velocity, and targets of the average or of an earlier self."""
+    """As `AverageVelocityLoss` does it: the teacher's velocity, and targets of the average or of an earlier self."""
     student, generator = copy.deepcopy(teacher), torch.Generator().manual_seed(2)
     asked, stage = copy.deepcopy(teacher), 0
     optimizer = torch.optim.Adam(student.parameters(), rate)

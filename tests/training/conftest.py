@@ -23,6 +23,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _usual_signals() -> Iterator[None]:
     """Signals as a terminal leaves them: nohup and a shell's background jobs ignore some, and then runs do as well."""

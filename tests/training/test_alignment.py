@@ -30,10 +30,11 @@ from latentflow.models.routing import Route
 from latentflow.training import fit
 from latentflow.training.loop import trained_module as player
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.data_order import Draw
+from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.loop.ema import WeightAverage
 from latentflow.training.losses.alignment import make_alignment
-from latentflow.training.losses.flow import FlowStage
+from latentflow.training.losses.average_velocity import flow_loss
+from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.routing import Routing
 from latentflow.training.losses.vision import VisionEncoder
 
@@ -55,14 +56,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stage(config: AlignmentConfig, *, share: float = 0.0) -> FlowStage:
+def stage(config: AlignmentConfig, *, share: float = 0.0) -> FlowLoss:
     torch.manual_seed(0)
     network = DiT(in_channels=2, width=WIDTH, depth=4, heads=2, registers=1)
     perturb(network)
     routing = Routing(RoutingConfig(route_share=share), network, (10**6, 10)) if share else None
-    return FlowStage(
-        network, FlowConfig(), seed=3, routing=routing, alignment=make_alignment(config, network)
-    )
+    return flow_loss(network, FlowConfig(), 3, routing=routing, alignment=make_alignment(config, network))
 
 
 def settings(kind: str, encoder: Path, **more: Any) -> AlignmentConfig:
@@ -76,11 +75,11 @@ def batch(rows: int = ROWS, start: int = 0) -> dict[str, Any]:
     return {
         "latents": torch.randn(1, 2, SIDE, SIDE, generator=g).expand(rows, -1, -1, -1),
         "pixels": torch.randint(256, (1, 3, 16, 16), generator=g, dtype=torch.uint8).expand(rows, -1, -1, -1),
-        "numbers": list(range(start, start + rows)),
+        "sample_ids": list(range(start, start + rows)),
     }
 
 
-def exchanged(one: FlowStage) -> dict[str, Any]:
+def exchanged(one: FlowLoss) -> dict[str, Any]:
     """What the stage's network was called with and returned, by call."""
     calls: dict[str, Any] = {}
 
@@ -149,7 +148,7 @@ def test_the_teacher_is_told_what_the_student_is_told() -> None:
     told = Condition(class_labels=labels, channels=known, drop=drop)
     pair = torch.randn(2, 3, 2, SIDE, SIDE)
     sample = FlowConfig().choices().path.sample(*pair, torch.full((3,), 0.5))
-    one._teacher({"class_labels": labels}, sample, told)(torch.full((3,), 0.6), 2)
+    one.averaged_features({"class_labels": labels}, sample, told, torch.full((3,), 0.6), 2)
     found = one.network.cond
     assert all(
         torch.equal(getattr(found, name), getattr(told, name))
@@ -221,7 +220,7 @@ class Latents:
     def __len__(self) -> int:
         return 12
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
         rows = [torch.Generator().manual_seed(draw.index) for draw in draws]
         return {
             "latents": torch.stack([torch.randn(2, SIDE, SIDE, generator=row) for row in rows]),
@@ -346,7 +345,7 @@ def test_what_cannot_be_aligned_is_refused_in_words(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(player, "is_sharded", lambda *_: True)
     accelerator: Any = type("Accelerator", (), {"device": torch.device("cpu"), "is_main_process": True})()
     with pytest.raises(UserError, match="--shard"):
-        player.Player("flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator)
+        player.TrainedModule("flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator)
 
 
 def test_the_command_routes_and_aligns_and_nothing_of_it_is_in_the_result(

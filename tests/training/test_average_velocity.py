@@ -17,9 +17,9 @@ from latentflow.errors import UserError
 from latentflow.flow import MeanFlow, total_derivative
 from latentflow.models import Condition
 from latentflow.training.fine_tune.base import with_base_flow
-from latentflow.training.fine_tune.prior import asked_of
-from latentflow.training.losses.average_velocity import AverageVelocityStage, refuse_unfit, stage_class
-from latentflow.training.losses.flow import FlowStage
+from latentflow.training.fine_tune.prior import prior_prompts
+from latentflow.training.losses.average_velocity import AverageVelocityLoss, flow_loss, refuse_unfit
+from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.networks import _copy_weights
 
 from ..models.tiny import build
@@ -33,11 +33,10 @@ def network(**arguments: Any) -> Any:
     return build("dit", **(usual | arguments))
 
 
-def stage(one: Any = None, **options: float) -> AverageVelocityStage:
+def stage(one: Any = None, **options: float) -> AverageVelocityLoss:
     config = FlowConfig(objective="mean-flow", objective_options=options)
-    assert stage_class(config) is AverageVelocityStage
-    made = stage_class(config)(one or network(), config, 0)
-    assert isinstance(made, AverageVelocityStage)
+    made = flow_loss(one or network(), config, 0)
+    assert isinstance(made, AverageVelocityLoss)
     return made
 
 
@@ -46,7 +45,7 @@ def batch(numbers: list[int] | None = None) -> dict[str, Any]:
     g = torch.Generator().manual_seed(5)
     latents = torch.randn(ROWS, 4, 4, 4, generator=g)
     labels = torch.arange(ROWS) % 3
-    return {"latents": latents[numbers], "numbers": numbers, "class_labels": labels[numbers]}
+    return {"latents": latents[numbers], "sample_ids": numbers, "class_labels": labels[numbers]}
 
 
 def test_a_sample_is_a_pure_function_of_its_number() -> None:
@@ -72,13 +71,13 @@ def test_the_target_is_the_identity() -> None:
     """The error of a step by finite differences along (v, 1) in place of the derivative."""
     one = stage(share=1.0)
     model, seen = one.network, {}
-    inner = one._losses
+    inner = one.target
 
-    def spy(given: Any, sample: Any, condition: Condition, random: Any, times: Any) -> Any:
-        seen.update(sample=sample, condition=condition, end=times.end)
-        return inner(given, sample, condition, random, times)
+    def spy(sample: Any, condition: Condition, end: Tensor, progress: Any) -> Tensor:
+        seen.update(sample=sample, condition=condition, end=end)
+        return inner(sample, condition, end, progress)
 
-    one._losses = spy  # type: ignore[method-assign]
+    one.target = spy  # type: ignore[method-assign]
     per_sample = one(batch())["per_sample"]
     sample, end, condition = seen["sample"], seen["end"], seen["condition"]
     exact = copy.deepcopy(model).double()
@@ -96,7 +95,7 @@ def test_where_no_interval_has_a_length_no_derivative_is_taken() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("latentflow.flow.few_step.mean_flow.total_derivative", None)
         result = one(batch())
-    plain = FlowStage(one.network, FlowConfig(), 0)
+    plain = FlowLoss(one.network, FlowConfig(), 0)
     assert "error" not in plain(batch())
     assert torch.isfinite(result["loss"])
 
@@ -264,10 +263,10 @@ def test_the_command_from_scratch_and_from_a_velocity_model(
     base, more = str(tuned / "pipeline"), FlowConfig(objective="mean-flow", objective_options={"share": 0.4})
     kept = with_base_flow(more, base, {"objective", "objective_options"})  # what is not said stays as it was
     assert kept.objective_options == {"guidance": 2.0, "share": 0.4}
-    none, line = asked_of(base, FineTuningConfig(), 9, 0)
+    none, line = prior_prompts(base, FineTuningConfig(), 9, 0)
     assert none == [] and "has learned guidance along" in line
     with pytest.raises(UserError, match="has learned guidance along"):
-        asked_of(base, FineTuningConfig(prior_samples=5), 9, 0)
+        prior_prompts(base, FineTuningConfig(prior_samples=5), 9, 0)
     again = tmp_path / "again"  # a fine-tune of it learns average velocities without being told, guided alike
     call(tmp_path, images, "-o", again, *TINY, *few, "--init-from", tuned / "pipeline")
     assert LatentFlowPipeline.from_pretrained(again / "pipeline").config.folded_guidance == 2.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import Counter
@@ -21,12 +20,12 @@ from latentflow.config import FlowConfig, FramingConfig
 from latentflow.data import LatentTable, find_source, frame
 from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet
-from latentflow.training.loop.data_order import DataOrder, Draw
-from latentflow.training.loop.loader import by_group, groups_of, load_batches, numbered
-from latentflow.training.losses.flow import FlowStage
-from latentflow.training.losses.latent_data import LatentData, Sized
+from latentflow.training.loop.data_order import DataOrder, SampleUse
+from latentflow.training.loop.loader import by_group, groups_of, load_batch, load_batches
+from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.latent_data import BucketData, LatentData
 
-from .command import TINY, call
+from .command import TINY, call, losses, opened, sampled
 
 SHAPES = ((16, 16), (16, 16), (16, 16), (24, 10), (10, 24), (10, 24), (40, 10))
 
@@ -50,8 +49,10 @@ def latent_data(folder: Path, **more: Any) -> LatentData:
     for number, (height, width) in enumerate(framing.sizes):
         rows = torch.tensor([[row, crop] for row in framing.members[number] for crop in (0, 1)])
         latents = rows[:, None, :, None, None].expand(-1, 2, -1, height // 4, width // 4).float()
-        sized.append(Sized(LatentTable(latents, None)))
-    return LatentData(framing, sized, lambda rows, numbers: {"rows": torch.tensor(rows)}, told=True, **more)
+        sized.append(BucketData(LatentTable(latents, None)))
+    return LatentData(
+        framing, sized, lambda rows, numbers: {"rows": torch.tensor(rows)}, size_conditioning=True, **more
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -61,7 +62,7 @@ def test_an_epoch_has_every_image_once_each_at_its_size(folder: Path, workers: i
     seen: Counter[int] = Counter()
     shapes = set()
     for parts in load_batches(data, order.batches(0, 7, 0), num_workers=workers, pin_memory=False):
-        assert sum(len(part["numbers"]) for part in parts) == 4
+        assert sum(len(part["sample_ids"]) for part in parts) == 4
         for part in parts:
             latents, rows = part["latents"], part["rows"]
             assert torch.equal(latents[:, 0, 0, 0].long(), rows)  # the right image's, not its neighbour's
@@ -81,8 +82,10 @@ def test_both_crops_of_an_image_are_drawn_by_seed_and_running_number(folder: Pat
         drawn = {}
         for draws in order.batches(0, 20, 0):
             for part in by_group(draws, data.groups):
-                batch = numbered(data, part)
-                drawn |= dict(zip(batch["numbers"], batch["latents"][:, 1, 0, 0].int().tolist(), strict=True))
+                batch = load_batch(data, part)
+                drawn |= dict(
+                    zip(batch["sample_ids"], batch["latents"][:, 1, 0, 0].int().tolist(), strict=True)
+                )
         return [drawn[number] for number in sorted(drawn)]
 
     one = crops(0)
@@ -93,8 +96,8 @@ def test_what_is_told_of_a_crop_needs_its_image_no_more(folder: Path, tmp_path: 
     copy = shutil.copytree(folder, tmp_path / "copy")
     kept, gone = latent_data(folder), latent_data(copy)
     shutil.rmtree(copy)
-    draws = [Draw(index, number) for index in (3, 10) for number in range(8)]
-    told = [numbered(data, draws)["sizes"] for data in (kept, gone)]
+    draws = [SampleUse(index, number) for index in (3, 10) for number in range(8)]
+    told = [load_batch(data, draws)["sizes"] for data in (kept, gone)]
     assert torch.equal(*told) and len(told[0].unique(dim=0)) > 2
 
 
@@ -104,14 +107,14 @@ def test_a_batch_in_parts_has_the_loss_and_gradient_of_its_samples(folder: Path)
     network = DiT(in_channels=2, width=32, depth=1, heads=2, size_conditioning=True)
     for weight in network.parameters():
         torch.nn.init.normal_(weight, std=0.1)
-    stage = FlowStage(network, FlowConfig(condition_dropout=0.0), seed=0)
+    stage = FlowLoss(network, FlowConfig(condition_dropout=0.0), seed=0)
     draws = next(DataOrder(size=14, batch_size=14, groups=groups_of(data)).batches(0, 1, 0))
 
     def gradient(parts: list[Any]) -> tuple[float, Tensor]:
         network.zero_grad()
         total = 0.0
         for part in parts:
-            loss = stage(numbered(data, part))["loss"] * len(part) / 14
+            loss = stage(load_batch(data, part))["loss"] * len(part) / 14
             loss.backward()
             total += float(loss.detach())
         return total, torch.cat([one.grad.flatten() for one in network.parameters() if one.grad is not None])
@@ -147,32 +150,26 @@ def test_a_run_resumes_bit_for_bit_and_its_pipeline_is_told_sizes(folder: Path, 
     framing = ["--buckets", "--crops", 2, "--size-conditioning", "--inpainting", "--random-flip"]
     line = [folder, *TINY, *framing, "--condition", "none"]
 
-    def losses(run: str) -> list[float]:
-        rows = [json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        return [row["loss"] for row in rows if "loss" in row]
-
     said = call(tmp_path / "cache", *line, "-o", tmp_path / "whole", "--max-train-steps", 8)
     assert re.search(r"sizes \(width x height: images\): .*16x16: \d.*; none left out", said)
     vae = ["--vae", tmp_path / "whole" / "autoencoder" / "autoencoder", "--lr-scheduler", "constant"]
     for steps in (4, 8):
         call(tmp_path / "cache", *line, *vae, "-o", tmp_path / "resumed", "--max-train-steps", steps)
     call(tmp_path / "cache", *line, *vae, "-o", tmp_path / "again", "--max-train-steps", 8)
-    assert losses("resumed") == losses("again")
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "again")
     square = [*line, *vae, "--no-buckets", "-o", tmp_path / "again", "--max-train-steps", 9]
     assert "framing.buckets: True -> False" in call(tmp_path / "cache", *square, expect=2)
 
-    pipe = LatentFlowPipeline.from_pretrained(tmp_path / "again" / "pipeline")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = opened(tmp_path / "again" / "pipeline")
 
-    def drawn(**more: Any) -> Any:
-        start = torch.Generator().manual_seed(0)
-        return np.asarray(pipe(height=16, width=24, num_inference_steps=1, generator=start, **more).images[0])
+    def drawn(**more: Any) -> Tensor:
+        return sampled(pipe, height=16, width=24, output_type="pt", **more)
 
-    assert drawn().shape == (16, 24, 3)
+    assert drawn().shape == (1, 3, 16, 24)
     torch.nn.init.normal_(pipe.transformer.size_embedder.mlp[2].weight)
-    assert np.array_equal(drawn(), drawn(original_size=(16, 24), target_size=(16, 24)))
-    assert not np.array_equal(drawn(), drawn(original_size=(400, 600)))
-    assert not np.array_equal(drawn(), drawn(crops_coords_top_left=(0, 9)))
+    assert torch.equal(drawn(), drawn(original_size=(16, 24), target_size=(16, 24)))
+    assert not torch.equal(drawn(), drawn(original_size=(400, 600)))
+    assert not torch.equal(drawn(), drawn(crops_coords_top_left=(0, 9)))
 
 
 def test_captions_are_mirrored_with_their_images_only(folder: Path, tmp_path: Path) -> None:

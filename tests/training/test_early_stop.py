@@ -15,7 +15,7 @@ from latentflow.data import Source
 from latentflow.errors import UserError
 from latentflow.training import Callbacks
 from latentflow.training.loop.checkpoint import list_checkpoints
-from latentflow.training.loop.early_stop import EarlyStop
+from latentflow.training.loop.stopping import EarlyStop
 from latentflow.training.report.card import CardFacts, write_card
 from latentflow.training.report.folder import read_run
 

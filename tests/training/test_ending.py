@@ -19,12 +19,13 @@ import torch
 from latentflow import LatentFlowPipeline
 from latentflow.errors import RunError
 from latentflow.training import Callbacks, Stop, fit
+from latentflow.training.loop import folders, saving
 from latentflow.training.loop import logging as report
-from latentflow.training.loop import saving
 from latentflow.training.loop.checkpoint import list_checkpoints
-from latentflow.training.loop.data_order import Draw
-from latentflow.training.losses.autoencoder import AutoencoderStage
-from latentflow.training.losses.flow import FlowStage
+from latentflow.training.loop.data_order import SampleUse
+from latentflow.training.loop.run_folder import read_metrics
+from latentflow.training.losses.autoencoder import AutoencoderLoss
+from latentflow.training.losses.flow import FlowLoss
 
 from .command import ROOT, TINY, call, environment
 from .forking import fork_ranks
@@ -41,7 +42,7 @@ class Asked(Regression):
         self.at = at
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        for number in batch["numbers"]:
+        for number in batch["sample_ids"]:
             if number in self.at:
                 os.kill(os.getpid(), self.at[number])
         return super().forward(batch)
@@ -125,8 +126,8 @@ class Signalled(Line):
     def __init__(self, number: signal.Signals, main: signal.Signals | None = None) -> None:
         self.number, self.main = number, main
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
-        if any(draw.number == 6 * 6 + 3 for draw in draws):
+    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
+        if any(draw.sample_id == 6 * 6 + 3 for draw in draws):
             if self.main is not None:
                 time.sleep(0.5)  # the loop has taken all that was loaded before, and waits
                 os.kill(os.getppid(), self.main)
@@ -154,7 +155,7 @@ def interrupting(stage: type, number: signal.Signals, at: int, patch: pytest.Mon
     forward = stage.forward
 
     def seen(self: Any, batch: dict[str, Any]) -> Any:
-        if self.training and at in batch["numbers"]:
+        if self.training and at in batch["sample_ids"]:
             os.kill(os.getpid(), number)
         return forward(self, batch)
 
@@ -181,17 +182,17 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
     cache, out = tmp_path / "cache", tmp_path / "run"
     line = [images, "-o", out, *FEW]
     with monkeypatch.context() as patch:  # the autoencoder's last step: it is finished, the run is not
-        interrupting(AutoencoderStage, signal.SIGINT, 1 * 4, patch)
+        interrupting(AutoencoderLoss, signal.SIGINT, 1 * 4, patch)
         said = call(cache, *line, expect=130)
     assert "resume with:\n  latentflow train" in said and (out / "autoencoder/autoencoder").is_dir()
     assert not (out / "checkpoints").exists()
     with monkeypatch.context() as patch:
-        interrupting(FlowStage, signal.SIGTERM, 1 * 4, patch)
+        interrupting(FlowLoss, signal.SIGTERM, 1 * 4, patch)
         said = call(cache, *line, expect=143)
     assert "stopped at step 2, saved; resume with:\n  latentflow train" in said and "done:" not in said
     assert not (out / "pipeline").exists()
     with monkeypatch.context() as patch:  # the last step of all
-        interrupting(FlowStage, signal.SIGTERM, 2 * 4, patch)
+        interrupting(FlowLoss, signal.SIGTERM, 2 * 4, patch)
         said = call(cache, *line)
     assert "done:" in said and "resume with" not in said
 
@@ -199,7 +200,7 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:  # what is ours in the export is tried again, and told in words
-        patch.setattr(saving, "RETRY_SECONDS", (0.0,))
+        patch.setattr(folders, "RETRY_SECONDS", (0.0,))
         patch.setattr(LatentFlowPipeline, "save_pretrained", full)
         said = call(cache, *line, "--max-train-steps", 4, expect=1)
     assert said.count("Trying again") == 1 and "the same line makes the rest" in said
@@ -208,10 +209,10 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
 
     alone = [images, "-o", tmp_path / "autoencoder", *own_flags()]
     with monkeypatch.context() as patch:
-        interrupting(AutoencoderStage, signal.SIGHUP, 1 * 4, patch)
+        interrupting(AutoencoderLoss, signal.SIGHUP, 1 * 4, patch)
         assert "resume with" in call(cache, *alone, file="autoencoder", expect=129)
     with monkeypatch.context() as patch:
-        interrupting(AutoencoderStage, signal.SIGHUP, 2 * 4, patch)
+        interrupting(AutoencoderLoss, signal.SIGHUP, 2 * 4, patch)
         assert "done:" in call(cache, *alone, file="autoencoder")
 
 
@@ -259,7 +260,7 @@ def test_an_export_gets_an_empty_folder_that_exists(tmp_path: Path) -> None:
 def test_an_error_of_the_user_s_export_is_raised_as_it_is_and_at_once(
     tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
+    monkeypatch.setattr(folders.time, "sleep", lambda seconds: pytest.fail("it is tried again"))
     calls = []
 
     def export(folder: Path) -> None:
@@ -278,23 +279,22 @@ def test_a_disk_that_fails_under_an_export_is_tried_again_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of our own writing, before and after the callback, and of a callback that says so."""
-    monkeypatch.setattr(saving, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
     full, calls = OSError(28, "No space left on device"), []
 
     def export(folder: Path) -> None:
         calls.append(folder)
         if len(calls) < 3:
-            with saving.writing("the result", folder):
+            with folders.writing("the result", folder):
                 raise full
 
     callbacks = Callbacks(export=export, export_to=tmp_path / "result")
     assert run(tmp_path / "run", callbacks=callbacks) and len(calls) == 3
-    from latentflow.training.loop import fit as loop
 
     def failing(folder: Path) -> None:
         raise full
 
-    monkeypatch.setattr(loop, "finish_folder", failing)
+    monkeypatch.setattr(saving, "finish_folder", failing)
     callbacks = dataclasses.replace(callbacks, export_to=tmp_path / "other")
     with pytest.raises(RunError, match=r"the result .*other could not be written: No space left") as caught:
         run(tmp_path / "run2", callbacks=callbacks)
@@ -328,7 +328,7 @@ def test_the_console_of_a_resumed_run_goes_on_as_that_of_the_uninterrupted_one(
     assert len(whole) == 12 and whole == resumed
     # The running mean, by its formula.
     rows = [float(re.search(r"loss (\S+)", line)[1]) for line in whole]  # type: ignore[index]
-    logged = report.run_files.read_metrics(tmp_path / "whole")
+    logged = read_metrics(tmp_path / "whole")
     mean = logged[0]["loss"]
     for row, told in zip(logged, rows, strict=True):
         mean = 0.9 * mean + 0.1 * row["loss"]

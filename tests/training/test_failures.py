@@ -21,10 +21,10 @@ from latentflow.autoencoder import latents
 from latentflow.errors import RunError, UserError
 from latentflow.training import Callbacks, fit, log_to
 from latentflow.training.loop import fit as loop
+from latentflow.training.loop import folders, saving
 from latentflow.training.loop import loader as batches
-from latentflow.training.loop import saving
 from latentflow.training.loop.checkpoint import list_checkpoints, load_latest
-from latentflow.training.loop.data_order import DataOrder, Draw
+from latentflow.training.loop.data_order import DataOrder, SampleUse
 from latentflow.utils.memory import OutOfMemory, is_out_of_memory, memory_phase
 
 from .forking import fork_ranks
@@ -52,7 +52,7 @@ class NoDropout(Regression):
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_automatic_micro_batches_in_the_middle_of_a_run_repeat_the_step_from_its
 
     class Once(NoDropout):
         def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            if 5 * 6 + 3 in batch["numbers"] and len(batch["x"]) == 3:  # the second half of step 6
+            if 5 * 6 + 3 in batch["sample_ids"] and len(batch["x"]) == 3:  # the second half of step 6
                 raise MemoryError
             return super().forward(batch)
 
@@ -143,7 +143,7 @@ def test_out_of_memory_names_the_phase_the_peak_and_the_flags_and_saves(
 ) -> None:
     class Late(NoDropout):
         def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            if 6 * 6 in batch["numbers"]:
+            if 6 * 6 in batch["sample_ids"]:
                 raise error
             return super().forward(batch)
 
@@ -255,8 +255,8 @@ def test_previews_and_validations_that_fail_never_stop_a_run_and_are_tried_again
 class Unreadable(Line):
     """A file whose disk fails when sample 3 is asked for."""
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
-        if any(draw.number == 6 * 6 + 3 for draw in draws):
+    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
+        if any(draw.sample_id == 6 * 6 + 3 for draw in draws):
             raise OSError(errno.EIO, os.strerror(errno.EIO), "shard-3.safetensors")
         return super().__getitems__(draws)
 
@@ -267,8 +267,8 @@ class Dying(Line):
     def __init__(self) -> None:
         self.main = os.getpid()
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
-        if any(draw.number == 9 * 6 + 3 for draw in draws):
+    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
+        if any(draw.sample_id == 9 * 6 + 3 for draw in draws):
             assert os.getpid() != self.main
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__getitems__(draws)
@@ -384,7 +384,7 @@ def test_an_export_of_an_earlier_target_is_made_again(
     (tmp_path / "result" / "made").unlink()
     longer = dataclasses.replace(CONFIG, max_train_steps=14)
     with monkeypatch.context() as patch:  # killed after the last checkpoint
-        patch.setattr(loop._Loop, "_export", lambda self: None)
+        patch.setattr(loop.Loop, "_export", lambda self: None)
         assert run(tmp_path / "run", longer, callbacks=callbacks)
     assert not (tmp_path / "result" / "made").exists()
     assert run(tmp_path / "run", longer, callbacks=callbacks)
@@ -448,8 +448,8 @@ def test_a_sample_that_another_process_has_is_blamed_as_well(tmp_path: Path) -> 
 @pytest.mark.parametrize("shard", [False, True])
 def test_data_that_fails_in_one_process_saves_the_run_of_all(tmp_path: Path, shard: bool) -> None:
     class Broken(Line):
-        def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
-            if 5 * 6 + 4 in [draw.number for draw in draws]:  # the second process's half of step 6
+        def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
+            if 5 * 6 + 4 in [draw.sample_id for draw in draws]:  # the second process's half of step 6
                 raise OSError("the disk is gone")
             return super().__getitems__(draws)
 

@@ -16,9 +16,9 @@ from latentflow.config import FlowConfig
 from latentflow.errors import UserError
 from latentflow.flow import COUPLINGS, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS
 from latentflow.flow.tensors import expand_t
-from latentflow.training.loop.data_order import Draw
-from latentflow.training.losses.average_velocity import OneStepStage
-from latentflow.training.losses.flow import FlowStage, _for_coupling, validation_loss
+from latentflow.training.loop.data_order import SampleUse
+from latentflow.training.losses.average_velocity import OneStepLoss
+from latentflow.training.losses.flow import FlowLoss, _compared_by, validation_loss
 
 from .command import TINY, call
 
@@ -49,12 +49,12 @@ class Exact(nn.Module):
 
 def batch(rows: int = ROWS) -> dict[str, Any]:
     latents = POINT.expand(rows, -1, -1, -1).clone()
-    return {"latents": latents, "numbers": list(range(rows)), "class_labels": torch.arange(rows) % 3}
+    return {"latents": latents, "sample_ids": list(range(rows)), "class_labels": torch.arange(rows) % 3}
 
 
-def stage(**choices: Any) -> FlowStage:
+def stage(**choices: Any) -> FlowLoss:
     config = FlowConfig(**choices)
-    return FlowStage(Exact(config), config, seed=0)
+    return FlowLoss(Exact(config), config, seed=0)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -158,7 +158,7 @@ def test_as_many_conditions_as_asked_are_dropped_in_training_and_none_in_validat
     )
     if dropout:  # whichever their times are
         assert float(t[dropped].mean() - t[~dropped].mean()) == pytest.approx(0.0, abs=0.05)
-    again = one(batch(rows) | {"numbers": list(range(rows, 2 * rows))})
+    again = one(batch(rows) | {"sample_ids": list(range(rows, 2 * rows))})
     assert "loss" in again and (not dropout or not torch.equal(dropped, one.network.cond.drop))
     one.eval()(batch(rows))
     assert not one.network.cond.drop.any()
@@ -166,7 +166,7 @@ def test_as_many_conditions_as_asked_are_dropped_in_training_and_none_in_validat
 
 def test_a_one_step_student_learns_the_way_from_the_noise_of_its_pair() -> None:
     config = FlowConfig()
-    one = OneStepStage(Exact(config), config, seed=0)
+    one = OneStepLoss(Exact(config), config, seed=0)
     one.network.register_forward_hook(lambda module, given, output: torch.zeros_like(output))
     noise = torch.randn(ROWS, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     result = one(batch() | {"noise": noise})
@@ -182,9 +182,9 @@ def test_every_batch_is_paired_by_chances_of_its_own() -> None:
         return x0
 
     one = stage()
-    one._choices = one._choices._replace(coupling=spy)
+    one.coupling = spy
     for start in (0, ROWS, 0):
-        one(batch() | {"numbers": list(range(start, start + ROWS))})
+        one(batch() | {"sample_ids": list(range(start, start + ROWS))})
     assert seeds[0] == seeds[2] != seeds[1]
 
 
@@ -193,15 +193,15 @@ def test_captions_are_read_to_the_end_of_the_longest_and_padding_says_nothing() 
     encoder = T5EncoderModel(
         T5Config(vocab_size=9, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1)
     ).eval()
-    one = FlowStage(Exact(FlowConfig()), FlowConfig(), seed=0, text_encoder=encoder)
+    one = FlowLoss(Exact(FlowConfig()), FlowConfig(), seed=0, text_encoder=encoder)
     rows = [[3, 4, 5, 6, 1], [7, 1], [8, 2, 1]]
     ids, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long)
     for row, words in enumerate(rows):
         ids[row, : len(words)], mask[row, : len(words)] = torch.tensor(words), 1
-    told = one.condition({"input_ids": ids, "attention_mask": mask})
+    told = one.prompts({"input_ids": ids, "attention_mask": mask})
     assert told.text is not None and told.text_mask is not None
     assert told.text.shape == (3, 5, 8) and told.text_mask.sum(1).tolist() == [5, 2, 3]
-    means = _for_coupling(told)
+    means = _compared_by(told)
     assert means is not None
     for row, words in enumerate(rows):
         alone = encoder(input_ids=torch.tensor([words])).last_hidden_state[0]
@@ -216,14 +216,16 @@ def test_validation_is_the_mean_over_all_rows_at_fixed_noises() -> None:
         def __len__(self) -> int:
             return 7
 
-        def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+        def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
             latents = torch.stack([POINT[0] * (1 + draw.index) for draw in draws])
             return {"latents": latents, "class_labels": torch.zeros(len(draws), dtype=torch.long)}
 
     one = stage().eval()
     data: Any = Rows()
-    draws = [Draw(index, index * 4 + k) for index in range(7) for k in range(4)]
-    expected = one(data.__getitems__(draws) | {"numbers": [draw.number for draw in draws]})["per_sample"]
+    draws = [SampleUse(index, index * 4 + k) for index in range(7) for k in range(4)]
+    expected = one(data.__getitems__(draws) | {"sample_ids": [draw.sample_id for draw in draws]})[
+        "per_sample"
+    ]
     for size in (64, 5):
         found = validation_loss(one, data, torch.device("cpu"), batch_size=size)
         assert found == pytest.approx(float(expected.double().mean()), rel=1e-5)
@@ -305,20 +307,20 @@ def test_configs_compare_by_value() -> None:
 
 def test_late_times_are_uniform_each_by_its_own_number() -> None:
     config = FlowConfig(time_uniform_from=0.75, time_options={"mean": 0.5, "shift": 2.0})
-    late = FlowStage(Exact(config), config, seed=0, samples=4000)
+    late = FlowLoss(Exact(config), config, seed=0, samples=4000)
     usual, uniform = (
         stage(time_density=name, time_options={"shift": 2.0} | more)
         for name, more in (("logit-normal", {"mean": 0.5}), ("uniform", {}))
     )
     rows = batch() | {
-        "numbers": list(range(3000 - ROWS // 2, 3000 + ROWS // 2))
+        "sample_ids": list(range(3000 - ROWS // 2, 3000 + ROWS // 2))
     }  # the change falls into a batch
     t, before, after = (one(rows)["t"] for one in (late, usual, uniform))
     half = ROWS // 2
     assert torch.equal(t[:half], before[:half]) and torch.equal(t[half:], after[half:])
     assert not torch.equal(before[half:], after[half:])
     # Another micro-batch, and so another number of processes, changes nothing; validation stays what it was.
-    alone = batch(1) | {"numbers": rows["numbers"][-1:]}
+    alone = batch(1) | {"sample_ids": rows["sample_ids"][-1:]}
     assert torch.equal(late(alone)["t"], t[-1:])
     assert torch.equal(late.eval()(rows)["t"], before)
 
@@ -326,11 +328,11 @@ def test_late_times_are_uniform_each_by_its_own_number() -> None:
 def test_a_weighting_means_the_same_before_and_after_the_change_of_times() -> None:
     """What a sample's loss is divided by is the density that its own time was drawn from."""
     config = FlowConfig(weighting="sigmoid", time_density="logit-normal", time_uniform_from=0.5)
-    late = FlowStage(Exact(config), config, seed=0, samples=2 * ROWS)
+    late = FlowLoss(Exact(config), config, seed=0, samples=2 * ROWS)
     uniform = stage(weighting="sigmoid", time_density="uniform")
     for one in (late, uniform):
         one.network.register_forward_hook(lambda module, given, output: output + 0.1)
-    rows = batch() | {"numbers": list(range(ROWS, 2 * ROWS))}
+    rows = batch() | {"sample_ids": list(range(ROWS, 2 * ROWS))}
     torch.testing.assert_close(late(rows)["per_sample"], uniform(rows)["per_sample"])
 
 

@@ -59,7 +59,7 @@ def test_steps_have_the_same_samples_for_any_number_of_processes(processes: int,
         parts = [list(order.batches(first, 30, process)) for process in range(processes)]
         return [
             sorted(
-                (draw.number, draw.index)
+                (draw.sample_id, draw.index)
                 for part in parts
                 for micro in part[step * accumulation : (step + 1) * accumulation]
                 for draw in micro

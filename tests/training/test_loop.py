@@ -18,7 +18,7 @@ from latentflow.config import LoopConfig
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, fit, log_to
 from latentflow.training.loop.checkpoint import list_checkpoints
-from latentflow.training.loop.data_order import DataOrder, Draw, SampleRandom
+from latentflow.training.loop.data_order import DataOrder, SampleRandom, SampleUse
 from latentflow.training.loop.run_folder import read_metrics
 
 CONFIG = LoopConfig(
@@ -33,7 +33,7 @@ class Line:
     def __len__(self) -> int:
         return 20
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
         x = torch.tensor([[draw.index / 20] for draw in draws])
         return {"x": x, "y": 2 * x + 1}
 
@@ -52,11 +52,11 @@ class Regression(nn.Module):
         self.interrupt_at: int | None = None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        noise = SampleRandom(0, batch["numbers"]).normal((1,))
+        noise = SampleRandom(0, batch["sample_ids"]).normal((1,))
         error = (self.layers(batch["x"]) - batch["y"] - 0.01 * noise).square().flatten()
-        bad = torch.tensor([number in self.poison for number in batch["numbers"]])
+        bad = torch.tensor([number in self.poison for number in batch["sample_ids"]])
         error = error + torch.where(bad, float("nan"), 0.0)
-        if self.interrupt_at in batch["numbers"]:
+        if self.interrupt_at in batch["sample_ids"]:
             os.kill(os.getpid(), signal.SIGTERM)
         return {"loss": error.mean(), "per_sample": error.detach(), "t": torch.zeros(len(error))}
 
@@ -95,7 +95,7 @@ def test_a_run_that_died_between_checkpoints_equals_the_uninterrupted_one(tmp_pa
 
     class Dying(Regression):
         def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            if 7 * 6 in batch["numbers"]:
+            if 7 * 6 in batch["sample_ids"]:
                 raise DiedError
             return super().forward(batch)
 

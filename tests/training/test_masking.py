@@ -16,9 +16,9 @@ from latentflow.config import AutoencoderConfig, FlowConfig
 from latentflow.data import LatentTable, Source, find_source, one_size
 from latentflow.data.sources.shapes import ShapeExample, all_specs
 from latentflow.models import Condition, DiT, UNet
-from latentflow.training.loop.data_order import Draw
-from latentflow.training.losses.flow import FlowStage
-from latentflow.training.losses.latent_data import LatentData, Sized
+from latentflow.training.loop.data_order import SampleUse
+from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.latent_data import BucketData, LatentData
 from latentflow.training.losses.masking import Masking
 from latentflow.training.networks import networks_from
 
@@ -40,12 +40,17 @@ def vae() -> AutoencoderDC:
     return one.eval().requires_grad_(False)
 
 
+def hole(channels: Tensor) -> Tensor:
+    """(B, 1, h, w): the cells with pixels to repaint, by the first channels of a masked condition."""
+    return (channels[:, : FACTOR**2] == 0).any(1, keepdim=True)
+
+
 def batch(numbers: list[int]) -> dict[str, Any]:
     """Rows that depend on their number alone."""
     rows = [torch.Generator().manual_seed(number) for number in numbers]
     draw = [torch.randint(256, (3, SIDE, SIDE), generator=one, dtype=torch.uint8) for one in rows]
     latents = torch.stack([torch.randn(CHANNELS, 8, 8, generator=one) for one in rows])
-    return {"pixels": torch.stack(draw), "latents": latents, "numbers": numbers}
+    return {"pixels": torch.stack(draw), "latents": latents, "sample_ids": numbers}
 
 
 class Recorder(nn.Module):
@@ -60,10 +65,10 @@ def test_the_mask_is_decided_by_seed_and_number(vae: AutoencoderDC) -> None:
     together = Masking(vae, SHAPES, seed=5)(batch([3, 4, 9]))
     for row, number in enumerate([3, 4, 9]):
         alone = Masking(vae, SHAPES, seed=5)(batch([number]))
-        assert torch.equal(alone.hole[0], together.hole[row])
-        torch.testing.assert_close(alone.channels[0], together.channels[row])
+        assert torch.equal(hole(alone)[0], hole(together)[row])
+        torch.testing.assert_close(alone[0], together[row])
     other = Masking(vae, SHAPES, seed=6)(batch([3, 4, 9]))
-    assert not torch.equal(other.hole, together.hole)
+    assert not torch.equal(hole(other), hole(together))
 
 
 def test_own_masks_come_in_their_share_and_only_where_there_are_some(vae: AutoencoderDC) -> None:
@@ -73,22 +78,22 @@ def test_own_masks_come_in_their_share_and_only_where_there_are_some(vae: Autoen
     given["masks"][:, :, 5, 5] = 255  # no random rectangle is so small
     given["has_mask"] = torch.arange(400) < 300
     masked = Masking(vae, {"rectangle": 1.0, "data": 1.0}, seed=0)(given)
-    own = masked.hole.sum((1, 2, 3)) == 1
+    own = hole(masked).sum((1, 2, 3)) == 1
     assert own.sum() == own[:300].sum()
     assert abs(own[:300].float().mean() - 0.5) < 4 * 0.5 / 300**0.5
 
 
 def test_own_masks_only_fall_back_to_random_ones(vae: AutoencoderDC) -> None:
-    assert Masking(vae, {"data": 1.0}, seed=0)(batch([0, 1, 2])).hole.any()
+    assert Masking(vae, {"data": 1.0}, seed=0)(batch([0, 1, 2]))[:, 0].eq(0).any()
 
 
 def test_the_network_is_told_what_is_known(vae: AutoencoderDC) -> None:
     masking = Masking(vae, SHAPES, seed=0)
-    stage = FlowStage(Recorder(), FlowConfig(inpainting=True), seed=0, masking=masking)
+    stage = FlowLoss(Recorder(), FlowConfig(inpainting=True), seed=0, masking=masking)
     given = batch([0, 1, 2, 3])
     stage(given)
-    assert torch.equal(stage.network.cond.channels, masking(given).channels)
-    plain = FlowStage(Recorder(), FlowConfig(), seed=0)
+    assert torch.equal(stage.network.cond.channels, masking(given))
+    plain = FlowLoss(Recorder(), FlowConfig(), seed=0)
     plain(given)
     assert plain.network.cond.channels is None
     assert torch.equal(plain.network.x, stage.network.x)  # masks change no other draw
@@ -97,13 +102,13 @@ def test_the_network_is_told_what_is_known(vae: AutoencoderDC) -> None:
 def test_data_dependent_coupling_starts_from_the_known_part(vae: AutoencoderDC) -> None:
     masking = Masking(vae, SHAPES, seed=0)
     config = FlowConfig(inpainting=True, coupling="data-dependent")
-    stage = FlowStage(Recorder(), config, seed=0, masking=masking)
-    plain = FlowStage(Recorder(), FlowConfig(), seed=0)
+    stage = FlowLoss(Recorder(), config, seed=0, masking=masking)
+    plain = FlowLoss(Recorder(), FlowConfig(), seed=0)
     given = batch(list(range(8)))
     stage(given), plain(given)
     masked, t = masking(given), stage.network.t.view(-1, 1, 1, 1)
-    known = (1 - t) * masked.known + t * given["latents"]
-    kept = (masked.hole == 0).expand_as(known)
+    known = (1 - t) * masked[:, -CHANNELS:] + t * given["latents"]
+    kept = (~hole(masked)).expand_as(known)
     assert kept.any() and not kept.all()
     torch.testing.assert_close(stage.network.x[kept], known[kept])
     torch.testing.assert_close(stage.network.x[~kept], plain.network.x[~kept])
@@ -114,8 +119,8 @@ def test_masks_and_pixels_are_mirrored_with_the_latents() -> None:
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
     source = Source("one", (ShapeExample("a", spec=SPEC, seed=0),), "unconditional")
     table = LatentTable(torch.stack([ramp, ramp.flip(-1)], 1), None)
-    data = LatentData(one_size(source, (64, 64)), [Sized(table, {"pixels": ramp.to(torch.uint8)})], {})
-    rows = data.__getitems__([Draw(0, number) for number in numbers])
+    data = LatentData(one_size(source, (64, 64)), [BucketData(table, {"pixels": ramp.to(torch.uint8)})], {})
+    rows = data.__getitems__([SampleUse(0, number) for number in numbers])
     assert torch.equal(rows["latents"], rows["pixels"].float())
     assert 8 < sum(bool(row[0, 0, 0] == 7) for row in rows["pixels"]) < 24
 

@@ -31,7 +31,7 @@ from latentflow.training.loop.optimizers import (
     make_optimizers,
     orthogonalise,
 )
-from latentflow.training.loop.trained_module import Player
+from latentflow.training.loop.trained_module import TrainedModule
 
 from .test_loop import CONFIG, Line, Regression, assert_equal_weights, weights
 
@@ -192,7 +192,7 @@ class Wide(Regression):
         self.dies_at = dies_at
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        if self.dies_at in batch["numbers"]:
+        if self.dies_at in batch["sample_ids"]:
             raise InterruptedError
         return super().forward(batch)
 
@@ -228,13 +228,14 @@ def test_schedule_free_is_judged_by_its_own_average(tmp_path: Path) -> None:
 
 
 def test_schedule_free_goes_on_from_a_state_in_its_evaluation_mode() -> None:
-    def player() -> Player:
-        return Player("flow", Wide(), steady("schedule-free"), Accelerator(cpu=True))
+    def player() -> TrainedModule:
+        return TrainedModule("flow", Wide(), steady("schedule-free"), Accelerator(cpu=True))
 
-    def step(one: Player, number: int) -> None:
+    def step(one: TrainedModule, number: int) -> None:
         torch.manual_seed(number)
-        one.trained({"x": torch.ones(2, 1), "y": torch.zeros(2, 1), "numbers": [0, 1]})["loss"].backward()
-        one.update(number, 1e-3, skip=False)
+        one.trained({"x": torch.ones(2, 1), "y": torch.zeros(2, 1), "sample_ids": [0, 1]})["loss"].backward()
+        one.update(1e-3, skip=False)
+        one.update_averages(number)
 
     whole, second = player(), player()
     for number in (1, 2):
@@ -319,16 +320,16 @@ def test_layer_decay_scales_rates_by_the_distance_from_the_end_and_spares_tables
 def test_a_scaled_rate_reaches_the_weights() -> None:
     from accelerate import Accelerator
 
-    from latentflow.training.loop.trained_module import Player
+    from latentflow.training.loop.trained_module import TrainedModule
 
     torch.manual_seed(0)
     stage = nn.ModuleDict({"network": DiT(in_channels=4, width=32, depth=2, heads=2)})
     config = LoopConfig(lr_layer_decay=0.5, weight_decay=0.0)
-    player = Player("flow", stage, config, Accelerator(cpu=True))
+    player = TrainedModule("flow", stage, config, Accelerator(cpu=True))
     before = {key: one.detach().clone() for key, one in stage.named_parameters()}
     for one in stage.parameters():
         one.grad = torch.ones_like(one)
-    player.update(1, 0.01, skip=False)  # AdamW's first step has the length of its rate
+    player.update(0.01, skip=False)  # AdamW's first step has the length of its rate
     moved = {key: float((one.detach() - before[key]).abs().max()) for key, one in stage.named_parameters()}
     assert moved["network.final_layer.linear.bias"] == pytest.approx(0.01, rel=1e-3)
     assert moved["network.blocks.0.attn.proj.bias"] == pytest.approx(0.0025, rel=1e-3)

@@ -13,7 +13,7 @@ from latentflow.training.loop.data_order import DataOrder, SampleRandom
 
 
 def flat(order: DataOrder, first: int, last: int, process: int = 0) -> list[tuple[int, int]]:
-    return [(draw.index, draw.number) for batch in order.batches(first, last, process) for draw in batch]
+    return [(draw.index, draw.sample_id) for batch in order.batches(first, last, process) for draw in batch]
 
 
 def test_every_epoch_uses_every_sample_exactly_once() -> None:

@@ -19,8 +19,7 @@ from latentflow.errors import UserError
 from latentflow.training import average, fit
 from latentflow.training.average import averaged_pipeline, reconstruct
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.ema import WeightAverage, power_function
-from latentflow.training.loop.post_hoc_ema import LONGEST, coefficients, exponent
+from latentflow.training.loop.ema import LONGEST, WeightAverage, coefficients, exponent, power_function
 
 from .command import TINY, call
 from .forking import fork_ranks
@@ -129,7 +128,7 @@ def test_a_length_made_after_training_equals_the_one_that_was_tracked(whole: Pat
 def test_a_run_that_died_has_the_same_averages_and_snapshots(whole: Path, tmp_path: Path) -> None:
     class Dying(Regression):
         def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            if 70 * 6 in batch["numbers"]:
+            if 70 * 6 in batch["sample_ids"]:
                 raise InterruptedError
             return super().forward(batch)
 

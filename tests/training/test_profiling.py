@@ -17,8 +17,8 @@ from latentflow.training import fit
 from latentflow.training.estimate import sample_flops
 from latentflow.training.loop.checkpoint import load_checkpoint
 from latentflow.training.loop.profiling import SECTIONS, matrix_product_rate
-from latentflow.training.losses.flow import FlowStage
-from latentflow.training.losses.latent_data import LatentData, Sized
+from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.latent_data import BucketData, LatentData
 
 CONFIG = LoopConfig(
     max_train_steps=12, train_batch_size=8, mixed_precision="no", checkpointing_steps=12, validation_steps=0,
@@ -31,7 +31,7 @@ def data() -> LatentData:
     latents = torch.randn(32, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     framed = frame(source, 64, 8, FramingConfig())
     labels = {"class_labels": torch.as_tensor(source.class_ids())}
-    return LatentData(framed, [Sized(LatentTable(latents, None))], labels, flips=False)
+    return LatentData(framed, [BucketData(LatentTable(latents, None))], labels, flips=False)
 
 
 def network() -> DiT:
@@ -40,7 +40,7 @@ def network() -> DiT:
 
 
 def trained(folder: Path, config: LoopConfig, flops: float | None = None) -> dict[str, torch.Tensor]:
-    fit({"flow": FlowStage(network(), FlowConfig(), 0)}, data(), config, folder, flops=flops)
+    fit({"flow": FlowLoss(network(), FlowConfig(), 0)}, data(), config, folder, flops=flops)
     weights: dict[str, torch.Tensor] = load_checkpoint(folder / "checkpoints" / "step-000012")["flow-weights"]
     return weights
 

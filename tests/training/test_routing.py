@@ -13,7 +13,8 @@ from latentflow.errors import UserError
 from latentflow.models import DiT, UNet
 from latentflow.models.routing import Route
 from latentflow.training.loop.data_order import SampleRandom
-from latentflow.training.losses.flow import FlowStage
+from latentflow.training.losses.average_velocity import flow_loss
+from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.routing import Routing
 
 ROWS, SIDE = 6, 4
@@ -33,19 +34,19 @@ def network() -> Seeing:
     return Seeing(in_channels=2, width=16, depth=4, heads=2)
 
 
-def stage(share: float = 0.5, **config: Any) -> FlowStage:
+def stage(share: float = 0.5, **config: Any) -> FlowLoss:
     one = network()
     routing = Routing(RoutingConfig(route_share=share, **config), one, RUN) if share else None
-    return FlowStage(one, FlowConfig(), seed=3, routing=routing)
+    return flow_loss(one, FlowConfig(), 3, routing=routing)
 
 
 def batch(start: int = 0, rows: int = ROWS) -> dict[str, Any]:
     numbers = list(range(start, start + rows))
     latents = torch.randn(1, 2, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    return {"latents": latents.expand(rows, -1, -1, -1), "numbers": numbers}
+    return {"latents": latents.expand(rows, -1, -1, -1), "sample_ids": numbers}
 
 
-def route_of(one: FlowStage, **given: Any) -> Route | None:
+def route_of(one: FlowLoss, **given: Any) -> Route | None:
     one(batch(**given))
     return one.network.seen.get("route")
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from latentflow.training.loop.saving import Saver
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
     logging.getLogger("latentflow").propagate = True
 
 
@@ -250,10 +251,10 @@ def test_sigkill_while_saving_leaves_the_newest_complete_checkpoint(tmp_path: Pa
                 saver.save(step, {"step": step, "w": tensors})
         finally:
             os._exit(1)
-    deadline = saving.time.monotonic() + 60
-    while not (tmp_path / "step-000002").exists() and saving.time.monotonic() < deadline:
-        saving.time.sleep(0.001)
-    saving.time.sleep(delay)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "step-000002").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(delay)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     clean_up(tmp_path, r"step-\d+")

@@ -17,7 +17,7 @@ from latentflow.config import LoopConfig
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, fit
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.data_order import DataOrder, Draw
+from latentflow.training.loop.data_order import DataOrder, SampleUse
 from latentflow.training.loop.distributed import is_sharded
 from latentflow.training.loop.loader import by_group
 
@@ -66,7 +66,7 @@ class Sorts(Line):
 
     groups = torch.arange(20) % 7
 
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Any]:
+    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
         assert len({int(self.groups[draw.index]) for draw in draws}) == 1
         return super().__getitems__(draws)
 

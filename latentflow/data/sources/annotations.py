@@ -44,9 +44,9 @@ def said(row: Mapping[str, object], where: str) -> Said:
     Raises:
         UserError: a value is of the wrong type.
     """
-    numbered = sorted((int(m[1]), name) for name in row if (m := _NUMBERED.fullmatch(name)))
+    load_batch = sorted((int(m[1]), name) for name in row if (m := _NUMBERED.fullmatch(name)))
     texts: list[str] = []
-    for name in ("text", *(name for _, name in numbered)):
+    for name in ("text", *(name for _, name in load_batch)):
         texts += _texts(row.get(name), f"{where}: {name}")
     return Said(tuple(texts), _label(row.get("label"), where), _weight(row.get("weight"), where))
 

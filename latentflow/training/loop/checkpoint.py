@@ -1,4 +1,4 @@
-"""Checkpoints of a run: everything the loop needs, written whole or not at all, verified when read."""
+"""Checkpoints: all that the loop needs of a run, written whole or not at all, verified when read."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ...config import LoopConfig
 from ...errors import UserError
 from ...utils.settings import read_settings
 from .distributed import local, together
@@ -52,7 +53,8 @@ class Snapshot:
     @property
     def size(self) -> int:
         """Bytes of the tensors, over all processes."""
-        return sum(one.numel() * one.element_size() for file in self.files.values() for one in file.values())
+        tensors = (tensor for file in self.files.values() for tensor in file.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def snapshot(state: State, reuse: Snapshot | None = None, mesh: DeviceMesh | None = None) -> Snapshot:
@@ -68,10 +70,12 @@ def snapshot(state: State, reuse: Snapshot | None = None, mesh: DeviceMesh | Non
     for name, value in state.items():
         tensors: dict[str, Tensor] = {}
         taken.plain[name] = _strip_tensors(value, name, tensors)
-        on_gpu |= any(one.is_cuda for one in tensors.values())
+        on_gpu |= any(tensor.is_cuda for tensor in tensors.values())
         if tensors:
             buffers = earlier.files.get(name, {})
-            taken.files[name] = {key: _copied(one, buffers.get(key), mesh) for key, one in tensors.items()}
+            taken.files[name] = {
+                key: _copied(tensor, buffers.get(key), mesh) for key, tensor in tensors.items()
+            }
     if on_gpu:
         torch.cuda.synchronize()  # the copies above were only begun
     return taken
@@ -88,15 +92,15 @@ def write_checkpoint(folder: Path, taken: Snapshot, *, total_limit: int) -> None
 
 
 def write_shards(folder: Path, taken: Snapshot, group: dist.ProcessGroup, *, total_limit: int) -> None:
-    """`write_checkpoint` by all processes of a sharded run, each of which writes its share; ``folder`` is seen by all.
+    """Write a checkpoint by all processes of a sharded run, each of them its share; ``folder`` is seen by all.
 
     Raises:
         OSError: in every process, if one of them could not write; every earlier checkpoint is still there.
     """
     main = dist.get_rank(group) == 0
-    tensors = {key: one for file in taken.files.values() for key, one in file.items()}
-    if not main:  # what is the same in all of them is the first one's
-        tensors = {key: one for key, one in tensors.items() if isinstance(one, DTensor)}
+    tensors = {key: tensor for file in taken.files.values() for key, tensor in file.items()}
+    if not main:  # tensors that are the same in all processes are written by the main one
+        tensors = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, DTensor)}
     temporary = temporary_folder(folder)
 
     def prepare() -> None:
@@ -119,13 +123,13 @@ def write_shards(folder: Path, taken: Snapshot, group: dist.ProcessGroup, *, tot
 
 
 def _remove_oldest(folder: Path, total_limit: int) -> None:
-    older = [one for one in list_checkpoints(folder.parent) if step_of(one) < step_of(folder)]
+    older = [other for other in list_checkpoints(folder.parent) if step_of(other) < step_of(folder)]
     for old in older[: max(0, len(older) + 1 - max(1, total_limit))]:
         remove_folder(old)
 
 
 def save_checkpoint(folder: Path, state: State, *, total_limit: int) -> None:
-    """`write_checkpoint` of a snapshot taken now."""
+    """Write a snapshot taken now; see `write_checkpoint`."""
     write_checkpoint(folder, snapshot(state), total_limit=total_limit)
 
 
@@ -147,7 +151,7 @@ def _write(folder: Path, taken: Snapshot) -> None:
 
 
 def _write_plain(folder: Path, taken: Snapshot) -> None:
-    """All but the tensors, which are there."""
+    """Write all but the tensors, which are there already."""
     hashes = {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     document = {"state": taken.plain, "sha256": hashes, "state_sha256": _hash_of(taken.plain)}
     (folder / "state.json").write_text(json.dumps(document))
@@ -158,7 +162,7 @@ def _hash_of(plain: State) -> str:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The checkpoints below ``root``, oldest first."""
+    """Return the checkpoints below ``root``, oldest first."""
     found = [
         path for path in root.glob("step-*") if re.fullmatch(CHECKPOINT_NAME, path.name) and path.is_dir()
     ]
@@ -166,7 +170,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint's folder."""
+    """Return the step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -192,7 +196,7 @@ def load_checkpoint(folder: Path, place: Place | None = None) -> State:
 
 
 def _verified(folder: Path) -> State:
-    """The plain part of a checkpoint, all of whose files are as they were written."""
+    """Return the plain part of a checkpoint, after checking that all files are as they were written."""
     with _damage_of(folder):
         document = read_settings(folder / "state.json")
     plain, hashes = document.get("state"), document.get("sha256")
@@ -225,7 +229,7 @@ def _damaged(folder: Path, why: str) -> UserError:
 def _read(folder: Path, place: Place) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(str(folder))
     found: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    tensors = {key: place(key, one.size, one.properties.dtype) for key, one in found.items()}
+    tensors = {key: place(key, entry.size, entry.properties.dtype) for key, entry in found.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads what it needs
         load(tensors, storage_reader=reader, no_dist=True)
@@ -237,7 +241,7 @@ def _new(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def load_latest(root: Path, place: Place | None = None) -> State | None:
-    """The newest checkpoint that can be read; damaged ones are passed over, loudly, and left in place.
+    """Read the newest checkpoint that is whole; damaged ones are passed over with a warning, and left in place.
 
     Returns:
         The state, or None if there is no checkpoint at all.
@@ -261,7 +265,7 @@ def load_latest(root: Path, place: Place | None = None) -> State | None:
 
 @contextmanager
 def _one_error() -> Iterator[None]:
-    """Within the context, what failed in the processes that write together is the first one's `OSError`."""
+    """Turn a failure of processes that write together into the `OSError` of the first one."""
     try:
         yield
     except CheckpointException as error:
@@ -280,10 +284,12 @@ def _strip_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {_TENSOR: path}
     if isinstance(value, dict):
         return {
-            "__items__": [[key, _strip_tensors(one, f"{path}/{key}", tensors)] for key, one in value.items()]
+            "__items__": [
+                [key, _strip_tensors(item, f"{path}/{key}", tensors)] for key, item in value.items()
+            ]
         }
     if isinstance(value, (list, tuple)):
-        return [_strip_tensors(one, f"{path}/{index}", tensors) for index, one in enumerate(value)]
+        return [_strip_tensors(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
     return value
 
 
@@ -293,11 +299,11 @@ def _restored(value: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
             raise _damaged(folder, f"the tensor {value[_TENSOR]} is missing")
         return tensors[value[_TENSOR]]
     if isinstance(value, dict) and "__items__" in value:
-        return {key: _restored(one, tensors, folder) for key, one in value["__items__"]}
+        return {key: _restored(item, tensors, folder) for key, item in value["__items__"]}
     if isinstance(value, dict):  # the top level
-        return {key: _restored(one, tensors, folder) for key, one in value.items()}
+        return {key: _restored(item, tensors, folder) for key, item in value.items()}
     if isinstance(value, list):
-        return [_restored(one, tensors, folder) for one in value]
+        return [_restored(item, tensors, folder) for item in value]
     return value
 
 
@@ -307,7 +313,7 @@ def _sha256(path: Path) -> str:
 
 
 def difference(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Lines that say where two nested descriptions differ: ``network.depth: 8 -> 12``."""
+    """Yield a line for each difference of two nested descriptions: ``network.depth: 8 -> 12``."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
@@ -315,8 +321,51 @@ def difference(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {old} -> {new}"
 
 
+def refuse_changes(
+    output: Path, state: State, now: dict[str, Any], config: LoopConfig, processes: int
+) -> None:
+    """Refuse to go on from ``state`` where the description of the run is another one ``now``.
+
+    Raises:
+        UserError: the differences; not with ``config.allow_changes``.
+    """
+    before = state["description"]
+    # A finished stage: nothing is left of which the batch could change anything.
+    if state["step"] >= config.max_train_steps:
+        before = before | {"batch": now["batch"]}
+    changes = list(_changes(before, now))
+    if not changes or config.allow_changes:
+        return
+    fix = "Use another output folder, undo the changes, or pass --allow-changes to go on all the same."
+    batch = before.get("batch")
+    if batch != now["batch"]:
+        fix += (
+            f" A step has train-batch-size x gradient-accumulation-steps x processes samples: here that must be "
+            f"{batch}, over {processes} processes."
+        )
+    raise UserError(
+        f"the run in {output} (step {state['step']}) was made with other settings:\n  "
+        + "\n  ".join(changes[:12]),
+        fix,
+    )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    order = "data_order"
+    if order not in before and order in now:  # an earlier version did not write it
+        before = before | {order: now[order]}
+    for line in difference(before, now):
+        if not line.startswith(f"{order}: "):
+            yield line
+        elif before.get("data") == now.get("data"):  # else that line says enough
+            yield (
+                f"{order}: the same images in another order (files were renamed or moved), so that each step "
+                "would use others than it would have"
+            )
+
+
 def random_state() -> State:
-    """The state of torch's own generators (dropout and the like draw from them)."""
+    """Return the state of torch's own generators (dropout and the like draw from them)."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 

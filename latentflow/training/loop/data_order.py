@@ -1,24 +1,26 @@
-"""The order of samples of which only those of one group, such as one size, fit into a forward pass."""
+"""The order of samples, and the random numbers of each: pure functions of the seed and the sample's id."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 
 def grouped_permutation(groups: Tensor, first: int, batch: int, generator: torch.Generator) -> Tensor:
-    """A random permutation of all samples in which batches are of one group as far as the numbers go.
+    """Return a random permutation of all samples in which each batch holds one group as far as the numbers go.
 
-    Batches lie at multiples of ``batch`` of the running number, whatever the epoch: the batch that the epoch before
-    left unfinished is completed first. What does not fill a batch of its group shares one with the neighbouring
-    groups' rest; such batches are passed through the network in parts. So nothing is left out or used twice.
+    Only samples of one group, such as one size, fit into a forward pass. Batches begin at sample ids that are multiples
+    of ``batch``, whatever the epoch: the batch that the epoch before left unfinished is completed first. What does not
+    fill a batch of its group shares one with the neighbouring groups' rest; such batches are passed through the network
+    in parts. So nothing is left out or used twice.
 
     Args:
         groups: (N,) int64, each sample's group.
-        first: running number of the permutation's first sample.
+        first: sample id of the permutation's first sample.
         batch: samples of one optimiser step.
 
     Returns:
@@ -45,28 +47,43 @@ def grouped_permutation(groups: Tensor, first: int, batch: int, generator: torch
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """One use of one sample: its index in the data set and the running number of this use over the whole run."""
+class SampleUse:
+    """One use of one sample: its index in the data set, and the id of this use, which counts over the whole run."""
 
     index: int
-    number: int
+    sample_id: int
+
+
+class Stream(IntEnum):
+    """Streams of random numbers of a run, which are independent of one another; their values never change."""
+
+    ORDER = 0  # of the samples of an epoch
+    NOISE = 1  # and times, dropped conditions, whatever else `SampleRandom` draws
+    COUPLING = 2
+    CAPTIONS = 3
+    MASKS = 3  # drawn by numpy: as independent as another number would be
+    CROPS = 4
+    MIXIN_ORDER = 5
+    TEACHER_SAMPLES = 6  # samples of the prior, and pairs
+    AUTOENCODER = 7
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOrder:
-    """Every epoch is a fresh permutation; batches run on across epoch ends, so no sample is dropped or repeated.
+    """The samples of every step: each epoch is a fresh permutation, and batches run on across epoch ends.
 
-    Of two sets that are mixed each has epochs of its own, and every step has the same number of samples of each.
+    So no sample is dropped or repeated. Where a second set is mixed in, each set has epochs of its own, and every step
+    has the same number of samples of each.
 
     Args:
         size: samples in the data set.
-        batch_size: of one forward pass of one process.
+        batch_size: samples in one forward pass of one process.
         accumulation: forward passes per step.
         processes: processes that share a step.
         seed: of the permutations.
         groups: (size,) int64; samples of one group share steps where they can (see `grouped_permutation`).
-        second: how many of the samples, the last ones, are a second set.
-        second_share: the share of each step that is of the second set, rounded to samples; some of each at least.
+        mixin_count: size of the mixed-in data set, whose samples come last; 0: there is none.
+        mixin_share: its share of every step, rounded to samples; at least one sample of each set.
     """
 
     size: int
@@ -75,8 +92,8 @@ class DataOrder:
     processes: int = 1
     seed: int = 0
     groups: torch.Tensor | None = None
-    second: int = 0
-    second_share: float = 0.0
+    mixin_count: int = 0
+    mixin_share: float = 0.0
 
     @property
     def global_batch(self) -> int:
@@ -84,53 +101,54 @@ class DataOrder:
         return self.batch_size * self.accumulation * self.processes
 
     @property
-    def second_per_step(self) -> int:
-        """Those of them that are of the second set."""
-        if not self.second:
+    def mixin_per_step(self) -> int:
+        """Samples per step of the mixed-in set."""
+        if not self.mixin_count:
             return 0
-        return min(max(1, round(self.second_share * self.global_batch)), self.global_batch - 1)
+        return min(max(1, round(self.mixin_share * self.global_batch)), self.global_batch - 1)
 
-    def batches(self, first_step: int, last_step: int, process: int) -> Iterator[list[Draw]]:
-        """The forward passes of one process for the steps ``first_step`` .. ``last_step - 1``, in order.
+    def batches(self, first_step: int, last_step: int, process: int) -> Iterator[list[SampleUse]]:
+        """Yield the forward passes of one process for the steps ``first_step`` .. ``last_step - 1``, in order.
 
-        Micro-batch m of step s covers the running numbers from ``s * global_batch + (m * processes + process) *
+        Micro-batch m of step s covers the sample ids from ``s * global_batch + (m * processes + process) *
         batch_size``, so the union over processes is the same whatever their number.
         """
         kept = [(-1, torch.empty(0, dtype=torch.long))] * 2  # epoch and permutation of either set
         for step in range(first_step, last_step):
             for micro in range(self.accumulation):
                 start = step * self.global_batch + (micro * self.processes + process) * self.batch_size
-                draws = []
-                for number in range(start, start + self.batch_size):
-                    part, place = self._place(number)
-                    size = self.second if part else self.size - self.second
-                    if place // size != kept[part][0]:
-                        kept[part] = place // size, self._permutation(place // size, part)
-                    draws.append(Draw(int(kept[part][1][place % size]), number))
-                yield draws
+                uses = []
+                for sample_id in range(start, start + self.batch_size):
+                    mixin, place = self._place(sample_id)
+                    size = self.mixin_count if mixin else self.size - self.mixin_count
+                    if place // size != kept[mixin][0]:
+                        kept[mixin] = place // size, self._permutation(place // size, mixin)
+                    uses.append(SampleUse(int(kept[mixin][1][place % size]), sample_id))
+                yield uses
 
-    def _place(self, number: int) -> tuple[int, int]:
-        """Which set a running number is of, and its running number among those of that set: spread over the step."""
-        step, place = divmod(number, self.global_batch)
-        share = self.second_per_step
-        before, after = (one * share // self.global_batch for one in (place, place + 1))
+    def _place(self, sample_id: int) -> tuple[int, int]:
+        """Map a sample id to the set (1: mixed in) and the id within it; the mixed-in set is spread over the step."""
+        step, place = divmod(sample_id, self.global_batch)
+        share = self.mixin_per_step
+        before, after = (place * share // self.global_batch for place in (place, place + 1))
         if after > before:
             return 1, step * share + before
         return 0, step * (self.global_batch - share) + place - before
 
-    def _permutation(self, epoch: int, part: int) -> torch.Tensor:
-        first = self.size - self.second
-        if part:
-            return first + torch.randperm(self.second, generator=seeded(self.seed, 5, epoch))
-        generator = seeded(self.seed, 0, epoch)
+    def _permutation(self, epoch: int, mixin: int) -> torch.Tensor:
+        first = self.size - self.mixin_count
+        if mixin:
+            generator = seeded(self.seed, Stream.MIXIN_ORDER, epoch)
+            return first + torch.randperm(self.mixin_count, generator=generator)
+        generator = seeded(self.seed, Stream.ORDER, epoch)
         if self.groups is None:
             return torch.randperm(first, generator=generator)
-        batch = self.global_batch - self.second_per_step
+        batch = self.global_batch - self.mixin_per_step
         return grouped_permutation(self.groups[:first], epoch * first, batch, generator)
 
 
 def seeded(seed: int, stream: int, number: int) -> torch.Generator:
-    """A generator that depends on the three numbers only; different streams are independent."""
+    """Return a generator that depends on the three numbers only; different streams are independent."""
     # SplitMix64's finaliser spreads neighbouring numbers over all 64 bits.
     mixed = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + number + 1) * 0xBF58476D1CE4E5B9
     mixed &= 0xFFFFFFFFFFFFFFFF
@@ -139,23 +157,23 @@ def seeded(seed: int, stream: int, number: int) -> torch.Generator:
 
 
 class SampleRandom:
-    """Random numbers for a batch, each row depending only on the seed and its draw's running number.
+    """Random numbers for a batch, each row depending only on the seed and its sample's id.
 
     So noise and times are the same whatever the number of processes, the micro-batch size or the resumed step.
     """
 
-    def __init__(self, seed: int, numbers: list[int], device: torch.device | str = "cpu") -> None:
-        self._generators = [seeded(seed, 1, number) for number in numbers]
+    def __init__(self, seed: int, sample_ids: list[int], device: torch.device | str = "cpu") -> None:
+        self._generators = [seeded(seed, Stream.NOISE, sample_id) for sample_id in sample_ids]
         self._device = device
 
     def normal(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        """(B, *shape) standard normal float32."""
+        """Draw (B, *shape) standard normal float32."""
         rows = torch.empty(len(self._generators), *shape)
         for row, generator in zip(rows, self._generators, strict=True):
             row.normal_(generator=generator)
         return rows.to(self._device, non_blocking=True)
 
     def uniform(self) -> torch.Tensor:
-        """(B,) float64, in the open interval (0, 1)."""
+        """Draw (B,) float64, in the open interval (0, 1)."""
         rows = [torch.rand((), dtype=torch.float64, generator=generator) for generator in self._generators]
         return torch.stack(rows).clamp(1e-9, 1 - 1e-9).to(self._device)

@@ -1,4 +1,4 @@
-"""The processes, devices and precision of a run, and weights spread over processes (FSDP2), by accelerate."""
+"""Processes, devices and precision of a run, and weights spread over processes (FSDP2), by accelerate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, patch_environment
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,12 +23,12 @@ from ...config import LoopConfig
 from ...errors import UserError
 
 # The others wait while the main process encodes the data, which may take hours. A process that dies is noticed by its
-# launcher, not by this.
+# launcher.
 PATIENCE = timedelta(days=2)
 
 
 def process_state() -> PartialState:
-    """accelerate's state of this process: ``device``, ``num_processes``, ``is_main_process``.
+    """Return accelerate's state of this process: ``device``, ``num_processes``, ``is_main_process``.
 
     Several processes (torchrun, accelerate launch) on a machine without an accelerator talk through gloo; accelerate's
     own default would take each of them for the only one.
@@ -38,12 +39,12 @@ def process_state() -> PartialState:
 
 
 def in_any_process(accelerator: Accelerator, here: bool) -> bool:
-    """Whether it holds in any process of the run; all of them must ask."""
+    """Return whether ``here`` is true in any process of the run; all of them must call this."""
     return most_of_any_process(accelerator, int(here)) > 0
 
 
 def most_of_any_process(accelerator: Accelerator, here: int) -> int:
-    """The largest of the numbers that the processes of the run have here; all of them must ask."""
+    """Return the largest ``here`` of all processes of the run; all of them must call this."""
     if accelerator.num_processes == 1:
         return here
     numbers: torch.Tensor = accelerator.gather(torch.tensor([here], device=accelerator.device))
@@ -51,7 +52,7 @@ def most_of_any_process(accelerator: Accelerator, here: int) -> int:
 
 
 def together(action: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Call ``action`` in every process (of ``group``), which must all call this; what fails in one fails in all.
+    """Call ``action`` in every process (of ``group``), which must all call this; a failure of one is one of all.
 
     Raises:
         Exception: what it raised here, else what it raised in the first process that failed.
@@ -66,13 +67,13 @@ def together(action: Callable[[], None], group: dist.ProcessGroup | None = None)
         failure = error
     failures: list[Exception | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(failures, _portable(failure), group=group)
-    for one in (failure, *failures):
-        if one is not None:
-            raise one
+    for first in (failure, *failures):
+        if first is not None:
+            raise first
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error as another process can have it."""
+    """Return the error in a form that other processes can receive."""
     if error is None or isinstance(error, UserError | MemoryError | torch.OutOfMemoryError):
         return error
     if isinstance(error, OSError):
@@ -86,8 +87,10 @@ Precision = Literal["no", "bf16", "fp16"]
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` multiplies bfloat16 matrices in hardware. A CPU that only emulates it is slower than in
-    float32, by a factor of up to 70."""
+    """Return whether ``device`` multiplies bfloat16 matrices in hardware.
+
+    A CPU that only emulates it is slower than in float32, by a factor of up to 70.
+    """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -96,24 +99,44 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def compute_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
-    """The type that matrix products run in."""
+    """Return the type that matrix products run in."""
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
         resolve(mixed_precision, device)
     ]
 
 
 def resolve(mixed_precision: str, device: torch.device) -> Precision:
-    """``mixed_precision`` as asked for; "auto" is bf16 where it is fast, else no."""
+    """Return ``mixed_precision``, where "auto" is bf16 if that is fast, else no."""
     if mixed_precision == "auto":
         return "bf16" if has_fast_bfloat16(device) else "no"
     return mixed_precision  # type: ignore[return-value]
 
 
-def uncached_autocast(device: torch.device) -> torch.autocast:
-    """Autocast as it is on ``device`` now, without its memory of weights in lower precision.
+def make_accelerator(config: LoopConfig, find_unused_parameters: bool) -> Accelerator:
+    """Return the accelerator of a run.
 
-    For what is computed without gradients in the middle of a training step, or with other weights in their place:
-    what the memory kept of those, the step would take for its own.
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError(
+            "--mixed-precision fp16 needs a GPU", "Leave it out: auto takes the fastest there is."
+        )
+    # `process_state` comes before accelerate makes a state of its own.
+    precision = resolve(config.mixed_precision, process_state().device)
+    AcceleratorState._reset_state()  # a process may train an autoencoder and then a flow with other settings
+    kwargs = DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=find_unused_parameters
+    )
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # `LoopConfig.shard` decides
+        return Accelerator(mixed_precision=precision, kwargs_handlers=[kwargs])
+
+
+def uncached_autocast(device: torch.device) -> torch.autocast:
+    """Return autocast as it is on ``device`` now, without its cache of weights in lower precision.
+
+    For computations without gradients in the middle of a training step, or with other weights in place: the step would
+    take what the cache kept of those for its own.
     """
     kind = device.type
     return torch.autocast(
@@ -122,10 +145,10 @@ def uncached_autocast(device: torch.device) -> torch.autocast:
 
 
 def is_sharded(config: LoopConfig, accelerator: Accelerator) -> bool:
-    """Whether a run is sharded; with one process there is nothing to share.
+    """Return whether a run is sharded; with one process there is nothing to share.
 
     Raises:
-        UserError: settings that cannot be had together.
+        UserError: settings that exclude one another.
     """
     if not config.shard or accelerator.num_processes == 1:
         return False
@@ -148,15 +171,15 @@ def is_sharded(config: LoopConfig, accelerator: Accelerator) -> bool:
 
 
 def sharded(module: nn.Module, device: torch.device, processes: int, *, compiled: bool = False) -> nn.Module:
-    """A copy of ``module``, which stays whole where it is, of which each process holds a part of every parameter.
+    """Return a copy of ``module``, which stays whole, of which each process holds a part of every parameter.
 
     A network's blocks (``_repeated_blocks``, by diffusers' convention) are put together one at a time while they
     compute, everything else during the whole pass. Weights stay float32.
     """
     trained = copy.deepcopy(module)
     mesh = init_device_mesh(device.type, (processes,))
-    names = {name for one in trained.modules() for name in getattr(one, "_repeated_blocks", None) or ()}
-    blocks = [one for one in trained.modules() if type(one).__name__ in names]
+    names = {name for part in trained.modules() for name in getattr(part, "_repeated_blocks", None) or ()}
+    blocks = [part for part in trained.modules() if type(part).__name__ in names]
     for block in reversed(blocks):  # the inner ones first
         if compiled:
             block.compile()
@@ -166,17 +189,17 @@ def sharded(module: nn.Module, device: torch.device, processes: int, *, compiled
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of it, sharing memory; itself if it is not sharded."""
+    """Return this process's part of a tensor, sharing memory; the tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it; every process must ask. Itself if it is not sharded."""
+    """Return all of a sharded tensor; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor``, the same whole one in every process, sharded as ``like``, without communication."""
+    """Return ``tensor``, the same whole one in every process, sharded as ``like``, without communication."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

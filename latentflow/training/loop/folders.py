@@ -1,15 +1,28 @@
-"""Folders that appear whole or not at all, also through a SIGKILL or a power cut at any instant."""
+"""Folders that appear whole or not at all, also through a SIGKILL or a power cut at any instant; errors of the disk."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
+
+from ...errors import RunError
+from ...utils.memory import size_text
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RETRY_SECONDS = (2.0, 10.0, 30.0)  # waits between the attempts at what a run cannot end without
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -32,7 +45,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Where ``folder`` is written before it appears."""
+    """Return the place where ``folder`` is written before it appears."""
     return _hidden(folder, "tmp")
 
 
@@ -100,6 +113,53 @@ def _sync(path: Path) -> None:
 
 
 def as_os_error(error: SafetensorError) -> OSError | None:
-    """safetensors hands a failed write on as text: ``... No space left on device (os error 28)``."""
+    """Return the `OSError` that safetensors hands on as text: ``... No space left on device (os error 28)``."""
     code = re.search(r"os error (\d+)|code: (\d+)", str(error))
     return OSError(number := int(code[1] or code[2]), os.strerror(number)) if code else None
+
+
+@contextmanager
+def writing(what: str, path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an error of the disk within the context into a `RunError`; see `cannot_write`.
+
+    Raises:
+        RunError: an `OSError`, or safetensors' of a failed write, was raised.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        if (system := as_os_error(error)) is None:
+            raise
+        raise cannot_write(what, path, system, needed) from error
+    except OSError as error:
+        raise cannot_write(what, path, error, needed) from error
+
+
+def cannot_write(what: str, path: Path, error: OSError, needed: int | None = None) -> RunError:
+    """Return the error of a failed write: why, how much room there is and is needed, and what to do."""
+    reason = error.strerror or str(error)
+    place = next(folder for folder in (path, *path.parents) if folder.exists())
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        room = f"; {size_text(shutil.disk_usage(place).free)} are free there"
+        room += f", {size_text(needed)} are needed" if needed is not None else ""
+        return RunError(f"{what} could not be written: {reason}{room}", "Free some space there.")
+    fixes = {
+        errno.EROFS: "Mount the disk for writing again (one with errors becomes read-only: see dmesg).",
+        errno.EACCES: f"Give yourself the right to write in {place}.",
+        errno.EPERM: f"Give yourself the right to write in {place}.",
+        errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or use another file system.",
+    }
+    return RunError(
+        f"{what} could not be written: {reason}", fixes.get(error.errno or 0, f"Look at {place}.")
+    )
+
+
+def attempts(action: Callable[[], T], *, retry: bool = True) -> T:
+    """Call ``action``, again after a `RunError`, a few times with growing waits; the last error is raised."""
+    for wait in RETRY_SECONDS if retry else ():
+        try:
+            return action()
+        except RunError as error:
+            log.warning(f"WARNING: {error.what}. Trying again in {wait:.0f} s. {error.fix}")
+            time.sleep(wait)
+    return action()

@@ -1,4 +1,4 @@
-"""Batches: loading them, also in other processes, splitting them, and what happens when one cannot be had."""
+"""Batches: loading them, also in other processes, and splitting them."""
 
 from __future__ import annotations
 
@@ -17,54 +17,53 @@ from torch.utils.data import DataLoader
 
 from ...errors import RunError, UserError
 from ...utils.memory import is_out_of_memory
-from .data_order import Draw
-from .signals import leave_to_parent
+from .data_order import SampleUse
 
 Batch = dict[str, Any]
 
 
 class TrainingData(Protocol):
-    """What the loop needs of a data set."""
+    """A data set as the loop needs it.
+
+    A data set whose samples fit into a forward pass by groups only, such as one for each size, has ``groups`` (N,)
+    int64. One with a second data set mixed in has ``mixin_count``, the size of that (its samples come last), and
+    ``mixin_share``, its share of every step.
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitems__(self, draws: list[Draw]) -> Batch:
-        """A batch for these draws: tensors with B rows; the loop adds ``numbers``, the draws' running numbers."""
+    def __getitems__(self, uses: list[SampleUse]) -> Batch:
+        """Return a batch: tensors with B rows; the loop adds ``sample_ids``, the ids of the uses."""
 
     def name(self, index: int) -> str:
-        """What to call a sample in a message, such as its file name."""
+        """Return the name of a sample in messages, such as its file's."""
 
 
 def groups_of(data: TrainingData) -> Tensor | None:
-    """(N,) int64, which samples fit into one forward pass, for data of several sizes; None: all do."""
+    """Return the groups (N,) int64 of the samples that fit into one forward pass; None: all do."""
     groups: Tensor | None = getattr(data, "groups", None)
     return groups
 
 
-def second_of(data: TrainingData) -> tuple[int, float]:
-    """How many samples, the last ones, are a second set that is mixed in, and which share of each step is of it."""
-    return getattr(data, "second", 0), getattr(data, "second_share", 0.0)
-
-
-class DataFailed(RunError):  # noqa: N818 (says what happened)
-    """A batch could not be had: a file that cannot be read, or a process that loads data has died."""
+class DataFailed(RunError):  # noqa: N818
+    """A batch could not be loaded: a file cannot be read, or a process that loads data has died."""
 
 
 def load_batches(
-    data: TrainingData, draws: Iterator[list[Draw]], *, num_workers: int, pin_memory: bool
+    data: TrainingData, uses: Iterator[list[SampleUse]], *, num_workers: int, pin_memory: bool
 ) -> Iterator[list[Batch]]:
-    """The batches of ``draws`` in order, on the CPU, with ``index`` and ``numbers`` (lists of B) added.
+    """Load the batches of ``uses`` in order, on the CPU, with ``index`` and ``sample_ids`` (lists of B) added.
 
     A batch of samples that do not fit into one forward pass comes in parts of one group each (see `groups_of`).
 
     Raises:
-        DataFailed: a batch could not be had; the samples, or the process, are named.
+        DataFailed: a batch could not be loaded; the samples, or the process, are named.
     """
-    numbered: Any = _Numbered(data)
-    sampler: Any = draws  # an iterator of lists of draws is all that the loader needs
+    identified: Any = _Identified(data)
+    sampler: Any = uses  # an iterator of lists is all that the loader needs
     collate: Any = _identity
     loader: DataLoader[list[Batch]] = DataLoader(
-        numbered,
+        identified,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
@@ -82,8 +81,13 @@ def load_batches(
     return _checked(batches)
 
 
-def _begin_worker(number: int) -> None:
-    leave_to_parent()
+def _begin_worker(worker: int) -> None:
+    """Ignore what a terminal sends to all processes of a run (Ctrl-C, its end): the one that started this one stops.
+
+    SIGTERM stays: it is how a process that hangs is ended.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
@@ -98,7 +102,7 @@ def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
             dead = _dead(getattr(batches, "_workers", ()))
             if not dead and "DataLoader worker" not in str(error):
                 raise
-            names = ", ".join(f"process {one.pid}, exit status {one.exitcode}" for one in dead)
+            names = ", ".join(f"process {worker.pid}, exit status {worker.exitcode}" for worker in dead)
             raise DataFailed(
                 f"a process that loads data has died ({names or error})",
                 "If the machine ran out of memory (dmesg tells), lower --num-workers; 0 loads in the main process.",
@@ -109,23 +113,23 @@ def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
 
 
 def _dead(workers: Sequence[BaseProcess]) -> list[BaseProcess]:
-    """Those that have died or are about to: a connection breaks before its process is gone, and can be waited for."""
-    dying = set(wait([one.sentinel for one in workers], timeout=20))
-    for one in workers:
-        if one.sentinel in dying:
-            one.join(timeout=20)
-    return [one for one in workers if not one.is_alive()]
+    """Return the workers that have died or are about to: a connection breaks before its process is gone."""
+    dying = set(wait([worker.sentinel for worker in workers], timeout=20))
+    for worker in workers:
+        if worker.sentinel in dying:
+            worker.join(timeout=20)
+    return [worker for worker in workers if not worker.is_alive()]
 
 
 class _Failure:
-    """What went wrong with a batch in the process that loads it, in words."""
+    """An error of the process that loads a batch, in words."""
 
     def __init__(self, what: str, fix: str) -> None:
         self.what, self.fix = what, fix
 
 
-class _Numbered:
-    """The data set with what identifies its rows added to every batch."""
+class _Identified:
+    """The data set with the ids of its rows added to every batch."""
 
     def __init__(self, data: TrainingData) -> None:
         self._data, self._groups = data, groups_of(data)
@@ -133,17 +137,17 @@ class _Numbered:
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitems__(self, draws: list[Draw]) -> list[Batch] | _Failure:
+    def __getitems__(self, uses: list[SampleUse]) -> list[Batch] | _Failure:
         try:
-            return [numbered(self._data, part) for part in by_group(draws, self._groups)]
+            return [load_batch(self._data, part) for part in by_group(uses, self._groups)]
         except (UserError, OSError, SafetensorError, MemoryError) as error:
-            return self._failure(error, draws)
+            return self._failure(error, uses)
 
-    def _failure(self, error: Exception, draws: list[Draw]) -> _Failure:
+    def _failure(self, error: Exception, uses: list[SampleUse]) -> _Failure:
         if isinstance(error, UserError):
             return _Failure(error.what, error.fix)
-        names = ", ".join(self._data.name(draw.index) for draw in draws[:3])
-        more = f" and {len(draws) - 3} more" if len(draws) > 3 else ""
+        names = ", ".join(self._data.name(use.index) for use in uses[:3])
+        more = f" and {len(uses) - 3} more" if len(uses) > 3 else ""
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         fix = (
             "Lower --num-workers."
@@ -153,24 +157,24 @@ class _Numbered:
         return _Failure(f"a batch could not be read ({names}{more}): {reason}", fix)
 
 
-def by_group(draws: list[Draw], groups: Tensor | None) -> list[list[Draw]]:
-    """The draws of each group, in their order; see `groups_of`."""
+def by_group(uses: list[SampleUse], groups: Tensor | None) -> list[list[SampleUse]]:
+    """Return the uses of each group, in their order; see `groups_of`."""
     if groups is None:
-        return [draws]
-    parts: dict[int, list[Draw]] = {}
-    for draw in draws:
-        parts.setdefault(int(groups[draw.index]), []).append(draw)
+        return [uses]
+    parts: dict[int, list[SampleUse]] = {}
+    for use in uses:
+        parts.setdefault(int(groups[use.index]), []).append(use)
     return list(parts.values())
 
 
-def numbered(data: TrainingData, draws: list[Draw]) -> Batch:
-    """The batch of these draws, and which they are: ``index`` and ``numbers``, lists of B."""
-    numbers = {"index": [draw.index for draw in draws], "numbers": [draw.number for draw in draws]}
-    return data.__getitems__(draws) | numbers
+def load_batch(data: TrainingData, uses: list[SampleUse]) -> Batch:
+    """Return the batch of these uses with their ``index`` and ``sample_ids``, lists of B."""
+    ids = {"index": [use.index for use in uses], "sample_ids": [use.sample_id for use in uses]}
+    return data.__getitems__(uses) | ids
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``."""
+    """Return the batch with its tensors on ``device``."""
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for key, value in batch.items()
@@ -178,11 +182,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def split_rows(batch: Batch, rows: int) -> list[Batch]:
-    """The batch in parts of up to ``rows`` rows, in order; itself if it is no larger.
+    """Split the batch into parts of up to ``rows`` rows, in order; one that is no larger stays as it is.
 
     Tensors and lists with one entry a row are cut, everything else goes with every part.
     """
-    size = len(batch["numbers"])
+    size = len(batch["sample_ids"])
     if rows >= size:
         return [batch]
 

@@ -8,7 +8,8 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from tqdm.auto import tqdm
 
 from ...errors import UserError, printable
 from ...utils.components import quiet_libraries
-from ...utils.memory import peak_gib
-from . import logging as trackers
-from . import run_folder as run_files
+from ...utils.memory import is_out_of_memory, out_of_memory, peak_gib, release_memory
 from .distributed import process_state
+from .run_folder import open_metrics, record_start
+
+log = logging.getLogger(__name__)
 
 
 class _Terminal(logging.Handler):
-    """Writes above a running progress bar; a terminal that is gone (closed, disconnected) ends no run."""
+    """A handler that writes above the progress bar; a terminal that is gone (closed, disconnected) ends no run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):
@@ -36,28 +38,25 @@ class _Terminal(logging.Handler):
 
 
 class _Printable(logging.Formatter):
-    """Names of files and words of captions in a line cannot steer the terminal that it is read on."""
+    """A formatter that keeps names of files and words of captions from steering the terminal that shows them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 class _File(logging.FileHandler):
-    """A disk that is full or gone costs lines of the file, and nothing else: the terminal has them all."""
+    """A handler for which a disk that is full or gone costs lines of the file only: the terminal has them all."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """Nothing: the default prints a traceback for every line."""
+        """Do nothing: the default prints a traceback for every line."""
 
 
 def log_to(folder: Path | None) -> logging.Logger:
-    """The logger of all our modules, writing to the terminal and, with a folder, to its ``train.log``.
+    """Return the logger of all our modules, writing to the terminal and, with a folder, to its ``train.log``.
 
     Of several processes only the main one writes; other libraries write errors only.
     """
-    from .distributed import process_state
-
     quiet_libraries()
-
     logger = logging.getLogger("latentflow")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -78,16 +77,13 @@ def log_to(folder: Path | None) -> logging.Logger:
 
 
 def resume_line(command: str, argv: Sequence[str] | None) -> str:
-    """The command line that started this program, for the message that says how to resume it."""
+    """Return the command line that started this program, for the message that says how to resume it."""
     arguments = sys.argv[1:] if argv is None else argv
     return shlex.join(["latentflow", command, *arguments])
 
 
-log = logging.getLogger(__name__)
-
-
 class Tracker:
-    """Curves and images outside the run folder's own files. What fails here is said once, and no run ends of it."""
+    """Curves and images of a run at TensorBoard or Weights & Biases. A failure is a warning, and ends no run."""
 
     def __init__(self, tracker: GeneralTracker, folder: Path) -> None:
         self._tracker: GeneralTracker | None = tracker
@@ -117,8 +113,8 @@ class Tracker:
             self._tracker = None
 
 
-def start(report_to: str, folder: Path) -> Tracker | None:
-    """The tracker of a run in ``folder``; None for "none".
+def start_tracker(report_to: str, folder: Path) -> Tracker | None:
+    """Start the tracker of a run in ``folder``; None for "none".
 
     Raises:
         UserError: its package is not installed, or it could not start.
@@ -130,7 +126,9 @@ def start(report_to: str, folder: Path) -> Tracker | None:
         if report_to == "wandb":
             import wandb  # noqa: F401
 
-            name = "/".join(folder.resolve().parts[-2:])  # of two stages both say which they are
+            name = "/".join(
+                folder.resolve().parts[-2:]
+            )  # an autoencoder and its generator share the last part
             tracker: Any = WandBTracker(
                 "latentflow", name=name, dir=str(folder), id=_wandb_id(folder), resume="allow"
             )
@@ -152,7 +150,7 @@ def start(report_to: str, folder: Path) -> Tracker | None:
 
 
 def _wandb_id(folder: Path) -> str:
-    """The same for every start of a run, so that a resumed one goes on with its curves; another for another run."""
+    """Return the id of a run, the same for every start of it, so that a resumed one goes on with its curves."""
     file = folder / "wandb" / "run-id.txt"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +159,7 @@ def _wandb_id(folder: Path) -> str:
 
 
 class Reporter:
-    """Reports of one process; silent except on the main one.
+    """Report of one process; silent except on the main one.
 
     Args:
         folder: the run folder.
@@ -170,11 +168,11 @@ class Reporter:
         report_to: "none", "tensorboard" or "wandb".
         full_rate: samples per second if the devices did nothing but multiply matrices; None: not known.
         active: False on every process but the main one.
-        shown: the attribute of the run that this one goes on from.
+        shown: ``shown`` of the run that this one goes on from.
 
     Attributes:
-        shown: name -> figure of the progress line that earlier steps have a part in: the running mean of the loss, and
-            the last validation's.
+        shown: name -> figure of the progress line that depends on earlier steps: the running mean of the loss, and the
+            last validation's.
     """
 
     def __init__(
@@ -197,10 +195,10 @@ class Reporter:
         self._mark = (time.perf_counter(), 0)
         self._samples = 0
         self._metrics_failed = False
-        self._metrics = run_files.open_metrics(folder) if active else None
-        self._tracker = trackers.start(report_to, folder) if active else None
+        self._metrics = open_metrics(folder) if active else None
+        self._tracker = start_tracker(report_to, folder) if active else None
         if active:
-            run_files.record_start(folder, first_step)
+            record_start(folder, first_step)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=last_step,
@@ -262,9 +260,29 @@ class Reporter:
             self._tracker.image(step, image)
 
     def say(self, text: str) -> None:
-        """A line for people: on the terminal above the bar, and in train.log."""
+        """Log a line for people: on the terminal above the bar, and in train.log."""
         if self._active:
             log.info(text)
+
+    def attempt(self, phase: str, step: int, function: Callable[[], None]) -> None:
+        """Call what training can do without: a failure is a warning, with its traceback where it is a defect."""
+        try:
+            function()
+            return
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+            defect = None
+            if is_out_of_memory(error):
+                why = str(out_of_memory(phase, error))
+            elif not isinstance(error, UserError | OSError):
+                defect = traceback.format_exc()
+        release_memory()
+        self.say(
+            f"WARNING: step {step}: could not {phase}: {why}\nTraining goes on; the next time is the next try."
+        )
+        if defect is not None:
+            self.say(defect)
 
     def close(self) -> None:
         """Finish the files."""

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix updates are orthogonalised (Jordan et al. 2024; scaling of Liu et al. 2025)."""
+"""The optimisers of a run, Muon among them (Jordan et al. 2024; scaling of Liu et al. 2025); learning rates."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrices, approximately, by ``steps`` Newton-Schulz iterations,
-    in bfloat16 where the device computes in it, else in float32.
+    """Return the nearest semi-orthogonal matrices, approximately, by ``steps`` Newton-Schulz iterations.
+
+    They run in bfloat16 where the device computes in it, else in float32.
 
     Args:
         matrices: (K, M, N), a stack of updates of one shape.
@@ -40,7 +41,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-# torch.optim.Muon takes each parameter as one 2-D matrix: neither the parts of a fused one nor convolutions.
+# torch.optim.Muon takes each parameter as one 2-D matrix, neither parts of a fused one nor convolutions, one by one and
+# in bfloat16 on every device; and its state has other names than that of our checkpoints.
 class Muon(torch.optim.Optimizer):
     """Muon for weight matrices and convolutions; embeddings, vectors and first and last layers belong to AdamW.
 
@@ -84,7 +86,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         # One batched call for all matrices of a shape: small matrices alone leave the machine idle.
         by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor, dict[str, Any]]]] = defaultdict(list)
@@ -113,8 +115,8 @@ class Muon(torch.optim.Optimizer):
         return parameter.grad.lerp(state["momentum"], momentum)
 
 
-# Parts of names that mark what is no inner weight matrix although it has two dimensions or more: embeddings, first and
-# last layers, scales. AdamW's, whatever the optimiser, and never decayed.
+# Parts of names of parameters that are no inner weight matrices although they have two dimensions or more: embeddings,
+# first and last layers, scales. They are AdamW's, whatever the optimiser, and never decayed.
 _ENDS = (
     "embed", "shared", "relative", "conv_in", "conv_out", "proj_in", "proj_out", "final", "null", "register", "scale",
 )  # fmt: skip
@@ -125,9 +127,9 @@ def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _adam_arguments(parameters: dict[str, nn.Parameter], config: LoopConfig) -> dict[str, Any]:
-    """What AdamW and its relatives are made from: weight decay on inner matrices only."""
-    matrices = [one for name, one in parameters.items() if _is_inner_matrix(name, one)]
-    vectors = [one for name, one in parameters.items() if not _is_inner_matrix(name, one)]
+    """Return the arguments of AdamW and its relatives, with weight decay on inner matrices only."""
+    matrices = [each for name, each in parameters.items() if _is_inner_matrix(name, each)]
+    vectors = [each for name, each in parameters.items() if not _is_inner_matrix(name, each)]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -145,14 +147,14 @@ def _adamw(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torc
 
 
 def _adamw_8bit(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """AdamW with moments in 8 bits, quantised block by block (Dettmers et al. 2022, arXiv:2110.02861)."""
+    """Return AdamW with moments in 8 bits, quantised block by block (Dettmers et al. 2022, arXiv:2110.02861)."""
     from bitsandbytes.optim import AdamW8bit
 
     return [AdamW8bit(**_adam_arguments(parameters, config))]
 
 
 def _schedule_free(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """AdamW that averages its iterates instead of decaying its rate (Defazio et al. 2024, arXiv:2405.15682).
+    """Return AdamW that averages its iterates instead of decaying its rate (Defazio et al. 2024, arXiv:2405.15682).
 
     It stays in its training mode, where the weights are the paper's y; `evaluated_weights` are its x. A warm-up of the
     rate from outside is what its own would be: it weighs an iterate by the square of the highest rate so far.
@@ -180,7 +182,7 @@ def _muon(parameters: dict[str, nn.Parameter], config: LoopConfig) -> list[torch
 
 
 def _parts(name: str, parameter: nn.Parameter) -> int:
-    """How many maps are stacked in a matrix, by the names that our networks use (field standard)."""
+    """Count the maps that are stacked in a matrix, by the names that our networks use (field standard)."""
     outputs, inputs = parameter.shape[0], parameter.shape[1:].numel()
     if "qkv" in name:
         return 3
@@ -198,17 +200,16 @@ OPTIMIZERS: dict[str, Callable[[dict[str, nn.Parameter], LoopConfig], list[torch
 
 
 def make_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """The optimisers that together own every trainable parameter of ``module``.
+    """Return optimisers that together own every trainable parameter of ``module``.
 
     Raises:
-        UserError: unknown ``config.optimizer``; a layer decay for a network without
-            layers in a row.
+        UserError: unknown ``config.optimizer``; a layer decay for a network without layers in a row.
     """
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     optimizers = lookup(OPTIMIZERS, config.optimizer, "optimizer")(parameters, config)
     if config.lr_layer_decay != 1.0 or config.lr_embeddings != 1.0:
         scales = rate_scales(list(parameters), config.lr_layer_decay, config.lr_embeddings)
-        _scale_rates(optimizers, {one: scales[name] for name, one in parameters.items()})
+        _scale_rates(optimizers, {parameter: scales[name] for name, parameter in parameters.items()})
     return optimizers
 
 
@@ -217,7 +218,7 @@ _LAST = ("final_layer", "alignment.")  # behind the blocks
 
 
 def rate_scales(names: Sequence[str], layer_decay: float, embeddings: float) -> dict[str, float]:
-    """The factor on each parameter's learning rate: ``layer_decay`` to the power of its distance from the end.
+    """Return the factor on each parameter's learning rate: ``layer_decay`` to the power of its distance from the end.
 
     As in ELECTRA (arXiv:2003.10555) and BEiT (arXiv:2106.08254): with n blocks the last one has the distance 1, the
     first one n, what is before the blocks n + 1, what is after them 0. Tables of classes and words have the factor
@@ -245,29 +246,30 @@ def rate_scales(names: Sequence[str], layer_decay: float, embeddings: float) -> 
 
 
 def _scale_rates(optimizers: Sequence[torch.optim.Optimizer], scales: dict[nn.Parameter, float]) -> None:
-    """Part the groups by the factor on their learning rate, which they hold as ``lr_scale``."""
+    """Split the groups by the factor on their learning rate, which they hold as ``lr_scale``."""
     for optimizer in optimizers:
-        parted: list[dict[str, Any]] = []
+        split: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
-            for scale in sorted({scales[one] for one in group["params"]}):
-                members = [one for one in group["params"] if scales[one] == scale]
-                parted.append(group | {"params": members, "lr_scale": scale})
-        optimizer.param_groups[:] = parted
+            for scale in sorted({scales[parameter] for parameter in group["params"]}):
+                members = [parameter for parameter in group["params"] if scales[parameter] == scale]
+                split.append(group | {"params": members, "lr_scale": scale})
+        optimizer.param_groups[:] = split
 
 
 @torch.no_grad()
 def evaluated_weights(optimizers: Iterable[torch.optim.Optimizer]) -> dict[Tensor, Tensor]:
-    """Parameter -> the weights to judge it by, where they are not those that are trained: schedule-free's x.
+    """Map parameters to the weights that are evaluated, where these are not the trained ones: schedule-free's x.
 
-    From y = (1 - beta1) z + beta1 x (Defazio et al. 2024, eq. 4). Of a sharded parameter it is this process's part.
+    From y = (1 - beta1) z + beta1 x (Defazio et al. 2024, eq. 4). For a sharded parameter it is this process's part.
     """
     found: dict[Tensor, Tensor] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             # Without z a parameter has had no update yet.
-            moved = [one for one in group["params"] if "z" in optimizer.state[one]]
+            moved = [parameter for parameter in group["params"] if "z" in optimizer.state[parameter]]
             if moved:
-                y, z = [local(one) for one in moved], [local(optimizer.state[one]["z"]) for one in moved]
+                y = [local(parameter) for parameter in moved]
+                z = [local(optimizer.state[parameter]["z"]) for parameter in moved]
                 x = torch._foreach_lerp(y, z, 1 - 1 / group["betas"][0])
                 found |= dict(zip(moved, x, strict=True))
     return found
@@ -281,7 +283,7 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(step: int, config: LoopConfig) -> float:
-    """The learning rate of ``step`` (0-based): linear warm-up, plateau, then the decay over ``lr_decay_share``."""
+    """Return the learning rate of ``step`` (0-based): linear warm-up, plateau, decay over ``lr_decay_share``."""
     decay = lookup(_DECAYS, config.lr_scheduler, "lr_scheduler")
     length = max(1.0, config.lr_decay_share * config.max_train_steps)
     done = max(0.0, step - (config.max_train_steps - length)) / length

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product, a multiply-add being two: the best of many tries."""
+    """Measure floating-point operations per second of a matrix product (a multiply-add is two): the best of many."""
     # On a CPU short ones, which other processes leave whole now and then.
     size, tries = (512, 20) if device.type == "cpu" else (8192, 5)
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -25,7 +25,7 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return float(2 * size**3 / min(seconds))
 
 
-# What a step consists of; the loop marks each with `torch.profiler.record_function`.
+# The sections of a step; the loop marks each with `torch.profiler.record_function`.
 SECTIONS = ("load", "forward", "backward", "clip", "optimizer", "average", "report")
 _WAIT, _WARM_UP, _STEPS = 3, 2, 6  # the first steps of a process allocate, tune and compile
 _OPERATORS = 15
@@ -56,9 +56,9 @@ def profiler(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], 
 
 
 def table(events: Any) -> list[str]:
-    """Milliseconds of a step by section, and the operators that take most of it.
+    """Return lines with the milliseconds of a step by section, and the operators that take most of it.
 
-    On a GPU: of what it computes; it runs behind the host, whose sections only start the work.
+    On a GPU they are those of its own work: it runs behind the host, whose sections only start the work.
     """
     by_name = {event.key: event for event in events}
     steps = [event for event in events if event.key.startswith("ProfilerStep")]

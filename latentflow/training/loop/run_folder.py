@@ -1,4 +1,4 @@
-"""The files of a run folder that are read again, and the lock that lets one run at a time use it."""
+"""The files of a run folder that are read again, and the lock that keeps a second run out of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import torch
 
 from ...errors import UserError
 from .distributed import process_state, together
-from .saving import cannot_write
+from .folders import cannot_write
 
 _PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
@@ -32,7 +32,7 @@ Row = dict[str, float]
 
 
 def open_metrics(folder: Path) -> TextIO:
-    """``metrics.jsonl`` for appending. A line that a killed run left torn is ended, so that the next one is whole."""
+    """Open ``metrics.jsonl`` to append; a line that a killed run left torn is ended, so that the next one is whole."""
     path = folder / "metrics.jsonl"
     file = path.open("a", encoding="utf-8")
     if file.tell():
@@ -44,7 +44,7 @@ def open_metrics(folder: Path) -> TextIO:
 
 
 def metric_lines(folder: Path) -> Iterator[Row]:
-    """Every line of ``metrics.jsonl`` that can be read, as it was written: killed runs repeat and tear some."""
+    """Yield every line of ``metrics.jsonl`` that can be read, as it was written: killed runs repeat and tear some."""
     for row in _lines(folder / "metrics.jsonl"):
         if isinstance(row.get("step"), int):
             # JSON as Python writes it has NaN and Infinity too: no curve can show them.
@@ -52,23 +52,23 @@ def metric_lines(folder: Path) -> Iterator[Row]:
 
 
 def read_metrics(folder: Path) -> list[Row]:
-    """One row for each step that was logged, in order, with all its figures.
+    """Return one row for each step that was logged, in order, with all its figures.
 
-    A run that was resumed from an earlier step took the steps after it once more: what it wrote then is what counts.
+    A run that was resumed from an earlier step took the steps after it once more: the later rows count.
     """
     kept: dict[int, Row] = {}
     last = 0
     for row in metric_lines(folder):
         step = int(row["step"])
         if step < last:
-            kept = {one: values for one, values in kept.items() if one < step}
+            kept = {earlier: values for earlier, values in kept.items() if earlier < step}
         kept[step] = kept.get(step, {}) | row
         last = step
     return list(kept.values())
 
 
 def record_start(folder: Path, step: int) -> None:
-    """Append to ``environment.jsonl`` what this start of the run, at ``step``, ran on."""
+    """Append machine, packages and command of this start of the run, at ``step``, to ``environment.jsonl``."""
     state = process_state()
     device = str(state.device)
     if state.device.type == "cuda":
@@ -92,7 +92,7 @@ def record_start(folder: Path, step: int) -> None:
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """What `record_start` wrote, oldest first; empty for a run without it."""
+    """Return the rows that `record_start` wrote, oldest first; none for a run without them."""
     return list(_lines(folder / "environment.jsonl"))
 
 
@@ -144,7 +144,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
-    """Within the context no other process may run in ``folder``; the file ``run.lock`` in it says who does.
+    """Keep every other run out of ``folder`` within the context; the file ``run.lock`` in it names the holder.
 
     The kernel drops the lock with the process, whatever ends it. Of several processes of one run only the main one
     holds it; within one process it may be entered again.
@@ -200,7 +200,7 @@ def _acquire(path: Path) -> int:
 
 
 def _wait_for_other_host(path: Path, handle: int) -> None:
-    """A lock may not be visible from another host: a run there, if it lives, touches the file."""
+    """Wait for a sign of life: a lock may not be visible from another host, but a run there touches the file."""
     holder = _holder(handle)
     if not holder or holder["host"] == socket.gethostname():
         return  # a dead process of this host, or nobody
@@ -222,7 +222,7 @@ def _beat(handle: int, stop: threading.Event) -> None:
         try:
             os.utime(handle)
         except OSError as error:
-            log.debug("run.lock: %s", error)  # a full or lost disk is told of by what needs it
+            log.debug("run.lock: %s", error)  # a full or lost disk is reported by what needs it
 
 
 def _touched(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the loop waits for a copy in memory, one thread does the rest."""
+"""Saving a run: its checkpoints while training goes on, and snapshots of its power-function averages."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import errno
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...errors import RunError
+from ...config import LoopConfig
+from ...errors import RunError, UserError
 from ...utils.memory import is_out_of_memory, size_text
 from . import checkpoint
-from .checkpoint import Snapshot, State
+from .checkpoint import Snapshot, State, list_checkpoints, step_of
 from .distributed import PATIENCE, together
-from .folders import as_os_error
+from .folders import attempts, begin_folder, finish_folder, remove_folder, writing
+from .trained_module import TrainedModule
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-RETRY_SECONDS = (2.0, 10.0, 30.0)  # waits between the attempts at what a run cannot end without
+AVERAGES = "averages"  # the folder of the snapshots in a run's; they are written and read as checkpoints are
 
 
 class Saver:
-    """Writes the checkpoints of a run. One at a time; use it from one thread.
+    """Write the checkpoints of a run while training goes on: the loop waits for a copy in memory only.
+
+    A thread writes, one at a time; use it from one thread.
 
     Args:
         root: the folder of the checkpoints.
@@ -80,7 +80,7 @@ class Saver:
         attempts(lambda: self._write(step), retry=retry)
 
     def newest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """Return the step of the newest complete checkpoint; None without one."""
         found = checkpoint.list_checkpoints(self.root)
         return checkpoint.step_of(found[-1]) if found else None
 
@@ -90,7 +90,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until no save is running."""
+        """Wait until no save is running."""
         if self._running is None:
             return
         _, future = self._running
@@ -144,52 +144,96 @@ class Saver:
         )
 
 
-@contextmanager
-def writing(what: str, path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn what the disk says within the context into a `RunError`; see `cannot_write`.
+class AverageSnapshots:
+    """Write snapshots of the power-function averages, for `latentflow average`. Every process has one of these.
+
+    Args:
+        output: the run folder.
+        modules: whose averages; they may track none.
+        config: how often.
+        main: whether this is the main process.
+    """
+
+    def __init__(
+        self, output: Path, modules: Sequence[TrainedModule], config: LoopConfig, *, main: bool
+    ) -> None:
+        self.folder, self._modules, self._config, self._main = output / AVERAGES, modules, config, main
+        self._sharded = any(module.sharded for module in modules)
+        self._saver: Saver | None = None
+
+    def _averages(self) -> State:
+        return {name: average for module in self._modules for name, average in module.tracked().items()}
+
+    def check(self, state: State) -> None:
+        """Refuse a checkpoint that a run cannot go on from.
+
+        Raises:
+            UserError: it has not tracked an average from its start.
+        """
+        for name in self._averages():
+            if name not in state:
+                raise UserError(
+                    f"--ema-lengths {name.rpartition('-')[2]}: the run has not tracked this average from its start",
+                    "Leave it out, or use another output folder.",
+                )
+
+    def begin(self, step: int) -> None:
+        """Make ready to go on from ``step``: snapshots of later steps go, as those steps will be taken again."""
+        every = self._config.snapshot_steps
+        if not every:
+            return
+        for folder in list_checkpoints(self.folder) if self._main else ():
+            if step_of(folder) > step:
+                remove_folder(folder)
+                log.info(f"removed {folder}: the run goes on from step {step} and makes it again")
+        self._saver = Saver(self.folder, sys.maxsize, sharded=self._sharded)  # none is the oldest too many
+        tensors = [tensor for average in self._averages().values() for tensor in average.values()]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        count = -(-self._config.max_train_steps // every)
+        log.info(
+            f"averages of the lengths {', '.join(f'{length:g}' for length in self._config.ema_lengths)}: a snapshot of "
+            f"{size_text(size)} every {every} steps in {self.folder}, {size_text(count * size)} in all"
+        )
+
+    def take(self, step: int) -> None:
+        """Write one before returning; a failure is a warning. All processes of a sharded run must call it."""
+        if self._saver is not None and (self._main or self._sharded):
+            self._saver.save(step, {"step": step} | self._averages())
+            self._saver.wait()
+
+    def close(self) -> None:
+        """End the thread that writes."""
+        if self._saver is not None:
+            self._saver.close()
+
+
+def export_once(checkpoints: Path, folder: Path, export: Callable[[Path], None]) -> None:
+    """Let ``export`` make ``folder`` from the weights of the last checkpoint, unless it has done so.
 
     Raises:
-        RunError: an `OSError`, or safetensors' of a failed write, was raised.
+        RunError: it could not be written, or ``export`` says so, in several attempts.
+        Exception: whatever else ``export`` raises, at once.
     """
-    try:
-        yield
-    except SafetensorError as error:
-        if (system := as_os_error(error)) is None:
+    # Beside the weights that it was made of: an export of an earlier target is made again.
+    done = list_checkpoints(checkpoints)[-1] / "exported"
+    if done.exists() and folder.exists():
+        return
+    what = f"the result {folder}"
+
+    def make() -> None:
+        with writing(what, folder):
+            temporary = begin_folder(folder)
+        try:  # what this raises is the caller's own, and no failure of the disk
+            export(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
-        raise cannot_write(what, path, system, needed) from error
-    except OSError as error:
-        raise cannot_write(what, path, error, needed) from error
+        with writing(what, folder):
+            finish_folder(folder)
+            done.touch()
 
-
-def cannot_write(what: str, path: Path, error: OSError, needed: int | None = None) -> RunError:
-    """The error for something that could not be written: why, how much room there is and is needed, what to do."""
-    reason = error.strerror or str(error)
-    place = _existing(path)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        room = f"; {size_text(shutil.disk_usage(place).free)} are free there"
-        room += f", {size_text(needed)} are needed" if needed is not None else ""
-        return RunError(f"{what} could not be written: {reason}{room}", "Free some space there.")
-    fixes = {
-        errno.EROFS: "Mount the disk for writing again (one with errors becomes read-only: see dmesg).",
-        errno.EACCES: f"Give yourself the right to write in {place}.",
-        errno.EPERM: f"Give yourself the right to write in {place}.",
-        errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or use another file system.",
-    }
-    return RunError(
-        f"{what} could not be written: {reason}", fixes.get(error.errno or 0, f"Look at {place}.")
-    )
-
-
-def attempts(action: Callable[[], T], *, retry: bool = True) -> T:
-    """``action()``, again after a `RunError`, a few times with growing waits; the last error is raised."""
-    for wait in RETRY_SECONDS if retry else ():
-        try:
-            return action()
-        except RunError as error:
-            log.warning(f"WARNING: {error.what}. Trying again in {wait:.0f} s. {error.fix}")
-            time.sleep(wait)
-    return action()
-
-
-def _existing(path: Path) -> Path:
-    return next(one for one in (path, *path.parents) if one.exists())
+    try:
+        attempts(make)
+    except RunError as error:
+        rest = "The checkpoint is complete: the same line makes the rest."
+        raise type(error)(error.what, f"{error.fix} {rest}") from error

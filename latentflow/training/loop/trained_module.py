@@ -1,15 +1,15 @@
-"""What one module needs in the loop: its optimisers, its weight average, and their state."""
+"""A module with what the loop keeps beside it: optimisers, weight averages, and their state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.profiler import record_function
+from torch.distributed.tensor import DTensor
 
 from ...config import LoopConfig
 from ...errors import UserError
@@ -17,15 +17,17 @@ from .distributed import is_sharded, sharded, whole
 from .ema import WeightAverage, power_function, warmed_up
 from .optimizers import evaluated_weights, make_optimizers
 
+T = TypeVar("T")
 
-class Player:
+
+class TrainedModule:
     """A module with its optimisers and its weight average. Most runs have one, an adversarial run two.
 
     A module with a true ``learns_from_average`` is given its average (``use_average``), to call while it is applied.
 
     Attributes:
         module: the module as the loop got it, and callbacks see it.
-        trained: what is trained: the same, or in a sharded run its sharded copy.
+        trained: the module that is trained: the same, or in a sharded run its sharded copy.
         prepared: `trained` as the loop calls it.
     """
 
@@ -58,20 +60,20 @@ class Player:
         self.prepared: nn.Module = accelerator.prepare_model(
             self.trained, device_placement=not self.sharded, evaluation_mode=self.sharded
         )
-        self.optimizers = [accelerator.prepare_optimizer(one) for one in optimizers]
+        self.optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, live: not a copy."""
+        """Return what a checkpoint must hold, live: not a copy."""
         return {
             f"{self.name}-weights": self.trained.state_dict(),
             f"{self.name}-average": self.average.averages,
-            f"{self.name}-optimizer": [one.optimizer.state_dict() for one in self.optimizers],
+            f"{self.name}-optimizer": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
             **self.tracked(),
         }
 
     def tracked(self) -> dict[str, dict[str, Tensor]]:
-        """The power-function averages by their names in a checkpoint, live: not a copy."""
-        return {name: one.averages for name, one in self._tracked.items()}
+        """Return the power-function averages by their names in a checkpoint, live: not a copy."""
+        return {name: average.averages for name, average in self._tracked.items()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
@@ -79,13 +81,13 @@ class Player:
         self.average.load(state[f"{self.name}-average"])
         for name, average in self._tracked.items():
             average.load(state[name])
-        for optimizer, one in zip(self.optimizers, state[f"{self.name}-optimizer"], strict=True):
-            optimizer.optimizer.load_state_dict(one)
-            _lay_out_as_parameters(optimizer.optimizer)
+        for optimizer, saved in zip(self.optimizers, state[f"{self.name}-optimizer"], strict=True):
+            optimizer.optimizer.load_state_dict(saved)
+            _match_memory_format(optimizer.optimizer)
             optimizer.train()  # schedule-free's, if it was saved in its other mode
 
     def parameter_of(self, key: str) -> Tensor | None:
-        """The parameter that a tensor of `state` belongs to, by its name in a checkpoint; None if to none."""
+        """Return the parameter that a tensor of `state` belongs to, by its name in a checkpoint; None if to none."""
         part, *path = key.split("/")
         weights = (f"{self.name}-weights", f"{self.name}-average", f"{self.name}-best", *self._tracked)
         if part in weights:
@@ -94,19 +96,23 @@ class Player:
         if part == f"{self.name}-optimizer" and path[1:2] == ["state"]:
             with suppress(IndexError):  # of another optimiser: `load` refuses it in words
                 groups = self.optimizers[int(path[0])].param_groups
-                parameter: Tensor = [one for group in groups for one in group["params"]][int(path[2])]
+                parameter: Tensor = [each for group in groups for each in group["params"]][int(path[2])]
                 return parameter
         return None
 
     @torch.no_grad()
     def gather_averages(self) -> None:
-        """In a sharded run, give the averaged weights to the main process's `module`. All processes must call it."""
+        """Give the averaged weights of a sharded run to the main process's `module`; all processes must call it."""
         if not self.sharded:
             return
         target, averages = self.module.state_dict(), self.average.averages
-        rest = {name: one for name, one in self.trained.state_dict().items() if name not in averages}
-        for name, one in (*rest.items(), *averages.items()):  # averages last: tied weights have a second name
-            value = whole(one)
+        weights = self.trained.state_dict().items()
+        rest = {name: tensor for name, tensor in weights if name not in averages}
+        for name, tensor in (
+            *rest.items(),
+            *averages.items(),
+        ):  # averages last: tied weights have a second name
+            value = whole(tensor)
             if self._main:
                 target[name].copy_(value)
 
@@ -123,22 +129,22 @@ class Player:
         finally:
             self.module.cpu()  # training needs the room
 
-    def update(self, step: int, rate: float, *, skip: bool) -> None:
-        """Step ``step`` (1-based): the optimisers, unless ``skip``, at learning rate ``rate``; and the average."""
+    def update(self, rate: float, *, skip: bool) -> None:
+        """Step the optimisers at learning rate ``rate``, unless ``skip``, and drop the gradients."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
-            with record_function("optimizer"):
-                # One that sat the step out has no gradients, and float16's scaler refuses to step without.
-                if not skip and any(
-                    one.grad is not None for group in optimizer.param_groups for one in group["params"]
-                ):
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        with record_function("average"):
-            weights = evaluated_weights(one.optimizer for one in self.optimizers)
-            for average in (self.average, *self._tracked.values()):
-                average.update(step, weights)
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            # One that sat the step out has no gradients, and float16's scaler refuses to step without.
+            if not skip and any(parameter.grad is not None for parameter in parameters):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def update_averages(self, step: int) -> None:
+        """Move all weight averages towards the weights after ``step`` (1-based) updates."""
+        weights = evaluated_weights(optimizer.optimizer for optimizer in self.optimizers)
+        for average in (self.average, *self._tracked.values()):
+            average.update(step, weights)
 
     def forget_gradients(self) -> None:
         """Drop what backward passes have left so far."""
@@ -146,16 +152,40 @@ class Player:
             optimizer.zero_grad(set_to_none=True)
 
 
-def _lay_out_as_parameters(optimizer: torch.optim.Optimizer) -> None:
+def tensor_for(modules: Sequence[TrainedModule], name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor to read a checkpoint's into; of what is sharded it is this process's part."""
+    for module in modules:
+        parameter = module.parameter_of(name)
+        if isinstance(parameter, DTensor) and parameter.shape == shape:
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype)
+
+
+def with_averages(modules: Sequence[TrainedModule], function: Callable[[], T]) -> T:
+    """Call with averaged weights, in evaluation mode, without gradients; the run's random state is kept."""
+    modes = [(part, part.training) for module in modules for part in module.module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        with ExitStack() as stack, torch.random.fork_rng(), torch.no_grad():
+            for module in modules:
+                stack.enter_context(module.averaged())
+            return function()
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
     """Lay moments out in memory as their parameters are, such as channels last.
 
     A file holds them row by row, and sums over another layout round otherwise: a resumed run would drift away.
     """
     for parameter, state in optimizer.state.items():
-        for name, one in state.items():
+        for name, moment in state.items():
             if (
-                isinstance(one, Tensor)
-                and one.shape == parameter.shape
-                and one.stride() != parameter.stride()
+                isinstance(moment, Tensor)
+                and moment.shape == parameter.shape
+                and moment.stride() != parameter.stride()
             ):
-                state[name] = torch.empty_like(parameter, dtype=one.dtype).copy_(one)
+                state[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)

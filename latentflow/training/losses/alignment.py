@@ -1,8 +1,11 @@
-"""Drawing the features within a `DiT` towards better ones: its own average's, or those of a vision model."""
+"""Feature alignment: draw the features of a `DiT` towards its own average's, or towards those of a vision model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -12,27 +15,31 @@ from torch import Tensor, nn
 
 from ...config import AlignmentConfig
 from ...errors import UserError
-from ...models import DiT
+from ...flow import PathSample
+from ...models import Condition, DiT
 from ...models.embeddings import linear
 from ...models.routing import Route
 from ..loop.data_order import SampleRandom
+from ..loop.distributed import uncached_autocast
+from .flow import FlowLoss, weighted_mean
+from .routing import Routing
 from .vision import VisionEncoder
 
-#: (t (B,), blocks) -> (B, N, D): what the averaged network has behind so many blocks, for the batch at other times.
+#: (t (B,), blocks) -> (B, N, D): features of the averaged network behind so many blocks, for the batch at other times.
 Teacher = Callable[[Tensor, int], Tensor]
 
-# Behind which share of the blocks features are drawn, and those of the average are taken: blocks 8 and 20 of 28, 4
-# and 8 of 12 in both papers' tables and code.
+# The shares of the blocks behind which features are drawn, and those of the average are taken: blocks 8 and 20 of 28,
+# 4 and 8 of 12 in both papers' tables and code.
 _EARLY, _LATE = 0.3, 0.7
 
 
 class Alignment(nn.Module):
-    """A projection head that is trained along, and what its results shall be like.
+    """A projection head that is trained along, and the features that its output should be like.
 
     Attributes:
-        block: behind how many blocks the features are taken.
+        block: number of blocks before the features.
         patch_size: side of a token, in latent pixels.
-        weight: of the loss.
+        weight: factor on the distance in the loss.
         needs_average: `target` calls the teacher.
         needs_pixels: `target` looks at ``pixels`` (B, 3, H, W) uint8 of the batch.
     """
@@ -60,15 +67,15 @@ class Alignment(nn.Module):
         random: SampleRandom,
         teacher: Teacher,
     ) -> Tensor:
-        """(B, N, F), without gradient, for the batch at times t (B,), whose N tokens are a ``grid`` (h, w)."""
+        """Return features (B, N, F), without gradient, for the batch at t (B,); its tokens are a ``grid`` (h, w)."""
         raise NotImplementedError
 
     def distance(self, projected: Tensor, target: Tensor) -> Tensor:
-        """(B, N, F) twice -> (B, N)."""
+        """Return the distance (B, N) of features (B, N, F), token by token."""
         raise NotImplementedError
 
     def forward(self, features: Tensor, target: Tensor, route: Route | None) -> Tensor:
-        """(B,): how far the features (B, N or K, D) of tokens, those that pass on a ``route``, are from ``target``."""
+        """Return the distances (B,) from ``target`` of features (B, N or K, D) of tokens that pass on a ``route``."""
         if route is not None and route.spares(self.block):
             target = route.of(target)
         return self.distance(self.head(features).float(), target.float()).mean(dim=1)
@@ -140,7 +147,7 @@ ALIGNMENTS: dict[str, Callable[[AlignmentConfig, DiT], Alignment]] = {
 
 
 def make_alignment(config: AlignmentConfig, network: nn.Module) -> Alignment | None:
-    """The alignment that the config names, None if none.
+    """Return the alignment that the config names, None if none.
 
     Raises:
         UserError: the network is no DiT or has no such block, or the encoder cannot be loaded.
@@ -153,6 +160,86 @@ def make_alignment(config: AlignmentConfig, network: nn.Module) -> Alignment | N
             "Leave it out, or use --network dit.",
         )
     return ALIGNMENTS[config.alignment](config, network)
+
+
+class AlignedFlowLoss(FlowLoss):
+    """`FlowLoss` of a `DiT` some of whose tokens skip blocks, or whose features are aligned, or both.
+
+    The distance of the features is logged as ``alignment``. In validation it is `FlowLoss`.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        routing: Routing | None = None,
+        alignment: Alignment | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.routing, self.alignment = routing, alignment
+        self.learns_from_average = alignment is not None and alignment.needs_average
+
+    @property
+    def needs_pixels(self) -> bool:
+        return self.masked or (self.alignment is not None and self.alignment.needs_pixels)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        sample_ids, device = batch["sample_ids"], batch["latents"].device
+        random = SampleRandom(self.seed, sample_ids, device)
+        density, u = self.density(sample_ids), random.uniform()
+        t, drop = density.quantile(u), self.dropped(random)
+        x0, x1 = self.noise(batch, random), self.latents(batch, random)
+        condition = self.condition(batch, drop)
+        x0 = self.pair(x0, x1, condition, batch)
+        sample = self.path.sample(x0, x1, t.to(x1.dtype))
+        output, distance = self.predict(batch, sample, condition, random)
+        error = self.objective(output, sample, weight=self.weight(t, u, density))
+        return self.with_distance(error, distance, batch) | {"per_sample": error.detach(), "t": t}
+
+    def predict(
+        self,
+        batch: dict[str, Any],
+        sample: PathSample,
+        condition: Condition,
+        random: SampleRandom,
+        **end: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the prediction at ``sample``, and the distances (B,) of its features from their target, if any."""
+        given = self.path.scale_input(sample.xt, sample.t), sample.t, condition
+        if not self.training or (self.routing is None and self.alignment is None):
+            return self.network(*given, **end), None
+        route = None
+        if self.routing is not None:
+            route = self.routing(sample.xt.shape, random, batch["sample_ids"][0])
+        if self.alignment is None:
+            return self.network(*given, route=route, **end), None
+        side = self.alignment.patch_size
+        grid = sample.xt.shape[2] // side, sample.xt.shape[3] // side
+        averaged = partial(self.averaged_features, batch, sample, condition)
+        target = self.alignment.target(batch, sample.t, grid, random, averaged)
+        output, features = self.network(*given, route=route, features=self.alignment.block, **end)
+        return output, self.alignment(features, target, route)
+
+    def averaged_features(
+        self, batch: dict[str, Any], sample: PathSample, condition: Condition, t: Tensor, blocks: int
+    ) -> Tensor:
+        """Return features of the averaged network, and text encoder, for the same pairs and conditions at t (B,)."""
+        average = nullcontext() if self.average is None else self.average.applied()
+        with torch.no_grad(), uncached_autocast(t.device), average:
+            averaged = replace(self.prompts(batch, condition.drop), channels=condition.channels)
+            t = t.to(sample.xt.dtype)
+            xt = self.path.scale_input(self.path.sample(sample.x0, sample.x1, t).xt, t)
+            features: Tensor = self.network(xt, t, averaged, features=blocks, only_features=True).features
+            return features
+
+    def with_distance(
+        self, error: Tensor, distance: Tensor | None, batch: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return ``loss`` of errors (B,) and, with an alignment, of distances (B,), whose mean is ``alignment``."""
+        if distance is None or self.alignment is None:
+            return {"loss": weighted_mean(error, batch)}
+        total = error + self.alignment.weight * distance
+        return {"loss": weighted_mean(total, batch), "alignment": distance.detach().mean()}
 
 
 def _blocks(share: float, depth: int) -> int:

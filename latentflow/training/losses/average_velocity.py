@@ -1,10 +1,9 @@
-"""Training a network of average velocities: the objectives of `latentflow.flow.few_step.average_velocity`."""
+"""Losses of networks of average velocities: the objectives of `latentflow.flow.few_step.average_velocity`."""
 
 from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,176 +17,155 @@ from ...flow import (
     Draws,
     Interval,
     PathSample,
-    Progressive,
     adaptive,
     folded_velocity,
 )
 from ...models import Condition
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
-from .flow import FlowStage, Losses, Times
+from .alignment import AlignedFlowLoss, Alignment
+from .flow import Density, FlowLoss
+from .masking import Masking
+from .routing import Routing
 from .teacher import VelocityTeacher
 
 
-class AverageVelocityStage(FlowStage):
-    """`FlowStage` for objectives of average velocities: a step evaluates the network over intervals.
+class AverageVelocityLoss(AlignedFlowLoss):
+    """The loss of objectives of average velocities: a step evaluates the network over intervals from r to t.
 
-    What an interval's target takes is evaluated for the samples whose interval has a length only, derivatives in
-    float32 whatever the precision of the run, and without a graph. Curves and validation show the error before its
-    adaptive weight, which would hide it.
+    The target of an interval is evaluated for the samples whose interval has a length only, derivatives in float32
+    whatever the precision of the run, and without a graph. Curves and validation show the error before its adaptive
+    weight, which would hide it.
 
     Args:
-        teacher: whose velocities are learned, guided as it is, in the place of the samples'.
+        teacher: its velocities, guided as it is, are learned in the place of the samples'.
 
     Raises:
-        UserError: the network takes no end of an interval, token routing is on (it is trained on one network and
-            differentiated through another), or guidance is asked for where there is no condition.
+        UserError: the network takes no end of an interval, a teacher is needed, tokens are routed (it is trained on one
+            network and differentiated through another), or guidance is asked for where there is no condition.
     """
-
-    earlier: nn.Module
-    earlier_stage: Tensor
 
     def __init__(
         self,
         network: Any,
         config: FlowConfig,
+        seed: int,
         *arguments: Any,
         teacher: VelocityTeacher | None = None,
-        **more: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(network, config, *arguments, **more)
-        self._velocities = teacher
-        if self._settings.needs_teacher and teacher is None:
+        super().__init__(network, config, seed, *arguments, **options)
+        self.settings: AverageObjective = self.choices.settings
+        self.objective = self.choices.objective
+        self.teacher = teacher
+        self.learns_from_average |= self.settings.averaged
+        if self.routing is not None:
+            raise _routed(config)
+        if self.settings.needs_teacher and teacher is None:
             raise _needs_teacher(config)
-        if isinstance(self._settings, Progressive):
-            # Part of the state: a resumed run asks the same network.
-            self.earlier = copy.deepcopy(network).requires_grad_(False)
-            self.register_buffer("earlier_stage", torch.zeros((), dtype=torch.long))
         if not network.config.get("interval_conditioning"):
             raise UserError(
                 f"--objective {config.objective} needs a network that takes the end of an interval",
                 "Use --network dit.",
             )
-        if self._routing is not None:
-            raise _routed(config)
         conditions = ("num_classes", "text_dim")
-        if self._settings.guided and all(network.config.get(name) is None for name in conditions):
+        if self.settings.guided and all(network.config.get(name) is None for name in conditions):
             raise _nothing_to_follow(config)
 
-    @property
-    def learns_from_average(self) -> bool:
-        return self._settings.averaged or super().learns_from_average
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return what `FlowLoss` does, and the plain ``error`` where it is not what is minimised."""
+        random = SampleRandom(self.seed, batch["sample_ids"], batch["latents"].device)
+        r, t = self.interval(batch["sample_ids"], random)
+        drop = self.dropped(random)
+        x0, x1 = self.noise(batch, random), self.latents(batch, random)
+        condition = self.condition(batch, drop)
+        x0 = self.pair(x0, x1, condition, batch)
+        sample, end = self.path.sample(x0, x1, r.to(x1.dtype)), t.to(x1.dtype)
+        target = self.target(sample, condition, end, self.progress(batch["sample_ids"], end))
+        output, distance = self.predict(batch, sample, condition, random, end=end)
+        error = self.objective(output, sample, target=target)
+        trained = adaptive(error, self.settings.power, self.settings.floor)
+        result = self.with_distance(trained, distance, batch)
+        if trained is not error:
+            result["error"] = error.detach().mean()
+        return result | {"per_sample": error.detach(), "t": r}
 
-    @property
-    def _settings(self) -> AverageObjective:
-        settings: AverageObjective = self._choices.settings
-        return settings
+    def interval(self, sample_ids: list[int], random: SampleRandom) -> tuple[Tensor, Tensor]:
+        """Draw the intervals of the samples: start and end, each (B,) float64."""
+        density: Density = self.density(sample_ids)
+        first, second, coin = random.uniform(), random.uniform(), random.uniform()
+        progress = self.progress(sample_ids, first)
+        return self.settings.interval(Draws(density.quantile, first, second, coin, progress))
 
-    def _times(self, random: SampleRandom, numbers: list[int]) -> Times:
-        one = super()._times(random, numbers)
-        quantile = partial(self._quantile, late=one.late)
-        draws = Draws(quantile, one.u, random.uniform(), random.uniform(), self._progress(numbers, one.u))
-        r, t = self._settings.interval(draws)
-        return one._replace(t=r, end=t)
-
-    def _losses(
-        self,
-        batch: dict[str, Any],
-        sample: PathSample,
-        condition: Condition,
-        random: SampleRandom,
-        times: Times,
-    ) -> Losses:
-        assert times.end is not None
-        settings, end = self._settings, times.end.to(sample.t)
-        progress = self._progress(batch["numbers"], end)
-        if isinstance(settings, Progressive) and progress is not None and self.training:
-            self._begin_stage(int(settings.stage(progress[0])))
-        target = self._target(sample, condition, end, progress)
-        output, distance = self._predict(batch, sample, condition, random, end=end)
-        plain = self._choices.objective(output, sample, target=target)
-        return Losses(plain, adaptive(plain, settings.power, settings.floor), distance)
-
-    def _progress(self, numbers: list[int], like: Tensor) -> Tensor | None:
-        """(B,) how much of the run lies behind each sample's step; None in validation, which is of the run's end."""
-        if isinstance(self._settings, Progressive) and not self.training:
-            return self._settings.middle(int(self.earlier_stage)).to(like).expand(like.shape)
-        if not self.training or self._samples is None:
+    def progress(self, sample_ids: list[int], like: Tensor) -> Tensor | None:
+        """Return the share (B,) of the run before each sample's step; None in validation, which is of the run's end."""
+        if not self.training or self.samples is None:
             return None
-        each = self._samples_per_step
-        begun = [number // each * each for number in numbers]  # alike in all passes and processes of a step
-        return torch.tensor(begun, dtype=torch.float64).div(self._samples).clamp(max=1.0).to(like)
+        step = self.samples_per_step
+        begun = [
+            number // step * step for number in sample_ids
+        ]  # alike in all passes and processes of a step
+        return torch.tensor(begun, dtype=torch.float64).div(self.samples).clamp(max=1.0).to(like)
 
-    def _target(
+    def target(
         self, sample: PathSample, condition: Condition, end: Tensor, progress: Tensor | None
     ) -> Tensor:
-        """(B, ...) what the network shall predict: the velocity, over intervals what the objective says."""
-        settings, long = self._settings, end > sample.t
-        wanted = torch.ones_like(long) if settings.follows_velocity else ~long
-        target = self._velocity(sample, condition, wanted)
+        """Return what the network should predict, (B, ...): the velocity; over intervals what the objective says."""
+        settings, long = self.settings, end > sample.t
+        target = self._velocity(
+            sample, condition, torch.ones_like(long) if settings.follows_velocity else ~long
+        )
         rows = long.nonzero().flatten()
         if not len(rows):
             return target
         x, r, t, under = sample.xt[rows], sample.t[rows], end[rows], condition.rows(rows)
-        own = settings.own_velocity and self._velocities is None
+        own = settings.own_velocity and self.teacher is None
         along = self._own_velocity(x, r, under) if own else None
         part = None if progress is None else progress[rows]
-        with (
-            self._asked(),
-            torch.autocast(x.device.type, enabled=False) if settings.differentiates else nullcontext(),
-        ):
-            asked = settings.target(
-                self._average_velocity(under), Interval(x, r, t, target[rows], part, along)
-            )
-        target[rows] = asked.to(target.dtype)
+        # Validation is of the average as it is.
+        average = self.average if settings.averaged and self.training else None
+        exact = torch.autocast(x.device.type, enabled=False) if settings.differentiates else nullcontext()
+        with nullcontext() if average is None else average.applied(), exact:
+            over = Interval(x, r, t, target[rows], part, along)
+            target[rows] = settings.target(self._average_velocity(under), over).to(target.dtype)
         return target
 
-    def _begin_stage(self, stage: int) -> None:
-        """With a new stage its targets come from what the network is now."""
-        if stage > int(self.earlier_stage):
-            self.earlier.load_state_dict(self.network.state_dict())
-            self.earlier_stage.fill_(stage)
-
-    def _asked(self) -> Any:
-        """Within the context the network is the one that targets come from. Validation is of the average as it is."""
-        average = self._average if self._settings.averaged and self.training else None
-        return nullcontext() if average is None else average.applied()
+    def target_network(self, *given: Any, **end: Any) -> Tensor:
+        """Call the network that targets come from, as it is written: compiled it has no forward derivatives."""
+        value: Tensor = self.network.forward(*given, **end)
+        return value
 
     def _average_velocity(self, condition: Condition) -> AverageVelocity:
-        """The network, or what it was when the stage began; where an interval has no length the teacher, if there is
-        one: its velocity is exact."""
-        network = self.earlier.forward if isinstance(self._settings, Progressive) else self._network
+        """Return u(x, r, t) of the target network; of a teacher, whose velocity is exact, where r = t."""
 
         def average(x: Tensor, r: Tensor, t: Tensor, under: Condition = condition) -> Tensor:
             with uncached_autocast(x.device) if torch.is_autocast_enabled(x.device.type) else nullcontext():
-                u: Tensor = network(x, r, under, end=t)
-            return u
+                return self.target_network(x, r, under, end=t)
+
+        if self.teacher is None or self.settings.differentiates:
+            return average
+        teacher = self.teacher
 
         def exact_where_still(x: Tensor, r: Tensor, t: Tensor) -> Tensor:
-            assert self._velocities is not None
             u = torch.empty_like(x)
-            for rows, still in (((t == r).nonzero().flatten(), True), ((t > r).nonzero().flatten(), False)):
-                if len(rows):
-                    under = condition.rows(rows)
-                    part = (
-                        self._velocities(x[rows], r[rows], under)
-                        if still
-                        else average(x[rows], r[rows], t[rows], under)
-                    )
-                    u[rows] = part.to(u.dtype)
+            still, moving = (t == r).nonzero().flatten(), (t > r).nonzero().flatten()
+            if len(still):
+                u[still] = teacher(x[still], r[still], condition.rows(still)).to(u.dtype)
+            if len(moving):
+                u[moving] = average(x[moving], r[moving], t[moving], condition.rows(moving)).to(u.dtype)
             return u
 
-        return average if self._velocities is None or self._settings.differentiates else exact_where_still
+        return exact_where_still
 
     def _velocity(self, sample: PathSample, condition: Condition, wanted: Tensor) -> Tensor:
-        """(B, ...) the velocities to learn, where they are ``wanted`` (B,): the sample's, guided, or the teacher's."""
-        settings, velocity = self._settings, sample.velocity.clone()
+        """Return the velocities to learn (B, ...), guided or the teacher's; only ``wanted`` (B,) rows count."""
+        settings, velocity = self.settings, sample.velocity.clone()
         rows = wanted.nonzero().flatten()
-        if not len(rows) or (self._velocities is None and not settings.guided):
+        if not len(rows) or (self.teacher is None and not settings.guided):
             return velocity
         x, r, under = sample.xt[rows], sample.t[rows], condition.rows(rows)
-        if self._velocities is not None:
-            velocity[rows] = self._velocities(x, r, under).to(velocity.dtype)
+        if self.teacher is not None:
+            velocity[rows] = self.teacher(x, r, under).to(velocity.dtype)
             return velocity
         without = self._own_velocity(x, r, under.unconditional())
         with_it = self._own_velocity(x, r, under) if settings.mixing else velocity[rows]
@@ -198,30 +176,103 @@ class AverageVelocityStage(FlowStage):
         return velocity
 
     def _own_velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """(B, ...) the network's velocity, which is its average over no time; without a graph."""
+        """Return the network's velocity (B, ...), which is its average over no time; without a graph."""
         with torch.no_grad(), uncached_autocast(x.device):
-            return self._network(x, t, condition).to(x.dtype)
+            velocity: Tensor = self.network.forward(x, t, condition)
+            return velocity.to(x.dtype)
 
-    def _network(self, *given: Any, **more: Any) -> Tensor:
-        """The network as it is written: what `--compile` makes of it is not differentiated forwards."""
-        value: Tensor = self.network.forward(*given, **more)
+
+class ProgressiveLoss(AverageVelocityLoss):
+    """The loss of progressive distillation: the run is cut into stages; see `Progressive`.
+
+    Targets come from ``earlier``, the network as it was when the stage began. It is part of the state: a resumed run
+    asks the same network.
+    """
+
+    earlier_stage: Tensor
+
+    def __init__(self, network: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(network, *arguments, **options)
+        self.earlier = copy.deepcopy(network).requires_grad_(False)
+        self.register_buffer("earlier_stage", torch.zeros((), dtype=torch.long))
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        progress = self.progress(batch["sample_ids"], batch["latents"])
+        if self.training and progress is not None:
+            stage = int(self.choices.settings.stage(progress[0]))
+            if stage > int(self.earlier_stage):
+                self.earlier.load_state_dict(self.network.state_dict())
+                self.earlier_stage.fill_(stage)
+        return super().forward(batch)
+
+    def progress(self, sample_ids: list[int], like: Tensor) -> Tensor | None:
+        """Return the share (B,) of the run before each sample's step; in validation the middle of the stage."""
+        if self.training:
+            return super().progress(sample_ids, like)
+        middle: Tensor = self.choices.settings.middle(int(self.earlier_stage))
+        return middle.to(like).expand(len(sample_ids))
+
+    def target_network(self, *given: Any, **end: Any) -> Tensor:
+        value: Tensor = self.earlier.forward(*given, **end)
         return value
 
 
-class OneStepStage(FlowStage):
-    """`FlowStage` at t = 0 only, of samples that are coupled with the noise that they came from: one Euler step.
+class OneStepLoss(FlowLoss):
+    """`FlowLoss` at t = 0 only, of samples that are paired with the noise that they came from: one Euler step.
 
     The distillation of Liu et al. 2022 (arXiv:2209.03003), sec. 2.1, after their reflow.
     """
 
-    def _times(self, random: SampleRandom, numbers: list[int]) -> Times:
-        one = super()._times(random, numbers)
-        return one._replace(t=torch.zeros_like(one.t))
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        density = self.density
+        self.density = lambda sample_ids: _AtNoise(density(sample_ids))
 
 
-def stage_class(config: FlowConfig) -> type[FlowStage]:
-    """The stage that trains by the config's objective."""
-    return AverageVelocityStage if config.choices().objective.average else FlowStage
+class _AtNoise:
+    """A density whose times are all 0; each still counts as the one that it takes the place of."""
+
+    def __init__(self, density: Density) -> None:
+        self.slope = density.slope
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.zeros_like(u)
+
+
+#: the losses of objectives that need more than `AverageVelocityLoss`
+_OWN_LOSSES: dict[str, type[AverageVelocityLoss]] = {"progressive": ProgressiveLoss}
+
+
+def flow_loss(
+    network: nn.Module,
+    config: FlowConfig,
+    seed: int,
+    text_encoder: Any = None,
+    masking: Masking | None = None,
+    routing: Routing | None = None,
+    alignment: Alignment | None = None,
+    *,
+    kind: type[FlowLoss] | None = None,
+    **options: Any,
+) -> FlowLoss:
+    """Return the loss that trains by the config's objective, or that of a ``kind``.
+
+    Args:
+        network, config, seed, text_encoder, masking: see `FlowLoss`.
+        routing, alignment: by choice, of objectives that go with them.
+        options: further arguments of the loss.
+
+    Raises:
+        UserError: see `AverageVelocityLoss`.
+    """
+    if kind is None:
+        if config.choices().objective.average:
+            kind = _OWN_LOSSES.get(config.objective, AverageVelocityLoss)
+        elif routing is not None or alignment is not None:
+            kind = AlignedFlowLoss
+    if kind is not None and issubclass(kind, AlignedFlowLoss):
+        options |= {"routing": routing, "alignment": alignment}
+    return (kind or FlowLoss)(network, config, seed, text_encoder, masking, **options)
 
 
 def refuse_unfit(

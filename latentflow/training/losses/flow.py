@@ -1,12 +1,11 @@
-"""Training a velocity network on latents."""
+"""The flow-matching loss: what one training step of a velocity network minimises."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,63 +13,39 @@ from transformers import PreTrainedModel
 
 from ...autoencoder import masked_source
 from ...config import FlowConfig
-from ...flow import PathSample, UniformTimes, loss_factor
+from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
 from ...models import Condition
-from ..loop.data_order import Draw, SampleRandom, seeded
-from ..loop.distributed import uncached_autocast
+from ..loop.data_order import SampleRandom, SampleUse, Stream, seeded
 from ..loop.ema import WeightAverage
-from ..loop.loader import by_group, groups_of, numbered, to_device
-from .alignment import Alignment, Teacher
+from ..loop.loader import by_group, groups_of, load_batch, to_device
 from .latent_data import LatentData
 from .masking import Masking
-from .routing import Routing
 
 _VALIDATION_TIMES = 4  # noises and times per validation image
 
 
-class Times(NamedTuple):
-    """The training times of a batch, each (B,) float64.
+class FlowLoss(nn.Module):
+    """The loss of a velocity network, and of the text encoder that is trained along.
+
+    A batch holds ``latents`` (B, C, h, w), perhaps their ``latents_std`` of the same shape; ``sample_ids``, B ints, on
+    which all that is drawn depends; what `prompts` needs; with ``masking`` what `Masking` needs. It may hold ``noise``,
+    shaped like the latents, that they are paired with, and ``weights`` (B,), factors on the losses in their mean.
+
+    Args:
+        network: called ``network(xt, t, condition)``.
+        config: what it learns.
+        seed: of the run.
+        text_encoder: encodes ``input_ids``; trained along.
+        masking: hides a part of every image, for a network that learns to inpaint.
+        samples: samples that the whole run uses, of which ``config.time_uniform_from`` is a share.
+        samples_per_step: samples of one step, over all processes.
 
     Attributes:
-        t: where the network is evaluated.
-        end: of the interval that starts there; None without intervals.
-        u: the uniform numbers that t comes from.
-        late: bool, whose times are uniform.
+        density: the density of the training times, for the samples of these ids.
+        learns_from_average: whether the loop must hand over the weight average (`use_average`).
     """
 
-    t: Tensor
-    end: Tensor | None
-    u: Tensor
-    late: Tensor
-
-
-class Losses(NamedTuple):
-    """Per-sample losses, each (B,).
-
-    Attributes:
-        plain: what curves and validation show.
-        trained: what is minimised: the same, or weighted by itself.
-        distance: of the features, with an alignment.
-    """
-
-    plain: Tensor
-    trained: Tensor
-    distance: Tensor | None
-
-
-class FlowStage(nn.Module):
-    """The loss of the velocity network (and of the text encoder that is trained along).
-
-    A batch holds ``latents`` (B, C, h, w), perhaps ``latents_std`` of the same shape, ``numbers`` (the draws), and
-    what the condition needs: ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text``
-    (B, L, D) and ``text_mask`` (B, L), or ``sizes`` (B, 6); perhaps ``noise``, shaped like the latents, that they are
-    coupled with; perhaps ``weights`` (B,), factors on the losses in their
-    mean, of which ``per_sample`` holds the plain ones. With ``masking`` the network also gets what is known of each
-    image, and the batch holds what `Masking` needs. With ``routing`` some tokens skip blocks while it is trained;
-    with ``alignment`` a second loss is added, logged as ``alignment``, and the batch may have to hold ``pixels``.
-    ``samples`` is how many draws the whole run has, which ``time_uniform_from`` is a share of, ``samples_per_step``
-    those of a step over all processes.
-    """
+    learns_from_average = False
 
     def __init__(
         self,
@@ -79,179 +54,85 @@ class FlowStage(nn.Module):
         seed: int,
         text_encoder: PreTrainedModel | None = None,
         masking: Masking | None = None,
-        routing: Routing | None = None,
-        alignment: Alignment | None = None,
+        *,
         samples: int | None = None,
         samples_per_step: int = 1,
     ) -> None:
         super().__init__()
         self.network = network
         self.text_encoder = text_encoder
-        self.alignment = alignment
-        self._average: WeightAverage | None = None
-        self._config, self._seed, self._masking, self._routing = config, seed, masking, routing
-        self._choices = config.choices()
-        self._uniform = UniformTimes(shift=self._choices.density.shift)
-        if samples is None and config.time_uniform_from < 1.0:
-            raise ValueError("time_uniform_from is a share of the run: give the samples of the run")
-        self._samples, self._samples_per_step = samples, samples_per_step
-        self._uniform_from = math.inf if samples is None else config.time_uniform_from * samples
-
-    @property
-    def masked(self) -> bool:
-        """Whether the network sees masked images."""
-        return self._masking is not None
-
-    @property
-    def needs_pixels(self) -> bool:
-        """Whether a batch must hold ``pixels``."""
-        return self.masked or (self.alignment is not None and self.alignment.needs_pixels)
-
-    @property
-    def learns_from_average(self) -> bool:
-        """Whether the loop must hand over the weight average (`use_average`)."""
-        return self.alignment is not None and self.alignment.needs_average
-
-    def use_average(self, average: WeightAverage) -> None:
-        """Learn from this average of the stage's weights; without one, from the weights as they are."""
-        self._average = average
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        config, choices = self._config, self._choices
-        x1 = batch["latents"]
-        random = SampleRandom(self._seed, batch["numbers"], x1.device)
-        times = self._times(random, batch["numbers"])
-        drop = random.uniform() < (config.condition_dropout if self.training else 0.0)
-        x0 = batch["noise"] if "noise" in batch else random.normal(x1.shape[1:])
-        if "latents_std" in batch:
-            x1 = x1 + batch["latents_std"] * random.normal(x1.shape[1:])
-        condition, source = self._told(batch, drop)
-        x0 = source(x0)
-        if "noise" not in batch:  # else they are pairs as they are
-            x0 = choices.coupling(
-                x0, x1, _for_coupling(condition), seeded(self._seed, 2, batch["numbers"][0])
-            )
-        sample = choices.path.sample(x0, x1, times.t.to(x1.dtype))
-        losses = self._losses(batch, sample, condition, random, times)
-        result = {"per_sample": losses.plain.detach(), "t": times.t.detach()}
-        total = losses.trained
-        if total is not losses.plain:
-            result["error"] = losses.plain.detach().mean()
-        if losses.distance is not None and self.alignment is not None:
-            total = total + self.alignment.weight * losses.distance
-            result["alignment"] = losses.distance.detach().mean()
-        return {"loss": (total * batch["weights"] if "weights" in batch else total).mean()} | result
-
-    def _told(self, batch: dict[str, Any], drop: Tensor) -> tuple[Condition, Callable[[Tensor], Tensor]]:
-        """The condition, with what is known of each image; and what makes of noise where the flow starts."""
-        condition = self.condition(batch, drop)
-        if self._masking is None:
-            return condition, lambda noise: noise
-        masked = self._masking(batch)
-        condition = dataclasses.replace(condition, channels=masked.channels)
-        if self._config.coupling != "data-dependent":
-            return condition, lambda noise: noise
-        return condition, lambda noise: masked_source(noise, masked.known, masked.hole)
-
-    def _times(self, random: SampleRandom, numbers: list[int]) -> Times:
-        """The training times: a pure function of the samples' running numbers."""
-        u = random.uniform()
-        late = self._late(numbers, u)
-        return Times(self._quantile(u, late), None, u, late)
-
-    def _quantile(self, u: Tensor, late: Tensor) -> Tensor:
-        """(B,) the times of uniform numbers."""
-        return torch.where(late, self._uniform.quantile(u), self._choices.density.quantile(u))
-
-    def _losses(
-        self,
-        batch: dict[str, Any],
-        sample: PathSample,
-        condition: Condition,
-        random: SampleRandom,
-        times: Times,
-    ) -> Losses:
-        """What the objective says of the network at ``sample``."""
-        config, choices = self._config, self._choices
-        output, distance = self._predict(batch, sample, condition, random)
-        per_sample = choices.objective(
-            output,
-            sample,
+        self.config, self.seed, self.masking = config, seed, masking
+        self.samples, self.samples_per_step = samples, samples_per_step
+        self.choices = choices = config.choices()
+        self.path, self.coupling = choices.path, choices.coupling
+        self.density: Callable[[list[int]], Density] = lambda sample_ids: choices.density
+        if config.time_uniform_from < 1.0:
+            if samples is None:
+                raise ValueError("time_uniform_from is a share of the run: give the samples of the run")
+            self.density = LateUniform(choices.density, config.time_uniform_from * samples)
+        self.objective: Callable[..., Tensor] = partial(
+            choices.objective,
             path=choices.path,
             prediction=config.prediction,
-            weight=self._weight(times.t, times.u, times.late),
             direction_weight=config.direction_weight,
-            contrastive_weight=config.contrastive_weight if self.training and len(output) > 1 else 0.0,
         )
-        return Losses(per_sample, per_sample, distance)
+        if config.contrastive_weight:
+            self.objective = Contrastive(self.objective, config.contrastive_weight)
+        self.average: WeightAverage | None = None
 
-    def _predict(
-        self,
-        batch: dict[str, Any],
-        sample: PathSample,
-        condition: Condition,
-        random: SampleRandom,
-        **more: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The network's prediction, and (B,) how far its features are from what they shall be like, if anything.
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return ``loss``; ``per_sample`` (B,), the errors without the samples' weights; and their times ``t`` (B,)."""
+        sample_ids, device = batch["sample_ids"], batch["latents"].device
+        random = SampleRandom(self.seed, sample_ids, device)  # a row depends on the seed and its id alone
+        density, u = self.density(sample_ids), random.uniform()
+        t, drop = density.quantile(u), self.dropped(random)
+        x0 = self.noise(batch, random)
+        x1 = self.latents(batch, random)  # a sample of the autoencoder's posterior
+        condition = self.condition(batch, drop)  # class, caption, sizes, what a mask leaves of the image
+        x0 = self.pair(x0, x1, condition, batch)  # the coupling
+        sample = self.path.sample(x0, x1, t.to(x1.dtype))
+        output = self.network(self.path.scale_input(sample.xt, sample.t), sample.t, condition)
+        error = self.objective(output, sample, weight=self.weight(t, u, density))
+        return {"loss": weighted_mean(error, batch), "per_sample": error.detach(), "t": t}
 
-        ``more`` is given to the network as it is.
-        """
-        given = self._choices.path.scale_input(sample.xt, sample.t), sample.t, condition
-        if not self.training or (self._routing is None and self.alignment is None):
-            return self.network(*given, **more), None
-        route = None
-        if self._routing is not None:
-            route = self._routing(sample.xt.shape, random, batch["numbers"][0])
-        if self.alignment is None:
-            return self.network(*given, route=route, **more), None
-        patch = self.alignment.patch_size
-        grid = sample.xt.shape[2] // patch, sample.xt.shape[3] // patch
-        teacher = self._teacher(batch, sample, condition)
-        target = self.alignment.target(batch, sample.t, grid, random, teacher)
-        output, features = self.network(*given, route=route, features=self.alignment.block, **more)
-        return output, self.alignment(features, target, route)
+    def dropped(self, random: SampleRandom) -> Tensor:
+        """Draw the rows (B,) bool whose condition is replaced by the null; none in validation."""
+        return random.uniform() < (self.config.condition_dropout if self.training else 0.0)
 
-    def _teacher(self, batch: dict[str, Any], sample: PathSample, condition: Condition) -> Teacher:
-        """The averaged network, and text encoder, on the same pairs under the same conditions."""
+    def noise(self, batch: dict[str, Any], random: SampleRandom) -> Tensor:
+        """Draw x0; that of the batch's pairs where it holds them."""
+        return batch["noise"] if "noise" in batch else random.normal(batch["latents"].shape[1:])
 
-        def features(t: Tensor, blocks: int) -> Tensor:
-            average = self._average
-            with (
-                torch.no_grad(),
-                uncached_autocast(t.device),
-                average.applied() if average is not None else nullcontext(),
-            ):
-                averaged = self.condition(batch, condition.drop)
-                averaged = dataclasses.replace(averaged, channels=condition.channels)
-                path, t = self._choices.path, t.to(sample.xt.dtype)
-                xt = path.scale_input(path.sample(sample.x0, sample.x1, t).xt, t)
-                seen: Tensor = self.network(xt, t, averaged, features=blocks, only_features=True).features
-                return seen
+    def latents(self, batch: dict[str, Any], random: SampleRandom) -> Tensor:
+        """Draw x1, samples of the autoencoder's posterior where it has one."""
+        x1: Tensor = batch["latents"]
+        return x1 + batch["latents_std"] * random.normal(x1.shape[1:]) if "latents_std" in batch else x1
 
-        return features
-
-    def _late(self, numbers: list[int], u: Tensor) -> Tensor:
-        """(B,) which draws have uniform times: of each by its own running number. None in validation."""
-        return torch.tensor(
-            [self.training and number >= self._uniform_from for number in numbers], device=u.device
-        )
-
-    def _weight(self, t: Tensor, u: Tensor, late: Tensor) -> Tensor | None:
-        """(B,) factors on the squared errors; None for the plain loss."""
-        path, weighting = self._choices.path, self._choices.weighting
-        if weighting is None:
-            return None
-        slope = torch.where(late, self._uniform.slope(u), self._choices.density.slope(u))
-        return loss_factor(weighting, path, self._config.prediction, t, slope)
+    def pair(self, x0: Tensor, x1: Tensor, condition: Condition, batch: dict[str, Any]) -> Tensor:
+        """Return the source rows that belong to x1, by the coupling; noise of the batch is paired as it is."""
+        x0 = self.source(x0, condition)
+        if "noise" in batch:
+            return x0
+        generator = seeded(self.seed, Stream.COUPLING, batch["sample_ids"][0])
+        return self.coupling(x0, x1, _compared_by(condition), generator)
 
     def condition(self, batch: dict[str, Any], drop: Tensor | None = None) -> Condition:
-        """What the network is told of a batch; of ``drop`` (B,) rows the null."""
+        """Return what the network is given beside the latents: prompts, and what a mask leaves of each image."""
+        condition = self.prompts(batch, drop)
+        if self.masking is None:
+            return condition
+        return dataclasses.replace(condition, channels=self.masking(batch))
+
+    def prompts(self, batch: dict[str, Any], drop: Tensor | None = None) -> Condition:
+        """Return classes, captions and sizes of a batch; the rows where ``drop`` (B,) holds get the null.
+
+        The batch holds ``class_labels`` (B,), or ``input_ids`` and ``attention_mask`` (B, L), or ``text`` (B, L, D) and
+        ``text_mask`` (B, L), or none of these; perhaps ``sizes`` (B, 6).
+        """
         text, mask = batch.get("text"), batch.get("text_mask")
         if self.text_encoder is not None and "input_ids" in batch:
-            length = int(
-                batch["attention_mask"].sum(1).max()
-            )  # no work on columns that are padding in all rows
+            # No work on columns that are padding in all rows.
+            length = int(batch["attention_mask"].sum(1).max())
             ids, mask = batch["input_ids"][:, :length], batch["attention_mask"][:, :length]
             text = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             mask = mask.bool()
@@ -263,9 +144,93 @@ class FlowStage(nn.Module):
             drop=drop,
         )
 
+    def source(self, noise: Tensor, condition: Condition) -> Tensor:
+        """Return where the flow starts: the noise, or with the coupling data-dependent the kept part beside it."""
+        if self.config.coupling != "data-dependent" or condition.channels is None:
+            return noise
+        kept, known = condition.channels.split(
+            [condition.channels.shape[1] - noise.shape[1], noise.shape[1]], 1
+        )
+        return masked_source(noise, known, 1.0 - kept.amin(1, keepdim=True))
 
-def _for_coupling(condition: Condition) -> Tensor | None:
-    """What a condition-aware coupling compares rows by: labels (B,), or captions as their mean token (B, D)."""
+    def weight(self, t: Tensor, u: Tensor, density: Density) -> Tensor | None:
+        """Return factors (B,) on the squared errors at the times t = density.quantile(u); None for the plain loss."""
+        if self.choices.weighting is None:
+            return None
+        return loss_factor(self.choices.weighting, self.path, self.config.prediction, t, density.slope(u))
+
+    @property
+    def masked(self) -> bool:
+        """True if the network sees masked images."""
+        return self.masking is not None
+
+    @property
+    def needs_pixels(self) -> bool:
+        """True if a batch must hold ``pixels``."""
+        return self.masked
+
+    def use_average(self, average: WeightAverage) -> None:
+        """Learn from this average of the module's weights; without one, from the weights as they are."""
+        self.average = average
+
+
+def weighted_mean(error: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Return the mean of the rows (B,), each times its sample's weight."""
+    return (error * batch["weights"] if "weights" in batch else error).mean()
+
+
+class Density(Protocol):
+    """A density of training times, as `TimeDensity`."""
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Return the times (B,) of uniform numbers u."""
+
+    def slope(self, u: Tensor) -> Tensor:
+        """Return dt/du (B,)."""
+
+
+class LateUniform(nn.Module):
+    """A density of the training times that is uniform from some sample of the run on; in validation it never is."""
+
+    def __init__(self, density: TimeDensity, first: float) -> None:
+        super().__init__()
+        self._density, self._first = density, first
+
+    def forward(self, sample_ids: list[int]) -> Density:
+        """Return the density of these samples, each by its own id."""
+        late = torch.tensor([self.training and number >= self._first for number in sample_ids])
+        return _Mixed(late, UniformTimes(shift=self._density.shift), self._density)
+
+
+class _Mixed(NamedTuple):
+    late: Tensor  # (B,) bool: the rows whose times are uniform
+    uniform: TimeDensity
+    usual: TimeDensity
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return torch.where(self.late.to(u.device), self.uniform.quantile(u), self.usual.quantile(u))
+
+    def slope(self, u: Tensor) -> Tensor:
+        return torch.where(self.late.to(u.device), self.uniform.slope(u), self.usual.slope(u))
+
+
+class Contrastive(nn.Module):
+    """An objective with the contrastive term (Delta-FM); see `flow_matching_loss`.
+
+    Validation has none: its rows are several noises of one image, and no row is another's negative. Nor has one row.
+    """
+
+    def __init__(self, objective: Callable[..., Tensor], weight: float) -> None:
+        super().__init__()
+        self._objective, self._weight = objective, weight
+
+    def forward(self, output: Tensor, sample: PathSample, **options: Any) -> Tensor:
+        weight = self._weight if self.training and len(output) > 1 else 0.0
+        return self._objective(output, sample, contrastive_weight=weight, **options)
+
+
+def _compared_by(condition: Condition) -> Tensor | None:
+    """Return what a condition-aware coupling compares rows by: labels (B,), or captions as mean tokens (B, D)."""
     if condition.class_labels is not None or condition.text is None:
         return condition.class_labels
     text, mask = condition.text.detach().float(), condition.text_mask
@@ -276,19 +241,19 @@ def _for_coupling(condition: Condition) -> Tensor | None:
 
 
 @torch.no_grad()
-def validation_loss(stage: FlowStage, data: LatentData, device: torch.device, batch_size: int = 64) -> float:
-    """Mean loss over held-out samples at fixed noises and fixed times, conditions in place.
+def validation_loss(loss: FlowLoss, data: LatentData, device: torch.device, batch_size: int = 64) -> float:
+    """Return the mean loss over held-out samples at fixed noises and fixed times, conditions in place.
 
     The training loss is noise from one t to the next; this one moves only when the network does.
     """
-    draws = [
-        Draw(index, index * _VALIDATION_TIMES + k)
+    uses = [
+        SampleUse(index, index * _VALIDATION_TIMES + k)
         for index in range(len(data))
         for k in range(_VALIDATION_TIMES)
     ]
     total = 0.0
-    for start in range(0, len(draws), batch_size):
-        for part in by_group(draws[start : start + batch_size], groups_of(data)):
-            batch = numbered(data, part)
-            total += float(stage(to_device(batch, device))["per_sample"].double().sum())
-    return total / len(draws)
+    for start in range(0, len(uses), batch_size):
+        for part in by_group(uses[start : start + batch_size], groups_of(data)):
+            batch = load_batch(data, part)
+            total += float(loss(to_device(batch, device))["per_sample"].double().sum())
+    return total / len(uses)

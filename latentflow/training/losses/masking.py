@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...autoencoder import Autoencoder, downscale_factor, latent_channels, latent_mask, masked_condition
+from ...autoencoder import Autoencoder, masked_condition
 from ...data import pixels_to_images
 from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
-
-
-class Masked(NamedTuple):
-    """A batch with holes.
-
-    Attributes:
-        channels: (B, f^2 + C, h, w), what the network is told (`masked_condition`).
-        known: (B, C, h, w), the latents of the images with their holes in grey: the last C of the channels.
-        hole: (B, 1, h, w) in {0, 1}; 1 = a cell with pixels to repaint.
-    """
-
-    channels: Tensor
-    known: Tensor
-    hole: Tensor
+from ..loop.data_order import Stream
 
 
 class Masking:
-    """Draws a mask for every sample and hides what is under it.
+    """Draw a mask for every sample and hide what is under it.
 
-    Which mask is a pure function of the seed and the sample's running number.
+    The mask is a pure function of the seed and the sample's id.
 
     Args:
         vae: the frozen autoencoder.
@@ -50,16 +37,20 @@ class Masking:
         return self  # a sharded copy of the network shares the autoencoder, which is frozen
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Any]) -> Masked:
-        """Of ``pixels`` (B, 3, H, W) uint8, ``numbers``, and perhaps ``masks`` (B, 1, H, W) with ``has_mask`` (B,)."""
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return `masked_condition` (B, f^2 + C, h, w): which pixels are kept, and the latents with holes in grey.
+
+        The batch holds ``pixels`` (B, 3, H, W) uint8, ``sample_ids``, and perhaps ``masks`` (B, 1, H, W) with
+        ``has_mask`` (B,).
+        """
         pixels = batch["pixels"]
         self._vae.to(pixels.device)
-        generators = [np.random.default_rng([self._seed, 3, number]) for number in batch["numbers"]]
+        generators = [
+            np.random.default_rng([self._seed, Stream.MASKS, number]) for number in batch["sample_ids"]
+        ]
         own = torch.tensor([rng.uniform() < self._own for rng in generators])
         masks = random_masks(self._shapes, (pixels.shape[2], pixels.shape[3]), generators).to(pixels.device)
         if "masks" in batch:
             rows = own.to(pixels.device) & batch["has_mask"]
             masks = torch.where(rows[:, None, None, None], (batch["masks"] > 127).to(masks), masks)
-        channels = masked_condition(self._vae, pixels_to_images(pixels), masks)
-        known = channels[:, -latent_channels(self._vae) :]
-        return Masked(channels, known, latent_mask(masks, downscale_factor(self._vae)))
+        return masked_condition(self._vae, pixels_to_images(pixels), masks)

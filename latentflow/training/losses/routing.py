@@ -1,4 +1,4 @@
-"""Token routing: which tokens of a training sample are spared the middle blocks."""
+"""Token routing: some tokens of a training sample skip the middle blocks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..loop.data_order import SampleRandom
 
 
 class Routing:
-    """Draws the route of a batch; which tokens skip depends on the seed and the sample's running number only.
+    """Draw the route of a batch; the tokens that skip depend on the seed and the sample's id only.
 
     Args:
         config: with a share above 0.
         network: whose tokens are routed.
-        samples: of a whole run, and of one of its steps: when routing ends.
+        samples: samples of a whole run, and of one of its steps: they say when routing ends.
 
     Raises:
         UserError: the network is no DiT, or has no such blocks.
@@ -41,9 +41,9 @@ class Routing:
         run, step = samples
         self._until = config.route_until * run // step * step
 
-    def __call__(self, shape: tuple[int, ...], random: SampleRandom, number: int) -> Route | None:
-        """The route for latents of ``shape`` (B, C, H, W); None when routing is over at this running number."""
-        if number >= self._until:
+    def __call__(self, shape: tuple[int, ...], random: SampleRandom, sample_id: int) -> Route | None:
+        """Draw the route for latents of ``shape`` (B, C, H, W); None when routing is over at this sample."""
+        if sample_id >= self._until:
             return None
         tokens = (shape[-2] // self._patch) * (shape[-1] // self._patch)
         kept = max(1, tokens - round(self._share * tokens))

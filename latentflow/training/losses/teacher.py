@@ -20,7 +20,7 @@ class VelocityTeacher:
 
     def __init__(self, pipe: LatentFlowPipeline, guidance: float) -> None:
         names = ("path", "path_options", "prediction")
-        # Alone, so that nothing but the network says on which device it runs.
+        # Without the other components: the device is the network's.
         self._pipe = LatentFlowPipeline(
             vae=None,
             transformer=pipe.transformer.requires_grad_(False).eval(),
@@ -31,7 +31,7 @@ class VelocityTeacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """(B, C, h, w) dx/dt at x and t (B,), float32. Where the condition is dropped there is nothing to guide."""
+        """Return dx/dt (B, C, h, w) at x and t (B,), float32; rows whose condition is dropped are not guided."""
         if self._pipe.transformer.device != x.device:
             self._pipe.transformer.to(x.device)
         with uncached_autocast(x.device):

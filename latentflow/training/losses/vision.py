@@ -1,4 +1,4 @@
-"""Frozen vision models as a measure of what is in an image: features of its patches."""
+"""Frozen vision models: features of the patches of an image."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class VisionEncoder:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        """pixels (B, 3, H, W) uint8 -> (B, h * w, width), row by row of the ``grid`` (h, w).
+        """Return features (B, h * w, width) of pixels (B, 3, H, W) uint8, row by row of the ``grid`` (h, w).
 
         The images are resized so that the model's patches are the cells of the grid, as in the paper that uses them
         (arXiv:2410.06940): no feature is interpolated, only the model's table of positions.
@@ -79,7 +79,7 @@ class VisionEncoder:
 
 
 def _normalisation(name: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the colours, by the model's image processor; ImageNet's where it has none."""
+    """Return mean and standard deviation of the colours, by the model's image processor; ImageNet's without one."""
     try:
         found, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except (OSError, ValueError):
