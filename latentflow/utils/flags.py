@@ -169,8 +169,7 @@ def help_text(
         usage.append(text if flag.of(defaults) is MISSING else f"[{text}]")
     lines = [" ".join(["usage:", prog, *usage, "[flags]"]), ""]
     width = min(100, shutil.get_terminal_size().columns)
-    for line in description.splitlines():
-        lines += textwrap.wrap(line, width, subsequent_indent=" " * (len(line) - len(line.lstrip()))) or [""]
+    lines += "\n\n".join(_wrapped(block, width) for block in description.split("\n\n")).splitlines()
     for name, members in shown.items():
         about = "" if short or not name else sections[name].help
         if members:
@@ -189,16 +188,20 @@ def _entry(flag: Flag, default: Any, width: int) -> list[str]:
     from tyro import MISSING
 
     left = "  " + f"{', '.join(flag.names(default))} {flag.value}".strip()
-    has_default = (
-        default is not MISSING and not isinstance(default, bool) and default not in (None, "", (), {})
+    text = (
+        "" if default is MISSING or default is None or isinstance(default, bool) else _plain(default).strip()
     )
-    right = textwrap.wrap(
-        flag.help + (f" (default: {_plain(default)})" if has_default else ""), width - _MARGIN
-    )
+    right = textwrap.wrap(flag.help + (f" (default: {text})" if text else ""), width - _MARGIN)
     lines = [f"{'':{_MARGIN}}{line}" for line in right] or [""]
     if len(left) > _MARGIN - 2:
         return [left, *lines]
     return [(left.ljust(_MARGIN) + lines[0][_MARGIN:]).rstrip(), *lines[1:]]
+
+
+def _wrapped(block: str, width: int) -> str:
+    """Return a paragraph in lines of the width; lines that show commands stay as they are."""
+    shows_commands = any(line.startswith((" ", "latentflow ")) for line in block.splitlines())
+    return block if shows_commands else textwrap.fill(block, width)
 
 
 def _plain(value: Any) -> str:
