@@ -8,8 +8,10 @@ A program is a file in `train/` or `pipelines/` with a `main(argv=None)`. It rea
 from __future__ import annotations
 
 import ast
+import atexit
 import dataclasses
 import enum
+import gc
 import inspect
 import os
 import runpy
@@ -293,6 +295,9 @@ def run(main: Callable[[], None]) -> None:
     Any other exception is a defect and keeps its traceback; under ``--debug`` all do.
     """
     debug = "--debug" in sys.argv
+    atexit.register(
+        gc.freeze
+    )  # else Python looks through all of torch for garbage before it ends: a second or two
     try:
         main()
     except BrokenPipeError:  # the reader of our output is gone (`latentflow --help | head`)
