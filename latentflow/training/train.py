@@ -135,7 +135,7 @@ def train(
         views = config.framing.crops * (1 + splits.data.random_flip)
         if isinstance(source, LatentFolder):
             views = 0
-        for line in estimate_lines(loss, networks, vae, source, config.loop, model.latent_size, views):
+        for line in estimate_lines(model, vae, source, config.loop, views):
             log.info(line)
         return
 
