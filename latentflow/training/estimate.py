@@ -26,10 +26,9 @@ from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
 from .loop.data_order import SampleRandom
-from .loop.distributed import compute_dtype, process_state
+from .loop.distributed import compute_dtype, matrix_product_rate, process_state
 from .loop.loader import TrainingData, first_batch, to_device
 from .loop.optimizers import Muon, make_optimizers
-from .loop.profiling import matrix_product_rate
 from .trained_model import TrainedModel
 
 _LONGEST = 512  # tokens of a caption, where the tokenizer names no limit
