@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -31,7 +30,7 @@ LARGEST_SEED = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(AdapterChoice):
-    """Settings of a measurement: the checkpoint, the data, and how images are drawn."""
+    """Settings of an evaluation: the checkpoint, the data, and how images are sampled."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Pipeline folder, run folder, such as runs/cats, or hub id."""
@@ -43,51 +42,51 @@ class EvaluateConfig(AdapterChoice):
     """Replace a report that exists."""
 
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 200
-    """Images to draw, of the captions or classes of as many training images (again from the first where they are
-    fewer). Below 50 most figures say little."""
+    """Images to generate, for the captions or classes of as many training images (repeated where there are fewer).
+    Below 50 most figures say little."""
     steps: int | None = None
-    """Steps from noise to data; default: 20, or 4 of a few-step checkpoint."""
+    """Steps from noise to data; default: 20, or those of a few-step checkpoint."""
     guidance: float | None = None
-    """Guidance scale; 1 is off. Default: 4, unless the checkpoint has learned its guidance along."""
+    """Guidance scale; 1 is off. Default: 4, unless guidance was distilled into the checkpoint."""
     solver: str | None = None
-    """Solver of the flow; default: heun, or none of a few-step checkpoint, which leaps from time to time."""
+    """Solver of the flow; default: heun, or none for a few-step checkpoint, which needs none."""
     seed: int = 0
-    """Decides the captions, the noise, and which real images are compared with which."""
+    """Seed of the captions, of the noise, and of which real images are compared with which."""
     batch_size: int = 50
-    """Images drawn or encoded at once."""
+    """Images that are generated or encoded at once."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
 
     validation: float | None = None
-    """Share of DATA that the run held out. This and the next seven are read from the run's config.yaml where
-    CHECKPOINT lies in a run folder; else they are what `latentflow train` takes by default."""
+    """Share of DATA that the run held out. This and the next seven settings are read from the run's config.yaml if
+    CHECKPOINT lies in a run folder; else they default to those of `latentflow train`."""
     validation_seed: int | None = None
     """Seed of that run."""
     condition: Literal["auto", "none", "class", "text"] | None = None
-    """What DATA's images are conditioned on."""
+    """What the network is conditioned on for DATA's images."""
     missing_caption: Literal["error", "empty", "skip"] | None = None
-    """What becomes of images without a caption."""
+    """What to do with images that have no caption."""
     masks: Literal["auto", "none", "alpha"] | None = None
-    """Where your own masks come from; alpha shows the images without their transparency."""
+    """Where masks come from; with alpha the images are used without their transparency."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Columns of tables (of --test as well) that are called otherwise, as for `latentflow train`."""
+    """Rename table columns (of --test as well), as for `latentflow train`."""
     colours: Literal["srgb", "stored"] | None = None
     """Convert images (of --test as well) to sRGB by their colour profiles, or not, as for `latentflow train`."""
     background: str | None = None
     """Colour behind transparent images."""
     test: str | None = None
-    """One more folder that was not trained on, whose reconstruction and loss are reported as well."""
+    """One more folder that was not trained on; its reconstruction and loss are reported as well."""
 
     attributes: tuple[str, ...] = ()
-    """Words that tell captions apart, such as "light skin tone" "dark skin tone": every caption of --test
-    (without it: held out) with such words is drawn, and must be nearest to the real one with the same."""
+    """Words that distinguish captions, such as "light skin tone" "dark skin tone". For every caption of --test
+    (without it: held out) with such words an image is generated; it should be nearest to the real one with the same."""
     fid: bool = False
     """Also FID in Inception's feature space (extra `metrics`; downloads weights)."""
     clip: str | None = None
     """Also the CLIP score under this hub id or folder, such as openai/clip-vit-base-patch16."""
 
     def __post_init__(self) -> None:
-        fix = f"Draw at least 2, to fit a distribution, and at most {MOST:,}; default: 200."
+        fix = f"Give at least 2, to fit a distribution, and at most {MOST:,}; default: 200."
         whole("-n", self.n, 2, MOST, fix=fix)
         for flag, value, least, most in (
             ("--steps", self.steps, 1, None),
@@ -105,7 +104,7 @@ class EvaluateConfig(AdapterChoice):
 
             lookup(SOLVERS, self.solver, "solver")
         if self.attributes and len(set(self.attributes)) < max(2, len(self.attributes)):
-            raise UserError("--attributes tell captions apart", "Give at least two, all different.")
+            raise UserError("--attributes must distinguish captions", "Give at least two, all different.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,8 +117,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation.sampler import TRAINING_CAPTIONS, Sampler
     from latentflow.inference.checkpoint import open_pipeline
     from latentflow.metrics import learned
-    from latentflow.models.text import UnknownWords
-    from latentflow.pipeline.conditioning import unknown_words_text
 
     settings = run_settings(config.checkpoint, config.data)
     settings |= {name: value for name in settings if (value := getattr(config, name)) not in (None, {})}
@@ -146,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=settings["validation_seed"],
         background=settings["background"],
     )
-    numbers = ", ".join(f"{len(part)} ({name})" for name, part in unseen.items())
-    print(f"{len(train)} training images; not trained on: {numbers}")
+    data = report.describe_data(source, train, unseen)
+    print(", ".join(f"{number} {name} images" for name, number in data["images"].items()))
 
     # Conditions are those of real training images, so in the data's own proportions. The first of these images stand
     # for what a perfect generator would make; the reference of both is all others.
@@ -155,25 +152,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = [train.captions[order[i % len(order)]] for i in range(config.n)]
     real = metrics.real_split(order, config.n)
     beside, reference = train.rows(real.beside), train.rows(real.reference)
-    notes = report.notes(pipe, source, kind, config.n, real, unseen)
-    if kind == "prompt" and (words := pipe.unknown_words(sorted(set(captions)))):
-        notes.append(unknown_words_text(words))
-    warnings.simplefilter("ignore", UnknownWords)  # each batch would say it again
+    notes = report.notes(pipe, source, kind, captions, real, unseen)
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")
-    counterparts = None
-    if config.attributes:
-        unseen_images = unseen.get("test") or unseen["held_out"]
-        counterparts = figures.find_counterparts(train, unseen_images, config.attributes)
     if clip is not None and not any(captions):
         raise UserError("--clip compares images with captions, and DATA has none", "Leave --clip out.")
+    if config.attributes:
+        held_out = unseen.get("test") or unseen["held_out"]
+        counterparts = figures.find_counterparts(train, held_out, config.attributes)
 
     # ---------------------------------------------------------------- without sampling: what the networks know
-    height, width = train.images.shape[2:]
     sampler = Sampler(
         pipe=pipe,
         condition_kind=kind,
-        size=(height, width),
+        size=train.size,
         steps=steps,
         guidance=guidance,
         solver=solver,
@@ -181,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=config.batch_size,
     )
     measured: dict[str, Any] = {
-        "data": report.describe_data(source, train, unseen),
+        "data": data,
         "asked": report.proportions(captions, train.captions, kind),
         "reconstruction": {
             name: figures.reconstruction(pipe.vae, part.images, config.batch_size)
@@ -198,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured["memorisation"] = figures.memorisation(generated, train, unseen.get("held_out"))
     if config.data == "shapes" and kind == "prompt":
         measured["shapes"] = figures.shapes(sampler, generated, captions, beside)
-    if counterparts is not None:
+    if config.attributes:
         measured["attributes"] = figures.attribute_accuracy(sampler, counterparts)
     if fid is not None:
         measured["fid"] = figures.inception_distance(fid, generated, beside, reference, config.batch_size)
@@ -208,11 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---------------------------------------------------------------- the report
     measured |= {"notes": notes, "seconds": round(time.monotonic() - started, 1)}
     print(printable("\n".join([*report.lines(measured), *(f"note: {note}" for note in notes)])))
-    repeat = {
-        "settings": dataclasses.asdict(config),
-        "versions": report.versions(),
-        "checkpoint": report.weight_hashes(pipe),
-    }
+    repeat = {"settings": dataclasses.asdict(config), "versions": report.versions()}
+    repeat["checkpoint"] = report.weight_hashes(pipe)
     report.write(output, repeat | measured, generated[:64])
     print(f"Wrote {output} and {output.with_suffix('.png')}")
 

@@ -28,7 +28,7 @@ class ExportConfig(AdapterChoice):
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_PIPELINE")]
     """The pipeline folder, run folder or hub id to merge into; with --adapter the run that made the adapter."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """The folder to write. One that holds anything is left as it is."""
+    """The folder to write. It must be empty or new."""
     adapter: bool = False
     """Write the adapter alone."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -36,6 +36,7 @@ class ExportConfig(AdapterChoice):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Write the merged pipeline, or the adapter."""
     config = parse(ExportConfig, argv, prog="latentflow export", description=__doc__ or "")
     output = Path(config.output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
@@ -47,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     if config.adapter and config.export_dtype != "float32":
-        raise UserError("--export-dtype with --adapter: it is copied as it is", "Leave --export-dtype out.")
+        raise UserError(
+            "--export-dtype has no effect with --adapter, which copies the adapter",
+            "Leave --export-dtype out.",
+        )
 
     from latentflow.training.loop.folders import write_folder
 

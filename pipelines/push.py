@@ -15,7 +15,7 @@ from latentflow.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
-    """Upload a pipeline folder. A new repository is private; a README.md on the hub stays as it is."""
+    """Upload a pipeline folder to the hub. A new repository is private; your own README.md there stays."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A pipeline folder, such as runs/cats/pipeline."""

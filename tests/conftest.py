@@ -59,12 +59,12 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def load_program(repository: Path) -> Callable[[str], Any]:
-    """Loads a program of `pipelines/` as a module, by its name, such as "generate"."""
+    """Loads a program of `pipelines/` or `train/` as a module, by its name, such as "generate"."""
 
     def load(name: str) -> Any:
-        spec = importlib.util.spec_from_file_location(
-            f"{name}_program", repository / "pipelines" / f"{name}.py"
-        )
+        files = [repository / folder / f"{name}.py" for folder in ("pipelines", "train")]
+        file = next(file for file in files if file.is_file())
+        spec = importlib.util.spec_from_file_location(f"{name}_program", file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

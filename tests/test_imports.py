@@ -20,9 +20,9 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # Leaves that those after them, and everything else, may import; `cli` is for programs only.
 GROUND = [
     {"errors"},
-    {"utils", "utils.arguments", "utils.documents", "utils.flags", "utils.replacing"},
+    {"utils", "utils.arguments", "utils.files", "utils.flags", "utils.templates"},
     {"utils.settings"},
-    {"utils.components", "utils.html_page", "utils.image_formats", "utils.libraries", "utils.memory", "cli"},
+    {"utils.components", "utils.html_page", "utils.image_formats", "utils.memory", "cli"},
     {"__main__"},
 ]
 LEAVES = set().union(*GROUND)
@@ -115,7 +115,7 @@ def test_the_rules_themselves() -> None:
     assert not allowed("errors", "flow")
     assert allowed("utils.components", "utils.settings")
     assert not allowed("utils.settings", "utils.components")
-    assert not allowed("errors", "utils.documents")
+    assert not allowed("errors", "utils.files")
     assert part("latentflow.pipeline.inpaint") == "pipeline"
     assert part("latentflow.training.loop.fit") == "training.loop"
     assert part("latentflow.training.fine_tune.prior") == "training"
@@ -177,7 +177,9 @@ def test_nothing_unpickles(file: Path) -> None:
         ("latentflow.pipeline", ["latentflow.data", "latentflow.training", "tyro"]),
     ],
 )
-def test_light_imports_stay_light(module: str, absent: list[str]) -> None:
-    code = f"import sys, {module}; print(*sorted(set({absent!r}) & set(sys.modules)))"
+def test_light_imports_stay_light_and_leave_the_garbage_collector_on(module: str, absent: list[str]) -> None:
+    code = (
+        f"import gc, sys, {module}; assert gc.isenabled(); print(*sorted(set({absent!r}) & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,27 @@ def notes(
     pipe: Any,
     source: Source,
     kind: ConditionKind,
-    generated: int,
+    captions: list[str],
     real: metrics.RealSplit,
     unseen: dict[str, ImageSet],
 ) -> list[str]:
-    """Return one line for everything that was inferred, or that makes figures of this report less reliable."""
+    """Return one line for everything that was inferred, or that makes figures of this report less reliable.
+
+    Args:
+        captions: those of the generated images. Their unknown words are a note, and are not warned of any more.
+    """
+    from ..models.text import UnknownWords
+    from ..pipeline.conditioning import unknown_words_text
+
     found = list(source.notes)
     if "test" in unseen and unseen["test"].trained_on:
         test = unseen["test"]
         found.append(f"{test.trained_on} of the {len(test)} images of --test are in DATA too")
     beside = len(real.beside)
-    if beside < generated:
+    if beside < len(captions):
         found.append(
-            f"DATA is small: the Frechet distance is of {beside} of the {generated} generated images, beside as many "
-            f"real ones, to the {len(real.reference)} others"
+            f"DATA is small: the Frechet distance is of {beside} of the {len(captions)} generated images, beside "
+            f"as many real ones, to the {len(real.reference)} others"
         )
     if beside < FEW:
         found.append(f"a Frechet distance of {beside} images says little: at least {FEW} should be compared")
@@ -52,6 +60,9 @@ def notes(
         found.append(f"the checkpoint takes captions, and DATA has none: it is prompted with {prompts}")
     if absent := sorted(set(pipe.labels) - set(source.classes)) if kind == "class_labels" else []:
         found.append(f"classes of the checkpoint that DATA lacks; none are generated: {', '.join(absent)}")
+    if kind == "prompt" and (words := pipe.unknown_words(sorted(set(captions)))):
+        found.append(unknown_words_text(words))
+    warnings.simplefilter("ignore", UnknownWords)
     return found
 
 

@@ -52,7 +52,7 @@ class Sampler:
         """
         height, width = self.size
         batches = []
-        for start in tqdm(range(0, len(captions), self.batch_size), desc=f"drawing {description}"):
+        for start in tqdm(range(0, len(captions), self.batch_size), desc=f"sampling for {description}"):
             batch = list(captions[start : start + self.batch_size])
             condition: dict[str, Any] = {self.condition_kind: batch}
             if self.condition_kind == "nothing":

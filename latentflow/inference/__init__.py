@@ -1,5 +1,5 @@
-"""From a checkpoint to image files, shared by the sampling programs and the web page.
+"""Sampling images from a checkpoint, for the programs and the web page.
 
-:mod:`config` common flags, :mod:`checkpoint` opening one with its adapters, :mod:`sample` one seed per image,
-:mod:`images` file names, formats, sheets. Nothing imports torch before it samples, so that `--help` answers at once.
+:mod:`checkpoint` opens a pipeline with its adapters, :mod:`sample` generates images with one seed each, :mod:`images`
+reads and writes image files. torch is imported when images are sampled, not before, so that `--help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""The checkpoint that a program samples from, with its adapters."""
+"""Opening the checkpoint that a program samples from, with its adapters."""
 
 from __future__ import annotations
 
@@ -10,47 +10,46 @@ from typing import Any
 
 from ..config import AdapterChoice
 from ..errors import UserError, reason
-from ..utils.libraries import quiet_libraries
+from ..utils.components import quiet_libraries
 from ..utils.settings import check_types, read_settings
 
 
 def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
-    """Put the adapters into the pipeline's weights, each times its weight.
+    """Merge the adapters into the pipeline's weights, each times its weight.
 
     Args:
-        checkpoint: folder or hub id that the pipeline comes from.
+        checkpoint: folder or hub id that the pipeline was loaded from.
 
     Raises:
-        UserError: one cannot be loaded, see ``load_lora_weights``, or its weight is no finite number; the checkpoint
-            brings none for ``fast``.
+        UserError: an adapter cannot be loaded, see ``load_lora_weights``; its weight is not a finite number; or the
+            checkpoint has no adapter for ``fast``.
     """
     if choice.fast:
         if Path(checkpoint).is_dir() and not (Path(checkpoint) / "fast").is_dir():
             raise UserError(
-                f"--fast: {checkpoint} brings no adapter for few steps (a folder `fast`)",
-                "Make a student: latentflow distill CHECKPOINT DATA -o runs/fast --lora-rank 32, and draw with it: "
-                "--lora runs/fast. A student of all weights is a checkpoint of its own: --checkpoint runs/fast.",
+                f"--fast: {checkpoint} has no few-step adapter (a folder `fast`)",
+                "Train one: latentflow distill CHECKPOINT DATA -o runs/fast --lora-rank 32, and sample with "
+                "--lora runs/fast. Without --lora-rank the student is a checkpoint of its own: --checkpoint runs/fast.",
             )
         pipe.merge_lora_weights(checkpoint, any_base=choice.lora_any_base, subfolder="fast")
     if not choice.lora:
         return
-    wanted = [_split(text) for text in choice.lora]
-    names = [f"adapter-{number}" for number in range(len(wanted))]
-    for name, (source, _) in zip(names, wanted, strict=True):
+    adapters = {f"adapter-{number}": _split(text) for number, text in enumerate(choice.lora)}
+    for name, (source, _) in adapters.items():
         pipe.load_lora_weights(source, adapter_name=name, any_base=choice.lora_any_base)
-    pipe.set_adapters(names, [weight for _, weight in wanted])
+    pipe.set_adapters(list(adapters), [weight for _, weight in adapters.values()])
     pipe.fuse_lora()
     pipe.unload_lora_weights()
 
 
 def _split(text: str) -> tuple[str, float]:
-    """``runs/hats:0.8`` -> where its adapter is, 0.8."""
+    """Split ``runs/hats:0.8`` into the adapter's folder or hub id and 0.8; without a number the weight is 1."""
     source, _, number = text.rpartition(":")
     try:
         weight = float(number)
     except ValueError:
         source = ""
-    if not source or Path(text).exists():  # no colon, or one of the path's own
+    if not source or Path(text).exists():  # no colon, or one that belongs to the path
         source, weight = text, 1.0
     if not math.isfinite(weight):
         raise UserError(f"--lora {text}: the weight is {weight}", "It must be a number such as 0.8.")
@@ -68,7 +67,7 @@ _ROOT = _PACKAGE / "programs" if (_PACKAGE / "programs").is_dir() else _PACKAGE.
 SHIPPED = _ROOT / "checkpoints" / "emoji-64"
 
 
-# Of the settings that `taken_by` reads.
+# Types of the settings that `capabilities` reads.
 _TYPES: dict[str, Any] = {
     "id2label": dict[str, str] | None,
     "num_classes": int | None,
@@ -81,91 +80,92 @@ _TYPES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Takes:
-    """What a checkpoint is asked with: a caption, one of these classes, a mask; and how it likes to be asked.
+class Capabilities:
+    """Conditions that a checkpoint takes, and the settings that it is usually sampled with.
 
     Attributes:
-        steps: how many it usually draws in.
-        guided: it has learned its guidance along, and takes no other.
+        text: it takes prompts.
+        labels: names of its classes, or their numbers where they have no names.
+        masks: it was trained to inpaint.
+        steps: usual number of steps.
+        distilled_guidance: guidance was distilled into the network, which takes no other scale.
     """
 
     text: bool
     labels: tuple[str, ...]
     masks: bool
     steps: int = 20
-    guided: bool = False
+    distilled_guidance: bool = False
 
     @property
     def condition(self) -> bool:
-        """Whether there is anything to guide by."""
+        """Return whether there is a condition to guide by."""
         return self.text or bool(self.labels)
 
 
-def takes(checkpoint: str | None = None) -> Takes | None:
-    """What the pipeline folder's JSON says, in no time; None where there is no such folder.
+def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
+    """Read a pipeline folder's capabilities from its JSON files, without loading it; None for a hub id.
 
     Args:
-        checkpoint: as of ``open_pipeline``.
+        checkpoint: as for ``open_pipeline``.
 
     Raises:
-        UserError: the JSON cannot be read, or says nothing of the kind.
+        UserError: the JSON cannot be read, or a setting has the wrong type.
     """
-    folder = Path(_source(checkpoint))
+    folder = Path(_resolve(checkpoint))
     files = [folder / "model_index.json", folder / "transformer" / "config.json"]
     if not all(file.is_file() for file in files):
         return None
     settings = [read_settings(file) for file in files]
-    for file, one in zip(files, settings, strict=True):
-        check_types(file, one, _TYPES)
-    return taken_by(*settings)
+    for file, config in zip(files, settings, strict=True):
+        check_types(file, config, _TYPES)
+    return capabilities(*settings)
 
 
-def taken_by(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Takes:
-    """As the configs of a pipeline and of its network say; classes without names are numbers."""
+def capabilities(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Capabilities:
+    """Return the capabilities that the configs of a pipeline and of its network give."""
     names = (pipe.get("id2label") or {}).values()
-    return Takes(
+    return Capabilities(
         text=network.get("text_dim") is not None,
         labels=tuple(names) or tuple(str(number) for number in range(network.get("num_classes") or 0)),
         masks=bool(network.get("condition_channels")),
         steps=(pipe.get("step_counts") or [4 if pipe.get("average") else 20])[-1],
-        guided=pipe.get("folded_guidance", 1.0) != 1.0,
+        distilled_guidance=pipe.get("folded_guidance", 1.0) != 1.0,
     )
 
 
 def open_pipeline(
-    kind: str,
-    checkpoint: str | None = None,
-    device: str = "auto",
-    adapters: AdapterChoice | None = None,
+    kind: str, checkpoint: str | None = None, device: str = "auto", adapters: AdapterChoice | None = None
 ) -> Any:
-    """The pipeline of the class that ``latentflow`` calls ``kind``, on its device.
+    """Load a pipeline onto its device.
 
     Args:
-        kind: such as "LatentFlowPipeline".
+        kind: name of its class in ``latentflow``, such as "LatentFlowPipeline".
         checkpoint: pipeline folder, run folder or hub id; None: the shipped checkpoint.
         device: "auto" (a GPU if there is one) or torch's name of one.
-        adapters: what is merged into it.
+        adapters: adapters to merge into its weights.
 
     Raises:
         UserError: there is no such checkpoint, or the shipped one is missing; an adapter does not fit; torch knows no
             such device, or this machine has none.
     """
-    source = _source(checkpoint)
+    source = _resolve(checkpoint)
     import latentflow
 
-    place = fastest_device() if device == "auto" else checked_device(device)
+    target = fastest_device() if device == "auto" else check_device(device)
 
     quiet_libraries()
     pipeline = getattr(latentflow, kind).from_pretrained(source)
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
-    return pipeline.to(place)
+    return pipeline.to(target)
 
 
-def _source(checkpoint: str | None) -> str:
+def _resolve(checkpoint: str | None) -> str:
+    """Return the pipeline folder, also of a run folder, or the hub id."""
     if checkpoint is None and not (SHIPPED / "model_index.json").is_file():
         raise UserError(
-            f"the shipped checkpoint is not there: {SHIPPED}",
+            f"the shipped checkpoint is missing: {SHIPPED}",
             "Give --checkpoint DIR, or train one: latentflow train FOLDER -o runs/mine, then "
             "--checkpoint runs/mine",
         )
@@ -174,7 +174,7 @@ def _source(checkpoint: str | None) -> str:
     return str(inside_run) if (inside_run / "model_index.json").is_file() else source
 
 
-def checked_device(name: str) -> str:
+def check_device(name: str) -> str:
     """Return ``name`` if tensors can be put on the device that torch calls so.
 
     Raises:
@@ -186,17 +186,16 @@ def checked_device(name: str) -> str:
         torch.empty(1, device=name)
         if torch.device(name).type == "meta":
             raise ValueError("it holds no numbers")
-    # torch's ways to say so: AssertionError where it was built without CUDA.
+    # torch raises all of these; AssertionError where it was built without CUDA.
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
         raise UserError(
-            f"--device {name} cannot be used: {reason(error)}",
-            f"auto takes {fastest_device()} here.",
+            f"--device {name} cannot be used: {reason(error)}", f"auto takes {fastest_device()} here."
         ) from error
     return name
 
 
 def fastest_device() -> str:
-    """ "cuda", "mps" or "cpu"."""
+    """Return "cuda", "mps" or "cpu"."""
     import torch
 
     if torch.cuda.is_available():

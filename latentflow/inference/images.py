@@ -1,4 +1,4 @@
-"""Image files that programs read and write: formats, names that overwrite nothing, sheets."""
+"""Reading and writing the image files of programs: formats, names that overwrite nothing, grids."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RunError, UserError, printable, reason
-from ..utils.replacing import replacing
+from ..utils.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def enlarged(image: Image, scale: int) -> Image:
-    """The image ``scale`` times as wide and high."""
+def enlarge(image: Image, scale: int) -> Image:
+    """Return the image ``scale`` times as wide and high."""
     from PIL.Image import Resampling
 
     from ..utils.memory import memory_phase
@@ -30,26 +30,27 @@ def enlarged(image: Image, scale: int) -> Image:
         return image.resize((image.width * scale, image.height * scale), Resampling.LANCZOS)
 
 
-def sheet(images: list[Image], columns: int) -> Image:
-    """All images, of one size, on one white sheet, row by row."""
+def image_grid(images: list[Image], columns: int) -> Image:
+    """Return one image with all these, which have one size, row by row on white."""
     from PIL import Image
 
     width, height = images[0].size
-    paper = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
     for i, image in enumerate(images):
-        place = (i % columns * width, i // columns * height)
-        paper.paste(image, place, image if image.mode == "RGBA" else None)
-    return paper
+        corner = (i % columns * width, i // columns * height)
+        grid.paste(image, corner, image if image.mode == "RGBA" else None)
+    return grid
 
 
-_TRANSPARENT = ("PNG", "WEBP", "TIFF", "AVIF")  # formats that keep every alpha
+_TRANSPARENT = ("PNG", "WEBP", "TIFF", "AVIF")  # formats that keep the alpha channel exactly
+log = logging.getLogger(__name__)
 
 
 def check_format(output: str) -> None:
     """Refuse a file name whose ending is no image format.
 
     Raises:
-        UserError: names the ending and formats that will do.
+        UserError: names the ending, and formats that can be written.
     """
     from PIL import Image
 
@@ -59,10 +60,10 @@ def check_format(output: str) -> None:
 
 
 def check_writable(output: str) -> None:
-    """Refuse a file that cannot be written, before anything is made that should go there.
+    """Refuse a path that cannot be written, before long work.
 
     Raises:
-        UserError: its folder, or the nearest that there is, takes no file; or its name is none.
+        UserError: no file can be created in its folder, or in the nearest one that exists; or its name is invalid.
     """
     path, fix = Path(output), "Give a file in a folder that you may write to."
     try:
@@ -79,12 +80,12 @@ def check_writable(output: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a file to write in the place of ``path``; see `replacing`.
+    """Yield a temporary file that takes the place of ``path`` once it is written; see `replacing`.
 
     Raises:
-        RunError: it cannot be written; says why.
+        RunError: it cannot be written.
     """
-    path = path.resolve()  # what a link leads to, and not the link, is replaced
+    path = path.resolve()  # the target of a link is replaced, not the link
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, path.suffix) as partial:
@@ -99,12 +100,13 @@ def _why(error: OSError) -> str:
     return error.strerror or reason(error)
 
 
-def save(images: list[Image], output: str, overwrite: bool = False) -> None:
-    """Write the images under free names, each whole or not at all, and print the names; on white where the format has
-    no transparency.
+def save_images(images: list[Image], output: str, overwrite: bool = False) -> None:
+    """Write the images under free names, each whole or not at all, and print the names.
+
+    Where the format has no transparency they are written on white.
 
     Raises:
-        RunError: one cannot be written; those before it are.
+        RunError: an image cannot be written; those before it are.
         UserError: the format does not take images of this size.
     """
     images = _as_format(images, output)
@@ -114,33 +116,31 @@ def save(images: list[Image], output: str, overwrite: bool = False) -> None:
                 image.save(partial)
             except (ValueError, struct.error, OverflowError) as error:  # what Pillow's encoders raise
                 raise UserError(
-                    f"{path}: an image of {image.width} x {image.height} cannot be written so: {reason(error)}",
+                    f"{path}: an image of {image.width} x {image.height} cannot be written in this format: "
+                    f"{reason(error)}",
                     "Use .png, or a smaller --scale.",
                 ) from error
         print(path)
 
 
 def _as_format(images: list[Image], output: str) -> list[Image]:
-    """Return the images without alpha where the format would lose it, which is said if anything is transparent."""
+    """Return the images on white where the format has no alpha, with a warning if anything is transparent."""
     from PIL import Image
 
     from ..data.pixels import to_rgb
 
     suffix = Path(output).suffix.lower()
-    if Image.registered_extensions().get(suffix) in _TRANSPARENT or not any(
-        one.mode == "RGBA" for one in images
-    ):
+    if Image.registered_extensions().get(suffix) in _TRANSPARENT or all(i.mode != "RGBA" for i in images):
         return images
     if any(map(is_transparent, images)):
         print(
-            f"{suffix} has no transparency: what is transparent lies on white; .png keeps it.",
-            file=sys.stderr,
+            f"{suffix} has no transparency: transparent parts become white; .png keeps them.", file=sys.stderr
         )
-    return [to_rgb(one) for one in images]
+    return [to_rgb(image) for image in images]
 
 
 def free_paths(output: Path, count: int, overwrite: bool = False) -> list[Path]:
-    """Where ``count`` images go: the name itself for a single one, else numbered; free names only."""
+    """Return free names for ``count`` images: the name itself for a single one, else numbered ones."""
 
     def numbered(i: int) -> Path:
         return output.with_stem(f"{output.stem}-{i}")
@@ -155,14 +155,11 @@ def free_paths(output: Path, count: int, overwrite: bool = False) -> list[Path]:
     return [numbered(first + i) for i in range(count)]
 
 
-log = logging.getLogger(__name__)
-
-
 def read_image(path: str) -> Image:
-    """The image in a file, upright and in sRGB: RGB, or RGBA where it has transparency.
+    """Read an image, upright and in sRGB: RGB, or RGBA where it has transparency.
 
     Raises:
-        UserError: no such file, no image, damaged, or too large.
+        UserError: the file is missing, no image, damaged, or too large.
     """
     from ..data.images import decode_image, profile_of
     from ..data.pixels import upright
@@ -177,17 +174,17 @@ def read_image(path: str) -> Image:
 
 
 def read_opaque(path: str) -> Image:
-    """The image in a file as upright RGB, on white, which is said of what is transparent.
+    """Read an image as upright RGB, on white, with a warning if anything is transparent.
 
     Raises:
-        UserError: as ``read_image``.
+        UserError: see ``read_image``.
     """
     from ..data.pixels import to_rgb
 
     image = read_image(path)
     if is_transparent(image):
         log.warning(
-            "%s has transparent parts: they lie on white, and all of the result is opaque", printable(path)
+            "%s has transparent parts: they become white, and all of the result is opaque", printable(path)
         )
     return to_rgb(image)
 
@@ -198,10 +195,13 @@ def is_transparent(image: Image) -> bool:
 
 
 def read_mask_of(path: str, image: Image, threshold: float | None = None) -> Image:
-    """The mask in a file (mode "L", 255 = repaint), in the image's size.
+    """Read a mask (mode "L", 255 = repaint) at the image's size.
+
+    Args:
+        threshold: brightness, from 0 to 1, from which an image's pixels are repainted; None: it must be a mask.
 
     Raises:
-        UserError: as ``read_image``; or it is in colour and there is no threshold.
+        UserError: see ``read_image``; or it is in colour and there is no threshold.
     """
     from ..data.images import decode_image
     from ..data.masks import read_mask

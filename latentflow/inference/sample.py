@@ -1,4 +1,4 @@
-"""Sampling images for the rows of a request, each from a seed of its own."""
+"""Sampling images for prompts or classes, each image with a seed of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-#: What one image shows, as keywords of a pipeline's call.
+#: Condition of one image, as keywords of a pipeline's call.
 Condition = dict[str, Any]
 
 
@@ -26,15 +26,15 @@ def conditions(
     *,
     optional: bool = False,
 ) -> list[Condition]:
-    """One row for each prompt or class.
+    """Return one condition for each prompt or class.
 
     Args:
         classes: names, or numbers written out.
-        negative: what to keep away from, the same for every prompt.
-        optional: where nothing is given, a checkpoint of captions takes the empty one.
+        negative: negative prompt, the same for every prompt.
+        optional: use the empty prompt where nothing is given and the checkpoint takes prompts.
 
     Raises:
-        UserError: the checkpoint does not take these; what it takes is said in flags.
+        UserError: the checkpoint does not take these; the message names the flags that it takes.
     """
     if prompts and classes:
         raise UserError("a prompt and --class are both given", "Give one of them.")
@@ -45,7 +45,7 @@ def conditions(
     if optional and pipe.takes_text and not prompts and not classes:
         prompts = ("",)
     if not prompts and not classes and (pipe.takes_text or pipe.takes_classes):
-        raise UserError("nothing says what to draw", _instead(pipe))
+        raise UserError(f"a {'prompt' if pipe.takes_text else 'class'} is needed", _instead(pipe))
     if prompts:
         extra: Condition = {} if negative is None else {"negative_prompt": negative}
         return [{"prompt": prompt} | extra for prompt in prompts]
@@ -53,8 +53,8 @@ def conditions(
     return [{"class_labels": number} for number in ids] or [{}]
 
 
-def tell_unknown_words(pipe: Any, *texts: str | None) -> None:
-    """Say once on stderr, before anything is drawn, which words the checkpoint does not know."""
+def warn_unknown_words(pipe: Any, *texts: str | None) -> None:
+    """Print once, on stderr, the words that the checkpoint's vocabulary lacks."""
     from ..models.text import UnknownWords
     from ..pipeline.conditioning import unknown_words_text
 
@@ -64,32 +64,32 @@ def tell_unknown_words(pipe: Any, *texts: str | None) -> None:
 
 
 def _instead(pipe: Any) -> str:
-    """What this checkpoint takes, in flags."""
+    """Return what this checkpoint takes, as flags."""
     if pipe.takes_text:
         return 'It takes a prompt, such as "red apple"'
     if pipe.takes_classes:
         return f"It takes --class NAME: {', '.join(pipe.labels) or 'a number'}"
-    return "It draws without being told what: leave it out."
+    return "It is unconditional: leave it out."
 
 
 def _number_or_name(pipe: Any, text: str) -> int | str:
     return int(text) if text.isdecimal() and text not in pipe.labels else text
 
 
-# Images at a time. Each has a generator of its own, so this changes an image by rounding only: a network's matrix
-# products round otherwise in a batch of another size, which is at most one level of 255.
+# Images per call of the pipeline. Each has its own generator, so the batch size changes an image by rounding only:
+# matrix products round differently in a batch of another size, by at most one level of 255.
 BATCH = 16
 LARGEST_SEED = 2**64 - 1
 
 
-def check_room(count: int, size: tuple[int, int], scale: int = 1) -> None:
-    """Refuse more images, or larger ones, than the machine has memory for, before the first is drawn.
+def check_memory(count: int, size: tuple[int, int], scale: int = 1) -> None:
+    """Refuse more images, or larger ones, than fit into the machine's memory.
 
     Args:
-        size: (height, width) of each, which is then enlarged ``scale`` times.
+        size: (height, width) of each image, which is then enlarged ``scale`` times.
 
     Raises:
-        UserError: says what would be needed.
+        UserError: says how much memory would be needed.
     """
     from ..utils.memory import require_memory
 
@@ -99,7 +99,7 @@ def check_room(count: int, size: tuple[int, int], scale: int = 1) -> None:
 
 
 def generators(seed: int, count: int) -> list[Any]:
-    """Generators of the seeds from ``seed`` on, on the CPU: the same seed is the same noise on every device.
+    """Return generators for ``seed``, ``seed + 1``, ..., on the CPU: a seed gives the same noise on every device.
 
     Raises:
         UserError: a seed is negative, or larger than torch takes.
@@ -110,30 +110,26 @@ def generators(seed: int, count: int) -> list[Any]:
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 
 
-def draw(pipe: Any, rows: list[Condition], seed: int, **settings: Any) -> list[Image]:
-    """Draw image i of ``rows[i]`` and from ``seed + i``, whatever else is drawn.
+def sample_images(pipe: Any, rows: list[Condition], seed: int, **settings: Any) -> list[Image]:
+    """Sample one image for each row; image i uses ``seed + i``, whatever else is sampled with it.
 
     In a batch of another size it differs by rounding, at most one level of 255.
 
     Args:
-        settings: the rest of the pipeline's call.
+        settings: further arguments of the pipeline's call.
 
     Raises:
-        UserError: as the pipeline; a seed out of range.
+        UserError: a seed is out of range, or the pipeline refuses its arguments.
     """
-    whole("--seed", seed, 0, LARGEST_SEED - len(rows) + 1)  # of the last image too
-    images: list[Image] = []
-    for start in range(0, len(rows), BATCH):
-        images += _draw_batch(pipe, rows[start : start + BATCH], seed + start, settings)
-    return images
-
-
-def _draw_batch(pipe: Any, rows: list[Condition], seed: int, settings: dict[str, Any]) -> list[Image]:
     from ..utils.memory import memory_phase
 
-    condition: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
-    if not condition:
-        condition = {"num_images_per_prompt": len(rows)}
-    with memory_phase("draw"):
-        images: list[Image] = pipe(**condition, generator=generators(seed, len(rows)), **settings).images
+    whole("--seed", seed, 0, LARGEST_SEED - len(rows) + 1)  # so that the last image's seed is in range too
+    images: list[Image] = []
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        condition: dict[str, Any] = {name: [row[name] for row in batch] for name in batch[0]}
+        if not condition:
+            condition = {"num_images_per_prompt": len(batch)}
+        with memory_phase("draw"):
+            images += pipe(**condition, generator=generators(seed + start, len(batch)), **settings).images
     return images

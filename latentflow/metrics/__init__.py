@@ -1,4 +1,7 @@
-"""What `latentflow evaluate` reports. Images are (B, 3, H, W) in [-1, 1]; values outside are clipped."""
+"""Metrics of images, which are (B, 3, H, W) in [-1, 1]; values outside are clipped.
+
+:mod:`latentflow.evaluation` measures a checkpoint with them.
+"""
 
 from __future__ import annotations
 

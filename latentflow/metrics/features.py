@@ -1,4 +1,4 @@
-"""Feature spaces in which images are compared. Pixels need no download and mean the same everywhere."""
+"""Feature spaces in which images are compared. Those of pixels need no download."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def features(images: Tensor, space: str = "pixels-32", batch_size: int = 256) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] as vectors (B, D) float32 on the CPU.
+    """Return images (B, 3, H, W) in [-1, 1] as vectors (B, D) float32 on the CPU.
 
-    "pixels-16" and "pixels-32" are the RGB values of the antialiased 16x16 and 32x32 thumbnail.
+    The features of "pixels-16" and "pixels-32" are the RGB values of the antialiased 16x16 and 32x32 thumbnail.
 
     Raises:
         UserError: there is no such space, or an image holds values that are not finite.
@@ -37,21 +37,21 @@ def features(images: Tensor, space: str = "pixels-32", batch_size: int = 256) ->
     return torch.cat([function(batch).cpu() for batch in images.split(batch_size)])
 
 
-def refuse_not_finite(images: Tensor, what: str) -> None:
-    """Refuse images (B, ...) with NaN or infinity: every figure of them would be one of its own.
+def refuse_not_finite(images: Tensor, description: str) -> None:
+    """Refuse images (B, ...) with NaN or infinity, which would make every metric meaningless.
 
     Raises:
-        UserError: says how many of ``what``, and which the first is.
+        UserError: says how many of ``description`` there are, and the number of the first.
     """
     broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
         raise UserError(
-            f"{len(broken)} of {len(images)} {what} hold values that are not finite, first number {broken[0]}",
-            "Weights that are damaged, or that overflow in half precision, do that; such images are not measured.",
+            f"{len(broken)} of {len(images)} {description} hold values that are not finite, first number {broken[0]}",
+            "Damaged weights, or an overflow in half precision, cause that; such images are not measured.",
         )
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances between the rows of (N, D) and (M, D): (N, M)."""
-    # Differences taken one by one: the quicker product form loses the small distances that matter for copies.
+    """Return the Euclidean distances between the rows of (N, D) and (M, D), as (N, M)."""
+    # Computed from differences: the faster form with matrix products loses the small distances that matter for copies.
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

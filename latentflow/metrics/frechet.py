@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of features, each taken as a Gaussian."""
+"""Frechet distance between Gaussians that are fitted to two sets of features."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared Frechet distance between the Gaussians fitted to the rows of (N, D) and (M, D).
+    """Return the squared Frechet distance between the Gaussians fitted to the rows of (N, D) and (M, D).
 
-    With fewer rows than dimensions it is biased upwards: compare only figures of the same N, and read them
-    beside the distance of as many real images.
+    With fewer rows than dimensions it is biased upwards: compare only distances with the same N, and with that of as
+    many real images.
 
     Raises:
         ValueError: a set has fewer than two rows.
@@ -22,9 +22,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def gaussian_frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64.
+    """Return |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), computed in float64.
 
-    Dowson & Landau 1982, eq. 4; the same number that FID reports for Inception features (Heusel et al. 2017,
+    Dowson & Landau 1982, eq. 4; FID is this number for Inception features (Heusel et al. 2017,
     arXiv:1706.08500, eq. 6).
 
     Args:

@@ -1,21 +1,22 @@
-"""How close a reconstruction is to its original."""
+"""Similarity of reconstructions and their originals."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 SSIM_SIDE = 11  # pixels of the window
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (B,); infinite for an exact copy.
+    """Return the peak signal-to-noise ratio of each image in dB, (B,); infinite for an exact copy.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
-        originals: of the same shape.
+        originals: same shape.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     pairs = zip(_unit(images), _unit(originals), strict=True)
     return torch.stack(
         [peak_signal_noise_ratio(image, original, data_range=1.0) for image, original in pairs]
@@ -23,17 +24,19 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
-    """Structural similarity of each image, (B,), at most 1 (Wang et al. 2004, 11-pixel Gaussian window).
+    """Return the structural similarity of each image, (B,), at most 1 (Wang et al. 2004, 11-pixel Gaussian window).
 
     Args:
         images: (B, 3, H, W) in [-1, 1], at least 11 pixels a side.
-        originals: of the same shape.
+        originals: same shape.
 
     Raises:
         ValueError: the images are smaller than the window.
     """
     if min(images.shape[2:]) < SSIM_SIDE:
         raise ValueError(f"images of {tuple(images.shape[2:])} are smaller than the {SSIM_SIDE}-pixel window")
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     value = structural_similarity_index_measure(
         _unit(images), _unit(originals), data_range=1.0, reduction="none"
     )

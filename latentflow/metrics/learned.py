@@ -1,4 +1,4 @@
-"""Figures in learned feature spaces, through torchmetrics. Their weights are downloaded on first use."""
+"""FID and CLIP score, through torchmetrics. Their weights are downloaded on first use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def open_fid(network: nn.Module | None = None) -> Any:
     """Open Inception for `inception_fid`.
 
     Args:
-        network: uint8 images (B, 3, H, W) -> features (B, D), in place of Inception; its ``num_features`` is D.
+        network: maps uint8 images (B, 3, H, W) to features (B, D) instead of Inception; its ``num_features`` is D.
 
     Raises:
         UserError: the extra is not installed, or the weights cannot be fetched.
@@ -37,12 +37,12 @@ def open_fid(network: nn.Module | None = None) -> Any:
 
 
 def inception_fid(metric: Any, sets: Sequence[Tensor], real: Tensor, *, batch_size: int = 50) -> list[float]:
-    """Frechet Inception distance (Heusel et al. 2017, arXiv:1706.08500) of each set to the real images.
+    """Return the Frechet Inception distance (Heusel et al. 2017, arXiv:1706.08500) of each set to the real images.
 
     Args:
         metric: from `open_fid`.
-        sets, real: (N, 3, H, W) in [-1, 1], at least two images each. Figures in papers use N = 50,000; fewer raise the
-            distance: compare sets of one size only.
+        sets, real: (N, 3, H, W) in [-1, 1], at least two images each. Papers use N = 50,000; fewer images raise the
+            distance, so compare only sets of one size.
 
     Raises:
         UserError: an image holds values that are not finite.
@@ -54,7 +54,7 @@ def inception_fid(metric: Any, sets: Sequence[Tensor], real: Tensor, *, batch_si
         metric.update(_bytes(batch), real=True)
     found = []
     for images in sets:
-        metric.reset()  # but for the real ones
+        metric.reset()  # keeps the real images
         for batch in tqdm(images.split(batch_size), desc="inception features"):
             metric.update(_bytes(batch), real=False)
         found.append(float(metric.compute()))
@@ -79,12 +79,12 @@ def open_clip(model: str) -> Any:
 
 
 def clip_score(metric: Any, images: Tensor, captions: Sequence[str], *, batch_size: int = 50) -> float:
-    """100 cos(image, caption) under CLIP, averaged (Hessel et al. 2021, arXiv:2104.08718).
+    """Return the mean of 100 cos(image, caption) under CLIP (Hessel et al. 2021, arXiv:2104.08718).
 
     Args:
         metric: from `open_clip`.
         images: (N, 3, H, W) in [-1, 1].
-        captions: N.
+        captions: N texts.
 
     Raises:
         UserError: an image holds values that are not finite.
@@ -101,6 +101,6 @@ def _bytes(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def _no_weights(what: str, error: OSError) -> UserError:
+def _no_weights(name: str, error: OSError) -> UserError:
     reason = str(error).strip().partition("\n")[0]
-    return UserError(f"{what} could not be loaded: {reason}", "Check the network, or leave this figure out.")
+    return UserError(f"{name} could not be loaded: {reason}", "Check the network, or leave this metric out.")

@@ -1,4 +1,4 @@
-"""Are generated images copies of training images?"""
+"""Comparison of generated images with their nearest training images, which finds copies."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import betabinom
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .features import distances, features
 
-COMMON = 0.95  # share of new real images that are farther from the training images than what counts as a copy
-ENOUGH = 50  # held-out images; of fewer, the share above is noise
-_LEFT_OUT = 1000  # training images at most that are each compared with all others
+COMMON = 0.95  # share of new real images that are farther from the training images than a copy is
+ENOUGH = 50  # held-out images; with fewer, the share above is noise
+_LEFT_OUT = 1000  # training images, at most, that are each compared with all others
 
 
 class Memorisation(NamedTuple):
     """Distances to the nearest training image, of generated images beside those of new real ones.
 
     Attributes:
-        ratio: median distance of generated images over that of new real ones. About 1: as new as real images that
-            were never trained on. Near 0: copies.
-        copies: share of generated images nearer to a training image than 95 % of new real ones are.
-        copied: their number.
-        drawn: the number of generated images.
-        expected: ``copies`` of a generator that memorises nothing, on average: 0.05, more where there are fewer than
-            19 new real images.
-        usual: (low, high) between which ``copies`` of such a generator is in 95 of 100 measurements with as many
-            generated and new real images as here.
-        generated: that median distance, per feature (root mean square), for generated images.
-        real: the same for new real images.
-        compared: the number of new real images.
-        new: what stands for new images: "held out"; or "left out": each training image, compared with the others.
+        ratio: median distance of generated images divided by that of new real ones. About 1: as new as real images
+            that were not trained on. Near 0: copies.
+        copies: share of generated images that are nearer to a training image than 95 % of new real ones are.
+        copied: number of these images.
+        drawn: number of generated images.
+        expected: mean of ``copies`` for a generator that memorises nothing: 0.05, or more with fewer than 19 new real
+            images.
+        usual: interval (low, high) that holds ``copies`` of such a generator in 95 of 100 measurements with as many
+            generated and new real images.
+        generated: median distance per feature (root mean square) of generated images.
+        real: the same of new real images.
+        compared: number of new real images.
+        new: which images are the new ones: "held out"; or "left out": training images, each compared with the others.
     """
 
     ratio: float
@@ -53,18 +52,18 @@ def memorisation(
 ) -> Memorisation:
     """Compare nearest-neighbour distances in a feature space, without learned weights.
 
-    New real images are the held-out ones, where at least 50 different ones are none of ``train``. Else each training
-    image (1,000 at most, evenly spread) stands for one that was held out, beside the others. Equal images count as
-    one, so that what is in ``train`` twice does not pass for a new image that is near.
+    New real images are the held-out ones, if at least 50 different ones of them are not in ``train``. Otherwise
+    training images (1,000 at most, evenly spread) are each compared with all others. Equal images count once, so that
+    a duplicate in ``train`` does not count as a new image with a near neighbour.
 
-    Near variants of training images among the new ones raise the ratio and hide copies: hold out what is as new as a
-    generated image should be.
+    Near variants of training images among the held-out ones raise the threshold and hide copies: hold out images that
+    are as new as generated ones should be.
 
     Args:
         generated, train, held_out: (N, 3, H, W) in [-1, 1].
 
     Raises:
-        ValueError: nothing was generated, or no two training images differ.
+        ValueError: there are no generated images, or no two training images differ.
         UserError: an image holds values that are not finite.
     """
     reference = features(train, space).unique(dim=0)
@@ -82,6 +81,8 @@ def memorisation(
     if not held:
         rows = torch.linspace(0, len(reference) - 1, min(len(reference), _LEFT_OUT)).round().long()
         near_real = nearest(reference[rows], reference, left_out=rows)
+
+    from scipy.stats import betabinom
 
     # The r-th smallest of h distances has r / (h + 1) of all new images below it, on average; where r is no whole
     # number, it lies between two. What is below then is distributed as Beta(r, h + 1 - r).
@@ -110,7 +111,7 @@ def nearest(rows: Tensor, reference: Tensor, left_out: Tensor | None = None) -> 
     """Return the distance of each of ``rows`` (N, D) to the nearest of ``reference`` (M, D): (N,).
 
     Args:
-        left_out: (N,), the index in ``reference`` with which each row is not compared: its own.
+        left_out: (N,), index of the row in ``reference`` that each row is not compared with: itself.
     """
     found = torch.empty(len(rows))
     for part in tqdm(torch.arange(len(rows)).split(64), desc="nearest images", delay=3, leave=False):

@@ -1,4 +1,4 @@
-"""Real images to stand beside generated ones: in the data's own proportions, and apart from the reference."""
+"""Choice of real images to compare with generated ones, in the data's own proportions and apart from the reference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class RealSplit(NamedTuple):
     """Two parts of the data without a common image.
 
     Attributes:
-        beside: indices of real images that are compared with the reference as generated ones are: what a perfect
-            generator would get.
+        beside: indices of the real images that are compared with the reference as the generated ones are; their
+            distance is that of a perfect generator.
         reference: indices of all other images.
     """
 
@@ -23,10 +23,10 @@ class RealSplit(NamedTuple):
 
 
 def in_proportion(labels: Sequence[str], seed: int) -> list[int]:
-    """Return the indices of ``labels`` in a random order of which every beginning has the labels' own proportions.
+    """Return the indices of ``labels`` in a random order whose every beginning has the labels' own proportions.
 
-    The first k hold each label as often as its share of k says, give or take two: each label is spread evenly over the
-    order, from a random start. Equal labels and seeds give equal orders.
+    Among the first k each label has its share of k, give or take two: each label is spread evenly over the order, from
+    a random start. Equal labels and seeds give equal orders.
 
     Args:
         labels: class, caption or "" of every image.
@@ -44,10 +44,10 @@ def in_proportion(labels: Sequence[str], seed: int) -> list[int]:
 
 
 def real_split(order: Sequence[int], generated: int) -> RealSplit:
-    """Split the data into as many real images as are compared with the reference, and that reference.
+    """Split the data into real images beside the generated ones, and the reference of both.
 
-    A Frechet distance depends on the numbers of images on both sides. So generated and real images are compared with
-    one reference, as many of each; where the data are too few for all ``generated``, half of the data is.
+    A Frechet distance depends on the numbers of images on both sides, so as many real as generated images are compared
+    with one reference. If the data are too few for all ``generated``, half of the data is compared.
 
     Args:
         order: indices of all data, see `in_proportion`.

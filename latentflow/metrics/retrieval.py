@@ -1,4 +1,4 @@
-"""Does a generated image show what was asked? It does if its nearest real image carries that caption."""
+"""Retrieval of captions: whether the nearest real image of a generated one has its caption."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .features import distances, features
 
 
 class Retrieval(NamedTuple):
-    """Counts of images whose caption is among those of the k nearest data images.
+    """Numbers of images whose caption is among those of the k nearest data images.
 
     Attributes:
         n: images.
-        hits: k -> number of images whose own caption is.
-        chance: k -> share that images would get whose captions were dealt out among them at random.
+        hits: k -> number of images whose own caption is found.
+        chance: k -> expected share if the captions were assigned to the images at random.
     """
 
     n: int
@@ -36,14 +36,14 @@ def retrieve(
     space: str = "pixels-32",
     tops: Sequence[int] = (1, 5),
 ) -> Retrieval:
-    """For each k of ``tops``: count the images whose caption is among those of the k nearest data images.
+    """Count, for each k of ``tops``, the images whose caption is among those of the k nearest data images.
 
-    A caption is among them if fewer than k data images are nearer than its nearest one. So of data images that are
-    equal under several captions, each caption is found.
+    A caption is found if fewer than k data images are nearer than its nearest one. So if equal data images have
+    several captions, each of them is found.
 
     Args:
         generated: (N, 3, H, W) in [-1, 1].
-        captions: the N captions (or class names) that were asked for.
+        captions: the N captions (or class names) that the images were generated for.
         data_images: (M, 3, H', W') in [-1, 1].
         data_captions: their M captions.
 
@@ -56,7 +56,7 @@ def retrieve(
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     own = torch.tensor([numbers[caption] for caption in captions])
     counts = torch.bincount(own, minlength=len(numbers)).double()
-    # Data of captions that nobody asked for go into one more column.
+    # Data images of other captions go into one more column.
     column = torch.tensor([numbers.get(caption, len(numbers)) for caption in data_captions])
     rows, reference = features(generated, space), features(data_images, space)
     hits, by_chance = dict.fromkeys(tops, 0), dict.fromkeys(tops, 0.0)
@@ -81,7 +81,7 @@ def caption_retrieval(
     space: str = "pixels-32",
     tops: Sequence[int] = (1, 5),
 ) -> dict[int, float]:
-    """Return the shares of what `retrieve` counts: k -> share."""
+    """Return the numbers of `retrieve` as shares: k -> share."""
     found = retrieve(generated, captions, data_images, data_captions, space=space, tops=tops)
     return {k: hits / found.n for k, hits in found.hits.items()}
 
@@ -89,15 +89,15 @@ def caption_retrieval(
 def attribute_groups(
     captions: Sequence[str], attributes: Sequence[str], data_captions: Sequence[str]
 ) -> list[tuple[int, int, list[int]]]:
-    """The captions that have one counterpart in the data for every attribute.
+    """Find the captions that have a counterpart in the data for every attribute.
 
     A caption such as "waving hand: dark skin tone" carries one of ``attributes`` ("light skin tone",
-    "dark skin tone", ...) as whole words; the longest that fits counts. Its counterparts are the same words with
-    each attribute in turn.
+    "dark skin tone", ...) as whole words; the longest match counts. Its counterparts are the same words with each
+    attribute in turn.
 
     Returns:
-        (index of the caption, index of its attribute, data index of the counterpart per attribute). Captions
-        without an attribute, or with a counterpart missing, are left out.
+        (index of the caption, index of its attribute, data index of the counterpart for each attribute). Captions
+        without an attribute, or without a counterpart, are left out.
     """
     where = {caption: i for i, caption in reversed(list(enumerate(data_captions)))}
     by_length = sorted(range(len(attributes)), key=lambda i: -len(attributes[i]))
@@ -118,12 +118,12 @@ def attribute_groups(
 def attribute_retrieval(
     generated: Tensor, candidates: Tensor, expected: Sequence[int], *, space: str = "pixels-32"
 ) -> float:
-    """Share of generated images whose nearest candidate, of their own K, is the expected one.
+    """Return the share of generated images whose nearest candidate, of their own K, is the expected one.
 
     Args:
         generated: (N, 3, H, W) in [-1, 1].
         candidates: (N, K, 3, H', W') in [-1, 1]; candidate k shows the same thing with attribute k.
-        expected: the N right values of k.
+        expected: the right k of each image.
 
     Raises:
         ValueError: numbers of images and expected attributes differ, or there are none.
@@ -136,8 +136,8 @@ def attribute_retrieval(
     return float((gaps.argmin(1) == torch.tensor(list(expected))).double().mean())
 
 
-def _same_length(what: str, images: Tensor, labels: Sequence[object]) -> None:
+def _same_length(name: str, images: Tensor, labels: Sequence[object]) -> None:
     if len(images) != len(labels) or not len(images):
         raise ValueError(
-            f"{what}: {len(images)} images for {len(labels)} labels; give as many, and at least one"
+            f"{name}: {len(images)} images for {len(labels)} labels; give as many, and at least one"
         )

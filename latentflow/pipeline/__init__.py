@@ -1,8 +1,11 @@
 """Diffusers pipelines of latentflow's checkpoints: generate, image-to-image, inpaint, edit.
 
-The others are had from `latentflow`, as all public names: this imports only what generating needs.
+All pipelines are public names of `latentflow`; this package itself imports only what generating needs.
 """
 
 from __future__ import annotations
 
-from .generate import LatentFlowPipeline as LatentFlowPipeline
+from ..utils import garbage_collection_paused
+
+with garbage_collection_paused():
+    from .generate import LatentFlowPipeline as LatentFlowPipeline

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from .loop.fit import Callbacks as Callbacks
-from .loop.fit import fit as fit
-from .loop.logging import log_to as log_to
-from .loop.logging import resume_line as resume_line
-from .loop.stopping import Stop as Stop
+from ..utils import garbage_collection_paused
+
+with garbage_collection_paused():
+    from .loop.fit import Callbacks as Callbacks
+    from .loop.fit import fit as fit
+    from .loop.logging import log_to as log_to
+    from .loop.logging import resume_line as resume_line
+    from .loop.stopping import Stop as Stop

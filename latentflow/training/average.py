@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..pipeline.generate import LatentFlowPipeline
-from ..utils.documents import read_json
+from ..utils.files import read_json
 from .loop.checkpoint import list_checkpoints, load_checkpoint, step_of
 from .loop.ema import coefficients
 from .loop.folders import write_folder

@@ -39,7 +39,7 @@ from ..data import (
     split,
 )
 from ..data.sources.latent_folder import is_latent_folder
-from ..utils.documents import read_yaml
+from ..utils.files import read_yaml
 from ..utils.memory import memory_phase
 from .fine_tune.base import base_classes, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share

@@ -1,5 +1,5 @@
 """The web page of `latentflow app` (extra `app`).
 
-:mod:`page` is its layout, :mod:`studio` what a request does, :mod:`guard` which requests are answered, :mod:`serving`
-what ties them to an address. Only :mod:`page` and :mod:`serving` know Gradio.
+:mod:`page` has its layout, :mod:`inference_server` answers requests, :mod:`guard` refuses those of strangers, and
+:mod:`serving` runs all of them at an address. Only :mod:`page` and :mod:`serving` import Gradio.
 """

@@ -1,6 +1,6 @@
-"""A guard between the network and the page: which requests are answered, and how much they may leave here.
+"""A guard between the network and the page: it refuses requests, and limits how much they may store.
 
-Of Gradio it knows only the addresses of its requests.
+It knows only the paths of Gradio's requests, and nothing else of Gradio.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MEBIBYTE = 2**20
 LARGEST_UPLOAD = 32 * MEBIBYTE
-#: Bytes of a request that brings files, by the end of its address. All others are a few hundred bytes long.
+#: Largest size in bytes of a request with files, by the end of its path. Others have a few hundred bytes.
 LARGEST_BODIES = {"/upload": LARGEST_UPLOAD + MEBIBYTE, "/component_server": 4 * MEBIBYTE}
 LARGEST_BODY = MEBIBYTE // 4
-MOST_KEPT = 512 * MEBIBYTE  # uploads and drawn images together
-SMALLEST_FILE = 2**16  # what a file counts at least, so that their number has a bound too
-YOUNG = 60.0  # seconds in which a file is not removed for another
+MOST_KEPT = 512 * MEBIBYTE  # of uploads and generated images together
+SMALLEST_FILE = 2**16  # bytes that a file counts at least, which bounds the number of files too
+YOUNG = 60.0  # seconds in which a file is not removed to make room
 
-ARRIVED = "latentflow.arrived"  # in a request's scope: when it came, in seconds of ``time.monotonic``
+ARRIVED = "latentflow.arrived"  # key in a request's scope: its time of arrival by ``time.monotonic``
 
 HERE = ("localhost", "127.0.0.1", "::1")
 
@@ -43,13 +43,13 @@ HERE = ("localhost", "127.0.0.1", "::1")
 class Hosts:
     """The names under which the page is served.
 
-    A page of a stranger can make its own name point to this machine (DNS rebinding); the browser then lets it read
-    the answers. Its requests still carry that name. Where others are let in, any address made of numbers is fine:
-    such a request was addressed to it.
+    Another site can make its own name point to this machine (DNS rebinding), so that a browser lets it read the
+    answers. Its requests still carry that name, and are refused. If the page is open to other machines, any numeric
+    address is accepted, since no such site can have one.
 
     Args:
-        listening: address or name that is listened on.
-        allowed: further names, of a reverse proxy for instance.
+        listening: address or name that the server listens on.
+        allowed: further names, such as that of a reverse proxy.
     """
 
     def __init__(self, listening: str, allowed: Sequence[str] = ()) -> None:
@@ -65,7 +65,7 @@ class Hosts:
         return name in self._names or (not self.only_here and name is not None and _is_address(name))
 
     def same_site(self, origin: str, host: str) -> bool:
-        """Return whether an Origin header is the page itself, or a name that was allowed."""
+        """Return whether an Origin header is the page itself, or an allowed name."""
         try:
             netloc = urlsplit(origin).netloc.lower()
         except ValueError:
@@ -74,7 +74,7 @@ class Hosts:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether nobody but this machine reaches an address."""
+    """Return whether only this machine can reach an address."""
     name = host.lower().strip("[]")
     return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
 
@@ -88,24 +88,24 @@ def _is_address(name: str) -> bool:
 
 
 def _name(host: str) -> str | None:
-    """Return a Host header without port and brackets, in lower case; None where it is none."""
+    """Return a Host header without port and brackets, in lower case; None if it is invalid."""
     match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::\d+)?", host.lower())
     return (match[1] or match[2]) if match else None
 
 
 class Guard:
-    """ASGI middleware that refuses strangers' names, requests from other sites, and what is too large.
+    """ASGI middleware that refuses unknown host names, requests from other sites, and large requests.
 
-    It also knows who is listening for an answer: a request whose client has left is not drawn.
+    It also counts who listens for an answer, so that the page can end a request whose client has left.
 
     Args:
-        uploads: folder in which files of requests are kept, at most about ``MOST_KEPT`` bytes.
-        listeners: streams that are open, by session or event; kept up to date here.
+        uploads: folder in which files of requests are stored, at most about ``MOST_KEPT`` bytes.
+        listeners: number of open streams by session or event, which is kept up to date here.
     """
 
     def __init__(self, app: App, *, hosts: Hosts, uploads: Path, listeners: Counter[str]) -> None:
         self._app, self._hosts, self._uploads, self._listeners = app, hosts, uploads, listeners
-        self._coming = 0  # bytes of uploads that are being received
+        self._incoming = 0  # bytes of uploads that are being received
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -126,21 +126,21 @@ class Guard:
             except (TypeError, KeyError) as error:
                 if scope.get("method") != "POST" or "/call/v2/" not in scope["path"]:
                     raise
-                # Gradio's own, before it answers: of a name that a program gives wrongly, or not at all.
+                # Gradio raises these for an argument whose name is wrong or missing.
                 await _refuse(scope, send, 422, f"The request is not understood: {reason(error)}")
             finally:
                 if listener is not None:
                     self._listeners -= Counter([listener])
 
     def _refusal(self, scope: Message) -> tuple[int, str] | None:
-        """Return status and sentence of a request that is refused."""
+        """Return status and message for a request that is refused, else None."""
         headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
         hosts = [value for name, value in headers if name == "host"]
         if len(hosts) != 1 or not self._hosts.knows(hosts[0]):
             shown = printable(", ".join(hosts))[:100]
             return (
                 421,
-                f"This page is not served as '{shown}'. Start it with --allowed-host NAME if it shall be.",
+                f"This page is not served as '{shown}'. Start it with --allowed-host NAME if it should be.",
             )
         if re.search(r"/file=\w\w+:/", scope["path"]):
             return 403, "Nothing is fetched from other addresses."
@@ -158,21 +158,24 @@ class Guard:
 
     async def _take_upload(self, scope: Message, receive: Receive, send: Send) -> None:
         size = max(SMALLEST_FILE, int(dict(scope["headers"])[b"content-length"]))
-        self._coming += size
+        self._incoming += size
         try:
-            kept = await to_thread(make_room, self._uploads, MOST_KEPT - self._coming)
-            if kept + self._coming > MOST_KEPT:
+            kept = await to_thread(make_room, self._uploads, MOST_KEPT - self._incoming)
+            if kept + self._incoming > MOST_KEPT:
                 await _refuse(
                     scope, send, 503, "The server is busy: too many uploads. Try again in a minute."
                 )
             else:
                 await self._app(scope, receive, send)
+        except Exception as error:
+            if type(error).__name__ != "ClientDisconnect":  # Starlette's: the window was closed meanwhile
+                raise
         finally:
-            self._coming -= size
+            self._incoming -= size
 
 
 def make_room(folder: Path, most: int) -> int:
-    """Remove a folder's oldest files until the others have at most ``most`` bytes, and return how many they have.
+    """Remove a folder's oldest files until the others have at most ``most`` bytes; return their size in bytes.
 
     Files younger than ``YOUNG`` seconds stay, whatever their size.
     """
@@ -197,7 +200,7 @@ def make_room(folder: Path, most: int) -> int:
 
 
 def _listener(scope: Message) -> str | None:
-    """Return the session or event for whose answer a request waits, if it does."""
+    """Return the session or event for whose answer a request waits, or None."""
     path: str = scope["path"]
     if scope.get("method") != "GET":
         return None

@@ -1,4 +1,4 @@
-"""The server of the web page: its address, what Gradio may do and keep, and its end."""
+"""Running the web page: its address, limits on Gradio, and shutting down."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from starlette.middleware import Middleware
 from ..errors import UserError, printable
 from ..utils.image_formats import open_no_others
 from .guard import LARGEST_UPLOAD, Guard, Hosts
+from .inference_server import InferenceServer
 from .page import build
-from .studio import Studio
 
-MOST_SESSIONS = 500  # of whose inputs Gradio keeps a copy
+MOST_SESSIONS = 500  # sessions whose inputs Gradio keeps a copy of
 MOST_PIXELS = 50_000_000  # of an upload
 # Fonts of the reader's machine: Gradio's own would come from the network.
 THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
@@ -35,7 +35,7 @@ async def _fetch_nothing(*_: Any, **__: Any) -> str:
 
 
 class Escaped:
-    """A text stream that steers no terminal: Gradio writes what strangers sent to it, such as names of files."""
+    """A text stream without control characters: Gradio logs what strangers send, such as names of files."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -48,7 +48,7 @@ class Escaped:
 
 
 def start(
-    studio: Studio,
+    server: InferenceServer,
     host: str,
     port: int,
     *,
@@ -58,22 +58,19 @@ def start(
     """Serve the page in a thread, and return it.
 
     Args:
-        auth: name and password that are asked for.
-        allowed_hosts: names besides this machine's under which the page is asked for.
+        auth: name and password that visitors need.
+        allowed_hosts: names besides this machine's under which the page is served.
 
     Raises:
-        UserError: the port is taken or may not be listened on.
+        UserError: the port is taken, or the address cannot be used.
     """
     open_no_others()
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # of this process
     processing_utils.async_ssrf_protected_download = _fetch_nothing
     listeners: Counter[str] = Counter()
-    page = build(studio, listeners)
+    page = build(server, listeners)
     guard = Middleware(
-        Guard,
-        hosts=Hosts(host, allowed_hosts),
-        uploads=Path(page.GRADIO_CACHE),
-        listeners=listeners,
+        Guard, hosts=Hosts(host, allowed_hosts), uploads=Path(page.GRADIO_CACHE), listeners=listeners
     )
     try:
         page.launch(
@@ -81,7 +78,7 @@ def start(
             server_port=port,
             share=False,
             quiet=True,
-            show_error=True,  # to programs, what Gradio itself refuses
+            show_error=True,  # programs get Gradio's own errors too
             ssr_mode=False,
             run_history=False,
             footer_links=[],
@@ -92,18 +89,18 @@ def start(
             app_kwargs={"middleware": [guard]},
             prevent_thread_lock=True,
         )
-    except OSError:  # Gradio's message speaks of its own arguments
+    except OSError:  # Gradio's message names its own arguments
         raise UserError(
-            f"{host}:{port} is taken, or no address of this machine", "Try --port 7861."
+            f"{host}:{port} is taken, or not an address of this machine", "Try --port 7861."
         ) from None
     return page
 
 
-def serve(studio: Studio, host: str, port: int, **settings: Any) -> None:
-    """Serve the page until Ctrl-C; the models are loaded while it is looked at.
+def serve(server: InferenceServer, host: str, port: int, **settings: Any) -> None:
+    """Serve the page until Ctrl-C; the models are loaded once it is up.
 
     Args:
-        settings: of ``start``.
+        settings: further arguments of ``start``.
 
     Raises:
         UserError: see ``start``; the checkpoint cannot be loaded.
@@ -113,11 +110,11 @@ def serve(studio: Studio, host: str, port: int, **settings: Any) -> None:
         redirect_stderr(Escaped(sys.stderr)),
     ):
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the folder is removed
-        os.environ["GRADIO_TEMP_DIR"] = folder  # of our own: Gradio's usual one is everybody's
-        page = start(studio, host, port, **settings)
+        os.environ["GRADIO_TEMP_DIR"] = folder  # private: Gradio's default folder is shared by all users
+        page = start(server, host, port, **settings)
         print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
-        studio.pipe  # noqa: B018
+        server.pipe  # noqa: B018
         from ..models.text import UnknownWords
 
-        warnings.simplefilter("ignore", UnknownWords)  # the page says it
+        warnings.simplefilter("ignore", UnknownWords)  # the page shows them
         page.block_thread()

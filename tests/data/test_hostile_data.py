@@ -28,7 +28,7 @@ from latentflow.errors import LENGTH, UserError, few, one_line, shown
 from latentflow.training import log_to
 from latentflow.training.fine_tune.prior import _read_prompts
 from latentflow.training.report.folder import read_run
-from latentflow.utils import documents
+from latentflow.utils import files
 
 from .test_fuzzing import FEATURES, described, latents
 from .test_kinds import parquet, png, saved, tar, zipped
@@ -127,13 +127,13 @@ def test_a_document_that_cannot_be_read_is_one_sentence(
 
 def test_documents_say_what_they_said(tmp_path: Path) -> None:
     mark = "\ufeff"
-    assert documents.parse_json('{"a": [1, NaN]}', "x")["a"][0] == 1
-    assert documents.parse_yaml("a: &a {k: 1}\nb: {<<: *a, k: 2}", "x") == {"a": {"k": 1}, "b": {"k": 2}}
-    assert documents.parse_yaml("", "x") is None
-    assert documents.read_json(written(tmp_path / "a", f'{mark}{{"a": "ü"}}')) == {"a": "ü"}
-    assert documents.read_yaml(written(tmp_path / "a", f"{mark}a: ü")) == {"a": "ü"}
+    assert files.parse_json('{"a": [1, NaN]}', "x")["a"][0] == 1
+    assert files.parse_yaml("a: &a {k: 1}\nb: {<<: *a, k: 2}", "x") == {"a": {"k": 1}, "b": {"k": 2}}
+    assert files.parse_yaml("", "x") is None
+    assert files.read_json(written(tmp_path / "a", f'{mark}{{"a": "ü"}}')) == {"a": "ü"}
+    assert files.read_yaml(written(tmp_path / "a", f"{mark}a: ü")) == {"a": "ü"}
     with pytest.raises(UserError, match=r"b cannot be read: .*No such file"):
-        documents.read_json(tmp_path / "b")
+        files.read_json(tmp_path / "b")
     assert (
         parse(
             DataConfig, ["cats", "--config", str(written(tmp_path / "c", f"{mark}masks: none"))], prog="x"
@@ -456,14 +456,14 @@ SEEDS: dict[str, Callable[[Path], object]] = {
     "config": lambda folder: read_config(written(folder / "c.yaml", "masks: none")),
 }  # fmt: skip
 OURS = [
-    ("metadata", metadata, "said"), ("metadata", metadata, "rename"), ("metadata", documents, "_refuse_excess"),
+    ("metadata", metadata, "said"), ("metadata", metadata, "rename"), ("metadata", files, "_refuse_excess"),
     ("csv", metadata, "_required"), ("csv", metadata, "decode"), ("sidecar", folder_source, "read_sidecars"),
     ("sidecar", folder_source, "_left_out"), ("table", table, "text_of"), ("table", table, "_place"),
     ("parquet", table, "class_name"), ("parquet", table, "_filled"), ("parquet", table, "refuse_synonyms"),
     ("shard", shards, "_object"), ("shard", shards, "_meaning"), ("shard", shards, "TarMember"),
     ("zip", archives, "_folder"), ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"),
     ("latents", latent_folder, "_Index"), ("latents", latent_folder, "index_schema"), ("saved", saved_sets, "said"),
-    ("saved", saved_sets, "ArrowMember"), ("mix", mix, "_part"), ("mix", documents, "_repeated_key"),
+    ("saved", saved_sets, "ArrowMember"), ("mix", mix, "_part"), ("mix", files, "_repeated_key"),
     ("config", cli, "_convert"),
 ]  # fmt: skip
 

@@ -81,8 +81,9 @@ def save_checkpoint(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    captions = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
-    return save_checkpoint(tmp_path_factory.mktemp("run"), 32, captions)
+    run = tmp_path_factory.mktemp("run")
+    (run / "config.yaml").write_text("validation: 0.5\nbackground: black\ncolours: srgb\n")
+    return save_checkpoint(run, 32, [f"{colour} {thing}" for colour in COLOURS for thing in THINGS])
 
 
 def test_the_report_is_complete_and_repeatable(
@@ -111,7 +112,8 @@ def test_the_report_is_complete_and_repeatable(
     # What is needed to repeat it.
     assert first["settings"]["seed"] == 0 and first["settings"]["steps"] == 1
     assert set(first["versions"]) >= {"latentflow", "torch", "diffusers", "python"}
-    assert first["data"]["images"] == {"training": 9, "held_out": 3}
+    assert first["data"]["images"] == {"training": 9, "held_out": 3}  # by the flag, not as the run has it
+    assert (first["settings"]["validation"], first["settings"]["background"]) == (0.25, "black")
     assert first["data"]["fingerprint"] == find_source(str(images)).fingerprint()
     assert set(first["checkpoint"]) == {"transformer", "vae", "text_encoder"}
     assert first["asked"]["with"] == "prompt" and first["asked"]["different"] == 4
@@ -289,6 +291,7 @@ def test_a_checkpoint_is_conditioned_on_what_it_takes(kind: Any, takes: str, ask
         takes_text=takes in ("text", "both"),
         takes_classes=takes in ("classes", "both"),
         labels={"cat": 0, "dog": 1},
+        unknown_words=lambda prompts: [],
         get_label_ids=lambda names: [{"cat": 0, "dog": 1}[name] for name in names],
     )
     example = TeacherSample("1", text="a cat", label="cat")
@@ -298,7 +301,7 @@ def test_a_checkpoint_is_conditioned_on_what_it_takes(kind: Any, takes: str, ask
             data.condition_kind(pipe, source)
         return
     assert data.condition_kind(pipe, source) == asks
-    notes = "\n".join(report.notes(pipe, source, asks, 200, real_split(range(400), 200), {}))
+    notes = "\n".join(report.notes(pipe, source, asks, [""] * 200, real_split(range(400), 200), {}))
     assert ("dog" in notes) == (asks == "class_labels")  # a class that DATA lacks
     assert ("takes captions, and DATA has none" in notes) == (asks == "prompt" and kind != "text")
     assert ("takes no condition" in notes) == (asks == "nothing" and kind != "unconditional")

@@ -139,12 +139,12 @@ def test_new_images_are_copies_as_often_as_is_expected(held_out: int) -> None:
         return (torch.randn(n, 3, 4, 4, generator=generator) / 4).clamp(-1, 1)
 
     found = [memorisation(images(100), images(120), images(held_out), space="pixels-16") for _ in range(40)]
-    assert {one.new for one in found} == {"held out" if held_out >= 50 else "left out"}
-    assert all(one.expected == pytest.approx(0.05) for one in found)
-    assert sum(one.copies for one in found) / 40 == pytest.approx(0.05, abs=0.015)
-    inside = [one.usual[0] <= one.copies <= one.usual[1] for one in found]
+    assert {measured.new for measured in found} == {"held out" if held_out >= 50 else "left out"}
+    assert all(measured.expected == pytest.approx(0.05) for measured in found)
+    assert sum(measured.copies for measured in found) / 40 == pytest.approx(0.05, abs=0.015)
+    inside = [measured.usual[0] <= measured.copies <= measured.usual[1] for measured in found]
     assert sum(inside) >= 35  # of 40; 38 are expected
-    assert all(one.usual[1] < 0.25 for one in found)
+    assert all(measured.usual[1] < 0.25 for measured in found)
 
 
 def test_very_few_images_say_how_little_they_say() -> None:

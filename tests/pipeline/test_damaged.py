@@ -17,7 +17,7 @@ import torch
 
 from latentflow.autoencoder import load_autoencoder
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import takes
+from latentflow.inference.checkpoint import read_capabilities
 from latentflow.models import load_text_encoder
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training.fine_tune.base import open_base
@@ -30,7 +30,7 @@ Draw = Callable[[Path], Any]
 
 def opened(folder: Path) -> Any:
     """The pipeline of a checkpoint; the page and the flags read what it takes first."""
-    takes(str(folder))
+    read_capabilities(str(folder))
     pipe = LatentFlowPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe

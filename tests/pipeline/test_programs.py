@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from latentflow.errors import RunError, UserError
-from latentflow.inference.images import save, whole_file
+from latentflow.inference.images import save_images, whole_file
 from latentflow.models.text import UnknownWords
 from latentflow.pipeline.base import FlowPipeline
 
@@ -71,6 +71,8 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--device", "gpu"], "--device gpu cannot be used: .*device type.*\nauto takes "),
     (["--device", "meta"], "--device meta cannot be used: it holds no numbers\nauto takes "),
     (["--device", "cuda:99"], "--device cuda:99 cannot be used: .*\nauto takes "),
+    (["-o", "b.pgn"], "no image format '.pgn'"),
+    (["-o", "b.psd"], "no image format '.psd'"),  # Pillow only reads it
     (["-o", "a.png/b.png"], "-o a.png/b.png cannot be written: a.png is no folder"),
     (["-o", "/proc/self/none/b.png"], "-o /proc/self/none/b.png cannot be written: "),
     (["-o", f"{'x' * 300}.png"], "cannot be written: File name too long"),
@@ -124,9 +126,9 @@ def test_words_that_nobody_taught_are_named_once(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_program(name).main([*arguments, *many, *common])
-    told = [line for line in capsys.readouterr().err.splitlines() if "vocabulary" in line]
-    assert [line.partition(": ")[2].partition(": ")[2] for line in told] == [f"{words}."]
-    assert not [one for one in caught if issubclass(one.category, UnknownWords)]
+    messages = [line for line in capsys.readouterr().err.splitlines() if "vocabulary" in line]
+    assert [line.partition(": ")[2].partition(": ")[2] for line in messages] == [f"{words}."]
+    assert not [warning for warning in caught if issubclass(warning.category, UnknownWords)]
 
 
 def test_words_that_are_known_are_not_spoken_of(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +180,7 @@ def test_what_was_written_before_the_disk_was_full_stays(
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     images = [Image.new("RGB", (8, 8)), Image.fromarray(noise), Image.new("RGB", (8, 8))]
     with largest_file(1000), pytest.raises(RunError, match=r"b-2\.png cannot be written: File too large"):
-        save(images, str(tmp_path / "b.png"))
+        save_images(images, str(tmp_path / "b.png"))
     assert capsys.readouterr().out.split() == [str(tmp_path / "b-1.png")]
     assert names(tmp_path) == ["b-1.png"]
 
@@ -186,7 +188,7 @@ def test_what_was_written_before_the_disk_was_full_stays(
 @pytest.mark.parametrize(("suffix", "side"), [("webp", 17000), ("jpg", 66000)])
 def test_a_format_that_takes_no_such_size_is_named(suffix: str, side: int, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"b.{suffix}.*cannot be written"):
-        save([Image.new("RGB", (side, 1))], str(tmp_path / f"b.{suffix}"))
+        save_images([Image.new("RGB", (side, 1))], str(tmp_path / f"b.{suffix}"))
     assert not names(tmp_path)
 
 
@@ -194,7 +196,7 @@ def test_a_link_keeps_leading_to_its_file(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.png").write_text("old")
     (tmp_path / "a.png").symlink_to(tmp_path / "real" / "a.png")
-    save([Image.new("RGB", (8, 8))], str(tmp_path / "a.png"), overwrite=True)
+    save_images([Image.new("RGB", (8, 8))], str(tmp_path / "a.png"), overwrite=True)
     assert (tmp_path / "a.png").is_symlink()
     assert Image.open(tmp_path / "real" / "a.png").size == (8, 8)
     assert names(tmp_path / "real") == ["a.png"]

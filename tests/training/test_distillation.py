@@ -146,7 +146,7 @@ def test_a_student_may_be_an_adapter(teacher: Path, images: Path, tmp_path: Path
     quick.set_progress_bar_config(disable=True)
     assert quick.few_steps == whole.few_steps
     same(quick, whole)
-    with pytest.raises(UserError, match="brings no adapter for few steps"):
+    with pytest.raises(UserError, match="has no few-step adapter"):
         open_pipeline("LatentFlowPipeline", str(teacher), "cpu", AdapterChoice(fast=True))
 
 

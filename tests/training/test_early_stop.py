@@ -119,7 +119,7 @@ def test_card_and_report_tell_whose_weights_the_result_has(tmp_path: Path) -> No
     facts = CardFacts(where="x", source=Source("d", (), "unconditional"), parts={})
     write_card(tmp_path, tmp_path / "run", facts)
     card = (tmp_path / "README.md").read_text()
-    assert "the weights are of step 4" in card and "at step 4: `val_loss` 3.0000" in card
+    assert "the weights are those of step 4" in card and "at step 4: `val_loss` 3.0000" in card
     # It went on: what was said at step 8 is of before.
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('\n{"step": 10, "val_loss": 1.0}\n')

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,19 +18,18 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from latentflow.cli import parse, write_config
+from latentflow.config import RunConfig
 from latentflow.data import find_source
 from latentflow.errors import RunError, UserError, few
 from latentflow.training.loop import logging as trackers
-from latentflow.training.loop import run_folder as run_files
 from latentflow.training.loop.logging import Reporter
+from latentflow.training.loop.run_folder import read_metrics, read_starts
 from latentflow.training.report import hub
 from latentflow.training.report.card import CardFacts, write_card
 from latentflow.training.report.curves import thinned
 from latentflow.training.report.export import carry_over, is_generated, signed
 from latentflow.training.report.folder import Run, data_lines, read_run
 from latentflow.training.report.page import report_page
-
-from .command import ROOT
 
 
 def row(step: int, **values: float) -> str:
@@ -39,6 +38,10 @@ def row(step: int, **values: float) -> str:
 
 def trained(step: int, loss: float) -> str:
     return row(step, loss=loss, lr=1e-3, images_per_second=8.0, memory_gib=1.0)
+
+
+def write_log(run: Path, *messages: str) -> None:
+    (run / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in messages))
 
 
 @pytest.fixture
@@ -56,48 +59,41 @@ def killed(tmp_path: Path) -> Path:
     torn = trained(5, 200.0)[:30] + trained(4, 5.0)  # by a start that did not end the line
     lines += [torn, trained(5, 4.0), row(5, val_loss=3.0), trained(6, float("nan")), trained(6, 2.0)[:20]]
     (run / "metrics.jsonl").write_text("\n".join(lines))
-    (run / "autoencoder" / "metrics.jsonl").write_text(
-        "\n".join([trained(1, 1.0), row(2, loss=0.5, val_psnr=20.5, images_per_second=8.0)])
-    )
+    stage = [trained(1, 1.0), row(2, loss=0.5, val_psnr=20.5, images_per_second=8.0)]
+    (run / "autoencoder" / "metrics.jsonl").write_text("\n".join(stage))
     for folder, step in ((run, 3), (run / "autoencoder", 2)):
         Image.new("RGB", (1300, 650), "red").save(folder / "samples" / f"step-{step:06d}.png")
     (run / "samples" / "step-000005.png").write_bytes(b"\x89PNG torn")
-    told = ["notes of old", "plan: 8 steps", "step 3: val_loss 6", "my/cats: <b>9</b> images", "data: 9 to train on",
-            "plan: 8 steps", "WARNING: step 5: not finite. The update is skipped."]  # fmt: skip
-    (run / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in told))
+    first = ("notes of old", "plan: 8 steps", "step 3: val_loss 6", "my/cats: <b>9</b> images")
+    write_log(
+        run,
+        *first,
+        "data: 9 to train on",
+        "plan: 8 steps",
+        "WARNING: step 5: not finite. The update is skipped.",
+    )
     return run
 
 
-def test_repeated_and_torn_lines_leave_the_curve_of_the_last_start(killed: Path) -> None:
-    rows = run_files.read_metrics(killed)
-    assert [one["step"] for one in rows] == [1, 2, 3, 4, 5, 6]
-    assert [one.get("loss") for one in rows] == [
-        9.0,
-        8.0,
-        7.0,
-        5.0,
-        4.0,
-        None,
-    ]  # what is not finite is no point
-    assert [one.get("val_loss") for one in rows] == [None, None, 6.0, None, 3.0, None]
-
-
-def test_what_was_written_beyond_the_step_resumed_from_is_dropped(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("\n".join([trained(10, 1.0), trained(30, 3.0), trained(20, 2.0)]))
-    assert [one["step"] for one in run_files.read_metrics(tmp_path)] == [10, 20]
-    assert read_run(tmp_path).seconds == pytest.approx(30 / 8)  # going back takes no time
-
-
-def test_time_in_training_counts_repeated_steps_and_no_standstill(killed: Path) -> None:
+def test_repeated_and_torn_lines_leave_the_curve_of_the_last_start(killed: Path, tmp_path: Path) -> None:
+    rows = read_metrics(killed)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    # What is not finite is no point.
+    assert [row.get("loss") for row in rows] == [9.0, 8.0, 7.0, 5.0, 4.0, None]
+    assert [row.get("val_loss") for row in rows] == [None, None, 6.0, None, 3.0, None]
     # Steps 1 to 4, then 5 and 6 after going back to 4: 6 steps of 4 samples at 8 a second, whatever the clock says.
     assert read_run(killed).seconds == pytest.approx(6 * 4 / 8)
+    # Steps beyond the one that was resumed from are dropped, and going back takes no time.
+    (tmp_path / "metrics.jsonl").write_text("\n".join([trained(10, 1.0), trained(30, 3.0), trained(20, 2.0)]))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
+    assert read_run(tmp_path).seconds == pytest.approx(30 / 8)
 
 
 def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
-    html = str(report_page(killed).html())
+    html = report_page(killed).html()
     for text in (
-        "not finished: step 6 of 8", "The autoencoder, trained first", "val_psnr", "20.5000 dB", "not finite: 1 (log",
-        "<td>0 s, 8 images a second</td>",  # the first stage has its own batch: 2 steps of 2
+        "not finished: step 6 of 8", "The autoencoder, trained first", "val_psnr", "20.5000 dB", "not finite: 1 (see",
+        "<td>0 s, 8 images per second</td>",  # the first stage has its own batch: 2 steps of 2
         "step-000005.png cannot be read", "&lt;b&gt;9&lt;/b&gt; images", "step 3</figcaption>",
     ):  # fmt: skip
         assert text in html, text
@@ -110,10 +106,13 @@ def test_a_folder_with_nothing_but_settings_has_a_page_and_any_other_folder_none
     run = tmp_path / "runs" / "cats"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("network: dit\nmax_train_steps: 8\n")
-    assert "No figures were logged yet" in str(report_page(run).html())
+    assert "No figures were logged yet" in report_page(run).html()
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match=r"Did you mean '.*cats'"):
         report_page(tmp_path / "runs")
+    (run / "config.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match=r"config\.yaml is not valid YAML"):
+        read_run(run)
 
 
 def test_previews_are_ordered_by_step_also_beyond_a_million(tmp_path: Path) -> None:
@@ -121,16 +120,10 @@ def test_previews_are_ordered_by_step_also_beyond_a_million(tmp_path: Path) -> N
     (tmp_path / "config.yaml").write_text("network: dit\n")
     for step in (1_000_000, 999_000, 0):
         (tmp_path / "samples" / f"step-{step:06d}.png").touch()
-    assert [path.stem for path in read_run(tmp_path).previews()] == [
-        "step-000000",
-        "step-999000",
-        "step-1000000",
-    ]
+    assert [int(path.stem[5:]) for path in read_run(tmp_path).previews()] == [0, 999_000, 1_000_000]
 
 
-def test_an_autoencoder_whose_steps_follow_from_the_run_s_is_finished_when_it_has_them(
-    tmp_path: Path,
-) -> None:
+def test_an_autoencoder_is_finished_when_it_has_the_steps_that_follow_from_the_run_s(tmp_path: Path) -> None:
     (tmp_path / "autoencoder").mkdir()
     settings = {"max_train_steps": 20_000, "autoencoder_steps": None, "autoencoder_batch_size": 16}
     run = Run(tmp_path, settings, [{"step": 3000}], [{"processes": 2}], [])
@@ -138,41 +131,30 @@ def test_an_autoencoder_whose_steps_follow_from_the_run_s_is_finished_when_it_ha
     assert shlex.split(run.resume())[-2:] == ["--autoencoder-steps", "6000"]
 
 
-def test_a_config_that_is_no_yaml_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("a: [1")
-    with pytest.raises(UserError, match=r"config\.yaml is not valid YAML"):
-        read_run(tmp_path)
-
-
-def program(folder: str, name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"{name}_program", ROOT / folder / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("name", ["flow", "autoencoder"])
-def test_the_command_to_resume_gives_the_settings_of_the_run(name: str, tmp_path: Path) -> None:
-    module, run = program("train", name), tmp_path / "my run"
+@pytest.mark.parametrize("command", ["train", "autoencoder"])
+def test_the_command_to_resume_gives_the_settings_of_the_run(
+    command: str, load_program: Callable[[str], Any], tmp_path: Path
+) -> None:
+    kind, run = RunConfig if command == "train" else load_program(command).Config, tmp_path / "my run"
     run.mkdir()
-    config = parse(module.Config, ["my data", "-o", str(run), "--learning-rate", "0.5"], prog="x")
+    config = parse(kind, ["my data", "-o", str(run), "--learning-rate", "0.5"], prog="x")
     write_config(config, run / "config.yaml")
     words = shlex.split(read_run(run).resume())
-    assert words[:2] == ["latentflow", "train" if name == "flow" else "autoencoder"]
-    assert parse(module.Config, words[2:], prog="x") == config
+    assert words[:2] == ["latentflow", command]
+    assert parse(kind, words[2:], prog="x") == config
 
 
-def test_an_existing_page_is_replaced_only_when_asked(killed: Path) -> None:
-    module = program("train", "report")
-    module.main([str(killed)])
+def test_an_existing_page_is_replaced_only_when_asked(
+    killed: Path, load_program: Callable[[str], Any]
+) -> None:
+    program = load_program("report")
+    program.main([str(killed)])
     page = killed / "report.html"
     page.write_text("mine")
     with pytest.raises(UserError, match="exists"):
-        module.main([str(killed)])
+        program.main([str(killed)])
     assert page.read_text() == "mine"
-    module.main([str(killed), "--overwrite"])
+    program.main([str(killed), "--overwrite"])
     assert "cats" in page.read_text()
 
 
@@ -194,19 +176,18 @@ def reporter(folder: Path, report_to: str = "none", step: int = 0) -> Reporter:
 
 
 def test_each_start_records_its_environment_and_ends_a_torn_line(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
     for step in (0, 3):
-        one = reporter(tmp_path, step=step)
-        one.step(4)
-        one.metrics(step + 1, 4, {"loss": 1.0, "lr": 0.1})
-        one.close()
-        with (tmp_path / "metrics.jsonl").open("a") as file:
+        started = reporter(tmp_path, step=step)
+        started.step(4)
+        started.metrics(step + 1, 4, {"loss": 1.0, "lr": 0.1})
+        started.close()
+        with metrics.open("a") as file:
             file.write('{"step": 9, "lo')
-    starts = run_files.read_starts(tmp_path)
-    assert [one["step"] for one in starts] == [0, 3]
+    starts = read_starts(tmp_path)
+    assert [start["step"] for start in starts] == [0, 3]
     assert starts[0]["torch"] == torch.__version__ and starts[0]["processes"] == 1
-    assert [
-        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[::2]
-    ] == [1, 4]
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()[::2]] == [1, 4]
 
 
 def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +233,11 @@ def test_wandb_gets_settings_curves_and_images_and_a_resumed_run_its_old_name(
 ) -> None:
     (tmp_path / "config.yaml").write_text("learning_rate: 0.5\n")
     for step in (1, 2):
-        one = reporter(tmp_path, "wandb")
-        one.metrics(step, 4, {"loss": 0.5, "lr": 0.1})
-        one.validation(step, {"loss": 0.25})
-        one.image(step, Image.new("RGB", (6, 4), "red"))
-        one.close()
+        logger = reporter(tmp_path, "wandb")
+        logger.metrics(step, 4, {"loss": 0.5, "lr": 0.1})
+        logger.validation(step, {"loss": 0.25})
+        logger.image(step, Image.new("RGB", (6, 4), "red"))
+        logger.close()
     first, second = wandb
     assert first.options["id"] == second.options["id"] and first.options["dir"] == str(tmp_path)
     assert first.calls[0][:2] == ("store_init_configuration", {"learning_rate": 0.5})
@@ -267,12 +248,12 @@ def test_wandb_gets_settings_curves_and_images_and_a_resumed_run_its_old_name(
 
 
 def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, wandb: list[FakeTracker]) -> None:
-    one = reporter(tmp_path, "wandb")
+    logger = reporter(tmp_path, "wandb")
     wandb[0].broken = True
     for step in (1, 2):
-        one.metrics(step, 4, {"loss": 0.5, "lr": 0.1})
-    one.close()
-    assert len(run_files.read_metrics(tmp_path)) == 2
+        logger.metrics(step, 4, {"loss": 0.5, "lr": 0.1})
+    logger.close()
+    assert len(read_metrics(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
@@ -288,10 +269,10 @@ def test_tensorboard_gets_curves_and_images(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    one = reporter(tmp_path, "tensorboard")
-    one.metrics(3, 4, {"loss": 0.5, "lr": 0.1})
-    one.image(3, Image.new("RGB", (6, 4), "red"))
-    one.close()
+    logger = reporter(tmp_path, "tensorboard")
+    logger.metrics(3, 4, {"loss": 0.5, "lr": 0.1})
+    logger.image(3, Image.new("RGB", (6, 4), "red"))
+    logger.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
     image = events.Images("preview")[0]
@@ -303,17 +284,19 @@ def test_tensorboard_gets_curves_and_images(tmp_path: Path) -> None:
 
 def facts(images: Path) -> CardFacts:
     return CardFacts(
-        where="owner/cats",
-        source=find_source(str(images)),
-        parts={"transformer": torch.nn.Linear(999, 1000)},
+        where="owner/cats", source=find_source(str(images)), parts={"transformer": torch.nn.Linear(999, 1000)}
     )
 
 
+def card_of(run: Path, facts: CardFacts) -> str:
+    folder = run.parent / "new"
+    folder.mkdir(exist_ok=True)
+    write_card(folder, run, facts)
+    return (folder / "README.md").read_text("utf-8")
+
+
 def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: Path, images: Path) -> None:
-    folder = killed.parent / "pipeline"
-    folder.mkdir()
-    write_card(folder, killed, facts(images))
-    card = (folder / "README.md").read_text()
+    card = card_of(killed, facts(images))
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header) == {
         "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["latentflow", "flow-matching"]
@@ -322,38 +305,35 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: 
     caption = find_source(str(images)).captions()[0]
     for text in (
         'from_pretrained("owner/cats")', f"prompt={caption!r}", "`transformer` | Linear | 1.00 M",
-        "- data: 9 to train on",
-        "- cats: \\<b\\>9\\</b\\>", "# cats", "| width | 96 |", "| vae | vae |",
+        "- data: 9 to train on", "- cats: \\<b\\>9\\</b\\>", "# cats", "| width | 96 |", "| vae | vae |",
         "6 steps of 4 samples, 3 s.", "at step 5: `val_loss` 3.0000. They", "![Samples](sample.png)",
-        "What it drew at step 5,",  # the last preview
+        "Samples at step 5,",  # the last preview
     ):  # fmt: skip
         assert text in body, text
-    assert (folder / "sample.png").is_file()
+    assert (killed.parent / "new" / "sample.png").is_file()
     compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
-def test_what_a_reader_pastes_is_quoted_and_names_no_place_on_the_author_s_disk(
+def test_what_a_reader_pastes_is_quoted_and_names_no_folder_of_the_author_s(
     killed: Path, images: Path
 ) -> None:
     (killed / "config.yaml").write_text(yaml.safe_dump({"data": "/home/me/my cats", "network": "dit"}))
-    told = ["/home/me/my cats: 2 left out: /home/me/my cats/1.png, /tmp/x/2.png", "5.5 % of 1/2", "plan: 8"]
-    (killed / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in told))
-    source = find_source(str(images))
-    source = dataclasses.replace(
-        source,
-        examples=(dataclasses.replace(source.examples[0], text="a $(reboot) `x`"), *source.examples[1:]),
+    write_log(
+        killed,
+        "/home/me/my cats: 2 left out: /home/me/my cats/1.png, /tmp/x/2.png",
+        "5.5 % of 1/2",
+        "plan: 8",
     )
-    folder = killed.parent / "new"
-    folder.mkdir()
-    write_card(folder, killed, CardFacts(where="my runs/cats", source=source, parts={}))
-    card = (folder / "README.md").read_text()
+    source = find_source(str(images))
+    example = dataclasses.replace(source.examples[0], text="a $(reboot) `x`")
+    source = dataclasses.replace(source, examples=(example, *source.examples[1:]))
+    card = card_of(killed, CardFacts(where="my runs/cats", source=source, parts={}))
     command = card.split("```bash\n")[1].split("\n```")[0]
     assert shlex.split(command)[2:5] == ["a $(reboot) `x`", "--checkpoint", "my runs/cats"]
     assert "'a $(reboot) `x`'" in command  # single quotes: a shell runs nothing
     assert "- my cats: 2 left out: my cats/1.png, 2.png" in card and "- 5.5 % of 1/2" in card
     (killed / "config.yaml").write_text(yaml.safe_dump({"data": ".", "network": "dit"}))
-    write_card(folder, killed, CardFacts(where="owner/cats", source=source, parts={}))
-    assert "- 5.5 % of 1/2" in (folder / "README.md").read_text()
+    assert "- 5.5 % of 1/2" in card_of(killed, CardFacts(where="owner/cats", source=source, parts={}))
 
 
 HOSTILE = (
@@ -363,18 +343,14 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("kind", ["text", "class"])
-def test_text_of_the_data_is_no_markup_in_the_card(kind: str, killed: Path, images: Path) -> None:
+def test_text_of_the_data_is_no_markup_in_the_card(kind: Any, killed: Path, images: Path) -> None:
     settings = {"data": "cats", "network": "dit", "checkpoint": HOSTILE, "width": 96}
     (killed / "config.yaml").write_text(yaml.safe_dump(settings))
-    told = [f"cats: 1 left out: {few([HOSTILE])}", HOSTILE.splitlines()[-1], "plan: 8"]
-    (killed / "train.log").write_text("\n".join(f"2026-01-01 10:00:00,000 {line}" for line in told))
+    write_log(killed, f"cats: 1 left out: {few([HOSTILE])}", HOSTILE.splitlines()[-1], "plan: 8")
     source = find_source(str(images))
     example = dataclasses.replace(source.examples[0], text=HOSTILE, label=HOSTILE)
     source = dataclasses.replace(source, examples=(example,), kind=kind, classes=(HOSTILE,))
-    folder = killed.parent / "new"
-    folder.mkdir()
-    write_card(folder, killed, CardFacts(where=f"runs/{HOSTILE}", source=source, parts={}))
-    text = (folder / "README.md").read_text("utf-8")
+    text = card_of(killed, CardFacts(where=f"runs/{HOSTILE}", source=source, parts={}))
     assert ModelCard(text, ignore_metadata_errors=False).data.to_dict() == {
         "library_name": "diffusers", "pipeline_tag": "text-to-image" if kind == "text" else "image-generation",
         "tags": ["latentflow", "flow-matching"],
@@ -384,9 +360,8 @@ def test_text_of_the_data_is_no_markup_in_the_card(kind: str, killed: Path, imag
     inside = [child for token in tokens for child in token.children or ()]
     assert [token.info for token in tokens if token.type == "fence"] == ["python", "bash"]
     assert sum(token.type == "heading_open" for token in tokens) == 6  # the name, and the card's own
-    assert [token.type for token in [*tokens, *inside] if "html" in token.type] == [
-        "html_block"
-    ]  # the signature
+    html = [token.type for token in [*tokens, *inside] if "html" in token.type]
+    assert html == ["html_block"]  # the signature
     links = [child.attrs["href"] for child in inside if child.type == "link_open"]
     assert links == ["https://pypi.org/project/latentflow/"]
     python, bash = (token.content for token in tokens if token.type == "fence")
@@ -422,74 +397,69 @@ def test_a_result_made_anew_keeps_what_users_put_beside_it(tmp_path: Path) -> No
     (tmp_path / "new" / "vae").mkdir(parents=True)
     (tmp_path / "new" / "vae" / "config.json").write_text("new")
     carry_over(tmp_path / "old", tmp_path / "new")
-    left = {
-        str(path.relative_to(tmp_path / "new")) for path in (tmp_path / "new").rglob("*") if path.is_file()
+    new = tmp_path / "new"
+    assert {str(path.relative_to(new)) for path in new.rglob("*") if path.is_file()} == {
+        *users,
+        "vae/config.json",
     }
-    assert left == {*users, "vae/config.json"}
-    assert (tmp_path / "new" / "vae" / "config.json").read_text() == "new"
-    assert (tmp_path / "new" / "notes.txt").read_text() == "old"
+    assert (new / "vae" / "config.json").read_text() == "new"
+    assert (new / "notes.txt").read_text() == "old"
 
 
 class FakeHub:
-    """The calls that would have gone to the hub."""
+    """The hub's interface, in memory."""
 
-    calls: ClassVar[list[tuple[str, Any]]] = []
-    exists, card, error = False, False, None
-    text = "mine"
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.card: str | None = None
+        self.error: Exception | None = None
 
     def repo_exists(self, name: str) -> bool:
-        return type(self).exists
+        return self.card is not None
 
     def file_exists(self, name: str, file: str) -> bool:
-        return type(self).card
+        return self.card is not None
 
     def hf_hub_download(self, name: str, file: str, local_dir: str) -> str:
-        path = Path(local_dir) / file
-        path.write_text(type(self).text)
-        return str(path)
+        (Path(local_dir) / file).write_text(self.card or "")
+        return str(Path(local_dir) / file)
 
     def create_repo(self, name: str, **options: Any) -> None:
         self.calls.append(("create", options))
 
     def upload_folder(self, **options: Any) -> None:
-        if type(self).error:
-            raise type(self).error
+        if self.error:
+            raise self.error
         self.calls.append(("upload", options))
 
 
 @pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
-    monkeypatch.setattr(hub.huggingface_hub, "HfApi", FakeHub)
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub()
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: fake)
     monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: "token")
-    FakeHub.calls, FakeHub.exists, FakeHub.card, FakeHub.error = [], False, False, None
-    FakeHub.text = "mine"
-    return FakeHub
+    return fake
 
 
-def test_a_new_repository_is_private_and_a_card_on_the_hub_stays(
-    tmp_path: Path, fake_hub: type[FakeHub]
-) -> None:
+def test_a_new_repository_is_private_and_a_card_on_the_hub_stays(tmp_path: Path, fake_hub: FakeHub) -> None:
     assert hub.push(tmp_path, "owner/cats") == "https://huggingface.co/owner/cats"
     assert fake_hub.calls[0] == ("create", {"private": True, "exist_ok": True})
     assert fake_hub.calls[1][1]["ignore_patterns"] == [] and fake_hub.calls[1][1]["folder_path"] == tmp_path
-    fake_hub.exists = fake_hub.card = True
-    hub.push(tmp_path, "owner/cats")
-    assert len(fake_hub.calls) == 3 and fake_hub.calls[2][1]["ignore_patterns"] == ["README.md"]
-    fake_hub.text = signed("ours")
-    hub.push(tmp_path, "owner/cats")
-    assert fake_hub.calls[3][1]["ignore_patterns"] == []
+    for card, ignored in (("mine", ["README.md"]), (signed("ours"), [])):
+        fake_hub.card = card
+        hub.push(tmp_path, "owner/cats")
+        kind, options = fake_hub.calls[-1]
+        assert kind == "upload" and options["ignore_patterns"] == ignored
+    assert len(fake_hub.calls) == 4
 
 
 @pytest.mark.parametrize(
     "error", [ConnectionError("no route"), ConnectionError(), RuntimeError("of a library")]
 )
-def test_a_push_that_fails_says_how_to_try_again(
-    error: Exception, tmp_path: Path, fake_hub: type[FakeHub]
-) -> None:
+def test_a_push_that_fails_says_how_to_try_again(error: Exception, tmp_path: Path, fake_hub: FakeHub) -> None:
     fake_hub.error = error
-    with pytest.raises(
-        UserError, match=rf"(?s){error or 'ConnectionError'}.*latentflow push '.*my cats' owner/cats"
-    ):
+    message = rf"(?s){error or 'ConnectionError'}.*latentflow push '.*my cats' owner/cats"
+    with pytest.raises(UserError, match=message):
         hub.push(tmp_path / "my cats", "owner/cats")
 
 
@@ -504,7 +474,7 @@ def test_a_hub_that_cannot_be_reached_is_no_defect(tmp_path: Path, monkeypatch: 
 
 
 def test_what_cannot_be_pushed_is_known_before_the_run(
-    fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.check_push("owner/cats")
     for name in ("cats", "a/b/c", "owner/ca ts"):

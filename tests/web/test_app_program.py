@@ -28,11 +28,11 @@ def test_it_listens_on_this_machine_alone_unless_told_otherwise(load_program: Ca
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Host and settings of every page that is served."""
     pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
-    from latentflow.web import serving, studio
+    from latentflow.web import inference_server, serving
 
     pages: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.delenv("LATENTFLOW_APP_AUTH", raising=False)
-    monkeypatch.setattr(studio, "Studio", lambda *arguments: None)
+    monkeypatch.setattr(inference_server, "InferenceServer", lambda *arguments: None)
     monkeypatch.setattr(serving, "serve", lambda _, host, port, **settings: pages.append((host, settings)))
     return pages
 

@@ -185,3 +185,20 @@ def test_an_upload_for_which_there_is_no_room_is_refused(
     os.utime(tmp_path / "a" / "image.png", (0, 0))
     assert asked(HERE | {"content-length": "100000"}, **upload)[0] == 200  # type: ignore[arg-type]
     assert [path.parent.name for path in tmp_path.rglob("*.png")] == ["b"]
+
+
+class ClientDisconnect(Exception):  # noqa: N818 - Starlette's name for it
+    """Raised while an upload is received whose window was closed."""
+
+
+def test_a_window_that_is_closed_while_it_uploads_is_no_defect(tmp_path: Path) -> None:
+    def upload_fails_with(error: type[Exception]) -> None:
+        def fail(scope: Any) -> None:
+            raise error
+
+        asked(HERE, path="/gradio_api/upload", uploads=tmp_path, inner=fail)
+
+    with pytest.raises(IndexError):  # nothing was answered
+        upload_fails_with(ClientDisconnect)
+    with pytest.raises(ZeroDivisionError):
+        upload_fails_with(ZeroDivisionError)

@@ -19,14 +19,14 @@ pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import gradio as gr
 from PIL import Image
 
-from latentflow.inference.checkpoint import Takes
+from latentflow.inference.checkpoint import Capabilities
 from latentflow.web import page, serving
 
 
 def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any) -> Any:
-    """What the layout asks of a studio."""
+    """Return a server with what the layout needs."""
     return SimpleNamespace(
-        takes=Takes(**({"text": text, "labels": classes, "masks": True} | more)),
+        capabilities=Capabilities(**({"text": text, "labels": classes, "masks": True} | more)),
         solvers=["heun", "ddpm"],
         inpainting_methods=["trained", "repaint"],
         editing_methods=["flowedit", "image-to-image"] if text or classes else ["image-to-image"],
@@ -34,24 +34,24 @@ def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any
 
 
 @pytest.mark.parametrize(
-    ("studio", "shown"),
+    ("server", "shown"),
     [
-        (checkpoint(text=True), {"What to draw", "What it shows now", "Keep away from", "Guidance"}),
-        (checkpoint(classes=("apple", "hat")), {"Class", "Its class now", "Guidance"}),
+        (checkpoint(text=True), {"Prompt", "Prompt for the original", "Negative prompt", "Guidance"}),
+        (checkpoint(classes=("apple", "hat")), {"Class", "Class of the original", "Guidance"}),
         (checkpoint(), set()),
     ],
     ids=["captions", "classes", "unconditional"],
 )
-def test_the_page_asks_for_what_the_checkpoint_takes(studio: Any, shown: set[str]) -> None:
-    blocks = page.build(studio).blocks.values()
+def test_the_page_asks_for_what_the_checkpoint_takes(server: Any, shown: set[str]) -> None:
+    blocks = page.build(server).blocks.values()
     visible = {block.label for block in blocks if getattr(block, "label", None) and block.visible}
     conditional = {
-        "What to draw",
-        "What it shows now",
-        "Keep away from",
+        "Prompt",
+        "Prompt for the original",
+        "Negative prompt",
         "Guidance",
         "Class",
-        "Its class now",
+        "Class of the original",
     }
     assert visible & conditional == shown
     assert {"Seed", "Steps", "Solver", "Images"} <= visible
@@ -60,14 +60,14 @@ def test_the_page_asks_for_what_the_checkpoint_takes(studio: Any, shown: set[str
 @pytest.mark.parametrize(("masks", "inpaint"), [(True, 4), (False, 20)])
 def test_few_steps_are_offered_where_they_suffice(masks: bool, inpaint: int) -> None:
     """Edits, and inpainting that was not trained, follow the velocity, whatever the checkpoint."""
-    blocks = page.build(checkpoint(text=True, steps=4, guided=True, masks=masks)).blocks.values()
-    steps = {one.elem_id: one.value for one in blocks if getattr(one, "label", None) == "Steps"}
+    blocks = page.build(checkpoint(text=True, steps=4, distilled_guidance=True, masks=masks)).blocks.values()
+    steps = {block.elem_id: block.value for block in blocks if getattr(block, "label", None) == "Steps"}
     assert steps == {"generate-steps": 4, "inpaint-steps": inpaint, "edit-steps": 20}
-    assert not any(one.visible for one in blocks if getattr(one, "label", None) == "Guidance")
+    assert not any(block.visible for block in blocks if getattr(block, "label", None) == "Guidance")
 
 
 def raising(error: Exception) -> Callable[[], Any]:
-    @page.told
+    @page.reporting_errors
     def work() -> None:
         raise error
 
@@ -121,5 +121,5 @@ def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 143
     assert not folders[0].exists()
-    said = capsys.readouterr()
-    assert said.out == "http://[::1]:7860\n" and said.err == "a name: \\x1b[2J\n"
+    printed = capsys.readouterr()
+    assert printed.out == "http://[::1]:7860\n" and printed.err == "a name: \\x1b[2J\n"

@@ -22,12 +22,12 @@ import httpx
 from gradio import processing_utils
 
 from latentflow.web import page
+from latentflow.web.inference_server import GenerationRequest, InferenceServer, Progress
 from latentflow.web.serving import start
-from latentflow.web.studio import Order, Progress, Studio
 
 
-class Held(Studio):
-    """A studio that draws "hold" for as long as somebody wants it."""
+class Held(InferenceServer):
+    """A server that draws "hold" for as long as somebody wants it."""
 
     def __init__(self, checkpoint: str) -> None:
         super().__init__(checkpoint, "cpu")
@@ -35,20 +35,22 @@ class Held(Studio):
         self.steps = 0
         self.go_on = threading.Event()
 
-    def _draw(self, kind: str, order: Order, progress: Progress, **settings: Any) -> list[Image.Image]:
-        if order.prompt in ("hold", "next") or (order.prompt or "").isdigit():
+    def _sample(
+        self, kind: str, request: GenerationRequest, progress: Progress, **settings: Any
+    ) -> list[Image.Image]:
+        if request.prompt in ("hold", "next") or (request.prompt or "").isdigit():
             progress(0, 1, "Drawing")
-            self.drawn.append(order.prompt or "")
+            self.drawn.append(request.prompt or "")
             end = time.monotonic() + 60
-            while order.prompt == "hold" and time.monotonic() < end and not self.go_on.wait(0.01):
+            while request.prompt == "hold" and time.monotonic() < end and not self.go_on.wait(0.01):
                 self.steps += 1
                 progress(self.steps, 1000, "Drawing")
             return [Image.new("RGB", (8, 8))]
-        return super()._draw(kind, order, progress, **settings)
+        return super()._sample(kind, request, progress, **settings)
 
 
 @contextlib.contextmanager
-def serving(studio: Studio, **settings: Any) -> Iterator[httpx.Client]:
+def serving(server: InferenceServer, **settings: Any) -> Iterator[httpx.Client]:
     """Serve a page, and undo what that changes in the process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
@@ -57,7 +59,7 @@ def serving(studio: Studio, **settings: Any) -> Iterator[httpx.Client]:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         fetch = "async_ssrf_protected_download"
         patch.setattr(processing_utils, fetch, getattr(processing_utils, fetch))
-        started = start(studio, "127.0.0.1", free_port(), **settings)
+        started = start(server, "127.0.0.1", free_port(), **settings)
         try:
             with httpx.Client(base_url=f"{started.local_url}gradio_api", timeout=60) as client:
                 yield client
@@ -71,17 +73,17 @@ def served(
 ) -> Iterator[tuple[Held, httpx.Client]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        studio = Held(str(caption_checkpoint))
-        with serving(studio, allowed_hosts=["draw.example"]) as client:
-            yield studio, client
+        server = Held(str(caption_checkpoint))
+        with serving(server, allowed_hosts=["draw.example"]) as client:
+            yield server, client
 
 
 @pytest.fixture
-def studio(served: Any) -> Held:
-    studio: Held = served[0]
-    studio.drawn.clear()
-    studio.go_on.clear()
-    return studio
+def server(served: Any) -> Held:
+    server: Held = served[0]
+    server.drawn.clear()
+    server.go_on.clear()
+    return server
 
 
 @pytest.fixture
@@ -131,6 +133,21 @@ def until(condition: Callable[[], Any], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
+def config_of(client: httpx.Client) -> dict[str, Any]:
+    """Return what the page is built from."""
+    config: dict[str, Any] = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
+    return config
+
+
+def paint(client: httpx.Client, name: str, content: bytes, kind: str = "layer") -> None:
+    """Send what a window has painted, as the editor does."""
+    editor = next(part["id"] for part in config_of(client)["components"] if part["type"] == "imageeditor")
+    data = {"component_id": editor, "session_hash": "me", "fn_name": "accept_blobs", "type": kind}
+    data |= {"id": name, "index": str(10**12)}
+    sent = client.post("/component_server", data=data, files={"file": ("a.png", content)})
+    assert sent.status_code == 200
+
+
 def upload(client: httpx.Client, name: str, content: bytes) -> dict[str, Any]:
     [path] = client.post("/upload", files={"files": (name, content)}).json()
     return {"path": path, "meta": {"_type": "gradio.FileData"}}
@@ -169,7 +186,7 @@ def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) 
     ("values", "message"),
     [
         ({"solver": "huen"}, "Unknown solver 'huen'. Did you mean 'heun'?"),
-        ({"solver": ["heun"]}, "solver is no text"),
+        ({"solver": ["heun"]}, "solver must be text"),
         ({"seed": -1, "new_seed": False}, "seed is -1. Give a whole number from 0 to 4294967295."),
         ({"seed": 2**70, "new_seed": False}, f"seed is {2**70}. Give a whole number"),
         ({"seed": None, "new_seed": False}, "seed is None"),
@@ -177,14 +194,15 @@ def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) 
         ({"steps": "many"}, "steps is 'many'"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": True}, "steps is True"),
-        ({"images": 10**9}, "images is 1000000000. Give a whole number from 1 to 16."),
+        ({"images": 17}, "images is 17. Give a whole number from 1 to 16."),
+        ({"images": 0}, "images is 0"),
         ({"guidance": "NaN"}, "guidance is 'NaN'. Give a finite number from 0 to 20"),
-        ({"prompt": 3}, "prompt is no text"),
+        ({"prompt": 3}, "prompt must be text"),
         ({"prompt": "a" * 1001}, "prompt has 1001 characters"),
-        ({"negative_prompt": {}}, "negative_prompt is no text"),
+        ({"negative_prompt": {}}, "negative_prompt must be text"),
         ({"tab": "edit", "image": None}, "there is no image"),
         ({"tab": "edit", "image": "a", "method": "flowedti"}, "did you mean 'flowedit'"),
-        ({"tab": "edit", "image": "a", "method": 3}, "method is no text"),
+        ({"tab": "edit", "image": "a", "method": 3}, "method must be text"),
         (
             {"tab": "edit", "image": "a", "strength": 1.5},
             "strength is 1.5. Give a finite number from 0 to 1.",
@@ -209,10 +227,7 @@ def test_a_program_is_told_what_was_wrong(
         "text": lambda: upload(client, "a.png", b"no image"),
         "huge": lambda: upload(client, "a.png", encoded(Image.new("1", (7200, 7200)))),
         "http": lambda: {"path": "http://192.0.2.1/a.png", "meta": {"_type": "gradio.FileData"}},
-        "elsewhere": lambda: {
-            "path": str(tmp_path / "elsewhere.png"),
-            "meta": {"_type": "gradio.FileData"},
-        },
+        "elsewhere": lambda: {"path": str(tmp_path / "elsewhere.png"), "meta": {"_type": "gradio.FileData"}},
     }
     values = {"tab": "generate", "prompt": "red apple", "steps": 2} | values
     if isinstance(values.get("image"), str):
@@ -220,10 +235,11 @@ def test_a_program_is_told_what_was_wrong(
     state, data = ask(client, **values)
     assert state == "error"
     assert message.lower() in data["error"].lower()
+    assert os.environ["GRADIO_TEMP_DIR"] not in data["error"]  # nor does it say where the server keeps files
 
 
 def test_words_that_the_checkpoint_does_not_know_are_named(
-    client: httpx.Client, studio: Held, monkeypatch: pytest.MonkeyPatch
+    client: httpx.Client, server: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
 
@@ -231,28 +247,28 @@ def test_words_that_the_checkpoint_does_not_know_are_named(
         asked.append(prompts)
         return ["<b>zeppelin", "blorp"]
 
-    monkeypatch.setattr(studio.pipe, "unknown_words", unknown_words, raising=False)
+    monkeypatch.setattr(server.pipe, "unknown_words", unknown_words, raising=False)
     body = {"prompt": "red <b>zeppelin blorp", "negative_prompt": "blorp", "steps": 1}
     event = client.post("/call/v2/generate", json=body).json()["event_id"]
     messages = client.get("/queue/data", params={"session_hash": event}).text
     assert asked == [["red <b>zeppelin blorp", "blorp"]]
-    said = [one for one in map(json.loads, re.findall("(?m)^data: (.*)$", messages)) if one["msg"] == "log"]
-    assert [one["level"] for one in said] == ["warning"]
-    assert said[0]["log"].endswith(": &lt;b&gt;zeppelin, blorp")
+    lines = map(json.loads, re.findall("(?m)^data: (.*)$", messages))
+    [shown] = [message for message in lines if message["msg"] == "log"]
+    assert shown["level"] == "warning" and shown["log"].endswith(": &lt;b&gt;zeppelin, blorp")
     assert ask(client, "generate", **body)[1][2] == "<b>zeppelin, blorp"
 
 
 def test_names_that_are_none_are_refused_with_a_sentence(client: httpx.Client) -> None:
-    for values, said in (({"solvre": "heun"}, "solvre"), ({"prompt": "red"}, "image")):
+    for values, name in (({"solvre": "heun"}, "solvre"), ({"prompt": "red"}, "image")):
         answer = client.post("/call/v2/edit", json=values)
-        assert answer.status_code == 422 and said in answer.json()["detail"]
+        assert answer.status_code == 422 and name in answer.json()["detail"]
 
 
 def test_an_upload_that_made_room_is_asked_for_again(client: httpx.Client) -> None:
     image = upload(client, "gone.png", encoded(Image.new("RGB", (8, 8), "blue")))
     Path(image["path"]).unlink()
     assert ask(client, "edit", prompt="red", image=image)[1]["error"] == (
-        "gone.png is kept no longer. Upload it again."
+        "gone.png is no longer stored. Upload it again."
     )
 
 
@@ -272,10 +288,10 @@ def test_drawn_images_take_the_room_of_the_oldest_files(
 
 
 def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(
-    studio: Held, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    server: Held, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with listening(client, begin(client, "hold")):
-        until(lambda: studio.drawn)
+        until(lambda: server.drawn)
         events = [begin(client, str(i)) for i in range(page.MOST_WAITING)]
         refused = client.post("/call/v2/generate", json={"prompt": "one more"})
         assert refused.status_code == 503 and "full" in refused.json()["detail"]
@@ -287,45 +303,45 @@ def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(
                 for event in events[:4]
             ]
             monkeypatch.setattr(page, "PATIENCE", 1.0)
-            studio.go_on.set()
+            server.go_on.set()
             for stream in streams:
                 assert "event: complete" in stream.read().decode()
-    assert studio.drawn == ["hold", "0", "1", "2", "3"]
+    assert server.drawn == ["hold", "0", "1", "2", "3"]
     # Nobody listens for the other twelve: none is drawn, and all together hold nobody up for longer than one.
     until(lambda: client.get("/queue/status").json()["queue_size"] == 0, 5)
     state, data = result(client, events[-2])
-    assert state == "error" and "Nobody waited" in data["error"]
-    assert studio.drawn == ["hold", "0", "1", "2", "3"]
+    assert state == "error" and "The client left" in data["error"]
+    assert server.drawn == ["hold", "0", "1", "2", "3"]
 
 
-def test_a_client_that_leaves_ends_its_request_at_the_next_step(studio: Held, client: httpx.Client) -> None:
+def test_a_client_that_leaves_ends_its_request_at_the_next_step(server: Held, client: httpx.Client) -> None:
     with listening(client, begin(client, "hold")):
-        until(lambda: studio.drawn)
+        until(lambda: server.drawn)
         waiting = begin(client, "0")
         with listening(client, waiting):
             assert client.get("/queue/status").json()["queue_size"] == 1
         until(lambda: client.get("/queue/status").json()["queue_size"] == 0)
     assert ask(client, "generate", prompt="next")[0] == "complete"
-    steps = studio.steps
+    steps = server.steps
     time.sleep(0.1)
-    assert studio.steps == steps
-    assert studio.drawn == ["hold", "next"]
+    assert server.steps == steps
+    assert server.drawn == ["hold", "next"]
 
 
-def test_cancel_ends_the_running_request_and_no_other(studio: Held, client: httpx.Client) -> None:
-    config = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
-    generate = next(one["id"] for one in config["dependencies"] if one["api_name"] == "generate")
+def test_cancel_ends_the_running_request_and_no_other(server: Held, client: httpx.Client) -> None:
+    events = config_of(client)["dependencies"]
+    generate = next(event["id"] for event in events if event["api_name"] == "generate")
     event = begin(client, "hold")
     with listening(client, event):
-        until(lambda: studio.drawn)
+        until(lambda: server.drawn)
         waiting = begin(client, "next")
         with listening(client, waiting):
             body = {"session_hash": event, "fn_index": generate, "event_id": event}
             assert client.post("/cancel", json=body).status_code == 200
-            until(lambda: studio.drawn == ["hold", "next"])
-            steps = studio.steps
+            until(lambda: server.drawn == ["hold", "next"])
+            steps = server.steps
             time.sleep(0.1)
-            assert studio.steps == steps
+            assert server.steps == steps
 
 
 # ---------------------------------------------------------------- what strangers get
@@ -358,13 +374,8 @@ def test_no_upload_is_read_as_a_program(
         upload(client, "b.png", encoded(Image.new("RGB", (8, 8)))),
     )
     layer = {"background": None, "layers": [program], "composite": program}
-    config = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
-    editor = next(one["id"] for one in config["components"] if one["type"] == "imageeditor")
     for kind in ("layer", "background", "composite"):
-        data = {"component_id": editor, "session_hash": "me", "fn_name": "accept_blobs"}
-        data |= {"type": kind, "id": "mine", "index": str(10**12)}
-        sent = client.post("/component_server", data=data, files={"file": ("a.png", script)})
-        assert sent.status_code == 200
+        paint(client, "mine", script, kind)
     for values in (
         {"tab": "edit", "image": program},
         {"tab": "inpaint", "image": program, "strokes": None},
@@ -373,26 +384,21 @@ def test_no_upload_is_read_as_a_program(
     ):
         state, data = ask(client, prompt="red apple", **values)
         assert state == "error" and "is not an image" in data["error"], data
-    for one in config["dependencies"]:  # what the page itself asks when a file is dropped
-        if one["targets"] and one["targets"][0][1] == "change" and one["inputs"]:
-            body = {"data": [program], "fn_index": one["id"], "session_hash": "me"}
+    for event in config_of(client)["dependencies"]:  # what the page itself asks when a file is dropped
+        if event["targets"] and event["targets"][0][1] == "change" and event["inputs"]:
+            body = {"data": [program], "fn_index": event["id"], "session_hash": "me"}
             assert client.post("/queue/join", json=body).status_code == 200
             assert "is not an image" in client.get("/queue/data", params={"session_hash": "me"}).text
     assert not (tmp_path / "executed").exists()
 
 
 def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client: httpx.Client) -> None:
-    config = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
-    editor = next(one["id"] for one in config["components"] if one["type"] == "imageeditor")
     image = upload(client, "b.png", encoded(Image.new("RGB", (8, 8), "red")))
-    data = {"component_id": editor, "session_hash": "me", "fn_name": "accept_blobs", "type": "layer"}
-    data |= {"id": "../painted", "index": "0"}
     stroke = Image.new("RGBA", (8, 8))
     stroke.paste("white", (0, 0, 4, 8))
-    client.post("/component_server", data=data, files={"file": ("layer.png", encoded(stroke))})
-    state, data = ask(
-        client, "inpaint", prompt="red apple", steps=2, image=image, strokes={"id": "../painted"}
-    )
+    paint(client, "../painted", encoded(stroke))
+    values = {"prompt": "red apple", "steps": 2, "image": image, "strokes": {"id": "../painted"}}
+    state, data = ask(client, "inpaint", **values)
     assert state == "complete", data
     drawn = Image.open(io.BytesIO(client.get(data[0][0]["image"]["url"]).content))
     assert drawn.crop((4, 0, 8, 8)).getcolors() == [(32, (255, 0, 0))]
@@ -403,7 +409,7 @@ def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client: httpx.Cl
 def locked(class_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
     """The page of a checkpoint of classes, with a name and a password."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    with serving(Studio(str(class_checkpoint), "cpu"), auth=("anna", "a:b")) as client:
+    with serving(InferenceServer(str(class_checkpoint), "cpu"), auth=("anna", "a:b")) as client:
         yield client
 
 
@@ -432,14 +438,14 @@ def test_a_name_and_a_password_are_asked_for(locked: httpx.Client) -> None:
     assert ask(locked, "generate", class_label=None)[1]["error"].startswith(
         "no class is chosen. Choose one: hat"
     )
-    assert ask(locked, "generate", class_label=["hat"])[1]["error"].startswith("class_label is no text")
+    assert ask(locked, "generate", class_label=["hat"])[1]["error"].startswith("class_label must be text")
     assert ask(locked, "generate", class_label=markup(locked), steps=1)[0] == "complete"
 
 
 def markup(client: httpx.Client) -> str:
     """Return the last class that is offered."""
-    config = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
-    label = next(one["props"] for one in config["components"] if one["props"].get("label") == "Class")
+    parts = config_of(client)["components"]
+    label = next(part["props"] for part in parts if part["props"].get("label") == "Class")
     name: str = label["choices"][-1][1]
     assert name.startswith("</script>")
     return name

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError, nearest, shown
-from ...utils.documents import decode, parse_json, refuse_no_text
+from ...utils.files import decode, parse_json, refuse_no_text
 from .files import Folder
 from .members import METADATA_BYTES, File, read_bytes
 

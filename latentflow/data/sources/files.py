@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...utils.documents import decode
+from ...utils.files import decode
 from .members import CAPTION_BYTES, File, Member, read_bytes
 
 SUFFIXES = (

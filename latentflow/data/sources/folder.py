@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from ...errors import UserError, few
-from ...utils.documents import storable
+from ...utils.files import storable
 from ..dataset import FileExample, Kind, Source
 from .annotations import METADATA_NAMES, Metadata, read_metadata
 from .assemble import Condition, MaskFiles, Masks, Wanted, fields_of, find_masks, source_of

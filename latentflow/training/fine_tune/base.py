@@ -18,7 +18,7 @@ from ...errors import UserError, few, reason
 from ...flow import OBJECTIVES
 from ...models import MODELS, DiT, UNet
 from ...pipeline.generate import LatentFlowPipeline
-from ...utils.libraries import quiet_libraries
+from ...utils.components import quiet_libraries
 from ...utils.settings import CONFIG, check_settings, read_settings
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ...config import FineTuningConfig
 from ...errors import UserError, reading
-from ...utils.documents import decode
+from ...utils.files import decode
 from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import Batch
 from ..losses.latent_data import LatentData

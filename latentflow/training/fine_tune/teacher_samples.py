@@ -20,8 +20,8 @@ from ...data import Example, Framing, LatentTable, Source, to_pil
 from ...errors import UserError, reading
 from ...pipeline.adapter_files import weights_hash
 from ...pipeline.generate import LatentFlowPipeline
+from ...utils.files import replacing
 from ...utils.memory import memory_phase
-from ...utils.replacing import replacing
 from ..data import conditions_of
 from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state

@@ -1,4 +1,4 @@
-"""The curves of a run as one drawing."""
+"""Curves of a run as one figure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ...errors import UserError
 from ...utils.html_page import Section
 from .folder import Run
 
-_MOST_POINTS = 1000  # of a curve: more cannot be seen
+_MOST_POINTS = 1000  # of a curve; more cannot be seen
 
 
 def add_curves(page: Section, run: Run) -> None:
-    """One figure with a panel for each thing that was logged.
+    """Add a figure with a panel for each quantity that was logged.
 
     Raises:
         UserError: matplotlib is missing.
@@ -24,7 +24,7 @@ def add_curves(page: Section, run: Run) -> None:
     if not names:
         page.text("No figures were logged yet.")
         return
-    # `val_x` is drawn with `x`; the loss comes first.
+    # `val_x` shares a panel with `x`; the loss comes first.
     panels = sorted(
         dict.fromkeys(name.removeprefix("val_") for name in names), key=lambda name: name != "loss"
     )
@@ -41,21 +41,19 @@ def add_curves(page: Section, run: Run) -> None:
             axes.set_xlabel("step", fontsize=9)
         if panel == "loss":
             axes.legend(frameon=False, fontsize=9)
-    page.figure(
-        figure, "Blue: in training; orange: on held-out images, always with the same noises and times."
-    )
+    page.figure(figure, "Blue: training; orange: held-out images, always with the same noises and times.")
 
 
 _TITLES = {
     "lr": "learning rate",
-    "grad_norm": "norm of the gradient, before clipping",
+    "grad_norm": "gradient norm before clipping",
     "images_per_second": "images per second",
-    "model_flops_utilisation": "model FLOPs utilisation, 1 is a matrix product's speed",
+    "model_flops_utilisation": "model FLOPs utilisation; 1: as fast as a matrix product",
     "memory_gib": "peak memory, GiB",
     "psnr": "PSNR, dB",
-    "ssim": "SSIM, 1 is equality",
-    "l1": "mean absolute error, of -1 to 1",
-    "kl": "KL divergence, nats a value",
+    "ssim": "SSIM, 1: equal",
+    "l1": "mean absolute error, values in -1 to 1",
+    "kl": "KL divergence, nats per value",
     "lpips": "LPIPS",
 }
 
@@ -73,7 +71,7 @@ def _new_figure(panels: int) -> Any:
 
 def _draw(axes: Any, steps: Sequence[int], values: Sequence[float], name: str, color: str) -> None:
     x, y = thinned(steps, values)
-    if name == "loss" and len(y) > 20:  # noisy: the mean of the nearest twentieth on top
+    if name == "loss" and len(y) > 20:  # noisy, so its moving mean is drawn on top
         axes.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
         axes.plot(x, _smooth(y, len(y) // 20), color=color, label=name)
     else:
@@ -83,20 +81,15 @@ def _draw(axes: Any, steps: Sequence[int], values: Sequence[float], name: str, c
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """At most 1000 points of a curve: means of equally many neighbours."""
+    """Return at most 1000 points of a curve, each the mean of equally many neighbours."""
     stride = -(-len(steps) // _MOST_POINTS)
-    edges = range(0, len(steps), stride)
-    x, y = np.asarray(steps, float), np.asarray(values, float)
-    return (
-        np.array([x[i : i + stride].mean() for i in edges]),
-        np.array([y[i : i + stride].mean() for i in edges]),
-    )
+    edges = np.arange(0, len(steps), stride)
+    counts = np.diff(edges, append=len(steps))
+    x, y = (np.add.reduceat(np.asarray(points, float), edges) / counts for points in (steps, values))
+    return x, y
 
 
 def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
-    """The mean over ``reach`` neighbours on either side, of fewer at the ends."""
-    sums = np.concatenate([[0.0], values.cumsum()])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
-    smooth: np.ndarray = (sums[high] - sums[low]) / (high - low)
-    return smooth
+    """Return the moving mean over ``reach`` neighbours on either side, of fewer at the ends."""
+    window = np.ones(2 * reach + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

@@ -1,4 +1,4 @@
-"""Making a result anew in the place of an earlier one."""
+"""Replacing a result by a later one: files of the user that are kept, and cards that may be renewed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-# Weights may be split into other numbers of files than before: old ones must not be found beside new ones.
+# Weights may be split into another number of files than before: old ones must not lie beside new ones.
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model([.-][\w.-]+)?\.safetensors(\.index\.json)?")
 
 _SIGNATURE = (
@@ -17,9 +17,9 @@ _SIGNATURE = (
 
 
 def carry_over(old: Path, new: Path) -> None:
-    """Put what users keep in the earlier result ``old`` into ``new``, its successor, which is complete otherwise.
+    """Copy the user's files from the earlier result ``old`` to ``new``, its complete successor.
 
-    That is every file that ``new`` does not have, but for weights and model cards that we wrote.
+    These are all files that ``new`` does not have, except weights and model cards that we wrote.
     """
     for path in old.rglob("*"):
         copy = new / path.relative_to(old)
@@ -27,25 +27,23 @@ def carry_over(old: Path, new: Path) -> None:
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(
-                path, copy, follow_symlinks=False
-            )  # large files at no cost: the other name is about to go
+            os.link(path, copy, follow_symlinks=False)  # no copy: the old name is about to go
         except OSError:
             shutil.copy2(path, copy, follow_symlinks=False)
 
 
 def signed(card: str) -> str:
-    """A model card with a last line by which `is_generated` knows it."""
+    """Return a model card with a last line by which `is_generated` recognises it."""
     return f"{card}\n{_SIGNATURE.format(_digest(card))}\n"
 
 
 def unsigned(card: str) -> str:
-    """A card of `signed` without its last line."""
+    """Return a card of `signed` without its last line."""
     return card.replace("\r\n", "\n").rstrip("\n").rpartition("\n")[0]
 
 
 def is_generated(card: str) -> bool:
-    """Whether a model card is one that `signed` made, and nobody has changed it since."""
+    """Return whether `signed` made a model card, and nobody has changed it since."""
     text, _, signature = card.replace("\r\n", "\n").rstrip("\n").rpartition("\n")
     return signature == _SIGNATURE.format(_digest(text))
 

@@ -1,5 +1,4 @@
-"""A run folder as a report and a model card read it: every part may be missing, a run can be killed at any
-instant."""
+"""Reading a run folder for a report or a model card. Any file may be missing or torn, as a run may be killed."""
 
 from __future__ import annotations
 
@@ -11,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...utils.documents import read_yaml
+from ...utils.files import read_yaml
 from ..loop.run_folder import Row, metric_lines, read_metrics, read_starts
 from ..losses.autoencoder import autoencoder_steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the files of a run folder say.
+    """Contents of a run folder.
 
     Attributes:
-        rows: one for each logged step, in order; see `read_metrics`.
+        config: settings of config.yaml.
+        rows: figures of each logged step, in order; see `read_metrics`.
+        starts: what each start ran on; see `read_starts`.
+        log: lines of train.log.
     """
 
     folder: Path
@@ -32,21 +34,22 @@ class Run:
 
     @property
     def step(self) -> int:
+        """Return the last logged step."""
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     @property
     def is_student(self) -> bool:
-        """Whether this is a run of `latentflow distill`."""
+        """Return whether this is a run of `latentflow distill`."""
         return "method" in self.config
 
     @property
     def is_autoencoder(self) -> bool:
-        """Whether this is what trains an autoencoder: `latentflow autoencoder`, or the first stage of `train`."""
+        """Return whether this trains an autoencoder: `latentflow autoencoder`, or the first stage of `train`."""
         return "network" not in self.config and not self.is_student
 
     @property
     def target(self) -> int | None:
-        """The steps that the run shall have."""
+        """Return the number of steps that the run should reach."""
         steps: int | None = self.config.get("max_train_steps")
         if self.is_autoencoder and steps is not None:
             return autoencoder_steps(self.config.get("autoencoder_steps"), steps)
@@ -54,33 +57,35 @@ class Run:
 
     @property
     def result(self) -> Path:
+        """Return the folder of the exported model."""
         return self.folder / ("autoencoder" if self.is_autoencoder else "pipeline")
 
     @property
     def finished(self) -> bool:
+        """Return whether the run is complete and its model is exported."""
         at_end = self.target is None or self.step >= self.target
         return self.result.is_dir() and (at_end or self.stopped_early)
 
     @property
     def stopped_early(self) -> bool:
-        """Whether it ended early, and has not gone on since; see `EarlyStop.line`."""
+        """Return whether it stopped early and was not resumed since; see `EarlyStop.line`."""
         return any(f"stopped early at step {self.step};" in line for line in self.log)
 
     @property
     def result_step(self) -> int:
-        """The step that the result's weights are of: the last one, or what `EarlyStop.line` says."""
-        told = re.compile(rf"step {self.step}(?: is reached)?; the result is of step (\d+)")
-        found = [match for line in self.log if (match := told.search(line))]
+        """Return the step of the exported weights: the last one, or that which `EarlyStop.line` names."""
+        named = re.compile(rf"step {self.step}(?: is reached)?; the result is of step (\d+)")
+        found = [match for line in self.log if (match := named.search(line))]
         return int(found[-1][1]) if found else self.step
 
     @property
     def processes(self) -> int:
-        """Of the last start."""
+        """Return the number of processes of the last start."""
         return int(self.starts[-1]["processes"]) if self.starts else 1
 
     @property
     def batch(self) -> int:
-        """Samples in one step of all processes."""
+        """Return the number of samples in one step of all processes."""
         if self.is_autoencoder:
             return int(self.config.get("autoencoder_batch_size", 1)) * self.processes
         accumulation = int(self.config.get("gradient_accumulation_steps", 1))
@@ -88,7 +93,10 @@ class Run:
 
     @cached_property
     def seconds(self) -> float:
-        """Time in the loop, of all starts. The hour of a line says nothing: a run may lie still, and clocks jump."""
+        """Return the seconds spent in training steps by all starts.
+
+        They follow from the logged speed: a run may pause between lines, and clocks jump.
+        """
         total, last = 0.0, 0
         for row in metric_lines(self.folder):
             step, rate = int(row["step"]), row.get("images_per_second", 0.0)
@@ -98,16 +106,16 @@ class Run:
         return total
 
     def previews(self) -> list[Path]:
-        """The preview images, oldest first."""
+        """Return the files of preview images, oldest first."""
         return sorted((self.folder / "samples").glob("step-*.png"), key=preview_step)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a figure, where it was logged."""
+        """Return steps and values of a figure, where it was logged."""
         rows = [row for row in self.rows if name in row]
         return [int(row["step"]) for row in rows], [row[name] for row in rows]
 
     def resume(self) -> str:
-        """The command that goes on with the run; a finished one for as many steps again, or with more patience."""
+        """Return the command that resumes the run; a finished one for as many steps again, or with more patience."""
         program = "autoencoder" if self.is_autoencoder else "distill" if self.is_student else "train"
         command = ["latentflow", program]
         command += ["--config", str(self.folder / "config.yaml"), "-o", str(self.folder)]
@@ -120,10 +128,13 @@ class Run:
 
 
 def read_run(folder: str | Path, config: dict[str, Any] | None = None) -> Run:
-    """Read a run folder, whatever of it is there; ``config`` is that of a first stage, which has no file of its own.
+    """Read a run folder, of which any file may be missing.
+
+    Args:
+        config: settings of a first stage, which has no config.yaml.
 
     Raises:
-        UserError: it is none: there is neither a config.yaml nor a metrics.jsonl; or its config.yaml is no YAML.
+        UserError: it is no run folder, as it has neither config.yaml nor metrics.jsonl; or config.yaml is not YAML.
     """
     folder = Path(folder)
     settings, log = folder / "config.yaml", folder / "train.log"
@@ -143,33 +154,33 @@ def read_run(folder: str | Path, config: dict[str, Any] | None = None) -> Run:
 
 
 def preview_step(path: Path) -> int:
-    """The step of a preview, by its name; -1 if that says none."""
+    """Return the step in a preview's name; -1 if there is none."""
     number = path.stem.removeprefix("step-")
     return int(number) if number.isdecimal() else -1
 
 
 def data_lines(log: list[str]) -> list[str]:
-    """What the last start of a run said about its data: all up to its plan, each line once."""
-    told = [_message(line) for line in log]
-    plans = [index for index, line in enumerate(told) if line.startswith("plan: ")]
+    """Return the lines that the last start logged about its data, which are those before its plan, each once."""
+    messages = [_message(line) for line in log]
+    plans = [index for index, line in enumerate(messages) if line.startswith("plan: ")]
     if not plans:
         return []
     first = next(
-        (i for i in range(plans[-1], 0, -1) if told[i - 1].startswith(("step ", "stopped", "done:"))), 0
+        (i for i in range(plans[-1], 0, -1) if messages[i - 1].startswith(("step ", "stopped", "done:"))), 0
     )
-    # Runs of before say "pictures" for images.
-    warnings = [line for line in told[plans[-1] : plans[-1] + 3] if "s are few" in line]
-    return list(dict.fromkeys([*told[first : plans[-1]], *warnings]))
+    # Old runs logged "pictures" for images.
+    warnings = [line for line in messages[plans[-1] : plans[-1] + 3] if "s are few" in line]
+    return list(dict.fromkeys([*messages[first : plans[-1]], *warnings]))
 
 
 def _message(line: str) -> str:
-    """A line of train.log without its date and time."""
+    """Return a line of train.log without its date and time."""
     parts = line.split(" ", 2)
     return parts[2] if len(parts) == 3 and parts[0][:4].isdigit() else line
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: ``2 h 05 min``, ``3 min 20 s``, ``20 s``."""
+    """Return seconds in words: ``2 h 05 min``, ``3 min 20 s``, ``20 s``."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -22,11 +22,11 @@ from .folder import Run, data_lines, duration, preview_step, read_run
 
 _MOST_IMAGES, _IMAGE_WIDTH = 12, 640
 _LOG_LINES = 200
-_LONG = 600  # seconds without a line after which a run is hardly running
+_LONG = 600  # seconds without a line after which a run has probably ended
 
 
 def report_page(folder: str | Path) -> Page:
-    """The page of a run: what became of it, curves, samples, settings, data, environment, and how to go on.
+    """Build the page of a run: its state, curves, samples, settings, data, environment, and how to resume it.
 
     Args:
         folder: a run of `latentflow train` or `latentflow autoencoder`, finished or not.
@@ -61,13 +61,13 @@ def _summary(page: Page, run: Run) -> None:
     for line in _remarks(run):
         page.text(line)
     if run.finished and not run.is_autoencoder:
-        page.text("To draw with it:")
+        page.text("Generate images:")
         page.code(shlex.join(["latentflow", "generate", "--checkpoint", str(run.result)]))
-    page.text("To go on, for as many steps again:" if run.finished else "To go on where it stopped:")
+    page.text("Train for as many steps again:" if run.finished else "Resume:")
     page.code(run.resume())
     if run.processes > 1:
         page.text(
-            f"It ran in {run.processes} processes: start as many, or multiply --gradient-accumulation-steps by "
+            f"The run used {run.processes} processes: start as many, or multiply --gradient-accumulation-steps by "
             f"{run.processes}, so that a step has as many samples as before."
         )
 
@@ -75,11 +75,11 @@ def _summary(page: Page, run: Run) -> None:
 def _facts(run: Run) -> list[tuple[str, str]]:
     target = f" of {run.target}" if run.target else ""
     facts = [("state", f"{_state(run)}: step {run.step}{target}")]
-    facts.append(("samples seen", f"{run.step * run.batch:,}, {run.batch} a step"))
+    facts.append(("samples seen", f"{run.step * run.batch:,}, {run.batch} per step"))
     if run.seconds:
         rate = run.step * run.batch / run.seconds
         shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-        facts.append(("time in training", f"{duration(run.seconds)}, {shown} images a second"))
+        facts.append(("time in training", f"{duration(run.seconds)}, {shown} images per second"))
     for name, best, unit in (("val_loss", min, ""), ("val_psnr", max, " dB")):
         steps, values = run.curve(name)
         if values:
@@ -105,20 +105,20 @@ def _state(run: Run) -> str:
 
 
 def _remarks(run: Run) -> list[str]:
-    """What a reader of the curves should not miss."""
+    """Return remarks on the curves."""
     remarks = []
     steps, values = run.curve("val_loss")
     if len(values) >= 3 and values[-1] > 1.02 * min(values):
         best = values.index(min(values))
         remarks.append(
             f"The validation loss has risen by {values[-1] / values[best] - 1:.0%} since step {steps[best]}: "
-            "most often the network learns the training images by heart from there on; fewer steps or more images "
-            "help. If the loss in training rises as well, lower --learning-rate."
+            "usually the network memorises the training images from there on; fewer steps or more images help. "
+            "If the training loss rises as well, lower --learning-rate."
         )
     skipped = sum("The update is skipped" in line for line in run.log)
     if skipped:
         remarks.append(
-            f"Updates skipped because the loss or its gradient was not finite: {skipped} (log below)."
+            f"Updates skipped because the loss or its gradient was not finite: {skipped} (see the log below)."
         )
     return remarks
 
@@ -143,9 +143,9 @@ def _samples(page: Section, run: Run) -> None:
 def _data(page: Page, run: Run) -> None:
     page.heading("Data")
     lines = data_lines(run.log)
-    page.list(lines or ["train.log says nothing about the data."])
+    page.list(lines or ["train.log has no lines about the data."])
     if data := run.config.get("data"):
-        page.text("All that can be said about the images, with a contact sheet:")
+        page.text("A full check of the images, with a contact sheet:")
         page.code(shlex.join(["latentflow", "check", str(data), "--report", "data.html"]))
 
 
@@ -153,17 +153,19 @@ def _settings(page: Page, run: Run) -> None:
     if not run.config:
         return
     page.heading("Settings")
-    usual = _defaults()
+    defaults = _defaults()
     changed = [
-        (k, _text(v), _text(usual[k])) for k, v in run.config.items() if k in usual and _differs(v, usual[k])
+        (k, _text(v), _text(defaults[k]))
+        for k, v in run.config.items()
+        if k in defaults and (tuple(v) if isinstance(v, list) else v) != defaults[k]
     ]
-    page.table(["other than usual", "here", "usual"], changed)
+    page.table(["changed setting", "here", "default"], changed)
     every = page.details("all settings (config.yaml)")
     every.code(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
 
 
 def _defaults() -> dict[str, Any]:
-    """The defaults of all settings of all programs."""
+    """Return the defaults of all settings of all programs."""
     defaults: dict[str, Any] = {}
     for config in (DataConfig, AutoencoderConfig, NetworkConfig, TextConfig, FlowConfig, LoopConfig):
         for field in dataclasses.fields(config):
@@ -174,33 +176,25 @@ def _defaults() -> dict[str, Any]:
     return defaults
 
 
-def _differs(value: Any, usual: Any) -> bool:
-    return bool((tuple(value) if isinstance(value, list) else value) != usual)
-
-
 def _text(value: Any) -> str:
-    return (
-        "-" if value is None else " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    )
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return "-" if value is None else str(value)
 
 
 def _environment(page: Page, run: Run) -> None:
     page.heading("Environment")
     if not run.starts:
-        page.text("The run recorded none.")
+        page.text("The run recorded nothing about it.")
         return
-    page.table(
-        ["", "value"], [(k, v) for k, v in run.starts[-1].items() if k not in ("started", "step", "command")]
-    )
+    hidden = ("started", "step", "command")  # those are in the table of starts
+    page.table([], [(name, value) for name, value in run.starts[-1].items() if name not in hidden])
     names = ("started", "step", "device", "processes", "command")
-    page.table(
-        ["started", "at step", "device", "processes", "command"],
-        [[s.get(n) for n in names] for s in run.starts],
-    )
+    page.table(names, [[start.get(name) for name in names] for start in run.starts])
 
 
 def _log(page: Page, run: Run) -> None:
     if run.log:
         page.heading("Log")
-        some = run.log[-_LOG_LINES:]
-        page.details(f"train.log: {len(some)} of {len(run.log)} lines").code("\n".join(some))
+        last = run.log[-_LOG_LINES:]
+        page.details(f"train.log: last {len(last)} of {len(run.log)} lines").code("\n".join(last))

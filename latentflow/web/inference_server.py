@@ -1,4 +1,4 @@
-"""Requests of the web page: bounds, images in, images out. Knows nothing of Gradio."""
+"""Answering requests of the web page: bounds of their values, images in, images out. Gradio is not used here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdapterChoice
 from ..errors import UserError
-from ..inference.checkpoint import open_pipeline, taken_by, takes
+from ..inference.checkpoint import capabilities, open_pipeline, read_capabilities
 from ..inference.images import read_image
-from ..inference.sample import BATCH, conditions, draw
+from ..inference.sample import BATCH, conditions, sample_images
 from ..utils.arguments import finite, whole
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ MOST_STEPS = 200
 MOST_GUIDANCE = 20.0
 LONGEST_PROMPT = 1000
 LARGEST_IMAGE = 4  # times the side that the checkpoint was trained at
-CANVAS = 512  # pixels of an image's longer side as it is shown
+CANVAS = 512  # pixels of the longer side of an uploaded image on the page
 LARGEST_SEED = 2**32 - 1
 
-#: Least and greatest of every number that a request gives, and whether it is a whole one.
+#: Smallest and largest value, and type, of every number in a request.
 BOUNDS: dict[str, tuple[float, float, type]] = {
     "images": (1, MOST_IMAGES, int),
     "seed": (0, LARGEST_SEED, int),
@@ -38,16 +38,16 @@ BOUNDS: dict[str, tuple[float, float, type]] = {
     "margin": (0, 64, int),
 }
 
-ANEW = "image-to-image"
-#: Told (steps done, steps in all, what is going on); what it raises ends the drawing.
+IMAGE_TO_IMAGE = "image-to-image"
+#: Called with (steps done, all steps, description); an exception that it raises ends the request.
 Progress = Callable[[int, int, str], None]
 
 
 def number(name: str, value: Any) -> Any:
-    """Return a request's number, a whole one as an int.
+    """Return a number of a request, a whole one as an int.
 
     Raises:
-        UserError: it is no number, not whole, or outside of its bounds: what would keep the machine busy too long.
+        UserError: it is no number, not whole, or outside its bounds, which limit how long a request can take.
     """
     low, high, kind = BOUNDS[name]
     if kind is float:
@@ -57,21 +57,21 @@ def number(name: str, value: Any) -> Any:
 
 
 def text(name: str, value: Any) -> str | None:
-    """Return a request's text, or None where it gives none.
+    """Return a text of a request, or None.
 
     Raises:
-        UserError: it is no text, or a long one.
+        UserError: it is not text, or is too long.
     """
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{name} is no text", "Give one in quotation marks.")
+        raise UserError(f"{name} must be text", "Give it in quotation marks.")
     if len(value or "") > LONGEST_PROMPT:
         raise UserError(f"{name} has {len(value or '')} characters", f"At most {LONGEST_PROMPT}.")
     return value
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """What every request says: what to show, how often, and how to draw it."""
+class GenerationRequest:
+    """Values that every request has: the conditions, the number of images, and how they are sampled."""
 
     prompt: str | None = None
     label: str | None = None
@@ -82,11 +82,11 @@ class Order:
     guidance: float = 4.0
     solver: str | None = None
 
-    def checked(self) -> Order:
-        """Return the order with its numbers as the drawing takes them.
+    def checked(self) -> GenerationRequest:
+        """Return the request with its numbers in the types that sampling takes.
 
         Raises:
-            UserError: one is outside of its bounds, which are those of the page's sliders; or a text is none.
+            UserError: a number is outside its bounds, which are those of the page's sliders; or a text is invalid.
         """
         numbers = {
             name: number(name, getattr(self, name)) for name in ("images", "seed", "steps", "guidance")
@@ -98,8 +98,13 @@ class Order:
         return replace(self, **numbers)
 
 
-class Studio:
-    """One checkpoint, drawing for whoever asks, one request at a time."""
+class InferenceServer:
+    """A checkpoint that answers requests, one at a time.
+
+    The pipeline is loaded by the first request that needs it. Every method loads it before it imports anything: if
+    two threads import torch or diffusers at once, one may see half a module, or both may wait for each other for
+    ever.
+    """
 
     def __init__(
         self, checkpoint: str | None = None, device: str = "auto", adapters: AdapterChoice | None = None
@@ -107,16 +112,14 @@ class Studio:
         self._checkpoint, self._device, self._adapters = checkpoint, device, adapters
         self._pipe: Any = None
         self._loading = threading.Lock()
-        # The pipelines and tokenizers are not made for several threads.
-        self._drawing = threading.Lock()
-        known = (
-            None if adapters is not None and (adapters.lora or adapters.fast) else takes(checkpoint)
-        )  # they may bring classes
-        self.takes = known or taken_by(self.pipe.config, self.pipe.transformer.config)
+        self._sampling = threading.Lock()  # pipelines and tokenizers are not safe in several threads
+        adapted = adapters is not None and (adapters.lora or adapters.fast)  # adapters may add classes
+        known = None if adapted else read_capabilities(checkpoint)
+        self.capabilities = known or capabilities(self.pipe.config, self.pipe.transformer.config)
 
     @property
     def pipe(self) -> Any:
-        """The pipeline; who asks first loads it, which takes half a minute on a slow machine.
+        """Return the pipeline, loaded at the first call, which takes half a minute on a slow machine.
 
         Raises:
             UserError: it cannot be loaded.
@@ -128,13 +131,11 @@ class Studio:
                 )
             return self._pipe
 
-    # Everything below asks for the pipeline before it imports anything: of two threads that import torch or
-    # diffusers at once, one may see half a module, or both may wait for one another for ever.
-
-    # ---------------------------------------------------------------- what the page offers
+    # ---------------------------------------------------------------- choices on the page
 
     @property
     def solvers(self) -> list[str]:
+        """Return the solvers' names."""
         self.pipe  # noqa: B018
         from ..flow import SOLVERS
 
@@ -142,17 +143,19 @@ class Studio:
 
     @property
     def inpainting_methods(self) -> list[str]:
+        """Return the names of the inpainting methods that suit the checkpoint."""
         self.pipe  # noqa: B018
         from ..flow.inpainting import INPAINTING
 
-        return [*(["trained"] if self.takes.masks else []), *INPAINTING]
+        return [*(["trained"] if self.capabilities.masks else []), *INPAINTING]
 
     @property
     def editing_methods(self) -> list[str]:
+        """Return the names of the editing methods that suit the checkpoint."""
         self.pipe  # noqa: B018
         from ..flow import EDITING
 
-        return [*(EDITING if self.takes.condition else ()), ANEW]
+        return [*(EDITING if self.capabilities.condition else ()), IMAGE_TO_IMAGE]
 
     def unknown_words(self, *prompts: str | None) -> list[str]:
         """Return the words of prompts that the checkpoint's vocabulary lacks."""
@@ -160,10 +163,13 @@ class Studio:
         return found
 
     def opened(self, upload: str) -> tuple[Image, str]:
-        """An uploaded image, upright, RGB or RGBA; and "" or, if it was too large for the checkpoint, how it shrank.
+        """Open an uploaded image, upright, RGB or RGBA, and shrink it if it is too large for the checkpoint.
+
+        Returns:
+            The image, and a sentence if it was shrunk, else "".
 
         Raises:
-            UserError: it cannot be read; the message names the file and not where the server keeps it.
+            UserError: it cannot be read; the message has the file's name without the server's folder.
         """
         pipe = self.pipe
         image = _hiding_folder(read_image, upload)
@@ -175,10 +181,10 @@ class Studio:
         return image, shrunk if image.size != (width, height) else ""
 
     def stroke(self, upload: str) -> Image:
-        """Return an uploaded image as it is, for its transparency.
+        """Open an uploaded image without any change, with its transparency.
 
         Raises:
-            UserError: as ``opened``.
+            UserError: see ``opened``.
         """
         self.pipe  # noqa: B018
         from ..data.images import decode_image
@@ -187,13 +193,13 @@ class Studio:
 
     # ---------------------------------------------------------------- requests
 
-    def generate(self, order: Order, progress: Progress) -> list[Image]:
-        """Return images of words or a class alone."""
-        return self._draw("LatentFlowPipeline", order, progress)
+    def generate(self, request: GenerationRequest, progress: Progress) -> list[Image]:
+        """Generate images for a prompt or class."""
+        return self._sample("LatentFlowPipeline", request, progress)
 
     def inpaint(
         self,
-        order: Order,
+        request: GenerationRequest,
         progress: Progress,
         upload: str | None,
         strokes: list[Image],
@@ -203,11 +209,11 @@ class Studio:
         feather: int = 0,
         margin: int = 0,
     ) -> list[Image]:
-        """Return an image with what was painted over drawn anew.
+        """Repaint the part of an image that was painted over.
 
         Args:
             strokes: RGBA images of the canvas, opaque where it was painted over.
-            margin: pixels around the hole that are looked at; 0: everywhere.
+            margin: width in pixels of the surroundings that the network sees; 0: the whole image.
         """
         settings = {
             "method": text("method", method),
@@ -218,79 +224,85 @@ class Studio:
         image = self._needed(upload)
         mask = painted(strokes, image.size)
         if mask.getbbox() is None:
-            raise UserError("nothing is painted over", "Paint over the part that is to be drawn anew.")
+            raise UserError("nothing is painted over", "Paint over the area to replace.")
         kind = "LatentFlowInpaintPipeline"
-        return self._draw(kind, order, progress, image=image, mask_image=mask, **settings)
+        return self._sample(kind, request, progress, image=image, mask_image=mask, **settings)
 
     def edit(
         self,
-        order: Order,
+        request: GenerationRequest,
         progress: Progress,
         upload: str | None,
         source: str,
         method: str | None,
         strength: float,
     ) -> list[Image]:
-        """Return an image changed by words, from what ``source`` says it shows, or drawn anew.
+        """Edit an image.
 
         Args:
-            method: of ``editing_methods``; None: the pipeline's own, or anew where nothing can be said.
+            source: prompt or class of the image as it is; "": unknown.
+            method: one of ``editing_methods``; None: the pipeline's default, or image-to-image for an unconditional
+                checkpoint.
         """
-        text("what it shows now", source)
+        text("source_prompt", source)
         text("method", method)
         settings: dict[str, Any] = {"strength": number("strength", strength), "image": self._needed(upload)}
-        if method == ANEW or not self.takes.condition:
-            return self._draw("LatentFlowImg2ImgPipeline", order, progress, **settings)
-        if method == "inversion":  # draws no noise: more would be equal
-            order = replace(order, images=1)
+        if method == IMAGE_TO_IMAGE or not self.capabilities.condition:
+            return self._sample("LatentFlowImg2ImgPipeline", request, progress, **settings)
+        if method == "inversion":  # it has no seed: more images would be equal
+            request = replace(request, images=1)
         if source:
             shown = conditions(
-                self.pipe, (source,) if order.label is None else (), (source,) if order.label else ()
+                self.pipe, (source,) if request.label is None else (), (source,) if request.label else ()
             )
             settings |= {f"source_{name}": value for name, value in shown[0].items()}
         if method is not None:
             settings["method"] = method
-        return self._draw("LatentFlowEditPipeline", order, progress, **settings)
+        return self._sample("LatentFlowEditPipeline", request, progress, **settings)
 
     def _needed(self, upload: str | None) -> Image:
         if upload is None:
-            raise UserError("there is no image", "Drop one into the field, or take one that was generated.")
+            raise UserError("there is no image", "Upload one, or send one that was generated.")
         return self.opened(upload)[0]
 
-    def _draw(self, kind: str, order: Order, progress: Progress, **settings: Any) -> list[Image]:
+    def _sample(
+        self, kind: str, request: GenerationRequest, progress: Progress, **settings: Any
+    ) -> list[Image]:
         import latentflow
 
-        order = order.checked()
-        if self.takes.labels and not self.takes.text and not order.label:
-            some = ", ".join(self.takes.labels[:10]) + (", ..." if self.takes.labels[10:] else "")
+        request = request.checked()
+        if self.capabilities.labels and not self.capabilities.text and not request.label:
+            some = ", ".join(self.capabilities.labels[:10]) + (
+                ", ..." if self.capabilities.labels[10:] else ""
+            )
             raise UserError("no class is chosen", f"Choose one: {some}.")
         if self._pipe is None:
             progress(0, 1, "Loading the models")
-        loaded = self.pipe  # before the name of a pipeline imports it
+        loaded = self.pipe  # before a pipeline class is imported
         pipe = getattr(latentflow, kind).from_pipe(loaded)
         pipe.set_progress_bar_config(disable=True)
         shown = conditions(
             pipe,
-            () if order.prompt is None else (order.prompt,),
-            (order.label,) if order.label else (),
-            order.negative or None,
+            () if request.prompt is None else (request.prompt,),
+            (request.label,) if request.label else (),
+            request.negative or None,
         )
-        with self._drawing:
-            progress(0, 1, "Drawing")
-            return draw(
+        with self._sampling:
+            progress(0, 1, "Generating")
+            return sample_images(
                 pipe,
-                shown * order.images,
-                order.seed,
-                num_inference_steps=order.steps,
-                guidance_scale=order.guidance,
-                solver=order.solver,
+                shown * request.images,
+                request.seed,
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
+                solver=request.solver,
                 callback_on_step_end=_after_step(progress),
                 **settings,
             )
 
 
 def painted(strokes: list[Image], size: tuple[int, int]) -> Image:
-    """The mask (mode "L", white where any stroke is) of an image of this size."""
+    """Return the mask (mode "L", white where any stroke is) for an image of this size."""
     from PIL import Image, ImageChops
 
     mask = Image.new("L", size)
@@ -301,9 +313,9 @@ def painted(strokes: list[Image], size: tuple[int, int]) -> Image:
 
 
 def _hiding_folder(read: Callable[[str], Image], upload: str) -> Image:
-    """Return what ``read`` does of a file; its errors name the file and not where the server keeps it."""
-    if not Path(upload).is_file():  # the oldest make room for new ones
-        raise UserError(f"{Path(upload).name} is kept no longer", "Upload it again.")
+    """Read an upload; errors have the file's name without the server's folder."""
+    if not Path(upload).is_file():  # the oldest uploads make room for new ones
+        raise UserError(f"{Path(upload).name} is no longer stored", "Upload it again.")
     try:
         return read(upload)
     except UserError as error:
@@ -313,7 +325,7 @@ def _hiding_folder(read: Callable[[str], Image], upload: str) -> Image:
 
 def _after_step(progress: Progress) -> Callable[..., dict[str, Any]]:
     def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress(i + 1, pipe.num_timesteps, "Drawing")
+        progress(i + 1, pipe.num_timesteps, "Generating")
         return {}
 
     return after_step

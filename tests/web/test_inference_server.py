@@ -1,0 +1,210 @@
+"""What requests of the web page do, without a browser and without Gradio."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentflow.errors import UserError
+from latentflow.inference.checkpoint import Capabilities, capabilities
+from latentflow.web.inference_server import GenerationRequest, InferenceServer, painted
+
+Checkpoint = Callable[..., Path]
+
+
+def silent(done: int, total: int, what: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def server(caption_checkpoint: Path) -> InferenceServer:
+    return InferenceServer(str(caption_checkpoint), "cpu")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)).save(path)
+    return path
+
+
+REQUEST = GenerationRequest(prompt="red apple", steps=2)
+
+
+def test_two_at_once_get_what_each_would_get_alone(server: InferenceServer) -> None:
+    requests = {
+        f"tab{i}": replace(
+            REQUEST, prompt=("red apple", "blue hat")[i % 2], seed=i, steps=3, images=1 + i % 2
+        )
+        for i in range(4)
+    }
+    alone = {who: server.generate(request, silent) for who, request in requests.items()}
+    together: dict[str, list[Image.Image]] = {}
+    start = threading.Barrier(len(requests))
+
+    def ask(who: str) -> None:
+        start.wait()
+        together[who] = server.generate(requests[who], silent)
+
+    threads = [threading.Thread(target=ask, args=(who,)) for who in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for who, images in alone.items():
+        assert [p.tobytes() for p in together[who]] == [p.tobytes() for p in images]
+    assert len({images[0].tobytes() for images in alone.values()}) == len(requests)
+
+
+def test_progress_counts_the_steps(server: InferenceServer) -> None:
+    seen: list[tuple[int, int]] = []
+    server.generate(replace(REQUEST, steps=4), lambda done, total, what: seen.append((done, total)))
+    assert seen == [(0, 1), *((i, 4) for i in (1, 2, 3, 4))]
+
+
+def test_what_progress_raises_ends_a_request_at_its_step(server: InferenceServer) -> None:
+    class Left(Exception):  # noqa: N818
+        pass
+
+    steps = []
+
+    def leave(done: int, total: int, what: str) -> None:
+        steps.append(done)
+        if done == 2:
+            raise Left
+
+    with pytest.raises(Left):
+        server.generate(replace(REQUEST, steps=50), leave)
+    assert steps == [0, 1, 2]
+    assert len(server.generate(REQUEST, silent)) == 1  # the next one is drawn
+
+
+def test_only_what_was_painted_over_changes(server: InferenceServer, image: Path) -> None:
+    stroke = Image.new("RGBA", (48, 32))  # the canvas is four times as large
+    stroke.paste((255, 0, 255, 255), (16, 8, 32, 24))
+    [result] = server.inpaint(REQUEST, silent, str(image), [stroke])
+    changed = (np.asarray(result) != np.asarray(Image.open(image))).any(-1)
+    hole = np.zeros((8, 12), bool)
+    hole[2:6, 4:8] = True
+    assert not changed[~hole].any() and changed[hole].mean() > 0.5
+
+
+def test_strokes_that_do_not_meet_the_pixels_are_rounded() -> None:
+    stroke = Image.new("RGBA", (4, 4))
+    stroke.paste((0, 0, 0, 255), (0, 0, 2, 1))  # half of the first pixel
+    stroke.paste((0, 0, 0, 255), (2, 2, 3, 3))  # a quarter of the last
+    assert np.asarray(painted([stroke], (2, 2))).tolist() == [[255, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("method", ["flowedit", "inversion", "image-to-image"])
+def test_editing(server: InferenceServer, image: Path, method: str) -> None:
+    def edited(strength: float, images: int = 1) -> list[Image.Image]:
+        request = replace(REQUEST, images=images)
+        return server.edit(request, silent, str(image), "blue hat", method, strength)
+
+    assert edited(1.0)[0].size == (12, 8)
+    assert edited(1.0)[0].tobytes() != edited(0.0)[0].tobytes()
+    assert len(edited(1.0, images=2)) == (1 if method == "inversion" else 2)
+
+
+def test_large_uploads_are_shrunk_and_that_is_said(
+    server: InferenceServer, image: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (400, 200)).save(tmp_path / "large.png")
+    shrunk, note = server.opened(str(tmp_path / "large.png"))
+    assert shrunk.size == (32, 16)  # four times the 8 pixels of the training
+    assert note == "Shrunk from 400 x 200 to 32 x 16 pixels."
+    assert server.opened(str(image))[1] == ""
+
+
+def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint: Path) -> None:
+    server = InferenceServer(str(caption_checkpoint), "cpu")
+    assert server._pipe is None
+    assert server.capabilities == Capabilities(text=True, labels=(), masks=False)
+    assert capabilities(server.pipe.config, server.pipe.transformer.config) == server.capabilities
+    messages: list[str] = []
+    InferenceServer(str(caption_checkpoint), "cpu").generate(REQUEST, lambda *step: messages.append(step[2]))
+    assert messages == ["Loading the models", *["Generating"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("pipe", "network", "expected"),
+    [
+        (
+            {"id2label": {"0": "hat", "1": "tree"}},
+            {"num_classes": 2},
+            Capabilities(False, ("hat", "tree"), False),
+        ),
+        ({"id2label": None}, {"num_classes": 3}, Capabilities(False, ("0", "1", "2"), False)),
+        (
+            {},
+            {"num_classes": None, "text_dim": None, "condition_channels": 80},
+            Capabilities(False, (), True),
+        ),
+    ],
+)
+def test_what_configs_say_of_classes_and_masks(
+    pipe: dict[str, Any], network: dict[str, Any], expected: Capabilities
+) -> None:
+    assert capabilities(pipe, network) == expected
+    assert expected.condition == bool(expected.labels)
+
+
+def test_a_checkpoint_that_is_none_is_refused_before_a_page_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        InferenceServer(str(tmp_path / "nowhere"), "cpu")
+
+
+def test_the_page_is_built_without_torch(caption_checkpoint: Path) -> None:
+    """Which takes longer to import than everything that the page needs."""
+    pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
+    script = f"""
+import sys
+from latentflow.web.inference_server import InferenceServer
+from latentflow.web.page import build
+build(InferenceServer({str(caption_checkpoint)!r}))
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_every_request_loads_the_models_before_it_imports_anything(caption_checkpoint: Path) -> None:
+    """The page is there while the main thread loads them: whoever imports beside it sees half a library."""
+    script = f"""
+import sys
+from latentflow.errors import UserError
+from latentflow.web import inference_server as web
+def half_loaded(*arguments):
+    assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
+    raise UserError("in time")
+web.open_pipeline = half_loaded
+server, request = web.InferenceServer({str(caption_checkpoint)!r}), web.GenerationRequest(prompt="red")
+quiet, upload = lambda *_: None, {str(caption_checkpoint / "nothing.png")!r}
+for call in (
+    lambda: server.solvers,
+    lambda: server.inpainting_methods,
+    lambda: server.editing_methods,
+    lambda: server.opened(upload),
+    lambda: server.stroke(upload),
+    lambda: server.unknown_words("red"),
+    lambda: server.generate(request, quiet),
+    lambda: server.inpaint(request, quiet, upload, []),
+    lambda: server.edit(request, quiet, upload, "", None, 1),
+):
+    try:
+        call()
+    except UserError as error:
+        assert error.what == "in time", error
+    else:
+        raise AssertionError("not asked for")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
