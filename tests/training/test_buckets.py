@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentflow import LatentFlowPipeline
 from latentflow.config import FlowConfig, FramingConfig
-from latentflow.data import LatentTable, find_source, frame
+from latentflow.data import LatentTable, crop, find_source
 from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet
 from latentflow.training.loop.data_order import DataOrder, SampleUse
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def latent_data(folder: Path, **more: Any) -> LatentData:
     """What an image's latent says is its row and its crop."""
     source = find_source(str(folder), condition="none")
-    framing = frame(source, 16, 4, FramingConfig(buckets=True, crops=2), told=True)
+    framing = crop(source, 16, 4, FramingConfig(buckets=True, crops=2), size_conditioning=True)
     sized = []
     for number, (height, width) in enumerate(framing.sizes):
         rows = torch.tensor([[row, crop] for row in framing.members[number] for crop in (0, 1)])

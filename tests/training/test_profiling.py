@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from latentflow.config import FlowConfig, FramingConfig, LoopConfig
-from latentflow.data import LatentTable, find_source, frame
+from latentflow.data import LatentTable, crop, find_source
 from latentflow.models import DiT
 from latentflow.training import fit
 from latentflow.training.estimate import sample_flops
@@ -30,7 +30,7 @@ CONFIG = LoopConfig(
 def data() -> LatentData:
     source = find_source("shapes", condition="class").subset(list(range(32)))
     latents = torch.randn(32, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    framed = frame(source, 64, 8, FramingConfig())
+    framed = crop(source, 64, 8, FramingConfig())
     labels = {"class_labels": torch.as_tensor(source.class_ids())}
     return LatentData(framed, [BucketData(LatentTable(latents, None))], labels, flips=False)
 
