@@ -1,4 +1,4 @@
-"""How fast images and cached latents are loaded, and what a million of them cost in memory.
+"""Measure how fast images and cached latents are loaded, and the memory that a million of them take.
 
     python benchmarks/loading.py FOLDER [--resolution 128] [--repeats 5] [--images 1024]
     python benchmarks/loading.py --entries 10000 100000 1000000
@@ -37,7 +37,7 @@ from torchvision.datasets import ImageFolder
 from latentflow.autoencoder import build_autoencoder
 from latentflow.config import AutoencoderConfig, DataConfig, FlowConfig
 from latentflow.data import LatentTable, Source, cached_latents, find_source, one_size, readable, split
-from latentflow.data.cache.store import digests, make_shard, write_shard
+from latentflow.data.cache.store import Shard, digests
 from latentflow.data.cache.tensors import read_pixels
 from latentflow.data.dataset import Example
 from latentflow.data.pixels import to_pixels, to_rgb
@@ -175,20 +175,20 @@ def write_random(folder: Path, entries: int) -> None:
     classes = tuple(f"class {number}" for number in range(10))
     examples = tuple(Nothing(f"{number:08d}", label=classes[number % 10]) for number in range(entries))
     source = Source("random", examples, "class", classes)
-    wanted = Precomputation(
+    job = Precomputation(
         framing=one_size(source, (SIDE, SIDE)), vae=vae, data=DataConfig(data=""), pixels=False, given=""
     )
     vae.save_pretrained(folder / "autoencoder")
     (folder / "latents").mkdir()
     for start in range(0, entries, 4096):
         keys = digests(example.content_key() for example in examples[start : start + 4096])
-        write_shard(folder / "latents", make_shard(keys, {"mean": torch.randn(len(keys), 1, 4, 8, 8)}))
+        Shard(keys, {"mean": torch.randn(len(keys), 1, 4, 8, 8).numpy()}).write(folder / "latents")
     describe(
-        wanted,
+        job,
         folder,
-        wanted.tables(),
+        job.tables(),
         complete=True,
-        index=write_index(wanted.framing, folder, np.arange(entries)),
+        index=write_index(job.framing, folder, np.arange(entries)),
     )
 
 

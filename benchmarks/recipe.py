@@ -46,8 +46,8 @@ from latentflow.data import (
     Source,
     cached_latents,
     cached_pixels,
+    crop,
     find_source,
-    frame,
     pixels_to_images,
     readable,
     split,
@@ -256,7 +256,7 @@ class Bench:
         )
 
     def latents(self, part: Source, networks: Networks, seed: int) -> LatentData:
-        framed = frame(part, 64, int(downscale_factor(self.vae)) * self.size["patch_size"], FramingConfig())
+        framed = crop(part, 64, int(downscale_factor(self.vae)) * self.size["patch_size"], FramingConfig())
         table = cached_latents(part, self.vae, 64, flips=False)
         return LatentData(
             framed, [BucketData(table)], conditions_of(part, networks, seed), flips=False, seed=seed

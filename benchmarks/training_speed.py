@@ -23,7 +23,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from latentflow.config import FlowConfig, FramingConfig, LoopConfig
-from latentflow.data import LatentTable, find_source, frame
+from latentflow.data import LatentTable, crop, find_source
 from latentflow.models import Condition, DiT
 from latentflow.training import fit
 from latentflow.training.loop.distributed import compute_dtype
@@ -107,7 +107,7 @@ def ours(latents: Tensor, steps: int, compiled: bool) -> float:
     source = source.subset((list(range(len(source))) * (len(latents) // len(source) + 1))[: len(latents)])
     labels = {"class_labels": torch.arange(len(latents)) % CLASSES}
     table = LatentTable(latents[:, None], None)
-    data = Timed(frame(source, 64, 8, FramingConfig()), [BucketData(table)], labels, flips=False)
+    data = Timed(crop(source, 64, 8, FramingConfig()), [BucketData(table)], labels, flips=False)
     data.times = []
     config = LoopConfig(
         max_train_steps=WARM_UP + steps + 1,

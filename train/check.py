@@ -52,12 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{flag} {file} does not end in {suffix}", f"Name it {Path(file).stem}{suffix}.")
         if file is not None:
             refuse_existing(file, config.overwrite)
-
     import torch
 
-    from latentflow.data.checking import contact_sheet, look_through, report_page, suggest
+    from latentflow.data.checking.check import check_data
+    from latentflow.data.checking.page import contact_sheet, report_page
+    from latentflow.data.checking.suggest import suggest
 
-    report, source = look_through(
+    report, source = check_data(
         config.data,
         condition=config.condition,
         missing_caption=config.missing_caption,
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print("\n".join(report.lines()))
         if suggestion is not None:
-            print(f"\nto start with:\n  {one_line(suggestion.command)}")
+            print(f"\nto start a training:\n  {one_line(suggestion.command)}")
             print("\n".join(f"    {choice}: {one_line(why)}" for choice, why in suggestion.reasons.items()))
     if config.sheet is not None and source is not None and len(source):
         save_sheet(contact_sheet(source), Path(config.sheet))

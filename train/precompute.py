@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--validation is chosen when training", "Leave it out here.")
 
     from latentflow.autoencoder import downscale_factor, load_autoencoder
-    from latentflow.data import find_source, fingerprint, frame, readable
+    from latentflow.data import crop, find_source, fingerprint, readable
     from latentflow.data.sources.precomputing import (
         Precomputation,
         own_autoencoder,
@@ -70,19 +70,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---- latents ----
     unit = downscale_factor(vae) * config.patch_size
     framing = FramingConfig(buckets=config.buckets)
-    framed = frame(
-        source, data.resolution, unit, framing, told=True
-    )  # sizes are stored for --size-conditioning
+    # With sizes, for --size-conditioning.
+    framed = crop(source, data.resolution, unit, framing, size_conditioning=True)
     if config.buckets:
         for line in framed.lines():
             log.info(line)
-    wanted = Precomputation(framing=framed, vae=vae, data=data, pixels=config.pixels, given=given)
+    job = Precomputation(
+        framing=framed,
+        vae=vae,
+        data=data,
+        pixels=config.pixels,
+        given=given,
+        batch_size=config.batch_size,
+        device=device,
+    )
     if config.dry_run:
-        for line in plan_latents(wanted, output, batch_size=config.batch_size, device=device):
+        for line in plan_latents(job, output):
             log.info(line)
         return
     try:
-        write_latents(wanted, output, batch_size=config.batch_size, device=device, progress=True)
+        write_latents(job, output, progress=True)
     except OSError as error:
         raise UserError(
             f"{output} cannot be written: {error}",

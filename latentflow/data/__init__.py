@@ -1,21 +1,19 @@
-"""Finding, checking, reading and caching images and what is said of them."""
+"""Finding, checking, reading and caching images and their annotations."""
 
 from __future__ import annotations
 
-from .cache.eviction import cache_root
-from .cache.rows import Rows
+from .cache.store import LazyTable
 from .cache.tensors import (
     LatentTable,
-    MaskTable,
-    TextTable,
     cached_latents,
     cached_masks,
     cached_pixels,
     cached_text,
     fingerprint,
 )
-from .checking import Report, check_source, readable
-from .crops import Framing, frame, one_size
+from .checking.check import check_source, readable
+from .checking.report import Report
+from .crops import Cropping, crop, one_size
 from .dataset import Example, FileExample, Source
 from .images import decode_image
 from .masks import read_mask
@@ -25,26 +23,23 @@ from .sources.latent_folder import LatentFolder
 from .splits import split
 
 __all__ = [
+    "Cropping",
     "Example",
     "FileExample",
-    "Framing",
     "LatentFolder",
     "LatentTable",
-    "MaskTable",
+    "LazyTable",
     "Report",
-    "Rows",
     "Source",
-    "TextTable",
-    "cache_root",
     "cached_latents",
     "cached_masks",
     "cached_pixels",
     "cached_text",
     "check_source",
+    "crop",
     "decode_image",
     "find_source",
     "fingerprint",
-    "frame",
     "one_size",
     "pixels_to_images",
     "read_image",

@@ -1,5 +1,4 @@
-"""Captions that are lists of tags, such as ``cat, sitting, outdoors``: the same image under other orders of
-them."""
+"""Captions that are lists of tags, such as ``cat, sitting, outdoors``, in other orders of their tags."""
 
 from __future__ import annotations
 
@@ -8,14 +7,13 @@ import random
 
 from ..errors import UserError
 from .dataset import Example, Source
-from .sources.latent_folder import LatentFolder
 
 
 def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
-    """The source with captions in up to ``orders`` orders of their comma-separated tags, the first ``keep`` in place.
+    """Return the source with captions in up to ``orders`` orders of their comma-separated tags.
 
-    The caption as it is written is the first of them; each use of the image draws one, as of several captions. The
-    orders depend on the caption only.
+    The first ``keep`` tags stay in place. The caption as it is written comes first; each use of the image
+    draws one, as of several captions. The orders depend on the caption only.
 
     Raises:
         UserError: a number is out of range; the source has no captions, or none with tags to shuffle.
@@ -23,25 +21,21 @@ def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
     if orders < 0 or keep < 0 or orders == 1:
         raise UserError(
             f"--shuffle-tags {orders} --keep-tags {keep}",
-            "Give the number of orders of each caption, from 2 on, and that of the tags that stay first, from 0 on.",
+            "Give the number of orders of each caption, at least 2, and that of the tags that stay first, at least 0.",
         )
     if orders == 0:
         if keep:
             raise UserError(f"--keep-tags {keep} without --shuffle-tags", "Add --shuffle-tags 8.")
         return source
-    if isinstance(source, LatentFolder):
-        raise UserError(
-            f"--shuffle-tags {orders}: the captions in {source.name} were decided when it was made",
-            "Give the flag to `latentflow precompute`, with another output folder.",
-        )
+    source.refuse_decided(f"--shuffle-tags {orders}")
     if source.kind != "text":
         raise UserError(f"--shuffle-tags {orders}: {source.name} has no captions", "Leave it out.")
     examples = tuple(_shuffled(example, orders, keep) for example in source.examples)
-    changed = sum(len(one.texts) > len(old.texts) for one, old in zip(examples, source.examples, strict=True))
+    changed = sum(len(new.texts) > len(old.texts) for new, old in zip(examples, source.examples, strict=True))
     if not changed:
         raise UserError(
             f"--shuffle-tags {orders}: no caption of {source.name} has tags to shuffle",
-            "Tags are parted by commas: `cat, sitting, outdoors`. Or leave it out.",
+            "Tags are separated by commas: `cat, sitting, outdoors`. Or leave it out.",
         )
     kept = f", the first {keep} in place" if keep else ""
     note = f"tags of {changed} images in up to {orders} orders of each caption{kept}"
@@ -54,7 +48,7 @@ def _shuffled(example: Example, orders: int, keep: int) -> Example:
 
 
 def _orders(caption: str, orders: int, keep: int) -> list[str]:
-    """The caption, and others of its tags in another order: fewer than asked where there are not as many."""
+    """Return the caption and other orders of its tags; fewer than ``orders`` where there are not as many."""
     tags = [tag for part in caption.split(",") if (tag := part.strip())]
     rest, texts = tags[keep:], [caption]
     generator = random.Random(caption)  # the same in every process, which a hash of the text is not

@@ -1,4 +1,4 @@
-"""What of each image is trained on: one size for all, or several aspect ratios ("buckets"), and which crops."""
+"""The part of each image that is trained on: one size for all, or several aspect ratios ("buckets"), and its crops."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from PIL import Image
 from ..config import FramingConfig
 from ..errors import UserError, one_line
 from .cache.store import Array
-from .checking.inspect_images import looks_at
-from .dataset import Example, Source
-from .sources.latent_folder import LatentFolder
+from .checking.inspect_images import inspect_images
+from .dataset import Example, Source, StoredSizes, hash_text
 
 Size: TypeAlias = tuple[int, int]  # (height, width) in pixels
 
@@ -26,14 +25,14 @@ _MUCH = 0.25  # share of an image that is cut off, from which the report names i
 
 
 def bucket_sizes(resolution: int, unit: int) -> list[Size]:
-    """Sizes of about ``resolution`` ** 2 pixels, and never more, from 4:1 to 1:4; wide ones first.
+    """Return sizes of at most ``resolution`` ** 2 pixels, and about as many, from 4:1 to 1:4; wide ones first.
 
     Args:
         resolution: side of the square among them.
-        unit: what every side must be a multiple of.
+        unit: number that every side must be a multiple of.
 
     Raises:
-        UserError: ``resolution`` is none of its multiples.
+        UserError: ``resolution`` is not one of its multiples.
     """
     if resolution % unit:
         nearest = max(1, round(resolution / unit)) * unit
@@ -49,15 +48,15 @@ def bucket_sizes(resolution: int, unit: int) -> list[Size]:
 
 
 @dataclass(frozen=True)
-class Framing:
+class Cropping:
     """The images of a source, each brought to one of a few sizes by cutting off what is too long.
 
     Attributes:
         source: N images.
         sizes: the sizes that are used.
-        bucket: (N,), each image's among ``sizes``.
-        natural: (N, 2), heights and widths of the images as they are; None where nobody asked.
-        crops: places from which each image is cut, of which every use draws one; 1: the centre.
+        bucket: (N,), the index of each image's size in ``sizes``.
+        natural: (N, 2), heights and widths of the images as they are; None where nothing needs them.
+        crops: number of places from which each image is cut, of which every use draws one; 1: the centre.
     """
 
     source: Source
@@ -72,20 +71,20 @@ class Framing:
         return [np.flatnonzero(self.bucket == number) for number in range(len(self.sizes))]
 
     def part(self, number: int) -> Source:
-        """The images of size ``number``; every crop of an image is an example, next to one another."""
+        """Return the images of size ``number``; every crop of an image is an example, next to one another."""
         whole = self.source.subset(self.members[number].tolist()) if len(self.sizes) > 1 else self.source
-        return whole if self.crops == 1 else cropped(whole, self.crops)
+        return whole if self.crops == 1 else with_crops(whole, self.crops)
 
     @cached_property
     def centres(self) -> Array:
-        """(N, crops, 2), where the crops lie, of the images as they are when this is first asked for."""
+        """Positions (N, crops, 2) of the crops, of the images as they are when this is first asked for."""
         centres = np.full((len(self.source), self.crops, 2), 0.5, dtype=np.float32)
         for row, example in enumerate(self.source.examples) if self.crops > 1 else ():
-            centres[row] = [centering(example, crop) for crop in range(self.crops)]
+            centres[row] = [crop_position(example, crop) for crop in range(self.crops)]
         return centres
 
-    def told(self, rows: Array, crops: Array, flips: Array) -> Array:
-        """What SDXL tells its network of an image (arXiv:2307.01952, section 2.2): (B, 6) float32.
+    def size_conditioning(self, rows: Array, crops: Array, flips: Array) -> Array:
+        """Return the numbers that SDXL gives its network (arXiv:2307.01952, section 2.2): (B, 6) float32.
 
         Height and width of the image as it is; how many pixels were cut off above and on the left, once it was
         resized; height and width of what is left.
@@ -101,7 +100,7 @@ class Framing:
         return np.concatenate([natural, np.rint(cut * places), sizes], axis=1).astype(np.float32)
 
     def lines(self) -> list[str]:
-        """How the images are spread over the sizes, and what is cut off."""
+        """Report how the images are spread over the sizes, and how much is cut off."""
         if self.natural is None:
             return []
         lost = _cut_off(self.natural, np.asarray(self.sizes)[self.bucket])
@@ -121,70 +120,81 @@ class Framing:
 
 
 def _cut_off(natural: Array, sizes: Array) -> Array:
-    """(N,): the share that is lost of images of (height, width) ``natural`` brought to the shapes ``sizes``."""
+    """Return the share (N,) that is lost of images of (height, width) ``natural`` brought to the shapes ``sizes``."""
     ratio = natural[:, 1] / natural[:, 0] / (sizes[:, 1] / sizes[:, 0])
     return 1 - np.minimum(ratio, 1 / ratio)
 
 
-def one_size(source: Source, size: Size, crops: int = 1) -> Framing:
-    """Every image at the same size."""
-    return Framing(source, (size,), np.zeros(len(source), dtype=np.int32), None, crops)
+def one_size(source: Source, size: Size, crops: int = 1) -> Cropping:
+    """Bring every image to the same size."""
+    return Cropping(source, (size,), np.zeros(len(source), dtype=np.int32), None, crops)
 
 
-def frame(source: Source, resolution: int, unit: int, config: FramingConfig, told: bool = False) -> Framing:
+def crop(
+    source: Source, resolution: int, unit: int, config: FramingConfig, size_conditioning: bool = False
+) -> Cropping:
     """Choose a size for every image: the bucket whose aspect ratio is nearest to its own.
 
-    Args:
-        unit: what the sides of an image must be multiples of.
-        told: whether the network is told sizes and crops.
-
     The images of a folder of latents were cut when it was made.
+
+    Args:
+        source: readable images.
+        resolution: side of the square, or of a square of as many pixels.
+        unit: number that the sides of an image must be multiples of.
+        config: buckets and crops.
+        size_conditioning: whether the network is given sizes and crops.
 
     Raises:
         UserError: a wrong setting, or one that does not fit a folder of latents.
     """
-    if isinstance(source, LatentFolder):
-        return _as_stored(source, unit, config)
+    if (stored := source.stored_sizes()) is not None:
+        return _as_stored(source, stored, unit, config)
     square = ((resolution, resolution),)
-    if not (config.buckets or told):
+    if not (config.buckets or size_conditioning):
         return one_size(source, square[0], config.crops)
     natural = _natural_sizes(source)
     sizes = bucket_sizes(resolution, unit) if config.buckets else square
     ratios = np.log([width / height for height, width in sizes])
     nearest = np.abs(np.log(natural[:, 1] / natural[:, 0])[:, None] - ratios).argmin(1)
-    return _framing(source, sizes, nearest, natural, config.crops)
+    return _cropping(source, sizes, nearest, natural, config.crops)
 
 
-def _as_stored(source: LatentFolder, unit: int, config: FramingConfig) -> Framing:
-    if config.crops > 1 or (config.buckets and all(height == width for height, width in source.sizes)):
+def _as_stored(source: Source, stored: StoredSizes, unit: int, config: FramingConfig) -> Cropping:
+    if config.crops > 1 or (config.buckets and all(height == width for height, width in stored.sizes)):
         raise UserError(
             f"{source.name} is a folder of latents: how images are cut was decided when it was made",
             "Leave --crops and --buckets out (`latentflow precompute --buckets` stores several aspect ratios), or "
             "train on the images.",
         )
-    for size in source.sizes:
+    for size in stored.sizes:
         if size[0] % unit or size[1] % unit:
             raise UserError(
                 f"{source.name} holds images of {size[1]} x {size[0]} pixels; the network needs multiples of {unit}",
                 "Use a smaller --patch-size, or precompute again with a multiple of the resolution.",
             )
-    return _framing(source, source.sizes, source.buckets(), source.natural())
+    return _cropping(source, *stored)
 
 
-def _framing(source: Source, sizes: Sequence[Size], bucket: Array, natural: Array, crops: int = 1) -> Framing:
-    """With those of ``sizes`` that are used."""
+def _cropping(
+    source: Source, sizes: Sequence[Size], bucket: Array, natural: Array, crops: int = 1
+) -> Cropping:
+    """Return the cropping with those of ``sizes`` that are used."""
     used, inverse = np.unique(bucket, return_inverse=True)
     chosen = tuple(sizes[number] for number in used.tolist())
-    return Framing(source, chosen, inverse.astype(np.int32), natural, crops)
+    return Cropping(source, chosen, inverse.astype(np.int32), natural, crops)
 
 
 def _natural_sizes(source: Source) -> Array:
-    """(N, 2) heights and widths, as the images are looked at."""
+    """Return the height and width (N, 2) of every image.
+
+    Raises:
+        UserError: one cannot be read.
+    """
     sizes = np.empty((len(source), 2), dtype=np.int32)
-    for row, look in enumerate(looks_at(source)):
-        if look.error is not None:
-            raise UserError(f"{source.examples[row].name}: {look.error}", "Start again: it is left out then.")
-        sizes[row] = look.height, look.width
+    for row, info in enumerate(inspect_images(source)):
+        if info.error is not None:
+            raise UserError(f"{source.examples[row].name}: {info.error}", "Start again: it is left out then.")
+        sizes[row] = info.height, info.width
     return sizes
 
 
@@ -192,15 +202,15 @@ def _natural_sizes(source: Source) -> Array:
 
 
 @dataclass(frozen=True)
-class Crop(Example):
+class CroppedExample(Example):
     """An image of which another part than the middle is used."""
 
     whole: Example = field(kw_only=True)
-    number: int = field(kw_only=True)
+    crop: int = field(kw_only=True)
 
     @property
     def centering(self) -> tuple[float, float]:
-        return centering(self.whole, self.number)
+        return crop_position(self.whole, self.crop)
 
     def open(self) -> Image.Image:
         return self.whole.open()
@@ -209,24 +219,24 @@ class Crop(Example):
         return self.whole.open_mask()
 
     def content_key(self) -> str:
-        return hashlib.sha256(f"{self.whole.content_key()} cut at {self.centering}".encode()).hexdigest()
+        return hash_text(f"{self.whole.content_key()} cut at {self.centering}")
 
     def pixel_key(self) -> str:
-        return hashlib.sha256(f"{self.whole.pixel_key()} cut at {self.centering}".encode()).hexdigest()
+        return hash_text(f"{self.whole.pixel_key()} cut at {self.centering}")
 
     def mask_key(self) -> str:
         return self.whole.mask_key()
 
 
-def cropped(source: Source, crops: int) -> Source:
-    """``crops`` examples for each of ``source``, next to one another, the middle first."""
+def with_crops(source: Source, crops: int) -> Source:
+    """Return a source with ``crops`` examples for each of ``source``, next to one another, the middle first."""
     examples: Any = _Crops(source.examples, crops)
     return dataclasses.replace(source, examples=examples)
 
 
 @dataclass(frozen=True)
 class _Crops(Sequence[Example]):
-    """The crops of all images; each is made when it is asked for: there may be many millions."""
+    """The crops of all images; each is made when it is asked for, as there may be many millions."""
 
     wholes: Sequence[Example]
     crops: int
@@ -240,16 +250,16 @@ class _Crops(Sequence[Example]):
     def __getitem__(self, place: slice) -> list[Example]: ...
     def __getitem__(self, place: int | slice) -> Example | list[Example]:
         if isinstance(place, slice):
-            return [self[one] for one in range(len(self))[place]]
-        whole, number = self.wholes[place // self.crops], place % self.crops
-        if number == 0:
+            return [self[index] for index in range(len(self))[place]]
+        whole, crop = self.wholes[place // self.crops], place % self.crops
+        if crop == 0:
             return whole
-        shared = {one.name: getattr(whole, one.name) for one in dataclasses.fields(Example)}
-        return Crop(**shared, whole=whole, number=number)
+        shared = {f.name: getattr(whole, f.name) for f in dataclasses.fields(Example)}
+        return CroppedExample(**shared, whole=whole, crop=crop)
 
 
-def centering(example: Example, crop: int) -> tuple[float, float]:
-    """Where crop number ``crop`` lies, from left to right and from top to bottom in [0, 1]; 0 is the middle."""
+def crop_position(example: Example, crop: int) -> tuple[float, float]:
+    """Return the position of crop number ``crop``, from left and from top in [0, 1]; 0 is the middle."""
     if crop == 0:
         return example.centering
     digest = hashlib.sha256(f"{example.content_key()} {crop}".encode()).digest()

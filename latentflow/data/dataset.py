@@ -1,31 +1,46 @@
-"""One image with its caption or class, and a whole set of them."""
+"""One image with its annotations (`Example`), and a set of them (`Source`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from PIL import Image
 
+from .cache.store import Array, ShardSet, open_cache
 from .images import Profile, decode_image, key_and_profile, open_image
 from .masks import alpha_mask, read_mask, without_alpha
-from .sources.members import File, file_key
+from .sources.files import File, file_key
+
+if TYPE_CHECKING:
+    from ..config import DataConfig
 
 Kind = Literal["text", "class", "unconditional"]
 Colours = Literal["srgb", "stored"]
 
 
+def hash_text(text: str) -> str:
+    """Return the hexadecimal hash of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Example(ABC):
-    """One image. ``name`` is unique in its source; ``text``, ``label`` and ``mask`` are None where unknown.
+    """One image with its annotations.
 
-    ``texts`` are further captions of the image, of which each use draws one (``text`` is the first).
-    ``mask`` is the file of the user's own mask: the image's own file where its alpha channel is the mask.
-    ``weight`` is a factor on the image's loss, ``repeats`` how often an epoch uses it.
+    Attributes:
+        name: unique in its source.
+        text: the caption, the first of several; None where unknown.
+        label: the class; None where unknown.
+        mask: the file of the user's own mask, the image's own file where its alpha channel is the mask; or None.
+        texts: further captions of the image, of which each use draws one.
+        weight: factor on the image's loss.
+        repeats: number of times that an epoch uses it.
     """
 
     name: str
@@ -43,16 +58,16 @@ class Example(ABC):
 
     @property
     def centering(self) -> tuple[float, float]:
-        """Where the part lies that is used of an image that is too long, in [0, 1] from left and from top."""
+        """Position of the part that is used of an image that is too long, in [0, 1] from left and from top."""
         return 0.5, 0.5
 
     @abstractmethod
     def open(self) -> Image.Image:
-        """The image as it was made, in any mode and size (``read_image`` prepares it for a network)."""
+        """Return the image as it was made, in any mode and size (``read_image`` prepares it for a network)."""
 
     @abstractmethod
     def content_key(self) -> str:
-        """Hexadecimal hash of what the image shows: another image under the same name has another key."""
+        """Return the hexadecimal hash of what the image shows; another image of the same name has another one."""
 
     def profile(self) -> Profile | None:
         """Return the image's colour profile where it has another than sRGB."""
@@ -66,27 +81,31 @@ class Example(ABC):
     def pixel_key(self) -> str:
         """Return the hash of what its pixels are made of: ``content_key``, and the conversion of its colours."""
         key = self.content_key()
-        return hashlib.sha256(f"in sRGB {key}".encode()).hexdigest() if self.is_converted else key
+        return hash_text(f"in sRGB {key}") if self.is_converted else key
 
     def open_mask(self) -> Image.Image | None:
-        """The user's own mask at its own size, upright (mode "L", 255 = repaint); None where there is none.
+        """Return the user's own mask, upright at its own size (mode "L", 255 = repaint); None where there is none.
 
         Raises:
-            UserError: the file is no mask or cannot be read.
+            UserError: the file is not a mask or cannot be read.
         """
         return None if self.mask is None else read_mask(decode_image(self.mask))
 
     def mask_key(self) -> str:
-        """Hexadecimal hash of the mask's file, "" where there is none."""
+        """Return the hexadecimal hash of the mask's file, "" where there is none."""
         return "" if self.mask is None else file_key(self.mask)
+
+    def masked_key(self) -> str | None:
+        """Return a key of the mask as it lies on the image, whose size decides that; None where there is no mask."""
+        return None if self.mask is None else f"{self.content_key()} {self.mask_key()}"
 
 
 @dataclass(frozen=True)
 class FileExample(Example):
     """An image in a file, or in a member of an archive or a table; its key is the hash of the file's bytes.
 
-    Where the alpha channel is the mask it is no transparency: ``open`` leaves it out, and shows what it hid.
-    ``colours`` "stored" leaves the profile out: the numbers are read as they are stored.
+    Where the alpha channel is the mask, ``open`` shows the colours beneath transparent parts. ``colours`` "stored"
+    ignores the colour profile.
     """
 
     path: File = field(kw_only=True)
@@ -110,26 +129,42 @@ class FileExample(Example):
 
     def content_key(self) -> str:
         key, _ = key_and_profile(self.path)  # with and without its alpha channel an image looks different
-        return hashlib.sha256(f"without alpha {key}".encode()).hexdigest() if self._alpha_is_mask else key
+        return hash_text(f"without alpha {key}") if self._alpha_is_mask else key
 
     @property
     def _alpha_is_mask(self) -> bool:
         return self.mask == self.path
 
 
-@dataclass(frozen=True)
-class Source:
-    """A set of images and what a model of them is conditioned on.
+class StoredSizes(NamedTuple):
+    """The sizes of N images that are stored.
 
     Attributes:
-        name: what the user called it.
+        sizes: the (height, width) in pixels that there are.
+        bucket: (N,), each image's among ``sizes``.
+        natural: (N, 2), heights and widths of the images as they were.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    bucket: Array
+    natural: Array
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of images and the annotations that a model of them is conditioned on.
+
+    Attributes:
+        name: as the user called it.
         examples: in a fixed order (by name).
         kind: "text" (every ``text`` is a string), "class" (every ``label`` is in ``classes``) or
             "unconditional".
         classes: class names in order of their ids; empty unless ``kind`` is "class".
-        notes: what was inferred or left out, one line each, to be printed before training.
+        notes: lines on what was inferred or left out, to be printed before training.
         root: the folder, None for a procedural set. Nothing is ever written below it.
     """
+
+    precomputed: ClassVar[bool] = False  # True: images were checked, and latents stored, when it was made
 
     name: str
     examples: tuple[Example, ...]
@@ -142,28 +177,28 @@ class Source:
         return len(self.examples)
 
     def captions(self) -> list[str]:
-        """The first caption of every example ("" where there is none): what its image is shown and judged with."""
-        return [example.text or "" for example in self.examples]
+        """Return the first caption of every example ("" where there is none): previews and evaluation use it."""
+        return [captions[0] for captions in self.all_captions()]
 
     def all_captions(self) -> list[tuple[str, ...]]:
-        """Every caption of every example, ("",) where there is none: what it is trained with, one at each use."""
+        """Return all captions of every example, ("",) where there is none: each use in training draws one."""
         return [example.captions or ("",) for example in self.examples]
 
     def uses(self) -> list[int]:
-        """The examples that one epoch uses, by index: each as often as its ``repeats`` say."""
+        """Return the examples that one epoch uses, by index: each as often as its ``repeats`` say."""
         return [index for index, example in enumerate(self.examples) for _ in range(example.repeats)]
 
     def weights(self) -> list[float]:
-        """The factor on every example's loss."""
+        """Return the factor on every example's loss."""
         return [example.weight for example in self.examples]
 
     @property
     def has_masks(self) -> bool:
-        """Whether any image comes with a mask."""
+        """True where any image comes with a mask."""
         return any(example.mask is not None for example in self.examples)
 
     def once(self) -> Source:
-        """The same set without repeats: to measure on."""
+        """Return the same set without repeats, to measure on."""
         if all(example.repeats == 1 for example in self.examples):
             return self
         return dataclasses.replace(
@@ -171,7 +206,7 @@ class Source:
         )
 
     def class_ids(self) -> list[int]:
-        """The class id of every example; only for ``kind`` "class"."""
+        """Return the class id of every example; only for ``kind`` "class"."""
         ids = {name: index for index, name in enumerate(self.classes)}
         return [ids[example.label or ""] for example in self.examples]
 
@@ -181,27 +216,68 @@ class Source:
     def pixel_keys(self) -> list[str]:
         return [example.pixel_key() for example in self.examples]
 
+    def masked_keys(self) -> Iterator[str | None]:
+        return (example.masked_key() for example in self.examples)
+
     def fingerprint(self) -> str:
-        """Hash of all images and what is said of them, whatever their names and order: tells changed data."""
-        rows = sorted(_told(example) for example in self.examples)
-        return hashlib.sha256("\n".join([self.kind, *self.classes, *rows]).encode()).hexdigest()
+        """Return a hash of all images and annotations, whatever their names and order: it tells changed data."""
+        rows = sorted(_describe(example) for example in self.examples)
+        return hash_text("\n".join([self.kind, *self.classes, *rows]))
 
     def order(self) -> str:
-        """Return the hash of the same in this order, whatever the names: which image has which number."""
-        rows = [hashlib.sha256(_told(example).encode()).hexdigest() for example in self.examples]
-        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+        """Return a hash of the same in this order, whatever the names: it tells which image has which index."""
+        return hash_text("\n".join(hash_text(_describe(example)) for example in self.examples))
 
     def subset(self, indices: list[int]) -> Source:
-        """The examples at ``indices``, with the same classes."""
+        """Return the examples at ``indices``, with the same classes."""
         return dataclasses.replace(self, examples=tuple(self.examples[i] for i in indices))
 
+    # ---- overridden by data that were precomputed ----
+
+    @property
+    def autoencoder(self) -> str | None:
+        """The folder of the autoencoder that encoded them."""
+        return None
+
+    def shards(self, kind: str, settings: dict[str, object]) -> ShardSet:
+        """Return the set of shards that holds what is made of the images: ``kind`` is latents, pixels or masks.
+
+        Raises:
+            UserError: precomputed data hold nothing of the kind, or made with other settings; the cache would lie
+                inside the data.
+        """
+        return open_cache(kind, settings, self.root)
+
+    def stored_sizes(self) -> StoredSizes | None:
+        """Return how the images were cut; None where that is still to be decided."""
+        return None
+
+    def groups(self) -> Array | None:
+        """Return the number of each image's group of near duplicates, (N,); None where it is not known."""
+        return None
+
+    def damage(self) -> list[str]:
+        """Read all that is stored, and return what is missing or not what was written, a line each."""
+        return []
+
+    def adopt(self, data: DataConfig) -> DataConfig:
+        """Return the settings with those that were decided when the data were precomputed: resolution and background.
+
+        Raises:
+            UserError: other ones were asked for, or mirror images, which are not there.
+        """
+        return data
+
+    def refuse_decided(self, flag: str) -> None:
+        """Raise UserError where ``flag`` was decided when the data were precomputed."""
+
     def noted(self, *notes: str) -> Source:
-        """The same set with more notes."""
+        """Return the same set with more notes."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
 
 
-def _told(example: Example) -> str:
-    """All of an example but its name; what most examples have none of is left out where it is not there."""
+def _describe(example: Example) -> str:
+    """Return all of an example but its name. Hashes in users' checkpoints are of these words."""
     parts = [example.content_key(), example.text, example.label]
     if mask := example.mask_key():
         parts.append(mask)

@@ -1,4 +1,4 @@
-"""Image files: opened as the promised formats only, and brought to sRGB."""
+"""Image files: opened as the promised formats only, and converted to sRGB."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from ..errors import UserError, nearest, printable, reason
 from ..utils.image_formats import FORMATS, readable_formats
-from .sources.members import File, Member, open_stream
+from .sources.files import File, Member, file_state, open_stream
 
 _TOLERANCE = 1  # levels of 255 by which profiles of sRGB differ, which many programs write in their own way
 _LONGEST, _LARGEST = 60, 2**22  # characters of a profile's name, bytes of a profile; some are kept
@@ -41,25 +41,25 @@ def in_srgb(image: Image.Image) -> Image.Image:
     if "icc_profile" not in image.info:
         return image
     bare, mode = image.copy(), _colours_of(image)
-    conversion = _conversion(bare.info.pop("icc_profile"), mode)
-    if conversion.profile is None or conversion.profile.problem:
+    _, convert = _conversion(bare.info.pop("icc_profile"), mode)
+    if convert is None:
         return bare
     if not bare.has_transparency_data:
-        return conversion.of(bare.convert(mode))
+        return convert(bare.convert(mode))
     whole = bare.convert("LA" if mode == "L" else "RGBA")
-    done = conversion.of(whole.convert(mode))
-    done.putalpha(whole.getchannel("A"))
-    return done
+    converted = convert(whole.convert(mode))
+    converted.putalpha(whole.getchannel("A"))
+    return converted
 
 
 def profile_of(image: Image.Image) -> Profile | None:
-    """Return the profile that the colours of an image are converted from; None where they are sRGB, or said to be.
+    """Return the profile that the colours of an image are converted from; None where they are in sRGB.
 
-    A profile is what is embedded as an ICC profile; Pillow tells of no other (gAMA, cHRM and cICP in a PNG).
+    Only embedded ICC profiles count: Pillow reports no other (gAMA, cHRM and cICP in a PNG).
     """
     if "icc_profile" not in image.info:
         return None
-    return _conversion(image.info["icc_profile"], _colours_of(image)).profile
+    return _conversion(image.info["icc_profile"], _colours_of(image))[0]
 
 
 def key_and_profile(file: File) -> tuple[str, Profile | None]:
@@ -67,10 +67,7 @@ def key_and_profile(file: File) -> tuple[str, Profile | None]:
 
     The profile is None where the image cannot be read.
     """
-    if isinstance(file, Member):
-        return _key_and_profile(file, 0, 0)
-    state = file.stat()
-    return _key_and_profile(file, state.st_size, state.st_mtime_ns)
+    return _key_and_profile(*file_state(file))
 
 
 @functools.lru_cache(maxsize=1_000_000)
@@ -84,33 +81,21 @@ def _key_and_profile(file: File, size: int, modified: int) -> tuple[str, Profile
             return key, None
 
 
-@dataclass(frozen=True)
-class _Conversion:
-    """Conversion of colours by a profile: none without one, or where it has a problem."""
-
-    profile: Profile | None = None
-    transform: ImageCms.ImageCmsTransform | None = None
-    table: list[int] | None = None  # of grey
-
-    def of(self, image: Image.Image) -> Image.Image:
-        """Return the colours of an image without alpha in sRGB."""
-        if self.table is not None:
-            return image.point(self.table)
-        assert self.transform is not None
-        done = self.transform.apply(image)
-        done.info.clear()  # it says that it is in sRGB, as images without a profile are
-        return done
-
-
 @functools.lru_cache(maxsize=32)
-def _conversion(profile: object, mode: str) -> _Conversion:
-    """Return the conversion of colours of ``mode`` (L, RGB or CMYK) by ``profile``, which Pillow read from a file."""
-    # Pillow gives nothing where it could not put it together, and numbers from a damaged TIFF.
+def _conversion(
+    profile: object, mode: str
+) -> tuple[Profile | None, Callable[[Image.Image], Image.Image] | None]:
+    """Return the profile that Pillow read from a file, and a function that converts colours by it to sRGB.
+
+    The profile is None where it is sRGB, the function where it is or where the profile has a problem. The colours are
+    of ``mode`` (L, RGB or CMYK), without alpha.
+    """
+    # Pillow gives None where it could not join the profile's parts, and numbers from a damaged TIFF.
     if not isinstance(profile, bytes):
-        return _Conversion(Profile("unknown", "it is damaged"))
+        return Profile("unknown", "it is damaged"), None
     ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
     if len(profile) > _LARGEST:
-        return _Conversion(Profile("unknown", f"it has {len(profile)} bytes"))
+        return Profile("unknown", f"it has {len(profile)} bytes"), None
     name = "unknown"
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -128,15 +113,21 @@ def _conversion(profile: object, mode: str) -> _Conversion:
         probe = ramp.convert(of) if mode == "L" else _probe()
         seen = None if mode == "CMYK" else transform.apply(probe)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        return _Conversion(Profile(name, reason(error)))
+        return Profile(name, reason(error)), None
+
+    def convert(image: Image.Image) -> Image.Image:
+        converted = transform.apply(image)
+        converted.info.clear()  # a profile of sRGB, which images without one are in
+        return converted
+
     if seen is None:
-        return _Conversion(Profile(name), transform)
-    before = np.asarray(probe.convert("RGB"), dtype=int)
-    if np.abs(np.asarray(seen) - before).max() <= _TOLERANCE:
-        return _Conversion()
+        return Profile(name), convert
+    if np.abs(np.asarray(seen) - np.asarray(probe.convert("RGB"), dtype=int)).max() <= _TOLERANCE:
+        return None, None
     if mode == "L":
-        return _Conversion(Profile(name), table=list(seen.convert("L").tobytes()))
-    return _Conversion(Profile(name), transform)
+        levels = list(seen.convert("L").tobytes())
+        return Profile(name), lambda image: image.point(levels)
+    return Profile(name), convert
 
 
 def _probe() -> Image.Image:
@@ -182,7 +173,7 @@ def open_image(file: File | BinaryIO) -> Image.Image:
             _refuse_special(file)
         place = open_stream(file) if isinstance(file, Member) else file
     except OSError as error:
-        raise unreadable(name, _said(error), "Check the path, and that you may read it.") from error
+        raise unreadable(name, _why(error), "Check the path, and that you may read it.") from error
     with decoding(name):
         image = Image.open(place, formats=readable_formats())
     if isinstance(file, Member):
@@ -194,7 +185,7 @@ def decode_image(path: str | os.PathLike[str] | Member) -> Image.Image:
     """Return the image in a file or a member, wholly decoded, in its own mode, its EXIF rotation not yet applied.
 
     Raises:
-        ImageFileError: there is no such file, it is no image, damaged, or larger than Pillow decodes
+        ImageFileError: there is no such file, it is not an image, damaged, or larger than Pillow decodes
             (``PIL.Image.MAX_IMAGE_PIXELS``).
     """
     if not isinstance(path, Member):
@@ -244,11 +235,11 @@ def decoding(name: str) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, str(error)) from error
     except Exception as error:
-        raise unreadable(name, _said(error)) from error
+        raise unreadable(name, _why(error)) from error
 
 
 def _refuse_special(path: Path) -> None:
-    """Refuse a pipe, which would be waited for without end, and what is empty."""
+    """Refuse a pipe, which might never send anything, and an empty file."""
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
         raise unreadable(str(path), "not a regular file", "Give an image file.")
@@ -256,7 +247,7 @@ def _refuse_special(path: Path) -> None:
         raise unreadable(str(path), "the file is empty", "Copy or save it again.")
 
 
-def _said(error: Exception) -> str:
+def _why(error: Exception) -> str:
     return error.strerror.lower() if isinstance(error, OSError) and error.strerror else reason(error)
 
 

@@ -33,12 +33,12 @@ OWN = "data"  # among the shapes in training: the mask that came with the image
 def random_masks(
     shapes: Mapping[str, float], size: Size, generators: Sequence[np.random.Generator]
 ) -> Tensor:
-    """One mask for each generator.
+    """Draw one mask with each generator.
 
     Args:
         shapes: key of ``MASK_SHAPES`` -> its share; shares need not add up to 1.
         size: (height, width) in pixels.
-        generators: each decides the shape and the form of its mask alone.
+        generators: each alone decides the shape and form of its mask.
 
     Returns:
         (B, 1, H, W) float32 in {0, 1}.
@@ -51,7 +51,7 @@ def random_masks(
 
 
 def check_shapes(shapes: Mapping[str, float], more: Sequence[str] = ()) -> None:
-    """Refuse shares that cannot be drawn from; ``more`` are names that mean something to the caller.
+    """Refuse shares that cannot be drawn from; ``more`` are further names that the caller knows.
 
     Raises:
         UserError: an unknown shape (the nearest is named), a negative share, or none above 0.
@@ -125,17 +125,17 @@ def frame(size: Size, rng: np.random.Generator) -> np.ndarray:
 
 
 def full(size: Size, rng: np.random.Generator) -> np.ndarray:
-    """Everything: plain generation."""
+    """All of the image: plain generation."""
     return np.ones(size, dtype=bool)
 
 
 def none(size: Size, rng: np.random.Generator) -> np.ndarray:
-    """Nothing: the image is given whole."""
+    """No pixel: the whole image is given."""
     return np.zeros(size, dtype=bool)
 
 
 def _grid(size: Size) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of each pixel's centre, in [0, 1]."""
+    """Return row and column of each pixel's centre, in [0, 1]."""
     height, width = size
     y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
     return y, x
@@ -163,7 +163,7 @@ _LOSSY = ("JPEG", "MPO")
 def read_mask(
     image: Image.Image, size: tuple[int, int] | None = None, *, threshold: float | None = None
 ) -> Image.Image:
-    """A mask as one 8-bit channel (mode "L"), upright: 255 repaint, 0 keep, between them soft.
+    """Return a mask as one 8-bit channel (mode "L"), upright: 255 repaint, 0 keep, between them soft.
 
     Grey images of any mode are read by their brightness, on the scale of 0..1, 0..255 or 0..65535 that their
     largest value fits in (so a label map of 0 and 1 is a mask too). A grey photograph cannot be told from a soft
@@ -208,9 +208,9 @@ def read_mask(
 
 
 def alpha_mask(image: Image.Image) -> Image.Image | None:
-    """The alpha channel as a mask, upright: transparent parts (alpha 0) are 255, to be repainted.
+    """Return the alpha channel as a mask, upright: transparent parts (alpha 0) are 255, to be repainted.
 
-    None where nothing is transparent.
+    Return None where no pixel is transparent.
     """
     with decoding(name_of(image)):
         upright = ImageOps.exif_transpose(image)
@@ -221,14 +221,14 @@ def alpha_mask(image: Image.Image) -> Image.Image | None:
 
 
 def without_alpha(image: Image.Image) -> Image.Image:
-    """The image, upright, as if nothing in it were transparent: the colours that its file holds there."""
+    """Return the image upright, with the colours that its file holds beneath transparent parts."""
     with decoding(name_of(image)):
         upright = ImageOps.exif_transpose(image)
         return upright.convert("RGBA").convert("RGB") if upright.has_transparency_data else upright
 
 
 def _levels(image: Image.Image, name: str, *, coloured: bool) -> NDArray[np.uint8]:
-    """(H, W): how much is to be repainted; colours are an error unless ``coloured``."""
+    """Return how much of each pixel is to be repainted, (H, W); colours are an error unless ``coloured``."""
     if image.mode.startswith("I") or image.mode == "F":
         return _full_scale(np.asarray(image), name)
     if image.has_transparency_data:
@@ -248,7 +248,7 @@ def _levels(image: Image.Image, name: str, *, coloured: bool) -> NDArray[np.uint
 def _painted_levels(
     colours: NDArray[np.uint8], alpha: NDArray[np.uint8], name: str, coloured: bool
 ) -> NDArray[np.uint8]:
-    """Levels of an image (H, W, 3) with transparent parts."""
+    """Return the levels (H, W) of an image (H, W, 3) with transparent parts."""
     seen = colours[alpha > 0]
     if not len(seen):
         return np.zeros_like(alpha)
@@ -269,12 +269,12 @@ def _is_grey(colours: NDArray[np.uint8]) -> bool:
 
 
 def _luminance(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(H, W) of (H, W, 3)."""
+    """Return the brightness (H, W) of colours (H, W, 3)."""
     return np.asarray(Image.fromarray(np.ascontiguousarray(colours)).convert("L"))
 
 
 def _full_scale(values: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
-    """Numbers on any of the scales that programs write, as 0..255."""
+    """Bring numbers on any of the scales that programs write to 0..255."""
     numbers = values.astype(np.float64)
     if not np.isfinite(numbers).all():
         raise UserError(f"{name} holds infinite or undefined values", "Write numbers from 0 to 1.")

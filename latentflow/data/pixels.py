@@ -1,4 +1,4 @@
-"""From an image in any mode and orientation to RGB of one size, and to tensors and back."""
+"""Conversion of images in any mode and orientation to RGB of one size, and to tensors and back."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .images import decoding, in_srgb, name_of, unreadable
 
 
 def read_image(example: Example, resolution: int | tuple[int, int], background: str = "white") -> Image.Image:
-    """The example as an RGB image of ``resolution`` (a side, or (height, width)).
+    """Return the example as an RGB image of ``resolution`` (a side, or (height, width)).
 
     EXIF rotation is applied, colours are converted to sRGB by the profile, transparency is composited on
     ``background``, any mode is converted; then the largest part of the right shape, at the example's ``centering``, is
     resized, antialiased.
 
     Raises:
-        UserError: ``background`` is no colour; the image cannot be decoded.
+        UserError: ``background`` is not a colour; the image cannot be decoded.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     with example.open() as image:
@@ -29,12 +29,12 @@ def read_image(example: Example, resolution: int | tuple[int, int], background: 
 
 
 def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.Image | None:
-    """The example's own mask, registered with ``read_image``: mode "L", 0 or 255. None where it has none.
+    """Return the example's own mask, registered with ``read_image``: mode "L", 0 or 255. None where it has none.
 
     A mask of another size than its image is brought to that first; every resize takes the nearest pixel.
 
     Raises:
-        UserError: the mask's file is no mask or cannot be read.
+        UserError: the mask's file is not a mask or cannot be read.
     """
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
     mask = example.open_mask()
@@ -49,10 +49,10 @@ def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Upright sRGB of an image in any of Pillow's modes and of any colour profile, at its own size.
+    """Return an image in any of Pillow's modes and of any colour profile as upright sRGB, at its own size.
 
     Raises:
-        UserError: ``background`` is no colour; the image cannot be decoded.
+        UserError: ``background`` is not a colour; the image cannot be decoded.
     """
     colour = parse_colour(background)
     image = upright(image)
@@ -63,8 +63,7 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return an image in any of Pillow's modes and of any colour profile upright in sRGB: RGB or, where it has
-    transparency, RGBA.
+    """Return an image of any mode and profile upright in sRGB: RGB or, where it has transparency, RGBA.
 
     Raises:
         UserError: the image cannot be decoded.
@@ -80,13 +79,13 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _wide_to_grey(image: Image.Image, name: str) -> Image.Image:
-    """16-bit, 32-bit and float greyscale as 8 bits. Pillow's own conversion would clip them at 255."""
+    """Convert 16-bit, 32-bit and float greyscale to 8 bits. Pillow's own conversion would clip it at 255."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise unreadable(name, "it holds infinite or undefined values", "Write numbers from 0 to 1.")
     if values.max() > 65535 or values.min() < 0:
-        told = f"its values reach from {values.min():g} to {values.max():g}"
-        raise unreadable(name, told, "Save it with 8 or 16 bits a pixel, or as numbers from 0 to 1.")
+        reach = f"its values reach from {values.min():g} to {values.max():g}"
+        raise unreadable(name, reach, "Save it with 8 or 16 bits a pixel, or as numbers from 0 to 1.")
     if image.mode == "F":  # floats carry no scale of their own; programs write 0..1, 0..255, 0..65535
         full = next((limit for limit in (1.0, 255.0) if values.max() <= limit), 65535.0)
     else:  # mode I also holds 16-bit values; only an image that never leaves 8 bits is read as such
@@ -97,7 +96,7 @@ def _wide_to_grey(image: Image.Image, name: str) -> Image.Image:
 
 
 def parse_colour(name: str) -> tuple[int, int, int]:
-    """A colour name or ``#rrggbb`` as three numbers up to 255."""
+    """Return a colour name or ``#rrggbb`` as three numbers up to 255."""
     try:
         red, green, blue = ImageColor.getrgb(name)[:3]
     except ValueError:
@@ -107,22 +106,22 @@ def parse_colour(name: str) -> tuple[int, int, int]:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as (3, H, W) float32 in [-1, 1]."""
+    """Return an RGB image as (3, H, W) float32 in [-1, 1]."""
     return pixels_to_images(to_pixels(image))
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as (3, H, W) uint8."""
+    """Return an RGB image as (3, H, W) uint8."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def pixels_to_images(pixels: Tensor) -> Tensor:
-    """uint8 of any shape as float32 in [-1, 1]."""
+    """Return uint8 of any shape as float32 in [-1, 1]."""
     return pixels.to(torch.float32) / 127.5 - 1
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] as an RGB image; values outside are clipped. Undoes ``to_tensor`` exactly."""
+    """Return (3, H, W) in [-1, 1] as an RGB image; values outside are clipped. Undoes ``to_tensor`` exactly."""
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"expected one image (3, H, W), got {tuple(image.shape)}: pass one row of a batch")
     levels = ((image.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Which examples are held out for validation: decided by content, so that names and order do not matter."""
+"""The split into training and validation, decided by content: names and order do not matter."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 
 def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Indices of the training and of the validation examples, both ascending.
+    """Return the indices of the training and of the validation examples, both ascending.
 
     ``validation`` is a share in [0, 1) when it is a float and a number of examples when it is an int. Every
     example is ranked by a hash of its content and ``seed``; the lowest ranks validate. Equal images have
     equal ranks and therefore stay on one side, so that no validation image is trained on under another name
-    (the number held out may then be larger than asked). So do near duplicates (``checking/near.py``), which all
-    take the highest rank among them: as a group has to be held out as a whole, rather others are. Where that
-    would hold out more than twice the number asked, as in a film, near duplicates are parted, and a warning says
-    so. A folder of latents knows the groups of its images, and is split as they are.
+    (the number held out may then be larger than asked). So do near duplicates (``checking/duplicates.py``), which all
+    take the highest rank among them, so that other images are held out rather than a whole group. Where that
+    would hold out more than twice the number asked, as in a film, near duplicates are separated, with a warning.
+    A folder of latents knows the groups of its images, and is split like them.
 
     Raises:
         UserError: nothing would be left to train on, or ``validation`` is negative.
@@ -38,10 +38,13 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     if not wanted:
         return list(range(total)), []
     digests = (hashlib.sha256(f"{seed}:{key}".encode()).digest() for key in source.content_keys())
-    ranks = np.fromiter((int.from_bytes(one[:8], "big") for one in digests), np.uint64, total)
-    held_out = _lowest(_joined(source, ranks), wanted)
+    ranks = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.uint64, total)
+    groups, members = np.unique(groups_of(source), return_inverse=True)
+    highest = np.zeros(len(groups), dtype=np.uint64)  # of each group
+    np.maximum.at(highest, members, ranks)
+    held_out = _lowest(highest[members], wanted)
     if len(held_out) > max(2 * wanted, len(alone := _lowest(ranks, wanted))):
-        log.warning("most images are near duplicates of others: some are validated on, others trained on")
+        log.warning("most images are near duplicates of others: groups of them are split")
         held_out = alone
     if len(held_out) == total:
         raise _impossible(validation, total)
@@ -52,14 +55,6 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
 
 def _lowest(ranks: Array, wanted: int) -> Array:
     return np.flatnonzero(ranks <= np.partition(ranks, wanted - 1)[wanted - 1])
-
-
-def _joined(source: Source, ranks: Array) -> Array:
-    """The ranks, near duplicates having the highest among theirs."""
-    groups, numbers = np.unique(groups_of(source), return_inverse=True)
-    highest = np.zeros(len(groups), dtype=np.uint64)
-    np.maximum.at(highest, numbers, ranks)
-    return highest[numbers]
 
 
 def _impossible(validation: float | int, total: int) -> UserError:

@@ -24,16 +24,15 @@ from ..autoencoder import (
 from ..autoencoder.latents import Autoencoder
 from ..config import DataConfig, FramingConfig
 from ..data import (
-    Framing,
-    LatentFolder,
-    Rows,
+    Cropping,
+    LazyTable,
     Source,
     cached_latents,
     cached_masks,
     cached_pixels,
     cached_text,
+    crop,
     find_source,
-    frame,
     pixels_to_images,
     readable,
     split,
@@ -92,13 +91,11 @@ def load_data(
     if checkpoint:
         base_classes(checkpoint)  # refuses what is no checkpoint, before every image is looked at
     source = readable(find_source(data.data, **data.wanted()))
-    autoencoder = vae or checkpoint
-    if isinstance(source, LatentFolder):
-        data, autoencoder = source.adopt(data), autoencoder or source.autoencoder
+    data, autoencoder = source.adopt(data), vae or checkpoint or source.autoencoder
     if checkpoint:
         source = with_base_classes(source, checkpoint)
         data = replace(data, validation=held_out_share(given_keys, data.validation, len(source)))
-        if "resolution" not in given_keys and not isinstance(source, LatentFolder):
+        if "resolution" not in given_keys and not source.precomputed:
             data = replace(data, resolution=base_resolution(checkpoint) or data.resolution)
     training, validation = (source.subset(rows) for rows in split(source, data.validation, seed))
     return DataSplits(source, training, validation, data, autoencoder)
@@ -168,18 +165,18 @@ class LatentCache:
     needs_pixels: bool
     seed: int
 
-    def framed(self, source: Source, *, crops: int | None = None) -> Framing:
+    def framed(self, source: Source, *, crops: int | None = None) -> Cropping:
         """Return how the images are cut; with another number of crops than the settings say, if given."""
         patch = self.networks.network.config.get("patch_size", 1)
-        return frame(
+        return crop(
             source,
             config=self.framing if crops is None else replace(self.framing, crops=crops),
             resolution=self.data.resolution,
             unit=downscale_factor(self.vae) * patch,
-            told=self.networks.size_conditioning,
+            size_conditioning=self.networks.size_conditioning,
         )
 
-    def latents(self, framed: Framing) -> LatentData:
+    def latents(self, framed: Cropping) -> LatentData:
         """Return the images as training data, computed where they are not cached."""
         return LatentData(
             framed,
@@ -191,7 +188,7 @@ class LatentCache:
         )
 
     def _sized(self, part: Source, size: tuple[int, int]) -> BucketData:
-        views: dict[str, Tensor | Rows] = {}
+        views: dict[str, Tensor | LazyTable] = {}
         if self.needs_pixels:
             views["pixels"] = cached_pixels(part, size, self.data.background)
         if self.has_masks:

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from ..config import DistillationConfig, RunConfig
 from ..data import Source
 from ..errors import UserError, few
@@ -19,20 +17,19 @@ from ..flow import OBJECTIVES, straightness, time_grid
 from ..pipeline.adapter_files import weights_hash
 from ..pipeline.generate import LatentFlowPipeline
 from .data import DataSplits
-from .estimate import plan_lines
 from .fine_tune.base import class_names, open_base, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import in_turn
 from .fine_tune.teacher_samples import SampleSettings, teacher_data
-from .loop.data_order import SampleRandom, SampleUse
-from .loop.loader import by_group, groups_of, load_batch, to_device
+from .loop.data_order import SampleRandom
+from .loop.loader import first_batch, to_device
 from .losses.average_velocity import OneStepLoss
 from .losses.distribution_matching import FakeLoss, GeneratorLoss
 from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
 from .losses.teacher import VelocityTeacher
 from .networks import Networks
-from .recipe import Recipe, average_sampling
+from .recipe import Recipe, average_sampling, plan_lines
 
 
 class Method(NamedTuple):
@@ -53,7 +50,7 @@ class Method(NamedTuple):
 
     @property
     def has_options(self) -> bool:
-        """The objective's settings are the method's own."""
+        """Tell whether the objective's settings are the method's own."""
         return not self.pairs and self.loss is None
 
 
@@ -75,12 +72,12 @@ _TRAJECTORIES = 32  # to measure straightness on
 
 @dataclass(frozen=True)
 class Teacher:
-    """A checkpoint, and the guidance at which it is followed.
+    """A checkpoint that a student learns from.
 
     Attributes:
         checkpoint, pipe: the pipeline, and where it came from.
-        guidance: at which it is followed.
-        folded_guidance: which a student has when it has learned that: the same, or what the teacher had learned itself.
+        guidance: the scale at which the student follows it.
+        folded_guidance: the scale that the student has learned in the end: the same, or the teacher's own learned one.
     """
 
     checkpoint: str
@@ -114,7 +111,7 @@ class Teacher:
 
 
 def open_teacher(checkpoint: str, guidance: float | None) -> Teacher:
-    """Load a teacher that is followed at this guidance; None: at its usual one.
+    """Load a teacher whose samples at this guidance are learned; None: at its usual guidance.
 
     Raises:
         UserError: the checkpoint cannot be opened, or guidance is asked for where it can have none.
@@ -194,16 +191,31 @@ def distillation_recipe(
     loss_options: dict[str, Any] = {"kind": method.loss}
     if not method.pairs:
         loss_options["teacher"] = VelocityTeacher(pipe, teacher.guidance)
+    identity: dict[str, Any] = {
+        "method": name,
+        "guidance": teacher.guidance,
+        "teacher": weights_hash(pipe.transformer),
+    }
+    recipe = Recipe(
+        flow=flow,
+        loop=loop,
+        plan=plan,
+        sampling=replace(
+            average_sampling(flow), folded_guidance=teacher.folded_guidance, step_counts=step_counts
+        ),
+        loss_options=loss_options,
+        student=True,
+        validates=validates,
+        identity={"distillation": identity},
+    )
     if method.loss is GeneratorLoss:
-        loss_options["step_counts"] = step_counts
+        loss_options["step_counts"] = identity["step_counts"] = [*step_counts]
+        return replace(recipe, extra_modules=lambda loss: {"fake": FakeLoss(loss)})
+    if not method.pairs:
+        return recipe
 
-    def extra_modules(loss: Any) -> dict[str, nn.Module]:
-        return {"fake": FakeLoss(loss)} if method.loss is GeneratorLoss else {}
-
-    # ---- data: the images; or the teacher's samples of what they are conditioned on, with their noise ----
-    def training_data(own: LatentData, networks: Networks, loss: FlowLoss) -> LatentData:
-        if not method.pairs:
-            return own
+    # ---- pairs: the teacher's samples under the conditions of the data, with their noise ----
+    def pairs(own: LatentData, networks: Networks, loss: FlowLoss) -> LatentData:
         prompts = in_turn(_prompts(splits.training), settings.pairs)
         folder = Path(settings.pairs_folder or Path(config.output) / "pairs")
         samples = SampleSettings(
@@ -219,33 +231,8 @@ def distillation_recipe(
         )
         return teacher_data(checkpoint, prompts, networks, folder, samples)
 
-    # ---- the result ----
-    identity = {
-        "method": name,
-        "guidance": teacher.guidance,
-        "teacher": weights_hash(pipe.transformer),
-        **({"pairs": settings.pairs} if method.pairs else {}),
-        **({"step_counts": [*step_counts]} if method.loss is GeneratorLoss else {}),
-    }
-
-    def summary(result: Path, loss: FlowLoss, own: LatentData) -> list[str]:
-        return [_straightness_line(teacher, result, loss, own)] if method.pairs else []
-
-    return Recipe(
-        flow=flow,
-        loop=loop,
-        plan=plan,
-        sampling=replace(
-            average_sampling(flow), folded_guidance=teacher.folded_guidance, step_counts=step_counts
-        ),
-        loss_options=loss_options,
-        student=True,
-        extra_modules=extra_modules,
-        training_data=training_data,
-        validates=validates,
-        identity={"distillation": identity},
-        summary=summary,
-    )
+    identity["pairs"] = settings.pairs
+    return replace(recipe, training_data=pairs, summary=partial(_straightness_lines, teacher))
 
 
 def _prompts(source: Source) -> list[str]:
@@ -257,13 +244,10 @@ def _prompts(source: Source) -> list[str]:
     return [""]
 
 
-def _straightness_line(teacher: Teacher, result: Path, loss: FlowLoss, data: LatentData) -> str:
+def _straightness_lines(teacher: Teacher, result: Path, loss: FlowLoss, data: LatentData) -> list[str]:
     """Compare how straight the trajectories of teacher and student are, from equal noise under equal conditions."""
     student = LatentFlowPipeline.from_pretrained(result)
-    draws = by_group([SampleUse(row, row) for row in range(min(len(data), _TRAJECTORIES))], groups_of(data))[
-        0
-    ]
-    batch = load_batch(data, draws)
+    batch = first_batch(data, _TRAJECTORIES)
     device = next(loss.network.parameters()).device
     noise = SampleRandom(0, batch["sample_ids"], device).normal(batch["latents"].shape[1:])
     condition = loss.prompts(to_device(batch, device))
@@ -275,7 +259,7 @@ def _straightness_line(teacher: Teacher, result: Path, loss: FlowLoss, data: Lat
         velocity = partial(VelocityTeacher(pipe, guidance), condition=condition)
         per_sample = straightness(velocity, noise, time_grid(20))
         figures.append(float(per_sample.mean()) / noise[0].numel())
-    return (
+    return [
         f"straightness (mean square of velocity less chord, 0 is straight): teacher {figures[0]:.4f}, "
         f"student {figures[1]:.4f}"
-    )
+    ]

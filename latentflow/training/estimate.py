@@ -1,4 +1,4 @@
-"""The plan of a run and its cost, as lines for people: data and schedule, sizes, operations, memory and time.
+"""The cost of a run, estimated before it starts, as lines for people: sizes, operations, memory and time.
 
 torch counts the operations, on the meta device: without weights, so that a network too large for this machine can be
 planned. A real step would count a teacher and a frozen encoder as well, which are no part of the model.
@@ -25,16 +25,12 @@ from ..config import LoopConfig
 from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
-from .data import DataSplits
-from .loop.data_order import SampleRandom, SampleUse
-from .loop.distributed import compute_dtype, process_state, resolve
-from .loop.loader import TrainingData, by_group, groups_of, load_batch, to_device
+from .loop.data_order import SampleRandom
+from .loop.distributed import compute_dtype, matrix_product_rate, process_state
+from .loop.loader import TrainingData, first_batch, to_device
 from .loop.optimizers import Muon, make_optimizers
-from .loop.profiling import matrix_product_rate
-from .losses.flow import FlowLoss
-from .networks import Networks
+from .trained_model import TrainedModel
 
-_FEW = 1000  # images: with fewer, a model from scratch memorises many of them
 _LONGEST = 512  # tokens of a caption, where the tokenizer names no limit
 _FIRST = 64  # samples that show how long captions are
 _ROWS = 2  # of the batch on the meta device; the part of the cost that does not grow with the rows is small
@@ -56,35 +52,6 @@ GPUS = (
     Gpu("NVIDIA A100", 312e12, 80),
     Gpu("NVIDIA RTX 4090", 165e12, 24),
 )
-
-
-# ---------------------------------------------------------------- the plan
-
-
-def plan_lines(splits: DataSplits, loop: LoopConfig, own_share: float | None = None) -> list[str]:
-    """Describe the data and the schedule.
-
-    Args:
-        own_share: of a fine-tune, the share of the samples that are images of the data.
-    """
-    source, images, state = splits.source, len(splits.training), process_state()
-    batch = loop.train_batch_size * loop.gradient_accumulation_steps * state.num_processes
-    epochs = (own_share or 1.0) * loop.max_train_steps * batch / max(1, len(splits.training.uses()))
-    precision = resolve(loop.mixed_precision, state.device)
-    lines = [f"{source.name}: {note}" for note in source.notes]
-    lines += [
-        f"data: {images} images to train on, {len(splits.validation)} held out; condition: {source.kind}",
-        f"plan: {loop.max_train_steps} steps of {batch} samples = {epochs:.1f} epochs, {loop.optimizer}, learning rate "
-        f"{loop.learning_rate:g}, {'float32' if precision == 'no' else precision} on {state.device}",
-    ]
-    if images < _FEW and own_share is None:  # a fine-tune has lines of its own for few images
-        lines.append(
-            f"WARNING: {images} images are few: the model will memorise many of them. `latentflow evaluate` "
-            "measures it; more images, fewer steps or fine-tuning (--init-from) lessen it."
-        )
-    if state.device.type == "cpu":
-        lines.append("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
-    return lines
 
 
 # ---------------------------------------------------------------- cost by shapes
@@ -146,8 +113,7 @@ def sample_flops(network: nn.Module, text_encoder: nn.Module | None, data: Train
 
     The first batch of ``data`` shows how long captions are; latents are ``size`` x ``size``.
     """
-    draws = [SampleUse(index, index) for index in range(min(len(data), _FIRST))]
-    batch = load_batch(data, by_group(draws, groups_of(data))[0])
+    batch = first_batch(data, _FIRST)
     tokens, text = batch.get("input_ids"), batch.get("text")
     length = tokens.shape[1] if tokens is not None else text.shape[1] if text is not None else 0
     flops = network_cost(network, size, length).flops
@@ -238,20 +204,15 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def estimate_lines(
-    loss: FlowLoss,
-    networks: Networks,
-    vae: Autoencoder,
-    source: Source,
-    loop: LoopConfig,
-    latent_size: int,
-    views: int,
+    model: TrainedModel, vae: Autoencoder, source: Source, loop: LoopConfig, views: int
 ) -> list[str]:
     """Estimate sizes, operations, memory and time of a run; each image is encoded ``views`` times before it.
 
     Operations and memory come from shapes alone, the time from steps with random latents on this machine. The network
     may be on the meta device: it gets (random) weights only to be timed, and only if they take little of the memory.
     """
-    state, encoder = process_state(), networks.text_encoder
+    state, networks, loss, latent_size = process_state(), model.networks, model.loss, model.latent_size
+    encoder = networks.text_encoder
     dtype = compute_dtype(loop.mixed_precision, state.device)
     processes = int(state.num_processes)
     samples = loop.train_batch_size * loop.gradient_accumulation_steps * processes  # of a step
@@ -298,19 +259,17 @@ def estimate_lines(
         f"memory: {held(dtype) / 2**30:.2f} GiB for weights, gradients, average and optimiser, and about "
         f"{activations(dtype) / 2**30:.2f} GiB for the activations of {loop.train_batch_size} "
         f"samples, in {str(dtype).removeprefix('torch.')}",
-        _time_here(loss, networks, vae, source, loop, latent_size, dtype, cost),
+        _time_here(model, vae, source, loop, dtype, cost),
         *map(time_on, GPUS),
         "on top come encoding, the optimiser, validation, previews, checkpoints and the autoencoder's own training",
     ]
 
 
 def _time_here(
-    loss: FlowLoss,
-    networks: Networks,
+    model: TrainedModel,
     vae: Autoencoder,
     source: Source,
     loop: LoopConfig,
-    latent_size: int,
     dtype: torch.dtype,
     cost: Cost,
 ) -> str:
@@ -322,7 +281,7 @@ def _time_here(
     device, batch = process_state().device, loop.train_batch_size
     forward_passes = loop.gradient_accumulation_steps * loop.max_train_steps  # of one process
     speed = matrix_product_rate(device, dtype)
-    room = 0.7 * _free_bytes(device) - 8 * _parameters(loss)  # weights and gradients
+    room = 0.7 * _free_bytes(device) - 8 * _parameters(model.loss)  # weights and gradients
     kept = cost.activations * dtype.itemsize / 4
     rows = int(min(batch, _TIMED_SECONDS * speed / cost.flops, room / kept))
     if rows < 1:
@@ -331,10 +290,11 @@ def _time_here(
             f"time: about {_hours(hours)}, by the {speed / 1e12:.2g} TFLOP/s of a matrix product on this "
             f"{device.type}; one sample is too much to be timed"
         )
-    if any(weight.is_meta for weight in networks.network.parameters()):
-        _fill(networks.network, device)
-    loss = loss.to(device)
-    example = _random_batch(loss, networks, vae, source, rows, latent_size, device)
+    network = model.networks.network
+    if any(weight.is_meta for weight in network.parameters()):
+        _fill(network, device)
+    loss = model.loss.to(device)
+    example = to_device(_random_batch(model, vae, source, rows), device)
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -369,17 +329,9 @@ def _free_bytes(device: torch.device) -> float:
     return float(psutil.virtual_memory().available)
 
 
-def _random_batch(
-    loss: FlowLoss,
-    networks: Networks,
-    vae: Autoencoder,
-    source: Source,
-    rows: int,
-    latent_size: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    sample_ids = list(range(rows))
-    noise = SampleRandom(0, sample_ids).normal((latent_channels(vae), latent_size, latent_size))
+def _random_batch(model: TrainedModel, vae: Autoencoder, source: Source, rows: int) -> dict[str, Any]:
+    networks, size, sample_ids = model.networks, model.latent_size, list(range(rows))
+    noise = SampleRandom(0, sample_ids).normal((latent_channels(vae), size, size))
     batch: dict[str, Any] = {"latents": noise, "sample_ids": sample_ids}
     if source.kind == "class":
         batch["class_labels"] = torch.zeros(rows, dtype=torch.long)
@@ -389,10 +341,10 @@ def _random_batch(
     elif source.kind == "text":
         batch["text"] = torch.zeros(rows, 16, networks.network.config["text_dim"])
         batch["text_mask"] = torch.ones(rows, 16, dtype=torch.bool)
-    if loss.needs_pixels:
-        side = latent_size * downscale_factor(vae)
+    if model.loss.needs_pixels:
+        side = size * downscale_factor(vae)
         batch["pixels"] = torch.zeros(rows, 3, side, side, dtype=torch.uint8)
-    return to_device(batch, device)
+    return batch
 
 
 def _parameters(module: nn.Module) -> int:

@@ -46,7 +46,7 @@ class Networks:
 
     @property
     def size_conditioning(self) -> bool:
-        """The network is conditioned on sizes and crops."""
+        """Tell whether the network is conditioned on sizes and crops."""
         return bool(self.network.config.size_conditioning)
 
     def describe(self) -> dict[str, Any]:

@@ -13,18 +13,20 @@ from ..config import FlowConfig, LoopConfig, RunConfig
 from ..flow import AverageObjective
 from ..pipeline.few_steps import FewSteps
 from .data import DataSplits
-from .estimate import plan_lines
 from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import MixedData, prior_data, prior_prompts
+from .loop.distributed import process_state, resolve
 from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
 from .networks import Networks
 
+_FEW = 1000  # images: with fewer, a model from scratch memorises many of them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is learned, by which loss, and how the result is sampled.
+    """Settings, loss, data and sampling of a run, as they follow from data and checkpoint.
 
     Attributes:
         flow, loop: the settings, with the defaults that follow from the data and the checkpoint.
@@ -126,3 +128,29 @@ def average_sampling(flow: FlowConfig) -> FewSteps:
         consistency=settings.sampler == "consistency",
         folded_guidance=settings.guidance,
     )
+
+
+def plan_lines(splits: DataSplits, loop: LoopConfig, own_share: float | None = None) -> list[str]:
+    """Describe the data and the schedule.
+
+    Args:
+        own_share: of a fine-tune, the share of the samples that are images of the data.
+    """
+    source, images, state = splits.source, len(splits.training), process_state()
+    batch = loop.train_batch_size * loop.gradient_accumulation_steps * state.num_processes
+    epochs = (own_share or 1.0) * loop.max_train_steps * batch / max(1, len(splits.training.uses()))
+    precision = resolve(loop.mixed_precision, state.device)
+    lines = [f"{source.name}: {note}" for note in source.notes]
+    lines += [
+        f"data: {images} images to train on, {len(splits.validation)} held out; condition: {source.kind}",
+        f"plan: {loop.max_train_steps} steps of {batch} samples = {epochs:.1f} epochs, {loop.optimizer}, learning rate "
+        f"{loop.learning_rate:g}, {'float32' if precision == 'no' else precision} on {state.device}",
+    ]
+    if images < _FEW and own_share is None:  # a fine-tune has lines of its own for few images
+        lines.append(
+            f"WARNING: {images} images are few: the model will memorise many of them. `latentflow evaluate` "
+            "measures it; more images, fewer steps or fine-tuning (--init-from) lessen it."
+        )
+    if state.device.type == "cpu":
+        lines.append("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
+    return lines

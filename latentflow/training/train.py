@@ -12,7 +12,6 @@ import torch
 
 from ..autoencoder import Autoencoder, build_autoencoder
 from ..config import RunConfig
-from ..data import LatentFolder
 from .data import DataSplits, LatentCache, as_begun, given_autoencoder, load_data
 from .estimate import estimate_lines, sample_flops
 from .export import PipelineExporter, preview_grid, preview_source
@@ -132,10 +131,8 @@ def train(
     for line in [*(model.adapter.lines() if model.adapter else []), *framed.lines()]:
         log.info(line)
     if dry_run:
-        views = config.framing.crops * (1 + splits.data.random_flip)
-        if isinstance(source, LatentFolder):
-            views = 0
-        for line in estimate_lines(loss, networks, vae, source, config.loop, model.latent_size, views):
+        views = 0 if source.precomputed else config.framing.crops * (1 + splits.data.random_flip)
+        for line in estimate_lines(model, vae, source, config.loop, views):
             log.info(line)
         return
 

@@ -24,7 +24,7 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What is trained.
+    """The networks of a run with their loss.
 
     Attributes:
         networks: with an adapter, those that it is in.

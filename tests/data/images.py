@@ -1,13 +1,17 @@
-"""Images and folders made on the spot."""
+"""Images, folders, archives and tables made on the spot."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
+import tarfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,6 +35,23 @@ def noise(seed: int, width: int = 8, height: int = 8) -> Image.Image:
     return Image.fromarray(values)
 
 
+def encoded(image: Image.Image, format: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format)
+    return stream.getvalue()
+
+
+def png(seed: int) -> bytes:
+    return encoded(noise(seed))
+
+
+def turned_by_exif(image: np.ndarray, orientation: int) -> tuple[Image.Image, Image.Exif]:
+    """An image stored in an orientation, and the EXIF that turns it upright."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return Image.fromarray(np.ascontiguousarray(STORED[orientation](image))), exif
+
+
 def save_all(root: Path, names: list[str]) -> None:
     """Different images under ``names``, whose suffix decides the format."""
     for seed, name in enumerate(names):
@@ -38,8 +59,63 @@ def save_all(root: Path, names: list[str]) -> None:
         noise(seed).save(root / name)
 
 
+def written(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def folder_of(root: Path, files: Mapping[str, str | bytes | None]) -> Path:
+    """Files of a folder by their names; None stands for an image, each another one."""
+    root.mkdir(parents=True, exist_ok=True)
+    for seed, (name, content) in enumerate(files.items()):
+        written(root / name, png(seed) if content is None else content)
+    return root
+
+
+def jsonl(*rows: Mapping[str, object]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def write_jsonl(path: Path, rows: list[Mapping[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(jsonl(*rows), encoding="utf-8")
+
+
+def tar(path: Path, members: Mapping[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def zipped(path: Path, members: Mapping[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def parquet(path: Path, metadata: dict[str, str | bytes] | None = None, **columns: Any) -> Path:
+    """A table in groups of two rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path, row_group_size=2)
+    return path
+
+
+def saved(path: Path, **columns: Any) -> Path:
+    """A data set of the library `datasets`, saved to disk."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict(columns)
+    for name in [name for name in ("image", "img", "mask") if name in columns]:
+        rows = rows.cast_column(name, datasets.Image())
+    rows.save_to_disk(str(path))
+    return path
 
 
 def load_program(path: Path) -> ModuleType:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .images import STORED
+from .images import STORED, turned_by_exif
 
 RED, GREEN, BLUE, WHITE = (220, 30, 40), (30, 200, 60), (40, 60, 210), (255, 255, 255)
 SIDE = 64
@@ -57,10 +57,8 @@ def make_used(root: Path) -> dict[str, str]:
     _as(image, "GIF", root / "gif-named.jpg")
     _as(image, "PNG", root / "png-named.webp")
     image.save(root / "UPPER.PNG")
-    for orientation, stored in STORED.items():
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        turned = Image.fromarray(np.ascontiguousarray(stored(np.asarray(image))))
+    for orientation in STORED:
+        turned, exif = turned_by_exif(np.asarray(image), orientation)
         turned.save(root / f"exif-{orientation}.jpg", quality=100, subsampling=0, exif=exif)
         turned.save(root / f"exif-{orientation}.tif", exif=exif)
     for name in (
@@ -101,7 +99,7 @@ def make_reported(root: Path) -> dict[str, str]:
     (root / "page.jpg").write_text("<!doctype html><html><body>404 not found</body></html>")
     (root / "zeros.png").write_bytes(bytes(1000))
     (root / "header-only.png").write_bytes(held.getvalue()[:33])
-    (root / "bomb.png").write_bytes(_png_header(60_000, 60_000))
+    (root / "bomb.png").write_bytes(png_header(60_000, 60_000))
     Image.fromarray(np.array([[0, 1], [np.nan, 1]], np.float32)).save(root / "undefined.tif")
     (root / "loop.png").symlink_to("loop.png")
     (root / "dangling.png").symlink_to("nowhere.png")
@@ -138,7 +136,9 @@ def _palette_with_alpha(path: Path) -> None:
     image.save(path, transparency=bytes([255, 255, 255, 0]))
 
 
-def _png_header(width: int, height: int) -> bytes:
+def png_header(width: int, height: int) -> bytes:
+    """A small file whose header promises that many pixels."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 

@@ -1,15 +1,19 @@
-"""What is inferred from a folder, and what is refused with which words."""
+"""What is inferred from a folder, what is not read and therefore named, and what is refused with which words."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from latentflow.data import Source, find_source
+from latentflow.data import Source, check_source, find_source
 from latentflow.errors import UserError
 
-from .images import save_all, write_jsonl
+from .images import folder_of, jsonl, load_program, png, save_all, tar, zipped
+
+Files = Mapping[str, str | bytes | None]  # None is an image
 
 
 def names(source: Source) -> list[str]:
@@ -18,206 +22,252 @@ def names(source: Source) -> list[str]:
 
 # --- precedence ---------------------------------------------------------------------------------------
 
-
-def test_metadata_jsonl(tmp_path: Path) -> None:
-    save_all(tmp_path, ["b.png", "a.png"])
-    rows = [{"file_name": "b.png", "text": " bee "}, {"file_name": "a.png", "text": "ay", "label": 3}]
-    write_jsonl(tmp_path / "metadata.jsonl", rows)
-    source = find_source(str(tmp_path))
-    assert source.kind == "text" and names(source) == ["a.png", "b.png"]
-    assert source.captions() == ["ay", "bee"]
-    assert any("label found as well" in note for note in source.notes)
-    assert find_source(str(tmp_path), condition="none").kind == "unconditional"
-
-
-def test_metadata_csv_with_labels(tmp_path: Path) -> None:
-    save_all(tmp_path, ["x/1.png", "2.png"])
-    (tmp_path / "metadata.csv").write_text("file_name,label\nx/1.png,cat\n2.png,ant\n", encoding="utf-8-sig")
-    source = find_source(str(tmp_path))
-    assert source.kind == "class" and source.classes == ("ant", "cat")
-    assert names(source) == ["2.png", "x/1.png"] and source.class_ids() == [0, 1]
-
-
-def test_sidecars(tmp_path: Path) -> None:
-    save_all(tmp_path, ["cats/1.png", "dogs/2.jpg"])
-    (tmp_path / "cats/1.txt").write_text("a\n cat\n")
-    (tmp_path / "dogs/2.txt").write_text("a dog")
-    source = find_source(str(tmp_path))
-    assert source.kind == "text" and source.captions() == ["a cat", "a dog"]
-    assert any("subfolders found as well" in note for note in source.notes)
-    by_class = find_source(str(tmp_path), condition="class")
-    assert by_class.classes == ("cats", "dogs") and by_class.class_ids() == [0, 1]
-
-
-def test_metadata_before_sidecars(tmp_path: Path) -> None:
-    save_all(tmp_path, ["1.png", "2.png"])
-    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "1.png", "text": "one"}])
-    (tmp_path / "1.txt").write_text("one\n")
-    (tmp_path / "2.txt").write_text("two")
-    assert find_source(str(tmp_path)).captions() == ["one", "two"]
-    (tmp_path / "1.txt").write_text("other")
-    with pytest.raises(UserError, match=r"metadata.jsonl and the .txt files differ on 1 images: 1.png"):
-        find_source(str(tmp_path))
-    assert find_source(str(tmp_path), condition="none").kind == "unconditional"  # a flag wins
-
-
-def test_subfolders_and_nothing(tmp_path: Path) -> None:
-    save_all(tmp_path, ["hat/1.png", "shoe/a/2.png", "shoe/3.png"])
-    source = find_source(str(tmp_path))
-    assert source.kind == "class" and source.classes == ("hat", "shoe") and source.class_ids() == [0, 1, 1]
-    alone = find_source(str(tmp_path / "hat"))
-    assert alone.kind == "unconditional" and alone.classes == ()
-    assert find_source(str(tmp_path), condition="none").kind == "unconditional"
-
-
-def test_metadata_without_anything_said(tmp_path: Path) -> None:
-    save_all(tmp_path, ["1.png", "2.png"])
-    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "1.png"}])
-    assert names(find_source(str(tmp_path))) == ["1.png", "2.png"]
-
-
-# --- missing captions ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gaps(tmp_path: Path) -> Path:
-    save_all(tmp_path, [f"{i}.png" for i in range(9)])
-    (tmp_path / "8.txt").write_text("eight")
-    (tmp_path / "7.txt").write_text(" ")
-    return tmp_path
-
-
-def test_missing_captions_are_counted_and_named(gaps: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"8 of 9 images have no caption: 0.png, 1.png, 2.png, 3.png, 4.png and 3"
-    ):
-        find_source(str(gaps))
+LISTED = jsonl({"file_name": "b.png", "text": " bee "}, {"file_name": "a.png", "text": "ay", "label": 3})
+BESIDE = {"cats/1.png": None, "dogs/2.png": None, "cats/1.txt": "a\n cat\n", "dogs/2.txt": "a dog"}
+GAPS = {f"{i}.png": None for i in range(9)} | {"8.txt": "eight", "7.txt": " "}
+CLASSED = {"hat/1.png": None, "shoe/a/2.png": None, "shoe/3.png": None}
+# (files, settings, what the source is, parts of its notes)
+FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
+    "metadata.jsonl": (
+        {"b.png": None, "a.png": None, "metadata.jsonl": LISTED}, {},
+        {"kind": "text", "names": ["a.png", "b.png"], "captions": ["ay", "bee"]}, ["label found as well"],
+    ),
+    "not asked for": (
+        {"b.png": None, "a.png": None, "metadata.jsonl": LISTED}, {"condition": "none"}, {"kind": "unconditional"}, [],
+    ),
+    "metadata.csv with labels": (
+        {"x/1.png": None, "2.png": None, "metadata.csv": "\ufefffile_name,label\nx/1.png,cat\n2.png,ant\n"}, {},
+        {"kind": "class", "classes": ("ant", "cat"), "names": ["2.png", "x/1.png"], "class_ids": [0, 1]}, [],
+    ),
+    "metadata that say nothing": (
+        {"1.png": None, "2.png": None, "metadata.jsonl": jsonl({"file_name": "1.png"})}, {},
+        {"kind": "unconditional", "names": ["1.png", "2.png"]}, [],
+    ),
+    "metadata of files that are not read": (
+        {"1.png": None, "2.heic": "",
+         "metadata.jsonl": jsonl({"file_name": "1.png", "text": "a"}, {"file_name": "2.heic", "text": "a"})}, {},
+        {"kind": "text"}, ["1 files that are not read as images: 2.heic", "1 .heic files are not read"],
+    ),
+    "texts beside": (BESIDE, {}, {"kind": "text", "captions": ["a cat", "a dog"]}, ["subfolders found as well"]),
+    "texts beside, classes asked for": (
+        BESIDE, {"condition": "class"}, {"kind": "class", "classes": ("cats", "dogs"), "class_ids": [0, 1]},
+        ["captions found as well, not used (--condition decides)"],
+    ),
+    "metadata before texts": (
+        {"1.png": None, "2.png": None, "1.txt": "one\n", "2.txt": "two",
+         "metadata.jsonl": jsonl({"file_name": "1.png", "text": "one"})},
+        {}, {"captions": ["one", "two"]}, [],
+    ),
+    "texts that differ from metadata, not asked for": (
+        {"1.png": None, "1.txt": "other", "metadata.jsonl": jsonl({"file_name": "1.png", "text": "one"})},
+        {"condition": "none"}, {"kind": "unconditional"}, [],
+    ),
+    "subfolders": (CLASSED, {}, {"kind": "class", "classes": ("hat", "shoe"), "class_ids": [0, 1, 1]}, []),
+    "subfolders, nothing asked for": (CLASSED, {"condition": "none"}, {"kind": "unconditional"}, []),
+    "nothing": ({"1.png": None}, {}, {"kind": "unconditional", "classes": ()}, []),
+    "gaps, empty": (GAPS, {"missing_caption": "empty"}, {"captions": [""] * 8 + ["eight"]}, []),
+    "gaps, skipped": (
+        GAPS, {"missing_caption": "skip"}, {"names": ["8.png"]}, ["8 images without a caption, left out"],
+    ),
+    "no class, skipped": (
+        {"1.png": None, "a/2.png": None, "b/3.png": None}, {"condition": "class", "missing_caption": "skip"},
+        {"names": ["a/2.png", "b/3.png"]}, [],
+    ),
+    "a level too high, asked for": (
+        {"photos/cat/1.png": None, "photos/dog/2.png": None}, {"condition": "class"}, {"classes": ("photos",)}, [],
+    ),
+    "a level too high, without classes": (
+        {"photos/cat/1.png": None, "photos/dog/2.png": None}, {"condition": "none"},
+        {"names": ["photos/cat/1.png", "photos/dog/2.png"]}, [],
+    ),
+    "hidden files": (
+        {"1.jpg": None, ".cache/2.png": None, "__MACOSX/3.jpg": None, "._1.jpg": b"\0\5\26\7"}, {},
+        {"names": ["1.jpg"]}, ["._1.jpg"],
+    ),
+    "columns that are not used": (
+        {"0.png": None, "metadata.csv": "file_name,text,tags,image\n0.png,a,b,c\n"}, {}, {"kind": "text"},
+        ["columns of metadata.csv not used: tags, image"],
+    ),
+}  # fmt: skip
 
 
-def test_missing_captions_empty_or_skipped(gaps: Path) -> None:
-    empty = find_source(str(gaps), missing_caption="empty")
-    assert empty.captions() == [""] * 8 + ["eight"]
-    skipped = find_source(str(gaps), missing_caption="skip")
-    assert names(skipped) == ["8.png"]
-    assert any("8 images without a caption, left out" in note for note in skipped.notes)
+@pytest.mark.parametrize("case", FOUND)
+def test_what_a_folder_is(tmp_path: Path, case: str) -> None:
+    files, settings, wanted, notes = FOUND[case]
+    source = find_source(str(folder_of(tmp_path, files)), **settings)
+    found = {"kind": source.kind, "names": names(source), "classes": source.classes}
+    for name, value in wanted.items():
+        assert (found[name] if name in found else getattr(source, name)()) == value
+    for part in notes:
+        assert any(part in note for note in source.notes), part
 
 
-def test_no_captions_at_all(tmp_path: Path) -> None:
-    save_all(tmp_path, ["1.png"])
-    with pytest.raises(UserError, match="there are no captions"):
-        find_source(str(tmp_path), condition="text")
+# --- captions beside the images -------------------------------------------------------------------------
+
+CAPTIONS = ["0.txt", "0.TXT", "0.caption", "0.Caption", "0.png.txt", "0.png.CAPTION"]
+UNREAD = [
+    "0.tags", "0.json", "0.cap", "0.csv", "0.yaml", "captions.txt", "captions.json", "metadata.json", "Metadata.JSONL",
+    "1.txt", "0.jpg.txt", "notes", "list.tsv",
+]  # fmt: skip
 
 
-def test_missing_classes(tmp_path: Path) -> None:
-    save_all(tmp_path, ["1.png", "a/2.png", "b/3.png"])
-    with pytest.raises(UserError, match=r"1 of 3 images have no class: 1.png"):
-        find_source(str(tmp_path), condition="class")
-    source = find_source(str(tmp_path), condition="class", missing_caption="skip")
-    assert names(source) == ["a/2.png", "b/3.png"]
+def folder(path: Path, files: Mapping[str, bytes]) -> Path:
+    return folder_of(path / "data", files)
 
 
-# --- metadata that cannot be meant --------------------------------------------------------------------
+def archive(path: Path, files: Mapping[str, bytes]) -> Path:
+    return zipped(path / "data.zip", files)
+
+
+def shard(path: Path, files: Mapping[str, bytes]) -> Path:
+    return tar(path / "data.tar", files)
+
+
+@pytest.mark.parametrize("make", [folder, archive, shard])
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_a_caption_is_read_whatever_its_file_is_called(
+    name: str, make: Callable[[Path, Mapping[str, bytes]], Path], tmp_path: Path
+) -> None:
+    source = find_source(str(make(tmp_path, {"0.png": png(0), name: b"\xef\xbb\xbf a red\nhat "})))
+    assert source.kind == "text" and source.captions() == ["a red hat"]
+    ending = ".caption" if name.lower().endswith(".caption") else ".txt"
+    origin = "1 samples in 1 tar files, read in place"
+    assert source.notes == (origin if make is shard else f"captions from {ending} files beside the images",)
+
+
+@pytest.mark.parametrize("make", [folder, archive])
+@pytest.mark.parametrize("place", ["", "hat/"])
+def test_every_file_that_is_not_read_is_named(
+    place: str, make: Callable[[Path, Mapping[str, bytes]], Path], tmp_path: Path
+) -> None:
+    """Flat, and in folders that are classes, where nobody looks for captions."""
+    files = {f"{place}0.png": png(0), "shoe/5.png": png(5)} if place else {"0.png": png(0), "2.png": png(2)}
+    for name in UNREAD:
+        source = find_source(str(make(tmp_path, files | {place + name: b"a hat", "Thumbs.db": b""})))
+        assert source.kind == ("class" if place else "unconditional")
+        notes = [note for note in source.notes if f"1 other files are not read: {place}{name};" in note]
+        assert len(notes) == 1 and "metadata.jsonl" in notes[0] and ".txt or .caption" in notes[0]
+        for path in (tmp_path / "data" / place / name, tmp_path / "data.zip"):
+            path.unlink(missing_ok=True)
+    many = find_source(str(make(tmp_path, files | {f"{place}{n}.tags": b"a" for n in range(9)})))
+    named = ", ".join(f"{place}{n}.tags" for n in range(5))
+    assert any(f"9 other files are not read: {named} and 4 more;" in note for note in many.notes)
+
+
+def test_members_of_a_shard_that_are_not_read_are_named(tmp_path: Path) -> None:
+    members = {"0.png": png(0), "0.tags": b"a", "1.tags": b"a", "2.tags": b"a", "captions.csv": b"a"}
+    notes = find_source(str(shard(tmp_path, members))).notes
+    assert "members not read: .tags (3): 0.tags, 1.tags and 1 more; .csv (1): captions.csv" in notes
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (
-            [{"file_name": "1.png", "text": "a"}, {"file_name": "1.png", "text": "a"}],
-            "twice, in lines 1 and 2",
-        ),
-        (
-            [{"file_name": "1.png", "text": "a"}, {"file_name": "9.png", "text": "a"}],
-            "1 files .* not there: 9.png",
-        ),
-        ([{"file_name": "1.png", "caption": "a"}], "'caption'\nRename it to 'text'"),
-        ([{"file": "1.png", "text": "a"}], r"line 1 has no file_name \(it has file, text\)"),
-        ([{"file_name": "../1.png", "text": "a"}], "leads out of the folder"),
-        ([{"file_name": "1.png", "text": 5}], "text is 5, not a string"),
-    ],
+    ("name", "other"), [("0.txt", "0.caption"), ("0.txt", "0.TXT"), ("0.png.txt", "0.txt")]
 )
-def test_metadata_errors(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
-    save_all(tmp_path, ["1.png"])
-    write_jsonl(tmp_path / "metadata.jsonl", rows)
+def test_two_captions_of_one_image_must_agree(name: str, other: str, tmp_path: Path) -> None:
+    data = folder(tmp_path, {"0.png": png(0), name: b"a hat", other: b" a\nhat"})
+    assert find_source(str(data)).captions() == ["a hat"]
+    (data / other).write_bytes(b"")  # says nothing
+    assert find_source(str(data)).captions() == ["a hat"]
+    (data / other).write_bytes(b"a shoe")
+    message = rf"1 images have captions that differ: 0.png \({', '.join(sorted((name, other)))}\)"
     with pytest.raises(UserError, match=message):
-        find_source(str(tmp_path))
+        find_source(str(data))
+    assert "captions that differ: 0.png" in check_source(str(data), progress=False).problems[0]
+    assert find_source(str(data), condition="none").captions() == [""]
+    if "TXT" not in other:
+        with pytest.raises(UserError, match="contradict each other"):
+            find_source(str(shard(tmp_path, {"0.png": png(0), name: b"a hat", other: b"a shoe"})))
 
 
-def test_metadata_that_is_not_json(tmp_path: Path) -> None:
-    save_all(tmp_path, ["1.png"])
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a"}\n{oops\n')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
-        find_source(str(tmp_path))
-    (tmp_path / "metadata.csv").write_text("file_name,text\n1.png,a\n")
-    with pytest.raises(UserError, match=r"both metadata.jsonl and metadata.csv"):
-        find_source(str(tmp_path))
+def test_check_names_what_is_not_read(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = folder(tmp_path, {"0.png": png(0), "0.\x1b[31mtags": b"a", "1.png": png(1)})
+    load_program(repository / "train" / "check.py").main([str(data)])
+    lines = capsys.readouterr().out
+    assert "1 other files are not read: 0.\\x1b[31mtags; captions are read from" in lines
+    assert "\x1b" not in lines
 
 
-def test_metadata_of_unread_files_are_told(tmp_path: Path) -> None:
-    save_all(tmp_path, ["1.png"])
-    (tmp_path / "2.heic").touch()
-    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": n, "text": "a"} for n in ("1.png", "2.heic")])
-    notes = find_source(str(tmp_path)).notes
-    assert any("1 files that are not read as images: 2.heic" in note for note in notes)
-    assert any("1 .heic files are not read" in note for note in notes)
+# --- what is refused ------------------------------------------------------------------------------------
 
 
-# --- the wrong folder ---------------------------------------------------------------------------------
+def listed(*rows: dict[str, object]) -> Files:
+    return {"1.png": None, "metadata.jsonl": jsonl(*rows)}
 
 
-def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    with pytest.raises(UserError, match=f"there is no folder .*\nDid you mean {tmp_path}/images"):
-        find_source(str(tmp_path / "imgaes"))
+def described(**row: object) -> Files:
+    return listed({"file_name": "1.png", "text": "a", **row})
+
+
+REFUSED: dict[str, tuple[Files, dict[str, Any], str]] = {
+    "gaps": (GAPS, {}, r"8 of 9 images have no caption: 0.png, 1.png, 2.png, 3.png, 4.png and 3"),
+    "no captions": ({"1.png": None}, {"condition": "text"}, "there are no captions"),
+    "an image without a class": (
+        {"1.png": None, "a/2.png": None, "b/3.png": None}, {"condition": "class"},
+        r"1 of 3 images have no class: 1.png",
+    ),
+    "metadata and texts that differ": (
+        {**listed({"file_name": "1.png", "text": "one"}), "1.txt": "other"}, {},
+        r"metadata.jsonl and the .txt files differ on 1 images: 1.png",
+    ),
+    "twice": (listed(*[{"file_name": "1.png", "text": "a"}] * 2), {}, "twice, in lines 1 and 2"),
+    "absent": (described(file_name="9.png"), {}, "1 files .* do not exist: 9.png"),
+    "another word": (listed({"file_name": "1.png", "caption": "a"}), {}, "'caption'\nRename it to 'text'"),
+    "no file_name": (listed({"file": "1.png", "text": "a"}), {}, r"line 1 has no file_name \(it has file, text\)"),
+    "outside": (described(file_name="../1.png"), {}, "leads out of the folder"),
+    "a number as text": (described(text=5), {}, "text is 5, not a string"),
+    "an absent mask": (described(mask="m.png"), {}, r"names 1 masks that do not exist: m.png\nmask is relative"),
+    "a mask outside": (described(mask="../1.png"), {}, "leads out of the folder"),
+    "a number as mask": (described(mask=5), {}, "mask is 5, not a string"),
+    "its own mask": (described(mask="1.png"), {}, r"1.png is given as its own mask\n.*--masks alpha"),
+    "a mask by another word": (
+        described(mask_file_name="m.png"), {}, "no mask, but 'mask_file_name'\nRename it to 'mask'",
+    ),
+    "no JSON": (
+        {"1.png": None, "metadata.jsonl": '{"file_name": "1.png", "text": "a"}\n{oops\n'}, {}, "line 2 is not JSON",
+    ),
+    "two metadata files": (
+        {**described(), "metadata.csv": "file_name,text\n1.png,a\n"}, {}, r"both metadata.jsonl and metadata.csv",
+    ),
+    "columns without metadata": ({"1.png": None}, {"columns": {"text": "a"}}, "has no metadata.jsonl or metadata.csv"),
+    "empty": ({}, {}, r"no images in .*; it is empty"),
+    "only other files": (
+        {"all.zip": "", "._a.jpg": ""}, {}, r"1 hidden or macOS resource files \(._a.jpg\); it holds 1 .zip",
+    ),
+    "parts of one data set": (
+        {"train/a/1.png": None, "train/b/2.png": None, "test/a/3.png": None}, {},
+        r"test/ \(1\), train/ \(2\).*\nGive one of them: .*/train",
+    ),
+    "metadata one level below": (
+        {"big/1.png": None, "small/2.png": None, "big/metadata.jsonl": jsonl({"file_name": "1.png", "text": "a"})}, {},
+        "metadata in big.*\nGive one of them: .*/big",
+    ),
+    "one subfolder": (
+        {"photos/cat/1.png": None, "photos/dog/2.png": None}, {},
+        r"found in photos/cat/ \(1\), photos/dog/ \(1\)\n.*/photos",
+    ),
+    "images beside class folders": (
+        {"0.png": None, "a/1.png": None, "b/2.png": None}, {},
+        r"1 images lie in .* itself, others in a/ \(1\), b/ \(1\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_folder_that_cannot_be_meant_is_refused(tmp_path: Path, case: str) -> None:
+    files, settings, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        find_source(str(folder_of(tmp_path, files)), **settings)
+
+
+def test_a_missing_folder_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=f"there is no folder .*\nDid you mean {tmp_path}/photos"):
+        find_source(str(tmp_path / "fotos"))
     save_all(tmp_path, ["a.png"])
     with pytest.raises(UserError, match="is a file, not a folder"):
         find_source(str(tmp_path / "a.png"))
-
-
-def test_empty_folder_says_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no images in .*; it is empty"):
-        find_source(str(tmp_path))
-    (tmp_path / "all.zip").touch()
-    (tmp_path / "._a.jpg").touch()
-    with pytest.raises(UserError, match=r"1 hidden or macOS resource files \(._a.jpg\); it holds 1 .zip"):
-        find_source(str(tmp_path))
-
-
-def test_one_level_too_high_for_parts_of_a_data_set(tmp_path: Path) -> None:
-    save_all(tmp_path, ["train/a/1.png", "train/b/2.png", "test/a/3.png"])
-    with pytest.raises(UserError, match=rf"test/ \(1\), train/ \(2\).*\nGive one of them: {tmp_path}/train"):
-        find_source(str(tmp_path))
-
-
-def test_one_level_too_high_for_metadata(tmp_path: Path) -> None:
-    save_all(tmp_path, ["big/1.png", "small/2.png"])
-    write_jsonl(tmp_path / "big/metadata.jsonl", [{"file_name": "1.png", "text": "a"}])
-    with pytest.raises(UserError, match=f"metadata in big.*\nGive one of them: {tmp_path}/big"):
-        find_source(str(tmp_path))
-
-
-def test_one_subfolder_is_no_class(tmp_path: Path) -> None:
-    save_all(tmp_path, ["photos/cat/1.png", "photos/dog/2.png"])
-    with pytest.raises(
-        UserError, match=rf"found in photos/cat/ \(1\), photos/dog/ \(1\)\n.*{tmp_path}/photos"
-    ):
-        find_source(str(tmp_path))
-    assert len(find_source(str(tmp_path), condition="none")) == 2
-    assert find_source(str(tmp_path), condition="class").classes == ("photos",)  # a flag wins
-
-
-def test_images_beside_class_folders(tmp_path: Path) -> None:
-    save_all(tmp_path, ["0.png", "a/1.png", "b/2.png"])
-    with pytest.raises(UserError, match=r"1 images lie in .* itself, others in a/ \(1\), b/ \(1\)"):
-        find_source(str(tmp_path))
-
-
-def test_macos_and_hidden_files_are_passed_over_and_told(tmp_path: Path) -> None:
-    save_all(tmp_path, ["1.jpg", ".cache/2.png", "__MACOSX/3.jpg"])
-    (tmp_path / "._1.jpg").write_bytes(b"\0\5\26\7")
-    source = find_source(str(tmp_path))
-    assert names(source) == ["1.jpg"]
-    assert any("._1.jpg" in note for note in source.notes)
 
 
 def test_a_folder_that_links_to_itself(tmp_path: Path) -> None:
@@ -229,15 +279,25 @@ def test_a_folder_that_links_to_itself(tmp_path: Path) -> None:
 def test_shapes_or_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_source("shapes").kind == "text"
+    with pytest.raises(UserError, match="no alpha channel"):
+        find_source("shapes", masks="alpha")
     save_all(tmp_path, ["shapes/1.png"])
     with pytest.raises(UserError, match=r"both the procedural set and a folder here\nWrite ./shapes"):
         find_source("shapes")
     assert len(find_source("./shapes")) == 1
 
 
-def test_unknown_choices() -> None:
-    with pytest.raises(UserError, match="unknown condition 'txt'\ndid you mean 'text'"):
-        find_source("shapes", condition="txt")  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("condition", "txt", "unknown condition 'txt'\ndid you mean 'text'"),
+        ("masks", "alhpa", "unknown masks 'alhpa'\ndid you mean 'alpha'"),
+        ("colours", "srbg", "unknown colours 'srbg'\ndid you mean 'srgb'"),
+    ],
+)
+def test_unknown_choices(name: str, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_source("shapes", **{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.data

@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 from latentflow.config import FramingConfig
-from latentflow.data import Source, find_source, frame
-from latentflow.data.crops import Crop, bucket_sizes, cropped
+from latentflow.data import Source, crop, find_source
+from latentflow.data.crops import CroppedExample, bucket_sizes, with_crops
 from latentflow.data.pixels import read_image, read_own_mask
 from latentflow.errors import UserError
+
+from .images import turned_by_exif
 
 SIZES = {"square": (64, 64), "wide": (100, 60), "tall": (60, 100), "panorama": (300, 50), "turned": (90, 40)}
 
@@ -28,9 +30,7 @@ def source(tmp_path: Path) -> Source:
     for name, (width, height) in SIZES.items():
         pixels = np.zeros((height, width, 3), dtype=np.uint8)
         pixels[..., 0] = np.linspace(0, 255, width).astype(np.uint8)
-        exif = Image.Exif()
-        if name == "turned":
-            exif[0x0112] = 6
+        _, exif = turned_by_exif(pixels, 6 if name == "turned" else 1)
         Image.fromarray(pixels).save(folder / f"{name}.png", exif=exif)
     return find_source(str(folder), condition="none")
 
@@ -54,7 +54,7 @@ def test_a_resolution_that_does_not_divide_is_refused() -> None:
 
 
 def test_each_image_gets_the_nearest_aspect_ratio_and_none_is_left_out(source: Source) -> None:
-    framing = frame(source, 64, 8, FramingConfig(buckets=True))
+    framing = crop(source, 64, 8, FramingConfig(buckets=True))
     names = [example.name for example in source.examples]
     size = {name: framing.sizes[framing.bucket[row]] for row, name in enumerate(names)}
     assert size["square.png"] == (64, 64)
@@ -74,18 +74,18 @@ def test_each_image_gets_the_nearest_aspect_ratio_and_none_is_left_out(source: S
 
 
 def test_without_buckets_nothing_is_looked_at(source: Source) -> None:
-    framing = frame(source, 64, 8, FramingConfig())
+    framing = crop(source, 64, 8, FramingConfig())
     assert framing.sizes == ((64, 64),) and framing.part(0) is source and not framing.lines()
 
 
 def test_crops_lie_where_they_are_said_to(source: Source) -> None:
     row = [example.name for example in source.examples].index("panorama.png")
-    framing = frame(source, 50, 10, FramingConfig(crops=8), told=True)
+    framing = crop(source, 50, 10, FramingConfig(crops=8), size_conditioning=True)
     part = framing.part(0)
     assert len(part) == 8 * len(source)
     crops = part.examples[8 * row : 8 * row + 8]
     rows, numbers = np.full(8, row), np.arange(8)
-    plain, mirrored = (framing.told(rows, numbers, np.full(8, flip)) for flip in (0, 1))
+    plain, mirrored = (framing.size_conditioning(rows, numbers, np.full(8, flip)) for flip in (0, 1))
     for example, said, said_mirrored in zip(crops, plain, mirrored, strict=True):
         assert said[[0, 1, 2, 4, 5]].tolist() == [50, 300, 0, 50, 50]
         assert said[3] + said_mirrored[3] == 250  # what is left of an image is right of its mirror image
@@ -103,7 +103,7 @@ def test_a_crop_s_mask_is_cut_with_it(source: Source, tmp_path: Path) -> None:
     image[:, 140:200] = 255
     Image.fromarray(image).save(folder / "a.png")
     Image.fromarray(image[..., 0]).save(folder / "a-mask.png")
-    for example in cropped(find_source(str(folder), condition="none"), 6).examples:
+    for example in with_crops(find_source(str(folder), condition="none"), 6).examples:
         mask = read_own_mask(example, 50)
         assert mask is not None
         assert (
@@ -112,16 +112,14 @@ def test_a_crop_s_mask_is_cut_with_it(source: Source, tmp_path: Path) -> None:
 
 
 def test_what_a_crop_says_of_its_image(source: Source) -> None:
-    whole, crop, *_ = cropped(source, 2).examples
-    assert isinstance(crop, Crop) and crop.name == whole.name and crop.centering != whole.centering
-    assert (
-        frame(source, 64, 8, FramingConfig(crops=2)).part(0).examples[1].content_key() == crop.content_key()
-    )
+    whole, cut, *_ = with_crops(source, 2).examples
+    assert isinstance(cut, CroppedExample) and cut.name == whole.name and cut.centering != whole.centering
+    assert crop(source, 64, 8, FramingConfig(crops=2)).part(0).examples[1].content_key() == cut.content_key()
 
 
 def test_many_crops_take_no_memory_before_they_are_asked_for(source: Source) -> None:
     tracemalloc.start()
-    part = cropped(dataclasses.replace(source, examples=source.examples * 1000), 64)
+    part = with_crops(dataclasses.replace(source, examples=source.examples * 1000), 64)
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(part) == 64 * 5000 and held < 2**20

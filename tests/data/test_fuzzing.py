@@ -31,16 +31,9 @@ from latentflow.errors import LENGTH, UserError, printable
 from latentflow.pipeline.adapter_files import AdapterFacts, read_adapter
 from latentflow.training.report.folder import read_run
 
-from .images import noise
-from .test_kinds import parquet, saved, tar
+from .images import encoded, folder_of, jsonl, noise, parquet, saved, tar
 
 QUICK, SLOW = 300, 650  # inputs for each parser
-
-
-def encoded(image: Image.Image, format: str = "PNG") -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format)
-    return stream.getvalue()
 
 
 IMAGES = [encoded(noise(seed, 4, 4)) for seed in range(3)]
@@ -49,6 +42,7 @@ ROWS = [
     {"file_name": "0.png", "text": "a red hat", "label": "hat", "weight": 0.5},
     {"file_name": "1.png", "text": ["a shoe", "a blue shoe"], "label": 3, "mask": "2.png"},
 ]
+LINES = jsonl(*ROWS).encode()
 DESCRIPTION = {
     "version": 1, "complete": True, "name": "cats", "pictures": 2, "kind": "text", "classes": ["a", "b"],
     "notes": ["captions from metadata.jsonl"], "resolution": 8, "sizes": [[8, 8], [4, 16]],
@@ -87,12 +81,7 @@ def look(data: Path, **wanted: Any) -> None:
 
 
 def images(folder: Path) -> None:
-    for number, image in enumerate(IMAGES):
-        (folder / f"{number}.png").write_bytes(image)
-
-
-def jsonl(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    folder_of(folder, {f"{number}.png": image for number, image in enumerate(IMAGES)})
 
 
 def tables(folder: Path) -> list[bytes]:
@@ -113,13 +102,8 @@ def features(folder: Path) -> list[bytes]:
 
 
 def read_features(folder: Path, file: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.table({"image": IMAGES, "label": [0, 1, 1]})
-    table = table.replace_schema_metadata({"huggingface": file.read_bytes()})
-    pyarrow.parquet.write_table(table, folder / "x.parquet")
-    look(folder / "x.parquet")
+    metadata: dict[str, str | bytes] = {"huggingface": file.read_bytes()}
+    look(parquet(folder / "x.parquet", metadata, image=IMAGES, label=[0, 1, 1]))
 
 
 def latents(folder: Path) -> None:
@@ -162,7 +146,7 @@ def shards(folder: Path) -> list[bytes]:
         "0.png": IMAGES[0],
         "0.txt": b"a hat",
         "1.png": IMAGES[1],
-        "1.json": jsonl([ROWS[1]]),
+        "1.json": jsonl(ROWS[1]).encode(),
         "1.cls": b"3",
     }
     found = [tar(folder / "s.tar", members).read_bytes()]
@@ -232,7 +216,7 @@ def masks(folder: Path) -> list[bytes]:
 
 
 PARSERS = [
-    Parser("metadata.jsonl", "metadata.jsonl", lambda _: [jsonl(ROWS)],
+    Parser("metadata.jsonl", "metadata.jsonl", lambda _: [LINES],
            lambda folder, _: look(folder, missing_caption="empty"), images, True),
     Parser("metadata.csv", "metadata.csv",
            lambda _: [b'file_name,text,label,weight\n0.png,"a, hat",hat,1\n1.png,b,c,\n'],
@@ -245,7 +229,7 @@ PARSERS = [
            lambda _, file: look(file, missing_caption="empty"), images),
     Parser("parquet metadata", "metadata", features, read_features, is_text=True),
     Parser("shard.tar", "shard.tar", shards, lambda _, file: look(file)),
-    Parser("member.json", "member", lambda _: [jsonl([ROWS[1]])], read_json_member, is_text=True),
+    Parser("member.json", "member", lambda _: [jsonl(ROWS[1]).encode()], read_json_member, is_text=True),
     Parser("folder.zip", "folder.zip", archives, lambda _, file: look(file, missing_caption="empty")),
     Parser("mix.yaml", "mix.yaml", lambda _: [b"sources:\n  - {data: a, repeats: 2, weight: 0.5}\n  - data: b\n"],
            lambda _, file: look(file), lambda folder: [images_in(folder / name) for name in "ab"] and None, True),

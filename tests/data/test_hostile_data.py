@@ -9,6 +9,7 @@ import struct
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +20,30 @@ from latentflow.cli import parse
 from latentflow.config import DataConfig
 from latentflow.data import check_source, find_source
 from latentflow.data.sources import annotations as metadata
+from latentflow.data.sources import assemble, files, latent_files, latent_folder, mix, table
 from latentflow.data.sources import folder as folder_source
 from latentflow.data.sources import hugging_face as saved_sets
-from latentflow.data.sources import latent_files, latent_folder, members, mix, table
 from latentflow.data.sources import webdataset as shards
 from latentflow.data.sources import zip_file as archives
 from latentflow.errors import LENGTH, UserError, few, one_line, shown
 from latentflow.training import log_to
 from latentflow.training.fine_tune.prior import _read_prompts
 from latentflow.training.report.folder import read_run
-from latentflow.utils import files
+from latentflow.utils import files as documents
 
+from .images import folder_of, parquet, png, saved, tar, written, zipped
 from .test_fuzzing import FEATURES, described, latents
-from .test_kinds import parquet, png, saved, tar, zipped
 
 DEEP = '{"a":' * 3000
 
 
-def written(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 def with_image(folder: Path, name: str, content: str | bytes) -> Path:
-    written(folder / "0.png", png(0))
-    written(folder / name, content)
-    return folder
+    return folder_of(folder, {"0.png": None, name: content})
 
 
 def in_shard(folder: Path, name: str, content: str | bytes) -> Path:
-    return tar(
-        folder / "s.tar", {"0.png": png(0), name: content.encode() if isinstance(content, str) else content}
-    )
+    content = content.encode() if isinstance(content, str) else content
+    return tar(folder / "s.tar", {"0.png": png(0), name: content})
 
 
 def in_latents(folder: Path, content: str | bytes) -> Path:
@@ -61,13 +53,7 @@ def in_latents(folder: Path, content: str | bytes) -> Path:
 
 
 def in_parquet(folder: Path, content: str | bytes) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = pyarrow.table({"image": [png(0)], "label": [1]})
-    rows = rows.replace_schema_metadata({"huggingface": content})
-    pyarrow.parquet.write_table(rows, folder / "x.parquet")
-    return folder / "x.parquet"
+    return parquet(folder / "x.parquet", {"huggingface": content}, image=[png(0)], label=[1])
 
 
 def read(data: Path) -> None:
@@ -127,13 +113,13 @@ def test_a_document_that_cannot_be_read_is_one_sentence(
 
 def test_documents_say_what_they_said(tmp_path: Path) -> None:
     mark = "\ufeff"
-    assert files.parse_json('{"a": [1, NaN]}', "x")["a"][0] == 1
-    assert files.parse_yaml("a: &a {k: 1}\nb: {<<: *a, k: 2}", "x") == {"a": {"k": 1}, "b": {"k": 2}}
-    assert files.parse_yaml("", "x") is None
-    assert files.read_json(written(tmp_path / "a", f'{mark}{{"a": "ü"}}')) == {"a": "ü"}
-    assert files.read_yaml(written(tmp_path / "a", f"{mark}a: ü")) == {"a": "ü"}
+    assert documents.parse_json('{"a": [1, NaN]}', "x")["a"][0] == 1
+    assert documents.parse_yaml("a: &a {k: 1}\nb: {<<: *a, k: 2}", "x") == {"a": {"k": 1}, "b": {"k": 2}}
+    assert documents.parse_yaml("", "x") is None
+    assert documents.read_json(written(tmp_path / "a", f'{mark}{{"a": "ü"}}')) == {"a": "ü"}
+    assert documents.read_yaml(written(tmp_path / "a", f"{mark}a: ü")) == {"a": "ü"}
     with pytest.raises(UserError, match=r"b cannot be read: .*No such file"):
-        files.read_json(tmp_path / "b")
+        documents.read_json(tmp_path / "b")
     assert (
         parse(
             DataConfig, ["cats", "--config", str(written(tmp_path / "c", f"{mark}masks: none"))], prog="x"
@@ -160,81 +146,99 @@ def test_a_file_of_prompts_is_read_as_other_text(content: bytes | None, told: st
 # ---- text that nothing can store ----
 
 HALF = '{"file_name": "0.png", "text": "a \\ud83c hat"}'
-NO_TEXT: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "metadata.jsonl": (lambda folder: with_image(folder, "metadata.jsonl", HALF), r"line 1: text holds \\ud83c, half"),
-    "list": (
+NO_TEXT: list[tuple[Callable[[Path], Path], str]] = [
+    (lambda folder: with_image(folder, "metadata.jsonl", HALF), r"line 1: text holds \\ud83c, half"),
+    (
         lambda folder: with_image(folder, "metadata.jsonl", HALF.replace('"a \\ud83c hat"', '["a", "\\udc00"]')),
         r"line 1: text holds \\udc00, half",
     ),
-    "label": (
+    (
         lambda folder: with_image(folder, "metadata.jsonl", HALF.replace("text", "label")),
         r"line 1: label holds \\ud83c, half",
     ),
-    "member": (lambda folder: in_shard(folder, "0.json", HALF), r"0.json: text holds \\ud83c, half"),
-    "NUL": (
+    (lambda folder: in_shard(folder, "0.json", HALF), r"0.json: text holds \\ud83c, half"),
+    (
         lambda folder: with_image(folder, "metadata.jsonl", HALF.replace("ud83c", "u0000")),
         "line 1: text holds NUL",
     ),
-    "UTF-16": (lambda folder: with_image(folder, "0.txt", "a hat".encode("utf-16-le")), "0.txt holds NUL"),
-    "UTF-16 table": (
+    (lambda folder: with_image(folder, "0.txt", "a hat".encode("utf-16-le")), "0.txt holds NUL"),
+    (
         lambda folder: with_image(folder, "t.csv", "image,text\n0.png,a".encode("utf-16-le")) / "t.csv",
         "t.csv holds NUL",
     ),
-    "bytes": (lambda folder: with_image(folder, "0.caption", b"\xff\xfea"), "0.caption is not UTF-8"),
-    "zip": (
+    (lambda folder: with_image(folder, "0.caption", b"\xff\xfea"), "0.caption is not UTF-8"),
+    (
         lambda folder: zipped(folder / "a.zip", {"0.png": png(0), "metadata.jsonl": HALF.encode()}),
         r"line 1: text holds \\ud83c, half",
     ),
-    "parquet": (lambda folder: invalid_strings(folder), "x.parquet cannot be read: .*(UTF8|utf-8)"),
-}  # fmt: skip
+    (lambda folder: invalid_strings(folder), "x.parquet cannot be read: .*(UTF8|utf-8)"),
+]  # fmt: skip
+
+
+# Rows of metadata.jsonl, metadata that `datasets` writes into parquet, and entries of a mix.
+ROWS = [
+    ('{"file_name": 5}', "line 1: file_name is 5, not a string"),
+    ('{"file_name": {"a": 1}}', "file_name is {'a': 1}, not a string"),
+    ('{"text": "a"}', "line 1 has no file_name"),
+    ("[1]", "line 1 is not an object"),
+    ("null", "line 1 is not an object"),
+    ('{"file_name": "0.png", "text": 5}', "text is 5, not a string or a list"),
+    ('{"file_name": "0.png", "text": ["a", 5]}', "not a string or a list"),
+    ('{"file_name": "0.png", "label": NaN}', "label is nan, neither"),
+    ('{"file_name": "0.png", "weight": NaN}', "weight is nan"),
+    ('{"file_name": "0.png", "weight": 1' + "0" * 400 + "}", "weight is 1000"),
+    ('{"file_name": "0.png", "weight": Infinity}', "weight is inf"),
+    ('{"file_name": "0.png", "weight": 1e308}', "weight is 1e\\+308"),
+    ('{"file_name": "0\\u0000.png"}', "names 1 files that do not exist"),
+    ('{"file_name": "\\ud83c.png"}', "names 1 files that do not exist"),
+    ('{"file_name": "' + "a" * 5000 + '"}', "cannot be read: file name too long|not there"),
+]
+FEATURED: list[tuple[str | bytes, str]] = [
+    ("[]", r"hold \[\] where info should be"),
+    ('{"info": 5}', "hold 5 where features should be"),
+    ('{"info": {"features": [1]}}', r"features is \[1\], not an object"),
+    ('{"info": {"features": {"label": {"names": 5}}}}', "the names of label are 5"),
+    ('{"info": {"features": {"label": {"names": ["a", 5]}}}}', r"the names of label are \['a', 5\]"),
+    (b"\xff", "is not UTF-8"),
+]
+MIXED = [("weight", "1" + "0" * 400), ("weight", ".inf"), ("weight", "1000001"), ("repeats", "1" + "0" * 12),
+         ("repeats", "true")]  # fmt: skip
+
+
+def in_mix(folder: Path, entry: str) -> Path:
+    folder_of(folder / "a", {"0.png": None, "0.txt": "a"})
+    return written(folder / "mix.yaml", f"sources: [{{data: a, {entry}}}]")
+
+
+DAMAGED: list[tuple[Callable[[Path], Path], str]] = [
+    *NO_TEXT,
+    *((partial(with_image, name="metadata.jsonl", content=row), message) for row, message in ROWS),
+    *(
+        (partial(in_parquet, content=content), f"the metadata 'huggingface' of .*x.parquet.*{message}")
+        for content, message in FEATURED
+    ),
+    *((partial(in_mix, entry=f"{k}: {value}"), rf"mix\.yaml, source 1: {k} is") for k, value in MIXED),
+]
 
 
 def invalid_strings(folder: Path) -> Path:
     import pyarrow
-    import pyarrow.parquet
 
-    texts = pyarrow.array([b"a \xed\xa0\xbc hat"]).view(
-        pyarrow.string()
-    )  # half an emoji, as Arrow can hold it
-    pyarrow.parquet.write_table(pyarrow.table({"image": [png(0)], "text": texts}), folder / "x.parquet")
-    return folder / "x.parquet"
+    halves = pyarrow.array([b"a \xed\xa0\xbc hat"])  # half an emoji, as Arrow can hold it
+    return parquet(folder / "x.parquet", image=[png(0)], text=halves.view(pyarrow.string()))
 
 
-@pytest.mark.parametrize("name", NO_TEXT)
-def test_check_and_training_refuse_the_same_captions(name: str, tmp_path: Path) -> None:
-    make, told = NO_TEXT[name]
+@pytest.mark.parametrize(("make", "message"), DAMAGED)
+def test_check_and_training_refuse_damaged_annotations_alike(
+    make: Callable[[Path], Path], message: str, tmp_path: Path
+) -> None:
     data = str(make(tmp_path))
-    with pytest.raises(UserError, match=told) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         find_source(data)
+    assert len(str(refused.value)) <= 2 * LENGTH + 1
     report = check_source(data, progress=False)
     assert report.problems and one_line(refused.value.what) in report.problems[0]
     assert report.verdict == "a training would stop at the problem"
-
-
-@pytest.mark.parametrize(
-    ("row", "told"),
-    [
-        ('{"file_name": 5}', "line 1: file_name is 5, not a string"),
-        ('{"file_name": {"a": 1}}', "file_name is {'a': 1}, not a string"),
-        ('{"text": "a"}', "line 1 has no file_name"),
-        ("[1]", "line 1 is not an object"),
-        ("null", "line 1 is not an object"),
-        ('{"file_name": "0.png", "text": 5}', "text is 5, not a string or a list"),
-        ('{"file_name": "0.png", "text": ["a", 5]}', "not a string or a list"),
-        ('{"file_name": "0.png", "label": NaN}', "label is nan, neither"),
-        ('{"file_name": "0.png", "weight": NaN}', "weight is nan"),
-        ('{"file_name": "0.png", "weight": 1' + "0" * 400 + "}", "weight is 1000"),
-        ('{"file_name": "0.png", "weight": Infinity}', "weight is inf"),
-        ('{"file_name": "0.png", "weight": 1e308}', "weight is 1e\\+308"),
-        ('{"file_name": "0\\u0000.png"}', "names 1 files that are not there"),
-        ('{"file_name": "\\ud83c.png"}', "names 1 files that are not there"),
-        ('{"file_name": "' + "a" * 5000 + '"}', "cannot be read: file name too long|not there"),
-    ],
-)
-def test_rows_of_wrong_types_are_named_with_their_line(row: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=told) as refused:
-        find_source(str(with_image(tmp_path, "metadata.jsonl", row)))
-    assert len(str(refused.value)) <= 2 * LENGTH + 1
 
 
 def test_a_cell_longer_than_csv_reads_and_a_label_of_many_digits(tmp_path: Path) -> None:
@@ -249,22 +253,6 @@ def test_a_cell_longer_than_csv_reads_and_a_label_of_many_digits(tmp_path: Path)
 
 
 # ---- parquet, saved sets, folders of latents ----
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ("[]", r"hold \[\] where info should be"),
-        ('{"info": 5}', "hold 5 where features should be"),
-        ('{"info": {"features": [1]}}', r"features is \[1\], not an object"),
-        ('{"info": {"features": {"label": {"names": 5}}}}', "the names of label are 5"),
-        ('{"info": {"features": {"label": {"names": ["a", 5]}}}}', r"the names of label are \['a', 5\]"),
-        (b"\xff", "is not UTF-8"),
-    ],
-)
-def test_odd_metadata_of_a_parquet_file_are_named(content: str | bytes, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"the metadata 'huggingface' of .*x.parquet.*{told}"):
-        find_source(str(in_parquet(tmp_path, content)))
 
 
 @pytest.mark.parametrize("content", ["{}", "null", '{"info": null}', '{"info": {"features": {"label": {}}}}'])
@@ -360,7 +348,7 @@ def test_a_member_that_says_how_large_it_is_is_not_unpacked(
     name: str, compression: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = zipped(tmp_path / "a.zip", {"0.png": png(0), name: bytes(MANY)}, compression)
-    monkeypatch.setattr(members, "IMAGE_BYTES", 2**20)
+    monkeypatch.setattr(files, "IMAGE_BYTES", 2**20)
     with (
         memory_below(MANY // 2),
         pytest.raises(UserError, match=rf"a.zip: {name} holds {MANY:,} bytes, more than the 1,048,576"),
@@ -409,7 +397,7 @@ def test_columns_and_rows_of_a_parquet_file_are_bounded(
     rows = {"image": [png(0)] * 100_000}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "y.parquet")
     assert (tmp_path / "y.parquet").stat().st_size < 100_000
-    with pytest.raises(UserError, match=r"y.parquet tells of 100000 rows in \d+ bytes"):
+    with pytest.raises(UserError, match=r"y.parquet claims 100000 rows in \d+ bytes"):
         find_source(str(tmp_path / "y.parquet"))
 
 
@@ -456,15 +444,15 @@ SEEDS: dict[str, Callable[[Path], object]] = {
     "config": lambda folder: read_config(written(folder / "c.yaml", "masks: none")),
 }  # fmt: skip
 OURS = [
-    ("metadata", metadata, "said"), ("metadata", metadata, "rename"), ("metadata", files, "_refuse_excess"),
-    ("csv", metadata, "_required"), ("csv", metadata, "decode"), ("sidecar", folder_source, "read_sidecars"),
-    ("sidecar", folder_source, "_left_out"), ("table", table, "text_of"), ("table", table, "_place"),
-    ("parquet", table, "class_name"), ("parquet", table, "_filled"), ("parquet", table, "refuse_synonyms"),
-    ("shard", shards, "_object"), ("shard", shards, "_meaning"), ("shard", shards, "TarMember"),
-    ("zip", archives, "_folder"), ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"),
-    ("latents", latent_folder, "_Index"), ("latents", latent_folder, "index_schema"), ("saved", saved_sets, "said"),
-    ("saved", saved_sets, "ArrowMember"), ("mix", mix, "_part"), ("mix", files, "_repeated_key"),
-    ("config", cli, "_convert"),
+    ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"), ("metadata", folder_source, "rename"),
+    ("metadata", documents, "_refuse_excess"), ("csv", folder_source, "_file_name"), ("csv", metadata, "decode"),
+    ("sidecar", folder_source, "read_sidecars"), ("sidecar", folder_source, "_left_out"),
+    ("table", assemble, "text_in"), ("table", assemble, "_path_in"), ("parquet", assemble, "class_name"),
+    ("parquet", table, "_filled"), ("parquet", table, "refuse_synonyms"), ("shard", shards, "_json_object"),
+    ("shard", shards, "_is_caption"), ("shard", shards, "TarMember"), ("zip", archives, "folder_source"),
+    ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"), ("latents", latent_folder, "_Index"),
+    ("latents", latent_folder, "index_schema"), ("saved", assemble, "parse_row"), ("saved", saved_sets, "ArrowMember"),
+    ("mix", mix, "_part"), ("mix", documents, "_repeated_key"), ("config", cli, "_convert"),
 ]  # fmt: skip
 
 
@@ -491,14 +479,6 @@ def test_a_defect_of_our_own_keeps_its_traceback(
         SEEDS[seed](tmp_path)
 
 
-def test_a_file_that_vanishes_between_is_no_defect(tmp_path: Path) -> None:
-    path = zipped(tmp_path / "a.zip", {"0.png": png(0)})
-    source = find_source(str(path))
-    path.unlink()
-    with pytest.raises(UserError, match=r"a\.zip cannot be read"):
-        source.content_keys()
-
-
 def test_names_that_are_text_are_classes_as_they_are(tmp_path: Path) -> None:
     """A joiner inside a word is a part of it, unseen as it is: only what no file can hold is written otherwise."""
     names = ["می\u200cخواهم", "👩\u200d🚀", "soft\u00adhyphen"]
@@ -506,25 +486,6 @@ def test_names_that_are_text_are_classes_as_they_are(tmp_path: Path) -> None:
         written(tmp_path / name / "0.png", png(0))
     assert set(find_source(str(tmp_path)).classes) == {*names, r"\udce9"}
     assert one_line(names[0]) == names[0]
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("weight", "1" + "0" * 400),
-        ("weight", ".inf"),
-        ("weight", "1000001"),
-        ("repeats", "1" + "0" * 12),
-        ("repeats", "true"),
-    ],
-)
-def test_numbers_of_a_mix_that_nothing_can_hold(key: str, value: str, tmp_path: Path) -> None:
-    written(
-        with_image(tmp_path / "a", "0.txt", "a").parent / "mix.yaml",
-        f"sources: [{{data: a, {key}: {value}}}]",
-    )
-    with pytest.raises(UserError, match=rf"mix\.yaml, source 1: {key} is"):
-        find_source(str(tmp_path / "mix.yaml"))
 
 
 def test_a_value_of_a_config_file_is_refused_without_a_word_of_the_parser_of_flags(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import io
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,13 +13,13 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from latentflow.data import FileExample, check_source, decode_image, find_source, read_image, readable
-from latentflow.data.checking.inspect_images import look_at
+from latentflow.data.checking.inspect_images import inspect_image
 from latentflow.data.images import open_image
-from latentflow.data.sources.files import SUFFIXES
+from latentflow.data.sources.files import IMAGE_SUFFIXES
 from latentflow.errors import UserError
 from latentflow.utils.image_formats import FORMATS, open_no_others
 
-from .images import load_program, noise
+from .images import load_program, noise, parquet, saved, tar, turned_by_exif, zipped
 from .profiles import rgb_profile
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
@@ -69,42 +68,20 @@ def of_folder(hostile: Path) -> Iterator[object]:
     yield lambda: read_image(FileExample("hostile", path=data / "hostile.png"), 8)
 
 
-def of_zip(hostile: Path) -> Iterator[object]:
-    with zipfile.ZipFile(hostile.parent / "data.zip", "w") as archive:
-        archive.write(hostile, "hostile.png")
-    source = find_source(str(hostile.parent / "data.zip"))
-    assert check_source(str(hostile.parent / "data.zip"), progress=False).unreadable
-    yield lambda: read_image(source.examples[0], 8)
-
-
-def of_tar(hostile: Path) -> Iterator[object]:
-    import tarfile
-
-    with tarfile.open(hostile.parent / "data.tar", "w") as archive:
-        archive.add(hostile, "hostile.png")
-    source = find_source(str(hostile.parent / "data.tar"))
-    yield lambda: read_image(source.examples[0], 8)
-
-
-def of_parquet(hostile: Path) -> Iterator[object]:
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.table({"image": [hostile.read_bytes()], "mask": [hostile.read_bytes()]})
-    pyarrow.parquet.write_table(table, hostile.parent / "data.parquet")
-    source = find_source(str(hostile.parent / "data.parquet"))
-    yield lambda: read_image(source.examples[0], 8)
-    yield source.examples[0].open_mask
-
-
-def of_saved(hostile: Path) -> Iterator[object]:
-    import datasets
-
-    features = datasets.Features({"image": datasets.Image()})
-    rows = {"image": [{"bytes": hostile.read_bytes(), "path": None}]}
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(hostile.parent / "saved"))
-    source = find_source(str(hostile.parent / "saved"))
-    yield lambda: read_image(source.examples[0], 8)
+def of_archives(hostile: Path) -> Iterator[object]:
+    content, root = hostile.read_bytes(), hostile.parent
+    held = [{"bytes": content, "path": None}]
+    for data in (
+        zipped(root / "data.zip", {"hostile.png": content}),
+        tar(root / "data.tar", {"hostile.png": content}),
+        parquet(root / "data.parquet", image=[content], mask=[content]),
+        saved(root / "saved", image=held),
+    ):
+        (example,) = find_source(str(data)).examples
+        assert check_source(str(data), progress=False).unreadable
+        yield lambda example=example: read_image(example, 8)
+        if example.mask is not None:
+            yield example.open_mask
 
 
 def of_masks(hostile: Path) -> Iterator[object]:
@@ -139,7 +116,7 @@ def of_image(hostile: Path) -> Iterator[object]:
     yield lambda: open_image(io.BytesIO(hostile.read_bytes()))
 
 
-WAYS = [of_folder, of_zip, of_tar, of_parquet, of_saved, of_masks, of_programs, of_image]
+WAYS = [of_folder, of_archives, of_masks, of_programs, of_image]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -176,8 +153,8 @@ def test_the_error_says_which_formats_are_read(hostile: Path) -> None:
 
 
 def test_every_promised_suffix_is_read(tmp_path: Path) -> None:
-    assert {Image.registered_extensions()[suffix] for suffix in SUFFIXES} == set(FORMATS)
-    for suffix in SUFFIXES:
+    assert {Image.registered_extensions()[suffix] for suffix in IMAGE_SUFFIXES} == set(FORMATS)
+    for suffix in IMAGE_SUFFIXES:
         path = tmp_path / f"a{suffix}"
         image = noise(0, 16, 16).convert("L" if suffix == ".pgm" else "RGB")
         image.save(path)
@@ -205,16 +182,14 @@ def test_images_are_opened_in_one_place() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("suffix", sorted(set(SUFFIXES) - {".jpeg", ".jfif", ".tiff"}))
+@pytest.mark.parametrize("suffix", sorted(set(IMAGE_SUFFIXES) - {".jpeg", ".jfif", ".tiff"}))
 def test_a_damaged_image_is_a_sentence_that_names_it(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes changed, cut out, put in and cut off: a `UserError`, or an image; from every function that decodes."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a header may come to promise many millions
     path = tmp_path / f"a{suffix}"
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image = noise(0, 24, 20).convert("L" if suffix == ".pgm" else "RGB")
+    image, exif = turned_by_exif(np.asarray(noise(0, 24, 20).convert("L" if suffix == ".pgm" else "RGB")), 6)
     image.save(path, icc_profile=rgb_profile("Display P3"), exif=exif)
     whole, generator = path.read_bytes(), np.random.default_rng(0)
     example = FileExample("a", path=path, mask=path)
@@ -231,7 +206,7 @@ def test_a_damaged_image_is_a_sentence_that_names_it(
             data[:start] + b"\xff\xff\xff\xff" + data[start:],
         ][generator.integers(4)]
         path.write_bytes(data)
-        assert look_at(example).error != "" and example.pixel_key()
+        assert inspect_image(example).error != "" and example.pixel_key()
         for read in (decode_image, lambda path: read_image(FileExample("a", path=path), 8)):
             try:
                 read(path)

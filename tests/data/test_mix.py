@@ -12,24 +12,19 @@ from latentflow.data import Source, find_source, split
 from latentflow.data.captions import with_tag_orders
 from latentflow.errors import UserError
 
-from .images import noise, save_all, write_jsonl
+from .images import folder_of, jsonl, png, save_all, written
 
 
 def captioned(root: Path, count: int, seed: int = 0, **more: Any) -> Path:
-    root.mkdir(parents=True)
-    for number in range(count):
-        noise(seed + number).save(root / f"{number}.png")
     rows = [
         {"file_name": f"{number}.png", "text": f"{root.name} {number}", **more} for number in range(count)
     ]
-    write_jsonl(root / "metadata.jsonl", rows)
-    return root
+    images = {f"{number}.png": png(seed + number) for number in range(count)}
+    return folder_of(root, images | {"metadata.jsonl": jsonl(*rows)})
 
 
-def mix(tmp_path: Path, *sources: dict[str, Any], **more: Any) -> str:
-    path = tmp_path / "mix.yaml"
-    path.write_text(yaml.safe_dump({"sources": list(sources), **more}))
-    return str(path)
+def mix(tmp_path: Path, *sources: dict[str, Any]) -> str:
+    return str(written(tmp_path / "mix.yaml", yaml.safe_dump({"sources": list(sources)})))
 
 
 # --- mixing -------------------------------------------------------------------------------------------
@@ -38,10 +33,14 @@ def mix(tmp_path: Path, *sources: dict[str, Any], **more: Any) -> str:
 def test_repeats_and_weights_of_a_mix(tmp_path: Path) -> None:
     captioned(tmp_path / "cats", 2, weight=0.5)
     captioned(tmp_path / "more/dogs", 3, seed=10)
-    data = mix(tmp_path, {"data": "cats", "repeats": 4}, {"data": str(tmp_path / "more/dogs"), "weight": 3})
+    data = mix(
+        tmp_path,
+        {"data": "cats", "repeats": 4, "weight": 3},
+        {"data": str(tmp_path / "more/dogs"), "weight": 3},
+    )
     source = find_source(data)
     assert [example.repeats for example in source.examples] == [1, 1, 1, 4, 4]  # absolute paths come first
-    assert source.weights() == [3, 3, 3, 0.5, 0.5]
+    assert source.weights() == [3, 3, 3, 1.5, 1.5]  # weights multiply
     assert source.uses() == [0, 1, 2, *[3] * 4, *[4] * 4] and source.once().uses() == [0, 1, 2, 3, 4]
     assert {example.name for example in source.examples} >= {"cats/0.png"}
     assert any("cats: 2 images, each used 4 times an epoch" in note for note in source.notes)
@@ -49,11 +48,6 @@ def test_repeats_and_weights_of_a_mix(tmp_path: Path) -> None:
     assert len(training) + len(held_out) == 5  # repeats never part an image
     plain = find_source(mix(tmp_path, {"data": "cats"}, {"data": "more/dogs"}))
     assert source.fingerprint() != plain.fingerprint()
-
-
-def test_weights_multiply(tmp_path: Path) -> None:
-    captioned(tmp_path / "cats", 1, weight=0.5)
-    assert find_source(mix(tmp_path, {"data": "cats", "weight": 3})).weights() == [1.5]
 
 
 def test_regularisation_is_balanced_with_what_is_learnt(tmp_path: Path) -> None:
@@ -78,35 +72,30 @@ def test_classes_of_a_mix_are_one_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sources", "message"),
+    ("text", "message"),
     [
-        ([], "lists no sources"),
-        ([{"data": "cats"}, {"data": "hats"}], r"different conditions: cats \(text\), hats \(class\)"),
-        ([{"data": "cats"}, {"data": "cats"}], "lists cats twice\nUse `repeats: 2`"),
-        ([{"data": "cats", "repeats": 1.5}], "source 1: repeats is 1.5\nGive a whole number"),
-        ([{"data": "cats", "repeats": 0}], "repeats is 0"),
-        ([{"data": "cats", "weight": 0}], "weight is 0"),
-        ([{"data": "cats", "weight": float("nan")}], "weight is nan"),
-        ([{"data": "cats", "repeat": 2}], "did you mean 'repeats'"),
-        ([{"data": "cats", "regularisation": True}], "nothing but regularisation"),
-        ([{"repeats": 2}], "source 1 has no data"),
-        ([{"data": "cots"}], "there is no folder .*cots\nDid you mean .*cats"),
+        ("sources: []", "lists no sources"),
+        ("sources: [", "is not valid YAML"),
+        ("sources: [{data: cats}]\nresolution: 64", r"unknown key in .*mix.yaml 'resolution'"),
+        ("sources: [{data: cats}, {data: hats}]", r"different conditions: cats \(text\), hats \(class\)"),
+        ("sources: [{data: cats}, {data: cats}]", "lists cats twice\nUse `repeats: 2`"),
+        ("sources: [{data: cats, repeats: 1.5}]", "source 1: repeats is 1.5\nGive a whole number"),
+        ("sources: [{data: cats, repeats: 0}]", "repeats is 0"),
+        ("sources: [{data: cats, weight: 0}]", "weight is 0"),
+        ("sources: [{data: cats, weight: .nan}]", "weight is nan"),
+        ("sources: [{data: cats, repeat: 2}]", "did you mean 'repeats'"),
+        ("sources: [{data: cats, regularisation: true}]", "nothing but regularisation"),
+        ("sources: [{repeats: 2}]", "source 1 has no data"),
+        ("sources: [{data: cots}]", "there is no folder .*cots\nDid you mean .*cats"),
+        ("sources: [{data: mix.yaml}]", "a list of lists"),
+        ("sources: [{data: latents}]", "mixes in latents"),
     ],
 )
-def test_mixes_that_cannot_be_meant(tmp_path: Path, sources: list[dict[str, Any]], message: str) -> None:
+def test_mixes_that_cannot_be_meant(tmp_path: Path, text: str, message: str) -> None:
     captioned(tmp_path / "cats", 1)
-    save_all(tmp_path, ["hats/a/1.png", "hats/b/2.png"])
+    folder_of(tmp_path, {"hats/a/1.png": None, "hats/b/2.png": None, "latents/latents.json": "{}"})
     with pytest.raises(UserError, match=message):
-        find_source(mix(tmp_path, *sources))
-
-
-def test_a_mix_of_a_key_or_yaml_that_is_none(tmp_path: Path) -> None:
-    captioned(tmp_path / "cats", 1)
-    with pytest.raises(UserError, match=r"unknown key in .*mix.yaml 'resolution'"):
-        find_source(mix(tmp_path, {"data": "cats"}, resolution=64))
-    (tmp_path / "mix.yaml").write_text("sources: [")
-    with pytest.raises(UserError, match="is not valid YAML"):
-        find_source(str(tmp_path / "mix.yaml"))
+        find_source(str(written(tmp_path / "mix.yaml", text)))
 
 
 def test_an_image_in_two_sets_under_one_name(tmp_path: Path) -> None:
@@ -125,23 +114,13 @@ def test_the_cache_may_lie_in_no_set_of_a_mix(tmp_path: Path, monkeypatch: pytes
         find_source(mix(tmp_path, {"data": "cats"}, {"data": "dogs"}))
 
 
-def test_a_mix_holds_neither_mixes_nor_latents(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a list of lists"):
-        find_source(mix(tmp_path, {"data": "mix.yaml"}))
-    (tmp_path / "latents").mkdir()
-    (tmp_path / "latents/latents.json").write_text("{}")
-    with pytest.raises(UserError, match="mixes in latents"):
-        find_source(mix(tmp_path, {"data": "latents"}))
-
-
 # --- captions -----------------------------------------------------------------------------------------
 
 
 def several(tmp_path: Path, *texts: object) -> Source:
-    save_all(tmp_path, [f"{number}.png" for number in range(len(texts))])
     rows = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(texts)]
-    write_jsonl(tmp_path / "metadata.jsonl", rows)
-    return find_source(str(tmp_path))
+    images = dict.fromkeys(f"{number}.png" for number in range(len(texts)))
+    return find_source(str(folder_of(tmp_path, images | {"metadata.jsonl": jsonl(*rows)})))
 
 
 def test_several_captions_in_metadata(tmp_path: Path) -> None:
@@ -168,17 +147,8 @@ def test_a_sidecar_must_be_one_of_the_captions(tmp_path: Path) -> None:
 
 
 def test_more_captions_are_other_data(tmp_path: Path) -> None:
-    one = several(tmp_path, "a hat").fingerprint()
-    assert (
-        len(
-            {
-                one,
-                several(tmp_path, ["a hat", "b"]).fingerprint(),
-                several(tmp_path, ["a hat", "c"]).fingerprint(),
-            }
-        )
-        == 3
-    )
+    captions = ("a hat", ["a hat", "b"], ["a hat", "c"])
+    assert len({several(tmp_path, texts).fingerprint() for texts in captions}) == 3
 
 
 # --- tags ---------------------------------------------------------------------------------------------
@@ -201,9 +171,9 @@ def test_tags_in_other_orders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("orders", "keep", "message"),
     [
-        (1, 0, "from 2 on"),
-        (-1, 0, "from 2 on"),
-        (4, -1, "from 0 on"),
+        (1, 0, "at least 2"),
+        (-1, 0, "at least 2"),
+        (4, -1, "at least 0"),
         (0, 1, "Add --shuffle-tags"),
         (4, 3, "no caption of"),
     ],

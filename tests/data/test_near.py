@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from latentflow.data import Source, check_source, find_source, split
+from latentflow.data.checking import inspect_images as module
 from latentflow.data.checking.duplicates import BITS, near_duplicates
-from latentflow.data.checking.inspect_images import looks_at
+from latentflow.data.checking.inspect_images import inspect_images
 
 
 def make_image(seed: int, width: int = 96, height: int = 96) -> Image.Image:
@@ -43,19 +44,12 @@ def test_copies_are_one_group_and_others_are_not(tmp_path: Path) -> None:
     names = save_copies(tmp_path, 0, "a")
     for seed in range(1, 40):
         make_image(seed).save(tmp_path / f"{seed}.png")
-    recoloured = np.asarray(make_image(0))[
-        ..., ::-1
-    ]  # the same shapes: its hash is near, its colours are not
-    Image.fromarray(np.ascontiguousarray(recoloured)).save(tmp_path / "recoloured.png")
+    # The same shapes in other colours, whose hash is near; and an image squeezed.
+    Image.merge("RGB", make_image(0).split()[::-1]).save(tmp_path / "recoloured.png")
+    make_image(0).resize((96, 60)).save(tmp_path / "squeezed.png")
     report = check_source(str(tmp_path), progress=False)
     assert report.near_duplicates == (tuple(names),) and not report.duplicates
     assert any("3 images are near duplicates" in warning for warning in report.warnings)
-
-
-def test_squeezed_images_are_no_copies(tmp_path: Path) -> None:
-    make_image(0).save(tmp_path / "a.png")
-    make_image(0).resize((96, 60)).save(tmp_path / "b.png")
-    assert not check_source(str(tmp_path), progress=False).near_duplicates
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +123,12 @@ def test_a_long_film_takes_neither_minutes_nor_gigabytes() -> None:
 def test_workers_end_with_the_process_that_they_work_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentflow.data.checking import inspect_images as looks
-
-    monkeypatch.setattr(looks, "_MANY", 1)
+    monkeypatch.setattr(module, "_MANY", 1)
     make_image(0).save(tmp_path / "a.png")
     source, told = find_source(str(tmp_path)), tmp_path / "told"
     child = os.fork()
     if child == 0:
-        pool = looks._workers(source)
+        pool = module._workers(source)
         told.write_text(str([pool.submit(os.getpid).result(), pool.submit(os.getpid).result()]))
         time.sleep(1000)
     deadline = time.monotonic() + 30
@@ -160,21 +152,35 @@ def runs(process: int) -> bool:
     return file.exists() and file.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_looks_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentflow.data.checking import inspect_images as module
-
+def test_inspected_images_are_remembered_until_a_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for seed in range(3):
         make_image(seed).save(tmp_path / f"{seed}.png")
     (tmp_path / "bad.png").write_text("no image")
     opened: list[str] = []
-    real = module.look_at_all
-    monkeypatch.setattr(module, "look_at_all", lambda e: (opened.extend(x.name for x in e), real(e))[1])
+    real = module._inspect_all
+    monkeypatch.setattr(module, "_inspect_all", lambda e: (opened.extend(x.name for x in e), real(e))[1])
     source = find_source(str(tmp_path))
-    first = list(looks_at(source, progress=False))
+    first = list(inspect_images(source, progress=False))
     assert opened == ["0.png", "1.png", "2.png", "bad.png"]
     opened.clear()
-    assert list(looks_at(source, progress=False)) == first
+    assert list(inspect_images(source, progress=False)) == first
     assert opened == ["bad.png"]  # why it could not be read may have passed
     make_image(9, 80).save(tmp_path / "1.png")
     opened.clear()
-    assert list(looks_at(source, progress=False))[1].size == (80, 96) and opened == ["1.png", "bad.png"]
+    assert list(inspect_images(source, progress=False))[1].size == (80, 96) and opened == ["1.png", "bad.png"]
+
+
+def test_a_damaged_memory_of_inspected_images_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    make_image(0).save(tmp_path / "data" / "0.png")
+    monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
+    source = find_source(str(tmp_path / "data"))
+    first = list(inspect_images(source, progress=False))
+    (database,) = (tmp_path / "cache").iterdir()
+    database.write_bytes(b"no database" * 1000)
+    assert list(inspect_images(source, progress=False)) == first
+    assert f"cannot be remembered in {database}" in caplog.text and len(caplog.records) == 1

@@ -153,7 +153,7 @@ def test_a_folder_without_permission_is_named(unprivileged: Path) -> None:
 def test_small_decoding_of_jpegs_finds_what_whole_decoding_finds(tmp_path: Path) -> None:
     """Looks decode JPEGs at an eighth of their size: cut off or not must come out the same."""
     from latentflow.data import FileExample
-    from latentflow.data.checking.inspect_images import look_at
+    from latentflow.data.checking.inspect_images import inspect_image
 
     image = noise(1, 48, 40).resize((1200, 1000), Image.Resampling.BICUBIC)
     generator = np.random.default_rng(0)
@@ -174,4 +174,4 @@ def test_small_decoding_of_jpegs_finds_what_whole_decoding_finds(tmp_path: Path)
                 whole = True
             except UserError:
                 whole = False
-            assert (look_at(example).error is None) == whole, f"{cut} of {len(data)} bytes"
+            assert (inspect_image(example).error is None) == whole, f"{cut} of {len(data)} bytes"

@@ -13,7 +13,7 @@ from PIL import Image
 from latentflow.data import Source, cached_masks, cached_pixels, check_source, find_source
 from latentflow.errors import UserError
 
-from .images import STORED, load_program, noise, save_all, write_jsonl
+from .images import load_program, noise, save_all, turned_by_exif, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +65,16 @@ def test_files_beside_their_images(tmp_path: Path) -> None:
     assert any("4 files are masks" in note and "not used (--masks none)" in note for note in unused.notes)
 
 
-def test_a_mask_has_no_mask(tmp_path: Path) -> None:
+def test_which_files_are_masks_or_images_whatever_their_names(tmp_path: Path) -> None:
     save_all(tmp_path, ["a.png", "a-mask.png", "a-mask-mask.png"])
     assert masks(find_source(str(tmp_path))) == {"a.png": "a-mask.png", "a-mask-mask.png": None}
+    (tmp_path / "a-mask-mask.png").unlink()
+    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": n, "text": "a"} for n in ("a.png", "a-mask.png")])
+    assert masks(find_source(str(tmp_path))) == {"a.png": None, "a-mask.png": None}
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,text,mask\na.png,one,m/1.png\na-mask.png,two,\n")
+    save_mask(tmp_path / "m/1.png")
+    assert masks(find_source(str(tmp_path))) == {"a.png": "m/1.png", "a-mask.png": None}
 
 
 def test_masks_are_neither_classes_nor_in_want_of_captions(tmp_path: Path) -> None:
@@ -83,21 +90,6 @@ def test_masks_are_neither_classes_nor_in_want_of_captions(tmp_path: Path) -> No
     for name in ("hat/1", "shoe/2"):
         (tmp_path / f"{name}.txt").write_text("a thing")
     assert find_source(str(tmp_path), condition="text").captions() == ["a thing"] * 2
-
-
-def test_metadata_csv(tmp_path: Path) -> None:
-    save_all(tmp_path, ["1.png", "2.png"])
-    save_mask(tmp_path / "m/1.png")
-    (tmp_path / "metadata.csv").write_text("file_name,text,mask\n1.png,one,m/1.png\n2.png,two,\n")
-    assert masks(find_source(str(tmp_path))) == {"1.png": "m/1.png", "2.png": None}
-
-
-def test_what_the_metadata_list_is_an_image_whatever_its_name(tmp_path: Path) -> None:
-    save_all(tmp_path, ["cat.png", "cat-mask.png"])
-    write_jsonl(
-        tmp_path / "metadata.jsonl", [{"file_name": n, "text": "a"} for n in ("cat.png", "cat-mask.png")]
-    )
-    assert masks(find_source(str(tmp_path))) == {"cat.png": None, "cat-mask.png": None}
 
 
 def test_two_masks_may_be_equal_but_not_differ(tmp_path: Path) -> None:
@@ -116,30 +108,6 @@ def test_two_masks_may_be_equal_but_not_differ(tmp_path: Path) -> None:
     save_mask(tmp_path / "1-mask.bmp", seed=1)
     with pytest.raises(UserError, match="two masks that differ"):
         find_source(str(tmp_path), condition="none")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"mask": "m.png"}, r"names 1 masks that are not there: m.png\nmask is relative"),
-        ({"mask": "../1.png"}, "leads out of the folder"),
-        ({"mask": 5}, "mask is 5, not a string"),
-        ({"mask": "1.png"}, r"1.png is given as its own mask\n.*--masks alpha"),
-        ({"mask_file_name": "m.png"}, "no mask, but 'mask_file_name'\nRename it to 'mask'"),
-    ],
-)
-def test_metadata_errors(tmp_path: Path, row: dict[str, object], message: str) -> None:
-    save_all(tmp_path, ["1.png"])
-    write_jsonl(tmp_path / "metadata.jsonl", [{"file_name": "1.png", "text": "a"} | row])
-    with pytest.raises(UserError, match=message):
-        find_source(str(tmp_path))
-
-
-def test_unknown_choices() -> None:
-    with pytest.raises(UserError, match="unknown masks 'alhpa'\ndid you mean 'alpha'"):
-        find_source("shapes", masks="alhpa")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no alpha channel"):
-        find_source("shapes", masks="alpha")
 
 
 # --- alpha channels -----------------------------------------------------------------------------------
@@ -191,9 +159,8 @@ def save_red(folder: Path, orientation: int, shrink: tuple[int, int]) -> None:
     """An image with a red rectangle, stored turned, and the upright mask of the rectangle, perhaps smaller."""
     upright = np.zeros((96, 120, 3), np.uint8)
     upright[RED] = (255, 0, 0)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))).save(folder / "a.png", exif=exif)
+    image, exif = turned_by_exif(upright, orientation)
+    image.save(folder / "a.png", exif=exif)
     Image.fromarray(np.ascontiguousarray(upright[:: shrink[0], :: shrink[1], 0])).save(folder / "a-mask.png")
 
 

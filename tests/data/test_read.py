@@ -13,7 +13,7 @@ from latentflow.data import FileExample, read_image, to_pil, to_tensor
 from latentflow.data.pixels import to_rgb
 from latentflow.errors import UserError
 
-from .images import STORED, noise
+from .images import noise, turned_by_exif
 
 
 def example(path: Path) -> FileExample:
@@ -28,9 +28,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone_exactly(tmp_path: Path, orientation: int) -> None:
     upright = np.asarray(noise(0, width=6, height=4))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    stored, exif = turned_by_exif(upright, orientation)
     stored.save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(pixels(read_image(example(tmp_path / "a.png"), (4, 6))), upright)
 
@@ -58,15 +56,18 @@ def test_palette_with_transparency() -> None:
     assert pixels(to_rgb(image, "black")).tolist() == [[[255, 0, 0], [0, 0, 255]]]
 
 
-def test_grey_with_transparency() -> None:
-    image = Image.new("LA", (2, 1), (100, 255))
-    image.putpixel((1, 0), (100, 0))
-    assert pixels(to_rgb(image)).tolist() == [[[100] * 3, [255] * 3]]
-
-
-def test_cmyk(tmp_path: Path) -> None:
-    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "a.tif")
-    assert (pixels(read_image(example(tmp_path / "a.tif"), 4)) == [255, 0, 0]).all()
+@pytest.mark.parametrize(
+    ("mode", "value", "rgb"),
+    [
+        ("L", 7, 7), ("1", 1, 255), ("I", 90, 90), ("LA", (100, 255), 100), ("LA", (100, 0), 255),
+        ("CMYK", (0, 255, 255, 0), [255, 0, 0]),
+    ],
+)  # fmt: skip
+def test_other_modes(tmp_path: Path, mode: str, value: object, rgb: object) -> None:
+    image = Image.new(mode, (3, 3), value)  # type: ignore[arg-type]
+    image.save(tmp_path / "a.tif")
+    for seen in (to_rgb(image), read_image(example(tmp_path / "a.tif"), 3)):
+        assert (pixels(seen) == rgb).all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -81,11 +82,6 @@ def test_16_bit_grey_keeps_its_range(tmp_path: Path, suffix: str) -> None:
 def test_float_grey(full: float) -> None:
     image = Image.fromarray(np.array([[0.0, 0.2, 1.0]], np.float32) * np.float32(full))
     assert pixels(to_rgb(image))[0, :, 1].tolist() == [0, 51, 255]
-
-
-@pytest.mark.parametrize(("mode", "value", "rgb"), [("L", 7, 7), ("1", 1, 255), ("I", 90, 90)])
-def test_grey(mode: str, value: int, rgb: int) -> None:
-    assert (pixels(to_rgb(Image.new(mode, (3, 3), value))) == rgb).all()
 
 
 def test_short_side_is_fitted_and_the_centre_kept(tmp_path: Path) -> None:

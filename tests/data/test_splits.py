@@ -45,11 +45,8 @@ def test_order_and_names_do_not_matter(source: Source, tmp_path: Path) -> None:
     assert keys(again, split(again, 10)[1]) == wanted
 
 
-def test_the_seed_matters(source: Source) -> None:
+def test_the_seed_matters_and_a_larger_share_contains_the_smaller(source: Source) -> None:
     assert split(source, 10, seed=0) == split(source, 10, seed=0) != split(source, 10, seed=1)
-
-
-def test_a_larger_share_contains_the_smaller(source: Source) -> None:
     assert set(split(source, 5)[1]) < set(split(source, 12)[1])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from latentflow.data.sources.shapes import train_source
+from latentflow.training.loop import folders
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing that failed is tried again at once."""
+    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture(autouse=True, scope="session")

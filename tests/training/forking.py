@@ -29,6 +29,12 @@ def fork_ranks(processes: int, function: Callable[[int], object]) -> list[int]:
     return ids
 
 
+def run_ranks(processes: int, function: Callable[[int], object]) -> None:
+    """Call ``function(rank)`` in forked processes as `fork_ranks`; none of them may fail."""
+    statuses = [os.waitpid(process, 0)[1] for process in fork_ranks(processes, function)]
+    assert statuses == [0] * processes
+
+
 def _run_as(rank: int, processes: int, port: int, function: Callable[[int], object]) -> None:
     status = 1
     torch.set_num_threads(1)  # OpenMP's threads are not forked with the process

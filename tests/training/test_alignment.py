@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +39,7 @@ from latentflow.training.losses.vision import VisionEncoder
 
 from ..models.tiny import perturb
 from .command import TINY, call
-from .forking import fork_ranks
+from .forking import run_ranks
 
 SIDE, ROWS, WIDTH = 4, 6, 16
 
@@ -271,7 +270,7 @@ def test_two_processes_learn_what_one_learns(kind: str, shard: bool, encoder: Pa
     def half(rank: int) -> None:
         train(tmp_path / "pair", config, 3, mixed_precision="no", train_batch_size=2, shard=shard)
 
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, half)] == [0, 0]
+    run_ranks(2, half)
     pair = weights(tmp_path / "pair")
     assert alone.keys() == pair.keys()
     for name, one in alone.items():
@@ -351,18 +350,8 @@ def test_what_cannot_be_aligned_is_refused_in_words(monkeypatch: pytest.MonkeyPa
 def test_the_command_routes_and_aligns_and_nothing_of_it_is_in_the_result(
     images: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    line = [
-        images,
-        *TINY,
-        "--depth",
-        3,
-        "--block",
-        "plain",
-        "--max-train-steps",
-        2,
-        "--checkpointing-steps",
-        2,
-    ]
+    line = [images, *TINY, "--depth", 3, "--block", "plain"]
+    line += ["--max-train-steps", 2, "--checkpointing-steps", 2]
     choices = ["--route-share", 0.5, "--alignment", "encoder", "--alignment-encoder", encoder]
     call(tmp_path / "cache", *line, "-o", tmp_path / "run", *choices)
     folder = tmp_path / "run" / "pipeline" / "transformer"

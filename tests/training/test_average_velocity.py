@@ -216,13 +216,9 @@ def test_times_lean_to_the_data_whatever_else_is_said_of_them() -> None:
         half = torch.tensor([0.5], dtype=torch.float64)
         return float(FlowConfig(objective="mean-flow", **choices).choices().density.quantile(half).logit())
 
+    assert FlowConfig(objective="mean-flow").choices().settings == MeanFlow()
     assert median() == median(time_options={"std": 0.8}) == pytest.approx(0.4)
     assert median(time_options={"mean": 0.0}) == median(time_density="logit-normal") == pytest.approx(0.0)
-
-
-def test_earlier_runs_go_on() -> None:
-    assert "objective_options" not in FlowConfig().describe()
-    assert FlowConfig(objective="mean-flow").choices().settings == MeanFlow()
 
 
 def test_the_command_from_scratch_and_from_a_velocity_model(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latentflow import LatentFlowPipeline
 from latentflow.config import FlowConfig, FramingConfig
-from latentflow.data import LatentTable, find_source, frame
+from latentflow.data import LatentTable, crop, find_source
 from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet
 from latentflow.training.loop.data_order import DataOrder, SampleUse
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def latent_data(folder: Path, **more: Any) -> LatentData:
     """What an image's latent says is its row and its crop."""
     source = find_source(str(folder), condition="none")
-    framing = frame(source, 16, 4, FramingConfig(buckets=True, crops=2), told=True)
+    framing = crop(source, 16, 4, FramingConfig(buckets=True, crops=2), size_conditioning=True)
     sized = []
     for number, (height, width) in enumerate(framing.sizes):
         rows = torch.tensor([[row, crop] for row in framing.members[number] for crop in (0, 1)])
@@ -117,7 +117,8 @@ def test_a_batch_in_parts_has_the_loss_and_gradient_of_its_samples(folder: Path)
             loss = stage(load_batch(data, part))["loss"] * len(part) / 14
             loss.backward()
             total += float(loss.detach())
-        return total, torch.cat([one.grad.flatten() for one in network.parameters() if one.grad is not None])
+        grads = (weight.grad for weight in network.parameters())
+        return total, torch.cat([grad.flatten() for grad in grads if grad is not None])
 
     together, alone = gradient(by_group(draws, data.groups)), gradient([[draw] for draw in draws])
     assert together[0] == pytest.approx(alone[0], rel=1e-5)
@@ -170,11 +171,6 @@ def test_a_run_resumes_bit_for_bit_and_its_pipeline_is_told_sizes(folder: Path, 
     assert torch.equal(drawn(), drawn(original_size=(16, 24), target_size=(16, 24)))
     assert not torch.equal(drawn(), drawn(original_size=(400, 600)))
     assert not torch.equal(drawn(), drawn(crops_coords_top_left=(0, 9)))
-
-
-def test_captions_are_mirrored_with_their_images_only(folder: Path, tmp_path: Path) -> None:
-    said = call(tmp_path, folder, "--mirror-captions", "-o", tmp_path / "run", expect=2)
-    assert "--mirror-captions without --random-flip" in said
 
 
 def test_a_checkpoint_that_knows_no_sizes_says_so() -> None:

@@ -18,7 +18,8 @@ from latentflow.training.loop.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_latest,
-    save_checkpoint,
+    snapshot,
+    write_checkpoint,
 )
 
 
@@ -33,6 +34,10 @@ def state(step: int) -> dict[str, object]:
         "optimizer": [optimizer],
         "none": None,
     }
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], total_limit: int) -> None:
+    write_checkpoint(folder, snapshot(state), total_limit=total_limit)
 
 
 def same(a: object, b: object) -> bool:

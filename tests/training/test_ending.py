@@ -21,15 +21,14 @@ from latentflow.errors import RunError
 from latentflow.training import Callbacks, Stop, fit
 from latentflow.training.loop import folders, saving
 from latentflow.training.loop import logging as report
-from latentflow.training.loop.checkpoint import list_checkpoints
 from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.loop.run_folder import read_metrics
 from latentflow.training.losses.autoencoder import AutoencoderLoss
 from latentflow.training.losses.flow import FlowLoss
 
 from .command import ROOT, TINY, call, environment
-from .forking import fork_ranks
-from .test_loop import CONFIG, Line, Regression, assert_equal_weights, run
+from .forking import run_ranks
+from .test_loop import CONFIG, Line, Regression, assert_equal_weights, run, steps
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -46,10 +45,6 @@ class Asked(Regression):
             if number in self.at:
                 os.kill(os.getpid(), self.at[number])
         return super().forward(batch)
-
-
-def steps(folder: Path) -> list[int]:
-    return [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
 
 
 @pytest.mark.parametrize(("number", "status"), SIGNALS.items())
@@ -116,7 +111,7 @@ def test_all_processes_stop_for_the_signal_of_one(tmp_path: Path) -> None:
         assert not fit({"flow": module}, Line(), config, tmp_path, stop=stop)
         assert stop.status == 129
 
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, rank)] == [0, 0]
+    run_ranks(2, rank)
     assert steps(tmp_path)[-1] == 5
 
 
@@ -279,7 +274,6 @@ def test_a_disk_that_fails_under_an_export_is_tried_again_and_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of our own writing, before and after the callback, and of a callback that says so."""
-    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
     full, calls = OSError(28, "No space left on device"), []
 
     def export(folder: Path) -> None:

@@ -21,14 +21,14 @@ from latentflow.autoencoder import latents
 from latentflow.errors import RunError, UserError
 from latentflow.training import Callbacks, fit, log_to
 from latentflow.training.loop import fit as loop
-from latentflow.training.loop import folders, saving
 from latentflow.training.loop import loader as batches
-from latentflow.training.loop.checkpoint import list_checkpoints, load_latest
+from latentflow.training.loop import saving
+from latentflow.training.loop.checkpoint import load_latest
 from latentflow.training.loop.data_order import DataOrder, SampleUse
 from latentflow.utils.memory import OutOfMemory, is_out_of_memory, memory_phase
 
-from .forking import fork_ranks
-from .test_loop import CONFIG, Line, Regression, assert_equal_weights, run
+from .forking import run_ranks
+from .test_loop import CONFIG, Line, Regression, assert_equal_weights, run, steps
 
 LINE = "latentflow train cats -o runs/cats"
 
@@ -50,11 +50,6 @@ class NoDropout(Regression):
         return super().forward(batch)
 
 
-@pytest.fixture(autouse=True)
-def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
-
-
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "log"
@@ -64,8 +59,11 @@ def log(tmp_path: Path) -> Iterator[Path]:
     log_to(None)
 
 
-def steps(folder: Path) -> list[int]:
-    return [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
+def assert_close_weights(a: Path, b: Path, rtol: float = 0.0) -> None:
+    first, second = (load_latest(folder / "checkpoints") for folder in (a, b))
+    assert first is not None and second is not None
+    for name, one in first["flow-weights"].items():
+        torch.testing.assert_close(one, second["flow-weights"][name], rtol=rtol, atol=1e-6)
 
 
 # ---- memory ----
@@ -80,14 +78,12 @@ def test_automatic_micro_batches_learn_what_a_run_with_these_from_the_start_lear
     assert run(tmp_path / "auto", auto, module=module)
     small = dataclasses.replace(CONFIG, train_batch_size=rows, gradient_accumulation_steps=6 // rows)
     assert run(tmp_path / "small", small, module=NoDropout())
-    first, second = (load_latest(tmp_path / name / "checkpoints") for name in ("auto", "small"))
-    assert first is not None and second is not None
-    for name, one in first["flow-weights"].items():
-        torch.testing.assert_close(one, second["flow-weights"][name], rtol=0, atol=1e-6)
+    assert_close_weights(tmp_path / "auto", tmp_path / "small")
     said = log.read_text()
     assert "phase: train" in said and f"parts of {rows}" in said and "samples and noise stay" in said
     # Known from the first step on, and kept by the run that goes on.
-    assert first["micro_batch"] == rows
+    state = load_latest(tmp_path / "auto" / "checkpoints")
+    assert state is not None and state["micro_batch"] == rows
     again = NoDropout(memory_rows=rows)
     assert run(tmp_path / "auto", dataclasses.replace(auto, max_train_steps=13), module=again)
     assert set(again.sizes) == {rows}
@@ -109,10 +105,7 @@ def test_automatic_micro_batches_in_the_middle_of_a_run_repeat_the_step_from_its
 
     assert run(tmp_path / "once", config, module=Once())
     assert run(tmp_path / "plain", config, module=NoDropout())
-    first, second = (load_latest(tmp_path / name / "checkpoints") for name in ("once", "plain"))
-    assert first is not None and second is not None
-    for name, one in first["flow-weights"].items():
-        torch.testing.assert_close(one, second["flow-weights"][name], rtol=0, atol=1e-6)
+    assert_close_weights(tmp_path / "once", tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +152,26 @@ def test_out_of_memory_names_the_phase_the_peak_and_the_flags_and_saves(
     assert_equal_weights(tmp_path, tmp_path / "whole")
 
 
+def test_an_optimiser_that_runs_out_of_memory_leaves_the_last_checkpoint_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some weights have changed by then: the step before is no longer there to be saved."""
+    step, calls = torch.optim.AdamW.step, iter(range(100))
+
+    def fails(self: Any, *arguments: Any, **options: Any) -> Any:
+        if next(calls) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fails)
+        with pytest.raises(OutOfMemory, match="phase: train") as caught:
+            run(tmp_path / "run", module=NoDropout(), resume_line=LINE)
+    assert steps(tmp_path / "run") == [4] and "Saved" not in str(caught.value)
+    assert run(tmp_path / "run", module=NoDropout()) and run(tmp_path / "whole", module=NoDropout())
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+
+
 def test_two_processes_split_alike_when_one_runs_out_and_another_number_may_go_on(
     tmp_path: Path, log: Path
 ) -> None:
@@ -168,17 +181,14 @@ def test_two_processes_split_alike_when_one_runs_out_and_another_number_may_go_o
     def train(rank: int) -> None:
         run(tmp_path / "two", config, module=NoDropout(memory_rows=1 if rank else 10**9))
 
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, train)] == [0, 0]
+    run_ranks(2, train)
     state = load_latest(tmp_path / "two" / "checkpoints")
     assert state is not None and (state["step"], state["micro_batch"], state["processes"]) == (8, 1, 2)
     alone = dataclasses.replace(constant, train_batch_size=3, gradient_accumulation_steps=2)
     assert run(tmp_path / "two", alone, module=NoDropout())
     assert "resumed by 1 processes (2 before)" in log.read_text()
     assert run(tmp_path / "one", constant, module=NoDropout())
-    first, second = (load_latest(tmp_path / name / "checkpoints") for name in ("two", "one"))
-    assert first is not None and second is not None
-    for name, one in first["flow-weights"].items():
-        torch.testing.assert_close(one, second["flow-weights"][name], rtol=1e-5, atol=1e-6)
+    assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-5)
 
 
 def test_too_little_memory_for_a_single_sample_ends_the_run(tmp_path: Path) -> None:
@@ -427,7 +437,7 @@ def test_what_the_main_process_alone_finds_wrong_ends_all_of_them(
         with pytest.raises(UserError, match="wandb login"):
             run(tmp_path, dataclasses.replace(CONFIG, train_batch_size=3))
 
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, rank)] == [0, 0]
+    run_ranks(2, rank)
 
 
 def test_a_sample_that_another_process_has_is_blamed_as_well(tmp_path: Path) -> None:
@@ -438,7 +448,7 @@ def test_a_sample_that_another_process_has_is_blamed_as_well(tmp_path: Path) -> 
         log_to(tmp_path / "run")
         assert run(tmp_path / "run", config, module=module)
 
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, rank)] == [0, 0]
+    run_ranks(2, rank)
     index = [one for batch in DataOrder(size=20, batch_size=6).batches(2, 3, 0) for one in batch][4].index
     said = (tmp_path / "run" / "train.log").read_text()
     assert "step 3: the loss or its gradient is not finite" in said and f"samples: point {index} (t" in said
@@ -458,5 +468,5 @@ def test_data_that_fails_in_one_process_saves_the_run_of_all(tmp_path: Path, sha
             fit({"flow": NoDropout()}, Broken(), config, tmp_path)
 
     config = dataclasses.replace(CONFIG, train_batch_size=3, shard=shard)
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, train)] == [0, 0]
+    run_ranks(2, train)
     assert steps(tmp_path)[-1] == 5

@@ -19,7 +19,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import build_autoencoder
-from latentflow.config import AutoencoderConfig, FineTuningConfig, LoopConfig
+from latentflow.config import AutoencoderConfig, FineTuningConfig, FlowConfig, LoopConfig
 from latentflow.data import Source, cached_pixels, find_source, pixels_to_images
 from latentflow.errors import UserError
 from latentflow.models import DiT, small_text_encoder, train_tokenizer
@@ -30,7 +30,7 @@ from latentflow.training.fine_tune.memorisation import report_memorisation
 from latentflow.training.fine_tune.prior import prior_prompts
 from latentflow.training.fine_tune.teacher_samples import TeacherSample
 from latentflow.training.loop.data_order import DataOrder
-from latentflow.training.networks import refuse_renumbered_classes
+from latentflow.training.networks import networks_from, refuse_renumbered_classes
 
 from ..data.images import noise
 from .command import (
@@ -424,26 +424,9 @@ def test_a_checkpoint_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> 
     foreign.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="its network is a DiTTransformer2DModel"):
         open_base(str(tmp_path / "other"))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--init-from RUN", "Did you mean '"),
-        ("--init-from /nowhere", "Check the path"),
-        ("--init-from BASE -o RUN", "would replace it"),
-        ("--init-from BASE", "not conditioned on text, the data is"),
-        ("--prior-samples 5", "--prior-samples without --init-from"),
-        ("--init-from BASE --prior-share 1", "--prior-share is 1"),
-        ("--early-stop 3 --validation 0", "--early-stop without validations"),
-    ],
-)
-def test_bad_input_names_the_remedy(
-    flags: str, message: str, base: Path, images: Path, cache: Path, tmp_path: Path
-) -> None:
-    given = flags.replace("BASE", str(base)).replace("RUN", str(base.parent)).split()
-    said = call(cache, images, "-o", tmp_path, *TINY, "--max-train-steps", 1, *given, expect=2)
-    assert message in said and "Traceback" not in said
+    animals = Source("d", (), "class", ("cat",))
+    with pytest.raises(UserError, match="is not conditioned on class, the data is"):
+        networks_from(str(base), animals, FlowConfig())
 
 
 @pytest.mark.parametrize("file", ["flow", "distill"])

@@ -17,7 +17,7 @@ from torch import nn
 from latentflow.config import LoopConfig
 from latentflow.errors import UserError
 from latentflow.training import Callbacks, fit, log_to
-from latentflow.training.loop.checkpoint import list_checkpoints
+from latentflow.training.loop.checkpoint import list_checkpoints, step_of
 from latentflow.training.loop.data_order import DataOrder, SampleRandom, SampleUse
 from latentflow.training.loop.run_folder import read_metrics
 
@@ -67,6 +67,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {key: one for name in names for key, one in load_file(last / f"{name}.safetensors").items()}
 
 
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints that a run has kept."""
+    return [step_of(path) for path in list_checkpoints(folder / "checkpoints")]
+
+
 def run(folder: Path, config: LoopConfig = CONFIG, module: nn.Module | None = None, **kwargs: Any) -> bool:
     return fit({"flow": module or Regression()}, Line(), config, folder, **kwargs)
 
@@ -84,7 +89,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one_bit_
     stopping = Regression()
     stopping.interrupt_at = 5 * 6 + 1  # in step 5
     assert not run(tmp_path / "stopped", module=stopping, resume_line="latentflow train ...")
-    assert [path.name for path in list_checkpoints(tmp_path / "stopped" / "checkpoints")][-1] == "step-000006"
+    assert steps(tmp_path / "stopped")[-1] == 6
     assert run(tmp_path / "stopped")
     assert_equal_weights(tmp_path / "whole", tmp_path / "stopped")
 
@@ -190,11 +195,8 @@ def test_a_non_finite_loss_names_the_sample_skips_the_update_and_goes_on(tmp_pat
     assert "step 4" in text and "point " in text and "t = 0.0000" in text and "skipped" in text
     assert all(torch.isfinite(one).all() for one in module.parameters())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == [
-        1,
-        2,
-        3,
-    ]  # no invented loss for the skipped step
+    # No invented loss for the skipped step.
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
 
 
 def test_a_skipped_update_moves_no_weight_and_no_moment(tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ def test_a_run_that_stays_non_finite_stops_and_keeps_the_last_good_checkpoint(tm
     with pytest.raises(UserError, match="3 updates in a row") as caught:
         run(tmp_path, dataclasses.replace(CONFIG, max_nonfinite_steps=3), module=module)
     assert "learning-rate" in caught.value.fix
-    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-000004"]
+    assert steps(tmp_path) == [4]
     assert all(torch.isfinite(one).all() for one in weights(tmp_path).values())
 
 
@@ -240,7 +242,7 @@ def test_the_same_data_in_another_order_is_refused_in_words(tmp_path: Path) -> N
     assert run(tmp_path, longer, description=first)
 
 
-def test_a_run_of_before_that_tells_no_order_goes_on(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_that_wrote_no_order_goes_on(tmp_path: Path) -> None:
     assert run(tmp_path, description={"data": "abc"})
     longer = dataclasses.replace(CONFIG, max_train_steps=14)
     assert run(tmp_path, longer, description={"data": "abc", "data_order": "1"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoin
 from latentflow.training.loop.ema import LONGEST, WeightAverage, coefficients, exponent, power_function
 
 from .command import TINY, call
-from .forking import fork_ranks
+from .forking import run_ranks
 from .test_loop import CONFIG, Line, Regression
 
 STEPS = 160
@@ -163,8 +162,7 @@ def test_two_processes_keep_the_averages_of_one(tmp_path: Path, shard: bool) -> 
         fit({"flow": Plain()}, Line(), config, folder)
 
     train(alone, tmp_path / "alone")
-    processes = fork_ranks(2, lambda rank: train(pair, tmp_path / "pair"))
-    assert [os.waitpid(one, 0)[1] for one in processes] == [0, 0]
+    run_ranks(2, lambda rank: train(pair, tmp_path / "pair"))
     first, second = averages(tmp_path / "alone"), averages(tmp_path / "pair")
     assert first.keys() == second.keys() and len(first) == 2 * 3
     for key, one in first.items():

@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,33 +16,20 @@ from latentflow.errors import RunError, UserError
 from latentflow.training.loop import run_folder as module
 from latentflow.training.loop.run_folder import run_lock
 
-from .forking import fork_ranks
-
-
-def forked(function: Callable[[], None]) -> int:
-    """A process that calls ``function`` and ends; its id."""
-    process = os.fork()
-    if process:
-        return process
-    status = 1
-    try:
-        function()
-        status = 0
-    finally:
-        os._exit(status)
+from .forking import fork_ranks, run_ranks
 
 
 def test_a_second_run_is_refused_in_words_and_a_killed_one_gives_way_at_once(tmp_path: Path) -> None:
     ready, told = os.pipe()
 
-    def hold() -> None:
+    def hold(rank: int) -> None:
         with run_lock(tmp_path):
             child = os.fork()  # as a process that loads data: it must not keep the lock
             if child:
                 os.write(told, f"{child}\n".encode())
             time.sleep(100)
 
-    holder = forked(hold)
+    (holder,) = fork_ranks(1, hold)
     orphan = int(os.read(ready, 20))
     try:
         words = rf"process {holder} on host {socket.gethostname()}, started 2"
@@ -59,11 +45,12 @@ def test_a_second_run_is_refused_in_words_and_a_killed_one_gives_way_at_once(tmp
 
 
 def other_process_may_enter(folder: Path) -> bool:
-    def enter() -> None:
+    def enter(rank: int) -> None:
         with run_lock(folder):
             pass
 
-    return os.waitpid(forked(enter), 0)[1] == 0
+    (process,) = fork_ranks(1, enter)
+    return os.waitpid(process, 0)[1] == 0
 
 
 def test_the_same_process_may_enter_again_and_keeps_the_lock_until_the_outer_end(tmp_path: Path) -> None:
@@ -152,5 +139,5 @@ def test_a_folder_in_use_is_refused_in_every_process_and_none_waits_for_the_othe
                 pass
 
     with run_lock(tmp_path):
-        assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, rank)] == [0, 0]
+        run_ranks(2, rank)
     assert (tmp_path / "free" / "run.lock").read_text() == ""

@@ -25,8 +25,7 @@ from latentflow.training.loop.saving import Saver
 
 
 @pytest.fixture(autouse=True)
-def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
+def _propagates() -> None:
     logging.getLogger("latentflow").propagate = True
 
 

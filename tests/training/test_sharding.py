@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,7 @@ from latentflow.training.loop.data_order import DataOrder, SampleUse
 from latentflow.training.loop.distributed import is_sharded
 from latentflow.training.loop.loader import by_group
 
-from .forking import fork_ranks
+from .forking import run_ranks
 from .test_loop import CONFIG, Line
 
 STEPS = 6
@@ -86,10 +85,7 @@ def train(folder: Path, config: LoopConfig, data: Line | None = None) -> None:
 
 
 def in_two(folder: Path, config: LoopConfig, data: Line | None = None) -> None:
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: train(folder, config, data))] == [
-        0,
-        0,
-    ]
+    run_ranks(2, lambda rank: train(folder, config, data))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -155,7 +151,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_in_words(tmp_path: Path) -
             train(tmp_path, dataclasses.replace(PAIR, max_train_steps=8, optimizer="muon"))
 
     train(tmp_path, ALONE)
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, other)] == [0, 0]
+    run_ranks(2, other)
 
 
 def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

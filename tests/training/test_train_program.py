@@ -208,15 +208,22 @@ def test_a_run_goes_on_with_renamed_images_only_where_their_order_is_the_same(
         ("--adam-beta2 1", "--adam-beta2 is 1.0"),
         ("--vae /nowhere", "no autoencoder at '/nowhere'"),
         ("--text-encoder /nowhere", "the text encoder '/nowhere' cannot be read: there is no such folder"),
-        ("--init-from /nowhere", "/nowhere"),
+        ("--mirror-captions", "--mirror-captions without --random-flip"),
+        ("--prior-samples 5", "--prior-samples without --init-from"),
+        ("--early-stop 3 --validation 0", "--early-stop without validations"),
+        ("--init-from /nowhere", "Check the path"),
+        ("--init-from RUN", "Did you mean '"),
+        ("--init-from BASE -o RUN", "would replace it"),
+        ("--init-from BASE --prior-share 1", "--prior-share is 1"),
         ("", "there is no folder"),  # of data
     ],
 )
 def test_bad_input_is_one_screen_that_names_the_remedy(
-    flags: str, message: str, images: Path, cache: Path, tmp_path: Path
+    flags: str, message: str, images: Path, cache: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    data = images if flags else tmp_path / "nothing"
-    line = [data, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *flags.split()]
+    data, run = images if flags else tmp_path / "nothing", str(finished[0])
+    given = flags.replace("BASE", f"{run}/pipeline").replace("RUN", run).split()
+    line = [data, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *given]
     said = call(cache, *line, expect=2)
     assert message in said and "Traceback" not in said and len(said.splitlines()) < 40
 
@@ -231,12 +238,5 @@ def test_a_u_net_and_an_unconditional_model_train_as_well(images: Path, cache: P
 
 def test_help_answers(cache: Path) -> None:
     said = call(cache, "--help")
-    for flag in (
-        "--resolution",
-        "--max-train-steps",
-        "--learning-rate",
-        "--preset",
-        "--init-from",
-        "--config",
-    ):
-        assert flag in said
+    for flag in ("resolution", "max-train-steps", "learning-rate", "preset", "init-from", "config"):
+        assert f"--{flag}" in said

@@ -1,4 +1,4 @@
-"""Locks between processes that die with their holder."""
+"""The cache's folder and its limit, and locks between processes that die with their holder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 from ...errors import UserError
@@ -16,9 +16,20 @@ from ...errors import UserError
 if sys.platform != "win32":
     import fcntl
 
+log = logging.getLogger(__name__)
+
+LOOKS = "looks-{}.sqlite"  # what images are, of each version; counts and goes like a set
+LOCK = "in-use"  # held by whoever has the set open; its time is that of the last use
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_DOOMED = ".deleted-"
+# Sets are named by a hash, those of earlier versions were single files. LATENTFLOW_CACHE may be any folder: nothing
+# else in it is ours to delete.
+_SET = re.compile(rf"[0-9a-f]{{40}}({re.escape(_DOOMED)}\d+|\.safetensors)?")
+_reported: set[int] = set()  # limits that are known to be too low
+
 
 def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> int | None:
-    """A file descriptor that holds the lock ``path`` until it is closed; None where it is taken and ``wait`` is off.
+    """Return a file descriptor that holds the lock ``path`` until it is closed; None: it is taken, and ``wait`` is off.
 
     The file is made where it is missing. A process that is killed gives its locks back.
 
@@ -42,106 +53,95 @@ def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> int | Non
             return None
         except OSError:  # a file system without locks: processes do the same work twice, and nothing worse
             return descriptor
-        if _is_still(descriptor, path):
-            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
         os.close(descriptor)  # whoever had it deleted the file: the lock is another one now
 
 
-def _is_still(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-log = logging.getLogger(__name__)
-
-LOOKS = "looks-{}.sqlite"  # what images are, of each version; counts and goes like a set
-LOCK = "in-use"  # held by whoever has the set open; its time is that of the last use
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_DOOMED = ".deleted-"
-# Sets are named by a hash, those of earlier versions were single files. LATENTFLOW_CACHE may be any folder: nothing
-# else in it is ours to delete.
-_SET = re.compile(rf"[0-9a-f]{{40}}({re.escape(_DOOMED)}\d+|\.safetensors)?")
-_told: set[int] = set()  # limits that are known to be too low
+def mark_in_use(folder: Path) -> int | None:
+    """Make a set's folder and keep it from being evicted until the descriptor is closed; None: it cannot be written."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = acquire(folder / LOCK, shared=True)
+        except FileNotFoundError:  # evicted in between
+            continue
+        except OSError:  # what is there can still be read, and nobody deletes it
+            return None
+        with suppress(OSError):
+            os.utime(folder / LOCK)
+        return descriptor
 
 
 def cache_root() -> Path:
-    """Where caches are kept: the environment's LATENTFLOW_CACHE, else ~/.cache/latentflow."""
+    """Return where caches are kept: the environment's LATENTFLOW_CACHE, else ~/.cache/latentflow."""
     return Path(os.environ.get("LATENTFLOW_CACHE") or Path.home() / ".cache" / "latentflow").expanduser()
 
 
 def cache_limit() -> int | None:
-    """The environment's LATENTFLOW_CACHE_LIMIT (such as 20GB or 500M) in bytes; None without one.
+    """Return the environment's LATENTFLOW_CACHE_LIMIT (such as 20GB or 500M) in bytes; None without one.
 
     Raises:
         UserError: it is no size.
     """
-    told = os.environ.get("LATENTFLOW_CACHE_LIMIT", "").strip()
-    if not told:
+    given = os.environ.get("LATENTFLOW_CACHE_LIMIT", "").strip()
+    if not given:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", told, re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", given, re.IGNORECASE)
     if match is None:
-        raise UserError(f"LATENTFLOW_CACHE_LIMIT is '{told}', which is no size", "Write it as 20GB or 500MB.")
+        raise UserError(
+            f"LATENTFLOW_CACHE_LIMIT is '{given}', which is no size", "Write it as 20GB or 500MB."
+        )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def make_room(root: Path, needed: int) -> None:
     """Delete the sets of the cache that were not used for longest, until ``needed`` bytes fit below the limit.
 
-    What a process uses is never deleted; if all is in use, the cache outgrows its limit, and says so once.
+    What a process uses is never deleted; if all is in use, the cache outgrows its limit, and a warning says so once.
     """
     limit = cache_limit()
     if limit is None:
         return
-    sets = sorted(_sets(root), key=lambda one: one.used)
-    excess = sum(one.size for one in sets) + needed - limit
-    for one in sets:
+    sets = _sets(root)
+    excess = sum(size for _, size, _ in sets) + needed - limit
+    for used, size, path in sets:
         if excess <= 0:
             return
-        if _delete(one.path):
-            days = (time.time() - one.used) / 86400
+        if _delete(path):
+            days = (time.time() - used) / 86400
             log.info(
                 "cache: deleted %s (%.2f GB, last used %.1f days ago): LATENTFLOW_CACHE_LIMIT is %.2f GB",
-                one.path, one.size / 1e9, days, limit / 1e9,
+                path, size / 1e9, days, limit / 1e9,
             )  # fmt: skip
-            excess -= one.size
-    if excess > 0 and limit not in _told:
-        _told.add(limit)
+            excess -= size
+    if excess > 0 and limit not in _reported:
+        _reported.add(limit)
         log.warning(
             "the cache in %s grows %.2f GB above LATENTFLOW_CACHE_LIMIT (%.2f GB): all that it holds is in use",
             root, excess / 1e9, limit / 1e9,
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Set:
-    path: Path  # a folder of shards, or a single file of earlier versions
-    size: int
-    used: float
-
-
-def _sets(root: Path) -> list[_Set]:
-    looks = [path for path in root.glob(LOOKS.format("*")) if path.is_file()]
-    found = [_Set(path, path.stat().st_size, path.stat().st_mtime) for path in looks]
-    for path in root.glob("*/*"):
-        if not _SET.fullmatch(path.name):
-            continue
-        try:
+def _sets(root: Path) -> list[tuple[float, int, Path]]:
+    """Return time of last use, bytes and path of all that is ours in the cache, what was not used for longest first."""
+    found = []
+    ours = [path for path in root.glob("*/*") if _SET.fullmatch(path.name)]
+    for path in [*root.glob(LOOKS.format("*")), *ours]:
+        with suppress(FileNotFoundError):  # another process is at it, or it is no set of ours
             if _DOOMED in path.name:  # by a process that was killed over it
                 shutil.rmtree(path, ignore_errors=True)
             elif path.is_dir():
-                used = (path / LOCK).stat().st_mtime
-                found.append(_Set(path, sum(file.stat().st_size for file in path.iterdir()), used))
+                size = sum(file.stat().st_size for file in path.iterdir())
+                found.append(((path / LOCK).stat().st_mtime, size, path))
             else:
-                found.append(_Set(path, path.stat().st_size, path.stat().st_mtime))
-        except FileNotFoundError:  # another process is at it, or it is no set of ours
-            continue
-    return found
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    return sorted(found)
 
 
 def _delete(path: Path) -> bool:
-    """Whether it was deleted: not if it is in use, or may not be written."""
+    """Delete a set or file; False where it is in use, or may not be deleted."""
     try:
         if path.is_file():
             path.unlink()

@@ -1,4 +1,5 @@
-"""Rows of tensors in safetensors files: one shard is written whole or not at all, and mapped to be read."""
+"""Rows of tensors, found by the hashes of their keys, in safetensors files: a file ("shard") is written whole or not at
+all, and mapped to be read. Caches and folders of latents are sets of such shards."""
 
 from __future__ import annotations
 
@@ -6,11 +7,10 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,27 +20,39 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
 from ...errors import UserError
-from .eviction import LOCK, acquire, cache_root, make_room
+from .eviction import acquire, cache_root, make_room, mark_in_use
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Tables = dict[str, Tensor]  # name -> (rows, ...)
+Build = Callable[[Array], Iterator[Tables]]
 
-SUFFIX = ".safetensors"
+log = logging.getLogger(__name__)
+
+_VERSION = 2  # raise it when the meaning of a table changes
+_ROWS, _BYTES = 4096, 128 * 2**20  # at most, of a shard
+_STALE_SECONDS = 3600.0
+_SUFFIX = ".safetensors"
 _KEYS, _SUMS = "keys", "crc32"  # kept beside the tables: (rows, 16) uint8 and (rows,) int64
 _DIGEST_BYTES = 16
+NO_KEY = b""  # the digest of None, which no row has
 
 
 class DamagedShardError(Exception):
     """A shard does not hold what was written; the message says which and why."""
 
 
-def digests(keys: Iterable[str]) -> Array:
-    """(N,) of 16 bytes each, which stand for the keys: an array, where strings would be N objects."""
+def digests(keys: Iterable[str | None]) -> Array:
+    """Return the hashes of keys, (N,) of 16 bytes: an array, where strings would be N objects. None gives `NO_KEY`."""
     return np.fromiter(
-        (hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES).digest() for key in keys),
+        (
+            NO_KEY if key is None else hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES).digest()
+            for key in keys
+        ),
         dtype=f"S{_DIGEST_BYTES}",
     )
 
@@ -49,95 +61,83 @@ class Shard:
     """Some rows, mapped from a file: memory holds only what was read, and the system may drop that again.
 
     Attributes:
-        keys: (rows,) digests, mapped like the tables.
-        sums: (rows,) int64, the CRC-32 of a row of all tables, by name.
-        tables: name -> array (rows, ...).
+        keys: (rows,) digests.
+        tables: name -> array (rows, ...), by name.
+        sums: (rows,) int64, the CRC-32 of a row of all tables.
+        path: its file; None where it is in memory.
     """
 
     def __init__(
-        self, keys: Array, tables: Mapping[str, Array], sums: Array, path: Path | None = None
+        self, keys: Array, tables: Mapping[str, Array], sums: Array | None = None, path: Path | None = None
     ) -> None:
-        self.keys, self.sums, self.path = keys, sums, path
-        self.tables = {name: tables[name] for name in sorted(tables)}  # the order of their checksum
+        self.keys, self.path = keys, path
+        self.tables = {name: tables[name] for name in sorted(tables)}
+        self.sums = np.array([self._sum(row) for row in range(len(keys))], np.int64) if sums is None else sums
         self._checked = np.zeros(len(keys), dtype=bool)
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """Raises DamagedShardError: it is torn, or its keys or checksums are not those that were written."""
+        """Map a file.
+
+        Raises:
+            DamagedShardError: it is torn, or its keys or checksums are not those that were written.
+        """
         try:
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                tables = {name: file.get_tensor(name).numpy() for name in names}
-                told = (file.metadata() or {})["crc32"]
+                tables = {name: file.get_tensor(name).numpy() for name in list(file.keys())}
+                checksum = (file.metadata() or {})["crc32"]
             keys, sums = tables.pop(_KEYS), tables.pop(_SUMS)
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise DamagedShardError(f"{path}: {error}") from error
-        if told != str(_checksum([keys, sums])):
+        if checksum != str(_checksum([keys, sums])):
             raise DamagedShardError(f"{path}: wrong checksum of its keys")
         return cls(keys.reshape(-1).view(f"S{_DIGEST_BYTES}"), tables, sums, path)
 
-    def row(self, name: str, row: int) -> Array:
-        """A row of a table; the first time that any table's row is asked for, all of them are compared to its checksum.
+    def write(self, folder: Path) -> Path:
+        """Write it to its own file in ``folder``. The file is there whole or not at all, whenever the process dies.
 
         Raises:
-            DamagedShardError: they are not what was written.
+            OSError: it cannot be written.
+        """
+        path = folder / shard_name(self.keys)
+        keys = np.frombuffer(self.keys.tobytes(), np.uint8).reshape(-1, _DIGEST_BYTES).copy()
+        arrays = {**self.tables, _KEYS: keys, _SUMS: self.sums}
+        partial = folder / f"{path.stem}-{os.getpid()}.tmp"
+        try:
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            save_file(tensors, partial, metadata={"crc32": str(_checksum([keys, self.sums]))})
+            partial.replace(path)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise OSError(str(error)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def row(self, name: str, row: int) -> Array:
+        """Return a row of a table. Before any of its tables is read, the row is compared to its checksum.
+
+        Raises:
+            DamagedShardError: it is not what was written.
         """
         if not self._checked[row]:
-            if _checksum(self.parts(row)) != self.sums[row]:
+            if self._sum(row) != self.sums[row]:
                 raise DamagedShardError(f"{self.path}: wrong checksum of row {row}")
             self._checked[row] = True
         values: Array = self.tables[name][row]
         return values
-
-    def parts(self, row: int) -> Iterator[Array]:
-        """The row of every table."""
-        return (table[row] for table in self.tables.values())
 
     def verify(self) -> None:
         """Compare every row to its checksum; raises DamagedShardError."""
         for row in range(len(self.keys)):
             self.row(next(iter(self.tables)), row)
 
-
-def make_shard(keys: Array, tables: Tables) -> Shard:
-    """A shard in memory."""
-    shard = Shard(
-        keys, {name: table.numpy() for name, table in tables.items()}, np.zeros(len(keys), np.int64)
-    )
-    for row in range(len(keys)):
-        shard.sums[row] = _checksum(shard.parts(row))
-    return shard
+    def _sum(self, row: int) -> int:
+        return _checksum(table[row] for table in self.tables.values())
 
 
 def shard_name(keys: Array) -> str:
-    """File name of the shard of these keys."""
-    return hashlib.blake2b(keys.tobytes(), digest_size=_DIGEST_BYTES).hexdigest() + SUFFIX
-
-
-def write_shard(folder: Path, shard: Shard) -> Path:
-    """Write a shard to its own file: the whole of it is there or nothing, whenever the process dies.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path = folder / shard_name(shard.keys)
-    keys = np.frombuffer(shard.keys.tobytes(), np.uint8).reshape(-1, _DIGEST_BYTES).copy()
-    beside = {_KEYS: torch.from_numpy(keys), _SUMS: torch.from_numpy(shard.sums)}
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(
-            {name: torch.from_numpy(table) for name, table in shard.tables.items()} | beside,
-            temporary,
-            metadata={"crc32": str(_checksum([keys, shard.sums]))},
-        )
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(str(error)) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
+    """Return the name of the file of the shard of these keys."""
+    return hashlib.blake2b(keys.tobytes(), digest_size=_DIGEST_BYTES).hexdigest() + _SUFFIX
 
 
 def _checksum(parts: Iterable[Array]) -> int:
@@ -147,40 +147,28 @@ def _checksum(parts: Iterable[Array]) -> int:
     return total
 
 
-log = logging.getLogger(__name__)
-
-_VERSION = 2  # raise it when the meaning of a table changes
-_ROWS, _BYTES = 4096, 128 * 2**20  # at most, of a shard
-_STALE_SECONDS = 3600.0
-Build = Callable[[Array], Iterator[Tables]]
-
-
-def rows_per_shard(row_bytes: int) -> int:
-    """A power of two, so that batches of usual sizes end where shards do."""
-    return int(min(_ROWS, 2 ** int(np.log2(max(64, _BYTES // max(1, row_bytes))))))
-
-
-def settings_key(kind: str, settings: dict[str, object]) -> str:
-    """Hexadecimal hash of everything but the sample that rows depend on."""
-    content = json.dumps([_VERSION, kind, settings], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:40]
-
-
 def open_cache(kind: str, settings: dict[str, object], data_root: Path | None = None) -> ShardSet:
-    """The set of shards in the cache for these settings, not to be evicted while it is referred to.
+    """Return the set of shards in the cache for these settings. It is not evicted while it is referred to.
+
+    Args:
+        settings: everything but the sample that rows depend on.
 
     Raises:
         UserError: the cache would lie inside the data.
     """
     root = cache_root()
     refuse_inside(data_root)
-    shards = ShardSet(root / kind / settings_key(kind, settings), kind, cache=root)
-    shards.describe(settings)
+    key = hashlib.sha256(json.dumps([_VERSION, kind, settings], sort_keys=True).encode()).hexdigest()[:40]
+    shards = ShardSet(root / kind / key, kind, cache=root)
+    about = shards.folder / "settings.json"  # for people
+    with suppress(OSError):
+        if not about.exists():
+            about.write_text(json.dumps({"kind": kind, **settings}, indent=2))
     return shards
 
 
 def refuse_inside(data_root: Path | None) -> None:
-    """Raises UserError: the cache would lie inside the data."""
+    """Raise UserError where the cache lies inside the data."""
     root = cache_root()
     if data_root is not None and root.resolve().is_relative_to(data_root.resolve()):
         raise UserError(
@@ -190,10 +178,10 @@ def refuse_inside(data_root: Path | None) -> None:
 
 
 class ShardSet:
-    """The shards of one folder, found by the digests of their rows' keys.
+    """The shards of one folder.
 
     Args:
-        folder: made where it is missing.
+        folder: made where it is missing, unless the set is read only.
         kind: what the rows are, for messages.
         cache: the cache that it belongs to. Then it may be evicted when nobody uses it, its size is bounded with the
             rest, and what cannot be written is kept in memory instead; a folder of the user's raises OSError.
@@ -204,57 +192,41 @@ class ShardSet:
         self, folder: Path, kind: str, *, cache: Path | None = None, read_only: bool = False
     ) -> None:
         self.folder, self.kind, self.read_only, self._cache = folder, kind, read_only, cache
-        self._shards: list[Shard | None] = []
+        self._shards: list[Shard | None] = []  # None: damaged
         self._names: set[str] = set()
         self._in_memory = False
         if cache is not None:
-            self._hold()
-        self._look()
-
-    def describe(self, settings: dict[str, object]) -> None:
-        """Leave the settings beside the shards, for people."""
-        path = self.folder / "settings.json"
-        if not self._in_memory and not path.exists():
-            with suppress(OSError):
-                path.write_text(json.dumps({"kind": self.kind, **settings}, indent=2))
+            if (lock := mark_in_use(folder)) is not None:
+                weakref.finalize(self, os.close, lock)
+        elif not read_only:
+            folder.mkdir(exist_ok=True)
+        if not read_only:
+            _remove_stale(folder)
+        self._open_new()
 
     def find(self, keys: Array) -> Array:
-        """(N, 2) int32, shard and row of every digest in ``keys`` (N,); -1 where there is none."""
-        places = np.full((len(keys), 2), -1, dtype=np.int32)
-        numbers = [number for number, shard in enumerate(self._shards) if shard is not None]
-        if not numbers or not len(keys):
-            return places
-        held = [shard.keys for shard in self._shards if shard is not None]
-        known = np.concatenate(held)
-        order = np.argsort(known)
-        found = np.searchsorted(known, keys, sorter=order)
-        at = order[np.minimum(found, len(known) - 1)]
-        hit = known[at] == keys
-        ends = np.cumsum([len(one) for one in held])
-        which = np.searchsorted(ends, at, side="right")
-        places[hit, 0] = np.array(numbers)[which[hit]]
-        places[hit, 1] = (at - np.concatenate([[0], ends])[which])[hit]
-        return places
-
-    def place(self, key: str) -> tuple[int, int] | None:
-        """Shard and row of one key: `find` sorts all that there are."""
-        (digest,) = digests([key])
+        """Return shard and row of every digest in ``keys`` (N,) as (N, 2) int32; -1 where there is none."""
+        unique, inverse = np.unique(keys, return_inverse=True)
+        places = np.full((len(unique), 2), -1, dtype=np.int32)
         for number, shard in enumerate(self._shards):
-            if shard is not None and len(rows := np.flatnonzero(shard.keys == digest)):
-                return number, int(rows[0])
-        return None
+            if shard is not None and len(unique):
+                at = np.minimum(np.searchsorted(unique, shard.keys), len(unique) - 1)
+                rows = np.flatnonzero(unique[at] == shard.keys)
+                places[at[rows], 0], places[at[rows], 1] = number, rows
+        return places[inverse]
 
     def shard(self, number: int) -> Shard:
+        """Return a shard that `find` named."""
         shard = self._shards[number]
         assert shard is not None, "found before it was discarded"
         return shard
 
-    def discard(self, number: int, why: object) -> None:
-        """Do without a damaged shard; its rows are to be made again."""
+    def discard(self, number: int, reason: object) -> None:
+        """Drop a damaged shard, so that its rows are made again."""
         path = self.shard(number).path
         self._shards[number] = None
         if path is not None:
-            self._delete(path, why)
+            self._delete(path, reason)
 
     def verify(self) -> None:
         """Read every row, and discard the shards that are damaged."""
@@ -265,15 +237,6 @@ class ShardSet:
             except DamagedShardError as error:
                 self.discard(number, error)
 
-    def _delete(self, path: Path, why: object) -> None:
-        if self.read_only:
-            log.warning("a part of the %s is damaged (%s)", self.kind, why)
-            return
-        log.warning("a part of the cached %s is damaged (%s): making it again", self.kind, why)
-        self._names.discard(path.name)
-        with suppress(OSError):
-            path.unlink()
-
     def fill(self, keys: Array, build: Build, row_bytes: int, progress: str | None = None) -> None:
         """Make the rows of ``keys`` (all different) that are missing, a shard at a time.
 
@@ -282,7 +245,12 @@ class ShardSet:
 
         Args:
             build: yields the tables of batches that follow each other, for positions in ``keys``.
+            row_bytes: about how large a row is.
             progress: what to call it in a progress bar; None for no bar.
+
+        Raises:
+            UserError: rows are missing, and the set is read only.
+            OSError: the folder is not a cache's and cannot be written.
         """
         missing = np.flatnonzero(self.find(keys)[:, 0] < 0)
         if self.read_only and len(missing):
@@ -290,106 +258,80 @@ class ShardSet:
                 f"{len(missing)} of {len(keys)} {self.kind} are missing in {self.folder}, or damaged",
                 "Start the `latentflow precompute` line that made them again: it makes only these.",
             )
-        size = rows_per_shard(row_bytes)
+        # A power of two, so that batches of usual sizes end where shards do.
+        size = int(min(_ROWS, 2 ** int(np.log2(max(64, _BYTES // max(1, row_bytes))))))
         chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
-        done = len(keys) - len(missing)
-        with tqdm(
-            total=len(keys), initial=done, desc=progress, disable=progress is None or not chunks
-        ) as bar:
-            # First what no other process is at; then what others did not finish.
-            left = [chunk for chunk in chunks if not self._make(keys, chunk, build, bar, wait=False)]
-            for chunk in left:
-                self._make(keys, chunk, build, bar, wait=True)
+        hidden, done = progress is None or not chunks, len(keys) - len(missing)
+        with tqdm(total=len(keys), initial=done, desc=progress, disable=hidden) as bar:
+            for wait in (False, True):  # first what no other process is at; then what others did not finish
+                chunks = [chunk for chunk in chunks if not self._make(keys, chunk, build, bar, wait=wait)]
 
     def _make(self, keys: Array, chunk: Array, build: Build, bar: tqdm[None], *, wait: bool) -> bool:
-        """False where another process is making this shard, and ``wait`` is off."""
-        with self._claim(keys[chunk], wait) as mine:
-            if not mine:
+        """Make one shard; return False where another process is making it, and ``wait`` is off."""
+        name, claim = shard_name(keys[chunk]), None
+        with self._in_memory_instead():
+            claim = acquire(self.folder / f"{name}.claim", wait=wait)
+            if claim is None:
                 return False
-            self._look()
-            if shard_name(keys[chunk]) in self._names:
+            self._open_new()
+        try:
+            if name in self._names:
                 bar.update(len(chunk))
-            else:
-                self._add(make_shard(keys[chunk], _collect(build(chunk), len(chunk), bar)))
-        return True
-
-    def _add(self, shard: Shard) -> None:
-        if not self._in_memory:
-            try:
+                return True
+            shard = Shard(
+                keys[chunk], {name: table.numpy() for name, table in _joined(build(chunk), bar).items()}
+            )
+            with self._in_memory_instead():
                 if self._cache is not None:
                     make_room(self._cache, sum(table.nbytes for table in shard.tables.values()))
-                shard = Shard.open(write_shard(self.folder, shard))
-            except OSError as error:
-                if self._cache is None:
-                    raise
-                self._keep_in_memory(error)
-        if shard.path is not None:
-            self._names.add(shard.path.name)
-        self._shards.append(shard)
-
-    def _look(self) -> None:
-        """Open the shards that have come into the folder."""
-        if not self.folder.is_dir():
-            return
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            if path.name in self._names:
-                continue
-            try:
-                shard = Shard.open(path)
-            except DamagedShardError as error:
-                if path.exists():  # else another process has seen it first
-                    self._delete(path, error)
-                continue
-            self._names.add(path.name)
+                shard = Shard.open(shard.write(self.folder))
+                self._names.add(name)
             self._shards.append(shard)
-
-    def _hold(self) -> None:
-        """Keep the set from being evicted, and say that it is used."""
-        descriptor = None
-        while descriptor is None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                descriptor = acquire(self.folder / LOCK, shared=True)
-            except FileNotFoundError:  # evicted in between
-                continue
-            except OSError:  # it cannot be written: what is there can still be read, and nobody deletes it
-                return
-        weakref.finalize(self, os.close, descriptor)
-        with suppress(OSError):
-            os.utime(self.folder / LOCK)
-        sweep(self.folder)
-
-    def _keep_in_memory(self, error: OSError) -> None:
-        log.warning("the %s could not be cached in %s (%s): going on without", self.kind, self.folder, error)
-        self._in_memory = True
+            return True
+        finally:
+            if claim is not None:
+                with suppress(OSError):  # on Windows no open file can be deleted: it stays, and is empty
+                    (self.folder / f"{name}.claim").unlink()
+                os.close(claim)
 
     @contextmanager
-    def _claim(self, keys: Array, wait: bool) -> Iterator[bool]:
-        """Whether this process is the one to make the shard of ``keys``; given back when the process dies."""
-        path = self.folder / f"{shard_name(keys)}.claim"
-        if self._in_memory:
-            yield True
-            return
+    def _in_memory_instead(self) -> Iterator[None]:
+        """Keep on in memory, with one warning, where a cache cannot be written; raise OSError where it is no cache."""
         try:
-            descriptor = acquire(path, wait=wait)
+            yield
         except OSError as error:
             if self._cache is None:
                 raise
-            self._keep_in_memory(error)
-            yield True
+            if not self._in_memory:
+                log.warning(
+                    "the %s could not be cached in %s (%s): going on without", self.kind, self.folder, error
+                )
+            self._in_memory = True
+
+    def _open_new(self) -> None:
+        """Open the shards that have come into the folder."""
+        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
+            if path.name in self._names:
+                continue
+            try:
+                self._shards.append(Shard.open(path))
+            except DamagedShardError as error:
+                if path.exists():  # else another process has seen it first
+                    self._delete(path, error)
+            else:
+                self._names.add(path.name)
+
+    def _delete(self, path: Path, reason: object) -> None:
+        if self.read_only:
+            log.warning("a part of the %s is damaged (%s)", self.kind, reason)
             return
-        if descriptor is None:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            with suppress(OSError):  # on Windows no open file can be deleted: it stays, and is empty
-                path.unlink(missing_ok=True)
-            os.close(descriptor)
+        log.warning("a part of the cached %s is damaged (%s): making it again", self.kind, reason)
+        self._names.discard(path.name)
+        with suppress(OSError):
+            path.unlink()
 
 
-def sweep(folder: Path) -> None:
+def _remove_stale(folder: Path) -> None:
     """Remove the temporary files of processes that were killed."""
     with suppress(OSError):
         for path in folder.glob("*.tmp"):
@@ -397,30 +339,115 @@ def sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def _collect(batches: Iterator[Tables], rows: int, bar: tqdm[None]) -> Tables:
-    """One table of all batches; rows that are shorter than others in the second dimension are filled with zeros."""
-    tables: Tables = {}
-    start = 0
+def _joined(batches: Iterator[Tables], bar: tqdm[None]) -> Tables:
+    """Join batches; rows that are shorter than others in the second dimension are filled with zeros."""
+    parts = []
     for batch in batches:
-        end = start + len(next(iter(batch.values())))
-        for name, part in batch.items():
-            tables[name] = table = _fitting(tables.get(name), part, rows)
-            if part.ndim > 1:
-                table[start:end, : part.shape[1]] = part
+        parts.append(batch)
+        bar.update(len(next(iter(batch.values()))))
+    return {name: torch.cat(_padded([part[name] for part in parts])) for name in parts[0]}
+
+
+def _padded(parts: list[Tensor]) -> list[Tensor]:
+    if parts[0].ndim == 1:
+        return parts
+    width = max(part.shape[1] for part in parts)
+    return [pad(part, (0, 0) * (part.ndim - 2) + (0, width - part.shape[1])) for part in parts]
+
+
+class RowIndex:
+    """The places of the rows of N samples: eight bytes for each, whatever the size of a row.
+
+    Args:
+        shards: the set that holds them.
+        find: gives the places (N, 2) int32 of the samples (shard and row; -1: all zeros), after it made what is
+            missing. Called again where a shard turns out to be damaged.
+    """
+
+    def __init__(self, shards: ShardSet, find: Callable[[], Array]) -> None:
+        self._shards, self._find = shards, find
+        self._places = find()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def table(self, name: str) -> LazyTable | None:
+        """Return one of the tables; None where no sample has a row, or rows have none of this name."""
+        numbers = self._places[self._places[:, 0] >= 0, 0]
+        like = self._shards.shard(numbers[0]).tables.get(name) if len(numbers) else None
+        return None if like is None else LazyTable(self, name, like)
+
+    def column(self, name: str) -> Tensor:
+        """Return a table with one number for each sample, (N,), in memory; 0 where there is no row."""
+        table = self.table(name)
+        out = torch.zeros(len(self), dtype=None if table is None else table.dtype)
+        for number in np.unique(self._places[:, 0]):
+            if number >= 0:
+                here = np.flatnonzero(self._places[:, 0] == number)
+                out[here] = torch.tensor(self._shards.shard(number).tables[name][self._places[here, 1]])
+        return out
+
+    def row(self, name: str, index: int) -> Array | None:
+        """Return a sample's row of a table, mapped: not to be written to. None: all zeros.
+
+        Raises:
+            UserError: it is damaged and cannot be made again here.
+        """
+        number, row = self._places[index].tolist()
+        if number < 0:
+            return None
+        try:
+            return self._shards.shard(number).row(name, row)
+        except DamagedShardError as error:
+            what = f"the {self._shards.kind} are damaged: {error}"
+            if self._shards.read_only:
+                fix = "Start the `latentflow precompute` line that made them again: it makes only the damaged part."
+                raise UserError(what, fix) from error
+            if get_worker_info() is not None:  # a loader's process: the network is not its to use
+                raise UserError(what, "Start the same command again with --num-workers 0.") from error
+            self._shards.discard(number, error)
+        self._places = self._find()
+        return self.row(name, index)
+
+
+class LazyTable:
+    """A table (N, ...) whose rows are read when they are indexed, as a tensor's are: ``table[3]``, ``table[[2, 0]]``.
+
+    What comes back is a tensor in memory; ``table[:]`` is all of it.
+    """
+
+    def __init__(self, index: RowIndex, name: str, like: Array) -> None:
+        self._index, self._name, self._type = index, name, like.dtype
+        self.shape = torch.Size((len(index), *like.shape[1:]))
+        self.dtype = torch.from_numpy(np.empty(0, like.dtype)).dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return ``tensor[index]``: the first part of a tuple picks rows, the rest what is wanted of each."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if isinstance(first, int):
+            return self._pick([range(len(self))[first]])[0][tuple(rest)]
+        rows: Sequence[int]
+        if isinstance(first, slice):
+            rows = range(len(self))[first]
+        else:
+            chosen = torch.as_tensor(first)
+            rows = (chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen).tolist()
+        if rest and isinstance(rest[0], list):  # an entry of each row: the others are not read
+            return self._pick(rows, rest[0])[(slice(None), *rest[1:])]
+        return self._pick(rows)[(slice(None), *rest)]
+
+    def _pick(self, rows: Sequence[int], entries: list[int] | None = None) -> Tensor:
+        out = np.empty((len(rows), *self.shape[1 if entries is None else 2 :]), dtype=self._type)
+        for place, index in enumerate(rows):
+            row = self._index.row(self._name, index)
+            if row is None:
+                out[place] = 0
             else:
-                table[start:end] = part
-        bar.update(end - start)
-        start = end
-    if start != rows:
-        raise ValueError(f"{start} rows were made where {rows} were asked for")
-    return tables
-
-
-def _fitting(table: torch.Tensor | None, part: torch.Tensor, rows: int) -> torch.Tensor:
-    """A table of ``rows`` that takes ``part``: the one there is, wider where need be."""
-    if table is not None and (part.ndim == 1 or table.shape[1] >= part.shape[1]):
-        return table
-    wider = torch.zeros(rows, *part.shape[1:], dtype=part.dtype)
-    if table is not None:
-        wider[:, : table.shape[1]] = table
-    return wider
+                out[place] = row if entries is None else row[entries[place]]
+        return torch.from_numpy(out)

@@ -1,4 +1,4 @@
-"""Prepared pixels, latents and text embeddings, kept outside the data and keyed by content.
+"""Prepared pixels, masks, latents and text embeddings, kept outside the data and keyed by content.
 
 Each row is looked up by a hash of what it was made of (an image's bytes, a caption), in the set of shards of a hash of
 everything else that its values depend on: the transform, and the weights and config of the network. So equal images
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -25,31 +28,15 @@ from ...errors import UserError
 from ..dataset import Example, Source
 from ..images import ImageFileError
 from ..pixels import parse_colour, pixels_to_images, read_image, read_own_mask, to_pixels
-from ..sources.latent_folder import LatentFolder
-from .eviction import cache_root
-from .parallel import map_threaded
-from .rows import Located, Rows
-from .store import Array, ShardSet, Tables, digests, open_cache
+from .store import NO_KEY, Array, LazyTable, RowIndex, ShardSet, Tables, digests, open_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-__all__ = [
-    "LatentTable",
-    "MaskTable",
-    "TextTable",
-    "cache_root",
-    "cached_latents",
-    "cached_masks",
-    "cached_pixels",
-    "cached_text",
-]
-
-
 Resolution = int | tuple[int, int]
 Settings = dict[str, object]
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -61,17 +48,16 @@ class LatentTable:
         std: the same shape, or None where the autoencoder gives one latent for an image.
     """
 
-    mean: Tensor | Rows
-    std: Tensor | Rows | None
+    mean: Tensor | LazyTable
+    std: Tensor | LazyTable | None
 
     def __len__(self) -> int:
         return len(self.mean)
 
     def batch(self, indices: list[int], versions: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Mean and std, each (B, C, h, w), of the images at ``indices`` in the given ``versions`` (1: mirrored)."""
-        return _pick(self.mean, indices, versions), (
-            None if self.std is None else _pick(self.std, indices, versions)
-        )
+        """Return mean and std, each (B, C, h, w), of images in the given ``versions`` (1: mirrored)."""
+        std = None if self.std is None else self.std[indices, versions]
+        return self.mean[indices, versions], std
 
 
 @dataclass(frozen=True)
@@ -83,7 +69,7 @@ class MaskTable:
         has_mask: (N,) bool.
     """
 
-    masks: Tensor | Rows
+    masks: Tensor | LazyTable
     has_mask: Tensor
 
     def __len__(self) -> int:
@@ -94,33 +80,30 @@ class MaskTable:
 class TextTable:
     """Embeddings of N captions. Equal captions share theirs."""
 
-    located: Located
+    index: RowIndex
 
     def __len__(self) -> int:
-        return len(self.located)
+        return len(self.index)
 
     def batch(self, indices: Tensor | list[int]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) and masks (B, L), True where there is a token, of the captions at ``indices`` (B,).
+        """Return embeddings (B, L, D) and masks (B, L), True where there is a token, of captions ``indices`` (B,).
 
         L is the length of the longest of them; what is beyond a caption's end is zero.
         """
-        rows = [int(index) for index in indices]
-        parts = [(self.located.row("embeds", row), self.located.row("mask", row)) for row in rows]
-        held = [(embeds, mask) for embeds, mask in parts if embeds is not None and mask is not None]
-        lengths = [int(mask.nonzero()[0].max(initial=0)) + 1 for _, mask in held]
-        embeds, masks = (
-            pad_sequence(
-                [torch.tensor(part[:length]) for part, length in zip(one, lengths, strict=True)], True
-            )
-            for one in zip(*held, strict=True)
-        )
-        return embeds, masks
+        embeds, masks = [], []
+        for row in map(int, indices):
+            mask, values = self.index.row("mask", row), self.index.row("embeds", row)
+            assert mask is not None and values is not None
+            length = int(mask.nonzero()[0].max(initial=0)) + 1
+            embeds.append(torch.tensor(values[:length]))
+            masks.append(torch.tensor(mask[:length]))
+        return pad_sequence(embeds, True), pad_sequence(masks, True)
 
 
 def cached_pixels(
     source: Source, resolution: Resolution, background: str = "white", progress: bool = True
-) -> Rows:
-    """Every image of ``source``, prepared by ``read_image``: uint8 (N, 3, H, W), in the source's order.
+) -> LazyTable:
+    """Return every image of ``source``, prepared by ``read_image``: uint8 (N, 3, H, W), in the source's order.
 
     Rows are read from the disk when they are indexed; ``[:]`` is all of them as a tensor.
 
@@ -128,24 +111,24 @@ def cached_pixels(
         UserError: an image cannot be decoded (run the source through ``readable`` first), or the cache
             would lie inside the data.
     """
-    shards = _shards("pixels", pixel_settings(resolution, background), source)
-    rows = located_pixels(source, resolution, background, shards, progress=progress).table("pixels")
-    assert rows is not None
-    return rows
+    pixels = index_images(source, pixel_transform(_size(resolution), background), progress).table("pixels")
+    assert pixels is not None
+    return pixels
 
 
 def cached_masks(source: Source, resolution: Resolution, progress: bool = True) -> MaskTable:
-    """The user's own mask of every image, registered with ``cached_pixels``; see ``MaskTable``.
+    """Return the user's own mask of every image, registered with ``cached_pixels``; see ``MaskTable``.
 
     Raises:
         UserError: a file is no mask or cannot be read, or the cache would lie inside the data.
     """
-    height, width = _size(resolution)
-    if not source.has_masks:
-        return _no_masks(len(source), height, width)
-    return mask_table(
-        source, resolution, _shards("masks", mask_settings(resolution), source), progress=progress
-    )
+    size = _size(resolution)
+    if source.has_masks:
+        index = index_images(source, mask_transform(size), progress)
+        if (masks := index.table("masks")) is not None:
+            return MaskTable(masks, index.column("found"))
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(len(source), 1, *size)
+    return MaskTable(nothing, torch.zeros(len(source), dtype=torch.bool))
 
 
 def cached_latents(
@@ -159,18 +142,19 @@ def cached_latents(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> LatentTable:
-    """Every image's latent under a frozen autoencoder, computed once; see ``LatentTable``.
+    """Return every image's latent under a frozen autoencoder, computed once; see ``LatentTable``.
+
+    Args:
+        flips: whether mirror images are needed as well.
 
     Raises:
         UserError: as for ``cached_pixels``.
     """
-    if isinstance(source, LatentFolder):
-        flips = flips or source.has_flips
-    settings = latent_settings(vae, resolution, background, flips)
-    return latent_table(
-        source, vae, resolution, _shards("latents", settings, source),
-        background=background, flips=flips, batch_size=batch_size, device=device, progress=progress,
-    )  # fmt: skip
+    transform = latent_transform(_size(resolution), background, vae, flips, batch_size, device)
+    index = index_images(source, transform, progress)
+    mean = index.table("mean")
+    assert mean is not None
+    return LatentTable(mean, index.table("std"))
 
 
 def cached_text(
@@ -183,201 +167,141 @@ def cached_text(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> TextTable:
-    """Embeddings of captions under a frozen text encoder, each different caption computed once."""
+    """Return embeddings of captions under a frozen text encoder, each different caption computed once."""
     from ...models.text import encode_text
-
-    settings: Settings = {
-        "encoder": fingerprint(encoder),
-        "tokenizer": _tokenizer_state(tokenizer),
-        "length": max_length,
-    }
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Iterator[Tables]:
         encoder.to(device)
         for batch in _batches(iter(texts), batch_size):
             embeds, mask = encode_text(tokenizer, encoder, batch, max_length)
-            embeds = embeds.float() * mask[..., None]
-            yield {"embeds": embeds.cpu(), "mask": mask.cpu()}
+            yield {"embeds": (embeds.float() * mask[..., None]).cpu(), "mask": mask.cpu()}
 
+    settings: Settings = {
+        "encoder": fingerprint(encoder),
+        "tokenizer": _tokenizer_state(tokenizer),
+        "length": max_length,
+    }
     width = int(getattr(encoder.config, "hidden_size", 1024))
     row_bytes = 4 * width * min(512, max_length or tokenizer.model_max_length)
-    shards = open_cache("text", settings)
+    transform = Transform("text", settings, row_bytes, str, encode, "encoding captions")
     return TextTable(
-        located(
-            shards, captions, lambda: captions, str, encode, row_bytes, _told("encoding captions", progress)
-        )
+        _index_rows(open_cache("text", settings), transform, captions, lambda: captions, progress)
     )
 
 
-# ---- the same, in a given set of shards ----
+@dataclass(frozen=True)
+class Transform(Generic[T]):
+    """The making of the rows of a set of shards from items: images, or captions.
 
-
-def located(
-    shards: ShardSet,
-    items: Sequence[T],
-    keys: Callable[[], Iterable[str]],
-    key: Callable[[T], str],
-    encode: Callable[[list[T]], Iterator[Tables]],
-    row_bytes: int,
-    progress: str | None,
-) -> Located:
-    """Where the rows of ``items`` lie in ``shards``, after the missing ones were made.
-
-    Args:
-        keys, key: the keys of all items, and that of one as it is now. Items of equal keys share a row.
-        encode: yields the tables of batches of the items that it is given, in their order.
-        row_bytes: about how large a row is.
-        progress: the name of the progress bar, None for none.
+    Attributes:
+        kind: what the rows are.
+        settings: everything but the item that a row depends on.
+        row_bytes: the size of a row, about.
+        key: gives the hash of what an item's row is made of, as it is now; None: it has no row.
+        encode: yields the tables of batches of items, in their order.
+        title: of the progress bar.
     """
 
-    def find() -> Array:
-        wanted = digests(keys())
-        first = np.sort(np.unique(wanted, return_index=True)[1])
-        unique = wanted[first]  # in the order of the items: files that hold many are read from front to back
-
-        def build(chunk: Array) -> Iterator[Tables]:
-            chosen = [items[int(row)] for row in first[chunk]]
-            yield from encode(chosen)
-            if (digests(map(key, chosen)) != unique[chunk]).any():
-                raise UserError("a file was changed while it was read", "Start again when all are in place.")
-
-        shards.fill(unique, build, row_bytes, progress)
-        return shards.find(wanted)
-
-    return Located(shards, find)
+    kind: str
+    settings: Settings
+    row_bytes: int
+    key: Callable[[T], str | None]
+    encode: Callable[[list[T]], Iterator[Tables]]
+    title: str
 
 
-def located_pixels(
-    source: Source, resolution: Resolution, background: str, shards: ShardSet, *, progress: bool
-) -> Located:
-    """``cached_pixels`` in a given set of shards, as the table ``pixels``."""
-    height, width = _size(resolution)
+def pixel_transform(size: tuple[int, int], background: str) -> Transform[Example]:
+    """Return the transform of images to ``pixels`` (3, H, W) uint8."""
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
-        for batch in _batches(read_pixels(examples, resolution, background), 64):
+        for batch in _batches(read_pixels(examples, size, background), 64):
             yield {"pixels": torch.stack(batch)}
 
-    told = _told("reading images", progress)
-    return located(
-        shards,
-        source.examples,
-        source.pixel_keys,
-        methodcaller("pixel_key"),
-        encode,
-        3 * height * width,
-        told,
-    )
+    settings: Settings = {
+        "size": list(size), "background": parse_colour(background), "resize": "fit-lanczos"
+    }  # fmt: skip
+    row_bytes = 3 * size[0] * size[1]
+    return Transform("pixels", settings, row_bytes, methodcaller("pixel_key"), encode, "reading images")
 
 
-def mask_table(source: Source, resolution: Resolution, shards: ShardSet, *, progress: bool) -> MaskTable:
-    """``cached_masks`` in a given set of shards, of a source of which some image has a mask."""
-    height, width = _size(resolution)
-    places = [row for row, example in enumerate(source.examples) if example.mask is not None]
-    if not places:
-        return _no_masks(len(source), height, width)
-    masked = [source.examples[row] for row in places]
+def mask_transform(size: tuple[int, int]) -> Transform[Example]:
+    """Return the transform of images to the user's own ``masks`` (1, H, W) uint8, and whether one was ``found``."""
 
     def encode(examples: list[Example]) -> Iterator[Tables]:
-        for batch in _batches(map_threaded(partial(_mask, resolution=(height, width)), examples), 64):
+        for batch in _batches(map_threaded(partial(_mask, size=size), examples), 64):
             masks, found = zip(*batch, strict=True)
             yield {"masks": torch.stack(masks), "found": torch.tensor(found)}
 
-    def key(example: Example) -> str:  # the image's size decides where its mask lies: a row belongs to both
-        return f"{example.content_key()} {example.mask_key()}"
-
-    some = located(
-        shards,
-        masked,
-        lambda: map(key, masked),
-        key,
-        encode,
-        height * width,
-        _told("reading masks", progress),
-    )
-    spread = some.spread(places, len(source))
-    masks = spread.table("masks")
-    assert masks is not None
-    return MaskTable(masks, spread.column("found"))
+    settings: Settings = {"size": list(size), "resize": "fit-nearest"}
+    row_bytes = size[0] * size[1]
+    return Transform("masks", settings, row_bytes, methodcaller("masked_key"), encode, "reading masks")
 
 
-def _no_masks(size: int, height: int, width: int) -> MaskTable:
-    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(size, 1, height, width)
-    return MaskTable(nothing, torch.zeros(size, dtype=torch.bool))
-
-
-def latent_table(
-    source: Source,
-    vae: Any,
-    resolution: Resolution,
-    shards: ShardSet,
-    *,
-    background: str,
-    flips: bool,
-    batch_size: int,
-    device: str | torch.device,
-    progress: bool,
-) -> LatentTable:
-    """``cached_latents`` in a given set of shards."""
-
-    def encode(examples: list[Example]) -> Iterator[Tables]:
-        return encode_latents(examples, vae, resolution, background, flips, batch_size, device)
-
-    found = located(
-        shards, source.examples, source.pixel_keys, methodcaller("pixel_key"), encode,
-        latent_bytes(vae, resolution, flips), _told("encoding images", progress),
-    )  # fmt: skip
-    mean = found.table("mean")
-    assert mean is not None
-    return LatentTable(mean, found.table("std"))
-
-
-def encode_latents(
-    examples: Iterable[Example],
-    vae: Any,
-    resolution: Resolution,
-    background: str,
-    flips: bool,
-    batch_size: int,
-    device: str | torch.device,
-) -> Iterator[Tables]:
-    """``mean`` and, where the autoencoder has them, ``std`` of batches of images; several threads decode."""
-    vae.to(device)
-    for batch in _batches(read_pixels(examples, resolution, background), batch_size):
-        mean, std = _posteriors(vae, torch.stack(batch), flips, device)
-        yield {"mean": mean} if std is None else {"mean": mean, "std": std}
-
-
-def latent_settings(vae: Any, resolution: Resolution, background: str, flips: bool) -> Settings:
-    """What latents depend on, beside the image."""
-    return pixel_settings(resolution, background) | {"flips": flips, "autoencoder": fingerprint(vae)}
-
-
-def latent_bytes(vae: Any, resolution: Resolution, flips: bool) -> int:
-    """Size of an image's row: means and deviations, of its mirror image as well."""
+def latent_transform(
+    size: tuple[int, int], background: str, vae: Any, flips: bool, batch_size: int, device: str | torch.device
+) -> Transform[Example]:
+    """Return the transform of images to latents: ``mean`` and, where the autoencoder has it, ``std`` (F, C, h, w)."""
     from ...autoencoder import downscale_factor, latent_channels
 
-    height, width = _size(resolution)
-    cells = (height // downscale_factor(vae)) * (width // downscale_factor(vae))
-    return 4 * 2 * (1 + flips) * latent_channels(vae) * cells
+    def encode(examples: list[Example]) -> Iterator[Tables]:
+        vae.to(device)
+        for batch in _batches(read_pixels(examples, size, background), batch_size):  # several threads decode
+            mean, std = _posteriors(vae, torch.stack(batch), flips, device)
+            yield {"mean": mean} if std is None else {"mean": mean, "std": std}
+
+    settings = pixel_transform(size, background).settings | {"flips": flips, "autoencoder": fingerprint(vae)}
+    factor = downscale_factor(vae)
+    values = 2 * (1 + flips) * latent_channels(vae) * (size[0] // factor) * (size[1] // factor)
+    return Transform("latents", settings, 4 * values, methodcaller("pixel_key"), encode, "encoding images")
 
 
-def mask_settings(resolution: Resolution) -> Settings:
-    """What masks depend on, beside the image and its mask."""
-    return {"size": list(_size(resolution)), "resize": "fit-nearest"}
+def index_images(
+    source: Source, transform: Transform[Example], progress: bool, shards: ShardSet | None = None
+) -> RowIndex:
+    """Find the rows of a source's images, and make the missing ones.
+
+    Args:
+        shards: the set of shards; None: the source's own, or the cache's.
+    """
+    if shards is None:
+        shards = source.shards(transform.kind, transform.settings)
+    keys = source.masked_keys if transform.kind == "masks" else source.pixel_keys
+    return _index_rows(shards, transform, source.examples, keys, progress)
 
 
-def pixel_settings(resolution: Resolution, background: str) -> Settings:
-    """What pixels depend on, beside the image."""
-    return {
-        "size": list(_size(resolution)), "background": parse_colour(background), "resize": "fit-lanczos"
-    }  # fmt: skip
+def _index_rows(
+    shards: ShardSet,
+    transform: Transform[T],
+    items: Sequence[T],
+    keys: Callable[[], Iterable[str | None]],
+    progress: bool,
+) -> RowIndex:
+    """Find the rows of ``items``, and make the missing ones; ``keys`` gives the key of each. Equal keys share a row."""
+
+    def find() -> Array:
+        all_keys = digests(keys())
+        different, first = np.unique(all_keys, return_index=True)
+        # In the order of the items: files that hold many are read from front to back.
+        first = np.sort(first[different != NO_KEY])
+        unique = all_keys[first]
+
+        def build(chunk: Array) -> Iterator[Tables]:
+            chosen = [items[int(row)] for row in first[chunk]]
+            yield from transform.encode(chosen)
+            if (digests(map(transform.key, chosen)) != unique[chunk]).any():
+                raise UserError("a file was changed while it was read", "Start again when all are in place.")
+
+        shards.fill(unique, build, transform.row_bytes, transform.title if progress else None)
+        return shards.find(all_keys)
+
+    return RowIndex(shards, find)
 
 
 def read_pixels(
     examples: Iterable[Example], resolution: Resolution, background: str = "white"
 ) -> Iterator[Tensor]:
-    """Each image as uint8 (3, H, W), decoded in several threads.
+    """Yield each image as uint8 (3, H, W), decoded in several threads.
 
     Raises:
         UserError: an image cannot be decoded, or was changed while it was read.
@@ -386,8 +310,24 @@ def read_pixels(
     return map_threaded(partial(_pixels, resolution=resolution, background=background), examples)
 
 
+def map_threaded(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield what ``function`` returns of each item, in order, a bounded number of items ahead of the reader.
+
+    A few threads compute it. Pillow decodes without the interpreter lock, so threads help.
+    """
+    workers = min(8, os.cpu_count() or 1)
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 8 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def fingerprint(network: Any) -> str:
-    """Hash of a network's config and of every bit of its weights."""
+    """Return the hash of a network's config and of every bit of its weights."""
     config = network.config.to_dict() if hasattr(network.config, "to_dict") else dict(network.config)
     # Where it was loaded from and by which version is not what it computes.
     plain = {key: value for key, value in config.items() if not key.startswith("_") and "version" not in key}
@@ -411,7 +351,7 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 def _posteriors(
     vae: Any, pixels: Tensor, flips: bool, device: str | torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Normalised mean and std, (B, F, C, h, w), of pixels (B, 3, H, W) uint8 and their mirror images."""
+    """Return normalised mean and std, (B, F, C, h, w), of pixels (B, 3, H, W) uint8 and their mirror images."""
     from ...autoencoder import normalise, posterior
 
     images = pixels_to_images(pixels).to(device)
@@ -431,20 +371,6 @@ def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def _pick(table: Tensor | Rows, indices: list[int], versions: list[int]) -> Tensor:
-    return table[indices, versions] if isinstance(table, Tensor) else table.pick(indices, versions)
-
-
-def _shards(kind: str, settings: Settings, source: Source) -> ShardSet:
-    if isinstance(source, LatentFolder):
-        return source.store.shards(kind, settings)
-    return open_cache(kind, settings, source.root)
-
-
-def _told(what: str, progress: bool) -> str | None:
-    return what if progress else None
-
-
 def _size(resolution: Resolution) -> tuple[int, int]:
     return (resolution, resolution) if isinstance(resolution, int) else resolution
 
@@ -457,9 +383,9 @@ def _pixels(example: Example, resolution: Resolution, background: str) -> Tensor
         raise UserError(f"cannot read {example.name}: {error.why}", fix) from error
 
 
-def _mask(example: Example, resolution: tuple[int, int]) -> tuple[Tensor, bool]:
-    """(1, H, W) uint8, and whether there is a mask."""
-    mask = read_own_mask(example, resolution)
+def _mask(example: Example, size: tuple[int, int]) -> tuple[Tensor, bool]:
+    """Return a mask (1, H, W) uint8, and whether there is one."""
+    mask = read_own_mask(example, size)
     if mask is None:  # the alpha channel was to be it, and there is none
-        return torch.zeros(1, *resolution, dtype=torch.uint8), False
+        return torch.zeros(1, *size, dtype=torch.uint8), False
     return torch.from_numpy(np.array(mask))[None], True

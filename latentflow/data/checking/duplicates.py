@@ -8,24 +8,21 @@ aspect ratios by at most 5 %. Mirror images are not.
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 BITS = 6
 LEVELS = 4.0
 ASPECT = 0.05
 _BANDS = 8  # of 8 bits: where 6 bits differ at most, two bands at least are equal
-_MOST_NEIGHBOURS = 200  # that an image is compared with in one table: time stays bounded on any data
+_MOST_NEIGHBOURS = 200  # images that one is compared with in one table, which bounds the time on any data
 
 
 def near_duplicates(
     hashes: NDArray[np.int64], thumbnails: NDArray[np.uint8], sizes: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(N,): the number of the group that each image belongs to. A group grows from pair to pair.
+    """Return the number of the group (N,) that each image belongs to. A group grows from pair to pair.
 
     Args:
         hashes: (N,) perceptual hashes.
@@ -45,11 +42,11 @@ def near_duplicates(
 def _grouped(
     hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8], aspects: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """(N,): groups joined by near pairs. Only those are compared that agree in two bands of their hashes."""
+    """Return groups (N,) joined by near pairs. Only images that agree in two bands of their hashes are compared."""
     bands = hashes[:, None].view(np.uint8).astype(np.uint16)
     labels = np.arange(len(hashes))
-    for one, other in combinations(range(_BANDS), 2):
-        keys = bands[:, one] << 8 | bands[:, other]
+    for first, second in combinations(range(_BANDS), 2):
+        keys = bands[:, first] << 8 | bands[:, second]
         order = np.lexsort((hashes, keys))
         keys = keys[order]
         alive = np.arange(len(keys))
@@ -59,25 +56,29 @@ def _grouped(
             if not len(alive):
                 break
             a, b = order[alive], order[alive + step]
-            # Of a film nearly all pairs are near: those that a group joins already are neither compared nor kept.
+            # In a film nearly all pairs are near: those within one group already are neither compared nor kept.
             close = (labels[a] != labels[b]) & (np.bitwise_count(hashes[a] ^ hashes[b]) <= BITS)
             labels = _merged(labels, _verified(a[close], b[close], thumbnails, aspects))
     return labels
 
 
 def _merged(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The groups when those of each pair (P, 2) are one."""
+    """Return the groups after joining those of each pair (P, 2)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     if not len(pairs):
         return labels
     edges = labels[pairs]
     graph = coo_array((np.ones(len(edges), dtype=bool), (edges[:, 0], edges[:, 1])), shape=(len(labels),) * 2)
-    joined: NDArray[Any] = connected_components(graph, directed=False)[1]
+    joined: NDArray[np.int32] = connected_components(graph, directed=False)[1]
     return joined[labels].astype(np.int64)
 
 
 def _verified(
     a: NDArray[np.int64], b: NDArray[np.int64], thumbnails: NDArray[np.uint8], aspects: NDArray[np.float32]
 ) -> NDArray[np.int64]:
+    """Return the pairs (P, 2) among candidates ``a`` and ``b`` that are near by shape and thumbnail."""
     alike = np.abs(aspects[a] - aspects[b]) <= ASPECT
     a, b = a[alike], b[alike]
     difference = thumbnails[a].astype(np.float32) - thumbnails[b]

@@ -1,4 +1,4 @@
-"""Inspection of images: each decoded once, with all cores, and again only when its file changes."""
+"""Inspection of images: each decoded once, on all cores, and again only when its file changes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import PIL
 from PIL import Image, ImageOps
@@ -27,24 +27,28 @@ from ..cache.eviction import LOOKS, cache_root
 from ..dataset import Example, FileExample, Source
 from ..images import ImageFileError, decoding, name_of
 from ..pixels import to_rgb
-from ..sources.members import Member
+from ..sources.files import Member
 
-THUMBNAIL = 8  # pixels, the side of what near duplicates are compared by
+log = logging.getLogger(__name__)
+
+THUMBNAIL = 8  # pixels, the side of the thumbnails by which near duplicates are compared
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = range(5, 9)  # orientations that swap width and height
-_ENOUGH = 128  # pixels of the short side that a fingerprint needs
+_ENOUGH = 128  # pixels of the short side that a perceptual hash needs
 _REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
+_TASK = 32  # images that a worker is given at once
+_MANY = 1000  # images from which starting processes pays
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """One image, opened: what it is, or why it cannot be read.
+class ImageInfo:
+    """The properties of one image, or the reason why it cannot be read.
 
     Attributes:
         width, height: after EXIF rotation.
         mode, format: Pillow's names.
         rotated: whether EXIF turns or mirrors it.
-        animated: whether it has more frames than the first, which is what is used.
+        animated: whether it has more frames than the first, which is the one that is used.
         key: the example's content key.
         hash: perceptual hash (64 bits, as a signed number): few bits differ between copies of one image.
         thumbnail: RGB pixels, ``THUMBNAIL`` x ``THUMBNAIL``, row by row.
@@ -80,24 +84,20 @@ class Look:
         return (self.mask_width, self.mask_height) if self.mask_width else None
 
 
-def look_at(example: Example) -> Look:
-    """The image and its mask, decoded. What cannot be read is a result, not an error."""
+def inspect_image(example: Example) -> ImageInfo:
+    """Decode an image and its mask. What cannot be read is a result, not an error."""
     try:
-        look = _look_at(example)
+        info = _inspect(example)
     except UserError as error:
-        return Look(error=error.why if isinstance(error, ImageFileError) else error.what)
+        return ImageInfo(error=error.why if isinstance(error, ImageFileError) else error.what)
     try:
         mask = example.open_mask()
     except UserError as error:
-        return dataclasses.replace(look, mask_error=error.what)
-    return look if mask is None else dataclasses.replace(look, mask_width=mask.width, mask_height=mask.height)
+        return dataclasses.replace(info, mask_error=error.what)
+    return info if mask is None else dataclasses.replace(info, mask_width=mask.width, mask_height=mask.height)
 
 
-def look_at_all(examples: list[Example]) -> list[Look]:
-    return [look_at(example) for example in examples]
-
-
-def _look_at(example: Example) -> Look:
+def _inspect(example: Example) -> ImageInfo:
     with example.open() as image:
         width, height = image.size
         mode, format = image.mode, image.format or ""
@@ -108,20 +108,22 @@ def _look_at(example: Example) -> Look:
             image.load()
             orientation = image.getexif().get(_ORIENTATION, 1)
             animated = format != "MPO" and bool(getattr(image, "is_animated", False))
-            turned = ImageOps.exif_transpose(image)
-        hash, thumbnail = _fingerprint(turned)
+            upright = ImageOps.exif_transpose(image)
+        hash, thumbnail = _perceptual_hash(upright)
     if orientation in _TURNED:
         width, height = height, width
-    look = Look(
-        width, height, mode, format, orientation != 1, animated, example.content_key(), hash, thumbnail
-    )
     profile = example.profile()
-    if profile is None:
-        return look
-    return dataclasses.replace(look, profile=profile.name, profile_problem=profile.problem)
+    return ImageInfo(
+        width, height, mode, format, orientation != 1, animated, example.content_key(), hash, thumbnail,
+        profile=profile.name if profile is not None else "",
+        profile_problem=profile.problem if profile is not None else "",
+    )  # fmt: skip
 
 
-def _fingerprint(upright: Image.Image) -> tuple[int, bytes]:
+def _perceptual_hash(upright: Image.Image) -> tuple[int, bytes]:
+    """Return the perceptual hash and the thumbnail of an image."""
+    import imagehash
+
     factor = min(upright.size) // _ENOUGH
     if factor > 1 and upright.mode in _REDUCIBLE and "transparency" not in upright.info:
         upright = upright.reduce(factor)
@@ -131,59 +133,55 @@ def _fingerprint(upright: Image.Image) -> tuple[int, bytes]:
     return int(bits.view(np.dtype(">i8"))[0]), thumbnail.tobytes()
 
 
-log = logging.getLogger(__name__)
-
-_VERSION = 2  # raise it when the meaning of a look changes
-_TASK = 32  # images that a worker is given at once
-_AT_ONCE = 1024  # looks that are remembered at once: a disk may take 20 ms to take anything for good
-_MANY = 1000  # images from which starting processes pays
-_FIELDS = [field.name for field in dataclasses.fields(Look) if not field.name.endswith("error")]
-_FLAGS = ("rotated", "animated")
-
-
-def looks_at(source: Source, progress: bool = True) -> Iterator[Look]:
-    """What every image of ``source`` is, in its order; what was seen before comes from the cache.
+def inspect_images(source: Source, progress: bool = True) -> Iterator[ImageInfo]:
+    """Yield the properties of every image of ``source``, in its order; known ones come from the cache.
 
     Raises:
         UserError: a process that decodes images was killed.
     """
-    waiting: deque[tuple[list[Example], list[Look | None], Future[list[Look]] | None]] = deque()
+    waiting: deque[tuple[list[Example], list[ImageInfo | None], Future[list[ImageInfo]] | None]] = deque()
     examples = iter(source.examples)
     with (
-        _Seen(source) as seen,
+        _Inspected(source) as inspected,
         _workers(source) as pool,
         tqdm(total=len(source), desc="checking images", unit=" images", disable=not progress or None) as bar,
     ):
         while True:
             while len(waiting) < 8 * _cores() and (task := list(islice(examples, _TASK))):
-                known = [seen.get(example) for example in task]
-                new = [example for example, look in zip(task, known, strict=True) if look is None]
-                waiting.append((task, known, pool.submit(look_at_all, new) if new else None))
+                known = [inspected.get(example) for example in task]
+                new = [example for example, info in zip(task, known, strict=True) if info is None]
+                waiting.append((task, known, pool.submit(_inspect_all, new) if new else None))
             if not waiting:
                 return
             task, known, future = waiting.popleft()
             fresh = iter(_result(future) if future else [])
-            looks = [look or next(fresh) for look in known]
-            seen.add(
-                [pair for pair, old in zip(zip(task, looks, strict=True), known, strict=True) if not old]
-            )
-            for look in looks:
-                yield look
+            for example, info in zip(task, known, strict=True):
+                if info is None:
+                    info = next(fresh)
+                    inspected.add(example, info)
+                yield info
                 bar.update()
 
 
-def _result(future: Future[list[Look]]) -> list[Look]:
+def _inspect_all(examples: list[Example]) -> list[ImageInfo]:
+    return [inspect_image(example) for example in examples]
+
+
+def _result(future: Future[list[ImageInfo]]) -> list[ImageInfo]:
     try:
         return future.result()
     except BrokenProcessPool:
         raise UserError(
             "a process that decodes images was killed, probably for want of memory",
-            "Start again: what was seen is remembered. An image of very many pixels may be the reason.",
+            "Start again: the images that were inspected are remembered. An image of very many pixels may be the "
+            "reason.",
         ) from None
 
 
 def _workers(source: Source) -> Executor:
-    """Processes where they pay: most of the time goes to Python between Pillow's calls, which threads share."""
+    """Return processes where they pay: most of the time goes to Python between Pillow's calls, which threads share."""
+    import imagehash  # noqa: F401 (once: workers start as copies of this process)
+
     plain = all(isinstance(e, FileExample) and not isinstance(e.path, Member) for e in source.examples)
     # Where processes do not start as copies of this one, they would spend longer on importing torch.
     if len(source) >= _MANY and plain and "fork" in multiprocessing.get_all_start_methods():
@@ -192,7 +190,7 @@ def _workers(source: Source) -> Executor:
 
 
 def _end_with_parent() -> None:
-    """A worker would wait for work without end where the process that it works for is killed."""
+    """End this worker when the process that it works for is killed; it would wait for work without end."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -207,8 +205,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Seen:
-    """Looks of earlier, in a small database in the cache; a look is true as long as size and time of its files are.
+# ---------------------------------------------------------------- the cache
+
+_VERSION = 2  # raise it when fields of ImageInfo change, or their meaning
+_AT_ONCE = 1024  # rows that are written at once: a disk may take 20 ms to store anything safely
+_FIELDS = [f.name for f in dataclasses.fields(ImageInfo) if not f.name.endswith("error")]
+_FLAGS = ("rotated", "animated")
+
+
+class _Inspected:
+    """Images that were inspected before, in a small database in the cache; valid while size and time of files are.
 
     Only images that can be read are remembered: the reason why one cannot may pass.
     """
@@ -220,9 +226,9 @@ class _Seen:
         self._database: sqlite3.Connection | None = None
         self._new: list[tuple[object, ...]] = []  # rows that are not written yet
 
-    def __enter__(self) -> _Seen:
-        if self._path is not None:
-            try:
+    def __enter__(self) -> _Inspected:
+        with self._going_on_without():
+            if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 # Threads take turns; other processes are waited for.
                 self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
@@ -230,9 +236,7 @@ class _Seen:
                 self._database.execute(
                     f"CREATE TABLE IF NOT EXISTS looks (place BLOB PRIMARY KEY, state TEXT, {columns})"
                 )
-                os.utime(self._path)  # used: what was not used for longest makes room
-            except (sqlite3.Error, OSError) as error:
-                self._give_up(error)
+                os.utime(self._path)  # the cache makes room by removing what was not used for longest
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -240,55 +244,49 @@ class _Seen:
         if self._database is not None:
             self._database.close()
 
-    def get(self, example: Example) -> Look | None:
-        if self._database is None or (at := _place(example)) is None:
-            return None
-        try:
-            row = self._database.execute(
-                f"SELECT {', '.join(_FIELDS)} FROM looks WHERE place = ? AND state = ?", at
-            ).fetchone()
-        except sqlite3.Error as error:
-            self._give_up(error)
-            return None
+    def get(self, example: Example) -> ImageInfo | None:
+        row = None
+        if self._database is not None and (place := _place(example)) is not None:
+            with self._going_on_without():
+                row = self._database.execute(
+                    f"SELECT {', '.join(_FIELDS)} FROM looks WHERE place = ? AND state = ?", place
+                ).fetchone()
         if row is None:
             return None
         values = dict(zip(_FIELDS, row, strict=True))
-        return Look(**values | {flag: bool(values[flag]) for flag in _FLAGS})
+        return ImageInfo(**values | {flag: bool(values[flag]) for flag in _FLAGS})
 
-    def add(self, pairs: list[tuple[Example, Look]]) -> None:
-        good = [(example, look) for example, look in pairs if not (look.error or look.mask_error)]
-        self._new += [
-            (*at, *(getattr(look, name) for name in _FIELDS))
-            for example, look in good
-            if (at := _place(example)) is not None
-        ]
+    def add(self, example: Example, info: ImageInfo) -> None:
+        if not (info.error or info.mask_error) and (place := _place(example)) is not None:
+            self._new.append((*place, *(getattr(info, name) for name in _FIELDS)))
         if len(self._new) >= _AT_ONCE:
             self._write()
 
     def _write(self) -> None:
         rows, self._new = self._new, []
-        if self._database is None or not rows:
-            return
-        try:
-            with self._database:
-                marks = ", ".join("?" * len(rows[0]))
+        if self._database is not None and rows:
+            marks = ", ".join("?" * len(rows[0]))
+            with self._going_on_without(), self._database:
                 self._database.executemany(f"INSERT OR REPLACE INTO looks VALUES ({marks})", rows)
-        except sqlite3.Error as error:
-            self._give_up(error)
 
-    def _give_up(self, error: Exception) -> None:
-        log.warning(
-            "what was seen cannot be remembered in %s (%s): going on without; delete the file if it is damaged",
-            self._path,
-            error,
-        )
-        if self._database is not None:
-            self._database.close()
-            self._database = None
+    @contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        """Warn of an error of the database or the disk, and go on without remembering."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            log.warning(
+                "inspected images cannot be remembered in %s (%s): going on without; delete the file if it is damaged",
+                self._path,
+                error,
+            )
+            if self._database is not None:
+                self._database.close()
+                self._database = None
 
 
 def _place(example: Example) -> tuple[bytes, str] | None:
-    """Where an image lies, and the state of its files there; None where a file is gone."""
+    """Return the place of an image, and the state of its files there; None where a file is gone."""
     files = [example.path if isinstance(example, FileExample) else example.content_key(), example.mask]
     try:
         states = [_state(file) if isinstance(file, Path) else repr(file) for file in files]

@@ -1,4 +1,4 @@
-"""The report of `latentflow check` on a data set, as text."""
+"""The report of `latentflow check`: numbers about a data set, and its text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,18 @@ _ASPECTS = {  # width / height
     "1:2 or taller": 1 / 2, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "4:5": 4 / 5, "1:1": 1.0,
     "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "2:1 or wider": 2.0,
 }  # fmt: skip
+_CONDITIONED = {
+    "text": "conditioned on captions",
+    "class": "conditioned on classes",
+    "unconditional": "unconditional",
+    "unknown": "not usable",
+}
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+NEAR = f"near duplicates: at most {BITS} of 64 bits of their hashes and {LEVELS:g} of 255 levels of thumbnails apart"
 
 
 def aspect_histogram(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
-    """Images by the nearest (in ratio) of the usual shapes that occur, from tall to wide."""
+    """Count images by the nearest (in ratio) of the usual shapes, from tall to wide; shapes of none are left out."""
     values = np.log([width / height for width, height in sizes])
     nearest = np.abs(values[:, None] - np.log(list(_ASPECTS.values()))).argmin(axis=1)
     counts = np.bincount(nearest, minlength=len(_ASPECTS)).tolist()
@@ -32,23 +40,20 @@ def aspect_histogram(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
 
 
 def reach(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
-    """How many images have a short side of at least 32, 64, ... pixels."""
+    """Count the images whose short side has at least 32, 64, ... pixels."""
     short = np.array([min(size) for size in sizes], dtype=np.int64)
     return {str(side): int((short >= side).sum()) for side in SIDES}
 
 
 def kept_by_square_crop(sizes: Iterable[tuple[int, int]]) -> float:
-    """The share of their area that images keep when a square is cut from their centre, on average."""
+    """Return the share of their area that images keep when a square is cut from their centre, on average."""
     shares = [min(size) / max(size) for size in sizes]
     return float(np.mean(shares)) if shares else 1.0
 
 
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
-
-
 @dataclass(frozen=True)
 class CaptionFacts:
-    """Of all captions of all images.
+    """Numbers about all captions of all images.
 
     Attributes:
         missing: names of images without one.
@@ -56,60 +61,47 @@ class CaptionFacts:
         repeated: captions of several images, the most frequent first, with the number of images.
         shortest, median, longest: in words.
         vocabulary: number of different words, whatever their case.
-        once: how many of them occur only once, and so can hardly be learnt.
+        once: number of words that occur only once, and so can hardly be learnt.
         common: the most frequent words, with their counts.
     """
 
     missing: tuple[str, ...] = ()
     different: int = 0
-    repeated: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    repeated: Mapping[str, int] = field(default_factory=dict)
     shortest: int = 0
     median: float = 0
     longest: int = 0
     vocabulary: int = 0
     once: int = 0
-    common: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    common: Mapping[str, int] = field(default_factory=dict)
 
 
 def caption_facts(examples: Sequence[Example], most: int = 20) -> CaptionFacts:
-    """The facts, with ``most`` repeated captions and common words."""
+    """Return the facts, with ``most`` repeated captions and common words."""
     texts = Counter(text for example in examples for text in set(example.captions) if text)
-    lengths = [len(_words(text)) for text in texts]
-    words = Counter(word for text, times in texts.items() for word in _words(text) * times)
+    words = {text: _WORD.findall(text.casefold()) for text in texts}
+    lengths = [len(found) for found in words.values()]
+    counts = Counter(word for text, times in texts.items() for word in words[text] * times)
     return CaptionFacts(
         missing=tuple(example.name for example in examples if not example.text),
         different=len(texts),
-        repeated=_first(texts, most, at_least=2),
+        repeated={text: times for text, times in _most_frequent(texts, most).items() if times > 1},
         shortest=min(lengths, default=0),
         median=statistics.median(lengths) if lengths else 0,
         longest=max(lengths, default=0),
-        vocabulary=len(words),
-        once=sum(times == 1 for times in words.values()),
-        common=_first(words, most),
+        vocabulary=len(counts),
+        once=sum(times == 1 for times in counts.values()),
+        common=_most_frequent(counts, most),
     )
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
-
-
-def _first(counts: Counter[str], most: int, at_least: int = 1) -> dict[str, int]:
-    ordered: Iterable[tuple[str, int]] = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return {name: times for name, times in list(ordered)[:most] if times >= at_least}
-
-
-_CONDITIONED = {
-    "text": "conditioned on captions",
-    "class": "conditioned on classes",
-    "unconditional": "unconditional",
-    "unknown": "not usable",
-}
-NEAR = f"near duplicates: at most {BITS} of 64 bits of their hashes and {LEVELS:g} of 255 levels of thumbnails apart"
+def _most_frequent(counts: Counter[str], most: int) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most])
 
 
 @dataclass(frozen=True)
 class Report:
-    """What ``latentflow check`` prints.
+    """The result of ``latentflow check``.
 
     ``problems`` would break a run, ``warnings`` would not but are worth knowing.
     """
@@ -117,23 +109,23 @@ class Report:
     data: str
     condition: str
     images: int = 0
-    classes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    classes: Mapping[str, int] = field(default_factory=dict)
     captions: int = 0
     caption_facts: CaptionFacts = CaptionFacts()
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    aspects: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    reach: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    aspects: Mapping[str, int] = field(default_factory=dict)
+    reach: Mapping[str, int] = field(default_factory=dict)
     kept_by_square_crop: float = 1.0
-    modes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    formats: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    misnamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    modes: Mapping[str, int] = field(default_factory=dict)
+    formats: Mapping[str, int] = field(default_factory=dict)
+    misnamed: Mapping[str, str] = field(default_factory=dict)
     animated: tuple[str, ...] = ()
     rotated: int = 0
-    profiles: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    unusable_profiles: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    profiles: Mapping[str, int] = field(default_factory=dict)
+    unusable_profiles: Mapping[str, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
     masks: int = 0
-    unreadable_masks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unreadable_masks: Mapping[str, str] = field(default_factory=dict)
     duplicates: tuple[tuple[str, ...], ...] = ()
     near_duplicates: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
@@ -146,32 +138,34 @@ class Report:
         return {"pictures" if name == "images" else name: value for name, value in values.items()}
 
     def lines(self) -> list[str]:
-        """The report for people, one screen."""
+        """Return the report for people, one screen."""
         lines = [self.headline, *self.notes]
         if self.classes:
-            lines.append("images per class: " + most(self.classes, 12))
+            lines.append("images per class: " + list_counts(self.classes, 12))
         if self.condition == "text" and self.captions:
             facts = self.caption_facts
             lines.append(f"{self.captions} different captions")
             lines.append(
                 f"words in a caption: {facts.shortest} to {facts.longest}, median {facts.median:g}; "
-                f"{facts.vocabulary} different words, {facts.once} of them once only"
+                f"{facts.vocabulary} different words, {facts.once} of them only once"
             )
         if self.sizes:
-            lines.append("sizes: " + most(self.sizes))
-            lines.append("shapes: " + most(self.aspects, 12))
-            lines.append(
-                f"a square crop keeps {self.kept_by_square_crop:.0%} of the area; short sides of at least: "
-                + ", ".join(f"{side} px ({count})" for side, count in self.reach.items() if count)
-            )
-            lines.append("modes: " + most(self.modes) + f"; {self.rotated} rotated by EXIF")
-            lines.append("formats: " + most(self.formats))
+            sides = [f"{side} px ({count})" for side, count in self.reach.items() if count]
+            lines += [
+                "sizes: " + list_counts(self.sizes),
+                "shapes: " + list_counts(self.aspects, 12),
+                f"a square crop keeps {self.kept_by_square_crop:.0%} of the area",
+                f"short sides of at least: {', '.join(sides) or f'none has {SIDES[0]} px'}",
+                f"modes: {list_counts(self.modes)}; {self.rotated} rotated by EXIF",
+                "formats: " + list_counts(self.formats),
+            ]
         if self.profiles:
             lines.append(profile_line(self.profiles))
         if self.masks:
             lines.append(f"{self.masks} of {self.images} images have a mask of their own")
         if self.unreadable:
-            lines.append(f"{len(self.unreadable)} cannot be read and are skipped: {listed(self.unreadable)}")
+            reasons = list_reasons(self.unreadable)
+            lines.append(f"{len(self.unreadable)} cannot be read and are skipped: {reasons}")
         lines += [f"warning: {line}" for line in self.warnings]
         lines += [f"PROBLEM: {line}" for line in self.problems]
         return [one_line(line) for line in [*lines, self.verdict]]
@@ -185,22 +179,22 @@ class Report:
         return "a training would stop at the problem" if self.problems else "ready to train"
 
 
-def most(counts: Mapping[str, int], limit: int = 5) -> str:
+def profile_line(profiles: Mapping[str, int]) -> str:
+    """Return a line on the images whose colours are converted from these profiles."""
+    count = sum(profiles.values())
+    return f"{count} images have another colour profile than sRGB and are converted: {list_counts(profiles)}"
+
+
+def list_counts(counts: Mapping[str, int], limit: int = 5) -> str:
     return few([f"{name} ({count})" for name, count in counts.items()], limit)
 
 
-def profile_line(profiles: Mapping[str, int]) -> str:
-    """Return a line on what becomes of the images that have these colour profiles."""
-    count = sum(profiles.values())
-    return f"{count} images have another colour profile than sRGB and are converted: {most(profiles)}"
+def list_reasons(reasons: Mapping[str, str]) -> str:
+    return few([f"{name} ({why})" for name, why in reasons.items()])
 
 
-def listed(unreadable: Mapping[str, str]) -> str:
-    return few([f"{name} ({why})" for name, why in unreadable.items()])
-
-
-def joined(groups: Iterable[tuple[str, ...]]) -> str:
-    """Groups of names, the first few of each."""
+def list_groups(groups: Iterable[tuple[str, ...]]) -> str:
+    """List groups of names, the first few of each."""
     return few(
         " = ".join(names[:4]) + (f" = {len(names) - 4} more" if len(names) > 4 else "") for names in groups
     )

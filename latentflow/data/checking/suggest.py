@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .report import Report
 
@@ -16,78 +17,71 @@ _PRETRAINED_FROM = 256  # pixels
 _PRETRAINED = "stabilityai/sd-vae-ft-mse"
 
 
-@dataclass(frozen=True)
-class _Preset:
+class _Preset(NamedTuple):
     name: str
     resolutions: range
     batch: int
     most_steps: int
-    needs_gpu: bool
+    place: str
 
 
-# What of `latentflow train --preset` decides here; a test holds them to it.
+# The parts of `latentflow train --preset` that matter here; a test compares them.
 _PRESETS = (
-    _Preset("tiny", range(64), 128, 800, False),
-    _Preset("small", range(64, 256), 64, 20_000, False),
-    _Preset("base", range(256, 257), 128, 200_000, True),
+    _Preset("tiny", range(64), 128, 800, ", also on a CPU"),
+    _Preset("small", range(64, 256), 64, 20_000, ", also on a CPU"),
+    _Preset("base", range(256, 257), 128, 200_000, " on a GPU"),
 )
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """``command`` is a line for the shell; ``reasons`` maps each choice in it to why."""
+    """A command line for the shell, and the reason for each choice in it."""
 
     command: str
     reasons: dict[str, str]
 
 
 def suggest(report: Report, *, gpu: bool, flags: tuple[str, ...] = ()) -> Suggestion | None:
-    """The line for a first training; None where the data cannot be used, or are latents already.
+    """Suggest a first training; None where the data cannot be used, or are latents already.
 
     Args:
         report: of the data.
-        gpu: whether there is one on this machine.
-        flags: of the check that the training needs as well, such as ("--masks", "alpha").
+        gpu: whether this machine has one.
+        flags: those of the check that the training needs as well, such as ("--masks", "alpha").
     """
     if report.problems or not report.sizes:
         return None
-    reasons: dict[str, str] = {}
-    resolution = _resolution(report, gpu, reasons)
+    resolution, why = _resolution(report, gpu)
     preset = next(preset for preset in _PRESETS if resolution in preset.resolutions)
-    enough = f"fits {resolution} px"
-    reasons[f"--preset {preset.name}"] = (
-        f"{enough} on a GPU" if preset.needs_gpu else f"{enough}, also on a CPU"
-    )
-    words = ["latentflow", "train", report.data, "-o", f"runs/{_name(report.data)}", "--preset", preset.name]
-    words += ["--resolution", str(resolution)]
+    reasons = {
+        f"--preset {preset.name}": f"fits {resolution} px{preset.place}",
+        f"--resolution {resolution}": why,
+    }
     if (lost := 1 - report.kept_by_square_crop) > _MUCH_LOST:
-        words.append("--buckets")
-        reasons["--buckets"] = (
-            f"a square would cut off {lost:.0%} of an image on average; this trains each at its own aspect ratio"
-        )
+        what = f"a square would cut off {lost:.0%} of an image on average"
+        reasons["--buckets"] = f"{what}; this trains each at its own aspect ratio"
     if resolution >= _PRETRAINED_FROM:
-        words += ["--vae", _PRETRAINED]
-        reasons[f"--vae {_PRETRAINED}"] = (
-            "at this size a pretrained autoencoder saves days; it is downloaded once, a folder of yours will do too"
-        )
+        what = "at this size a pretrained autoencoder saves days"
+        reasons[f"--vae {_PRETRAINED}"] = f"{what}; it is downloaded once, a folder of yours will do too"
     else:
-        reasons["no --vae"] = (
-            "below 256 px pretrained autoencoders lose detail; one is trained on your images first"
-        )
+        what = "below 256 px pretrained autoencoders lose detail"
+        reasons["no --vae"] = f"{what}; one is trained on your images first"
     enough_steps = 100 * round(report.images * _PASSES / preset.batch / 100)
     steps = min(preset.most_steps, max(_LEAST_STEPS, enough_steps))
-    words += ["--max-train-steps", str(steps)]
     passes = steps * preset.batch / report.images
     reasons[f"--max-train-steps {steps}"] = (
         f"{passes:.0f} passes over {report.images} images in batches of {preset.batch} (the shipped checkpoint "
         "took 72 over 3,208); more help while val_loss falls"
     )
     if report.masks:
-        reasons["masks"] = f"inpainting is learnt along: {report.masks} images have a mask"
-    return Suggestion(shlex.join([*words, *flags]), reasons)
+        reasons["masks"] = f"inpainting is trained as well: {report.masks} images have a mask"
+    chosen = [word for choice in reasons if choice.startswith("--") for word in choice.split()]
+    command = ["latentflow", "train", report.data, "-o", f"runs/{_name(report.data)}", *chosen, *flags]
+    return Suggestion(shlex.join(command), reasons)
 
 
-def _resolution(report: Report, gpu: bool, reasons: dict[str, str]) -> int:
+def _resolution(report: Report, gpu: bool) -> tuple[int, str]:
+    """Return the resolution, and the reason for it."""
     large = [int(side) for side, count in report.reach.items() if count >= _REACHED * report.images]
     limit = 256 if gpu else 64
     resolution = min(max(large, default=32), limit)
@@ -99,12 +93,11 @@ def _resolution(report: Report, gpu: bool, reasons: dict[str, str]) -> int:
         why += f"; most reach {max(large)} px, but " + (
             "each doubling costs at least 4 times the work" if gpu else "without a GPU more takes days"
         )
-    reasons[f"--resolution {resolution}"] = why
-    return resolution
+    return resolution, why
 
 
 def _name(data: str) -> str:
-    """A short name for the run: the folder's, or the one above where that is only a part (train)."""
+    """Return a short name for the run: the folder's, or the one above where that is only a part (train)."""
     path = Path(data.split(":")[-1])
     stem = path.parent.name if path.stem in ("train", "training") and path.parent.name else path.stem
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem).strip("-") or "first"

@@ -1,90 +1,26 @@
-"""From images with their annotations to a source: one kind of condition, nothing dropped without a word; and their
-masks."""
+"""From annotations to a source, the same way for all kinds of data: nothing is dropped without a note or an error."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ...errors import UserError, few
 from ..dataset import Colours, Example, FileExample, Kind, Source
-from .annotations import Metadata, Said
-from .files import Folder
-from .members import File, file_key
-
-Masks = Literal["auto", "none", "alpha"]
-
-_ENDING = "-mask"
-
-
-@dataclass(frozen=True)
-class MaskFiles:
-    """The masks of a folder, by the name of their image; all names relative to the folder in posix form.
-
-    Attributes:
-        folder: the folder.
-        listed: from the metadata's ``mask`` column.
-        beside: named like the image with ``-mask`` added, in any format; hardly ever more than one.
-    """
-
-    folder: Folder
-    listed: Mapping[str, str]
-    beside: Mapping[str, list[str]]
-
-    @property
-    def named(self) -> set[str]:
-        """The files that their name makes masks."""
-        return {mask for masks in self.beside.values() for mask in masks}
-
-    def files(self) -> dict[str, File]:
-        """The mask of every image that has one.
-
-        Raises:
-            UserError: an image has several, and they differ.
-        """
-        found, root = dict(self.listed), self.folder.root
-        for name, masks in self.beside.items():
-            for mask in masks:
-                first = found.setdefault(name, mask)
-                if first != mask and file_key(self.folder.file(first)) != file_key(self.folder.file(mask)):
-                    raise UserError(
-                        f"{root / name} has two masks that differ: {root / first} and {root / mask}",
-                        "Keep one of them (move the other away), or use --masks none.",
-                    )
-        return {name: self.folder.file(mask) for name, mask in found.items()}
-
-
-def find_masks(folder: Folder, metadata: Metadata | None) -> MaskFiles:
-    """The masks of a folder. What the metadata list as an image is no mask by its name."""
-    rows = metadata.rows if metadata is not None else {}
-    by_stem: dict[str, list[str]] = {}
-    for name in folder.images:
-        by_stem.setdefault(os.path.splitext(name)[0], []).append(name)  # noqa: PTH122 (as in folder.py)
-    images: set[str] = set()
-    beside: dict[str, list[str]] = {}
-    for stem in sorted(by_stem, key=len):  # an image's stem is shorter than its mask's
-        base = stem.removesuffix(_ENDING)
-        if base != stem and base in images and not any(name in rows for name in by_stem[stem]):
-            beside |= dict.fromkeys(by_stem[base], by_stem[stem])
-        else:
-            images.add(stem)
-    listed = {name: row.mask for name, row in rows.items() if row.mask}
-    return MaskFiles(folder, listed, beside)
-
+from .annotations import RowAnnotation, class_name, parse_row, text_in
+from .files import File, Member
 
 Condition = Literal["auto", "none", "class", "text"]
 MissingCaption = Literal["error", "empty", "skip"]
-
-_FATES = {"empty": "given the empty caption", "skip": "left out"}
+Masks = Literal["auto", "none", "alpha"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What the user asks of the data, whatever their kind; see ``find_source``."""
+class DataRequest:
+    """The settings of ``find_source``, as the reader of every kind gets them."""
 
     condition: Condition = "auto"
     missing_caption: MissingCaption = "error"
@@ -92,141 +28,172 @@ class Wanted:
     columns: Mapping[str, str] = field(default_factory=dict)
     colours: Colours = "srgb"
 
+    @property
+    def unused_masks(self) -> str:
+        """The end of a note on masks that were found: empty where they are used."""
+        return "" if self.masks == "auto" else f", not used (--masks {self.masks})"
 
-def fields_of(said: Said) -> dict[str, Any]:
-    """What a row says, as fields of an ``Example``."""
-    first, *more = said.texts or (None,)
-    return {"text": first, "texts": tuple(more), "label": said.label, "weight": said.weight}
+
+def annotated_example(name: str, image: File, mask: File | None, annotation: RowAnnotation) -> FileExample:
+    """Return the example of an image file with its annotation."""
+    first, *more = annotation.texts or (None,)
+    return FileExample(
+        name, first, annotation.label, path=image, mask=mask, texts=tuple(more), weight=annotation.weight
+    )
 
 
-def decide(
-    examples: Iterable[Example], condition: Condition, where: str, lacks: str
-) -> tuple[Kind, list[str]]:
-    """What to condition on where captions win over labels, and the notes that say so.
+def table_examples(
+    rows: Iterable[tuple[str, Mapping[str, object], Mapping[str, Member | None]]],
+    ours: Mapping[str, str],
+    image: str = "image",
+    folder: Path = Path(),
+    class_names: Sequence[str] | None = None,
+) -> Iterable[FileExample]:
+    """Yield the example of every row of a table of any kind (CSV, parquet, saved data set, hub).
 
-    ``lacks`` names what would have to be there.
+    Args:
+        rows: for each row its name in error messages, its values by the table's own column names, and the members
+            that hold its image and mask by our names.
+        ours: our names of the columns by their own.
+        image: our name of the column with the images; those that are no members are paths.
+        folder: the folder that relative paths start from.
+        class_names: names of the classes where the table has numbers.
 
     Raises:
-        UserError: what is asked for is not there.
+        UserError: a value is of the wrong type; a row has no image; a path leads out of the folder.
     """
-    has_text, has_label = False, False
-    for example in examples:
-        has_text, has_label = has_text or bool(example.text), has_label or bool(example.label)
+    for number, (where, values, members) in enumerate(rows):
+        row = {ours[name]: value for name, value in values.items()}
+        if class_names is not None:
+            row["label"] = class_name(class_names, row.get("label"), where)
+        files = {
+            name: members[name] if name in members else _path_in(row, name, folder, where)
+            for name in (image, "mask")
+        }
+        if (file := files[image]) is None:
+            raise UserError(f"{where} holds no image", "Give its image, or leave the row out.")
+        name = f"row {number:08d}" if image in members else str(row[image])
+        yield annotated_example(name, file, files["mask"], parse_row(row, where))
+
+
+def _path_in(row: Mapping[str, object], column: str, folder: Path, where: str) -> Path | None:
+    """Return the file that a column names: an absolute path as it is, any other below ``folder``."""
+    name = text_in(row, column, where)
+    if name is not None and ".." in Path(name).parts:
+        raise UserError(
+            f"{where}: {name} leads out of the folder", "Write the absolute path if that is meant."
+        )
+    return None if name is None else folder / name
+
+
+def source_of_rows(
+    data: str,
+    examples: Sequence[FileExample],
+    request: DataRequest,
+    lacks: str,
+    notes: Sequence[str] = (),
+    root: Path | None = None,
+) -> Source:
+    """Return the source of examples with all their annotations; captions win over classes.
+
+    ``lacks`` names, for the user, what captions and classes are read from.
+
+    Raises:
+        UserError: captions or classes are asked for and there are none; and as for ``build_source``.
+    """
+    kind, kind_notes = _decide(data, examples, request.condition, lacks)
+    masks = sum(example.mask is not None for example in examples)
+    mask_notes = [f"masks of {masks} images{request.unused_masks}"] if masks else []
+    return build_source(data, examples, kind, request, [*notes, *kind_notes, *mask_notes], root)
+
+
+def _decide(
+    data: str, examples: Sequence[Example], condition: Condition, lacks: str
+) -> tuple[Kind, list[str]]:
+    """Choose what to condition on, and write the note on it."""
+    has_text, has_label = any(e.text for e in examples), any(e.label for e in examples)
     if condition == "none":
         return "unconditional", ["unconditional, as asked: captions and classes are not used"]
-    wanted, there = {"text": ("captions", has_text), "class": ("classes", has_label)}.get(
-        condition, ("", True)
-    )
-    if not there:
-        raise UserError(f"there are no {wanted} in {where}", f"Add them ({lacks}), or use --condition none.")
+    for asked, found, what in (("text", has_text, "captions"), ("class", has_label, "classes")):
+        if condition == asked and not found:
+            raise UserError(f"there are no {what} in {data}", f"Add them ({lacks}), or use --condition none.")
     if condition == "text" or (condition == "auto" and has_text):
-        more = (
-            []
-            if not has_label or condition == "text"
-            else ["labels found as well, not used (--condition decides)"]
-        )
-        return "text", more
-    if condition == "class" or has_label:
+        both = has_label and condition == "auto"
+        return "text", ["labels found as well, not used (--condition decides)"] if both else []
+    if has_label:
         return "class", []
-    return "unconditional", [f"unconditional: {where} holds neither captions nor classes ({lacks})"]
+    return "unconditional", [f"unconditional: {data} holds neither captions nor classes ({lacks})"]
 
 
-def conditioned(
-    examples: Sequence[Example], kind: Kind, missing: MissingCaption
-) -> tuple[list[Example], list[str]]:
-    """The examples as ``kind`` needs them, and what became of those that lack it.
-
-    Raises:
-        UserError: captions or classes are missing, and nothing is said about what to do.
-    """
-    if kind == "text":
-        return _captioned(examples, missing)
-    if kind == "class":
-        return _labelled(examples, missing)
-    return [dataclasses.replace(example, text=None, texts=(), label=None) for example in examples], []
-
-
-def source_of(
+def build_source(
     data: str,
     examples: Sequence[Example],
     kind: Kind,
-    wanted: Wanted,
+    request: DataRequest,
     notes: Sequence[str],
     root: Path | None = None,
 ) -> Source:
-    """The source of these examples, in the order of their names.
+    """Return the source of these examples as requested, in the order of their names.
 
     Raises:
-        UserError: as for ``conditioned``; two examples have one name.
+        UserError: captions or classes are missing and the request does not say what to do; two examples have one name.
     """
-    _refuse_equal_names(examples)
-    kept, told = conditioned(sorted(examples, key=lambda example: example.name), kind, wanted.missing_caption)
-    classes = tuple(sorted({e.label or "" for e in kept}, key=_numbers_first)) if kind == "class" else ()
-    told = [*notes, *told]
-    if classes:
-        told.append(f"{len(classes)} classes: {few(classes, 12)}")
-    several = sum(bool(example.texts) for example in kept)
-    if several:
-        told.append(f"{several} images have several captions: each use draws one of them")
-    weighted = sum(example.weight != 1 for example in kept)
-    if weighted:
-        told.append(f"{weighted} images have a weight other than 1: it multiplies their loss")
-    return Source(data, tuple(kept), kind, classes, tuple(told), root)
-
-
-def masked(examples: Sequence[FileExample], masks: Masks) -> tuple[list[FileExample], list[str]]:
-    """Examples with the masks that ``--masks`` asks for, and the notes that say where these come from."""
-    count, notes = sum(example.mask is not None for example in examples), []
-    if count:
-        notes.append(
-            f"masks of {count} images" + ("" if masks == "auto" else f", not used (--masks {masks})")
-        )
-    if masks == "none":
-        return [dataclasses.replace(example, mask=None) for example in examples], notes
-    if masks == "alpha":
-        notes.append("masks from the alpha channels: what is transparent is to be repainted")
-        return [dataclasses.replace(example, mask=example.path) for example in examples], notes
-    return list(examples), notes
-
-
-def _captioned(examples: Sequence[Example], missing: MissingCaption) -> tuple[list[Example], list[str]]:
-    without = [example.name for example in examples if not example.text]
-    if without and missing == "error":
-        raise UserError(
-            f"{len(without)} of {len(examples)} images have no caption: {few(without)}",
-            "Add them, or choose --missing-caption empty (an empty caption) or skip (leave them out).",
-        )
-    if len(without) == len(examples):
-        raise UserError("no image has a caption", "Use --condition none for an unconditional model.")
-    if not without:
-        return list(examples), []
-    note = f"{len(without)} images without a caption, {_FATES[missing]}: {few(without)}"
-    if missing == "skip":
-        return [example for example in examples if example.text], [note]
-    return [dataclasses.replace(example, text=example.text or "") for example in examples], [note]
-
-
-def _labelled(examples: Sequence[Example], missing: MissingCaption) -> tuple[list[Example], list[str]]:
-    without = [example.name for example in examples if not example.label]
-    if without and missing != "skip":
-        raise UserError(
-            f"{len(without)} of {len(examples)} images have no class: {few(without)}",
-            "Add them, or choose --missing-caption skip to leave these images out.",
-        )
-    if len(without) == len(examples):
-        raise UserError("no image has a class", "Use --condition none for an unconditional model.")
-    kept = [dataclasses.replace(e, text=None, texts=()) for e in examples if e.label]
-    return kept, [f"{len(without)} images without a class, left out: {few(without)}"] if without else []
-
-
-def _refuse_equal_names(examples: Iterable[Example]) -> None:
-    seen: set[str] = set()
+    names: set[str] = set()
     for example in examples:
-        if example.name in seen:
+        if example.name in names:
             raise UserError(f"two images are named {example.name}", "Rename one of them.")
-        seen.add(example.name)
+        names.add(example.name)
+    kept, missing_notes = _complete(
+        sorted(examples, key=lambda example: example.name), kind, request.missing_caption
+    )
+    notes = [*notes, *missing_notes]
+    if request.masks == "alpha":
+        notes.append("masks from the alpha channels: what is transparent is to be repainted")
+    if request.masks != "auto" or request.colours != "srgb":
+        kept = [_as_requested(example, request) for example in kept]
+    classes = tuple(sorted({e.label or "" for e in kept}, key=_numbers_first)) if kind == "class" else ()
+    if classes:
+        notes.append(f"{len(classes)} classes: {few(classes, 12)}")
+    if several := sum(bool(example.texts) for example in kept):
+        notes.append(f"{several} images have several captions: each use draws one of them")
+    if weighted := sum(example.weight != 1 for example in kept):
+        notes.append(f"{weighted} images have a weight other than 1: it multiplies their loss")
+    return Source(data, tuple(kept), kind, classes, tuple(notes), root)
+
+
+def _complete(
+    examples: list[Example], kind: Kind, missing: MissingCaption
+) -> tuple[list[Example], list[str]]:
+    """Return the examples with the annotations of ``kind`` alone, and a note on those that lacked them."""
+    if kind == "unconditional":
+        return [dataclasses.replace(example, text=None, texts=(), label=None) for example in examples], []
+    what = "caption" if kind == "text" else "class"
+    complete = [example for example in examples if (example.text if kind == "text" else example.label)]
+    without = [e.name for e in examples if not (e.text if kind == "text" else e.label)]
+    if without and (missing == "error" or (missing == "empty" and kind == "class")):
+        empty = "empty (an empty caption) or " if kind == "text" else ""
+        raise UserError(
+            f"{len(without)} of {len(examples)} images have no {what}: {few(without)}",
+            f"Add them, or choose --missing-caption {empty}skip (leave these images out).",
+        )
+    if not complete:
+        raise UserError(f"no image has a {what}", "Use --condition none for an unconditional model.")
+    fate = "left out" if missing == "skip" else "given the empty caption"
+    notes = [f"{len(without)} images without a {what}, {fate}: {few(without)}"] if without else []
+    kept = complete if missing == "skip" else examples
+    if kind == "class":
+        return [dataclasses.replace(example, text=None, texts=()) for example in kept], notes
+    return [example if example.text else dataclasses.replace(example, text="") for example in kept], notes
+
+
+def _as_requested(example: Example, request: DataRequest) -> Example:
+    """Return an example with the masks and colours of the request; what is drawn has neither."""
+    if not isinstance(example, FileExample):
+        return example
+    mask = {"auto": example.mask, "none": None, "alpha": example.path}[request.masks]
+    return dataclasses.replace(example, mask=mask, colours=request.colours)
 
 
 def _numbers_first(label: str) -> tuple[int, int, str]:
-    """Labels that are whole numbers in their order (2 before 10), then words in theirs."""
+    """Return a key that sorts whole numbers by value (2 before 10), before words."""
     return (0, int(label), label) if label.isdecimal() and len(label) < 100 else (1, 0, label)

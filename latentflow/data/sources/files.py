@@ -1,74 +1,215 @@
-"""The files of a folder, or of an archive that is read as one."""
+"""Files on disk and inside other files (tar, zip, parquet, Arrow): their names, and bytes read in place."""
 
 from __future__ import annotations
 
+import functools
+import glob
+import hashlib
+import io
 import os
+import re
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from ...utils.files import decode
-from .members import CAPTION_BYTES, File, Member, read_bytes
+from ...errors import UserError
 
-SUFFIXES = (
+IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
 )  # fmt: skip
+CAPTION_SUFFIXES = (".txt", ".caption")  # of the file beside an image that holds its caption
 
-CAPTIONS = (".txt", ".caption")  # of a file beside an image that holds its caption
+# The most bytes that are read of one file or member: its own size does not say how much it unpacks to.
+IMAGE_BYTES = 512 * 2**20  # more than Pillow's limit of pixels takes in eight-bit RGB
+CAPTION_BYTES = 2**20
+METADATA_BYTES = 2**30
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A file that holds others, with its state when it was listed."""
+
+    path: Path
+    size: int
+    modified: int  # nanoseconds
+
+    @classmethod
+    def of(cls, path: Path) -> Container:
+        state = path.stat()
+        return cls(path, state.st_size, state.st_mtime_ns)
+
+    def open(self) -> BinaryIO:
+        """Open the file, in which positions found earlier are still valid.
+
+        Raises:
+            UserError: it has changed since, or is gone.
+        """
+        try:
+            now = Container.of(self.path)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}", "Put it back.") from None
+        if now != self:
+            raise UserError(
+                f"{self.path} has changed since it was listed",
+                "Leave data alone while a program reads them, and start the program again.",
+            )
+        return self.path.open("rb")
+
+
+class Member(ABC):
+    """A file inside another one. ``str`` tells where it lies; equal members hold the same bytes."""
+
+    def read(self, limit: int | None = None) -> bytes:
+        """Return its bytes, at most ``limit`` (None: ``IMAGE_BYTES``).
+
+        Raises:
+            UserError: it holds more or claims to; the file around it has changed or is damaged there.
+        """
+        bound = IMAGE_BYTES if limit is None else limit
+        content = self._read(bound)
+        refuse_large(str(self), len(content), bound)
+        return content
+
+    @abstractmethod
+    def _read(self, bound: int) -> bytes:
+        """Return its bytes. Where its size is stated, call `refuse_large` before anything is unpacked."""
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+
+File = Path | Member
+
+
+def read_bytes(file: File, limit: int | None = None) -> bytes:
+    """Return the bytes of a file, wherever it lies, at most ``limit`` (None: ``IMAGE_BYTES``).
+
+    Raises:
+        UserError: it holds more.
+        OSError: it cannot be read.
+    """
+    if isinstance(file, Member):
+        return file.read(limit)
+    refuse_large(str(file), file.stat().st_size, IMAGE_BYTES if limit is None else limit)
+    return file.read_bytes()
+
+
+def refuse_large(name: str, size: int, bound: int) -> None:
+    """Raise `UserError` if ``size`` is more than ``bound`` bytes."""
+    if size > bound:
+        raise UserError(
+            f"{name} holds {size:,} bytes, more than the {bound:,} that are read of such a file",
+            "It is damaged, or made to fill the memory: leave it out.",
+        )
+
+
+def open_stream(file: File) -> io.BytesIO | io.BufferedReader:
+    """Return the bytes of a file as a seekable stream."""
+    return io.BytesIO(file.read()) if isinstance(file, Member) else file.open("rb")
+
+
+def file_state(file: File) -> tuple[File, int, int]:
+    """Return a file with its size and time, which an edit changes: the key under which its hash is remembered."""
+    if isinstance(file, Member):
+        return file, 0, 0
+    state = file.stat()
+    return file, state.st_size, state.st_mtime_ns
+
+
+def file_key(file: File) -> str:
+    """Return the hexadecimal hash of a file's bytes."""
+    return _hash(*file_state(file))
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _hash(file: File, size: int, modified: int) -> str:
+    with open_stream(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def suffix_of(name: str) -> str:
+    """Return a name's suffix in lower case (a `Path` for each of many files takes long)."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The images below a folder: paths relative to ``root`` in posix form, sorted."""
+    """The files below a folder on disk or in an archive; names are relative to ``root``, in posix form, sorted.
+
+    Attributes:
+        root: the folder, or the path of the archive.
+        images: by their suffix.
+        hidden: hidden and macOS resource files with an image's suffix.
+        others: all other files.
+        closed: folders that could not be listed, and why.
+        members: the files of an archive by name; None on disk.
+    """
 
     root: Path
     images: tuple[str, ...]
-    ignored: tuple[str, ...]  # hidden and macOS resource files that carry an image's suffix
-    others: tuple[str, ...]  # files that are no images by their name
-    closed: tuple[str, ...] = field(default=(), kw_only=True)  # folders that could not be listed, and why
+    hidden: tuple[str, ...]
+    others: tuple[str, ...]
+    closed: tuple[str, ...] = ()
+    members: Mapping[str, Member] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        root: Path,
+        names: Iterable[str],
+        *,
+        closed: Iterable[str] = (),
+        members: Mapping[str, Member] | None = None,
+    ) -> Folder:
+        """Sort files into images and others, by their names."""
+        images: list[str] = []
+        hidden: list[str] = []
+        others: list[str] = []
+        for name in sorted(names):
+            if suffix_of(name) not in IMAGE_SUFFIXES:
+                others.append(name)
+            else:
+                (hidden if name.rpartition("/")[2].startswith(".") else images).append(name)
+        return cls(root, tuple(images), tuple(hidden), tuple(others), tuple(closed), members)
 
     @property
     def direct(self) -> list[str]:
+        """The images in no subfolder."""
         return [name for name in self.images if "/" not in name]
 
     def per_subfolder(self) -> Counter[str]:
-        """Number of images below each first-level subfolder, by name."""
-        return Counter(name.split("/")[0] for name in sorted(self.images) if "/" in name)
+        """Return the number of images below each first-level subfolder, by name."""
+        return Counter(name.split("/")[0] for name in self.images if "/" in name)
 
-    def suffixes(self) -> Counter[str]:
-        """Return the number of files that are no images, by their suffix in lower case."""
-        return Counter(_suffix(name) for name in self.others)
-
-    def holds(self, name: str) -> bool:
-        return (self.root / name).is_file()
-
-    def file(self, name: str) -> File:
-        return self.root / name
-
-
-@dataclass(frozen=True)
-class ArchivedFolder(Folder):
-    """A folder in an archive; ``root`` is the archive's path, for messages."""
-
-    members: Mapping[str, Member]
+    def count_others(self, suffixes: Sequence[str] | None = None) -> str:
+        """Return numbers of files that are no images by suffix, such as "3 .txt, 1 .csv"; "" where there are none."""
+        counts = Counter(suffix_of(name) for name in self.others)
+        return ", ".join(
+            f"{count} {suffix or 'without suffix'}"
+            for suffix, count in counts.items()
+            if suffixes is None or suffix in suffixes
+        )
 
     def holds(self, name: str) -> bool:
-        return name in self.members
+        return (self.root / name).is_file() if self.members is None else name in self.members
 
     def file(self, name: str) -> File:
-        return self.members[name]
+        return self.root / name if self.members is None else self.members[name]
 
 
 def list_folder(root: Path) -> Folder:
-    """All images below ``root`` (links are followed once). Hidden files and folders are never images.
+    """List all files below ``root``; links are followed once, and hidden folders are left out.
 
     Raises:
         OSError: ``root`` itself cannot be listed.
     """
-    images: list[str] = []
-    ignored: list[str] = []
-    others: list[str] = []
+    names: list[str] = []
     seen = set[str]()
     closed: list[OSError] = []
     for here, folders, files in os.walk(root, followlinks=True, onerror=closed.append):
@@ -79,60 +220,52 @@ def list_folder(root: Path) -> Folder:
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
         within = "" if (relative := Path(here).relative_to(root).as_posix()) == "." else relative + "/"
-        for file in files:
-            if _suffix(file) in SUFFIXES:
-                (ignored if file.startswith(".") else images).append(within + file)
-            else:
-                others.append(within + file)
+        names += [within + file for file in files]
     if any(Path(error.filename) == root for error in closed):
         raise closed[0]
-    told = tuple(f"{error.filename} ({(error.strerror or '').lower()})" for error in closed)
-    return Folder(root, tuple(sorted(images)), tuple(sorted(ignored)), tuple(sorted(others)), closed=told)
+    reasons = [f"{error.filename} ({(error.strerror or '').lower()})" for error in closed]
+    return Folder.of(root, names, closed=reasons)
 
 
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path for each of many files takes long)
-
-
-@dataclass(frozen=True)
-class Sidecars:
-    """Captions in files beside the images.
-
-    Attributes:
-        texts: caption by the image's name, white space made single; "" where its file is empty.
-        files: every file that is one.
-        clashes: images with captions that differ, with their files.
-    """
-
-    texts: Mapping[str, str]
-    files: frozenset[str]
-    clashes: tuple[str, ...]
-
-
-def read_sidecars(folder: Folder) -> Sidecars:
-    """Read the captions of ``cat.png``: ``cat.txt``, ``cat.caption``, ``cat.png.txt``, in lower or upper case.
+def many_paths(data: str) -> list[Path]:
+    """Return the files that ``data`` names: one, ``shards-{000..009}.tar`` as in a shell, or ``shards/*.tar``.
 
     Raises:
-        UserError: one of the files is no UTF-8 text, or larger than ``CAPTION_BYTES``.
+        UserError: one of the files does not exist; the braces are malformed.
     """
-    images: dict[str, list[str]] = {}
-    for name in folder.images if any(_suffix(name) in CAPTIONS for name in folder.others) else ():
-        for called in {name, os.path.splitext(name)[0]}:  # noqa: PTH122 (as in _suffix)
-            images.setdefault(called, []).append(name)
-    found: dict[str, dict[str, str]] = {}  # image -> file -> caption
-    files = set()
-    for name in folder.others:
-        described = images.get(os.path.splitext(name)[0], []) if _suffix(name) in CAPTIONS else []  # noqa: PTH122
-        if described:
-            files.add(name)
-            raw = read_bytes(folder.file(name), CAPTION_BYTES)
-            text = " ".join(decode(raw, str(folder.root / name)).split())
-            for image in described:
-                found.setdefault(image, {})[name] = text
-    texts = {image: max(told.values(), key=bool) for image, told in sorted(found.items())}
-    clashes = [
-        f"{image} ({', '.join(told)})"
-        for image, told in sorted(found.items())
-        if len({text for text in told.values() if text}) > 1
-    ]
-    return Sidecars(texts, frozenset(files), tuple(clashes))
+    found: list[Path] = []
+    for name in _expand_braces(str(Path(data).expanduser())):
+        if Path(name).exists() or not glob.has_magic(name):
+            found.append(Path(name))
+        else:
+            found += sorted(Path(match) for match in glob.glob(name))  # noqa: PTH207 (from any folder)
+    absent = [str(path) for path in found if not path.is_file()]
+    if absent or not found:
+        what = f"{len(absent)} of the {len(found)} files of {data} do not exist: {', '.join(absent[:5])}"
+        raise UserError(what if absent else f"no file is named like {data}", "Check the path.")
+    return list(dict.fromkeys(found))
+
+
+def common_folder(paths: list[Path]) -> Path:
+    """Return the deepest folder that holds all these files."""
+    return Path(os.path.commonpath([path.parent.absolute() for path in paths]))
+
+
+def _expand_braces(text: str) -> list[str]:
+    """Return all texts that the braces stand for; a range keeps its leading zeros."""
+    match = _BRACES.search(text)
+    if match is None:
+        return [text]
+    if bounds := _RANGE.fullmatch(match[1]):
+        first, last = int(bounds[1]), int(bounds[2])
+        if last < first:
+            raise UserError(f"{text}: {{{match[1]}}} counts down", "Write the smaller number first.")
+        words = [str(number).zfill(len(bounds[1])) for number in range(first, last + 1)]
+    elif "," in match[1]:
+        words = match[1].split(",")
+    else:
+        raise UserError(
+            f"{text}: {{{match[1]}}} is not a range", "Write {000..009} or {a,b}; quote it in the shell."
+        )
+    before, after = text[: match.start()], text[match.end() :]
+    return [expanded for word in words for expanded in _expand_braces(before + word + after)]

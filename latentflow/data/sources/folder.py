@@ -1,72 +1,282 @@
-"""What to make of a folder: metadata > sidecar texts > subfolders > nothing."""
+"""A folder of images: its metadata file before texts beside the images before subfolders as classes before nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import PurePosixPath
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
-from ...errors import UserError, few
-from ...utils.files import storable
-from ..dataset import FileExample, Kind, Source
-from .annotations import METADATA_NAMES, Metadata, read_metadata
-from .assemble import Condition, MaskFiles, Masks, Wanted, fields_of, find_masks, source_of
-from .files import CAPTIONS, SUFFIXES, Folder, Sidecars, read_sidecars
+from ...errors import UserError, few, shown
+from ...utils.files import decode, storable
+from ..dataset import Kind, Source
+from .annotations import (
+    RowAnnotation,
+    parse_row,
+    read_records,
+    refuse_synonyms,
+    rename,
+    text_in,
+    unused_columns,
+)
+from .assemble import Condition, DataRequest, annotated_example, build_source
+from .files import (
+    CAPTION_BYTES,
+    CAPTION_SUFFIXES,
+    IMAGE_SUFFIXES,
+    File,
+    Folder,
+    file_key,
+    read_bytes,
+    suffix_of,
+)
 
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_MASK_ENDING = "-mask"
 _FOREIGN = (".heic", ".heif", ".svg", ".psd", ".raw", ".cr2", ".nef", ".arw", ".dng", ".jxl", ".eps", ".pdf")
 _PACKED = (".tar", ".zip", ".parquet", ".arrow")
 _SYSTEM = ("thumbs.db", "desktop.ini")
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
-def folder_source(data: str, folder: Folder, wanted: Wanted) -> Source:
-    """The source of a folder's images.
+# ---------------------------------------------------------------- metadata
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The metadata file of a folder; empty where there is none.
+
+    Attributes:
+        name: the file's name.
+        rows: annotations by the image's name, in the order of the file.
+        masks: names of masks by the image's name.
+        unused: columns that are not read.
+    """
+
+    name: str = ""
+    rows: Mapping[str, RowAnnotation] = field(default_factory=dict)
+    masks: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+    @property
+    def has_text(self) -> bool:
+        return any(row.texts for row in self.rows.values())
+
+    @property
+    def has_label(self) -> bool:
+        return any(row.label for row in self.rows.values())
+
+
+def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
+    """Read the metadata file of a folder, if there is one; ``renamed`` are the columns of ``--columns``.
 
     Raises:
-        UserError: the folder is empty or of the wrong level; metadata cannot be understood or contradict sidecars;
-            captions or classes are missing; an image has two different masks.
+        UserError: there are two; a line cannot be read; a file is listed twice or does not exist.
     """
-    metadata = read_metadata(folder, wanted.columns)
-    mask_files = find_masks(folder, metadata)
-    folder = _without_masks(folder, mask_files, metadata)
+    found = [name for name in METADATA_NAMES if folder.holds(name)]
+    if not found and renamed:
+        raise UserError(
+            f"--columns is given, but {folder.root} has no {' or '.join(METADATA_NAMES)}", "Leave it out."
+        )
+    if not found:
+        return Metadata()
+    if len(found) > 1:
+        raise UserError(f"{folder.root} holds both {' and '.join(METADATA_NAMES)}", "Keep one of them.")
+    path = folder.root / found[0]
+    records = list(read_records(folder.file(found[0]), path))
+    ours = rename(dict.fromkeys(name for _, record in records for name in record), renamed, str(path))
+    rows: dict[str, RowAnnotation] = {}
+    masks: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for line, record in records:
+        row, where = {ours[name]: value for name, value in record.items()}, f"{path}, line {line}"
+        name = _inside(where, _file_name(row, where))
+        if name in rows:
+            both = f"lines {lines[name]} and {line}"
+            raise UserError(f"{path} lists {name} twice, in {both}", "Keep one of the two lines.")
+        lines[name], rows[name] = line, parse_row(row, where)
+        if mask := text_in(row, "mask", where):
+            masks[name] = _inside(where, mask)
+            if masks[name] == name:
+                raise UserError(
+                    f"{where}: {name} is given as its own mask",
+                    "Name the mask's file, or use --masks alpha to read masks from the alpha channels.",
+                )
+    refuse_synonyms(str(path), set(ours.values()))
+    for names, what, column in ((rows, "files", "file_name"), (masks.values(), "masks", "mask")):
+        if absent := [name for name in names if not folder.holds(name)]:
+            raise UserError(
+                f"{path} names {len(absent)} {what} that do not exist: {few(absent)}",
+                f"{column} is relative to the folder of the metadata.",
+            )
+    return Metadata(found[0], rows, masks, tuple(unused_columns(ours, "file_name")))
+
+
+def _file_name(row: Mapping[str, object], where: str) -> str:
+    name = row.get("file_name")
+    if name is not None and not isinstance(name, str):
+        raise UserError(f"{where}: file_name is {shown(name)}, not a string", "Write it in quotes.")
+    if not name:
+        raise UserError(
+            f"{where} has no file_name (it has {', '.join(row) or 'nothing'})",
+            "Name the column file_name; it is relative to the folder of the metadata.",
+        )
+    return name
+
+
+def _inside(where: str, name: str) -> str:
+    """Return a path relative to the folder in posix form."""
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise UserError(f"{where}: {name} leads out of the folder", "Give a path below it.")
+    return relative.as_posix()
+
+
+# ---------------------------------------------------------------- captions and masks beside the images
+
+
+@dataclass(frozen=True)
+class Sidecars:
+    """Captions in files beside the images.
+
+    Attributes:
+        texts: caption by the image's name, white space made single; "" where its file is empty.
+        files: the files that hold them.
+        clashes: images with captions that differ, with their files.
+    """
+
+    texts: Mapping[str, str]
+    files: frozenset[str]
+    clashes: tuple[str, ...]
+
+    @property
+    def endings(self) -> str:
+        return " and ".join(e for e in CAPTION_SUFFIXES if any(suffix_of(name) == e for name in self.files))
+
+
+def read_sidecars(folder: Folder) -> Sidecars:
+    """Read the captions of ``cat.png``: ``cat.txt``, ``cat.caption``, ``cat.png.txt``, in lower or upper case.
+
+    Raises:
+        UserError: one of the files is not UTF-8 text, or larger than ``CAPTION_BYTES``.
+    """
+    sidecars = [name for name in folder.others if suffix_of(name) in CAPTION_SUFFIXES]
+    described: dict[str, list[str]] = {}  # images by their name, and by their name without its suffix
+    for image in folder.images if sidecars else ():
+        for stem in {image, _stem(image)}:
+            described.setdefault(stem, []).append(image)
+    found: dict[str, dict[str, str]] = {}  # image -> file -> caption
+    for name in sidecars:
+        if images := described.get(_stem(name)):
+            raw = read_bytes(folder.file(name), CAPTION_BYTES)
+            text = " ".join(decode(raw, str(folder.root / name)).split())
+            for image in images:
+                found.setdefault(image, {})[name] = text
+    texts = {image: max(captions.values(), key=bool) for image, captions in sorted(found.items())}
+    clashes = [
+        f"{image} ({', '.join(captions)})"
+        for image, captions in sorted(found.items())
+        if len({text for text in captions.values() if text}) > 1
+    ]
+    return Sidecars(
+        texts, frozenset(name for captions in found.values() for name in captions), tuple(clashes)
+    )
+
+
+def masks_beside(images: Iterable[str], listed: Container[str]) -> dict[str, list[str]]:
+    """Find the files among images that are named like another one with ``-mask`` added, by the name of that image.
+
+    What the metadata list as an image (``listed``) is one, whatever its name. Several masks of an image have different
+    formats.
+    """
+    by_stem: dict[str, list[str]] = {}
+    for name in images:
+        by_stem.setdefault(_stem(name), []).append(name)
+    stems: set[str] = set()  # of images
+    beside: dict[str, list[str]] = {}
+    for stem in sorted(by_stem, key=len):  # an image's stem is shorter than its mask's
+        base = stem.removesuffix(_MASK_ENDING)
+        if base != stem and base in stems and not any(name in listed for name in by_stem[stem]):
+            beside |= dict.fromkeys(by_stem[base], by_stem[stem])
+        else:
+            stems.add(stem)
+    return beside
+
+
+def choose_masks(
+    folder: Folder, listed: Mapping[str, str], beside: Mapping[str, list[str]]
+) -> dict[str, File]:
+    """Return the one mask of every image that has any, listed in the metadata or beside it.
+
+    Raises:
+        UserError: an image has several, and they differ.
+    """
+    found, root = dict(listed), folder.root
+    for name, masks in beside.items():
+        for mask in masks:
+            first = found.setdefault(name, mask)
+            if first != mask and file_key(folder.file(first)) != file_key(folder.file(mask)):
+                raise UserError(
+                    f"{root / name} has two masks that differ: {root / first} and {root / mask}",
+                    "Keep one of them (move the other away), or use --masks none.",
+                )
+    return {name: folder.file(mask) for name, mask in found.items()}
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]  # noqa: PTH122 (a `Path` for each of many files takes long)
+
+
+# ---------------------------------------------------------------- the source
+
+
+def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
+    """Return the source of a folder's images.
+
+    Raises:
+        UserError: the folder is empty or of the wrong level; metadata cannot be understood or contradict the texts
+            beside the images; captions or classes are missing; an image has two different masks.
+    """
+    metadata = read_metadata(folder, request.columns)
+    beside = masks_beside(folder.images, metadata.rows)
+    named = sorted({mask for masks in beside.values() for mask in masks})
+    no_images = {*named, *metadata.masks.values()} - metadata.rows.keys()
+    folder = dataclasses.replace(folder, images=tuple(n for n in folder.images if n not in no_images))
     if not folder.images:
-        raise _nothing_here(folder)
+        raise _no_images(folder)
     sidecars = read_sidecars(folder)
-    kind, notes = _decide(folder, metadata, sidecars, wanted.condition)
+    kind, notes = _decide(folder, metadata, sidecars, request.condition)
     if kind == "text":
         _refuse_contradiction(metadata, sidecars)
-    examples = _examples(folder, metadata, sidecars.texts, kind)
-    examples, told = _with_masks(examples, mask_files, wanted.masks)
-    source = source_of(data, examples, kind, wanted, notes, folder.root if folder.root.is_dir() else None)
-    return source.noted(*told, *_left_out(folder, metadata, sidecars))
-
-
-def _examples(
-    folder: Folder, metadata: Metadata | None, sidecars: Mapping[str, str], kind: Kind
-) -> list[FileExample]:
-    """Every image with all that is said of it that ``kind`` may use."""
-    subfolders = kind == "class" and not (metadata is not None and metadata.has_label)
+    masks = choose_masks(folder, metadata.masks, beside) if request.masks == "auto" else {}
+    by_subfolder = kind == "class" and not metadata.has_label
     examples = []
     for name in folder.images:
-        row = metadata.rows.get(name) if metadata is not None else None
-        fields = fields_of(row.said) if row is not None else {}
-        if not fields.get("text"):
-            fields |= {"text": sidecars.get(name), "texts": ()}
-        if subfolders:
-            # A name of a folder may be no text, which a class must be.
-            fields["label"] = storable(name.split("/")[0]) if "/" in name else None
-        examples.append(FileExample(name, path=folder.file(name), **fields))
-    return examples
+        row = metadata.rows.get(name, RowAnnotation())
+        if not row.texts and (text := sidecars.texts.get(name)):
+            row = dataclasses.replace(row, texts=(text,))
+        if by_subfolder:
+            # A folder's name may be no text, which a class must be.
+            label = storable(name.split("/")[0]) if "/" in name else None
+            row = dataclasses.replace(row, label=label)
+        examples.append(annotated_example(name, folder.file(name), masks.get(name), row))
+    if metadata.masks:
+        notes.append(f"masks of {len(metadata.masks)} images in the metadata{request.unused_masks}")
+    if named:
+        what = f"{len(named)} files are masks of the images beside them"
+        notes.append(f"{what}{request.unused_masks}: {few(named)}")
+    notes += _left_out(folder, metadata, sidecars)
+    return build_source(data, examples, kind, request, notes, folder.root if folder.root.is_dir() else None)
 
 
 def _decide(
-    folder: Folder, metadata: Metadata | None, sidecars: Sidecars, condition: Condition
+    folder: Folder, metadata: Metadata, sidecars: Sidecars, condition: Condition
 ) -> tuple[Kind, list[str]]:
-    """What to condition on, and the notes that say why and what was passed over."""
-    has_text = (metadata is not None and metadata.has_text) or bool(sidecars.texts)
-    has_label = metadata is not None and metadata.has_label
+    """Choose what to condition on, and write notes on where it comes from and what is not used."""
+    described, labelled = metadata.has_text, metadata.has_label
+    has_text, auto = described or bool(sidecars.texts), condition == "auto"
     if condition == "none":
         return "unconditional", ["unconditional, as asked: captions and classes are not used"]
     if condition == "text" and not has_text:
@@ -74,101 +284,69 @@ def _decide(
             f"there are no captions in {folder.root} (no metadata with a text column, no .txt or .caption files)",
             "Add metadata.jsonl (file_name, text) or a .txt beside each image, or use --condition none.",
         )
-    if condition == "auto" and metadata is not None and metadata.has_text:
-        rest = [("label", has_label), ("sidecar texts", bool(sidecars.texts))]
-        return "text", [f"captions from {metadata.path.name}", *_passed_over(rest)]
-    if condition == "auto" and has_label and metadata is not None:
-        rest = [("sidecar texts", bool(sidecars.texts))]
-        return "class", [f"classes from {metadata.path.name}", *_passed_over(rest)]
-    if condition == "text" or (condition == "auto" and has_text):
-        origin = (
-            metadata.path.name
-            if metadata and metadata.has_text
-            else f"{_endings(sidecars)} files beside the images"
-        )
+    if auto and described:
+        unused = {"label": labelled, "sidecar texts": bool(sidecars.texts)}
+        return "text", [f"captions from {metadata.name}", *_passed_over(unused)]
+    if auto and labelled:
+        return "class", [
+            f"classes from {metadata.name}",
+            *_passed_over({"sidecar texts": bool(sidecars.texts)}),
+        ]
+    if has_text and condition != "class":
         _refuse_splits(folder)
-        rest = [("subfolders", len(folder.per_subfolder()) > 1)]
-        return "text", [f"captions from {origin}", *_passed_over(rest)]
+        origin = metadata.name if described else f"{sidecars.endings} files beside the images"
+        unused = {"subfolders": len(folder.per_subfolder()) > 1}
+        return "text", [f"captions from {origin}", *_passed_over(unused)]
     if condition == "class":
-        origin = metadata.path.name if metadata and has_label else "subfolders"
-        if origin == "subfolders":
-            _refuse_unclassed(folder)
-        return "class", [f"classes from {origin}", *_passed_over([("captions", has_text)])]
+        if not labelled and not folder.per_subfolder():
+            raise UserError(
+                f"there are no classes in {folder.root}: no subfolders, no metadata with a label column",
+                "Put each image in a subfolder named like its class, or add metadata.jsonl (file_name, label).",
+            )
+        origin = metadata.name if labelled else "subfolders"
+        return "class", [f"classes from {origin}", *_passed_over({"captions": has_text})]
     if folder.per_subfolder():
         _refuse_wrong_level(folder)
         return "class", ["classes from subfolders"]
     return "unconditional", ["unconditional: there are no captions, no classes and no subfolders"]
 
 
-def _passed_over(sources: list[tuple[str, bool]]) -> list[str]:
-    return [f"{name} found as well, not used (--condition decides)" for name, present in sources if present]
+def _passed_over(found: Mapping[str, bool]) -> list[str]:
+    return [f"{name} found as well, not used (--condition decides)" for name, there in found.items() if there]
 
 
-def _without_masks(folder: Folder, masks: MaskFiles, metadata: Metadata | None) -> Folder:
-    """The folder without the files that are masks; what the metadata list as an image is one all the same."""
-    no_images = masks.named | (set(masks.listed.values()) - set(metadata.rows if metadata else ()))
-    return dataclasses.replace(folder, images=tuple(name for name in folder.images if name not in no_images))
-
-
-def _with_masks(
-    examples: list[FileExample], files: MaskFiles, masks: Masks
-) -> tuple[list[FileExample], list[str]]:
-    """The examples with their masks, and the notes that say where these come from."""
-    notes, unused = [], "" if masks == "auto" else f", not used (--masks {masks})"
-    if files.listed:
-        notes.append(f"masks of {len(files.listed)} images in the metadata{unused}")
-    if files.named:
-        named = few(sorted(files.named))
-        notes.append(f"{len(files.named)} files are masks of the images beside them{unused}: {named}")
-    if masks == "none":
-        return examples, notes
-    if masks == "alpha":
-        notes.append("masks from the alpha channels: what is transparent is to be repainted")
-        return [dataclasses.replace(e, mask=e.path) for e in examples], notes
-    paths = files.files()
-    return [dataclasses.replace(e, mask=paths.get(e.name)) for e in examples], notes
-
-
-def _endings(sidecars: Sidecars) -> str:
-    return " and ".join(
-        ending for ending in CAPTIONS if any(name.lower().endswith(ending) for name in sidecars.files)
-    )
-
-
-def _refuse_contradiction(metadata: Metadata | None, sidecars: Sidecars) -> None:
+def _refuse_contradiction(metadata: Metadata, sidecars: Sidecars) -> None:
     if sidecars.clashes:
         raise UserError(
             f"{len(sidecars.clashes)} images have captions that differ: {few(sidecars.clashes)}",
             "Keep one caption file for each image, or use --condition class|none.",
         )
-    if metadata is None:
-        return
     clash = [
         name for name, text in sidecars.texts.items()
         if (row := metadata.rows.get(name))
-        and row.said.texts
-        and text not in {" ".join(one.split()) for one in row.said.texts}
+        and row.texts
+        and text not in {" ".join(caption.split()) for caption in row.texts}
     ]  # fmt: skip
     if clash:
         raise UserError(
-            f"{metadata.path.name} and the {_endings(sidecars)} files differ on {len(clash)} images: {few(clash)}",
+            f"{metadata.name} and the {sidecars.endings} files differ on {len(clash)} images: {few(clash)}",
             "Keep one of the two (rename the other), or use --condition class|none.",
         )
 
 
-def _nothing_here(folder: Folder) -> UserError:
-    held = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in folder.suffixes().items())
+def _no_images(folder: Folder) -> UserError:
     what = f"there are no images in {folder.root} or below it"
-    if folder.ignored:
-        what += f" except {len(folder.ignored)} hidden or macOS resource files ({few(folder.ignored)})"
+    if folder.hidden:
+        what += f" except {len(folder.hidden)} hidden or macOS resource files ({few(folder.hidden)})"
+    held = folder.count_others()
     what += f"; it holds {held} files" if held else "; it is empty"
     if folder.closed:
         what += f"; {len(folder.closed)} folders in it cannot be opened: {few(folder.closed)}"
-    return UserError(what, f"Images end in {', '.join(SUFFIXES)}.")
+    return UserError(what, f"Images end in {', '.join(IMAGE_SUFFIXES)}.")
 
 
 def _refuse_splits(folder: Folder) -> None:
-    """Parts of one data set (train, test) are not classes, and are not to be mixed."""
+    """Refuse to mix the parts of one data set (train, test), which are no classes either."""
     counts = folder.per_subfolder()
     parts = [name for name in counts if name.lower() in _SPLITS]
     described = [name for name in counts if any((folder.root / name / m).is_file() for m in METADATA_NAMES)]
@@ -183,7 +361,7 @@ def _refuse_splits(folder: Folder) -> None:
 
 
 def _refuse_wrong_level(folder: Folder) -> None:
-    """Refuses to take subfolders for classes where that is hardly meant."""
+    """Refuse to take subfolders for classes where that is hardly meant."""
     _refuse_splits(folder)
     counts = folder.per_subfolder()
     if folder.direct:
@@ -191,8 +369,7 @@ def _refuse_wrong_level(folder: Folder) -> None:
             f"{len(folder.direct)} images lie in {folder.root} itself, others in {_counted(counts)}",
             "Move every image into the subfolder of its class, or use --condition none for all of them.",
         )
-    deep = not any(name.count("/") == 1 for name in folder.images)
-    if len(counts) == 1 or deep:
+    if len(counts) == 1 or not any(name.count("/") == 1 for name in folder.images):
         parents = Counter(name.rsplit("/", 1)[0] for name in folder.images)
         deepest = os.path.commonpath(list(parents))
         fix = "Give one of these folders, or use --condition class to take the first level as classes"
@@ -204,52 +381,38 @@ def _refuse_wrong_level(folder: Folder) -> None:
         )
 
 
-def _refuse_unclassed(folder: Folder) -> None:
-    if not folder.per_subfolder():
-        raise UserError(
-            f"there are no classes in {folder.root}: no subfolders, no metadata with a label column",
-            "Put each image in a subfolder named like its class, or add metadata.jsonl (file_name, label).",
-        )
+def _counted(counts: Mapping[str, int]) -> str:
+    return few([f"{name}/ ({n})" for name, n in counts.items()])
 
 
-def _left_out(folder: Folder, metadata: Metadata | None, sidecars: Sidecars) -> list[str]:
+def _left_out(folder: Folder, metadata: Metadata, sidecars: Sidecars) -> list[str]:
+    """Write notes on everything in the folder that is not read."""
     notes = []
-    if metadata is not None and metadata.unused:
-        notes.append(f"columns of {metadata.path.name} not used: {few(metadata.unused)}")
-    strange = sorted(set(metadata.rows) - set(folder.images)) if metadata else []
-    if strange:
+    if metadata.unused:
+        notes.append(f"columns of {metadata.name} not used: {few(metadata.unused)}")
+    if strange := sorted(metadata.rows.keys() - set(folder.images)):
         notes.append(f"metadata name {len(strange)} files that are not read as images: {few(strange)}")
-    if folder.ignored:
-        count = len(folder.ignored)
-        notes.append(f"{count} hidden or macOS resource files passed over: {few(folder.ignored)}")
-    if folder.closed:
+    if folder.hidden:
         notes.append(
-            f"{len(folder.closed)} folders cannot be opened and are passed over: {few(folder.closed)}"
+            f"{len(folder.hidden)} hidden or macOS resource files are not read: {few(folder.hidden)}"
         )
-    foreign = {suffix: n for suffix, n in folder.suffixes().items() if suffix in _FOREIGN}
-    if foreign:
-        counts = ", ".join(f"{n} {suffix}" for suffix, n in foreign.items())
-        notes.append(f"{counts} files are not read: convert them to PNG or JPEG to use them")
-    packed = {suffix: n for suffix, n in folder.suffixes().items() if suffix in _PACKED}
-    if packed:
-        counts = ", ".join(f"{n} {suffix}" for suffix, n in packed.items())
-        notes.append(f"{counts} files lie beside the images and are not read: give them as DATA of their own")
-    read = sidecars.files | ({metadata.path.name} if metadata is not None else set())
-    unread = [name for name in folder.others if name not in read and not _is_told(name)]
-    if unread:
+    if folder.closed:
+        notes.append(f"{len(folder.closed)} folders cannot be opened and are not read: {few(folder.closed)}")
+    if foreign := folder.count_others(_FOREIGN):
+        notes.append(f"{foreign} files are not read: convert them to PNG or JPEG to use them")
+    if packed := folder.count_others(_PACKED):
+        notes.append(f"{packed} files lie beside the images and are not read: give them as DATA of their own")
+    read = {*sidecars.files, metadata.name}
+    if unread := [name for name in folder.others if name not in read and not _has_own_note(name)]:
         notes.append(
             f"{len(unread)} other files are not read: {few(unread)}; captions are read from "
-            f"{' or '.join(METADATA_NAMES)}, or from a {' or '.join(CAPTIONS)} file named like its image"
+            f"{' or '.join(METADATA_NAMES)}, or from a {' or '.join(CAPTION_SUFFIXES)} file named like its image"
         )
     return notes
 
 
-def _is_told(name: str) -> bool:
+def _has_own_note(name: str) -> bool:
     """Return whether a file has a note of its own, or was put there by the system."""
     place = PurePosixPath(name)
     system = place.name.startswith(".") or place.name.lower() in _SYSTEM
     return system or place.suffix.lower() in (*_FOREIGN, *_PACKED)
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    return few([f"{name}/ ({n})" for name, n in counts.items()])

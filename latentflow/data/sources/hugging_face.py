@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face library `datasets`: saved to disk, or of the hub."""
+"""Data sets of the Hugging Face library `datasets`: saved to disk, or from the hub."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, reading
-from ..dataset import FileExample, Source
-from .annotations import KNOWN, class_name, is_text, rename, said
-from .assemble import Wanted, decide, fields_of, masked, source_of
-from .members import File, Member, read_bytes
+from ..dataset import Source
+from .annotations import COLUMNS, holds_captions, rename
+from .assemble import DataRequest, source_of_rows, table_examples
+from .files import Member, read_bytes
 
-# Names that columns go by on the hub, the likeliest first, where none has our name.
+# Names that columns have on the hub, the likeliest first, looked for where no column has our name.
 _LIKELY = {
     "image": ("img", "picture", "images", "pixel_values"),
     "text": ("caption", "captions", "prompt", "texts", "description"),
@@ -30,7 +30,7 @@ _HUB = re.compile(r"hub:(?P<name>[^:]+/[^:]+)(:(?P<part>.+))?")
 class ArrowMember(Member):
     """An image in a row of a data set, which is mapped from disk."""
 
-    fingerprint: str  # of the data set, which tells its content
+    fingerprint: str  # of the data set's content
     row: int
     column: str
     rows: Any = field(compare=False, repr=False)
@@ -38,17 +38,17 @@ class ArrowMember(Member):
     def _read(self, bound: int) -> bytes:
         with reading(self, *_failures(), fix=_AGAIN):
             value = self.rows[self.row][self.column]
-        held: bytes | None = value["bytes"] if value is not None else None
-        if held is None and (value is None or value["path"] is None):
+        content: bytes | None = value["bytes"] if value is not None else None
+        if content is None and (value is None or value["path"] is None):
             raise UserError(f"{self} holds no image", "Leave the row out.")
-        return read_bytes(Path(value["path"]), bound) if held is None else held
+        return read_bytes(Path(value["path"]), bound) if content is None else content
 
     def __str__(self) -> str:
         return f"{self.column} of row {self.row}"
 
 
 def is_saved(data: str) -> bool:
-    """Whether DATA is a folder that `save_to_disk` wrote."""
+    """Return whether DATA is a folder that `save_to_disk` wrote."""
     path = Path(data).expanduser()
     return (path / "dataset_dict.json").is_file() or all(
         (path / name).is_file() for name in ("dataset_info.json", "state.json")
@@ -56,12 +56,12 @@ def is_saved(data: str) -> bool:
 
 
 def is_hub(data: str) -> bool:
-    """Whether DATA asks for the hub in so many words."""
+    """Return whether DATA asks for the hub explicitly."""
     return data.startswith("hub:")
 
 
-def read_saved(data: str, wanted: Wanted) -> Source:
-    """The rows of a data set in a folder; it is mapped, not loaded.
+def read_saved(data: str, request: DataRequest) -> Source:
+    """Return the rows of a data set in a folder; it is mapped, not loaded.
 
     Raises:
         UserError: `datasets` is missing; the folder is damaged or holds several parts; there is no column of
@@ -76,11 +76,11 @@ def read_saved(data: str, wanted: Wanted) -> Source:
             best = "train" if "train" in loaded else next(iter(loaded))
             raise UserError(f"{data} holds the parts {', '.join(loaded)}", f"Give one of them: {path / best}")
         loaded = next(iter(loaded.values()))
-    return _source(data, loaded, wanted, path)
+    return _source(data, loaded, request, path)
 
 
-def read_hub(data: str, wanted: Wanted) -> Source:
-    """The rows of `hub:owner/name` or `hub:owner/name:split`, downloaded into the library's own cache.
+def read_hub(data: str, request: DataRequest) -> Source:
+    """Return the rows of `hub:owner/name` or `hub:owner/name:split`, downloaded into the library's own cache.
 
     Raises:
         UserError: as for ``read_saved``; there is no such set or split, or no network.
@@ -88,55 +88,50 @@ def read_hub(data: str, wanted: Wanted) -> Source:
     match = _HUB.fullmatch(data)
     if match is None:
         raise UserError(
-            f"'{data}' names no data set of the hub", "Write hub:owner/name or hub:owner/name:split."
+            f"'{data}' is not the name of a data set on the hub",
+            "Write hub:owner/name or hub:owner/name:split.",
         )
     library = _library()
     try:
         loaded = library.load_dataset(match["name"], split=match["part"] or "train")
     except Exception as error:  # of the library, its file systems and the network, with no common class
-        what = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines()
         raise UserError(
-            f"{data} cannot be loaded: {what[0] if what else type(error).__name__}",
+            f"{data} cannot be loaded: {lines[0] if lines else type(error).__name__}",
             "Check the name, the split and the network; sets that need a script are not run.",
         ) from error
-    return _source(data, loaded, wanted, None)
+    return _source(data, loaded, request, None)
 
 
-def _source(data: str, rows: Any, wanted: Wanted, root: Path | None) -> Source:
-    ours, notes = _columns(data, rows.features, wanted)
-    theirs = {name: column for column, name in ours.items()}
+def _source(data: str, rows: Any, request: DataRequest, root: Path | None) -> Source:
+    import datasets
+
+    ours, notes = _columns(data, rows.features, request)
     if rows.num_rows == 0:
         raise UserError(f"{data} has no rows", "Give a data set with images.")
+    images = {name: theirs for theirs, name in ours.items() if name in ("image", "mask")}
+    annotations = [theirs for theirs in ours if theirs not in images.values()]
+    label = next((theirs for theirs, name in ours.items() if name == "label"), "")
     with reading(data, *_failures(), fix=_AGAIN):
         rows.data.validate(full=True)  # offsets of a damaged file would lead out of the memory
         rows = rows.with_format(None)  # all columns as plain values, however it was saved
-    examples = list(_examples(data, rows, theirs))
-    kind, more = decide(examples, wanted.condition, data, "a column text or label")
-    examples, told = masked(examples, wanted.masks)
-    notes = [f"{len(examples)} rows, mapped from disk", *notes, *more, *told]
-    return source_of(data, examples, kind, wanted, notes, root)
-
-
-def _examples(data: str, rows: Any, theirs: Mapping[str, str]) -> Iterator[FileExample]:
-    import datasets
-
-    images = {name: theirs[name] for name in ("image", "mask") if name in theirs}
-    spoken = [name for name in theirs if name not in images]
-    with reading(data, *_failures(), fix=_AGAIN):
         undecoded = rows.select_columns(list(images.values()))
-        for column in images.values():
-            undecoded = undecoded.cast_column(column, datasets.Image(decode=False))
-        told = rows.select_columns([theirs[name] for name in spoken])
-    names = getattr(rows.features.get(theirs.get("label", "")), "names", None)
-    for row, values in enumerate(_each(data, told) if spoken else repeat({}, rows.num_rows)):
-        record = {name: values[theirs[name]] for name in spoken}
-        if names is not None:
-            record["label"] = class_name(names, record.get("label"), f"{data}, row {row}")
-        places: dict[str, File] = {
-            name: ArrowMember(rows._fingerprint, row, column, undecoded) for name, column in images.items()
-        }
-        fields = fields_of(said(record, f"{data}, row {row}"))
-        yield FileExample(f"row {row:08d}", path=places["image"], mask=places.get("mask"), **fields)
+        for theirs in images.values():
+            undecoded = undecoded.cast_column(theirs, datasets.Image(decode=False))
+        annotated = rows.select_columns(annotations)
+    values = _each(data, annotated) if annotations else repeat({}, rows.num_rows)
+    found = (
+        (
+            f"{data}, row {row}",
+            value,
+            {name: ArrowMember(rows._fingerprint, row, theirs, undecoded) for name, theirs in images.items()},
+        )
+        for row, value in enumerate(values)
+    )
+    class_names = getattr(rows.features.get(label), "names", None)
+    examples = list(table_examples(found, ours, class_names=class_names))
+    notes = [f"{len(examples)} rows, mapped from disk", *notes]
+    return source_of_rows(data, examples, request, "a column text or label", notes, root)
 
 
 def _each(data: str, rows: Any) -> Iterator[Any]:
@@ -154,18 +149,19 @@ def _each(data: str, rows: Any) -> Iterator[Any]:
         yield values
 
 
-def _columns(data: str, features: Mapping[str, Any], wanted: Wanted) -> tuple[dict[str, str], list[str]]:
-    """Our name of every column that is used, by its own, and a note on what was inferred.
+def _columns(
+    data: str, features: Mapping[str, Any], request: DataRequest
+) -> tuple[dict[str, str], list[str]]:
+    """Return our name of every column that is used, by its own, and notes on what was inferred or is not used.
 
     Raises:
         UserError: no column, or more than one, may hold the images.
     """
-    ours = rename(features, wanted.columns, data)
-    listed = ", ".join(f"{name} ({type(one).__name__})" for name, one in features.items())
+    ours = rename(features, request.columns, data)
+    images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
     inferred = []
-    images = [name for name, one in features.items() if type(one).__name__ == "Image"]
     for meaning, likely in _LIKELY.items():
-        if meaning in ours.values() or (meaning == "text" and any(map(is_text, ours.values()))):
+        if meaning in ours.values() or (meaning == "text" and any(map(holds_captions, ours.values()))):
             continue
         chosen = next((name for name in likely if name in features and ours[name] == name), None)
         if meaning == "image" and len(images) == 1:
@@ -173,22 +169,25 @@ def _columns(data: str, features: Mapping[str, Any], wanted: Wanted) -> tuple[di
         if chosen is not None and (meaning in ("text", "label") or chosen in images):
             ours[chosen] = meaning
             inferred.append(f"{meaning} from '{chosen}'")
-    held = [name for name in ours if ours[name] in ("image", "mask")]
-    if "image" not in ours.values() or any(name not in images for name in held):
-        guess = images[0] if images else "NAME"
+    chosen_images = [theirs for theirs, name in ours.items() if name in ("image", "mask")]
+    if "image" not in ours.values() or any(theirs not in images for theirs in chosen_images):
+        listed = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in features.items())
         raise UserError(
-            f"{data} has no one column of images; its columns: {listed}",
-            f"Say which: --columns image {guess}",
+            f"{data} has not exactly one column of images; its columns: {listed}",
+            f"Say which: --columns image {images[0] if images else 'NAME'}",
         )
-    used = {name: mine for name, mine in ours.items() if mine in KNOWN or is_text(mine)}
-    used = {name: mine for name, mine in used.items() if mine != "file_name"}
+    used = {
+        theirs: name
+        for theirs, name in ours.items()
+        if name != "file_name" and (name in COLUMNS or holds_captions(name))
+    }
     unused = [name for name in features if name not in used]
     notes = ["inferred: " + ", ".join(inferred) + " (--columns decides)"] if inferred else []
     return used, notes + (["columns not used: " + ", ".join(unused)] if unused else [])
 
 
 def _failures() -> tuple[type[BaseException], ...]:
-    """Return what `datasets` raises on damaged files: it checks little of what they say."""
+    """Return what `datasets` raises on damaged files, of which it checks little."""
     import pyarrow
 
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,32 +45,27 @@ def _is_whole(value: object, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _are_words(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and storable(value) == value
 
 
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(size, list) and len(size) == 2 and all(_is_whole(side, 1) for side in size)
-        for size in value
-    )
+def _are(is_right: Callable[[Any], bool], value: object, length: int | None = None) -> bool:
+    return isinstance(value, list) and length in (None, len(value)) and all(map(is_right, value))
+
+
+def _is_size(value: object) -> bool:
+    return _are(lambda side: _is_whole(side, 1), value, 2)
 
 
 def _are_tables(value: object) -> bool:
     """Return whether these are settings of tables, those of latents with what `LatentFolder` reads of them."""
     if not isinstance(value, dict) or not all(isinstance(made, dict) for made in value.values()):
         return False
-    made = [one for name, one in value.items() if kind_of(name) == "latents"]
-    return bool(made) and all(
-        isinstance(one.get("flips"), bool)
-        and isinstance(one.get("background"), list)
-        and len(one["background"]) == 3
-        and all(_is_whole(level) and level < 256 for level in one["background"])
-        for one in made
+    latents = [made for place, made in value.items() if kind_of(place) == "latents"]
+    return bool(latents) and all(
+        isinstance(made.get("flips"), bool)
+        and _are(lambda level: _is_whole(level) and level < 256, made.get("background"), 3)
+        for made in latents
     )
 
 
@@ -81,14 +77,20 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
     "name": _is_text,
     "pictures": _is_whole,
     "kind": lambda value: value in get_args(Kind),
-    "classes": _are_words,
-    "notes": _are_words,
+    "classes": partial(_are, _is_text),
+    "notes": partial(_are, _is_text),
     "resolution": lambda value: _is_whole(value, 1),
-    "sizes": _are_sizes,
+    "sizes": partial(_are, _is_size),
     "tables": _are_tables,
     "given": _is_text,
     "index": _is_text,
 }
+
+
+def setting_differences(held: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Return in which settings ``wanted`` a table was made otherwise; "" where in none."""
+    differ = [name for name in wanted if wanted[name] != held.get(name)]
+    return "; ".join(f"{name} {held.get(name)}, not {wanted[name]}" for name in differ)
 
 
 def index_schema(*, pixel_keys: bool) -> Any:
@@ -120,7 +122,7 @@ def index_schema(*, pixel_keys: bool) -> Any:
 
 
 def place_of(kind: str, size: Sequence[int]) -> str:
-    """The folder of the shards of ``kind`` of images of (height, width) ``size``."""
+    """Return the folder of the shards of ``kind`` of images of (height, width) ``size``."""
     height, width = size
     return kind if height == width else f"{kind}-{height}x{width}"
 
@@ -131,7 +133,7 @@ def kind_of(place: str) -> str:
 
 
 def import_arrow() -> Any:
-    """pyarrow with its ``ipc``; UserError where it is not installed."""
+    """Return pyarrow with its ``ipc``; UserError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.ipc

@@ -14,19 +14,19 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ...config import DataConfig
 from ...errors import UserError, reading
-from ..cache.store import Array, ShardSet, digests
-from ..dataset import Example, Kind, Source
-from .assemble import Wanted
+from ..cache.store import NO_KEY, Array, ShardSet, digests
+from ..dataset import Example, Kind, Source, StoredSizes
+from .assemble import DataRequest
 from .latent_files import (
     AUTOENCODER,
     DESCRIPTION,
@@ -36,19 +36,20 @@ from .latent_files import (
     kind_of,
     place_of,
     read_description,
+    setting_differences,
 )
 
 
 def is_latent_folder(data: str) -> bool:
-    """Whether DATA is a folder of latents."""
+    """Return whether DATA is a folder of latents."""
     return (Path(data).expanduser() / DESCRIPTION).is_file()
 
 
-def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
-    """The source in a folder of latents. Condition and masks were decided when it was made; "none" does without.
+def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
+    """Open a folder of latents. Condition and masks were decided when it was made; "none" does without.
 
     Raises:
-        UserError: it is not complete, was written by another version, or does not hold what is wanted.
+        UserError: it is not complete, was written by another version, or does not hold what is asked for.
     """
     folder = Path(data).expanduser()
     description = read_description(folder)
@@ -57,54 +58,45 @@ def read_latent_folder(data: str, wanted: Wanted) -> LatentFolder:
             f"{folder} is not complete: `latentflow precompute` was stopped",
             "Start the line that made it again: it goes on where it stopped.",
         )
-    _refuse_decided(data, description, wanted)
-    if wanted.masks == "none":
+    if request.masks == "none":
         tables = description["tables"].items()
-        description["tables"] = {name: made for name, made in tables if kind_of(name) != "masks"}
-    kind: Kind = "unconditional" if wanted.condition == "none" else description["kind"]
-    index = _open_index(folder / INDEX, description)
-    store = LatentStore(folder, description)
+        description["tables"] = {place: made for place, made in tables if kind_of(place) != "masks"}
+    kind: Kind = "unconditional" if request.condition == "none" else description["kind"]
+    index = _open_index(folder / INDEX, LatentStore(folder, description))
     notes = [f"latents of {description['name']}: {len(index)} images", *description["notes"]]
     if "colours" not in description:
         notes.append(
             "made before colour profiles were converted to sRGB; `latentflow check` says which images have others: "
             "if any do, precompute them again"
         )
-    return LatentFolder(
+    source = LatentFolder(
         name=data,
-        examples=_Examples(store, index, None),  # type: ignore[arg-type]  # a sequence; a tuple would be N objects
+        examples=index,  # type: ignore[arg-type]  # a sequence; a tuple would be N objects
         kind=kind,
         classes=tuple(description["classes"]) if kind == "class" else (),
         notes=tuple(notes),
         root=folder,
-        store=store,
-        index=index,
     )
-
-
-def _refuse_decided(data: str, description: dict[str, Any], wanted: Wanted) -> None:
-    refused = {
-        f"--condition {wanted.condition}": wanted.condition not in ("auto", "none", description["kind"]),
-        "--masks alpha": wanted.masks == "alpha",
-        f"--missing-caption {wanted.missing_caption}": wanted.missing_caption != "error",
-        "--columns": bool(wanted.columns),
-        f"--colours {wanted.colours}": wanted.colours != "srgb",
+    decided = {
+        f"--condition {request.condition}": request.condition not in ("auto", "none", description["kind"]),
+        "--masks alpha": request.masks == "alpha",
+        f"--missing-caption {request.missing_caption}": request.missing_caption != "error",
+        "--columns": bool(request.columns),
+        f"--colours {request.colours}": request.colours != "srgb",
     }
-    for flag, is_refused in refused.items():
-        if is_refused:
-            raise UserError(
-                f"{data} is a folder of latents ({description['kind']}): {flag} was decided when it was made",
-                "Leave the flag out, or give it to `latentflow precompute` with another output folder.",
-            )
+    for flag, is_given in decided.items():
+        if is_given:
+            source.refuse_decided(flag)
+    return source
 
 
-def _open_index(path: Path, description: dict[str, Any]) -> _Index:
-    """The index, mapped.
+def _open_index(path: Path, store: LatentStore) -> _Index:
+    """Map the index.
 
     Raises:
         UserError: it is not what was written beside ``latents.json``.
     """
-    arrow = import_arrow()
+    arrow, description = import_arrow(), store.description
     fix = "Start the `latentflow precompute` line that made it again: it encodes only what is missing."
     with reading(path, OSError, fix=fix), path.open("rb") as file:
         hash = hashlib.file_digest(file, "sha256").hexdigest()
@@ -118,12 +110,12 @@ def _open_index(path: Path, description: dict[str, Any]) -> _Index:
         raise UserError(
             f"{path} does not hold the {description['pictures']} rows that {DESCRIPTION} tells of", fix
         )
-    index = _Index(table)
+    index = _Index(table, np.arange(table.num_rows, dtype=np.int32), store)
     least = 0 if description["kind"] == "class" else -1
     ranges = {"bucket": (0, len(description["sizes"])), "class_id": (least, len(description["classes"]))}
     ranges |= dict.fromkeys(("repeats", "height", "width"), (1, 2**31))
     for name in schema.names:
-        numbers = index.numbers(name, None) if name in ranges and not table[name].null_count else np.zeros(0)
+        numbers = index.numbers(name) if name in ranges and not table[name].null_count else np.zeros(0)
         first, end = ranges.get(name, (0, 0))
         if (table[name].null_count and name != "label") or ((numbers < first) | (numbers >= end)).any():
             raise UserError(f"{path} is damaged: its column {name} holds what was never written", fix)
@@ -135,62 +127,59 @@ class LatentStore:
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
         self.folder, self.description = folder, description
-        self.kinds = {kind_of(name) for name in description["tables"]}
+        self.kinds = {kind_of(place) for place in description["tables"]}
 
     def shards(self, kind: str, settings: dict[str, object]) -> ShardSet:
-        """The shards of ``kind``: latents, pixels or masks.
+        """Return the shards of ``kind`` (latents, pixels or masks). Latents with mirror images serve without, too.
 
         Raises:
             UserError: there are none, or they were not made with these settings.
         """
-        place = place_of(kind, settings["size"])  # type: ignore[arg-type]
-        held = self.description["tables"].get(place)
         if kind not in self.kinds:
             raise UserError(
                 f"{self.folder} holds no {kind}, which inpainting and evaluation need",
                 "Run its `latentflow precompute` line again with --pixels, or do without.",
             )
         wanted = json.loads(json.dumps(settings))
+        place = place_of(kind, wanted["size"])
+        held = self.description["tables"].get(place)
         if held is None:
             height, width = wanted["size"]
             raise UserError(
                 f"{self.folder} holds no {kind} of {width} x {height} pixels",
                 "Leave --resolution out, or precompute again into another folder.",
             )
-        differ = [
-            f"{name} {held.get(name)}, not {wanted[name]}"
-            for name in wanted
-            if wanted[name] != held.get(name)
-        ]
-        if differ:
+        if held.get("flips"):
+            wanted["flips"] = True
+        if differences := setting_differences(held, wanted):
             raise UserError(
-                f"the {kind} in {self.folder} were made with {'; '.join(differ)}",
+                f"the {kind} in {self.folder} were made with {differences}",
                 "Use those settings, or precompute again into another folder.",
             )
         return ShardSet(self.folder / place, kind, read_only=True)
 
     def mask(self, key: str) -> Path | None:
-        """Where the mask of this key lies; None where there is none, or masks are not wanted."""
+        """Return where the mask of this key lies; None where there is none, or masks are not wanted."""
         return self.folder / "masks" if key and "masks" in self.kinds else None
 
     def image(self, key: str) -> Image.Image:
-        """The stored pixels of an image."""
+        """Return the stored pixels of an image."""
         for shards in self._pixels:
-            if (place := shards.place(key)) is not None:
-                number, row = place
+            number, row = shards.find(digests([key]))[0]
+            if number >= 0:
                 pixels = shards.shard(number).row("pixels", row)
                 return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
         raise UserError(f"{self.folder} lacks an image", "Start its `latentflow precompute` line again.")
 
     @functools.cached_property
     def _pixels(self) -> list[ShardSet]:
-        places = [name for name in self.description["tables"] if kind_of(name) == "pixels"]
+        places = [place for place in self.description["tables"] if kind_of(place) == "pixels"]
         return [ShardSet(self.folder / place, "pixels", read_only=True) for place in places]
 
 
 @dataclass(frozen=True)
 class StoredExample(Example):
-    """An image of which only what was stored is there."""
+    """An image whose latents were stored, and perhaps its pixels and its mask; its file is not needed."""
 
     key: str = field(kw_only=True)
     own_pixel_key: str = field(kw_only=True)
@@ -218,15 +207,20 @@ class StoredExample(Example):
 
 @dataclass(frozen=True, eq=False)
 class LatentFolder(Source):
-    """The images of a folder of latents, or some of them. ``examples`` makes each when it is asked for."""
+    """The images of a folder of latents, or some of them."""
 
-    store: LatentStore = field(kw_only=True)
-    index: _Index = field(kw_only=True)
-    rows: Array | None = field(kw_only=True, default=None)  # None: all
+    precomputed = True
+
+    @property
+    def index(self) -> _Index:
+        return self.examples  # type: ignore[return-value]  # a sequence; a tuple would be N objects
+
+    @property
+    def store(self) -> LatentStore:
+        return self.index.store
 
     @property
     def autoencoder(self) -> str:
-        """The folder of the autoencoder."""
         return str(self.store.folder / AUTOENCODER)
 
     @property
@@ -234,195 +228,164 @@ class LatentFolder(Source):
         return "masks" in self.store.kinds
 
     @property
-    def has_flips(self) -> bool:
-        """Whether it holds mirror images as well."""
-        return bool(self._made["flips"])
-
-    @property
-    def _made(self) -> dict[str, Any]:
-        """The settings of the latents, of one of the sizes."""
-        tables = self.store.description["tables"].items()
-        made: dict[str, Any] = next(one for name, one in tables if kind_of(name) == "latents")
-        return made
-
-    @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(height, width) in pixels of what is stored of the images."""
         return tuple((height, width) for height, width in self.store.description["sizes"])
 
-    def buckets(self) -> Array:
-        """(N,): which of ``sizes`` each image has."""
-        return self.index.numbers("bucket", self.rows)
+    def stored_sizes(self) -> StoredSizes:
+        natural = np.stack([self.index.numbers(name) for name in ("height", "width")], axis=1)
+        return StoredSizes(self.sizes, self.index.numbers("bucket"), natural)
 
-    def natural(self) -> Array:
-        """(N, 2): heights and widths of the images as they were."""
-        return np.stack([self.index.numbers(name, self.rows) for name in ("height", "width")], axis=1)
+    def shards(self, kind: str, settings: dict[str, object]) -> ShardSet:
+        return self.store.shards(kind, settings)
 
     def adopt(self, data: DataConfig) -> DataConfig:
-        """The settings of the data with what the folder decides: resolution and background.
-
-        Raises:
-            UserError: other ones were asked for, or mirror images, which it does not hold.
-        """
-        side = self.store.description["resolution"]
-        background = "#{:02x}{:02x}{:02x}".format(*self._made["background"])
+        side, tables = self.store.description["resolution"], self.store.description["tables"]
+        made = next(made for place, made in tables.items() if kind_of(place) == "latents")
         if data.resolution not in (side, DataConfig.resolution):
             raise UserError(
                 f"{self.name} holds latents of {side} pixels, not of {data.resolution}",
                 "Leave --resolution out, or precompute again into another folder.",
             )
-        if data.random_flip and not self.has_flips:
+        if data.random_flip and not made["flips"]:
             raise UserError(
                 f"{self.name} holds no mirror images",
                 "Leave --random-flip out, or precompute again with it into another folder.",
             )
+        background = "#{:02x}{:02x}{:02x}".format(*made["background"])
         return dataclasses.replace(data, resolution=side, background=background)
 
+    def refuse_decided(self, flag: str) -> None:
+        raise UserError(
+            f"{self.name} is a folder of latents ({self.store.description['kind']}): {flag} was decided when it was "
+            "made",
+            "Leave the flag out, or give it to `latentflow precompute` with another output folder.",
+        )
+
     def subset(self, indices: Sequence[int]) -> LatentFolder:
-        chosen = np.asarray(indices, dtype=np.int32)
-        rows = chosen if self.rows is None else self.rows[chosen]
-        examples: Any = _Examples(self.store, self.index, rows)
-        return dataclasses.replace(self, examples=examples, rows=rows)
+        return dataclasses.replace(self, examples=self.index.take(indices))  # type: ignore[arg-type]
 
     def once(self) -> LatentFolder:
-        return dataclasses.replace(self, index=self.index.without_repeats())
-
-    def captions(self) -> list[str]:
-        return [captions[0] for captions in self.all_captions()]
+        return dataclasses.replace(self, examples=self.index.without_repeats())  # type: ignore[arg-type]
 
     def all_captions(self) -> list[tuple[str, ...]]:
-        return [tuple(texts) or ("",) for texts in self.index.values("texts", self.rows)]
+        return [tuple(texts) or ("",) for texts in self.index.values("texts")]
 
     def weights(self) -> list[float]:
-        return self.index.numbers("weight", self.rows)  # type: ignore[return-value]  # an array
+        return self.index.numbers("weight")  # type: ignore[return-value]  # an array
 
     def uses(self) -> list[int]:
-        repeats = self.index.numbers("repeats", self.rows)
+        repeats = self.index.numbers("repeats")
         return np.repeat(np.arange(len(self), dtype=np.int32), repeats)  # type: ignore[return-value]
 
     def class_ids(self) -> list[int]:
-        stored = self.index.numbers("class_id", self.rows)
         numbers = [self.classes.index(name) for name in self.store.description["classes"]]
+        stored = self.index.numbers("class_id")
         return np.asarray(numbers, dtype=np.int64)[stored]  # type: ignore[return-value]
 
     def groups(self) -> Array:
-        """(N,): the number of the group of near duplicates that each image was in."""
-        return self.index.numbers("group", self.rows)
+        return self.index.numbers("group")
 
     def content_keys(self) -> list[str]:
-        return _Lazy(len(self), lambda: self.index.values("key", self.rows))  # type: ignore[return-value]
+        return _Column(self.index, "key")  # type: ignore[return-value]
 
     def pixel_keys(self) -> list[str]:
-        return _Lazy(len(self), lambda: self.index.values("pixel_key", self.rows))  # type: ignore[return-value]
+        return _Column(self.index, "pixel_key")  # type: ignore[return-value]
+
+    def masked_keys(self) -> Iterator[str | None]:
+        keys = zip(self.index.values("key"), self.index.values("mask_key"), strict=True)
+        return (f"{key} {mask}" if self.store.mask(mask) else None for key, mask in keys)
 
     def damage(self) -> list[str]:
-        """What is missing in the folder or is not what was written: every row is read."""
-        keys, masks = list(self.content_keys()), self.index.values("mask_key", self.rows)
-        pixel_keys = self.pixel_keys()
-        wanted: dict[str, list[str]] = {name: [] for name in self.store.description["tables"]}
-        for key, pixels, mask, bucket in zip(keys, pixel_keys, masks, self.buckets().tolist(), strict=True):
-            held = {"latents": pixels, "pixels": pixels} | ({"masks": f"{key} {mask}"} if mask else {})
-            for kind, what in held.items():
-                if (place := place_of(kind, self.sizes[bucket])) in wanted:
-                    wanted[place].append(what)
-        told = []
-        for place in wanted:
-            shards = ShardSet(self.store.folder / place, kind_of(place), read_only=True)
+        pixels, lines = digests(self.pixel_keys()), []
+        keys = {"latents": pixels, "pixels": pixels, "masks": digests(self.masked_keys())}
+        for place in self.store.description["tables"]:
+            kind = kind_of(place)
+            here = [number for number, size in enumerate(self.sizes) if place_of(kind, size) == place]
+            wanted = keys[kind][np.isin(self.index.numbers("bucket"), here)]
+            wanted = wanted[wanted != NO_KEY]
+            shards = ShardSet(self.store.folder / place, kind, read_only=True)
             shards.verify()
-            missing = int((shards.find(digests(wanted[place]))[:, 0] < 0).sum())
-            if missing:
-                told.append(
-                    f"{missing} of {len(wanted[place])} {place} are missing or damaged: start the "
-                    "`latentflow precompute` line that made them again, it makes only these"
+            if missing := int((shards.find(wanted)[:, 0] < 0).sum()):
+                lines.append(
+                    f"{missing} of {len(wanted)} {place} are missing or damaged: start the `latentflow precompute` "
+                    "line that made them again, it makes only these"
                 )
-        return told
+        return lines
 
     def fingerprint(self) -> str:
-        rows = np.arange(len(self), dtype=np.int32) if self.rows is None else self.rows
-        told = f"{self.store.description['index']} {hashlib.sha256(rows.tobytes()).hexdigest()}"
-        return hashlib.sha256(told.encode()).hexdigest()
+        rows = hashlib.sha256(self.index.rows.tobytes()).hexdigest()
+        return hashlib.sha256(f"{self.store.description['index']} {rows}".encode()).hexdigest()
 
     def order(self) -> str:
         return self.fingerprint()  # of which the rows are a part, in their order
 
 
-class _Index:
-    """The columns of ``index.arrow``, mapped."""
+class _Index(Sequence[StoredExample]):
+    """The rows of ``index.arrow``, mapped, at some ``rows`` (int32): each is an example, made when it is asked for."""
 
-    def __init__(self, table: Any, repeats: bool = True) -> None:
-        self._table, self._repeats = table, repeats
-        self.has_pixel_keys = "pixel_key" in table.column_names  # else they are the keys
+    def __init__(self, table: Any, rows: Array, store: LatentStore, repeats: bool = True) -> None:
+        self._table, self.rows, self.store, self._repeats = table, rows, store, repeats
 
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
+    def take(self, places: Sequence[int]) -> _Index:
+        rows = self.rows[np.asarray(places, dtype=np.int32)]
+        return _Index(self._table, rows, self.store, self._repeats)
 
     def without_repeats(self) -> _Index:
-        return _Index(self._table, repeats=False)
-
-    def row(self, row: int) -> dict[str, Any]:
-        values = {name: self._table[name][row].as_py() for name in self._table.column_names}
-        return {"pixel_key": values["key"]} | values
-
-    def numbers(self, name: str, rows: Array | None) -> Array:
-        """A column of numbers at ``rows`` (None: all)."""
-        if name == "repeats" and not self._repeats:
-            return np.ones(len(self) if rows is None else len(rows), dtype=np.int32)
-        column: Array = self._table[name].to_numpy()
-        return column if rows is None else column[rows]
-
-    def values(self, name: str, rows: Array | None) -> Iterator[Any]:
-        """Entries of a column at ``rows`` (None: all), a few thousand of them in memory at once."""
-        if name == "pixel_key" and not self.has_pixel_keys:
-            name = "key"
-        column, step = self._table[name], 8192
-        for start in range(0, len(self) if rows is None else len(rows), step):
-            part = column.slice(start, step) if rows is None else column.take(rows[start : start + step])
-            yield from part.to_pylist()
-
-
-class _Lazy(Sequence[str]):
-    """Strings that are read each time they are iterated over."""
-
-    def __init__(self, length: int, read: Callable[[], Iterator[str]]) -> None:
-        self._length, self._read = length, read
+        return _Index(self._table, self.rows, self.store, repeats=False)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[row] for row in range(len(self))[place]]
+        row = int(self.rows[place])
+        values = {name: self._table[name][row].as_py() for name in self._table.column_names}
+        first, *more = values["texts"] or [None]
+        return StoredExample(
+            name=values["name"],
+            text=first,
+            texts=tuple(more),
+            label=values["label"],
+            mask=self.store.mask(values["mask_key"]),
+            weight=values["weight"],
+            repeats=values["repeats"],
+            key=values["key"],
+            own_pixel_key=values.get("pixel_key", values["key"]),
+            own_mask_key=values["mask_key"],
+            store=self.store,
+        )
+
+    def numbers(self, name: str) -> Array:
+        """Return a column of numbers."""
+        if name == "repeats" and not self._repeats:
+            return np.ones(len(self), dtype=np.int32)
+        column: Array = self._table[name].to_numpy()
+        return column[self.rows]
+
+    def values(self, name: str) -> Iterator[Any]:
+        """Yield the entries of a column, a few thousand of them in memory at once."""
+        if name == "pixel_key" and name not in self._table.column_names:
+            name = "key"
+        for start in range(0, len(self), 8192):
+            rows = self.rows[start : start + 8192]
+            first = int(rows.min())
+            part = self._table[name].slice(first, int(rows.max()) - first + 1)
+            yield from part.take(rows - first).to_pylist()
+
+
+class _Column(Sequence[str]):
+    """Strings of a column, read each time they are iterated over."""
+
+    def __init__(self, index: _Index, name: str) -> None:
+        self._index, self._name = index, name
+
+    def __len__(self) -> int:
+        return len(self._index)
 
     def __iter__(self) -> Iterator[str]:
-        return self._read()
+        return self._index.values(self._name)
 
-    def __getitem__(self, index: Any) -> Any:
-        return list(self._read())[index]
-
-
-class _Examples(Sequence[StoredExample]):
-    def __init__(self, store: LatentStore, index: _Index, rows: Array | None) -> None:
-        self._store, self._index, self._rows = store, index, rows
-
-    def __len__(self) -> int:
-        return len(self._index) if self._rows is None else len(self._rows)
-
-    @overload
-    def __getitem__(self, place: int) -> StoredExample: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[StoredExample]: ...
-    def __getitem__(self, place: int | slice) -> StoredExample | list[StoredExample]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(len(self))[place]]
-        place = range(len(self))[place]
-        row = self._index.row(place if self._rows is None else int(self._rows[place]))
-        texts = row["texts"]
-        return StoredExample(
-            name=row["name"],
-            text=texts[0] if texts else None,
-            texts=tuple(texts[1:]),
-            label=row["label"],
-            mask=self._store.mask(row["mask_key"]),
-            weight=row["weight"],
-            repeats=row["repeats"],
-            key=row["key"],
-            own_pixel_key=row["pixel_key"],
-            own_mask_key=row["mask_key"],
-            store=self._store,
-        )
+    def __getitem__(self, place: Any) -> Any:
+        return list(self)[place]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import tempfile
@@ -17,21 +18,18 @@ import torch
 from ...config import DataConfig
 from ...errors import UserError
 from ...utils.files import replacing, storable
-from ..cache.store import Array, ShardSet, digests, sweep
+from ..cache.store import Array, ShardSet, digests
 from ..cache.tensors import (
     Settings,
-    encode_latents,
-    latent_bytes,
-    latent_settings,
-    latent_table,
-    located_pixels,
-    mask_settings,
-    mask_table,
-    pixel_settings,
+    Transform,
+    index_images,
+    latent_transform,
+    mask_transform,
+    pixel_transform,
 )
 from ..checking.check import groups_of
-from ..crops import Framing
-from ..dataset import Source
+from ..crops import Cropping
+from ..dataset import Example, Source
 from .latent_files import (
     AUTOENCODER,
     DESCRIPTION,
@@ -42,6 +40,7 @@ from .latent_files import (
     kind_of,
     place_of,
     read_description,
+    setting_differences,
 )
 
 _ROWS_AT_ONCE = 65536
@@ -49,7 +48,7 @@ _ROWS_AT_ONCE = 65536
 
 @dataclass(frozen=True, kw_only=True)
 class Precomputation:
-    """What a folder of latents is to hold.
+    """The making of a folder of latents.
 
     Attributes:
         framing: the images, all of them readable, and the size of each.
@@ -57,13 +56,17 @@ class Precomputation:
         data: resolution, background, and whether mirror images are stored.
         pixels: whether to store the images themselves (uint8), for inpainting.
         given: fingerprint of the autoencoder as the user gave it, perhaps without statistics.
+        batch_size: images that are encoded at once.
+        device: where they are encoded.
     """
 
-    framing: Framing
+    framing: Cropping
     vae: Any
     data: DataConfig
     pixels: bool
     given: str
+    batch_size: int = 64
+    device: str | torch.device = "cpu"
 
     @property
     def source(self) -> Source:
@@ -76,34 +79,29 @@ class Precomputation:
                 "Add --pixels to store them, or --masks none to leave the masks out.",
             )
 
-    def tables(self) -> dict[str, Settings]:
-        """The settings of every table, by the folder that it lies in."""
-        background = self.data.background
-        tables: dict[str, Settings] = {}
+    @functools.cached_property
+    def transforms(self) -> list[dict[str, Transform[Example]]]:
+        """The transforms of the images of each size, by the folder that their rows lie in."""
+        data, found = self.data, []
         for size in self.framing.sizes:
-            made = {"latents": latent_settings(self.vae, size, background, self.data.random_flip)}
+            made = [
+                latent_transform(
+                    size, data.background, self.vae, data.random_flip, self.batch_size, self.device
+                )
+            ]
             if self.pixels:
-                made["pixels"] = pixel_settings(size, background)
+                made.append(pixel_transform(size, data.background))
             if self.source.has_masks:
-                made["masks"] = mask_settings(size)
-            tables |= {place_of(kind, size): settings for kind, settings in made.items()}
-        return tables
+                made.append(mask_transform(size))
+            found.append({place_of(transform.kind, size): transform for transform in made})
+        return found
 
-    def row_bytes(self) -> dict[str, int]:
-        """Size of an image's row of every kind (the largest of all sizes of images)."""
-        side = self.data.resolution
-        sizes = {
-            "latents": latent_bytes(self.vae, side, self.data.random_flip),
-            "pixels": 3 * side**2,
-            "masks": side**2,
-        }
-        kinds = {kind_of(name) for name in self.tables()}
-        return {kind: size for kind, size in sizes.items() if kind in kinds}
+    def tables(self) -> dict[str, Settings]:
+        """Return the settings of every table, by the folder that it lies in."""
+        return {place: made.settings for part in self.transforms for place, made in part.items()}
 
 
-def write_latents(
-    wanted: Precomputation, folder: Path, *, batch_size: int, device: torch.device, progress: bool
-) -> None:
+def write_latents(job: Precomputation, folder: Path, *, progress: bool) -> None:
     """Fill ``folder``; what it holds already is verified and kept. Several processes may do so at once.
 
     Raises:
@@ -111,61 +109,46 @@ def write_latents(
         OSError: the folder cannot be written.
     """
     import_arrow()
-    tables = wanted.tables()
-    _begin(wanted, folder, tables)
-    source, data = wanted.source, wanted.data
-    sets = {name: ShardSet(folder / name, kind_of(name)) for name in tables}
-    for one in sets.values():
-        one.folder.mkdir(exist_ok=True)
-        sweep(one.folder)
-        one.verify()
-    for number, size in enumerate(wanted.framing.sizes):
-        part = wanted.framing.part(number)
-        latent_table(
-            part, wanted.vae, size, sets[place_of("latents", size)], background=data.background,
-            flips=data.random_flip, batch_size=batch_size, device=device, progress=progress,
-        )  # fmt: skip
-        if wanted.pixels:
-            located_pixels(part, size, data.background, sets[place_of("pixels", size)], progress=progress)
-        if source.has_masks:
-            mask_table(part, size, sets[place_of("masks", size)], progress=progress)
-    index = write_index(wanted.framing, folder, groups_of(source))
-    describe(wanted, folder, tables, complete=True, index=index)
+    tables = job.tables()
+    _begin(job, folder, tables)
+    sets = {place: ShardSet(folder / place, kind_of(place)) for place in tables}
+    for shards in sets.values():
+        shards.verify()
+    for number, transforms in enumerate(job.transforms):
+        part = job.framing.part(number)
+        for place, transform in transforms.items():
+            index_images(part, transform, progress, sets[place])
+    index = write_index(job.framing, folder, groups_of(job.source))
+    describe(job, folder, tables, complete=True, index=index)
 
 
-def plan_latents(wanted: Precomputation, folder: Path, *, batch_size: int, device: torch.device) -> list[str]:
-    """What would be written and how long it takes; the time is measured on two batches."""
-    keys = digests(set(wanted.source.pixel_keys()))
+def plan_latents(job: Precomputation, folder: Path) -> list[str]:
+    """Return the plan: images, size on disk, and time, which is measured on two batches."""
+    keys = digests(set(job.source.pixel_keys()))
     done = np.zeros(len(keys), dtype=bool)
-    for size in wanted.framing.sizes:
-        shards = ShardSet(folder / place_of("latents", size), "latents", read_only=True)
-        done |= shards.find(keys)[:, 0] >= 0
-    sizes = wanted.row_bytes()
-    total = sum(sizes.values()) * len(keys)
-    some = list(wanted.source.examples[: 2 * batch_size])
+    sizes: dict[str, int] = {}  # of an image's row, the largest of all sizes of images
+    for part in job.transforms:
+        for place, transform in part.items():
+            sizes[transform.kind] = max(transform.row_bytes, sizes.get(transform.kind, 0))
+            if transform.kind == "latents":
+                done |= ShardSet(folder / place, "latents", read_only=True).find(keys)[:, 0] >= 0
+    some = list(job.source.examples[: 2 * job.batch_size])
+    encode = job.transforms[0][place_of("latents", job.framing.sizes[0])].encode
     start = time.perf_counter()
-    for _ in encode_latents(
-        some,
-        wanted.vae,
-        wanted.data.resolution,
-        wanted.data.background,
-        wanted.data.random_flip,
-        batch_size,
-        device,
-    ):
+    for _ in encode(some):
         pass
     each = (time.perf_counter() - start) / len(some)
     left = len(keys) - int(done.sum())
-    parts = ", ".join(f"{name} {size * len(keys) / 1e9:.2f} GB" for name, size in sizes.items())
+    parts = ", ".join(f"{kind} {size * len(keys) / 1e9:.2f} GB" for kind, size in sizes.items())
     return [
-        f"images: {len(wanted.source)}, {len(keys)} of them different, {left} still to be encoded",
-        f"on disk: {total / 1e9:.2f} GB ({parts})",
+        f"images: {len(job.source)}, {len(keys)} of them different, {left} still to be encoded",
+        f"on disk: {sum(sizes.values()) * len(keys) / 1e9:.2f} GB ({parts})",
         f"time: {each * left / 60:.1f} minutes ({1 / each:.0f} images a second, measured)",
     ]
 
 
 def own_autoencoder(folder: Path, given: str) -> Path | None:
-    """The folder's own autoencoder, where there is one; it has the statistics that its latents were made with.
+    """Return the folder's own autoencoder, if any, with the statistics that its latents were made with.
 
     Raises:
         UserError: it was made of another autoencoder than that of the fingerprint ``given``.
@@ -179,39 +162,33 @@ def own_autoencoder(folder: Path, given: str) -> Path | None:
     return folder / AUTOENCODER
 
 
-def _begin(wanted: Precomputation, folder: Path, tables: dict[str, Settings]) -> None:
-    """The folder with its description and autoencoder, or the same one as before."""
+def _begin(job: Precomputation, folder: Path, tables: dict[str, Settings]) -> None:
+    """Make the folder with its description and autoencoder; where they are there, compare the settings."""
     foreign = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
     if foreign and not (folder / DESCRIPTION).is_file():
         raise UserError(f"{folder} is not empty and holds no latents", "Use another output folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / AUTOENCODER).is_dir():
         held = read_description(folder)["tables"]
-        for name in held.keys() & tables.keys():
-            asked = json.loads(json.dumps(tables[name]))
-            if held[name] != asked:
-                differ = [
-                    f"{key} {held[name][key]}, not {asked[key]}"
-                    for key in asked
-                    if asked[key] != held[name][key]
-                ]
+        for place in held.keys() & tables.keys():
+            if differences := setting_differences(held[place], json.loads(json.dumps(tables[place]))):
                 raise UserError(
-                    f"the {name} in {folder} were made with {'; '.join(differ)}",
+                    f"the {place} in {folder} were made with {differences}",
                     "Use another output folder, or the settings of the first time.",
                 )
         return
-    describe(wanted, folder, tables, complete=False, index="")
+    describe(job, folder, tables, complete=False, index="")
     with tempfile.TemporaryDirectory(dir=folder, suffix=".tmp") as temporary:
-        wanted.vae.save_pretrained(Path(temporary) / AUTOENCODER)
+        job.vae.save_pretrained(Path(temporary) / AUTOENCODER)
         with contextlib.suppress(OSError):  # another process was first
             (Path(temporary) / AUTOENCODER).rename(folder / AUTOENCODER)
 
 
 def describe(
-    wanted: Precomputation, folder: Path, tables: dict[str, Settings], *, complete: bool, index: str
+    job: Precomputation, folder: Path, tables: dict[str, Settings], *, complete: bool, index: str
 ) -> None:
     """Write ``latents.json``; ``index`` is the hash of ``index.arrow``."""
-    source = wanted.source
+    source = job.source
     description = {
         "version": VERSION,
         "complete": complete,
@@ -220,25 +197,27 @@ def describe(
         "kind": source.kind,
         "classes": source.classes,
         "notes": [storable(note) for note in source.notes],
-        "resolution": wanted.data.resolution,
-        "colours": wanted.data.colours,
-        "sizes": wanted.framing.sizes,
+        "resolution": job.data.resolution,
+        "colours": job.data.colours,
+        "sizes": job.framing.sizes,
         "tables": tables,
-        "given": wanted.given,
+        "given": job.given,
         "index": index,
     }
     with replacing(folder / DESCRIPTION) as temporary:
         temporary.write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_index(framing: Framing, folder: Path, groups: Array) -> str:
-    """``index.arrow``, a row for each image in the source's order; its hash.
+def write_index(framing: Cropping, folder: Path, groups: Array) -> str:
+    """Write ``index.arrow``, a row for each image in the source's order, and return its hash.
 
     ``groups`` (N,) are the numbers of their groups of near duplicates, which a split keeps together.
     """
     arrow = import_arrow()
     source = framing.source
-    schema = index_schema(pixel_keys=any(one.pixel_key() != one.content_key() for one in source.examples))
+    schema = index_schema(
+        pixel_keys=any(example.pixel_key() != example.content_key() for example in source.examples)
+    )
     natural = np.asarray(framing.sizes)[framing.bucket] if framing.natural is None else framing.natural
     ids = {name: number for number, name in enumerate(source.classes)}
     with (

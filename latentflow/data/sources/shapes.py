@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from ...errors import UserError
@@ -58,7 +57,7 @@ class Placed:
 
 
 def draw(items: list[Placed], resolution: int) -> tuple[Image.Image, list[Mask]]:
-    """The objects on white (RGB, antialiased), the later ones on top, and the mask of each, (H, W)."""
+    """Draw objects on white (RGB, antialiased), the later ones on top; return the mask (H, W) of each as well."""
     canvas = np.full((resolution, resolution, 3), 255.0)
     masks = []
     for item in items:
@@ -69,7 +68,7 @@ def draw(items: list[Placed], resolution: int) -> tuple[Image.Image, list[Mask]]
 
 
 def coverage(shape: str, half: float, x: float, y: float, resolution: int, samples: int = 4) -> Array:
-    """Share of every pixel that the shape covers, (H, W), from ``samples``^2 points in each."""
+    """Return the share of every pixel that the shape covers, (H, W), from ``samples``^2 points in each."""
     cover = np.zeros((resolution, resolution))
     left, top = (max(0, int(np.floor((c - half) * resolution))) for c in (x, y))
     right, bottom = (min(resolution, int(np.ceil((c + half) * resolution))) for c in (x, y))
@@ -84,7 +83,7 @@ def coverage(shape: str, half: float, x: float, y: float, resolution: int, sampl
 
 
 def _inside(shape: str, u: Array, v: Array) -> Mask:
-    """Whether points are in the shape that fills the square [-1, 1]^2, v downwards."""
+    """Return which points are in the shape that fills the square [-1, 1]^2, v downwards."""
     if shape == "circle":
         return u**2 + v**2 <= 1
     box = np.maximum(abs(u), abs(v)) <= 1
@@ -97,14 +96,14 @@ def _inside(shape: str, u: Array, v: Array) -> Mask:
 
 SIZES = {"small": 0.15, "large": 0.23}  # half the width of the shape, as a share of the image's side
 PAIR_SIZE = 0.16
-POSITIONS = {  # centre (x, y) as shares of the side, y downwards; and the words for it
+POSITIONS = {  # centre (x, y) as shares of the side, y downwards; and its words in a caption
     "centre": (0.5, 0.5, "in the centre"),
     "left": (0.27, 0.5, "on the left"),
     "right": (0.73, 0.5, "on the right"),
     "top": (0.5, 0.27, "at the top"),
     "bottom": (0.5, 0.73, "at the bottom"),
 }
-RELATIONS = {  # where the first and the second object are
+RELATIONS = {  # positions of the first and the second object
     "left of": ("left", "right"),
     "right of": ("right", "left"),
     "above": ("top", "bottom"),
@@ -114,8 +113,8 @@ JITTER = 1 / 32
 RENDERS_PER_SINGLE = 12
 _VERSION = 1  # raise it when the same spec and seed look different
 
-MOVED = 0.1  # where one object may be, from its nominal place
-SCALED = 0.2  # how far half its width may be off, as a share of it
+MOVED = 0.1  # distance of one object from its nominal place, at most
+SCALED = 0.2  # relative error of its size, at most
 APART = 0.2  # least distance of the two objects of a pair along their relation
 OVERLAP = 0.75  # least intersection over union of an object with the ideal shape of its area
 
@@ -159,7 +158,7 @@ class ShapeExample(Example):
 
 
 def all_specs() -> list[Spec]:
-    """Every spec, the 240 single ones first."""
+    """Return every spec, the 240 single ones first."""
     singles = [Single(c, s, z, p) for c in COLOURS for s in SHAPES for z in SIZES for p in POSITIONS]
     kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     pairs = [Pair(*a, relation, *b) for relation in RELATIONS for a in kinds for b in kinds if a[0] != b[0]]
@@ -167,10 +166,10 @@ def all_specs() -> list[Spec]:
 
 
 def is_held_out(spec: Spec) -> bool:
-    """True for the specs that are never trained on: 1 in 6 single ones, 1 in 8 pairs.
+    """Return True for the specs that are never trained on: 1 in 6 single ones, 1 in 8 pairs.
 
     A sum of attribute numbers decides, so that the held-out specs are spread evenly over all attributes. A
-    pair and the same pair told the other way round (a left of b, b right of a) fall on the same side.
+    pair and the same pair described the other way round (a left of b, b right of a) fall on the same side.
     """
     colours, sizes = list(COLOURS), list(SIZES)
     positions, relations = list(POSITIONS), list(RELATIONS)
@@ -185,41 +184,41 @@ def is_held_out(spec: Spec) -> bool:
 
 
 def reverse(spec: Pair) -> Pair:
-    """The same image told from the second object."""
+    """Return the same image described from the second object."""
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     return Pair(spec.other_colour, spec.other_shape, opposite[spec.relation], spec.colour, spec.shape)
 
 
 def caption(spec: Spec) -> str:
-    """The caption of a spec; ``parse`` undoes it."""
+    """Return the caption of a spec; ``parse`` undoes it."""
     if isinstance(spec, Single):
         return f"a {spec.size} {spec.colour} {spec.shape} {POSITIONS[spec.position][2]}"
     return f"a {spec.colour} {spec.shape} {spec.relation} a {spec.other_colour} {spec.other_shape}"
 
 
 def parse(text: str) -> Spec:
-    """The spec that a caption describes.
+    """Return the spec that a caption describes.
 
     Raises:
-        UserError: it is no caption of this set.
+        UserError: it is not a caption of this set.
     """
     words = " ".join(text.lower().split())
     colour, shape = "|".join(COLOURS), "|".join(SHAPES)
     where = {phrase: name for name, (_, _, phrase) in POSITIONS.items()}
-    one = re.fullmatch(rf"a ({'|'.join(SIZES)}) ({colour}) ({shape}) ({'|'.join(where)})", words)
-    if one:
-        return Single(one[2], one[3], one[1], where[one[4]])
-    two = re.fullmatch(rf"a ({colour}) ({shape}) ({'|'.join(RELATIONS)}) a ({colour}) ({shape})", words)
-    if two and two[1] != two[4]:
-        return Pair(two[1], two[2], two[3], two[4], two[5])
+    single = re.fullmatch(rf"a ({'|'.join(SIZES)}) ({colour}) ({shape}) ({'|'.join(where)})", words)
+    if single:
+        return Single(single[2], single[3], single[1], where[single[4]])
+    pair = re.fullmatch(rf"a ({colour}) ({shape}) ({'|'.join(RELATIONS)}) a ({colour}) ({shape})", words)
+    if pair and pair[1] != pair[4]:
+        return Pair(*pair.groups())
     raise UserError(
-        f"'{text}' is no caption of shapes",
+        f"'{text}' is not a caption of shapes",
         "Write 'a small red circle on the left' or 'a red circle left of a blue square' (two colours).",
     )
 
 
 def layout(spec: Spec) -> list[Placed]:
-    """The objects of a spec in the order of the caption, without jitter."""
+    """Return the objects of a spec in the order of the caption, without jitter."""
     if isinstance(spec, Single):
         x, y, _ = POSITIONS[spec.position]
         return [Placed(spec.colour, spec.shape, SIZES[spec.size], x, y)]
@@ -231,9 +230,9 @@ def layout(spec: Spec) -> list[Placed]:
 
 
 def render(spec: Spec, resolution: int, seed: int | None = None) -> tuple[Image.Image, Tensor]:
-    """The image of a spec (square, RGB, antialiased) and the mask of each object, (objects, H, W) bool.
+    """Draw the image of a spec (square, RGB, antialiased); return the objects' masks (objects, H, W), bool, as well.
 
-    Each object is moved by up to 1/32 of the side in both directions, drawn from ``seed``; not without one.
+    Each object is moved by up to 1/32 of the side in both directions, drawn from ``seed``; without one, not at all.
     """
     generator = None if seed is None else np.random.default_rng(seed)
     items = layout(spec)
@@ -245,19 +244,19 @@ def render(spec: Spec, resolution: int, seed: int | None = None) -> tuple[Image.
 
 
 def check(image: Image.Image | Tensor, text: str) -> bool:
-    """Whether an image (or a tensor (3, H, W) in [-1, 1]) shows what the caption says; see ``problem``."""
+    """Return whether an image (or a tensor (3, H, W) in [-1, 1]) shows its caption; see ``problem``."""
     return problem(image, text) is None
 
 
 def problem(image: Image.Image | Tensor, text: str) -> str | None:
-    """What is wrong with a square image for this caption; None when it is right.
+    """Return the reason why a square image does not show this caption; None when it does.
 
     All that the caption says is checked: number of objects, colours, shapes, and for one object its size
     (half width within 20 %) and position (within 0.1 of the side), for two the relation (at least 0.2 of the
     side apart that way, and less than half of it across). For images of 32 px and more.
 
-    Measured on every spec: no clean image is refused, nor one blurred by a Gaussian of 0.9 pixels of 32 or
-    with noise of standard deviation 30 of 255. Half-formed, two-coloured and additional objects are refused.
+    Measured on every spec: clean images pass, and so do images blurred by a Gaussian of 0.9 pixels of 32 or with
+    noise of standard deviation 30 of 255. Half-formed, two-coloured and additional objects are refused.
     """
     spec = parse(text)
     found = find_objects(to_pil(image) if isinstance(image, Tensor) else image)
@@ -272,7 +271,7 @@ def problem(image: Image.Image | Tensor, text: str) -> str | None:
         if seen is None:
             return f"nothing is {item.colour}"
         if seen.shape != item.shape or seen.overlap < OVERLAP:
-            return f"the {item.colour} object is no clear {item.shape}"
+            return f"the {item.colour} object is not a clear {item.shape}"
     if isinstance(spec, Single):
         return _misplaced(found[0], wanted[0])
     first, second = by_colour[spec.colour], by_colour[spec.other_colour]
@@ -296,7 +295,7 @@ def _related(first: Found, second: Found, relation: str) -> bool:
 
 
 def train_source(condition: Literal["auto", "none", "class", "text"] = "auto") -> Source:
-    """The training set: every spec that is not held out, single ones with 12 jitters each, pairs with one.
+    """Return the training set: every spec that is not held out, single ones with 12 jitters each, pairs with one.
 
     With ``condition`` "class" only single objects, and "red circle" and the like as classes.
     """
@@ -319,12 +318,12 @@ def train_source(condition: Literal["auto", "none", "class", "text"] = "auto") -
 
 
 def train_captions() -> list[str]:
-    """Every caption of the training set, once."""
+    """Return every caption of the training set, once."""
     return [caption(spec) for spec in all_specs() if not is_held_out(spec)]
 
 
 def held_out_captions() -> list[str]:
-    """Every caption that is never trained on; neither is any other caption of the same image."""
+    """Return every caption that is never trained on; neither is any other caption of the same image."""
     return [caption(spec) for spec in all_specs() if is_held_out(spec)]
 
 
@@ -343,11 +342,13 @@ class Found(Placed):
 
 
 def find_objects(image: Image.Image) -> list[Found] | str:
-    """The objects on the white ground of a square image, or what makes it unreadable.
+    """Return the objects on the white ground of a square image, or the reason why it cannot be read.
 
     A colour is the median inside an object, half the width follows from the area under that colour's soft
     mask, and the shape is the one of the four that overlaps best when drawn with that area at its place.
     """
+    from scipy import ndimage
+
     rgb = np.asarray(image.convert("RGB")).astype(np.float64)
     side = rgb.shape[0]
     from_white = np.linalg.norm(255 - rgb, axis=2)
@@ -356,7 +357,10 @@ def find_objects(image: Image.Image) -> list[Found] | str:
     kept = [label for label in range(1, count + 1) if sizes[label] >= _STRAY * side**2]
     if not kept:
         return "there is no object"
-    gap, owner = _nearest(np.where(np.isin(labels, kept), labels, 0))
+    # Distance of every pixel to the nearest object, and which that is.
+    objects = np.where(np.isin(labels, kept), labels, 0)
+    gap, (rows, columns) = ndimage.distance_transform_edt(objects == 0, return_indices=True)
+    owner = objects[rows, columns]
     pixel = side / 32
     ground = from_white[gap > 2 * pixel]
     if ground.size == 0 or ground.mean() > _GROUND:
@@ -371,13 +375,8 @@ def find_objects(image: Image.Image) -> list[Found] | str:
     return found
 
 
-def _nearest(labels: npt.NDArray[np.int32]) -> tuple[Array, npt.NDArray[np.int32]]:
-    """Distance of every pixel to the nearest labelled one, and its label."""
-    gap, (rows, columns) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
-    return gap, labels[rows, columns]
-
-
 def _identify(rgb: Array, from_white: Array, mask: Mask, region: Mask) -> Found | str:
+    """Return the object in ``mask``, whose soft edges lie in ``region``; or the reason why it is none."""
     side = rgb.shape[0]
     # The deepest two fifths are inside even where edges are soft and a cross is thin.
     core = rgb[mask & (from_white >= np.quantile(from_white[mask], 0.6))]

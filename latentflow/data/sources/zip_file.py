@@ -14,19 +14,19 @@ from pathlib import Path, PurePosixPath
 
 from ...errors import UserError, reading, reason
 from ..dataset import Source
-from .assemble import Wanted
-from .files import SUFFIXES, ArchivedFolder
+from .assemble import DataRequest
+from .files import Container, Folder, Member, refuse_large
 from .folder import folder_source
-from .members import Container, Member, refuse_large
 
-# BadZipFile tells a wrong checksum, RuntimeError a password; what headers of nonsense lead to is not wrapped.
+# What `zipfile` raises: BadZipFile for a wrong checksum, RuntimeError for a password, the rest for damaged headers.
 _FAILURES = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, RuntimeError, OSError, EOFError,
     ValueError, OverflowError, LookupError, MemoryError,
 )  # fmt: skip
-# Bytes that are read at once. Only some decompressors are told how much may come out; the others' input is small.
+# Bytes that are read at once. Only some decompressors are told how much may come out; the others get little to read.
 _BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _STEP, _SMALL_STEP = 2**16, 2**12
+_FIX = "Pack the folder again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,13 @@ class ZipMember(Member):
     name: str
 
     def _read(self, bound: int) -> bytes:
-        self.zip.open().close()  # unchanged
-        archive, parts = _opened(self.zip, os.getpid()), []
-        told = archive.getinfo(self.name)
-        refuse_large(str(self), told.file_size, bound)
-        with reading(self, *_FAILURES, fix="Pack the folder again."), archive.open(told) as stream:
-            # No more than the size that was told comes out, but in one piece it might all be unpacked before.
-            while part := stream.read(_STEP if told.compress_type in _BOUNDED else _SMALL_STEP):
+        self.zip.open().close()  # refuses a changed file
+        archive, parts = _open(self.zip, os.getpid()), []
+        info = archive.getinfo(self.name)
+        refuse_large(str(self), info.file_size, bound)
+        with reading(self, *_FAILURES, fix=_FIX), archive.open(info) as stream:
+            # No more comes out than the size in the header says, but one read might unpack it all before.
+            while part := stream.read(_STEP if info.compress_type in _BOUNDED else _SMALL_STEP):
                 parts.append(part)
         return b"".join(parts)
 
@@ -51,68 +51,47 @@ class ZipMember(Member):
         return f"{self.zip.path}: {self.name}"
 
 
+@functools.lru_cache(maxsize=8)
+def _open(container: Container, process: int) -> zipfile.ZipFile:
+    """Open the file, once for each process: its threads take turns, but processes would move each other's position."""
+    return zipfile.ZipFile(container.path)
+
+
 def is_zip(data: str) -> bool:
-    """Whether DATA is a zip file, by its name."""
+    """Return whether DATA is a zip file, by its name."""
     path = Path(data).expanduser()
     return path.suffix.lower() == ".zip" and path.is_file()
 
 
-def read_zip(data: str, wanted: Wanted) -> Source:
-    """The images of a zip file; a folder that holds all of it is taken for the root.
+def read_zip(data: str, request: DataRequest) -> Source:
+    """Return the images of a zip file; a single folder at the top that holds everything is taken for the root.
 
     Raises:
-        UserError: it is no zip file, or damaged; a name is there twice or leads out of the folder; and what a folder
-            is refused for.
+        UserError: it is not an intact zip file; a name occurs twice or leads out of the folder; and as for a folder.
     """
     path = Path(data).expanduser()
     container = Container.of(path)
     try:
-        archive = _opened(container, os.getpid())
+        archive = _open(container, os.getpid())
     except _FAILURES as error:
         raise UserError(
-            f"{path} is no intact zip file: {reason(error)}", "Copy or download it again."
+            f"{path} is not an intact zip file: {reason(error)}", "Copy or download it again."
         ) from None
-    infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
-    # Some programs write the separators of Windows.
-    places = {info.filename: PurePosixPath(info.filename.replace("\\", "/")) for info in infos}
-    strange = [name for name, place in places.items() if place.is_absolute() or ".." in place.parts]
-    if strange:
-        raise UserError(f"{path} holds names that lead out of it: {strange[0]}", "Pack the folder again.")
-    twice = [
-        str(place) for place, count in Counter(places[info.filename] for info in infos).items() if count > 1
-    ]
-    if twice:
-        raise UserError(f"{path} holds {twice[0]} twice", "Pack the folder again.")
-    visible = {name: place for name, place in places.items() if "__MACOSX" not in place.parts}
-    above = _common(list(visible.values()))
+    names = [info.filename for info in archive.infolist() if not info.filename.endswith("/")]
+    places = [
+        PurePosixPath(name.replace("\\", "/")) for name in names
+    ]  # some programs write Windows' separators
+    for name, place in zip(names, places, strict=True):
+        if place.is_absolute() or ".." in place.parts:
+            raise UserError(f"{path} holds names that lead out of it: {name}", _FIX)
+    for place, count in Counter(places).items():
+        if count > 1:
+            raise UserError(f"{path} holds {place} twice", _FIX)
+    visible = {p: name for p, name in zip(places, names, strict=True) if "__MACOSX" not in p.parts}
+    tops = {place.parts[0] if len(place.parts) > 1 else "" for place in visible}
+    root = PurePosixPath(*tops) if len(tops) == 1 else PurePosixPath()
     members: dict[str, Member] = {
-        place.relative_to(above).as_posix(): ZipMember(container, name) for name, place in visible.items()
+        place.relative_to(root).as_posix(): ZipMember(container, name) for place, name in visible.items()
     }
-    return folder_source(data, _folder(path, members), wanted)
-
-
-def _folder(path: Path, members: dict[str, Member]) -> ArchivedFolder:
-    images: list[str] = []
-    ignored: list[str] = []
-    others: list[str] = []
-    for name in sorted(members):
-        place = PurePosixPath(name)
-        if any(part.startswith(".") for part in place.parts[:-1]):
-            continue  # hidden folders, as in a folder
-        if place.suffix.lower() in SUFFIXES:
-            (ignored if place.name.startswith(".") else images).append(name)
-        else:
-            others.append(name)
-    return ArchivedFolder(path, tuple(images), tuple(ignored), tuple(others), members)
-
-
-def _common(places: list[PurePosixPath]) -> PurePosixPath:
-    """The one folder at the top that everything lies in, else the top itself."""
-    tops = {place.parts[0] if len(place.parts) > 1 else "" for place in places}
-    return PurePosixPath(next(iter(tops))) if len(tops) == 1 else PurePosixPath()
-
-
-@functools.lru_cache(maxsize=8)
-def _opened(container: Container, process: int) -> zipfile.ZipFile:
-    """One open file for each process: its threads take turns, but processes would move each other's position."""
-    return zipfile.ZipFile(container.path)
+    shown = [name for name in members if not any(part.startswith(".") for part in name.split("/")[:-1])]
+    return folder_source(data, Folder.of(path, shown, members=members), request)

@@ -75,7 +75,7 @@ def condition_kind(pipe: LatentFlowPipeline) -> Kind:
 
 
 def is_small_tokenizer(tokenizer: Any) -> bool:
-    """Tell if the tokenizer is one of `train_tokenizer`, whose encoder is trained along."""
+    """Tell whether the tokenizer is one of `train_tokenizer`, whose encoder is trained along."""
     return getattr(tokenizer, "bos_token", None) == "[START]"
 
 

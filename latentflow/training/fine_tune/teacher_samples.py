@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data import Example, Framing, LatentTable, Source, to_pil
+from ...data import Cropping, Example, LatentTable, Source, to_pil
 from ...errors import UserError, reading
 from ...pipeline.adapter_files import weights_hash
 from ...pipeline.generate import LatentFlowPipeline
@@ -107,7 +107,7 @@ def teacher_data(
     )
     source = Source(f"samples of {checkpoint}", examples, kind, networks.classes if kind == "class" else ())
     natural = np.full((len(prompts), 2), side, dtype=np.int32)
-    framing = Framing(source, ((side, side),), np.zeros(len(prompts), dtype=np.int32), natural)
+    framing = Cropping(source, ((side, side),), np.zeros(len(prompts), dtype=np.int32), natural)
     latents = LatentTable(tensors.pop("latents")[:, None], None)
     return LatentData(
         framing,

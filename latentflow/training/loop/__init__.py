@@ -1,1 +1,1 @@
-"""The loop of every training and what it needs: batches, optimisers, averages, checkpoints, what it says."""
+"""The training loop: batches, steps, optimisers, averages, checkpoints, reports."""

@@ -128,11 +128,6 @@ def _remove_oldest(folder: Path, total_limit: int) -> None:
         remove_folder(old)
 
 
-def save_checkpoint(folder: Path, state: State, *, total_limit: int) -> None:
-    """Write a snapshot taken now; see `write_checkpoint`."""
-    write_checkpoint(folder, snapshot(state), total_limit=total_limit)
-
-
 def _copied(tensor: Tensor, buffer: Tensor | None, mesh: DeviceMesh | None) -> Tensor:
     if isinstance(tensor, DTensor):
         assert mesh is not None
@@ -178,7 +173,7 @@ Place = Callable[[str, torch.Size, torch.dtype], Tensor]
 
 
 def load_checkpoint(folder: Path, place: Place | None = None) -> State:
-    """Read what `save_checkpoint` or `write_shards` wrote, by whatever number of processes.
+    """Read what `write_checkpoint` or `write_shards` wrote, by whatever number of processes.
 
     Args:
         folder: the checkpoint.

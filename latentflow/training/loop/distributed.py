@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal
@@ -110,6 +111,19 @@ def resolve(mixed_precision: str, device: torch.device) -> Precision:
     if mixed_precision == "auto":
         return "bf16" if has_fast_bfloat16(device) else "no"
     return mixed_precision  # type: ignore[return-value]
+
+
+def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure floating-point operations per second of a matrix product (a multiply-add is two): the best of many."""
+    # On a CPU short ones, which other processes leave whole now and then.
+    size, tries = (512, 20) if device.type == "cpu" else (8192, 5)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return float(2 * size**3 / min(seconds))
 
 
 def make_accelerator(config: LoopConfig, find_unused_parameters: bool) -> Accelerator:

@@ -27,12 +27,19 @@ from ...utils.files import replacing
 from ...utils.memory import OutOfMemory, is_out_of_memory, memory_phase, release_memory
 from . import checkpoint
 from .data_order import DataOrder
-from .distributed import compute_dtype, make_accelerator, most_of_any_process, together, whole
+from .distributed import (
+    compute_dtype,
+    make_accelerator,
+    matrix_product_rate,
+    most_of_any_process,
+    together,
+    whole,
+)
 from .folders import clean_up
 from .loader import Batch, DataFailed, TrainingData, groups_of, load_batches, to_device
 from .logging import Reporter
 from .optimizers import learning_rate
-from .profiling import matrix_product_rate, profiler
+from .profiling import profiler
 from .recovery import Part, Recovery, Values
 from .run_folder import run_lock
 from .saving import AverageSnapshots, Saver, export_once
@@ -120,8 +127,8 @@ class Loop:
         phase: str,
         find_unused_parameters: bool,
     ) -> None:
-        self.config, self.data, self.output, self.callbacks = config, data, output, callbacks
-        self.phase = phase
+        self.config, self.data, self.output = config, data, output
+        self.callbacks, self.phase = callbacks, phase
         self.accelerator = make_accelerator(config, find_unused_parameters)
         self.main = self.accelerator.is_main_process
         self.modules = [
@@ -153,10 +160,9 @@ class Loop:
         self.resume_line, self.stop = resume_line, stop
         # As it comes back from a checkpoint.
         self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))
+        last, shown = self.config.max_train_steps, dict[str, float]()  # in the progress line before
         self._clean_up()
-        shown: dict[str, float] = {}  # in the progress line, before a resume
         together(lambda: shown.update(self._resume()))
-        last = self.config.max_train_steps
         self.saver = Saver(
             self.output / "checkpoints", self.config.checkpoints_total_limit, sharded=self.sharded
         )
@@ -187,11 +193,16 @@ class Loop:
             num_workers=self.config.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        with stop_on_signal() as asked, self._profiler() as profiled:
+        profile: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None)
+        if self.config.profile and self.main:
+            profile = profiler(self.output / "profile", self.report.say)
+        with stop_on_signal() as asked, profile as profiled:
             while self.step < last and not self.early.stopped:
                 try:
                     values = self.train_step(batches)
-                except (DataFailed, OutOfMemory) as error:  # no weight has changed in this step
+                except (DataFailed, OutOfMemory) as error:
+                    if self.recovery.finished:  # an optimiser ran out of memory: some weights have changed
+                        raise
                     kept = self._save_before(error)
                     # SIGTERM to all of a run ends the processes that load its data at once.
                     if isinstance(error, DataFailed) and self._asked_to_stop(asked):
@@ -218,7 +229,7 @@ class Loop:
         """Take one optimiser step: load, forward and backward, clip, skip if not finite, optimiser, average.
 
         Raises:
-            DataFailed, OutOfMemory: weights and optimisers are as before the step.
+            DataFailed, OutOfMemory: as of `Recovery.run`; or an optimiser ran out of memory.
         """
         step, rate = self.step + 1, learning_rate(self.step, self.config)
         # Loads; tries again in smaller parts when memory runs out; waits for other processes.
@@ -348,11 +359,6 @@ class Loop:
             shown=shown,
         )
 
-    def _profiler(self) -> AbstractContextManager[Callable[[], None]]:
-        if self.config.profile and self.main:
-            return profiler(self.output / "profile", self.report.say)
-        return nullcontext(lambda: None)
-
     def _validate(self) -> None:
         if self.callbacks.validate is not None:
             values = with_averages(self.modules, self.callbacks.validate)
@@ -377,14 +383,13 @@ class Loop:
     # ---- saving, resuming, the result ----
 
     def _state(self, random: checkpoint.State) -> checkpoint.State:
-        scaler = self.accelerator.scaler
         state = {
             "step": self.step,
             "saved_at": time.time(),
             "description": self.description,
             "processes": self.accelerator.num_processes,
             "micro_batch": self.recovery.micro_batch,
-            "scaler": scaler.state_dict() if scaler is not None else None,
+            "scaler": scaler.state_dict() if (scaler := self.accelerator.scaler) is not None else None,
             "random": random,
             "shown": self.report.shown,
         }
@@ -421,8 +426,8 @@ class Loop:
         kept = "Nothing was trained yet"
         # Only of data that failed do the other processes, which have their parts of the weights, know.
         if self.sharded and not isinstance(error, DataFailed):
-            newest = self.saver.newest()
-            kept = kept if newest is None else f"The last checkpoint is step-{newest:06d}"
+            if (newest := self.saver.newest()) is not None:
+                kept = f"The last checkpoint is step-{newest:06d}"
         elif (self.main or self.sharded) and self.step > 0:
             try:
                 self.saver.save_now(self.step, self._state(self.recovery.random), retry=False)
@@ -474,11 +479,8 @@ class Loop:
     def _export_by_main(self) -> None:
         export, folder = self.callbacks.export, self.callbacks.export_to
         if self.main and export is not None and folder is not None:
-            export_once(
-                self.output / "checkpoints",
-                folder,
-                lambda temporary: with_averages(self.modules, lambda: export(temporary)),
-            )
+            averaged = partial(with_averages, self.modules)
+            export_once(self.output / "checkpoints", folder, lambda place: averaged(partial(export, place)))
 
     def _clean_up(self) -> None:
         """Remove what a killed run left half-written; only here, where nobody else writes."""

@@ -1,8 +1,7 @@
-"""Profile of a training step, and the machine's rate of matrix products."""
+"""Profile of a training step."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,20 +9,6 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
-
-
-def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure floating-point operations per second of a matrix product (a multiply-add is two): the best of many."""
-    # On a CPU short ones, which other processes leave whole now and then.
-    size, tries = (512, 20) if device.type == "cpu" else (8192, 5)
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return float(2 * size**3 / min(seconds))
-
 
 # The sections of a step; the loop marks each with `torch.profiler.record_function`.
 SECTIONS = ("load", "forward", "backward", "clip", "optimizer", "average", "report")

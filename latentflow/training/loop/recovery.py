@@ -51,6 +51,7 @@ class Recovery:
     Attributes:
         micro_batch: rows of one forward pass; fewer than a batch after running out of memory.
         random: torch's random state before the step.
+        finished: whether the passes of the step succeeded: from then on weights change.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Recovery:
         self._accelerator, self._phase = accelerator, phase
         self.micro_batch = config.train_batch_size
         self.random: checkpoint.State = {}
+        self.finished = False
         self._losses: list[Batch] = []
         # Gradients are averaged over the processes by us, after all of them had memory enough. DistributedDataParallel
         # averages during the last backward pass: a process that cannot finish its own would leave the others waiting.
@@ -81,7 +83,7 @@ class Recovery:
         Raises:
             DataFailed, OutOfMemory: the weights and their optimisers are as before the step.
         """
-        self.random = checkpoint.random_state()
+        self.finished, self.random = False, checkpoint.random_state()
         micros = self._load(batches)
         while True:
             failure = None
@@ -98,6 +100,7 @@ class Recovery:
             self._halve_micro_batch(failure, step)
         if self._reduces:
             self._reduce_gradients()
+        self.finished = True
         return values
 
     def remember(self, batch: Batch, result: Values) -> None:

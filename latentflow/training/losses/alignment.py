@@ -177,11 +177,9 @@ class AlignedFlowLoss(FlowLoss):
     ) -> None:
         super().__init__(*arguments, **options)
         self.routing, self.alignment = routing, alignment
-        self.learns_from_average = alignment is not None and alignment.needs_average
-
-    @property
-    def needs_pixels(self) -> bool:
-        return self.masked or (self.alignment is not None and self.alignment.needs_pixels)
+        if alignment is not None:
+            self.needs_pixels |= alignment.needs_pixels
+            self.learns_from_average = alignment.needs_average
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         sample_ids, device = batch["sample_ids"], batch["latents"].device

@@ -41,7 +41,9 @@ class FlowLoss(nn.Module):
         samples_per_step: samples of one step, over all processes.
 
     Attributes:
-        density: the density of the training times, for the samples of these ids.
+        density: sample ids -> the density of their training times.
+        masked: whether the network sees masked images.
+        needs_pixels: whether a batch must hold ``pixels``.
         learns_from_average: whether the loop must hand over the weight average (`use_average`).
     """
 
@@ -62,6 +64,7 @@ class FlowLoss(nn.Module):
         self.network = network
         self.text_encoder = text_encoder
         self.config, self.seed, self.masking = config, seed, masking
+        self.masked = self.needs_pixels = masking is not None
         self.samples, self.samples_per_step = samples, samples_per_step
         self.choices = choices = config.choices()
         self.path, self.coupling = choices.path, choices.coupling
@@ -158,16 +161,6 @@ class FlowLoss(nn.Module):
         if self.choices.weighting is None:
             return None
         return loss_factor(self.choices.weighting, self.path, self.config.prediction, t, density.slope(u))
-
-    @property
-    def masked(self) -> bool:
-        """True if the network sees masked images."""
-        return self.masking is not None
-
-    @property
-    def needs_pixels(self) -> bool:
-        """True if a batch must hold ``pixels``."""
-        return self.masked
 
     def use_average(self, average: WeightAverage) -> None:
         """Learn from this average of the module's weights; without one, from the weights as they are."""

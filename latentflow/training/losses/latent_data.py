@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import Framing, LatentTable, Rows, Source, pixels_to_images
+from ...data import Cropping, LatentTable, LazyTable, Source, pixels_to_images
 from ..loop.data_order import SampleUse, Stream, seeded
 
 
@@ -20,7 +20,7 @@ class PixelData:
     With ``flips`` every other use of an image, on average, is mirrored; which one depends on the sample's id only.
     """
 
-    def __init__(self, source: Source, pixels: Tensor | Rows, *, flips: bool) -> None:
+    def __init__(self, source: Source, pixels: Tensor | LazyTable, *, flips: bool) -> None:
         self._source, self._pixels, self._flips = source, pixels, flips
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class BucketData:
     """
 
     table: LatentTable
-    views: Mapping[str, Tensor | Rows] = field(default_factory=dict)
+    views: Mapping[str, Tensor | LazyTable] = field(default_factory=dict)
 
 
 class LatentData:
@@ -80,7 +80,7 @@ class LatentData:
 
     def __init__(
         self,
-        framing: Framing,
+        framing: Cropping,
         buckets: Sequence[BucketData],
         conditions: Conditions | Mapping[str, Tensor],
         *,
@@ -115,7 +115,7 @@ class LatentData:
         flips = [int(self._flips and is_flipped(sample_id)) for sample_id in sample_ids]
         batch = _views(self._buckets[int(self._framing.bucket[rows[0]])], places, flips)
         if self._size_conditioning:
-            batch["sizes"] = torch.from_numpy(self._framing.told(rows, crops, np.array(flips)))
+            batch["sizes"] = torch.from_numpy(self._framing.size_conditioning(rows, crops, np.array(flips)))
         if self._weights is not None:
             batch["weights"] = self._weights[rows]
         return batch | self._conditions(rows.tolist(), sample_ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -301,10 +300,6 @@ def test_validation_has_no_contrastive_term() -> None:
     assert abs(one.eval()(batch())["loss"]) < 1e-4
 
 
-def test_configs_compare_by_value() -> None:
-    assert FlowConfig() == dataclasses.replace(FlowConfig())
-
-
 def test_late_times_are_uniform_each_by_its_own_number() -> None:
     config = FlowConfig(time_uniform_from=0.75, time_options={"mean": 0.5, "shift": 2.0})
     late = FlowLoss(Exact(config), config, seed=0, samples=4000)
@@ -336,7 +331,7 @@ def test_a_weighting_means_the_same_before_and_after_the_change_of_times() -> No
     torch.testing.assert_close(late(rows)["per_sample"], uniform(rows)["per_sample"])
 
 
-def test_runs_of_before_do_not_know_new_settings() -> None:
-    assert "time_uniform_from" not in FlowConfig().describe()
+def test_earlier_runs_do_not_know_new_settings_and_go_on() -> None:
+    assert not {"time_uniform_from", "objective_options"} & FlowConfig().describe().keys()
     assert FlowConfig(time_uniform_from=0.8).describe()["time_uniform_from"] == 0.8
     assert FlowConfig().describe()["path"] == "condot"
