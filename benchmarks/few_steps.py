@@ -42,7 +42,7 @@ from latentflow.config import FlowConfig
 from latentflow.data import cached_pixels, find_source, pixels_to_images, to_pil
 from latentflow.data.sources.shapes import check, train_captions
 from latentflow.flow import OBJECTIVES
-from latentflow.metrics import caption_retrieval, features, frechet_distance, in_proportion, real_split
+from latentflow.metrics import features, frechet_distance, in_proportion, real_split, retrieve
 from latentflow.models import DiT
 from latentflow.training.losses.average_velocity import flow_loss
 from latentflow.training.losses.flow import FlowLoss
@@ -178,7 +178,7 @@ def of_checkpoints(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     reference = features(real[real_split(order, 100).reference], "pixels-16")
 
     def quality(images: Tensor, captions_asked: list[str]) -> dict[str, float]:
-        tops = caption_retrieval(images, captions_asked, real, captions)
+        tops = retrieve(images, captions_asked, real, captions).shares
         distance = frechet_distance(features(images, "pixels-16"), reference)
         return {"top-1": tops[1], "top-5": tops[5], "Frechet": distance}
 

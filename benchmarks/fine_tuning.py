@@ -40,7 +40,7 @@ from latentflow.autoencoder import encode
 from latentflow.data import cached_pixels, find_source, pixels_to_images
 from latentflow.data.sources.shapes import POSITIONS, SIZES, Single, caption, check, train_source
 from latentflow.flow import CondOT, flow_matching_loss
-from latentflow.metrics import caption_retrieval
+from latentflow.metrics import retrieve
 
 ROOT = Path(__file__).resolve().parents[1]
 NEW_CLASSES = ("red cross", "green circle", "yellow triangle")
@@ -188,7 +188,7 @@ def read(data: str, side: int) -> Images:
 
 def retrieval(pipe: Any, captions: list[str], real: Images) -> float:
     images = drawn(pipe, "prompt", captions)
-    return caption_retrieval(images, captions, real.images, real.captions, tops=(1,))[1]
+    return retrieve(images, captions, real.images, real.captions, tops=(1,)).shares[1]
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ from latentflow.data import (
 from latentflow.data.sources.shapes import check
 from latentflow.errors import lookup
 from latentflow.flow import guide, integrate
-from latentflow.metrics import caption_retrieval, features, frechet_distance, in_proportion, real_split
+from latentflow.metrics import features, frechet_distance, in_proportion, real_split, retrieve
 from latentflow.models import Condition
 from latentflow.training import Callbacks, fit
 from latentflow.training.data import conditions_of
@@ -341,7 +341,7 @@ class Bench:
         if self.data == "shapes" and self.source.kind == "text":
             figures["right"] = sum(map(check, drawn, asked)) / SAMPLES
         elif cond.batch_size:
-            figures["right"] = caption_retrieval(drawn, asked, images, texts)[1]
+            figures["right"] = retrieve(drawn, asked, images, texts).shares[1]
         return figures
 
     def condition(self, networks: Networks, asked: list[str]) -> Condition:

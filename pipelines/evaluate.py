@@ -135,14 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = dataclasses.replace(config, steps=steps, guidance=guidance, solver=solver)
     source = open_source(config.data, settings)
     kind = condition_kind(pipe, source)
-    train, unseen = load_image_sets(
-        pipe,
-        source,
-        None if config.test is None else open_source(config.test, settings),
-        validation=settings["validation"],
-        seed=settings["validation_seed"],
-        background=settings["background"],
-    )
+    test = None if config.test is None else open_source(config.test, settings)
+    train, unseen = load_image_sets(pipe, source, test, settings)
     data = report.describe_data(source, train, unseen)
     print(", ".join(f"{number} {name} images" for name, number in data["images"].items()))
 

@@ -106,20 +106,20 @@ def condition_kind(pipe: Any, source: Source) -> ConditionKind:
 
 
 def load_image_sets(
-    pipe: Any, source: Source, test: Source | None, *, validation: float, seed: int, background: str
+    pipe: Any, source: Source, test: Source | None, settings: Mapping[str, Any]
 ) -> tuple[ImageSet, dict[str, ImageSet]]:
     """Load the training images, and those that were not trained on ("held_out", "test"), at the checkpoint's size.
 
     Args:
         test: a data set that was not trained on.
-        validation: share of ``source`` that the run held out, with the seed ``seed``.
-        background: colour behind transparent images.
+        settings: of `run_settings`; the share of ``source`` that is held out, its seed, and the background are used.
 
     Raises:
         UserError: nothing is held out and there is no ``test``; ``test`` conditions otherwise than ``source``; or all
             training images are equal.
     """
-    kept, held_out = split(source, validation, seed)
+    validation, background = settings["validation"], settings["background"]
+    kept, held_out = split(source, validation, settings["validation_seed"])
     if not held_out and test is None:
         raise UserError(
             f"--validation {validation} holds no image out",

@@ -22,5 +22,4 @@ from .proportions import real_split as real_split
 from .retrieval import Retrieval as Retrieval
 from .retrieval import attribute_groups as attribute_groups
 from .retrieval import attribute_retrieval as attribute_retrieval
-from .retrieval import caption_retrieval as caption_retrieval
 from .retrieval import retrieve as retrieve

@@ -26,6 +26,11 @@ class Retrieval(NamedTuple):
     hits: dict[int, int]
     chance: dict[int, float]
 
+    @property
+    def shares(self) -> dict[int, float]:
+        """Return ``hits`` as shares: k -> share."""
+        return {k: hits / self.n for k, hits in self.hits.items()}
+
 
 def retrieve(
     generated: Tensor,
@@ -70,20 +75,6 @@ def retrieve(
             hits[k] += int(found.gather(1, own[part, None]).sum())
             by_chance[k] += float((found.double() @ counts).sum())
     return Retrieval(len(rows), hits, {k: total / len(rows) ** 2 for k, total in by_chance.items()})
-
-
-def caption_retrieval(
-    generated: Tensor,
-    captions: Sequence[str],
-    data_images: Tensor,
-    data_captions: Sequence[str],
-    *,
-    space: str = "pixels-32",
-    tops: Sequence[int] = (1, 5),
-) -> dict[int, float]:
-    """Return the numbers of `retrieve` as shares: k -> share."""
-    found = retrieve(generated, captions, data_images, data_captions, space=space, tops=tops)
-    return {k: hits / found.n for k, hits in found.hits.items()}
 
 
 def attribute_groups(

@@ -150,19 +150,8 @@ def edit_tab(server: InferenceServer, listeners: Counter[str]) -> tuple[gr.File,
         with gr.Column(scale=2):
             file = image_field("edit")
             shown = gr.Image(label="Image", interactive=False, height=320, buttons=[])
-            source = gr.Textbox(
-                "",
-                label="Prompt for the original",
-                placeholder="red apple",
-                visible=server.capabilities.text,
-                elem_id="edit-source",
-            )
-            source_label = gr.Dropdown(
-                list(server.capabilities.labels),
-                value=None,
-                label="Class of the original",
-                visible=bool(server.capabilities.labels),
-            )
+            source = prompt_field(server, "Prompt for the original", "red apple", "edit-source")
+            source_label = class_field(server, "Class of the original")
         with gr.Column(scale=3):
             controls = Controls(server, "edit", "Prompt for the result", "green apple")
             go, cancel = buttons("edit")
@@ -200,20 +189,8 @@ class Controls:
 
     def __init__(self, server: InferenceServer, tab: str, prompt: str, example: str = "red apple") -> None:
         self._server, self._tab = server, tab
-        self.prompt = gr.Textbox(
-            "",
-            label=prompt,
-            placeholder=example,
-            visible=server.capabilities.text,
-            max_length=LONGEST_PROMPT,
-            elem_id=f"{tab}-prompt",
-        )
-        self.label = gr.Dropdown(
-            list(server.capabilities.labels),
-            value=None,
-            label="Class",
-            visible=bool(server.capabilities.labels),
-        )
+        self.prompt = prompt_field(server, prompt, example, f"{tab}-prompt")
+        self.label = class_field(server, "Class")
         self.images = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images", elem_id=f"{tab}-images")
 
     def add_details(self, guidance: float = 4.0, few_steps: bool = True) -> None:
@@ -223,20 +200,17 @@ class Controls:
                 0, minimum=0, maximum=LARGEST_SEED, precision=0, label="Seed", elem_id=f"{self._tab}-seed"
             )
             self.new_seed = gr.Checkbox(True, label="New seed each time", elem_id=f"{self._tab}-new-seed")
-        takes = self._server.capabilities
-        steps, guidable = (takes.steps if few_steps else 20), takes.condition and not takes.distilled_guidance
+        capabilities = self._server.capabilities
+        steps = capabilities.steps if few_steps else 20
+        guidance = 1.0 if capabilities.distilled_guidance else guidance
+        guidable = capabilities.condition and not capabilities.distilled_guidance
         with gr.Row():
             self.steps = gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", elem_id=f"{self._tab}-steps")
             self.guidance = gr.Slider(
-                0,
-                MOST_GUIDANCE,
-                1.0 if takes.distilled_guidance else guidance,
-                step=0.5,
-                label="Guidance",
-                visible=guidable,
+                0, MOST_GUIDANCE, guidance, step=0.5, label="Guidance", visible=guidable
             )
         with gr.Accordion("More", open=False):
-            self.negative = gr.Textbox("", label="Negative prompt", visible=self._server.capabilities.text)
+            self.negative = gr.Textbox("", label="Negative prompt", visible=capabilities.text)
             self.solver = choice("Solver", lambda: self._server.solvers)
 
     @property
@@ -244,9 +218,9 @@ class Controls:
         """Return the components that suit the checkpoint, by their names for programs."""
         named = {"images": self.images, "seed": self.seed, "new_seed": self.new_seed, "steps": self.steps}
         named |= {"guidance": self.guidance, "solver": self.solver}
-        takes = self._server.capabilities
-        named |= {"prompt": self.prompt, "negative_prompt": self.negative} if takes.text else {}
-        return named | ({"class_label": self.label} if takes.labels else {})
+        if self._server.capabilities.text:
+            named |= {"prompt": self.prompt, "negative_prompt": self.negative}
+        return named | ({"class_label": self.label} if self._server.capabilities.labels else {})
 
     def request(self, values: Values) -> GenerationRequest:
         """Return the request that these values make, with a new seed if one is wanted."""
@@ -349,6 +323,20 @@ class Results:
             taken = button.click(image_at, [selected, self.gallery], fields[tab], **AT_ONCE)
             show_tab = functools.partial(gr.Tabs, selected=tab)
             taken.success(show_tab, None, tabs, **AT_ONCE)
+
+
+def prompt_field(server: InferenceServer, label: str, example: str, elem_id: str) -> gr.Textbox:
+    """Build a field for a prompt, which is hidden if the checkpoint takes none."""
+    visible = server.capabilities.text
+    return gr.Textbox(
+        "", label=label, placeholder=example, visible=visible, max_length=LONGEST_PROMPT, elem_id=elem_id
+    )
+
+
+def class_field(server: InferenceServer, label: str) -> gr.Dropdown:
+    """Build a choice of a class, which is hidden if the checkpoint has none."""
+    labels = list(server.capabilities.labels)
+    return gr.Dropdown(labels, value=None, label=label, visible=bool(labels))
 
 
 def choice(label: str, offered: Callable[[], list[str]]) -> gr.Dropdown:

@@ -9,7 +9,6 @@ from latentflow.errors import UserError
 from latentflow.metrics import (
     attribute_groups,
     attribute_retrieval,
-    caption_retrieval,
     distances,
     features,
     memorisation,
@@ -51,16 +50,14 @@ def test_caption_retrieval_counts_the_nearest_captions() -> None:
     data = flat(0.0, 0.1, 0.2, 0.3, 0.9)
     names = ["a", "b", "c", "d", "e"]
     generated = flat(0.01, 0.11, 0.12, 0.01)
-    shares = caption_retrieval(generated, ["a", "b", "c", "e"], data, names, tops=(1, 2, 5))
+    shares = retrieve(generated, ["a", "b", "c", "e"], data, names, tops=(1, 2, 5)).shares
     assert shares == {1: 0.5, 2: 0.75, 5: 1.0}
-    assert caption_retrieval(data, names, data, names) == {1: 1.0, 5: 1.0}
+    assert retrieve(data, names, data, names).shares == {1: 1.0, 5: 1.0}
 
 
 def test_one_caption_may_belong_to_several_images() -> None:
     data, names = flat(0.0, 0.5, 1.0), ["hat", "shoe", "hat"]
-    assert caption_retrieval(flat(0.9, 0.1, 0.4), ["hat", "hat", "hat"], data, names)[1] == pytest.approx(
-        2 / 3
-    )
+    assert retrieve(flat(0.9, 0.1, 0.4), ["hat", "hat", "hat"], data, names).shares[1] == pytest.approx(2 / 3)
 
 
 def test_attribute_groups_take_the_longest_attribute_and_need_every_counterpart() -> None:
@@ -79,10 +76,10 @@ def test_attribute_retrieval_compares_with_an_images_own_candidates() -> None:
 def test_equal_images_under_several_captions_are_found_under_each() -> None:
     data, names = flat(0.2, 0.2, 0.2, 0.9), ["a", "b", "c", "d"]
     for caption in "abc":
-        assert caption_retrieval(flat(0.2), [caption], data, names, tops=(1, 2)) == {1: 1.0, 2: 1.0}
+        assert retrieve(flat(0.2), [caption], data, names, tops=(1, 2)).shares == {1: 1.0, 2: 1.0}
     # Three are nearer than the fourth.
-    assert caption_retrieval(flat(0.2), ["d"], data, names, tops=(1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 1.0}
-    assert caption_retrieval(flat(0.2), ["not there"], data, names, tops=(1, 9)) == {1: 0.0, 9: 0.0}
+    assert retrieve(flat(0.2), ["d"], data, names, tops=(1, 3, 4)).shares == {1: 0.0, 3: 0.0, 4: 1.0}
+    assert retrieve(flat(0.2), ["not there"], data, names, tops=(1, 9)).shares == {1: 0.0, 9: 0.0}
 
 
 def test_chance_is_what_captions_dealt_out_at_random_get() -> None:
@@ -158,7 +155,7 @@ def test_very_few_images_say_how_little_they_say() -> None:
 
 def test_numbers_that_do_not_match_are_refused() -> None:
     with pytest.raises(ValueError, match="2 images for 1 labels"):
-        caption_retrieval(flat(0, 1), ["a"], flat(0), ["a"])
+        retrieve(flat(0, 1), ["a"], flat(0), ["a"])
     for generated, train in ((flat(0), flat(0, 0)), (flat(0)[:0], flat(0, 1))):
         with pytest.raises(ValueError, match="different training images"):
             memorisation(generated, train, images(1))
@@ -172,7 +169,7 @@ def test_values_that_are_not_finite_are_no_images(value: float) -> None:
     for measure in (
         lambda: features(broken),
         lambda: memorisation(broken, fine, None),
-        lambda: caption_retrieval(fine, list("abc"), broken, list("abc")),
+        lambda: retrieve(fine, list("abc"), broken, list("abc")),
         lambda: attribute_retrieval(broken, torch.stack([fine, fine], dim=1), [0, 1, 0]),
     ):
         with pytest.raises(UserError, match=r"1 of 3 images .* first number 1"):
