@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{flag} {file} does not end in {suffix}", f"Name it {Path(file).stem}{suffix}.")
         if file is not None:
             refuse_existing(file, config.overwrite)
+
     import torch
 
     from latentflow.data.checking.check import check_data
