@@ -1,4 +1,4 @@
-"""The command line: `latentflow <command>` and what its programs share (flags, config files, errors).
+"""The command line: `latentflow <command>`, and the flags, config files and errors of its programs.
 
 A program is a file in `train/` or `pipelines/` with a `main(argv=None)`. It reads its flags with
 :func:`parse` and ends in ``if __name__ == "__main__": run(main)``. Nothing here imports torch, so that
@@ -8,8 +8,10 @@ A program is a file in `train/` or `pipelines/` with a `main(argv=None)`. It rea
 from __future__ import annotations
 
 import ast
+import atexit
 import dataclasses
 import enum
+import gc
 import inspect
 import os
 import runpy
@@ -23,9 +25,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from . import __version__
 from .errors import UserError, nearest, printable, shown, unknown
-from .utils.documents import read_yaml
+from .utils.files import read_yaml, replacing
 from .utils.flags import Essential, Flag, flags_of, help_text, normal, without_annotation
-from .utils.replacing import replacing
 
 C = TypeVar("C")
 
@@ -101,7 +102,7 @@ def parse(
 
 
 def given(config_class: type, argv: Sequence[str] | None = None) -> frozenset[str]:
-    """The keys that flags or the YAML file of ``--config`` set, not a preset: what a program must not choose itself.
+    """Return the keys that flags or the file of ``--config`` set (not a preset): a program must not choose them itself.
 
     Args:
         config_class: the dataclass that `parse` builds of the same arguments.
@@ -120,12 +121,12 @@ def write_config(config: Any, path: str | os.PathLike[str]) -> None:
     import yaml
 
     values = {field.key: _plain(field.of(config)) for field in flags_of(type(config))}
-    with replacing(Path(path)) as partial:  # a full disk must not cost the earlier file
+    with replacing(Path(path)) as partial:  # a full disk must not destroy the earlier file
         partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _peek(args: Sequence[str], flag: str) -> str | None:
-    """The last value of ``--flag VALUE`` or ``--flag=VALUE``, before the real parser sees ``args``."""
+    """Return the last value of ``--flag VALUE`` or ``--flag=VALUE``, before the real parser sees ``args``."""
     found = None
     for i, arg in enumerate(args):
         if arg == f"--{flag}" and i + 1 < len(args):
@@ -147,7 +148,11 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _checked(config_class: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Keys made flat and known, values made of their field's type. Returns field key -> value."""
+    """Return field key -> value of its type, for the values of a config file, which may stand in sections.
+
+    Raises:
+        UserError: a key is unknown or occurs twice, or a value is not of its field's type.
+    """
     leaves = {leaf.key: leaf for leaf in flags_of(config_class)}
     sections = {normal(name) for leaf in leaves.values() for name in leaf.path[:-1]}
     checked: dict[str, Any] = {}
@@ -175,15 +180,15 @@ def _unknown_key(key: Any, where: str, section: str | None, known: list[str]) ->
 
 
 def _convert(field: Flag, value: Any, where: str) -> Any:
-    """A YAML value as the field's type, by the same rules as a flag's text."""
+    """Return a YAML value as the field's type, by the same rules as a flag's text."""
     import tyro
 
     if isinstance(value, str) and field.hint in (str, str | None):
-        return value  # also the text "None", which as a flag means None
+        return value  # including the text "None", which as a flag means None
     positional: Any = tyro.conf.Positional
     leaf = dataclasses.make_dataclass("Leaf", [("value", positional[field.hint])])
     try:
-        # Tyro's own message names a flag that is none.
+        # tyro's own message would name a flag that does not exist
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             parsed: Any = tyro.cli(leaf, args=["--", *_tokens(value)], console_outputs=False)
     except SystemExit:
@@ -193,7 +198,7 @@ def _convert(field: Flag, value: Any, where: str) -> Any:
 
 
 def _tokens(value: Any) -> list[str]:
-    """A plain value as the words that a user would type after the flag."""
+    """Return a plain value as the words that a user would type after the flag."""
     if isinstance(value, Mapping):
         return [word for pair in value.items() for item in pair for word in _tokens(item)]
     if isinstance(value, list | tuple):
@@ -202,7 +207,7 @@ def _tokens(value: Any) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """A field's value in YAML's own types."""
+    """Return a field's value in YAML's own types."""
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, os.PathLike):
@@ -215,9 +220,9 @@ def _plain(value: Any) -> Any:
 
 
 def _defaults(config_class: type[C], values: Mapping[str, Any], path: tuple[str, ...] = ()) -> C:
-    """An instance that carries the defaults with ``values`` over them; what has no default is marked missing.
+    """Return an instance with the defaults, and ``values`` over them; a field without a default is marked missing.
 
-    It is filled without ``__init__``: a ``__post_init__`` that validates must see the final values only.
+    It is filled without ``__init__``, since a ``__post_init__`` that validates must see only the final values.
     """
     import tyro
 
@@ -242,7 +247,7 @@ def _defaults(config_class: type[C], values: Mapping[str, Any], path: tuple[str,
 
 
 def _section(section_class: type, given: Any, values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """A section's defaults: the class' own, what the outer class gives, then ``values``."""
+    """Return a section's defaults: those of its class, then of the outer class, then ``values``."""
     leaves = flags_of(section_class, path)
     outer: dict[str, Any] = {}
     if given is not None:
@@ -253,7 +258,7 @@ def _section(section_class: type, given: Any, values: Mapping[str, Any], path: t
 
 
 def _program(config_class: type, settings: Any, presets: list[str]) -> tuple[type, Any]:
-    """The config with the flags that every program has, as one dataclass for tyro, and its defaults."""
+    """Return one dataclass for tyro, of the config and the flags that every program has, and its defaults."""
     import tyro
 
     off = tyro.conf.FlagCreatePairsOff
@@ -284,15 +289,18 @@ def _program(config_class: type, settings: Any, presets: list[str]) -> tuple[typ
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main`` and turn what users cause into a few lines on stderr and an exit status.
+    """Call ``main`` and turn errors that users can mend into a few lines on stderr and an exit status.
 
     A ``UserError`` or a file that cannot be read or written exits with 2, a ``RunError`` with 1, Ctrl-C with 130.
-    Everything else is a defect and keeps its traceback, as all of them do under ``--debug``.
+    Any other exception is a defect and keeps its traceback; under ``--debug`` all do.
     """
     debug = "--debug" in sys.argv
+    atexit.register(
+        gc.freeze
+    )  # else Python looks through all of torch for garbage before it ends: a second or two
     try:
         main()
-    except BrokenPipeError:  # the reader of our output has left (`latentflow --help | head`)
+    except BrokenPipeError:  # the reader of our output is gone (`latentflow --help | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
@@ -318,7 +326,7 @@ def _message(error: UserError | OSError) -> str:
 
 
 def main() -> None:
-    """The `latentflow` command: find the program of that name and run it with the remaining arguments."""
+    """Run the program that the first argument names with the other arguments: the `latentflow` command."""
     run(_dispatch)
 
 
@@ -345,7 +353,7 @@ def _execute(program: Path, argv: list[str], command: str) -> None:
 
 
 def programs() -> dict[str, Path]:
-    """Command -> program file. `train/flow.py` is the command `train`; the others are named as their file."""
+    """Return command -> program file. `train/flow.py` is the command `train`; the others are named like their file."""
     found: dict[str, Path] = {}
     root = _programs_root()
     for folder in ("train", "pipelines"):
@@ -359,7 +367,7 @@ def programs() -> dict[str, Path]:
 
 
 def _programs_root() -> Path:
-    """`latentflow/programs` in an installed wheel; the repository's root in a clone."""
+    """Return `latentflow/programs` in an installed wheel, the repository's root in a clone."""
     package = Path(__file__).resolve().parent
     shipped = package / "programs"
     root = shipped if shipped.is_dir() else package.parent
@@ -386,6 +394,6 @@ def _overview(found: Mapping[str, Path]) -> str:
 
 
 def _summary(file: Path) -> str:
-    """The first line of a program's docstring, read without running it."""
+    """Return the first line of a program's docstring, read without running it."""
     docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]

@@ -221,7 +221,8 @@ def test_help_of_few_flags_shows_all_with_their_values_and_defaults(
         "--config FILE YAML",
         "--preset {tiny,bad}",
         "--debug Show the whole traceback of an error.",
-        "optimiser: --learning-rate FLOAT (default: 0.002) --betas FLOAT FLOAT (default: 0.9 0.99)",
+        "optimiser: How the weights move. --learning-rate FLOAT (default: 0.002) "
+        "--betas FLOAT FLOAT (default: 0.9 0.99)",
     ]:
         assert words in text
     assert "--count INT (default: 2)" in help_of(
@@ -242,7 +243,11 @@ def test_help_of_many_flags_shows_the_essential_ones_or_a_group_or_all(
         assert words in short
     assert "--route-share" not in short
     group = help_of("images", "--help", "routing", capsys=capsys)
-    assert "routing: --route-share FLOAT" in group and "--resolution" not in group
+    assert (
+        "routing: Token routing (TREAD," in group
+        and "--route-share FLOAT" in group
+        and "--resolution" not in group
+    )
     everything = help_of("--help-all", capsys=capsys)
     for flag in flags_of(RunConfig):
         assert flag.help, flag.key

@@ -20,9 +20,9 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # Leaves that those after them, and everything else, may import; `cli` is for programs only.
 GROUND = [
     {"errors"},
-    {"utils", "utils.arguments", "utils.documents", "utils.flags", "utils.replacing", "utils.templates"},
+    {"utils", "utils.arguments", "utils.files", "utils.flags", "utils.templates"},
     {"utils.settings"},
-    {"utils.components", "utils.html_page", "utils.image_formats", "utils.libraries", "utils.memory", "cli"},
+    {"utils.components", "utils.html_page", "utils.image_formats", "utils.memory", "cli"},
     {"__main__"},
 ]
 LEAVES = set().union(*GROUND)
@@ -115,7 +115,7 @@ def test_the_rules_themselves() -> None:
     assert not allowed("errors", "flow")
     assert allowed("utils.components", "utils.settings")
     assert not allowed("utils.settings", "utils.components")
-    assert not allowed("errors", "utils.documents")
+    assert not allowed("errors", "utils.files")
     assert part("latentflow.pipeline.inpaint") == "pipeline"
     assert part("latentflow.training.loop.fit") == "training.loop"
     assert part("latentflow.training.fine_tune.prior") == "training"

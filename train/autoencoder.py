@@ -48,26 +48,23 @@ def train(config: Config, resume_command: str, given_keys: Collection[str]) -> N
 
     # ---- data ----
     data = as_begun(config.data, output, given_keys)
-    config = replace(config, data=data)
     source = readable(find_source(data.data, condition="none", columns=data.columns, colours=data.colours))
     for note in source.notes:
         log.info(note)
-    training, validation = split(source, config.data.validation, config.loop.seed)
+    training, validation = (source.subset(rows) for rows in split(source, data.validation, config.loop.seed))
     log.info(f"{len(training)} images to train on, {len(validation)} held out")
 
     # ---- training ----
-    write_config(config, output / "config.yaml")
+    write_config(replace(config, data=data), output / "config.yaml")
     stop = Stop()
     vae = train_autoencoder(
-        source.subset(training),
-        source.subset(validation),
+        training,
+        validation,
         config.autoencoder,
         config.loop,
         output,
-        resolution=config.data.resolution,
-        background=config.data.background,
-        flips=config.data.random_flip,
-        resume_line=resume_command,
+        data,
+        resume_command=resume_command,
         stop=stop,
     )
     if vae is None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, prog="latentflow distill")
 
     from latentflow.training import resume_line
-    from latentflow.training.distill import Distillation
+    from latentflow.training.distill import distillation_recipe, open_teacher
     from latentflow.training.loop.run_folder import run_lock
     from latentflow.training.train import train
 
@@ -103,9 +104,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     def keep(run: RunConfig, file: Path) -> None:
         write_config(dataclasses.replace(config, data=run.data, loop=run.loop), file)
 
-    student = Distillation(config.checkpoint, config.distillation, config.method)
+    recipe = partial(
+        distillation_recipe,
+        teacher=open_teacher(config.checkpoint, config.distillation.guidance),
+        settings=config.distillation,
+        name=config.method,
+    )
     with nullcontext() if config.dry_run else run_lock(config.output):
-        train(settings, resume_line("distill", argv), given(Config, argv), keep, student)
+        train(settings, resume_line("distill", argv), given(Config, argv), keep, recipe)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from latentflow.training import resume_line
     from latentflow.training.loop.run_folder import run_lock
-    from latentflow.training.recipe import Lesson
     from latentflow.training.train import train
 
     with nullcontext() if config.dry_run else run_lock(config.output):
-        train(config, resume_line("train", argv), given(RunConfig, argv), write_config, Lesson())
+        train(config, resume_line("train", argv), given(RunConfig, argv), write_config)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from latentflow.cli import parse, run
-from latentflow.config import AutoencoderConfig, DataConfig, FramingConfig, LoopConfig
+from latentflow.config import DataConfig, FramingConfig
 from latentflow.errors import UserError
 
 
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_latents,
     )
     from latentflow.training import log_to, resume_line
+    from latentflow.training.data import given_autoencoder
     from latentflow.training.loop.distributed import process_state
-    from latentflow.training.train_autoencoder import autoencoder_for
 
     data, output, device = config.data, Path(config.output), process_state().device
     log = log_to(None)
@@ -65,16 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---- autoencoder: as given, with statistics ----
     given = fingerprint(load_autoencoder(config.vae))
-    vae = autoencoder_for(
-        str(own_autoencoder(output, given) or config.vae),
-        source,
-        source,
-        AutoencoderConfig(),
-        LoopConfig(),
-        output,
-        data=data,
-        resume_line="",
-    )
+    vae = given_autoencoder(str(own_autoencoder(output, given) or config.vae), source, data)
 
     # ---- latents ----
     unit = downscale_factor(vae) * config.patch_size

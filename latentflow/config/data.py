@@ -52,7 +52,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FramingConfig:
-    """Which part of each image is used."""
+    """Cropping of the images."""
 
     buckets: Annotated[bool, Essential("data")] = False
     """Train on several aspect ratios, each image on the one nearest to its own, so that little is cropped away."""

@@ -11,7 +11,7 @@ from ..utils.flags import Essential
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """What the student learns from its teacher."""
+    """The teacher, and how the student learns from it."""
 
     guidance: Annotated[float | None, Essential("training")] = None
     """Guidance scale of the teacher, which the student learns and then has without being asked for. Default: the

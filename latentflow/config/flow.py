@@ -1,4 +1,4 @@
-"""Settings of what the velocity network learns."""
+"""Settings of the loss of the velocity network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NAMED = {
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """What the velocity network learns: one entry of each table of `latentflow.flow` (docs/design-space.md).
+    """Learning of the velocity network: one entry of each table of `latentflow.flow` (docs/design-space.md).
 
     Raises:
         UserError: an unknown name or option (the nearest is named), or choices that do not go together.

@@ -27,7 +27,7 @@ class AdapterChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(AdapterChoice):
-    """How images are generated, and where they are written."""
+    """Sampling of images, and the files they are written to."""
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "out.png"
     """Image file to write; several images become FILE-1, FILE-2, ... Existing files are kept and the next free

@@ -13,7 +13,7 @@ from ..config import DataConfig, LoopConfig
 from ..data import Source, cached_pixels, find_source, pixels_to_images, readable, split
 from ..data.sources.latent_folder import is_latent_folder
 from ..errors import UserError
-from ..utils.documents import read_yaml
+from ..utils.files import read_yaml
 
 #: Argument of the pipeline's call that takes the captions or class names; "nothing": the checkpoint takes neither.
 ConditionKind = Literal["prompt", "class_labels", "nothing"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import AdapterChoice
 from ..errors import UserError, reason
-from ..utils.libraries import quiet_libraries
+from ..utils.components import quiet_libraries
 from ..utils.settings import check_types, read_settings
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RunError, UserError, printable, reason
-from ..utils.replacing import replacing
+from ..utils.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, reading, reason
 from ..utils.components import about, is_finite
-from ..utils.documents import parse_json
+from ..utils.files import parse_json
 from ..utils.settings import MEND, check_settings, check_types
 
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..pipeline.generate import LatentFlowPipeline
-from ..utils.documents import read_json
+from ..utils.files import read_json
 from .loop.checkpoint import list_checkpoints, load_checkpoint, step_of
 from .loop.ema import coefficients
 from .loop.folders import write_folder
 from .loop.saving import AVERAGES
-from .networks import is_pipeline
 from .report.export import is_generated, signed, unsigned
 
 log = logging.getLogger(__name__)
@@ -44,13 +43,13 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
             cannot be, or ``output`` exists.
     """
     result = run / "pipeline"
-    if not is_pipeline(result):
+    if not (result / "model_index.json").is_file():
         raise UserError(f"{run} has no pipeline", "Give the folder of a finished run of `latentflow train`.")
     if output.exists():
         raise UserError(f"{output} exists", "Choose another name.")
     weights, step = reconstruct(run / AVERAGES, length)
     # The head of a feature alignment was trained along, and is no part of the result.
-    weights = {name: one for name, one in weights.items() if not name.startswith("alignment.")}
+    weights = {name: weight for name, weight in weights.items() if not name.startswith("alignment.")}
     if any("lora_" in name for name in weights):
         raise UserError(
             f"the averages in {run / AVERAGES} are of an adapter, without the weights that it adapts",
@@ -58,7 +57,7 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
         )
     pipe = LatentFlowPipeline.from_pretrained(result)
     parts = {"network": pipe.transformer, "text_encoder": pipe.text_encoder}
-    trained = nn.ModuleDict({name: one for name, one in parts.items() if isinstance(one, nn.Module)})
+    trained = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
     try:
         unknown = trained.load_state_dict(weights, strict=False).unexpected_keys
     except RuntimeError:  # other shapes
@@ -83,7 +82,7 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
 
 
 def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], int]:
-    """The weights averaged with a relative ``length``.
+    """Return the weights averaged with a relative ``length``.
 
     Args:
         folder: of snapshots.
@@ -100,11 +99,11 @@ def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], int]:
             f"{folder} has no snapshots of weight averages",
             "They are made in training: latentflow train ... --ema-lengths 0.05 0.1",
         )
-    names = [(one, name) for one in snapshots for name in _averages(one)]
+    names = [(snapshot, name) for snapshot in snapshots for name in _averages(snapshot)]
     step = step_of(snapshots[-1])
-    profiles = [(float(name.removeprefix(_PREFIX)), step_of(one)) for one, name in names]
+    profiles = [(float(name.removeprefix(_PREFIX)), step_of(snapshot)) for snapshot, name in names]
     factors, off = coefficients(profiles, length, step)
-    tracked = ", ".join(f"{one:g}" for one in sorted({one for one, _ in profiles}))
+    tracked = ", ".join(f"{tracked:g}" for tracked in sorted({tracked for tracked, _ in profiles}))
     log.info(
         f"{len(snapshots)} snapshots of the lengths {tracked} up to step {step}: the mix of {len(names)} averages "
         f"differs from the profile of length {length:g} by {off:.1e}"
@@ -112,16 +111,16 @@ def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], int]:
     if off > 0.1:
         log.warning(f"WARNING: that is much. Lengths near or between {tracked} are met better.")
     total: dict[str, Tensor] = {}
-    for one in snapshots:
-        state = load_checkpoint(one)
+    for snapshot in snapshots:
+        state = load_checkpoint(snapshot)
         for (place, name), factor in zip(names, factors, strict=True):
-            for key, value in state[name].items() if place == one else ():
+            for key, value in state[name].items() if place == snapshot else ():
                 total[key] = total.get(key, torch.zeros(())) + float(factor) * value.double()
     return {key: value.float() for key, value in total.items()}, step
 
 
 def _averages(snapshot: Path) -> list[str]:
-    """The names of the averages in a snapshot, without reading them."""
+    """Return the names of the averages in a snapshot, without reading them."""
     fix = "Move it away: the others will do."
     document = read_json(snapshot / "state.json", fix)
     state = document.get("state") if isinstance(document, dict) else None

@@ -1,4 +1,4 @@
-"""The data of a run: found and split, cut and cached as latents, with each sample's condition."""
+"""The data of a run: find and split images, crop and cache them as latents, with each sample's condition."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..autoencoder import downscale_factor
+from ..autoencoder import (
+    check_resolution,
+    downscale_factor,
+    has_statistics,
+    load_autoencoder,
+    measure_statistics,
+)
 from ..autoencoder.latents import Autoencoder
-from ..config import DataConfig, RunConfig
+from ..config import DataConfig, FramingConfig
 from ..data import (
     Cropping,
     LazyTable,
@@ -27,11 +33,12 @@ from ..data import (
     cached_text,
     crop,
     find_source,
+    pixels_to_images,
     readable,
     split,
 )
 from ..data.sources.latent_folder import is_latent_folder
-from ..utils.documents import read_yaml
+from ..utils.files import read_yaml
 from ..utils.memory import memory_phase
 from .fine_tune.base import base_classes, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share
@@ -39,33 +46,203 @@ from .loop.data_order import Stream, seeded
 from .loop.distributed import process_state
 from .losses.latent_data import BucketData, Conditions, LatentData, is_flipped, rows_of
 from .networks import Networks
-from .trained_model import Built
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The images of a run.
+
+    Attributes:
+        source: all of them, with the classes of the checkpoint that is fine-tuned.
+        training, validation: its parts.
+        data: the settings with what cached latents or the checkpoint decide: here, not in the run's config, is the
+            resolution that counts.
+        autoencoder: folder or hub id of the one that is given; None: one is to be trained.
+    """
+
+    source: Source
+    training: Source
+    validation: Source
+    data: DataConfig
+    autoencoder: str | None
+
+
+def load_data(
+    data: DataConfig,
+    given_keys: Collection[str],
+    *,
+    seed: int,
+    vae: str | None = None,
+    checkpoint: str | None = None,
+) -> DataSplits:
+    """Find and split the images.
+
+    Args:
+        given_keys: keys of the settings that no default may change.
+        seed: of the split.
+        vae: the autoencoder that is given.
+        checkpoint: the pipeline that a fine-tune starts from.
+
+    Raises:
+        UserError: there are none, or they do not fit the checkpoint.
+    """
+    if checkpoint:
+        base_classes(checkpoint)  # refuses what is no checkpoint, before every image is looked at
+    source = readable(find_source(data.data, **data.wanted()))
+    data, autoencoder = source.adopt(data), vae or checkpoint or source.autoencoder
+    if checkpoint:
+        source = with_base_classes(source, checkpoint)
+        data = replace(data, validation=held_out_share(given_keys, data.validation, len(source)))
+        if "resolution" not in given_keys and not source.precomputed:
+            data = replace(data, resolution=base_resolution(checkpoint) or data.resolution)
+    training, validation = (source.subset(rows) for rows in split(source, data.validation, seed))
+    return DataSplits(source, training, validation, data, autoencoder)
+
+
+def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) -> DataConfig:
+    """Return the settings with the colours that the run in ``output`` was begun with, where none are given.
+
+    Runs from before colour profiles were converted say nothing of colours in their config.yaml: they have learnt the
+    numbers as they are stored, and so they go on.
+
+    Raises:
+        UserError: the config.yaml there is no YAML.
+    """
+    file = Path(output) / "config.yaml"
+    if "colours" in given_keys or is_latent_folder(data.data) or not file.is_file():
+        return data
+    begun = read_yaml(file, "Restore it, or use another folder.")
+    if not isinstance(begun, dict):
+        return data
+    if "colours" not in begun:
+        log.info(
+            f"the run in {output} was begun before colour profiles were converted to sRGB: it goes on with the colours "
+            "as they are stored"
+        )
+    colours = begun.get("colours", "stored")
+    return replace(data, colours=colours) if colours in ("srgb", "stored") else data
+
+
+def given_autoencoder(
+    checkpoint: str, training: Source, data: DataConfig, *, measured: bool = True
+) -> Autoencoder:
+    """Load an autoencoder, frozen. If it has no per-channel statistics, they are measured on the training images.
+
+    Args:
+        measured: False: for a plan, which needs no statistics.
+
+    Raises:
+        UserError: the resolution is not divisible by its downscale factor; the nearest valid one is named.
+    """
+    vae = load_autoencoder(checkpoint).requires_grad_(False)
+    check_resolution(data.resolution, downscale_factor(vae))
+    if measured and not has_statistics(vae):
+        log.info("autoencoder: measuring its latent statistics on the data")
+        rows = torch.linspace(0, len(training) - 1, min(len(training), 512)).long().tolist()
+        pixels = cached_pixels(training.subset(rows), data.resolution, data.background)[:]
+        measure_statistics(vae, pixels_to_images(pixels).split(16))
+    return vae
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentCache:
+    """Crops images as the network takes them, and caches them as latents.
+
+    Attributes:
+        data: the settings, with the resolution that counts. framing: how images are cut.
+        vae: the autoencoder. networks: what is trained on the latents.
+        has_masks, needs_pixels: masks and pixels are cached as well.
+        seed: of the crops, and of the caption that is drawn.
+    """
+
+    data: DataConfig
+    framing: FramingConfig
+    vae: Autoencoder
+    networks: Networks
+    has_masks: bool
+    needs_pixels: bool
+    seed: int
+
+    def framed(self, source: Source, *, crops: int | None = None) -> Cropping:
+        """Return how the images are cut; with another number of crops than the settings say, if given."""
+        patch = self.networks.network.config.get("patch_size", 1)
+        return crop(
+            source,
+            config=self.framing if crops is None else replace(self.framing, crops=crops),
+            resolution=self.data.resolution,
+            unit=downscale_factor(self.vae) * patch,
+            size_conditioning=self.networks.size_conditioning,
+        )
+
+    def latents(self, framed: Cropping) -> LatentData:
+        """Return the images as training data, computed where they are not cached."""
+        return LatentData(
+            framed,
+            [self._sized(framed.part(number), size) for number, size in enumerate(framed.sizes)],
+            conditions_of(framed.source, self.networks, self.seed, self.framing.mirror_captions),
+            flips=self.data.random_flip,
+            size_conditioning=self.networks.size_conditioning,
+            seed=self.seed,
+        )
+
+    def _sized(self, part: Source, size: tuple[int, int]) -> BucketData:
+        views: dict[str, Tensor | LazyTable] = {}
+        if self.needs_pixels:
+            views["pixels"] = cached_pixels(part, size, self.data.background)
+        if self.has_masks:
+            own = cached_masks(part, size)
+            views |= {"masks": own.masks, "has_mask": own.has_mask}
+        state = process_state()
+        with memory_phase("encode"), state.main_process_first():
+            table = cached_latents(
+                part,
+                self.vae,
+                size,
+                background=self.data.background,
+                flips=self.data.random_flip,
+                device=state.device,
+                progress=state.is_main_process,
+            )
+        return BucketData(table, views)
+
+
+def pipeline_condition(source: Source, rows: list[int]) -> dict[str, Any]:
+    """Return the arguments that make a pipeline sample what the images at ``rows`` show; none without a condition."""
+    if source.kind == "text":
+        captions = source.captions()
+        return {"prompt": [captions[row] for row in rows]}
+    if source.kind == "class":
+        class_ids = source.class_ids()
+        return {"class_labels": [int(class_ids[row]) for row in rows]}
+    return {}
 
 
 def conditions_of(source: Source, networks: Networks, seed: int, mirror: bool = False) -> Conditions:
-    """What `FlowLoss` makes its condition of, for rows of ``source``.
+    """Return what a flow loss makes its condition of, for rows of ``source``.
 
-    Classes become ids, captions token ids (for an encoder that is trained along) or cached embeddings (frozen). Of
-    several captions each use of an image draws one, by ``seed`` and its running number; with ``mirror`` those of
-    mirrored images say left for right.
+    Classes become ids, captions token ids (for an encoder that is trained along) or cached embeddings (frozen). If an
+    image has several captions, each use of it gets one of them, by ``seed`` and sample id; with ``mirror`` the captions
+    of mirrored images say left for right.
     """
     if source.kind == "class":
         return rows_of({"class_labels": torch.as_tensor(source.class_ids())})
     if source.kind != "text":
         return rows_of({})
     captions = Captions(source, seed, mirror)
+    tokenizer = networks.tokenizer
     if not networks.trained_text:
-        table = cached_text(captions, networks.tokenizer, networks.text_encoder)
+        table = cached_text(captions, tokenizer, networks.text_encoder)
 
-        def embeddings(rows: list[int], numbers: list[int]) -> dict[str, Tensor]:
-            text, mask = table.batch(captions.drawn(rows, numbers))
+        def embeddings(rows: list[int], sample_ids: list[int]) -> dict[str, Tensor]:
+            text, mask = table.batch(captions.choose(rows, sample_ids))
             return {"text": text, "text_mask": mask}
 
         return embeddings
-    tokenizer = networks.tokenizer
 
-    def tokens(rows: list[int], numbers: list[int]) -> dict[str, Tensor]:
-        texts = [captions[place] for place in captions.drawn(rows, numbers)]
+    def tokens(rows: list[int], sample_ids: list[int]) -> dict[str, Tensor]:
+        texts = [captions[place] for place in captions.choose(rows, sample_ids)]
         limit = tokenizer.model_max_length
         made = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
@@ -93,34 +270,33 @@ class Captions(Sequence[str]):
     def __getitem__(self, place: slice) -> list[str]: ...
     def __getitem__(self, place: int | slice) -> str | list[str]:
         if isinstance(place, slice):
-            return [self[one] for one in range(len(self))[place]]
+            return [self[index] for index in range(len(self))[place]]
         row = int(np.searchsorted(self._ends, place, side="right"))
-        captions = self._told(self._source.examples[row].captions or ("",))
+        captions = self._with_mirrored(self._source.examples[row].captions or ("",))
         return captions[int(place - self._ends[row])]
 
     def __iter__(self) -> Iterator[str]:
-        return (caption for captions in self._source.all_captions() for caption in self._told(captions))
+        return (text for captions in self._source.all_captions() for text in self._with_mirrored(captions))
 
-    def _told(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """An image's captions, and then those of its mirror image."""
+    def _with_mirrored(self, captions: tuple[str, ...]) -> tuple[str, ...]:
         return (*captions, *map(mirrored, captions)) if self._mirror else captions
 
-    def drawn(self, rows: list[int], numbers: list[int]) -> list[int]:
-        """Places of one caption of each of the images at ``rows``, as the uses' running numbers decide."""
-        return [self._drawn(row, number) for row, number in zip(rows, numbers, strict=True)]
+    def choose(self, rows: list[int], sample_ids: list[int]) -> list[int]:
+        """Return the place of one caption of each of the images at ``rows``, as the sample ids decide."""
+        return [self._choose(row, sample_id) for row, sample_id in zip(rows, sample_ids, strict=True)]
 
-    def _drawn(self, row: int, number: int) -> int:
+    def _choose(self, row: int, sample_id: int) -> int:
         start = int(self._ends[row - 1]) if row else 0
         count = (int(self._ends[row]) - start) // (1 + self._mirror)
-        if self._mirror and is_flipped(number):
+        if self._mirror and is_flipped(sample_id):
             start += count
         if count == 1:
             return start
-        return start + int(torch.randint(count, (), generator=seeded(self._seed, Stream.CAPTIONS, number)))
+        return start + int(torch.randint(count, (), generator=seeded(self._seed, Stream.CAPTIONS, sample_id)))
 
 
 def mirrored(caption: str) -> str:
-    """The caption of the mirror image: the words left and right change places, in the case that they have."""
+    """Return the caption of the mirror image: the words left and right change places and keep their case."""
 
     def other(match: re.Match[str]) -> str:
         word = match[0]
@@ -128,128 +304,3 @@ def mirrored(caption: str) -> str:
         return swapped.upper() if word.isupper() else swapped.title() if word[0].isupper() else swapped
 
     return re.sub(r"\b(left|right)\b", other, caption, flags=re.IGNORECASE)
-
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """What was found.
-
-    Attributes:
-        source: all of it, with the classes of the checkpoint that is fine-tuned.
-        training, validation: its parts.
-        data: the settings with what cached latents or the checkpoint decide: here, not in the run's config, is the
-            resolution that counts.
-        autoencoder: folder or hub id of the one that is given; None: one is to be trained.
-    """
-
-    source: Source
-    training: Source
-    validation: Source
-    data: DataConfig
-    autoencoder: str | None
-
-
-def find_examples(config: RunConfig, given_keys: Collection[str]) -> Examples:
-    """Find and split the images.
-
-    Raises:
-        UserError: there are none, or they do not fit the checkpoint.
-    """
-    data, base = config.data, config.init_from
-    if base:
-        base_classes(base)  # refuses what is no checkpoint, before every image is looked at
-    source = readable(find_source(data.data, **data.wanted()))
-    data, autoencoder = source.adopt(data), config.vae or base or source.autoencoder
-    if base:
-        source = with_base_classes(source, base, config.output)
-        data = replace(data, validation=held_out_share(given_keys, data.validation, len(source)))
-        if "resolution" not in given_keys and not source.precomputed:
-            data = replace(data, resolution=base_resolution(base) or data.resolution)
-    training, validation = (source.subset(rows) for rows in split(source, data.validation, config.loop.seed))
-    return Examples(source, training, validation, data, autoencoder)
-
-
-def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) -> DataConfig:
-    """The settings with the colours that the run in ``output`` was begun with, where none are given.
-
-    Runs from before colour profiles were converted say nothing of colours in their config.yaml: what they have learnt
-    are the numbers as they are stored, and so they go on.
-
-    Raises:
-        UserError: the config.yaml there is no YAML.
-    """
-    file = Path(output) / "config.yaml"
-    if "colours" in given_keys or is_latent_folder(data.data) or not file.is_file():
-        return data
-    begun = read_yaml(file, "Restore it, or use another folder.")
-    if not isinstance(begun, dict):
-        return data
-    if "colours" not in begun:
-        log.info(
-            f"the run in {output} was begun before colour profiles were converted to sRGB: it goes on with the colours "
-            "as they are stored"
-        )
-    colours = begun.get("colours", "stored")
-    return replace(data, colours=colours) if colours in ("srgb", "stored") else data
-
-
-class LatentCache:
-    """Cuts images as the network takes them, and caches them as latents.
-
-    Args:
-        config: of the run.
-        examples: its images.
-        vae: the autoencoder.
-        built: what is trained on them.
-    """
-
-    def __init__(self, config: RunConfig, examples: Examples, vae: Autoencoder, built: Built) -> None:
-        self._config, self._data, self._vae, self._built = config, examples.data, vae, built
-        self._has_masks = examples.source.has_masks
-
-    def framed(self, source: Source, *, crops: int | None = None) -> Cropping:
-        """How the images are cut; with another number of crops than the settings say, if given."""
-        framing = self._config.framing
-        patch = self._built.networks.network.config.get("patch_size", 1)
-        return crop(
-            source,
-            config=framing if crops is None else replace(framing, crops=crops),
-            resolution=self._data.resolution,
-            unit=downscale_factor(self._vae) * patch,
-            size_conditioning=self._built.told,
-        )
-
-    def latents(self, framed: Cropping) -> LatentData:
-        """The images as training data, computed where they are not cached."""
-        seed = self._config.loop.seed
-        return LatentData(
-            framed,
-            [self._sized(framed, number) for number in range(len(framed.sizes))],
-            conditions_of(framed.source, self._built.networks, seed, self._config.framing.mirror_captions),
-            flips=self._data.random_flip,
-            size_conditioning=self._built.told,
-            seed=seed,
-        )
-
-    def _sized(self, framed: Cropping, number: int) -> BucketData:
-        part, size, data = framed.part(number), framed.sizes[number], self._data
-        views: dict[str, Tensor | LazyTable] = {}
-        if self._built.stage.needs_pixels:
-            views["pixels"] = cached_pixels(part, size, data.background)
-        if self._has_masks:
-            own = cached_masks(part, size)
-            views |= {"masks": own.masks, "has_mask": own.has_mask}
-        with memory_phase("encode"), process_state().main_process_first():
-            table = cached_latents(
-                part,
-                self._vae,
-                size,
-                background=data.background,
-                flips=data.random_flip,
-                device=process_state().device,
-                progress=process_state().is_main_process,
-            )
-        return BucketData(table, views)

@@ -1,250 +1,265 @@
-"""Distillation: a student of a checkpoint that draws what it draws, guided, in a few evaluations."""
+"""Distillation: a student that samples in a few evaluations what its teacher, a checkpoint, samples with guidance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import nn
-
-from ..config import DistillationConfig, FlowConfig, LoopConfig, RunConfig
+from ..config import DistillationConfig, RunConfig
 from ..data import Source
-from ..errors import UserError, few, lookup
-from ..families.latentflow import FewSteps
+from ..errors import UserError, few
 from ..flow import OBJECTIVES, straightness, time_grid
 from ..pipeline.adapter_files import weights_hash
 from ..pipeline.generate import LatentFlowPipeline
-from .fine_tune.base import class_names, open_base
-from .fine_tune.prior import MixedData, in_turn
-from .fine_tune.teacher_samples import Drawing, drawn_data
-from .loop.data_order import SampleRandom, SampleUse
-from .loop.loader import by_group, groups_of, load_batch, to_device
-from .losses.average_velocity import OneStepLoss, flow_loss
+from .data import DataSplits
+from .fine_tune.base import class_names, open_base, with_base_flow
+from .fine_tune.defaults import fine_tuning_lines, fitted
+from .fine_tune.prior import in_turn
+from .fine_tune.teacher_samples import SampleSettings, teacher_data
+from .loop.data_order import SampleRandom
+from .loop.loader import first_batch, to_device
+from .losses.average_velocity import OneStepLoss
 from .losses.distribution_matching import FakeLoss, GeneratorLoss
 from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
 from .losses.teacher import VelocityTeacher
-from .recipe import Lesson
-from .trained_model import Built
+from .networks import Networks
+from .recipe import Recipe, average_sampling, plan_lines
 
 
 class Method(NamedTuple):
-    """How a student learns.
+    """The way a student learns.
 
     Attributes:
         objective: a key of `OBJECTIVES`. Those of average velocities learn from the teacher's velocity.
-        pairs: it learns from pairs of noise and what the teacher draws from it instead.
-        stage: what is trained by that; None: the objective's own.
+        pairs: it learns from pairs of noise and the teacher's sample from it instead.
+        loss: the loss that is trained; None: the objective's own.
         usual: the objective's settings where they are not those of a training from scratch: a teacher's velocity is
             exact, and need not be learned as often; steps shorter than an eighth are hardly better than eighths.
     """
 
     objective: str
     pairs: bool = False
-    stage: type[FlowLoss] | None = None
+    loss: type[FlowLoss] | None = None
     usual: Mapping[str, float] = MappingProxyType({})
 
     @property
     def has_options(self) -> bool:
-        """Whether the objective's settings are its own."""
-        return not self.pairs and self.stage is None
+        """Tell whether the objective's settings are the method's own."""
+        return not self.pairs and self.loss is None
 
 
 #: the methods of `latentflow distill`
 METHODS: dict[str, Method] = {
-    **{name: Method(name) for name, one in OBJECTIVES.items() if one.average},
+    **{name: Method(name) for name, objective in OBJECTIVES.items() if objective.average},
     "mean-flow": Method("mean-flow", usual={"share": 0.5}),
     "alpha-flow": Method("alpha-flow", usual={"share": 0.5}),
     "shortcut": Method("shortcut", usual={"share": 0.5, "finest": 8}),
     # Sampled as consistency models are: to the data, and back.
-    "distribution-matching": Method("consistency", stage=GeneratorLoss),
+    "distribution-matching": Method("consistency", loss=GeneratorLoss),
     "reflow": Method("flow-matching", pairs=True),
-    "one-step": Method("flow-matching", pairs=True, stage=OneStepLoss),
+    "one-step": Method("flow-matching", pairs=True, loss=OneStepLoss),
 }
 
 
 _TRAJECTORIES = 32  # to measure straightness on
 
 
-class Distillation(Lesson):
-    """Learning from a teacher.
+@dataclass(frozen=True)
+class Teacher:
+    """A checkpoint that a student learns from.
 
     Attributes:
-        method: an entry of `METHODS`, called ``name``.
-        guidance: at which the teacher is followed.
-        folded_guidance: which the student has when it has learned it: that, or what the teacher had learned itself.
-        step_counts: the student is made for.
-
-    Raises:
-        UserError: the checkpoint cannot be opened, or guidance is asked for where it can have none.
+        checkpoint, pipe: the pipeline, and where it came from.
+        guidance: the scale at which the student follows it.
+        folded_guidance: the scale that the student has learned in the end: the same, or the teacher's own learned one.
     """
 
-    taught = True
+    checkpoint: str
+    pipe: LatentFlowPipeline
+    guidance: float
+    folded_guidance: float
 
-    def __init__(self, checkpoint: str, config: DistillationConfig, method: str) -> None:
-        self.method = lookup(METHODS, method, "method")
-        self._pipe = open_base(checkpoint)
-        learned = float(self._pipe.config.get("folded_guidance", 1.0))
-        conditional = self._pipe.takes_text or self._pipe.takes_classes
-        self.guidance = self._pipe.usual_guidance if conditional else 1.0
-        if config.guidance is not None:
-            if not conditional and config.guidance != 1.0:
-                raise UserError(
-                    f"--guidance {config.guidance:g}: {checkpoint} has no classes or captions to follow",
-                    "Leave it out.",
-                )
-            if learned not in (1.0, config.guidance):
-                raise UserError(
-                    f"--guidance {config.guidance:g}: {checkpoint} has learned guidance {learned:g} along",
-                    "Leave it out: its student has the same.",
-                )
-            self.guidance = config.guidance if learned == 1.0 else 1.0
-        self.folded_guidance = self.guidance if learned == 1.0 else learned
-        self.checkpoint, self.name, self._config = checkpoint, method, config
-        self.step_counts = (1,) if self.method.stage is OneStepLoss else config.step_counts
-        # Neither pairs nor matched distributions are measured by held-out images.
-        self.validates = not self.method.pairs and self.method.stage is None
-
-    def refuse_unfit(self, source: Source, size_conditioning: bool, loop: LoopConfig) -> None:
+    def refuse_unfit(self, source: Source, size_conditioning: bool) -> None:
         """Refuse data that ask of the teacher what it does not know, before anything is computed.
 
         Raises:
-            UserError: new classes, data without what the teacher is conditioned on, masks or sizes that it does not
-                take, or an early stop by a loss that does not tell when the student is best.
+            UserError: new classes, data without the teacher's condition, or masks or sizes that it does not take.
         """
-        pipe, shown = self._pipe, self.checkpoint
-        new = [name for name in source.classes if name not in class_names(pipe)]
+        pipe, name = self.pipe, self.checkpoint
+        new = [label for label in source.classes if label not in class_names(pipe)]
         if source.kind == "class" and new:
             raise UserError(
-                f"{shown} does not know the classes {few(new)}",
+                f"{name} does not know the classes {few(new)}",
                 "Teach them first: latentflow train DATA --init-from CHECKPOINT; then distil that.",
             )
         if source.kind == "unconditional" and (pipe.takes_text or pipe.takes_classes):
             kind = "captions" if pipe.takes_text else "classes"
-            raise UserError(f"{shown} draws {kind}, and the data have none", f"Give images with {kind}.")
+            raise UserError(f"{name} draws {kind}, and the data have none", f"Give images with {kind}.")
         if source.has_masks and not pipe.takes_masks:
-            raise UserError(f"the data have masks, and {shown} does not inpaint", "Add --masks none.")
+            raise UserError(f"the data have masks, and {name} does not inpaint", "Add --masks none.")
         if size_conditioning != bool(pipe.transformer.config.get("size_conditioning")):
             raise UserError(
-                f"--size-conditioning must be as {shown} has it",
+                f"--size-conditioning must be as {name} has it",
                 "Leave it out." if size_conditioning else "Add --size-conditioning.",
             )
-        if loop.early_stop and (not self.validates or self.name == "progressive"):
-            raise UserError(
-                f"--early-stop with {self.name}: no loss on held-out images says when its student is best",
-                "Leave it out, and give --max-train-steps.",
-            )
 
-    def stage(self, flow: FlowConfig) -> Callable[..., FlowLoss]:
-        if self.method.pairs:
-            return partial(flow_loss, kind=self.method.stage)
-        teacher = VelocityTeacher(self._pipe, self.guidance)
-        if self.method.stage is GeneratorLoss:
-            return partial(flow_loss, kind=GeneratorLoss, teacher=teacher, step_counts=self.step_counts)
-        return partial(flow_loss, teacher=teacher)
 
-    def players(self, stage: FlowLoss) -> dict[str, nn.Module]:
-        more = {"fake": FakeLoss(stage)} if isinstance(stage, GeneratorLoss) else {}
-        return {"flow": stage, **more}
+def open_teacher(checkpoint: str, guidance: float | None) -> Teacher:
+    """Load a teacher whose samples at this guidance are learned; None: at its usual guidance.
 
-    def data(
-        self,
-        own: LatentData,
-        source: Source,
-        prior: list[str],
-        built: Built,
-        config: RunConfig,
-    ) -> LatentData | MixedData:
-        """The images; or the teacher's pairs of what they are conditioned on, drawn where they are missing.
+    Raises:
+        UserError: the checkpoint cannot be opened, or guidance is asked for where it can have none.
+    """
+    pipe = open_base(checkpoint)
+    learned = float(pipe.config.get("folded_guidance", 1.0))
+    conditional = pipe.takes_text or pipe.takes_classes
+    if guidance is None:
+        scale = pipe.usual_guidance if conditional else 1.0
+        return Teacher(checkpoint, pipe, scale, scale if learned == 1.0 else learned)
+    if not conditional and guidance != 1.0:
+        raise UserError(
+            f"--guidance {guidance:g}: {checkpoint} has no classes or captions to follow", "Leave it out."
+        )
+    if learned not in (1.0, guidance):
+        raise UserError(
+            f"--guidance {guidance:g}: {checkpoint} has learned guidance {learned:g} along",
+            "Leave it out: its student has the same.",
+        )
+    return Teacher(checkpoint, pipe, guidance if learned == 1.0 else 1.0, guidance)
 
-        Raises:
-            UserError: the folder holds pairs of another teacher, or drawn otherwise.
-        """
-        if not self.method.pairs:
-            return own
-        drawing = Drawing(
+
+def distillation_recipe(
+    config: RunConfig,
+    splits: DataSplits,
+    given: Collection[str],
+    *,
+    teacher: Teacher,
+    settings: DistillationConfig,
+    name: str,
+) -> Recipe:
+    """Return the recipe of a student.
+
+    Args:
+        config: a fine-tune of the teacher by the method's objective.
+        given: keys of the settings that no default may change.
+        name: of the method.
+
+    Raises:
+        UserError: the data or settings do not fit the teacher or the method. The pairs' folder holds pairs of another
+            teacher, or drawn otherwise (by ``training_data``).
+    """
+    method, pipe, checkpoint = METHODS[name], teacher.pipe, teacher.checkpoint
+    # Neither pairs nor matched distributions are measured by held-out images.
+    validates = not method.pairs and method.loss is None
+    step_counts = (1,) if method.loss is OneStepLoss else settings.step_counts
+
+    # ---- what does not fit ----
+    teacher.refuse_unfit(splits.source, config.framing.size_conditioning)
+    if config.loop.early_stop and (not validates or name == "progressive"):
+        raise UserError(
+            f"--early-stop with {name}: no loss on held-out images says when its student is best",
+            "Leave it out, and give --max-train-steps.",
+        )
+
+    # ---- settings: those of a fine-tune, but that a student learns velocities on the straight path ----
+    images = len(splits.training)
+    loop = fitted(config.loop, given, images, own_share=1.0, adapter=bool(config.adapter.lora_rank))
+    straight = {"objective", "path", "path_options", "prediction", "guidance"}
+    flow = with_base_flow(config.flow, checkpoint, straight.union(given))
+
+    # ---- plan ----
+    plan = [
+        *plan_lines(splits, loop, own_share=1.0),
+        *fine_tuning_lines(checkpoint, loop, given, images, own_share=1.0),
+        f"resolution: {splits.data.resolution} pixels",
+        f"student of {checkpoint}: {name}, guidance {teacher.folded_guidance:g} learned along, made for "
+        f"{', '.join(map(str, step_counts))} evaluations",
+    ]
+    if pipe.config.prediction != "velocity" or pipe.config.path != "condot":
+        plan.append(
+            f"the teacher predicts the {pipe.config.prediction} on the path {pipe.config.path}; the student learns "
+            "velocities on the straight one, anew from its weights: give it more steps"
+        )
+
+    # ---- loss ----
+    loss_options: dict[str, Any] = {"kind": method.loss}
+    if not method.pairs:
+        loss_options["teacher"] = VelocityTeacher(pipe, teacher.guidance)
+    identity: dict[str, Any] = {
+        "method": name,
+        "guidance": teacher.guidance,
+        "teacher": weights_hash(pipe.transformer),
+    }
+    recipe = Recipe(
+        flow=flow,
+        loop=loop,
+        plan=plan,
+        sampling=replace(
+            average_sampling(flow), folded_guidance=teacher.folded_guidance, step_counts=step_counts
+        ),
+        loss_options=loss_options,
+        student=True,
+        validates=validates,
+        identity={"distillation": identity},
+    )
+    if method.loss is GeneratorLoss:
+        loss_options["step_counts"] = identity["step_counts"] = [*step_counts]
+        return replace(recipe, extra_modules=lambda loss: {"fake": FakeLoss(loss)})
+    if not method.pairs:
+        return recipe
+
+    # ---- pairs: the teacher's samples under the conditions of the data, with their noise ----
+    def pairs(own: LatentData, networks: Networks, loss: FlowLoss) -> LatentData:
+        prompts = in_turn(_prompts(splits.training), settings.pairs)
+        folder = Path(settings.pairs_folder or Path(config.output) / "pairs")
+        samples = SampleSettings(
             what="pair",
             phase="draw pairs",
-            seed=config.loop.seed,
+            seed=loop.seed,
             noise=True,
-            pixels=built.stage.needs_pixels,
-            guidance=self.guidance,
-            steps=self._config.pairs_steps,
+            pixels=loss.needs_pixels,
+            guidance=teacher.guidance,
+            steps=settings.pairs_steps,
             # A student's own steps are few, or add noise on their way: its pairs are those of its velocity.
-            solver=self._config.pairs_solver or ("heun" if self._pipe.few_steps else None),
+            solver=settings.pairs_solver or ("heun" if pipe.few_steps else None),
         )
-        names = [""]
-        if source.kind == "text":
-            names = [caption for captions in source.all_captions() for caption in captions]
-        elif source.kind == "class":
-            names = [source.classes[number] for number in sorted({*source.class_ids()})]
-        folder = Path(self._config.pairs_folder or Path(config.output) / "pairs")
-        asked = in_turn(names, self._config.pairs)
-        return drawn_data(self.checkpoint, asked, built.networks, folder, drawing, built.told)
+        return teacher_data(checkpoint, prompts, networks, folder, samples)
 
-    def lines_after(self, result: Path, stage: FlowLoss, data: LatentData) -> list[str]:
-        """How straight the trajectories of the teacher and of the student are, from the same noise under the same
-        conditions: of students of pairs."""
-        if not self.method.pairs:
-            return []
-        student = LatentFlowPipeline.from_pretrained(result)
-        draws = by_group(
-            [SampleUse(row, row) for row in range(min(len(data), _TRAJECTORIES))], groups_of(data)
-        )[0]
-        batch = load_batch(data, draws)
-        device = next(stage.network.parameters()).device
-        noise = SampleRandom(0, batch["sample_ids"], device).normal(batch["latents"].shape[1:])
-        condition = stage.prompts(to_device(batch, device))
-        if stage.masked:  # nothing is known
-            channels = student.transformer.config.condition_channels
-            condition = replace(condition, channels=noise.new_zeros(len(noise), channels, *noise.shape[2:]))
-        found = []
-        for pipe, guidance in ((self._pipe, self.guidance), (student, 1.0)):
-            velocity = partial(VelocityTeacher(pipe, guidance), condition=condition)
-            of_rows = straightness(velocity, noise, time_grid(20))
-            found.append(float(of_rows.mean()) / noise[0].numel())
-        return [
-            f"straightness (mean square of velocity less chord, 0 is straight): teacher {found[0]:.4f}, "
-            f"student {found[1]:.4f}"
-        ]
+    identity["pairs"] = settings.pairs
+    return replace(recipe, training_data=pairs, summary=partial(_straightness_lines, teacher))
 
-    def reminders(self, config: RunConfig, images: int) -> tuple[list[str], list[str]]:
-        """Nothing; and what the student learns."""
-        pipe = self._pipe
-        lines = [
-            f"student of {self.checkpoint}: {self.name}, guidance {self.folded_guidance:g} learned along, made for "
-            f"{', '.join(map(str, self.step_counts))} evaluations"
-        ]
-        if pipe.config.prediction != "velocity" or pipe.config.path != "condot":
-            lines.append(
-                f"the teacher predicts the {pipe.config.prediction} on the path {pipe.config.path}; the student learns "
-                "velocities on the straight one, anew from its weights: give it more steps"
-            )
-        return [], lines
 
-    def flow(self, flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
-        """As `Lesson.flow`, but that a student learns velocities on the straight path."""
-        own = {"objective", "path", "path_options", "prediction", "guidance"}
-        return super().flow(flow, checkpoint, own.union(given))
+def _prompts(source: Source) -> list[str]:
+    """Return all captions, the classes that occur, or "" alone without a condition."""
+    if source.kind == "text":
+        return [*chain.from_iterable(source.all_captions())]
+    if source.kind == "class":
+        return [source.classes[number] for number in sorted({*source.class_ids()})]
+    return [""]
 
-    def lost_guidance(self, flow: FlowConfig, checkpoint: str, given: Collection[str]) -> float:
-        return 1.0
 
-    def few_steps(self, flow: FlowConfig) -> FewSteps:
-        return replace(
-            super().few_steps(flow), folded_guidance=self.folded_guidance, step_counts=self.step_counts
-        )
-
-    def describe(self) -> dict[str, Any]:
-        described = {
-            "method": self.name,
-            "guidance": self.guidance,
-            "teacher": weights_hash(self._pipe.transformer),
-            **({"pairs": self._config.pairs} if self.method.pairs else {}),
-            **({"step_counts": [*self.step_counts]} if self.method.stage is GeneratorLoss else {}),
-        }
-        return {"distillation": described}
+def _straightness_lines(teacher: Teacher, result: Path, loss: FlowLoss, data: LatentData) -> list[str]:
+    """Compare how straight the trajectories of teacher and student are, from equal noise under equal conditions."""
+    student = LatentFlowPipeline.from_pretrained(result)
+    batch = first_batch(data, _TRAJECTORIES)
+    device = next(loss.network.parameters()).device
+    noise = SampleRandom(0, batch["sample_ids"], device).normal(batch["latents"].shape[1:])
+    condition = loss.prompts(to_device(batch, device))
+    if loss.masked:  # nothing is known
+        channels = student.transformer.config.condition_channels
+        condition = replace(condition, channels=noise.new_zeros(len(noise), channels, *noise.shape[2:]))
+    figures = []
+    for pipe, guidance in ((teacher.pipe, teacher.guidance), (student, 1.0)):
+        velocity = partial(VelocityTeacher(pipe, guidance), condition=condition)
+        per_sample = straightness(velocity, noise, time_grid(20))
+        figures.append(float(per_sample.mean()) / noise[0].numel())
+    return [
+        f"straightness (mean square of velocity less chord, 0 is straight): teacher {figures[0]:.4f}, "
+        f"student {figures[1]:.4f}"
+    ]

@@ -1,4 +1,8 @@
-"""The cost of a run, estimated from shapes: sizes, operations, memory and time, as lines for people."""
+"""The cost of a run, estimated before it starts, as lines for people: sizes, operations, memory and time.
+
+torch counts the operations, on the meta device: without weights, so that a network too large for this machine can be
+planned. A real step would count a teacher and a frozen encoder as well, which are no part of the model.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +12,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..autoencoder import Autoencoder, downscale_factor, latent_channels
 from ..config import LoopConfig
 from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
-from .loop.data_order import SampleRandom, SampleUse
-from .loop.distributed import compute_dtype, matrix_product_rate, process_state, resolve
-from .loop.loader import TrainingData, by_group, groups_of, load_batch
+from .loop.data_order import SampleRandom
+from .loop.distributed import compute_dtype, matrix_product_rate, process_state
+from .loop.loader import TrainingData, first_batch, to_device
 from .loop.optimizers import Muon, make_optimizers
-from .losses.flow import FlowLoss
-from .networks import Networks
+from .trained_model import TrainedModel
 
-Shape = tuple[int, ...]
-
-_FIRST = 64  # samples that tell how long captions are
-_ROWS = 2  # of the batch on the meta device; what does not grow with the rows is too little to matter
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one sample, forward and backward.
-
-    Attributes:
-        flops: floating-point operations of matrix products, convolutions and attention; a multiply-add is two.
-        activations: bytes that are kept for the backward pass in float32, with fused attention; half in bfloat16.
-    """
-
-    flops: float
-    activations: float
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.activations + other.activations)
+_LONGEST = 512  # tokens of a caption, where the tokenizer names no limit
+_FIRST = 64  # samples that show how long captions are
+_ROWS = 2  # of the batch on the meta device; the part of the cost that does not grow with the rows is small
+_TIMED_SECONDS = 3.0  # of one of the steps that are timed, at the speed of a matrix product
+UTILISATION = 0.4  # of the peak: the share that well-run transformers of this size reach
 
 
 @dataclass(frozen=True)
@@ -65,15 +52,33 @@ GPUS = (
     Gpu("NVIDIA A100", 312e12, 80),
     Gpu("NVIDIA RTX 4090", 165e12, 24),
 )
-UTILISATION = 0.4  # of the peak: what well-run transformers of this size reach
+
+
+# ---------------------------------------------------------------- cost by shapes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one sample, forward and backward.
+
+    Attributes:
+        flops: floating-point operations of matrix products, convolutions and attention; a multiply-add is two.
+        activations: bytes that are kept for the backward pass in float32, with fused attention; half in bfloat16.
+    """
+
+    flops: float
+    activations: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.activations + other.activations)
 
 
 def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
-    """The cost of one sample of ``size`` x ``size`` latents and captions of ``text_length`` tokens (0: without one),
-    in float32.
+    """Return the cost of one sample of ``size`` x ``size`` latents, in float32.
 
     Args:
         network: a velocity network on any device, also the meta device; it is not changed.
+        text_length: tokens of a caption; 0: without one.
     """
     with torch.device("meta"):
         shapes: Any = type(network).from_config(network.config)  # type: ignore[attr-defined]
@@ -88,8 +93,7 @@ def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
         channels=_meta(_ROWS, config.condition_channels, size, size) if config.condition_channels else None,
         sizes=_meta(_ROWS, 6) if config.size_conditioning else None,
     )
-    with _fused_attention():
-        total = _count(lambda: shapes(x, _meta(_ROWS), condition), set(shapes.parameters()))
+    total = _count(lambda: shapes(x, _meta(_ROWS), condition), set(shapes.parameters()))
     return Cost(total.flops / _ROWS, total.activations / _ROWS)
 
 
@@ -101,18 +105,15 @@ def text_encoder_cost(encoder: nn.Module, input_ids: Tensor) -> Cost:
     """
     shapes = copy.deepcopy(encoder).to("meta")
     weights: set[Tensor] = {*shapes.parameters(), *shapes.buffers()}
-    with _fused_attention():
-        return _count(lambda: shapes(input_ids=input_ids.to("meta")).last_hidden_state, weights)
+    return _count(lambda: shapes(input_ids=input_ids.to("meta")).last_hidden_state, weights)
 
 
 def sample_flops(network: nn.Module, text_encoder: nn.Module | None, data: TrainingData, size: int) -> float:
-    """Of one sample, forward and backward: the network, and the text encoder that is trained along.
+    """Return the operations of one sample, forward and backward: network, and text encoder if it is trained along.
 
-    The first batch of ``data`` says how long captions are; latents are ``size`` x ``size``. What a teacher or a frozen
-    encoder computes does not count: it is not the model.
+    The first batch of ``data`` shows how long captions are; latents are ``size`` x ``size``.
     """
-    draws = [SampleUse(index, index) for index in range(min(len(data), _FIRST))]
-    batch = load_batch(data, by_group(draws, groups_of(data))[0])
+    batch = first_batch(data, _FIRST)
     tokens, text = batch.get("input_ids"), batch.get("text")
     length = tokens.shape[1] if tokens is not None else text.shape[1] if text is not None else 0
     flops = network_cost(network, size, length).flops
@@ -122,28 +123,29 @@ def sample_flops(network: nn.Module, text_encoder: nn.Module | None, data: Train
 
 
 def encoding_flops(vae: Autoencoder, resolution: int) -> float:
-    """Of one image of ``resolution`` x ``resolution`` through the encoder, forward only."""
+    """Return the operations of encoding one image of ``resolution`` x ``resolution``."""
     shapes = copy.deepcopy(vae).to("meta")
-    with torch.no_grad(), _flop_counter() as counter, _fused_attention():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, _fused_attention():
         shapes.encode(_meta(1, 3, resolution, resolution, dtype=vae.dtype))
     return float(counter.get_total_flops())
 
 
-def state_bytes(stage: nn.Module, loop: LoopConfig, dtype: torch.dtype) -> float:
-    """Weights, gradients, weight averages and optimiser in float32, and the weights once more in ``dtype`` if lower."""
-    trained = sum(one.numel() for one in stage.parameters() if one.requires_grad)
+def state_bytes(loss: nn.Module, loop: LoopConfig, dtype: torch.dtype) -> float:
+    """Return the bytes of weights, gradients, weight averages and optimiser in float32, and of weights in ``dtype`` if
+    it is lower."""
+    trained = sum(weight.numel() for weight in loss.parameters() if weight.requires_grad)
     copies = 12 + 4 * len(loop.ema_lengths) + (dtype.itemsize if dtype != torch.float32 else 0)
-    optimizer = sum(
-        _moment_bytes(one, parameter.numel())
-        for one in make_optimizers(stage, loop)
-        for group in one.param_groups
-        for parameter in group["params"]
+    moments = sum(
+        _moment_bytes(optimizer, weight.numel())
+        for optimizer in make_optimizers(loss, loop)
+        for group in optimizer.param_groups
+        for weight in group["params"]
     )
-    return copies * trained + optimizer
+    return copies * trained + moments
 
 
 def _moment_bytes(optimizer: torch.optim.Optimizer, size: int) -> int:
-    """What an optimiser keeps of a parameter of ``size`` elements."""
+    """Return the bytes that an optimiser keeps of a parameter of ``size`` elements."""
     if isinstance(optimizer, Muon):
         return 4 * size
     # Two moments; in 8 bits with a float32 scale for each block of 256, where the tensor is large enough.
@@ -153,8 +155,8 @@ def _moment_bytes(optimizer: torch.optim.Optimizer, size: int) -> int:
 
 
 def _count(forward: Callable[[], Tensor], weights: set[Tensor]) -> Cost:
-    """Run ``forward`` and its backward pass. What autograd keeps counts once for each storage; weights do not."""
-    own = {one.untyped_storage()._cdata for one in weights}
+    """Run ``forward`` and its backward pass. Each storage that autograd keeps counts once; weights do not."""
+    own = {weight.untyped_storage()._cdata for weight in weights}
     kept: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ def _count(forward: Callable[[], Tensor], weights: set[Tensor]) -> Cost:
             kept[storage._cdata] = storage  # held, so that no other one gets its address
         return tensor
 
-    with _flop_counter() as counter:
+    with FlopCounterMode(display=False) as counter, _fused_attention():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = forward()
         activations = sum(storage.nbytes() for storage in kept.values())
@@ -171,33 +173,12 @@ def _count(forward: Callable[[], Tensor], weights: set[Tensor]) -> Cost:
     return Cost(float(counter.get_total_flops()), float(activations))
 
 
-def _flop_counter() -> FlopCounterMode:
-    """Return a counter that knows the kernel of `_fused_attention` by its shapes: not every torch counts it."""
-    kernel = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            kernel._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-            kernel._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-        },
-    )
-
-
-def _attention_flops(q: Shape, k: Shape, v: Shape, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
-
-
-def _attention_backward_flops(
-    grad: Shape, q: Shape, k: Shape, v: Shape, *rest: Any, out_shape: Any = None, **options: Any
-) -> int:
-    return int(sdpa_backward_flop_count(grad, q, k, v))
-
-
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Attention on the meta device as one operation, as it runs on GPUs; there it would become its matrix products.
+    """Compute attention on the meta device as one operation that torch's counter knows, as it runs on GPUs; there it
+    would become its matrix products, which keep the scores.
 
-    The function is exchanged: torch's modes do not reach what gradient checkpointing computes again.
+    The function is exchanged: torch's modes do not reach the blocks that gradient checkpointing computes again.
     """
     usual = F.scaled_dot_product_attention
 
@@ -206,7 +187,7 @@ def _fused_attention() -> Iterator[None]:
             return usual(q, k, v, attn_mask, **options)
         if attn_mask is not None:
             attn_mask = _meta(*attn_mask.shape, dtype=q.dtype)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask)[0]
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, q.requires_grad)[0]
 
     F.scaled_dot_product_attention = fused  # type: ignore[assignment]
     try:
@@ -219,151 +200,46 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-_FEW = 1000
-_LONGEST = 512  # tokens of a caption, where the tokenizer names no limit
-_TIMED_SECONDS = 3.0  # of one of the steps that are timed, at the speed of a matrix product
-
-
-def plan_lines(
-    source: Source, training: Source, validation: Source, loop: LoopConfig, own_share: float | None = None
-) -> list[str]:
-    """The data and the schedule.
-
-    Args:
-        own_share: of a fine-tune, the share of the samples that are images of the data.
-    """
-    state = process_state()
-    batch = loop.train_batch_size * loop.gradient_accumulation_steps * state.num_processes
-    epochs = (own_share or 1.0) * loop.max_train_steps * batch / max(1, len(training.uses()))
-    lines = [f"{source.name}: {note}" for note in source.notes]
-    lines += [
-        f"data: {len(training)} images to train on, {len(validation)} held out; condition: {source.kind}",
-        f"plan: {loop.max_train_steps} steps of {batch} samples = {epochs:.1f} epochs, {loop.optimizer}, learning rate "
-        f"{loop.learning_rate:g}, {_precision(loop)} on {state.device}",
-    ]
-    if len(training) < _FEW and own_share is None:  # a fine-tune has lines of its own for few images
-        lines.append(
-            f"WARNING: {len(training)} images are few: the model will memorise many of them. `latentflow evaluate` "
-            "measures it; more images, fewer steps or fine-tuning (--init-from) lessen it."
-        )
-    if state.device.type == "cpu":
-        lines.append("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
-    return lines
+# ---------------------------------------------------------------- the estimate
 
 
 def estimate_lines(
-    stage: FlowLoss,
-    networks: Networks,
-    vae: Autoencoder,
-    source: Source,
-    loop: LoopConfig,
-    latent_size: int,
-    views: int,
+    model: TrainedModel, vae: Autoencoder, source: Source, loop: LoopConfig, views: int
 ) -> list[str]:
-    """Sizes, operations, memory and time of a run; each image is encoded ``views`` times before it.
+    """Estimate sizes, operations, memory and time of a run; each image is encoded ``views`` times before it.
 
     Operations and memory come from shapes alone, the time from steps with random latents on this machine. The network
     may be on the meta device: it gets (random) weights only to be timed, and only if they take little of the memory.
     """
-    return _Estimate(stage, networks, vae, source, loop, latent_size, views).lines()
+    state, networks, loss, latent_size = process_state(), model.networks, model.loss, model.latent_size
+    encoder = networks.text_encoder
+    dtype = compute_dtype(loop.mixed_precision, state.device)
+    processes = int(state.num_processes)
+    samples = loop.train_batch_size * loop.gradient_accumulation_steps * processes  # of a step
 
+    # ---- operations ----
+    encoding = encoding_flops(vae, latent_size * downscale_factor(vae))
+    length = 0 if networks.tokenizer is None else min(networks.tokenizer.model_max_length, _LONGEST)
+    cost = network_cost(networks.network, latent_size, length)
+    if loss.text_encoder is not None:
+        cost += text_encoder_cost(loss.text_encoder, torch.ones(1, length, dtype=torch.long))
+    if loss.masked:  # the known part of each image is encoded at each step
+        cost += Cost(encoding, 0.0)
+    step = cost.flops * samples
 
-@dataclass(frozen=True)
-class _Estimate:
-    stage: FlowLoss
-    networks: Networks
-    vae: Autoencoder
-    source: Source
-    loop: LoopConfig
-    latent_size: int
-    views: int
+    # ---- memory ----
+    def held(dtype: torch.dtype) -> float:
+        return state_bytes(loss, loop, dtype) / (processes if loop.shard else 1)
 
-    def lines(self) -> list[str]:
-        vae, encoder, size = self.vae, self.networks.text_encoder, self.latent_size
-        step = self.cost(self.dtype).flops * self.samples
-        return [
-            f"autoencoder: {_size(vae)}, latents {latent_channels(vae)} x {size} x {size}",
-            f"network: {_size(self.networks.network)}",
-            *([f"text encoder: {_size(encoder)}"] if encoder is not None else []),
-            f"compute: {_flops(step / self.samples)} a sample, {_flops(step)} a step, "
-            f"{_flops(step * self.loop.max_train_steps)} in all, forward and backward (a multiply-add is 2 FLOPs); "
-            f"to encode the images before it, {_flops(self.encoding * len(self.source) * self.views)}",
-            f"memory: {self.held(self.dtype) / 2**30:.2f} GiB for weights, gradients, average and optimiser, and about "
-            f"{self.activations(self.dtype) / 2**30:.2f} GiB for the activations of {self.loop.train_batch_size} "
-            f"samples, in {str(self.dtype).removeprefix('torch.')}",
-            self.time_here(),
-            *(self.time_on(gpu) for gpu in GPUS),
-            "on top come encoding, the optimiser, validation, previews, checkpoints and the autoencoder's own training",
-        ]
+    def activations(dtype: torch.dtype) -> float:
+        return cost.activations * dtype.itemsize / 4 * loop.train_batch_size
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return compute_dtype(self.loop.mixed_precision, process_state().device)
-
-    @property
-    def micro_batches(self) -> int:
-        """Forward passes of one process in the whole run."""
-        return self.loop.gradient_accumulation_steps * self.loop.max_train_steps
-
-    @property
-    def samples(self) -> int:
-        """Of one step, over all processes."""
-        accumulated = self.loop.train_batch_size * self.loop.gradient_accumulation_steps
-        return accumulated * int(process_state().num_processes)
-
-    @cached_property
-    def encoding(self) -> float:
-        return encoding_flops(self.vae, self.latent_size * downscale_factor(self.vae))
-
-    @cached_property
-    def _float32_cost(self) -> Cost:
-        tokenizer, text_encoder = self.networks.tokenizer, self.stage.text_encoder
-        length = min(tokenizer.model_max_length, _LONGEST) if tokenizer is not None else 0
-        cost = network_cost(self.networks.network, self.latent_size, length)
-        if text_encoder is not None:
-            cost += text_encoder_cost(text_encoder, torch.ones(1, length, dtype=torch.long))
-        # What is left of each masked image is encoded at each step.
-        return cost + Cost(self.encoding if self.stage.masked else 0.0, 0.0)
-
-    def cost(self, dtype: torch.dtype) -> Cost:
-        """Of one sample, computed in ``dtype``."""
-        cost = self._float32_cost
-        return Cost(cost.flops, cost.activations * dtype.itemsize / 4)
-
-    def held(self, dtype: torch.dtype) -> float:
-        processes = int(process_state().num_processes) if self.loop.shard else 1
-        return state_bytes(self.stage, self.loop, dtype) / processes
-
-    def activations(self, dtype: torch.dtype) -> float:
-        return self.cost(dtype).activations * self.loop.train_batch_size
-
-    def time_here(self) -> str:
-        """Timed, on as many samples as take seconds and fit; by the speed of matrix products where one is too many."""
-        device, batch, cost = process_state().device, self.loop.train_batch_size, self.cost(self.dtype)
-        speed = matrix_product_rate(device, self.dtype)
-        room = 0.7 * _free_bytes(device) - 8 * _parameters(self.stage)  # weights and gradients
-        rows = int(min(batch, _TIMED_SECONDS * speed / cost.flops, room / cost.activations))
-        if rows < 1:
-            hours = self.micro_batches * batch * cost.flops / speed / 3600
-            return (
-                f"time: about {_hours(hours)}, by the {speed / 1e12:.2g} TFLOP/s of a matrix product on this "
-                f"{device.type}; one sample is too much to be timed"
-            )
-        seconds = self._timed(rows, device) * batch / rows
-        some = "" if rows == batch else f", with {rows} of {batch} samples"
-        return (
-            f"time: {seconds * self.loop.gradient_accumulation_steps:.3g} s a step, "
-            f"{_hours(seconds * self.micro_batches / 3600)} in all (forward and backward, measured on this "
-            f"{device.type}{some}; "
-            f"at most {peak_gib():.1f} GiB)"
-        )
-
-    def time_on(self, gpu: Gpu) -> str:
-        rate = gpu.flops_per_second * UTILISATION
-        hours = self._float32_cost.flops * self.micro_batches * self.loop.train_batch_size / rate / 3600
-        needed = (self.held(torch.bfloat16) + self.activations(torch.bfloat16)) / 2**30
+    # ---- time on data sheets' GPUs ----
+    def time_on(gpu: Gpu) -> str:
+        seconds = step / processes * loop.max_train_steps / (gpu.flops_per_second * UTILISATION)
+        needed = (held(torch.bfloat16) + activations(torch.bfloat16)) / 2**30
         line = (
-            f"time on {process_state().num_processes} {gpu.name}: {_hours(hours)} in bfloat16, at {UTILISATION:.0%} "
+            f"time on {processes} {gpu.name}: {_hours(seconds / 3600)} in bfloat16, at {UTILISATION:.0%} "
             f"(assumed) of {gpu.flops_per_second / 1e12:.0f} TFLOP/s"
         )
         if needed > 0.9 * gpu.memory_gib:
@@ -373,33 +249,78 @@ class _Estimate:
             )
         return line
 
-    def _timed(self, rows: int, device: torch.device) -> float:
-        """Seconds of a forward and a backward pass."""
-        if any(one.is_meta for one in self.networks.network.parameters()):
-            _fill(self.networks.network, device)
-        stage = self.stage.to(device)
-        batch = _random_batch(stage, self.networks, self.vae, self.source, rows, self.latent_size, device)
-        autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            with autocast:
-                loss = stage(batch)["loss"]
-            loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds[1:])  # the first warms up
+    return [
+        f"autoencoder: {_size(vae)}, latents {latent_channels(vae)} x {latent_size} x {latent_size}",
+        f"network: {_size(networks.network)}",
+        *([f"text encoder: {_size(encoder)}"] if encoder is not None else []),
+        f"compute: {_flops(cost.flops)} a sample, {_flops(step)} a step, {_flops(step * loop.max_train_steps)} in all, "
+        "forward and backward (a multiply-add is 2 FLOPs); "
+        f"to encode the images before it, {_flops(encoding * len(source) * views)}",
+        f"memory: {held(dtype) / 2**30:.2f} GiB for weights, gradients, average and optimiser, and about "
+        f"{activations(dtype) / 2**30:.2f} GiB for the activations of {loop.train_batch_size} "
+        f"samples, in {str(dtype).removeprefix('torch.')}",
+        _time_here(model, vae, source, loop, dtype, cost),
+        *map(time_on, GPUS),
+        "on top come encoding, the optimiser, validation, previews, checkpoints and the autoencoder's own training",
+    ]
+
+
+def _time_here(
+    model: TrainedModel,
+    vae: Autoencoder,
+    source: Source,
+    loop: LoopConfig,
+    dtype: torch.dtype,
+    cost: Cost,
+) -> str:
+    """Time steps on as many samples as take seconds and fit; go by the speed of matrix products where one is too many.
+
+    Args:
+        cost: of one sample in float32.
+    """
+    device, batch = process_state().device, loop.train_batch_size
+    forward_passes = loop.gradient_accumulation_steps * loop.max_train_steps  # of one process
+    speed = matrix_product_rate(device, dtype)
+    room = 0.7 * _free_bytes(device) - 8 * _parameters(model.loss)  # weights and gradients
+    kept = cost.activations * dtype.itemsize / 4
+    rows = int(min(batch, _TIMED_SECONDS * speed / cost.flops, room / kept))
+    if rows < 1:
+        hours = forward_passes * batch * cost.flops / speed / 3600
+        return (
+            f"time: about {_hours(hours)}, by the {speed / 1e12:.2g} TFLOP/s of a matrix product on this "
+            f"{device.type}; one sample is too much to be timed"
+        )
+    network = model.networks.network
+    if any(weight.is_meta for weight in network.parameters()):
+        _fill(network, device)
+    loss = model.loss.to(device)
+    example = to_device(_random_batch(model, vae, source, rows), device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            error = loss(example)["loss"]
+        error.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    seconds = min(times[1:]) * batch / rows  # the first warms up
+    some = "" if rows == batch else f", with {rows} of {batch} samples"
+    return (
+        f"time: {seconds * loop.gradient_accumulation_steps:.3g} s a step, "
+        f"{_hours(seconds * forward_passes / 3600)} in all (forward and backward, measured on this "
+        f"{device.type}{some}; at most {peak_gib():.1f} GiB)"
+    )
 
 
 @torch.no_grad()
 def _fill(network: nn.Module, device: torch.device) -> None:
-    """Random weights for a network on the meta device: how fast it is does not depend on them."""
+    """Give random weights to a network on the meta device: its speed does not depend on them."""
     network.to_empty(device=device)
     for weight in network.parameters():
         weight.normal_(std=0.02)
-    for one in network.buffers():
-        one.zero_()
+    for buffer in network.buffers():
+        buffer.zero_()
 
 
 def _free_bytes(device: torch.device) -> float:
@@ -408,47 +329,30 @@ def _free_bytes(device: torch.device) -> float:
     return float(psutil.virtual_memory().available)
 
 
-def _random_batch(
-    stage: FlowLoss,
-    networks: Networks,
-    vae: Autoencoder,
-    source: Source,
-    rows: int,
-    latent_size: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    noise = SampleRandom(0, list(range(rows))).normal((latent_channels(vae), latent_size, latent_size))
-    batch: dict[str, Any] = {"latents": noise.to(device), "sample_ids": list(range(rows))}
+def _random_batch(model: TrainedModel, vae: Autoencoder, source: Source, rows: int) -> dict[str, Any]:
+    networks, size, sample_ids = model.networks, model.latent_size, list(range(rows))
+    noise = SampleRandom(0, sample_ids).normal((latent_channels(vae), size, size))
+    batch: dict[str, Any] = {"latents": noise, "sample_ids": sample_ids}
     if source.kind == "class":
-        batch["class_labels"] = torch.zeros(rows, dtype=torch.long, device=device)
+        batch["class_labels"] = torch.zeros(rows, dtype=torch.long)
     elif source.kind == "text" and networks.trained_text:
-        tokens = networks.tokenizer(
-            (source.captions() * rows)[:rows], padding=True, truncation=True, return_tensors="pt"
-        )
-        batch["input_ids"], batch["attention_mask"] = (
-            tokens["input_ids"].to(device),
-            tokens["attention_mask"].to(device),
-        )
+        texts = (source.captions() * rows)[:rows]
+        batch |= networks.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     elif source.kind == "text":
-        batch["text"] = torch.zeros(rows, 16, networks.network.config["text_dim"], device=device)
-        batch["text_mask"] = torch.ones(rows, 16, dtype=torch.bool, device=device)
-    if stage.needs_pixels:
-        side = latent_size * downscale_factor(vae)
-        batch["pixels"] = torch.zeros(rows, 3, side, side, dtype=torch.uint8, device=device)
+        batch["text"] = torch.zeros(rows, 16, networks.network.config["text_dim"])
+        batch["text_mask"] = torch.ones(rows, 16, dtype=torch.bool)
+    if model.loss.needs_pixels:
+        side = size * downscale_factor(vae)
+        batch["pixels"] = torch.zeros(rows, 3, side, side, dtype=torch.uint8)
     return batch
-
-
-def _precision(loop: LoopConfig) -> str:
-    precision = resolve(loop.mixed_precision, process_state().device)
-    return "float32" if precision == "no" else precision
-
-
-def _size(module: nn.Module) -> str:
-    return f"{type(module).__name__}, {_parameters(module) / 1e6:.1f} M parameters"
 
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _size(module: nn.Module) -> str:
+    return f"{type(module).__name__}, {_parameters(module) / 1e6:.1f} M parameters"
 
 
 def _flops(count: float) -> str:

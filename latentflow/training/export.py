@@ -1,4 +1,4 @@
-"""The pipeline that a run makes of what it has trained."""
+"""The pipeline that a run makes of what it has trained: previews of it while it trains, and its export."""
 
 from __future__ import annotations
 
@@ -6,48 +6,65 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+from warnings import catch_warnings, simplefilter
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from ..autoencoder.latents import Autoencoder
-from ..config import RunConfig
-from ..data import Source
+from ..config import FlowConfig
+from ..data import Source, cached_pixels, to_pil
+from ..data.masks import DEFAULT_SHAPES, random_masks
 from ..families.latentflow import FewSteps
+from ..models.text import UnknownWords
 from ..pipeline.generate import LatentFlowPipeline
+from ..pipeline.inpaint import LatentFlowInpaintPipeline
+from .data import pipeline_condition
+from .fine_tune.base import native_resolution
+from .loop.distributed import has_fast_bfloat16
 from .loop.folders import write_folder, writing
 from .networks import Networks
-from .preview import preview_steps
 from .report.card import CardFacts, write_card
 from .report.export import carry_over
-from .trained_model import Built
+from .trained_model import TrainedModel
+
+_IMAGES, _ROW = 16, 8
 
 
-@dataclass(frozen=True)
-class Result:
-    """What comes out.
+@dataclass(frozen=True, kw_only=True)
+class PipelineExporter:
+    """Makes the pipeline of a run's networks as they are now, and writes it.
 
     Attributes:
-        config: of the run.
+        output: the run folder.
         source: its images, with those that were held out.
         vae: its autoencoder.
-        built: what is trained.
-        followed: how the network is followed.
+        model: what is trained, by the settings ``flow``.
+        sampling: how the network is sampled.
+        dtype: precision of the exported weights.
+        repository: the name on the hub that the card names; None: the folder's.
     """
 
-    config: RunConfig
+    output: Path
     source: Source
     vae: Autoencoder
-    built: Built
-    followed: FewSteps
+    model: TrainedModel
+    flow: FlowConfig
+    sampling: FewSteps
+    dtype: torch.dtype = torch.float32
+    repository: str | None = None
 
     @property
     def folder(self) -> Path:
-        """The pipeline's."""
-        return Path(self.config.output) / "pipeline"
+        """The pipeline's folder."""
+        return self.output / "pipeline"
 
     def pipeline(self, networks: Networks | None = None) -> LatentFlowPipeline:
-        """Of the networks as they are now, or of others."""
-        networks, flow = networks or self.built.networks, self.config.flow
+        """Return a pipeline of the networks that are trained, or of others."""
+        networks, flow = networks or self.model.networks, self.flow
         return LatentFlowPipeline(
             vae=self.vae,
             transformer=networks.network,
@@ -58,30 +75,100 @@ class Result:
             path_options=flow.path_options,
             prediction=flow.prediction,
             coupling=flow.coupling,
-            **self.followed.plain(),
+            **self.sampling.plain(),
         )
 
     def export(self, folder: Path) -> None:
-        """Write the pipeline with its card; of an adapter the merged one, and the adapter beside it.
+        """Write the pipeline with its card; with an adapter the merged one, and the adapter beside it.
 
         Raises:
             RunError: the disk gave out.
         """
-        config, adapter = self.config, self.built.adapter
+        adapter = self.model.adapter
         result = self.pipeline() if adapter is None else self.pipeline(adapter.merged())
-        if config.export_dtype != "float32":
-            result = copy.deepcopy(result).to(dtype=getattr(torch, config.export_dtype))
+        if self.dtype != torch.float32:
+            result = copy.deepcopy(result).to(dtype=self.dtype)
+        parts = {name: part for name, part in result.components.items() if isinstance(part, torch.nn.Module)}
         facts = CardFacts(
-            where=config.push_to_hub or str(self.folder),
+            where=self.repository or str(self.folder),
             source=self.source,
-            parts={name: one for name, one in result.components.items() if isinstance(one, torch.nn.Module)},
+            parts=parts,
             inpaints=result.takes_masks,
             sample_steps=preview_steps(result),
         )
-        output = Path(config.output)
         with writing(f"the result {self.folder}", self.folder):
             result.save_pretrained(folder)
-            write_card(folder, output, facts)
+            write_card(folder, self.output, facts)
             carry_over(self.folder, folder)
             if adapter is not None:
-                write_folder(output / "adapter", partial(adapter.save, earlier=output / "adapter"))
+                write_folder(self.output / "adapter", partial(adapter.save, earlier=self.output / "adapter"))
+
+
+def preview_source(training: Source, validation: Source) -> Source:
+    """Return the images whose conditions previews show: held-out ones, if there are enough for a grid."""
+    return validation if len(validation) >= _IMAGES else training
+
+
+def preview_steps(pipe: LatentFlowPipeline) -> tuple[int, ...]:
+    """Return a preview's numbers of steps: half of the usual one, but all those that a network for few was made for."""
+    return (pipe.few_steps.step_counts or (pipe.usual_steps,)) if pipe.few_steps else (10,)
+
+
+def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device) -> Image.Image:
+    """Sample 16 images with fixed seeds, of captions or classes spread over ``source``, for each of `preview_steps`.
+
+    Below them, if the network inpaints: eight images of ``source`` with holes (grey), and the holes filled.
+    """
+    from torchvision.utils import make_grid
+
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.to(device)
+    rows = torch.linspace(0, len(source) - 1, _IMAGES).long().tolist()
+    condition = pipeline_condition(source, rows) or {"num_images_per_prompt": _IMAGES}
+    if source.kind == "class":
+        seen = set(source.class_ids())  # first: a fine-tune's own classes, before those of its checkpoint
+        order = sorted(range(len(source.classes)), key=lambda class_id: class_id not in seen)
+        condition = {"class_labels": [order[index % len(order)] for index in range(_IMAGES)]}
+    encoder = pipe.text_encoder
+    home = None if encoder is None else encoder.device  # the CPU, if the encoder is not trained along
+    if encoder is not None:
+        encoder.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device)), catch_warnings():
+        simplefilter("ignore", UnknownWords)  # held-out captions may well have some
+        grids = [
+            pipe(**condition, num_inference_steps=steps, output_type="pt", generator=_generators(_IMAGES))
+            for steps in preview_steps(pipe)
+        ]
+        images = torch.cat([grid.images.float().cpu() for grid in grids])
+        if pipe.takes_masks:
+            images = torch.cat([images, *_inpainted(pipe, source, rows[::2], preview_steps(pipe)[-1])])
+    if encoder is not None:
+        encoder.to(home)
+    return to_pil(make_grid(images * 2 - 1, nrow=_ROW, padding=2, pad_value=1.0))
+
+
+def _inpainted(
+    pipe: LatentFlowPipeline, source: Source, rows: list[int], steps: int
+) -> tuple[Tensor, Tensor]:
+    """Return images (8, 3, H, W) in [0, 1] with grey holes, and the same with the holes filled."""
+    side = native_resolution(pipe)
+    assert side is not None  # a run's network says it
+    originals = cached_pixels(source.subset(rows), side, progress=False)[:].float() / 255.0
+    shapes = {name: share for name, share in DEFAULT_SHAPES.items() if name != "full"}
+    masks = random_masks(shapes, (side, side), [np.random.default_rng([1, row]) for row in range(len(rows))])
+    inpaint = LatentFlowInpaintPipeline.from_pipe(pipe)
+    inpaint.set_progress_bar_config(disable=True)
+    condition: dict[str, Any] = pipeline_condition(source, rows)
+    images = inpaint(
+        **condition,
+        image=originals,
+        mask_image=masks,
+        generator=_generators(len(rows)),
+        num_inference_steps=steps,
+        output_type="pt",
+    ).images
+    return torch.where(masks > 0, 0.5, originals), images.float().cpu()
+
+
+def _generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,24 @@ from ..data import Source
 from ..errors import UserError, few
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ..utils.settings import check_types, read_settings
-from .fine_tune.base import class_names, open_base, refuse_other_flow
+from .fine_tune.base import class_names, is_small_tokenizer, open_base, refuse_other_flow
 
 log = logging.getLogger(__name__)
+
+_DIT_SETTINGS = (
+    "patch_size", "width", "depth", "heads", "norm", "activation", "position", "qk_norm", "registers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Networks:
-    """What is trained and what goes with it.
+    """The networks that are trained and what goes with them.
 
     Attributes:
         network: the velocity network.
         text_encoder, tokenizer: None without captions.
-        trained_text: whether the text encoder is trained along.
-        classes: the names of the classes, in the order of their numbers.
+        trained_text: the text encoder is trained along.
+        classes: the names of the classes, in the order of their ids.
     """
 
     network: Any
@@ -39,11 +44,17 @@ class Networks:
     trained_text: bool = False
     classes: tuple[str, ...] = ()
 
+    @property
+    def size_conditioning(self) -> bool:
+        """Tell whether the network is conditioned on sizes and crops."""
+        return bool(self.network.config.size_conditioning)
+
     def describe(self) -> dict[str, Any]:
-        """The architecture as plain values; a resumed run must have the same."""
-        shapes = {name: list(one.shape) for name, one in self.network.named_parameters()}
+        """Return the architecture as plain values; a resumed run must have the same."""
+        shapes = {name: list(weight.shape) for name, weight in self.network.named_parameters()}
         if self.text_encoder is not None and self.trained_text:
-            shapes |= {f"text.{name}": list(one.shape) for name, one in self.text_encoder.named_parameters()}
+            encoder = self.text_encoder.named_parameters()
+            shapes |= {f"text.{name}": list(weight.shape) for name, weight in encoder}
         return shapes
 
 
@@ -58,10 +69,11 @@ def new_networks(
     device: str = "cpu",
     intervals: bool = False,
 ) -> Networks:
-    """Networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked images.
+    """Build networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked images.
 
-    With ``intervals`` the velocity network takes the end of an interval. On the ``device`` "meta" it has shapes and no
-    weights: enough for a plan, at no cost.
+    Args:
+        device: on "meta" the velocity network has shapes and no weights: enough for a plan, at no cost.
+        intervals: it takes the end of an interval.
 
     Raises:
         UserError: a setting does not fit (see `DiT` and `UNet`), or the text encoder cannot be loaded.
@@ -70,7 +82,7 @@ def new_networks(
     if source.kind == "text" and text.text_encoder:
         tokenizer, encoder = load_text_encoder(text.text_encoder)
     elif source.kind == "text":
-        tokenizer = train_tokenizer(_texts(source), text.text_length)
+        tokenizer = train_tokenizer([*chain.from_iterable(source.all_captions())], text.text_length)
         encoder = small_text_encoder(tokenizer, text.text_width, text.text_depth, text.text_heads)
         trained = True
     arguments: dict[str, Any] = {
@@ -87,21 +99,15 @@ def new_networks(
                 raise _no_intervals("--network unet")
             built: Any = UNet(**arguments)
         else:
-            names = (
-                "patch_size", "width", "depth", "heads", "norm", "activation", "position", "qk_norm", "registers",
-            )  # fmt: skip
-            chosen = {name: getattr(network, name) for name in names if getattr(network, name) is not None}
+            chosen = {name: getattr(network, name) for name in _DIT_SETTINGS}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
             if intervals:
                 # The derivative by time is part of what is learned, and times 1000 makes noise of it: the plain time
                 # of continuous consistency models (arXiv:2410.11081, sec. 4.1).
                 chosen |= {"interval_conditioning": True, "time_scale": 1.0}
             built = DiT(**dit_config(network.network_preset, network.block, **arguments, **chosen))
     return Networks(
-        network=built,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        trained_text=trained,
-        classes=source.classes,
+        network=built, text_encoder=encoder, tokenizer=tokenizer, trained_text=trained, classes=source.classes
     )
 
 
@@ -114,21 +120,22 @@ def networks_from(
     latent_size: int | None = None,
     student: bool = False,
 ) -> Networks:
-    """A checkpoint's networks, fitted to other data: new classes get new rows, new words new embeddings.
+    """Load a checkpoint's networks and fit them to other data: new classes get new rows, new words new embeddings.
 
     Nothing else changes: latents of another size get the positions that belong to them, which are computed.
 
     With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero, and likewise
-    with ``size_conditioning``: it draws exactly what it drew before. A network of velocities that shall learn averages
-    (``flow.objective``) gets the length of the interval in the same way: at first every average is the velocity.
+    with ``size_conditioning``: its samples are exactly those from before. A network of velocities that is to learn
+    averages (``flow.objective``) gets the length of the interval in the same way: at first every average is the
+    velocity.
 
     Args:
         checkpoint: a pipeline folder.
         source: what they will be trained on, its classes those of `with_base_classes`.
         flow: how they will be trained; path and prediction must be the checkpoint's.
         latent_size: side of the latents that they will be trained on; None: the checkpoint's.
-        student: they learn what the checkpoint draws, on the straight path whatever its own. Its text encoder, which
-            both share, is frozen.
+        student: the checkpoint is a teacher, and its own path does not count. Its text encoder, which both share,
+            is frozen.
 
     Raises:
         UserError: the checkpoint cannot be opened, is conditioned on something else than the source, or was
@@ -138,8 +145,7 @@ def networks_from(
     if not student:
         refuse_other_flow(checkpoint, pipe, flow)
     old, config = pipe.transformer, dict(pipe.transformer.config)
-    kinds = {"text": config.get("text_dim") is not None, "class": config.get("num_classes") is not None}
-    if source.kind != "unconditional" and not kinds[source.kind]:
+    if not {"text": pipe.takes_text, "class": pipe.takes_classes}.get(source.kind, True):
         raise UserError(
             f"{checkpoint} is not conditioned on {source.kind}, the data is",
             "Use --condition none, or a checkpoint of the same kind.",
@@ -165,7 +171,7 @@ def networks_from(
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     trained = encoder is not None and is_small_tokenizer(tokenizer) and not student
     if trained and source.kind == "text":
-        tokenizer, encoder = _extended_text(tokenizer, encoder, _texts(source))
+        tokenizer, encoder = _extended_text(tokenizer, encoder, [*chain.from_iterable(source.all_captions())])
     return Networks(
         network=network,
         text_encoder=encoder,
@@ -183,10 +189,10 @@ def _no_intervals(what: str) -> UserError:
 
 
 def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
-    """Refuses to go on with a run whose ``pipeline`` gave another number to a class that the data still have.
+    """Refuse to go on with a run whose ``pipeline`` has another id for a class that the data still have.
 
     Raises:
-        UserError: it did. ``--allow-changes`` is no remedy: every image would be trained under another class.
+        UserError: it has. ``--allow-changes`` is no remedy: every image would be trained under another class.
     """
     file = pipeline / "model_index.json"
     if source.kind != "class" or not file.is_file():
@@ -206,11 +212,6 @@ def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
             f"the classes of {pipeline} have other numbers than those of {source.name}: {few(moved)}",
             f"Use another output folder; there, --init-from {pipeline} keeps what was learnt, class by class.",
         )
-
-
-def _texts(source: Source) -> list[str]:
-    """All that is trained on, once for each image that says it."""
-    return [caption for captions in source.all_captions() for caption in captions]
 
 
 @torch.no_grad()
@@ -244,7 +245,7 @@ def _copy_rows(source: Tensor, target: Tensor, rows: list[int | None]) -> None:
 def _extended_text(
     tokenizer: Any, encoder: PreTrainedModel, captions: list[str]
 ) -> tuple[Any, PreTrainedModel]:
-    """A tokenizer that knows the old words and those of ``captions``, and the encoder with rows for the new ones."""
+    """Return a tokenizer that knows the old words and those of ``captions``, and the encoder with rows for the new."""
     words = [word for word in tokenizer.get_vocab() if not word.startswith(("[", "##"))]
     longer = train_tokenizer([*captions, " ".join(words)], tokenizer.model_max_length)
     known = tokenizer.get_vocab()
@@ -257,18 +258,8 @@ def _extended_text(
     return longer, encoder
 
 
-def is_small_tokenizer(tokenizer: Any) -> bool:
-    """Whether the tokenizer is one of `train_tokenizer`, whose encoder is trained along."""
-    return getattr(tokenizer, "bos_token", None) == "[START]"
-
-
 def _text_dim(encoder: PreTrainedModel | None) -> int | None:
     if encoder is None:
         return None
     config = encoder.config
     return int(getattr(config, "hidden_size", None) or config.d_model)
-
-
-def is_pipeline(folder: str | Path) -> bool:
-    """Whether ``folder`` is a pipeline that `save_pretrained` wrote."""
-    return (Path(folder) / "model_index.json").is_file()

@@ -1,111 +1,156 @@
-"""What a run learns from: the data; or, see `Distillation`, a teacher."""
+"""Recipes: what differs between training from scratch, fine-tuning a checkpoint and (see `distill`) distilling one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..config import FlowConfig, LoopConfig, RunConfig
-from ..data import Source
 from ..families.latentflow import FewSteps
 from ..flow import AverageObjective
+from .data import DataSplits
 from .fine_tune.base import lost_guidance, with_base_flow
-from .fine_tune.prior import MixedData, asked_of, prior_data
-from .losses.average_velocity import flow_loss
+from .fine_tune.defaults import fine_tuning_lines, fitted
+from .fine_tune.prior import MixedData, prior_data, prior_prompts
+from .loop.distributed import process_state, resolve
 from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
-from .trained_model import Built
+from .networks import Networks
+
+_FEW = 1000  # images: with fewer, a model from scratch memorises many of them
 
 
-class Lesson:
-    """Learning from the data, beside which a fine-tune sees samples of its checkpoint again.
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings, loss, data and sampling of a run, as they follow from data and checkpoint.
 
     Attributes:
-        taught: whether there is a teacher.
-        validates: whether held-out images measure what is trained.
+        flow, loop: the settings, with the defaults that follow from the data and the checkpoint.
+        plan: lines that say what is going to be done.
+        sampling: how the trained network is sampled.
+        loss_options: further arguments of `flow_loss`, such as a teacher.
+        student: a teacher is learned from, so that its path and prediction do not bind the student.
+        extra_modules: given the loss, the modules that learn beside it, by name.
+        training_data: given the latents of the user's images, the networks and the loss, what is trained on.
+        validates: held-out images measure what is trained.
+        identity: plain values that a resumed run must have as well.
+        summary: given the exported pipeline, the loss and the latents of the user's images, lines about the result.
     """
 
-    taught = False
-    validates = True
+    flow: FlowConfig
+    loop: LoopConfig
+    plan: list[str]
+    sampling: FewSteps
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    student: bool = False
+    extra_modules: Callable[[Any], dict[str, nn.Module]] = lambda loss: {}
+    training_data: Callable[[LatentData, Networks, FlowLoss], LatentData | MixedData] = (
+        lambda own, networks, loss: own
+    )
+    validates: bool = True
+    identity: dict[str, Any] = field(default_factory=dict)
+    summary: Callable[[Path, FlowLoss, LatentData], list[str]] = lambda result, loss, own: []
 
-    def refuse_unfit(self, source: Source, size_conditioning: bool, loop: LoopConfig) -> None:
-        """Refuse data and settings from which this cannot be learned, before anything is computed."""
 
-    # ---- of a fine-tune: `config.init_from` is its checkpoint ----
+def data_recipe(config: RunConfig, splits: DataSplits, given: Collection[str]) -> Recipe:
+    """Return the recipe of `latentflow train`: a fine-tune where a checkpoint is named, else new networks.
 
-    def reminders(self, config: RunConfig, images: int) -> tuple[list[str], list[str]]:
-        """Of what the checkpoint draws the samples that it is trained on again; and lines about that for the plan."""
-        assert config.init_from
-        prior, line = asked_of(config.init_from, config.fine_tuning, images, config.loop.seed, config.vae)
-        return prior, [line]
+    Raises:
+        UserError: the settings contradict each other, the data or the checkpoint.
+    """
+    if config.init_from:
+        return fine_tune_recipe(config, config.init_from, splits, given)
+    return scratch_recipe(config.flow, config.loop, splits)
 
-    def flow(self, flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
-        """``flow`` with what is not ``given`` as the checkpoint has it."""
-        return with_base_flow(flow, checkpoint, given)
 
-    def lost_guidance(self, flow: FlowConfig, checkpoint: str, given: Collection[str]) -> float:
-        """The guidance that the checkpoint has learned along and the run does not; 1 for none."""
-        return lost_guidance(flow, checkpoint, given)
+def scratch_recipe(flow: FlowConfig, loop: LoopConfig, splits: DataSplits) -> Recipe:
+    """Return the recipe for new networks, which learn from the data alone."""
+    return Recipe(
+        flow=flow,
+        loop=loop,
+        plan=plan_lines(splits, loop),
+        sampling=average_sampling(flow),
+    )
 
-    # ---- training ----
 
-    def stage(self, flow: FlowConfig) -> Callable[..., FlowLoss]:
-        """What makes the module that is trained, called as `FlowLoss` is."""
-        return flow_loss
+def fine_tune_recipe(
+    config: RunConfig, checkpoint: str, splits: DataSplits, given: Collection[str]
+) -> Recipe:
+    """Return the recipe for a checkpoint's networks, which see samples of their own beside the data.
 
-    def players(self, stage: FlowLoss) -> dict[str, nn.Module]:
-        """What the loop trains: the stage, and what learns beside it."""
-        return {"flow": stage}
+    Args:
+        given: keys of the settings that no default may change.
 
-    def data(
-        self,
-        own: LatentData,
-        source: Source,
-        prior: list[str],
-        built: Built,
-        config: RunConfig,
-    ) -> LatentData | MixedData:
-        """What it is trained on.
+    Raises:
+        UserError: the settings contradict each other or the checkpoint. The run folder holds samples of another
+            checkpoint, or drawn otherwise (by ``training_data``).
+    """
+    images, share = len(splits.training), config.fine_tuning.prior_share
+    prompts, prior_line = prior_prompts(checkpoint, config.fine_tuning, images, config.loop.seed, config.vae)
+    own_share = 1 - share if prompts else 1.0
+    loop = fitted(config.loop, given, images, own_share, adapter=bool(config.adapter.lora_rank))
+    lost = lost_guidance(config.flow, checkpoint, given)
+    flow = with_base_flow(config.flow, checkpoint, given)
 
-        Args:
-            own: the images of ``source``.
-            prior: see `reminders`.
-            built: what is trained.
-            config: of the run.
-
-        Raises:
-            UserError: the run folder holds samples of another checkpoint, or drawn otherwise.
-        """
-        if not prior:
-            return own
+    def mixed(own: LatentData, networks: Networks, loss: FlowLoss) -> MixedData:
         folder = Path(config.output) / "prior"
-        pixels = built.stage.needs_pixels
-        samples = prior_data(
-            str(config.init_from), prior, built.networks, folder, config.loop.seed, pixels, built.told
+        prior = prior_data(checkpoint, prompts, networks, folder, loop.seed, loss.needs_pixels)
+        return MixedData(own, prior, share)
+
+    recipe = Recipe(
+        flow=flow,
+        loop=loop,
+        plan=[
+            *plan_lines(splits, loop, own_share),
+            *fine_tuning_lines(checkpoint, loop, given, images, own_share, lost),
+            f"resolution: {splits.data.resolution} pixels",
+            prior_line,
+        ],
+        sampling=average_sampling(flow),
+    )
+    if not prompts:
+        return recipe
+    return replace(recipe, training_data=mixed, identity={"prior": [len(prompts), share]})
+
+
+def average_sampling(flow: FlowConfig) -> FewSteps:
+    """Return how a network that learns by this objective is sampled: in few steps if it learns average velocities."""
+    choices = flow.choices()
+    if not choices.objective.average:
+        return FewSteps()
+    settings: AverageObjective = choices.settings
+    return FewSteps(
+        average=True,
+        consistency=settings.sampler == "consistency",
+        folded_guidance=settings.guidance,
+    )
+
+
+def plan_lines(splits: DataSplits, loop: LoopConfig, own_share: float | None = None) -> list[str]:
+    """Describe the data and the schedule.
+
+    Args:
+        own_share: of a fine-tune, the share of the samples that are images of the data.
+    """
+    source, images, state = splits.source, len(splits.training), process_state()
+    batch = loop.train_batch_size * loop.gradient_accumulation_steps * state.num_processes
+    epochs = (own_share or 1.0) * loop.max_train_steps * batch / max(1, len(splits.training.uses()))
+    precision = resolve(loop.mixed_precision, state.device)
+    lines = [f"{source.name}: {note}" for note in source.notes]
+    lines += [
+        f"data: {images} images to train on, {len(splits.validation)} held out; condition: {source.kind}",
+        f"plan: {loop.max_train_steps} steps of {batch} samples = {epochs:.1f} epochs, {loop.optimizer}, learning rate "
+        f"{loop.learning_rate:g}, {'float32' if precision == 'no' else precision} on {state.device}",
+    ]
+    if images < _FEW and own_share is None:  # a fine-tune has lines of its own for few images
+        lines.append(
+            f"WARNING: {images} images are few: the model will memorise many of them. `latentflow evaluate` "
+            "measures it; more images, fewer steps or fine-tuning (--init-from) lessen it."
         )
-        return MixedData(own, samples, config.fine_tuning.prior_share)
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values that a resumed run must have as well."""
-        return {}
-
-    # ---- the result ----
-
-    def few_steps(self, flow: FlowConfig) -> FewSteps:
-        """How the network that is trained is followed."""
-        choices = flow.choices()
-        if not choices.objective.average:
-            return FewSteps()
-        settings: AverageObjective = choices.settings
-        return FewSteps(
-            average=True,
-            consistency=settings.sampler == "consistency",
-            folded_guidance=settings.guidance,
-        )
-
-    def lines_after(self, result: Path, stage: FlowLoss, data: LatentData) -> list[str]:
-        """What to tell of the pipeline ``result`` when it is trained."""
-        return []
+    if state.device.type == "cpu":
+        lines.append("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
+    return lines

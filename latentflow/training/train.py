@@ -1,22 +1,23 @@
-"""The run of a generator from top to bottom: data, autoencoder, networks, cached latents, training, export."""
+"""The run of a generator from top to bottom: data, plan, autoencoder, networks, cached latents, training, export."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
-from logging import Logger
 from pathlib import Path
 from typing import Any
 
-from ..autoencoder.latents import Autoencoder
+import torch
+
+from ..autoencoder import Autoencoder, build_autoencoder
 from ..config import RunConfig
-from .build import build
-from .data import Examples, LatentCache, as_begun, find_examples
+from .data import DataSplits, LatentCache, as_begun, given_autoencoder, load_data
 from .estimate import estimate_lines, sample_flops
-from .export import Result
+from .export import PipelineExporter, preview_grid, preview_source
+from .fine_tune.base import refuse_own_result
 from .fine_tune.defaults import FEW
-from .fine_tune.memorisation import tell_memorised
+from .fine_tune.memorisation import report_memorisation
 from .loop.distributed import process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
@@ -24,170 +25,192 @@ from .loop.stopping import Stop, refuse_unvalidated
 from .losses.average_velocity import refuse_unfit
 from .losses.flow import validation_loss
 from .networks import refuse_renumbered_classes
-from .plan import Plan, plan
-from .preview import preview_grid, preview_source
-from .recipe import Lesson
+from .recipe import Recipe, data_recipe
 from .report.hub import check_push, push
-from .train_autoencoder import autoencoder_for
-from .trained_model import Built
+from .train_autoencoder import train_autoencoder
+from .trained_model import TrainedModel, build
 
 
 def train(
     config: RunConfig,
-    again: str,
+    resume_command: str,
     given_keys: Collection[str],
     write_config: Callable[[RunConfig, Path], None],
-    lesson: Lesson,
+    make_recipe: Callable[[RunConfig, DataSplits, Collection[str]], Recipe] = data_recipe,
 ) -> None:
-    """The run, from top to bottom.
+    """Train a generator, or go on with a run that was stopped.
 
     Args:
-        again: the command that resumes it.
-        given_keys: of the settings that no default may change.
+        given_keys: keys of the settings that no default may change.
         write_config: writes the settings into a file.
-        lesson: what is learned from.
+        make_recipe: makes the recipe from the settings, the data and ``given_keys``.
 
     Raises:
+        UserError: the settings contradict each other, the data or the checkpoint.
         SystemExit: a signal stopped the run before its end, after saving; the status is 128 + its number.
     """
-    output = Path(config.output)
-    if config.push_to_hub and not config.dry_run:
-        check_push(config.push_to_hub)
-    if not config.dry_run:
+    output, dry_run, state = Path(config.output), config.dry_run, process_state()
+    if not dry_run:
+        if config.push_to_hub:
+            check_push(config.push_to_hub)
         output.mkdir(parents=True, exist_ok=True)
-    log = log_to(None if config.dry_run else output)
+    log = log_to(None if dry_run else output)
 
-    # ---- data, and what follows from them ----
+    # ---- data ----
     config = replace(config, data=as_begun(config.data, output, given_keys))
-    examples = find_examples(config, given_keys)
-    refuse_renumbered_classes(output / "pipeline", examples.source)
-    refuse_unvalidated(config.loop, len(examples.validation) > 0)
-    lesson.refuse_unfit(examples.source, config.framing.size_conditioning, config.loop)
-    planned = plan(config, examples, given_keys, lesson)
-    config = planned.config
+    if config.init_from:
+        refuse_own_result(config.init_from, output)
+    splits = load_data(
+        config.data, given_keys, seed=config.loop.seed, vae=config.vae, checkpoint=config.init_from
+    )
+    source, training, validation = splits.source, splits.training, splits.validation
+    refuse_renumbered_classes(output / "pipeline", source)
+    refuse_unvalidated(config.loop, len(validation) > 0)
+
+    # ---- plan ----
+    recipe = make_recipe(config, splits, given_keys)
+    config = replace(config, flow=recipe.flow, loop=recipe.loop)
+    if config.init_from:  # it decided these two, where they were not given
+        validation_share, resolution = splits.data.validation, splits.data.resolution
+        config = replace(
+            config, data=replace(config.data, validation=validation_share, resolution=resolution)
+        )
     refuse_unfit(
         config.flow,
         config.loop,
         routed=config.routing.route_share > 0,
-        taught=lesson.taught,
-        bare=not config.init_from and examples.source.kind == "unconditional",
+        taught=recipe.student,
+        bare=not config.init_from and source.kind == "unconditional",
     )
-    for line in planned.lines:
+    for line in recipe.plan:
         log.info(line)
-    if not config.dry_run and process_state().is_main_process:
+    if not dry_run and state.is_main_process:
         write_config(config, output / "config.yaml")
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     stop = Stop()
-    vae = autoencoder_for(
-        examples.autoencoder,
-        examples.training,
-        examples.validation,
-        config.autoencoder,
-        config.loop,
-        output / "autoencoder",
-        data=examples.data,
-        resume_line=again,
-        untrained=config.dry_run,
-        stop=stop,
-    )
-    if vae is None:
-        raise SystemExit(stop.status)  # the line that resumes was printed
-    if stop.signal:  # it came in the autoencoder's last step
-        log.info(f"stopped, the autoencoder is trained; resume with:\n  {again}")
-        raise SystemExit(stop.status)
+    vae: Autoencoder | None
+    if splits.autoencoder is not None:
+        vae = given_autoencoder(splits.autoencoder, training, splits.data, measured=not dry_run)
+    elif dry_run:
+        vae = build_autoencoder(config.autoencoder, splits.data.resolution)
+    else:
+        folder = output / "autoencoder"
+        if not (folder / "autoencoder" / "config.json").is_file():
+            log.info("autoencoder: none given, training one")
+        vae = train_autoencoder(
+            training,
+            validation,
+            config.autoencoder,
+            config.loop,
+            folder,
+            splits.data,
+            resume_command=resume_command,
+            stop=stop,
+        )
+        if vae is None:
+            raise SystemExit(stop.status)  # the line that resumes was printed
+        vae.requires_grad_(False)
+        if stop.signal:  # it came in the autoencoder's last step
+            log.info(f"stopped, the autoencoder is trained; resume with:\n  {resume_command}")
+            raise SystemExit(stop.status)
 
-    # ---- networks ----
-    built = build(config, examples.source, examples.data.resolution, vae, lesson)
-    if built.adapter is not None:
-        for line in built.adapter.lines():
-            log.info(line)
-    cache = LatentCache(config, examples, vae, built)
-    framed = cache.framed(examples.training)
-    for line in framed.lines():
+    # ---- networks and loss ----
+    model = build(config, source, splits.data.resolution, vae, recipe)
+    networks, loss = model.networks, model.loss
+    cache = LatentCache(
+        data=splits.data,
+        framing=config.framing,
+        vae=vae,
+        networks=networks,
+        has_masks=source.has_masks,
+        needs_pixels=loss.needs_pixels,
+        seed=config.loop.seed,
+    )
+    framed = cache.framed(training)
+    for line in [*(model.adapter.lines() if model.adapter else []), *framed.lines()]:
         log.info(line)
-    if config.dry_run:
-        for line in _estimate(config, examples, vae, built):
+    if dry_run:
+        views = 0 if source.precomputed else config.framing.crops * (1 + splits.data.random_flip)
+        for line in estimate_lines(model, vae, source, config.loop, views):
             log.info(line)
         return
 
-    # ---- latents and conditions, cached ----
+    # ---- cached latents ----
     own = cache.latents(framed)
-    data = lesson.data(own, examples.training, planned.prior, built, config)
+    data = recipe.training_data(own, networks, loss)
     held_out = None
-    if len(examples.validation) > 0 and lesson.validates:
-        held_out = cache.latents(cache.framed(examples.validation.once(), crops=1))
+    if len(validation) > 0 and recipe.validates:
+        held_out = cache.latents(cache.framed(validation.once(), crops=1))
     vae.cpu()
 
     # ---- training ----
-    result = Result(config, examples.source, vae, built, lesson.few_steps(config.flow))
-    device, stage = process_state().device, built.stage
-    flops = sample_flops(built.networks.network, stage.text_encoder, data, built.latent_size)
+    exporter = PipelineExporter(
+        output=output,
+        source=source,
+        vae=vae,
+        model=model,
+        flow=config.flow,
+        sampling=recipe.sampling,
+        dtype=getattr(torch, config.export_dtype),
+        repository=config.push_to_hub,
+    )
+    flops = sample_flops(networks.network, loss.text_encoder, data, model.latent_size)
     if config.loop.compile:
-        built.networks.network.compile()
+        networks.network.compile()
     finished = fit(
-        lesson.players(stage),
+        {"flow": loss, **recipe.extra_modules(loss)},
         data,
         config.loop,
         output,
         callbacks=Callbacks(
-            validate=None if held_out is None else lambda: {"loss": validation_loss(stage, held_out, device)},
+            validate=None
+            if held_out is None
+            else lambda: {"loss": validation_loss(loss, held_out, state.device)},
             preview=lambda: preview_grid(
-                result.pipeline(), preview_source(examples.training, examples.validation), device
+                exporter.pipeline(), preview_source(training, validation), state.device
             ),
-            export=result.export,
-            export_to=result.folder,
+            export=exporter.export,
+            export_to=exporter.folder,
         ),
-        description=_description(planned, examples, built, lesson),
-        resume_line=again,
+        description=_description(config, splits, model, recipe),
+        resume_line=resume_command,
         flops=flops,
-        find_unused_parameters=bool(config.init_from) and examples.source.kind == "unconditional",
+        find_unused_parameters=bool(config.init_from) and source.kind == "unconditional",
         stop=stop,
     )
     if not finished:
         raise SystemExit(stop.status)
-    if process_state().is_main_process:
-        for line in lesson.lines_after(result.folder, stage, own):
-            log.info(line)
-        _finish(config, examples, result, log)
+    if not state.is_main_process:
+        return
+
+    # ---- the result ----
+    for line in recipe.summary(exporter.folder, loss, own):
+        log.info(line)
+    if config.init_from and len(training) <= FEW:
+        report_memorisation(output, training, validation, splits.data.background, state.device)
+    command = shlex.join(["latentflow", "generate", "--checkpoint", str(exporter.folder)])
+    log.info(f"done: {exporter.folder}; try it with\n  {command}")
+    if config.push_to_hub:
+        log.info(f"pushed: {push(exporter.folder, config.push_to_hub)}")
 
 
-def _estimate(config: RunConfig, examples: Examples, vae: Autoencoder, built: Built) -> list[str]:
-    """Sizes, operations, memory and time."""
-    views = config.framing.crops * (1 + examples.data.random_flip) * (not examples.source.precomputed)
-    return estimate_lines(
-        built.stage, built.networks, vae, examples.source, config.loop, built.latent_size, views
-    )
-
-
-def _description(planned: Plan, examples: Examples, built: Built, lesson: Lesson) -> dict[str, Any]:
-    """Plain values that a resumed run must have as well."""
-    config = planned.config
+def _description(
+    config: RunConfig, splits: DataSplits, model: TrainedModel, recipe: Recipe
+) -> dict[str, Any]:
+    """Return plain values that a resumed run must have as well."""
     optional: dict[str, Any] = {
         "framing": config.framing,
         "routing": config.routing,
         "alignment": config.alignment,
     }
     return {
-        **built.describe(),
-        **lesson.describe(),
+        **model.describe(),
+        **recipe.identity,
         "flow": config.flow.describe(),
-        "data": examples.training.fingerprint(),
-        "data_order": examples.training.order(),
-        **({"prior": [len(planned.prior), config.fine_tuning.prior_share]} if planned.prior else {}),
-        **{name: asdict(one) for name, one in optional.items() if one != type(one)()},
-        "batch": built.batch,
+        "data": splits.training.fingerprint(),
+        "data_order": splits.training.order(),
+        **{name: asdict(section) for name, section in optional.items() if section != type(section)()},
+        "batch": model.batch,
         "seed": config.loop.seed,
     }
-
-
-def _finish(config: RunConfig, examples: Examples, result: Result, log: Logger) -> None:
-    """Measure how much of few images is learnt by heart, say how to draw, and put the result on the hub if asked."""
-    if config.init_from and len(examples.training) <= FEW:
-        device = process_state().device
-        background = examples.data.background
-        tell_memorised(Path(config.output), examples.training, examples.validation, background, device)
-    try_it = shlex.join(["latentflow", "generate", "--checkpoint", str(result.folder)])
-    log.info(f"done: {result.folder}; try it with\n  {try_it}")
-    if config.push_to_hub:
-        log.info(f"pushed: {push(result.folder, config.push_to_hub)}")

@@ -1,5 +1,4 @@
-"""Numbers as callers and flags bring them: of the right kind and in range, or refused in a sentence. Imports errors
-only."""
+"""Checks of numbers from callers and flags: the right kind and range, or an error. Imports errors only."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ def whole(name: str, value: Any, least: int, most: int | None = None, *, fix: st
 
     Args:
         name: what a user calls it.
-        fix: second half of the error, in place of the range.
+        fix: advice in the error, in place of the range.
 
     Raises:
-        UserError: it is another number, or none: True, 2.0 and "2" are no whole numbers.
+        UserError: it is another number, or no whole number: True, 2.0 and "2" are none.
     """
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     if is_whole and least <= value and (most is None or value <= most):
@@ -42,7 +41,7 @@ def finite(
 
     Args:
         name: what a user calls it.
-        fix: second half of the error, in place of the range.
+        fix: advice in the error, in place of the range.
 
     Raises:
         UserError: it is NaN, infinite, out of range, or no number: True and "2" are none.

@@ -1,6 +1,6 @@
 """Components of a checkpoint: files that fit together are loaded, all others are refused by name.
 
-diffusers and transformers fill what a file lacks with random numbers, leave out what they do not know, and only
+diffusers and transformers fill missing weights with random numbers, leave out weights that they do not know, and only
 report it. Here a missing, unexpected, mis-shaped or non-finite weight is an error, and so is a file that cannot be
 read. No code of a checkpoint's is executed, and no module is imported because a checkpoint names it.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-_STEMS = ("diffusion_pytorch_model", "model")  # of files of weights: diffusers', transformers'
+_STEMS = ("diffusion_pytorch_model", "model")  # names of files of weights: diffusers', transformers'
 _FLOATS = ("F", "BF")  # how safetensors' types of floating-point numbers begin
 
 
@@ -35,32 +35,32 @@ def component_class(file: object, name: str, entry: Any, base: type) -> Any:
 
     Args:
         file: the index.
-        name: of the component.
+        name: the component's name.
         entry: [module, class], as diffusers writes it.
-        base: the class of which it must be one.
+        base: class that it must be or derive from.
 
     Raises:
         UserError: there is no such class in diffusers, transformers or a module that is already imported, or it is no
             component of a pipeline.
     """
-    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(one, str) for one in entry)):
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
         raise UserError(f"{file}: {name} is {shown(entry)}", f"Expected: [module, class]. {MEND}")
     library, kind = entry
     try:
         found = getattr(sys.modules.get(library), kind, None)
-    except (ImportError, RuntimeError):  # transformers' own way to say that something is not installed
+    except (ImportError, RuntimeError):  # raised by transformers where a package is not installed
         found = None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(
             f"{file}: {name} is {library}.{kind}, which is no {base.__name__} that is known here",
             "latentflow executes no code of a checkpoint's: a component is a class of diffusers, transformers or "
-            f"latentflow. Another one can be passed: from_pretrained(folder, {name}=...).",
+            f"latentflow. Another can be passed: from_pretrained(folder, {name}=...).",
         )
     return found
 
 
 def check_config(file: Path, config: Mapping[str, Any], kind: Any = None) -> None:
-    """Refuse a config of weights that are quantised, or that another class wrote than ``kind``.
+    """Refuse the config of quantised weights, or one that another class than ``kind`` wrote.
 
     Raises:
         UserError: names the file and the class.
@@ -90,9 +90,9 @@ def load_module(
 
     Args:
         kind: its class.
-        folder: with config.json and the weights beside it.
-        shown: what it is called in errors; default: the folder.
-        fix: what the user can do where the weights cannot be read.
+        folder: folder with config.json and the weights.
+        shown: its name in errors; default: the folder.
+        fix: advice for the user where the weights cannot be read.
         options: handed to ``kind.from_pretrained``: ``dtype``, ``variant``, ``use_safetensors``.
 
     Returns:
@@ -115,14 +115,14 @@ def load_module(
     check_layers(config_file, config, stored)
 
     def build() -> object:
-        if hasattr(kind, "config_class"):  # of transformers
+        if hasattr(kind, "config_class"):  # a class of transformers
             return kind._from_config(kind.config_class.from_pretrained(folder))
         with no_init_weights():  # only its sizes are asked for
             return kind.from_config({**config})
 
     check_size(config_file, stored, build, ours=ours)
     options = {name: value for name, value in options.items() if value is not None}
-    if "dtype" in options and not hasattr(kind, "config_class"):  # diffusers' word for it
+    if "dtype" in options and not hasattr(kind, "config_class"):  # diffusers' name of it
         options["torch_dtype"] = options.pop("dtype")
     return load_checked(kind, str(folder), shown or folder, stored, fix=fix, **options)
 
@@ -137,7 +137,7 @@ class Checked:
         Raises:
             UserError: weights are missing, unexpected, of another shape or not finite, or a file cannot be read.
         """
-        if {"output_loading_info", "ignore_mismatched_sizes"} & options.keys():  # the caller looks himself
+        if {"output_loading_info", "ignore_mismatched_sizes"} & options.keys():  # the caller checks these
             return super().from_pretrained(source, **options)  # type: ignore[misc]
         subfolder = options.pop("subfolder", None) or ""
         if Path(source, subfolder).is_dir():
@@ -163,14 +163,14 @@ def load_transformers_model(
 
     Args:
         name: hub id or folder.
-        shown: what it is called in errors.
+        shown: its name in errors.
         family: config -> class that loads it.
-        fix: what the user can do where it cannot be read.
-        subfolder: of it, with the model.
+        fix: advice for the user where it cannot be read.
+        subfolder: folder inside it that holds the model.
         options: see `load_checked`.
 
     Raises:
-        UserError: as of `load_module`.
+        UserError: see `load_module`.
     """
     from transformers import AutoConfig
 
@@ -187,7 +187,7 @@ def load_transformers_model(
         config = AutoConfig.from_pretrained(name, **where)
     check_config(file, config.to_dict())
     kind = family(config)
-    # Of a model of images and text, the part of the config that is of the wanted half.
+    # The config of a model of images and text has one part for each half.
     half = getattr(getattr(kind, "config_class", None), "base_config_key", "")
     make = getattr(kind, "from_config", None) or kind._from_config
     check_size(file, stored, lambda: make(getattr(config, half, config) if half else config))
@@ -210,8 +210,8 @@ def load_checked(
         shown: the source, as a user would call it.
         stored: see `stored_weights`.
         other_parts: the file may hold weights of other parts of a larger model, and lack a pooler, which is not used.
-        fix: what the user can do where it cannot be read.
-        options: handed on.
+        fix: advice for the user where it cannot be read.
+        options: passed to ``kind.from_pretrained``.
 
     Raises:
         UserError: names the weights, or the reason why the files cannot be read.
@@ -220,7 +220,7 @@ def load_checked(
         module, info = kind.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    buffers = tuple(name for name, _ in module.named_buffers())  # older files hold some that are computed now
+    buffers = tuple(name for name, _ in module.named_buffers())  # older files hold some that are now computed
     missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
     unexpected = sorted(name for name in info["unexpected_keys"] if not name.endswith(buffers))
     if other_parts:
@@ -246,10 +246,10 @@ def _unfit(shown: object, what: str) -> UserError:
 
 
 def _check_values(module: nn.Module, shown: object, stored: Mapping[str, tuple[str, int]]) -> None:
-    """Refuse whole numbers in the place of weights, and weights that are not finite."""
+    """Refuse weights that are whole numbers, or not finite."""
     import torch
 
-    values = {name: one for name, one in module.state_dict().items() if one.is_floating_point()}
+    values = {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
     whole = [name for name in values if name in stored and not stored[name][0].startswith(_FLOATS)]
     if whole:
         raise UserError(
@@ -259,8 +259,8 @@ def _check_values(module: nn.Module, shown: object, stored: Mapping[str, tuple[s
     usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     odd = [
         name
-        for name, one in values.items()
-        if one.dtype in usual and not one.is_meta and one.numel() and not is_finite(one)
+        for name, tensor in values.items()
+        if tensor.dtype in usual and not tensor.is_meta and tensor.numel() and not is_finite(tensor)
     ]
     if odd:
         dtype = str(values[odd[0]].dtype).removeprefix("torch.")
@@ -268,7 +268,7 @@ def _check_values(module: nn.Module, shown: object, stored: Mapping[str, tuple[s
 
 
 def is_finite(values: Tensor) -> bool:
-    """Return whether all ``values`` are finite, of a tensor that is not empty; reads them once, copies none."""
+    """Return whether all values of a tensor, which must not be empty, are finite; reads them once, copies none."""
     import torch
 
     return bool(torch.isfinite(torch.stack(values.detach().aminmax())).all())
@@ -278,13 +278,13 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[
     """Return name -> (type, count of numbers) of the weights in ``folder``'s safetensors files, by their headers.
 
     Args:
-        variant: as of ``from_pretrained``, such as "fp16".
+        variant: see ``from_pretrained``, such as "fp16".
 
     Returns:
         None where the folder has no safetensors files.
 
     Raises:
-        UserError: a file is damaged, or its index is.
+        UserError: a file or its index is damaged.
     """
     files = weight_files(folder, variant)
     if files is None:
@@ -295,8 +295,8 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[
     for file in files:
         with reading(file, OSError, SafetensorError, fix=MEND), safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - no mapping
-                one = opened.get_slice(name)
-                found[name] = one.get_dtype(), math.prod(one.get_shape())
+                weight = opened.get_slice(name)
+                found[name] = weight.get_dtype(), math.prod(weight.get_shape())
     return found
 
 
@@ -304,7 +304,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path] | None:
     """Return the safetensors files in ``folder`` that the libraries read, or None where it has none.
 
     Args:
-        variant: as of ``from_pretrained``, such as "fp16".
+        variant: see ``from_pretrained``, such as "fp16".
 
     Raises:
         UserError: their index is damaged.
@@ -351,8 +351,9 @@ def check_size(
     Args:
         file: the config.
         stored: see `stored_weights`; None: nothing is known of them.
-        build: makes the network; called where tensors take no memory.
-        ours: a mistake in the settings of a class of ours is a `UserError`; all else in it is a defect, and passes.
+        build: builds the network; called where tensors take no memory.
+        ours: the class is latentflow's, whose mistakes in settings are `UserError`; any other exception is a defect and
+            passes.
 
     Raises:
         UserError: the network is too large, or cannot be built.
@@ -372,22 +373,22 @@ def check_size(
 
 def _settings_within(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
-        for key, one in value.items():
-            yield from _settings_within(one, key)
+        for key, item in value.items():
+            yield from _settings_within(item, key)
     elif isinstance(value, list):
-        for one in value:
-            yield from _settings_within(one, name)
+        for item in value:
+            yield from _settings_within(item, name)
     else:
         yield name, value
 
 
 @contextmanager
 def _no_larger(file: Path, stored: Mapping[str, tuple[str, int]]) -> Iterator[None]:
-    """Refuse, within the context, the building of a network that has far more weights than are stored."""
+    """Refuse, within the context, to build a network that has far more weights than are stored."""
     from torch.nn.modules import module as hooks
 
     numbers = sum(count for _, count in stored.values())
-    # Twice: weights that are tied are built more than once. And room for small ones that are computed.
+    # Twice as many, since tied weights are built more than once; and room for small ones that are computed.
     left = {"tensors": 2 * len(stored) + 64, "numbers": 4 * numbers + 2**20}
     thread = threading.get_ident()
 
@@ -417,18 +418,31 @@ def _no_larger(file: Path, stored: Mapping[str, tuple[str, int]]) -> Iterator[No
 # ---------------------------------------------------------------- the libraries
 
 
+def quiet_libraries() -> None:
+    """Turn off warnings and progress bars of diffusers and transformers.
+
+    Programs check what they load and have progress bars of their own; a script keeps what its user has set.
+    """
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 @contextmanager
 def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
-    """Turn what diffusers, transformers and safetensors raise on files they cannot read into a `UserError`.
+    """Turn exceptions of diffusers, transformers and safetensors about files they cannot read into a `UserError`.
 
     Only their calls belong inside. Their advice to execute a checkpoint's code is not passed on.
 
     Args:
-        shown: what is read, as a user would call it.
-        fix: what the user can do.
+        shown: the file or checkpoint, as a user would call it.
+        fix: advice for the user.
 
     Raises:
-        UserError: in the place of theirs.
+        UserError: in place of their exception.
     """
     from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
     from safetensors import SafetensorError
@@ -449,7 +463,7 @@ def library_reads(shown: object, fix: str = MEND) -> Iterator[None]:
 
 @contextmanager
 def about(shown: object) -> Iterator[None]:
-    """Let every `UserError` within the context name what it is about: a file, a checkpoint."""
+    """Let every `UserError` within the context name its subject: a file, a checkpoint."""
     try:
         yield
     except UserError as error:
@@ -460,7 +474,7 @@ def about(shown: object) -> Iterator[None]:
 
 @contextmanager
 def without_reports() -> Iterator[None]:
-    """Silence the libraries within the context: what is wrong is said in one sentence, as an error."""
+    """Silence the libraries within the context; our errors say in one sentence what is wrong."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -30,6 +30,16 @@ class Essential(NamedTuple):
     heading: str = ""
 
 
+class Section(NamedTuple):
+    """A field that is a dataclass itself: its name, and the first paragraph of its docstring on one line."""
+
+    name: str = ""
+    help: str = ""
+
+
+_NO_SECTION = Section()
+
+
 @dataclasses.dataclass(frozen=True)
 class Flag:
     """One leaf of a settings dataclass.
@@ -40,7 +50,7 @@ class Flag:
         hint: type, without ``Annotated``.
         extras: what ``Annotated`` adds to the type.
         help: the docstring below the field, on one line.
-        section: name of the section that it belongs to; empty for the outer dataclass.
+        section: the section that it belongs to; without a name for the outer dataclass.
     """
 
     key: str
@@ -48,7 +58,7 @@ class Flag:
     hint: Any
     extras: tuple[Any, ...]
     help: str
-    section: str
+    section: Section
 
     def of(self, config: Any) -> Any:
         """Return the flag's value in an instance of the dataclass."""
@@ -62,7 +72,7 @@ class Flag:
 
     @property
     def positional(self) -> bool:
-        """Whether the value is given without a flag's name."""
+        """Return whether the value is given without the flag's name."""
         from tyro.conf import Positional
 
         return Positional in self.extras
@@ -81,7 +91,7 @@ class Flag:
         return given or ("" if self.hint is bool else _words(self.hint))
 
 
-def flags_of(config_class: type, path: tuple[str, ...] = (), section: str = "") -> list[Flag]:
+def flags_of(config_class: type, path: tuple[str, ...] = (), section: Section = _NO_SECTION) -> list[Flag]:
     """Return the flags of a dataclass in order, those of its sections (fields that are dataclasses) in their place."""
     hints = get_type_hints(config_class, include_extras=True)
     texts = _texts_below_fields(config_class)
@@ -90,8 +100,12 @@ def flags_of(config_class: type, path: tuple[str, ...] = (), section: str = "") 
         bare, extras = without_annotation(hints[field.name])
         here = (*path, field.name)
         if dataclasses.is_dataclass(bare) and isinstance(bare, type):
-            nameless = any(getattr(extra, "name", None) == "" for extra in extras)
-            flags += flags_of(bare, here, "" if nameless else field.name.replace("_", "-"))
+            inner = Section(field.name.replace("_", "-"), _first_paragraph(bare))
+            if any(
+                getattr(extra, "name", None) == "" for extra in extras
+            ):  # its flags count as the outer class's
+                inner = section
+            flags += flags_of(bare, here, inner)
         elif field.init:
             flag = Flag(field.name, here, bare, extras, texts.get(field.name, ""), section)
             key, text = flag.extra("name") or field.name, flag.extra("help") or flag.help
@@ -137,52 +151,57 @@ def help_text(
     from tyro import MISSING
 
     flags = flags_of(config_class)
-    required = [flag for flag in flags if flag.of(defaults) is MISSING]
-    sections = [name for name in dict.fromkeys(flag.section for flag in flags) if name]
+    main = [flag for flag in flags if flag.positional or flag.of(defaults) is MISSING]
+    sections = {flag.section.name: flag.section for flag in flags if flag.section.name}
     short = group is None and not everything and len(flags) > _FEW
-    shown: dict[str, list[Flag]] = {"": list(required)}
+    shown: dict[str, list[Flag]] = {"": list(main)}
     for flag in flags:
         essential = [extra for extra in flag.extras if isinstance(extra, Essential)]
-        heading = essential[0].heading if short and essential else flag.section
-        if flag not in required and (essential or not short):
+        heading = essential[0].heading if short and essential else flag.section.name
+        if flag not in main and (essential or not short):
             shown.setdefault(heading, []).append(flag)
     if group is not None and sections:
-        lookup(dict.fromkeys(sections), group, "group of flags")
-        shown = {group: shown[group]}
+        shown = {group: shown.get(lookup(sections, group, "group of flags").name, [])}
 
-    usage = [" ".join([*flag.names(MISSING)[:1], flag.value]) for flag in required]
+    usage = []
+    for flag in main:
+        text = " ".join([*flag.names(MISSING)[:1], flag.value])
+        usage.append(text if flag.of(defaults) is MISSING else f"[{text}]")
     lines = [" ".join(["usage:", prog, *usage, "[flags]"]), ""]
     width = min(100, shutil.get_terminal_size().columns)
-    for line in description.splitlines():
-        lines += textwrap.wrap(line, width, subsequent_indent=" " * (len(line) - len(line.lstrip()))) or [""]
+    lines += "\n\n".join(_wrapped(block, width) for block in description.split("\n\n")).splitlines()
     for name, members in shown.items():
+        about = "" if short or not name else sections[name].help
         if members:
-            lines += ["", *([f"{name}:"] if name else [])]
+            lines += ["", *textwrap.wrap(f"{name}: {about}", width)] if name else [""]
         for flag in members:
-            lines += _entry(flag, flag.of(defaults), flag in required, width)
+            lines += _entry(flag, flag.of(defaults), width)
     if sum(map(len, shown.values())) < len(flags):
-        more = (
-            f"More flags: `{prog} --help-all`, or `{prog} --help GROUP` with one of: {', '.join(sections)}."
-        )
+        names = ", ".join(sections)
+        more = f"More flags: `{prog} --help-all`, or `{prog} --help GROUP` with one of: {names}."
         lines += ["", *textwrap.wrap(more, width, break_on_hyphens=False)]
     return "\n".join(lines)
 
 
-def _entry(flag: Flag, default: Any, required: bool, width: int) -> list[str]:
-    """Return the lines of one flag: its spellings on the left, its help and default on the right."""
-    left = (
-        f"  {', '.join(flag.names(default))} {flag.value}".rstrip()
-        if not flag.positional
-        else f"  {flag.value}"
+def _entry(flag: Flag, default: Any, width: int) -> list[str]:
+    """Return the lines of one flag: its names and value on the left, its help and default on the right."""
+    from tyro import MISSING
+
+    left = "  " + f"{', '.join(flag.names(default))} {flag.value}".strip()
+    text = (
+        "" if default is MISSING or default is None or isinstance(default, bool) else _plain(default).strip()
     )
-    note = (
-        ""
-        if required or isinstance(default, bool) or default in (None, "", (), {})
-        else f" (default: {_plain(default)})"
-    )
-    right = textwrap.wrap(flag.help + note, width - _MARGIN)
-    first = [left] if len(left) > _MARGIN - 2 or not right else [f"{left:<{_MARGIN}}{right.pop(0)}"]
-    return first + [" " * _MARGIN + line for line in right]
+    right = textwrap.wrap(flag.help + (f" (default: {text})" if text else ""), width - _MARGIN)
+    lines = [f"{'':{_MARGIN}}{line}" for line in right] or [""]
+    if len(left) > _MARGIN - 2:
+        return [left, *lines]
+    return [(left.ljust(_MARGIN) + lines[0][_MARGIN:]).rstrip(), *lines[1:]]
+
+
+def _wrapped(block: str, width: int) -> str:
+    """Return a paragraph in lines of the width; lines that show commands stay as they are."""
+    shows_commands = any(line.startswith((" ", "latentflow ")) for line in block.splitlines())
+    return block if shows_commands else textwrap.fill(block, width)
 
 
 def _plain(value: Any) -> str:
@@ -202,7 +221,13 @@ def _words(hint: Any) -> str:
         return f"NAME {_words(inner[1])} ..."
     if get_origin(hint) is tuple:
         return " ".join("..." if kind is Ellipsis else _words(kind) for kind in inner)
-    return _WORDS[hint]
+    return _WORDS.get(hint, "VALUE")
+
+
+def _first_paragraph(config_class: type) -> str:
+    text = inspect.cleandoc(config_class.__doc__ or "").partition("\n\n")[0]
+    is_written = not text.startswith(f"{config_class.__name__}(")  # else it is `dataclass`'s own
+    return " ".join(text.split()) if is_written else ""
 
 
 @cache

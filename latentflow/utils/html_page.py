@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .replacing import replacing
+from .files import replacing
 from .templates import render
 
 if TYPE_CHECKING:

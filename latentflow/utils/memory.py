@@ -1,4 +1,4 @@
-"""Running out of memory: in which phase, how much was used, and what would help. Imports only `errors` of ours."""
+"""Errors for running out of memory, with the phase, the amount used and advice. Imports only `errors` of ours."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 
 from ..errors import RunError, UserError
 
-# What each phase of a program can be asked to do with less memory.
+# Advice for less memory in each phase of a program.
 ADVICE = {
     "encode": "Lower --resolution, or free memory that other programs use.",
-    "train": "Add --auto-micro-batch (splits batches as far as needed; what is learnt stays the same), "
+    "train": "Add --auto-micro-batch (splits batches as far as needed; what is learned stays the same), "
     "--gradient-checkpointing or --mixed-precision bf16; or halve --train-batch-size and double "
     "--gradient-accumulation-steps. A fine-tune (--init-from) needs least with --lora-rank 16.",
     "train the autoencoder": "Add --auto-micro-batch, or lower --autoencoder-batch-size, --autoencoder-widths or "
     "--resolution.",
-    "preview": "--preview-steps 0 leaves previews out.",
-    "validate": "--validation-steps 0 leaves validations out.",
+    "preview": "--preview-steps 0 leaves out previews.",
+    "validate": "--validation-steps 0 leaves out validations.",
     "draw prior samples": "Free memory that other programs use, or leave them out: --prior-samples 0.",
     "draw pairs": "Free memory that other programs use.",
     "draw": "Ask for smaller images, or free memory that other programs use.",
@@ -31,7 +31,7 @@ ADVICE = {
 }
 
 
-# What torch raises as a plain RuntimeError: of the main memory, of CUDA beside torch's own allocator, of cuBLAS.
+# Messages of torch's plain RuntimeErrors: main memory, CUDA outside torch's own allocator, cuBLAS.
 _SAID = (
     "DefaultCPUAllocator: can't allocate",
     "DefaultCPUAllocator: not enough memory",
@@ -41,18 +41,18 @@ _SAID = (
 
 
 class OutOfMemory(RunError):  # noqa: N818 (named as torch's)
-    """Too little memory in a phase; ``what`` says which, how much was used at most, and what was asked for."""
+    """Too little memory in a phase; ``what`` names it, the peak of memory used and what was asked for."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory, of a GPU or the machine, ran out."""
+    """Return whether an exception says that memory, of a GPU or the machine, ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _SAID)
 
 
 def out_of_memory(phase: str, error: BaseException) -> OutOfMemory:
-    """The error for users: ``phase`` is a key of `ADVICE`, ``error`` what was raised."""
+    """Return the error for users; ``phase`` is a key of `ADVICE`, ``error`` the exception that was raised."""
     if isinstance(error, OutOfMemory):
         return error
     phase = next((note for note in getattr(error, "__notes__", ()) if note in ADVICE), phase)
@@ -65,7 +65,7 @@ def out_of_memory(phase: str, error: BaseException) -> OutOfMemory:
 
 @contextmanager
 def memory_phase(phase: str) -> Iterator[None]:
-    """Within the context, running out of memory is an `OutOfMemory` that names the phase."""
+    """Raise `OutOfMemory`, which names the phase, where memory runs out within the context."""
     try:
         yield
     except Exception as error:
@@ -76,7 +76,7 @@ def memory_phase(phase: str) -> Iterator[None]:
 
 @contextmanager
 def inner_phase(phase: str) -> Iterator[None]:
-    """Within the context, what runs out of memory keeps its type and is marked: `out_of_memory` tells this phase."""
+    """Mark exceptions of memory that runs out within the context, so that `out_of_memory` names this phase."""
     try:
         yield
     except Exception as error:
@@ -86,13 +86,14 @@ def inner_phase(phase: str) -> Iterator[None]:
 
 
 def require_memory(what: str, size: int) -> None:
-    """Refuse what cannot fit into this machine's main memory, whatever else runs.
+    """Refuse a request that cannot fit into this machine's main memory, whatever else runs.
 
     Args:
-        size: in bytes, at least needed.
+        what: the request, as a plural noun.
+        size: least number of bytes that it needs.
 
     Raises:
-        UserError: says how much is needed and how much there is.
+        UserError: it does not fit; the message says how much is needed and how much there is.
     """
     total = psutil.virtual_memory().total
     if size > total:
@@ -104,14 +105,14 @@ def require_memory(what: str, size: int) -> None:
 
 
 def release_memory() -> None:
-    """Give back what the last failure left behind, so that the next attempt has it."""
+    """Release the memory that the last failure left behind, for the next attempt."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def peak_gib() -> float:
-    """Peak memory in GiB: of the GPU where there is one, else of this process."""
+    """Return the peak of memory used in GiB: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated() / 2**30)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -119,7 +120,7 @@ def peak_gib() -> float:
 
 
 def size_text(size: int) -> str:
-    """Bytes in words: ``1.2 GiB``."""
+    """Return bytes in words: ``1.2 GiB``."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"

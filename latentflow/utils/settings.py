@@ -1,4 +1,4 @@
-"""Settings in the JSON files of a checkpoint: of the types that a class declares, and of sizes that can be."""
+"""Settings in the JSON files of a checkpoint, checked against the types that a class declares and possible sizes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError, nearest, shown
 from .arguments import is_number
-from .documents import read_json
+from .files import read_json
 
 MEND = "Restore the file from where it came from, or train the checkpoint again."
 CONFIG = "config.json"
-#: sizes that a file of weights does not bound, or too late, and the largest that is believed
+#: largest accepted value of sizes that the file of weights does not bound, or too late
 LARGEST = {
     "condition_channels": 2**16,
     "mlp_ratio": 2**10,
@@ -37,7 +37,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def check_settings(file: object, settings: Mapping[str, Any], kind: Any) -> None:
-    """Refuse settings that ``kind`` does not take, or of other types than it declares.
+    """Refuse settings that the constructor of ``kind`` does not take, or that have another type than it declares.
 
     Raises:
         UserError: names the file, the setting and its value.
@@ -55,7 +55,7 @@ def check_settings(file: object, settings: Mapping[str, Any], kind: Any) -> None
 
 
 def check_types(file: object, settings: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Refuse values that are not of the types in ``hints``, numbers that are not finite, and sizes beyond `LARGEST`.
+    """Refuse values of another type than ``hints`` has, numbers that are not finite, and sizes beyond `LARGEST`.
 
     Raises:
         UserError: names the file, the setting and its value.
@@ -66,7 +66,7 @@ def check_types(file: object, settings: Mapping[str, Any], hints: Mapping[str, A
             raise UserError(f"{file}: {name} is {shown(value)}", f"Expected: {_words(hint)}. {MEND}")
         sizes = value if isinstance(value, list | tuple) else [value]
         if name in LARGEST and any(
-            type(one) in (int, float) and not 0 <= one <= LARGEST[name] for one in sizes
+            type(size) in (int, float) and not 0 <= size <= LARGEST[name] for size in sizes
         ):
             raise UserError(f"{file}: {name} is {shown(value)}", f"At most {LARGEST[name]} is read. {MEND}")
 
@@ -74,7 +74,7 @@ def check_types(file: object, settings: Mapping[str, Any], hints: Mapping[str, A
 def _fits(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in inner)
+        return any(_fits(value, option) for option in inner)
     if hint in (None, type(None)):
         return value is None
     if hint is float:
@@ -82,9 +82,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (bool, int, str):
         return type(value) is hint
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, dict) and all(_fits(one, inner[1]) for one in value.values())
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
     if isinstance(origin, type) and issubclass(origin, Collection):
-        return isinstance(value, list | tuple) and all(_fits(one, inner[0]) for one in value)
+        return isinstance(value, list | tuple) and all(_fits(item, inner[0]) for item in value)
     return True  # a component, or anything
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from latentflow.autoencoder import build_autoencoder
 from latentflow.autoencoder.losses import SMALLEST_IMAGE, PatchDiscriminator
 from latentflow.autoencoder.regularisation import noisy, scales, transformed
-from latentflow.config import AutoencoderConfig, LoopConfig
+from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses import autoencoder as training
@@ -249,9 +249,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
     whole, resumed = (tmp_path_factory.mktemp(name) for name in ("whole", "resumed"))
     for folder in (whole, resumed):
-        train_autoencoder(
-            train, validation, config, loop, folder, resolution=16, background="white", flips=True
-        )
+        data = DataConfig(data="", resolution=16, random_flip=True)
+        train_autoencoder(train, validation, config, loop, folder, data)
         if folder == whole:
             shutil.copytree(whole / "checkpoints" / "step-000003", resumed / "checkpoints" / "step-000003")
     return whole, resumed

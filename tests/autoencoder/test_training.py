@@ -15,7 +15,7 @@ from torch import nn
 
 from latentflow.autoencoder import build_autoencoder, has_statistics
 from latentflow.autoencoder.losses import PatchDiscriminator, adaptive_weight, hinge_loss
-from latentflow.config import AutoencoderConfig, LoopConfig
+from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training.loop.data_order import SampleRandom, SampleUse
@@ -24,44 +24,43 @@ from latentflow.training.losses.autoencoder import AutoencoderLoss, Discriminato
 from latentflow.training.losses.latent_data import PixelData, is_flipped
 from latentflow.training.train_autoencoder import train_autoencoder
 
-from ..training.command import TINY, call
+from ..training.command import TINY, call, save_images
 from ..training.forking import fork_ranks
 
 SMALL = AutoencoderConfig(
     latent_channels=4, autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(1, 1), autoencoder_steps=60,
     autoencoder_batch_size=8,
 )  # fmt: skip
-CLASSES = ("dc", "kl")
+DATA = DataConfig(data="", resolution=16, random_flip=True)
 
 
-@pytest.mark.parametrize("kind", CLASSES)
-def test_the_size_is_as_configured(kind: Any) -> None:
-    vae = build_autoencoder(dataclasses.replace(SMALL, autoencoder_class=kind), 16)
+@pytest.mark.parametrize(
+    ("kind", "widths"),
+    [("dc", (8, 16)), ("kl", (8, 16)), ("kl", (12, 20))],  # GroupNorm wants groups that divide every width
+)
+def test_the_size_is_as_configured(kind: Any, widths: tuple[int, ...]) -> None:
+    config = dataclasses.replace(SMALL, autoencoder_class=kind, autoencoder_widths=widths)
+    vae = build_autoencoder(config, 16)
     encoded = vae.encode(torch.zeros(1, 3, 16, 16))
     latent = encoded.latent if kind == "dc" else encoded.latent_dist.mean
     assert latent.shape == (1, 4, 8, 8)
     assert vae.decode(latent).sample.shape == (1, 3, 16, 16)
 
 
-def test_a_kl_of_any_widths_is_built() -> None:
-    """GroupNorm wants groups that divide every width."""
-    config = dataclasses.replace(SMALL, autoencoder_class="kl", autoencoder_widths=(12, 20))
-    decoded = build_autoencoder(config, 16).decode(torch.zeros(1, 4, 8, 8)).sample
-    assert decoded.shape == (1, 3, 16, 16)
-
-
-def test_a_resolution_that_does_not_divide_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="--resolution 20"):
-        build_autoencoder(
-            dataclasses.replace(
-                SMALL, autoencoder_widths=(8, 8, 16), encoder_layers=(0, 1, 1), decoder_layers=(0, 1, 1)
-            ),
-            21,
-        )
-    with pytest.raises(UserError, match="one entry for each resolution"):
-        build_autoencoder(dataclasses.replace(SMALL, encoder_layers=(1,)), 16)
-    with pytest.raises(UserError, match="multiple"):
-        build_autoencoder(dataclasses.replace(SMALL, latent_channels=3), 16)
+@pytest.mark.parametrize(
+    ("changes", "resolution", "message"),
+    [
+        (
+            {"autoencoder_widths": (8, 8, 16), "encoder_layers": (0, 1, 1), "decoder_layers": (0, 1, 1)},
+            21, "--resolution 20",
+        ),
+        ({"encoder_layers": (1,)}, 16, "one entry for each resolution"),
+        ({"latent_channels": 3}, 16, "multiple"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], resolution: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_autoencoder(dataclasses.replace(SMALL, **changes), resolution)
 
 
 def with_widths(widths: tuple[int, ...], full_size: tuple[int, int] = (0, 1)) -> AutoencoderConfig:
@@ -85,27 +84,24 @@ def test_widths_between_which_there_are_shortcuts_work(widths: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize(
-    ("widths", "pairs"),
+    ("widths", "pairs", "nearest"),
     [
-        ((16, 48, 96, 160), "16 48 nor 96 160"),
-        ((8, 64), "8 64"),
-        ((16, 96, 20), "16 96 nor 96 20"),
-        ((7, 14, 28), "7 14"),
+        ((16, 48, 96, 160), "16 48 nor 96 160", "12 48 96 192"),
+        ((24, 64, 128, 256), "24 64", "32 64 128 256"),
+        ((8, 64), "8 64", ""),
+        ((16, 96, 20), "16 96 nor 96 20", ""),
+        ((7, 14, 28), "7 14", ""),
     ],
 )
-def test_other_widths_are_refused_with_the_nearest_that_work(widths: tuple[int, ...], pairs: str) -> None:
+def test_other_widths_are_refused_with_the_nearest_that_work(
+    widths: tuple[int, ...], pairs: str, nearest: str
+) -> None:
     with pytest.raises(UserError, match=f"cannot join {pairs};") as error:
         build_autoencoder(with_widths(widths), 8)
-    nearest = tuple(map(int, re.findall(r"\d+", error.value.fix)))
-    assert len(nearest) == len(widths)
-    assert size_of_reconstruction(with_widths(nearest)) == (1, 3, 8, 8)
-
-
-def test_the_nearest_widths_are_those_one_would_choose() -> None:
-    with pytest.raises(UserError, match=r"--autoencoder-widths 12 48 96 192$"):
-        build_autoencoder(with_widths((16, 48, 96, 160)), 8)
-    with pytest.raises(UserError, match=r"--autoencoder-widths 32 64 128 256$"):
-        build_autoencoder(with_widths((24, 64, 128, 256)), 8)
+    assert error.value.fix.endswith(f"--autoencoder-widths {nearest}" if nearest else "")
+    proposed = tuple(map(int, re.findall(r"\d+", error.value.fix)))
+    assert len(proposed) == len(widths)
+    assert size_of_reconstruction(with_widths(proposed)) == (1, 3, 8, 8)
 
 
 def test_nothing_is_asked_of_a_width_that_is_not_used_nor_of_the_other_class() -> None:
@@ -127,13 +123,9 @@ def test_nothing_is_asked_of_a_width_that_is_not_used_nor_of_the_other_class() -
 def test_mistakes_are_one_screen_without_a_traceback(
     flags: list[object], message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "images").mkdir()
-    for number, example in enumerate(train_source().examples[:5]):
-        example.open().resize((16, 16)).save(tmp_path / "images" / f"{number}.png")
+    data = save_images(tmp_path / "images", *(f"{number}.png" for number in range(5)))
     own = TINY[: TINY.index("--network-preset")]
-    said = call(
-        tmp_path, tmp_path / "images", "-o", tmp_path / "run", *own, *flags, file="autoencoder", expect=2
-    )
+    said = call(tmp_path, data, "-o", tmp_path / "run", *own, *flags, file="autoencoder", expect=2)
     assert message in said and "Traceback" not in said and len(said.splitlines()) < 20
 
 
@@ -249,8 +241,7 @@ def test_the_adversarial_term_starts_at_the_same_step_in_all_numbers_of_processe
 
     def train(folder: Path, batch: int) -> None:
         one = dataclasses.replace(config, autoencoder_batch_size=batch)
-        images = {"resolution": 16, "background": "white", "flips": True}
-        assert train_autoencoder(source, source.subset([]), one, loop, folder, **images) is not None
+        assert train_autoencoder(source, source.subset([]), one, loop, folder, DATA) is not None
 
     def told(folder: Path) -> list[int]:
         rows = read_metrics(folder)
@@ -281,9 +272,7 @@ def test_a_short_run_learns_reports_held_out_psnr_and_stores_statistics(
     loop = LoopConfig(
         validation_steps=30, preview_steps=60, lr_warmup_steps=5, ema_decay=0.9, mixed_precision="no"
     )
-    vae = train_autoencoder(
-        train, validation, config, loop, tmp_path, resolution=16, background="white", flips=True
-    )
+    vae = train_autoencoder(train, validation, config, loop, tmp_path, DATA)
     assert vae is not None and has_statistics(vae)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     psnrs = [row["val_psnr"] for row in rows if "val_psnr" in row]

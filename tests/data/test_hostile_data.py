@@ -29,7 +29,7 @@ from latentflow.errors import LENGTH, UserError, few, one_line, shown
 from latentflow.training import log_to
 from latentflow.training.fine_tune.prior import _read_prompts
 from latentflow.training.report.folder import read_run
-from latentflow.utils import documents
+from latentflow.utils import files as documents
 
 from .images import folder_of, parquet, png, saved, tar, written, zipped
 from .test_fuzzing import FEATURES, described, latents

@@ -23,7 +23,7 @@ from latentflow.evaluation import data, figures, report
 from latentflow.evaluation.data import ImageSet
 from latentflow.metrics import in_proportion, real_split
 from latentflow.models import small_text_encoder, train_tokenizer
-from latentflow.training.fine_tune.teacher_samples import DrawnExample
+from latentflow.training.fine_tune.teacher_samples import TeacherSample
 
 COLOURS = ["red", "lime", "blue", "yellow", "white", "black"]
 THINGS = ["hat", "shoe"]
@@ -294,7 +294,7 @@ def test_a_checkpoint_is_conditioned_on_what_it_takes(kind: Any, takes: str, ask
         unknown_words=lambda prompts: [],
         get_label_ids=lambda names: [{"cat": 0, "dog": 1}[name] for name in names],
     )
-    example = DrawnExample("1", text="a cat", label="cat")
+    example = TeacherSample("1", text="a cat", label="cat")
     source = Source("d", (example,), kind, ("cat",) if kind == "class" else ())
     if asks is None:
         with pytest.raises(UserError, match="takes classes"):

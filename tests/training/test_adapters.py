@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,18 +18,12 @@ from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training.fine_tune.adapters import Adapter, chosen_layers
 from latentflow.training.networks import Networks
 
-from .command import TINY, call
-from .forking import fork_ranks
+from .command import TINY, call, call_on_two, opened, same_state, sampled
 
 pytest.importorskip("peft", reason='needs peft: pip install -e ".[lora]"')
 
 FILE = "adapter/pytorch_lora_weights.safetensors"
 LORA = ["--lora-rank", "4", "--preview-steps", "0", "--validation-steps", "0"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +46,6 @@ def others(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def drawn(pipe: Any, prompt: str) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    images: torch.Tensor = pipe(
-        [prompt], generator=generator, output_type="latent", num_inference_steps=2
-    ).images
-    return images
-
-
 @pytest.fixture(scope="module")
 def run(others: Path, cache: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished run with an adapter, and what it said."""
@@ -80,13 +63,13 @@ def test_the_plan_says_what_is_trained(run: tuple[Path, str]) -> None:
 
 
 def test_the_result_is_the_base_with_the_adapter(run: tuple[Path, str], base: Path) -> None:
-    result = LatentFlowPipeline.from_pretrained(run[0] / "pipeline")
-    pipe = LatentFlowPipeline.from_pretrained(base)
-    before = drawn(pipe, "a glimmering wug")
+    result, pipe = opened(run[0] / "pipeline"), opened(base)
+    before = sampled(pipe, prompt="a glimmering wug")
     pipe.load_lora_weights(run[0] / "adapter", adapter_name="one")
     for prompt in ("a glimmering wug", "a red circle"):
-        torch.testing.assert_close(drawn(pipe, prompt), drawn(result, prompt), atol=1e-4, rtol=0)
-    assert not torch.allclose(drawn(pipe, "a glimmering wug"), before, atol=1e-3)
+        pair = (sampled(each, prompt=prompt) for each in (pipe, result))
+        torch.testing.assert_close(*pair, atol=1e-4, rtol=0)
+    assert not torch.allclose(sampled(pipe, prompt="a glimmering wug"), before, atol=1e-3)
 
 
 def test_only_the_adapter_learns(run: tuple[Path, str], base: Path) -> None:
@@ -103,24 +86,18 @@ def test_only_the_adapter_learns(run: tuple[Path, str], base: Path) -> None:
     assert all(one.abs().max() > 0 for name, one in state.items() if "lora_B" in name or "added" in name)
 
 
-def test_a_stopped_run_goes_on_bit_by_bit(
-    others: Path, cache: Path, base: Path, run: tuple[Path, str], tmp_path: Path
-) -> None:
-    line = [others, "-o", tmp_path, *TINY, *LORA, "--init-from", base, "--learning-rate", "0.05"]
-    line += ["--checkpointing-steps", 2, "--lr-scheduler", "constant"]
-    whole = [one if one != tmp_path else tmp_path / "whole" for one in line]
-    part = [one if one != tmp_path else tmp_path / "part" for one in line]
-    call(cache, *whole, "--max-train-steps", 4)
-    call(cache, *part, "--max-train-steps", 2)
-    call(cache, *part, "--max-train-steps", 4)
-    for file in (
-        FILE,
-        *(f"checkpoints/step-000004/flow-{one}.safetensors" for one in ("weights", "optimizer")),
-    ):
-        files = [load_file(tmp_path / one / file) for one in ("whole", "part")]
-        assert files[0].keys() == files[1].keys()
-        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
-    said = call(cache, *part, "--max-train-steps", 6, "--lora-alpha", 8, expect=2)
+def test_a_stopped_run_goes_on_bit_by_bit(others: Path, cache: Path, base: Path, tmp_path: Path) -> None:
+    line = [others, *TINY, *LORA, "--init-from", base, "--learning-rate", "0.05"]
+    line += ["--checkpointing-steps", 2, "--lr-scheduler", "constant", "--max-train-steps"]
+    part = ["-o", tmp_path / "part"]
+    call(cache, *line, 4, "-o", tmp_path / "whole")
+    call(cache, *line, 2, *part)
+    call(cache, *line, 4, *part)
+    assert same_state(tmp_path / "whole", tmp_path / "part")
+    files = [load_file(tmp_path / name / FILE) for name in ("whole", "part")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    said = call(cache, *line, 6, *part, "--lora-alpha", 8, expect=2)
     assert "adapter.lora_alpha: None -> 8.0" in said
 
 
@@ -143,8 +120,7 @@ def test_two_processes_learn_what_one_learns(
     line = [others, *TINY, *LORA, "--init-from", base, "--lora-text-encoder", "--mixed-precision", "no"]
     line += ["--lora-dora"] * (not sharded) + ["--max-train-steps", 4]
     call(cache, *line, "-o", tmp_path / "one")
-    line += ["-o", tmp_path / "two", "--train-batch-size", 2, *(["--shard"] * sharded)]
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: call(cache, *line))] == [0, 0]
+    call_on_two(cache, *line, "-o", tmp_path / "two", "--train-batch-size", 2, *(["--shard"] * sharded))
     one, two = (load_file(tmp_path / name / FILE) for name in ("one", "two"))
     assert one.keys() == two.keys() and any(key.startswith("text_encoder.") for key in one)
     for name in one:
@@ -164,39 +140,25 @@ def test_a_compiled_adapter_learns_the_same(others: Path, cache: Path, base: Pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lora-rank", "8"], "--lora-rank without --init-from"),
-        (["--lora-dora"], "--lora-dora without --lora-rank"),
-        (["--lora-layers", "all"], "--lora-layers without --lora-rank"),
-        (["--lora-rank", "4", "--lora-layers"], "--lora-layers names none"),
-        (["--lora-rank", "-1"], "--lora-rank is -1"),
-        (["--lora-rank", "4", "--lora-alpha", "0"], "--lora-alpha is 0"),
-        (["--lora-rank", "4", "--lora-alpha", "nan"], "--lora-alpha is nan"),
-        (
-            ["BASE", "--lora-rank", "17"],
-            "--lora-rank 17 is above what the layer blocks.0.attn.qkv (16 to 48) can",
-        ),
-        (
-            ["BASE", "--lora-rank", "4", "--lora-layers", "atention"],
-            "--lora-layers atention: DiT has no such layers",
-        ),
-        (["BASE", "--lora-rank", "4", "--optimizer", "muon"], "--optimizer muon with --lora-rank"),
-        (["BASE", "--lora-rank", "4", "--inpainting"], "lacks the inputs for --inpainting"),
-        (
-            ["--init-from", "EMPTY", "--lora-rank", "4"],
-            "is not a pipeline folder: it holds no model_index.json",
-        ),
+        ("--lora-rank 8", "--lora-rank without --init-from"),
+        ("--lora-dora", "--lora-dora without --lora-rank"),
+        ("--lora-layers all", "--lora-layers without --lora-rank"),
+        ("--lora-rank 4 --lora-layers", "--lora-layers names none"),
+        ("--lora-rank -1", "--lora-rank is -1"),
+        ("--lora-rank 4 --lora-alpha 0", "--lora-alpha is 0"),
+        ("--lora-rank 4 --lora-alpha nan", "--lora-alpha is nan"),
+        ("BASE --lora-rank 17", "--lora-rank 17 is above what the layer blocks.0.attn.qkv (16 to 48) can"),
+        ("BASE --lora-rank 4 --lora-layers atention", "--lora-layers atention: DiT has no such layers"),
+        ("BASE --lora-rank 4 --optimizer muon", "--optimizer muon with --lora-rank"),
+        ("BASE --lora-rank 4 --inpainting", "lacks the inputs for --inpainting"),
+        ("--init-from EMPTY --lora-rank 4", "is not a pipeline folder: it holds no model_index.json"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_what_cannot_be_had_is_said(
-    flags: list[str], words: str, images: Path, cache: Path, base: Path, tmp_path: Path
+    flags: str, words: str, images: Path, cache: Path, base: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    given: list[object] = []
-    for flag in flags:
-        given += (
-            ["--init-from", base] if flag == "BASE" else [tmp_path / "empty"] if flag == "EMPTY" else [flag]
-        )
+    given = flags.replace("BASE", f"--init-from {base}").replace("EMPTY", str(tmp_path / "empty")).split()
     said = call(cache, images, "-o", tmp_path / "run", *TINY, *given, "--max-train-steps", 1, expect=2)
     assert words in said and "Traceback" not in said
 
@@ -230,11 +192,9 @@ def test_groups_name_the_layers_of_every_network() -> None:
         everything = set(chosen_layers(network, ["all"]))
         assert attention and feed and not attention & feed, kind
         assert (attention | feed) < everything or kind == "text", kind
+    block = "attn.qkv attn.proj cross_attn.q cross_attn.kv cross_attn.proj mlp.fc1 mlp.fc2 adaLN_modulation.1"
     assert set(chosen_layers(networks()["dit"], ["blocks.1", "attn"])) == {
-        *(f"blocks.1.{one}" for one in (
-            "attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.kv", "cross_attn.proj", "mlp.fc1", "mlp.fc2",
-            "adaLN_modulation.1",
-        )), "blocks.0.attn.qkv", "blocks.0.attn.proj",
+        *(f"blocks.1.{layer}" for layer in block.split()), "blocks.0.attn.qkv", "blocks.0.attn.proj",
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from latentflow.errors import UserError
 from latentflow.flow import MeanFlow, total_derivative
 from latentflow.models import Condition
 from latentflow.training.fine_tune.base import with_base_flow
-from latentflow.training.fine_tune.prior import asked_of
+from latentflow.training.fine_tune.prior import prior_prompts
 from latentflow.training.losses.average_velocity import AverageVelocityLoss, flow_loss, refuse_unfit
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.networks import _copy_weights
@@ -259,10 +259,10 @@ def test_the_command_from_scratch_and_from_a_velocity_model(
     base, more = str(tuned / "pipeline"), FlowConfig(objective="mean-flow", objective_options={"share": 0.4})
     kept = with_base_flow(more, base, {"objective", "objective_options"})  # what is not said stays as it was
     assert kept.objective_options == {"guidance": 2.0, "share": 0.4}
-    none, line = asked_of(base, FineTuningConfig(), 9, 0)
+    none, line = prior_prompts(base, FineTuningConfig(), 9, 0)
     assert none == [] and "has learned guidance along" in line
     with pytest.raises(UserError, match="has learned guidance along"):
-        asked_of(base, FineTuningConfig(prior_samples=5), 9, 0)
+        prior_prompts(base, FineTuningConfig(prior_samples=5), 9, 0)
     again = tmp_path / "again"  # a fine-tune of it learns average velocities without being told, guided alike
     call(tmp_path, images, "-o", again, *TINY, *few, "--init-from", tuned / "pipeline")
     assert LatentFlowPipeline.from_pretrained(again / "pipeline").config.folded_guidance == 2.0

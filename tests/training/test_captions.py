@@ -39,7 +39,7 @@ def latent_data(source: Source, table: LatentTable) -> LatentData:
 def test_each_use_draws_one_of_its_images_captions() -> None:
     captions = Captions(source(), seed=7)
     assert list(captions) == [text for texts in TEXTS for text in texts]
-    drawn = [captions[place] for place in captions.drawn([1] * 3000, list(range(3000)))]
+    drawn = [captions[place] for place in captions.choose([1] * 3000, list(range(3000)))]
     counts = Counter(drawn)
     assert set(counts) == set(TEXTS[1]) and all(900 < count < 1100 for count in counts.values())
     pairs = Counter(itertools.pairwise(drawn))
@@ -49,10 +49,10 @@ def test_each_use_draws_one_of_its_images_captions() -> None:
 def test_the_draw_depends_on_the_seed_and_the_running_number_alone() -> None:
     rows, numbers = [2, 1, 0, 1], [11, 5, 6, 900]
     captions = Captions(source(), seed=7)
-    whole = captions.drawn(rows, numbers)
-    assert whole == [captions.drawn([row], [number])[0] for row, number in zip(rows, numbers, strict=True)]
+    whole = captions.choose(rows, numbers)
+    assert whole == [captions.choose([row], [number])[0] for row, number in zip(rows, numbers, strict=True)]
     many = [1] * 64
-    assert captions.drawn(many, list(range(64))) != Captions(source(), seed=8).drawn(many, list(range(64)))
+    assert captions.choose(many, list(range(64))) != Captions(source(), seed=8).choose(many, list(range(64)))
 
 
 def test_tokens_are_those_of_the_drawn_caption() -> None:
@@ -60,11 +60,10 @@ def test_tokens_are_those_of_the_drawn_caption() -> None:
     networks = Networks(network=None, text_encoder=nn.Identity(), tokenizer=tokenizer, trained_text=True)  # type: ignore[arg-type]
     numbers, rows = source(), [0, 1, 2] * 8
     batch = conditions_of(numbers, networks, 3)(rows, list(range(24)))
-    told = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-    assert told == [
-        Captions(numbers, 3)[place] for place in Captions(numbers, 3).drawn(rows, list(range(24)))
-    ]
-    assert all(text in TEXTS[row] for text, row in zip(told, rows, strict=True)) and len(set(told)) == 6
+    texts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    captions = Captions(numbers, 3)
+    assert texts == [captions[place] for place in captions.choose(rows, list(range(24)))]
+    assert all(text in TEXTS[row] for text, row in zip(texts, rows, strict=True)) and len(set(texts)) == 6
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -123,8 +122,8 @@ def test_a_use_is_told_of_its_mirror_image_when_it_is_mirrored(texts: tuple[str,
     hands = Source("hands", (example, example), "text")
     plain, turning = Captions(hands, seed=5), Captions(hands, seed=5, mirror=True)
     numbers = list(range(200))
-    told = [turning[place] for place in turning.drawn([1] * 200, numbers)]
-    expected = [plain[place] for place in plain.drawn([1] * 200, numbers)]
+    told = [turning[place] for place in turning.choose([1] * 200, numbers)]
+    expected = [plain[place] for place in plain.choose([1] * 200, numbers)]
     expected = [mirrored(one) if is_flipped(number) else one for number, one in enumerate(expected)]
     assert told == expected and set(told) <= set(turning)
     assert {"left hand", "right hand"} <= set(told)

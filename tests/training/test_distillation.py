@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentflow import LatentFlowImg2ImgPipeline, LatentFlowPipeline
-from latentflow.config import AdapterChoice, DistillationConfig, FlowConfig
+from latentflow.config import AdapterChoice, FlowConfig
 from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
 from latentflow.inference.checkpoint import open_pipeline
 from latentflow.models import Condition
 from latentflow.pipeline import sampling as pipeline_sampling
-from latentflow.training.distill import METHODS, Distillation
+from latentflow.training.distill import METHODS, open_teacher
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses.average_velocity import ProgressiveLoss, flow_loss
 from latentflow.training.losses.distribution_matching import FakeLoss, GeneratorLoss
@@ -32,7 +32,7 @@ from latentflow.training.losses.teacher import VelocityTeacher
 from latentflow.training.report.folder import read_run
 
 from ..models.tiny import build
-from .command import TINY, call
+from .command import TINY, call, losses, opened, sampled, save_images
 
 FEW = ["--max-train-steps", 2, "--train-batch-size", 4, "--lr-warmup-steps", 2, "--validation", 0.2]
 PAIRS = ["--pairs", 6, "--pairs-steps", 2]
@@ -57,8 +57,7 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     run = tmp_path / "run"
     said = distill(tmp_path, teacher, images, "-o", run, "--method", method, *FEW, *PAIRS, "--guidance", 3)
     assert "guidance 3 learned along" in said
-    pipe = LatentFlowPipeline.from_pretrained(run / "pipeline")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = opened(run / "pipeline")
     counts = (1,) if method == "one-step" else (1, 2, 4)
     assert pipe.few_steps.step_counts == counts and pipe.usual_steps == counts[-1]
     averages = OBJECTIVES[METHODS[method].objective].average
@@ -86,48 +85,45 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
 
 def test_a_student_may_be_an_adapter(teacher: Path, images: Path, tmp_path: Path) -> None:
     """It brings the input that the teacher lacks; the pipeline follows it while it is in effect, and not after."""
-    run = tmp_path / "run"
-    distill(tmp_path, teacher, images, "-o", run, *FEW, "--lora-rank", 2, "--guidance", 2)
-    whole = LatentFlowPipeline.from_pretrained(run / "pipeline")
-    pipe = LatentFlowPipeline.from_pretrained(teacher)
-    for one in (whole, pipe):
-        one.set_progress_bar_config(disable=True)
-    ask: dict[str, Any] = {"prompt": "an image", "output_type": "latent"}
 
-    def drawn(one: Any, **more: Any) -> Tensor:
-        latents: Tensor = one(**ask, generator=torch.Generator().manual_seed(1), **more).images
-        return latents
+    def student(name: str, *more: Any) -> Path:
+        run = tmp_path / name
+        distill(tmp_path, teacher, images, "-o", run, *FEW, "--lora-rank", 2, "--guidance", 2, *more)
+        return run
 
+    def drawn(pipe: Any, **more: Any) -> Tensor:
+        return sampled(pipe, prompt="an image", **{"num_inference_steps": None} | more)
+
+    def same(one: Any, other: Any, **more: Any) -> None:
+        torch.testing.assert_close(drawn(one, **more), drawn(other, **more), rtol=1e-4, atol=1e-5)
+
+    run = student("run")
+    whole, pipe = opened(run / "pipeline"), opened(teacher)
     before, config = drawn(pipe), dict(pipe.config)
     pipe.load_lora_weights(run / "adapter")
     assert pipe.few_steps == whole.few_steps and pipe.usual_steps == 4 and pipe.usual_guidance == 1.0
     for steps in (1, 4):
-        expected = drawn(whole, num_inference_steps=steps)
-        torch.testing.assert_close(drawn(pipe, num_inference_steps=steps), expected, rtol=1e-4, atol=1e-5)
+        same(pipe, whole, num_inference_steps=steps)
     pipe.disable_lora()
     assert not pipe.few_steps and torch.equal(drawn(pipe), before)
     pipe.enable_lora()
     assert pipe.few_steps == whole.few_steps
     pipe.unload_lora_weights()
     assert not pipe.few_steps and torch.equal(drawn(pipe), before)
-    assert {name: one for name, one in pipe.config.items() if name in config} == config
+    assert {name: value for name, value in pipe.config.items() if name in config} == config
     # A second one with the same step counts brings its own embedder; a consistency model leaves nothing behind.
-    other = tmp_path / "other"
-    distill(tmp_path, teacher, images, "-o", other, *FEW, "--lora-rank", 2, "--guidance", 2, "--seed", 5)
+    other = student("other", "--seed", 5)
     pipe.load_lora_weights(run / "adapter", adapter_name="a")
     pipe.load_lora_weights(other / "adapter", adapter_name="b")
-    second = LatentFlowPipeline.from_pretrained(other / "pipeline")
-    second.set_progress_bar_config(disable=True)
+    second = opened(other / "pipeline")
     for name, expected in (("a", whole), ("b", second), ("a", whole)):
         pipe.set_adapters(name)
-        torch.testing.assert_close(drawn(pipe), drawn(expected), rtol=1e-4, atol=1e-5)
+        same(pipe, expected)
     sharing = LatentFlowImg2ImgPipeline.from_pipe(pipe)
     assert sharing.few_steps == whole.few_steps
     pipe.unload_lora_weights()
     assert not sharing.few_steps
-    third = tmp_path / "third"
-    distill(tmp_path, teacher, images, "-o", third, *FEW, "--lora-rank", 2, "--method", "consistency")
-    pipe.load_lora_weights(third / "adapter")
+    pipe.load_lora_weights(student("third", "--method", "consistency") / "adapter")
     assert pipe.few_steps.consistency
     pipe.unload_lora_weights()
     assert not LatentFlowImg2ImgPipeline.from_pipe(pipe).few_steps and torch.equal(drawn(pipe), before)
@@ -136,10 +132,9 @@ def test_a_student_may_be_an_adapter(teacher: Path, images: Path, tmp_path: Path
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "fused")
-    fused = LatentFlowPipeline.from_pretrained(tmp_path / "fused")
-    fused.set_progress_bar_config(disable=True)
+    fused = opened(tmp_path / "fused")
     assert fused.few_steps == whole.few_steps
-    torch.testing.assert_close(drawn(fused), drawn(whole), rtol=1e-4, atol=1e-5)
+    same(fused, whole)
     # So it is when merged without peft, as --fast does with the adapter that a checkpoint brings.
     shutil.copytree(teacher, tmp_path / "with fast")
     shutil.copytree(run / "adapter", tmp_path / "with fast" / "fast")
@@ -150,7 +145,7 @@ def test_a_student_may_be_an_adapter(teacher: Path, images: Path, tmp_path: Path
         )
     quick.set_progress_bar_config(disable=True)
     assert quick.few_steps == whole.few_steps
-    torch.testing.assert_close(drawn(quick), drawn(whole), rtol=1e-4, atol=1e-5)
+    same(quick, whole)
     with pytest.raises(UserError, match="has no few-step adapter"):
         open_pipeline("LatentFlowPipeline", str(teacher), "cpu", AdapterChoice(fast=True))
 
@@ -176,7 +171,7 @@ def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, one in METHODS.items() if one.stage is None and not one.pairs]
+    "method", [name for name, one in METHODS.items() if one.loss is None and not one.pairs]
 )
 def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> None:
     """Where an interval has no length the target is the teacher's velocity."""
@@ -205,11 +200,7 @@ def test_pairs_are_the_teachers_and_are_drawn_once(
     held = load_file(pairs / "000000.safetensors")
     asked = json.loads((pairs / "drawn.json").read_text())["asked"]
     assert len(asked) == 6 == len(held["noise"])
-    pipe = LatentFlowPipeline.from_pretrained(teacher)
-    pipe.set_progress_bar_config(disable=True)
-    again = pipe(
-        asked, latents=held["noise"], solver="euler", num_inference_steps=2, guidance_scale=4.0, output_type="latent"
-    ).images  # fmt: skip
+    again = sampled(opened(teacher), prompt=asked, latents=held["noise"], solver="euler", guidance_scale=4.0)
     torch.testing.assert_close(again, held["latents"], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr("latentflow.training.fine_tune.teacher_samples._draw", None)
     distill(tmp_path, teacher, images, "-o", tmp_path / "second", *flags)
@@ -228,58 +219,47 @@ def _stop_at(steps: int) -> Any:
 @pytest.mark.parametrize(
     "method",
     [
-        ["shortcut", "--method-options", "share", 0.7, "finest", 2],
-        ["progressive", "--method-options", "finest", 2],
-        ["distribution-matching"],
+        "shortcut --method-options share 0.7 finest 2",
+        "progressive --method-options finest 2",
+        "distribution-matching",
     ],
-    ids=lambda method: method[0],
 )
-def test_a_student_resumes_bit_for_bit(
-    method: list[Any], teacher: Path, images: Path, tmp_path: Path
-) -> None:
-    line = [teacher, images, *FEW, "--method", *method]
+def test_a_student_resumes_bit_for_bit(method: str, teacher: Path, images: Path, tmp_path: Path) -> None:
+    line = [teacher, images, *FEW, "--max-train-steps", 4, "--method", *method.split()]
     line += ["--lr-scheduler", "constant", "--log-steps", 1]
-
-    def losses(run: str, *stops: int) -> list[float]:
-        for steps in stops:
-            # Stopped, not ended: how far a run has come is part of what some methods do.
-            with pytest.MonkeyPatch.context() as patch:
-                if steps < 4:
-                    patch.setattr("latentflow.training.loop.fit.most_of_any_process", _stop_at(steps))
-                every = [*line, "-o", tmp_path / run, "--max-train-steps", 4]
-                said = distill(tmp_path, *every, expect=143 if steps < 4 else 0)
-                assert ("resume with:\n  latentflow distill" in said) == (steps < 4)
-        rows = [json.loads(row) for row in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        return [row["loss"] for row in rows if "loss" in row]
-
-    assert losses("resumed", 2, 4) == losses("straight", 4)
+    distill(tmp_path, *line, "-o", tmp_path / "straight")
+    # Stopped, not ended: how far a run has come is part of what some methods do.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latentflow.training.loop.fit.most_of_any_process", _stop_at(2))
+        said = distill(tmp_path, *line, "-o", tmp_path / "resumed", expect=143)
+    assert "resume with:\n  latentflow distill" in said
+    assert "resume with" not in distill(tmp_path, *line, "-o", tmp_path / "resumed")
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
 
 
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
-        (["--method", "mean-flo"], "mean-flow"),
-        (["--guidance", "0"], "--guidance is 0"),
-        (["--step-counts", "4", "2"], "--step-counts 4 2"),
-        (["--step-counts", "0"], "--step-counts 0"),
-        (["--method-options", "guidance", "3"], "use --guidance"),
-        (["--method", "mean-flow", "--method-options", "finest", "4"], "finest"),
-        (["--method", "reflow", "--method-options", "share", "1"], "which has none"),
-        (["--method", "reflow", "--pairs", "0"], "--pairs is 0"),
-        (["--method", "reflow", "--pairs-solver", "ddpm"], "forgets that which it began with"),
-        (["--shard"], "--shard"),
-        (["--condition", "none"], "the data have none"),
-        (["--size-conditioning"], "must be as"),
-        (["--method", "distribution-matching", "--method-options", "share", "1"], "which has none"),
-        (["--method", "progressive", "--early-stop", "2"], "--early-stop with progressive"),
-        (["--method", "reflow", "--early-stop", "2"], "--early-stop with reflow"),
+        ("--method mean-flo", "mean-flow"),
+        ("--guidance 0", "--guidance is 0"),
+        ("--step-counts 4 2", "--step-counts 4 2"),
+        ("--step-counts 0", "--step-counts 0"),
+        ("--method-options guidance 3", "use --guidance"),
+        ("--method mean-flow --method-options finest 4", "finest"),
+        ("--method reflow --method-options share 1", "which has none"),
+        ("--method reflow --pairs 0", "--pairs is 0"),
+        ("--method reflow --pairs-solver ddpm", "forgets the first noise"),
+        ("--shard", "--shard"),
+        ("--condition none", "the data have none"),
+        ("--size-conditioning", "must be as"),
+        ("--method distribution-matching --method-options share 1", "which has none"),
+        ("--method progressive --early-stop 2", "--early-stop with progressive"),
+        ("--method reflow --early-stop 2", "--early-stop with reflow"),
     ],
 )
-def test_bad_input_is_refused(
-    flags: list[str], what: str, teacher: Path, images: Path, tmp_path: Path
-) -> None:
-    said = distill(tmp_path, teacher, images, "-o", tmp_path / "run", *FEW, *flags, expect=2)
-    assert what.lower() in said.lower()
+def test_bad_input_is_refused(flags: str, what: str, teacher: Path, images: Path, tmp_path: Path) -> None:
+    line = [teacher, images, "-o", tmp_path / "run", *FEW, *flags.split()]
+    assert what.lower() in distill(tmp_path, *line, expect=2).lower()
 
 
 def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(images: Path, tmp_path: Path) -> None:
@@ -303,16 +283,10 @@ def test_a_students_student_has_the_guidance_that_it_learned(
     tuned = ["--init-from", first / "pipeline", *TINY, "--max-train-steps", 1]
     said = call(tmp_path, images, "-o", tmp_path / "tuned", *tuned, "--objective", "flow-matching")
     assert "has learned guidance 3 along, this objective does not" in said
-    one = Distillation(str(first / "pipeline"), DistillationConfig(), "shortcut")
-    assert (one.guidance, one.folded_guidance) == (1.0, 3.0)
+    follower = open_teacher(str(first / "pipeline"), None)
+    assert (follower.guidance, follower.folded_guidance) == (1.0, 3.0)
     with pytest.raises(UserError, match="has learned guidance 3 along"):
-        Distillation(str(first / "pipeline"), DistillationConfig(guidance=4.0), "shortcut")
-
-
-def test_the_plan_of_a_student_is_told_in_advance(teacher: Path, images: Path, tmp_path: Path) -> None:
-    said = distill(tmp_path, teacher, images, "-o", tmp_path / "run", *FEW, "--dry-run")
-    assert "student of" in said and "compute:" in said
-    assert not (tmp_path / "run").exists()
+        open_teacher(str(first / "pipeline"), 4.0)
 
 
 def few_classes() -> dict[str, Any]:
@@ -419,18 +393,13 @@ def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation(
 
 
 def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> None:
-    for label in ("red", "blue", "green"):
-        for folder in ("both",) if label == "green" else ("both", "two"):
-            (tmp_path / folder / label).mkdir(parents=True)
-            for number in range(4):
-                image = Image.new("RGB", (16, 16), label)
-                image.putpixel((number, 0), (9 * number, 9, 9))
-                image.save(tmp_path / folder / label / f"{number}.png")
-    call(tmp_path, tmp_path / "two", "-o", tmp_path / "teacher", *TINY, "--max-train-steps", 1)
+    names = [f"{label}/{number}.png" for label in ("red", "blue", "green") for number in range(4)]
+    two, three = save_images(tmp_path / "two", *names[:8]), save_images(tmp_path / "three", *names)
+    call(tmp_path, two, "-o", tmp_path / "teacher", *TINY, "--max-train-steps", 1)
     known = tmp_path / "teacher" / "pipeline"
-    said = distill(tmp_path, known, tmp_path / "both", "-o", tmp_path / "run", *FEW, expect=2)
+    said = distill(tmp_path, known, three, "-o", tmp_path / "run", *FEW, expect=2)
     assert "does not know the classes" in said and "green" in said
-    distill(tmp_path, known, tmp_path / "two", "-o", tmp_path / "run", *FEW)
+    distill(tmp_path, known, two, "-o", tmp_path / "run", *FEW)
 
 
 def test_a_finished_run_says_how_it_goes_on(teacher: Path, images: Path, tmp_path: Path) -> None:

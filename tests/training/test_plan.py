@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -16,11 +16,11 @@ from latentflow.autoencoder import build_autoencoder
 from latentflow.config import AutoencoderConfig, LoopConfig
 from latentflow.models import DIT_PRESETS, Condition, DiT, UNet, dit_config
 from latentflow.training import estimate as plan
-from latentflow.training.estimate import Cost, encoding_flops, network_cost, state_bytes, text_encoder_cost
+from latentflow.training.estimate import encoding_flops, network_cost, state_bytes, text_encoder_cost
 from latentflow.training.loop.ema import WeightAverage
 from latentflow.training.loop.optimizers import make_optimizers
 
-from .command import ROOT, TINY, call
+from .command import ROOT, TINY, call, save_images
 
 
 def sit(depth: int = 2, **changes: object) -> DiT:
@@ -38,9 +38,8 @@ def closed_form(width: int, depth: int, tokens: int) -> float:
 
 @pytest.mark.parametrize(("depth", "size"), [(1, 32), (3, 32), (2, 16)])
 def test_the_count_is_that_of_the_closed_form(depth: int, size: int) -> None:
-    assert network_cost(sit(depth), size, 0).flops == pytest.approx(
-        closed_form(384, depth, size**2 // 4), rel=1e-4
-    )
+    expected = closed_form(384, depth, size**2 // 4)
+    assert network_cost(sit(depth), size, 0).flops == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +51,9 @@ def test_networks_have_the_sizes_and_cost_of_the_paper(
     """DiT (arXiv:2212.09748), table 4, whose 'Gflops' are multiply-adds of a forward pass; SiT has the same."""
     with torch.device("meta"):
         network = DiT(**DIT_PRESETS[preset])
+        label = Condition(class_labels=torch.empty(1, dtype=torch.long))
         with torch.no_grad(), FlopCounterMode(display=False) as forward:
-            network(
-                torch.empty(1, 4, 32, 32),
-                torch.empty(1),
-                Condition(class_labels=torch.empty(1, dtype=torch.long)),
-            )
+            network(torch.empty(1, 4, 32, 32), torch.empty(1), label)
     assert sum(one.numel() for one in network.parameters()) == pytest.approx(parameters, rel=0.005)
     assert forward.get_total_flops() / 2 == pytest.approx(multiply_adds, rel=0.005)
     assert network_cost(network, 32, 0).flops == pytest.approx(2 * 3 * multiply_adds, rel=0.02)
@@ -71,9 +67,8 @@ def test_activations_grow_with_depth_and_shrink_by_checkpointing_which_computes_
     block = (three.flops - one.flops) / 2
     assert three.activations > 2 * one.activations
     assert less.activations < three.activations / 3
-    assert less.flops == pytest.approx(
-        three.flops + 3 * block / 3.1, rel=0.02
-    )  # a forward is a third and less
+    # A forward pass is a third and less.
+    assert less.flops == pytest.approx(three.flops + 3 * block / 3.1, rel=0.02)
 
 
 def test_activations_are_what_autograd_keeps_of_a_real_pass() -> None:
@@ -94,20 +89,22 @@ def test_activations_are_what_autograd_keeps_of_a_real_pass() -> None:
     assert 2 * planned.activations == pytest.approx(real, rel=0.05)
 
 
-@pytest.mark.parametrize("network", ["text", "masked", "unet"])
-def test_every_kind_of_network_can_be_counted_and_stays_as_it_is(network: str) -> None:
-    options = {"in_channels": 4, "sample_size": 8}
-    built = {
-        "text": lambda: DiT(**options, width=64, depth=1, heads=2, text_dim=24),
-        "masked": lambda: DiT(**options, width=64, depth=1, heads=2, num_classes=3, condition_channels=5),
-        "unet": lambda: UNet(**options, num_classes=3),
-    }[network]()
-    cost = network_cost(built, 8, 7)
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (DiT, {"width": 64, "depth": 1, "heads": 2, "text_dim": 24}),
+        (DiT, {"width": 64, "depth": 1, "heads": 2, "num_classes": 3, "condition_channels": 5}),
+        (UNet, {"num_classes": 3}),
+    ],
+    ids=["text", "masked", "unet"],
+)
+def test_every_kind_of_network_can_be_counted_and_stays_as_it_is(kind: Any, more: dict[str, int]) -> None:
+    network = kind(in_channels=4, sample_size=8, **more)
+    cost = network_cost(network, 8, 7)
     assert cost.flops > 1e6 and cost.activations > 1e4
-    assert all(one.grad is None and not one.is_meta for one in built.parameters())
-    assert torch.isfinite(
-        built(torch.randn(1, 4, 8, 8), torch.rand(1))
-    ).all()  # its tables are no meta tensors
+    assert all(weight.grad is None and not weight.is_meta for weight in network.parameters())
+    # Its tables are no meta tensors.
+    assert torch.isfinite(network(torch.randn(1, 4, 8, 8), torch.rand(1))).all()
 
 
 @pytest.mark.parametrize("family", ["T5", "CLIP", "BERT"])
@@ -116,12 +113,9 @@ def test_attention_of_a_text_encoder_is_counted_whatever_kernel_computes_it(fami
     width, depth, length = 32, 2, 16
     sizes = {"vocab_size": 9, "hidden_size": width, "intermediate_size": 8}
     heads = {"num_hidden_layers": depth, "num_attention_heads": 2}
+    t5 = {"vocab_size": 9, "d_model": width, "d_kv": 16, "num_heads": 2, "d_ff": 8, "num_layers": depth}
     encoder: nn.Module = {
-        "T5": lambda: T5EncoderModel(
-            T5Config(
-                vocab_size=9, d_model=width, d_kv=16, num_heads=2, d_ff=8, num_layers=depth, use_cache=False
-            )
-        ),
+        "T5": lambda: T5EncoderModel(T5Config(**t5, use_cache=False)),
         "CLIP": lambda: CLIPTextModel(CLIPTextConfig(**sizes, **heads)),
         "BERT": lambda: BertModel(BertConfig(**sizes, **heads)),
     }[family]()
@@ -130,9 +124,8 @@ def test_attention_of_a_text_encoder_is_counted_whatever_kernel_computes_it(fami
         for tokens in (length, 2 * length)
     )
     product = 2 * depth * width * length**2
-    pooled = (
-        2 * width**2 if family == "BERT" else 0
-    )  # once a caption, whatever its length; the loss does not see it
+    # Once a caption, whatever its length; the loss does not see it.
+    pooled = 2 * width**2 if family == "BERT" else 0
     assert 2 * 6 * product <= twice - 2 * once + pooled <= 2 * 7 * product
     assert not any(one.is_meta or one.grad is not None for one in encoder.parameters())
 
@@ -145,16 +138,12 @@ def test_state_is_what_one_step_allocates(optimizer: str) -> None:
     average = WeightAverage(network, 0.9)
     optimizers = make_optimizers(network, loop)
     network(torch.randn(1, 4, 8, 8), torch.rand(1)).square().mean().backward()
-    held: list[Tensor] = [
-        *network.parameters(),
-        *(one.grad for one in network.parameters() if one.grad is not None),
-    ]
+    held = [tensor for weight in network.parameters() for tensor in (weight, weight.grad)]
     held += average.averages.values()
-    for one in optimizers:
-        one.step()
-        held += [
-            value for state in one.state.values() for value in state.values() if isinstance(value, Tensor)
-        ]
+    for optimizer in optimizers:
+        optimizer.step()
+        held += [value for state in optimizer.state.values() for value in state.values()]
+    held = [tensor for tensor in held if isinstance(tensor, Tensor)]
     assert planned == pytest.approx(sum(one.nbytes for one in held), rel=0.01)
     assert state_bytes(network, loop, torch.bfloat16) > planned
 
@@ -178,18 +167,16 @@ def tiny_autoencoder(channels: int) -> nn.Module:
     ("recipe", "channels", "said"),
     [
         (
-            "imagenet-256-dit-b2",
-            4,
+            "imagenet-256-dit-b2", 4,
             ["129.7 M parameters", "400000 steps of 256 samples", "139 GFLOPs a sample"],
         ),
         (
-            "imagenet-256-dit-xl2",
-            4,
+            "imagenet-256-dit-xl2", 4,
             ["674.0 M parameters", "716 GFLOPs a sample", "1.28 ZFLOPs in all", "do not fit"],
         ),
         ("text-to-image-512", 16, ["300000 steps of 256 samples", "latents 16 x 64 x 64", "text encoder:"]),
     ],
-)
+)  # fmt: skip
 def test_recipes_are_planned_without_their_weights(
     recipe: str,
     channels: int,
@@ -200,13 +187,8 @@ def test_recipes_are_planned_without_their_weights(
 ) -> None:
     data = images
     if channels == 4:  # class by class
-        for name in ("cat", "dog"):
-            (tmp_path / "data" / name).mkdir(parents=True)
-            for number in range(3):
-                Image.new("RGB", (20, 20), (number * 50, len(name), 7)).save(
-                    tmp_path / "data" / name / f"{number}.png"
-                )
-        data = tmp_path / "data"
+        names = [f"{label}/{number}.png" for label in ("cat", "dog") for number in range(3)]
+        data = save_images(tmp_path / "data", *names, size=(20, 20))
     tiny_autoencoder(channels).save_pretrained(tmp_path / "vae")
     monkeypatch.setattr(plan, "_TIMED_SECONDS", 0.0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -221,17 +203,14 @@ def test_recipes_are_planned_without_their_weights(
 
 
 def test_a_small_network_is_timed_on_this_machine(images: Path, tmp_path: Path) -> None:
-    out = call(tmp_path, images, "-o", tmp_path / "run", *TINY, "--inpainting", "--dry-run")
-    assert "s a step" in out and "measured on this cpu;" in out
+    def planned(*flags: object) -> str:
+        return call(tmp_path, images, "-o", tmp_path / "run", *TINY, *flags, "--dry-run")
 
     def encoding(said: str) -> float:
         return float(said.split("encode the images before it, ")[1].split()[0])
 
-    mirrored = call(
-        tmp_path, images, "-o", tmp_path / "run", *TINY, "--random-flip", "--crops", 3, "--dry-run"
-    )
-    assert encoding(mirrored) == pytest.approx(6 * encoding(out), rel=0.01)
-
-
-def test_costs_add() -> None:
-    assert Cost(1.0, 2.0) + Cost(3.0, 4.0) == Cost(4.0, 6.0)
+    out = planned("--inpainting")
+    for words in ("s a step", "measured on this cpu;", "parameters", "memory:", "epochs"):
+        assert words in out
+    assert encoding(planned("--random-flip", "--crops", 3)) == pytest.approx(6 * encoding(out), rel=0.01)
+    assert not (tmp_path / "run").exists()

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from latentflow import LatentFlowPipeline
 from latentflow.data import Source
@@ -23,56 +22,44 @@ from latentflow.errors import UserError
 from latentflow.training.networks import refuse_renumbered_classes
 
 from ..data.images import noise
-from .command import ROOT, TINY, call, environment
+from .command import (
+    ROOT,
+    TINY,
+    call,
+    call_on_two,
+    environment,
+    losses,
+    opened,
+    same_state,
+    sampled,
+    save_images,
+    state,
+)  # fmt: skip
 from .forking import fork_ranks
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+EIGHT = [*TINY, "--max-train-steps", 8, "--checkpointing-steps", 2]
 
 
 @pytest.fixture(scope="module")
 def finished(images: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """An uninterrupted run of 8 steps, and what it said. (tests/test_wheel.py has one in a process of its own.)"""
+    """An uninterrupted run of 8 steps, and its output. (tests/test_wheel.py has one in a process of its own.)"""
     run = tmp_path_factory.mktemp("finished")
-    said = call(cache, images, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
-    return run, said
-
-
-def tensors(run: Path) -> dict[str, torch.Tensor]:
-    last = sorted((run / "checkpoints").glob("step-*"))[-1]
-    return {
-        f"{file.name}/{key}": one
-        for file in last.glob("*.safetensors")
-        for key, one in load_file(file).items()
-    }
+    return run, call(cache, images, "-o", run, *EIGHT)
 
 
 def test_a_run_leaves_what_the_documentation_lists(finished: tuple[Path, str], images: Path) -> None:
     run, said = finished
-    for name in (
-        "config.yaml",
-        "metrics.jsonl",
-        "train.log",
-        "samples/step-000008.png",
-        "pipeline/model_index.json",
-    ):
+    files = "config.yaml metrics.jsonl train.log samples/step-000008.png pipeline/model_index.json"
+    for name in files.split():
         assert (run / name).is_file(), name
     assert "captions from metadata.jsonl" in said  # what was inferred is said before training
     assert "memorise" in said and "no GPU" in said
-    assert sorted(path.name for path in images.iterdir()) == [f"{n:02d}.png" for n in range(12)] + [
-        "metadata.jsonl"
-    ]
+    data = [f"{number:02d}.png" for number in range(12)] + ["metadata.jsonl"]
+    assert sorted(path.name for path in images.iterdir()) == data
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
     assert any("val_loss" in row for row in rows)
-
-
-def test_the_pipeline_generates_from_a_caption(finished: tuple[Path, str]) -> None:
-    pipe = LatentFlowPipeline.from_pretrained(finished[0] / "pipeline")
-    pipe.set_progress_bar_config(disable=True)
-    image = pipe("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    image = opened(run / "pipeline")("a red circle", num_inference_steps=2).images[0]
     assert image.size == (16, 16) and image.mode == "RGB"
 
 
@@ -89,30 +76,26 @@ def begin(run: Path, cache: Path, *arguments: object, losses: int, expect: int =
 def test_killed_at_a_random_moment_and_started_again_equals_the_uninterrupted_run_bit_for_bit(
     finished: tuple[Path, str], images: Path, cache: Path, tmp_path: Path
 ) -> None:
-    line = [images, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2]
-    process = begin(tmp_path, cache, *line, losses=random.Random().randint(1, 6))
+    process = begin(tmp_path, cache, images, *EIGHT, losses=random.Random().randint(1, 6))
     os.kill(process, signal.SIGKILL)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL, "it ended before it could be killed"
-    call(cache, *line, "-o", tmp_path)
-    whole, resumed = tensors(finished[0]), tensors(tmp_path)
-    assert whole.keys() == resumed.keys() and len(whole) > 50
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    call(cache, images, *EIGHT, "-o", tmp_path)
+    assert same_state(finished[0], tmp_path) and len(state(tmp_path)) > 50
 
 
 def test_a_result_that_is_made_again_keeps_what_the_user_put_there(
     finished: tuple[Path, str], images: Path, cache: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished[0], run)
+    run = shutil.copytree(finished[0], tmp_path / "run")
     for mark in run.rglob("exported"):  # as in runs of before there was this mark
         mark.unlink()
-    for folder in ("pipeline", "autoencoder/autoencoder"):
-        (run / folder / "notes.txt").write_text("mine")
+    notes = [run / folder / "notes.txt" for folder in ("pipeline", "autoencoder/autoencoder")]
+    for note in notes:
+        note.write_text("mine")
     card = (run / "pipeline" / "README.md").read_text()
-    call(cache, images, "-o", run, *TINY, "--max-train-steps", 8, "--checkpointing-steps", 2)
+    call(cache, images, "-o", run, *EIGHT)
     assert len(list(run.rglob("exported"))) == 2  # both were made again
-    for folder in ("pipeline", "autoencoder/autoencoder"):
-        assert (run / folder / "notes.txt").read_text() == "mine"
+    assert all(note.read_text() == "mine" for note in notes)
     assert len(list((run / "pipeline").glob("README*"))) == 1
     assert (run / "pipeline" / "README.md").read_text() != card  # of a run that lies elsewhere now
     LatentFlowPipeline.from_pretrained(run / "pipeline")
@@ -122,8 +105,7 @@ def test_config_yaml_reproduces_the_run(finished: tuple[Path, str], cache: Path,
     config = finished[0] / "config.yaml"
     data = next(line.split(": ")[1] for line in config.read_text().splitlines() if line.startswith("data:"))
     call(cache, data, "--config", config, "-o", tmp_path)
-    whole, again = tensors(finished[0]), tensors(tmp_path)
-    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert same_state(finished[0], tmp_path)
 
 
 def test_sigterm_saves_and_prints_the_line_that_resumes(images: Path, cache: Path, tmp_path: Path) -> None:
@@ -136,10 +118,6 @@ def test_sigterm_saves_and_prints_the_line_that_resumes(images: Path, cache: Pat
     assert list((tmp_path / "checkpoints").glob("step-*/state.json"))
 
 
-def forked(cache: Path, *arguments: object) -> None:
-    assert [os.waitpid(one, 0)[1] for one in fork_ranks(2, lambda rank: call(cache, *arguments))] == [0, 0]
-
-
 def torchrun(cache: Path, *arguments: object) -> None:
     # Not `accelerate launch --cpu --num_processes 2`: accelerate 1.15 starts one process there, without a word.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -148,7 +126,7 @@ def torchrun(cache: Path, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("launch", [forked, pytest.param(torchrun, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launch", [call_on_two, pytest.param(torchrun, marks=pytest.mark.slow)])
 def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
     launch: Callable[..., None],
     images: Path,
@@ -166,12 +144,7 @@ def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
     settings += ["--vae", tmp_path / "one" / "autoencoder" / "autoencoder", "--train-batch-size", 2]
     for steps in (10, 20):  # the second resumes at 10
         launch(cache, *settings, "-o", tmp_path / "two", "--max-train-steps", steps)
-
-    def losses(run: str) -> list[float]:
-        rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        return [row["loss"] for row in rows]
-
-    one, two = losses("one"), losses("two")
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 20
     assert two == pytest.approx(one, abs=1e-4)
 
@@ -179,68 +152,21 @@ def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
 def test_fine_tuning_on_other_words_keeps_what_was_known(
     finished: tuple[Path, str], cache: Path, tmp_path: Path
 ) -> None:
-    from PIL import Image
-
-    (tmp_path / "data").mkdir()
-    for number, text in enumerate(["a purple zebra", "a red circle", "a red zebra", "a blue circle"]):
-        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(tmp_path / "data" / f"{number}.png")
-        (tmp_path / "data" / f"{number}.txt").write_text(text)
+    texts = ["a purple zebra", "a red circle", "a red zebra", "a blue circle"]
+    data = save_images(tmp_path / "data", *(f"{number}.png" for number in range(4)))
+    for number, text in enumerate(texts):
+        (data / f"{number}.txt").write_text(text)
     source = finished[0] / "pipeline"
     said = call(
-        cache, tmp_path / "data", "-o", tmp_path / "run", *TINY, "--init-from", source, "--max-train-steps", 1,
+        cache, data, "-o", tmp_path / "run", *TINY, "--init-from", source, "--max-train-steps", 1,
         "--learning-rate", 0, "--weight-decay", 0, "--validation", 0,
     )  # fmt: skip
     assert "new words" in said
-    before, after = (
-        LatentFlowPipeline.from_pretrained(source),
-        LatentFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline"),
-    )
-    for pipe in (before, after):
-        pipe.set_progress_bar_config(disable=True)
-
-    def draw(pipe: LatentFlowPipeline) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return pipe(
-            "a small red circle on the left", num_inference_steps=2, generator=generator, output_type="pt"
-        ).images
-
-    torch.testing.assert_close(
-        draw(before), draw(after), rtol=0, atol=1e-5
-    )  # known words mean what they meant
+    before, after = opened(source), opened(tmp_path / "run" / "pipeline")
+    # Known words mean what they meant.
+    ask = {"prompt": "a small red circle on the left", "output_type": "pt"}
+    torch.testing.assert_close(sampled(before, **ask), sampled(after, **ask), rtol=0, atol=1e-5)
     assert "zebra" in after.tokenizer.get_vocab() and "zebra" not in before.tokenizer.get_vocab()
-
-
-def test_classes_from_subfolders_and_fine_tuning_on_another_number_of_them(
-    cache: Path, tmp_path: Path
-) -> None:
-    from PIL import Image
-
-    def folder(name: str, classes: list[str]) -> Path:
-        for index, label in enumerate(classes):
-            (tmp_path / name / label).mkdir(parents=True)
-            for number in range(3):
-                Image.new("RGB", (20, 16), (80 * index, 40 * number, 9)).save(
-                    tmp_path / name / label / f"{number}.jpg"
-                )
-        return tmp_path / name
-
-    quick = [*TINY, "--max-train-steps", 1, "--validation", 0, "--learning-rate", 0, "--weight-decay", 0]
-    said = call(cache, folder("two", ["cat", "dog"]), "-o", tmp_path / "a", *quick)
-    assert "2 classes: cat, dog" in said
-    call(
-        cache,
-        folder("three", ["ant", "dog", "cat"]),
-        "-o",
-        tmp_path / "b",
-        *quick,
-        "--init-from",
-        tmp_path / "a" / "pipeline",
-    )
-    first = LatentFlowPipeline.from_pretrained(tmp_path / "a" / "pipeline")
-    second = LatentFlowPipeline.from_pretrained(tmp_path / "b" / "pipeline")
-    assert list(first.labels) == ["cat", "dog"] and list(second.labels) == ["cat", "dog", "ant"]
-    old, new = (pipe.transformer.y_embedder.embedding_table.weight for pipe in (first, second))
-    assert torch.equal(new[[0, 1, 3]], old)  # the null is last
 
 
 def test_a_run_is_not_resumed_with_other_numbers_of_its_classes(tmp_path: Path) -> None:
@@ -274,68 +200,43 @@ def test_a_run_goes_on_with_renamed_images_only_where_their_order_is_the_same(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--resolution", "17"], "--resolution"),
-        (["--learning-rat", "1"], "learning-rate"),
-        (["--path", "conddot"], "did you mean 'condot'"),
-        (["--max-train-steps", "0"], "--max-train-steps is 0"),
-        (["--log-steps", "0"], "--log-steps is 0"),
-        (["--adam-beta2", "1"], "--adam-beta2 is 1.0"),
-        (["--vae", "/nowhere"], "no autoencoder at '/nowhere'"),
-        (
-            ["--text-encoder", "/nowhere"],
-            "the text encoder '/nowhere' cannot be read: there is no such folder",
-        ),
-        (["--init-from", "/nowhere"], "/nowhere"),
+        ("--resolution 17", "--resolution"),
+        ("--learning-rat 1", "learning-rate"),
+        ("--path conddot", "did you mean 'condot'"),
+        ("--max-train-steps 0", "--max-train-steps is 0"),
+        ("--log-steps 0", "--log-steps is 0"),
+        ("--adam-beta2 1", "--adam-beta2 is 1.0"),
+        ("--vae /nowhere", "no autoencoder at '/nowhere'"),
+        ("--text-encoder /nowhere", "the text encoder '/nowhere' cannot be read: there is no such folder"),
+        ("--mirror-captions", "--mirror-captions without --random-flip"),
+        ("--prior-samples 5", "--prior-samples without --init-from"),
+        ("--early-stop 3 --validation 0", "--early-stop without validations"),
+        ("--init-from /nowhere", "Check the path"),
+        ("--init-from RUN", "Did you mean '"),
+        ("--init-from BASE -o RUN", "would replace it"),
+        ("--init-from BASE --prior-share 1", "--prior-share is 1"),
+        ("", "there is no folder"),  # of data
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_screen_that_names_the_remedy(
-    flags: list[str], message: str, images: Path, cache: Path, tmp_path: Path
+    flags: str, message: str, images: Path, cache: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    said = call(cache, images, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *flags, expect=2)
+    data, run = images if flags else tmp_path / "nothing", str(finished[0])
+    given = flags.replace("BASE", f"{run}/pipeline").replace("RUN", run).split()
+    line = [data, "-o", tmp_path, *TINY, "--max-train-steps", 1, "--dry-run", *given]
+    said = call(cache, *line, expect=2)
     assert message in said and "Traceback" not in said and len(said.splitlines()) < 40
 
 
 def test_a_u_net_and_an_unconditional_model_train_as_well(images: Path, cache: Path, tmp_path: Path) -> None:
-    quick = [
-        *TINY,
-        "--max-train-steps",
-        1,
-        "--network",
-        "unet",
-        "--condition",
-        "none",
-        "--gradient-checkpointing",
-        "--preview-steps",
-        0,
-    ]
-    call(cache, images, "-o", tmp_path, *quick)
-    pipe = LatentFlowPipeline.from_pretrained(tmp_path / "pipeline")
-    pipe.set_progress_bar_config(disable=True)
+    flags = "--max-train-steps 1 --network unet --condition none --gradient-checkpointing --preview-steps 0"
+    call(cache, images, "-o", tmp_path, *TINY, *flags.split())
+    pipe = opened(tmp_path / "pipeline")
     assert type(pipe.transformer).__name__ == "UNet" and not pipe.takes_text
     assert len(pipe(num_images_per_prompt=2, num_inference_steps=1).images) == 2
 
 
-def test_data_that_is_not_there_ends_with_status_2(cache: Path, tmp_path: Path) -> None:
-    said = call(cache, tmp_path / "nothing", "-o", tmp_path / "run", expect=2)
-    assert "there is no folder" in said and "Traceback" not in said
-
-
-def test_dry_run_prints_sizes_and_time_and_writes_nothing(images: Path, cache: Path, tmp_path: Path) -> None:
-    said = call(cache, images, "-o", tmp_path / "run", *TINY, "--dry-run")
-    for word in ("parameters", "memory:", "time:", "epochs"):
-        assert word in said
-    assert not (tmp_path / "run").exists()
-
-
 def test_help_answers(cache: Path) -> None:
     said = call(cache, "--help")
-    for flag in (
-        "--resolution",
-        "--max-train-steps",
-        "--learning-rate",
-        "--preset",
-        "--init-from",
-        "--config",
-    ):
-        assert flag in said
+    for flag in ("resolution", "max-train-steps", "learning-rate", "preset", "init-from", "config"):
+        assert f"--{flag}" in said

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError, nearest, shown
-from ...utils.documents import decode, parse_json, refuse_no_text
+from ...utils.files import decode, parse_json, refuse_no_text
 from .files import METADATA_BYTES, File, read_bytes
 
 HEAVIEST = 1e6  # weight of an image's loss: more only ends in updates that are not finite

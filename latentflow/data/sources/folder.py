@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ...errors import UserError, few, shown
-from ...utils.documents import decode, storable
+from ...utils.files import decode, storable
 from ..dataset import Kind, Source
 from .annotations import (
     RowAnnotation,

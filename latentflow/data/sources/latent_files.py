@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...errors import UserError, shown
-from ...utils.documents import read_json, storable
+from ...utils.files import read_json, storable
 from ..dataset import Kind
 
 VERSION = 1  # of the format

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import UserError, few, shown, unknown
 from ...utils.arguments import is_number, whole
-from ...utils.documents import read_yaml
+from ...utils.files import read_yaml
 from ..cache.store import refuse_inside
 from ..dataset import Example, Source
 from .annotations import HEAVIEST

@@ -17,8 +17,7 @@ import torch
 
 from ...config import DataConfig
 from ...errors import UserError
-from ...utils.documents import storable
-from ...utils.replacing import replacing
+from ...utils.files import replacing, storable
 from ..cache.store import Array, ShardSet, digests
 from ..cache.tensors import (
     Settings,

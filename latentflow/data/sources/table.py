@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError, few, nearest, reading, reason, shown
-from ...utils.documents import decode, parse_json
+from ...utils.files import decode, parse_json
 from ..dataset import FileExample, Source
 from .annotations import COLUMNS, holds_captions, read_records, refuse_synonyms, rename, unused_columns
 from .assemble import DataRequest, source_of_rows, table_examples

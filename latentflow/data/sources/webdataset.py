@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import UserError, few, one_line, reason, shown
-from ...utils.documents import decode, parse_json
+from ...utils.files import decode, parse_json
 from ..dataset import FileExample, Source
 from .annotations import RowAnnotation, parse_row
 from .assemble import DataRequest, annotated_example, source_of_rows

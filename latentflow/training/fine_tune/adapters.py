@@ -22,7 +22,7 @@ from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, b
 from ..networks import Networks
 from ..report.export import carry_over
 
-_NAME = "default"  # of the only adapter while it is trained
+_NAME = "default"  # the only adapter's, while it is trained
 
 # Layers of DiT, of diffusers' U-Nets and of T5, by their names.
 _GROUPS = {
@@ -52,8 +52,8 @@ class Adapter:
         Args:
             networks: the checkpoint's, fitted to the data.
             checkpoint: the pipeline folder or hub id that they came from.
-            classes: what the network's classes are called, by their numbers.
-            few_steps: how the network is followed with the adapter, as `FewSteps.plain` has it.
+            classes: the names of the network's classes, by their ids.
+            few_steps: how the network is sampled with the adapter, as `FewSteps.plain` has it.
 
         Raises:
             UserError: the networks have inputs that the checkpoint has not, which no adapter can hold; a rank is above
@@ -69,11 +69,12 @@ class Adapter:
             )
         base = LatentFlowPipeline.from_pretrained(checkpoint, vae=None)
         _check_same_inputs(base.transformer, network, checkpoint)
-        known = base.tokenizer.get_vocab() if networks.trained_text else {}
-        vocabulary = networks.tokenizer.get_vocab() if networks.trained_text else {}
-        # By their rows: a tokenizer hands its vocabulary out in another order each time.
-        ordered = sorted(vocabulary, key=vocabulary.__getitem__)
-        words = {word: vocabulary[word] for word in ordered if word not in known}
+        words: dict[str, int] = {}  # new ones, and their rows
+        if networks.trained_text:
+            known = base.tokenizer.get_vocab()
+            # By their rows: a tokenizer hands its vocabulary out in another order each time.
+            vocabulary = sorted(networks.tokenizer.get_vocab().items(), key=lambda item: item[1])
+            words = {word: row for word, row in vocabulary if word not in known}
         names = {name: row for row, name in enumerate(classes) if name not in base.labels}
         self._config = config
         self._facts = AdapterFacts(
@@ -91,10 +92,10 @@ class Adapter:
         self._layers = _inject(network, config)
         if encoder is not None:
             encoder.requires_grad_(False)
-        if encoder is not None and config.lora_text_encoder:
-            self._layers += _inject(encoder, config)
-        if encoder is not None and words:
-            _learn_rows(encoder, encoder.get_input_embeddings(), [*words.values()])
+            if config.lora_text_encoder:
+                self._layers += _inject(encoder, config)
+            if words:
+                _learn_rows(encoder, encoder.get_input_embeddings(), [*words.values()])
         if names:
             _learn_rows(network, network.y_embedder.embedding_table, [*names.values()])
         if self._intervals is not None:
@@ -103,30 +104,29 @@ class Adapter:
         self.networks = dataclasses.replace(networks, trained_text=learns)
 
     def lines(self) -> list[str]:
-        """What is trained, for the plan."""
-        trained = [one for part in self._modules().values() for one in part.parameters() if one.requires_grad]
-        count = sum(one.numel() for one in trained)
+        """Describe what is trained, for the plan."""
+        weights = [weight for part in self._modules().values() for weight in part.parameters()]
+        count = sum(weight.numel() for weight in weights if weight.requires_grad)
+        facts, kind = self._facts, "DoRA" if self._config.lora_dora else "LoRA"
         new = [
-            f"{len(names)} new {kind}"
-            for kind, names in (("words", self._facts.words), ("classes", self._facts.classes))
+            f", {len(names)} new {noun}"
+            for noun, names in (("words", facts.words), ("classes", facts.classes))
             if names
         ]
-        kind = "DoRA" if self._config.lora_dora else "LoRA"
         return [
-            f"adapter: {kind} of rank {self._config.lora_rank} in {self._layers} "
-            f"layers{''.join(f', {one}' for one in new)}: {count:,} trained parameters, {count / self._whole:.1%} of "
-            f"{self._whole / 1e6:.1f} M"
+            f"adapter: {kind} of rank {self._config.lora_rank} in {self._layers} layers{''.join(new)}: "
+            f"{count:,} trained parameters, {count / self._whole:.1%} of {self._whole / 1e6:.1f} M"
         ]
 
     def description(self) -> dict[str, Any]:
-        """What a resumed run must have as well, as plain values."""
+        """Return plain values that a resumed run must have as well."""
         facts = dataclasses.asdict(self._facts)
         if not facts["few_steps"]:  # as in runs from before there were any
             del facts["few_steps"]
         return {**dataclasses.asdict(self._config), **facts}
 
     def merged(self) -> Networks:
-        """Copies of the networks with the adapter in their weights, as if there had been none."""
+        """Return copies of the networks with the adapter in their weights, as if there had been none."""
         parts = {name: _merged(part) for name, part in self._modules().items()}
         return dataclasses.replace(
             self.networks, network=parts["transformer"], text_encoder=parts.get("text_encoder")
@@ -136,7 +136,7 @@ class Adapter:
         """Write the adapter alone, as diffusers' pipelines load it: ``load_lora_weights(folder)``.
 
         Args:
-            earlier: the folder that ``folder`` is going to replace; what users put there stays.
+            earlier: the folder that ``folder`` is going to replace; files that users put there stay.
         """
         from peft.utils import get_peft_model_state_dict
 
@@ -153,7 +153,7 @@ class Adapter:
             }
         tensors |= self._added_rows()
         if self._intervals is not None:
-            tensors |= {f"{INTERVALS}{name}": one for name, one in self._intervals.state_dict().items()}
+            tensors |= {f"{INTERVALS}{name}": value for name, value in self._intervals.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
@@ -172,29 +172,22 @@ class Adapter:
         return {name: part for name, part in named.items() if part is not None}
 
     def _added_rows(self) -> dict[str, Tensor]:
-        """How far the new rows are from where they began, in the order of the facts."""
+        """Return how far the new rows are from where they began, in the order of the facts."""
         from peft.tuners.trainable_tokens import TrainableTokensLayer
 
-        rows = {}
+        modules, rows = self._modules(), {}
         for part, key in (("text_encoder", WORDS), ("transformer", CLASSES)):
-            module = self._modules().get(part)
-            for one in () if module is None else module.modules():
-                if isinstance(one, TrainableTokensLayer):
-                    start = one.trainable_tokens_original[_NAME]
-                    rows[key] = one.trainable_tokens_delta[_NAME] - start
+            for layer in modules[part].modules() if part in modules else ():
+                if isinstance(layer, TrainableTokensLayer):
+                    rows[key] = layer.trainable_tokens_delta[_NAME] - layer.trainable_tokens_original[_NAME]
         return rows
 
 
 def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> None:
+    # Classes may be new, positions are computed, and the adapter brings the interval's length itself.
+    other = re.compile(r"embedding_table|^pos_embed$|^length_embedder")
     shapes = [
-        # But for the classes, and for positions, which are computed.
-        {
-            name: tuple(one.shape)
-            for name, one in module.named_parameters()
-            if "embedding_table" not in name
-            and name != "pos_embed"
-            and not name.startswith("length_embedder")
-        }
+        {name: weight.shape for name, weight in module.named_parameters() if not other.search(name)}
         for module in (base, network)
     ]
     if shapes[0] != shapes[1]:
@@ -206,11 +199,11 @@ def _check_same_inputs(base: nn.Module, network: nn.Module, checkpoint: str) -> 
 
 
 def _inject(module: nn.Module, config: AdapterConfig) -> int:
-    """Freeze ``module`` and put the adapter beside its layers; how many those are."""
+    """Freeze ``module``, put the adapter beside its layers, and return how many those are."""
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = chosen_layers(module, config.lora_layers)
-    layers = {name: one for name, one in layers.items() if not name.startswith("length_embedder")}
+    layers = {name: layer for name, layer in layers.items() if not name.startswith("length_embedder")}
     smallest = min(layers, key=lambda name: min(layers[name].weight.shape))
     most = min(layers[smallest].weight.shape)
     if config.lora_rank > most:
@@ -230,12 +223,12 @@ def _inject(module: nn.Module, config: AdapterConfig) -> int:
 
 
 def chosen_layers(module: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers of ``module`` that ``wanted`` names, as `AdapterConfig.lora_layers` does.
+    """Return the linear layers of ``module`` that ``wanted`` names, as `AdapterConfig.lora_layers` does.
 
     Raises:
-        UserError: something of it names none.
+        UserError: one of the names fits no layer.
     """
-    linear = {name: one for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     chosen: set[str] = set()
     for word in wanted:
         pattern = _GROUPS.get(word) or re.compile(rf"(^|\.){re.escape(word)}(\.|$)")
@@ -247,15 +240,20 @@ def chosen_layers(module: nn.Module, wanted: Sequence[str]) -> dict[str, nn.Line
                 f"Choices: {', '.join(_GROUPS)}, or parts of these names: {', '.join(kinds)}",
             )
         chosen |= found
-    return {name: one for name, one in linear.items() if name in chosen}
+    return {name: layer for name, layer in linear.items() if name in chosen}
 
 
 def _learn_rows(module: nn.Module, table: nn.Embedding, rows: list[int]) -> None:
-    """Let these rows of an embedding of ``module`` learn, and no others."""
+    """Let these rows of an embedding of ``module`` learn, and no others.
+
+    Not by peft's ``trainable_token_indices``, whose wrapper has other names for the weights: a run that was stopped
+    would not go on.
+    """
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
+    places = module.named_modules(remove_duplicate=False)
     # T5 has its table under two names, of which it uses the last.
-    name = [one for one, part in module.named_modules(remove_duplicate=False) if _has_table(part, table)][-1]
+    name = [name for name, part in places if getattr(part, "weight", None) is table.weight][-1]
     parent, _, leaf = name.rpartition(".")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -263,10 +261,6 @@ def _learn_rows(module: nn.Module, table: nn.Embedding, rows: list[int]) -> None
         layer.update_layer(_NAME, token_indices=rows, init_weights=True)
     table.requires_grad_(False)
     setattr(module.get_submodule(parent), leaf, layer)
-
-
-def _has_table(module: nn.Module, table: nn.Embedding) -> bool:
-    return isinstance(module, nn.Embedding) and module.weight is table.weight
 
 
 def _merged(module: nn.Module) -> nn.Module:
@@ -281,9 +275,8 @@ def _merged(module: nn.Module) -> nn.Module:
                 setattr(result.get_submodule(parent), leaf, layer.get_base_layer())
     if hasattr(result, "peft_config"):
         del result.peft_config
-    result.requires_grad_(True)
-    return result
+    return result.requires_grad_(True)
 
 
 def _count(module: Any) -> int:
-    return sum(one.numel() for one in module.parameters())
+    return sum(weight.numel() for weight in module.parameters())

@@ -1,11 +1,11 @@
-"""The checkpoint that a fine-tune starts from: what it is, and how its classes and the data's become one list."""
+"""The checkpoint that a fine-tune or a student starts from: what it is, and how its classes join the data's."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,17 @@ from typing import Any
 from ...autoencoder import downscale_factor, load_autoencoder
 from ...config import FlowConfig
 from ...data import Source
+from ...data.dataset import Kind
 from ...errors import UserError, few, reason
 from ...flow import OBJECTIVES
 from ...models import MODELS, DiT, UNet
 from ...pipeline.generate import LatentFlowPipeline
-from ...utils.libraries import quiet_libraries
+from ...utils.components import quiet_libraries
 from ...utils.settings import CONFIG, check_settings, read_settings
 
 
 def open_base(checkpoint: str) -> LatentFlowPipeline:
-    """The pipeline that a fine-tune or a student starts from.
+    """Load the pipeline that a fine-tune or a student starts from.
 
     Raises:
         UserError: it cannot be opened, or its network is not one of ours.
@@ -37,7 +38,7 @@ def open_base(checkpoint: str) -> LatentFlowPipeline:
 
 
 def base_classes(checkpoint: str) -> tuple[str, ...]:
-    """The names of a checkpoint's classes; see `class_names`. Loads no weights.
+    """Return the names of a checkpoint's classes, as `class_names` does, without loading weights.
 
     Raises:
         UserError: ``checkpoint`` is no pipeline.
@@ -47,20 +48,39 @@ def base_classes(checkpoint: str) -> tuple[str, ...]:
 
 
 def base_resolution(checkpoint: str) -> int | None:
-    """Side in pixels of the images that a checkpoint was trained on (the longer one); None if it does not say.
+    """Return the side in pixels of the images that a checkpoint was trained on (the longer one), without loading the
+    network's weights; None if it does not say.
 
     Raises:
         UserError: ``checkpoint`` is no pipeline.
     """
-    size = _network_config(checkpoint).get("sample_size")
-    if size is None:
-        return None
-    side = size if isinstance(size, int) else max(size)
-    return int(side * downscale_factor(load_autoencoder(checkpoint, subfolder="vae")))
+    side = _longer_side(_network_config(checkpoint))
+    return None if side is None else side * downscale_factor(load_autoencoder(checkpoint, subfolder="vae"))
+
+
+def native_resolution(pipe: LatentFlowPipeline) -> int | None:
+    """Return the side in pixels of the images that a pipeline was trained on (the longer one), if it says."""
+    side = _longer_side(pipe.transformer.config)
+    return None if side is None else side * pipe.vae_scale_factor
+
+
+def _longer_side(config: Mapping[str, Any]) -> int | None:
+    size = config.get("sample_size")
+    return size if size is None or isinstance(size, int) else int(max(size))
+
+
+def condition_kind(pipe: LatentFlowPipeline) -> Kind:
+    """Return what a pipeline's samples are conditioned on."""
+    return "text" if pipe.takes_text else "class" if pipe.takes_classes else "unconditional"
+
+
+def is_small_tokenizer(tokenizer: Any) -> bool:
+    """Tell whether the tokenizer is one of `train_tokenizer`, whose encoder is trained along."""
+    return getattr(tokenizer, "bos_token", None) == "[START]"
 
 
 def class_names(pipe: LatentFlowPipeline) -> tuple[str, ...]:
-    """The names of a pipeline's classes in the order of their ids; where there are none, the ids."""
+    """Return the names of a pipeline's classes in the order of their ids; where there are none, the ids."""
     return _named(pipe.config.get("id2label"), pipe.transformer.config.get("num_classes"))
 
 
@@ -68,18 +88,26 @@ def _named(names: dict[str, str] | None, count: int | None) -> tuple[str, ...]:
     return tuple((names or {}).get(str(number), str(number)) for number in range(count or 0))
 
 
-def with_base_classes(source: Source, checkpoint: str, output: str | Path) -> Source:
-    """``source`` with the checkpoint's classes before its own new ones: known classes keep their numbers.
+def refuse_own_result(checkpoint: str, output: Path) -> None:
+    """Refuse a checkpoint that the run in ``output`` would replace by its own result.
 
     Raises:
-        UserError: ``checkpoint`` is no pipeline, the run would write its result over it, or a class differs from one
-            of the checkpoint's only in case, spaces, hyphens or underscores.
+        UserError: it is that.
     """
-    if Path(checkpoint).expanduser().resolve() == (Path(output) / "pipeline").resolve():
+    if Path(checkpoint).expanduser().resolve() == (output / "pipeline").resolve():
         raise UserError(
             f"{checkpoint} is the place of this run's own result, which would replace it",
             "Use another output folder.",
         )
+
+
+def with_base_classes(source: Source, checkpoint: str) -> Source:
+    """Return ``source`` with the checkpoint's classes before its own new ones: known classes keep their ids.
+
+    Raises:
+        UserError: ``checkpoint`` is no pipeline, or a class differs from one of the checkpoint's only in case, spaces,
+            hyphens or underscores.
+    """
     known = base_classes(checkpoint)
     if source.kind != "class" or not known:
         return source
@@ -93,8 +121,8 @@ def with_base_classes(source: Source, checkpoint: str, output: str | Path) -> So
 
 
 def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> FlowConfig:
-    """``flow`` as the checkpoint was trained, but for what is ``given``: path, prediction, coupling, and the objective
-    (with its guidance) of a checkpoint of average velocities.
+    """Return ``flow`` with what is not ``given`` as the checkpoint was trained: path, prediction, coupling, and the
+    objective (with its guidance) of a checkpoint of average velocities.
 
     Raises:
         UserError: ``checkpoint`` is no pipeline.
@@ -117,7 +145,7 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
 
 
 def lost_guidance(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> float:
-    """The guidance that a checkpoint has learned along, if ``flow`` trains it to something that has none; else 1."""
+    """Return the guidance that a checkpoint has learned along, if ``flow`` trains it to something without; else 1."""
     learned = float(_pipeline_config(checkpoint).get("folded_guidance", 1.0))
     return 1.0 if with_base_flow(flow, checkpoint, given).choices().objective.average else learned
 
@@ -137,7 +165,7 @@ def _refuse_nearly_equal(source: Source, checkpoint: str, known: tuple[str, ...]
 
 
 def _plain(name: str) -> str:
-    """What names have in common that look alike; macOS writes the letters of file names in parts (NFD)."""
+    """Return what names that look alike have in common; macOS writes the letters of file names in parts (NFD)."""
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
 
 
@@ -173,7 +201,7 @@ def _no_checkpoint(checkpoint: str, why: str, fix: str = "") -> UserError:
 
 
 def refuse_other_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:
-    """What a network's output means is part of its weights.
+    """Refuse to train another path or prediction: the meaning of a network's output is part of its weights.
 
     Raises:
         UserError: the checkpoint was trained on another path, or to another prediction.

@@ -1,5 +1,4 @@
-"""What a fine-tune does otherwise than a training from scratch: its settings, and the defaults that follow from
-it."""
+"""The settings of a fine-tune, and the defaults in which it differs from a training from scratch."""
 
 from __future__ import annotations
 
@@ -19,33 +18,32 @@ _LEAST_HELD_OUT_OF = 20  # images: of fewer none is held out by default
 
 
 def held_out_share(given: Collection[str], validation: float, images: int) -> float:
-    """The share of the images to hold out: by default none of very few, of which each is needed."""
+    """Return the share of the images to hold out: by default none of very few, of which each is needed."""
     return 0.0 if "validation" not in given and images < _LEAST_HELD_OUT_OF else validation
 
 
 def fitted(
     loop: LoopConfig, given: Collection[str], images: int, own_share: float, adapter: bool = False
 ) -> LoopConfig:
-    """The loop's settings for a fine-tune. What is ``given`` stays; a preset's are for a training from scratch.
+    """Return the loop's settings for a fine-tune. What is ``given`` stays; a preset's are for training from scratch.
 
     The rate is a fifth of that from scratch, but for the tables of classes and words: there it stays, since in some
     hundred steps of AdamW at a fifth a new row could not get as far from where it starts as the known ones are.
 
     The weight average keeps its ramp: it begins at the checkpoint's weights and then spans the last tenth of the
-    steps so far. Without the ramp a decay of 0.999 would still hold 74 % of the old weights after 300 steps, and give
-    back what is not learnt yet.
+    steps so far. Without the ramp a decay of 0.999 would still hold 74 % of the old weights after 300 steps.
 
     The rate decays from the start, with which docs/fine-tuning.md was measured.
 
     Args:
         loop: as flags, file, preset and defaults have it.
         given: keys of what flags or a file set.
-        images: of the data; ``repeats`` decide which are used more often, not how often they are on average.
+        images: number of images of the data; ``repeats`` decide which are used more often, not their average use.
         own_share: share of the samples that are images of the data.
-        adapter: whether an adapter is trained. It starts at nothing, and learns at the rate from scratch.
+        adapter: an adapter is trained. It starts at nothing, and learns at the rate from scratch.
 
     Raises:
-        UserError: a step has one sample, and shall have some of two kinds; an adapter shall be trained with Muon.
+        UserError: a step has one sample, and should have some of two kinds; an adapter should be trained with Muon.
     """
     if own_share < 1 and _samples(loop) < 2:
         raise UserError(
@@ -85,10 +83,10 @@ def fine_tuning_lines(
     own_share: float,
     folded_guidance: float = 1.0,
 ) -> list[str]:
-    """What is done otherwise than from scratch.
+    """Say what differs from a training from scratch.
 
     Args:
-        folded_guidance: which the checkpoint has learned along and the run does not.
+        folded_guidance: guidance that the checkpoint has learned along and the run does not.
     """
     own = own_share * loop.max_train_steps * _samples(loop)
     chosen = [
@@ -114,5 +112,5 @@ def fine_tuning_lines(
 
 
 def _samples(loop: LoopConfig) -> int:
-    """Of a step."""
+    """Count the samples of a step, over all processes."""
     return loop.train_batch_size * loop.gradient_accumulation_steps * int(process_state().num_processes)

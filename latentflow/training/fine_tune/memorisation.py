@@ -1,11 +1,10 @@
-"""Has a fine-tune on few images learnt them, or learnt them by heart? Measured once, when it is finished."""
+"""Measure, once a fine-tune on few images is finished, how near its samples come to copying them."""
 
 from __future__ import annotations
 
 import json
 import logging
 from pathlib import Path
-from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import torch
@@ -16,20 +15,22 @@ from ...metrics import Memorisation, memorisation
 from ...models.text import UnknownWords
 from ...pipeline.generate import LatentFlowPipeline
 from ...utils.memory import memory_phase
+from ..data import pipeline_condition
+from .base import native_resolution
 
 log = logging.getLogger(__name__)
 
-_DRAWN = 16
-_COPIES = 0.5  # share of the drawn images that are nearer to one of the data than those are to one another
+_SAMPLES = 16
+_COPIES = 0.5  # share of the samples that are nearer to an image of the data than those are to one another
 
 
-def tell_memorised(
+def report_memorisation(
     output: Path, training: Source, validation: Source, background: str, device: torch.device
 ) -> None:
-    """Draw images of what ``training`` shows with the result in ``output``, and say how near to it they come.
+    """Sample with the result in ``output`` under the conditions of ``training``, and report how near the samples come.
 
-    Written to ``memorisation.json`` as well; where that is of this result, nothing is drawn. A failure is a warning:
-    the result is there.
+    The figures are written to ``memorisation.json``; if that file is newer than the result, nothing is sampled. A
+    failure is a warning: the result is there.
     """
     result, file = output / "pipeline", output / "memorisation.json"
     if len(training) < 2 or (
@@ -39,11 +40,10 @@ def tell_memorised(
     try:
         with memory_phase("draw"), catch_warnings():
             simplefilter("ignore", UnknownWords)  # the captions are the data's own
-            found = _measured(result, training, validation, background, device)
+            found = _measure(result, training, validation, background, device)
         if found is None:
             return
-        told = json.dumps(found._asdict(), indent=2)
-        file.write_text(told + "\n", encoding="utf-8")
+        file.write_text(json.dumps(found._asdict(), indent=2) + "\n", encoding="utf-8")
     except (UserError, OSError) as error:
         log.warning(f"WARNING: how near the result comes to your images was not measured: {error}")
         return
@@ -57,24 +57,29 @@ def tell_memorised(
     log.info(line)
 
 
-def _measured(
+def _measure(
     result: Path, training: Source, validation: Source, background: str, device: torch.device
 ) -> Memorisation | None:
-    """None: there is nothing to ask the result for, or one image only, beside which none is new."""
+    """Return None if the data do not have the result's condition, or there is one image only, beside which none is
+    new."""
     pipe = LatentFlowPipeline.from_pretrained(result).to(device)
     pipe.set_progress_bar_config(disable=True)
-    rows = [number * len(training) // _DRAWN for number in range(_DRAWN)]  # spread over all classes
-    asked: dict[str, Any] = {"num_images_per_prompt": _DRAWN}
-    if training.kind == "text":
-        asked = {"prompt": [training.captions()[row] for row in rows]}
-    elif training.kind == "class":
-        asked = {"class_labels": [int(training.class_ids()[row]) for row in rows]}
-    elif pipe.takes_text or pipe.takes_classes:
+    rows = [number * len(training) // _SAMPLES for number in range(_SAMPLES)]  # spread over all classes
+    condition = pipeline_condition(training, rows)
+    if not condition and (pipe.takes_text or pipe.takes_classes):
         return None
-    side = pipe.vae_scale_factor * pipe.transformer.config.sample_size
-    generators = [torch.Generator().manual_seed(seed) for seed in range(_DRAWN)]
-    drawn = (
-        pipe(**asked, height=side, width=side, generator=generators, output_type="pt").images.float().cpu()
+    side = native_resolution(pipe)
+    assert side is not None  # the result of a run says it
+    samples = (
+        pipe(
+            **(condition or {"num_images_per_prompt": _SAMPLES}),
+            height=side,
+            width=side,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(_SAMPLES)],
+            output_type="pt",
+        )
+        .images.float()
+        .cpu()
     )
 
     def images(source: Source) -> torch.Tensor:
@@ -83,5 +88,5 @@ def _measured(
     known = images(training)
     if len(known.unique(dim=0)) < 2:
         return None
-    drawn = pixels_to_images((drawn.clamp(0, 1) * 255).round())  # in 256 levels, as real images are
-    return memorisation(drawn, known, images(validation) if len(validation) else None)
+    samples = pixels_to_images((samples.clamp(0, 1) * 255).round())  # in 256 levels, as real images are
+    return memorisation(samples, known, images(validation) if len(validation) else None)

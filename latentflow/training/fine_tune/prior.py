@@ -1,8 +1,8 @@
-"""Prior preservation: the checkpoint that a fine-tune starts from draws samples, which are trained on beside the data.
+"""Prior preservation: samples of the checkpoint that a fine-tune starts from are trained on beside the data.
 
-So it is reminded of what it could draw, without the data that it learnt that from (DreamBooth, arXiv:2208.12242,
-section 3.2; generative replay, arXiv:1705.08690). The samples are drawn without guidance: they are of the distribution
-that the network has learnt, and training on them leaves that where it is.
+So the network keeps what it knew, without the data that it learnt that from (DreamBooth, arXiv:2208.12242, section
+3.2; generative replay, arXiv:1705.08690). They are sampled without guidance, from the distribution that the network has
+learnt, and training on them leaves that distribution where it is.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 
 from ...config import FineTuningConfig
 from ...errors import UserError, reading
-from ...utils.documents import decode
+from ...utils.files import decode
 from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import Batch
 from ..losses.latent_data import LatentData
-from ..networks import Networks, is_small_tokenizer
-from .base import class_names, open_base
-from .teacher_samples import Drawing, drawn_data
+from ..networks import Networks
+from .base import class_names, is_small_tokenizer, open_base
+from .teacher_samples import SampleSettings, teacher_data
 
 
 class MixedData:
@@ -54,24 +54,28 @@ class MixedData:
         return self._own.name(index) if index < first else self._prior.name(index - first)
 
 
-def asked_of(
+def prior_prompts(
     checkpoint: str, config: FineTuningConfig, images: int, seed: int, vae: str | None = None
 ) -> tuple[list[str], str]:
-    """What the checkpoint is to draw: a caption or class for each sample ("" for one that takes neither); and a line.
+    """Choose the prompts of the prior samples, a caption or class each ("" if the checkpoint takes neither).
 
     Classes and captions of a file come in turn, each as often as the others. Without a file, captions are a word or
     two of the vocabulary: a checkpoint does not hold the captions that it was trained on.
 
     Args:
-        images: of the data.
+        images: number of images of the data.
         vae: another autoencoder than the checkpoint's, to which its samples would mean nothing.
+
+    Returns:
+        The prompts (none: no prior samples), and the plan's line about them.
 
     Raises:
         UserError: the file cannot be read or holds no caption, is given for a checkpoint that takes none, or is
             needed: a pretrained text encoder's vocabulary does not say which words were trained on.
     """
     pipe = open_base(checkpoint)
-    count = config.samples(images, len(class_names(pipe)))
+    names = class_names(pipe)
+    count = config.samples(images, len(names))
     if config.prior_prompts and not pipe.takes_text:
         raise UserError(
             f"--prior-prompts, but {checkpoint} takes no captions", "Leave it out: all classes are drawn."
@@ -88,36 +92,33 @@ def asked_of(
     if config.prior_samples and unfit:
         raise UserError(f"{checkpoint} cannot draw --prior-samples: {unfit[0]}", unfit[1])
     if not count or unfit:
-        told = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "") + " reminds it"
+        hint = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "") + " reminds it"
         if unfit and not no_captions:
-            told = unfit[0]
-        return [], f"prior: none; what your images do not show may be forgotten ({told})"
+            hint = unfit[0]
+        return [], f"prior: none; what your images do not show may be forgotten ({hint})"
     if config.prior_prompts:
-        asked, told = (
-            in_turn(_read_prompts(config.prior_prompts), count),
-            f"the captions in {config.prior_prompts}",
-        )
+        prompts = in_turn(_read_prompts(config.prior_prompts), count)
+        origin = f"the captions in {config.prior_prompts}"
     elif pipe.takes_text:
-        asked = _words(pipe.tokenizer, count, seed)
-        told = "words that it knows (--prior-prompts FILE with captions that it was trained on keeps more)"
+        prompts = _words(pipe.tokenizer, count, seed)
+        origin = "words that it knows (--prior-prompts FILE with captions that it was trained on keeps more)"
     else:
-        names = list(class_names(pipe))
-        asked, told = in_turn(names or [""], count), f"its {len(names)} classes" if names else "no condition"
-    share = f"{config.prior_share:.0%} of each step" + (
-        "" if config.prior_samples else "; --prior-samples 0: none"
-    )
-    return asked, f"prior: {count} samples of {checkpoint} itself, of {told}, are {share}"
+        prompts = in_turn([*names] or [""], count)
+        origin = f"its {len(names)} classes" if names else "no condition"
+    share = f"{config.prior_share:.0%} of each step"
+    share += "" if config.prior_samples else "; --prior-samples 0: none"
+    return prompts, f"prior: {count} samples of {checkpoint} itself, of {origin}, are {share}"
 
 
 def prior_data(
-    checkpoint: str, asked: list[str], networks: Networks, folder: Path, seed: int, pixels: bool, told: bool
+    checkpoint: str, prompts: list[str], networks: Networks, folder: Path, seed: int, pixels: bool
 ) -> LatentData:
-    """The samples as training data, drawn into ``folder`` where they are not there yet; see `drawn_data`."""
-    return drawn_data(checkpoint, asked, networks, folder, Drawing(seed=seed, pixels=pixels), told)
+    """Return the samples as training data, drawn into ``folder`` where they are not there yet; see `teacher_data`."""
+    return teacher_data(checkpoint, prompts, networks, folder, SampleSettings(seed=seed, pixels=pixels))
 
 
 def in_turn(names: list[str], count: int) -> list[str]:
-    """Each as often as the others; of more than ``count`` some that are spread over all of them."""
+    """Return ``count`` of the names, each as often as the others; of more names some that are spread over all."""
     spread = max(len(names), count)
     return [names[number * spread // count % len(names)] for number in range(count)]
 
@@ -132,10 +133,9 @@ def _read_prompts(file: str) -> list[str]:
 
 
 def _words(tokenizer: Any, count: int, seed: int) -> list[str]:
-    """One word, then two, in turn; all are of the tokenizer's vocabulary."""
+    """Return one word, then two, in turn; all are of the tokenizer's vocabulary."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     words = [word for word, _ in vocabulary if word.isalpha() and len(word) > 1] or [vocabulary[-1][0]]
-    places = torch.randint(
-        len(words), (count, 2), generator=seeded(seed, Stream.TEACHER_SAMPLES, -1)
-    ).tolist()
+    random = seeded(seed, Stream.TEACHER_SAMPLES, -1)
+    places = torch.randint(len(words), (count, 2), generator=random).tolist()
     return [" ".join(words[place] for place in row[: 1 + number % 2]) for number, row in enumerate(places)]

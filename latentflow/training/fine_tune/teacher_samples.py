@@ -1,4 +1,4 @@
-"""Samples of a checkpoint, drawn once into a folder of files, as training data."""
+"""Samples of a checkpoint as training data, drawn once into a folder of files."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...data import Cropping, Example, LatentTable, Source, to_pil
-from ...data.dataset import Kind
 from ...errors import UserError, reading
 from ...pipeline.adapter_files import weights_hash
 from ...pipeline.generate import LatentFlowPipeline
+from ...utils.files import replacing
 from ...utils.memory import memory_phase
-from ...utils.replacing import replacing
 from ..data import conditions_of
 from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
 from ..losses.latent_data import BucketData, LatentData
 from ..networks import Networks
-from .base import open_base
+from .base import condition_kind, native_resolution, open_base
 
 _TOGETHER = 50  # samples in a file, and drawn at once,
 _PIXELS = 2**20  # unless they have more pixels in all
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """How samples are drawn, and what is kept of them.
+class SampleSettings:
+    """Settings of the samples, and the tensors that are kept of them.
 
     Attributes:
-        what, phase: what one is called, and the phase of `latentflow.utils.memory.ADVICE`.
+        what, phase: name of one sample, and the phase of `latentflow.utils.memory.ADVICE`.
         seed: with a sample's number decides its noise.
-        pixels: whether the images are kept as well, to be masked.
-        noise: whether the noise that each came from is kept.
+        pixels: the images are kept as well, to be masked.
+        noise: the noise that each sample came from is kept.
         guidance, steps, solver: of the pipeline; without a solver it takes its own.
     """
 
@@ -57,7 +56,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class DrawnExample(Example):
+class TeacherSample(Example):
     """A sample of the checkpoint; only its latents are kept, and its pixels where masks need them."""
 
     pixels: Tensor | None = field(kw_only=True, default=None, compare=False, repr=False)
@@ -71,112 +70,125 @@ class DrawnExample(Example):
         return hashlib.sha256(f"drawn {self.name} {self.text} {self.label}".encode()).hexdigest()
 
 
-def drawn_data(
-    checkpoint: str, asked: list[str], networks: Networks, folder: Path, drawing: Drawing, told: bool
+def teacher_data(
+    checkpoint: str, prompts: list[str], networks: Networks, folder: Path, settings: SampleSettings
 ) -> LatentData:
-    """Samples as training data, drawn into ``folder`` where they are not there yet.
+    """Return samples as training data, drawn into ``folder`` where they are not there yet.
 
     Args:
         checkpoint: the pipeline that draws.
-        asked: a caption, a class or "" for each sample.
+        prompts: a caption, a class or "" for each sample.
         networks: what is trained, whose tokenizer and classes are used.
-        folder: where the samples are kept, as latents; what a killed run has drawn is not drawn again.
-        told: whether the network is told sizes.
+        folder: where the samples are kept, as latents; a resumed run draws only what is missing.
 
     Raises:
         UserError: ``folder`` holds samples of another checkpoint, or drawn otherwise.
     """
     state = process_state()
-    with memory_phase(drawing.phase), state.main_process_first():
-        tensors, kind, side = _drawn(checkpoint, asked, folder, drawing, state.device)
-    views = {name: one for name, one in tensors.items() if name != "latents"}
-    images = tensors.get("pixels")
-    examples = tuple(
-        DrawnExample(
-            f"{drawing.what} {number}",
-            text=name if kind == "text" else None,
-            label=name if kind == "class" else None,
-            pixels=None if images is None else images[number],
-        )
-        for number, name in enumerate(asked)
-    )
-    source = Source(f"samples of {checkpoint}", examples, kind, networks.classes if kind == "class" else ())
-    natural = np.full((len(asked), 2), side, dtype=np.int32)
-    framing = Cropping(source, ((side, side),), np.zeros(len(asked), dtype=np.int32), natural)
-    sized = BucketData(LatentTable(tensors["latents"][:, None], None), views)
-    conditions = conditions_of(source, networks, drawing.seed)
-    return LatentData(framing, [sized], conditions, flips=False, size_conditioning=told, seed=drawing.seed)
-
-
-def _drawn(
-    checkpoint: str, asked: list[str], folder: Path, drawing: Drawing, device: torch.device
-) -> tuple[dict[str, Tensor], Kind, int]:
-    """``latents`` (N, C, h, w), perhaps the ``noise`` that they came from, of the same shape, and ``pixels``
-    (N, 3, H, W) uint8; what they are conditioned on; their side."""
     pipe = open_base(checkpoint)
     pipe.set_progress_bar_config(disable=True)
-    kind: Kind = "text" if pipe.takes_text else "class" if pipe.takes_classes else "unconditional"
-    native = pipe.transformer.config.sample_size
-    if native is None:
+    kind, side = condition_kind(pipe), native_resolution(pipe)
+    if side is None:
         raise UserError(
             f"{checkpoint} does not say of which size its samples are",
             "Nothing can be drawn from it before training.",
         )
-    side = pipe.vae_scale_factor * int(native if isinstance(native, int) else max(native))
-    settings = {name: one for name, one in asdict(drawing).items() if name not in ("what", "phase")}
-    made_of = {"checkpoint": weights_hash(pipe.transformer), "asked": asked, "side": side, **settings}
-    _claim(folder, made_of)
+    with memory_phase(settings.phase), state.main_process_first():
+        tensors = _samples(pipe, prompts, side, folder, settings, state.device)
+    images = tensors.get("pixels")
+    examples = tuple(
+        TeacherSample(
+            f"{settings.what} {number}",
+            text=prompt if kind == "text" else None,
+            label=prompt if kind == "class" else None,
+            pixels=None if images is None else images[number],
+        )
+        for number, prompt in enumerate(prompts)
+    )
+    source = Source(f"samples of {checkpoint}", examples, kind, networks.classes if kind == "class" else ())
+    natural = np.full((len(prompts), 2), side, dtype=np.int32)
+    framing = Cropping(source, ((side, side),), np.zeros(len(prompts), dtype=np.int32), natural)
+    latents = LatentTable(tensors.pop("latents")[:, None], None)
+    return LatentData(
+        framing,
+        [BucketData(latents, tensors)],
+        conditions_of(source, networks, settings.seed),
+        flips=False,
+        size_conditioning=networks.size_conditioning,
+        seed=settings.seed,
+    )
+
+
+def _samples(
+    pipe: LatentFlowPipeline,
+    prompts: list[str],
+    side: int,
+    folder: Path,
+    settings: SampleSettings,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Read the samples in ``folder``, and draw those that are missing.
+
+    Returns:
+        ``latents`` (N, C, h, w), and if they are kept the ``noise`` that they came from, of the same shape, and
+        ``pixels`` (N, 3, H, W) uint8.
+    """
+    plain = {name: value for name, value in asdict(settings).items() if name not in ("what", "phase")}
+    _claim(folder, {"checkpoint": weights_hash(pipe.transformer), "asked": prompts, "side": side, **plain})
     parts = []
     together = min(_TOGETHER, max(1, _PIXELS // side**2))
-    for start in tqdm(range(0, len(asked), together), desc=f"drawing {drawing.what}s", disable=None):
-        file = folder / f"{start:06d}.safetensors"
+    for start in tqdm(range(0, len(prompts), together), desc=f"drawing {settings.what}s", disable=None):
+        file, some = folder / f"{start:06d}.safetensors", prompts[start : start + together]
         if not file.is_file():
-            _write(file, _draw(pipe.to(device), kind, asked[start : start + together], start, side, drawing))
-        parts.append(_read(file, len(asked[start : start + together])))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, kind, side
+            drawn = _draw(pipe.to(device), some, start, side, settings)
+            with replacing(file) as partial:
+                save_file({name: value.contiguous() for name, value in drawn.items()}, partial)
+        parts.append(_read(file, len(some)))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _draw(
-    pipe: LatentFlowPipeline, kind: Kind, names: list[str], start: int, side: int, drawing: Drawing
+    pipe: LatentFlowPipeline, prompts: list[str], start: int, side: int, settings: SampleSettings
 ) -> dict[str, Tensor]:
-    generators = [
-        torch.Generator().manual_seed(
-            seeded(drawing.seed, Stream.TEACHER_SAMPLES, start + row).initial_seed()
-        )
-        for row in range(len(names))
-    ]
-    asked: dict[str, Any] = {"num_images_per_prompt": len(names)}
+    count, kind = len(prompts), condition_kind(pipe)
+    random = (seeded(settings.seed, Stream.TEACHER_SAMPLES, start + row) for row in range(count))
+    generators = [torch.Generator().manual_seed(each.initial_seed()) for each in random]
+    condition: dict[str, Any] = {"num_images_per_prompt": count}
     if kind == "text":
-        asked = {"prompt": names}
+        condition = {"prompt": prompts}
     elif kind == "class":
-        asked = {"class_labels": names if pipe.labels else [int(name) for name in names]}
-    noise = pipe.prepare_noise(len(names), side, side, generators, None)
+        condition = {"class_labels": prompts if pipe.labels else [int(name) for name in prompts]}
+    noise = pipe.prepare_noise(count, side, side, generators, None)
     latents = pipe(
-        **asked, height=side, width=side, guidance_scale=drawing.guidance, num_inference_steps=drawing.steps,
-        solver=drawing.solver, generator=generators, latents=noise, output_type="latent",
+        **condition, height=side, width=side, guidance_scale=settings.guidance, num_inference_steps=settings.steps,
+        solver=settings.solver, generator=generators, latents=noise, output_type="latent",
     ).images  # fmt: skip
     drawn = {"latents": latents.float().cpu()}
-    if drawing.noise:
+    if settings.noise:
         drawn["noise"] = noise.float().cpu()
-    if drawing.pixels:
+    if settings.pixels:
         images = pipe.decode_latents(latents).cpu()
         drawn["pixels"] = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return drawn
 
 
-def _claim(folder: Path, made_of: dict[str, Any]) -> None:
-    """Say what the samples in ``folder`` are drawn from, or check that it is the same."""
+def _claim(folder: Path, origin: dict[str, Any]) -> None:
+    """Write what the samples in ``folder`` are drawn from, or check that it is the same.
+
+    Raises:
+        UserError: it is not.
+    """
     file = folder / "drawn.json"
     if not file.is_file():
         if process_state().is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(file) as partial:
-                partial.write_text(json.dumps(made_of, ensure_ascii=False), encoding="utf-8")
+                partial.write_text(json.dumps(origin, ensure_ascii=False), encoding="utf-8")
         return
-    # Not by `read_json`, whose bound is for strangers' files: of each of any number of samples this has a name.
+    # Not by `read_json`, whose bound is for strangers' files: this one names each of any number of samples.
     with reading(file, OSError, ValueError, RecursionError, fix="Use another output folder."):
         held = json.loads(file.read_text(encoding="utf-8"))
-    differ = [name for name in made_of if not isinstance(held, dict) or made_of[name] != held.get(name)]
+    differ = [name for name in origin if not isinstance(held, dict) or origin[name] != held.get(name)]
     if differ:
         raise UserError(
             f"{folder} holds samples that were drawn otherwise ({', '.join(differ)})",
@@ -188,11 +200,6 @@ def _read(file: Path, rows: int) -> dict[str, Tensor]:
     fix = "Remove it: its samples are drawn again."
     with reading(file, OSError, SafetensorError, fix=fix):
         part: dict[str, Tensor] = load_file(file)
-    if "latents" not in part or any(len(one) != rows for one in part.values()):
+    if "latents" not in part or any(len(tensor) != rows for tensor in part.values()):
         raise UserError(f"{file} does not hold {rows} samples", fix)
     return part
-
-
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
-    with replacing(file) as partial:
-        save_file({name: one.contiguous() for name, one in tensors.items()}, partial)

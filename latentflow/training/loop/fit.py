@@ -23,8 +23,8 @@ from torch.profiler import record_function
 
 from ...config import LoopConfig
 from ...errors import RunError, UserError, reason
+from ...utils.files import replacing
 from ...utils.memory import OutOfMemory, is_out_of_memory, memory_phase, release_memory
-from ...utils.replacing import replacing
 from . import checkpoint
 from .data_order import DataOrder
 from .distributed import (

@@ -173,6 +173,12 @@ def load_batch(data: TrainingData, uses: list[SampleUse]) -> Batch:
     return data.__getitems__(uses) | ids
 
 
+def first_batch(data: TrainingData, rows: int) -> Batch:
+    """Return a batch of the first ``rows`` rows, or of as many as are of the first one's group."""
+    uses = [SampleUse(row, row) for row in range(min(len(data), rows))]
+    return load_batch(data, by_group(uses, groups_of(data))[0])
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with its tensors on ``device``."""
     return {

@@ -21,7 +21,7 @@ from PIL.Image import Image
 from tqdm.auto import tqdm
 
 from ...errors import UserError, printable
-from ...utils.libraries import quiet_libraries
+from ...utils.components import quiet_libraries
 from ...utils.memory import is_out_of_memory, out_of_memory, peak_gib, release_memory
 from .distributed import process_state
 from .run_folder import open_metrics, record_start

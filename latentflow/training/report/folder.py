@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...utils.documents import read_yaml
+from ...utils.files import read_yaml
 from ..loop.run_folder import Row, metric_lines, read_metrics, read_starts
 from ..losses.autoencoder import autoencoder_steps
 

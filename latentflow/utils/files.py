@@ -1,4 +1,5 @@
-"""Text, JSON and YAML of strangers: read in one place, and what is wrong in them is a `UserError` that names the file.
+"""Files: text, JSON and YAML of strangers are read here, with a `UserError` that names the file for what is wrong in
+them; and files are written whole or not at all.
 
 Imports errors only.
 """
@@ -6,9 +7,11 @@ Imports errors only.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +21,9 @@ if TYPE_CHECKING:
     from yaml import Node
 
 
-DEPTH = 64  # values inside values, at most
-VALUES = 1_000_000  # in one document, at most; those that YAML's aliases repeat are counted each time
-# What PyYAML raises on a document; its constructors of numbers, dates and the like do not wrap what they meet.
+DEPTH = 64  # most levels of values inside values
+VALUES = 1_000_000  # most values of a document; those that YAML's aliases repeat are counted each time
+# PyYAML's exceptions besides its own: its constructors of numbers, dates and the like pass on what they meet.
 _YAML = (ValueError, RecursionError, AttributeError, LookupError, TypeError)
 
 
@@ -61,18 +64,18 @@ def storable(text: str) -> str:
 
 
 def parse_json(text: str, where: str, fix: str = "") -> Any:
-    """Return what the JSON in ``text`` says. ``NaN`` and ``Infinity`` are numbers, as Python writes them.
+    """Return the value of the JSON in ``text``. ``NaN`` and ``Infinity`` are numbers, as Python writes them.
 
     Args:
-        where: names the document in messages: the file, and the line where there are several documents in it.
-        fix: what the user can do.
+        where: name of the document in messages: the file, with the line where it holds several documents.
+        fix: advice for the user.
 
     Raises:
         UserError: it is not JSON; a key is there twice; it is nested more than ``DEPTH`` deep or holds more than
             ``VALUES`` values.
     """
     try:
-        # Refusing too long numbers, which Python does not read, is a ValueError as well.
+        # For numbers that are too long Python raises a ValueError as well.
         value = json.loads(text, object_pairs_hook=_pairs)
     except (ValueError, RecursionError) as error:
         raise _invalid(where, "JSON", error, fix) from None
@@ -81,7 +84,7 @@ def parse_json(text: str, where: str, fix: str = "") -> Any:
 
 
 def parse_yaml(text: str, where: str, fix: str = "") -> Any:
-    """Return what the YAML in ``text`` says: plain values, no objects.
+    """Return the value of the YAML in ``text``: plain values, no objects.
 
     Args, Raises: as for ``parse_json``.
     """
@@ -105,7 +108,7 @@ def parse_yaml(text: str, where: str, fix: str = "") -> Any:
 
 
 def read_json(file: Path, fix: str = "") -> Any:
-    """Return what a JSON file says; see ``parse_json``.
+    """Return the value of a JSON file; see ``parse_json``.
 
     Raises:
         UserError: also where the file cannot be read.
@@ -114,7 +117,7 @@ def read_json(file: Path, fix: str = "") -> Any:
 
 
 def read_yaml(file: Path, fix: str = "") -> Any:
-    """Return what a YAML file says; see ``parse_yaml``.
+    """Return the value of a YAML file; see ``parse_yaml``.
 
     Raises:
         UserError: also where the file cannot be read.
@@ -129,7 +132,7 @@ def _read(file: Path, fix: str) -> str:
 
 
 class _TwiceError(ValueError):
-    """A key that is there twice."""
+    """A key occurs twice in an object."""
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -153,21 +156,23 @@ def _repeated_key(root: Node) -> str | None:
             for (tag, key), count in keys.items():
                 if count > 1 and tag != "tag:yaml.org,2002:merge":
                     return str(key)
-            inside = [one for pair in inside for one in pair]
-        waiting += [one for one in inside if id(one) not in seen]
-        seen |= {id(one) for one in inside}
+            inside = [child for pair in inside for child in pair]
+        waiting += [child for child in inside if id(child) not in seen]
+        seen |= {id(child) for child in inside}
     return None
 
 
 def _refuse_excess(value: Any, where: str, fix: str) -> None:
-    """Refuse what could not be walked through or printed."""
+    """Refuse a document that is too deep or too large to be walked through and printed."""
     level, depth, count = [value], 0, 1
     while level:
         if depth > DEPTH:
             raise UserError(f"{where} is nested more than {DEPTH} deep", fix)
         inside: list[Any] = []
-        for one in level:
-            held = one.values() if isinstance(one, Mapping) else one if isinstance(one, list | set) else ()
+        for item in level:
+            held = (
+                item.values() if isinstance(item, Mapping) else item if isinstance(item, list | set) else ()
+            )
             count += len(held)
             if count > VALUES:
                 raise UserError(f"{where} holds more than {VALUES:,} values", fix)
@@ -178,10 +183,26 @@ def _refuse_excess(value: Any, where: str, fix: str) -> None:
 def _invalid(where: str, kind: str, error: BaseException, fix: str) -> UserError:
     if isinstance(error, RecursionError):
         return UserError(f"{where} is nested too deep", fix)
-    # PyYAML's messages take several lines: what, then where.
-    told = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
-    if "integer string conversion" in told:  # Python's own limit
-        told = f"it holds a number of more than {sys.get_int_max_str_digits():,} digits"
+    # PyYAML's messages take several lines: the problem, then its place.
+    message = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())[:300]
+    if "integer string conversion" in message:  # Python's own limit
+        message = f"it holds a number of more than {sys.get_int_max_str_digits():,} digits"
     if isinstance(error, _TwiceError):
-        return UserError(f"{where}: {told}", fix)
-    return UserError(f"{where} is not {kind}: {told or type(error).__name__}", fix)
+        return UserError(f"{where}: {message}", fix)
+    return UserError(f"{where} is not {kind}: {message or type(error).__name__}", fix)
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """Yield a temporary file beside ``path`` that takes its place once it is written; if writing fails it is removed.
+
+    Args:
+        suffix: ending of the temporary file, for writers that choose their format by it.
+    """
+    partial = path.with_name(f".latentflow-{os.getpid()}{suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with suppress(OSError):  # it has moved, or was never made
+            partial.unlink()
