@@ -145,14 +145,11 @@ def load_image_sets(
 
 
 def _load(pipe: Any, source: Source, background: str) -> ImageSet:
-    side = pipe.transformer.config.sample_size
-    height, width = (
-        cells * pipe.vae_scale_factor for cells in ((side, side) if isinstance(side, int) else side)
-    )
     if source.kind == "text":
         captions = list(source.captions())
     else:  # an unconditional example may have a label all the same
         captions = [(example.label or "") if source.kind == "class" else "" for example in source.examples]
     return ImageSet(
-        images=pixels_to_images(cached_pixels(source, (height, width), background)[:]), captions=captions
+        images=pixels_to_images(cached_pixels(source, pipe.model.native_size, background)[:]),
+        captions=captions,
     )

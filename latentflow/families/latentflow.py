@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeAlias, get_type_hints
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,63 +17,13 @@ from ..errors import UserError, lookup, unknown
 from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, PREDICTIONS, CondOT, make
 from ..flow.tensors import require_finite
 from ..models import Condition, encode_text
-from ..utils.settings import check_types
-from .model import FlowModel, Rows
+from ..models.text import START
+from .few_steps import FewSteps
+from .model import FlowModel, Rows, Size
 
-#: (height, width), or (top, left), in pixels
-Size: TypeAlias = tuple[int, int]
 #: steps of an ordinary network, and of one of average velocities, where nothing else is asked for
 USUAL_STEPS, FEW_STEPS = 20, 4
 USUAL_GUIDANCE = 4.0
-LARGEST_STEPS = 1000  # of `FewSteps.step_counts`
-
-
-@dataclass(frozen=True, kw_only=True)
-class FewSteps:
-    """Settings of few-step sampling, of a checkpoint or an adapter; the defaults are an ordinary velocity's.
-
-    Attributes:
-        average: the network predicts average velocities (arXiv:2505.13447).
-        consistency: those lead to the data only: between steps noise is added again.
-        folded_guidance: the scale of the guidance that was learned along; where it is not 1, none is added.
-        step_counts: the numbers of steps, of one evaluation each, that it was made for, rising.
-
-    Raises:
-        UserError: the settings contradict each other.
-    """
-
-    average: bool = False
-    consistency: bool = False
-    folded_guidance: float = 1.0
-    step_counts: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.consistency and not self.average:
-            raise UserError("consistency without average", "A consistency model predicts average velocities.")
-        check_types("few-step settings", asdict(self), get_type_hints(FewSteps))
-        if any(not 1 <= count <= LARGEST_STEPS for count in self.step_counts):
-            raise UserError(f"step_counts {[*self.step_counts]}", "Give numbers of steps, such as [1, 2, 4].")
-
-    def __bool__(self) -> bool:
-        return self.average or bool(self.step_counts)
-
-    @staticmethod
-    def of(settings: dict[str, Any]) -> FewSteps:
-        """Build from plain values, as `plain` and a pipeline's config have them.
-
-        Raises:
-            TypeError, UserError: they are no such settings.
-        """
-        return FewSteps(**{**settings, "step_counts": tuple(settings.get("step_counts") or ())})
-
-    def plain(self) -> dict[str, Any]:
-        """Return plain values without the defaults, so that the config of an ordinary checkpoint stays as it is."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        written = {entry.name for entry in fields(self) if values[entry.name] != entry.default}
-        if self.average:
-            written.add("folded_guidance")
-        values["step_counts"] = [*self.step_counts]
-        return {name: value for name, value in values.items() if name in written}
 
 
 class LatentFlowModel(FlowModel):
@@ -127,6 +77,25 @@ class LatentFlowModel(FlowModel):
     def takes_masks(self) -> bool:
         """True for a network that was trained to inpaint."""
         return self.vae is not None and self.setting("condition_channels") == mask_channels(self.vae)
+
+    @property
+    def takes_sizes(self) -> bool:
+        """True for a network that is conditioned on sizes and crops."""
+        return bool(self.setting("size_conditioning"))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their ids, which stand for names that there are not."""
+        names = self.pipeline.config.get("id2label") or {}
+        return tuple(
+            names.get(str(number), str(number)) for number in range(self.setting("num_classes") or 0)
+        )
+
+    @property
+    def trains_text(self) -> bool:
+        """True for a network whose text encoder was trained with it: its tokenizer is one of `train_tokenizer`."""
+        pipeline = self.pipeline
+        return pipeline.text_encoder is not None and getattr(pipeline.tokenizer, "bos_token", None) == START
 
     @property
     def text_width(self) -> int | None:
@@ -349,7 +318,7 @@ class LatentFlowModel(FlowModel):
         Raises:
             UserError: other sizes than what is drawn, for a network that takes none.
         """
-        if self.setting("size_conditioning"):
+        if self.takes_sizes:
             sizes = torch.tensor([[*original, *crop, *target]] * len(rows), dtype=torch.float32)
             return replace(rows, kept={**rows.kept, "sizes": sizes.to(self.device)})
         if (original, crop, target) != (drawn, (0, 0), drawn):
@@ -412,7 +381,7 @@ class LatentFlowModel(FlowModel):
         self, x: Tensor, t: Tensor, condition: Condition, end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        if condition.sizes is None and self.setting("size_conditioning"):
+        if condition.sizes is None and self.takes_sizes:
             factor = self.pipeline.vae_scale_factor
             drawn = [x.shape[2] * factor, x.shape[3] * factor]
             sizes = torch.tensor([[*drawn, 0, 0, *drawn]] * len(x), dtype=torch.float32, device=x.device)

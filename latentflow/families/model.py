@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,13 @@ from ..errors import UserError
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
 from ..utils.components import library_reads
 from ..utils.settings import read_settings
+from .few_steps import FewSteps
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
 #: one value for each row: a tensor (B, ...), or a list of B tensors of any shapes
 Values: TypeAlias = Tensor | list[Tensor]
+#: (height, width), or (top, left), in pixels
+Size: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +147,41 @@ class FlowModel(ABC):
         return False
 
     @property
+    def takes_sizes(self) -> bool:
+        """True for a network that is conditioned on sizes and crops."""
+        return False
+
+    @property
+    def condition_kind(self) -> Literal["text", "class", "unconditional"]:
+        """What samples are conditioned on, as data sets name it; of several, captions."""
+        return "text" if self.takes_text else "class" if self.takes_classes else "unconditional"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their ids, which stand for names that there are not."""
+        return ()
+
+    @property
+    def native_size(self) -> Size | None:
+        """(height, width) in pixels of the images that it was trained on; None if it does not say."""
+        return None
+
+    @property
+    def native_side(self) -> int | None:
+        """The longer side of `native_size`."""
+        return None if self.native_size is None else max(self.native_size)
+
+    @property
+    def trains_text(self) -> bool:
+        """True for a network whose text encoder was trained with it, and knows only the words of its captions."""
+        return False
+
+    @property
+    def few_steps(self) -> FewSteps:
+        """Settings of few-step sampling; the default is an ordinary velocity's."""
+        return FewSteps()
+
+    @property
     def usual_steps(self) -> int:
         """Steps where nobody asks for a number."""
         return 20
@@ -179,7 +217,8 @@ class FlowModel(ABC):
         elif Path(name_or_path).is_dir() or len(Path(name_or_path).parts) != 2:
             kind = next(iter(FAMILIES))  # which says what is wrong with the folder
         else:
-            with library_reads(f"the checkpoint '{name_or_path}'", fix="Check the spelling and the network."):
+            what = f"no folder '{name_or_path}', and the hub repository of that name"
+            with library_reads(what, fix="Check the spelling and the network; offline, pass a local folder."):
                 kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(f"{name_or_path} is a {kind}", f"Pipelines that open: {', '.join(FAMILIES)}.")
@@ -196,6 +235,11 @@ class FlowModel(ABC):
         self.pipeline.save_pretrained(folder)
 
     # ---------------------------------------------------------------- components
+
+    def network_alone(self) -> Self:
+        """Return the model without its other components: it computes where its network is."""
+        others = {name: None for name in self.pipeline.components if name != "transformer"}
+        return type(self)(self.pipeline.from_pipe(self.pipeline, **others))
 
     @property
     def network(self) -> Any:
@@ -230,6 +274,19 @@ class FlowModel(ABC):
             UserError: the network takes no classes, or knows none of this name.
         """
         raise UserError("this checkpoint does not take classes", "Give prompts: model.encode_prompt([...]).")
+
+    def call_arguments(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Return arguments with which the pipeline draws one image for each caption, class, or "" without either."""
+        if self.takes_text:
+            return {"prompt": [*texts]}
+        if self.takes_classes:
+            return {"class_labels": [self.classes.index(name) for name in texts]}
+        return {"num_images_per_prompt": len(texts)}
+
+    def rows_of(self, condition: Any, count: int) -> Rows:
+        """Return ``count`` rows of what `prepare` returns."""
+        rows: Rows = condition
+        return rows
 
     def null(self, n: int) -> Rows:
         """Return ``n`` rows without a condition."""

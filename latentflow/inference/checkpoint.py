@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import AdapterChoice
 from ..errors import UserError, reason
 from ..utils.components import quiet_libraries
 from ..utils.settings import check_types, read_settings
+
+if TYPE_CHECKING:
+    from ..families import FlowModel
 
 
 def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
@@ -131,6 +134,17 @@ def capabilities(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Capabil
         masks=bool(network.get("condition_channels")),
         steps=(pipe.get("step_counts") or [4 if pipe.get("average") else 20])[-1],
         distilled_guidance=pipe.get("folded_guidance", 1.0) != 1.0,
+    )
+
+
+def model_capabilities(model: FlowModel) -> Capabilities:
+    """Return the capabilities of an open checkpoint, of any family."""
+    return Capabilities(
+        text=model.takes_text,
+        labels=model.classes,
+        masks=model.takes_masks,
+        steps=model.usual_steps,
+        distilled_guidance=model.few_steps.folded_guidance != 1.0,
     )
 
 

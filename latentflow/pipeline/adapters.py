@@ -15,7 +15,8 @@ from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..families.latentflow import FewSteps, LatentFlowModel
+from ..families.few_steps import FewSteps
+from ..families.latentflow import LatentFlowModel
 from ..models import with_words
 from ..utils.settings import MEND
 from .adapter_files import (

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..autoencoder import downscale_factor
 from ..errors import UserError
-from ..families.latentflow import FewSteps, Size
-from ..families.model import Generators
+from ..families.few_steps import FewSteps
+from ..families.model import Generators, Size
 from .adapters import AdapterMixin
 from .arguments import CALLBACK_TENSORS, output_kind
 from .conditioning import ConditionMixin

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, few
-from ..families.latentflow import Size
-from ..families.model import Generators
+from ..families.model import Generators, Size
 from ..models.text import UnknownWords, unknown_words
 from ..utils.memory import require_memory
 from .arguments import labels, texts

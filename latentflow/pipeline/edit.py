@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, lookup
-from ..families.latentflow import Size
-from ..families.model import Generators
+from ..families.model import Generators, Size
 from ..flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
 from ..flow.editing import deterministic
 from ..flow.solvers import BY_ROW

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families.latentflow import Size
-from ..families.model import Generators
+from ..families.model import Generators, Size
 from .arguments import checked
 from .base import FlowPipeline
 from .conditioning import ClassLabels, condition_arguments

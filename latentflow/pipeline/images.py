@@ -15,7 +15,7 @@ from ..data.images import profile_of
 from ..data.masks import read_mask
 from ..data.pixels import to_pixels, to_rgb, upright
 from ..errors import UserError
-from ..families.latentflow import Size
+from ..families.model import Size
 from ..utils.memory import require_memory
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..autoencoder import latent_mask, masked_latents, masked_source
 from ..errors import UserError, unknown
-from ..families.latentflow import Size
-from ..families.model import Generators
+from ..families.model import Generators, Size
 from ..flow import Velocity
 from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 from .arguments import checked

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from ..config import DistillationConfig, RunConfig
 from ..data import Source
 from ..errors import UserError, few
-from ..flow import OBJECTIVES, straightness, time_grid
+from ..families import FlowModel
+from ..flow import OBJECTIVES, CondOT, straightness, time_grid
 from ..pipeline.adapter_files import weights_hash
-from ..pipeline.generate import LatentFlowPipeline
 from .data import DataSplits
-from .fine_tune.base import class_names, open_base, with_base_flow
+from .fine_tune.base import open_base, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
 from .fine_tune.prior import in_turn
 from .fine_tune.teacher_samples import SampleSettings, teacher_data
@@ -75,13 +75,13 @@ class Teacher:
     """A checkpoint that a student learns from.
 
     Attributes:
-        checkpoint, pipe: the pipeline, and where it came from.
+        checkpoint, model: the model, and where it came from.
         guidance: the scale at which the student follows it.
         folded_guidance: the scale that the student has learned in the end: the same, or the teacher's own learned one.
     """
 
     checkpoint: str
-    pipe: LatentFlowPipeline
+    model: FlowModel
     guidance: float
     folded_guidance: float
 
@@ -91,19 +91,19 @@ class Teacher:
         Raises:
             UserError: new classes, data without the teacher's condition, or masks or sizes that it does not take.
         """
-        pipe, name = self.pipe, self.checkpoint
-        new = [label for label in source.classes if label not in class_names(pipe)]
+        model, name = self.model, self.checkpoint
+        new = [label for label in source.classes if label not in model.classes]
         if source.kind == "class" and new:
             raise UserError(
                 f"{name} does not know the classes {few(new)}",
                 "Teach them first: latentflow train DATA --init-from CHECKPOINT; then distil that.",
             )
-        if source.kind == "unconditional" and (pipe.takes_text or pipe.takes_classes):
-            kind = "captions" if pipe.takes_text else "classes"
+        if source.kind == "unconditional" and model.condition_kind != "unconditional":
+            kind = "captions" if model.takes_text else "classes"
             raise UserError(f"{name} draws {kind}, and the data have none", f"Give images with {kind}.")
-        if source.has_masks and not pipe.takes_masks:
+        if source.has_masks and not model.takes_masks:
             raise UserError(f"the data have masks, and {name} does not inpaint", "Add --masks none.")
-        if size_conditioning != bool(pipe.transformer.config.get("size_conditioning")):
+        if size_conditioning != model.takes_sizes:
             raise UserError(
                 f"--size-conditioning must be as {name} has it",
                 "Leave it out." if size_conditioning else "Add --size-conditioning.",
@@ -116,12 +116,11 @@ def open_teacher(checkpoint: str, guidance: float | None) -> Teacher:
     Raises:
         UserError: the checkpoint cannot be opened, or guidance is asked for where it can have none.
     """
-    pipe = open_base(checkpoint)
-    learned = float(pipe.config.get("folded_guidance", 1.0))
-    conditional = pipe.takes_text or pipe.takes_classes
+    model = open_base(checkpoint)
+    learned, conditional = model.few_steps.folded_guidance, model.condition_kind != "unconditional"
     if guidance is None:
-        scale = pipe.usual_guidance if conditional else 1.0
-        return Teacher(checkpoint, pipe, scale, scale if learned == 1.0 else learned)
+        scale = model.usual_guidance if conditional else 1.0
+        return Teacher(checkpoint, model, scale, scale if learned == 1.0 else learned)
     if not conditional and guidance != 1.0:
         raise UserError(
             f"--guidance {guidance:g}: {checkpoint} has no classes or captions to follow", "Leave it out."
@@ -131,7 +130,7 @@ def open_teacher(checkpoint: str, guidance: float | None) -> Teacher:
             f"--guidance {guidance:g}: {checkpoint} has learned guidance {learned:g} along",
             "Leave it out: its student has the same.",
         )
-    return Teacher(checkpoint, pipe, guidance if learned == 1.0 else 1.0, guidance)
+    return Teacher(checkpoint, model, guidance if learned == 1.0 else 1.0, guidance)
 
 
 def distillation_recipe(
@@ -154,7 +153,7 @@ def distillation_recipe(
         UserError: the data or settings do not fit the teacher or the method. The pairs' folder holds pairs of another
             teacher, or drawn otherwise (by ``training_data``).
     """
-    method, pipe, checkpoint = METHODS[name], teacher.pipe, teacher.checkpoint
+    method, model, checkpoint = METHODS[name], teacher.model, teacher.checkpoint
     # Neither pairs nor matched distributions are measured by held-out images.
     validates = not method.pairs and method.loss is None
     step_counts = (1,) if method.loss is OneStepLoss else settings.step_counts
@@ -181,20 +180,20 @@ def distillation_recipe(
         f"student of {checkpoint}: {name}, guidance {teacher.folded_guidance:g} learned along, made for "
         f"{', '.join(map(str, step_counts))} evaluations",
     ]
-    if pipe.config.prediction != "velocity" or pipe.config.path != "condot":
+    if model.prediction != "velocity" or model.path != CondOT():
         plan.append(
-            f"the teacher predicts the {pipe.config.prediction} on the path {pipe.config.path}; the student learns "
+            f"the teacher predicts the {model.prediction} on the path {model.pipeline.config.path}; the student learns "
             "velocities on the straight one, anew from its weights: give it more steps"
         )
 
     # ---- loss ----
     loss_options: dict[str, Any] = {"kind": method.loss}
     if not method.pairs:
-        loss_options["teacher"] = VelocityTeacher(pipe, teacher.guidance)
+        loss_options["teacher"] = VelocityTeacher(model, teacher.guidance)
     identity: dict[str, Any] = {
         "method": name,
         "guidance": teacher.guidance,
-        "teacher": weights_hash(pipe.transformer),
+        "teacher": weights_hash(model.network),
     }
     recipe = Recipe(
         flow=flow,
@@ -227,7 +226,7 @@ def distillation_recipe(
             guidance=teacher.guidance,
             steps=settings.pairs_steps,
             # A student's own steps are few, or add noise on their way: its pairs are those of its velocity.
-            solver=settings.pairs_solver or ("heun" if pipe.few_steps else None),
+            solver=settings.pairs_solver or ("heun" if model.few_steps else None),
         )
         return teacher_data(checkpoint, prompts, networks, folder, samples)
 
@@ -246,17 +245,17 @@ def _prompts(source: Source) -> list[str]:
 
 def _straightness_lines(teacher: Teacher, result: Path, loss: FlowLoss, data: LatentData) -> list[str]:
     """Compare how straight the trajectories of teacher and student are, from equal noise under equal conditions."""
-    student = LatentFlowPipeline.from_pretrained(result)
+    student = FlowModel.from_pretrained(result)
     batch = first_batch(data, _TRAJECTORIES)
     device = next(loss.network.parameters()).device
     noise = SampleRandom(0, batch["sample_ids"], device).normal(batch["latents"].shape[1:])
     condition = loss.prompts(to_device(batch, device))
     if loss.masked:  # nothing is known
-        channels = student.transformer.config.condition_channels
+        channels = student.network.config.condition_channels
         condition = replace(condition, channels=noise.new_zeros(len(noise), channels, *noise.shape[2:]))
     figures = []
-    for pipe, guidance in ((teacher.pipe, teacher.guidance), (student, 1.0)):
-        velocity = partial(VelocityTeacher(pipe, guidance), condition=condition)
+    for model, guidance in ((teacher.model, teacher.guidance), (student, 1.0)):
+        velocity = partial(VelocityTeacher(model, guidance), condition=condition)
         per_sample = straightness(velocity, noise, time_grid(20))
         figures.append(float(per_sample.mean()) / noise[0].numel())
     return [

@@ -18,12 +18,11 @@ from ..autoencoder.latents import Autoencoder
 from ..config import FlowConfig
 from ..data import Source, cached_pixels, to_pil
 from ..data.masks import DEFAULT_SHAPES, random_masks
-from ..families.latentflow import FewSteps
+from ..families.few_steps import FewSteps
 from ..models.text import UnknownWords
 from ..pipeline.generate import LatentFlowPipeline
 from ..pipeline.inpaint import LatentFlowInpaintPipeline
 from .data import pipeline_condition
-from .fine_tune.base import native_resolution
 from .loop.distributed import has_fast_bfloat16
 from .loop.folders import write_folder, writing
 from .networks import Networks
@@ -151,7 +150,7 @@ def _inpainted(
     pipe: LatentFlowPipeline, source: Source, rows: list[int], steps: int
 ) -> tuple[Tensor, Tensor]:
     """Return images (8, 3, H, W) in [0, 1] with grey holes, and the same with the holes filled."""
-    side = native_resolution(pipe)
+    side = pipe.model.native_side
     assert side is not None  # a run's network says it
     originals = cached_pixels(source.subset(rows), side, progress=False)[:].float() / 255.0
     shapes = {name: share for name, share in DEFAULT_SHAPES.items() if name != "full"}

@@ -18,7 +18,7 @@ from ..data import Source
 from ..errors import UserError, few
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ..utils.settings import check_types, read_settings
-from .fine_tune.base import class_names, is_small_tokenizer, open_base, refuse_other_flow
+from .fine_tune.base import open_base, refuse_other_flow
 
 log = logging.getLogger(__name__)
 
@@ -141,11 +141,11 @@ def networks_from(
         UserError: the checkpoint cannot be opened, is conditioned on something else than the source, or was
             trained on another path or to another prediction.
     """
-    pipe = open_base(checkpoint)
+    model = open_base(checkpoint)
     if not student:
-        refuse_other_flow(checkpoint, pipe, flow)
-    old, config = pipe.transformer, dict(pipe.transformer.config)
-    if not {"text": pipe.takes_text, "class": pipe.takes_classes}.get(source.kind, True):
+        refuse_other_flow(checkpoint, model, flow)
+    old, config = model.network, dict(model.network.config)
+    if not {"text": model.takes_text, "class": model.takes_classes}.get(source.kind, True):
         raise UserError(
             f"{checkpoint} is not conditioned on {source.kind}, the data is",
             "Use --condition none, or a checkpoint of the same kind.",
@@ -154,7 +154,7 @@ def networks_from(
     if source.kind == "class":
         changes["num_classes"] = len(source.classes)
     if inpainting and not config["condition_channels"]:
-        changes["condition_channels"] = mask_channels(pipe.vae)
+        changes["condition_channels"] = mask_channels(model.vae)
     if size_conditioning:
         changes["size_conditioning"] = True
     if flow.choices().objective.average:
@@ -168,8 +168,8 @@ def networks_from(
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
         network = type(old)(**(arguments | changes))
         _copy_weights(old, network)
-    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
-    trained = encoder is not None and is_small_tokenizer(tokenizer) and not student
+    tokenizer, encoder = model.pipeline.tokenizer, model.pipeline.text_encoder
+    trained = model.trains_text and not student
     if trained and source.kind == "text":
         tokenizer, encoder = _extended_text(tokenizer, encoder, [*chain.from_iterable(source.all_captions())])
     return Networks(
@@ -177,7 +177,7 @@ def networks_from(
         text_encoder=encoder,
         tokenizer=tokenizer,
         trained_text=trained,
-        classes=source.classes or class_names(pipe),
+        classes=source.classes or model.classes,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..config import FlowConfig, LoopConfig, RunConfig
-from ..families.latentflow import FewSteps
+from ..families.few_steps import FewSteps
 from ..flow import AverageObjective
 from .data import DataSplits
 from .fine_tune.base import lost_guidance, with_base_flow

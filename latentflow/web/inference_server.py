@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdapterChoice
 from ..errors import UserError
-from ..inference.checkpoint import capabilities, open_pipeline, read_capabilities
+from ..inference.checkpoint import model_capabilities, open_pipeline, read_capabilities
 from ..inference.images import read_image
 from ..inference.sample import BATCH, conditions, sample_images
 from ..utils.arguments import finite, whole
@@ -115,7 +115,7 @@ class InferenceServer:
         self._sampling = threading.Lock()  # pipelines and tokenizers are not safe in several threads
         adapted = adapters is not None and (adapters.lora or adapters.fast)  # adapters may add classes
         known = None if adapted else read_capabilities(checkpoint)
-        self.capabilities = known or capabilities(self.pipe.config, self.pipe.transformer.config)
+        self.capabilities = known or model_capabilities(self.pipe.model)
 
     @property
     def pipe(self) -> Any:
@@ -173,8 +173,7 @@ class InferenceServer:
         """
         pipe = self.pipe
         image = _hiding_folder(read_image, upload)
-        side = pipe.transformer.config.get("sample_size") or 64
-        trained = pipe.vae_scale_factor * (max(side) if isinstance(side, list | tuple) else side)
+        trained = pipe.model.native_side or 64 * pipe.vae_scale_factor
         width, height = image.size
         image.thumbnail((LARGEST_IMAGE * trained, LARGEST_IMAGE * trained))
         shrunk = f"Shrunk from {width} x {height} to {image.width} x {image.height} pixels."

@@ -164,10 +164,12 @@ def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:
         )
         expected = null + 3.0 * (under - null)
         torch.testing.assert_close(
-            VelocityTeacher(pipe, 3.0)(x, t, condition), expected, rtol=1e-3, atol=1e-4
+            VelocityTeacher(pipe.model, 3.0)(x, t, condition), expected, rtol=1e-3, atol=1e-4
         )
         torch.testing.assert_close(expected[2], null[2])
-        torch.testing.assert_close(VelocityTeacher(pipe, 1.0)(x, t, condition), under, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            VelocityTeacher(pipe.model, 1.0)(x, t, condition), under, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -185,9 +187,9 @@ def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> 
         "sample_ids": [*range(5)],
         "class_labels": torch.tensor([0, 1, 2, 0, 1]),
     }
-    own = flow_loss(network, config, 0, teacher=VelocityTeacher(pipe, 1.0))
+    own = flow_loss(network, config, 0, teacher=VelocityTeacher(pipe.model, 1.0))
     torch.testing.assert_close(own(batch)["per_sample"], torch.zeros(5), rtol=0, atol=1e-9)
-    guided = flow_loss(network, config, 0, teacher=VelocityTeacher(pipe, 3.0))
+    guided = flow_loss(network, config, 0, teacher=VelocityTeacher(pipe.model, 3.0))
     assert float(guided(batch)["per_sample"].min()) > 1e-4
 
 
@@ -299,7 +301,7 @@ def few_classes() -> dict[str, Any]:
 
 
 def teacher_of(network: Any) -> VelocityTeacher:
-    return VelocityTeacher(LatentFlowPipeline(vae=None, transformer=copy.deepcopy(network)), 1.0)
+    return VelocityTeacher(LatentFlowPipeline(vae=None, transformer=copy.deepcopy(network)).model, 1.0)
 
 
 def test_a_new_stage_learns_from_what_the_last_one_has_become() -> None:

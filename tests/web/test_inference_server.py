@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import Capabilities, capabilities
+from latentflow.inference.checkpoint import Capabilities, capabilities, model_capabilities
 from latentflow.web.inference_server import GenerationRequest, InferenceServer, painted
 
 Checkpoint = Callable[..., Path]
@@ -130,7 +130,7 @@ def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint
     server = InferenceServer(str(caption_checkpoint), "cpu")
     assert server._pipe is None
     assert server.capabilities == Capabilities(text=True, labels=(), masks=False)
-    assert capabilities(server.pipe.config, server.pipe.transformer.config) == server.capabilities
+    assert model_capabilities(server.pipe.model) == server.capabilities
     messages: list[str] = []
     InferenceServer(str(caption_checkpoint), "cpu").generate(REQUEST, lambda *step: messages.append(step[2]))
     assert messages == ["Loading the models", *["Generating"] * 3]

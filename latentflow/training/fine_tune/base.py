@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 from ...autoencoder import downscale_factor, load_autoencoder
 from ...config import FlowConfig
 from ...data import Source
-from ...data.dataset import Kind
 from ...errors import UserError, few, reason
+from ...families import FlowModel
 from ...flow import OBJECTIVES
 from ...models import MODELS, DiT, UNet
 from ...pipeline.generate import LatentFlowPipeline
@@ -22,29 +22,30 @@ from ...utils.components import quiet_libraries
 from ...utils.settings import CONFIG, check_settings, read_settings
 
 
-def open_base(checkpoint: str) -> LatentFlowPipeline:
-    """Load the pipeline that a fine-tune or a student starts from.
+def open_base(checkpoint: str) -> FlowModel:
+    """Load the model that a fine-tune or a student starts from.
 
     Raises:
         UserError: it cannot be opened, or its network is not one of ours.
     """
     quiet_libraries()
     with _starting(checkpoint):
-        pipe: LatentFlowPipeline = LatentFlowPipeline.from_pretrained(checkpoint)
-    if not isinstance(pipe.transformer, DiT | UNet):
-        kind = type(pipe.transformer).__name__
+        model = FlowModel.from_pretrained(checkpoint)
+    if not isinstance(model.network, DiT | UNet):
+        kind = type(model.network).__name__
         raise _no_checkpoint(checkpoint, f"its network is a {kind}, which latentflow does not train")
-    return pipe
+    return model
 
 
 def base_classes(checkpoint: str) -> tuple[str, ...]:
-    """Return the names of a checkpoint's classes, as `class_names` does, without loading weights.
+    """Return the names of a checkpoint's classes, as `FlowModel.classes` does, without loading weights.
 
     Raises:
         UserError: ``checkpoint`` is no pipeline.
     """
-    names = _pipeline_config(checkpoint).get("id2label")
-    return _named(names, _network_config(checkpoint).get("num_classes"))
+    names = _pipeline_config(checkpoint).get("id2label") or {}
+    count = _network_config(checkpoint).get("num_classes") or 0
+    return tuple(names.get(str(number), str(number)) for number in range(count))
 
 
 def base_resolution(checkpoint: str) -> int | None:
@@ -54,38 +55,11 @@ def base_resolution(checkpoint: str) -> int | None:
     Raises:
         UserError: ``checkpoint`` is no pipeline.
     """
-    side = _longer_side(_network_config(checkpoint))
-    return None if side is None else side * downscale_factor(load_autoencoder(checkpoint, subfolder="vae"))
-
-
-def native_resolution(pipe: LatentFlowPipeline) -> int | None:
-    """Return the side in pixels of the images that a pipeline was trained on (the longer one), if it says."""
-    side = _longer_side(pipe.transformer.config)
-    return None if side is None else side * pipe.vae_scale_factor
-
-
-def _longer_side(config: Mapping[str, Any]) -> int | None:
-    size = config.get("sample_size")
-    return size if size is None or isinstance(size, int) else int(max(size))
-
-
-def condition_kind(pipe: LatentFlowPipeline) -> Kind:
-    """Return what a pipeline's samples are conditioned on."""
-    return "text" if pipe.takes_text else "class" if pipe.takes_classes else "unconditional"
-
-
-def is_small_tokenizer(tokenizer: Any) -> bool:
-    """Tell whether the tokenizer is one of `train_tokenizer`, whose encoder is trained along."""
-    return getattr(tokenizer, "bos_token", None) == "[START]"
-
-
-def class_names(pipe: LatentFlowPipeline) -> tuple[str, ...]:
-    """Return the names of a pipeline's classes in the order of their ids; where there are none, the ids."""
-    return _named(pipe.config.get("id2label"), pipe.transformer.config.get("num_classes"))
-
-
-def _named(names: dict[str, str] | None, count: int | None) -> tuple[str, ...]:
-    return tuple((names or {}).get(str(number), str(number)) for number in range(count or 0))
+    size = _network_config(checkpoint).get("sample_size")
+    if size is None:
+        return None
+    side: int = size if isinstance(size, int) else max(size)
+    return side * downscale_factor(load_autoencoder(checkpoint, subfolder="vae"))
 
 
 def refuse_own_result(checkpoint: str, output: Path) -> None:
@@ -200,14 +174,14 @@ def _no_checkpoint(checkpoint: str, why: str, fix: str = "") -> UserError:
     )
 
 
-def refuse_other_flow(checkpoint: str, pipe: Any, flow: FlowConfig) -> None:
+def refuse_other_flow(checkpoint: str, model: FlowModel, flow: FlowConfig) -> None:
     """Refuse to train another path or prediction: the meaning of a network's output is part of its weights.
 
     Raises:
         UserError: the checkpoint was trained on another path, or to another prediction.
     """
     for name in ("path", "path_options", "prediction"):
-        trained, asked = pipe.config.get(name), getattr(flow, name)
+        trained, asked = model.pipeline.config.get(name), getattr(flow, name)
         if trained != asked:
             flag = "--" + name.replace("_", "-")
             words = (

@@ -11,12 +11,11 @@ import torch
 
 from ...data import Source, cached_pixels, pixels_to_images
 from ...errors import UserError
+from ...families import FlowModel
 from ...metrics import Memorisation, memorisation
 from ...models.text import UnknownWords
-from ...pipeline.generate import LatentFlowPipeline
 from ...utils.memory import memory_phase
 from ..data import pipeline_condition
-from .base import native_resolution
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +61,14 @@ def _measure(
 ) -> Memorisation | None:
     """Return None if the data do not have the result's condition, or there is one image only, beside which none is
     new."""
-    pipe = LatentFlowPipeline.from_pretrained(result).to(device)
+    model = FlowModel.from_pretrained(result)
+    pipe = model.pipeline.to(device)
     pipe.set_progress_bar_config(disable=True)
     rows = [number * len(training) // _SAMPLES for number in range(_SAMPLES)]  # spread over all classes
     condition = pipeline_condition(training, rows)
-    if not condition and (pipe.takes_text or pipe.takes_classes):
+    if not condition and model.condition_kind != "unconditional":
         return None
-    side = native_resolution(pipe)
+    side = model.native_side
     assert side is not None  # the result of a run says it
     samples = (
         pipe(

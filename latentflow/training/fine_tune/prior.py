@@ -19,7 +19,7 @@ from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import Batch
 from ..losses.latent_data import LatentData
 from ..networks import Networks
-from .base import class_names, is_small_tokenizer, open_base
+from .base import open_base
 from .teacher_samples import SampleSettings, teacher_data
 
 
@@ -73,18 +73,18 @@ def prior_prompts(
         UserError: the file cannot be read or holds no caption, is given for a checkpoint that takes none, or is
             needed: a pretrained text encoder's vocabulary does not say which words were trained on.
     """
-    pipe = open_base(checkpoint)
-    names = class_names(pipe)
+    model = open_base(checkpoint)
+    names = model.classes
     count = config.samples(images, len(names))
-    if config.prior_prompts and not pipe.takes_text:
+    if config.prior_prompts and not model.takes_text:
         raise UserError(
             f"--prior-prompts, but {checkpoint} takes no captions", "Leave it out: all classes are drawn."
         )
-    no_captions = pipe.takes_text and not config.prior_prompts and not is_small_tokenizer(pipe.tokenizer)
+    no_captions = model.takes_text and not config.prior_prompts and not model.trains_text
     unfit = None
     if vae:
         unfit = "--vae names another autoencoder", "Leave --vae out."
-    elif pipe.config.get("folded_guidance", 1.0) != 1.0:
+    elif model.few_steps.folded_guidance != 1.0:
         unfit = "it has learned guidance along, and what it draws would be guided again", "Leave them out."
     elif no_captions:
         fix = "Give captions that it was trained on, one a line: --prior-prompts FILE."
@@ -99,8 +99,8 @@ def prior_prompts(
     if config.prior_prompts:
         prompts = in_turn(_read_prompts(config.prior_prompts), count)
         origin = f"the captions in {config.prior_prompts}"
-    elif pipe.takes_text:
-        prompts = _words(pipe.tokenizer, count, seed)
+    elif model.takes_text:
+        prompts = _words(model.pipeline.tokenizer, count, seed)
         origin = "words that it knows (--prior-prompts FILE with captions that it was trained on keeps more)"
     else:
         prompts = in_turn([*names] or [""], count)

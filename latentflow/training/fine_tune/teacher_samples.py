@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from ...data import Cropping, Example, LatentTable, Source, to_pil
 from ...errors import UserError, reading
+from ...families import FlowModel
 from ...pipeline.adapter_files import weights_hash
-from ...pipeline.generate import LatentFlowPipeline
 from ...utils.files import replacing
 from ...utils.memory import memory_phase
 from ..data import conditions_of
@@ -27,7 +27,7 @@ from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
 from ..losses.latent_data import BucketData, LatentData
 from ..networks import Networks
-from .base import condition_kind, native_resolution, open_base
+from .base import open_base
 
 _TOGETHER = 50  # samples in a file, and drawn at once,
 _PIXELS = 2**20  # unless they have more pixels in all
@@ -85,16 +85,16 @@ def teacher_data(
         UserError: ``folder`` holds samples of another checkpoint, or drawn otherwise.
     """
     state = process_state()
-    pipe = open_base(checkpoint)
-    pipe.set_progress_bar_config(disable=True)
-    kind, side = condition_kind(pipe), native_resolution(pipe)
+    model = open_base(checkpoint)
+    model.pipeline.set_progress_bar_config(disable=True)
+    kind, side = model.condition_kind, model.native_side
     if side is None:
         raise UserError(
             f"{checkpoint} does not say of which size its samples are",
             "Nothing can be drawn from it before training.",
         )
     with memory_phase(settings.phase), state.main_process_first():
-        tensors = _samples(pipe, prompts, side, folder, settings, state.device)
+        tensors = _samples(model, prompts, side, folder, settings, state.device)
     images = tensors.get("pixels")
     examples = tuple(
         TeacherSample(
@@ -120,7 +120,7 @@ def teacher_data(
 
 
 def _samples(
-    pipe: LatentFlowPipeline,
+    model: FlowModel,
     prompts: list[str],
     side: int,
     folder: Path,
@@ -134,13 +134,14 @@ def _samples(
         ``pixels`` (N, 3, H, W) uint8.
     """
     plain = {name: value for name, value in asdict(settings).items() if name not in ("what", "phase")}
-    _claim(folder, {"checkpoint": weights_hash(pipe.transformer), "asked": prompts, "side": side, **plain})
+    _claim(folder, {"checkpoint": weights_hash(model.network), "asked": prompts, "side": side, **plain})
     parts = []
     together = min(_TOGETHER, max(1, _PIXELS // side**2))
     for start in tqdm(range(0, len(prompts), together), desc=f"drawing {settings.what}s", disable=None):
         file, some = folder / f"{start:06d}.safetensors", prompts[start : start + together]
         if not file.is_file():
-            drawn = _draw(pipe.to(device), some, start, side, settings)
+            model.pipeline.to(device)
+            drawn = _draw(model, some, start, side, settings)
             with replacing(file) as partial:
                 save_file({name: value.contiguous() for name, value in drawn.items()}, partial)
         parts.append(_read(file, len(some)))
@@ -148,26 +149,22 @@ def _samples(
 
 
 def _draw(
-    pipe: LatentFlowPipeline, prompts: list[str], start: int, side: int, settings: SampleSettings
+    model: FlowModel, prompts: list[str], start: int, side: int, settings: SampleSettings
 ) -> dict[str, Tensor]:
-    count, kind = len(prompts), condition_kind(pipe)
-    random = (seeded(settings.seed, Stream.TEACHER_SAMPLES, start + row) for row in range(count))
+    rows = range(start, start + len(prompts))
+    random = (seeded(settings.seed, Stream.TEACHER_SAMPLES, row) for row in rows)
     generators = [torch.Generator().manual_seed(each.initial_seed()) for each in random]
-    condition: dict[str, Any] = {"num_images_per_prompt": count}
-    if kind == "text":
-        condition = {"prompt": prompts}
-    elif kind == "class":
-        condition = {"class_labels": prompts if pipe.labels else [int(name) for name in prompts]}
-    noise = pipe.prepare_noise(count, side, side, generators, None)
-    latents = pipe(
-        **condition, height=side, width=side, guidance_scale=settings.guidance, num_inference_steps=settings.steps,
-        solver=settings.solver, generator=generators, latents=noise, output_type="latent",
+    noise = model.noise(len(prompts), side, side, generators)
+    latents = model.pipeline(
+        **model.call_arguments(prompts), height=side, width=side, guidance_scale=settings.guidance,
+        num_inference_steps=settings.steps, solver=settings.solver, generator=generators, latents=noise,
+        output_type="latent",
     ).images  # fmt: skip
     drawn = {"latents": latents.float().cpu()}
     if settings.noise:
         drawn["noise"] = noise.float().cpu()
     if settings.pixels:
-        images = pipe.decode_latents(latents).cpu()
+        images = model.decode(latents).cpu()
         drawn["pixels"] = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return drawn
 

@@ -5,28 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...families import FlowModel
 from ...models import Condition
-from ...pipeline.generate import LatentFlowPipeline
 from ..loop.distributed import uncached_autocast
 
 
 class VelocityTeacher:
-    """The velocity of a pipeline on the straight path, whatever its own path and prediction, guided at one scale.
+    """The velocity of a model on the straight path, whatever its own path and prediction, guided at one scale.
 
     Args:
-        pipe: the teacher. Its network is frozen.
+        model: the teacher. Its network is frozen.
         guidance: scale of classifier-free guidance; 1 is none.
     """
 
-    def __init__(self, pipe: LatentFlowPipeline, guidance: float) -> None:
-        names = ("path", "path_options", "prediction")
-        # Without the other components: the device is the network's.
-        self._model = LatentFlowPipeline(
-            vae=None,
-            transformer=pipe.transformer.requires_grad_(False).eval(),
-            **{name: pipe.config[name] for name in names},
-        ).model
-        self._guidance = guidance
+    def __init__(self, model: FlowModel, guidance: float) -> None:
+        self._model, self._guidance = model.network_alone(), guidance  # on the network's device
+        self._model.network.requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
