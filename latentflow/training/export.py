@@ -14,18 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..autoencoder.latents import Autoencoder
-from ..config import FlowConfig
 from ..data import Source, cached_pixels, to_pil
 from ..data.masks import DEFAULT_SHAPES, random_masks
-from ..families.few_steps import FewSteps
+from ..families import FlowModel
 from ..models.text import UnknownWords
-from ..pipeline.generate import LatentFlowPipeline
 from ..pipeline.inpaint import LatentFlowInpaintPipeline
 from .data import pipeline_condition
 from .loop.distributed import has_fast_bfloat16
 from .loop.folders import write_folder, writing
-from .networks import Networks
 from .report.card import CardFacts, write_card
 from .report.export import carry_over
 from .trained_model import TrainedModel
@@ -35,24 +31,19 @@ _IMAGES, _ROW = 16, 8
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineExporter:
-    """Makes the pipeline of a run's networks as they are now, and writes it.
+    """Writes the pipeline of a run's networks as they are now.
 
     Attributes:
         output: the run folder.
         source: its images, with those that were held out.
-        vae: its autoencoder.
-        model: what is trained, by the settings ``flow``.
-        sampling: how the network is sampled.
+        model: what is trained.
         dtype: precision of the exported weights.
         repository: the name on the hub that the card names; None: the folder's.
     """
 
     output: Path
     source: Source
-    vae: Autoencoder
     model: TrainedModel
-    flow: FlowConfig
-    sampling: FewSteps
     dtype: torch.dtype = torch.float32
     repository: str | None = None
 
@@ -61,30 +52,17 @@ class PipelineExporter:
         """The pipeline's folder."""
         return self.output / "pipeline"
 
-    def pipeline(self, networks: Networks | None = None) -> LatentFlowPipeline:
-        """Return a pipeline of the networks that are trained, or of others."""
-        networks, flow = networks or self.model.networks, self.flow
-        return LatentFlowPipeline(
-            vae=self.vae,
-            transformer=networks.network,
-            text_encoder=networks.text_encoder,
-            tokenizer=networks.tokenizer,
-            id2label=dict(enumerate(networks.classes)) or None,
-            path=flow.path,
-            path_options=flow.path_options,
-            prediction=flow.prediction,
-            coupling=flow.coupling,
-            **self.sampling.plain(),
-        )
-
     def export(self, folder: Path) -> None:
         """Write the pipeline with its card; with an adapter the merged one, and the adapter beside it.
 
         Raises:
             RunError: the disk gave out.
         """
-        adapter = self.model.adapter
-        result = self.pipeline() if adapter is None else self.pipeline(adapter.merged())
+        model, adapter = self.model.flow_model, self.model.adapter
+        result = model.pipeline
+        if adapter is not None:
+            merged = adapter.merged()
+            result = result.from_pipe(result, transformer=merged.network, text_encoder=merged.text_encoder)
         if self.dtype != torch.float32:
             result = copy.deepcopy(result).to(dtype=self.dtype)
         parts = {name: part for name, part in result.components.items() if isinstance(part, torch.nn.Module)}
@@ -92,8 +70,8 @@ class PipelineExporter:
             where=self.repository or str(self.folder),
             source=self.source,
             parts=parts,
-            inpaints=result.takes_masks,
-            sample_steps=preview_steps(result),
+            inpaints=model.takes_masks,
+            sample_steps=preview_steps(model),
         )
         with writing(f"the result {self.folder}", self.folder):
             result.save_pretrained(folder)
@@ -108,18 +86,19 @@ def preview_source(training: Source, validation: Source) -> Source:
     return validation if len(validation) >= _IMAGES else training
 
 
-def preview_steps(pipe: LatentFlowPipeline) -> tuple[int, ...]:
+def preview_steps(model: FlowModel) -> tuple[int, ...]:
     """Return a preview's numbers of steps: half of the usual one, but all those that a network for few was made for."""
-    return (pipe.few_steps.step_counts or (pipe.usual_steps,)) if pipe.few_steps else (10,)
+    return (model.few_steps.step_counts or (model.usual_steps,)) if model.few_steps else (10,)
 
 
-def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device) -> Image.Image:
+def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Image.Image:
     """Sample 16 images with fixed seeds, of captions or classes spread over ``source``, for each of `preview_steps`.
 
     Below them, if the network inpaints: eight images of ``source`` with holes (grey), and the holes filled.
     """
     from torchvision.utils import make_grid
 
+    pipe = model.pipeline
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.to(device)
     rows = torch.linspace(0, len(source) - 1, _IMAGES).long().tolist()
@@ -136,26 +115,24 @@ def preview_grid(pipe: LatentFlowPipeline, source: Source, device: torch.device)
         simplefilter("ignore", UnknownWords)  # held-out captions may well have some
         grids = [
             pipe(**condition, num_inference_steps=steps, output_type="pt", generator=_generators(_IMAGES))
-            for steps in preview_steps(pipe)
+            for steps in preview_steps(model)
         ]
         images = torch.cat([grid.images.float().cpu() for grid in grids])
-        if pipe.takes_masks:
-            images = torch.cat([images, *_inpainted(pipe, source, rows[::2], preview_steps(pipe)[-1])])
+        if model.takes_masks:
+            images = torch.cat([images, *_inpainted(model, source, rows[::2], preview_steps(model)[-1])])
     if encoder is not None:
         encoder.to(home)
     return to_pil(make_grid(images * 2 - 1, nrow=_ROW, padding=2, pad_value=1.0))
 
 
-def _inpainted(
-    pipe: LatentFlowPipeline, source: Source, rows: list[int], steps: int
-) -> tuple[Tensor, Tensor]:
+def _inpainted(model: FlowModel, source: Source, rows: list[int], steps: int) -> tuple[Tensor, Tensor]:
     """Return images (8, 3, H, W) in [0, 1] with grey holes, and the same with the holes filled."""
-    side = pipe.model.native_side
+    side = model.native_side
     assert side is not None  # a run's network says it
     originals = cached_pixels(source.subset(rows), side, progress=False)[:].float() / 255.0
     shapes = {name: share for name, share in DEFAULT_SHAPES.items() if name != "full"}
     masks = random_masks(shapes, (side, side), [np.random.default_rng([1, row]) for row in range(len(rows))])
-    inpaint = LatentFlowInpaintPipeline.from_pipe(pipe)
+    inpaint = LatentFlowInpaintPipeline.from_pipe(model.pipeline)
     inpaint.set_progress_bar_config(disable=True)
     condition: dict[str, Any] = pipeline_condition(source, rows)
     images = inpaint(

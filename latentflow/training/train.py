@@ -148,10 +148,7 @@ def train(
     exporter = PipelineExporter(
         output=output,
         source=source,
-        vae=vae,
         model=model,
-        flow=config.flow,
-        sampling=recipe.sampling,
         dtype=getattr(torch, config.export_dtype),
         repository=config.push_to_hub,
     )
@@ -168,7 +165,7 @@ def train(
             if held_out is None
             else lambda: {"loss": validation_loss(loss, held_out, state.device)},
             preview=lambda: preview_grid(
-                exporter.pipeline(), preview_source(training, validation), state.device
+                model.flow_model, preview_source(training, validation), state.device
             ),
             export=exporter.export,
             export_to=exporter.folder,

@@ -11,6 +11,8 @@ from ..autoencoder import downscale_factor
 from ..autoencoder.latents import Autoencoder
 from ..config import RunConfig
 from ..data import Source
+from ..families import FlowModel
+from ..pipeline.generate import LatentFlowPipeline
 from .fine_tune.adapters import Adapter
 from .loop.distributed import process_state
 from .losses.alignment import make_alignment
@@ -28,6 +30,7 @@ class TrainedModel:
 
     Attributes:
         networks: with an adapter, those that it is in.
+        flow_model: of these networks, as they are at any time: for previews and the export.
         adapter: None without one.
         loss: the module whose output is the loss.
         latent_size: side of the latents.
@@ -35,6 +38,7 @@ class TrainedModel:
     """
 
     networks: Networks
+    flow_model: FlowModel
     adapter: Adapter | None
     loss: FlowLoss
     latent_size: int
@@ -85,9 +89,22 @@ def build(
     if config.network.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 
+    pipeline = LatentFlowPipeline(
+        vae=vae,
+        transformer=network,
+        text_encoder=networks.text_encoder,
+        tokenizer=networks.tokenizer,
+        id2label=dict(enumerate(networks.classes)) or None,
+        path=flow.path,
+        path_options=flow.path_options,
+        prediction=flow.prediction,
+        coupling=flow.coupling,
+        **recipe.sampling.plain(),
+    )
+
     # ---- loss ----
     masking = None
-    if network.config.condition_channels:
+    if pipeline.takes_masks:
         masking = Masking(vae, flow.shapes(source.has_masks), loop.seed)
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * process_state().num_processes
     samples = loop.max_train_steps * batch
@@ -103,4 +120,4 @@ def build(
         samples_per_step=batch,
         **recipe.loss_options,
     )
-    return TrainedModel(networks, adapter, loss, latent_size, batch)
+    return TrainedModel(networks, pipeline.model, adapter, loss, latent_size, batch)
