@@ -167,6 +167,11 @@ class FlowModel(ABC):
         return None
 
     @property
+    def size_multiple(self) -> int:
+        """Heights and widths in pixels are multiples of this."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
     def native_side(self) -> int | None:
         """The longer side of `native_size`."""
         return None if self.native_size is None else max(self.native_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +69,7 @@ _ROOT = _PACKAGE / "programs" if (_PACKAGE / "programs").is_dir() else _PACKAGE.
 SHIPPED = _ROOT / "checkpoints" / "emoji-64"
 
 
-# Types of the settings that `capabilities` reads.
+# Types of the settings that `read_capabilities` reads.
 _TYPES: dict[str, Any] = {
     "id2label": dict[str, str] | None,
     "num_classes": int | None,
@@ -119,14 +118,9 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
     files = [folder / "model_index.json", folder / "transformer" / "config.json"]
     if not all(file.is_file() for file in files):
         return None
-    settings = [read_settings(file) for file in files]
+    pipe, network = settings = [read_settings(file) for file in files]
     for file, config in zip(files, settings, strict=True):
         check_types(file, config, _TYPES)
-    return capabilities(*settings)
-
-
-def capabilities(pipe: Mapping[str, Any], network: Mapping[str, Any]) -> Capabilities:
-    """Return the capabilities that the configs of a pipeline and of its network give."""
     names = (pipe.get("id2label") or {}).values()
     return Capabilities(
         text=network.get("text_dim") is not None,

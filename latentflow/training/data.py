@@ -38,6 +38,7 @@ from ..data import (
     split,
 )
 from ..data.sources.latent_folder import is_latent_folder
+from ..families import FlowModel
 from ..utils.files import read_yaml
 from ..utils.memory import memory_phase
 from .fine_tune.base import base_classes, base_resolution, with_base_classes
@@ -152,14 +153,14 @@ class LatentCache:
 
     Attributes:
         data: the settings, with the resolution that counts. framing: how images are cut.
-        vae: the autoencoder. networks: what is trained on the latents.
+        model: the flow model that is trained on the latents, and its networks.
         has_masks, needs_pixels: masks and pixels are cached as well.
         seed: of the crops, and of the caption that is drawn.
     """
 
     data: DataConfig
     framing: FramingConfig
-    vae: Autoencoder
+    model: FlowModel
     networks: Networks
     has_masks: bool
     needs_pixels: bool
@@ -167,13 +168,12 @@ class LatentCache:
 
     def framed(self, source: Source, *, crops: int | None = None) -> Cropping:
         """Return how the images are cut; with another number of crops than the settings say, if given."""
-        patch = self.networks.network.config.get("patch_size", 1)
         return crop(
             source,
             config=self.framing if crops is None else replace(self.framing, crops=crops),
             resolution=self.data.resolution,
-            unit=downscale_factor(self.vae) * patch,
-            size_conditioning=self.networks.size_conditioning,
+            unit=self.model.size_multiple,
+            size_conditioning=self.model.takes_sizes,
         )
 
     def latents(self, framed: Cropping) -> LatentData:
@@ -183,7 +183,7 @@ class LatentCache:
             [self._sized(framed.part(number), size) for number, size in enumerate(framed.sizes)],
             conditions_of(framed.source, self.networks, self.seed, self.framing.mirror_captions),
             flips=self.data.random_flip,
-            size_conditioning=self.networks.size_conditioning,
+            size_conditioning=self.model.takes_sizes,
             seed=self.seed,
         )
 
@@ -198,7 +198,7 @@ class LatentCache:
         with memory_phase("encode"), state.main_process_first():
             table = cached_latents(
                 part,
-                self.vae,
+                self.model.vae,
                 size,
                 background=self.data.background,
                 flips=self.data.random_flip,

@@ -15,7 +15,8 @@ from ..flow import AverageObjective
 from .data import DataSplits
 from .fine_tune.base import lost_guidance, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
-from .fine_tune.prior import MixedData, prior_data, prior_prompts
+from .fine_tune.prior import MixedData, prior_prompts
+from .fine_tune.teacher_samples import SampleSettings, teacher_data
 from .loop.distributed import process_state, resolve
 from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
@@ -98,8 +99,8 @@ def fine_tune_recipe(
 
     def mixed(own: LatentData, networks: Networks, loss: FlowLoss) -> MixedData:
         folder = Path(config.output) / "prior"
-        prior = prior_data(checkpoint, prompts, networks, folder, loop.seed, loss.needs_pixels)
-        return MixedData(own, prior, share)
+        samples = SampleSettings(seed=loop.seed, pixels=loss.needs_pixels)
+        return MixedData(own, teacher_data(checkpoint, prompts, networks, folder, samples), share)
 
     recipe = Recipe(
         flow=flow,

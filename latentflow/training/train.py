@@ -121,7 +121,7 @@ def train(
     cache = LatentCache(
         data=splits.data,
         framing=config.framing,
-        vae=vae,
+        model=model.flow_model,
         networks=networks,
         has_masks=source.has_masks,
         needs_pixels=loss.needs_pixels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import Capabilities, capabilities, model_capabilities
+from latentflow.inference.checkpoint import Capabilities, model_capabilities, read_capabilities
 from latentflow.web.inference_server import GenerationRequest, InferenceServer, painted
 
 Checkpoint = Callable[..., Path]
@@ -153,9 +154,12 @@ def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint
     ],
 )
 def test_what_configs_say_of_classes_and_masks(
-    pipe: dict[str, Any], network: dict[str, Any], expected: Capabilities
+    pipe: dict[str, Any], network: dict[str, Any], expected: Capabilities, tmp_path: Path
 ) -> None:
-    assert capabilities(pipe, network) == expected
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(pipe))
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(network))
+    assert read_capabilities(str(tmp_path)) == expected
     assert expected.condition == bool(expected.labels)
 
 

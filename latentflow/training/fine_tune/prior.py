@@ -18,9 +18,7 @@ from ...utils.files import decode
 from ..loop.data_order import SampleUse, Stream, seeded
 from ..loop.loader import Batch
 from ..losses.latent_data import LatentData
-from ..networks import Networks
 from .base import open_base
-from .teacher_samples import SampleSettings, teacher_data
 
 
 class MixedData:
@@ -108,13 +106,6 @@ def prior_prompts(
     share = f"{config.prior_share:.0%} of each step"
     share += "" if config.prior_samples else "; --prior-samples 0: none"
     return prompts, f"prior: {count} samples of {checkpoint} itself, of {origin}, are {share}"
-
-
-def prior_data(
-    checkpoint: str, prompts: list[str], networks: Networks, folder: Path, seed: int, pixels: bool
-) -> LatentData:
-    """Return the samples as training data, drawn into ``folder`` where they are not there yet; see `teacher_data`."""
-    return teacher_data(checkpoint, prompts, networks, folder, SampleSettings(seed=seed, pixels=pixels))
 
 
 def in_turn(names: list[str], count: int) -> list[str]:
