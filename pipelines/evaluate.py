@@ -128,15 +128,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---------------------------------------------------------------- the checkpoint and the images
     pipe = open_pipeline("LatentFlowPipeline", config.checkpoint, config.device, config)
+    model = pipe.model
     pipe.set_progress_bar_config(disable=True)
-    solver = config.solver or (None if pipe.few_steps else "heun")
+    solver = config.solver or (None if model.few_steps else "heun")
     steps = config.steps or (20 if solver else pipe.usual_steps)
-    guidance = pipe.usual_guidance if config.guidance is None else config.guidance
+    guidance = model.usual_guidance if config.guidance is None else config.guidance
     config = dataclasses.replace(config, steps=steps, guidance=guidance, solver=solver)
     source = open_source(config.data, settings)
-    kind = condition_kind(pipe, source)
+    kind = condition_kind(model, source)
     test = None if config.test is None else open_source(config.test, settings)
-    train, unseen = load_image_sets(pipe, source, test, settings)
+    train, unseen = load_image_sets(model, source, test, settings)
     data = report.describe_data(source, train, unseen)
     print(", ".join(f"{number} {name} images" for name, number in data["images"].items()))
 
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = [train.captions[order[i % len(order)]] for i in range(config.n)]
     real = metrics.real_split(order, config.n)
     beside, reference = train.rows(real.beside), train.rows(real.reference)
-    notes = report.notes(pipe, source, kind, captions, real, unseen)
+    notes = report.notes(model, source, kind, captions, real, unseen)
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")
     if clip is not None and not any(captions):
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---------------------------------------------------------------- without sampling: what the networks know
     sampler = Sampler(
-        pipe=pipe,
+        model=model,
         condition_kind=kind,
         size=train.size,
         steps=steps,
@@ -170,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "data": data,
         "asked": report.proportions(captions, train.captions, kind),
         "reconstruction": {
-            name: figures.reconstruction(pipe.vae, part.images, config.batch_size)
+            name: figures.reconstruction(model, part.images, config.batch_size)
             for name, part in unseen.items()
         },
         "validation_loss": {name: figures.validation_loss(sampler, part) for name, part in unseen.items()},
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured |= {"notes": notes, "seconds": round(time.monotonic() - started, 1)}
     print(printable("\n".join([*report.lines(measured), *(f"note: {note}" for note in notes)])))
     repeat = {"settings": dataclasses.asdict(config), "versions": report.versions()}
-    repeat["checkpoint"] = report.weight_hashes(pipe)
+    repeat["checkpoint"] = report.weight_hashes(model)
     report.write(output, repeat | measured, generated[:64])
     print(f"Wrote {output} and {output.with_suffix('.png')}")
 

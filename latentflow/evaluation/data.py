@@ -13,6 +13,7 @@ from ..config import DataConfig, LoopConfig
 from ..data import Source, cached_pixels, find_source, pixels_to_images, readable, split
 from ..data.sources.latent_folder import is_latent_folder
 from ..errors import UserError
+from ..families import FlowModel
 from ..utils.files import read_yaml
 
 #: Argument of the pipeline's call that takes the captions or class names; "nothing": the checkpoint takes neither.
@@ -83,30 +84,30 @@ def open_source(data: str, settings: Mapping[str, Any]) -> Source:
     return readable(find_source(data, **{name: settings[name] for name in DATA_SETTINGS}))
 
 
-def condition_kind(pipe: Any, source: Source) -> ConditionKind:
+def condition_kind(model: FlowModel, source: Source) -> ConditionKind:
     """Return how the checkpoint is conditioned on what the data show.
 
     Raises:
         UserError: the data have classes that the checkpoint does not know by name, or captions or nothing where it
             takes classes.
     """
-    if source.kind == "class" and pipe.takes_classes:
+    if source.kind == "class" and model.takes_classes:
         present = {example.label or "" for example in source.examples}
-        pipe.get_label_ids([name for name in source.classes if name in present])
+        model.encode_class([name for name in source.classes if name in present])  # refuses unknown ones
         return "class_labels"
-    if pipe.takes_text:
+    if model.takes_text:
         return "prompt"
-    if pipe.takes_classes:
+    if model.takes_classes:
         described = "captions" if source.kind == "text" else "no classes"
         raise UserError(
-            f"the checkpoint takes classes ({', '.join(pipe.labels)}), and {source.name} has {described}",
+            f"the checkpoint takes classes ({', '.join(model.classes)}), and {source.name} has {described}",
             "Give the images that it was trained on, or say where its classes are: --condition class.",
         )
     return "nothing"
 
 
 def load_image_sets(
-    pipe: Any, source: Source, test: Source | None, settings: Mapping[str, Any]
+    model: FlowModel, source: Source, test: Source | None, settings: Mapping[str, Any]
 ) -> tuple[ImageSet, dict[str, ImageSet]]:
     """Load the training images, and those that were not trained on ("held_out", "test"), at the checkpoint's size.
 
@@ -125,31 +126,31 @@ def load_image_sets(
             f"--validation {validation} holds no image out",
             "Some figures need images that were not trained on: raise it, or give --test FOLDER.",
         )
-    if test is not None and condition_kind(pipe, test) != condition_kind(pipe, source):
+    if test is not None and condition_kind(model, test) != condition_kind(model, source):
         raise UserError(
             f"{source.name} is a data set of kind '{source.kind}', and --test {test.name} one of kind '{test.kind}'",
             "Give a --test whose images are described as those of DATA.",
         )
-    train = _load(pipe, source.subset(kept), background)
+    train = _load(model, source.subset(kept), background)
     if len(train.images.flatten(1).unique(dim=0)) < 2:
         raise UserError(
             f"{source.name} holds {len(kept)} training images, all of them equal",
             "Nothing can be compared with one image: give at least two different ones beside what is held out.",
         )
-    unseen = {"held_out": _load(pipe, source.subset(held_out), background)} if held_out else {}
+    unseen = {"held_out": _load(model, source.subset(held_out), background)} if held_out else {}
     if test is not None:
         known = set(source.content_keys())
         trained_on = sum(key in known for key in test.content_keys())
-        unseen["test"] = replace(_load(pipe, test, background), trained_on=trained_on)
+        unseen["test"] = replace(_load(model, test, background), trained_on=trained_on)
     return train, unseen
 
 
-def _load(pipe: Any, source: Source, background: str) -> ImageSet:
+def _load(model: FlowModel, source: Source, background: str) -> ImageSet:
     if source.kind == "text":
         captions = list(source.captions())
     else:  # an unconditional example may have a label all the same
         captions = [(example.label or "") if source.kind == "class" else "" for example in source.examples]
-    return ImageSet(
-        images=pixels_to_images(cached_pixels(source, pipe.model.native_size, background)[:]),
-        captions=captions,
-    )
+    if model.native_size is None:
+        raise UserError("this checkpoint does not say its size", "Evaluate one that latentflow has trained.")
+    pixels = cached_pixels(source, model.native_size, background)[:]
+    return ImageSet(images=pixels_to_images(pixels), captions=captions)

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import metrics
-from ..autoencoder import decode, encode
 from ..data.sources import shapes as shapes_data
 from ..errors import UserError
+from ..families import FlowModel
 from ..flow import CondOT, flow_matching_loss
 from ..metrics import learned
 from ..training.loop.data_order import seeded
@@ -28,12 +28,12 @@ VALIDATION_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
 @torch.no_grad()
-def reconstruction(vae: Any, images: Tensor, batch_size: int) -> dict[str, Any]:
+def reconstruction(model: FlowModel, images: Tensor, batch_size: int) -> dict[str, Any]:
     """Measure PSNR and SSIM of images that were not trained on, through the autoencoder, without noise."""
     psnr, ssim = [], []
     large = min(images.shape[2:]) >= metrics.SSIM_SIDE
     for batch in tqdm(images.split(batch_size), desc="reconstructing"):
-        copies = decode(vae, encode(vae, batch)).cpu()
+        copies = model.decode(model.encode(batch)).cpu()
         metrics.refuse_not_finite(copies, "reconstructions")
         psnr.append(metrics.psnr(copies, batch))
         if large:
@@ -59,13 +59,13 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
     Each image has its own fixed noise. The loss is that of the velocity on the straight path, whatever path and
     prediction the network was trained with.
     """
-    pipe, path, losses = sampler.pipe, CondOT(), []
+    model, path, losses = sampler.model, CondOT(), []
     for start in tqdm(range(0, len(unseen), sampler.batch_size), desc="validating"):
         rows = slice(start, start + sampler.batch_size)
-        x1 = encode(pipe.vae, unseen.images[rows])
+        x1 = model.encode(unseen.images[rows])
         noise = [seeded(sampler.seed, VALIDATION, start + i) for i in range(len(x1))]
         x0 = torch.stack([torch.randn(x1.shape[1:], generator=g) for g in noise]).to(x1)
-        velocity = pipe.model.velocity(sampler.rows(unseen.captions[rows]), 1.0)
+        velocity = model.velocity(sampler.rows(unseen.captions[rows]), 1.0)
         at_times = []
         for t in VALIDATION_TIMES:
             sample = path.sample(x0, x1, torch.full((len(x1),), t, device=x1.device))

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import __version__, metrics
 from ..data import Source, fingerprint
 from ..errors import UserError
+from ..families import FlowModel
 from ..inference.images import check_writable, whole_file
 from .data import ConditionKind, ImageSet
 
@@ -24,7 +25,7 @@ MOST_NAMED = 1000  # classes or captions whose proportions are reported, of whic
 
 
 def notes(
-    pipe: Any,
+    model: FlowModel,
     source: Source,
     kind: ConditionKind,
     captions: list[str],
@@ -58,9 +59,9 @@ def notes(
     if kind == "prompt" and source.kind != "text":
         prompts = "the classes' names as captions" if source.kind == "class" else "the empty caption"
         found.append(f"the checkpoint takes captions, and DATA has none: it is prompted with {prompts}")
-    if absent := sorted(set(pipe.labels) - set(source.classes)) if kind == "class_labels" else []:
+    if absent := sorted(set(model.classes) - set(source.classes)) if kind == "class_labels" else []:
         found.append(f"classes of the checkpoint that DATA lacks; none are generated: {', '.join(absent)}")
-    if kind == "prompt" and (words := pipe.unknown_words(sorted(set(captions)))):
+    if kind == "prompt" and (words := model.pipeline.unknown_words(sorted(set(captions)))):
         found.append(unknown_words_text(words))
     warnings.simplefilter("ignore", UnknownWords)
     return found
@@ -99,9 +100,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def weight_hashes(pipe: Any) -> dict[str, str]:
+def weight_hashes(model: FlowModel) -> dict[str, str]:
     """Return a hash of every network's config and weights, adapters merged."""
-    networks = {name: getattr(pipe, name, None) for name in ("transformer", "vae", "text_encoder")}
+    networks = {name: getattr(model.pipeline, name, None) for name in ("transformer", "vae", "text_encoder")}
     return {name: fingerprint(network) for name, network in networks.items() if network is not None}
 
 

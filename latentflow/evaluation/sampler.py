@@ -23,15 +23,15 @@ TRAINING_CAPTIONS, HELD_OUT_CAPTIONS, VALIDATION = 8, 9, 10
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """A pipeline and how it is sampled.
+    """A model and how it is sampled.
 
     Attributes:
-        condition_kind: how the pipeline takes captions.
+        condition_kind: how the model takes captions.
         size: (height, width) of the images in pixels.
         batch_size: images that are generated or encoded at once.
     """
 
-    pipe: Any
+    model: FlowModel
     condition_kind: ConditionKind
     size: tuple[int, int]
     steps: int
@@ -59,7 +59,7 @@ class Sampler:
             if self.condition_kind == "nothing":
                 condition = {"num_images_per_prompt": len(batch)}
             with memory_phase("draw"):
-                images = self.pipe(
+                images = self.model.pipeline(
                     **condition,
                     height=height,
                     width=width,
@@ -76,7 +76,7 @@ class Sampler:
 
     def rows(self, captions: list[str]) -> Rows:
         """Return the captions as conditions of the flow model."""
-        model: FlowModel = self.pipe.model
+        model = self.model
         if self.condition_kind == "prompt":
             return model.encode_prompt(captions)
         return (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..pipeline.generate import LatentFlowPipeline
+from ..families import FlowModel
 from ..utils.files import read_json
 from .loop.checkpoint import list_checkpoints, load_checkpoint, step_of
 from .loop.ema import coefficients
@@ -55,8 +55,8 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
             f"the averages in {run / AVERAGES} are of an adapter, without the weights that it adapts",
             "Train with --ema-lengths but without --lora-rank.",
         )
-    pipe = LatentFlowPipeline.from_pretrained(result)
-    parts = {"network": pipe.transformer, "text_encoder": pipe.text_encoder}
+    model = FlowModel.from_pretrained(result)
+    parts = {"network": model.network, "text_encoder": model.pipeline.text_encoder}
     trained = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, nn.Module)})
     try:
         unknown = trained.load_state_dict(weights, strict=False).unexpected_keys
@@ -69,7 +69,7 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
         )
 
     def write(folder: Path) -> None:
-        pipe.save_pretrained(folder)
+        model.save_pretrained(folder)
         if (result / "sample.png").is_file():
             shutil.copy2(result / "sample.png", folder)
         if (result / "README.md").is_file():

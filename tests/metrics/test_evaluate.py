@@ -287,21 +287,21 @@ def test_images_that_are_played_back_are_copies_and_new_ones_are_not(played: dic
     ],
 )
 def test_a_checkpoint_is_conditioned_on_what_it_takes(kind: Any, takes: str, asks: Any) -> None:
-    pipe = SimpleNamespace(
+    model: Any = SimpleNamespace(
         takes_text=takes in ("text", "both"),
         takes_classes=takes in ("classes", "both"),
-        labels={"cat": 0, "dog": 1},
-        unknown_words=lambda prompts: [],
-        get_label_ids=lambda names: [{"cat": 0, "dog": 1}[name] for name in names],
+        classes=("cat", "dog"),
+        pipeline=SimpleNamespace(unknown_words=lambda prompts: []),
+        encode_class=lambda names: [{"cat": 0, "dog": 1}[name] for name in names],
     )
     example = TeacherSample("1", text="a cat", label="cat")
     source = Source("d", (example,), kind, ("cat",) if kind == "class" else ())
     if asks is None:
         with pytest.raises(UserError, match="takes classes"):
-            data.condition_kind(pipe, source)
+            data.condition_kind(model, source)
         return
-    assert data.condition_kind(pipe, source) == asks
-    notes = "\n".join(report.notes(pipe, source, asks, [""] * 200, real_split(range(400), 200), {}))
+    assert data.condition_kind(model, source) == asks
+    notes = "\n".join(report.notes(model, source, asks, [""] * 200, real_split(range(400), 200), {}))
     assert ("dog" in notes) == (asks == "class_labels")  # a class that DATA lacks
     assert ("takes captions, and DATA has none" in notes) == (asks == "prompt" and kind != "text")
     assert ("takes no condition" in notes) == (asks == "nothing" and kind != "unconditional")
@@ -326,14 +326,13 @@ def test_what_is_no_number_is_null_with_its_reason() -> None:
 
 
 @torch.no_grad()
-def test_an_exact_copy_does_not_make_the_mean_infinite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exact_copy_does_not_make_the_mean_infinite() -> None:
     images = torch.zeros(3, 3, 16, 16)
     errors = torch.tensor([0.0, 0.2, 0.2])[:, None, None, None]
-    monkeypatch.setattr(figures, "encode", lambda vae, images: images)
 
     def reconstructed(decode: Callable[[torch.Tensor], torch.Tensor], side: int = 16) -> dict[str, Any]:
-        monkeypatch.setattr(figures, "decode", lambda vae, latents: decode(latents))
-        return figures.reconstruction(None, images[..., :side, :side], 3)
+        model: Any = SimpleNamespace(encode=lambda images: images, decode=decode)
+        return figures.reconstruction(model, images[..., :side, :side], 3)
 
     found = reconstructed(lambda latents: latents + errors)
     assert (found["exact_copies"], found["images"]) == (1, 3)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...config import AdapterConfig
 from ...errors import UserError
+from ...families import FlowModel
 from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
 from ..networks import Networks
 from ..report.export import carry_over
@@ -59,26 +60,24 @@ class Adapter:
             UserError: the networks have inputs that the checkpoint has not, which no adapter can hold; a rank is above
                 a layer's; layers of these names do not exist; the text encoder cannot be adapted.
         """
-        from ...pipeline.generate import LatentFlowPipeline
-
         network, encoder = networks.network, networks.text_encoder
         if config.lora_text_encoder and not networks.trained_text:
             raise UserError(
                 "--lora-text-encoder: this checkpoint has no text encoder that was trained with it",
                 "Leave it out.",
             )
-        base = LatentFlowPipeline.from_pretrained(checkpoint, vae=None)
-        _check_same_inputs(base.transformer, network, checkpoint)
+        base = FlowModel.from_pretrained(checkpoint, vae=None)
+        _check_same_inputs(base.network, network, checkpoint)
         words: dict[str, int] = {}  # new ones, and their rows
         if networks.trained_text:
-            known = base.tokenizer.get_vocab()
+            known = base.pipeline.tokenizer.get_vocab()
             # By their rows: a tokenizer hands its vocabulary out in another order each time.
             vocabulary = sorted(networks.tokenizer.get_vocab().items(), key=lambda item: item[1])
             words = {word: row for word, row in vocabulary if word not in known}
-        names = {name: row for row, name in enumerate(classes) if name not in base.labels}
+        names = {name: row for row, name in enumerate(classes) if name not in base.pipeline.labels}
         self._config = config
         self._facts = AdapterFacts(
-            base=base_hashes(base.transformer),
+            base=base_hashes(base.network),
             base_name="/".join(Path(checkpoint).parts[-2:]),
             words=[*words],
             classes=[*names],
@@ -86,7 +85,7 @@ class Adapter:
         )
         # An input that the base lacks: the adapter brings all of it.
         self._intervals: nn.Module | None = None
-        if not base.transformer.config.get("interval_conditioning"):
+        if not base.network.config.get("interval_conditioning"):
             self._intervals = getattr(network, "length_embedder", None)
         self._whole = _count(network) + (_count(encoder) if networks.trained_text else 0)
         self._layers = _inject(network, config)

@@ -181,7 +181,8 @@ def refuse_other_flow(checkpoint: str, model: FlowModel, flow: FlowConfig) -> No
         UserError: the checkpoint was trained on another path, or to another prediction.
     """
     for name in ("path", "path_options", "prediction"):
-        trained, asked = model.pipeline.config.get(name), getattr(flow, name)
+        straight = getattr(FlowConfig(), name)  # of a family whose config does not say it
+        trained, asked = model.pipeline.config.get(name, straight), getattr(flow, name)
         if trained != asked:
             flag = "--" + name.replace("_", "-")
             words = (
