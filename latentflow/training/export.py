@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,56 +28,46 @@ from .trained_model import TrainedModel
 _IMAGES, _ROW = 16, 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class PipelineExporter:
-    """Writes the pipeline of a run's networks as they are now.
+def export_pipeline(
+    folder: Path,
+    model: TrainedModel,
+    source: Source,
+    output: Path,
+    dtype: torch.dtype,
+    repository: str | None,
+) -> None:
+    """Write the pipeline of a run's networks as they are now, with its card; with an adapter the merged one, and the
+    adapter beside it.
 
-    Attributes:
-        output: the run folder.
-        source: its images, with those that were held out.
+    Args:
+        folder: where it is written, before it replaces the ``pipeline`` in the run folder ``output``.
         model: what is trained.
+        source: the run's images, with those that were held out.
         dtype: precision of the exported weights.
         repository: the name on the hub that the card names; None: the folder's.
+
+    Raises:
+        RunError: the disk gave out.
     """
-
-    output: Path
-    source: Source
-    model: TrainedModel
-    dtype: torch.dtype = torch.float32
-    repository: str | None = None
-
-    @property
-    def folder(self) -> Path:
-        """The pipeline's folder."""
-        return self.output / "pipeline"
-
-    def export(self, folder: Path) -> None:
-        """Write the pipeline with its card; with an adapter the merged one, and the adapter beside it.
-
-        Raises:
-            RunError: the disk gave out.
-        """
-        model, adapter = self.model.flow_model, self.model.adapter
-        result = model.pipeline
+    earlier, adapter, result = output / "pipeline", model.adapter, model.flow_model.pipeline
+    if adapter is not None:
+        merged = adapter.merged()
+        result = result.from_pipe(result, transformer=merged.network, text_encoder=merged.text_encoder)
+    if dtype != torch.float32:
+        result = copy.deepcopy(result).to(dtype=dtype)
+    facts = CardFacts(
+        where=repository or str(earlier),
+        source=source,
+        parts={name: part for name, part in result.components.items() if isinstance(part, torch.nn.Module)},
+        inpaints=model.flow_model.takes_masks,
+        sample_steps=preview_steps(model.flow_model),
+    )
+    with writing(f"the result {earlier}", earlier):
+        result.save_pretrained(folder)
+        write_card(folder, output, facts)
+        carry_over(earlier, folder)
         if adapter is not None:
-            merged = adapter.merged()
-            result = result.from_pipe(result, transformer=merged.network, text_encoder=merged.text_encoder)
-        if self.dtype != torch.float32:
-            result = copy.deepcopy(result).to(dtype=self.dtype)
-        parts = {name: part for name, part in result.components.items() if isinstance(part, torch.nn.Module)}
-        facts = CardFacts(
-            where=self.repository or str(self.folder),
-            source=self.source,
-            parts=parts,
-            inpaints=model.takes_masks,
-            sample_steps=preview_steps(model),
-        )
-        with writing(f"the result {self.folder}", self.folder):
-            result.save_pretrained(folder)
-            write_card(folder, self.output, facts)
-            carry_over(self.folder, folder)
-            if adapter is not None:
-                write_folder(self.output / "adapter", partial(adapter.save, earlier=self.output / "adapter"))
+            write_folder(output / "adapter", partial(adapter.save, earlier=output / "adapter"))
 
 
 def preview_source(training: Source, validation: Source) -> Source:

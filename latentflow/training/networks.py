@@ -44,11 +44,6 @@ class Networks:
     trained_text: bool = False
     classes: tuple[str, ...] = ()
 
-    @property
-    def size_conditioning(self) -> bool:
-        """Tell whether the network is conditioned on sizes and crops."""
-        return bool(self.network.config.size_conditioning)
-
     def describe(self) -> dict[str, Any]:
         """Return the architecture as plain values; a resumed run must have the same."""
         shapes = {name: list(weight.shape) for name, weight in self.network.named_parameters()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..autoencoder import Autoencoder, build_autoencoder
 from ..config import RunConfig
 from .data import DataSplits, LatentCache, as_begun, given_autoencoder, load_data
 from .estimate import estimate_lines, sample_flops
-from .export import PipelineExporter, preview_grid, preview_source
+from .export import export_pipeline, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
 from .fine_tune.defaults import FEW
 from .fine_tune.memorisation import report_memorisation
@@ -145,10 +146,12 @@ def train(
     vae.cpu()
 
     # ---- training ----
-    exporter = PipelineExporter(
-        output=output,
-        source=source,
+    result = output / "pipeline"
+    export = partial(
+        export_pipeline,
         model=model,
+        source=source,
+        output=output,
         dtype=getattr(torch, config.export_dtype),
         repository=config.push_to_hub,
     )
@@ -167,8 +170,8 @@ def train(
             preview=lambda: preview_grid(
                 model.flow_model, preview_source(training, validation), state.device
             ),
-            export=exporter.export,
-            export_to=exporter.folder,
+            export=export,
+            export_to=result,
         ),
         description=_description(config, splits, model, recipe),
         resume_line=resume_command,
@@ -182,14 +185,14 @@ def train(
         return
 
     # ---- the result ----
-    for line in recipe.summary(exporter.folder, loss, own):
+    for line in recipe.summary(result, loss, own):
         log.info(line)
     if config.init_from and len(training) <= FEW:
         report_memorisation(output, training, validation, splits.data.background, state.device)
-    command = shlex.join(["latentflow", "generate", "--checkpoint", str(exporter.folder)])
-    log.info(f"done: {exporter.folder}; try it with\n  {command}")
+    command = shlex.join(["latentflow", "generate", "--checkpoint", str(result)])
+    log.info(f"done: {result}; try it with\n  {command}")
     if config.push_to_hub:
-        log.info(f"pushed: {push(exporter.folder, config.push_to_hub)}")
+        log.info(f"pushed: {push(result, config.push_to_hub)}")
 
 
 def _description(

@@ -114,7 +114,7 @@ def teacher_data(
         [BucketData(latents, tensors)],
         conditions_of(source, networks, settings.seed),
         flips=False,
-        size_conditioning=networks.size_conditioning,
+        size_conditioning=bool(networks.network.config.size_conditioning),
         seed=settings.seed,
     )
 
