@@ -212,6 +212,24 @@ def test_it_refuses_what_it_does_not_take() -> None:
         model.null(1).with_known(torch.zeros(1, 3, SIDE, SIDE), torch.zeros(1, 1, SIDE, SIDE))
 
 
+@pytest.mark.parametrize(
+    ("config", "kind", "classes", "text", "arguments"),
+    [
+        ({"text_dim": 16}, "text", (), "a hat", {"prompt": ["a hat"]}),
+        ({"num_classes": 3}, "class", tuple(NAMES.values()), "hat", {"class_labels": [1]}),
+        ({}, "unconditional", (), "", {"num_images_per_prompt": 1}),
+    ],
+)
+def test_it_says_what_it_was_trained_on(
+    config: Any, kind: str, classes: Any, text: str, arguments: Any
+) -> None:
+    _, model = checkpoint(**config, size_conditioning=kind == "class")
+    assert (model.condition_kind, model.classes, model.call_arguments([text])) == (kind, classes, arguments)
+    assert (model.takes_sizes, model.native_side) == (kind == "class", SIDE)
+    alone = model.network_alone()
+    assert alone.network is model.network and alone.vae is None and alone.path == model.path
+
+
 def test_it_is_saved_and_opened_with_the_pipeline_inside(tmp_path: Path) -> None:
     _, model = checkpoint(num_classes=3)
     model.save_pretrained(tmp_path)
@@ -292,7 +310,8 @@ def test_a_foreign_family_is_a_class_and_a_line(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("diffusers.PackedPipeline", PackedPipeline, raising=False)
     PackedPipeline(tiny_vae()).save_pretrained(tmp_path)
     model = FlowModel.from_pretrained(tmp_path)
-    assert isinstance(model, PackedModel) and model.path == CondOT()
+    assert isinstance(model, PackedModel) and model.path == CondOT() and not model.few_steps
+    assert (model.condition_kind, model.classes, model.native_side) == ("text", (), None)
     rows = Rows.cat([model.encode_prompt(["a bb"]), model.encode_prompt(["cccc dd e"]), model.null(1)])
     lengths = torch.tensor([1.5, 7 / 3, 0.0])
     evaluated: list[int] = []
