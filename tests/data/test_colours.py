@@ -22,8 +22,7 @@ from latentflow.data import (
     readable,
 )
 from latentflow.data.checking.inspect_images import inspect_images
-from latentflow.data.images import profile_of
-from latentflow.data.pixels import to_rgb, upright
+from latentflow.data.images import profile_of, to_rgb, upright
 from latentflow.pipeline.images import read_images
 
 from .images import load_program, noise

@@ -20,7 +20,7 @@ from latentflow.cli import parse
 from latentflow.config import DataConfig
 from latentflow.data import check_source, find_source
 from latentflow.data.sources import annotations as metadata
-from latentflow.data.sources import assemble, files, latent_files, latent_folder, mix, table
+from latentflow.data.sources import assemble, files, kinds, latent_files, latent_folder, table
 from latentflow.data.sources import folder as folder_source
 from latentflow.data.sources import hugging_face as saved_sets
 from latentflow.data.sources import webdataset as shards
@@ -452,7 +452,7 @@ OURS = [
     ("shard", shards, "_is_caption"), ("shard", shards, "TarMember"), ("zip", archives, "folder_source"),
     ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"), ("latents", latent_folder, "_Index"),
     ("latents", latent_folder, "index_schema"), ("saved", assemble, "parse_row"), ("saved", saved_sets, "ArrowMember"),
-    ("mix", mix, "_part"), ("mix", documents, "_repeated_key"), ("config", cli, "_convert"),
+    ("mix", kinds, "_part"), ("mix", documents, "_repeated_key"), ("config", cli, "_convert"),
 ]  # fmt: skip
 
 

@@ -14,10 +14,9 @@ from PIL import EpsImagePlugin, Image
 
 from latentflow.data import FileExample, check_source, decode_image, find_source, read_image, readable
 from latentflow.data.checking.inspect_images import inspect_image
-from latentflow.data.images import open_image
+from latentflow.data.images import FORMATS, open_image, open_no_others
 from latentflow.data.sources.files import IMAGE_SUFFIXES
 from latentflow.errors import UserError
-from latentflow.utils.image_formats import FORMATS, open_no_others
 
 from .images import load_program, noise, parquet, saved, tar, turned_by_exif, zipped
 from .profiles import rgb_profile

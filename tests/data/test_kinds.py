@@ -19,7 +19,7 @@ from PIL import Image
 
 from latentflow.cli import run
 from latentflow.data import cached_pixels, find_source
-from latentflow.data.pixels import read_image, read_own_mask
+from latentflow.data.dataset import read_image, read_own_mask
 from latentflow.data.sources.annotations import class_name
 from latentflow.data.sources.files import many_paths
 from latentflow.data.sources.kinds import KINDS

@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import UserError
-from ..dataset import Example, Source
-from ..images import ImageFileError
-from ..pixels import parse_colour, pixels_to_images, read_image, read_own_mask, to_pixels
+from ..dataset import Example, Source, read_image, read_own_mask
+from ..images import ImageFileError, parse_colour, pixels_to_images, to_pixels
 from .store import NO_KEY, Array, LazyTable, RowIndex, ShardSet, Tables, digests, open_cache
 
 if TYPE_CHECKING:

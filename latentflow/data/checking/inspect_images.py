@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 from ...errors import UserError
 from ..cache.eviction import LOOKS, cache_root
 from ..dataset import Example, FileExample, Source
-from ..images import ImageFileError, decoding, name_of
-from ..pixels import to_rgb
+from ..images import ImageFileError, decoding, name_of, to_rgb
 from ..sources.files import Member
 
 log = logging.getLogger(__name__)

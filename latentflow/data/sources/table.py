@@ -29,12 +29,6 @@ _AGAIN = "Copy or download it again."
 _Rows = Iterator[tuple[str, Mapping[str, object], Mapping[str, Member | None]]]  # see ``table_examples``
 
 
-def is_table(data: str) -> bool:
-    """Return whether DATA names CSV or parquet files, or a folder of parquet files and no images."""
-    path = Path(data).expanduser()
-    return bool(_parquet_files(path)) if path.is_dir() else path.suffix.lower() in (".csv", ".parquet")
-
-
 def read_table(data: str, request: DataRequest) -> Source:
     """Return the rows of one CSV file, or of parquet files of the same columns.
 
@@ -45,7 +39,7 @@ def read_table(data: str, request: DataRequest) -> Source:
             image is listed twice or does not exist; captions or classes are missing.
     """
     folder = Path(data).expanduser()
-    paths = _parquet_files(folder) if folder.is_dir() else many_paths(data)
+    paths = parquet_files(folder) if folder.is_dir() else many_paths(data)
     _refuse_parts(data, paths)
     root, unused = common_folder(paths), dict[str, None]()
     examples: list[FileExample] = []
@@ -179,7 +173,7 @@ def _parquet_rows(path: Path, file: Any, ours: Mapping[str, str]) -> _Rows:
             number += 1
 
 
-def _parquet_files(folder: Path) -> list[Path]:
+def parquet_files(folder: Path) -> list[Path]:
     """Return the parquet files of a folder and of its subfolder data, as on the hub; none where it holds images."""
     files = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
     if files and any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir()):

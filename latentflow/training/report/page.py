@@ -12,8 +12,7 @@ import numpy as np
 import yaml
 
 from ...config import AutoencoderConfig, DataConfig, FlowConfig, LoopConfig, NetworkConfig, TextConfig
-from ...data.images import open_image
-from ...data.pixels import to_rgb
+from ...data.images import open_image, to_rgb
 from ...errors import UserError
 from ...utils.html_page import Page, Section
 from ..loop.checkpoint import list_checkpoints
