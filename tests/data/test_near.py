@@ -16,8 +16,7 @@ from PIL import Image
 
 from latentflow.data import Source, check_source, find_source, split
 from latentflow.data.checking import inspect_images as module
-from latentflow.data.checking.duplicates import BITS, near_duplicates
-from latentflow.data.checking.inspect_images import inspect_images
+from latentflow.data.checking.inspect_images import BITS, inspect_images, near_duplicates
 
 
 def make_image(seed: int, width: int = 96, height: int = 96) -> Image.Image:

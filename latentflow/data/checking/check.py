@@ -15,8 +15,7 @@ from PIL import Image
 from ...errors import UserError, few, one_line
 from ..dataset import Example, FileExample, Source
 from ..sources.kinds import MissingCaption, find_source
-from .duplicates import near_duplicates
-from .inspect_images import ImageInfo, inspect_images
+from .inspect_images import ImageInfo, inspect_images, near_duplicates
 from .report import (
     NEAR,
     Report,

@@ -18,12 +18,12 @@ from ..cache.store import refuse_inside
 from ..dataset import Colours, Example, Source, with_tag_orders
 from .annotations import HEAVIEST
 from .assemble import Condition, DataRequest, Masks, MissingCaption, build_source
-from .files import IMAGE_SUFFIXES, list_folder
+from .files import IMAGE_SUFFIXES, list_folder, parquet_files
 from .folder import folder_source
 from .hugging_face import read_hub, read_saved
 from .latent_files import DESCRIPTION
 from .latent_folder import read_latent_folder
-from .table import parquet_files, read_table
+from .table import read_table
 from .webdataset import COMPRESSED, read_shards
 from .zip_file import read_zip
 

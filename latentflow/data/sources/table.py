@@ -17,7 +17,7 @@ from ...utils.files import decode, parse_json
 from ..dataset import FileExample, Source
 from .annotations import COLUMNS, holds_captions, read_records, refuse_synonyms, rename, unused_columns
 from .assemble import DataRequest, source_of_rows, table_examples
-from .files import IMAGE_BYTES, IMAGE_SUFFIXES, Container, Member, common_folder, many_paths, refuse_large
+from .files import IMAGE_BYTES, Container, Member, common_folder, many_paths, parquet_files, refuse_large
 
 _PARTS = ("train", "test", "validation", "valid", "val", "dev")
 _LOCK = threading.Lock()
@@ -171,14 +171,6 @@ def _parquet_rows(path: Path, file: Any, ours: Mapping[str, str]) -> _Rows:
             }
             yield f"{path}, row {number}", values, members
             number += 1
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    """Return the parquet files of a folder and of its subfolder data, as on the hub; none where it holds images."""
-    files = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
-    if files and any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir()):
-        return []
-    return sorted(files)
 
 
 def _refuse_parts(data: str, paths: list[Path]) -> None:
