@@ -236,7 +236,7 @@ def test_check_and_training_refuse_damaged_annotations_alike(
     with pytest.raises(UserError, match=message) as refused:
         find_source(data)
     assert len(str(refused.value)) <= 2 * LENGTH + 1
-    report = check_source(data, progress=False)
+    report = check_source(data)
     assert report.problems and one_line(refused.value.what) in report.problems[0]
     assert report.verdict == "a training would stop at the problem"
 

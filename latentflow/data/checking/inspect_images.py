@@ -1,4 +1,4 @@
-"""Inspection of images: each decoded once, on all cores, and again only when its file changes; and near duplicates among them."""
+"""Inspection of images, each decoded once, on all cores, and again only when its file changes; near duplicates."""
 
 from __future__ import annotations
 
