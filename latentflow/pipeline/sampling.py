@@ -207,7 +207,7 @@ class RunningCall:
         """Let the callback see step i, which began at t, and take what it returns."""
         if self.callback is None:
             return x
-        tensors = {"latents": x, "prediction": self.prediction}
+        tensors: dict[str, Any] = {"latents": x, "prediction": self.prediction}
         for name, place in _NAMES.items():
             rows: Rows | None = getattr(self, place)
             tensors[name] = None if rows is None else rows.values.get("text")
