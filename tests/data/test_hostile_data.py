@@ -83,7 +83,6 @@ DOCUMENTS: dict[str, tuple[Callable[[Path, str], None], str]] = {
         "config.yaml",
     ),
 }
-YAML = ("mix", "config", "run")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from PIL import Image
 from latentflow.errors import UserError
 from latentflow.inference.checkpoint import Capabilities, capabilities
 from latentflow.web.inference_server import GenerationRequest, InferenceServer, painted
-
-Checkpoint = Callable[..., Path]
 
 
 def silent(done: int, total: int, what: str) -> None:
