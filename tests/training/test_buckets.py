@@ -175,5 +175,5 @@ def test_a_run_resumes_bit_for_bit_and_its_pipeline_is_told_sizes(folder: Path, 
 
 def test_a_checkpoint_that_knows_no_sizes_says_so() -> None:
     pipe = LatentFlowPipeline(vae=None, transformer=DiT(in_channels=2, width=32, depth=1, heads=2))
-    with pytest.raises(UserError, match="not trained to be told sizes"):
+    with pytest.raises(UserError, match="not trained with sizes and crops as a condition"):
         pipe(height=16, width=16, original_size=(64, 64), output_type="latent")
