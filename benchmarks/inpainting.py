@@ -34,8 +34,7 @@ from latentflow import LatentFlowInpaintPipeline
 from latentflow.data import Source, cached_pixels, find_source, to_pil
 from latentflow.data.masks import random_masks
 from latentflow.flow import SOLVERS
-from latentflow.metrics.features import features
-from latentflow.metrics.frechet import frechet_distance
+from latentflow.metrics.features import features, frechet_distance
 
 BATCH = 20
 SPACE = "pixels-16"

@@ -40,7 +40,7 @@ from latentflow.data import LatentTable, Source, cached_latents, find_source, on
 from latentflow.data.cache.store import Shard, digests
 from latentflow.data.cache.tensors import read_pixels
 from latentflow.data.dataset import Example
-from latentflow.data.pixels import to_pixels, to_rgb
+from latentflow.data.images import to_pixels, to_rgb
 from latentflow.data.sources.precomputing import Precomputation, describe, write_index
 from latentflow.models import DiT
 from latentflow.training.loop.data_order import DataOrder

@@ -41,7 +41,10 @@ def printable(text: str) -> str:
     Line ends, tabs and the joiners inside emoji and words stay. What others wrote (names of files, captions, messages
     of libraries) passes through here before it reaches a terminal or a file.
     """
-    return "".join(character if _is_printable(character) else _escaped(character) for character in text)
+    return "".join(
+        character if _is_printable(character) else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
 
 
 def one_line(text: str) -> str:
@@ -90,10 +93,6 @@ def _is_printable(character: str) -> bool:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= LENGTH else f"{text[: LENGTH - 500]} [...] {text[-490:]}"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 def reason(error: BaseException) -> str:

@@ -22,7 +22,7 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import AdapterChoice
 from latentflow.errors import UserError, lookup, printable
-from latentflow.utils.arguments import finite, whole
+from latentflow.utils.settings import finite, whole
 
 MOST = 1_000_000  # images; they are held in memory
 LARGEST_SEED = 2**63 - 1

@@ -20,9 +20,9 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # Leaves that those after them, and everything else, may import; `cli` is for programs only.
 GROUND = [
     {"errors"},
-    {"utils", "utils.arguments", "utils.files", "utils.flags", "utils.templates"},
+    {"utils", "utils.files", "utils.flags"},
     {"utils.settings"},
-    {"utils.components", "utils.html_page", "utils.image_formats", "utils.memory", "cli"},
+    {"utils.components", "utils.html_page", "utils.memory", "cli"},
     {"__main__"},
 ]
 LEAVES = set().union(*GROUND)

@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         missing_caption=config.missing_caption,
         masks=config.masks,
         columns=config.columns,
-        progress=sys.stderr.isatty(),
     )
     suggestion = suggest(report, gpu=torch.cuda.is_available(), flags=training_flags(config))
     if config.json:

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.info(line)
         return
     try:
-        write_latents(job, output, progress=True)
+        write_latents(job, output)
     except OSError as error:
         raise UserError(
             f"{output} cannot be written: {error}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .build import build_autoencoder as build_autoencoder
 from .build import check_resolution as check_resolution
+from .build import load_autoencoder as load_autoencoder
 from .latents import Autoencoder as Autoencoder
 from .latents import decode as decode
 from .latents import denormalise as denormalise
@@ -15,7 +16,6 @@ from .latents import latent_channels as latent_channels
 from .latents import measure_statistics as measure_statistics
 from .latents import normalise as normalise
 from .latents import posterior as posterior
-from .load import load_autoencoder as load_autoencoder
 from .masked import latent_mask as latent_mask
 from .masked import mask_channels as mask_channels
 from .masked import masked_condition as masked_condition

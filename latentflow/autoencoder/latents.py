@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flow.tensors import require_finite
-from ..utils.arguments import is_number
 from ..utils.memory import inner_phase
+from ..utils.settings import is_number
 
 log = logging.getLogger(__name__)
 

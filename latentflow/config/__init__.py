@@ -6,11 +6,6 @@ run, and run only for values that differ from the defaults.
 
 from __future__ import annotations
 
-from .data import DataConfig as DataConfig
-from .data import FramingConfig as FramingConfig
-from .distill import DistillationConfig as DistillationConfig
-from .fine_tune import AdapterConfig as AdapterConfig
-from .fine_tune import FineTuningConfig as FineTuningConfig
 from .flow import AlignmentConfig as AlignmentConfig
 from .flow import FlowConfig as FlowConfig
 from .flow import RoutingConfig as RoutingConfig
@@ -21,4 +16,9 @@ from .model import AutoencoderConfig as AutoencoderConfig
 from .model import NetworkConfig as NetworkConfig
 from .model import TextConfig as TextConfig
 from .run import PRESETS as PRESETS
+from .run import AdapterConfig as AdapterConfig
+from .run import DataConfig as DataConfig
+from .run import DistillationConfig as DistillationConfig
+from .run import FineTuningConfig as FineTuningConfig
+from .run import FramingConfig as FramingConfig
 from .run import RunConfig as RunConfig

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from ..errors import UserError
-from ..utils.arguments import finite, whole
+from ..utils.settings import finite, whole
 
 
 @dataclass(frozen=True, kw_only=True)

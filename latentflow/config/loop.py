@@ -128,6 +128,18 @@ class LoopConfig:
             return 0
         return self.ema_snapshot_steps or math.ceil(self.max_train_steps / SNAPSHOTS)
 
+    def check_validated(self, validated: bool) -> None:
+        """Refuse ``--early-stop`` for a run that nothing is held out of, or that does not validate.
+
+        Raises:
+            UserError: it is asked for.
+        """
+        if self.early_stop and not (validated and self.validation_steps):
+            raise UserError(
+                "--early-stop without validations",
+                "Hold images out (--validation 0.1), and validate (--validation-steps).",
+            )
+
 
 def _from_environment(name: str) -> bool:
     """Return whether an environment variable says yes, in the words that accelerate takes."""

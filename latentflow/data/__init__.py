@@ -14,10 +14,9 @@ from .cache.tensors import (
 from .checking.check import check_source, readable
 from .checking.report import Report
 from .crops import Cropping, crop, one_size
-from .dataset import Example, FileExample, Source
-from .images import decode_image
+from .dataset import Example, FileExample, Source, read_image
+from .images import decode_image, pixels_to_images, to_pil, to_tensor
 from .masks import read_mask
-from .pixels import pixels_to_images, read_image, to_pil, to_tensor
 from .sources.kinds import find_source
 from .sources.latent_folder import LatentFolder
 from .splits import split

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageOps
 
+from ..errors import UserError
 from .cache.store import Array, ShardSet, open_cache
-from .images import Profile, decode_image, key_and_profile, open_image
+from .images import Profile, decode_image, decoding, key_and_profile, name_of, open_image, to_rgb
 from .masks import alpha_mask, read_mask, without_alpha
 from .sources.files import File, file_key
 
@@ -289,3 +291,90 @@ def _describe(example: Example) -> str:
     if example.repeats != 1:
         parts.append(f"repeats {example.repeats}")
     return "\0".join(map(str, parts))
+
+
+def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
+    """Return the source with captions in up to ``orders`` orders of their comma-separated tags.
+
+    The first ``keep`` tags stay in place. The caption as it is written comes first; each use of the image
+    draws one, as of several captions. The orders depend on the caption only.
+
+    Raises:
+        UserError: a number is out of range; the source has no captions, or none with tags to shuffle.
+    """
+    if orders < 0 or keep < 0 or orders == 1:
+        raise UserError(
+            f"--shuffle-tags {orders} --keep-tags {keep}",
+            "Give the number of orders of each caption, at least 2, and that of the tags that stay first, at least 0.",
+        )
+    if orders == 0:
+        if keep:
+            raise UserError(f"--keep-tags {keep} without --shuffle-tags", "Add --shuffle-tags 8.")
+        return source
+    source.refuse_decided(f"--shuffle-tags {orders}")
+    if source.kind != "text":
+        raise UserError(f"--shuffle-tags {orders}: {source.name} has no captions", "Leave it out.")
+    examples = tuple(_shuffled(example, orders, keep) for example in source.examples)
+    changed = sum(len(new.texts) > len(old.texts) for new, old in zip(examples, source.examples, strict=True))
+    if not changed:
+        raise UserError(
+            f"--shuffle-tags {orders}: no caption of {source.name} has tags to shuffle",
+            "Tags are separated by commas: `cat, sitting, outdoors`. Or leave it out.",
+        )
+    kept = f", the first {keep} in place" if keep else ""
+    note = f"tags of {changed} images in up to {orders} orders of each caption{kept}"
+    return dataclasses.replace(source, examples=examples).noted(note)
+
+
+def _shuffled(example: Example, orders: int, keep: int) -> Example:
+    texts = [text for caption in example.captions for text in _orders(caption, orders, keep)]
+    return dataclasses.replace(example, text=texts[0], texts=tuple(texts[1:]))
+
+
+def _orders(caption: str, orders: int, keep: int) -> list[str]:
+    """Return the caption and other orders of its tags; fewer than ``orders`` where there are not as many."""
+    tags = [tag for part in caption.split(",") if (tag := part.strip())]
+    rest, texts = tags[keep:], [caption]
+    generator = random.Random(caption)  # the same in every process, which a hash of the text is not
+    for _ in range(orders - 1):
+        generator.shuffle(rest)
+        text = ", ".join([*tags[:keep], *rest])
+        if text != ", ".join(tags) and text not in texts:
+            texts.append(text)
+    return texts
+
+
+def read_image(example: Example, resolution: int | tuple[int, int], background: str = "white") -> Image.Image:
+    """Return the example as an RGB image of ``resolution`` (a side, or (height, width)).
+
+    EXIF rotation is applied, colours are converted to sRGB by the profile, transparency is composited on
+    ``background``, any mode is converted; then the largest part of the right shape, at the example's ``centering``, is
+    resized, antialiased.
+
+    Raises:
+        UserError: ``background`` is not a colour; the image cannot be decoded.
+    """
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    with example.open() as image:
+        rgb = to_rgb(image, background)
+    return ImageOps.fit(rgb, (width, height), method=Image.Resampling.LANCZOS, centering=example.centering)
+
+
+def read_own_mask(example: Example, resolution: int | tuple[int, int]) -> Image.Image | None:
+    """Return the example's own mask, registered with ``read_image``: mode "L", 0 or 255. None where it has none.
+
+    A mask of another size than its image is brought to that first; every resize takes the nearest pixel.
+
+    Raises:
+        UserError: the mask's file is not a mask or cannot be read.
+    """
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    mask = example.open_mask()
+    if mask is None:
+        return None
+    with example.open() as image, decoding(name_of(image)):
+        size = ImageOps.exif_transpose(image).size
+    nearest = Image.Resampling.NEAREST
+    whole = mask.resize(size, nearest)
+    fitted = ImageOps.fit(whole, (width, height), method=nearest, centering=example.centering)
+    return fitted.point(lambda level: 255 * (level >= 128))

@@ -1,4 +1,4 @@
-"""Image files: opened as the promised formats only, and converted to sRGB."""
+"""Image files: opened as the promised formats only; converted to sRGB, to RGB of one size, to tensors and back."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+import torch
+from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from ..errors import UserError, nearest, printable, reason
-from ..utils.image_formats import FORMATS, readable_formats
 from .sources.files import File, Member, file_state, open_stream
 
 _TOLERANCE = 1  # levels of 255 by which profiles of sRGB differ, which many programs write in their own way
@@ -145,6 +146,27 @@ def _colours_of(image: Image.Image) -> str:
     return "CMYK" if image.mode == "CMYK" else "RGB"
 
 
+#: Pillow's names. Some of its other formats are programs: PostScript, whatever the file's name, goes to Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+
+
+def readable_formats() -> list[str]:
+    """Return the ``FORMATS`` that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def open_no_others() -> None:
+    """Keep Pillow from opening any other format in this process, whoever asks.
+
+    A server needs this: its framework opens the uploads of strangers before any code of ours sees them.
+    """
+    kept = readable_formats()
+    for other in set(Image.OPEN) - set(kept):
+        del Image.OPEN[other]
+    Image.ID[:] = kept
+
+
 _DAMAGED = "It may be damaged or cut off: copy or save it again."
 
 
@@ -264,3 +286,83 @@ def _too_large(name: str, why: str) -> ImageFileError:
     return ImageFileError(
         f"{name} is too large: {why}", why, f"Shrink it below {Image.MAX_IMAGE_PIXELS} pixels."
     )
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Return an image in any of Pillow's modes and of any colour profile as upright sRGB, at its own size.
+
+    Raises:
+        UserError: ``background`` is not a colour; the image cannot be decoded.
+    """
+    colour = parse_colour(background)
+    image = upright(image)
+    if image.mode == "RGBA":
+        canvas = Image.new("RGBA", image.size, (*colour, 255))
+        image = Image.alpha_composite(canvas, image).convert("RGB")
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image of any mode and profile upright in sRGB: RGB or, where it has transparency, RGBA.
+
+    Raises:
+        UserError: the image cannot be decoded.
+    """
+    name = name_of(image)
+    with decoding(name):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _wide_to_grey(image, name)
+    image = in_srgb(image)
+    with decoding(name):
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _wide_to_grey(image: Image.Image, name: str) -> Image.Image:
+    """Convert 16-bit, 32-bit and float greyscale to 8 bits. Pillow's own conversion would clip it at 255."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise unreadable(name, "it holds infinite or undefined values", "Write numbers from 0 to 1.")
+    if values.max() > 65535 or values.min() < 0:
+        reach = f"its values reach from {values.min():g} to {values.max():g}"
+        raise unreadable(name, reach, "Save it with 8 or 16 bits a pixel, or as numbers from 0 to 1.")
+    if image.mode == "F":  # floats carry no scale of their own; programs write 0..1, 0..255, 0..65535
+        full = next((limit for limit in (1.0, 255.0) if values.max() <= limit), 65535.0)
+    else:  # mode I also holds 16-bit values; only an image that never leaves 8 bits is read as such
+        full = 255.0 if image.mode == "I" and values.max() <= 255 else 65535.0
+    grey = Image.fromarray(np.rint(values / full * 255).astype(np.uint8))
+    grey.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    return grey
+
+
+def parse_colour(name: str) -> tuple[int, int, int]:
+    """Return a colour name or ``#rrggbb`` as three numbers up to 255."""
+    try:
+        red, green, blue = ImageColor.getrgb(name)[:3]
+    except ValueError:
+        fix = "Give a name such as white, black or grey, or a code such as #ff8800."
+        raise UserError(f"'{name}' is not a colour", fix) from None
+    return red, green, blue
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return an RGB image as (3, H, W) float32 in [-1, 1]."""
+    return pixels_to_images(to_pixels(image))
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """Return an RGB image as (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def pixels_to_images(pixels: Tensor) -> Tensor:
+    """Return uint8 of any shape as float32 in [-1, 1]."""
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Return (3, H, W) in [-1, 1] as an RGB image; values outside are clipped. Undoes ``to_tensor`` exactly."""
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"expected one image (3, H, W), got {tuple(image.shape)}: pass one row of a batch")
+    levels = ((image.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())

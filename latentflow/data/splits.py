@@ -21,7 +21,7 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     ``validation`` is a share in [0, 1) when it is a float and a number of examples when it is an int. Every
     example is ranked by a hash of its content and ``seed``; the lowest ranks validate. Equal images have
     equal ranks and therefore stay on one side, so that no validation image is trained on under another name
-    (the number held out may then be larger than asked). So do near duplicates (``checking/duplicates.py``), which all
+    (the number held out may then be larger than asked). So do near duplicates (``near_duplicates``), which all
     take the highest rank among them, so that other images are held out rather than a whole group. Where that
     would hold out more than twice the number asked, as in a film, near duplicates are separated, with a warning.
     A folder of latents knows the groups of its images, and is split like them.

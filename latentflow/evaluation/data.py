@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import DataConfig, LoopConfig
 from ..data import Source, cached_pixels, find_source, pixels_to_images, readable, split
-from ..data.sources.latent_folder import is_latent_folder
+from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError
 from ..families import FlowModel
 from ..utils.files import read_yaml

@@ -5,6 +5,7 @@ Conventions: t = 0 is noise (x0), t = 1 is data (x1), x_t = alpha(t) x1 + sigma(
 
 from __future__ import annotations
 
+from ..utils.settings import make as make
 from .bridges import BridgeSample as BridgeSample
 from .bridges import SchrodingerBridge as SchrodingerBridge
 from .bridges import bridge_matching_loss as bridge_matching_loss
@@ -72,7 +73,6 @@ from .solvers import integrate as integrate
 from .solvers import langevin as langevin
 from .solvers import runge_kutta as runge_kutta
 from .solvers import stochastic_heun as stochastic_heun
-from .tables import make as make
 from .tensors import Velocity as Velocity
 from .times import TIME_DENSITIES as TIME_DENSITIES
 from .times import TIME_GRIDS as TIME_GRIDS

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, shown
-from ..utils.arguments import whole
-from .tables import make
+from ..utils.settings import make, whole
 
 # Slopes are taken at a u no nearer than this to 0 and 1, where the densities that vanish there have none.
 _EDGE = 2.0**-53

@@ -127,7 +127,7 @@ def _as_format(images: list[Image], output: str) -> list[Image]:
     """Return the images on white where the format has no alpha, with a warning if anything is transparent."""
     from PIL import Image
 
-    from ..data.pixels import to_rgb
+    from ..data.images import to_rgb
 
     suffix = Path(output).suffix.lower()
     if Image.registered_extensions().get(suffix) in _TRANSPARENT or all(i.mode != "RGBA" for i in images):
@@ -161,8 +161,7 @@ def read_image(path: str) -> Image:
     Raises:
         UserError: the file is missing, no image, damaged, or too large.
     """
-    from ..data.images import decode_image, profile_of
-    from ..data.pixels import upright
+    from ..data.images import decode_image, profile_of, upright
 
     image = decode_image(path)
     profile, name = profile_of(image), printable(path)
@@ -179,7 +178,7 @@ def read_opaque(path: str) -> Image:
     Raises:
         UserError: see ``read_image``.
     """
-    from ..data.pixels import to_rgb
+    from ..data.images import to_rgb
 
     image = read_image(path)
     if is_transparent(image):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..utils.arguments import whole
+from ..utils.settings import whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

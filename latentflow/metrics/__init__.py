@@ -8,9 +8,9 @@ from __future__ import annotations
 from .features import FEATURES as FEATURES
 from .features import distances as distances
 from .features import features as features
+from .features import frechet_distance as frechet_distance
+from .features import gaussian_frechet_distance as gaussian_frechet_distance
 from .features import refuse_not_finite as refuse_not_finite
-from .frechet import frechet_distance as frechet_distance
-from .frechet import gaussian_frechet_distance as gaussian_frechet_distance
 from .image import SSIM_SIDE as SSIM_SIDE
 from .image import psnr as psnr
 from .image import ssim as ssim

@@ -235,8 +235,9 @@ def encode_text(
     """
     limit = max_length or _longest(tokenizer, encoder)
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-    cut = _cut(tokenizer, prompts, limit) if tokens["input_ids"].shape[1] == limit else 0
-    if cut:
+    if tokens["input_ids"].shape[1] == limit and (
+        cut := sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False)["input_ids"])
+    ):
         warnings.warn(f"{cut} of {len(prompts)} prompts exceed {limit} tokens and were cut", stacklevel=2)
     ids, mask = tokens["input_ids"].to(encoder.device), tokens["attention_mask"].to(encoder.device)
     embeddings: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -276,8 +277,3 @@ def _is_punctuation(word: str) -> bool:
 def _longest(tokenizer: Any, encoder: PreTrainedModel) -> int:
     positions = getattr(encoder.config, "max_position_embeddings", None) or 512
     return int(min(tokenizer.model_max_length, positions))
-
-
-def _cut(tokenizer: Any, prompts: list[str], limit: int) -> int:
-    """Count the prompts that have more than ``limit`` tokens."""
-    return sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False)["input_ids"])

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..utils.components import Checked
-from .condition import Condition
+from .condition import Condition, check_inputs, check_sizes
 from .embeddings import LabelEmbed, SizeEmbed, TextEmbed, embed_condition, times_of_rows
-from .inputs import check_inputs, check_sizes
 
 
 class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]

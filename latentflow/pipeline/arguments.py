@@ -14,7 +14,7 @@ from ..errors import UserError, lookup, shown, unknown
 from ..flow import SOLVERS, Solver
 from ..flow.tensors import require_finite
 from ..flow.times import MOST_STEPS, STEPS_FIX
-from ..utils.arguments import finite, whole
+from ..utils.settings import finite, whole
 from .scheduler import checked_sigmas
 
 P = ParamSpec("P")

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..data.images import profile_of
+from ..data.images import profile_of, to_pixels, to_rgb, upright
 from ..data.masks import read_mask
-from ..data.pixels import to_pixels, to_rgb, upright
 from ..errors import UserError
 from ..families.model import Size
 from ..utils.memory import require_memory

@@ -207,8 +207,10 @@ class RunningCall:
         """Let the callback see step i, which began at t, and take what it returns."""
         if self.callback is None:
             return x
-        tensors = {"latents": x, "prediction": self.prediction}
-        tensors |= {name: _text_of(getattr(self, place)) for name, place in _NAMES.items()}
+        tensors: dict[str, Any] = {"latents": x, "prediction": self.prediction}
+        for name, place in _NAMES.items():
+            rows: Rows | None = getattr(self, place)
+            tensors[name] = None if rows is None else rows.values.get("text")
         given = {name: tensors[name] for name in self.wanted}
         changed = self.callback(self.pipe, i, border.to_timestep(t), given) or {}
         if not isinstance(changed, dict):
@@ -221,15 +223,11 @@ class RunningCall:
                 what = f"{name} that the callback returned after step {i + 1}"
                 _check_replacement(changed[name], tensors[name], what)
         for name, place in _NAMES.items():
-            rows: Rows | None = getattr(self, place)
+            rows = getattr(self, place)
             if rows is not None and changed.get(name) is not None:
                 setattr(self, place, replace(rows, values={**rows.values, "text": changed[name]}))
         replacement: Tensor = changed.get("latents", x)
         return replacement
-
-
-def _text_of(rows: Rows | None) -> Any:
-    return None if rows is None else rows.values.get("text")
 
 
 def _check_replacement(value: Any, earlier: Tensor | None, what: str) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import UserError, shown
 from ..flow.tensors import require_finite
-from ..utils.arguments import finite
 from ..utils.components import library_reads
+from ..utils.settings import finite
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]

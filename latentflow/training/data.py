@@ -37,7 +37,7 @@ from ..data import (
     readable,
     split,
 )
-from ..data.sources.latent_folder import is_latent_folder
+from ..data.sources.kinds import is_latent_folder
 from ..families import FlowModel
 from ..utils.files import read_yaml
 from ..utils.memory import memory_phase

@@ -22,7 +22,7 @@ from .fine_tune.memorisation import report_memorisation
 from .loop.distributed import process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
-from .loop.stopping import Stop, refuse_unvalidated
+from .loop.stopping import Stop
 from .losses.average_velocity import refuse_unfit
 from .losses.flow import validation_loss
 from .networks import refuse_renumbered_classes
@@ -66,7 +66,7 @@ def train(
     )
     source, training, validation = splits.source, splits.training, splits.validation
     refuse_renumbered_classes(output / "pipeline", source)
-    refuse_unvalidated(config.loop, len(validation) > 0)
+    config.loop.check_validated(len(validation) > 0)
 
     # ---- plan ----
     recipe = make_recipe(config, splits, given_keys)

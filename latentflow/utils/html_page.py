@@ -9,16 +9,32 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .files import replacing
-from .templates import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
+
+
+def render(template: str, **values: Any) -> str:
+    """Render a template. In those of HTML (``.html.jinja``) every value is escaped."""
+    return str(_environment().get_template(template).render(**values))
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, PackageLoader
+
+    return Environment(
+        loader=PackageLoader("latentflow"),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        keep_trailing_newline=True,
+    )
 
 
 class Section:

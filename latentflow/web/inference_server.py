@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..inference.checkpoint import model_capabilities, open_pipeline, read_capabilities
 from ..inference.images import read_image
 from ..inference.sample import BATCH, conditions, sample_images
-from ..utils.arguments import finite, whole
+from ..utils.settings import finite, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

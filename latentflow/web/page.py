@@ -366,7 +366,7 @@ def display_image(server: InferenceServer, path: str) -> Image.Image:
     image, note = server.opened(path)
     if note:
         gr.Info(note)
-    from ..data.pixels import to_rgb
+    from ..data.images import to_rgb
 
     image = to_rgb(image)
     scale = CANVAS / max(image.size)

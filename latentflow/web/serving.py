@@ -18,8 +18,8 @@ from gradio import processing_utils
 from PIL import Image
 from starlette.middleware import Middleware
 
+from ..data.images import open_no_others
 from ..errors import UserError, printable
-from ..utils.image_formats import open_no_others
 from .guard import LARGEST_UPLOAD, Guard, Hosts
 from .inference_server import InferenceServer
 from .page import build

@@ -19,8 +19,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from latentflow.autoencoder import build_autoencoder
-from latentflow.autoencoder.losses import SMALLEST_IMAGE, PatchDiscriminator
-from latentflow.autoencoder.regularisation import noisy, scales, transformed
+from latentflow.autoencoder.losses import SMALLEST_IMAGE, PatchDiscriminator, noisy, scales, transformed
 from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
 from latentflow.training.loop.data_order import SampleRandom

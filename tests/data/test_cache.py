@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pixels(source: Source, resolution: int = 8, background: str = "white") -> torch.Tensor:
-    return cached_pixels(source, resolution, background, progress=False)[:]
+    return cached_pixels(source, resolution, background)[:]
 
 
 def tables(cache: Path) -> set[Path]:
@@ -207,7 +207,7 @@ def test_text(cache: Path) -> None:
     torch.manual_seed(0)
     encoder = small_text_encoder(tokenizer, width=16, depth=1, heads=2).eval()
     for _ in range(2):
-        table = cached_text(captions, tokenizer, encoder, batch_size=1, progress=False)
+        table = cached_text(captions, tokenizer, encoder, batch_size=1)
         assert len(table) == 4
         embeds, mask = table.batch(torch.arange(4))
         for row, text in enumerate(captions):
@@ -217,6 +217,6 @@ def test_text(cache: Path) -> None:
             torch.testing.assert_close(embeds[row][mask[row]], alone[0][tokens[0]], rtol=1e-4, atol=1e-5)
             assert (embeds[row][~mask[row]] == 0).all()
     assert len(tables(cache)) == 1
-    some = cached_text([captions[3], "a small dot"], tokenizer, encoder, progress=False)
+    some = cached_text([captions[3], "a small dot"], tokenizer, encoder)
     assert torch.equal(some.batch([0])[0], embeds[3:])
     assert len(tables(cache)) == 2  # only the new one was encoded

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_unreadable_files_are_skipped_listed_and_kept(folder: Path) -> None:
     before = sorted(folder.iterdir())
-    source = readable(find_source(str(folder)), progress=False)
+    source = readable(find_source(str(folder)))
     assert len(source) == 42 and not {"text.png", "torn.png"} & {e.name for e in source.examples}
     (note,) = [note for note in source.notes if "cannot be read" in note]
     assert note.startswith("2 images") and "text.png (not an image)" in note and "torn.png (" in note
@@ -45,7 +45,7 @@ def test_unreadable_files_are_skipped_listed_and_kept(folder: Path) -> None:
 def test_a_good_source_is_returned_as_it_is(tmp_path: Path) -> None:
     save_all(tmp_path, ["1.png"])
     source = find_source(str(tmp_path))
-    assert readable(source, progress=False) is source
+    assert readable(source) is source
 
 
 def test_more_than_5_percent_unreadable_refuses(folder: Path) -> None:
@@ -53,15 +53,15 @@ def test_more_than_5_percent_unreadable_refuses(folder: Path) -> None:
     with pytest.raises(
         UserError, match=r"3 of 45 images cannot be read \(7%, at most 5 % may\): another.jpg"
     ):
-        readable(find_source(str(folder)), progress=False)
-    report = check_source(str(folder), progress=False)
+        readable(find_source(str(folder)))
+    report = check_source(str(folder))
     assert len(report.problems) == 1 and "3 of 45" in report.problems[0]
 
 
 def test_report(folder: Path) -> None:
     grey, exif = turned_by_exif(np.asarray(noise(5, width=7, height=9).convert("L")), 6)
     grey.save(folder / "grey.jpg", exif=exif)
-    report = check_source(str(folder), progress=False)
+    report = check_source(str(folder))
     assert report.images == 43 and report.condition == "unconditional" and not report.problems
     assert report.sizes == {"8x8": 42, "7x9": 1} and report.modes == {"RGB": 42, "L": 1}
     assert report.rotated == 1
@@ -76,7 +76,7 @@ def test_report(folder: Path) -> None:
 def test_one_image_in_two_classes_is_told(tmp_path: Path) -> None:
     save_all(tmp_path, ["a/1.png", "a/2.png"])
     save_all(tmp_path, ["b/1.png"])  # the same as a/1.png
-    report = check_source(str(tmp_path), progress=False)
+    report = check_source(str(tmp_path))
     assert report.classes == {"a": 2, "b": 1}
     assert any(
         "1 of them have different captions or classes: a/1.png = b/1.png" in w for w in report.warnings

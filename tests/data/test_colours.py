@@ -22,8 +22,7 @@ from latentflow.data import (
     readable,
 )
 from latentflow.data.checking.inspect_images import inspect_images
-from latentflow.data.images import profile_of
-from latentflow.data.pixels import to_rgb, upright
+from latentflow.data.images import profile_of, to_rgb, upright
 from latentflow.pipeline.images import read_images
 
 from .images import load_program, noise
@@ -215,7 +214,7 @@ def test_check_counts_profiles_in_its_lines_json_and_page(
     page = mixed.parent / "page.html"
     program.main([str(mixed), "--json", "--report", str(page)])
     for _ in range(2):  # decoded, and remembered
-        report = check_source(str(mixed), progress=False)
+        report = check_source(str(mixed))
         assert report.profiles == {"Display P3": 2, "Adobe RGB (1998)": 1}
         assert set(report.unusable_profiles) == {"junk.png", "inflated.png"}
     told = json.loads(capsys.readouterr().out)
@@ -228,9 +227,9 @@ def test_check_counts_profiles_in_its_lines_json_and_page(
 
 
 def test_a_training_is_told_of_profiles(mixed: Path) -> None:
-    notes = "\n".join(readable(find_source(str(mixed)), progress=False).notes)
+    notes = "\n".join(readable(find_source(str(mixed))).notes)
     assert "3 images have another colour profile than sRGB and are converted" in notes and "junk.png" in notes
-    notes = "\n".join(readable(find_source(str(mixed), colours="stored"), progress=False).notes)
+    notes = "\n".join(readable(find_source(str(mixed), colours="stored")).notes)
     assert "3 images have another colour profile than sRGB, not used (--colours stored)" in notes
 
 
@@ -245,7 +244,7 @@ def test_only_what_is_converted_has_new_keys_in_the_caches(mixed: Path) -> None:
     assert changed == {"p3.png", "p3.jpg", "adobe.tif"}
     assert stored.pixel_keys() == stored.content_keys() == source.content_keys()  # the split is the same
     assert stored.fingerprint() != source.fingerprint()
-    before, after = (cached_pixels(one, 32, progress=False) for one in (stored, source))
+    before, after = (cached_pixels(one, 32) for one in (stored, source))
     for row, (example, old) in enumerate(zip(source.examples, stored.examples, strict=True)):
         levels, numbers = (table[row].permute(1, 2, 0).numpy() for table in (after, before))
         assert np.array_equal(levels, read_image(example, 32)) and np.array_equal(

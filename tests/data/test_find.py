@@ -172,7 +172,7 @@ def test_two_captions_of_one_image_must_agree(name: str, other: str, tmp_path: P
     message = rf"1 images have captions that differ: 0.png \({', '.join(sorted((name, other)))}\)"
     with pytest.raises(UserError, match=message):
         find_source(str(data))
-    assert "captions that differ: 0.png" in check_source(str(data), progress=False).problems[0]
+    assert "captions that differ: 0.png" in check_source(str(data)).problems[0]
     assert find_source(str(data), condition="none").captions() == [""]
     if "TXT" not in other:
         with pytest.raises(UserError, match="contradict each other"):

@@ -14,7 +14,7 @@ from PIL import Image
 from latentflow.config import FramingConfig
 from latentflow.data import Source, crop, find_source
 from latentflow.data.crops import CroppedExample, bucket_sizes, with_crops
-from latentflow.data.pixels import read_image, read_own_mask
+from latentflow.data.dataset import read_image, read_own_mask
 from latentflow.errors import UserError
 
 from .images import turned_by_exif

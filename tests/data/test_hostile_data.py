@@ -20,7 +20,7 @@ from latentflow.cli import parse
 from latentflow.config import DataConfig
 from latentflow.data import check_source, find_source
 from latentflow.data.sources import annotations as metadata
-from latentflow.data.sources import assemble, files, latent_files, latent_folder, mix, table
+from latentflow.data.sources import assemble, files, kinds, latent_files, latent_folder, table
 from latentflow.data.sources import folder as folder_source
 from latentflow.data.sources import hugging_face as saved_sets
 from latentflow.data.sources import webdataset as shards
@@ -83,7 +83,6 @@ DOCUMENTS: dict[str, tuple[Callable[[Path, str], None], str]] = {
         "config.yaml",
     ),
 }
-YAML = ("mix", "config", "run")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -236,7 +235,7 @@ def test_check_and_training_refuse_damaged_annotations_alike(
     with pytest.raises(UserError, match=message) as refused:
         find_source(data)
     assert len(str(refused.value)) <= 2 * LENGTH + 1
-    report = check_source(data, progress=False)
+    report = check_source(data)
     assert report.problems and one_line(refused.value.what) in report.problems[0]
     assert report.verdict == "a training would stop at the problem"
 
@@ -452,7 +451,7 @@ OURS = [
     ("shard", shards, "_is_caption"), ("shard", shards, "TarMember"), ("zip", archives, "folder_source"),
     ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"), ("latents", latent_folder, "_Index"),
     ("latents", latent_folder, "index_schema"), ("saved", assemble, "parse_row"), ("saved", saved_sets, "ArrowMember"),
-    ("mix", mix, "_part"), ("mix", documents, "_repeated_key"), ("config", cli, "_convert"),
+    ("mix", kinds, "_part"), ("mix", documents, "_repeated_key"), ("config", cli, "_convert"),
 ]  # fmt: skip
 
 

@@ -14,10 +14,9 @@ from PIL import EpsImagePlugin, Image
 
 from latentflow.data import FileExample, check_source, decode_image, find_source, read_image, readable
 from latentflow.data.checking.inspect_images import inspect_image
-from latentflow.data.images import open_image
+from latentflow.data.images import FORMATS, open_image, open_no_others
 from latentflow.data.sources.files import IMAGE_SUFFIXES
 from latentflow.errors import UserError
-from latentflow.utils.image_formats import FORMATS, open_no_others
 
 from .images import load_program, noise, parquet, saved, tar, turned_by_exif, zipped
 from .profiles import rgb_profile
@@ -62,9 +61,9 @@ def folder(hostile: Path) -> Path:
 
 def of_folder(hostile: Path) -> Iterator[object]:
     data = folder(hostile)
-    report = check_source(str(data), progress=False)
+    report = check_source(str(data))
     assert report.unreadable == {"hostile.png": "not an image"} and report.images == 30
-    assert len(readable(find_source(str(data)), progress=False)) == 30
+    assert len(readable(find_source(str(data)))) == 30
     yield lambda: read_image(FileExample("hostile", path=data / "hostile.png"), 8)
 
 
@@ -78,7 +77,7 @@ def of_archives(hostile: Path) -> Iterator[object]:
         saved(root / "saved", image=held),
     ):
         (example,) = find_source(str(data)).examples
-        assert check_source(str(data), progress=False).unreadable
+        assert check_source(str(data)).unreadable
         yield lambda example=example: read_image(example, 8)
         if example.mask is not None:
             yield example.open_mask
@@ -87,7 +86,7 @@ def of_archives(hostile: Path) -> Iterator[object]:
 def of_masks(hostile: Path) -> Iterator[object]:
     data = folder(hostile)
     (data / "hostile.png").rename(data / "3-mask.png")
-    assert "3.png" in check_source(str(data), progress=False).unreadable_masks
+    assert "3.png" in check_source(str(data)).unreadable_masks
     masked = next(one for one in find_source(str(data)).examples if one.mask is not None)
     yield masked.open_mask
     alpha = next(iter(find_source(str(data), masks="alpha").examples))

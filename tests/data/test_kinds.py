@@ -19,7 +19,7 @@ from PIL import Image
 
 from latentflow.cli import run
 from latentflow.data import cached_pixels, find_source
-from latentflow.data.pixels import read_image, read_own_mask
+from latentflow.data.dataset import read_image, read_own_mask
 from latentflow.data.sources.annotations import class_name
 from latentflow.data.sources.files import many_paths
 from latentflow.data.sources.kinds import KINDS
@@ -370,7 +370,7 @@ def test_a_parquet_file_is_cached_from_front_to_back(tmp_path: Path, monkeypatch
     spied = functools.lru_cache(maxsize=2)(lambda *key: (groups.append(key[1]), whole(*key))[1])
     monkeypatch.setattr(table, "_read_column", spied)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # threads, which may overtake one another
-    cached_pixels(source, 8, progress=False)
+    cached_pixels(source, 8)
     assert groups == list(range(12))
 
 

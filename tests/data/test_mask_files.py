@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from latentflow.data import decode_image, read_mask
-from latentflow.data.pixels import to_rgb
+from latentflow.data.images import to_rgb
 from latentflow.errors import UserError
 
 from .images import STORED, encoded, noise, turned_by_exif

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from latentflow.data import Source, find_source, split
-from latentflow.data.captions import with_tag_orders
+from latentflow.data.dataset import with_tag_orders
 from latentflow.errors import UserError
 
 from .images import folder_of, jsonl, png, save_all, written

@@ -16,8 +16,7 @@ from PIL import Image
 
 from latentflow.data import Source, check_source, find_source, split
 from latentflow.data.checking import inspect_images as module
-from latentflow.data.checking.duplicates import BITS, near_duplicates
-from latentflow.data.checking.inspect_images import inspect_images
+from latentflow.data.checking.inspect_images import BITS, inspect_images, near_duplicates
 
 
 def make_image(seed: int, width: int = 96, height: int = 96) -> Image.Image:
@@ -47,7 +46,7 @@ def test_copies_are_one_group_and_others_are_not(tmp_path: Path) -> None:
     # The same shapes in other colours, whose hash is near; and an image squeezed.
     Image.merge("RGB", make_image(0).split()[::-1]).save(tmp_path / "recoloured.png")
     make_image(0).resize((96, 60)).save(tmp_path / "squeezed.png")
-    report = check_source(str(tmp_path), progress=False)
+    report = check_source(str(tmp_path))
     assert report.near_duplicates == (tuple(names),) and not report.duplicates
     assert any("3 images are near duplicates" in warning for warning in report.warnings)
 

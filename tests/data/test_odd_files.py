@@ -62,13 +62,13 @@ def test_check_names_what_cannot_be_used(
     warnings = "\n".join(report["warnings"])
     assert "1x1.png (1x1)" in warnings and "wide.png (30000x10)" in warnings
     assert any("._x.jpg" in note for note in report["notes"])
-    lines = check_source(str(odd["all"]), progress=False).lines()
+    lines = check_source(str(odd["all"])).lines()
     assert not any(ord(c) < 32 for line in lines for c in line)  # a name cannot write to the terminal
 
 
 def test_training_reads_the_rest_rightly(odd: dict[str, Path], made: tuple[dict, dict, dict]) -> None:
     used, _, extreme = made
-    source = readable(find_source(str(odd["all"])), progress=False)
+    source = readable(find_source(str(odd["all"])))
     assert any("cannot be read and are skipped" in n and "check --json` names all" in n for n in source.notes)
     examples = {example.name: example for example in source.examples}
     assert set(examples) == set(used) | set(extreme) | {f"z{seed:03}.png" for seed in range(FILLERS)}
@@ -93,7 +93,7 @@ def test_an_empty_sidecar_is_named_and_the_rest_checked(tmp_path: Path) -> None:
     for seed, caption in enumerate(("a cat", "", "a dog")):
         noise(seed).save(tmp_path / f"{seed}.png")
         (tmp_path / f"{seed}.txt").write_text(caption)
-    report = check_source(str(tmp_path), progress=False)
+    report = check_source(str(tmp_path))
     assert any("1 of 3 images have no caption: 1.png" in problem for problem in report.problems)
     assert report.images == 3 and report.caption_facts.missing == ("1.png",)
     with pytest.raises(UserError, match=r"no caption: 1\.png"):
@@ -119,11 +119,11 @@ def test_a_file_without_permission_is_named(unprivileged: Path) -> None:
     for seed in range(30):
         noise(seed).save(unprivileged / f"{seed}.png")
     (unprivileged / "7.png").chmod(0)
-    report = check_source(str(unprivileged), progress=False)
+    report = check_source(str(unprivileged))
     assert report.unreadable == {"7.png": "permission denied"} and report.images == 29
-    assert len(readable(find_source(str(unprivileged)), progress=False)) == 29
+    assert len(readable(find_source(str(unprivileged)))) == 29
     (unprivileged / "7.png").chmod(0o644)
-    assert not check_source(str(unprivileged), progress=False).unreadable
+    assert not check_source(str(unprivileged)).unreadable
 
 
 def test_a_folder_without_permission_is_named(unprivileged: Path) -> None:

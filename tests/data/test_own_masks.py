@@ -121,15 +121,15 @@ def test_alpha_channels(tmp_path: Path) -> None:
     Image.fromarray(rgba).save(tmp_path / "hole.png")
     noise(2).save(tmp_path / "plain.jpg")
     source = find_source(str(tmp_path), masks="alpha")
-    table = cached_masks(source, 8, progress=False)
+    table = cached_masks(source, 8)
     assert names(source) == ["hole.png", "opaque.png", "plain.jpg"]
     assert table.has_mask.tolist() == [True, False, False]
     assert np.array_equal(table.masks[0, 0], np.where(rgba[..., 3] < 128, 255, 0))
-    pixels = cached_pixels(source, 8, progress=False)
+    pixels = cached_pixels(source, 8)
     assert np.array_equal(pixels[0].permute(1, 2, 0), rgba[..., :3])  # what the hole hides is the image
-    composited = cached_pixels(find_source(str(tmp_path)), 8, progress=False)
+    composited = cached_pixels(find_source(str(tmp_path)), 8)
     assert (composited[0, :, 3, 2] == 255).all() and not torch.equal(composited[0], pixels[0])
-    assert check_source(str(tmp_path), masks="alpha", progress=False).masks == 1
+    assert check_source(str(tmp_path), masks="alpha").masks == 1
 
 
 # --- keys ---------------------------------------------------------------------------------------------
@@ -143,10 +143,10 @@ def test_a_changed_mask_is_changed_data_but_the_same_image(tmp_path: Path, cache
     source = find_source(str(tmp_path))
     with_mask = source.fingerprint()
     assert with_mask != told and find_source(str(tmp_path), masks="none").fingerprint() == told
-    assert np.array_equal(cached_masks(source, 8, progress=False).masks[0, 0], first)
+    assert np.array_equal(cached_masks(source, 8).masks[0, 0], first)
     second = save_mask(tmp_path / "1-mask.png", seed=2)
     assert source.fingerprint() not in (told, with_mask) and source.content_keys() == keys
-    assert np.array_equal(cached_masks(source, 8, progress=False).masks[0, 0], second)
+    assert np.array_equal(cached_masks(source, 8).masks[0, 0], second)
     assert len(list(cache.rglob("*.safetensors"))) == 2
 
 
@@ -172,8 +172,8 @@ def test_a_mask_stays_on_what_it_was_drawn_on(
     for shrink in ((1, 1), (4, 4), (4, 1)):  # the last is stretched
         save_red(tmp_path, orientation, shrink)
         source = find_source(str(tmp_path))
-        red = cached_pixels(source, resolution, progress=False)[0, 0]
-        mask = cached_masks(source, resolution, progress=False).masks[0, 0]
+        red = cached_pixels(source, resolution)[0, 0]
+        mask = cached_masks(source, resolution).masks[0, 0]
         assert mask.shape == red.shape and set(mask.unique().tolist()) <= {0, 255}
         assert 0.02 < (mask == 255).float().mean() < 0.9
         differ = (mask == 255) != (red >= 128)
@@ -186,21 +186,21 @@ def test_rows_without_a_mask_are_empty(tmp_path: Path) -> None:
     values = [save_mask(tmp_path / f"{name}-mask.png", seed) for seed, name in enumerate("bd")]
     source = find_source(str(tmp_path)).subset([3, 0, 1, 3])
     for _ in range(2):  # made, then loaded
-        table = cached_masks(source, 8, progress=False)
+        table = cached_masks(source, 8)
         assert len(table) == 4 and table.masks.dtype == torch.uint8 and table.masks.shape == (4, 1, 8, 8)
         assert table.has_mask.tolist() == [True, False, True, True]
         wanted = [values[1], np.zeros((8, 8)), values[0], values[1]]
         assert np.array_equal(table.masks[:, 0], np.stack(wanted))
-    nothing = cached_masks(source.subset([1]), (8, 6), progress=False)
+    nothing = cached_masks(source.subset([1]), (8, 6))
     assert nothing.masks.shape == (1, 1, 8, 6) and not nothing.masks.any() and not nothing.has_mask.any()
 
 
 def test_a_soft_mask_is_split_in_the_middle(tmp_path: Path) -> None:
     save_all(tmp_path, ["a.png"])
     Image.fromarray(np.full((8, 8), 128, np.uint8)).save(tmp_path / "a-mask.png")
-    assert (cached_masks(find_source(str(tmp_path)), 8, progress=False).masks[:] == 255).all()
+    assert (cached_masks(find_source(str(tmp_path)), 8).masks[:] == 255).all()
     Image.fromarray(np.full((8, 8), 127, np.uint8)).save(tmp_path / "a-mask.png")
-    assert (cached_masks(find_source(str(tmp_path)), 8, progress=False).masks[:] == 0).all()
+    assert (cached_masks(find_source(str(tmp_path)), 8).masks[:] == 0).all()
 
 
 # --- bad masks ----------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_a_bad_mask_is_a_problem_and_named(
     make(tmp_path / "a-mask.png")
     save_mask(tmp_path / "b-mask.png")
     with pytest.raises(UserError, match=rf"{tmp_path}/a-mask.png {message}"):
-        cached_masks(find_source(str(tmp_path)), 8, progress=False)
+        cached_masks(find_source(str(tmp_path)), 8)
     main = load_program(repository / "train" / "check.py").main
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path)])
@@ -249,7 +249,7 @@ def test_masks_of_another_size_are_told(tmp_path: Path) -> None:
         noise(seed, 60, 40).save(tmp_path / f"{name}.png")
         save_mask(tmp_path / f"{name}-mask.png", size=size)
     noise(9).save(tmp_path / "e.png")
-    report = check_source(str(tmp_path), progress=False)
+    report = check_source(str(tmp_path))
     assert report.masks == 4 and report.images == 5 and not report.problems
     told = [line for line in report.warnings if "masks have" in line]
     assert told == [

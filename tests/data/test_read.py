@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from latentflow.data import FileExample, read_image, to_pil, to_tensor
-from latentflow.data.pixels import to_rgb
+from latentflow.data.images import to_rgb
 from latentflow.errors import UserError
 
 from .images import noise, turned_by_exif

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentflow.models import blocks
-from latentflow.models.blocks import attention, has_tangent
+from latentflow.models import dit
+from latentflow.models.dit import attention, has_tangent
 
 from .tiny import FULL, build, full_condition, latents
 
@@ -74,7 +74,7 @@ def test_the_fused_kernel_is_left_where_a_forward_derivative_is_taken_and_where_
     calls: list[int] = []
     kernel = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        blocks.F, "scaled_dot_product_attention", lambda *given: calls.append(1) or kernel(*given)
+        dit.F, "scaled_dot_product_attention", lambda *given: calls.append(1) or kernel(*given)
     )
     at, along, _ = problem(keys, False, dtype)
     attention(*at)

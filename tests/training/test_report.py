@@ -26,10 +26,9 @@ from latentflow.training.loop.logging import Reporter
 from latentflow.training.loop.run_folder import read_metrics, read_starts
 from latentflow.training.report import hub
 from latentflow.training.report.card import CardFacts, write_card
-from latentflow.training.report.curves import thinned
 from latentflow.training.report.export import carry_over, is_generated, signed
 from latentflow.training.report.folder import Run, data_lines, read_run
-from latentflow.training.report.page import report_page
+from latentflow.training.report.page import report_page, thinned
 
 
 def row(step: int, **values: float) -> str:

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from PIL import Image
 from latentflow.errors import UserError
 from latentflow.inference.checkpoint import Capabilities, model_capabilities, read_capabilities
 from latentflow.web.inference_server import GenerationRequest, InferenceServer, painted
-
-Checkpoint = Callable[..., Path]
 
 
 def silent(done: int, total: int, what: str) -> None:

@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import UserError
-from ..dataset import Example, Source
-from ..images import ImageFileError
-from ..pixels import parse_colour, pixels_to_images, read_image, read_own_mask, to_pixels
+from ..dataset import Example, Source, read_image, read_own_mask
+from ..images import ImageFileError, parse_colour, pixels_to_images, to_pixels
 from .store import NO_KEY, Array, LazyTable, RowIndex, ShardSet, Tables, digests, open_cache
 
 if TYPE_CHECKING:
@@ -111,12 +110,13 @@ def cached_pixels(
         UserError: an image cannot be decoded (run the source through ``readable`` first), or the cache
             would lie inside the data.
     """
-    pixels = index_images(source, pixel_transform(_size(resolution), background), progress).table("pixels")
+    transform = pixel_transform(_size(resolution), background)
+    pixels = index_images(source, transform, progress=progress).table("pixels")
     assert pixels is not None
     return pixels
 
 
-def cached_masks(source: Source, resolution: Resolution, progress: bool = True) -> MaskTable:
+def cached_masks(source: Source, resolution: Resolution) -> MaskTable:
     """Return the user's own mask of every image, registered with ``cached_pixels``; see ``MaskTable``.
 
     Raises:
@@ -124,7 +124,7 @@ def cached_masks(source: Source, resolution: Resolution, progress: bool = True) 
     """
     size = _size(resolution)
     if source.has_masks:
-        index = index_images(source, mask_transform(size), progress)
+        index = index_images(source, mask_transform(size))
         if (masks := index.table("masks")) is not None:
             return MaskTable(masks, index.column("found"))
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(len(source), 1, *size)
@@ -151,7 +151,7 @@ def cached_latents(
         UserError: as for ``cached_pixels``.
     """
     transform = latent_transform(_size(resolution), background, vae, flips, batch_size, device)
-    index = index_images(source, transform, progress)
+    index = index_images(source, transform, progress=progress)
     mean = index.table("mean")
     assert mean is not None
     return LatentTable(mean, index.table("std"))
@@ -162,32 +162,27 @@ def cached_text(
     tokenizer: PreTrainedTokenizerBase,
     encoder: PreTrainedModel,
     *,
-    max_length: int | None = None,
     batch_size: int = 64,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
 ) -> TextTable:
     """Return embeddings of captions under a frozen text encoder, each different caption computed once."""
     from ...models.text import encode_text
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Iterator[Tables]:
-        encoder.to(device)
+        encoder.to("cpu")
         for batch in _batches(iter(texts), batch_size):
-            embeds, mask = encode_text(tokenizer, encoder, batch, max_length)
+            embeds, mask = encode_text(tokenizer, encoder, batch)
             yield {"embeds": (embeds.float() * mask[..., None]).cpu(), "mask": mask.cpu()}
 
     settings: Settings = {
         "encoder": fingerprint(encoder),
         "tokenizer": _tokenizer_state(tokenizer),
-        "length": max_length,
+        "length": None,  # that of the tokenizer
     }
     width = int(getattr(encoder.config, "hidden_size", 1024))
-    row_bytes = 4 * width * min(512, max_length or tokenizer.model_max_length)
+    row_bytes = 4 * width * min(512, tokenizer.model_max_length)
     transform = Transform("text", settings, row_bytes, str, encode, "encoding captions")
-    return TextTable(
-        _index_rows(open_cache("text", settings), transform, captions, lambda: captions, progress)
-    )
+    return TextTable(_index_rows(open_cache("text", settings), transform, captions, lambda: captions))
 
 
 @dataclass(frozen=True)
@@ -257,7 +252,7 @@ def latent_transform(
 
 
 def index_images(
-    source: Source, transform: Transform[Example], progress: bool, shards: ShardSet | None = None
+    source: Source, transform: Transform[Example], shards: ShardSet | None = None, *, progress: bool = True
 ) -> RowIndex:
     """Find the rows of a source's images, and make the missing ones.
 
@@ -275,7 +270,7 @@ def _index_rows(
     transform: Transform[T],
     items: Sequence[T],
     keys: Callable[[], Iterable[str | None]],
-    progress: bool,
+    progress: bool = True,
 ) -> RowIndex:
     """Find the rows of ``items``, and make the missing ones; ``keys`` gives the key of each. Equal keys share a row."""
 

@@ -15,8 +15,7 @@ from PIL import Image
 from ...errors import UserError, few, one_line
 from ..dataset import Example, FileExample, Source
 from ..sources.kinds import MissingCaption, find_source
-from .duplicates import near_duplicates
-from .inspect_images import ImageInfo, inspect_images
+from .inspect_images import ImageInfo, inspect_images, near_duplicates
 from .report import (
     NEAR,
     Report,
@@ -38,7 +37,7 @@ _UNBALANCED = 10  # times as many images in the largest class as in the smallest
 
 
 def check_data(
-    data: str, *, missing_caption: MissingCaption = "error", progress: bool = True, **request: Any
+    data: str, *, missing_caption: MissingCaption = "error", **request: Any
 ) -> tuple[Report, Source | None]:
     """Return the report on ``data``, and its images that can be used; None where they cannot be found.
 
@@ -59,7 +58,7 @@ def check_data(
         problems = [*problems[:1], *source.damage()]
         report = Report(data, source.kind, images=len(source), notes=source.notes, problems=tuple(problems))
         return report, None
-    return _report(source, problems[:1], progress)
+    return _report(source, problems[:1])
 
 
 def check_source(data: str, **settings: Any) -> Report:
@@ -70,7 +69,7 @@ def check_source(data: str, **settings: Any) -> Report:
     return check_data(data, **settings)[0]
 
 
-def readable(source: Source, progress: bool = True) -> Source:
+def readable(source: Source) -> Source:
     """Return the source without the images that cannot be decoded; its notes name them. Nothing is ever deleted.
 
     Raises:
@@ -80,7 +79,7 @@ def readable(source: Source, progress: bool = True) -> Source:
         return source  # checked when it was made
     notable = {
         example.name: info
-        for example, info in zip(source.examples, inspect_images(source, progress), strict=True)
+        for example, info in zip(source.examples, inspect_images(source), strict=True)
         if info.error is not None or info.profile
     }
     errors = {name: info.error for name, info in notable.items() if info.error is not None}
@@ -123,10 +122,9 @@ def _near_groups(infos: Sequence[ImageInfo]) -> NDArray[np.int64]:
     )
 
 
-def _report(source: Source, problems: list[str], progress: bool) -> tuple[Report, Source]:
+def _report(source: Source, problems: list[str]) -> tuple[Report, Source]:
     infos = {
-        example.name: info
-        for example, info in zip(source.examples, inspect_images(source, progress), strict=True)
+        example.name: info for example, info in zip(source.examples, inspect_images(source), strict=True)
     }
     unreadable = {name: info.error for name, info in infos.items() if info.error is not None}
     good = source.subset([row for row, e in enumerate(source.examples) if e.name not in unreadable])

@@ -12,7 +12,7 @@ from ...errors import one_line
 from ...utils.html_page import Page
 from ..cache.tensors import map_threaded
 from ..dataset import Example, Source
-from ..pixels import to_rgb
+from ..images import to_rgb
 from .report import NEAR, Report
 from .suggest import Suggestion
 

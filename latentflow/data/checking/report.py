@@ -14,7 +14,7 @@ import numpy as np
 
 from ...errors import few, one_line
 from ..dataset import Example
-from .duplicates import BITS, LEVELS
+from .inspect_images import BITS, LEVELS
 
 SIDES = (32, 64, 128, 256, 512, 1024)
 _ASPECTS = {  # width / height

@@ -269,3 +269,11 @@ def _expand_braces(text: str) -> list[str]:
         )
     before, after = text[: match.start()], text[match.end() :]
     return [expanded for word in words for expanded in _expand_braces(before + word + after)]
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Return the parquet files of a folder and of its subfolder data, as on the hub; none where it holds images."""
+    files = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
+    if files and any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir()):
+        return []
+    return sorted(files)

@@ -47,19 +47,6 @@ class ArrowMember(Member):
         return f"{self.column} of row {self.row}"
 
 
-def is_saved(data: str) -> bool:
-    """Return whether DATA is a folder that `save_to_disk` wrote."""
-    path = Path(data).expanduser()
-    return (path / "dataset_dict.json").is_file() or all(
-        (path / name).is_file() for name in ("dataset_info.json", "state.json")
-    )
-
-
-def is_hub(data: str) -> bool:
-    """Return whether DATA asks for the hub explicitly."""
-    return data.startswith("hub:")
-
-
 def read_saved(data: str, request: DataRequest) -> Source:
     """Return the rows of a data set in a folder; it is mapped, not loaded.
 

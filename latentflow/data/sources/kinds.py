@@ -1,27 +1,37 @@
-"""The kinds of data that DATA on the command line can be: one line each in ``KINDS``."""
+"""The kinds of data that DATA on the command line can be: one line each in ``KINDS``.
+
+One of them, a YAML file, mixes others, with repeats and weights.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from ...errors import UserError, lookup, nearest
-from ..captions import with_tag_orders
-from ..dataset import Colours, Source
-from .assemble import Condition, DataRequest, Masks, MissingCaption
-from .files import list_folder
+from ...errors import UserError, few, lookup, nearest, shown, unknown
+from ...utils.files import read_yaml
+from ...utils.settings import is_number, whole
+from ..cache.store import refuse_inside
+from ..dataset import Colours, Example, Source, with_tag_orders
+from .annotations import HEAVIEST
+from .assemble import Condition, DataRequest, Masks, MissingCaption, build_source
+from .files import IMAGE_SUFFIXES, list_folder, parquet_files
 from .folder import folder_source
-from .hugging_face import is_hub, is_saved, read_hub, read_saved
-from .latent_folder import is_latent_folder, read_latent_folder
-from .mix import is_mix, read_mix
-from .table import is_table, read_table
-from .webdataset import is_shards, read_shards
-from .zip_file import is_zip, read_zip
+from .hugging_face import read_hub, read_saved
+from .latent_files import DESCRIPTION
+from .latent_folder import read_latent_folder
+from .table import read_table
+from .webdataset import COMPRESSED, read_shards
+from .zip_file import read_zip
 
 __all__ = ["KINDS", "Condition", "DataKind", "Masks", "MissingCaption", "find_source"]
+
+
+MOST_REPEATS = 1_000_000  # every use of an image in an epoch takes some bytes
+_FIX = "Write: sources: [{data: cats, repeats: 2}, {data: more, weight: 0.5}]"
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,48 @@ def _find(data: str, request: DataRequest) -> Source:
         ) from error
 
 
+def is_mix(data: str) -> bool:
+    """Return whether DATA is a YAML file."""
+    path = Path(data).expanduser()
+    return path.suffix.lower() in (".yaml", ".yml") and path.is_file()
+
+
+def is_shards(data: str) -> bool:
+    """Return whether DATA names tar files, or is a folder of them without images or subfolders."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        entries = (entry for entry in path.iterdir() if not entry.name.startswith("."))
+        return any(path.glob("*.tar")) and not any(
+            e.is_dir() or e.suffix.lower() in IMAGE_SUFFIXES for e in entries
+        )
+    return data.lower().endswith((".tar", *COMPRESSED))
+
+
+def is_zip(data: str) -> bool:
+    """Return whether DATA is a zip file, by its name."""
+    path = Path(data).expanduser()
+    return path.suffix.lower() == ".zip" and path.is_file()
+
+
+def is_saved(data: str) -> bool:
+    """Return whether DATA is a folder that `save_to_disk` wrote."""
+    path = Path(data).expanduser()
+    return (path / "dataset_dict.json").is_file() or all(
+        (path / name).is_file() for name in ("dataset_info.json", "state.json")
+    )
+
+
+def is_table(data: str) -> bool:
+    """Return whether DATA names CSV or parquet files, or a folder of parquet files and no images."""
+    path = Path(data).expanduser()
+    return bool(parquet_files(path)) if path.is_dir() else path.suffix.lower() in (".csv", ".parquet")
+
+
+def is_latent_folder(data: str) -> bool:
+    """Return whether DATA is a folder of latents."""
+    return (Path(data).expanduser() / DESCRIPTION).is_file()
+
+
 def _read_folder(data: str, request: DataRequest) -> Source:
     return folder_source(data, list_folder(Path(data).expanduser()), request)
 
@@ -126,11 +178,118 @@ def _not_found(data: str) -> UserError:
     return UserError(f"there is no folder {data}", hint)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One entry of the list; the names of its fields are the keys of the file."""
+
+    data: str
+    repeats: int | None = None
+    weight: float = 1.0
+    regularisation: bool = False
+
+
+def read_mix(data: str, request: DataRequest) -> Source:
+    """Return the sets that a YAML file lists as one. Relative paths start at the file's folder.
+
+    ``repeats`` is how often an epoch uses each image of a set, ``weight`` a factor on their loss. Images of a set
+    with ``regularisation: true`` (prior preservation) are used about as often as all others together.
+
+    Raises:
+        UserError: the file cannot be understood; the sets have different kinds of condition, or share images.
+    """
+    path = Path(data).expanduser()
+    parts = _parts(path)
+    places = [_place(path.parent, part.data) for part in parts]
+    for place in places:
+        if is_mix(place):
+            raise UserError(f"{path} is a list of lists: {place}", "Name the sets themselves.")
+        if is_latent_folder(place):
+            raise UserError(f"{path} mixes in latents: {place}", "Mix the images, and precompute the mix.")
+    sources = [_find(place, request) for place in places]
+    kinds = [f"{part.data} ({source.kind})" for part, source in zip(parts, sources, strict=True)]
+    if len({source.kind for source in sources}) > 1:
+        raise UserError(
+            f"{path} mixes sets with different conditions: {few(kinds)}",
+            "Describe all images in one way, or use --condition none (or text, class) for all.",
+        )
+    for source in sources:
+        refuse_inside(source.root)
+    examples: list[Example] = []
+    notes = [f"{len(parts)} sets"]
+    for part, source, repeats in zip(parts, sources, _repeats(parts, sources), strict=True):
+        factor = f", their loss times {part.weight:g}" if part.weight != 1 else ""
+        role = " (regularisation)" if part.regularisation else ""
+        notes.append(f"{part.data}: {len(source)} images, each used {repeats} times an epoch{factor}{role}")
+        notes += [f"  {note}" for note in source.notes]
+        examples += [
+            dataclasses.replace(
+                example,
+                name=f"{part.data}/{example.name}",
+                repeats=example.repeats * repeats,
+                weight=example.weight * part.weight,
+            )
+            for example in source.examples
+        ]
+    found = dataclasses.replace(request, masks="auto", colours="srgb")  # the sets are as requested already
+    return build_source(data, examples, sources[0].kind, found, notes)
+
+
+def _parts(path: Path) -> list[Part]:
+    content = read_yaml(path, _FIX)
+    entries = content.get("sources") if isinstance(content, Mapping) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} lists no sources", _FIX)
+    for key in content:
+        if key != "sources":
+            raise unknown(f"key in {path}", str(key), ["sources"])
+    parts = [_part(f"{path}, source {number}", entry) for number, entry in enumerate(entries, start=1)]
+    names = [part.data for part in parts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path} lists {twice[0]} twice", "Use `repeats: 2`.")
+    if all(part.regularisation for part in parts):
+        raise UserError(f"{path} lists nothing but regularisation", "Add the set that is to be learnt.")
+    return parts
+
+
+def _part(where: str, entry: Any) -> Part:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("data"), str):
+        raise UserError(f"{where} has no data", _FIX)
+    keys = [field.name for field in dataclasses.fields(Part)]
+    for key in entry:
+        if key not in keys:
+            raise unknown(f"key in {where}:", str(key), keys)
+    part = Part(**entry)
+    if part.repeats is not None:
+        whole(f"{where}: repeats", part.repeats, 1, MOST_REPEATS)
+    if not is_number(part.weight) or not 0 < part.weight <= HEAVIEST:
+        raise UserError(
+            f"{where}: weight is {shown(part.weight)}", f"Give a number above 0, at most {HEAVIEST:,.0f}."
+        )
+    if not isinstance(part.regularisation, bool):
+        raise UserError(f"{where}: regularisation is {shown(part.regularisation)}", "Write true or false.")
+    return part
+
+
+def _place(folder: Path, data: str) -> str:
+    """Return DATA as seen from the YAML file."""
+    return data if data == "shapes" or data.startswith("hub:") else str(folder / Path(data).expanduser())
+
+
+def _repeats(parts: list[Part], sources: list[Source]) -> list[int]:
+    """Return the repeats of every set; regularisation without any is balanced with the rest, in whole numbers."""
+    uses = [len(s.uses()) * (p.repeats or 1) for p, s in zip(parts, sources, strict=True)]
+    regularising = sum(n for n, part in zip(uses, parts, strict=True) if part.regularisation)
+    balance = max(1, round((sum(uses) - regularising) / regularising)) if regularising else 1
+    return [part.repeats or (balance if part.regularisation else 1) for part in parts]
+
+
 # The first that claims DATA reads it.
 KINDS: dict[str, DataKind] = {
     "shapes": DataKind("the procedural set `shapes`", lambda data: data == "shapes", _read_shapes),
-    "hub": DataKind("hub:owner/name, a data set of the Hugging Face hub", is_hub, read_hub),
-    "mix": DataKind("a .yaml file that lists several of these", is_mix, partial(read_mix, find=_find)),
+    "hub": DataKind(
+        "hub:owner/name, a data set of the Hugging Face hub", lambda data: data.startswith("hub:"), read_hub
+    ),
+    "mix": DataKind("a .yaml file that lists several of these", is_mix, read_mix),
     "shards": DataKind("WebDataset shards (.tar)", is_shards, read_shards),
     "zip": DataKind("a .zip of a folder", is_zip, read_zip),
     "saved": DataKind("a folder that `datasets` saved", is_saved, read_saved),

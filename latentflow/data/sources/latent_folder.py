@@ -40,11 +40,6 @@ from .latent_files import (
 )
 
 
-def is_latent_folder(data: str) -> bool:
-    """Return whether DATA is a folder of latents."""
-    return (Path(data).expanduser() / DESCRIPTION).is_file()
-
-
 def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
     """Open a folder of latents. Condition and masks were decided when it was made; "none" does without.
 

@@ -101,7 +101,7 @@ class Precomputation:
         return {place: made.settings for part in self.transforms for place, made in part.items()}
 
 
-def write_latents(job: Precomputation, folder: Path, *, progress: bool) -> None:
+def write_latents(job: Precomputation, folder: Path) -> None:
     """Fill ``folder``; what it holds already is verified and kept. Several processes may do so at once.
 
     Raises:
@@ -117,7 +117,7 @@ def write_latents(job: Precomputation, folder: Path, *, progress: bool) -> None:
     for number, transforms in enumerate(job.transforms):
         part = job.framing.part(number)
         for place, transform in transforms.items():
-            index_images(part, transform, progress, sets[place])
+            index_images(part, transform, sets[place])
     index = write_index(job.framing, folder, groups_of(job.source))
     describe(job, folder, tables, complete=True, index=index)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...errors import UserError
 from ..dataset import Example, Source
-from ..pixels import to_pil
+from ..images import to_pil
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

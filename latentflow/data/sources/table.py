@@ -17,7 +17,7 @@ from ...utils.files import decode, parse_json
 from ..dataset import FileExample, Source
 from .annotations import COLUMNS, holds_captions, read_records, refuse_synonyms, rename, unused_columns
 from .assemble import DataRequest, source_of_rows, table_examples
-from .files import IMAGE_BYTES, IMAGE_SUFFIXES, Container, Member, common_folder, many_paths, refuse_large
+from .files import IMAGE_BYTES, Container, Member, common_folder, many_paths, parquet_files, refuse_large
 
 _PARTS = ("train", "test", "validation", "valid", "val", "dev")
 _LOCK = threading.Lock()
@@ -27,12 +27,6 @@ _BUFFER = 2**16  # bytes that are read ahead; without, a row is read with all of
 _AGAIN = "Copy or download it again."
 
 _Rows = Iterator[tuple[str, Mapping[str, object], Mapping[str, Member | None]]]  # see ``table_examples``
-
-
-def is_table(data: str) -> bool:
-    """Return whether DATA names CSV or parquet files, or a folder of parquet files and no images."""
-    path = Path(data).expanduser()
-    return bool(_parquet_files(path)) if path.is_dir() else path.suffix.lower() in (".csv", ".parquet")
 
 
 def read_table(data: str, request: DataRequest) -> Source:
@@ -45,7 +39,7 @@ def read_table(data: str, request: DataRequest) -> Source:
             image is listed twice or does not exist; captions or classes are missing.
     """
     folder = Path(data).expanduser()
-    paths = _parquet_files(folder) if folder.is_dir() else many_paths(data)
+    paths = parquet_files(folder) if folder.is_dir() else many_paths(data)
     _refuse_parts(data, paths)
     root, unused = common_folder(paths), dict[str, None]()
     examples: list[FileExample] = []
@@ -177,14 +171,6 @@ def _parquet_rows(path: Path, file: Any, ours: Mapping[str, str]) -> _Rows:
             }
             yield f"{path}, row {number}", values, members
             number += 1
-
-
-def _parquet_files(folder: Path) -> list[Path]:
-    """Return the parquet files of a folder and of its subfolder data, as on the hub; none where it holds images."""
-    files = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
-    if files and any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir()):
-        return []
-    return sorted(files)
 
 
 def _refuse_parts(data: str, paths: list[Path]) -> None:

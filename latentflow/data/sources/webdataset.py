@@ -25,7 +25,7 @@ from .files import (
     refuse_large,
 )
 
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _CAPTIONS = tuple(suffix[1:] for suffix in CAPTION_SUFFIXES)
 # What `tarfile` raises: it checks headers, but little of the extended ones.
 _FAILURES = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, LookupError)
@@ -58,17 +58,6 @@ class _Sample:
     image: TarMember | None = None
     mask: TarMember | None = None
     annotations: dict[str, TarMember] = field(default_factory=dict)
-
-
-def is_shards(data: str) -> bool:
-    """Return whether DATA names tar files, or is a folder of them without images or subfolders."""
-    path = Path(data).expanduser()
-    if path.is_dir():
-        entries = (entry for entry in path.iterdir() if not entry.name.startswith("."))
-        return any(path.glob("*.tar")) and not any(
-            e.is_dir() or e.suffix.lower() in IMAGE_SUFFIXES for e in entries
-        )
-    return data.lower().endswith((".tar", *_COMPRESSED))
 
 
 def read_shards(data: str, request: DataRequest) -> Source:
@@ -153,7 +142,7 @@ def _members(path: Path, unread: dict[str, list[str]]) -> Iterator[TarMember]:
     Raises:
         UserError: it is compressed, broken or cut off.
     """
-    if path.name.lower().endswith(_COMPRESSED):
+    if path.name.lower().endswith(COMPRESSED):
         raise UserError(
             f"{path} is compressed: no member can be read without all before it",
             "Unpack the compression only (`gunzip` and the like): images are compressed already.",

@@ -57,12 +57,6 @@ def _open(container: Container, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(container.path)
 
 
-def is_zip(data: str) -> bool:
-    """Return whether DATA is a zip file, by its name."""
-    path = Path(data).expanduser()
-    return path.suffix.lower() == ".zip" and path.is_file()
-
-
 def read_zip(data: str, request: DataRequest) -> Source:
     """Return the images of a zip file; a single folder at the top that holds everything is taken for the root.
 

@@ -12,11 +12,11 @@ from .base import Field as Field
 from .base import Solver as Solver
 from .base import SolverOptions as SolverOptions
 from .base import Step as Step
+from .base import runge_kutta as runge_kutta
 from .diffusions import DIFFUSIONS as DIFFUSIONS
 from .diffusions import Diffusion as Diffusion
 from .integrate import integrate as integrate
 from .multistep import adams_bashforth as adams_bashforth
-from .runge_kutta import runge_kutta as runge_kutta
 from .stochastic import churn as churn
 from .stochastic import ddpm as ddpm
 from .stochastic import euler_maruyama as euler_maruyama

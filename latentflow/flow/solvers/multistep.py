@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import Field, Solver, SolverOptions, Step
-from .runge_kutta import combine
+from .base import Field, Solver, SolverOptions, Step, combine
 
 
 def adams_bashforth(order: int) -> Solver:

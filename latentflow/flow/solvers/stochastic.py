@@ -16,9 +16,8 @@ from ...errors import UserError, lookup
 from ..paths import Path
 from ..predictions import convert
 from ..tensors import Velocity, normal_like
-from .base import Field, Solver, SolverOptions, Step, schedule
+from .base import EULER, HEUN, Field, Solver, SolverOptions, Step, schedule
 from .diffusions import DIFFUSIONS, Diffusion
-from .runge_kutta import EULER, HEUN
 
 
 def euler_maruyama(diffusion: str | Diffusion = "sigma", scale: float = 1.0) -> Solver:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from .adaptive import dormand_prince
-from .base import Solver
+from .base import EULER, HEUN, Solver, runge_kutta
 from .exponential import dpm_solver_2m, exponential_adams
 from .multistep import adams_bashforth
-from .runge_kutta import EULER, HEUN, runge_kutta
 from .stochastic import churn, ddpm, euler_maruyama, langevin, stochastic_heun
 
 SOLVERS: dict[str, Solver] = {

@@ -43,7 +43,7 @@ from .profiling import profiler
 from .recovery import Part, Recovery, Values
 from .run_folder import run_lock
 from .saving import AverageSnapshots, Saver, export_once
-from .stopping import EarlyStop, Stop, refuse_unvalidated, stop_on_signal
+from .stopping import EarlyStop, Stop, stop_on_signal
 from .trained_module import TrainedModule, tensor_for, with_averages
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Loop:
             TrainedModule(name, module, config, self.accelerator) for name, module in modules.items()
         ]
         self.sharded = any(module.sharded for module in self.modules)
-        refuse_unvalidated(config, callbacks.validate is not None)
+        config.check_validated(callbacks.validate is not None)
         self.early = EarlyStop(config.early_stop, self.modules, self.accelerator)
         self.order = DataOrder(
             size=len(data),

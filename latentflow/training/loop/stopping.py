@@ -14,8 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ...config import LoopConfig
-from ...errors import UserError
 from .distributed import most_of_any_process
 from .trained_module import TrainedModule
 
@@ -66,19 +64,6 @@ def stop_on_signal() -> Iterator[Stop]:
 
 
 _BETTER, _WORSE = 1, 2
-
-
-def refuse_unvalidated(config: LoopConfig, validated: bool) -> None:
-    """Refuse ``--early-stop`` for a run that nothing is held out of, or that does not validate.
-
-    Raises:
-        UserError: it is asked for.
-    """
-    if config.early_stop and not (validated and config.validation_steps):
-        raise UserError(
-            "--early-stop without validations",
-            "Hold images out (--validation 0.1), and validate (--validation-steps).",
-        )
 
 
 class EarlyStop:

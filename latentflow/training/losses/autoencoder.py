@@ -8,8 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ...autoencoder import Autoencoder
-from ...autoencoder.losses import SMALLEST_IMAGE, adaptive_weight, hinge_loss, perceptual_loss
-from ...autoencoder.regularisation import noisy, scales, transformed
+from ...autoencoder.losses import (
+    SMALLEST_IMAGE,
+    adaptive_weight,
+    hinge_loss,
+    noisy,
+    perceptual_loss,
+    scales,
+    transformed,
+)
 from ...config import AutoencoderConfig
 from ..loop.data_order import SampleRandom, Stream, seeded
 from ..loop.distributed import process_state

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCardData
 
 from ...data import Source
 from ...errors import one_line, printable
-from ...utils.templates import render
+from ...utils.html_page import render
 from .export import is_generated, signed
 from .folder import Run, data_lines, duration, preview_step, read_run
 
