@@ -77,14 +77,14 @@ def parse(
     program, default = _program(config_class, _defaults(config_class, values), list(presets))
     description = inspect.cleandoc(description or config_class.__doc__ or "")
     if wanted := [word for word in args if word in ("-h", "--help", "--help-all")]:
-        group = next(iter(args[args.index(wanted[0]) + 1 :]), None) if wanted[0] != "--help-all" else None
+        following = args[args.index(wanted[0]) + 1 :][:1] if wanted[0] == "--help" else []
         print(
             help_text(
                 program,
                 default,
                 prog=prog,
                 description=description,
-                group=None if group is None or group.startswith("-") else group,
+                group=next((word for word in following if not word.startswith("-")), None),
                 everything=wanted[0] == "--help-all",
             )
         )

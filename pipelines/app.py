@@ -38,6 +38,8 @@ class AppConfig(AdapterChoice):
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
     config = parse(AppConfig, argv, prog="latentflow app")
+    if not 0 < config.port < 65536:
+        raise UserError(f"--port is {config.port}", "Use 1 to 65535, such as 7860.")
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the web page needs Gradio", 'pip install "latentflow[app]"')
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported

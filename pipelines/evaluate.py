@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     test = None if config.test is None else open_source(config.test, settings)
     train, unseen = load_image_sets(model, source, test, settings)
     data = report.describe_data(source, train, unseen)
-    print(", ".join(f"{number} {name} images" for name, number in data["images"].items()))
+    print(", ".join(f"{name.replace('_', '-')} images: {number}" for name, number in data["images"].items()))
 
     # Conditions are those of real training images, so in the data's own proportions. The first of these images stand
     # for what a perfect generator would make; the reference of both is all others.

@@ -356,6 +356,13 @@ def test_help_and_mistyped_flags_of_every_command_need_no_torch(command: str, li
 
 def test_the_help_of_a_training_is_short(light: dict[str, Any]) -> None:
     assert len(light["train --help"][1].splitlines()) <= 70
+    assert "--no-FLAG" in light["train --help"][1]
+
+
+def test_h_takes_no_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("-h", "images")
+    assert ended.value.code is None and "usage:" in capsys.readouterr().out
 
 
 def test_version_and_unknown_command() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import LoopConfig as LoopConfig
 from ..utils import garbage_collection_paused
 
 with garbage_collection_paused():

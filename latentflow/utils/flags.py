@@ -176,10 +176,11 @@ def help_text(
             lines += ["", *textwrap.wrap(f"{name}: {about}", width)] if name else [""]
         for flag in members:
             lines += _entry(flag, flag.of(defaults), width)
+    more = "--no-FLAG switches off a flag without a value that --config or --preset switches on."
     if sum(map(len, shown.values())) < len(flags):
         names = ", ".join(sections)
-        more = f"More flags: `{prog} --help-all`, or `{prog} --help GROUP` with one of: {names}."
-        lines += ["", *textwrap.wrap(more, width, break_on_hyphens=False)]
+        more = f"More flags: `{prog} --help-all`, or `{prog} --help GROUP` with one of: {names}. {more}"
+    lines += ["", *textwrap.wrap(more, width, break_on_hyphens=False)]
     return "\n".join(lines)
 
 

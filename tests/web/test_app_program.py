@@ -65,3 +65,9 @@ def test_everybody_is_let_in_with_a_warning_or_a_password(
 def test_half_a_password_is_refused(load_program: Callable[[str], Any], auth: str) -> None:
     with pytest.raises(UserError, match="USER:PASSWORD"):
         load_program("app").credentials(auth)
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536, 99999999])
+def test_a_port_that_is_none_is_refused(load_program: Callable[[str], Any], port: int) -> None:
+    with pytest.raises(UserError, match=f"--port is {port}\nUse 1 to 65535"):
+        load_program("app").main([f"--port={port}"])

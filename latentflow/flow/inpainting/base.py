@@ -24,7 +24,10 @@ Progress: TypeAlias = bool | Callable[[Iterable[int]], Iterable[int]]
 
 @dataclass(frozen=True)
 class KnownRegion:
-    """The known region of a batch: its ``values`` (B, ...) (0 in the hole), and where the ``hole`` is (bool)."""
+    """The known region of a batch: its ``values`` (B, ...) (0 in the hole), and where the ``hole`` is (bool).
+
+    These are latents; kept pixels are pasted back by the pipeline (``latentflow/pipeline/inpaint.py``).
+    """
 
     values: Tensor
     hole: Tensor

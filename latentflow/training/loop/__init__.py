@@ -1,1 +1,1 @@
-"""The training loop: batches, steps, optimisers, averages, checkpoints, reports."""
+"""The training loop: `fit.py` has the step, which loads, optimises, averages and saves with the files beside it."""
