@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,3 +184,30 @@ def test_light_imports_stay_light_and_leave_the_garbage_collector_on(module: str
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+FRAGMENT = re.compile(
+    r"(Of|What|Whether|Where|That|Those|Which|How|Whom|Whose|Beside|By|In|On|For|To|As|Here|There|Nothing|None|Such)\b"
+)
+
+
+def fragments(file: Path) -> list[str]:
+    """Return the docstrings of classes and functions that open with neither a verb nor a head noun."""
+    nodes = [
+        node
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
+    documented = [(node.lineno, ast.get_docstring(node) or "") for node in nodes]
+    return [f"line {line}: {text.splitlines()[0]}" for line, text in documented if FRAGMENT.match(text)]
+
+
+@pytest.mark.parametrize("file", [*MODULES, *PROGRAMS], ids=lambda file: str(file.relative_to(ROOT)))
+def test_docstrings_open_with_a_verb_or_a_noun(file: Path) -> None:
+    assert not fragments(file)
+
+
+def test_fragments_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text('def f():\n    """Of a step."""\n\ndef g():\n    """Return a step."""\n')
+    assert fragments(file) == ["line 1: Of a step."]

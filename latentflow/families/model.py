@@ -153,7 +153,7 @@ class FlowModel(ABC):
 
     @property
     def condition_kind(self) -> Literal["text", "class", "unconditional"]:
-        """What samples are conditioned on, as data sets name it; of several, captions."""
+        """Condition of the samples as data sets name it; of several, captions."""
         return "text" if self.takes_text else "class" if self.takes_classes else "unconditional"
 
     @property
