@@ -3,7 +3,7 @@
     python benchmarks/inpainting.py DATA --steered CHECKPOINT [--trained CHECKPOINT] [--coupling CHECKPOINT]
         -o docs/inpainting-emoji [-n 80] [--evaluations 10 20 50] [--methods ...] [--no-condition] [--grid]
 
-DATA is a folder of images as `latentflow train` takes it. The training-free methods run on --steered, which is told
+DATA is a folder of images as `latentflow train` takes it. The training-free methods run on --steered, which is given
 nothing of the mask even if it has learnt to inpaint. --trained is a checkpoint that has, by channels alone, and
 --coupling one that has by the data-dependent coupling. Three masks: a box in the centre (a quarter of the area), the
 right half, and brush strokes (others on each image). Captions or classes are given (with --no-condition: empty

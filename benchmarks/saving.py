@@ -29,19 +29,20 @@ def main() -> None:
     torch.set_num_threads(1)
     layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
     network = nn.TransformerEncoder(layer, 8, enable_nested_tensor=False)
-    player = TrainedModule("flow", network, LoopConfig(mixed_precision="no"), Accelerator(cpu=True))
+    module = TrainedModule("flow", network, LoopConfig(mixed_precision="no"), Accelerator(cpu=True))
     x = torch.randn(64, 64, 256)
     for step in range(1, 4):
         start = time.process_time()
         network(x).square().mean().backward()
-        player.update(step, 1e-3, skip=False)
+        module.update(1e-3, skip=False)
+        module.update_averages(step)
         steps.append(time.process_time() - start)
         print(f"step {step}: {steps[-1]:.2f} s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(Path(folder), 2)
         for step in range(1, 6):
             clock, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
-            saver.save(step, {"step": step} | player.state())
+            saver.save(step, {"step": step} | module.state())
             copies.append(time.thread_time() - thread)
             waited = time.perf_counter() - clock
             saver.wait()

@@ -27,10 +27,10 @@ class EditConfig(SamplingConfig):
     image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
     """The image: any format, mode and size."""
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = ()
-    """What the result should show, as a whole: "green apple", not "make it green". With several, all images of the
+    """Description of the whole result: "green apple", not "make it green". With several, all images of the
     first come first."""
     source: Annotated[str | None, tyro.conf.arg(name="from", metavar="PROMPT")] = None
-    """What the image shows now: a prompt or a class. The better it fits, the less else changes."""
+    """Description of the image as it is: a prompt or a class. The better it fits, the less else changes."""
     method: Literal["flowedit", "inversion", "image-to-image"] = "flowedit"
     """flowedit moves the image directly, inversion goes through the image's own noise (and has no seed),
     image-to-image mixes noise into the image and samples from there."""

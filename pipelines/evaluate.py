@@ -63,11 +63,11 @@ class EvaluateConfig(AdapterChoice):
     validation_seed: int | None = None
     """Seed of that run."""
     condition: Literal["auto", "none", "class", "text"] | None = None
-    """What the network is conditioned on for DATA's images."""
+    """Condition of the network for DATA's images."""
     missing_caption: Literal["error", "empty", "skip"] | None = None
-    """What to do with images that have no caption."""
+    """Handling of images without a caption."""
     masks: Literal["auto", "none", "alpha"] | None = None
-    """Where masks come from; with alpha the images are used without their transparency."""
+    """Origin of the masks; with alpha the images are used without their transparency."""
     columns: dict[str, str] = field(default_factory=dict)
     """Rename table columns (of --test as well), as for `latentflow train`."""
     colours: Literal["srgb", "stored"] | None = None

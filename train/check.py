@@ -29,7 +29,7 @@ class CheckConfig:
     condition: Literal["auto", "none", "class", "text"] = "auto"
     """Condition of the model. auto: captions if there are any, else classes, else none."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
-    """What to do with images that have no caption."""
+    """Handling of images without a caption."""
     masks: Literal["auto", "none", "alpha"] = "auto"
     """Your own inpainting masks. auto: from the metadata and from files; alpha: from the alpha channels."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -36,15 +36,15 @@ class FlowConfig:
     path_options: dict[str, float] = field(default_factory=dict)
     """Options of the path, such as `beta_max 12`."""
     prediction: str = "velocity"
-    """What the network predicts: velocity, data, noise or score."""
+    """Prediction of the network: velocity, data, noise or score."""
     coupling: str = "independent"
-    """How noise and data are paired: independent, ot, sinkhorn, conditional-ot; with --inpainting also
+    """Pairing of noise and data: independent, ot, sinkhorn, conditional-ot; with --inpainting also
     data-dependent (the flow starts from the known part of the image, with noise in the hole only). ot, sinkhorn and
     conditional-ot pair within one forward pass, so that its batch size affects what is learned."""
     coupling_options: dict[str, float] = field(default_factory=dict)
     """Options of the coupling, such as `regularization 0.05`."""
     objective: str = "flow-matching"
-    """What is minimised: flow-matching learns velocities; mean-flow and its relatives learn average velocities,
+    """Objective to minimise: flow-matching learns velocities; mean-flow and its relatives learn average velocities,
     which generate in one to four evaluations (docs/few-step.md)."""
     objective_options: dict[str, float] = field(default_factory=dict)
     """Options of the objective, such as `guidance 3` of mean-flow."""

@@ -34,7 +34,7 @@ class DataConfig:
     condition: Annotated[Literal["auto", "none", "class", "text"], Essential("data")] = "auto"
     """Condition of the model. auto: captions if there are any, else classes (subfolders), else none."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
-    """What to do with images that have no caption: stop with an error, train on an empty caption, or skip them."""
+    """Handling of images without a caption: stop with an error, train on an empty caption, or skip them."""
     masks: Annotated[Literal["auto", "none", "alpha"], Essential("data")] = "auto"
     """Your own inpainting masks. auto: the metadata's mask column, else cat-mask.png beside cat.png. alpha: repaint
     what is transparent."""

@@ -166,7 +166,7 @@ def read_mask(
     """Return a mask as one 8-bit channel (mode "L"), upright: 255 repaint, 0 keep, between them soft.
 
     Grey images of any mode are read by their brightness, on the scale of 0..1, 0..255 or 0..65535 that their
-    largest value fits in (so a label map of 0 and 1 is a mask too). A grey photograph cannot be told from a soft
+    largest value fits in (so a label map of 0 and 1 is a mask too). A grey photograph looks like a soft
     mask and is read as one. In a JPEG, levels next to black or white become black or white.
 
     Transparency, where there is any, is read as a layer painted in an image editor: transparent parts are kept,

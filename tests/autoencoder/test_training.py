@@ -184,10 +184,10 @@ def test_both_sides_of_the_adversarial_loss_are_their_formulas() -> None:
     last = [one for one in vae.decoder.modules() if isinstance(one, nn.Conv2d)][-1].weight
     factor = adaptive_weight(l1, adversarial, last)
     torch.testing.assert_close(values["loss"], l1 + 0.3 * factor * adversarial, rtol=1e-3, atol=1e-5)
-    told = DiscriminatorLoss(discriminator, stage)({})
+    result = DiscriminatorLoss(discriminator, stage)({})
     real, fake = discriminator(images), discriminator(made.detach())
     expected = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
-    torch.testing.assert_close(told["loss"], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result["loss"], expected, rtol=1e-4, atol=1e-6)
     assert not values["adversarial"].requires_grad and real.mean() != fake.mean()
     stage.eval()  # a validation is of what is drawn
     assert "adversarial" not in stage({"images": images, "sample_ids": list(range(8))})

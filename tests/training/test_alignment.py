@@ -27,7 +27,7 @@ from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet
 from latentflow.models.routing import Route
 from latentflow.training import fit
-from latentflow.training.loop import trained_module as player
+from latentflow.training.loop import trained_module
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.loop.ema import WeightAverage
@@ -341,10 +341,12 @@ def test_what_cannot_be_aligned_is_refused_in_words(monkeypatch: pytest.MonkeyPa
     for block in (0, 5):
         with pytest.raises(UserError, match="of 4 blocks"):
             stage(AlignmentConfig(alignment="self", alignment_block=block))
-    monkeypatch.setattr(player, "is_sharded", lambda *_: True)
+    monkeypatch.setattr(trained_module, "is_sharded", lambda *_: True)
     accelerator: Any = type("Accelerator", (), {"device": torch.device("cpu"), "is_main_process": True})()
     with pytest.raises(UserError, match="--shard"):
-        player.TrainedModule("flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator)
+        trained_module.TrainedModule(
+            "flow", stage(AlignmentConfig(alignment="self")), LoopConfig(), accelerator
+        )
 
 
 def test_the_command_routes_and_aligns_and_nothing_of_it_is_in_the_result(

@@ -97,8 +97,8 @@ def test_what_is_told_of_a_crop_needs_its_image_no_more(folder: Path, tmp_path: 
     kept, gone = latent_data(folder), latent_data(copy)
     shutil.rmtree(copy)
     draws = [SampleUse(index, number) for index in (3, 10) for number in range(8)]
-    told = [load_batch(data, draws)["sizes"] for data in (kept, gone)]
-    assert torch.equal(*told) and len(told[0].unique(dim=0)) > 2
+    sizes = [load_batch(data, draws)["sizes"] for data in (kept, gone)]
+    assert torch.equal(*sizes) and len(sizes[0].unique(dim=0)) > 2
 
 
 def test_a_batch_in_parts_has_the_loss_and_gradient_of_its_samples(folder: Path) -> None:

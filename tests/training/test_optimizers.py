@@ -228,7 +228,7 @@ def test_schedule_free_is_judged_by_its_own_average(tmp_path: Path) -> None:
 
 
 def test_schedule_free_goes_on_from_a_state_in_its_evaluation_mode() -> None:
-    def player() -> TrainedModule:
+    def module() -> TrainedModule:
         return TrainedModule("flow", Wide(), steady("schedule-free"), Accelerator(cpu=True))
 
     def step(one: TrainedModule, number: int) -> None:
@@ -237,7 +237,7 @@ def test_schedule_free_goes_on_from_a_state_in_its_evaluation_mode() -> None:
         one.update(1e-3, skip=False)
         one.update_averages(number)
 
-    whole, second = player(), player()
+    whole, second = module(), module()
     for number in (1, 2):
         step(whole, number)
     whole.optimizers[0].eval()
@@ -325,11 +325,11 @@ def test_a_scaled_rate_reaches_the_weights() -> None:
     torch.manual_seed(0)
     stage = nn.ModuleDict({"network": DiT(in_channels=4, width=32, depth=2, heads=2)})
     config = LoopConfig(lr_layer_decay=0.5, weight_decay=0.0)
-    player = TrainedModule("flow", stage, config, Accelerator(cpu=True))
+    module = TrainedModule("flow", stage, config, Accelerator(cpu=True))
     before = {key: one.detach().clone() for key, one in stage.named_parameters()}
     for one in stage.parameters():
         one.grad = torch.ones_like(one)
-    player.update(0.01, skip=False)  # AdamW's first step has the length of its rate
+    module.update(0.01, skip=False)  # AdamW's first step has the length of its rate
     moved = {key: float((one.detach() - before[key]).abs().max()) for key, one in stage.named_parameters()}
     assert moved["network.final_layer.linear.bias"] == pytest.approx(0.01, rel=1e-3)
     assert moved["network.blocks.0.attn.proj.bias"] == pytest.approx(0.0025, rel=1e-3)

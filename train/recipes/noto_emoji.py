@@ -60,7 +60,7 @@ class NotoConfig:
     resolution: int = 64
     """Side of the images in pixels."""
     test_images: int = 80
-    """How many combinations of an image and a skin tone are held out."""
+    """Number of combinations of an image and a skin tone that are held out."""
     held_out: Path | None = None
     """A list of the images to hold out instead: a metadata.jsonl or one file name a line."""
 

@@ -23,7 +23,7 @@ _FAILURES = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, NotImplementedError, RuntimeError, OSError, EOFError,
     ValueError, OverflowError, LookupError, MemoryError,
 )  # fmt: skip
-# Bytes that are read at once. Only some decompressors are told how much may come out; the others get little to read.
+# Bytes that are read at once. Only some decompressors take a limit on their output; the others get little to read.
 _BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _STEP, _SMALL_STEP = 2**16, 2**12
 _FIX = "Pack the folder again."
