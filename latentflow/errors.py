@@ -1,12 +1,18 @@
-"""Errors that tell a user what is wrong, where, and how to fix it. Imports nothing of ours."""
+"""Errors that tell a user what is wrong, where, and how to fix it; and checks of values that raise them.
+
+Imports nothing of ours.
+"""
 
 from __future__ import annotations
 
 import difflib
+import inspect
+import math
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -149,3 +155,93 @@ def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
     if name not in table:
         raise unknown(kind, name, table)
     return table[name]
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None, *, fix: str = "") -> int:
+    """Return ``value`` as an int if it is a whole number (numpy's are) from ``least`` to ``most``.
+
+    Args:
+        name: what a user calls it.
+        fix: advice in the error, in place of the range.
+
+    Raises:
+        UserError: it is another number, or no whole number: True, 2.0 and "2" are none.
+    """
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if is_whole and least <= value and (most is None or value <= most):
+        return int(value)
+    span = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise UserError(f"{name} is {shown(value)}", fix or f"Give a whole number {span}.")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a finite number (numpy's are) that a float can hold, and no truth value."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond floats
+        return False
+
+
+def finite(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, fix: str = ""
+) -> float:
+    """Return ``value`` as a float if it is a finite number from ``least`` to ``most``.
+
+    Args:
+        name: what a user calls it.
+        fix: advice in the error, in place of the range.
+
+    Raises:
+        UserError: it is NaN, infinite, out of range, or no number: True and "2" are none.
+    """
+    if is_number(value) and least <= value <= most:
+        return float(value)
+    span = "."
+    if math.isfinite(least):
+        span = f" from {least:g} to {most:g}." if math.isfinite(most) else f" of at least {least:g}."
+    raise UserError(f"{name} is {shown(value)}", fix or f"Give a finite number{span}")
+
+
+def make(table: Mapping[str, Callable[..., T]], name: str, kind: str, /, **options: Any) -> T:
+    """Return ``table[name](**options)``; every mistake in the name or the options is named in an error.
+
+    Args:
+        table: name -> class or function; its signature says which options there are.
+        name: the entry.
+        kind: what the table holds, for messages: "path", "coupling", ...
+        options: as written in a configuration. Where the default is a number, so is the option: text that is
+            one is read as one (YAML reads 1e-4 as text).
+
+    Raises:
+        UserError: unknown name or option (the nearest is suggested); an option without a default is missing;
+            or not a number where the default is one.
+    """
+    entry = lookup(table, name, kind)
+    known = inspect.signature(entry).parameters
+    what = f"of {kind} '{name}'"
+    for option in options:
+        if not known:
+            raise UserError(f"option '{option}' {what}", "It has no options: leave it out.")
+        if option not in known:
+            raise unknown(f"option {what}:", option, known)
+    missing = [p.name for p in known.values() if p.default is p.empty and p.name not in options]
+    if missing:
+        raise UserError(f"missing option {what}: {', '.join(missing)}", "It has no default: give a value.")
+    return entry(
+        **{
+            option: _as_default(value, known[option], f"option '{option}' {what}")
+            for option, value in options.items()
+        }
+    )
+
+
+def _as_default(value: Any, parameter: inspect.Parameter, what: str) -> Any:
+    """Return ``value`` as a number if the default of ``parameter`` is one, as an integer if it is declared so."""
+    if type(parameter.default) not in (int, float):
+        return value
+    whole = parameter.annotation in (int, "int")
+    try:
+        number = float(value if type(value) in (int, float, str) else "")
+        return int(str(value).removesuffix(".0")) if whole else number
+    except ValueError:
+        raise UserError(f"{what} is {value!r}", f"Use a {'whole ' if whole else ''}number.") from None

@@ -21,8 +21,7 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.config import AdapterChoice
-from latentflow.errors import UserError, lookup, printable
-from latentflow.utils.settings import finite, whole
+from latentflow.errors import UserError, finite, lookup, printable, whole
 
 MOST = 1_000_000  # images; they are held in memory
 LARGEST_SEED = 2**63 - 1

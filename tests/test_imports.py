@@ -22,7 +22,6 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 GROUND = [
     {"errors"},
     {"utils", "utils.files", "utils.flags"},
-    {"utils.settings"},
     {"utils.components", "utils.html_page", "utils.memory", "cli"},
     {"__main__"},
 ]
@@ -114,8 +113,8 @@ def test_the_rules_themselves() -> None:
     assert not allowed("models", "data")
     assert not allowed("pipeline", "training.loop")
     assert not allowed("errors", "flow")
-    assert allowed("utils.components", "utils.settings")
-    assert not allowed("utils.settings", "utils.components")
+    assert allowed("utils.components", "utils.files")
+    assert not allowed("utils.files", "utils.components")
     assert not allowed("errors", "utils.files")
     assert part("latentflow.pipeline.inpaint") == "pipeline"
     assert part("latentflow.training.loop.fit") == "training.loop"

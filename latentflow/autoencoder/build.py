@@ -14,7 +14,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 
 from ..errors import UserError
 from ..utils.components import about, library_reads, load_checked, load_module, may_be_on_the_hub
-from ..utils.settings import CONFIG, read_settings
+from ..utils.files import CONFIG, read_settings
 from .latents import Autoencoder, check_statistics
 
 if TYPE_CHECKING:

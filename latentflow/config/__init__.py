@@ -6,14 +6,14 @@ run, and run only for values that differ from the defaults.
 
 from __future__ import annotations
 
-from .flow import AlignmentConfig as AlignmentConfig
-from .flow import FlowConfig as FlowConfig
-from .flow import RoutingConfig as RoutingConfig
 from .inference import AdapterChoice as AdapterChoice
 from .inference import SamplingConfig as SamplingConfig
 from .loop import LoopConfig as LoopConfig
+from .model import AlignmentConfig as AlignmentConfig
 from .model import AutoencoderConfig as AutoencoderConfig
+from .model import FlowConfig as FlowConfig
 from .model import NetworkConfig as NetworkConfig
+from .model import RoutingConfig as RoutingConfig
 from .model import TextConfig as TextConfig
 from .run import PRESETS as PRESETS
 from .run import AdapterConfig as AdapterConfig

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from ..errors import UserError
-from ..utils.settings import finite, whole
+from ..errors import UserError, finite, whole
 
 
 @dataclass(frozen=True, kw_only=True)

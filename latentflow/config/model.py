@@ -1,14 +1,17 @@
-"""Settings of the networks: velocity network, text encoder, autoencoder."""
+"""Settings of what is trained: the networks, the autoencoder, the loss."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, lookup, unknown
 from ..utils.flags import Essential
+
+if TYPE_CHECKING:
+    from ..flow import Coupling, Objective, Path, TimeDensity, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,3 +120,244 @@ class AutoencoderConfig:
         """
         later = ("equivariance", "latent_noise")
         return {name: value for name, value in dataclasses.asdict(self).items() if value or name not in later}
+
+
+# Settings that runs of earlier versions do not have, and their value in those runs.
+_LATER: dict[str, Any] = {"time_uniform_from": 1.0, "objective_options": {}}
+# Settings that name entries of tables and their options. The tables import torch: they are looked into only for what
+# differs from the defaults, so that a command line is read without torch.
+_NAMED = {
+    "path", "path_options", "prediction", "coupling", "coupling_options", "objective", "objective_options",
+    "weighting", "weighting_options", "time_density", "time_options",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Learning of the velocity network: one entry of each table of `latentflow.flow` (docs/design-space.md).
+
+    Raises:
+        UserError: an unknown name or option (the nearest is named), or choices that do not go together.
+    """
+
+    path: str = "condot"
+    """Probability path from noise to data: condot (straight), variance-preserving, variance-exploding,
+    trigonometric, polynomial or sqrt."""
+    path_options: dict[str, float] = field(default_factory=dict)
+    """Options of the path, such as `beta_max 12`."""
+    prediction: str = "velocity"
+    """Prediction of the network: velocity, data, noise or score."""
+    coupling: str = "independent"
+    """Pairing of noise and data: independent, ot, sinkhorn, conditional-ot; with --inpainting also
+    data-dependent (the flow starts from the known part of the image, with noise in the hole only). ot, sinkhorn and
+    conditional-ot pair within one forward pass, so that its batch size affects what is learned."""
+    coupling_options: dict[str, float] = field(default_factory=dict)
+    """Options of the coupling, such as `regularization 0.05`."""
+    objective: str = "flow-matching"
+    """Objective to minimise: flow-matching learns velocities; mean-flow and its relatives learn average velocities,
+    which generate in one to four evaluations (docs/few-step.md)."""
+    objective_options: dict[str, float] = field(default_factory=dict)
+    """Options of the objective, such as `guidance 3` of mean-flow."""
+    weighting: str | None = None
+    """Weighting of the noise levels as a function of the log-SNR: flow-matching, edm, min-snr, sigmoid, ...
+    Default: the plain squared error of the prediction, weighted by the density of the times."""
+    weighting_options: dict[str, float] = field(default_factory=dict)
+    """Options of the weighting, such as `bias 2`."""
+    time_density: str | None = None
+    """Density of the training times t: uniform, logit-normal, mode, cosine-map, beta or power. Default:
+    logit-normal; with --weighting uniform, where the density affects only how noisy the loss is."""
+    time_options: dict[str, float] = field(default_factory=dict)
+    """Options of the density, such as `mean 0.5 std 1`. `shift 3` moves it towards the noise, as large images
+    need."""
+    time_uniform_from: float = 1.0
+    """Share of the run after which the training times are uniform, such as 0.8; 1: never. Logit-normal times speed
+    up the start (see the public notes on LightningDiT, arXiv:2501.01423)."""
+    direction_weight: float = 0.0
+    """Weight of the loss on the direction (cosine) of the velocity."""
+    contrastive_weight: float = 0.0
+    """Weight of the contrastive loss (Delta-FM); 0.05 is usual."""
+    condition_dropout: float = 0.1
+    """Share of the samples whose condition is replaced by the learned null, for classifier-free guidance."""
+    inpainting: Annotated[bool, Essential("model")] = False
+    """Also learn to inpaint, with random masks. Automatic if the data have masks or --init-from can inpaint."""
+    mask_shapes: dict[str, float] = field(default_factory=dict)
+    """Shares of the mask shapes: rectangle, strokes, ellipse, half-plane, frame (outpainting), full (nothing is
+    known: plain generation), none, and data (the image's own mask). Default: a mixture of all but none; if the data
+    have masks, half of them are data."""
+
+    def __post_init__(self) -> None:
+        choices = self.choices() if changed(self) & _NAMED else None
+        if self.coupling == "data-dependent" and not self.inpainting:
+            raise UserError(
+                "coupling 'data-dependent' starts from the known part of an image",
+                "Add --inpainting; for another source use latentflow.flow.DataDependent from Python.",
+            )
+        if self.mask_shapes:
+            from ..data.masks import OWN, check_shapes
+
+            check_shapes(self.mask_shapes, more=[OWN])
+        if self.direction_weight and self.prediction != "velocity":
+            raise UserError(
+                f"direction_weight with prediction '{self.prediction}'",
+                "Only velocities have a direction to learn.",
+            )
+        if not 0.0 <= self.contrastive_weight < 1.0:
+            raise UserError(
+                f"contrastive_weight {self.contrastive_weight}", "Use 0 to below 1; 0.05 is usual."
+            )
+        if not 0.0 <= self.time_uniform_from <= 1.0:
+            raise UserError(
+                f"time_uniform_from {self.time_uniform_from}", "Use 0 to 1, a share of the run; 1 is never."
+            )
+        if choices is not None and choices.objective.average:
+            self._check_average(choices)
+        if self.weighting_options and self.weighting is None:
+            raise UserError("weighting_options are given without a weighting", "Name one with --weighting.")
+
+    def _check_average(self, choices: Choices) -> None:
+        """Refuse what average velocities cannot be combined with."""
+        from ..flow import CondOT
+
+        unfit = {
+            f"--path {self.path}": choices.path != CondOT(),
+            f"--prediction {self.prediction}": self.prediction != "velocity",
+            f"--weighting {self.weighting}": choices.weighting is not None,
+            "--direction-weight": self.direction_weight != 0.0,
+            "--contrastive-weight": self.contrastive_weight != 0.0,
+        }
+        for flag, given in unfit.items():
+            if given:
+                raise UserError(
+                    f"{flag} with --objective {self.objective}",
+                    "Leave it out: average velocities are learned on the straight path, with a weight of their own.",
+                )
+        if choices.settings.guided and not self.condition_dropout:
+            raise UserError(
+                f"guidance {choices.settings.guidance:g} of --objective {self.objective} with --condition-dropout 0",
+                "Leave --condition-dropout out: guidance needs what is learned without the condition.",
+            )
+
+    def shapes(self, has_masks: bool) -> dict[str, float]:
+        """Return the share of each mask shape, for data with or without masks of their own."""
+        from ..data.masks import DEFAULT_SHAPES, OWN
+
+        return self.mask_shapes or {
+            **DEFAULT_SHAPES,
+            **({OWN: sum(DEFAULT_SHAPES.values())} if has_masks else {}),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that must not change when a run is resumed.
+
+        Settings that earlier versions did not have are left out where they change nothing, so that their runs resume.
+        """
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _LATER or value != _LATER[name]}
+
+    def choices(self) -> Choices:
+        """Return the entries of the tables that this config names."""
+        from ..flow import COUPLINGS, OBJECTIVES, PATHS, PREDICTIONS, TIME_DENSITIES, WEIGHTINGS, make
+
+        if self.prediction not in PREDICTIONS:
+            raise unknown("prediction", self.prediction, PREDICTIONS)
+        weighting = None
+        if self.weighting is not None:
+            weighting = make(WEIGHTINGS, self.weighting, "weighting", **self.weighting_options)
+        density = self.time_density or ("logit-normal" if weighting is None else "uniform")
+        objective = lookup(OBJECTIVES, self.objective, "objective")
+        # MeanFlow, table 1d; its t = 1 is noise
+        usual = {"mean": 0.4} if objective.average and (self.time_density or weighting) is None else {}
+        return Choices(
+            path=make(PATHS, self.path, "path", **self.path_options),
+            coupling=make(COUPLINGS, self.coupling, "coupling", **self.coupling_options),
+            objective=objective,
+            settings=make(
+                {self.objective: objective.settings}, self.objective, "objective", **self.objective_options
+            ),
+            density=make(TIME_DENSITIES, density, "time density", **usual | self.time_options),
+            weighting=weighting,
+        )
+
+
+class Choices(NamedTuple):
+    """One entry of each table."""
+
+    path: Path
+    coupling: Coupling
+    objective: Objective
+    settings: Any  # the objective's own
+    density: TimeDensity
+    weighting: Weighting | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """Token routing (TREAD, arXiv:2501.04765): cheaper training steps; validation and the result use all tokens.
+
+    Raises:
+        UserError: a share outside its bounds.
+    """
+
+    route_share: float = 0.0
+    """Share of the tokens that skips the middle blocks in training (dit); 0.5 is usual. 0: none."""
+    route_blocks: tuple[int, int] = (1, -1)
+    """First and last block that they skip, as in a Python slice: 1 -1 skips all but the first and the last
+    block."""
+    route_until: float = 0.9
+    """Share of the run after which no token skips a block any more, so that the network ends as it will be used."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.route_share < 1.0:
+            raise UserError(f"route_share {self.route_share}", "Use 0 to below 1; 0.5 is usual.")
+        if not 0.0 <= self.route_until <= 1.0:
+            raise UserError(f"route_until {self.route_until}", "Use a share of the run, 0 to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """Feature alignment: a second loss on the tokens of an early block, used in training only.
+
+    Raises:
+        UserError: an unknown alignment, a weight that is not positive, an encoder that is missing, or settings of no
+            use.
+    """
+
+    alignment: str | None = None
+    """Pull the features of an early block (dit) towards better ones. self: those of the weight average, of a later
+    block and of less noisy data (SRA, arXiv:2505.02831). encoder: those of a vision model (REPA, arXiv:2410.06940).
+    Default: off."""
+    alignment_weight: float | None = None
+    """Weight of this loss. Default: 0.2 (self), 0.5 (encoder)."""
+    alignment_block: int | None = None
+    """Number of blocks before the aligned features. Default: three tenths of all (2 of 8, 8 of 28)."""
+    alignment_encoder: str | None = None
+    """With --alignment encoder: the vision model, from transformers (hub id or folder; DINOv2, CLIP, ...). It stays
+    frozen."""
+
+    def __post_init__(self) -> None:
+        if self.alignment is not None:
+            from ..training.losses.alignment import ALIGNMENTS
+
+            lookup(ALIGNMENTS, self.alignment, "alignment")
+        if (self.alignment == "encoder") != (self.alignment_encoder is not None):
+            raise UserError(
+                f"--alignment {self.alignment} with --alignment-encoder {self.alignment_encoder}",
+                "Give both: --alignment encoder --alignment-encoder FOLDER_OR_HUB_ID; or leave the encoder out.",
+            )
+        if self.alignment is None and (self.alignment_weight, self.alignment_block) != (None, None):
+            raise UserError(
+                "--alignment-weight or --alignment-block without --alignment", "Add --alignment self."
+            )
+        if self.alignment_weight is not None and not self.alignment_weight > 0:
+            raise UserError(
+                f"alignment_weight {self.alignment_weight}", "Use more than 0, or no --alignment."
+            )
+
+
+def changed(config: Any) -> set[str]:
+    """Return the names of the settings that differ from their defaults."""
+    plain = {
+        setting.name: setting.default_factory() if callable(setting.default_factory) else setting.default
+        for setting in dataclasses.fields(config)
+    }
+    return {name for name, default in plain.items() if getattr(config, name) != default}

@@ -12,9 +12,8 @@ import tyro
 
 from ..errors import UserError, lookup
 from ..utils.flags import Essential
-from .flow import AlignmentConfig, FlowConfig, RoutingConfig
 from .loop import LoopConfig
-from .model import AutoencoderConfig, NetworkConfig, TextConfig
+from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
 
 _REPLAYED = 1000  # images: up to here the model's own samples are mixed in by default
 

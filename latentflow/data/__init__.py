@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from .cache.store import LazyTable
-from .cache.tensors import (
-    LatentTable,
-    cached_latents,
-    cached_masks,
-    cached_pixels,
-    cached_text,
-    fingerprint,
-)
+from .cache.tensors import LatentTable, cached_latents, cached_masks, cached_pixels, cached_text, fingerprint
 from .checking.check import check_source, readable
 from .checking.report import Report
 from .crops import Cropping, crop, one_size

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 from ..errors import UserError
-from ..utils.settings import check_types
+from ..utils.files import check_types
 
 LARGEST_STEPS = 1000  # of `FewSteps.step_counts`
 

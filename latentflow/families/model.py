@@ -34,7 +34,7 @@ from ..autoencoder import decode, encode, in_float32
 from ..errors import UserError
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
 from ..utils.components import library_reads
-from ..utils.settings import read_settings
+from ..utils.files import read_settings
 from .few_steps import FewSteps
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]

@@ -5,7 +5,7 @@ Conventions: t = 0 is noise (x0), t = 1 is data (x1), x_t = alpha(t) x1 + sigma(
 
 from __future__ import annotations
 
-from ..utils.settings import make as make
+from ..errors import make as make
 from .bridges import BridgeSample as BridgeSample
 from .bridges import SchrodingerBridge as SchrodingerBridge
 from .bridges import bridge_matching_loss as bridge_matching_loss

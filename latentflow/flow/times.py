@@ -18,8 +18,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from ..errors import UserError, shown
-from ..utils.settings import make, whole
+from ..errors import UserError, make, shown, whole
 
 # Slopes are taken at a u no nearer than this to 0 and 1, where the densities that vanish there have none.
 _EDGE = 2.0**-53

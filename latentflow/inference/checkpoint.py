@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import AdapterChoice
 from ..errors import UserError, reason
 from ..utils.components import quiet_libraries
-from ..utils.settings import check_types, read_settings
+from ..utils.files import check_types, read_settings
 
 if TYPE_CHECKING:
     from ..families import FlowModel

@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
-from ..utils.settings import whole
+from ..errors import UserError, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

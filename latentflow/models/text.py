@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 
 from ..errors import UserError, reading
 from ..utils.components import library_reads, load_transformers_model, may_be_on_the_hub
-from ..utils.settings import MEND, read_settings
+from ..utils.files import MEND, read_settings
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[START]"
 

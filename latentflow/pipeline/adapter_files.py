@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, reading, reason
 from ..utils.components import about, is_finite
-from ..utils.files import parse_json
-from ..utils.settings import MEND, check_settings, check_types
+from ..utils.files import MEND, check_settings, check_types, parse_json
 
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
 METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..families.few_steps import FewSteps
 from ..families.latentflow import LatentFlowModel
 from ..models import with_words
-from ..utils.settings import MEND
+from ..utils.files import MEND
 from .adapter_files import (
     CLASSES,
     INTERVALS,

@@ -10,11 +10,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import UserError, lookup, shown, unknown
+from ..errors import UserError, finite, lookup, shown, unknown, whole
 from ..flow import SOLVERS, Solver
 from ..flow.tensors import require_finite
 from ..flow.times import MOST_STEPS, STEPS_FIX
-from ..utils.settings import finite, whole
 from .scheduler import checked_sigmas
 
 P = ParamSpec("P")

@@ -26,7 +26,7 @@ from ..utils.components import (
     weight_files,
     without_reports,
 )
-from ..utils.settings import MEND, check_settings, check_types, read_settings
+from ..utils.files import MEND, check_settings, check_types, read_settings
 from .scheduler import set_grid
 
 #: the pipelines that share one kind of folder

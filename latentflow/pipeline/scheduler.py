@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError, shown
+from ..errors import UserError, finite, shown
 from ..flow.tensors import require_finite
 from ..utils.components import library_reads
-from ..utils.settings import finite
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[Iterable[Any]], Iterable[Any]]

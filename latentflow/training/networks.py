@@ -17,7 +17,7 @@ from ..config import FlowConfig, NetworkConfig, TextConfig
 from ..data import Source
 from ..errors import UserError, few
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
-from ..utils.settings import check_types, read_settings
+from ..utils.files import check_types, read_settings
 from .fine_tune.base import open_base, refuse_other_flow
 
 log = logging.getLogger(__name__)

@@ -10,14 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..autoencoder import (
-    Autoencoder,
-    build_autoencoder,
-    decode,
-    encode,
-    load_autoencoder,
-    measure_statistics,
-)
+from ..autoencoder import Autoencoder, build_autoencoder, decode, encode, load_autoencoder, measure_statistics
 from ..autoencoder.losses import PatchDiscriminator
 from ..config import AutoencoderConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, pixels_to_images, to_pil

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, few, reading, shown
-from .settings import CONFIG, MEND, check_settings, read_settings
+from .files import CONFIG, MEND, check_settings, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,7 +1,7 @@
 """Files: text, JSON and YAML of strangers are read here, with a `UserError` that names the file for what is wrong in
 them; and files are written whole or not at all.
 
-Imports errors only.
+Imports errors only. Settings of a checkpoint are checked against the types that its classes declare.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import types
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from ..errors import UserError, reading
+from ..errors import UserError, is_number, nearest, reading, shown
 
 if TYPE_CHECKING:
     from yaml import Node
@@ -190,6 +191,87 @@ def _invalid(where: str, kind: str, error: BaseException, fix: str) -> UserError
     if isinstance(error, _TwiceError):
         return UserError(f"{where}: {message}", fix)
     return UserError(f"{where} is not {kind}: {message or type(error).__name__}", fix)
+
+
+MEND = "Restore the file from where it came from, or train the checkpoint again."
+CONFIG = "config.json"
+#: largest accepted value of sizes that the file of weights does not bound, or too late
+LARGEST = {
+    "condition_channels": 2**16,
+    "mlp_ratio": 2**10,
+    "num_classes": 2**20,
+    "num_train_timesteps": 2**20,
+    "registers": 2**16,
+    "sample_size": 2**12,
+}
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: the file is missing, not UTF-8, not JSON, nested too deeply, or holds something else.
+    """
+    document = read_json(file, MEND)
+    if not isinstance(document, dict):
+        raise UserError(f"{file} holds {shown(document)}, no settings", MEND)
+    return document
+
+
+def check_settings(file: object, settings: Mapping[str, Any], kind: Any) -> None:
+    """Refuse settings that the constructor of ``kind`` does not take, or that have another type than it declares.
+
+    Raises:
+        UserError: names the file, the setting and its value.
+    """
+    hints = {name: hint for name, hint in get_type_hints(kind.__init__).items() if name != "return"}
+    named = {name: value for name, value in settings.items() if not name.startswith("_")}
+    for name in named:
+        if name not in hints:
+            guess = nearest(name, hints)
+            raise UserError(
+                f"{file}: {kind.__name__} has no setting '{name}'",
+                f"Did you mean '{guess}'? {MEND}" if guess else MEND,
+            )
+    check_types(file, named, hints)
+
+
+def check_types(file: object, settings: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """Refuse values of another type than ``hints`` has, numbers that are not finite, and sizes beyond `LARGEST`.
+
+    Raises:
+        UserError: names the file, the setting and its value.
+    """
+    for name, value in settings.items():
+        hint = hints.get(name, Any)
+        if not _fits(value, hint):
+            raise UserError(f"{file}: {name} is {shown(value)}", f"Expected: {_words(hint)}. {MEND}")
+        sizes = value if isinstance(value, list | tuple) else [value]
+        if name in LARGEST and any(
+            type(size) in (int, float) and not 0 <= size <= LARGEST[name] for size in sizes
+        ):
+            raise UserError(f"{file}: {name} is {shown(value)}", f"At most {LARGEST[name]} is read. {MEND}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return is_number(value)
+    if hint in (bool, int, str):
+        return type(value) is hint
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if isinstance(origin, type) and issubclass(origin, Collection):
+        return isinstance(value, list | tuple) and all(_fits(item, inner[0]) for item in value)
+    return True  # a component, or anything
+
+
+def _words(hint: Any) -> str:
+    return hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", "")
 
 
 @contextmanager

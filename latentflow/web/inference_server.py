@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import AdapterChoice
-from ..errors import UserError
+from ..errors import UserError, finite, whole
 from ..inference.checkpoint import model_capabilities, open_pipeline, read_capabilities
 from ..inference.images import read_image
 from ..inference.sample import BATCH, conditions, sample_images
-from ..utils.settings import finite, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ...errors import UserError, few, lookup, nearest, shown, unknown
+from ...errors import UserError, few, is_number, lookup, nearest, shown, unknown, whole
 from ...utils.files import read_yaml
-from ...utils.settings import is_number, whole
 from ..cache.store import refuse_inside
 from ..dataset import Colours, Example, Source, with_tag_orders
 from .annotations import HEAVIEST

@@ -19,7 +19,7 @@ from ...flow import OBJECTIVES
 from ...models import MODELS, DiT, UNet
 from ...pipeline.generate import LatentFlowPipeline
 from ...utils.components import quiet_libraries
-from ...utils.settings import CONFIG, check_settings, read_settings
+from ...utils.files import CONFIG, check_settings, read_settings
 
 
 def open_base(checkpoint: str) -> FlowModel:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from ...config import LoopConfig
 from ...errors import UserError
-from ...utils.settings import read_settings
+from ...utils.files import read_settings
 from .distributed import local, together
 from .folders import as_os_error, begin_folder, finish_folder, remove_folder, temporary_folder, write_folder
 

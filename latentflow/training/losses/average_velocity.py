@@ -11,15 +11,7 @@ from torch import Tensor, nn
 
 from ...config import FlowConfig, LoopConfig
 from ...errors import UserError
-from ...flow import (
-    AverageObjective,
-    AverageVelocity,
-    Draws,
-    Interval,
-    PathSample,
-    adaptive,
-    folded_velocity,
-)
+from ...flow import AverageObjective, AverageVelocity, Draws, Interval, PathSample, adaptive, folded_velocity
 from ...models import Condition
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
