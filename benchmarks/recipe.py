@@ -59,12 +59,12 @@ from latentflow.metrics import features, frechet_distance, in_proportion, real_s
 from latentflow.models import Condition
 from latentflow.training import Callbacks, fit
 from latentflow.training.data import conditions_of
+from latentflow.training.losses import flow_loss
 from latentflow.training.losses.alignment import make_alignment
-from latentflow.training.losses.average_velocity import flow_loss
 from latentflow.training.losses.flow import FlowLoss, validation_loss
 from latentflow.training.losses.latent_data import BucketData, LatentData
 from latentflow.training.losses.routing import Routing
-from latentflow.training.networks import Networks, new_networks
+from latentflow.training.trained_model import new_networks
 
 Recipe = dict[str, Any]
 
@@ -246,34 +246,42 @@ class Bench:
         part = self.parts[0]
         return pixels_to_images(cached_pixels(part, 64)[:]), texts_of(part)
 
-    def networks(self, settings: Recipe, seed: int) -> Networks:
+    def networks(self, settings: Recipe, seed: int) -> dict[str, Any]:
+        """The transformer, text_encoder and tokenizer."""
         torch.manual_seed(seed)
         if settings.get("network") == "diffusers":
-            return Networks(network=DiffusersDiT(16, self.side, len(self.source.classes), self.size))
+            network = DiffusersDiT(16, self.side, len(self.source.classes), self.size)
+            return {"transformer": network, "text_encoder": None, "tokenizer": None}
         size = self.size | settings
         return new_networks(
             self.source, self.vae, self.side, config_of(NetworkConfig, size), config_of(TextConfig, size)
         )
 
-    def latents(self, part: Source, networks: Networks, seed: int) -> LatentData:
+    def latents(self, part: Source, networks: dict[str, Any], seed: int) -> LatentData:
         framed = crop(part, 64, int(downscale_factor(self.vae)) * self.size["patch_size"], FramingConfig())
         table = cached_latents(part, self.vae, 64, flips=False)
         return LatentData(
-            framed, [BucketData(table)], conditions_of(part, networks, seed), flips=False, seed=seed
+            framed,
+            [BucketData(table)],
+            conditions_of(part, seed, networks["tokenizer"], trains_text=True),
+            flips=False,
+            seed=seed,
         )
 
-    def stage(self, networks: Networks, settings: Recipe, seed: int, steps: int) -> FlowLoss:
+    def stage(self, networks: dict[str, Any], settings: Recipe, seed: int, steps: int) -> FlowLoss:
         batch = config_of(LoopConfig, self.size | settings).train_batch_size
         routing = None
         if settings.get("route_share"):
-            routing = Routing(config_of(RoutingConfig, settings), networks.network, (steps * batch, batch))
+            routing = Routing(
+                config_of(RoutingConfig, settings), networks["transformer"], (steps * batch, batch)
+            )
         return flow_loss(
-            networks.network,
+            networks["transformer"],
             config_of(FlowConfig, settings),
             seed,
-            networks.text_encoder if networks.trained_text else None,
+            networks["text_encoder"],
             routing=routing,
-            alignment=make_alignment(config_of(AlignmentConfig, settings), networks.network),
+            alignment=make_alignment(config_of(AlignmentConfig, settings), networks["transformer"]),
             samples=steps * batch,
         )
 
@@ -282,7 +290,7 @@ class Bench:
         networks = self.networks(settings, seed)
         training, held_out = (self.latents(part, networks, seed) for part in self.parts)
         stage = self.stage(networks, settings, seed, steps)
-        plain = FlowLoss(networks.network, FlowConfig(time_density="uniform"), 1, stage.text_encoder)
+        plain = FlowLoss(networks["transformer"], FlowConfig(time_density="uniform"), 1, stage.text_encoder)
         loop = config_of(LoopConfig, self.size | settings)
         every = max(1, steps // CURVE_POINTS)
         curve: list[dict[str, float]] = []
@@ -318,7 +326,7 @@ class Bench:
         }  # fmt: skip
 
     @torch.no_grad()
-    def samples(self, networks: Networks) -> dict[str, float]:
+    def samples(self, networks: dict[str, Any]) -> dict[str, float]:
         """Draw from conditions of the training set, in its own proportions -> share of right ones, Frechet distance to
         that set but for as many images as are drawn, and theirs ("floor")."""
         images, texts = self.images
@@ -327,7 +335,7 @@ class Bench:
         beside, reference = (images[rows] for rows in real_split(order, SAMPLES))
         cond = self.condition(networks, asked)
         noise = torch.randn(SAMPLES, 16, self.side, self.side, generator=torch.Generator().manual_seed(0))
-        network = networks.network
+        network = networks["transformer"]
         if cond.batch_size:
             velocity = guide(
                 lambda x, t: network(x, t, cond), lambda x, t: network(x, t, cond.unconditional()), GUIDANCE
@@ -344,14 +352,14 @@ class Bench:
             figures["right"] = retrieve(drawn, asked, images, texts).shares[1]
         return figures
 
-    def condition(self, networks: Networks, asked: list[str]) -> Condition:
+    def condition(self, networks: dict[str, Any], asked: list[str]) -> Condition:
         if self.source.kind == "class":
             return Condition(class_labels=torch.tensor([self.source.classes.index(name) for name in asked]))
         if self.source.kind != "text":
             return Condition()
-        made = networks.tokenizer(asked, padding=True, truncation=True, return_tensors="pt")
+        made = networks["tokenizer"](asked, padding=True, truncation=True, return_tensors="pt")
         mask = made["attention_mask"]
-        text = networks.text_encoder(input_ids=made["input_ids"], attention_mask=mask).last_hidden_state
+        text = networks["text_encoder"](input_ids=made["input_ids"], attention_mask=mask).last_hidden_state
         return Condition(text=text, text_mask=mask.bool())
 
 

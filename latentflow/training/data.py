@@ -38,15 +38,15 @@ from ..data import (
     split,
 )
 from ..data.sources.kinds import is_latent_folder
+from ..errors import UserError, few
 from ..families import FlowModel
-from ..utils.files import read_yaml
+from ..utils.files import check_types, read_settings, read_yaml
 from ..utils.memory import memory_phase
 from .fine_tune.base import base_classes, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share
 from .loop.data_order import Stream, seeded
 from .loop.distributed import process_state
 from .losses.latent_data import BucketData, Conditions, LatentData, is_flipped, rows_of
-from .networks import Networks
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +126,32 @@ def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) 
     return replace(data, colours=colours) if colours in ("srgb", "stored") else data
 
 
+def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
+    """Refuse to go on with a run whose ``pipeline`` has another id for a class that the data still have.
+
+    Raises:
+        UserError: it has. ``--allow-changes`` is no remedy: every image would be trained under another class.
+    """
+    file = pipeline / "model_index.json"
+    if source.kind != "class" or not file.is_file():
+        return
+    index = read_settings(file)
+    check_types(file, index, {"id2label": dict[str, str] | None})
+    numbers = {
+        name: int(number) for number, name in (index.get("id2label") or {}).items() if number.isdecimal()
+    }
+    moved = [
+        f"'{name}' was {numbers[name]}, is {number}"
+        for number, name in enumerate(source.classes)
+        if numbers.get(name, number) != number
+    ]
+    if moved:
+        raise UserError(
+            f"the classes of {pipeline} have other numbers than those of {source.name}: {few(moved)}",
+            f"Use another output folder; there, --init-from {pipeline} keeps what was learnt, class by class.",
+        )
+
+
 def given_autoencoder(
     checkpoint: str, training: Source, data: DataConfig, *, measured: bool = True
 ) -> Autoencoder:
@@ -153,7 +179,7 @@ class LatentCache:
 
     Attributes:
         data: the settings, with the resolution that counts. framing: how images are cut.
-        model: the flow model that is trained on the latents, and its networks.
+        model: the flow model that is trained on the latents. trains_text: with its text encoder.
         has_masks, needs_pixels: masks and pixels are cached as well.
         seed: of the crops, and of the caption that is drawn.
     """
@@ -161,7 +187,7 @@ class LatentCache:
     data: DataConfig
     framing: FramingConfig
     model: FlowModel
-    networks: Networks
+    trains_text: bool
     has_masks: bool
     needs_pixels: bool
     seed: int
@@ -181,7 +207,14 @@ class LatentCache:
         return LatentData(
             framed,
             [self._sized(framed.part(number), size) for number, size in enumerate(framed.sizes)],
-            conditions_of(framed.source, self.networks, self.seed, self.framing.mirror_captions),
+            conditions_of(
+                framed.source,
+                self.seed,
+                self.model.pipeline.tokenizer,
+                self.model.pipeline.text_encoder,
+                trains_text=self.trains_text,
+                mirror=self.framing.mirror_captions,
+            ),
             flips=self.data.random_flip,
             size_conditioning=self.model.takes_sizes,
             seed=self.seed,
@@ -208,21 +241,33 @@ class LatentCache:
         return BucketData(table, views)
 
 
-def pipeline_condition(source: Source, rows: list[int]) -> dict[str, Any]:
-    """Return the arguments that make a pipeline sample what the images at ``rows`` show; none without a condition."""
+def shown_by(source: Source, rows: list[int], model: FlowModel) -> list[str]:
+    """Return what the images at ``rows`` show, for `FlowModel.call_arguments`: their captions or classes.
+
+    Of data without them, the empty caption, or the model's classes in turn.
+    """
     if source.kind == "text":
         captions = source.captions()
-        return {"prompt": [captions[row] for row in rows]}
+        return [captions[row] for row in rows]
     if source.kind == "class":
         class_ids = source.class_ids()
-        return {"class_labels": [int(class_ids[row]) for row in rows]}
-    return {}
+        return [source.classes[class_ids[row]] for row in rows]
+    names = ("",) if model.takes_text else model.classes or ("",)
+    return [names[index % len(names)] for index in range(len(rows))]
 
 
-def conditions_of(source: Source, networks: Networks, seed: int, mirror: bool = False) -> Conditions:
+def conditions_of(
+    source: Source,
+    seed: int,
+    tokenizer: Any = None,
+    text_encoder: Any = None,
+    *,
+    trains_text: bool,
+    mirror: bool = False,
+) -> Conditions:
     """Return what a flow loss makes its condition of, for rows of ``source``.
 
-    Classes become ids, captions token ids (for an encoder that is trained along) or cached embeddings (frozen). If an
+    Classes become ids, captions token ids (if the text encoder is trained along) or cached embeddings (frozen). If an
     image has several captions, each use of it gets one of them, by ``seed`` and sample id; with ``mirror`` the captions
     of mirrored images say left for right.
     """
@@ -231,9 +276,8 @@ def conditions_of(source: Source, networks: Networks, seed: int, mirror: bool = 
     if source.kind != "text":
         return rows_of({})
     captions = Captions(source, seed, mirror)
-    tokenizer = networks.tokenizer
-    if not networks.trained_text:
-        table = cached_text(captions, tokenizer, networks.text_encoder)
+    if not trains_text:
+        table = cached_text(captions, tokenizer, text_encoder)
 
         def embeddings(rows: list[int], sample_ids: list[int]) -> dict[str, Tensor]:
             text, mask = table.batch(captions.choose(rows, sample_ids))

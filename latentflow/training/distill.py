@@ -28,7 +28,6 @@ from .losses.distribution_matching import FakeLoss, GeneratorLoss
 from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
 from .losses.teacher import VelocityTeacher
-from .networks import Networks
 from .recipe import Recipe, average_sampling, plan_lines
 
 
@@ -214,7 +213,7 @@ def distillation_recipe(
         return recipe
 
     # ---- pairs: the teacher's samples under the conditions of the data, with their noise ----
-    def pairs(own: LatentData, networks: Networks, loss: FlowLoss) -> LatentData:
+    def pairs(own: LatentData, student: FlowModel, loss: FlowLoss) -> LatentData:
         prompts = in_turn(_prompts(splits.training), settings.pairs)
         folder = Path(settings.pairs_folder or Path(config.output) / "pairs")
         samples = SampleSettings(
@@ -228,7 +227,7 @@ def distillation_recipe(
             # A student's own steps are few, or add noise on their way: its pairs are those of its velocity.
             solver=settings.pairs_solver or ("heun" if model.few_steps else None),
         )
-        return teacher_data(checkpoint, prompts, networks, folder, samples)
+        return teacher_data(checkpoint, prompts, student, folder, samples, trains_text=loss.trains_text)
 
     identity["pairs"] = settings.pairs
     return replace(recipe, training_data=pairs, summary=partial(_straightness_lines, teacher))

@@ -211,16 +211,17 @@ def estimate_lines(
     Operations and memory come from shapes alone, the time from steps with random latents on this machine. The network
     may be on the meta device: it gets (random) weights only to be timed, and only if they take little of the memory.
     """
-    state, networks, loss, latent_size = process_state(), model.networks, model.loss, model.latent_size
-    encoder = networks.text_encoder
+    state, loss, latent_size = process_state(), model.loss, model.latent_size
+    network, pipeline = model.flow_model.network, model.flow_model.pipeline
+    encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
     dtype = compute_dtype(loop.mixed_precision, state.device)
     processes = int(state.num_processes)
     samples = loop.train_batch_size * loop.gradient_accumulation_steps * processes  # of a step
 
     # ---- operations ----
     encoding = encoding_flops(vae, latent_size * downscale_factor(vae))
-    length = 0 if networks.tokenizer is None else min(networks.tokenizer.model_max_length, _LONGEST)
-    cost = network_cost(networks.network, latent_size, length)
+    length = 0 if tokenizer is None else min(tokenizer.model_max_length, _LONGEST)
+    cost = network_cost(network, latent_size, length)
     if loss.text_encoder is not None:
         cost += text_encoder_cost(loss.text_encoder, torch.ones(1, length, dtype=torch.long))
     if loss.masked:  # the known part of each image is encoded at each step
@@ -251,7 +252,7 @@ def estimate_lines(
 
     return [
         f"autoencoder: {_size(vae)}, latents {latent_channels(vae)} x {latent_size} x {latent_size}",
-        f"network: {_size(networks.network)}",
+        f"network: {_size(network)}",
         *([f"text encoder: {_size(encoder)}"] if encoder is not None else []),
         f"compute: {_flops(cost.flops)} a sample, {_flops(step)} a step, {_flops(step * loop.max_train_steps)} in all, "
         "forward and backward (a multiply-add is 2 FLOPs); "
@@ -290,7 +291,7 @@ def _time_here(
             f"time: about {_hours(hours)}, by the {speed / 1e12:.2g} TFLOP/s of a matrix product on this "
             f"{device.type}; one sample is too much to be timed"
         )
-    network = model.networks.network
+    network = model.flow_model.network
     if any(weight.is_meta for weight in network.parameters()):
         _fill(network, device)
     loss = model.loss.to(device)
@@ -330,16 +331,16 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _random_batch(model: TrainedModel, vae: Autoencoder, source: Source, rows: int) -> dict[str, Any]:
-    networks, size, sample_ids = model.networks, model.latent_size, list(range(rows))
+    flow_model, size, sample_ids = model.flow_model, model.latent_size, list(range(rows))
     noise = SampleRandom(0, sample_ids).normal((latent_channels(vae), size, size))
     batch: dict[str, Any] = {"latents": noise, "sample_ids": sample_ids}
     if source.kind == "class":
         batch["class_labels"] = torch.zeros(rows, dtype=torch.long)
-    elif source.kind == "text" and networks.trained_text:
+    elif source.kind == "text" and model.loss.trains_text:
         texts = (source.captions() * rows)[:rows]
-        batch |= networks.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        batch |= flow_model.pipeline.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     elif source.kind == "text":
-        batch["text"] = torch.zeros(rows, 16, networks.network.config["text_dim"])
+        batch["text"] = torch.zeros(rows, 16, flow_model.network.config["text_dim"])
         batch["text_mask"] = torch.ones(rows, 16, dtype=torch.bool)
     if model.loss.needs_pixels:
         side = size * downscale_factor(vae)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..data.masks import DEFAULT_SHAPES, random_masks
 from ..families import FlowModel
 from ..models.text import UnknownWords
 from ..pipeline.inpaint import LatentFlowInpaintPipeline
-from .data import pipeline_condition
+from .data import shown_by
 from .loop.distributed import has_fast_bfloat16
 from .loop.folders import write_folder, writing
 from .report.card import CardFacts, write_card
@@ -51,8 +50,7 @@ def export_pipeline(
     """
     earlier, adapter, result = output / "pipeline", model.adapter, model.flow_model.pipeline
     if adapter is not None:
-        merged = adapter.merged()
-        result = result.from_pipe(result, transformer=merged.network, text_encoder=merged.text_encoder)
+        result = result.from_pipe(result, **adapter.merged())
     if dtype != torch.float32:
         result = copy.deepcopy(result).to(dtype=dtype)
     facts = CardFacts(
@@ -91,11 +89,13 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.to(device)
     rows = torch.linspace(0, len(source) - 1, _IMAGES).long().tolist()
-    condition = pipeline_condition(source, rows) or {"num_images_per_prompt": _IMAGES}
+    texts = shown_by(source, rows, model)
     if source.kind == "class":
-        seen = set(source.class_ids())  # first: a fine-tune's own classes, before those of its checkpoint
-        order = sorted(range(len(source.classes)), key=lambda class_id: class_id not in seen)
-        condition = {"class_labels": [order[index % len(order)] for index in range(_IMAGES)]}
+        seen = {source.classes[class_id] for class_id in source.class_ids()}
+        # First a fine-tune's own classes, then those of its checkpoint.
+        order = sorted(model.classes, key=lambda name: name not in seen)
+        texts = [order[index % len(order)] for index in range(_IMAGES)]
+    condition = model.call_arguments(texts)
     encoder = pipe.text_encoder
     home = None if encoder is None else encoder.device  # the CPU, if the encoder is not trained along
     if encoder is not None:
@@ -123,7 +123,9 @@ def _inpainted(model: FlowModel, source: Source, rows: list[int], steps: int) ->
     masks = random_masks(shapes, (side, side), [np.random.default_rng([1, row]) for row in range(len(rows))])
     inpaint = LatentFlowInpaintPipeline.from_pipe(model.pipeline)
     inpaint.set_progress_bar_config(disable=True)
-    condition: dict[str, Any] = pipeline_condition(source, rows)
+    condition = {}
+    if model.condition_kind != "unconditional":
+        condition = model.call_arguments(shown_by(source, rows, model))
     images = inpaint(
         **condition,
         image=originals,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..config import FlowConfig, LoopConfig, RunConfig
+from ..families import FlowModel
 from ..families.few_steps import FewSteps
 from ..flow import AverageObjective
 from .data import DataSplits
@@ -20,7 +21,6 @@ from .fine_tune.teacher_samples import SampleSettings, teacher_data
 from .loop.distributed import process_state, resolve
 from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
-from .networks import Networks
 
 _FEW = 1000  # images: with fewer, a model from scratch memorises many of them
 
@@ -36,7 +36,7 @@ class Recipe:
         loss_options: further arguments of `flow_loss`, such as a teacher.
         student: a teacher is learned from, so that its path and prediction do not bind the student.
         extra_modules: given the loss, the modules that learn beside it, by name.
-        training_data: given the latents of the user's images, the networks and the loss, what is trained on.
+        training_data: given the latents of the user's images, the model and the loss, what is trained on.
         validates: held-out images measure what is trained.
         identity: plain values that a resumed run must have as well.
         summary: given the exported pipeline, the loss and the latents of the user's images, lines about the result.
@@ -49,8 +49,8 @@ class Recipe:
     loss_options: dict[str, Any] = field(default_factory=dict)
     student: bool = False
     extra_modules: Callable[[Any], dict[str, nn.Module]] = lambda loss: {}
-    training_data: Callable[[LatentData, Networks, FlowLoss], LatentData | MixedData] = (
-        lambda own, networks, loss: own
+    training_data: Callable[[LatentData, FlowModel, FlowLoss], LatentData | MixedData] = (
+        lambda own, model, loss: own
     )
     validates: bool = True
     identity: dict[str, Any] = field(default_factory=dict)
@@ -97,10 +97,11 @@ def fine_tune_recipe(
     lost = lost_guidance(config.flow, checkpoint, given)
     flow = with_base_flow(config.flow, checkpoint, given)
 
-    def mixed(own: LatentData, networks: Networks, loss: FlowLoss) -> MixedData:
+    def mixed(own: LatentData, model: FlowModel, loss: FlowLoss) -> MixedData:
         folder = Path(config.output) / "prior"
         samples = SampleSettings(seed=loop.seed, pixels=loss.needs_pixels)
-        return MixedData(own, teacher_data(checkpoint, prompts, networks, folder, samples), share)
+        prior = teacher_data(checkpoint, prompts, model, folder, samples, trains_text=loss.trains_text)
+        return MixedData(own, prior, share)
 
     recipe = Recipe(
         flow=flow,

@@ -13,7 +13,7 @@ import torch
 
 from ..autoencoder import Autoencoder, build_autoencoder
 from ..config import RunConfig
-from .data import DataSplits, LatentCache, as_begun, given_autoencoder, load_data
+from .data import DataSplits, LatentCache, as_begun, given_autoencoder, load_data, refuse_renumbered_classes
 from .estimate import estimate_lines, sample_flops
 from .export import export_pipeline, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
@@ -25,7 +25,6 @@ from .loop.logging import log_to
 from .loop.stopping import Stop
 from .losses.average_velocity import refuse_unfit
 from .losses.flow import validation_loss
-from .networks import refuse_renumbered_classes
 from .recipe import Recipe, data_recipe
 from .report.hub import check_push, push
 from .train_autoencoder import train_autoencoder
@@ -76,13 +75,14 @@ def train(
         config = replace(
             config, data=replace(config.data, validation=validation_share, resolution=resolution)
         )
-    refuse_unfit(
-        config.flow,
-        config.loop,
-        routed=config.routing.route_share > 0,
-        taught=recipe.student,
-        bare=not config.init_from and source.kind == "unconditional",
-    )
+    if recipe.sampling.average:
+        refuse_unfit(
+            config.flow,
+            config.loop,
+            routed=config.routing.route_share > 0,
+            taught=recipe.student,
+            bare=not config.init_from and source.kind == "unconditional",
+        )
     for line in recipe.plan:
         log.info(line)
     if not dry_run and state.is_main_process:
@@ -118,12 +118,12 @@ def train(
 
     # ---- networks and loss ----
     model = build(config, source, splits.data.resolution, vae, recipe)
-    networks, loss = model.networks, model.loss
+    flow_model, loss = model.flow_model, model.loss
     cache = LatentCache(
         data=splits.data,
         framing=config.framing,
-        model=model.flow_model,
-        networks=networks,
+        model=flow_model,
+        trains_text=loss.trains_text,
         has_masks=source.has_masks,
         needs_pixels=loss.needs_pixels,
         seed=config.loop.seed,
@@ -139,7 +139,7 @@ def train(
 
     # ---- cached latents ----
     own = cache.latents(framed)
-    data = recipe.training_data(own, networks, loss)
+    data = recipe.training_data(own, flow_model, loss)
     held_out = None
     if len(validation) > 0 and recipe.validates:
         held_out = cache.latents(cache.framed(validation.once(), crops=1))
@@ -155,9 +155,9 @@ def train(
         dtype=getattr(torch, config.export_dtype),
         repository=config.push_to_hub,
     )
-    flops = sample_flops(networks.network, loss.text_encoder, data, model.latent_size)
+    flops = sample_flops(flow_model.network, loss.text_encoder, data, model.latent_size)
     if config.loop.compile:
-        networks.network.compile()
+        flow_model.network.compile()
     finished = fit(
         {"flow": loss, **recipe.extra_modules(loss)},
         data,
@@ -167,9 +167,7 @@ def train(
             validate=None
             if held_out is None
             else lambda: {"loss": validation_loss(loss, held_out, state.device)},
-            preview=lambda: preview_grid(
-                model.flow_model, preview_source(training, validation), state.device
-            ),
+            preview=lambda: preview_grid(flow_model, preview_source(training, validation), state.device),
             export=export,
             export_to=result,
         ),

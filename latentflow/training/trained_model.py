@@ -1,43 +1,55 @@
-"""The model that a run trains: networks, by choice an adapter of them, and the module whose output is their loss."""
+"""The model that a run trains: new networks, or those of a checkpoint fitted to other data, with an adapter or
+without; and the module whose output is their loss.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..autoencoder import downscale_factor
-from ..autoencoder.latents import Autoencoder
-from ..config import RunConfig
+from ..autoencoder import Autoencoder, downscale_factor, latent_channels, mask_channels
+from ..config import NetworkConfig, RunConfig, TextConfig
 from ..data import Source
+from ..errors import UserError
 from ..families import FlowModel
+from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ..pipeline.generate import LatentFlowPipeline
 from .fine_tune.adapters import Adapter
+from .fine_tune.base import open_base, refuse_other_flow
 from .loop.distributed import process_state
+from .losses import flow_loss
 from .losses.alignment import make_alignment
-from .losses.average_velocity import flow_loss
 from .losses.flow import FlowLoss
 from .losses.masking import Masking
 from .losses.routing import Routing
-from .networks import Networks, networks_from, new_networks
 from .recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+_DIT_SETTINGS = (
+    "patch_size", "width", "depth", "heads", "norm", "activation", "position", "qk_norm", "registers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The networks of a run with their loss.
+    """A flow model with its loss.
 
     Attributes:
-        networks: with an adapter, those that it is in.
-        flow_model: of these networks, as they are at any time: for previews and the export.
-        adapter: None without one.
+        flow_model: of the networks that are trained, as they are at any time: for previews and the export.
+        adapter: in the networks; None without one.
         loss: the module whose output is the loss.
         latent_size: side of the latents.
         batch: samples of a step, in all processes.
     """
 
-    networks: Networks
     flow_model: FlowModel
     adapter: Adapter | None
     loss: FlowLoss
@@ -46,7 +58,11 @@ class TrainedModel:
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that a resumed run must have as well."""
-        described: dict[str, Any] = {"network": self.networks.describe()}
+        shapes = {name: list(weight.shape) for name, weight in self.flow_model.network.named_parameters()}
+        if self.loss.text_encoder is not None:
+            encoder = self.loss.text_encoder.named_parameters()
+            shapes |= {f"text.{name}": list(weight.shape) for name, weight in encoder}
+        described: dict[str, Any] = {"network": shapes}
         return described if self.adapter is None else described | {"adapter": self.adapter.description()}
 
 
@@ -66,8 +82,18 @@ def build(
 
     # ---- networks ----
     if config.init_from:
+        base = open_base(config.init_from)
+        if not recipe.student:
+            refuse_other_flow(config.init_from, base, flow)
         networks = networks_from(
-            config.init_from, source, flow, inpainting, sizes, latent_size, student=recipe.student
+            base,
+            config.init_from,
+            source,
+            inpainting=inpainting,
+            size_conditioning=sizes,
+            latent_size=latent_size,
+            intervals=flow.choices().objective.average,
+            fixed_text=recipe.student,
         )
     else:
         networks = new_networks(
@@ -81,43 +107,218 @@ def build(
             device="meta" if config.dry_run else "cpu",
             intervals=recipe.sampling.average,
         )
-    adapter = None
-    if config.init_from and config.adapter.lora_rank:
-        adapter = Adapter(networks, config.adapter, config.init_from, source.classes, recipe.sampling.plain())
-        networks = adapter.networks
-    network = networks.network
-    if config.network.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-
-    pipeline = LatentFlowPipeline(
+    model = LatentFlowPipeline(
         vae=vae,
-        transformer=network,
-        text_encoder=networks.text_encoder,
-        tokenizer=networks.tokenizer,
-        id2label=dict(enumerate(networks.classes)) or None,
+        **networks,
         path=flow.path,
         path_options=flow.path_options,
         prediction=flow.prediction,
         coupling=flow.coupling,
         **recipe.sampling.plain(),
-    )
+    ).model
+    network, encoder = model.network, model.pipeline.text_encoder
+    trains_text = model.trains_text and not recipe.student  # which shares its teacher's
+    adapter = None
+    if config.init_from and config.adapter.lora_rank:
+        adapter = Adapter(model, config.adapter, config.init_from, trains_text=trains_text)
+        trains_text = adapter.trains_text
+    if config.network.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
 
     # ---- loss ----
-    masking = None
-    if pipeline.takes_masks:
-        masking = Masking(vae, flow.shapes(source.has_masks), loop.seed)
     batch = loop.train_batch_size * loop.gradient_accumulation_steps * process_state().num_processes
     samples = loop.max_train_steps * batch
     loss = flow_loss(
         network,
         flow,
         loop.seed,
-        networks.text_encoder if networks.trained_text else None,
-        masking,
+        encoder if trains_text else None,
+        Masking(vae, flow.shapes(source.has_masks), loop.seed) if model.takes_masks else None,
         Routing(config.routing, network, (samples, batch)) if config.routing.route_share else None,
-        make_alignment(config.alignment, network),
+        make_alignment(config.alignment, network) if config.alignment.alignment else None,
         samples=samples,
         samples_per_step=batch,
         **recipe.loss_options,
     )
-    return TrainedModel(networks, pipeline.model, adapter, loss, latent_size, batch)
+    return TrainedModel(model, adapter, loss, latent_size, batch)
+
+
+def new_networks(
+    source: Source,
+    vae: Autoencoder,
+    latent_size: int,
+    network: NetworkConfig,
+    text: TextConfig,
+    inpainting: bool = False,
+    size_conditioning: bool = False,
+    device: str = "cpu",
+    intervals: bool = False,
+) -> dict[str, Any]:
+    """Build networks with fresh weights for the source's kind of condition, and with ``inpainting`` for masked images.
+
+    Args:
+        device: on "meta" the velocity network has shapes and no weights: enough for a plan, at no cost.
+        intervals: it takes the end of an interval.
+
+    Returns:
+        Arguments of ``LatentFlowPipeline``: transformer, text_encoder, tokenizer, id2label.
+
+    Raises:
+        UserError: a setting does not fit (see `DiT` and `UNet`), or the text encoder cannot be loaded.
+    """
+    tokenizer, encoder = None, None
+    if source.kind == "text" and text.text_encoder:
+        tokenizer, encoder = load_text_encoder(text.text_encoder)
+    elif source.kind == "text":
+        tokenizer = train_tokenizer([*chain.from_iterable(source.all_captions())], text.text_length)
+        encoder = small_text_encoder(tokenizer, text.text_width, text.text_depth, text.text_heads)
+    arguments: dict[str, Any] = {
+        "in_channels": latent_channels(vae),
+        "num_classes": len(source.classes) if source.kind == "class" else None,
+        "text_dim": _text_dim(encoder),
+        "condition_channels": mask_channels(vae) if inpainting else 0,
+        "sample_size": latent_size,
+        "size_conditioning": size_conditioning,
+    }
+    with torch.device(device):
+        if network.network == "unet":
+            if intervals:
+                raise _no_intervals("--network unet")
+            built: Any = UNet(**arguments)
+        else:
+            chosen = {name: getattr(network, name) for name in _DIT_SETTINGS}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            if intervals:
+                # The derivative by time is part of what is learned, and times 1000 makes noise of it: the plain time
+                # of continuous consistency models (arXiv:2410.11081, sec. 4.1).
+                chosen |= {"interval_conditioning": True, "time_scale": 1.0}
+            built = DiT(**dit_config(network.network_preset, network.block, **arguments, **chosen))
+    return _components(built, encoder, tokenizer, source.classes)
+
+
+def networks_from(
+    base: FlowModel,
+    checkpoint: str,
+    source: Source,
+    *,
+    inpainting: bool = False,
+    size_conditioning: bool = False,
+    latent_size: int | None = None,
+    intervals: bool = False,
+    fixed_text: bool = False,
+) -> dict[str, Any]:
+    """Fit the networks of ``base`` to other data: new classes get new rows, new words new embeddings.
+
+    Nothing else changes: latents of another size get the positions that belong to them, which are computed.
+
+    With ``inpainting`` a network that has not learnt it gets the channels for it, their weights zero, and likewise
+    with ``size_conditioning``: its samples are exactly those from before. With ``intervals``, to learn average
+    velocities, it gets the length of the interval in the same way: at first every average is the velocity.
+
+    Args:
+        checkpoint: where ``base`` was opened.
+        source: what they will be trained on, its classes those of `with_base_classes`.
+        latent_size: side of the latents that they will be trained on; None: the checkpoint's.
+        fixed_text: the text encoder is a teacher's as well, and stays as it is.
+
+    Returns:
+        Arguments of ``LatentFlowPipeline``: transformer, text_encoder, tokenizer, id2label.
+
+    Raises:
+        UserError: the network is conditioned on something else than the source, or cannot learn averages.
+    """
+    old, config = base.network, dict(base.network.config)
+    if not {"text": base.takes_text, "class": base.takes_classes}.get(source.kind, True):
+        raise UserError(
+            f"{checkpoint} is not conditioned on {source.kind}, the data is",
+            "Use --condition none, or a checkpoint of the same kind.",
+        )
+    changes: dict[str, Any] = {}
+    if source.kind == "class":
+        changes["num_classes"] = len(source.classes)
+    if inpainting and not config["condition_channels"]:
+        changes["condition_channels"] = mask_channels(base.vae)
+    if size_conditioning:
+        changes["size_conditioning"] = True
+    if intervals:
+        if not isinstance(old, DiT):
+            raise _no_intervals(f"{checkpoint}, a {type(old).__name__},")
+        changes["interval_conditioning"] = True
+    if latent_size not in (None, config["sample_size"]):
+        changes["sample_size"] = latent_size
+    network = old
+    if any(config.get(name) != value for name, value in changes.items()):
+        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+        network = type(old)(**(arguments | changes))
+        _copy_weights(old, network)
+    tokenizer, encoder = base.pipeline.tokenizer, base.pipeline.text_encoder
+    if source.kind == "text" and base.trains_text and not fixed_text:
+        tokenizer, encoder = _extended_text(tokenizer, encoder, [*chain.from_iterable(source.all_captions())])
+    return _components(network, encoder, tokenizer, source.classes or base.classes)
+
+
+def _components(network: nn.Module, encoder: Any, tokenizer: Any, classes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "transformer": network,
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "id2label": dict(enumerate(classes)) or None,
+    }
+
+
+def _no_intervals(what: str) -> UserError:
+    return UserError(
+        f"{what} cannot learn average velocities: only a DiT takes the end of an interval",
+        "Use --network dit, or --objective flow-matching; students of any network: --method reflow or one-step.",
+    )
+
+
+@torch.no_grad()
+def _copy_weights(old: nn.Module, new: nn.Module) -> None:
+    """Copy all weights. Class tables have rows for the old classes, then for new ones, then for the null.
+
+    The weights of input channels that only the new one has stay as they are: zero. A table of positions of another
+    size stays as it was computed.
+    """
+    sources = dict(old.named_parameters())
+    for name, target in new.named_parameters():
+        if name not in sources:  # what is new says nothing at first
+            continue
+        source = sources[name]
+        if source.shape == target.shape:
+            target.copy_(source)
+        elif "embedding_table" in name:
+            known, new_rows = len(source) - 1, len(target) - len(source)
+            _copy_rows(source, target, [*range(known), *[None] * new_rows, known])
+        elif name != "pos_embed":
+            target[:, : source.shape[1]] = source
+
+
+def _copy_rows(source: Tensor, target: Tensor, rows: list[int | None]) -> None:
+    for index, row in enumerate(rows):
+        # A class or word never seen starts as the mean of those known: nearer to sense than noise.
+        target[index] = source[row] if row is not None else source.mean(0)
+
+
+@torch.no_grad()
+def _extended_text(
+    tokenizer: Any, encoder: PreTrainedModel, captions: list[str]
+) -> tuple[Any, PreTrainedModel]:
+    """Return a tokenizer that knows the old words and those of ``captions``, and the encoder with rows for the new."""
+    words = [word for word in tokenizer.get_vocab() if not word.startswith(("[", "##"))]
+    longer = train_tokenizer([*captions, " ".join(words)], tokenizer.model_max_length)
+    known = tokenizer.get_vocab()
+    source = encoder.get_input_embeddings().weight.clone()
+    vocabulary = sorted(longer.get_vocab().items(), key=lambda item: item[1])
+    new_words = [word for word, _ in vocabulary if word not in known]
+    encoder.resize_token_embeddings(len(longer), mean_resizing=False)
+    _copy_rows(source, encoder.get_input_embeddings().weight, [known.get(word) for word, _ in vocabulary])
+    log.info("%d new words join the %d that the checkpoint knows", len(new_words), len(known))
+    return longer, encoder
+
+
+def _text_dim(encoder: PreTrainedModel | None) -> int | None:
+    if encoder is None:
+        return None
+    config = encoder.config
+    return int(getattr(config, "hidden_size", None) or config.d_model)

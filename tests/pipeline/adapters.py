@@ -12,7 +12,6 @@ from latentflow.config import AdapterConfig
 from latentflow.models import with_words
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training.fine_tune.adapters import Adapter
-from latentflow.training.networks import Networks
 
 
 def make_adapter(
@@ -46,10 +45,10 @@ def make_adapter(
             new = table.mean(0).expand(len(names) - len(pipe.labels), -1)
             network.y_embedder.embedding_table.weight.copy_(torch.cat([new, table]))
     torch.manual_seed(seed)
-    networks = Networks(
-        network=network, text_encoder=encoder, tokenizer=tokenizer, trained_text=encoder is not None
-    )
-    adapter = Adapter(networks, AdapterConfig(lora_rank=2, **config), str(base), names)
+    parts = {"text_encoder": encoder, "tokenizer": tokenizer, "id2label": dict(enumerate(names)) or None}
+    settings = {name: pipe.config[name] for name in ("average", "step_counts") if name in pipe.config}
+    model = LatentFlowPipeline(pipe.vae, network, **parts, **settings).model
+    adapter = Adapter(model, AdapterConfig(lora_rank=2, **config), str(base), trains_text=encoder is not None)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in (network, encoder):

@@ -23,6 +23,7 @@ from latentflow.inference.checkpoint import add_adapters
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline import adapter_files as pipeline_adapter_files
 from latentflow.pipeline import adapters as pipeline_adapters
+from latentflow.training.fine_tune.adapters import Adapter
 
 pytest.importorskip("peft", reason='needs peft: pip install -e ".[lora]"')
 from diffusers.training_utils import _collate_lora_metadata
@@ -54,18 +55,17 @@ def drawn(pipe: Any, **condition: Any) -> Tensor:
     return images
 
 
-def pipeline_of(base: Path, networks: Any, **config: Any) -> Any:
-    """The base with other networks, as the training's result is one."""
-    vae = LatentFlowPipeline.from_pretrained(base).vae
-    parts = networks.network, networks.text_encoder, networks.tokenizer
-    return quiet(LatentFlowPipeline(vae, *parts, **config))
+def pipeline_of(adapter: Adapter, *, merged: bool = False) -> Any:
+    """What is trained, as it is or with the adapter merged."""
+    pipe = adapter.model.pipeline
+    return quiet(pipe.from_pipe(pipe, **(adapter.merged() if merged else {})))
 
 
 def test_an_adapter_before_its_first_step_changes_nothing(dit_folder: Path, tmp_path: Path) -> None:
     adapter = make_adapter(dit_folder, tmp_path, size=0.0, lora_text_encoder=True)
     pipe = opened(dit_folder)
     before = drawn(pipe)
-    assert torch.equal(drawn(pipeline_of(dit_folder, adapter.networks)), before)
+    assert torch.equal(drawn(pipeline_of(adapter)), before)
     pipe.load_lora_weights(tmp_path, adapter_name="fresh")
     assert torch.equal(drawn(pipe), before)
 
@@ -78,9 +78,9 @@ def test_trained_merged_loaded_and_fused_are_the_same(
     pipe = opened(dit_folder)
     asked = {"prompt": ["a red zebra"]}
     base = drawn(pipe, **asked)
-    trained = drawn(pipeline_of(dit_folder, adapter.networks), **asked)
+    trained = drawn(pipeline_of(adapter), **asked)
     assert (trained - base).abs().max() > 0.1
-    close(drawn(pipeline_of(dit_folder, adapter.merged()), **asked), trained)
+    close(drawn(pipeline_of(adapter, merged=True), **asked), trained)
     pipe.load_lora_weights(tmp_path / FILE, adapter_name="one")
     assert pipe.get_active_adapters() == ["one"]
     close(drawn(pipe, **asked), trained)
@@ -262,7 +262,7 @@ def test_a_word_that_two_bring_is_their_weighted_sum(dit_folder: Path, tmp_path:
 def test_new_classes_join_those_of_the_base(class_folder: Path, tmp_path: Path) -> None:
     adapter = make_adapter(class_folder, tmp_path, classes=["boat", "car"])
     names = {0: "boat", 1: "car", 2: "apple", 3: "hat", 4: "tree"}
-    trained = pipeline_of(class_folder, adapter.merged(), id2label=names)
+    trained = pipeline_of(adapter, merged=True)
     pipe = opened(class_folder)
     before = drawn(pipe, class_labels=["hat"])
     pipe.load_lora_weights(tmp_path, adapter_name="vehicles")

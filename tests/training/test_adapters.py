@@ -16,7 +16,6 @@ from latentflow.errors import UserError
 from latentflow.models import Condition, DiT, UNet, small_text_encoder, train_tokenizer
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training.fine_tune.adapters import Adapter, chosen_layers
-from latentflow.training.networks import Networks
 
 from .command import TINY, call, call_on_two, opened, same_state, sampled
 
@@ -202,11 +201,14 @@ def test_another_resolution_is_no_missing_input(tmp_path: Path) -> None:
     """SiT's table of positions, which is computed, is of one size."""
     arguments = {"in_channels": 2, "width": 16, "depth": 1, "heads": 2, "position": "sincos"}
     LatentFlowPipeline(None, DiT(**arguments, sample_size=4)).save_pretrained(tmp_path)
-    networks = Networks(network=DiT(**arguments, sample_size=8))
-    Adapter(networks, AdapterConfig(lora_rank=2), str(tmp_path))
+    Adapter(
+        LatentFlowPipeline(None, DiT(**arguments, sample_size=8)).model,
+        AdapterConfig(lora_rank=2),
+        str(tmp_path),
+    )
     with pytest.raises(UserError, match="lacks the inputs for --inpainting or --size-conditioning"):
-        wider = Networks(network=DiT(**arguments, sample_size=8, condition_channels=3))
-        Adapter(wider, AdapterConfig(lora_rank=2), str(tmp_path))
+        wider = LatentFlowPipeline(None, DiT(**arguments, sample_size=8, condition_channels=3))
+        Adapter(wider.model, AdapterConfig(lora_rank=2), str(tmp_path))
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -222,9 +224,10 @@ def test_every_parameter_of_an_adapter_gets_a_gradient(dora: bool, tmp_path: Pat
         with torch.no_grad():
             for one in network.parameters():
                 one.copy_(0.2 * torch.randn(one.shape))
-        LatentFlowPipeline(None, network).save_pretrained(tmp_path / kind)
+        pipeline = LatentFlowPipeline(None, network)
+        pipeline.save_pretrained(tmp_path / kind)
         config = AdapterConfig(lora_rank=2, lora_layers=("all",), lora_dora=dora)
-        Adapter(Networks(network=network), config, str(tmp_path / kind))
+        Adapter(pipeline.model, config, str(tmp_path / kind))
         with torch.no_grad():
             for name, one in network.named_parameters():
                 if "lora_B" in name:

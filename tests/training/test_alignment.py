@@ -31,8 +31,8 @@ from latentflow.training.loop import trained_module
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.loop.ema import WeightAverage
+from latentflow.training.losses import flow_loss
 from latentflow.training.losses.alignment import make_alignment
-from latentflow.training.losses.average_velocity import flow_loss
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.routing import Routing
 from latentflow.training.losses.vision import VisionEncoder

@@ -18,9 +18,10 @@ from latentflow.flow import MeanFlow, total_derivative
 from latentflow.models import Condition
 from latentflow.training.fine_tune.base import with_base_flow
 from latentflow.training.fine_tune.prior import prior_prompts
-from latentflow.training.losses.average_velocity import AverageVelocityLoss, flow_loss, refuse_unfit
+from latentflow.training.losses import flow_loss
+from latentflow.training.losses.average_velocity import AverageVelocityLoss, refuse_unfit
 from latentflow.training.losses.flow import FlowLoss
-from latentflow.training.networks import _copy_weights
+from latentflow.training.trained_model import _copy_weights
 
 from ..models.tiny import build
 from .command import TINY, call

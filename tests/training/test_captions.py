@@ -19,7 +19,6 @@ from latentflow.training.data import Captions, conditions_of, mirrored
 from latentflow.training.loop.data_order import DataOrder, SampleUse
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.latent_data import BucketData, LatentData, is_flipped
-from latentflow.training.networks import Networks
 
 TEXTS = [("one",), ("two", "deux", "zwei"), ("three", "trois")]
 
@@ -57,9 +56,8 @@ def test_the_draw_depends_on_the_seed_and_the_running_number_alone() -> None:
 
 def test_tokens_are_those_of_the_drawn_caption() -> None:
     tokenizer = train_tokenizer([text for texts in TEXTS for text in texts])
-    networks = Networks(network=None, text_encoder=nn.Identity(), tokenizer=tokenizer, trained_text=True)  # type: ignore[arg-type]
     numbers, rows = source(), [0, 1, 2] * 8
-    batch = conditions_of(numbers, networks, 3)(rows, list(range(24)))
+    batch = conditions_of(numbers, 3, tokenizer, trains_text=True)(rows, list(range(24)))
     texts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
     captions = Captions(numbers, 3)
     assert texts == [captions[place] for place in captions.choose(rows, list(range(24)))]

@@ -19,10 +19,11 @@ from transformers import Dinov2Config, Dinov2Model
 
 from latentflow import LatentFlowPipeline
 from latentflow.autoencoder import build_autoencoder
-from latentflow.config import AutoencoderConfig, FineTuningConfig, FlowConfig, LoopConfig
+from latentflow.config import AutoencoderConfig, FineTuningConfig, LoopConfig
 from latentflow.data import Source, cached_pixels, find_source, pixels_to_images
 from latentflow.errors import UserError
 from latentflow.models import DiT, small_text_encoder, train_tokenizer
+from latentflow.training.data import refuse_renumbered_classes
 from latentflow.training.export import preview_source
 from latentflow.training.fine_tune.base import open_base, with_base_classes
 from latentflow.training.fine_tune.defaults import fitted, held_out_share
@@ -30,7 +31,7 @@ from latentflow.training.fine_tune.memorisation import report_memorisation
 from latentflow.training.fine_tune.prior import prior_prompts
 from latentflow.training.fine_tune.teacher_samples import TeacherSample
 from latentflow.training.loop.data_order import DataOrder
-from latentflow.training.networks import networks_from, refuse_renumbered_classes
+from latentflow.training.trained_model import networks_from
 
 from ..data.images import noise
 from .command import (
@@ -426,7 +427,7 @@ def test_a_checkpoint_that_is_damaged_or_not_ours_is_refused(tmp_path: Path) -> 
         open_base(str(tmp_path / "other"))
     animals = Source("d", (), "class", ("cat",))
     with pytest.raises(UserError, match="is not conditioned on class, the data is"):
-        networks_from(str(base), animals, FlowConfig())
+        networks_from(open_base(str(base)), str(base), animals)
 
 
 @pytest.mark.parametrize("file", ["flow", "distill"])

@@ -16,11 +16,12 @@ from latentflow.config import AutoencoderConfig, FlowConfig
 from latentflow.data import LatentTable, Source, find_source, one_size
 from latentflow.data.sources.shapes import ShapeExample, all_specs
 from latentflow.models import Condition, DiT, UNet
+from latentflow.training.fine_tune.base import open_base
 from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.latent_data import BucketData, LatentData
 from latentflow.training.losses.masking import Masking
-from latentflow.training.networks import networks_from
+from latentflow.training.trained_model import networks_from
 
 from .command import TINY, call
 
@@ -138,19 +139,21 @@ def test_an_extended_network_draws_what_it_drew_before(
             parameter.normal_(0, 0.2)
     LatentFlowPipeline(vae, old).save_pretrained(tmp_path / "plain")
     source = find_source(str(images), condition="none")
-    new = networks_from(
-        str(tmp_path / "plain"), source, FlowConfig(), inpainting=True, size_conditioning=True
-    ).network
+
+    def fitted(checkpoint: Path, **options: bool) -> Any:
+        return networks_from(open_base(str(checkpoint)), "", source, **options)["transformer"]
+
+    new = fitted(tmp_path / "plain", inpainting=True, size_conditioning=True)
     assert new.config.condition_channels == mask_channels(vae)
     x, t = torch.randn(2, CHANNELS, 8, 8), torch.tensor([0.3, 0.8])
     told = Condition(channels=torch.randn(2, mask_channels(vae), 8, 8), sizes=torch.rand(2, 6) * 512)
     expected = old(x, t)
     torch.testing.assert_close(new(x, t, told), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(new(x, t), expected, rtol=0, atol=1e-6)
-    same = networks_from(str(tmp_path / "plain"), source, FlowConfig()).network
+    same = fitted(tmp_path / "plain")
     assert same.config.condition_channels == 0 and not same.config.size_conditioning
     LatentFlowPipeline(vae, new).save_pretrained(tmp_path / "told")
-    assert networks_from(str(tmp_path / "told"), source, FlowConfig()).network.config.size_conditioning
+    assert fitted(tmp_path / "told").config.size_conditioning
 
 
 def test_one_flag_trains_to_inpaint_and_extends_a_checkpoint(images: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from latentflow.errors import UserError
 from latentflow.models import DiT, UNet
 from latentflow.models.routing import Route
 from latentflow.training.loop.data_order import SampleRandom
-from latentflow.training.losses.average_velocity import flow_loss
+from latentflow.training.losses import flow_loss
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.routing import Routing
 

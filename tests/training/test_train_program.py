@@ -19,7 +19,7 @@ import torch
 from latentflow import LatentFlowPipeline
 from latentflow.data import Source
 from latentflow.errors import UserError
-from latentflow.training.networks import refuse_renumbered_classes
+from latentflow.training.data import refuse_renumbered_classes
 
 from ..data.images import noise
 from .command import (

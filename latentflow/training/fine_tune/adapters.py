@@ -20,7 +20,6 @@ from ...config import AdapterConfig
 from ...errors import UserError
 from ...families import FlowModel
 from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
-from ..networks import Networks
 from ..report.export import carry_over
 
 _NAME = "default"  # the only adapter's, while it is trained
@@ -37,31 +36,27 @@ class Adapter:
     """The adapter of a run.
 
     Attributes:
-        networks: what is trained: the adapter's parameters have gradients, no others.
+        model: what it is in.
+        trains_text: the text encoder has parameters that learn.
     """
 
     def __init__(
-        self,
-        networks: Networks,
-        config: AdapterConfig,
-        checkpoint: str,
-        classes: Sequence[str] = (),
-        few_steps: dict[str, Any] | None = None,
+        self, model: FlowModel, config: AdapterConfig, checkpoint: str, *, trains_text: bool = False
     ) -> None:
-        """Put an adapter into ``networks``, in place; at first it changes nothing.
+        """Put an adapter into the networks of ``model``, in place; at first it changes nothing. From then on the
+        adapter's parameters have gradients, no others.
 
         Args:
-            networks: the checkpoint's, fitted to the data.
-            checkpoint: the pipeline folder or hub id that they came from.
-            classes: the names of the network's classes, by their ids.
-            few_steps: how the network is sampled with the adapter, as `FewSteps.plain` has it.
+            model: the checkpoint's, fitted to the data.
+            checkpoint: the pipeline folder or hub id that it came from.
+            trains_text: the text encoder was trained with the checkpoint, and may learn.
 
         Raises:
             UserError: the networks have inputs that the checkpoint has not, which no adapter can hold; a rank is above
                 a layer's; layers of these names do not exist; the text encoder cannot be adapted.
         """
-        network, encoder = networks.network, networks.text_encoder
-        if config.lora_text_encoder and not networks.trained_text:
+        network, encoder = model.network, model.pipeline.text_encoder
+        if config.lora_text_encoder and not trains_text:
             raise UserError(
                 "--lora-text-encoder: this checkpoint has no text encoder that was trained with it",
                 "Leave it out.",
@@ -69,25 +64,25 @@ class Adapter:
         base = FlowModel.from_pretrained(checkpoint, vae=None)
         _check_same_inputs(base.network, network, checkpoint)
         words: dict[str, int] = {}  # new ones, and their rows
-        if networks.trained_text:
+        if trains_text:
             known = base.pipeline.tokenizer.get_vocab()
             # By their rows: a tokenizer hands its vocabulary out in another order each time.
-            vocabulary = sorted(networks.tokenizer.get_vocab().items(), key=lambda item: item[1])
+            vocabulary = sorted(model.pipeline.tokenizer.get_vocab().items(), key=lambda item: item[1])
             words = {word: row for word, row in vocabulary if word not in known}
-        names = {name: row for row, name in enumerate(classes) if name not in base.pipeline.labels}
-        self._config = config
+        names = {name: row for row, name in enumerate(model.classes) if name not in base.classes}
+        self.model, self._config = model, config
         self._facts = AdapterFacts(
             base=base_hashes(base.network),
             base_name="/".join(Path(checkpoint).parts[-2:]),
             words=[*words],
             classes=[*names],
-            few_steps=few_steps or {},
+            few_steps=model.few_steps.plain(),
         )
         # An input that the base lacks: the adapter brings all of it.
         self._intervals: nn.Module | None = None
         if not base.network.config.get("interval_conditioning"):
             self._intervals = getattr(network, "length_embedder", None)
-        self._whole = _count(network) + (_count(encoder) if networks.trained_text else 0)
+        self._whole = _count(network) + (_count(encoder) if trains_text else 0)
         self._layers = _inject(network, config)
         if encoder is not None:
             encoder.requires_grad_(False)
@@ -99,8 +94,7 @@ class Adapter:
             _learn_rows(network, network.y_embedder.embedding_table, [*names.values()])
         if self._intervals is not None:
             self._intervals.requires_grad_(True)
-        learns = bool(words) or config.lora_text_encoder
-        self.networks = dataclasses.replace(networks, trained_text=learns)
+        self.trains_text = bool(words) or config.lora_text_encoder
 
     def lines(self) -> list[str]:
         """Describe what is trained, for the plan."""
@@ -124,12 +118,9 @@ class Adapter:
             del facts["few_steps"]
         return {**dataclasses.asdict(self._config), **facts}
 
-    def merged(self) -> Networks:
-        """Return copies of the networks with the adapter in their weights, as if there had been none."""
-        parts = {name: _merged(part) for name, part in self._modules().items()}
-        return dataclasses.replace(
-            self.networks, network=parts["transformer"], text_encoder=parts.get("text_encoder")
-        )
+    def merged(self) -> dict[str, nn.Module]:
+        """Return copies of the pipeline's networks with the adapter in their weights, as if there had been none."""
+        return {name: _merged(part) for name, part in self._modules().items()}
 
     def save(self, folder: Path, earlier: Path | None = None) -> None:
         """Write the adapter alone, as diffusers' pipelines load it: ``load_lora_weights(folder)``.
@@ -167,7 +158,7 @@ class Adapter:
             carry_over(earlier, folder)
 
     def _modules(self) -> dict[str, Any]:
-        named = {"transformer": self.networks.network, "text_encoder": self.networks.text_encoder}
+        named = {"transformer": self.model.network, "text_encoder": self.model.pipeline.text_encoder}
         return {name: part for name, part in named.items() if part is not None}
 
     def _added_rows(self) -> dict[str, Tensor]:

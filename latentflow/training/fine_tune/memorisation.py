@@ -15,7 +15,7 @@ from ...families import FlowModel
 from ...metrics import Memorisation, memorisation
 from ...models.text import UnknownWords
 from ...utils.memory import memory_phase
-from ..data import pipeline_condition
+from ..data import shown_by
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +65,13 @@ def _measure(
     pipe = model.pipeline.to(device)
     pipe.set_progress_bar_config(disable=True)
     rows = [number * len(training) // _SAMPLES for number in range(_SAMPLES)]  # spread over all classes
-    condition = pipeline_condition(training, rows)
-    if not condition and model.condition_kind != "unconditional":
+    if training.kind == "unconditional" and model.condition_kind != "unconditional":
         return None
     side = model.native_side
     assert side is not None  # the result of a run says it
     samples = (
         pipe(
-            **(condition or {"num_images_per_prompt": _SAMPLES}),
+            **model.call_arguments(shown_by(training, rows, model)),
             height=side,
             width=side,
             generator=[torch.Generator().manual_seed(seed) for seed in range(_SAMPLES)],

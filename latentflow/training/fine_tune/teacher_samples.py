@@ -26,7 +26,6 @@ from ..data import conditions_of
 from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
 from ..losses.latent_data import BucketData, LatentData
-from ..networks import Networks
 from .base import open_base
 
 _TOGETHER = 50  # samples in a file, and drawn at once,
@@ -71,14 +70,20 @@ class TeacherSample(Example):
 
 
 def teacher_data(
-    checkpoint: str, prompts: list[str], networks: Networks, folder: Path, settings: SampleSettings
+    checkpoint: str,
+    prompts: list[str],
+    trained: FlowModel,
+    folder: Path,
+    settings: SampleSettings,
+    *,
+    trains_text: bool,
 ) -> LatentData:
     """Return samples as training data, drawn into ``folder`` where they are not there yet.
 
     Args:
         checkpoint: the pipeline that draws.
         prompts: a caption, a class or "" for each sample.
-        networks: what is trained, whose tokenizer and classes are used.
+        trained: what is trained, whose tokenizer and classes are used. trains_text: with its text encoder.
         folder: where the samples are kept, as latents; a resumed run draws only what is missing.
 
     Raises:
@@ -105,16 +110,19 @@ def teacher_data(
         )
         for number, prompt in enumerate(prompts)
     )
-    source = Source(f"samples of {checkpoint}", examples, kind, networks.classes if kind == "class" else ())
+    source = Source(f"samples of {checkpoint}", examples, kind, trained.classes if kind == "class" else ())
     natural = np.full((len(prompts), 2), side, dtype=np.int32)
     framing = Cropping(source, ((side, side),), np.zeros(len(prompts), dtype=np.int32), natural)
+    pipeline = trained.pipeline
     latents = LatentTable(tensors.pop("latents")[:, None], None)
     return LatentData(
         framing,
         [BucketData(latents, tensors)],
-        conditions_of(source, networks, settings.seed),
+        conditions_of(
+            source, settings.seed, pipeline.tokenizer, pipeline.text_encoder, trains_text=trains_text
+        ),
         flips=False,
-        size_conditioning=bool(networks.network.config.size_conditioning),
+        size_conditioning=trained.takes_sizes,
         seed=settings.seed,
     )
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...config import FlowConfig, LoopConfig
 from ...errors import UserError
@@ -15,10 +15,8 @@ from ...flow import AverageObjective, AverageVelocity, Draws, Interval, PathSamp
 from ...models import Condition
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
-from .alignment import AlignedFlowLoss, Alignment
+from .alignment import AlignedFlowLoss
 from .flow import Density, FlowLoss
-from .masking import Masking
-from .routing import Routing
 from .teacher import VelocityTeacher
 
 
@@ -229,42 +227,6 @@ class _AtNoise:
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.zeros_like(u)
-
-
-#: the losses of objectives that need more than `AverageVelocityLoss`
-_OWN_LOSSES: dict[str, type[AverageVelocityLoss]] = {"progressive": ProgressiveLoss}
-
-
-def flow_loss(
-    network: nn.Module,
-    config: FlowConfig,
-    seed: int,
-    text_encoder: Any = None,
-    masking: Masking | None = None,
-    routing: Routing | None = None,
-    alignment: Alignment | None = None,
-    *,
-    kind: type[FlowLoss] | None = None,
-    **options: Any,
-) -> FlowLoss:
-    """Return the loss that trains by the config's objective, or that of a ``kind``.
-
-    Args:
-        network, config, seed, text_encoder, masking: see `FlowLoss`.
-        routing, alignment: by choice, of objectives that go with them.
-        options: further arguments of the loss.
-
-    Raises:
-        UserError: see `AverageVelocityLoss`.
-    """
-    if kind is None:
-        if config.choices().objective.average:
-            kind = _OWN_LOSSES.get(config.objective, AverageVelocityLoss)
-        elif routing is not None or alignment is not None:
-            kind = AlignedFlowLoss
-    if kind is not None and issubclass(kind, AlignedFlowLoss):
-        options |= {"routing": routing, "alignment": alignment}
-    return (kind or FlowLoss)(network, config, seed, text_encoder, masking, **options)
 
 
 def refuse_unfit(

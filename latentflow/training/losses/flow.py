@@ -42,6 +42,7 @@ class FlowLoss(nn.Module):
 
     Attributes:
         density: sample ids -> the density of their training times.
+        trains_text: whether the text encoder is trained along.
         masked: whether the network sees masked images.
         needs_pixels: whether a batch must hold ``pixels``.
         learns_from_average: whether the loop must hand over the weight average (`use_average`).
@@ -62,7 +63,7 @@ class FlowLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.text_encoder = text_encoder
+        self.text_encoder, self.trains_text = text_encoder, text_encoder is not None
         self.config, self.seed, self.masking = config, seed, masking
         self.masked = self.needs_pixels = masking is not None
         self.samples, self.samples_per_step = samples, samples_per_step
