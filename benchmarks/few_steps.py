@@ -45,8 +45,8 @@ from latentflow.flow import OBJECTIVES
 from latentflow.metrics import features, frechet_distance, in_proportion, real_split, retrieve
 from latentflow.models import DiT
 from latentflow.training.losses import flow_loss
+from latentflow.training.losses.average_velocity import VelocityTeacher
 from latentflow.training.losses.flow import FlowLoss
-from latentflow.training.losses.teacher import VelocityTeacher
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -60,10 +60,9 @@ from latentflow.models import Condition
 from latentflow.training import Callbacks, fit
 from latentflow.training.data import conditions_of
 from latentflow.training.losses import flow_loss
-from latentflow.training.losses.alignment import make_alignment
+from latentflow.training.losses.alignment import Routing, make_alignment
 from latentflow.training.losses.flow import FlowLoss, validation_loss
 from latentflow.training.losses.latent_data import BucketData, LatentData
-from latentflow.training.losses.routing import Routing
 from latentflow.training.trained_model import new_networks
 
 Recipe = dict[str, Any]

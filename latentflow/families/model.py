@@ -244,7 +244,8 @@ class FlowModel(ABC):
     def network_alone(self) -> Self:
         """Return the model without its other components: it computes where its network is."""
         others = {name: None for name in self.pipeline.components if name != "transformer"}
-        return type(self)(self.pipeline.from_pipe(self.pipeline, **others))
+        dtype = self.network.dtype  # of another component, the network would be brought to that one's
+        return type(self)(self.pipeline.from_pipe(self.pipeline, dtype=dtype, **others))
 
     @property
     def network(self) -> Any:

@@ -23,11 +23,10 @@ from .fine_tune.prior import in_turn
 from .fine_tune.teacher_samples import SampleSettings, teacher_data
 from .loop.data_order import SampleRandom
 from .loop.loader import first_batch, to_device
-from .losses.average_velocity import OneStepLoss
+from .losses.average_velocity import OneStepLoss, VelocityTeacher
 from .losses.distribution_matching import FakeLoss, GeneratorLoss
 from .losses.flow import FlowLoss
 from .losses.latent_data import LatentData
-from .losses.teacher import VelocityTeacher
 from .recipe import Recipe, average_sampling, plan_lines
 
 

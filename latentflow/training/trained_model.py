@@ -25,10 +25,8 @@ from .fine_tune.adapters import Adapter
 from .fine_tune.base import open_base, refuse_other_flow
 from .loop.distributed import process_state
 from .losses import flow_loss
-from .losses.alignment import make_alignment
-from .losses.flow import FlowLoss
-from .losses.masking import Masking
-from .losses.routing import Routing
+from .losses.alignment import Routing, make_alignment
+from .losses.flow import FlowLoss, Masking
 from .recipe import Recipe
 
 log = logging.getLogger(__name__)

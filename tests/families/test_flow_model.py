@@ -226,7 +226,9 @@ def test_it_says_what_it_was_trained_on(
     _, model = checkpoint(**config, size_conditioning=kind == "class")
     assert (model.condition_kind, model.classes, model.call_arguments([text])) == (kind, classes, arguments)
     assert (model.takes_sizes, model.native_side) == (kind == "class", SIDE)
+    model.network.to(torch.bfloat16)
     alone = model.network_alone()
+    assert alone.network.dtype == torch.bfloat16 and model.vae.dtype == torch.float32
     assert alone.network is model.network and alone.vae is None and alone.path == model.path
 
 

@@ -32,10 +32,8 @@ from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoin
 from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.loop.ema import WeightAverage
 from latentflow.training.losses import flow_loss
-from latentflow.training.losses.alignment import make_alignment
+from latentflow.training.losses.alignment import Routing, VisionEncoder, make_alignment
 from latentflow.training.losses.flow import FlowLoss
-from latentflow.training.losses.routing import Routing
-from latentflow.training.losses.vision import VisionEncoder
 
 from ..models.tiny import perturb
 from .command import TINY, call

@@ -26,10 +26,9 @@ from latentflow.pipeline import sampling as pipeline_sampling
 from latentflow.training.distill import METHODS, open_teacher
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses import flow_loss
-from latentflow.training.losses.average_velocity import ProgressiveLoss
+from latentflow.training.losses.average_velocity import ProgressiveLoss, VelocityTeacher
 from latentflow.training.losses.distribution_matching import FakeLoss, GeneratorLoss
 from latentflow.training.losses.flow import FlowLoss
-from latentflow.training.losses.teacher import VelocityTeacher
 from latentflow.training.report.folder import read_run
 
 from ..models.tiny import build

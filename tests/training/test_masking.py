@@ -18,9 +18,8 @@ from latentflow.data.sources.shapes import ShapeExample, all_specs
 from latentflow.models import Condition, DiT, UNet
 from latentflow.training.fine_tune.base import open_base
 from latentflow.training.loop.data_order import SampleUse
-from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.losses.flow import FlowLoss, Masking
 from latentflow.training.losses.latent_data import BucketData, LatentData
-from latentflow.training.losses.masking import Masking
 from latentflow.training.trained_model import networks_from
 
 from .command import TINY, call

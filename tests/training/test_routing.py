@@ -14,8 +14,8 @@ from latentflow.models import DiT, UNet
 from latentflow.models.routing import Route
 from latentflow.training.loop.data_order import SampleRandom
 from latentflow.training.losses import flow_loss
+from latentflow.training.losses.alignment import Routing
 from latentflow.training.losses.flow import FlowLoss
-from latentflow.training.losses.routing import Routing
 
 ROWS, SIDE = 6, 4
 RUN = (1000, 10)  # samples of the run, and of a step

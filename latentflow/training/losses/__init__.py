@@ -11,11 +11,9 @@ from typing import Any
 from torch import nn
 
 from ...config import FlowConfig
-from .alignment import AlignedFlowLoss, Alignment
+from .alignment import AlignedFlowLoss, Alignment, Routing
 from .average_velocity import AverageVelocityLoss, ProgressiveLoss
-from .flow import FlowLoss
-from .masking import Masking
-from .routing import Routing
+from .flow import FlowLoss, Masking
 
 #: the losses of objectives that need more than `AverageVelocityLoss`
 _OWN_LOSSES: dict[str, type[AverageVelocityLoss]] = {"progressive": ProgressiveLoss}

@@ -1,7 +1,9 @@
-"""Feature alignment: draw the features of a `DiT` towards its own average's, or towards those of a vision model."""
+"""Extras of a `DiT` in training: token routing, and alignment of its features to its own average's or a vision
+model's."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,18 +14,138 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ...config import AlignmentConfig
-from ...errors import UserError
+from ...config import AlignmentConfig, RoutingConfig
+from ...errors import UserError, reason
 from ...flow import PathSample
 from ...models import Condition, DiT
 from ...models.embeddings import linear
 from ...models.routing import Route
+from ...utils.components import load_transformers_model
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
 from .flow import FlowLoss, weighted_mean
-from .routing import Routing
-from .vision import VisionEncoder
+
+
+class Routing:
+    """Draw the route of a batch; the tokens that skip depend on the seed and the sample's id only.
+
+    Args:
+        config: with a share above 0.
+        network: whose tokens are routed.
+        samples: samples of a whole run, and of one of its steps: they say when routing ends.
+
+    Raises:
+        UserError: the network is no DiT, or has no such blocks.
+    """
+
+    def __init__(self, config: RoutingConfig, network: nn.Module, samples: tuple[int, int]) -> None:
+        if not isinstance(network, DiT):
+            raise UserError(
+                f"--route-share needs the tokens of a DiT, this network is a {type(network).__name__}",
+                "Leave it out, or use --network dit.",
+            )
+        depth = len(network.blocks)
+        first, last = (block + depth if block < 0 else block for block in config.route_blocks)
+        if not 0 <= first < last <= depth:
+            raise UserError(
+                f"--route-blocks {' '.join(map(str, config.route_blocks))} of {depth} blocks leaves none to skip",
+                f"Give two numbers with 0 <= first < last <= {depth}; negative ones count from the end.",
+            )
+        self.first, self.last, self._share = first, last, config.route_share
+        self._patch = network.patch_size
+        run, step = samples
+        self._until = config.route_until * run // step * step
+
+    def __call__(self, shape: tuple[int, ...], random: SampleRandom, sample_id: int) -> Route | None:
+        """Draw the route for latents of ``shape`` (B, C, H, W); None when routing is over at this sample."""
+        if sample_id >= self._until:
+            return None
+        tokens = (shape[-2] // self._patch) * (shape[-1] // self._patch)
+        kept = max(1, tokens - round(self._share * tokens))
+        order = random.normal((tokens,)).argsort(dim=1)
+        return Route(order[:, :kept].sort(dim=1).values, self.first, self.last)
+
+
+# Models of images and text, of which only the image half is wanted.
+_IMAGE_HALVES: dict[str, Any] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+
+
+class VisionEncoder:
+    """A transformers vision model (ViT, DINOv2, CLIP, SigLIP, ...), by hub id or folder, in float32.
+
+    It is no module, so that whoever holds it neither trains nor saves it.
+
+    Attributes:
+        width: features of a patch.
+
+    Raises:
+        UserError: it cannot be loaded from safetensors, or gives no features of patches.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._model = load_transformers_model(
+            name,
+            f"the vision model '{name}'",
+            lambda config: _IMAGE_HALVES.get(config.model_type, AutoModel),
+            fix="Give a transformers model with safetensors: a folder, or a hub id such as facebook/dinov2-small. "
+            f"Without a network, download it where there is one (`hf download {name}`) and give that folder.",
+            other_parts=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+        self._model.requires_grad_(False)
+        self._colours = torch.tensor(_normalisation(name)).view(2, -1, 1, 1)  # mean and standard deviation
+        self._patch = getattr(self._model.config, "patch_size", None) or 1
+        parameters = inspect.signature(self._model.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+        try:
+            self.width = self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), (2, 3)).shape[2]
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"'{name}' gives no features of patches: {reason(error)}",
+                "Use a vision transformer such as DINOv2 or ViT.",
+            ) from error
+
+    def __deepcopy__(self, memo: object) -> VisionEncoder:
+        return self
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return features (B, h * w, width) of pixels (B, 3, H, W) uint8, row by row of the ``grid`` (h, w).
+
+        The images are resized so that the model's patches are the cells of the grid, as in the paper that uses them
+        (arXiv:2410.06940): no feature is interpolated, only the model's table of positions.
+        """
+        self._model.to(pixels.device)
+        rows, columns = grid
+        size = rows * self._patch, columns * self._patch
+        images = F.interpolate(pixels.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
+        self._colours = self._colours.to(pixels.device)
+        mean, std = self._colours
+        states = self._model((images - mean) / std, **self._options).last_hidden_state
+        if states.ndim != 3 or states.shape[1] < rows * columns:
+            raise ValueError(f"{tuple(states.shape)} for {rows * columns} patches")
+        patches: Tensor = states[:, -rows * columns :].float()  # before them come the class and registers
+        return patches
+
+
+def _normalisation(name: str) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of the colours, by the model's image processor; ImageNet's without one."""
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except (OSError, ValueError):
+        found = {}
+    if found.get("do_normalize") is False:
+        return [0.0] * 3, [1.0] * 3
+    return (
+        list(found.get("image_mean") or IMAGENET_DEFAULT_MEAN),
+        list(found.get("image_std") or IMAGENET_DEFAULT_STD),
+    )
+
 
 #: (t (B,), blocks) -> (B, N, D): features of the averaged network behind so many blocks, for the batch at other times.
 Teacher = Callable[[Tensor, int], Tensor]

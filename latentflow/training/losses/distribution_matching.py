@@ -16,8 +16,8 @@ from ...flow import CondOT, distribution_matching_target, flow_matching_loss
 from ...models import Condition
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
+from .average_velocity import VelocityTeacher
 from .flow import FlowLoss, weighted_mean
-from .teacher import VelocityTeacher
 
 _PATH = CondOT()
 

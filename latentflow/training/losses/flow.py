@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...autoencoder import masked_source
+from ...autoencoder import Autoencoder, masked_condition, masked_source
 from ...config import FlowConfig
+from ...data import pixels_to_images
+from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
 from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
 from ...models import Condition
 from ..loop.data_order import SampleRandom, SampleUse, Stream, seeded
 from ..loop.ema import WeightAverage
 from ..loop.loader import by_group, groups_of, load_batch, to_device
 from .latent_data import LatentData
-from .masking import Masking
 
 _VALIDATION_TIMES = 4  # noises and times per validation image
 
@@ -251,3 +253,44 @@ def validation_loss(loss: FlowLoss, data: LatentData, device: torch.device, batc
             batch = load_batch(data, part)
             total += float(loss(to_device(batch, device))["per_sample"].double().sum())
     return total / len(uses)
+
+
+class Masking:
+    """Draw a mask for every sample and hide what is under it.
+
+    The mask is a pure function of the seed and the sample's id.
+
+    Args:
+        vae: the frozen autoencoder.
+        shapes: share of each of ``MASK_SHAPES``; "data" is the image's own mask, where it has one.
+        seed: of the run.
+    """
+
+    def __init__(self, vae: Autoencoder, shapes: Mapping[str, float], seed: int) -> None:
+        check_shapes(shapes, more=[OWN])
+        self._vae, self._seed = vae, seed
+        self._own = shapes.get(OWN, 0.0) / sum(shapes.values())
+        drawn = {name: share for name, share in shapes.items() if name != OWN and share > 0}
+        self._shapes = drawn or dict(DEFAULT_SHAPES)
+
+    def __deepcopy__(self, memo: object) -> Masking:
+        return self  # a sharded copy of the network shares the autoencoder, which is frozen
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return `masked_condition` (B, f^2 + C, h, w): which pixels are kept, and the latents with holes in grey.
+
+        The batch holds ``pixels`` (B, 3, H, W) uint8, ``sample_ids``, and perhaps ``masks`` (B, 1, H, W) with
+        ``has_mask`` (B,).
+        """
+        pixels = batch["pixels"]
+        self._vae.to(pixels.device)
+        generators = [
+            np.random.default_rng([self._seed, Stream.MASKS, number]) for number in batch["sample_ids"]
+        ]
+        own = torch.tensor([rng.uniform() < self._own for rng in generators])
+        masks = random_masks(self._shapes, (pixels.shape[2], pixels.shape[3]), generators).to(pixels.device)
+        if "masks" in batch:
+            rows = own.to(pixels.device) & batch["has_mask"]
+            masks = torch.where(rows[:, None, None, None], (batch["masks"] > 127).to(masks), masks)
+        return masked_condition(self._vae, pixels_to_images(pixels), masks)
