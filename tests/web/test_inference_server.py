@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,28 +40,23 @@ REQUEST = GenerationRequest(prompt="red apple", steps=2)
 
 
 def test_two_at_once_get_what_each_would_get_alone(server: InferenceServer) -> None:
-    requests = {
-        f"tab{i}": replace(
-            REQUEST, prompt=("red apple", "blue hat")[i % 2], seed=i, steps=3, images=1 + i % 2
-        )
+    requests = [
+        replace(REQUEST, prompt=("red apple", "blue hat")[i % 2], seed=i, steps=3, images=1 + i % 2)
         for i in range(4)
-    }
-    alone = {who: server.generate(request, silent) for who, request in requests.items()}
-    together: dict[str, list[Image.Image]] = {}
+    ]
+    alone = [server.generate(request, silent) for request in requests]
     start = threading.Barrier(len(requests))
 
-    def ask(who: str) -> None:
+    def ask(request: GenerationRequest) -> list[Image.Image]:
         start.wait()
-        together[who] = server.generate(requests[who], silent)
+        return server.generate(request, silent)
 
-    threads = [threading.Thread(target=ask, args=(who,)) for who in requests]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for who, images in alone.items():
-        assert [p.tobytes() for p in together[who]] == [p.tobytes() for p in images]
-    assert len({images[0].tobytes() for images in alone.values()}) == len(requests)
+    with ThreadPoolExecutor(len(requests)) as threads:
+        together = list(threads.map(ask, requests))
+    assert [[image.tobytes() for image in images] for images in together] == [
+        [image.tobytes() for image in images] for images in alone
+    ]
+    assert len({images[0].tobytes() for images in alone}) == len(requests)
 
 
 def test_progress_counts_the_steps(server: InferenceServer) -> None:
@@ -89,7 +85,8 @@ def test_what_progress_raises_ends_a_request_at_its_step(server: InferenceServer
 def test_only_what_was_painted_over_changes(server: InferenceServer, image: Path) -> None:
     stroke = Image.new("RGBA", (48, 32))  # the canvas is four times as large
     stroke.paste((255, 0, 255, 255), (16, 8, 32, 24))
-    [result] = server.inpaint(REQUEST, silent, str(image), [stroke])
+    stroke.save(image.with_name("stroke.png"))
+    [result] = server.inpaint(REQUEST, silent, str(image), [str(image.with_name("stroke.png"))])
     changed = (np.asarray(result) != np.asarray(Image.open(image))).any(-1)
     hole = np.zeros((8, 12), bool)
     hole[2:6, 4:8] = True
@@ -135,29 +132,22 @@ def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint
 
 
 @pytest.mark.parametrize(
-    ("pipe", "network", "expected"),
+    ("pipe", "network", "labels", "masks"),
     [
-        (
-            {"id2label": {"0": "hat", "1": "tree"}},
-            {"num_classes": 2},
-            Capabilities(False, ("hat", "tree"), False),
-        ),
-        ({"id2label": None}, {"num_classes": 3}, Capabilities(False, ("0", "1", "2"), False)),
-        (
-            {},
-            {"num_classes": None, "text_dim": None, "condition_channels": 80},
-            Capabilities(False, (), True),
-        ),
+        ({"id2label": {"0": "hat", "1": "tree"}}, {"num_classes": 2}, ("hat", "tree"), False),
+        ({"id2label": None}, {"num_classes": 3}, ("0", "1", "2"), False),
+        ({}, {"num_classes": None, "text_dim": None, "condition_channels": 80}, (), True),
     ],
 )
 def test_what_configs_say_of_classes_and_masks(
-    pipe: dict[str, Any], network: dict[str, Any], expected: Capabilities, tmp_path: Path
+    pipe: dict[str, Any], network: dict[str, Any], labels: tuple[str, ...], masks: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "transformer").mkdir()
     (tmp_path / "model_index.json").write_text(json.dumps(pipe))
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(network))
-    assert read_capabilities(str(tmp_path)) == expected
-    assert expected.condition == bool(expected.labels)
+    found = read_capabilities(str(tmp_path))
+    assert found == Capabilities(text=False, labels=labels, masks=masks)
+    assert found.condition == bool(labels)
 
 
 def test_a_checkpoint_that_is_none_is_refused_before_a_page_is_shown(tmp_path: Path) -> None:
@@ -165,37 +155,25 @@ def test_a_checkpoint_that_is_none_is_refused_before_a_page_is_shown(tmp_path: P
         InferenceServer(str(tmp_path / "nowhere"), "cpu")
 
 
-def test_the_page_is_built_without_torch(caption_checkpoint: Path) -> None:
-    """Which takes longer to import than everything that the page needs."""
+def test_the_page_is_built_without_torch_and_every_request_loads_the_models_first(
+    caption_checkpoint: Path,
+) -> None:
+    """The page is up before torch is, whose import takes longer. Whoever imports beside it would see half a library."""
     pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
     script = f"""
 import sys
-from latentflow.web.inference_server import InferenceServer
-from latentflow.web.page import build
-build(InferenceServer({str(caption_checkpoint)!r}))
-sys.exit("torch" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-
-
-def test_every_request_loads_the_models_before_it_imports_anything(caption_checkpoint: Path) -> None:
-    """The page is there while the main thread loads them: whoever imports beside it sees half a library."""
-    script = f"""
-import sys
 from latentflow.errors import UserError
-from latentflow.web import inference_server as web
+from latentflow.web import inference_server as web, page
 def half_loaded(*arguments):
     assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
     raise UserError("in time")
 web.open_pipeline = half_loaded
 server, request = web.InferenceServer({str(caption_checkpoint)!r}), web.GenerationRequest(prompt="red")
 quiet, upload = lambda *_: None, {str(caption_checkpoint / "nothing.png")!r}
+page.build(server)
 for call in (
-    lambda: server.solvers,
-    lambda: server.inpainting_methods,
-    lambda: server.editing_methods,
+    lambda: server.choices,
     lambda: server.opened(upload),
-    lambda: server.stroke(upload),
     lambda: server.unknown_words("red"),
     lambda: server.generate(request, quiet),
     lambda: server.inpaint(request, quiet, upload, []),
