@@ -301,7 +301,7 @@ def test_a_checkpoint_is_conditioned_on_what_it_takes(kind: Any, takes: str, ask
             data.condition_kind(model, source)
         return
     assert data.condition_kind(model, source) == asks
-    notes = "\n".join(report.notes(model, source, asks, [""] * 200, real_split(range(400), 200), {}))
+    notes = "\n".join(report.notes(model, source, None, asks, [""] * 200, real_split(range(400), 200)))
     assert ("dog" in notes) == (asks == "class_labels")  # a class that DATA lacks
     assert ("takes captions, and DATA has none" in notes) == (asks == "prompt" and kind != "text")
     assert ("takes no condition" in notes) == (asks == "nothing" and kind != "unconditional")
@@ -365,8 +365,8 @@ def test_counterparts_that_are_one_image_are_left_out() -> None:
 def test_images_that_are_not_finite_are_not_measured(
     evaluate: Evaluate, images: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Any, prompt: list[str], height: int, width: int, **settings: Any) -> Any:
-        drawn = torch.full((len(prompt), 3, height, width), 0.5)
+    def broken(self: Any, prompt: list[str], **settings: Any) -> Any:
+        drawn = torch.full((len(prompt), 3, 32, 32), 0.5)
         drawn[1, 0, 0, 0] = float("nan")
         return SimpleNamespace(images=drawn)
 
