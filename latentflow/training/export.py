@@ -91,7 +91,7 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.to(device)
     rows = torch.linspace(0, len(source) - 1, _IMAGES).long().tolist()
-    condition = pipeline_condition(source, rows) or {"num_images_per_prompt": _IMAGES}
+    condition = _condition(model, source, rows) or {"num_images_per_prompt": _IMAGES}
     if source.kind == "class":
         seen = set(source.class_ids())  # first: a fine-tune's own classes, before those of its checkpoint
         order = sorted(range(len(source.classes)), key=lambda class_id: class_id not in seen)
@@ -114,6 +114,16 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     return to_pil(make_grid(images * 2 - 1, nrow=_ROW, padding=2, pad_value=1.0))
 
 
+def _condition(model: FlowModel, source: Source, rows: list[int]) -> dict[str, Any]:
+    """Return the conditions of ``rows``; if the data have none that the model takes, empty captions or all classes."""
+    condition = pipeline_condition(source, rows)
+    if not condition and model.takes_text:
+        return {"prompt": [""] * len(rows)}
+    if not condition and model.takes_classes:
+        return {"class_labels": [number % len(model.classes) for number in range(len(rows))]}
+    return condition
+
+
 def _inpainted(model: FlowModel, source: Source, rows: list[int], steps: int) -> tuple[Tensor, Tensor]:
     """Return images (8, 3, H, W) in [0, 1] with grey holes, and the same with the holes filled."""
     side = model.native_side
@@ -123,9 +133,8 @@ def _inpainted(model: FlowModel, source: Source, rows: list[int], steps: int) ->
     masks = random_masks(shapes, (side, side), [np.random.default_rng([1, row]) for row in range(len(rows))])
     inpaint = LatentFlowInpaintPipeline.from_pipe(model.pipeline)
     inpaint.set_progress_bar_config(disable=True)
-    condition: dict[str, Any] = pipeline_condition(source, rows)
     images = inpaint(
-        **condition,
+        **_condition(model, source, rows),
         image=originals,
         mask_image=masks,
         generator=_generators(len(rows)),

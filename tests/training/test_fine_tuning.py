@@ -124,12 +124,21 @@ def test_classes_that_differ_in_case_or_spaces_only_are_refused(base: Path, tmp_
         joined(accented, "cafe\u0301 noir")  # as macOS spells it, in parts
 
 
-def test_fine_tuning_without_its_condition_keeps_the_classes(
-    base: Path, animals: Path, cache: Path, tmp_path: Path
+def test_fine_tuning_without_its_condition_keeps_it_and_previews_what_it_can(
+    base: Path, animals: Path, images: Path, cache: Path, tmp_path: Path
 ) -> None:
-    line = ["--init-from", base, "--condition", "none", "--max-train-steps", 1, "--prior-samples", 4]
-    call(cache, animals, "-o", tmp_path, *QUICK, *line)
-    assert LatentFlowPipeline.from_pretrained(tmp_path / "pipeline").labels == {"cat": 0, "dog": 1}
+    """All classes in turn, or the null of captions; `call` refuses a run that could not preview."""
+    captioned = checkpoint(tmp_path / "base", text_dim=8)
+    flags = "--condition none --max-train-steps 1 --prior-samples 4 --preview-steps 1 --inpainting"
+    for name, source, data in (("classes", base, animals), ("captions", captioned, images)):
+        run = tmp_path / name
+        call(cache, data, "-o", run, *QUICK, "--init-from", source, *flags.split())
+        assert (run / "samples" / "step-000001.png").is_file()
+    assert LatentFlowPipeline.from_pretrained(tmp_path / "classes" / "pipeline").labels == {
+        "cat": 0,
+        "dog": 1,
+    }
+    assert LatentFlowPipeline.from_pretrained(tmp_path / "captions" / "pipeline").takes_text
 
 
 # ---------------------------------------------------------------- another resolution
