@@ -241,7 +241,7 @@ class Tab:
 
     def add_upload(self) -> None:
         """Add an upload field."""
-        self.file = gr.File(label="Drop an image here", height=100, elem_id=f"{self.name}-file")
+        self.file = gr.File(label="Drop an image here", height=130, elem_id=f"{self.name}-file")
         self.inputs["image"] = self.file
 
     # ---------------------------------------------------------------- events
