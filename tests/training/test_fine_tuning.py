@@ -345,14 +345,6 @@ def test_a_duplicate_in_the_data_does_not_hide_copies(
     assert (found["new"], found["compared"]) == ("left out", 4)  # different images
 
 
-def test_memorisation_of_captions_is_measured_at_the_end(cache: Path, images: Path, tmp_path: Path) -> None:
-    base = checkpoint(tmp_path / "base", text_dim=8)
-    line = [images, *QUICK, "--init-from", base, "--prior-samples", 4, "--max-train-steps", 2]
-    call(cache, *line, "-o", tmp_path / "run")
-    found = json.loads((tmp_path / "run" / "memorisation.json").read_text())
-    assert found["drawn"] == 16 and found["ratio"] > 0
-
-
 # ---------------------------------------------------------------- defaults
 
 

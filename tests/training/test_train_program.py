@@ -156,17 +156,16 @@ def test_fine_tuning_on_other_words_keeps_what_was_known(
     data = save_images(tmp_path / "data", *(f"{number}.png" for number in range(4)))
     for number, text in enumerate(texts):
         (data / f"{number}.txt").write_text(text)
-    source = finished[0] / "pipeline"
-    said = call(
-        cache, data, "-o", tmp_path / "run", *TINY, "--init-from", source, "--max-train-steps", 1,
-        "--learning-rate", 0, "--weight-decay", 0, "--validation", 0,
-    )  # fmt: skip
-    assert "new words" in said
-    before, after = opened(source), opened(tmp_path / "run" / "pipeline")
+    source, run = finished[0] / "pipeline", tmp_path / "run"
+    flags = ["--max-train-steps", "1", "--learning-rate", "0", "--weight-decay", "0", "--validation", "0"]
+    assert "new words" in call(cache, data, "-o", run, *TINY, "--init-from", source, *flags)
+    before, after = opened(source), opened(run / "pipeline")
     # Known words mean what they meant.
     ask = {"prompt": "a small red circle on the left", "output_type": "pt"}
     torch.testing.assert_close(sampled(before, **ask), sampled(after, **ask), rtol=0, atol=1e-5)
     assert "zebra" in after.tokenizer.get_vocab() and "zebra" not in before.tokenizer.get_vocab()
+    found = json.loads((run / "memorisation.json").read_text())  # measured at the end
+    assert found["drawn"] == 16 and found["ratio"] > 0
 
 
 def test_a_run_is_not_resumed_with_other_numbers_of_its_classes(tmp_path: Path) -> None:
@@ -201,7 +200,6 @@ def test_a_run_goes_on_with_renamed_images_only_where_their_order_is_the_same(
     ("flags", "message"),
     [
         ("--resolution 17", "--resolution"),
-        ("--learning-rat 1", "learning-rate"),
         ("--path conddot", "did you mean 'condot'"),
         ("--max-train-steps 0", "--max-train-steps is 0"),
         ("--log-steps 0", "--log-steps is 0"),
@@ -210,7 +208,6 @@ def test_a_run_goes_on_with_renamed_images_only_where_their_order_is_the_same(
         ("--text-encoder /nowhere", "the text encoder '/nowhere' cannot be read: there is no such folder"),
         ("--mirror-captions", "--mirror-captions without --random-flip"),
         ("--prior-samples 5", "--prior-samples without --init-from"),
-        ("--early-stop 3 --validation 0", "--early-stop without validations"),
         ("--init-from /nowhere", "Check the path"),
         ("--init-from RUN", "Did you mean '"),
         ("--init-from BASE -o RUN", "would replace it"),
@@ -234,9 +231,3 @@ def test_a_u_net_and_an_unconditional_model_train_as_well(images: Path, cache: P
     pipe = opened(tmp_path / "pipeline")
     assert type(pipe.transformer).__name__ == "UNet" and not pipe.takes_text
     assert len(pipe(num_images_per_prompt=2, num_inference_steps=1).images) == 2
-
-
-def test_help_answers(cache: Path) -> None:
-    said = call(cache, "--help")
-    for flag in ("resolution", "max-train-steps", "learning-rate", "preset", "init-from", "config"):
-        assert f"--{flag}" in said
