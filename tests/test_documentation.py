@@ -30,7 +30,7 @@ def python_blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files_that_hold_what_they_name(page: Path) -> None:
+def test_links_lead_to_files_that_hold_what_they_name(page) -> None:
     for text, target in LINK.findall(page.read_text(encoding="utf-8")):
         if re.match(r"https?:|mailto:", target):
             continue
@@ -45,13 +45,13 @@ def test_links_lead_to_files_that_hold_what_they_name(page: Path) -> None:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_the_map_names_every_entry(table: str) -> None:
+def test_the_map_names_every_entry(table) -> None:
     page = (ROOT / "docs" / "design-space.md").read_text(encoding="utf-8")
     missing = [name for name in getattr(flow, table) if f"`{name}`" not in page]
     assert not missing
 
 
-def test_code_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_the_readme_runs(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     for block in python_blocks(ROOT / "README.md"):

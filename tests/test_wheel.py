@@ -73,7 +73,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**kept, "LATENTFLOW_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
 
 
-def test_the_wheel_holds_latentflow_alone(wheel: Path, repository: Path) -> None:
+def test_the_wheel_holds_latentflow_alone(wheel, repository) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         entry_points = next(name for name in names if name.endswith("entry_points.txt"))
@@ -88,7 +88,7 @@ def test_the_wheel_holds_latentflow_alone(wheel: Path, repository: Path) -> None
     assert not [name for name in names if "__pycache__" in name]
 
 
-def test_the_command_finds_its_programs(installed: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_command_finds_its_programs(installed, environment, tmp_path) -> None:
     where = "import latentflow; print(latentflow.__file__)"
     found = execute(installed / "python", "-c", where, cwd=tmp_path, env=environment).stdout.strip()
     assert Path(found).is_relative_to(installed.parent)
@@ -97,7 +97,7 @@ def test_the_command_finds_its_programs(installed: Path, environment: dict[str, 
         assert f"  {command} " in overview
 
 
-def test_a_tiny_training_runs(installed: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_tiny_training_runs(installed, environment, tmp_path) -> None:
     for i in range(12):
         (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (20 * i, 0, 90)).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")

@@ -27,9 +27,7 @@ def data(images: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("file", ["flow", "autoencoder"])
-def test_a_run_begun_before_goes_on_with_the_colours_as_they_are_stored(
-    data: Path, tmp_path: Path, file: str
-) -> None:
+def test_a_run_begun_before_goes_on_with_the_colours_as_they_are_stored(data, tmp_path, file) -> None:
     begun, whole = tmp_path / "begun", tmp_path / "whole"
     flags = [*TINY, "--max-train-steps", 2] if file == "flow" else [*TINY[:15], "--autoencoder-steps", 2]
     often = ["--checkpointing-steps", 1, "--preview-steps", 0, "--validation-steps", 0]

@@ -52,7 +52,7 @@ def distill(folder: Path, *arguments: Any, expect: int = 0) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
-    method: str, teacher: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method, teacher, images, tmp_path, monkeypatch
 ) -> None:
     run = tmp_path / "run"
     said = distill(tmp_path, teacher, images, "-o", run, "--method", method, *FEW, *PAIRS, "--guidance", 3)
@@ -83,7 +83,7 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     assert ("1 steps." if len(counts) == 1 else "1 and 2 and 4 steps, two rows each.") in card
 
 
-def test_a_student_may_be_an_adapter(teacher: Path, images: Path, tmp_path: Path) -> None:
+def test_a_student_may_be_an_adapter(teacher, images, tmp_path) -> None:
     """It brings the input that the teacher lacks; the pipeline follows it while it is in effect, and not after."""
 
     def student(name: str, *more: Any) -> Path:
@@ -175,7 +175,7 @@ def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:
 @pytest.mark.parametrize(
     "method", [name for name, one in METHODS.items() if one.loss is None and not one.pairs]
 )
-def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> None:
+def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method) -> None:
     """Where an interval has no length the target is the teacher's velocity."""
     network = build("dit", num_classes=3, interval_conditioning=True)
     pipe = LatentFlowPipeline(vae=None, transformer=copy.deepcopy(network))
@@ -193,9 +193,7 @@ def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> 
     assert float(guided(batch)["per_sample"].min()) > 1e-4
 
 
-def test_pairs_are_the_teachers_and_are_drawn_once(
-    teacher: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_are_the_teachers_and_are_drawn_once(teacher, images, tmp_path, monkeypatch) -> None:
     run, pairs = tmp_path / "run", tmp_path / "pairs"
     flags = [*FEW, *PAIRS, "--pairs-folder", pairs, "--pairs-solver", "euler", "--method", "reflow"]
     distill(tmp_path, teacher, images, "-o", run, *flags)
@@ -226,7 +224,7 @@ def _stop_at(steps: int) -> Any:
         "distribution-matching",
     ],
 )
-def test_a_student_resumes_bit_for_bit(method: str, teacher: Path, images: Path, tmp_path: Path) -> None:
+def test_a_student_resumes_bit_for_bit(method, teacher, images, tmp_path) -> None:
     line = [teacher, images, *FEW, "--max-train-steps", 4, "--method", *method.split()]
     line += ["--lr-scheduler", "constant", "--log-steps", 1]
     distill(tmp_path, *line, "-o", tmp_path / "straight")
@@ -259,12 +257,12 @@ def test_a_student_resumes_bit_for_bit(method: str, teacher: Path, images: Path,
         ("--method reflow --early-stop 2", "--early-stop with reflow"),
     ],
 )
-def test_bad_input_is_refused(flags: str, what: str, teacher: Path, images: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused(flags, what, teacher, images, tmp_path) -> None:
     line = [teacher, images, "-o", tmp_path / "run", *FEW, *flags.split()]
     assert what.lower() in distill(tmp_path, *line, expect=2).lower()
 
 
-def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(images: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(images, tmp_path) -> None:
     said = distill(tmp_path, images, images, "-o", tmp_path / "run", *FEW, expect=2)
     assert "is not a pipeline folder" in said
     call(tmp_path, images, "-o", tmp_path / "bare", *TINY, "--max-train-steps", 1, "--condition", "none")
@@ -277,9 +275,7 @@ def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(images: Path, tm
     assert LatentFlowPipeline.from_pretrained(few).few_steps.consistency
 
 
-def test_a_students_student_has_the_guidance_that_it_learned(
-    teacher: Path, images: Path, tmp_path: Path
-) -> None:
+def test_a_students_student_has_the_guidance_that_it_learned(teacher, images, tmp_path) -> None:
     first = tmp_path / "first"
     distill(tmp_path, teacher, images, "-o", first, *FEW, "--guidance", 3)
     tuned = ["--init-from", first / "pipeline", *TINY, "--max-train-steps", 1]
@@ -367,9 +363,7 @@ def test_a_generator_that_draws_as_its_teacher_is_left_alone_and_has_its_turns()
     assert not any(name.startswith("fake") for name, _ in made.named_parameters())
 
 
-def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation(monkeypatch) -> None:
     """And its fake network, and the fake's own lesson, are under the conditions that it drew under."""
     network = build("dit", num_classes=3, interval_conditioning=True)
     config = FlowConfig(objective="consistency", condition_dropout=0.25)
@@ -394,7 +388,7 @@ def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation(
     assert not made.generated.condition.drop.any()
 
 
-def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> None:
+def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path) -> None:
     names = [f"{label}/{number}.png" for label in ("red", "blue", "green") for number in range(4)]
     two, three = save_images(tmp_path / "two", *names[:8]), save_images(tmp_path / "three", *names)
     call(tmp_path, two, "-o", tmp_path / "teacher", *TINY, "--max-train-steps", 1)
@@ -404,7 +398,7 @@ def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> N
     distill(tmp_path, known, two, "-o", tmp_path / "run", *FEW)
 
 
-def test_a_finished_run_says_how_it_goes_on(teacher: Path, images: Path, tmp_path: Path) -> None:
+def test_a_finished_run_says_how_it_goes_on(teacher, images, tmp_path) -> None:
     """By its own program, with its own settings."""
     run = tmp_path / "run"
     distill(tmp_path, teacher, images, "-o", run, *FEW, "--method", "shortcut", "--guidance", 2)

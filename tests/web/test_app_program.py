@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,18 +10,14 @@ import pytest
 from latentflow.errors import UserError
 
 
-def test_without_gradio_it_says_what_to_install(
-    load_program: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_gradio_it_says_what_to_install(load_program, monkeypatch) -> None:
     program = load_program("app")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "latentflow\[app\]"'):
         program.main([])
 
 
-def test_everybody_is_let_in_with_a_warning_or_a_password(
-    load_program: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_everybody_is_let_in_with_a_warning_or_a_password(load_program, monkeypatch, capsys) -> None:
     pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
     from latentflow.web import inference_server, serving
 
@@ -52,6 +47,6 @@ def test_everybody_is_let_in_with_a_warning_or_a_password(
 
 
 @pytest.mark.parametrize("port", [-1, 0, 65536])
-def test_a_port_that_is_none_is_refused(load_program: Callable[[str], Any], port: int) -> None:
+def test_a_port_that_is_none_is_refused(load_program, port) -> None:
     with pytest.raises(UserError, match=f"--port is {port}\nUse 1 to 65535"):
         load_program("app").main([f"--port={port}"])

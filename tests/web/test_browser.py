@@ -191,7 +191,7 @@ def pixels(content: bytes) -> Any:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
 
 
-def test_a_prompt_becomes_an_image_and_nobody_else_is_contacted(me: Visitor) -> None:
+def test_a_prompt_becomes_an_image_and_nobody_else_is_contacted(me) -> None:
     image = me.draw_apple()
     assert image.shape == (64, 64, 3)
     red, green, blue = image[20:56, 12:52].transpose(2, 0, 1)
@@ -201,7 +201,7 @@ def test_a_prompt_becomes_an_image_and_nobody_else_is_contacted(me: Visitor) -> 
     me.screenshot("generate")
 
 
-def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me: Visitor) -> None:
+def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me) -> None:
     original = me.draw_apple()
     me.one("#generate-to-inpaint").click()
     zoom = me.wait(lambda: re.search(r"(\d+)%", me.one("#inpaint-editor").text))
@@ -223,7 +223,7 @@ def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me: Visitor) -> Non
     assert rows.min() >= 32 - 40 * to_pixels - brush and rows.max() <= 32 - 35 * to_pixels + brush
 
 
-def test_words_edit_an_image(me: Visitor) -> None:
+def test_words_edit_an_image(me) -> None:
     original = me.draw_apple()
     me.one("#generate-to-edit").click()
     me.type("#edit-prompt textarea", "green apple")
@@ -235,7 +235,7 @@ def test_words_edit_an_image(me: Visitor) -> None:
     assert greener.mean() > 30
 
 
-def test_cancel_ends_a_long_run(me: Visitor) -> None:
+def test_cancel_ends_a_long_run(me) -> None:
     me.type("#generate-prompt textarea", "red apple")
     me.type("#generate-images input[type=number]", "16")
     me.set_steps("generate", 200)
@@ -250,9 +250,7 @@ def test_cancel_ends_a_long_run(me: Visitor) -> None:
     assert me.draw("generate")  # the line is free again
 
 
-def test_two_windows_keep_their_own_seeds_and_images(
-    address: str, me: Visitor, windows: list[Visitor]
-) -> None:
+def test_two_windows_keep_their_own_seeds_and_images(address, me, windows) -> None:
     visitors = {1: me, 2: windows[1]}
     visitors[2].open(address)
     for seed, visitor in visitors.items():
@@ -272,7 +270,7 @@ def test_two_windows_keep_their_own_seeds_and_images(
         assert np.array_equal(pixels(visitor.draw("generate")), pixels(together[seed]))
 
 
-def test_a_bad_upload_gets_a_message(me: Visitor, tmp_path: Path) -> None:
+def test_a_bad_upload_gets_a_message(me, tmp_path) -> None:
     (tmp_path / "notes.png").write_text("not an image")
     for tab in ("inpaint", "edit"):
         me.open_tab(tab.capitalize())

@@ -24,7 +24,7 @@ MINUTE = 60.0
 
 
 @pytest.mark.parametrize("listening", ["127.0.0.1", "localhost", "::1", "[::1]", "127.0.0.2"])
-def test_a_page_for_this_machine_alone_knows_only_its_names(listening: str) -> None:
+def test_a_page_for_this_machine_alone_knows_only_its_names(listening) -> None:
     hosts = Hosts(listening)
     for name in ("localhost", "LOCALHOST:7860", "127.0.0.1", "127.0.0.1:7860", "[::1]", "[::1]:7860"):
         assert hosts.knows(name), name
@@ -124,7 +124,7 @@ def test_no_stranger_s_name_is_answered() -> None:
         ({}, "/gradio_api/file=https://example.com/x.png", 403),
     ],
 )
-def test_what_may_be_sent(headers: dict[str, str], path: str, status: int, tmp_path: Path) -> None:
+def test_what_may_be_sent(headers, path, status, tmp_path) -> None:
     method = headers.get("method", "POST")
     assert asked(HERE | headers, method, path, uploads=tmp_path)[0] == status
 
@@ -149,7 +149,7 @@ def kept(folder: Path, ages: dict[str, float], size: int = 100_000) -> None:
             os.utime(path, (time.time() - age,) * 2)
 
 
-def test_the_oldest_uploads_make_room_and_young_ones_stay(tmp_path: Path) -> None:
+def test_the_oldest_uploads_make_room_and_young_ones_stay(tmp_path) -> None:
     kept(tmp_path, {"b": 3 * MINUTE, "a": 4 * MINUTE, "c": 2 * MINUTE, "d": 1})
     assert make_room(tmp_path, 400_000) == 400_000
     assert make_room(tmp_path, 250_000) == 200_000
@@ -160,15 +160,13 @@ def test_the_oldest_uploads_make_room_and_young_ones_stay(tmp_path: Path) -> Non
     assert not (tmp_path / "a").exists()  # nor do empty folders stay
 
 
-def test_the_number_of_uploads_has_a_bound_too(tmp_path: Path) -> None:
+def test_the_number_of_uploads_has_a_bound_too(tmp_path) -> None:
     kept(tmp_path, {str(i): 2 * MINUTE + i for i in range(20)}, size=1)
     make_room(tmp_path, 10 * 2**16)
     assert sorted(int(path.parent.name) for path in tmp_path.rglob("*.png")) == list(range(10))
 
 
-def test_an_upload_for_which_there_is_no_room_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_for_which_there_is_no_room_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(guard, "MOST_KEPT", 250_000)
     upload: dict[str, Any] = {"path": "/gradio_api/upload", "uploads": tmp_path}
     kept(tmp_path, {"a": 1, "b": 1})
@@ -179,7 +177,7 @@ def test_an_upload_for_which_there_is_no_room_is_refused(
     assert [path.parent.name for path in tmp_path.rglob("*.png")] == ["b"]
 
 
-def test_a_window_that_is_closed_while_it_uploads_is_no_defect(tmp_path: Path) -> None:
+def test_a_window_that_is_closed_while_it_uploads_is_no_defect(tmp_path) -> None:
     def upload_fails_with(error: type[Exception]) -> None:
         def fail(scope: Any) -> None:
             raise error

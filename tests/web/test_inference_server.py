@@ -9,7 +9,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ def image(tmp_path: Path) -> Path:
 REQUEST = GenerationRequest(prompt="red apple", steps=2)
 
 
-def test_two_at_once_get_what_each_would_get_alone(server: InferenceServer) -> None:
+def test_two_at_once_get_what_each_would_get_alone(server) -> None:
     requests = [
         replace(REQUEST, prompt=("red apple", "blue hat")[i % 2], seed=i, steps=3, images=1 + i % 2)
         for i in range(4)
@@ -59,13 +58,13 @@ def test_two_at_once_get_what_each_would_get_alone(server: InferenceServer) -> N
     assert len({images[0].tobytes() for images in alone}) == len(requests)
 
 
-def test_progress_counts_the_steps(server: InferenceServer) -> None:
+def test_progress_counts_the_steps(server) -> None:
     seen: list[tuple[int, int]] = []
     server.generate(replace(REQUEST, steps=4), lambda done, total, what: seen.append((done, total)))
     assert seen == [(0, 1), *((i, 4) for i in (1, 2, 3, 4))]
 
 
-def test_what_progress_raises_ends_a_request_at_its_step(server: InferenceServer) -> None:
+def test_what_progress_raises_ends_a_request_at_its_step(server) -> None:
     class Left(Exception):  # noqa: N818
         pass
 
@@ -82,7 +81,7 @@ def test_what_progress_raises_ends_a_request_at_its_step(server: InferenceServer
     assert len(server.generate(REQUEST, silent)) == 1  # the next one is drawn
 
 
-def test_only_what_was_painted_over_changes(server: InferenceServer, image: Path) -> None:
+def test_only_what_was_painted_over_changes(server, image) -> None:
     stroke = Image.new("RGBA", (48, 32))  # the canvas is four times as large
     stroke.paste((255, 0, 255, 255), (16, 8, 32, 24))
     stroke.save(image.with_name("stroke.png"))
@@ -101,7 +100,7 @@ def test_strokes_that_do_not_meet_the_pixels_are_rounded() -> None:
 
 
 @pytest.mark.parametrize("method", ["flowedit", "inversion", "image-to-image"])
-def test_editing(server: InferenceServer, image: Path, method: str) -> None:
+def test_editing(server, image, method) -> None:
     def edited(strength: float, images: int = 1) -> list[Image.Image]:
         request = replace(REQUEST, images=images)
         return server.edit(request, silent, str(image), "blue hat", method, strength)
@@ -111,9 +110,7 @@ def test_editing(server: InferenceServer, image: Path, method: str) -> None:
     assert len(edited(1.0, images=2)) == (1 if method == "inversion" else 2)
 
 
-def test_large_uploads_are_shrunk_and_that_is_said(
-    server: InferenceServer, image: Path, tmp_path: Path
-) -> None:
+def test_large_uploads_are_shrunk_and_that_is_said(server, image, tmp_path) -> None:
     Image.new("RGB", (400, 200)).save(tmp_path / "large.png")
     shrunk, note = server.opened(str(tmp_path / "large.png"))
     assert shrunk.size == (32, 16)  # four times the 8 pixels of the training
@@ -121,7 +118,7 @@ def test_large_uploads_are_shrunk_and_that_is_said(
     assert server.opened(str(image))[1] == ""
 
 
-def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint: Path) -> None:
+def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint) -> None:
     server = InferenceServer(str(caption_checkpoint), "cpu")
     assert server._pipe is None
     assert server.capabilities == Capabilities(text=True, labels=(), masks=False)
@@ -139,9 +136,7 @@ def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint
         ({}, {"num_classes": None, "text_dim": None, "condition_channels": 80}, (), True),
     ],
 )
-def test_what_configs_say_of_classes_and_masks(
-    pipe: dict[str, Any], network: dict[str, Any], labels: tuple[str, ...], masks: bool, tmp_path: Path
-) -> None:
+def test_what_configs_say_of_classes_and_masks(pipe, network, labels, masks, tmp_path) -> None:
     (tmp_path / "transformer").mkdir()
     (tmp_path / "model_index.json").write_text(json.dumps(pipe))
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(network))
@@ -150,14 +145,12 @@ def test_what_configs_say_of_classes_and_masks(
     assert found.condition == bool(labels)
 
 
-def test_a_checkpoint_that_is_none_is_refused_before_a_page_is_shown(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_none_is_refused_before_a_page_is_shown(tmp_path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         InferenceServer(str(tmp_path / "nowhere"), "cpu")
 
 
-def test_the_page_is_built_without_torch_and_every_request_loads_the_models_first(
-    caption_checkpoint: Path,
-) -> None:
+def test_the_page_is_built_without_torch_and_every_request_loads_the_models_first(caption_checkpoint) -> None:
     """The page is up before torch is, whose import takes longer. Whoever imports beside it would see half a library."""
     pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
     script = f"""

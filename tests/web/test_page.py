@@ -39,7 +39,7 @@ def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any
     ],
     ids=["captions", "classes", "unconditional"],
 )
-def test_the_page_asks_for_what_the_checkpoint_takes(server: Any, shown: set[str]) -> None:
+def test_the_page_asks_for_what_the_checkpoint_takes(server, shown) -> None:
     blocks = page.build(server).blocks.values()
     visible = {block.label for block in blocks if getattr(block, "label", None) and block.visible}
     conditional = {"Prompt", "Prompt for the original", "Negative prompt", "Guidance"}
@@ -49,7 +49,7 @@ def test_the_page_asks_for_what_the_checkpoint_takes(server: Any, shown: set[str
 
 
 @pytest.mark.parametrize(("masks", "inpaint"), [(True, 4), (False, 20)])
-def test_few_steps_are_offered_where_they_suffice(masks: bool, inpaint: int) -> None:
+def test_few_steps_are_offered_where_they_suffice(masks, inpaint) -> None:
     """Edits, and inpainting that was not trained, follow the velocity, whatever the checkpoint."""
     blocks = page.build(checkpoint(text=True, steps=4, distilled_guidance=True, masks=masks)).blocks.values()
     steps = {block.elem_id: block.value for block in blocks if getattr(block, "label", None) == "Steps"}
@@ -57,9 +57,7 @@ def test_few_steps_are_offered_where_they_suffice(masks: bool, inpaint: int) -> 
     assert not any(block.visible for block in blocks if getattr(block, "label", None) == "Guidance")
 
 
-def test_mistakes_become_messages_without_markup_and_defects_are_logged(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_mistakes_become_messages_without_markup_and_defects_are_logged(caplog) -> None:
     @page.reporting_errors
     def work(error: Exception) -> None:
         raise error
@@ -83,9 +81,7 @@ def test_a_port_that_is_taken() -> None:
     assert "PNG" in Image.OPEN and "EPS" not in Image.OPEN  # Gradio opens uploads itself
 
 
-def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(monkeypatch, capsys) -> None:
     folders = []
 
     def block_thread() -> None:

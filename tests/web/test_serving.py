@@ -156,7 +156,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 # ---------------------------------------------------------------- what programs get
 
 
-def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) -> None:
+def test_a_program_takes_the_choices_that_the_page_offers(client) -> None:
     def pixels(**values: Any) -> bytes:
         state, data = ask(client, prompt="red apple", seed=5, new_seed=False, steps=3, **values)
         assert state == "complete", data
@@ -212,9 +212,7 @@ def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) 
         ({"tab": "inpaint", "image": "a", "strokes": None, "feather": -1}, "feather is -1"),
     ],
 )
-def test_a_program_is_told_what_was_wrong(
-    client: httpx.Client, tmp_path: Path, values: dict[str, Any], message: str
-) -> None:
+def test_a_program_is_told_what_was_wrong(client, tmp_path, values, message) -> None:
     (tmp_path / "elsewhere.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
     contents = {
         "a": encoded(Image.new("RGB", (8, 8), "red")),
@@ -233,7 +231,7 @@ def test_a_program_is_told_what_was_wrong(
     assert os.environ["GRADIO_TEMP_DIR"] not in data["error"]  # nor does it say where the server keeps files
 
 
-def test_a_loaded_page_offers_its_choices_and_sends_images_to_other_tabs(client: httpx.Client) -> None:
+def test_a_loaded_page_offers_its_choices_and_sends_images_to_other_tabs(client) -> None:
     _, (gallery, *_) = ask(client, prompt="red apple", seed=5, new_seed=False, images=2, steps=1)
 
     def outputs_of(event: dict[str, Any], *data: Any) -> list[Any]:
@@ -252,9 +250,7 @@ def test_a_loaded_page_offers_its_choices_and_sends_images_to_other_tabs(client:
     assert sent == [Path(gallery[0]["image"]["path"]).read_bytes()] * 6  # the first, as none is selected
 
 
-def test_words_that_the_checkpoint_does_not_know_are_named(
-    client: httpx.Client, server: Held, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_words_that_the_checkpoint_does_not_know_are_named(client, server, monkeypatch) -> None:
     asked: list[list[str]] = []
 
     def unknown_words(prompts: list[str]) -> list[str]:
@@ -271,13 +267,13 @@ def test_words_that_the_checkpoint_does_not_know_are_named(
     assert ask(client, **body)[1][2] == "<b>zeppelin, blorp"
 
 
-def test_names_that_are_none_are_refused_with_a_sentence(client: httpx.Client) -> None:
+def test_names_that_are_none_are_refused_with_a_sentence(client) -> None:
     for values, name in (({"solvre": "heun"}, "solvre"), ({"prompt": "red"}, "image")):
         answer = client.post("/call/v2/edit", json=values)
         assert answer.status_code == 422 and name in answer.json()["detail"]
 
 
-def test_an_upload_that_made_room_is_asked_for_again(client: httpx.Client) -> None:
+def test_an_upload_that_made_room_is_asked_for_again(client) -> None:
     image = upload(client, "gone.png", encoded(Image.new("RGB", (8, 8), "blue")))
     Path(image["path"]).unlink()
     assert ask(client, "edit", prompt="red", image=image)[1]["error"] == (
@@ -285,9 +281,7 @@ def test_an_upload_that_made_room_is_asked_for_again(client: httpx.Client) -> No
     )
 
 
-def test_drawn_images_take_the_room_of_the_oldest_files(
-    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drawn_images_take_the_room_of_the_oldest_files(client, monkeypatch) -> None:
     old = Path(upload(client, "old.png", encoded(Image.new("RGB", (8, 8), "green")))["path"])
     os.utime(old, (0, 0))
     assert ask(client, prompt="red apple", steps=1)[0] == "complete"
@@ -300,9 +294,7 @@ def test_drawn_images_take_the_room_of_the_oldest_files(
 # ---------------------------------------------------------------- whose turn it is
 
 
-def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(
-    server: Held, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(server, client, monkeypatch) -> None:
     with listening(client, begin(client, prompt="hold")):
         until(lambda: server.drawn)
         events = [begin(client, prompt=str(i)) for i in range(page.MOST_WAITING)]
@@ -324,7 +316,7 @@ def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(
     assert server.drawn == ["hold", "0", "1", "2", "3"]
 
 
-def test_a_client_that_leaves_ends_its_request_at_the_next_step(server: Held, client: httpx.Client) -> None:
+def test_a_client_that_leaves_ends_its_request_at_the_next_step(server, client) -> None:
     with listening(client, begin(client, prompt="hold")):
         until(lambda: server.drawn)
         waiting = begin(client, prompt="0")
@@ -338,7 +330,7 @@ def test_a_client_that_leaves_ends_its_request_at_the_next_step(server: Held, cl
     assert server.drawn == ["hold", "next"]
 
 
-def test_cancel_ends_the_running_request_and_no_other(server: Held, client: httpx.Client) -> None:
+def test_cancel_ends_the_running_request_and_no_other(server, client) -> None:
     events = config_of(client)["dependencies"]
     generate = next(event["id"] for event in events if event["api_name"] == "generate")
     event = begin(client, prompt="hold")
@@ -357,7 +349,7 @@ def test_cancel_ends_the_running_request_and_no_other(server: Held, client: http
 # ---------------------------------------------------------------- what strangers get
 
 
-def test_the_guard_stands_before_everything(client: httpx.Client) -> None:
+def test_the_guard_stands_before_everything(client) -> None:
     stranger = {"host": "evil.example"}
     for path in ("", "config", "gradio_api/info", "gradio_api/queue/data?session_hash=a"):
         address = f"{root_of(client)}/{path}"
@@ -371,9 +363,7 @@ def test_the_guard_stands_before_everything(client: httpx.Client) -> None:
     assert client.get("/file=http://192.0.2.1/a.png").status_code == 403
 
 
-def test_no_upload_is_read_as_a_program(
-    client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_upload_is_read_as_a_program(client, tmp_path, monkeypatch) -> None:
     """A file of any name may be PostScript, which Pillow hands to Ghostscript."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
     (tmp_path / "gs").chmod(0o755)
@@ -402,7 +392,7 @@ def test_no_upload_is_read_as_a_program(
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client: httpx.Client) -> None:
+def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client) -> None:
     image = upload(client, "b.png", encoded(Image.new("RGB", (8, 8), "red")))
     stroke = Image.new("RGBA", (8, 8))
     stroke.paste("white", (0, 0, 4, 8))
@@ -415,7 +405,7 @@ def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client: httpx.Cl
     assert drawn.crop((0, 0, 4, 8)).getcolors() != [(32, (255, 0, 0))]
 
 
-def test_a_name_and_a_password_are_asked_for(class_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_name_and_a_password_are_asked_for(class_checkpoint, tmp_path) -> None:
     """By the page of a checkpoint of classes."""
     server = InferenceServer(str(class_checkpoint), "cpu")
     with serving(server, tmp_path, auth=("anna", "a:b")) as locked:
