@@ -159,9 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampler = Sampler(
         model=model,
         condition_kind=kind,
-        steps=steps,
-        guidance=guidance,
-        solver=solver,
+        settings={"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver},
         seed=config.seed,
         batch_size=config.batch_size,
     )

@@ -27,14 +27,13 @@ class Sampler:
 
     Attributes:
         condition_kind: how the model takes captions.
+        settings: further arguments of the pipeline's call.
         batch_size: images that are generated or encoded at once.
     """
 
     model: FlowModel
     condition_kind: ConditionKind
-    steps: int
-    guidance: float
-    solver: str | None
+    settings: dict[str, Any]
     seed: int
     batch_size: int
 
@@ -58,9 +57,7 @@ class Sampler:
             with memory_phase("draw"):
                 images = self.model.pipeline(
                     **condition,
-                    num_inference_steps=self.steps,
-                    guidance_scale=self.guidance,
-                    solver=self.solver,
+                    **self.settings,
                     generator=[seeded(self.seed, stream, start + i) for i in range(len(batch))],
                     output_type="pt",
                 ).images

@@ -224,7 +224,8 @@ class InferenceServer:
         if method == "inversion":  # it has no seed: more images would be equal
             request = replace(request, images=1)
         if source:
-            [shown] = conditions(self.pipe, *(((), (source,)) if request.class_label else ((source,), ())))
+            classes = [source] if request.class_label else []
+            [shown] = conditions(self.pipe, [] if classes else [source], classes)
             settings |= {f"source_{name}": value for name, value in shown.items()}
         if method is not None:
             settings["method"] = method
