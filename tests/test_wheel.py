@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -19,14 +20,9 @@ pytest.importorskip("hatchling", reason='needs hatchling: pip install -e ".[test
 def execute(
     *command: str | Path, cwd: Path, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    words = [str(word) for word in command]
+    capture = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(words, cwd=cwd, env=env, **capture)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -47,16 +43,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scheme = {"base": str(root), "platbase": str(root)}
     scripts = Path(sysconfig.get_path("scripts", "venv", vars=scheme))
     site = Path(sysconfig.get_path("purelib", "venv", vars=scheme))
-    pip = [
-        scripts / "python",
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--disable-pip-version-check",
-    ]
-    execute(*pip, wheel, cwd=root)
+    pip = shlex.split("-m pip install --no-deps --no-index --disable-pip-version-check")
+    execute(scripts / "python", *pip, wheel, cwd=root)
     for name in ("train", "pipelines"):  # somebody else's packages of those names
         (site / name).mkdir()
         (site / name / "__init__.py").write_text("raise ImportError('latentflow imported a stranger')\n")

@@ -54,9 +54,10 @@ def build(server: InferenceServer, listeners: Counter[str] | None = None) -> Any
     Args:
         listeners: number of open streams by session or event; a request ends once its own is closed.
     """
+    listeners = Counter() if listeners is None else listeners
     layouts = {"generate": lay_out_generate, "inpaint": lay_out_inpaint, "edit": lay_out_edit}
     with gr.Blocks(title="latentflow", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        filled = {name: Tab(name, server, Counter() if listeners is None else listeners) for name in layouts}
+        filled = {name: Tab(name, server, listeners) for name in layouts}
         with gr.Tabs() as tabs:
             for name, lay_out in layouts.items():
                 with gr.Tab(name.capitalize(), id=name):
