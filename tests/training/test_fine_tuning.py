@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,23 +34,9 @@ from latentflow.training.loop.data_order import DataOrder
 from latentflow.training.networks import networks_from, refuse_renumbered_classes
 
 from ..data.images import noise
-from .command import (
-    ROOT,
-    TINY,
-    call,
-    call_on_two,
-    losses,
-    opened,
-    same_state,
-    sampled,
-    save_images,
-    state,
-)  # fmt: skip
+from .command import ROOT, TINY, call, call_on_two, losses, opened, same_state, sampled, save_images, state
 
-QUICK = [
-    *TINY, "--validation", 0, "--preview-steps", 0, "--validation-steps", 0, "--checkpointing-steps", 100,
-    "--train-batch-size", 4,
-]  # fmt: skip
+QUICK = TINY + shlex.split("--validation 0 --preview-steps 0 --validation-steps 0 --checkpointing-steps 100")
 STILL = ["--learning-rate", 0, "--weight-decay", 0, "--max-train-steps", 1, "--prior-samples", 4]
 
 

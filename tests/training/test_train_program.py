@@ -128,10 +128,8 @@ def test_two_processes_train_and_resume_like_one_with_the_same_global_batch(
     launch, images, cache, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    settings = [
-        images, *TINY, "--checkpointing-steps", 10, "--mixed-precision", "no", "--validation-steps", 0,
-        "--preview-steps", 0, "--lr-scheduler", "constant",
-    ]  # fmt: skip
+    quick = "--mixed-precision no --validation-steps 0 --preview-steps 0 --lr-scheduler constant"
+    settings = [images, *TINY, "--checkpointing-steps", 10, *quick.split()]
     # One process trains the autoencoder both times: only the flow is compared.
     call(cache, *settings, "-o", tmp_path / "one", "--train-batch-size", 4, "--max-train-steps", 20)
     settings += ["--vae", tmp_path / "one" / "autoencoder" / "autoencoder", "--train-batch-size", 2]
