@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = [train.captions[order[i % len(order)]] for i in range(config.n)]
     real = metrics.real_split(order, config.n)
     beside, reference = train.rows(real.beside), train.rows(real.reference)
-    notes = report.notes(model, source, kind, captions, real, unseen)
+    notes = report.notes(model, source, test, kind, captions, real)
     if config.attributes and kind == "nothing":
         raise UserError("--attributes needs a checkpoint that takes captions or classes", "Leave it out.")
     if clip is not None and not any(captions):
@@ -159,10 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampler = Sampler(
         model=model,
         condition_kind=kind,
-        size=train.size,
-        steps=steps,
-        guidance=guidance,
-        solver=solver,
+        settings={"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver},
         seed=config.seed,
         batch_size=config.batch_size,
     )
@@ -187,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.attributes:
         measured["attributes"] = figures.attribute_accuracy(sampler, counterparts)
     if fid is not None:
-        measured["fid"] = figures.inception_distance(fid, generated, beside, reference, config.batch_size)
+        measured["fid"] = figures.frechet_distance(generated, beside, reference, fid, config.batch_size)
     if clip is not None:
         measured["clip_score"] = figures.clip_scores(clip, generated, captions, beside, config.batch_size)
 

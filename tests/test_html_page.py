@@ -6,7 +6,6 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -52,7 +51,7 @@ def page() -> Page:
     return page
 
 
-def test_every_text_is_there_and_escaped(page: Page) -> None:
+def test_every_text_is_there_and_escaped(page) -> None:
     seen = Reader(page)
     assert {"script", "two", "b", "c", "dogs", "of", "heading", "size", "image"}.isdisjoint(dict(seen.tags))
     for text in (
@@ -64,7 +63,7 @@ def test_every_text_is_there_and_escaped(page: Page) -> None:
     assert re.findall(r"width: ([\d.]+)%", page.html().split("</style>")[1]) == ["50.0", "100.0"]
 
 
-def test_images_are_embedded_and_nothing_is_fetched(page: Page) -> None:
+def test_images_are_embedded_and_nothing_is_fetched(page) -> None:
     [attributes] = [attributes for tag, attributes in Reader(page).tags if tag == "img"]
     header, data = (attributes["src"] or "").split(",")
     image = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -89,7 +88,7 @@ def test_a_figure_is_drawn_inline() -> None:
     assert "<svg" in html and "loss &lt; 1" in html and html.count("<?xml") == 0 == html.count("DOCTYPE svg")
 
 
-def test_write_keeps_what_exists(page: Page, tmp_path: Path) -> None:
+def test_write_keeps_what_exists(page, tmp_path) -> None:
     file = tmp_path / "new" / "report.html"
     page.write(file)
     assert file.read_text(encoding="utf-8") == page.html()

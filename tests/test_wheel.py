@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -19,14 +20,9 @@ pytest.importorskip("hatchling", reason='needs hatchling: pip install -e ".[test
 def execute(
     *command: str | Path, cwd: Path, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    words = [str(word) for word in command]
+    capture = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(words, cwd=cwd, env=env, **capture)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -47,16 +43,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scheme = {"base": str(root), "platbase": str(root)}
     scripts = Path(sysconfig.get_path("scripts", "venv", vars=scheme))
     site = Path(sysconfig.get_path("purelib", "venv", vars=scheme))
-    pip = [
-        scripts / "python",
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--disable-pip-version-check",
-    ]
-    execute(*pip, wheel, cwd=root)
+    pip = shlex.split("-m pip install --no-deps --no-index --disable-pip-version-check")
+    execute(scripts / "python", *pip, wheel, cwd=root)
     for name in ("train", "pipelines"):  # somebody else's packages of those names
         (site / name).mkdir()
         (site / name / "__init__.py").write_text("raise ImportError('latentflow imported a stranger')\n")
@@ -73,7 +61,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**kept, "LATENTFLOW_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
 
 
-def test_the_wheel_holds_latentflow_alone(wheel: Path, repository: Path) -> None:
+def test_the_wheel_holds_latentflow_alone(wheel, repository) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         entry_points = next(name for name in names if name.endswith("entry_points.txt"))
@@ -88,7 +76,7 @@ def test_the_wheel_holds_latentflow_alone(wheel: Path, repository: Path) -> None
     assert not [name for name in names if "__pycache__" in name]
 
 
-def test_the_command_finds_its_programs(installed: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_command_finds_its_programs(installed, environment, tmp_path) -> None:
     where = "import latentflow; print(latentflow.__file__)"
     found = execute(installed / "python", "-c", where, cwd=tmp_path, env=environment).stdout.strip()
     assert Path(found).is_relative_to(installed.parent)
@@ -97,7 +85,7 @@ def test_the_command_finds_its_programs(installed: Path, environment: dict[str, 
         assert f"  {command} " in overview
 
 
-def test_a_tiny_training_runs(installed: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_tiny_training_runs(installed, environment, tmp_path) -> None:
     for i in range(12):
         (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (20 * i, 0, 90)).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,21 +30,13 @@ class ImageSet:
     Attributes:
         images: (N, 3, H, W) in [-1, 1].
         captions: N; "" for an image that has neither caption nor class.
-        trained_on: number of images that are in the training data, though they should not be.
     """
 
     images: Tensor
     captions: list[str]
-    trained_on: int = 0
 
     def __len__(self) -> int:
         return len(self.captions)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Return (height, width) of the images in pixels."""
-        height, width = self.images.shape[2:]
-        return height, width
 
     def rows(self, indices: list[int]) -> ImageSet:
         """Return the images of these indices."""
@@ -139,9 +131,7 @@ def load_image_sets(
         )
     unseen = {"held_out": _load(model, source.subset(held_out), background)} if held_out else {}
     if test is not None:
-        known = set(source.content_keys())
-        trained_on = sum(key in known for key in test.content_keys())
-        unseen["test"] = replace(_load(model, test, background), trained_on=trained_on)
+        unseen["test"] = _load(model, test, background)
     return train, unseen
 
 

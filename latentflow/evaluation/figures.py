@@ -83,42 +83,28 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
 # ---------------------------------------------------------------- by sampling
 
 
-def frechet_distance(generated: Tensor, beside: ImageSet, reference: ImageSet) -> dict[str, Any]:
+def frechet_distance(
+    generated: Tensor, beside: ImageSet, reference: ImageSet, inception: Any = None, batch_size: int = 50
+) -> dict[str, Any]:
     """Measure the Frechet distance of generated images to the reference.
 
     ``floor`` is that of as many real images, ``beside``, to the same reference.
+
+    Args:
+        inception: of `learned.open_fid`, for FID; None: in the space of small images.
     """
-    data = metrics.features(reference.images, FRECHET_SPACE)
-
-    def distance(images: Tensor) -> float:
-        return metrics.frechet_distance(metrics.features(images, FRECHET_SPACE), data)
-
-    report = _between_gaussians(generated, beside, reference, lambda sets: list(map(distance, sets)))
-    return report | ({"features": FRECHET_SPACE} if "floor" in report else {})
-
-
-def inception_distance(
-    fid: Any, generated: Tensor, beside: ImageSet, reference: ImageSet, batch_size: int
-) -> dict[str, Any]:
-    """Measure FID and its floor, of the images that `frechet_distance` compares."""
-    return _between_gaussians(
-        generated,
-        beside,
-        reference,
-        lambda sets: learned.inception_fid(fid, sets, reference.images, batch_size=batch_size),
-    )
-
-
-def _between_gaussians(
-    generated: Tensor, beside: ImageSet, reference: ImageSet, distances: Any
-) -> dict[str, Any]:
-    """Compare as many generated images as there are real ones beside them with the reference, if that is possible."""
     n = len(beside)
     if n < 2:
         images = f"{n + len(reference)} training images"
         return _unknown("value", f"{images} cannot be split in two with a covariance each")
-    value, floor = distances([generated[:n], beside.images])
-    return {"value": value, "floor": floor, "generated": n, "real": n, "reference": len(reference)}
+    sets = [generated[:n], beside.images]
+    if inception is not None:
+        value, floor = learned.inception_fid(inception, sets, reference.images, batch_size=batch_size)
+    else:
+        data, *both = (metrics.features(images, FRECHET_SPACE) for images in (reference.images, *sets))
+        value, floor = (metrics.frechet_distance(features, data) for features in both)
+    report = {"value": value, "floor": floor, "generated": n, "real": n, "reference": len(reference)}
+    return report if inception is not None else report | {"features": FRECHET_SPACE}
 
 
 def caption_retrieval(

@@ -27,10 +27,10 @@ MOST_NAMED = 1000  # classes or captions whose proportions are reported, of whic
 def notes(
     model: FlowModel,
     source: Source,
+    test: Source | None,
     kind: ConditionKind,
     captions: list[str],
     real: metrics.RealSplit,
-    unseen: dict[str, ImageSet],
 ) -> list[str]:
     """Return one line for everything that was inferred, or that makes figures of this report less reliable.
 
@@ -41,9 +41,10 @@ def notes(
     from ..pipeline.conditioning import unknown_words_text
 
     found = list(source.notes)
-    if "test" in unseen and unseen["test"].trained_on:
-        test = unseen["test"]
-        found.append(f"{test.trained_on} of the {len(test)} images of --test are in DATA too")
+    if test is not None:
+        known = set(source.content_keys())
+        if trained_on := sum(key in known for key in test.content_keys()):
+            found.append(f"{trained_on} of the {len(test.examples)} images of --test are in DATA too")
     beside = len(real.beside)
     if beside < len(captions):
         found.append(

@@ -27,16 +27,13 @@ class Sampler:
 
     Attributes:
         condition_kind: how the model takes captions.
-        size: (height, width) of the images in pixels.
+        settings: further arguments of the pipeline's call.
         batch_size: images that are generated or encoded at once.
     """
 
     model: FlowModel
     condition_kind: ConditionKind
-    size: tuple[int, int]
-    steps: int
-    guidance: float
-    solver: str | None
+    settings: dict[str, Any]
     seed: int
     batch_size: int
 
@@ -51,7 +48,6 @@ class Sampler:
         Raises:
             UserError: an image holds values that are not finite.
         """
-        height, width = self.size
         batches = []
         for start in tqdm(range(0, len(captions), self.batch_size), desc=f"sampling for {description}"):
             batch = list(captions[start : start + self.batch_size])
@@ -61,11 +57,7 @@ class Sampler:
             with memory_phase("draw"):
                 images = self.model.pipeline(
                     **condition,
-                    height=height,
-                    width=width,
-                    num_inference_steps=self.steps,
-                    guidance_scale=self.guidance,
-                    solver=self.solver,
+                    **self.settings,
                     generator=[seeded(self.seed, stream, start + i) for i in range(len(batch))],
                     output_type="pt",
                 ).images
@@ -76,11 +68,7 @@ class Sampler:
 
     def rows(self, captions: list[str]) -> Rows:
         """Return the captions as conditions of the flow model."""
-        model = self.model
-        if self.condition_kind == "prompt":
-            return model.encode_prompt(captions)
-        return (
-            model.encode_class(captions)
-            if self.condition_kind == "class_labels"
-            else model.null(len(captions))
-        )
+        if self.condition_kind == "nothing":
+            return self.model.null(len(captions))
+        prompts = self.condition_kind == "prompt"
+        return self.model.encode_prompt(captions) if prompts else self.model.encode_class(captions)

@@ -6,25 +6,24 @@ It knows only the paths of Gradio's requests, and nothing else of Gradio.
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 import re
 import socket
 import time
 from asyncio import to_thread
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, QueryParams
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from ..errors import printable, reason
-
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MEBIBYTE = 2**20
 LARGEST_UPLOAD = 32 * MEBIBYTE
@@ -103,17 +102,15 @@ class Guard:
         listeners: number of open streams by session or event, which is kept up to date here.
     """
 
-    def __init__(self, app: App, *, hosts: Hosts, uploads: Path, listeners: Counter[str]) -> None:
+    def __init__(self, app: ASGIApp, *, hosts: Hosts, uploads: Path, listeners: Counter[str]) -> None:
         self._app, self._hosts, self._uploads, self._listeners = app, hosts, uploads, listeners
         self._incoming = 0  # bytes of uploads that are being received
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-            return
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            await _refuse(scope, send, *refusal)
+        elif refusal := self._refusal(scope):
+            await _refuse(scope, receive, send, *refusal)
         elif scope.get("method") == "POST" and scope["path"].endswith(tuple(LARGEST_BODIES)):
             await self._take_upload(scope, receive, send)
         else:
@@ -127,15 +124,16 @@ class Guard:
                 if scope.get("method") != "POST" or "/call/v2/" not in scope["path"]:
                     raise
                 # Gradio raises these for an argument whose name is wrong or missing.
-                await _refuse(scope, send, 422, f"The request is not understood: {reason(error)}")
+                message = f"The request is not understood: {reason(error)}"
+                await _refuse(scope, receive, send, 422, message)
             finally:
                 if listener is not None:
                     self._listeners -= Counter([listener])
 
-    def _refusal(self, scope: Message) -> tuple[int, str] | None:
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Return status and message for a request that is refused, else None."""
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-        hosts = [value for name, value in headers if name == "host"]
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._hosts.knows(hosts[0]):
             shown = printable(", ".join(hosts))[:100]
             return (
@@ -144,32 +142,29 @@ class Guard:
             )
         if re.search(r"/file=\w\w+:/", scope["path"]):
             return 403, "Nothing is fetched from other addresses."
-        header = dict(headers)
-        if "origin" in header and not self._hosts.same_site(header["origin"], hosts[0]):
+        if "origin" in headers and not self._hosts.same_site(headers["origin"], hosts[0]):
             return 403, "This request comes from the page of another site."
         if scope.get("method") != "POST":
             return None
-        if not header.get("content-length", "").isdecimal():
+        if not headers.get("content-length", "").isdecimal():
             return 411, "The length of the request is missing."
         most = next((n for end, n in LARGEST_BODIES.items() if scope["path"].endswith(end)), LARGEST_BODY)
-        if int(header["content-length"]) > most:
+        if int(headers["content-length"]) > most:
             return 413, f"The request is too large: at most {most:,} bytes."
         return None
 
-    async def _take_upload(self, scope: Message, receive: Receive, send: Send) -> None:
-        size = max(SMALLEST_FILE, int(dict(scope["headers"])[b"content-length"]))
+    async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = max(SMALLEST_FILE, int(Headers(scope=scope)["content-length"]))
         self._incoming += size
         try:
             kept = await to_thread(make_room, self._uploads, MOST_KEPT - self._incoming)
             if kept + self._incoming > MOST_KEPT:
-                await _refuse(
-                    scope, send, 503, "The server is busy: too many uploads. Try again in a minute."
-                )
+                busy = "The server is busy: too many uploads. Try again in a minute."
+                await _refuse(scope, receive, send, 503, busy)
             else:
                 await self._app(scope, receive, send)
-        except Exception as error:
-            if type(error).__name__ != "ClientDisconnect":  # Starlette's: the window was closed meanwhile
-                raise
+        except ClientDisconnect:  # the window was closed meanwhile
+            pass
         finally:
             self._incoming -= size
 
@@ -199,26 +194,18 @@ def make_room(folder: Path, most: int) -> int:
     return kept
 
 
-def _listener(scope: Message) -> str | None:
+def _listener(scope: Scope) -> str | None:
     """Return the session or event for whose answer a request waits, or None."""
     path: str = scope["path"]
     if scope.get("method") != "GET":
         return None
     if path.endswith("/queue/data"):
-        query: str = scope["query_string"].decode("latin-1")
-        return parse_qs(query).get("session_hash", [""])[0]
+        return QueryParams(scope["query_string"]).get("session_hash", "")
     return path.rpartition("/")[2] if "/call/" in path else None
 
 
-async def _refuse(scope: Message, send: Send, status: int, sentence: str) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008, "reason": sentence})
-        return
-    body = json.dumps({"detail": sentence}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),  # its body is not read
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, sentence: str) -> None:
+    answer: ASGIApp = WebSocketClose(code=1008, reason=sentence)
+    if scope["type"] == "http":
+        answer = JSONResponse({"detail": sentence}, status, {"connection": "close"})  # its body is not read
+    await answer(scope, receive, send)

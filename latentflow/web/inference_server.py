@@ -70,31 +70,25 @@ def text(name: str, value: Any) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """Values that every request has: the conditions, the number of images, and how they are sampled."""
+    """Values that every request has: the conditions, the number of images, and how they are sampled.
+
+    Raises:
+        UserError: a number is outside its bounds, which are those of the page's sliders; or a text is invalid.
+    """
 
     prompt: str | None = None
-    label: str | None = None
-    negative: str | None = None
+    class_label: str | None = None
+    negative_prompt: str | None = None
     images: int = 1
     seed: int = 0
     steps: int = 20
     guidance: float = 4.0
     solver: str | None = None
 
-    def checked(self) -> GenerationRequest:
-        """Return the request with its numbers in the types that sampling takes.
-
-        Raises:
-            UserError: a number is outside its bounds, which are those of the page's sliders; or a text is invalid.
-        """
-        numbers = {
-            name: number(name, getattr(self, name)) for name in ("images", "seed", "steps", "guidance")
-        }
-        text("prompt", self.prompt)
-        text("class_label", self.label)
-        text("negative_prompt", self.negative)
-        text("solver", self.solver)
-        return replace(self, **numbers)
+    def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            checked = number(name, value) if name in BOUNDS else text(name, value)
+            object.__setattr__(self, name, checked)  # whole numbers as int
 
 
 class InferenceServer:
@@ -130,64 +124,42 @@ class InferenceServer:
                 )
             return self._pipe
 
-    # ---------------------------------------------------------------- choices on the page
-
     @property
-    def solvers(self) -> list[str]:
-        """Return the solvers' names."""
+    def choices(self) -> dict[str, list[str]]:
+        """Return the names of the solvers, and of the inpainting and editing methods that suit the checkpoint."""
         self.pipe  # noqa: B018
-        from ..flow import SOLVERS
-
-        return list(SOLVERS)
-
-    @property
-    def inpainting_methods(self) -> list[str]:
-        """Return the names of the inpainting methods that suit the checkpoint."""
-        self.pipe  # noqa: B018
+        from ..flow import EDITING, SOLVERS
         from ..flow.inpainting import INPAINTING
 
-        return [*(["trained"] if self.capabilities.masks else []), *INPAINTING]
-
-    @property
-    def editing_methods(self) -> list[str]:
-        """Return the names of the editing methods that suit the checkpoint."""
-        self.pipe  # noqa: B018
-        from ..flow import EDITING
-
-        return [*(EDITING if self.capabilities.condition else ()), IMAGE_TO_IMAGE]
+        return {
+            "solver": list(SOLVERS),
+            "inpaint": [*(["trained"] if self.capabilities.masks else []), *INPAINTING],
+            "edit": [*(EDITING if self.capabilities.condition else ()), IMAGE_TO_IMAGE],
+        }
 
     def unknown_words(self, *prompts: str | None) -> list[str]:
         """Return the words of prompts that the checkpoint's vocabulary lacks."""
         found: list[str] = self.pipe.unknown_words([prompt for prompt in prompts if prompt])
         return found
 
-    def opened(self, upload: str) -> tuple[Image, str]:
+    def opened(self, upload: str | None) -> tuple[Image, str]:
         """Open an uploaded image, upright, RGB or RGBA, and shrink it if it is too large for the checkpoint.
 
         Returns:
             The image, and a sentence if it was shrunk, else "".
 
         Raises:
-            UserError: it cannot be read; the message has the file's name without the server's folder.
+            UserError: there is none; or it cannot be read, with the file's name without the server's folder.
         """
         pipe = self.pipe
-        image = _hiding_folder(read_image, upload)
+        if upload is None:
+            raise UserError("there is no image", "Upload one, or send one that was generated.")
+        image = _read_upload(upload, read_image)
         trained = pipe.model.native_side or 64 * pipe.vae_scale_factor
         width, height = image.size
         image.thumbnail((LARGEST_IMAGE * trained, LARGEST_IMAGE * trained))
         shrunk = f"Shrunk from {width} x {height} to {image.width} x {image.height} pixels."
         return image, shrunk if image.size != (width, height) else ""
-
-    def stroke(self, upload: str) -> Image:
-        """Open an uploaded image without any change, with its transparency.
-
-        Raises:
-            UserError: see ``opened``.
-        """
-        self.pipe  # noqa: B018
-        from ..data.images import decode_image
-
-        return _hiding_folder(decode_image, upload)
 
     # ---------------------------------------------------------------- requests
 
@@ -200,7 +172,7 @@ class InferenceServer:
         request: GenerationRequest,
         progress: Progress,
         upload: str | None,
-        strokes: list[Image],
+        strokes: list[str],
         *,
         method: str | None = None,
         strength: float = 1.0,
@@ -210,7 +182,7 @@ class InferenceServer:
         """Repaint the part of an image that was painted over.
 
         Args:
-            strokes: RGBA images of the canvas, opaque where it was painted over.
+            strokes: uploaded RGBA images of the canvas, opaque where it was painted over.
             margin: width in pixels of the surroundings that the network sees; 0: the whole image.
         """
         settings = {
@@ -219,8 +191,10 @@ class InferenceServer:
             "feather": number("feather", feather),
             "padding_mask_crop": number("margin", margin) or None,
         }
-        image = self._needed(upload)
-        mask = painted(strokes, image.size)
+        image, _ = self.opened(upload)
+        from ..data.images import decode_image
+
+        mask = painted([_read_upload(stroke, decode_image) for stroke in strokes], image.size)
         if mask.getbbox() is None:
             raise UserError("nothing is painted over", "Paint over the area to replace.")
         kind = "LatentFlowInpaintPipeline"
@@ -239,52 +213,45 @@ class InferenceServer:
 
         Args:
             source: prompt or class of the image as it is; "": unknown.
-            method: one of ``editing_methods``; None: the pipeline's default, or image-to-image for an unconditional
+            method: one of ``choices["edit"]``; None: the pipeline's default, or image-to-image for an unconditional
                 checkpoint.
         """
         text("source_prompt", source)
         text("method", method)
-        settings: dict[str, Any] = {"strength": number("strength", strength), "image": self._needed(upload)}
+        settings: dict[str, Any] = {"strength": number("strength", strength), "image": self.opened(upload)[0]}
         if method == IMAGE_TO_IMAGE or not self.capabilities.condition:
             return self._sample("LatentFlowImg2ImgPipeline", request, progress, **settings)
         if method == "inversion":  # it has no seed: more images would be equal
             request = replace(request, images=1)
         if source:
-            shown = conditions(
-                self.pipe, (source,) if request.label is None else (), (source,) if request.label else ()
-            )
-            settings |= {f"source_{name}": value for name, value in shown[0].items()}
+            classes = [source] if request.class_label else []
+            [shown] = conditions(self.pipe, [] if classes else [source], classes)
+            settings |= {f"source_{name}": value for name, value in shown.items()}
         if method is not None:
             settings["method"] = method
         return self._sample("LatentFlowEditPipeline", request, progress, **settings)
-
-    def _needed(self, upload: str | None) -> Image:
-        if upload is None:
-            raise UserError("there is no image", "Upload one, or send one that was generated.")
-        return self.opened(upload)[0]
 
     def _sample(
         self, kind: str, request: GenerationRequest, progress: Progress, **settings: Any
     ) -> list[Image]:
         import latentflow
 
-        request = request.checked()
-        if self.capabilities.labels and not self.capabilities.text and not request.label:
-            some = ", ".join(self.capabilities.labels[:10]) + (
-                ", ..." if self.capabilities.labels[10:] else ""
-            )
+        labels, chosen = self.capabilities.labels, request.class_label
+        if labels and not self.capabilities.text and not chosen:
+            some = ", ".join(labels[:10]) + (", ..." if labels[10:] else "")
             raise UserError("no class is chosen", f"Choose one: {some}.")
         if self._pipe is None:
             progress(0, 1, "Loading the models")
         loaded = self.pipe  # before a pipeline class is imported
         pipe = getattr(latentflow, kind).from_pipe(loaded)
         pipe.set_progress_bar_config(disable=True)
-        shown = conditions(
-            pipe,
-            () if request.prompt is None else (request.prompt,),
-            (request.label,) if request.label else (),
-            request.negative or None,
-        )
+        prompts = [request.prompt or ""] if self.capabilities.text and not chosen else []
+        shown = conditions(pipe, prompts, [chosen] if chosen else [], request.negative_prompt or None)
+
+        def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            progress(i + 1, pipe.num_timesteps, "Generating")
+            return {}
+
         with self._sampling:
             progress(0, 1, "Generating")
             return sample_images(
@@ -294,7 +261,7 @@ class InferenceServer:
                 num_inference_steps=request.steps,
                 guidance_scale=request.guidance,
                 solver=request.solver,
-                callback_on_step_end=_after_step(progress),
+                callback_on_step_end=after_step,
                 **settings,
             )
 
@@ -310,7 +277,7 @@ def painted(strokes: list[Image], size: tuple[int, int]) -> Image:
     return mask.point(lambda level: 255 * (level >= 128))
 
 
-def _hiding_folder(read: Callable[[str], Image], upload: str) -> Image:
+def _read_upload(upload: str, read: Callable[[str], Image]) -> Image:
     """Read an upload; errors have the file's name without the server's folder."""
     if not Path(upload).is_file():  # the oldest uploads make room for new ones
         raise UserError(f"{Path(upload).name} is no longer stored", "Upload it again.")
@@ -319,11 +286,3 @@ def _hiding_folder(read: Callable[[str], Image], upload: str) -> Image:
     except UserError as error:
         folder = f"{Path(upload).parent}{os.sep}"
         raise UserError(error.what.replace(folder, ""), error.fix.replace(folder, "")) from error
-
-
-def _after_step(progress: Progress) -> Callable[..., dict[str, Any]]:
-    def after_step(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress(i + 1, pipe.num_timesteps, "Generating")
-        return {}
-
-    return after_step

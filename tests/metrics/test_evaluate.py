@@ -18,12 +18,15 @@ from latentflow import DiT, LatentFlowPipeline
 from latentflow.autoencoder import build_autoencoder, downscale_factor
 from latentflow.config import AutoencoderConfig
 from latentflow.data import Source, find_source, to_pil, to_tensor
+from latentflow.data.sources import shapes
 from latentflow.errors import UserError
 from latentflow.evaluation import data, figures, report
 from latentflow.evaluation.data import ImageSet
-from latentflow.metrics import in_proportion, real_split
+from latentflow.metrics import in_proportion, learned, real_split
 from latentflow.models import small_text_encoder, train_tokenizer
 from latentflow.training.fine_tune.teacher_samples import TeacherSample
+
+from .test_learned import Levels
 
 COLOURS = ["red", "lime", "blue", "yellow", "white", "black"]
 THINGS = ["hat", "shoe"]
@@ -301,19 +304,32 @@ def test_a_checkpoint_is_conditioned_on_what_it_takes(kind: Any, takes: str, ask
             data.condition_kind(model, source)
         return
     assert data.condition_kind(model, source) == asks
-    notes = "\n".join(report.notes(model, source, asks, [""] * 200, real_split(range(400), 200), {}))
+    notes = "\n".join(report.notes(model, source, None, asks, [""] * 200, real_split(range(400), 200)))
     assert ("dog" in notes) == (asks == "class_labels")  # a class that DATA lacks
     assert ("takes captions, and DATA has none" in notes) == (asks == "prompt" and kind != "text")
     assert ("takes no condition" in notes) == (asks == "nothing" and kind != "unconditional")
 
 
 def test_a_checkpoint_of_captions_and_classes_is_asked_for_the_classes_of_its_data(
-    evaluate: Evaluate, classes: Path, tmp_path: Path
+    evaluate: Evaluate, classes: Path, images: Path, tmp_path: Path
 ) -> None:
     both = save_checkpoint(tmp_path, 16, captions=list(CLASSES), classes=list(CLASSES))
     measured = evaluate(both, classes, tmp_path / "x.json", "-n", 2, "--steps", 1, "--validation", 0.05)
     assert measured["asked"]["with"] == "class_labels"
     assert measured["validation_loss"]["held_out"]["value"] > 0.9
+    with pytest.raises(UserError, match=r"kind 'class', and --test .* one of kind 'text'"):
+        evaluate(both, classes, tmp_path / "y.json", "--test", images)
+
+
+def test_an_unconditional_checkpoint_is_asked_for_nothing(
+    evaluate: Evaluate, images: Path, tmp_path: Path
+) -> None:
+    made = save_checkpoint(tmp_path, 32)
+    flags = ["-n", 2, "--steps", 1, "--validation", 0.25]
+    measured = evaluate(made, images, tmp_path / "x.json", *flags)
+    assert measured["asked"]["with"] == "nothing" and "caption_retrieval" not in measured
+    with pytest.raises(UserError, match="--attributes needs a checkpoint that takes"):
+        evaluate(made, images, tmp_path / "y.json", *flags, "--attributes", "red", "blue")
 
 
 # ---------------------------------------------------------------- the report, and mistakes
@@ -344,6 +360,42 @@ def test_an_exact_copy_does_not_make_the_mean_infinite() -> None:
         reconstructed(lambda latents: latents / errors)
 
 
+def test_fid_is_measured_as_the_distance_of_small_images_is() -> None:
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    real = ImageSet(images=images, captions=[""] * 16)
+    beside, reference = real.rows([0, 1, 2]), real.rows([*range(3, 10)])
+    plain = figures.frechet_distance(images[10:], beside, reference)
+    fid = figures.frechet_distance(images[10:], beside, reference, learned.open_fid(Levels()))
+    assert plain.pop("features") == "pixels-16" and plain.keys() == fid.keys()
+    assert (fid["generated"], fid["real"], fid["reference"]) == (3, 3, 7) and fid["value"] > 0
+    few = figures.frechet_distance(images[10:], real.rows([0]), real.rows([1, 2]))
+    assert few == {
+        "value": None,
+        "value_reason": "3 training images cannot be split in two with a covariance each",
+    }
+
+
+def test_clip_scores_are_of_images_with_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        learned, "clip_score", lambda clip, images, captions, batch_size: 10.0 * len(captions)
+    )
+    images = torch.zeros(3, 3, 16, 16)
+    real = ImageSet(images=images, captions=["", "", ""])
+    found = figures.clip_scores(None, images, ["a hat", "", "a shoe"], real, 2)
+    assert found == {"value": 20.0, "value_images": 2, "real": None, "real_reason": "no image has a caption"}
+
+
+def test_the_procedural_set_is_checked_exactly() -> None:
+    def drawn(captions: list[str], *_: Any) -> torch.Tensor:
+        return torch.stack([to_tensor(shapes.render(shapes.parse(text), 32)[0]) for text in captions])
+
+    captions = shapes.train_captions()[:4]
+    sampler: Any = SimpleNamespace(seed=0, sample=drawn)
+    real = ImageSet(images=drawn(captions), captions=captions)
+    found = figures.shapes(sampler, real.images[[0, 1, 2, 0]], captions, real)
+    assert {name: right["count"] for name, right in found.items()} == {"train": 3, "held_out": 4, "real": 4}
+
+
 def test_counterparts_that_are_one_image_are_left_out() -> None:
     levels = torch.tensor([-0.5, 0.5, 0.1, 0.1])[:, None, None, None]
     names = ["light hat", "dark hat", "light shoe", "dark shoe"]
@@ -365,8 +417,8 @@ def test_counterparts_that_are_one_image_are_left_out() -> None:
 def test_images_that_are_not_finite_are_not_measured(
     evaluate: Evaluate, images: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Any, prompt: list[str], height: int, width: int, **settings: Any) -> Any:
-        drawn = torch.full((len(prompt), 3, height, width), 0.5)
+    def broken(self: Any, prompt: list[str], **settings: Any) -> Any:
+        drawn = torch.full((len(prompt), 3, 32, 32), 0.5)
         drawn[1, 0, 0, 0] = float("nan")
         return SimpleNamespace(images=drawn)
 

@@ -53,7 +53,7 @@ def run(others: Path, cache: Path, base: Path, tmp_path_factory: pytest.TempPath
     return folder, call(cache, *line, "--max-train-steps", 4, "--checkpointing-steps", 2)
 
 
-def test_the_plan_says_what_is_trained(run: tuple[Path, str]) -> None:
+def test_the_plan_says_what_is_trained(run) -> None:
     # One block of width 16: qkv, proj, q, kv, proj, fc1 (16 -> 2 x 64), fc2 (64 -> 16), each 4 (in + out).
     count = 4 * (64 + 32 + 32 + 48 + 32 + 144 + 80)
     assert "adapter: LoRA of rank 4 in 7 layers, " in run[1]
@@ -61,7 +61,7 @@ def test_the_plan_says_what_is_trained(run: tuple[Path, str]) -> None:
     assert f": {count + 16 * words:,} trained parameters" in run[1]
 
 
-def test_the_result_is_the_base_with_the_adapter(run: tuple[Path, str], base: Path) -> None:
+def test_the_result_is_the_base_with_the_adapter(run, base) -> None:
     result, pipe = opened(run[0] / "pipeline"), opened(base)
     before = sampled(pipe, prompt="a glimmering wug")
     pipe.load_lora_weights(run[0] / "adapter", adapter_name="one")
@@ -71,7 +71,7 @@ def test_the_result_is_the_base_with_the_adapter(run: tuple[Path, str], base: Pa
     assert not torch.allclose(sampled(pipe, prompt="a glimmering wug"), before, atol=1e-3)
 
 
-def test_only_the_adapter_learns(run: tuple[Path, str], base: Path) -> None:
+def test_only_the_adapter_learns(run, base) -> None:
     average = load_file(run[0] / "checkpoints" / "step-000004" / "flow-average.safetensors")
     assert average and all("lora_" in name or "trainable_tokens" in name for name in average)
     weights = load_file(run[0] / "checkpoints" / "step-000004" / "flow-weights.safetensors")
@@ -85,7 +85,7 @@ def test_only_the_adapter_learns(run: tuple[Path, str], base: Path) -> None:
     assert all(one.abs().max() > 0 for name, one in state.items() if "lora_B" in name or "added" in name)
 
 
-def test_a_stopped_run_goes_on_bit_by_bit(others: Path, cache: Path, base: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_bit_by_bit(others, cache, base, tmp_path) -> None:
     line = [others, *TINY, *LORA, "--init-from", base, "--learning-rate", "0.05"]
     line += ["--checkpointing-steps", 2, "--lr-scheduler", "constant", "--max-train-steps"]
     part = ["-o", tmp_path / "part"]
@@ -100,9 +100,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(others: Path, cache: Path, base: Path,
     assert "adapter.lora_alpha: None -> 8.0" in said
 
 
-def test_a_run_does_not_go_on_beside_another_base(
-    others: Path, cache: Path, base: Path, tmp_path: Path
-) -> None:
+def test_a_run_does_not_go_on_beside_another_base(others, cache, base, tmp_path) -> None:
     copy = shutil.copytree(base, tmp_path / "base")
     line = [others, "-o", tmp_path / "run", *TINY, *LORA, "--init-from", copy, "--prior-samples", 0]
     call(cache, *line, "--max-train-steps", 1)
@@ -112,9 +110,7 @@ def test_a_run_does_not_go_on_beside_another_base(
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
-def test_two_processes_learn_what_one_learns(
-    sharded: bool, others: Path, cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_learn_what_one_learns(sharded, others, cache, base, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     line = [others, *TINY, *LORA, "--init-from", base, "--lora-text-encoder", "--mixed-precision", "no"]
     line += ["--lora-dora"] * (not sharded) + ["--max-train-steps", 4]
@@ -127,7 +123,7 @@ def test_two_processes_learn_what_one_learns(
 
 
 @pytest.mark.slow  # compiling takes a minute
-def test_a_compiled_adapter_learns_the_same(others: Path, cache: Path, base: Path, tmp_path: Path) -> None:
+def test_a_compiled_adapter_learns_the_same(others, cache, base, tmp_path) -> None:
     line = [others, *TINY, *LORA, "--init-from", base, "--mixed-precision", "no", "--max-train-steps", 2]
     call(cache, *line, "-o", tmp_path / "plain")
     call(cache, *line, "-o", tmp_path / "compiled", "--compile")
@@ -153,18 +149,14 @@ def test_a_compiled_adapter_learns_the_same(others: Path, cache: Path, base: Pat
         ("--init-from EMPTY --lora-rank 4", "is not a pipeline folder: it holds no model_index.json"),
     ],
 )
-def test_what_cannot_be_had_is_said(
-    flags: str, words: str, images: Path, cache: Path, base: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_had_is_said(flags, words, images, cache, base, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     given = flags.replace("BASE", f"--init-from {base}").replace("EMPTY", str(tmp_path / "empty")).split()
     said = call(cache, images, "-o", tmp_path / "run", *TINY, *given, "--max-train-steps", 1, expect=2)
     assert words in said and "Traceback" not in said
 
 
-def test_without_peft_the_line_that_installs_it(
-    images: Path, cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_peft_the_line_that_installs_it(images, cache, base, tmp_path, monkeypatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find_spec(name, *rest)
@@ -197,7 +189,7 @@ def test_groups_name_the_layers_of_every_network() -> None:
     }  # fmt: skip
 
 
-def test_another_resolution_is_no_missing_input(tmp_path: Path) -> None:
+def test_another_resolution_is_no_missing_input(tmp_path) -> None:
     """SiT's table of positions, which is computed, is of one size."""
     arguments = {"in_channels": 2, "width": 16, "depth": 1, "heads": 2, "position": "sincos"}
     LatentFlowPipeline(None, DiT(**arguments, sample_size=4)).save_pretrained(tmp_path)
@@ -212,7 +204,7 @@ def test_another_resolution_is_no_missing_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_every_parameter_of_an_adapter_gets_a_gradient(dora: bool, tmp_path: Path) -> None:
+def test_every_parameter_of_an_adapter_gets_a_gradient(dora, tmp_path) -> None:
     """A layer whose weights are read past its `forward` would never learn."""
     condition = Condition(
         text=torch.randn(2, 3, 16),

@@ -65,7 +65,7 @@ def test_tokens_are_those_of_the_drawn_caption() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_an_epoch_uses_each_image_as_often_as_it_is_repeated(processes: int) -> None:
+def test_an_epoch_uses_each_image_as_often_as_it_is_repeated(processes) -> None:
     table = LatentTable(torch.arange(3.0).view(3, 1, 1, 1, 1), None)
     data = latent_data(source(repeats=4), table)
     order = DataOrder(size=len(data), batch_size=2, processes=processes)
@@ -115,7 +115,7 @@ def test_captions_of_mirrored_images_say_left_for_right() -> None:
 
 
 @pytest.mark.parametrize("texts", [("left hand",), ("left hand", "hand on the left", "a hand")])
-def test_a_use_is_told_of_its_mirror_image_when_it_is_mirrored(texts: tuple[str, ...]) -> None:
+def test_a_use_is_told_of_its_mirror_image_when_it_is_mirrored(texts) -> None:
     example = FileExample("a", texts[0], texts=texts[1:], path=Path("a"))
     hands = Source("hands", (example, example), "text")
     plain, turning = Captions(hands, seed=5), Captions(hands, seed=5, mirror=True)

@@ -12,9 +12,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from latentflow.autoencoder import build_autoencoder
-from latentflow.config import AutoencoderConfig
-
 from ..data.profiles import rgb_profile
 from .command import TINY, call
 
@@ -30,19 +27,14 @@ def data(images: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("file", ["flow", "autoencoder"])
-def test_a_run_begun_before_goes_on_with_the_colours_as_they_are_stored(
-    data: Path, tmp_path: Path, file: str
-) -> None:
+def test_a_run_begun_before_goes_on_with_the_colours_as_they_are_stored(data, tmp_path, file) -> None:
     begun, whole = tmp_path / "begun", tmp_path / "whole"
-    flags, player, target = TINY[:15], "autoencoder", "--autoencoder-steps"
-    if file == "flow":
-        flags, player, target = [*TINY, "--vae", str(autoencoder(tmp_path))], "flow", "--max-train-steps"
+    flags = [*TINY, "--max-train-steps", 2] if file == "flow" else [*TINY[:15], "--autoencoder-steps", 2]
+    often = ["--checkpointing-steps", 1, "--preview-steps", 0, "--validation-steps", 0]
 
     def train(run: Path, *more: object, expect: int = 0) -> str:
-        often = ("--checkpointing-steps", 1, "--preview-steps", 0, "--validation-steps", 0)
-        return call(
-            tmp_path / "cache", data, "-o", run, *flags, target, 2, *often, *more, file=file, expect=expect
-        )
+        line = [data, "-o", run, *flags, *often, *more]
+        return call(tmp_path / "cache", *line, file=file, expect=expect)
 
     train(whole, "--colours", "stored")
     shutil.copytree(whole, begun)
@@ -55,19 +47,8 @@ def test_a_run_begun_before_goes_on_with_the_colours_as_they_are_stored(
     assert len(re.findall("was begun before colour profiles were converted", said)) == 1
     assert "6 images have another colour profile than sRGB, not used (--colours stored)" in said
     one, other = (
-        load_file(run / f"checkpoints/step-000002/{player}-weights.safetensors") for run in (begun, whole)
+        load_file(run / f"checkpoints/step-000002/{file}-weights.safetensors") for run in (begun, whole)
     )
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert yaml.safe_load((begun / "config.yaml").read_text())["colours"] == "stored"  # and so for good
     assert "data: " in train(begun, "--colours", "srgb", expect=2)
-
-
-def autoencoder(tmp_path: Path) -> Path:
-    config = AutoencoderConfig(
-        autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(0, 1), latent_channels=4
-    )
-    torch.manual_seed(0)
-    made = build_autoencoder(config, 16)
-    made.register_to_config(latents_mean=[0.1] * 4, latents_std=[2.0] * 4, scaling_factor=1.0)
-    made.save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shlex
 import shutil
@@ -52,7 +53,7 @@ def distill(folder: Path, *arguments: Any, expect: int = 0) -> str:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
-    method: str, teacher: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method, teacher, images, tmp_path, monkeypatch
 ) -> None:
     run = tmp_path / "run"
     said = distill(tmp_path, teacher, images, "-o", run, "--method", method, *FEW, *PAIRS, "--guidance", 3)
@@ -60,10 +61,9 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     pipe = opened(run / "pipeline")
     counts = (1,) if method == "one-step" else (1, 2, 4)
     assert pipe.few_steps.step_counts == counts and pipe.usual_steps == counts[-1]
-    averages = OBJECTIVES[METHODS[method].objective].average
-    assert pipe.few_steps.average == averages and pipe.few_steps.consistency == (
-        METHODS[method].objective == "consistency"
-    )
+    objective = METHODS[method].objective
+    assert pipe.few_steps.average == OBJECTIVES[objective].average
+    assert pipe.few_steps.consistency == (objective == "consistency")
     assert pipe.usual_guidance == 1.0 and pipe.config.folded_guidance == 3.0
     evaluations: list[float] = []
     pipe.transformer.register_forward_pre_hook(lambda module, given: evaluations.append(float(given[1][0])))
@@ -83,7 +83,7 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     assert ("1 steps." if len(counts) == 1 else "1 and 2 and 4 steps, two rows each.") in card
 
 
-def test_a_student_may_be_an_adapter(teacher: Path, images: Path, tmp_path: Path) -> None:
+def test_a_student_may_be_an_adapter(teacher, images, tmp_path) -> None:
     """It brings the input that the teacher lacks; the pipeline follows it while it is in effect, and not after."""
 
     def student(name: str, *more: Any) -> Path:
@@ -152,50 +152,52 @@ def test_a_student_may_be_an_adapter(teacher: Path, images: Path, tmp_path: Path
 
 def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:
     """On its own path or another, under a condition or none, at a time for each row."""
+    close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
     x, t = torch.randn(3, 4, 4, 4), torch.tensor([0.2, 0.5, 0.9])
     condition = Condition(class_labels=torch.arange(3), drop=torch.tensor([False, False, True]))
     for prediction, path in (("velocity", "condot"), ("noise", "variance-preserving")):
-        pipe = LatentFlowPipeline(
-            vae=None, transformer=build("dit", num_classes=3), prediction=prediction, path=path
-        )
+        network = build("dit", num_classes=3)
+        model = LatentFlowPipeline(None, network, prediction=prediction, path=path).model
         under, null = (
-            torch.cat([pipe.model.velocity(rows[[row]], 1.0)(x[[row]], t[row]) for row in range(3)])
-            for rows in (pipe.model.rows_of(given, 3) for given in (condition, condition.unconditional()))
+            torch.cat([model.velocity(rows[[row]], 1.0)(x[[row]], t[row]) for row in range(3)])
+            for rows in (model.rows_of(given, 3) for given in (condition, condition.unconditional()))
         )
         expected = null + 3.0 * (under - null)
-        torch.testing.assert_close(
-            VelocityTeacher(pipe.model, 3.0)(x, t, condition), expected, rtol=1e-3, atol=1e-4
-        )
+        close(VelocityTeacher(model, 3.0)(x, t, condition), expected)
         torch.testing.assert_close(expected[2], null[2])
-        torch.testing.assert_close(
-            VelocityTeacher(pipe.model, 1.0)(x, t, condition), under, rtol=1e-3, atol=1e-4
-        )
+        close(VelocityTeacher(model, 1.0)(x, t, condition), under)
+
+
+def few_classes(first: int = 0) -> dict[str, Any]:
+    """Return a batch of six samples, numbered from ``first``."""
+    latents = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    ids = [*range(first, first + 6)]
+    return {"latents": latents, "sample_ids": ids, "class_labels": torch.arange(6) % 3}
+
+
+def student() -> Any:
+    """Return a network for losses of students."""
+    return build("dit", num_classes=3, interval_conditioning=True)
+
+
+def teacher_of(network: Any, guidance: float = 1.0) -> VelocityTeacher:
+    return VelocityTeacher(LatentFlowPipeline(None, copy.deepcopy(network)).model, guidance)
 
 
 @pytest.mark.parametrize(
     "method", [name for name, one in METHODS.items() if one.loss is None and not one.pairs]
 )
-def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method: str) -> None:
+def test_a_student_of_itself_has_nothing_to_learn_but_intervals(method) -> None:
     """Where an interval has no length the target is the teacher's velocity."""
-    network = build("dit", num_classes=3, interval_conditioning=True)
-    pipe = LatentFlowPipeline(vae=None, transformer=copy.deepcopy(network))
-    config = FlowConfig(
-        objective=method, objective_options={"share": 1e-9, "power": 0.0}, condition_dropout=0.0
-    )
-    batch = {
-        "latents": torch.randn(5, 4, 4, 4),
-        "sample_ids": [*range(5)],
-        "class_labels": torch.tensor([0, 1, 2, 0, 1]),
-    }
-    own = flow_loss(network, config, 0, teacher=VelocityTeacher(pipe.model, 1.0))
-    torch.testing.assert_close(own(batch)["per_sample"], torch.zeros(5), rtol=0, atol=1e-9)
-    guided = flow_loss(network, config, 0, teacher=VelocityTeacher(pipe.model, 3.0))
-    assert float(guided(batch)["per_sample"].min()) > 1e-4
+    network, options = student(), {"share": 1e-9, "power": 0.0}
+    config = FlowConfig(objective=method, objective_options=options, condition_dropout=0.0)
+    own = flow_loss(network, config, 0, teacher=teacher_of(network))
+    torch.testing.assert_close(own(few_classes())["per_sample"], torch.zeros(6), rtol=0, atol=1e-9)
+    guided = flow_loss(network, config, 0, teacher=teacher_of(network, 3.0))
+    assert float(guided(few_classes())["per_sample"].min()) > 1e-4
 
 
-def test_pairs_are_the_teachers_and_are_drawn_once(
-    teacher: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_are_the_teachers_and_are_drawn_once(teacher, images, tmp_path, monkeypatch) -> None:
     run, pairs = tmp_path / "run", tmp_path / "pairs"
     flags = [*FEW, *PAIRS, "--pairs-folder", pairs, "--pairs-solver", "euler", "--method", "reflow"]
     distill(tmp_path, teacher, images, "-o", run, *flags)
@@ -226,7 +228,7 @@ def _stop_at(steps: int) -> Any:
         "distribution-matching",
     ],
 )
-def test_a_student_resumes_bit_for_bit(method: str, teacher: Path, images: Path, tmp_path: Path) -> None:
+def test_a_student_resumes_bit_for_bit(method, teacher, images, tmp_path) -> None:
     line = [teacher, images, *FEW, "--max-train-steps", 4, "--method", *method.split()]
     line += ["--lr-scheduler", "constant", "--log-steps", 1]
     distill(tmp_path, *line, "-o", tmp_path / "straight")
@@ -259,12 +261,12 @@ def test_a_student_resumes_bit_for_bit(method: str, teacher: Path, images: Path,
         ("--method reflow --early-stop 2", "--early-stop with reflow"),
     ],
 )
-def test_bad_input_is_refused(flags: str, what: str, teacher: Path, images: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused(flags, what, teacher, images, tmp_path) -> None:
     line = [teacher, images, "-o", tmp_path / "run", *FEW, *flags.split()]
     assert what.lower() in distill(tmp_path, *line, expect=2).lower()
 
 
-def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(images: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(images, tmp_path) -> None:
     said = distill(tmp_path, images, images, "-o", tmp_path / "run", *FEW, expect=2)
     assert "is not a pipeline folder" in said
     call(tmp_path, images, "-o", tmp_path / "bare", *TINY, "--max-train-steps", 1, "--condition", "none")
@@ -277,9 +279,7 @@ def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(images: Path, tm
     assert LatentFlowPipeline.from_pretrained(few).few_steps.consistency
 
 
-def test_a_students_student_has_the_guidance_that_it_learned(
-    teacher: Path, images: Path, tmp_path: Path
-) -> None:
+def test_a_students_student_has_the_guidance_that_it_learned(teacher, images, tmp_path) -> None:
     first = tmp_path / "first"
     distill(tmp_path, teacher, images, "-o", first, *FEW, "--guidance", 3)
     tuned = ["--init-from", first / "pipeline", *TINY, "--max-train-steps", 1]
@@ -291,34 +291,19 @@ def test_a_students_student_has_the_guidance_that_it_learned(
         open_teacher(str(first / "pipeline"), 4.0)
 
 
-def few_classes() -> dict[str, Any]:
-    g = torch.Generator().manual_seed(3)
-    return {
-        "latents": torch.randn(6, 4, 4, 4, generator=g),
-        "sample_ids": [*range(6)],
-        "class_labels": torch.arange(6) % 3,
-    }
-
-
-def teacher_of(network: Any) -> VelocityTeacher:
-    return VelocityTeacher(LatentFlowPipeline(vae=None, transformer=copy.deepcopy(network)).model, 1.0)
-
-
 def test_a_new_stage_learns_from_what_the_last_one_has_become() -> None:
-    network = build("dit", num_classes=3, interval_conditioning=True)
-    config = FlowConfig(objective="progressive", objective_options={"share": 1.0, "finest": 4})
-    stage = ProgressiveLoss(
-        network, config, 0, teacher=teacher_of(network), samples=72, samples_per_step=8
-    )  # stages begin at 24 and 48
+    network, options = student(), {"share": 1.0, "finest": 4}
+    config = FlowConfig(objective="progressive", objective_options=options)
+    numbers = {"samples": 72, "samples_per_step": 8}  # stages begin at 24 and 48
+    stage = ProgressiveLoss(network, config, 0, teacher=teacher_of(network), **numbers)
     first = copy.deepcopy(network.state_dict())
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(0.01)
 
     def lengths(start: int) -> set[float]:
-        batch = few_classes() | {"sample_ids": [*range(start, start + 6)]}
-        random = SampleRandom(0, batch["sample_ids"])
-        r, t = stage.interval(batch["sample_ids"], random)
+        batch = few_classes(start)
+        r, t = stage.interval(batch["sample_ids"], SampleRandom(0, batch["sample_ids"]))
         stage(batch)
         return set((t - r).tolist())
 
@@ -328,60 +313,49 @@ def test_a_new_stage_learns_from_what_the_last_one_has_become() -> None:
     assert lengths(24) == {0.5} and int(stage.earlier_stage) == 1
     torch.testing.assert_close(dict(stage.earlier.state_dict()), dict(network.state_dict()), rtol=0, atol=0)
     assert lengths(48) == {1.0} and int(stage.earlier_stage) == 2
-    assert (
-        lengths(24) == {0.5} and int(stage.earlier_stage) == 2
-    )  # a step that is tried again does not go back
+    assert lengths(24) == {0.5} and int(stage.earlier_stage) == 2  # a step tried again does not go back
     assert not any(weight.requires_grad for weight in stage.earlier.parameters())
     assert "earlier_stage" in stage.state_dict()  # a resumed run knows
 
 
+def generator(dropout: float, samples_per_step: int, **options: Any) -> GeneratorLoss:
+    network, config = student(), FlowConfig(objective="consistency", condition_dropout=dropout)
+    options |= {"teacher": teacher_of(network), "samples_per_step": samples_per_step}
+    return GeneratorLoss(network, config, 0, **options)
+
+
 def test_a_generator_that_draws_as_its_teacher_is_left_alone_and_has_its_turns() -> None:
     """The fake network begins as the teacher: their velocities agree, and nothing pulls."""
-    network = build("dit", num_classes=3, interval_conditioning=True)
-    config = FlowConfig(objective="consistency", condition_dropout=0.0)
-    made = GeneratorLoss(
-        network, config, 0, teacher=teacher_of(network), step_counts=(1, 2, 4), samples_per_step=6, every=3
-    )
+    made = generator(0.0, 6, step_counts=(1, 2, 4), every=3)
     fake = FakeLoss(made)
     for step in range(6):
-        result = made(few_classes() | {"sample_ids": [*range(6 * step, 6 * step + 6)]})
+        result = made(few_classes(6 * step))
         assert bool(result) == (step % 3 == 2)
-        loss = fake(few_classes())["loss"]
-        loss.backward()
+        fake(few_classes())["loss"].backward()
         if result:
             torch.testing.assert_close(result["per_sample"], torch.zeros(6), rtol=0, atol=1e-9)
     with torch.no_grad():
         for weight in made.fake.parameters():
             weight.mul_(1.1)
-    its_turn = few_classes() | {"sample_ids": [*range(12, 18)]}
+    its_turn = few_classes(12)
     together = made(its_turn)["per_sample"]
     assert float(together.min()) > 1e-6
     # A sample is a pure function of its number, whatever its company.
-    alone = [
-        made({name: value[row : row + 1] for name, value in its_turn.items()})["per_sample"]
-        for row in range(6)
-    ]
-    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-3, atol=1e-7)
+    single = [{name: value[row : row + 1] for name, value in its_turn.items()} for row in range(6)]
+    alone = torch.cat([made(batch)["per_sample"] for batch in single])
+    torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-7)
     weights = torch.arange(6.0)
     torch.testing.assert_close(made(its_turn | {"weights": weights})["loss"], (weights * together).mean())
     assert not any(name.startswith("fake") for name, _ in made.named_parameters())
 
 
-def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation() -> None:
     """And its fake network, and the fake's own lesson, are under the conditions that it drew under."""
-    network = build("dit", num_classes=3, interval_conditioning=True)
-    config = FlowConfig(objective="consistency", condition_dropout=0.25)
-    made = GeneratorLoss(
-        network, config, 0, teacher=teacher_of(network), step_counts=(1,), samples_per_step=400, every=1
-    )
+    made = generator(0.25, 400, step_counts=(1,), every=1)
     fake, given = FakeLoss(made), list[Any]()
     made.fake.register_forward_pre_hook(lambda module, arguments: given.append(arguments[2]))
     batch = few_classes()
-    many = {
-        name: value.repeat_interleave(67, 0)[:400] for name, value in batch.items() if name != "sample_ids"
-    }
+    many = {name: batch[name].repeat_interleave(67, 0)[:400] for name in ("latents", "class_labels")}
     made(many | {"sample_ids": list(range(400))})
     fake(batch)
     assert made.generated is not None
@@ -394,7 +368,7 @@ def test_a_generator_drops_as_many_conditions_as_asked_and_none_in_validation(
     assert not made.generated.condition.drop.any()
 
 
-def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> None:
+def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path) -> None:
     names = [f"{label}/{number}.png" for label in ("red", "blue", "green") for number in range(4)]
     two, three = save_images(tmp_path / "two", *names[:8]), save_images(tmp_path / "three", *names)
     call(tmp_path, two, "-o", tmp_path / "teacher", *TINY, "--max-train-steps", 1)
@@ -404,7 +378,7 @@ def test_classes_that_the_teacher_does_not_know_are_refused(tmp_path: Path) -> N
     distill(tmp_path, known, two, "-o", tmp_path / "run", *FEW)
 
 
-def test_a_finished_run_says_how_it_goes_on(teacher: Path, images: Path, tmp_path: Path) -> None:
+def test_a_finished_run_says_how_it_goes_on(teacher, images, tmp_path) -> None:
     """By its own program, with its own settings."""
     run = tmp_path / "run"
     distill(tmp_path, teacher, images, "-o", run, *FEW, "--method", "shortcut", "--guidance", 2)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 
-@pytest.fixture(autouse=True)
-def formats_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def formats_of_pillow() -> Iterator[None]:
     """A server gives up all but a few formats and sizes, for as long as its process lives."""
     Image.init()
-    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
-    monkeypatch.setattr(Image, "ID", list(Image.ID))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "OPEN", dict(Image.OPEN))
+        patch.setattr(Image, "ID", list(Image.ID))
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        yield
 
 
 # The networks' libraries are imported below, as the browser's test does without them.

@@ -74,13 +74,9 @@ class Visitor:
     def __init__(self) -> None:
         options = webdriver.ChromeOptions()
         options.binary_location = str(CHROMIUM)
-        for switch in (
-            "headless=new",
-            "no-sandbox",
-            "disable-gpu",
-            "disable-dev-shm-usage",
-            "window-size=1280,1080",
-        ):
+        options.add_argument("--headless=new")
+        options.add_argument("--window-size=1280,1080")
+        for switch in ("no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
             options.add_argument(f"--{switch}")
         options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
@@ -128,9 +124,6 @@ class Visitor:
             box.click()
         self.type(f"#{tab}-seed input", str(seed))
 
-    def press(self, tab: str) -> None:
-        self.one(f"#{tab}-go").click()
-
     def source(self, tab: str) -> str:
         images = self.all(f"#{tab}-results img")
         return images[0].get_attribute("src") if images else ""
@@ -138,11 +131,21 @@ class Visitor:
     def draw(self, tab: str) -> bytes:
         """Press the button and wait for another image than before; its file."""
         before = self.source(tab)
-        self.press(tab)
+        self.one(f"#{tab}-go").click()
         complaints = ".toast-body.warning, .toast-body.error"
         self.wait(lambda: self.source(tab) not in ("", before) or self.all(complaints))
         assert self.source(tab) not in ("", before), self.message()
         return self.fetched(tab)
+
+    def draw_apple(self) -> Any:
+        """Its pixels."""
+        self.ask("red apple", seed=0)
+        return pixels(self.draw("generate"))
+
+    def ask(self, prompt: str, seed: int) -> None:
+        self.type("#generate-prompt textarea", prompt)
+        self.set_steps("generate", STEPS)
+        self.set_seed("generate", seed)
 
     def fetched(self, tab: str) -> bytes:
         with urllib.request.urlopen(self.source(tab)) as answer:
@@ -184,21 +187,12 @@ def me(address: str, windows: list[Visitor]) -> Visitor:
     return windows[0]
 
 
-@pytest.fixture
-def other(address: str, windows: list[Visitor]) -> Visitor:
-    windows[1].open(address)
-    return windows[1]
-
-
 def pixels(content: bytes) -> Any:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
 
 
-def test_a_prompt_becomes_an_image_and_nobody_else_is_contacted(me: Visitor) -> None:
-    me.type("#generate-prompt textarea", "red apple")
-    me.set_steps("generate", STEPS)
-    me.set_seed("generate", 0)
-    image = pixels(me.draw("generate"))
+def test_a_prompt_becomes_an_image_and_nobody_else_is_contacted(me) -> None:
+    image = me.draw_apple()
     assert image.shape == (64, 64, 3)
     red, green, blue = image[20:56, 12:52].transpose(2, 0, 1)
     assert ((red > 150) & (green < 130) & (blue < 130)).mean() > 0.4
@@ -207,11 +201,8 @@ def test_a_prompt_becomes_an_image_and_nobody_else_is_contacted(me: Visitor) -> 
     me.screenshot("generate")
 
 
-def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me: Visitor) -> None:
-    me.type("#generate-prompt textarea", "red apple")
-    me.set_steps("generate", STEPS)
-    me.set_seed("generate", 0)
-    original = pixels(me.draw("generate"))
+def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me) -> None:
+    original = me.draw_apple()
     me.one("#generate-to-inpaint").click()
     zoom = me.wait(lambda: re.search(r"(\d+)%", me.one("#inpaint-editor").text))
     time.sleep(2)  # the canvas settles
@@ -232,11 +223,8 @@ def test_what_is_painted_over_is_drawn_anew_and_nothing_else(me: Visitor) -> Non
     assert rows.min() >= 32 - 40 * to_pixels - brush and rows.max() <= 32 - 35 * to_pixels + brush
 
 
-def test_words_edit_an_image(me: Visitor) -> None:
-    me.type("#generate-prompt textarea", "red apple")
-    me.set_steps("generate", STEPS)
-    me.set_seed("generate", 0)
-    original = pixels(me.draw("generate"))
+def test_words_edit_an_image(me) -> None:
+    original = me.draw_apple()
     me.one("#generate-to-edit").click()
     me.type("#edit-prompt textarea", "green apple")
     me.type("#edit-source textarea", "red apple")
@@ -247,11 +235,11 @@ def test_words_edit_an_image(me: Visitor) -> None:
     assert greener.mean() > 30
 
 
-def test_cancel_ends_a_long_run(me: Visitor) -> None:
+def test_cancel_ends_a_long_run(me) -> None:
     me.type("#generate-prompt textarea", "red apple")
     me.type("#generate-images input[type=number]", "16")
     me.set_steps("generate", 200)
-    me.press("generate")
+    me.one("#generate-go").click()
     me.wait(lambda: re.search(r"\b[1-9]\d*/200", me.one("#generate-results").text))  # it moves
     me.screenshot("progress")
     me.one("#generate-cancel").click()
@@ -262,14 +250,13 @@ def test_cancel_ends_a_long_run(me: Visitor) -> None:
     assert me.draw("generate")  # the line is free again
 
 
-def test_two_windows_keep_their_own_seeds_and_images(me: Visitor, other: Visitor) -> None:
-    visitors = {1: me, 2: other}
+def test_two_windows_keep_their_own_seeds_and_images(address, me, windows) -> None:
+    visitors = {1: me, 2: windows[1]}
+    visitors[2].open(address)
     for seed, visitor in visitors.items():
-        visitor.type("#generate-prompt textarea", ("red apple", "blue heart")[seed - 1])
-        visitor.set_steps("generate", STEPS)
-        visitor.set_seed("generate", seed)
+        visitor.ask(("red apple", "blue heart")[seed - 1], seed)
     for visitor in visitors.values():  # at once
-        visitor.press("generate")
+        visitor.one("#generate-go").click()
     together = {}
     for seed, visitor in visitors.items():
         visitor.wait(lambda visitor=visitor: visitor.source("generate"))
@@ -283,7 +270,7 @@ def test_two_windows_keep_their_own_seeds_and_images(me: Visitor, other: Visitor
         assert np.array_equal(pixels(visitor.draw("generate")), pixels(together[seed]))
 
 
-def test_a_bad_upload_gets_a_message(me: Visitor, tmp_path: Path) -> None:
+def test_a_bad_upload_gets_a_message(me, tmp_path) -> None:
     (tmp_path / "notes.png").write_text("not an image")
     for tab in ("inpaint", "edit"):
         me.open_tab(tab.capitalize())

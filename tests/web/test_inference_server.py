@@ -6,9 +6,9 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -38,38 +38,33 @@ def image(tmp_path: Path) -> Path:
 REQUEST = GenerationRequest(prompt="red apple", steps=2)
 
 
-def test_two_at_once_get_what_each_would_get_alone(server: InferenceServer) -> None:
-    requests = {
-        f"tab{i}": replace(
-            REQUEST, prompt=("red apple", "blue hat")[i % 2], seed=i, steps=3, images=1 + i % 2
-        )
+def test_two_at_once_get_what_each_would_get_alone(server) -> None:
+    requests = [
+        replace(REQUEST, prompt=("red apple", "blue hat")[i % 2], seed=i, steps=3, images=1 + i % 2)
         for i in range(4)
-    }
-    alone = {who: server.generate(request, silent) for who, request in requests.items()}
-    together: dict[str, list[Image.Image]] = {}
+    ]
+    alone = [server.generate(request, silent) for request in requests]
     start = threading.Barrier(len(requests))
 
-    def ask(who: str) -> None:
+    def ask(request: GenerationRequest) -> list[Image.Image]:
         start.wait()
-        together[who] = server.generate(requests[who], silent)
+        return server.generate(request, silent)
 
-    threads = [threading.Thread(target=ask, args=(who,)) for who in requests]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for who, images in alone.items():
-        assert [p.tobytes() for p in together[who]] == [p.tobytes() for p in images]
-    assert len({images[0].tobytes() for images in alone.values()}) == len(requests)
+    with ThreadPoolExecutor(len(requests)) as threads:
+        together = list(threads.map(ask, requests))
+    assert [[image.tobytes() for image in images] for images in together] == [
+        [image.tobytes() for image in images] for images in alone
+    ]
+    assert len({images[0].tobytes() for images in alone}) == len(requests)
 
 
-def test_progress_counts_the_steps(server: InferenceServer) -> None:
+def test_progress_counts_the_steps(server) -> None:
     seen: list[tuple[int, int]] = []
     server.generate(replace(REQUEST, steps=4), lambda done, total, what: seen.append((done, total)))
     assert seen == [(0, 1), *((i, 4) for i in (1, 2, 3, 4))]
 
 
-def test_what_progress_raises_ends_a_request_at_its_step(server: InferenceServer) -> None:
+def test_what_progress_raises_ends_a_request_at_its_step(server) -> None:
     class Left(Exception):  # noqa: N818
         pass
 
@@ -86,10 +81,11 @@ def test_what_progress_raises_ends_a_request_at_its_step(server: InferenceServer
     assert len(server.generate(REQUEST, silent)) == 1  # the next one is drawn
 
 
-def test_only_what_was_painted_over_changes(server: InferenceServer, image: Path) -> None:
+def test_only_what_was_painted_over_changes(server, image) -> None:
     stroke = Image.new("RGBA", (48, 32))  # the canvas is four times as large
     stroke.paste((255, 0, 255, 255), (16, 8, 32, 24))
-    [result] = server.inpaint(REQUEST, silent, str(image), [stroke])
+    stroke.save(image.with_name("stroke.png"))
+    [result] = server.inpaint(REQUEST, silent, str(image), [str(image.with_name("stroke.png"))])
     changed = (np.asarray(result) != np.asarray(Image.open(image))).any(-1)
     hole = np.zeros((8, 12), bool)
     hole[2:6, 4:8] = True
@@ -104,7 +100,7 @@ def test_strokes_that_do_not_meet_the_pixels_are_rounded() -> None:
 
 
 @pytest.mark.parametrize("method", ["flowedit", "inversion", "image-to-image"])
-def test_editing(server: InferenceServer, image: Path, method: str) -> None:
+def test_editing(server, image, method) -> None:
     def edited(strength: float, images: int = 1) -> list[Image.Image]:
         request = replace(REQUEST, images=images)
         return server.edit(request, silent, str(image), "blue hat", method, strength)
@@ -114,9 +110,7 @@ def test_editing(server: InferenceServer, image: Path, method: str) -> None:
     assert len(edited(1.0, images=2)) == (1 if method == "inversion" else 2)
 
 
-def test_large_uploads_are_shrunk_and_that_is_said(
-    server: InferenceServer, image: Path, tmp_path: Path
-) -> None:
+def test_large_uploads_are_shrunk_and_that_is_said(server, image, tmp_path) -> None:
     Image.new("RGB", (400, 200)).save(tmp_path / "large.png")
     shrunk, note = server.opened(str(tmp_path / "large.png"))
     assert shrunk.size == (32, 16)  # four times the 8 pixels of the training
@@ -124,7 +118,7 @@ def test_large_uploads_are_shrunk_and_that_is_said(
     assert server.opened(str(image))[1] == ""
 
 
-def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint: Path) -> None:
+def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint) -> None:
     server = InferenceServer(str(caption_checkpoint), "cpu")
     assert server._pipe is None
     assert server.capabilities == Capabilities(text=True, labels=(), masks=False)
@@ -135,67 +129,44 @@ def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint
 
 
 @pytest.mark.parametrize(
-    ("pipe", "network", "expected"),
+    ("pipe", "network", "labels", "masks"),
     [
-        (
-            {"id2label": {"0": "hat", "1": "tree"}},
-            {"num_classes": 2},
-            Capabilities(False, ("hat", "tree"), False),
-        ),
-        ({"id2label": None}, {"num_classes": 3}, Capabilities(False, ("0", "1", "2"), False)),
-        (
-            {},
-            {"num_classes": None, "text_dim": None, "condition_channels": 80},
-            Capabilities(False, (), True),
-        ),
+        ({"id2label": {"0": "hat", "1": "tree"}}, {"num_classes": 2}, ("hat", "tree"), False),
+        ({"id2label": None}, {"num_classes": 3}, ("0", "1", "2"), False),
+        ({}, {"num_classes": None, "text_dim": None, "condition_channels": 80}, (), True),
     ],
 )
-def test_what_configs_say_of_classes_and_masks(
-    pipe: dict[str, Any], network: dict[str, Any], expected: Capabilities, tmp_path: Path
-) -> None:
+def test_what_configs_say_of_classes_and_masks(pipe, network, labels, masks, tmp_path) -> None:
     (tmp_path / "transformer").mkdir()
     (tmp_path / "model_index.json").write_text(json.dumps(pipe))
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(network))
-    assert read_capabilities(str(tmp_path)) == expected
-    assert expected.condition == bool(expected.labels)
+    found = read_capabilities(str(tmp_path))
+    assert found == Capabilities(text=False, labels=labels, masks=masks)
+    assert found.condition == bool(labels)
 
 
-def test_a_checkpoint_that_is_none_is_refused_before_a_page_is_shown(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_none_is_refused_before_a_page_is_shown(tmp_path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         InferenceServer(str(tmp_path / "nowhere"), "cpu")
 
 
-def test_the_page_is_built_without_torch(caption_checkpoint: Path) -> None:
-    """Which takes longer to import than everything that the page needs."""
+def test_the_page_is_built_without_torch_and_every_request_loads_the_models_first(caption_checkpoint) -> None:
+    """The page is up before torch is, whose import takes longer. Whoever imports beside it would see half a library."""
     pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
     script = f"""
 import sys
-from latentflow.web.inference_server import InferenceServer
-from latentflow.web.page import build
-build(InferenceServer({str(caption_checkpoint)!r}))
-sys.exit("torch" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
-
-
-def test_every_request_loads_the_models_before_it_imports_anything(caption_checkpoint: Path) -> None:
-    """The page is there while the main thread loads them: whoever imports beside it sees half a library."""
-    script = f"""
-import sys
 from latentflow.errors import UserError
-from latentflow.web import inference_server as web
+from latentflow.web import inference_server as web, page
 def half_loaded(*arguments):
     assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
     raise UserError("in time")
 web.open_pipeline = half_loaded
 server, request = web.InferenceServer({str(caption_checkpoint)!r}), web.GenerationRequest(prompt="red")
 quiet, upload = lambda *_: None, {str(caption_checkpoint / "nothing.png")!r}
+page.build(server)
 for call in (
-    lambda: server.solvers,
-    lambda: server.inpainting_methods,
-    lambda: server.editing_methods,
+    lambda: server.choices,
     lambda: server.opened(upload),
-    lambda: server.stroke(upload),
     lambda: server.unknown_words("red"),
     lambda: server.generate(request, quiet),
     lambda: server.inpaint(request, quiet, upload, []),

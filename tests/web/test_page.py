@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +26,7 @@ def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any
     """Return a server with what the layout needs."""
     return SimpleNamespace(
         capabilities=Capabilities(**({"text": text, "labels": classes, "masks": True} | more)),
-        solvers=["heun", "ddpm"],
-        inpainting_methods=["trained", "repaint"],
-        editing_methods=["flowedit", "image-to-image"] if text or classes else ["image-to-image"],
+        choices={"solver": ["heun"], "inpaint": ["repaint"], "edit": ["flowedit"]},
     )
 
 
@@ -42,23 +39,17 @@ def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any
     ],
     ids=["captions", "classes", "unconditional"],
 )
-def test_the_page_asks_for_what_the_checkpoint_takes(server: Any, shown: set[str]) -> None:
+def test_the_page_asks_for_what_the_checkpoint_takes(server, shown) -> None:
     blocks = page.build(server).blocks.values()
     visible = {block.label for block in blocks if getattr(block, "label", None) and block.visible}
-    conditional = {
-        "Prompt",
-        "Prompt for the original",
-        "Negative prompt",
-        "Guidance",
-        "Class",
-        "Class of the original",
-    }
+    conditional = {"Prompt", "Prompt for the original", "Negative prompt", "Guidance"}
+    conditional |= {"Class", "Class of the original"}
     assert visible & conditional == shown
     assert {"Seed", "Steps", "Solver", "Images"} <= visible
 
 
 @pytest.mark.parametrize(("masks", "inpaint"), [(True, 4), (False, 20)])
-def test_few_steps_are_offered_where_they_suffice(masks: bool, inpaint: int) -> None:
+def test_few_steps_are_offered_where_they_suffice(masks, inpaint) -> None:
     """Edits, and inpainting that was not trained, follow the velocity, whatever the checkpoint."""
     blocks = page.build(checkpoint(text=True, steps=4, distilled_guidance=True, masks=masks)).blocks.values()
     steps = {block.elem_id: block.value for block in blocks if getattr(block, "label", None) == "Steps"}
@@ -66,29 +57,21 @@ def test_few_steps_are_offered_where_they_suffice(masks: bool, inpaint: int) -> 
     assert not any(block.visible for block in blocks if getattr(block, "label", None) == "Guidance")
 
 
-def raising(error: Exception) -> Callable[[], Any]:
+def test_mistakes_become_messages_without_markup_and_defects_are_logged(caplog) -> None:
     @page.reporting_errors
-    def work() -> None:
+    def work(error: Exception) -> None:
         raise error
 
-    return work
-
-
-def test_mistakes_become_messages_that_hold_no_markup() -> None:
     with pytest.raises(gr.Error) as error:
-        raising(UserError("<b>.png is no\nimage", "take another."))()
+        work(UserError("<b>.png is no\nimage", "take another."))
     assert error.value.message == "&lt;b&gt;.png is no image. Take another."
     assert not error.value.print_exception
-
-
-def test_defects_are_logged_and_not_shown(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(gr.Error) as error:
-        raising(RuntimeError("at /secret/place"))()
-    assert "/secret/place" not in str(error.value)
-    assert "/secret/place" in caplog.text
+        work(RuntimeError("at /secret/place"))
+    assert "/secret/place" not in str(error.value) and "/secret/place" in caplog.text
 
 
-def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken() -> None:
     with socket.socket() as mine:
         mine.bind(("127.0.0.1", 0))
         mine.listen()
@@ -98,9 +81,7 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     assert "PNG" in Image.OPEN and "EPS" not in Image.OPEN  # Gradio opens uploads itself
 
 
-def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_page_keeps_is_private_and_removed_when_it_is_told_to_stop(monkeypatch, capsys) -> None:
     folders = []
 
     def block_thread() -> None:

@@ -19,11 +19,14 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import httpx
-from gradio import processing_utils
 
+from latentflow.flow import EDITING, SOLVERS
+from latentflow.flow.inpainting import INPAINTING
 from latentflow.web import page
 from latentflow.web.inference_server import GenerationRequest, InferenceServer, Progress
 from latentflow.web.serving import start
+
+from .conftest import MARKUP
 
 
 class Held(InferenceServer):
@@ -50,32 +53,29 @@ class Held(InferenceServer):
 
 
 @contextlib.contextmanager
-def serving(server: InferenceServer, **settings: Any) -> Iterator[httpx.Client]:
-    """Serve a page, and undo what that changes in the process."""
-    with pytest.MonkeyPatch.context() as patch:
+def serving(server: InferenceServer, uploads: Path, **settings: Any) -> Iterator[httpx.Client]:
+    """Serve a page whose uploads are kept in a folder."""
+    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-        for name, value in {"OPEN": dict(Image.OPEN), "ID": list(Image.ID)}.items():
-            patch.setattr(Image, name, value)
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-        fetch = "async_ssrf_protected_download"
-        patch.setattr(processing_utils, fetch, getattr(processing_utils, fetch))
-        started = start(server, "127.0.0.1", free_port(), **settings)
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        page = start(server, "127.0.0.1", port, **settings)
         try:
-            with httpx.Client(base_url=f"{started.local_url}gradio_api", timeout=60) as client:
+            with httpx.Client(base_url=f"{page.local_url}gradio_api", timeout=60) as client:
                 yield client
         finally:
-            started.close()
+            page.close()
 
 
 @pytest.fixture(scope="module")
 def served(
     caption_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Held, httpx.Client]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        server = Held(str(caption_checkpoint))
-        with serving(server, allowed_hosts=["draw.example"]) as client:
-            yield server, client
+    server = Held(str(caption_checkpoint))
+    with serving(server, tmp_path_factory.mktemp("uploads"), allowed_hosts=["draw.example"]) as client:
+        yield server, client
 
 
 @pytest.fixture
@@ -92,16 +92,9 @@ def client(served: Any) -> httpx.Client:
     return client
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def begin(client: httpx.Client, prompt: str, tab: str = "generate") -> str:
+def begin(client: httpx.Client, tab: str = "generate", **values: Any) -> str:
     """Ask for an image, and return the event."""
-    answer = client.post(f"/call/v2/{tab}", json={"prompt": prompt})
+    answer = client.post(f"/call/v2/{tab}", json=values)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["event_id"])
 
@@ -113,17 +106,14 @@ def result(client: httpx.Client, event: str, tab: str = "generate") -> tuple[str
     return lines[start].removeprefix("event: "), json.loads(lines[start + 1].removeprefix("data: "))
 
 
-def ask(client: httpx.Client, tab: str, **values: Any) -> tuple[str, Any]:
+def ask(client: httpx.Client, tab: str = "generate", **values: Any) -> tuple[str, Any]:
     """Ask for an image and listen for the answer."""
-    answer = client.post(f"/call/v2/{tab}", json=values)
-    return result(client, answer.json()["event_id"], tab)
+    return result(client, begin(client, tab, **values), tab)
 
 
-@contextlib.contextmanager
-def listening(client: httpx.Client, event: str) -> Iterator[None]:
+def listening(client: httpx.Client, event: str) -> contextlib.AbstractContextManager[httpx.Response]:
     """Listen in the background while the block runs, and leave then."""
-    with client.stream("GET", f"/call/v2/generate/{event}"):
-        yield
+    return client.stream("GET", f"/call/v2/generate/{event}")
 
 
 def until(condition: Callable[[], Any], seconds: float = 20) -> None:
@@ -135,8 +125,12 @@ def until(condition: Callable[[], Any], seconds: float = 20) -> None:
 
 def config_of(client: httpx.Client) -> dict[str, Any]:
     """Return what the page is built from."""
-    config: dict[str, Any] = client.get(str(client.base_url).replace("gradio_api/", "config")).json()
+    config: dict[str, Any] = client.get(f"{root_of(client)}/config").json()
     return config
+
+
+def root_of(client: httpx.Client) -> str:
+    return str(client.base_url).removesuffix("/gradio_api/")
 
 
 def paint(client: httpx.Client, name: str, content: bytes, kind: str = "layer") -> None:
@@ -162,9 +156,9 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 # ---------------------------------------------------------------- what programs get
 
 
-def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) -> None:
+def test_a_program_takes_the_choices_that_the_page_offers(client) -> None:
     def pixels(**values: Any) -> bytes:
-        state, data = ask(client, "generate", prompt="red apple", seed=5, new_seed=False, steps=3, **values)
+        state, data = ask(client, prompt="red apple", seed=5, new_seed=False, steps=3, **values)
         assert state == "complete", data
         gallery, seed, unknown = data
         assert (seed, unknown) == (5, "") and gallery[0]["caption"] == "seed 5"
@@ -218,29 +212,45 @@ def test_a_program_takes_the_choices_that_the_page_offers(client: httpx.Client) 
         ({"tab": "inpaint", "image": "a", "strokes": None, "feather": -1}, "feather is -1"),
     ],
 )
-def test_a_program_is_told_what_was_wrong(
-    client: httpx.Client, tmp_path: Path, values: dict[str, Any], message: str
-) -> None:
+def test_a_program_is_told_what_was_wrong(client, tmp_path, values, message) -> None:
     (tmp_path / "elsewhere.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
-    images = {
-        "a": lambda: upload(client, "a.png", encoded(Image.new("RGB", (8, 8), "red"))),
-        "text": lambda: upload(client, "a.png", b"no image"),
-        "huge": lambda: upload(client, "a.png", encoded(Image.new("1", (7200, 7200)))),
-        "http": lambda: {"path": "http://192.0.2.1/a.png", "meta": {"_type": "gradio.FileData"}},
-        "elsewhere": lambda: {"path": str(tmp_path / "elsewhere.png"), "meta": {"_type": "gradio.FileData"}},
+    contents = {
+        "a": encoded(Image.new("RGB", (8, 8), "red")),
+        "text": b"no image",
+        "huge": encoded(Image.new("1", (7200, 7200))),
     }
+    elsewhere = {"http": "http://192.0.2.1/a.png", "elsewhere": str(tmp_path / "elsewhere.png")}
     values = {"tab": "generate", "prompt": "red apple", "steps": 2} | values
-    if isinstance(values.get("image"), str):
-        values["image"] = images[values["image"]]()
+    if (name := str(values.get("image"))) in elsewhere:
+        values["image"] = {"path": elsewhere[name], "meta": {"_type": "gradio.FileData"}}
+    elif name in contents:
+        values["image"] = upload(client, "a.png", contents[name])
     state, data = ask(client, **values)
     assert state == "error"
     assert message.lower() in data["error"].lower()
     assert os.environ["GRADIO_TEMP_DIR"] not in data["error"]  # nor does it say where the server keeps files
 
 
-def test_words_that_the_checkpoint_does_not_know_are_named(
-    client: httpx.Client, server: Held, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loaded_page_offers_its_choices_and_sends_images_to_other_tabs(client) -> None:
+    _, (gallery, *_) = ask(client, prompt="red apple", seed=5, new_seed=False, images=2, steps=1)
+
+    def outputs_of(event: dict[str, Any], *data: Any) -> list[Any]:
+        body = {"data": data, "fn_index": event["id"], "session_hash": "me"}
+        found: list[Any] = client.post("/run/predict", json=body).json()["data"]
+        return found
+
+    offered, sent = [], []
+    for event in config_of(client)["dependencies"]:
+        if event["targets"][0][1] == "load":
+            offered.append([name for name, _ in outputs_of(event)[0]["choices"]])
+        elif event["api_name"].startswith("image_at"):
+            sent.append(Path(outputs_of(event, None, gallery)[0]["path"]).read_bytes())
+    choices = [SOLVERS, SOLVERS, INPAINTING, SOLVERS, [*EDITING, "image-to-image"]]
+    assert offered == [[page.USUAL, *names] for names in choices]
+    assert sent == [Path(gallery[0]["image"]["path"]).read_bytes()] * 6  # the first, as none is selected
+
+
+def test_words_that_the_checkpoint_does_not_know_are_named(client, server, monkeypatch) -> None:
     asked: list[list[str]] = []
 
     def unknown_words(prompts: list[str]) -> list[str]:
@@ -249,22 +259,21 @@ def test_words_that_the_checkpoint_does_not_know_are_named(
 
     monkeypatch.setattr(server.pipe, "unknown_words", unknown_words, raising=False)
     body = {"prompt": "red <b>zeppelin blorp", "negative_prompt": "blorp", "steps": 1}
-    event = client.post("/call/v2/generate", json=body).json()["event_id"]
-    messages = client.get("/queue/data", params={"session_hash": event}).text
+    messages = client.get("/queue/data", params={"session_hash": begin(client, **body)}).text
     assert asked == [["red <b>zeppelin blorp", "blorp"]]
     lines = map(json.loads, re.findall("(?m)^data: (.*)$", messages))
     [shown] = [message for message in lines if message["msg"] == "log"]
     assert shown["level"] == "warning" and shown["log"].endswith(": &lt;b&gt;zeppelin, blorp")
-    assert ask(client, "generate", **body)[1][2] == "<b>zeppelin, blorp"
+    assert ask(client, **body)[1][2] == "<b>zeppelin, blorp"
 
 
-def test_names_that_are_none_are_refused_with_a_sentence(client: httpx.Client) -> None:
+def test_names_that_are_none_are_refused_with_a_sentence(client) -> None:
     for values, name in (({"solvre": "heun"}, "solvre"), ({"prompt": "red"}, "image")):
         answer = client.post("/call/v2/edit", json=values)
         assert answer.status_code == 422 and name in answer.json()["detail"]
 
 
-def test_an_upload_that_made_room_is_asked_for_again(client: httpx.Client) -> None:
+def test_an_upload_that_made_room_is_asked_for_again(client) -> None:
     image = upload(client, "gone.png", encoded(Image.new("RGB", (8, 8), "blue")))
     Path(image["path"]).unlink()
     assert ask(client, "edit", prompt="red", image=image)[1]["error"] == (
@@ -272,36 +281,29 @@ def test_an_upload_that_made_room_is_asked_for_again(client: httpx.Client) -> No
     )
 
 
-def test_drawn_images_take_the_room_of_the_oldest_files(
-    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drawn_images_take_the_room_of_the_oldest_files(client, monkeypatch) -> None:
     old = Path(upload(client, "old.png", encoded(Image.new("RGB", (8, 8), "green")))["path"])
     os.utime(old, (0, 0))
-    assert ask(client, "generate", prompt="red apple", steps=1)[0] == "complete"
+    assert ask(client, prompt="red apple", steps=1)[0] == "complete"
     assert old.exists()
     monkeypatch.setattr(page, "MOST_KEPT", 1000)
-    assert ask(client, "generate", prompt="red apple", steps=1)[0] == "complete"
+    assert ask(client, prompt="red apple", steps=1)[0] == "complete"
     assert not old.exists()
 
 
 # ---------------------------------------------------------------- whose turn it is
 
 
-def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(
-    server: Held, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with listening(client, begin(client, "hold")):
+def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(server, client, monkeypatch) -> None:
+    with listening(client, begin(client, prompt="hold")):
         until(lambda: server.drawn)
-        events = [begin(client, str(i)) for i in range(page.MOST_WAITING)]
+        events = [begin(client, prompt=str(i)) for i in range(page.MOST_WAITING)]
         refused = client.post("/call/v2/generate", json={"prompt": "one more"})
         assert refused.status_code == 503 and "full" in refused.json()["detail"]
         large = client.post("/call/v2/generate", json={"prompt": "a" * 900_000})
         assert large.status_code == 413
         with contextlib.ExitStack() as stack:
-            streams = [
-                stack.enter_context(client.stream("GET", f"/call/v2/generate/{event}"))
-                for event in events[:4]
-            ]
+            streams = [stack.enter_context(listening(client, event)) for event in events[:4]]
             monkeypatch.setattr(page, "PATIENCE", 1.0)
             server.go_on.set()
             for stream in streams:
@@ -314,27 +316,27 @@ def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(
     assert server.drawn == ["hold", "0", "1", "2", "3"]
 
 
-def test_a_client_that_leaves_ends_its_request_at_the_next_step(server: Held, client: httpx.Client) -> None:
-    with listening(client, begin(client, "hold")):
+def test_a_client_that_leaves_ends_its_request_at_the_next_step(server, client) -> None:
+    with listening(client, begin(client, prompt="hold")):
         until(lambda: server.drawn)
-        waiting = begin(client, "0")
+        waiting = begin(client, prompt="0")
         with listening(client, waiting):
             assert client.get("/queue/status").json()["queue_size"] == 1
         until(lambda: client.get("/queue/status").json()["queue_size"] == 0)
-    assert ask(client, "generate", prompt="next")[0] == "complete"
+    assert ask(client, prompt="next")[0] == "complete"
     steps = server.steps
     time.sleep(0.1)
     assert server.steps == steps
     assert server.drawn == ["hold", "next"]
 
 
-def test_cancel_ends_the_running_request_and_no_other(server: Held, client: httpx.Client) -> None:
+def test_cancel_ends_the_running_request_and_no_other(server, client) -> None:
     events = config_of(client)["dependencies"]
     generate = next(event["id"] for event in events if event["api_name"] == "generate")
-    event = begin(client, "hold")
+    event = begin(client, prompt="hold")
     with listening(client, event):
         until(lambda: server.drawn)
-        waiting = begin(client, "next")
+        waiting = begin(client, prompt="next")
         with listening(client, waiting):
             body = {"session_hash": event, "fn_index": generate, "event_id": event}
             assert client.post("/cancel", json=body).status_code == 200
@@ -347,13 +349,13 @@ def test_cancel_ends_the_running_request_and_no_other(server: Held, client: http
 # ---------------------------------------------------------------- what strangers get
 
 
-def test_the_guard_stands_before_everything(client: httpx.Client) -> None:
+def test_the_guard_stands_before_everything(client) -> None:
     stranger = {"host": "evil.example"}
-    root = str(client.base_url).removesuffix("gradio_api/")
     for path in ("", "config", "gradio_api/info", "gradio_api/queue/data?session_hash=a"):
-        assert client.get(root + path, headers=stranger).status_code == 421
+        address = f"{root_of(client)}/{path}"
+        assert client.get(address, headers=stranger).status_code == 421
         if "data" not in path:
-            assert client.get(root + path, headers={"host": "draw.example"}).status_code == 200
+            assert client.get(address, headers={"host": "draw.example"}).status_code == 200
     for headers in (stranger, {"origin": "http://evil.example"}):
         files = {"files": ("a.png", b"a")}
         assert client.post("/upload", files=files, headers=headers).status_code in (403, 421)
@@ -361,9 +363,7 @@ def test_the_guard_stands_before_everything(client: httpx.Client) -> None:
     assert client.get("/file=http://192.0.2.1/a.png").status_code == 403
 
 
-def test_no_upload_is_read_as_a_program(
-    client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_upload_is_read_as_a_program(client, tmp_path, monkeypatch) -> None:
     """A file of any name may be PostScript, which Pillow hands to Ghostscript."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
     (tmp_path / "gs").chmod(0o755)
@@ -392,7 +392,7 @@ def test_no_upload_is_read_as_a_program(
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client: httpx.Client) -> None:
+def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client) -> None:
     image = upload(client, "b.png", encoded(Image.new("RGB", (8, 8), "red")))
     stroke = Image.new("RGBA", (8, 8))
     stroke.paste("white", (0, 0, 4, 8))
@@ -405,15 +405,24 @@ def test_what_was_painted_in_a_window_is_taken_once_it_is_drawn(client: httpx.Cl
     assert drawn.crop((0, 0, 4, 8)).getcolors() != [(32, (255, 0, 0))]
 
 
-@pytest.fixture
-def locked(class_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[httpx.Client]:
-    """The page of a checkpoint of classes, with a name and a password."""
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    with serving(InferenceServer(str(class_checkpoint), "cpu"), auth=("anna", "a:b")) as client:
-        yield client
+def test_a_name_and_a_password_are_asked_for(class_checkpoint, tmp_path) -> None:
+    """By the page of a checkpoint of classes."""
+    server = InferenceServer(str(class_checkpoint), "cpu")
+    with serving(server, tmp_path, auth=("anna", "a:b")) as locked:
+        refuse_without_password(locked)
+        assert MARKUP not in locked.get(f"{root_of(locked)}/").text
+        state, data = ask(locked, class_label="hta", steps=1)
+        assert state == "error" and data["error"].startswith("unknown class 'hta'. Did you mean 'hat'?")
+        assert "<" not in data["error"]
+        for label, message in (
+            (None, "no class is chosen. Choose one: hat"),
+            (["hat"], "class_label must be text"),
+        ):
+            assert ask(locked, class_label=label)[1]["error"].startswith(message)
+        assert ask(locked, class_label=MARKUP, steps=1)[0] == "complete"
 
 
-def test_a_name_and_a_password_are_asked_for(locked: httpx.Client) -> None:
+def refuse_without_password(client: httpx.Client) -> None:
     requests = {
         "/config": "GET",
         "/gradio_api/info": "GET",
@@ -422,30 +431,11 @@ def test_a_name_and_a_password_are_asked_for(locked: httpx.Client) -> None:
         "/gradio_api/queue/join": "POST",
         "/gradio_api/call/generate": "POST",
     }
-    root = str(locked.base_url).removesuffix("/gradio_api/")
+    root = root_of(client)
     for path, method in requests.items():
         body = {"json": {"data": [], "session_hash": "a", "fn_index": 0}} if method == "POST" else {}
-        assert locked.request(method, root + path, **body).status_code == 401, path
+        assert client.request(method, root + path, **body).status_code == 401, path
     for password, status in (("a", 400), ("a:b", 200)):
         login = {"username": "anna", "password": password}
-        assert locked.post(f"{root}/login", data=login).status_code == status
-    assert locked.get(f"{root}/config").status_code == 200
-    assert markup(locked) not in locked.get(f"{root}/").text
-
-    state, data = ask(locked, "generate", class_label="hta", steps=1)
-    assert state == "error" and data["error"].startswith("unknown class 'hta'. Did you mean 'hat'?")
-    assert "<" not in data["error"]
-    assert ask(locked, "generate", class_label=None)[1]["error"].startswith(
-        "no class is chosen. Choose one: hat"
-    )
-    assert ask(locked, "generate", class_label=["hat"])[1]["error"].startswith("class_label must be text")
-    assert ask(locked, "generate", class_label=markup(locked), steps=1)[0] == "complete"
-
-
-def markup(client: httpx.Client) -> str:
-    """Return the last class that is offered."""
-    parts = config_of(client)["components"]
-    label = next(part["props"] for part in parts if part["props"].get("label") == "Class")
-    name: str = label["choices"][-1][1]
-    assert name.startswith("</script>")
-    return name
+        assert client.post(f"{root}/login", data=login).status_code == status
+    assert client.get(f"{root}/config").status_code == 200
