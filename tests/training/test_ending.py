@@ -19,12 +19,13 @@ import torch
 from latentflow import LatentFlowPipeline
 from latentflow.errors import RunError
 from latentflow.training import Callbacks, Stop, fit
-from latentflow.training.loop import folders, saving
 from latentflow.training.loop import logging as report
+from latentflow.training.loop import run_folder as folders
+from latentflow.training.loop import saving
 from latentflow.training.loop.data_order import SampleUse
-from latentflow.training.loop.run_folder import read_metrics
 from latentflow.training.losses.autoencoder import AutoencoderLoss
 from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.report.folder import read_metrics
 
 from .command import ROOT, TINY, call, environment
 from .forking import run_ranks

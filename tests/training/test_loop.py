@@ -19,7 +19,7 @@ from latentflow.errors import UserError
 from latentflow.training import Callbacks, fit, log_to
 from latentflow.training.loop.checkpoint import list_checkpoints, step_of
 from latentflow.training.loop.data_order import DataOrder, SampleRandom, SampleUse
-from latentflow.training.loop.run_folder import read_metrics
+from latentflow.training.report.folder import read_metrics
 
 CONFIG = LoopConfig(
     max_train_steps=12, train_batch_size=6, learning_rate=0.1, lr_warmup_steps=2, weight_decay=0.0,

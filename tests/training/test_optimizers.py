@@ -23,7 +23,6 @@ from latentflow.training.estimate import state_bytes
 from latentflow.training.loop import optimizers as muon
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.distributed import is_sharded
-from latentflow.training.loop.ema import WeightAverage, warmed_up
 from latentflow.training.loop.optimizers import (
     OPTIMIZERS,
     Muon,
@@ -31,7 +30,7 @@ from latentflow.training.loop.optimizers import (
     make_optimizers,
     orthogonalise,
 )
-from latentflow.training.loop.trained_module import TrainedModule
+from latentflow.training.loop.trained_module import TrainedModule, WeightAverage, warmed_up
 
 from .test_loop import CONFIG, Line, Regression, assert_equal_weights, weights
 

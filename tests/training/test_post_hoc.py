@@ -16,9 +16,9 @@ from latentflow import LatentFlowPipeline
 from latentflow.config import LoopConfig
 from latentflow.errors import UserError
 from latentflow.training import average, fit
-from latentflow.training.average import averaged_pipeline, reconstruct
+from latentflow.training.average import averaged_pipeline, coefficients, reconstruct
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.ema import LONGEST, WeightAverage, coefficients, exponent, power_function
+from latentflow.training.loop.trained_module import LONGEST, WeightAverage, exponent, power_function
 
 from .command import TINY, call
 from .forking import run_ranks

@@ -17,7 +17,7 @@ from latentflow.training import fit
 from latentflow.training.estimate import sample_flops
 from latentflow.training.loop.checkpoint import load_checkpoint
 from latentflow.training.loop.distributed import matrix_product_rate
-from latentflow.training.loop.profiling import SECTIONS
+from latentflow.training.loop.logging import SECTIONS
 from latentflow.training.losses.flow import FlowLoss
 from latentflow.training.losses.latent_data import BucketData, LatentData
 

@@ -23,11 +23,10 @@ from latentflow.data import find_source
 from latentflow.errors import RunError, UserError, few
 from latentflow.training.loop import logging as trackers
 from latentflow.training.loop.logging import Reporter
-from latentflow.training.loop.run_folder import read_metrics, read_starts
 from latentflow.training.report import hub
 from latentflow.training.report.card import CardFacts, write_card
 from latentflow.training.report.export import carry_over, is_generated, signed
-from latentflow.training.report.folder import Run, data_lines, read_run
+from latentflow.training.report.folder import Run, data_lines, read_metrics, read_run
 from latentflow.training.report.page import report_page, thinned
 
 
@@ -183,7 +182,7 @@ def test_each_start_records_its_environment_and_ends_a_torn_line(tmp_path: Path)
         started.close()
         with metrics.open("a") as file:
             file.write('{"step": 9, "lo')
-    starts = read_starts(tmp_path)
+    starts = read_run(tmp_path).starts
     assert [start["step"] for start in starts] == [0, 3]
     assert starts[0]["torch"] == torch.__version__ and starts[0]["processes"] == 1
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()[::2]] == [1, 4]

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from latentflow.errors import RunError
-from latentflow.training.loop import folders, saving
+from latentflow.training.loop import run_folder as folders
+from latentflow.training.loop import saving
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint, load_latest, snapshot
-from latentflow.training.loop.folders import clean_up, write_folder
+from latentflow.training.loop.run_folder import clean_up, write_folder
 from latentflow.training.loop.saving import Saver
 
 

@@ -35,13 +35,20 @@ from .distributed import (
     together,
     whole,
 )
-from .folders import clean_up
-from .loader import Batch, DataFailed, TrainingData, groups_of, load_batches, to_device
-from .logging import Reporter
+from .loader import (
+    Batch,
+    DataFailed,
+    Part,
+    Recovery,
+    TrainingData,
+    Values,
+    groups_of,
+    load_batches,
+    to_device,
+)
+from .logging import Reporter, profiler
 from .optimizers import learning_rate
-from .profiling import profiler
-from .recovery import Part, Recovery, Values
-from .run_folder import run_lock
+from .run_folder import clean_up, run_lock
 from .saving import AverageSnapshots, Saver, export_once
 from .stopping import EarlyStop, Stop, stop_on_signal
 from .trained_module import TrainedModule, tensor_for, with_averages
@@ -407,27 +414,20 @@ class Loop:
         try:
             self.saver.save_now(self.step, state)
         except RunError as error:
-            newest = self.saver.newest()
-            kept = (
-                "there is no earlier checkpoint"
-                if newest is None
-                else f"the last good one is step-{newest:06d}"
-            )
             raise RunError(
-                f"step {self.step} is trained, but its {error.what}; {kept}",
+                f"step {self.step} is trained, but its {error.what}; {self.saver.last_good()}",
                 f"{error.fix} Then the same line goes on from there.",
             ) from error
 
     def _save_before(self, error: RunError) -> str:
         """Save what the last finished step left; return what is kept of the run, and how it goes on."""
         for module in self.modules:
-            module.forget_gradients()
+            module.trained.zero_grad()
         release_memory()
         kept = "Nothing was trained yet"
         # Only of data that failed do the other processes, which have their parts of the weights, know.
         if self.sharded and not isinstance(error, DataFailed):
-            if (newest := self.saver.newest()) is not None:
-                kept = f"The last checkpoint is step-{newest:06d}"
+            kept = f"No checkpoint could be written; {self.saver.last_good()}"
         elif (self.main or self.sharded) and self.step > 0:
             try:
                 self.saver.save_now(self.step, self._state(self.recovery.random), retry=False)

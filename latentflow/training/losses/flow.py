@@ -16,8 +16,8 @@ from ...config import FlowConfig
 from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
 from ...models import Condition
 from ..loop.data_order import SampleRandom, SampleUse, Stream, seeded
-from ..loop.ema import WeightAverage
 from ..loop.loader import by_group, groups_of, load_batch, to_device
+from ..loop.trained_module import WeightAverage
 from .latent_data import LatentData
 from .masking import Masking
 
