@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from latentflow import LatentFlowPipeline
 from latentflow.errors import RunError
@@ -34,26 +33,12 @@ from .test_loop import CONFIG, Line, Regression, assert_equal_weights, run, step
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-class Asked(Regression):
-    """Sends signals to its process at running numbers."""
-
-    def __init__(self, at: dict[int, signal.Signals]) -> None:
-        super().__init__()
-        self.at = at
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        for number in batch["sample_ids"]:
-            if number in self.at:
-                os.kill(os.getpid(), self.at[number])
-        return super().forward(batch)
-
-
 @pytest.mark.parametrize(("number", "status"), SIGNALS.items())
 def test_each_signal_saves_and_its_status_is_told(
     tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     stop, before = Stop(), signal.getsignal(number)
-    assert not run(tmp_path / "run", module=Asked({4 * 6: number}), stop=stop)  # in step 5
+    assert not run(tmp_path / "run", module=Regression(at={4 * 6: number}), stop=stop)  # in step 5
     assert (stop.signal, stop.status) == (number, status)
     assert steps(tmp_path / "run")[-1] == 5 and signal.getsignal(number) == before
     stop = Stop()
@@ -68,7 +53,7 @@ def test_a_signal_that_is_ignored_stays_so(
     """As nohup ignores SIGHUP, and a shell SIGINT for what it runs in the background."""
     before, stop = signal.signal(number, signal.SIG_IGN), Stop()
     try:
-        assert run(tmp_path, module=Asked({4 * 6: number}), stop=stop)
+        assert run(tmp_path, module=Regression(at={4 * 6: number}), stop=stop)
     finally:
         assert signal.signal(number, before) == signal.SIG_IGN
     assert stop.status == 0 and steps(tmp_path)[-1] == 12
@@ -79,7 +64,10 @@ def test_in_the_last_step_the_run_is_finished_and_the_signal_told(tmp_path: Path
     stop, made = Stop(), tmp_path / "result"
     exports = {"export": lambda folder: (folder / "a").touch(), "export_to": made}
     assert run(
-        tmp_path / "run", module=Asked({11 * 6: signal.SIGTERM}), stop=stop, callbacks=Callbacks(**exports)
+        tmp_path / "run",
+        module=Regression(at={11 * 6: signal.SIGTERM}),
+        stop=stop,
+        callbacks=Callbacks(**exports),
     )
     assert stop.signal == signal.SIGTERM and (made / "a").exists()
 
@@ -99,7 +87,7 @@ def test_what_stops_early_in_the_step_of_a_signal_is_finished(tmp_path: Path) ->
         export=lambda folder: (folder / "a").touch(),
         export_to=tmp_path / "result",
     )
-    module = Asked({3 * 6: signal.SIGTERM})
+    module = Regression(at={3 * 6: signal.SIGTERM})
     assert run(tmp_path / "run", config, module=module, callbacks=callbacks)
     assert steps(tmp_path / "run")[-1] == 4 and (tmp_path / "result" / "a").exists()
 
@@ -107,7 +95,7 @@ def test_what_stops_early_in_the_step_of_a_signal_is_finished(tmp_path: Path) ->
 def test_all_processes_stop_for_the_signal_of_one(tmp_path: Path) -> None:
     def rank(number: int) -> None:
         stop = Stop()
-        module = Asked({4 * 6 + 3: signal.SIGHUP})  # in the second process
+        module = Regression(at={4 * 6 + 3: signal.SIGHUP})  # in the second process
         config = dataclasses.replace(CONFIG, train_batch_size=3)
         assert not fit({"flow": module}, Line(), config, tmp_path, stop=stop)
         assert stop.status == 129
@@ -319,7 +307,7 @@ def test_the_console_of_a_resumed_run_goes_on_as_that_of_the_uninterrupted_one(
         return lines(capsys.readouterr().err)
 
     whole = said("whole", Regression())
-    resumed = said("resumed", Asked({5 * 6: signal.SIGTERM}), Regression())
+    resumed = said("resumed", Regression(at={5 * 6: signal.SIGTERM}), Regression())
     assert len(whole) == 12 and whole == resumed
     # The running mean, by its formula.
     rows = [float(re.search(r"loss (\S+)", line)[1]) for line in whole]  # type: ignore[index]

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from latentflow.autoencoder import latents
 from latentflow.errors import RunError, UserError
@@ -36,9 +35,10 @@ LINE = "latentflow train cats -o runs/cats"
 class NoDropout(Regression):
     """Its loss is a function of the samples alone, whatever the parts."""
 
-    def __init__(self, memory_rows: int = 10**9, error: Exception | None = None) -> None:
-        super().__init__()
-        self.layers[2] = nn.Identity()
+    def __init__(
+        self, memory_rows: int = 10**9, error: Exception | None = None, at: dict[int, Any] | None = None
+    ) -> None:
+        super().__init__(dropout=0.0, at=at)
         self.memory_rows = memory_rows
         self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         self.sizes: list[int] = []
@@ -134,16 +134,10 @@ def test_memory_that_runs_out_beside_torch_s_allocator_is_known(said: str, memor
 def test_out_of_memory_names_the_phase_the_peak_and_the_flags_and_saves(
     tmp_path: Path, error: Exception
 ) -> None:
-    class Late(NoDropout):
-        def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            if 6 * 6 in batch["sample_ids"]:
-                raise error
-            return super().forward(batch)
-
     with pytest.raises(
         RunError, match=r"step 7: out of memory \(phase: train\) after a peak of \d"
     ) as caught:
-        run(tmp_path, module=Late(), resume_line=LINE)
+        run(tmp_path, module=NoDropout(at={6 * 6: error}), resume_line=LINE)
     for word in ("--auto-micro-batch", "--gradient-checkpointing", "Saved at step 6", LINE):
         assert word in caught.value.fix
     assert steps(tmp_path)[-1] == 6 and caught.value.status == 1

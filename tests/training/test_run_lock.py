@@ -118,17 +118,6 @@ def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:
         run_lock(tmp_path / "file" / "run").__enter__()
 
 
-def test_only_the_main_process_of_a_run_holds_the_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Second:
-        is_main_process = False
-
-    monkeypatch.setattr(module, "process_state", Second)
-    with run_lock(tmp_path):
-        assert not (tmp_path / "run.lock").exists()
-
-
 def test_a_folder_in_use_is_refused_in_every_process_and_none_waits_for_the_other(tmp_path: Path) -> None:
     def rank(number: int) -> None:
         with pytest.raises(UserError, match=f"process {os.getppid()} on host"):

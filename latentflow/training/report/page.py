@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import time
 from collections.abc import Sequence
@@ -165,14 +164,12 @@ def _settings(page: Page, run: Run) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """Return the defaults of all settings of all programs."""
-    defaults: dict[str, Any] = {}
-    for config in (DataConfig, AutoencoderConfig, NetworkConfig, TextConfig, FlowConfig, LoopConfig):
-        for field in dataclasses.fields(config):
-            if field.default is not dataclasses.MISSING:
-                defaults[field.name] = field.default
-            elif field.default_factory is not dataclasses.MISSING:
-                defaults[field.name] = field.default_factory()
+    """Return the defaults of all settings of all programs; the data have none."""
+    sections = (AutoencoderConfig(), NetworkConfig(), TextConfig(), FlowConfig(), LoopConfig())
+    defaults = {
+        name: value for section in (DataConfig(data=""), *sections) for name, value in vars(section).items()
+    }
+    del defaults["data"]
     return defaults
 
 
