@@ -19,6 +19,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from latentflow.errors import RunError, UserError
 from latentflow.training.loop import run_folder as folders
@@ -234,9 +235,16 @@ def test_a_failed_save_is_a_warning_and_the_next_one_succeeds(
             saver.poll()
     assert "step-000002 could not be written: No space left" in caplog.text
     assert "needed" in caplog.text and "last good one is step-000001" in caplog.text
-    saver.save(3, state(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "snapshot", Mock(side_effect=MemoryError))
+        saver.save(3, state(3))
+        patch.setattr(saving, "snapshot", Mock(side_effect=RuntimeError("a defect")))
+        with pytest.raises(RuntimeError, match="a defect"):
+            saver.save(3, state(3))
+    assert "step 3: too little memory to copy the state" in caplog.text
+    saver.save(4, state(4))
     saver.close()
-    assert names(tmp_path) == ["step-000001", "step-000003"]
+    assert names(tmp_path) == ["step-000001", "step-000004"]
 
 
 def test_a_full_disk_costs_no_old_checkpoint_and_leaves_nothing_half_written(
@@ -314,6 +322,22 @@ def test_only_our_own_leftovers_are_removed(tmp_path: Path) -> None:
     removed = clean_up(tmp_path, r"step-\d+")
     assert [path.name for path in removed] == [".step-000002.gone", ".step-000004.tmp"]
     assert names(tmp_path) == [".cache", ".step-mine.tmp", "step-000004"]
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("header too large"), SafetensorError("I/O error: no space (os error 28)")]
+)
+def test_a_folder_that_could_not_be_written_is_as_it_was(
+    tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "result"
+    write_folder(folder, lambda path: fill(path, "old"))
+    with pytest.raises(OSError if "28" in str(error) else SafetensorError):
+        write_folder(folder, Mock(side_effect=error))
+    monkeypatch.setattr(folders, "_sync", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        write_folder(folder, lambda path: fill(path, "new"))
+    assert names(tmp_path) == ["result"] and (folder / "a").read_text() == "old"
 
 
 @pytest.mark.parametrize("call", range(10))

@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,17 @@ def test_a_signal_that_is_ignored_stays_so(
     finally:
         assert signal.signal(number, before) == signal.SIG_IGN
     assert stop.status == 0 and steps(tmp_path)[-1] == 12
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
+    twice = {4 * 6: signal.SIGINT, 4 * 6 + 1: signal.SIGINT}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, module=Regression(at=twice))
+
+
+def test_a_run_in_a_thread_leaves_signals_to_the_program(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run, tmp_path).result()
 
 
 def test_in_the_last_step_the_run_is_finished_and_the_signal_told(tmp_path: Path) -> None:

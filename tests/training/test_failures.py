@@ -294,6 +294,46 @@ def test_an_unreadable_file_is_named_and_the_run_saved(tmp_path: Path, workers: 
     assert_equal_weights(tmp_path / "run", tmp_path / "plain")
 
 
+@pytest.mark.parametrize(
+    ("workers", "error", "kind", "words"),
+    [
+        (1, UserError("row 3 is gone", "Put it back."), RunError, "row 3 is gone\nPut it back"),
+        (0, MemoryError(), RunError, "point .*MemoryError\nLower --num-workers"),
+        (0, RuntimeError("shapes do not match"), RuntimeError, "shapes do not match"),  # a defect
+        (1, RuntimeError("shapes do not match"), RuntimeError, "Caught (.|\n)*shapes do not match"),
+    ],
+)
+def test_what_a_data_set_raises_is_told_in_its_words(
+    tmp_path: Path, workers: int, error: Exception, kind: type[Exception], words: str
+) -> None:
+    class Failing(Line):
+        def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
+            raise error
+
+    with pytest.raises(kind, match=words) as caught:
+        fit({"flow": Regression()}, Failing(), dataclasses.replace(CONFIG, num_workers=workers), tmp_path)
+    assert ("Nothing was trained yet" in str(caught.value)) == (kind is RunError)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("a defect")])
+def test_data_and_disk_that_fail_at_once_are_both_told(
+    tmp_path: Path, error: Exception, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(saving.checkpoint, "write_checkpoint", write)
+    with pytest.raises(RunError, match="Input/output error") as caught:
+        fit(
+            {"flow": Regression()},
+            Unreadable(),
+            dataclasses.replace(CONFIG, checkpointing_steps=99),
+            tmp_path,
+        )
+    assert "Step 6 could not be saved" in caught.value.fix
+    assert ("Traceback" in log.read_text()) == isinstance(error, KeyError)  # of a defect only
+
+
 def test_a_worker_that_is_killed_is_told_of_and_the_run_saved(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, num_workers=2)
     with pytest.raises(
@@ -448,8 +488,7 @@ def test_a_sample_that_another_process_has_is_blamed_as_well(tmp_path: Path) -> 
     assert "step 3: the loss or its gradient is not finite" in said and f"samples: point {index} (t" in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_data_that_fails_in_one_process_saves_the_run_of_all(tmp_path: Path, shard: bool) -> None:
     class Broken(Line):
         def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:

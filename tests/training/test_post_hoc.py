@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,18 @@ def test_a_length_made_after_training_equals_the_one_that_was_tracked(whole: Pat
     assert off(truth[f"{newest}0.03"], truth[f"{newest}0.2"]) > 1e-2
 
 
+def test_a_length_far_from_those_tracked_is_a_warning_and_a_damaged_snapshot_is_named(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("latentflow").propagate = True
+    folder = Path(shutil.copytree(whole / "averages", tmp_path / "averages"))
+    reconstruct(folder, 0.002)
+    assert "that is much. Lengths near or between 0.05, 0.1 are met better" in caplog.text
+    (folder / "step-000010" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step-000010 is damaged(.|\n)*Move it away"):
+        reconstruct(folder, 0.1)
+
+
 def test_a_run_that_died_has_the_same_averages_and_snapshots(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         fit({"flow": Regression(at={70 * 6: InterruptedError()})}, Line(), TRACKED, tmp_path)
@@ -180,7 +194,13 @@ def test_the_command_makes_a_pipeline(images: Path, tmp_path: Path, monkeypatch:
         reconstruct(tmp_path / "run" / "checkpoints" / "none", 0.1)
     with pytest.raises(UserError, match="has no pipeline"):
         averaged_pipeline(tmp_path / "cache", 0.1, tmp_path / "other")
-    factors = {"network.blocks.0.attn.qkv.lora_A.default.weight": torch.zeros(1, 16)}
-    monkeypatch.setattr(average, "reconstruct", lambda folder, length: (factors, 6))
-    with pytest.raises(UserError, match=r"(?s)of an adapter.*without --lora-rank"):
-        averaged_pipeline(tmp_path / "run", 0.1, tmp_path / "other")
+    layer = "network.blocks.0.attn.qkv"
+    for name, words in (
+        (f"{layer}.lora_A.default.weight", r"(?s)of an adapter.*without --lora-rank"),
+        (f"{layer}.weight", "do not fit .*pipeline: shapes"),
+        (f"{layer}.other", f"do not fit .*pipeline: {layer}.other"),
+    ):
+        found = {name: torch.zeros(1, 16)}
+        monkeypatch.setattr(average, "reconstruct", lambda folder, length, found=found: (found, 6))
+        with pytest.raises(UserError, match=words):
+            averaged_pipeline(tmp_path / "run", 0.1, tmp_path / "other")

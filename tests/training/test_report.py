@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from latentflow.data import find_source
 from latentflow.errors import RunError, UserError, few
 from latentflow.training.loop import logging as trackers
 from latentflow.training.loop.logging import Reporter
-from latentflow.training.report import hub
+from latentflow.training.report import export, hub
 from latentflow.training.report.card import CardFacts, write_card
 from latentflow.training.report.export import carry_over, is_generated, signed
 from latentflow.training.report.folder import Run, data_lines, read_metrics, read_run
@@ -98,6 +99,29 @@ def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
     assert html.count("<svg") == 2 and html.count("data:image/") == 2
     assert 'src="http' not in html and "<script" not in html
     assert "notes of old" not in html.split("train.log")[0]  # only the last start's data
+
+
+def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    settings = {"data": "cats", "network": "dit", "max_train_steps": 30, "lr_warmup_steps": 7, "columns": {}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    losses = [(step, 1.0 if step == 20 else 2.0) for step in (10, 20, 30)]
+    lines = [trained(step, 1.0) for step in range(1, 31)] + [
+        row(step, val_loss=loss) for step, loss in losses
+    ]
+    lines.sort(key=lambda line: json.loads(line)["step"])
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    start = {"started": "2026-01-01", "step": 0, "device": "cpu", "processes": 2, "command": "train.py cats"}
+    (tmp_path / "environment.jsonl").write_text(json.dumps(start))
+    html = report_page(tmp_path).html()
+    for text in (
+        "finished: step 30 of 30", "60, 2 per step", f"latentflow generate --checkpoint {tmp_path}/pipeline",
+        "Train for as many steps again", "--max-train-steps 60", "The run used 2 processes: start as many",
+        "The validation loss has risen by 100% since step 20", "<td>lr_warmup_steps</td><td>7</td><td>100</td>",
+        "train.log has no lines about the data", "<td>train.py cats</td>",
+    ):  # fmt: skip
+        assert text in html, text
+    assert "<td>data</td>" not in html  # it has no default
 
 
 def test_a_folder_with_nothing_but_settings_has_a_page_and_any_other_folder_none(tmp_path: Path) -> None:
@@ -254,6 +278,14 @@ def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, wandb: list[FakeTracke
     assert len(read_metrics(tmp_path)) == 2
 
 
+def test_a_tracker_that_cannot_start_says_what_to_do(
+    tmp_path: Path, wandb: list[FakeTracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeTracker, "start", Mock(side_effect=ConnectionError("no key")))
+    with pytest.raises(UserError, match=r"--report-to wandb could not start: no key\n.*`wandb login`"):
+        reporter(tmp_path, "wandb")
+
+
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_missing_package_is_named_with_its_extra(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -385,7 +417,12 @@ def test_a_card_of_ours_is_renewed_and_one_of_the_user_s_stays(killed: Path, ima
     assert (new / "sample-step-000006.png").is_file()
 
 
-def test_a_result_made_anew_keeps_what_users_put_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_a_result_made_anew_keeps_what_users_put_beside_it(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:  # as on a file system without hard links
+        monkeypatch.setattr(export.os, "link", Mock(side_effect=PermissionError))
     ours = ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/model.fp16.safetensors",
             "transformer/diffusion_pytorch_model.safetensors.index.json"]  # fmt: skip
     users = ["notes.txt", "lora/mine.safetensors", "transformer/mine.json", "README-step-000003.md"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import signal
 import socket
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -110,6 +113,15 @@ def test_the_holder_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monk
         while (tmp_path / "run.lock").stat().st_mtime == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (tmp_path / "run.lock").stat().st_mtime > 0
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("latentflow").propagate = True
+    monkeypatch.setattr(module.fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with run_lock(tmp_path):
+        assert "file system without locks: start no second run there" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,7 +96,8 @@ def write_shards(folder: Path, taken: Snapshot, group: dist.ProcessGroup, *, tot
     """Write a checkpoint by all processes of a sharded run, each of them its share; ``folder`` is seen by all.
 
     Raises:
-        OSError: in every process, if one of them could not write; every earlier checkpoint is still there.
+        OSError: in every process, if one of them could not write. What was written is removed, every earlier
+            checkpoint is still there.
     """
     main = dist.get_rank(group) == 0
     tensors = {key: tensor for file in taken.files.values() for key, tensor in file.items()}
@@ -121,8 +123,13 @@ def write_shards(folder: Path, taken: Snapshot, group: dist.ProcessGroup, *, tot
             finish_folder(folder)
             _remove_oldest(folder, total_limit)
 
-    for action in (prepare, write, finish):
-        together(action, group)
+    try:
+        for action in (prepare, write, finish):
+            together(action, group)
+    except Exception:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _remove_oldest(folder: Path, total_limit: int) -> None:

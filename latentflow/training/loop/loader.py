@@ -107,8 +107,13 @@ def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            workers = getattr(batches, "_workers", ())
+            if not workers or str(error).startswith(
+                "Caught "
+            ):  # torch's words for what a worker raised: a defect
+                raise
             # torch names a dead worker; what it had sent and is fetched from it only now fails in other ways.
-            dead = _dead(getattr(batches, "_workers", ()))
+            dead = _dead(workers)
             if not dead and "DataLoader worker" not in str(error):
                 raise
             names = ", ".join(f"process {worker.pid}, exit status {worker.exitcode}" for worker in dead)
@@ -135,9 +140,6 @@ class _Identified:
 
     def __init__(self, data: TrainingData) -> None:
         self._data, self._groups = data, groups_of(data)
-
-    def __len__(self) -> int:
-        return len(self._data)
 
     def __getitems__(self, uses: list[SampleUse]) -> list[Batch] | DataFailed:
         """Return the batches of the uses, or the error in words: what a process raises reaches the loop as text."""

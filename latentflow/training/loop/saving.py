@@ -83,7 +83,8 @@ class Saver:
             self._write(step)
 
     def last_good(self) -> str:
-        """Say which checkpoint the run would go on from."""
+        """Say which checkpoint the run would go on from, when no save is running any more."""
+        self.wait()
         found = list_checkpoints(self.root)
         return f"the last good one is {found[-1].name}" if found else "there is no earlier one"
 
