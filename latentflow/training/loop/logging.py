@@ -140,9 +140,8 @@ class Tracker:
             if report_to == "wandb":
                 import wandb  # noqa: F401
 
-                name = "/".join(
-                    folder.resolve().parts[-2:]
-                )  # an autoencoder and its generator share the last
+                # An autoencoder and its generator share the last part.
+                name = "/".join(folder.resolve().parts[-2:])
                 options = {"name": name, "dir": str(folder), "id": _wandb_id(folder), "resume": "allow"}
                 self._tracker = WandBTracker("latentflow", **options)
             else:
