@@ -35,18 +35,15 @@ LINE = "latentflow train cats -o runs/cats"
 class NoDropout(Regression):
     """Its loss is a function of the samples alone, whatever the parts."""
 
-    def __init__(
-        self, memory_rows: int = 10**9, error: Exception | None = None, at: dict[int, Any] | None = None
-    ) -> None:
-        super().__init__(dropout=0.0, at=at)
+    def __init__(self, memory_rows: int = 10**9, **options: Any) -> None:
+        super().__init__(dropout=0.0, **options)
         self.memory_rows = memory_rows
-        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         self.sizes: list[int] = []
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         self.sizes.append(len(batch["x"]))
         if len(batch["x"]) > self.memory_rows:
-            raise self.error
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().forward(batch)
 
 
@@ -193,7 +190,7 @@ def test_too_little_memory_for_a_single_sample_ends_the_run(tmp_path: Path) -> N
 
 def test_another_error_of_the_network_is_no_lack_of_memory(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
-        run(tmp_path, module=NoDropout(memory_rows=0, error=RuntimeError("shapes do not match")))
+        run(tmp_path, module=Regression(at={0: RuntimeError("shapes do not match")}))
 
 
 def test_memory_that_runs_out_while_decoding_is_told_apart(tmp_path: Path) -> None:

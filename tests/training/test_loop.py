@@ -95,17 +95,6 @@ def assert_equal_weights(a: Path, b: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_one_bit_for_bit(
-    tmp_path: Path,
-) -> None:
-    assert run(tmp_path / "whole")
-    stopping = Regression(at={5 * 6 + 1: signal.SIGTERM})
-    assert not run(tmp_path / "stopped", module=stopping, resume_line="latentflow train ...")
-    assert steps(tmp_path / "stopped")[-1] == 6
-    assert run(tmp_path / "stopped")
-    assert_equal_weights(tmp_path / "whole", tmp_path / "stopped")
-
-
 def test_accumulation_gives_the_same_update_as_one_large_batch(tmp_path: Path) -> None:
     run(tmp_path / "large", module=Regression(dropout=0.0))
     split = dataclasses.replace(CONFIG, train_batch_size=2, gradient_accumulation_steps=3)

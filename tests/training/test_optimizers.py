@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from latentflow.training.estimate import state_bytes
 from latentflow.training.loop import distributed
 from latentflow.training.loop import optimizers as muon
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.distributed import is_sharded
 from latentflow.training.loop.optimizers import (
     OPTIMIZERS,
     Muon,
@@ -264,12 +262,6 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
         UserError, match=rf'{package}(.|\n)*pip install "latentflow\[{name.removeprefix("adamw-8")}'
     ):
         steady(name)
-
-
-def test_moments_in_8_bits_cannot_be_sharded() -> None:
-    pair: Any = SimpleNamespace(num_processes=2, scaler=None)
-    with pytest.raises(UserError, match="adamw-8bit cannot be used with --shard"):
-        is_sharded(dataclasses.replace(steady("adamw-8bit"), shard=True), pair)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -222,36 +222,16 @@ def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: py
     assert len(written) >= 4 and not any(b"very-secret" in path.read_bytes() for path in written)
 
 
-class FakeTracker:
-    """accelerate's interface, in memory."""
-
-    made: ClassVar[list[FakeTracker]] = []
-
-    def __init__(self, project: str, **options: Any) -> None:
-        self.options, self.calls, self.broken = options, [], False
-        FakeTracker.made.append(self)
-
-    def start(self) -> None: ...
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> None:
-            if self.broken:
-                raise ConnectionError("gone")
-            self.calls.append((name, *arguments, options))
-
-        return call
-
-
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> list[FakeTracker]:
-    monkeypatch.setattr(trackers, "WandBTracker", FakeTracker)
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """The class of accelerate's tracker."""
+    monkeypatch.setattr(trackers, "WandBTracker", made := Mock())
     monkeypatch.setitem(sys.modules, "wandb", trackers)
-    FakeTracker.made = []
-    return FakeTracker.made
+    return made
 
 
 def test_wandb_gets_settings_curves_and_images_and_a_resumed_run_its_old_name(
-    tmp_path: Path, wandb: list[FakeTracker]
+    tmp_path: Path, wandb: Mock
 ) -> None:
     (tmp_path / "config.yaml").write_text("learning_rate: 0.5\n")
     for step in (1, 2):
@@ -260,28 +240,27 @@ def test_wandb_gets_settings_curves_and_images_and_a_resumed_run_its_old_name(
         logger.validation(step, {"loss": 0.25})
         logger.image(step, Image.new("RGB", (6, 4), "red"))
         logger.close()
-    first, second = wandb
-    assert first.options["id"] == second.options["id"] and first.options["dir"] == str(tmp_path)
-    assert first.calls[0][:2] == ("store_init_configuration", {"learning_rate": 0.5})
-    assert first.calls[1][1]["loss"] == 0.5 and first.calls[1][-1] == {"step": 1}
-    assert first.calls[2][1] == {"val_loss": 0.25}
-    assert first.calls[3][0] == "log_images" and first.calls[3][1]["preview"].shape == (1, 4, 6, 3)
-    assert first.calls[4][0] == "finish"
+    first, second = (call.kwargs for call in wandb.call_args_list)
+    assert first["id"] == second["id"] and first["dir"] == str(tmp_path)
+    names, arguments, options = zip(*wandb.return_value.mock_calls[:6], strict=True)
+    assert names == ("start", "store_init_configuration", "log", "log", "log_images", "finish")
+    assert arguments[1] == ({"learning_rate": 0.5},)
+    assert arguments[2][0]["loss"] == 0.5 and options[2] == {"step": 1}
+    assert arguments[3] == ({"val_loss": 0.25},)
+    assert arguments[4][0]["preview"].shape == (1, 4, 6, 3)
 
 
-def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, wandb: list[FakeTracker]) -> None:
+def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, wandb: Mock) -> None:
+    wandb.return_value.log.side_effect = ConnectionError("gone")
     logger = reporter(tmp_path, "wandb")
-    wandb[0].broken = True
     for step in (1, 2):
         logger.metrics(step, 4, {"loss": 0.5, "lr": 0.1})
     logger.close()
-    assert len(read_metrics(tmp_path)) == 2
+    assert len(read_metrics(tmp_path)) == 2 and wandb.return_value.log.call_count == 1
 
 
-def test_a_tracker_that_cannot_start_says_what_to_do(
-    tmp_path: Path, wandb: list[FakeTracker], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeTracker, "start", Mock(side_effect=ConnectionError("no key")))
+def test_a_tracker_that_cannot_start_says_what_to_do(tmp_path: Path, wandb: Mock) -> None:
+    wandb.return_value.start.side_effect = ConnectionError("no key")
     with pytest.raises(UserError, match=r"--report-to wandb could not start: no key\n.*`wandb login`"):
         reporter(tmp_path, "wandb")
 
@@ -441,58 +420,34 @@ def test_a_result_made_anew_keeps_what_users_put_beside_it(
     assert (new / "notes.txt").read_text() == "old"
 
 
-class FakeHub:
-    """The hub's interface, in memory."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-        self.card: str | None = None
-        self.error: Exception | None = None
-
-    def repo_exists(self, name: str) -> bool:
-        return self.card is not None
-
-    def file_exists(self, name: str, file: str) -> bool:
-        return self.card is not None
-
-    def hf_hub_download(self, name: str, file: str, local_dir: str) -> str:
-        (Path(local_dir) / file).write_text(self.card or "")
-        return str(Path(local_dir) / file)
-
-    def create_repo(self, name: str, **options: Any) -> None:
-        self.calls.append(("create", options))
-
-    def upload_folder(self, **options: Any) -> None:
-        if self.error:
-            raise self.error
-        self.calls.append(("upload", options))
-
-
 @pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    fake = FakeHub()
-    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: fake)
+def api(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """The hub's interface, of a repository that does not exist."""
+    api = Mock(**{"repo_exists.return_value": False, "file_exists.return_value": False})
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: api)
     monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: "token")
-    return fake
+    return api
 
 
-def test_a_new_repository_is_private_and_a_card_on_the_hub_stays(tmp_path: Path, fake_hub: FakeHub) -> None:
+def test_a_new_repository_is_private_and_a_card_on_the_hub_stays(tmp_path: Path, api: Mock) -> None:
     assert hub.push(tmp_path, "owner/cats") == "https://huggingface.co/owner/cats"
-    assert fake_hub.calls[0] == ("create", {"private": True, "exist_ok": True})
-    assert fake_hub.calls[1][1]["ignore_patterns"] == [] and fake_hub.calls[1][1]["folder_path"] == tmp_path
+    api.create_repo.assert_called_once_with("owner/cats", private=True, exist_ok=True)
+    assert api.upload_folder.call_args.kwargs["ignore_patterns"] == []
+    assert api.upload_folder.call_args.kwargs["folder_path"] == tmp_path
+    api.repo_exists.return_value = api.file_exists.return_value = True
+    api.hf_hub_download.return_value = str(tmp_path / "card")
     for card, ignored in (("mine", ["README.md"]), (signed("ours"), [])):
-        fake_hub.card = card
+        (tmp_path / "card").write_text(card)
         hub.push(tmp_path, "owner/cats")
-        kind, options = fake_hub.calls[-1]
-        assert kind == "upload" and options["ignore_patterns"] == ignored
-    assert len(fake_hub.calls) == 4
+        assert api.upload_folder.call_args.kwargs["ignore_patterns"] == ignored
+    assert api.create_repo.call_count == 1 and api.upload_folder.call_count == 3
 
 
 @pytest.mark.parametrize(
     "error", [ConnectionError("no route"), ConnectionError(), RuntimeError("of a library")]
 )
-def test_a_push_that_fails_says_how_to_try_again(error: Exception, tmp_path: Path, fake_hub: FakeHub) -> None:
-    fake_hub.error = error
+def test_a_push_that_fails_says_how_to_try_again(error: Exception, tmp_path: Path, api: Mock) -> None:
+    api.upload_folder.side_effect = error
     message = rf"(?s){error or 'ConnectionError'}.*latentflow push '.*my cats' owner/cats"
     with pytest.raises(UserError, match=message):
         hub.push(tmp_path / "my cats", "owner/cats")
@@ -508,9 +463,7 @@ def test_a_hub_that_cannot_be_reached_is_no_defect(tmp_path: Path, monkeypatch: 
         hub.push(tmp_path, "owner/cats")
 
 
-def test_what_cannot_be_pushed_is_known_before_the_run(
-    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_pushed_is_known_before_the_run(api: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.check_push("owner/cats")
     for name in ("cats", "a/b/c", "owner/ca ts"):
         with pytest.raises(UserError, match="owner/name"):
@@ -518,4 +471,4 @@ def test_what_cannot_be_pushed_is_known_before_the_run(
     monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UserError, match="HF_TOKEN"):
         hub.check_push("owner/cats")
-    assert not fake_hub.calls
+    assert not api.mock_calls

@@ -210,6 +210,8 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert not is_sharded(PAIR, SimpleNamespace(num_processes=1, scaler=None))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--auto-micro-batch cannot be used with --shard"):
         is_sharded(dataclasses.replace(PAIR, auto_micro_batch=True), pair)
+    with pytest.raises(UserError, match="adamw-8bit cannot be used with --shard"):
+        is_sharded(dataclasses.replace(PAIR, optimizer="adamw-8bit"), pair)
     with pytest.raises(UserError, match="fp16 cannot be used with --shard"):
         is_sharded(PAIR, SimpleNamespace(num_processes=2, scaler=object()))  # type: ignore[arg-type]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what accelerate launch --use_fsdp sets
