@@ -14,7 +14,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, patch_environment
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -79,8 +78,6 @@ def _portable(error: Exception | None) -> Exception | None:
         return error
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror or str(error))
-    if isinstance(error, SafetensorError):
-        return OSError(None, str(error))
     return RuntimeError(f"in another process: {type(error).__name__}: {error}")
 
 
