@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,11 @@ def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
 
 def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
-    settings = {"data": "cats", "network": "dit", "max_train_steps": 30, "lr_warmup_steps": 7, "columns": {}}
+    (tmp_path / "checkpoints" / "step-000030").mkdir(parents=True)
+    (tmp_path / "samples").mkdir()
+    for step in range(1, 14):
+        Image.new("RGB", (4, 4)).save(tmp_path / "samples" / f"step-{step:06d}.png")
+    settings = {"data": "cats", "network": "dit", "max_train_steps": 30, "ema_lengths": [0.1, 0.2]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     losses = [(step, 1.0 if step == 20 else 2.0) for step in (10, 20, 30)]
     lines = [trained(step, 1.0) for step in range(1, 31)] + [
@@ -117,7 +123,8 @@ def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:
     for text in (
         "finished: step 30 of 30", "60, 2 per step", f"latentflow generate --checkpoint {tmp_path}/pipeline",
         "Train for as many steps again", "--max-train-steps 60", "The run used 2 processes: start as many",
-        "The validation loss has risen by 100% since step 20", "<td>lr_warmup_steps</td><td>7</td><td>100</td>",
+        "The validation loss has risen by 100% since step 20", "<td>ema_lengths</td><td>0.1 0.2</td><td></td>",
+        "<td>checkpoints kept</td><td>step-000030</td>", f"12 of 13 in {tmp_path}/samples",
         "train.log has no lines about the data", "<td>train.py cats</td>",
     ):  # fmt: skip
         assert text in html, text
@@ -129,12 +136,19 @@ def test_a_folder_with_nothing_but_settings_has_a_page_and_any_other_folder_none
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("network: dit\nmax_train_steps: 8\n")
     assert "No figures were logged yet" in report_page(run).html()
-    (run / "metrics.jsonl").write_text("")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 3, "time": time.time(), "loss": 1.0}))
+    assert re.search(r"not finished, last line \d+ s ago: step 3 of 8", report_page(run).html())
     with pytest.raises(UserError, match=r"Did you mean '.*cats'"):
         report_page(tmp_path / "runs")
     (run / "config.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"config\.yaml is not valid YAML"):
         read_run(run)
+
+
+def test_a_page_without_matplotlib_names_the_extra(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r'pip install "latentflow\[report\]"'):
+        report_page(killed)
 
 
 def test_previews_are_ordered_by_step_also_beyond_a_million(tmp_path: Path) -> None:
