@@ -116,28 +116,23 @@ def test_all_processes_stop_for_the_signal_of_one(tmp_path: Path) -> None:
     assert steps(tmp_path)[-1] == 5
 
 
-class Signalled(Line):
-    """The process that loads a sample gets a signal while it does."""
-
-    def __init__(self, number: signal.Signals, main: signal.Signals | None = None) -> None:
-        self.number, self.main = number, main
-
-    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
-        if any(draw.sample_id == 6 * 6 + 3 for draw in draws):
-            if self.main is not None:
-                time.sleep(0.5)  # the loop has taken all that was loaded before, and waits
-                os.kill(os.getppid(), self.main)
-            os.kill(os.getpid(), self.number)
-        return super().__getitems__(draws)
-
-
 def test_ctrl_c_and_sigterm_to_the_processes_that_load_stop_the_run_as_well(tmp_path: Path) -> None:
     """A terminal signals all processes of a run, SLURM too."""
+
+    class Terminated(Line):
+        def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
+            if any(draw.sample_id == 6 * 6 + 3 for draw in draws):
+                time.sleep(0.5)  # the loop has taken all that was loaded before, and waits
+                os.kill(os.getppid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitems__(draws)
+
     config = dataclasses.replace(CONFIG, num_workers=1)
     for number in (signal.SIGINT, signal.SIGHUP):
-        assert fit({"flow": Regression()}, Signalled(number), config, tmp_path / str(int(number)))
-    stop, data = Stop(), Signalled(signal.SIGTERM, signal.SIGTERM)
-    assert not fit({"flow": Regression()}, data, config, tmp_path / "run", stop=stop)
+        data = Line({6 * 6 + 3: number})
+        assert fit({"flow": Regression()}, data, config, tmp_path / str(int(number)))
+    stop = Stop()
+    assert not fit({"flow": Regression()}, Terminated(), config, tmp_path / "run", stop=stop)
     assert stop.status == 143 and steps(tmp_path / "run")[-1] == 6
     assert fit({"flow": Regression()}, Line(), config, tmp_path / "run")
     assert_equal_weights(tmp_path / "run", tmp_path / "2")
@@ -159,16 +154,6 @@ def interrupting(stage: type, number: signal.Signals, at: int, patch: pytest.Mon
 
 
 FEW = [*TINY, "--max-train-steps", 3, "--validation-steps", 0, "--preview-steps", 0]
-OWN = ("--resolution", "--validation", "--autoencoder-", "--encoder-", "--decoder-", "--latent-", "--log-")
-
-
-def own_flags() -> list[Any]:
-    """Those of TINY that `latentflow autoencoder` has."""
-    kept, taking = [], False
-    for word in TINY:
-        taking = word.startswith(OWN) if word.startswith("--") else taking
-        kept += [word] if taking else []
-    return [*kept, "--autoencoder-steps", 3]
 
 
 def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
@@ -203,7 +188,8 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
     assert f"the result {out}/pipeline could not be written: No space left on device" in said
     assert "done:" in call(cache, *line, "--max-train-steps", 4)
 
-    alone = [images, "-o", tmp_path / "autoencoder", *own_flags()]
+    own = TINY[: TINY.index("--network-preset")]
+    alone = [images, "-o", tmp_path / "autoencoder", *own, "--autoencoder-steps", 3]
     with monkeypatch.context() as patch:
         interrupting(AutoencoderLoss, signal.SIGHUP, 1 * 4, patch)
         assert "resume with" in call(cache, *alone, file="autoencoder", expect=129)

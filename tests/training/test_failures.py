@@ -23,7 +23,7 @@ from latentflow.training.loop import fit as loop
 from latentflow.training.loop import loader as batches
 from latentflow.training.loop import saving
 from latentflow.training.loop.checkpoint import load_latest
-from latentflow.training.loop.data_order import DataOrder, SampleUse
+from latentflow.training.loop.data_order import DataOrder
 from latentflow.utils.memory import OutOfMemory, is_out_of_memory, memory_phase
 
 from .forking import run_ranks
@@ -253,26 +253,9 @@ def test_previews_and_validations_that_fail_never_stop_a_run_and_are_tried_again
 # ---- data ----
 
 
-class Unreadable(Line):
-    """A file whose disk fails when sample 3 is asked for."""
-
-    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
-        if any(draw.sample_id == 6 * 6 + 3 for draw in draws):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), "shard-3.safetensors")
-        return super().__getitems__(draws)
-
-
-class Dying(Line):
-    """The process that loads sample 57 is killed, as the kernel does when memory is short."""
-
-    def __init__(self) -> None:
-        self.main = os.getpid()
-
-    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
-        if any(draw.sample_id == 9 * 6 + 3 for draw in draws):
-            assert os.getpid() != self.main
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitems__(draws)
+def unreadable() -> Line:
+    """Data of which a file's disk fails in step 7."""
+    return Line({6 * 6 + 3: OSError(errno.EIO, os.strerror(errno.EIO), "shard-3.safetensors")})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -283,7 +266,7 @@ def test_an_unreadable_file_is_named_and_the_run_saved(tmp_path: Path, workers: 
     with pytest.raises(
         RunError, match=r"step 7: .*point \d+, point \d+.*Input/output error.*shard-3"
     ) as caught:
-        fit({"flow": Regression()}, Unreadable(), config, tmp_path / "run", resume_line=LINE)
+        fit({"flow": Regression()}, unreadable(), config, tmp_path / "run", resume_line=LINE)
     assert "Saved at step 6" in caught.value.fix and LINE in caught.value.fix
     assert steps(tmp_path / "run")[-1] == 6
     assert run(tmp_path / "run", config)  # the disk is back: nothing is lost, not even dropout's random state
@@ -303,12 +286,13 @@ def test_an_unreadable_file_is_named_and_the_run_saved(tmp_path: Path, workers: 
 def test_what_a_data_set_raises_is_told_in_its_words(
     tmp_path: Path, workers: int, error: Exception, kind: type[Exception], words: str
 ) -> None:
-    class Failing(Line):
-        def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
-            raise error
-
     with pytest.raises(kind, match=words) as caught:
-        fit({"flow": Regression()}, Failing(), dataclasses.replace(CONFIG, num_workers=workers), tmp_path)
+        fit(
+            {"flow": Regression()},
+            Line({0: error}),
+            dataclasses.replace(CONFIG, num_workers=workers),
+            tmp_path,
+        )
     assert ("Nothing was trained yet" in str(caught.value)) == (kind is RunError)
 
 
@@ -323,7 +307,7 @@ def test_data_and_disk_that_fail_at_once_are_both_told(
     with pytest.raises(RunError, match="Input/output error") as caught:
         fit(
             {"flow": Regression()},
-            Unreadable(),
+            unreadable(),
             dataclasses.replace(CONFIG, checkpointing_steps=99),
             tmp_path,
         )
@@ -332,11 +316,18 @@ def test_data_and_disk_that_fail_at_once_are_both_told(
 
 
 def test_a_worker_that_is_killed_is_told_of_and_the_run_saved(tmp_path: Path) -> None:
+    """As the kernel does when memory is short."""
     config = dataclasses.replace(CONFIG, num_workers=2)
     with pytest.raises(
         RunError, match=r"a process that loads data has died \(process \d+, exit status -9"
     ) as caught:
-        fit({"flow": Regression()}, Dying(), config, tmp_path / "run", resume_line=LINE)
+        fit(
+            {"flow": Regression()},
+            Line({9 * 6 + 3: signal.SIGKILL}),
+            config,
+            tmp_path / "run",
+            resume_line=LINE,
+        )
     # It loads up to four batches ahead, and what it had not yet handed over is lost with it.
     saved = steps(tmp_path / "run")[-1]
     assert 5 <= saved <= 9
@@ -487,15 +478,11 @@ def test_a_sample_that_another_process_has_is_blamed_as_well(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_data_that_fails_in_one_process_saves_the_run_of_all(tmp_path: Path, shard: bool) -> None:
-    class Broken(Line):
-        def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
-            if 5 * 6 + 4 in [draw.sample_id for draw in draws]:  # the second process's half of step 6
-                raise OSError("the disk is gone")
-            return super().__getitems__(draws)
+    broken = Line({5 * 6 + 4: OSError("the disk is gone")})  # in the second process's half of step 6
 
     def train(rank: int) -> None:
         with pytest.raises(RunError, match=r"step 6: (a batch could not be read|another process)"):
-            fit({"flow": NoDropout()}, Broken(), config, tmp_path)
+            fit({"flow": NoDropout()}, broken, config, tmp_path)
 
     config = dataclasses.replace(CONFIG, train_batch_size=3, shard=shard)
     run_ranks(2, train)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,31 @@ CONFIG = LoopConfig(
 )  # fmt: skip
 
 
+At = Mapping[int, signal.Signals | Exception]  # sample -> what happens when it is used
+
+
+def happens(at: At, samples: Iterable[int]) -> None:
+    for what in (at[sample] for sample in samples if sample in at):
+        if isinstance(what, Exception):
+            raise what
+        os.kill(os.getpid(), what)
+
+
 class Line:
-    """y = 2x + 1 at 20 points."""
+    """y = 2x + 1 at 20 points.
+
+    Args:
+        at: sample -> the signal that the process which loads it gets, or the error that is raised there.
+    """
+
+    def __init__(self, at: At | None = None) -> None:
+        self.at = at or {}
 
     def __len__(self) -> int:
         return 20
 
     def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
+        happens(self.at, (draw.sample_id for draw in draws))
         x = torch.tensor([[draw.index / 20] for draw in draws])
         return {"x": x, "y": 2 * x + 1}
 
@@ -55,7 +73,7 @@ class Regression(nn.Module):
         poison: Collection[int] = (),
         *,
         dropout: float = 0.2,
-        at: Mapping[int, signal.Signals | Exception] | None = None,
+        at: At | None = None,
     ) -> None:
         super().__init__()
         torch.manual_seed(1)
@@ -63,10 +81,7 @@ class Regression(nn.Module):
         self.poison, self.at = poison, at or {}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        for what in (self.at[number] for number in batch["sample_ids"] if number in self.at):
-            if isinstance(what, Exception):
-                raise what
-            os.kill(os.getpid(), what)
+        happens(self.at, batch["sample_ids"])
         noise = SampleRandom(0, batch["sample_ids"]).normal((1,))
         error = (self.layers(batch["x"]) - batch["y"] - 0.01 * noise).square().flatten()
         bad = torch.tensor([number in self.poison for number in batch["sample_ids"]])
