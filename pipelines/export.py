@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "Leave --export-dtype out.",
         )
 
-    from latentflow.training.loop.folders import write_folder
+    from latentflow.training.loop.run_folder import write_folder
 
     # ---- the adapter alone ----
     if config.adapter:

@@ -109,7 +109,7 @@ class LoopConfig:
                 f'pip install "latentflow[{extra}]"',
             )
         if self.ema_lengths:
-            from ..training.loop.ema import exponent
+            from ..training.loop.trained_module import exponent
 
             for length in self.ema_lengths:
                 exponent(length)  # raises where there is none

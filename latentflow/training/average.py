@@ -1,24 +1,32 @@
-"""A run's result with weights averaged over another length: from the snapshots in its folder ``averages``."""
+"""A run's result with weights averaged over another length: from the snapshots in its folder ``averages``.
+
+Karras et al. 2024 (EDM2, arXiv:2312.02696), appendix C.
+"""
 
 from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..families import FlowModel
 from ..utils.files import read_json
 from .loop.checkpoint import list_checkpoints, load_checkpoint, step_of
-from .loop.ema import coefficients
-from .loop.folders import write_folder
+from .loop.run_folder import write_folder
 from .loop.saving import AVERAGES
+from .loop.trained_module import exponent
 from .report.export import is_generated, signed, unsigned
 
 log = logging.getLogger(__name__)
+
+Array = NDArray[np.float64]
 
 _PREFIX = "flow-average-"  # of the name of an average in a snapshot, before its length
 
@@ -127,3 +135,44 @@ def _averages(snapshot: Path) -> list[str]:
     if not isinstance(state, dict):
         raise UserError(f"{snapshot} is damaged: state.json is not what was written", fix)
     return [name for name in state if name.startswith(_PREFIX)]
+
+
+def coefficients(snapshots: Sequence[tuple[float, int]], length: float, step: int) -> tuple[Array, float]:
+    """Return factors that mix snapshots into the average of another length: least squares of profiles (appendix C).
+
+    The mix weighs all steps by 1 in total, so that weights that never moved are met exactly.
+
+    Args:
+        snapshots: (relative length, step) of each.
+        length, step: of the average that is wanted.
+
+    Returns:
+        (N,) factors, and the distance of the mixed profile from the wanted one, relative to it in the L2 norm.
+
+    Raises:
+        UserError: a length that no profile has.
+    """
+    gammas = np.array([exponent(known) for known, _ in snapshots])
+    steps = np.array([float(taken) for _, taken in snapshots])
+    wanted, now = np.array([exponent(length)]), np.array([float(step)])
+    products = _products(gammas, steps, gammas, steps)
+    targets = _products(gammas, steps, wanted, now)[:, 0]
+    (norm,) = _products(wanted, now, wanted, now)[0]
+    # In units of each profile's norm: later profiles are wider and lower. The last row and column hold the sum to 1.
+    scale = 1.0 / np.sqrt(np.diag(products))
+    system = np.zeros((len(scale) + 1, len(scale) + 1))
+    system[:-1, :-1] = products * np.outer(scale, scale)
+    system[-1, :-1] = system[:-1, -1] = scale / scale.max()
+    right = np.append(targets * scale, 1.0 / scale.max())
+    factors: Array = np.linalg.lstsq(system, right, rcond=1e-14)[0][:-1] * scale
+    residual = norm - 2.0 * factors @ targets + factors @ products @ factors
+    return factors, float(np.sqrt(max(0.0, residual) / norm))
+
+
+def _products(gamma_a: Array, step_a: Array, gamma_b: Array, step_b: Array) -> Array:
+    """Return inner products (A, B) of the profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t], in closed form."""
+    a, ta, b, tb = gamma_a[:, None], step_a[:, None], gamma_b[None], step_b[None]
+    shared = np.minimum(ta, tb)
+    # The powers as logarithms: t^gamma alone overflows.
+    powers = (a + b + 1) * np.log(shared) - (a + 1) * np.log(ta) - (b + 1) * np.log(tb)
+    return np.asarray((a + 1) * (b + 1) / (a + b + 1) * np.exp(powers))

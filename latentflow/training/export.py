@@ -19,7 +19,7 @@ from ..models.text import UnknownWords
 from ..pipeline.inpaint import LatentFlowInpaintPipeline
 from .data import shown_by
 from .loop.distributed import has_fast_bfloat16
-from .loop.folders import write_folder, writing
+from .loop.run_folder import write_folder, writing
 from .report.card import CardFacts, write_card
 from .report.export import carry_over
 from .trained_model import TrainedModel

@@ -16,7 +16,7 @@ from ..config import AutoencoderConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..metrics import psnr, ssim
 from .loop.fit import Callbacks, fit
-from .loop.folders import writing
+from .loop.run_folder import writing
 from .loop.stopping import Stop
 from .losses.autoencoder import AutoencoderLoss, DiscriminatorLoss, autoencoder_steps
 from .losses.latent_data import PixelData

@@ -19,9 +19,9 @@ from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 from latentflow.data.sources.shapes import train_source
 from latentflow.errors import UserError
 from latentflow.training.loop.data_order import SampleRandom, SampleUse
-from latentflow.training.loop.run_folder import read_metrics
 from latentflow.training.losses.autoencoder import AutoencoderLoss, DiscriminatorLoss
 from latentflow.training.losses.latent_data import PixelData, is_flipped
+from latentflow.training.report.folder import read_metrics
 from latentflow.training.train_autoencoder import train_autoencoder
 
 from ..training.command import TINY, call, save_images

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from latentflow.data.sources.shapes import train_source
-from latentflow.training.loop import folders
+from latentflow.training.loop import run_folder
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing that failed is tried again at once."""
-    monkeypatch.setattr(folders, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(run_folder, "RETRY_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -30,7 +30,7 @@ from latentflow.training import fit
 from latentflow.training.loop import trained_module
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.data_order import SampleUse
-from latentflow.training.loop.ema import WeightAverage
+from latentflow.training.loop.trained_module import WeightAverage
 from latentflow.training.losses import flow_loss
 from latentflow.training.losses.alignment import Routing, VisionEncoder, make_alignment
 from latentflow.training.losses.flow import FlowLoss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,7 @@ def test_without_a_loss_that_is_a_number_it_ends_and_says_whose_weights_these_ar
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     whole = Regression()
     assert run(tmp_path / "whole", STOPPING, whole, callbacks=callbacks(whole, tmp_path / "whole"))
-    stopped = Regression()
-    stopped.interrupt_at = 6 * 6 + 1  # in step 7
+    stopped = Regression(at={6 * 6 + 1: signal.SIGTERM})  # in step 7
     assert not run(tmp_path / "run", STOPPING, stopped, callbacks=callbacks(stopped, tmp_path / "run"))
     resumed = Regression()
     assert run(tmp_path / "run", STOPPING, resumed, callbacks=callbacks(resumed, tmp_path / "run"))

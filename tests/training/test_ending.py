@@ -10,21 +10,22 @@ import select
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from latentflow import LatentFlowPipeline
 from latentflow.errors import RunError
 from latentflow.training import Callbacks, Stop, fit
-from latentflow.training.loop import folders, saving
 from latentflow.training.loop import logging as report
+from latentflow.training.loop import run_folder as folders
+from latentflow.training.loop import saving
 from latentflow.training.loop.data_order import SampleUse
-from latentflow.training.loop.run_folder import read_metrics
 from latentflow.training.losses.autoencoder import AutoencoderLoss
 from latentflow.training.losses.flow import FlowLoss
+from latentflow.training.report.folder import read_metrics
 
 from .command import ROOT, TINY, call, environment
 from .forking import run_ranks
@@ -33,26 +34,12 @@ from .test_loop import CONFIG, Line, Regression, assert_equal_weights, run, step
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
-class Asked(Regression):
-    """Sends signals to its process at running numbers."""
-
-    def __init__(self, at: dict[int, signal.Signals]) -> None:
-        super().__init__()
-        self.at = at
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        for number in batch["sample_ids"]:
-            if number in self.at:
-                os.kill(os.getpid(), self.at[number])
-        return super().forward(batch)
-
-
 @pytest.mark.parametrize(("number", "status"), SIGNALS.items())
 def test_each_signal_saves_and_its_status_is_told(
     tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     stop, before = Stop(), signal.getsignal(number)
-    assert not run(tmp_path / "run", module=Asked({4 * 6: number}), stop=stop)  # in step 5
+    assert not run(tmp_path / "run", module=Regression(at={4 * 6: number}), stop=stop)  # in step 5
     assert (stop.signal, stop.status) == (number, status)
     assert steps(tmp_path / "run")[-1] == 5 and signal.getsignal(number) == before
     stop = Stop()
@@ -67,10 +54,21 @@ def test_a_signal_that_is_ignored_stays_so(
     """As nohup ignores SIGHUP, and a shell SIGINT for what it runs in the background."""
     before, stop = signal.signal(number, signal.SIG_IGN), Stop()
     try:
-        assert run(tmp_path, module=Asked({4 * 6: number}), stop=stop)
+        assert run(tmp_path, module=Regression(at={4 * 6: number}), stop=stop)
     finally:
         assert signal.signal(number, before) == signal.SIG_IGN
     assert stop.status == 0 and steps(tmp_path)[-1] == 12
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
+    twice = {4 * 6: signal.SIGINT, 4 * 6 + 1: signal.SIGINT}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, module=Regression(at=twice))
+
+
+def test_a_run_in_a_thread_leaves_signals_to_the_program(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run, tmp_path).result()
 
 
 def test_in_the_last_step_the_run_is_finished_and_the_signal_told(tmp_path: Path) -> None:
@@ -78,7 +76,10 @@ def test_in_the_last_step_the_run_is_finished_and_the_signal_told(tmp_path: Path
     stop, made = Stop(), tmp_path / "result"
     exports = {"export": lambda folder: (folder / "a").touch(), "export_to": made}
     assert run(
-        tmp_path / "run", module=Asked({11 * 6: signal.SIGTERM}), stop=stop, callbacks=Callbacks(**exports)
+        tmp_path / "run",
+        module=Regression(at={11 * 6: signal.SIGTERM}),
+        stop=stop,
+        callbacks=Callbacks(**exports),
     )
     assert stop.signal == signal.SIGTERM and (made / "a").exists()
 
@@ -98,7 +99,7 @@ def test_what_stops_early_in_the_step_of_a_signal_is_finished(tmp_path: Path) ->
         export=lambda folder: (folder / "a").touch(),
         export_to=tmp_path / "result",
     )
-    module = Asked({3 * 6: signal.SIGTERM})
+    module = Regression(at={3 * 6: signal.SIGTERM})
     assert run(tmp_path / "run", config, module=module, callbacks=callbacks)
     assert steps(tmp_path / "run")[-1] == 4 and (tmp_path / "result" / "a").exists()
 
@@ -106,7 +107,7 @@ def test_what_stops_early_in_the_step_of_a_signal_is_finished(tmp_path: Path) ->
 def test_all_processes_stop_for_the_signal_of_one(tmp_path: Path) -> None:
     def rank(number: int) -> None:
         stop = Stop()
-        module = Asked({4 * 6 + 3: signal.SIGHUP})  # in the second process
+        module = Regression(at={4 * 6 + 3: signal.SIGHUP})  # in the second process
         config = dataclasses.replace(CONFIG, train_batch_size=3)
         assert not fit({"flow": module}, Line(), config, tmp_path, stop=stop)
         assert stop.status == 129
@@ -115,28 +116,23 @@ def test_all_processes_stop_for_the_signal_of_one(tmp_path: Path) -> None:
     assert steps(tmp_path)[-1] == 5
 
 
-class Signalled(Line):
-    """The process that loads a sample gets a signal while it does."""
-
-    def __init__(self, number: signal.Signals, main: signal.Signals | None = None) -> None:
-        self.number, self.main = number, main
-
-    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
-        if any(draw.sample_id == 6 * 6 + 3 for draw in draws):
-            if self.main is not None:
-                time.sleep(0.5)  # the loop has taken all that was loaded before, and waits
-                os.kill(os.getppid(), self.main)
-            os.kill(os.getpid(), self.number)
-        return super().__getitems__(draws)
-
-
 def test_ctrl_c_and_sigterm_to_the_processes_that_load_stop_the_run_as_well(tmp_path: Path) -> None:
     """A terminal signals all processes of a run, SLURM too."""
+
+    class Terminated(Line):
+        def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
+            if any(draw.sample_id == 6 * 6 + 3 for draw in draws):
+                time.sleep(0.5)  # the loop has taken all that was loaded before, and waits
+                os.kill(os.getppid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitems__(draws)
+
     config = dataclasses.replace(CONFIG, num_workers=1)
     for number in (signal.SIGINT, signal.SIGHUP):
-        assert fit({"flow": Regression()}, Signalled(number), config, tmp_path / str(int(number)))
-    stop, data = Stop(), Signalled(signal.SIGTERM, signal.SIGTERM)
-    assert not fit({"flow": Regression()}, data, config, tmp_path / "run", stop=stop)
+        data = Line({6 * 6 + 3: number})
+        assert fit({"flow": Regression()}, data, config, tmp_path / str(int(number)))
+    stop = Stop()
+    assert not fit({"flow": Regression()}, Terminated(), config, tmp_path / "run", stop=stop)
     assert stop.status == 143 and steps(tmp_path / "run")[-1] == 6
     assert fit({"flow": Regression()}, Line(), config, tmp_path / "run")
     assert_equal_weights(tmp_path / "run", tmp_path / "2")
@@ -158,16 +154,6 @@ def interrupting(stage: type, number: signal.Signals, at: int, patch: pytest.Mon
 
 
 FEW = [*TINY, "--max-train-steps", 3, "--validation-steps", 0, "--preview-steps", 0]
-OWN = ("--resolution", "--validation", "--autoencoder-", "--encoder-", "--decoder-", "--latent-", "--log-")
-
-
-def own_flags() -> list[Any]:
-    """Those of TINY that `latentflow autoencoder` has."""
-    kept, taking = [], False
-    for word in TINY:
-        taking = word.startswith(OWN) if word.startswith("--") else taking
-        kept += [word] if taking else []
-    return [*kept, "--autoencoder-steps", 3]
 
 
 def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
@@ -202,7 +188,8 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
     assert f"the result {out}/pipeline could not be written: No space left on device" in said
     assert "done:" in call(cache, *line, "--max-train-steps", 4)
 
-    alone = [images, "-o", tmp_path / "autoencoder", *own_flags()]
+    own = TINY[: TINY.index("--network-preset")]
+    alone = [images, "-o", tmp_path / "autoencoder", *own, "--autoencoder-steps", 3]
     with monkeypatch.context() as patch:
         interrupting(AutoencoderLoss, signal.SIGHUP, 1 * 4, patch)
         assert "resume with" in call(cache, *alone, file="autoencoder", expect=129)
@@ -318,7 +305,7 @@ def test_the_console_of_a_resumed_run_goes_on_as_that_of_the_uninterrupted_one(
         return lines(capsys.readouterr().err)
 
     whole = said("whole", Regression())
-    resumed = said("resumed", Asked({5 * 6: signal.SIGTERM}), Regression())
+    resumed = said("resumed", Regression(at={5 * 6: signal.SIGTERM}), Regression())
     assert len(whole) == 12 and whole == resumed
     # The running mean, by its formula.
     rows = [float(re.search(r"loss (\S+)", line)[1]) for line in whole]  # type: ignore[index]

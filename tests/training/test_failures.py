@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from latentflow.autoencoder import latents
 from latentflow.errors import RunError, UserError
@@ -24,7 +23,7 @@ from latentflow.training.loop import fit as loop
 from latentflow.training.loop import loader as batches
 from latentflow.training.loop import saving
 from latentflow.training.loop.checkpoint import load_latest
-from latentflow.training.loop.data_order import DataOrder, SampleUse
+from latentflow.training.loop.data_order import DataOrder
 from latentflow.utils.memory import OutOfMemory, is_out_of_memory, memory_phase
 
 from .forking import run_ranks
@@ -36,17 +35,15 @@ LINE = "latentflow train cats -o runs/cats"
 class NoDropout(Regression):
     """Its loss is a function of the samples alone, whatever the parts."""
 
-    def __init__(self, memory_rows: int = 10**9, error: Exception | None = None) -> None:
-        super().__init__()
-        self.layers[2] = nn.Identity()
+    def __init__(self, memory_rows: int = 10**9, **options: Any) -> None:
+        super().__init__(dropout=0.0, **options)
         self.memory_rows = memory_rows
-        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         self.sizes: list[int] = []
 
     def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         self.sizes.append(len(batch["x"]))
         if len(batch["x"]) > self.memory_rows:
-            raise self.error
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return super().forward(batch)
 
 
@@ -134,16 +131,10 @@ def test_memory_that_runs_out_beside_torch_s_allocator_is_known(said: str, memor
 def test_out_of_memory_names_the_phase_the_peak_and_the_flags_and_saves(
     tmp_path: Path, error: Exception
 ) -> None:
-    class Late(NoDropout):
-        def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            if 6 * 6 in batch["sample_ids"]:
-                raise error
-            return super().forward(batch)
-
     with pytest.raises(
         RunError, match=r"step 7: out of memory \(phase: train\) after a peak of \d"
     ) as caught:
-        run(tmp_path, module=Late(), resume_line=LINE)
+        run(tmp_path, module=NoDropout(at={6 * 6: error}), resume_line=LINE)
     for word in ("--auto-micro-batch", "--gradient-checkpointing", "Saved at step 6", LINE):
         assert word in caught.value.fix
     assert steps(tmp_path)[-1] == 6 and caught.value.status == 1
@@ -199,7 +190,7 @@ def test_too_little_memory_for_a_single_sample_ends_the_run(tmp_path: Path) -> N
 
 def test_another_error_of_the_network_is_no_lack_of_memory(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
-        run(tmp_path, module=NoDropout(memory_rows=0, error=RuntimeError("shapes do not match")))
+        run(tmp_path, module=Regression(at={0: RuntimeError("shapes do not match")}))
 
 
 def test_memory_that_runs_out_while_decoding_is_told_apart(tmp_path: Path) -> None:
@@ -262,26 +253,9 @@ def test_previews_and_validations_that_fail_never_stop_a_run_and_are_tried_again
 # ---- data ----
 
 
-class Unreadable(Line):
-    """A file whose disk fails when sample 3 is asked for."""
-
-    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
-        if any(draw.sample_id == 6 * 6 + 3 for draw in draws):
-            raise OSError(errno.EIO, os.strerror(errno.EIO), "shard-3.safetensors")
-        return super().__getitems__(draws)
-
-
-class Dying(Line):
-    """The process that loads sample 57 is killed, as the kernel does when memory is short."""
-
-    def __init__(self) -> None:
-        self.main = os.getpid()
-
-    def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
-        if any(draw.sample_id == 9 * 6 + 3 for draw in draws):
-            assert os.getpid() != self.main
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitems__(draws)
+def unreadable() -> Line:
+    """Data of which a file's disk fails in step 7."""
+    return Line({6 * 6 + 3: OSError(errno.EIO, os.strerror(errno.EIO), "shard-3.safetensors")})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -292,7 +266,7 @@ def test_an_unreadable_file_is_named_and_the_run_saved(tmp_path: Path, workers: 
     with pytest.raises(
         RunError, match=r"step 7: .*point \d+, point \d+.*Input/output error.*shard-3"
     ) as caught:
-        fit({"flow": Regression()}, Unreadable(), config, tmp_path / "run", resume_line=LINE)
+        fit({"flow": Regression()}, unreadable(), config, tmp_path / "run", resume_line=LINE)
     assert "Saved at step 6" in caught.value.fix and LINE in caught.value.fix
     assert steps(tmp_path / "run")[-1] == 6
     assert run(tmp_path / "run", config)  # the disk is back: nothing is lost, not even dropout's random state
@@ -300,12 +274,60 @@ def test_an_unreadable_file_is_named_and_the_run_saved(tmp_path: Path, workers: 
     assert_equal_weights(tmp_path / "run", tmp_path / "plain")
 
 
+@pytest.mark.parametrize(
+    ("workers", "error", "kind", "words"),
+    [
+        (1, UserError("row 3 is gone", "Put it back."), RunError, "row 3 is gone\nPut it back"),
+        (0, MemoryError(), RunError, "point .*MemoryError\nLower --num-workers"),
+        (0, RuntimeError("shapes do not match"), RuntimeError, "shapes do not match"),  # a defect
+        (1, RuntimeError("shapes do not match"), RuntimeError, "Caught (.|\n)*shapes do not match"),
+    ],
+)
+def test_what_a_data_set_raises_is_told_in_its_words(
+    tmp_path: Path, workers: int, error: Exception, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        fit(
+            {"flow": Regression()},
+            Line({0: error}),
+            dataclasses.replace(CONFIG, num_workers=workers),
+            tmp_path,
+        )
+    assert ("Nothing was trained yet" in str(caught.value)) == (kind is RunError)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("a defect")])
+def test_data_and_disk_that_fail_at_once_are_both_told(
+    tmp_path: Path, error: Exception, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(saving.checkpoint, "write_checkpoint", write)
+    with pytest.raises(RunError, match="Input/output error") as caught:
+        fit(
+            {"flow": Regression()},
+            unreadable(),
+            dataclasses.replace(CONFIG, checkpointing_steps=99),
+            tmp_path,
+        )
+    assert "Step 6 could not be saved" in caught.value.fix
+    assert ("Traceback" in log.read_text()) == isinstance(error, KeyError)  # of a defect only
+
+
 def test_a_worker_that_is_killed_is_told_of_and_the_run_saved(tmp_path: Path) -> None:
+    """As the kernel does when memory is short."""
     config = dataclasses.replace(CONFIG, num_workers=2)
     with pytest.raises(
         RunError, match=r"a process that loads data has died \(process \d+, exit status -9"
     ) as caught:
-        fit({"flow": Regression()}, Dying(), config, tmp_path / "run", resume_line=LINE)
+        fit(
+            {"flow": Regression()},
+            Line({9 * 6 + 3: signal.SIGKILL}),
+            config,
+            tmp_path / "run",
+            resume_line=LINE,
+        )
     # It loads up to four batches ahead, and what it had not yet handed over is lost with it.
     saved = steps(tmp_path / "run")[-1]
     assert 5 <= saved <= 9
@@ -454,18 +476,13 @@ def test_a_sample_that_another_process_has_is_blamed_as_well(tmp_path: Path) -> 
     assert "step 3: the loss or its gradient is not finite" in said and f"samples: point {index} (t" in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_data_that_fails_in_one_process_saves_the_run_of_all(tmp_path: Path, shard: bool) -> None:
-    class Broken(Line):
-        def __getitems__(self, draws: list[SampleUse]) -> dict[str, Any]:
-            if 5 * 6 + 4 in [draw.sample_id for draw in draws]:  # the second process's half of step 6
-                raise OSError("the disk is gone")
-            return super().__getitems__(draws)
+    broken = Line({5 * 6 + 4: OSError("the disk is gone")})  # in the second process's half of step 6
 
     def train(rank: int) -> None:
         with pytest.raises(RunError, match=r"step 6: (a batch could not be read|another process)"):
-            fit({"flow": NoDropout()}, Broken(), config, tmp_path)
+            fit({"flow": NoDropout()}, broken, config, tmp_path)
 
     config = dataclasses.replace(CONFIG, train_batch_size=3, shard=shard)
     run_ranks(2, train)

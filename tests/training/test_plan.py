@@ -15,8 +15,8 @@ from latentflow.config import AutoencoderConfig, LoopConfig
 from latentflow.models import DIT_PRESETS, Condition, DiT, UNet, dit_config
 from latentflow.training import estimate as plan
 from latentflow.training.estimate import encoding_flops, network_cost, state_bytes, text_encoder_cost
-from latentflow.training.loop.ema import WeightAverage
 from latentflow.training.loop.optimizers import make_optimizers
+from latentflow.training.loop.trained_module import WeightAverage
 
 from .command import ROOT, TINY, call, save_images
 

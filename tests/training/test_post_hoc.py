@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from latentflow import LatentFlowPipeline
 from latentflow.config import LoopConfig
 from latentflow.errors import UserError
 from latentflow.training import average, fit
-from latentflow.training.average import averaged_pipeline, reconstruct
+from latentflow.training.average import averaged_pipeline, coefficients, reconstruct
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
-from latentflow.training.loop.ema import LONGEST, WeightAverage, coefficients, exponent, power_function
+from latentflow.training.loop.trained_module import LONGEST, WeightAverage, exponent, power_function
 
 from .command import TINY, call
 from .forking import run_ranks
@@ -124,15 +126,21 @@ def test_a_length_made_after_training_equals_the_one_that_was_tracked(whole: Pat
     assert off(truth[f"{newest}0.03"], truth[f"{newest}0.2"]) > 1e-2
 
 
-def test_a_run_that_died_has_the_same_averages_and_snapshots(whole: Path, tmp_path: Path) -> None:
-    class Dying(Regression):
-        def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-            if 70 * 6 in batch["sample_ids"]:
-                raise InterruptedError
-            return super().forward(batch)
+def test_a_length_far_from_those_tracked_is_a_warning_and_a_damaged_snapshot_is_named(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("latentflow").propagate = True
+    folder = Path(shutil.copytree(whole / "averages", tmp_path / "averages"))
+    reconstruct(folder, 0.002)
+    assert "that is much. Lengths near or between 0.05, 0.1 are met better" in caplog.text
+    (folder / "step-000010" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step-000010 is damaged(.|\n)*Move it away"):
+        reconstruct(folder, 0.1)
 
+
+def test_a_run_that_died_has_the_same_averages_and_snapshots(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
-        fit({"flow": Dying()}, Line(), TRACKED, tmp_path)
+        fit({"flow": Regression(at={70 * 6: InterruptedError()})}, Line(), TRACKED, tmp_path)
     assert list_checkpoints(tmp_path / "averages")[-1].name == "step-000070"  # later than the checkpoint
     fit({"flow": Regression()}, Line(), TRACKED, tmp_path)
     first, second = averages(whole), averages(tmp_path)
@@ -150,16 +158,11 @@ def test_a_length_that_was_not_tracked_from_the_start_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_keep_the_averages_of_one(tmp_path: Path, shard: bool) -> None:
-    class Plain(Regression):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers[2] = nn.Identity()  # dropout is each process's own
-
     alone = dataclasses.replace(TRACKED, max_train_steps=6, ema_snapshot_steps=2)
     pair = dataclasses.replace(alone, train_batch_size=3, shard=shard)
 
     def train(config: LoopConfig, folder: Path) -> None:
-        fit({"flow": Plain()}, Line(), config, folder)
+        fit({"flow": Regression(dropout=0.0)}, Line(), config, folder)  # dropout is each process's own
 
     train(alone, tmp_path / "alone")
     run_ranks(2, lambda rank: train(pair, tmp_path / "pair"))
@@ -191,7 +194,13 @@ def test_the_command_makes_a_pipeline(images: Path, tmp_path: Path, monkeypatch:
         reconstruct(tmp_path / "run" / "checkpoints" / "none", 0.1)
     with pytest.raises(UserError, match="has no pipeline"):
         averaged_pipeline(tmp_path / "cache", 0.1, tmp_path / "other")
-    factors = {"network.blocks.0.attn.qkv.lora_A.default.weight": torch.zeros(1, 16)}
-    monkeypatch.setattr(average, "reconstruct", lambda folder, length: (factors, 6))
-    with pytest.raises(UserError, match=r"(?s)of an adapter.*without --lora-rank"):
-        averaged_pipeline(tmp_path / "run", 0.1, tmp_path / "other")
+    layer = "network.blocks.0.attn.qkv"
+    for name, words in (
+        (f"{layer}.lora_A.default.weight", r"(?s)of an adapter.*without --lora-rank"),
+        (f"{layer}.weight", "do not fit .*pipeline: shapes"),
+        (f"{layer}.other", f"do not fit .*pipeline: {layer}.other"),
+    ):
+        found = {name: torch.zeros(1, 16)}
+        monkeypatch.setattr(average, "reconstruct", lambda folder, length, found=found: (found, 6))
+        with pytest.raises(UserError, match=words):
+            averaged_pipeline(tmp_path / "run", 0.1, tmp_path / "other")

@@ -10,46 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentflow.config import FlowConfig, FramingConfig, LoopConfig
-from latentflow.data import LatentTable, crop, find_source
 from latentflow.models import DiT
 from latentflow.training import fit
 from latentflow.training.estimate import sample_flops
-from latentflow.training.loop.checkpoint import load_checkpoint
 from latentflow.training.loop.distributed import matrix_product_rate
-from latentflow.training.loop.profiling import SECTIONS
-from latentflow.training.losses.flow import FlowLoss
-from latentflow.training.losses.latent_data import BucketData, LatentData
+from latentflow.training.loop.logging import SECTIONS
 
-CONFIG = LoopConfig(
-    max_train_steps=12, train_batch_size=8, mixed_precision="no", checkpointing_steps=12, validation_steps=0,
-    preview_steps=0, log_steps=1,
-)  # fmt: skip
-
-
-def data() -> LatentData:
-    source = find_source("shapes", condition="class").subset(list(range(32)))
-    latents = torch.randn(32, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    framed = crop(source, 64, 8, FramingConfig())
-    labels = {"class_labels": torch.as_tensor(source.class_ids())}
-    return LatentData(framed, [BucketData(LatentTable(latents, None))], labels, flips=False)
-
-
-def network() -> DiT:
-    torch.manual_seed(0)
-    return DiT(in_channels=4, width=32, depth=2, heads=2, num_classes=24, sample_size=8)
-
-
-def trained(folder: Path, config: LoopConfig, flops: float | None = None) -> dict[str, torch.Tensor]:
-    fit({"flow": FlowLoss(network(), FlowConfig(), 0)}, data(), config, folder, flops=flops)
-    weights: dict[str, torch.Tensor] = load_checkpoint(folder / "checkpoints" / "step-000012")["flow-weights"]
-    return weights
+from .test_loop import CONFIG, Line, assert_equal_weights, run
+from .test_optimizers import Wide
 
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("profiled")
-    trained(folder, dataclasses.replace(CONFIG, profile=True))
+    fit({"flow": Wide(2**16)}, Line(), dataclasses.replace(CONFIG, profile=True), folder)
     return folder
 
 
@@ -76,22 +50,21 @@ def test_the_trace_holds_six_steps_for_a_viewer(profiled: Path) -> None:
 
 
 def test_profiled_steps_learn_the_same(profiled: Path, tmp_path: Path) -> None:
-    plain = trained(tmp_path, CONFIG)
-    same = load_checkpoint(profiled / "checkpoints" / "step-000012")["flow-weights"]
-    assert all(torch.equal(plain[name], same[name]) for name in plain)
+    fit({"flow": Wide(2**16)}, Line(), CONFIG, tmp_path)
+    assert_equal_weights(profiled, tmp_path)
     assert not (tmp_path / "profile").exists()
 
 
 def test_a_sample_costs_six_operations_a_weight_and_token() -> None:
     """Forward 2, backward 4 (Kaplan et al. 2020); attention and what runs once a sample come on top."""
-    net = network()
+    net = DiT(in_channels=4, width=32, depth=2, heads=2, num_classes=24, sample_size=8)
     block = net.blocks[0]
     per_token = sum(
         layer.weight.numel() for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
     )
     dense = 6 * 64 * 2 * per_token
     attention = 2 * (3 + 0.5) * 2 * 2 * 64 * 64 * 32  # the fused backward pass computes the scores once more
-    flops = sample_flops(net, None, data(), 8)
+    flops = sample_flops(net, None, Line(), 8)
     assert dense + 0.5 * attention < flops < 1.3 * (dense + attention)
 
 
@@ -105,7 +78,7 @@ def test_utilisation_is_the_share_of_the_speed_of_matrix_products(
         return measured[-1]
 
     monkeypatch.setattr("latentflow.training.loop.fit.matrix_product_rate", noted)
-    trained(tmp_path, CONFIG, flops=1e6)
+    run(tmp_path, flops=1e6)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [row["images_per_second"] * 1e6 / row["model_flops_utilisation"] for row in rows]
     assert rates == pytest.approx(measured * len(rates), rel=1e-3)  # one measurement for the run

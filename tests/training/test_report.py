@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,11 +26,10 @@ from latentflow.data import find_source
 from latentflow.errors import RunError, UserError, few
 from latentflow.training.loop import logging as trackers
 from latentflow.training.loop.logging import Reporter
-from latentflow.training.loop.run_folder import read_metrics, read_starts
-from latentflow.training.report import hub
+from latentflow.training.report import export, hub
 from latentflow.training.report.card import CardFacts, write_card
 from latentflow.training.report.export import carry_over, is_generated, signed
-from latentflow.training.report.folder import Run, data_lines, read_run
+from latentflow.training.report.folder import Run, data_lines, read_metrics, read_run
 from latentflow.training.report.page import report_page, thinned
 
 
@@ -101,17 +103,52 @@ def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
     assert "notes of old" not in html.split("train.log")[0]  # only the last start's data
 
 
+def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "checkpoints" / "step-000030").mkdir(parents=True)
+    (tmp_path / "samples").mkdir()
+    for step in range(1, 14):
+        Image.new("RGB", (4, 4)).save(tmp_path / "samples" / f"step-{step:06d}.png")
+    settings = {"data": "cats", "network": "dit", "max_train_steps": 30, "ema_lengths": [0.1, 0.2]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    losses = [(step, 1.0 if step == 20 else 2.0) for step in (10, 20, 30)]
+    lines = [trained(step, 1.0) for step in range(1, 31)] + [
+        row(step, val_loss=loss) for step, loss in losses
+    ]
+    lines.sort(key=lambda line: json.loads(line)["step"])
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    start = {"started": "2026-01-01", "step": 0, "device": "cpu", "processes": 2, "command": "train.py cats"}
+    (tmp_path / "environment.jsonl").write_text(json.dumps(start))
+    html = report_page(tmp_path).html()
+    for text in (
+        "finished: step 30 of 30", "60, 2 per step", f"latentflow generate --checkpoint {tmp_path}/pipeline",
+        "Train for as many steps again", "--max-train-steps 60", "The run used 2 processes: start as many",
+        "The validation loss has risen by 100% since step 20", "<td>ema_lengths</td><td>0.1 0.2</td><td></td>",
+        "<td>checkpoints kept</td><td>step-000030</td>", f"12 of 13 in {tmp_path}/samples",
+        "train.log has no lines about the data", "<td>train.py cats</td>",
+    ):  # fmt: skip
+        assert text in html, text
+    assert "<td>data</td>" not in html  # it has no default
+
+
 def test_a_folder_with_nothing_but_settings_has_a_page_and_any_other_folder_none(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "cats"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("network: dit\nmax_train_steps: 8\n")
     assert "No figures were logged yet" in report_page(run).html()
-    (run / "metrics.jsonl").write_text("")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 3, "time": time.time(), "loss": 1.0}))
+    assert re.search(r"not finished, last line \d+ s ago: step 3 of 8", report_page(run).html())
     with pytest.raises(UserError, match=r"Did you mean '.*cats'"):
         report_page(tmp_path / "runs")
     (run / "config.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"config\.yaml is not valid YAML"):
         read_run(run)
+
+
+def test_a_page_without_matplotlib_names_the_extra(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r'pip install "latentflow\[report\]"'):
+        report_page(killed)
 
 
 def test_previews_are_ordered_by_step_also_beyond_a_million(tmp_path: Path) -> None:
@@ -183,7 +220,7 @@ def test_each_start_records_its_environment_and_ends_a_torn_line(tmp_path: Path)
         started.close()
         with metrics.open("a") as file:
             file.write('{"step": 9, "lo')
-    starts = read_starts(tmp_path)
+    starts = read_run(tmp_path).starts
     assert [start["step"] for start in starts] == [0, 3]
     assert starts[0]["torch"] == torch.__version__ and starts[0]["processes"] == 1
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()[::2]] == [1, 4]
@@ -199,36 +236,16 @@ def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: py
     assert len(written) >= 4 and not any(b"very-secret" in path.read_bytes() for path in written)
 
 
-class FakeTracker:
-    """accelerate's interface, in memory."""
-
-    made: ClassVar[list[FakeTracker]] = []
-
-    def __init__(self, project: str, **options: Any) -> None:
-        self.options, self.calls, self.broken = options, [], False
-        FakeTracker.made.append(self)
-
-    def start(self) -> None: ...
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any, **options: Any) -> None:
-            if self.broken:
-                raise ConnectionError("gone")
-            self.calls.append((name, *arguments, options))
-
-        return call
-
-
 @pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> list[FakeTracker]:
-    monkeypatch.setattr(trackers, "WandBTracker", FakeTracker)
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """The class of accelerate's tracker."""
+    monkeypatch.setattr(trackers, "WandBTracker", made := Mock())
     monkeypatch.setitem(sys.modules, "wandb", trackers)
-    FakeTracker.made = []
-    return FakeTracker.made
+    return made
 
 
 def test_wandb_gets_settings_curves_and_images_and_a_resumed_run_its_old_name(
-    tmp_path: Path, wandb: list[FakeTracker]
+    tmp_path: Path, wandb: Mock
 ) -> None:
     (tmp_path / "config.yaml").write_text("learning_rate: 0.5\n")
     for step in (1, 2):
@@ -237,22 +254,29 @@ def test_wandb_gets_settings_curves_and_images_and_a_resumed_run_its_old_name(
         logger.validation(step, {"loss": 0.25})
         logger.image(step, Image.new("RGB", (6, 4), "red"))
         logger.close()
-    first, second = wandb
-    assert first.options["id"] == second.options["id"] and first.options["dir"] == str(tmp_path)
-    assert first.calls[0][:2] == ("store_init_configuration", {"learning_rate": 0.5})
-    assert first.calls[1][1]["loss"] == 0.5 and first.calls[1][-1] == {"step": 1}
-    assert first.calls[2][1] == {"val_loss": 0.25}
-    assert first.calls[3][0] == "log_images" and first.calls[3][1]["preview"].shape == (1, 4, 6, 3)
-    assert first.calls[4][0] == "finish"
+    first, second = (call.kwargs for call in wandb.call_args_list)
+    assert first["id"] == second["id"] and first["dir"] == str(tmp_path)
+    names, arguments, options = zip(*wandb.return_value.mock_calls[:6], strict=True)
+    assert names == ("start", "store_init_configuration", "log", "log", "log_images", "finish")
+    assert arguments[1] == ({"learning_rate": 0.5},)
+    assert arguments[2][0]["loss"] == 0.5 and options[2] == {"step": 1}
+    assert arguments[3] == ({"val_loss": 0.25},)
+    assert arguments[4][0]["preview"].shape == (1, 4, 6, 3)
 
 
-def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, wandb: list[FakeTracker]) -> None:
+def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, wandb: Mock) -> None:
+    wandb.return_value.log.side_effect = ConnectionError("gone")
     logger = reporter(tmp_path, "wandb")
-    wandb[0].broken = True
     for step in (1, 2):
         logger.metrics(step, 4, {"loss": 0.5, "lr": 0.1})
     logger.close()
-    assert len(read_metrics(tmp_path)) == 2
+    assert len(read_metrics(tmp_path)) == 2 and wandb.return_value.log.call_count == 1
+
+
+def test_a_tracker_that_cannot_start_says_what_to_do(tmp_path: Path, wandb: Mock) -> None:
+    wandb.return_value.start.side_effect = ConnectionError("no key")
+    with pytest.raises(UserError, match=r"--report-to wandb could not start: no key\n.*`wandb login`"):
+        reporter(tmp_path, "wandb")
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
@@ -386,7 +410,12 @@ def test_a_card_of_ours_is_renewed_and_one_of_the_user_s_stays(killed: Path, ima
     assert (new / "sample-step-000006.png").is_file()
 
 
-def test_a_result_made_anew_keeps_what_users_put_beside_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_a_result_made_anew_keeps_what_users_put_beside_it(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:  # as on a file system without hard links
+        monkeypatch.setattr(export.os, "link", Mock(side_effect=PermissionError))
     ours = ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/model.fp16.safetensors",
             "transformer/diffusion_pytorch_model.safetensors.index.json"]  # fmt: skip
     users = ["notes.txt", "lora/mine.safetensors", "transformer/mine.json", "README-step-000003.md"]
@@ -405,58 +434,34 @@ def test_a_result_made_anew_keeps_what_users_put_beside_it(tmp_path: Path) -> No
     assert (new / "notes.txt").read_text() == "old"
 
 
-class FakeHub:
-    """The hub's interface, in memory."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-        self.card: str | None = None
-        self.error: Exception | None = None
-
-    def repo_exists(self, name: str) -> bool:
-        return self.card is not None
-
-    def file_exists(self, name: str, file: str) -> bool:
-        return self.card is not None
-
-    def hf_hub_download(self, name: str, file: str, local_dir: str) -> str:
-        (Path(local_dir) / file).write_text(self.card or "")
-        return str(Path(local_dir) / file)
-
-    def create_repo(self, name: str, **options: Any) -> None:
-        self.calls.append(("create", options))
-
-    def upload_folder(self, **options: Any) -> None:
-        if self.error:
-            raise self.error
-        self.calls.append(("upload", options))
-
-
 @pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    fake = FakeHub()
-    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: fake)
+def api(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """The hub's interface, of a repository that does not exist."""
+    api = Mock(**{"repo_exists.return_value": False, "file_exists.return_value": False})
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: api)
     monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: "token")
-    return fake
+    return api
 
 
-def test_a_new_repository_is_private_and_a_card_on_the_hub_stays(tmp_path: Path, fake_hub: FakeHub) -> None:
+def test_a_new_repository_is_private_and_a_card_on_the_hub_stays(tmp_path: Path, api: Mock) -> None:
     assert hub.push(tmp_path, "owner/cats") == "https://huggingface.co/owner/cats"
-    assert fake_hub.calls[0] == ("create", {"private": True, "exist_ok": True})
-    assert fake_hub.calls[1][1]["ignore_patterns"] == [] and fake_hub.calls[1][1]["folder_path"] == tmp_path
+    api.create_repo.assert_called_once_with("owner/cats", private=True, exist_ok=True)
+    assert api.upload_folder.call_args.kwargs["ignore_patterns"] == []
+    assert api.upload_folder.call_args.kwargs["folder_path"] == tmp_path
+    api.repo_exists.return_value = api.file_exists.return_value = True
+    api.hf_hub_download.return_value = str(tmp_path / "card")
     for card, ignored in (("mine", ["README.md"]), (signed("ours"), [])):
-        fake_hub.card = card
+        (tmp_path / "card").write_text(card)
         hub.push(tmp_path, "owner/cats")
-        kind, options = fake_hub.calls[-1]
-        assert kind == "upload" and options["ignore_patterns"] == ignored
-    assert len(fake_hub.calls) == 4
+        assert api.upload_folder.call_args.kwargs["ignore_patterns"] == ignored
+    assert api.create_repo.call_count == 1 and api.upload_folder.call_count == 3
 
 
 @pytest.mark.parametrize(
     "error", [ConnectionError("no route"), ConnectionError(), RuntimeError("of a library")]
 )
-def test_a_push_that_fails_says_how_to_try_again(error: Exception, tmp_path: Path, fake_hub: FakeHub) -> None:
-    fake_hub.error = error
+def test_a_push_that_fails_says_how_to_try_again(error: Exception, tmp_path: Path, api: Mock) -> None:
+    api.upload_folder.side_effect = error
     message = rf"(?s){error or 'ConnectionError'}.*latentflow push '.*my cats' owner/cats"
     with pytest.raises(UserError, match=message):
         hub.push(tmp_path / "my cats", "owner/cats")
@@ -472,9 +477,7 @@ def test_a_hub_that_cannot_be_reached_is_no_defect(tmp_path: Path, monkeypatch: 
         hub.push(tmp_path, "owner/cats")
 
 
-def test_what_cannot_be_pushed_is_known_before_the_run(
-    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_pushed_is_known_before_the_run(api: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.check_push("owner/cats")
     for name in ("cats", "a/b/c", "owner/ca ts"):
         with pytest.raises(UserError, match="owner/name"):
@@ -482,4 +485,4 @@ def test_what_cannot_be_pushed_is_known_before_the_run(
     monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UserError, match="HF_TOKEN"):
         hub.check_push("owner/cats")
-    assert not fake_hub.calls
+    assert not api.mock_calls

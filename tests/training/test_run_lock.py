@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import signal
 import socket
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -112,21 +115,19 @@ def test_the_holder_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monk
         assert (tmp_path / "run.lock").stat().st_mtime > 0
 
 
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("latentflow").propagate = True
+    monkeypatch.setattr(module.fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with run_lock(tmp_path):
+        assert "file system without locks: start no second run there" in caplog.text
+
+
 def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"run folder .*file/run could not be written"):
         run_lock(tmp_path / "file" / "run").__enter__()
-
-
-def test_only_the_main_process_of_a_run_holds_the_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Second:
-        is_main_process = False
-
-    monkeypatch.setattr(module, "process_state", Second)
-    with run_lock(tmp_path):
-        assert not (tmp_path / "run.lock").exists()
 
 
 def test_a_folder_in_use_is_refused_in_every_process_and_none_waits_for_the_other(tmp_path: Path) -> None:

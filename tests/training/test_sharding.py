@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from latentflow.config import LoopConfig
-from latentflow.errors import UserError
+from latentflow.errors import RunError, UserError
 from latentflow.training import Callbacks, fit
+from latentflow.training.loop import trained_module
 from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoint
 from latentflow.training.loop.data_order import DataOrder, SampleUse
-from latentflow.training.loop.distributed import is_sharded
+from latentflow.training.loop.distributed import is_sharded, process_state, together
 from latentflow.training.loop.loader import by_group
 
 from .forking import run_ranks
@@ -129,6 +134,22 @@ def test_sharded_runs_learn_what_one_process_learns_and_go_on_from_one_anothers_
         assert_close(tmp_path / "alone", tmp_path / folder, 1e-6)
 
 
+def test_a_sharded_run_of_one_process_learns_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "alone", ALONE)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(trained_module, "is_sharded", lambda *_: True)
+        train(tmp_path / "sharded", ALONE)
+        train(tmp_path / "sharded", dataclasses.replace(ALONE, max_train_steps=STEPS + 1))
+    finally:
+        dist.destroy_process_group()
+    monkeypatch.undo()
+    train(tmp_path / "alone", dataclasses.replace(ALONE, max_train_steps=STEPS + 1))
+    assert_close(tmp_path / "alone", tmp_path / "sharded", 1e-6)
+
+
 @pytest.mark.parametrize("shard", [True, False])
 def test_processes_whose_batches_have_different_numbers_of_parts_learn_what_one_learns(
     tmp_path: Path, shard: bool
@@ -154,12 +175,62 @@ def test_a_checkpoint_of_another_optimizer_is_refused_in_words(tmp_path: Path) -
     run_ranks(2, other)
 
 
+def test_a_failure_of_one_process_is_one_of_all_in_the_same_words() -> None:
+    """Also of errors that cannot be sent to another process as they are."""
+
+    class UnsendableError(OSError): ...
+
+    errors = {
+        UserError("a", "b"): (UserError, "a\nb"), MemoryError("full"): (MemoryError, "full"),
+        UnsendableError(28, "No space"): (OSError, "No space"),
+        KeyError("x"): (RuntimeError, "in another process: KeyError: 'x'"),
+    }  # fmt: skip
+
+    def rank(number: int) -> None:
+        process_state()
+        for error, (kind, words) in errors.items():
+            with pytest.raises(type(error) if number else kind) as caught:
+                together(Mock(side_effect=error if number else None))
+            assert caught.value is error if number else words in str(caught.value)
+
+    run_ranks(2, rank)
+
+
+def test_what_goes_wrong_in_a_sharded_run_leaves_its_last_checkpoint(tmp_path: Path) -> None:
+    class Short(Blocks):
+        def forward(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+            if 3 * 12 in batch["sample_ids"] or 3 * 12 + 3 in batch["sample_ids"]:
+                raise MemoryError
+            return super().forward(batch)
+
+    def rank(number: int) -> None:
+        def write(self: Any, plan: Any, planner: Any) -> Any:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.raises(
+            RunError, match=r"No checkpoint could be written; the last good one is step-000002"
+        ):
+            fit({"flow": Short()}, Line(), PAIR, tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            if number:  # the disk of one process only
+                patch.setattr(HuggingFaceStorageWriter, "write_data", write)
+            with pytest.raises(RunError, match=r"No space left.*the last good one is step-000002"):
+                fit({"flow": Blocks()}, Line(), dataclasses.replace(PAIR, max_train_steps=4), tmp_path)
+
+    run_ranks(2, rank)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
 def test_what_cannot_be_sharded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pair: Any = SimpleNamespace(num_processes=2, scaler=None)
     assert is_sharded(PAIR, pair) and not is_sharded(ALONE, pair)
     assert not is_sharded(PAIR, SimpleNamespace(num_processes=1, scaler=None))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--auto-micro-batch cannot be used with --shard"):
         is_sharded(dataclasses.replace(PAIR, auto_micro_batch=True), pair)
+    with pytest.raises(UserError, match="adamw-8bit cannot be used with --shard"):
+        is_sharded(dataclasses.replace(PAIR, optimizer="adamw-8bit"), pair)
+    with pytest.raises(UserError, match="fp16 cannot be used with --shard"):
+        is_sharded(PAIR, SimpleNamespace(num_processes=2, scaler=object()))  # type: ignore[arg-type]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # what accelerate launch --use_fsdp sets
     assert LoopConfig().shard
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")

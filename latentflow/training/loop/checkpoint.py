@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from ...config import LoopConfig
 from ...errors import UserError
 from ...utils.files import read_settings
 from .distributed import local, together
-from .folders import as_os_error, begin_folder, finish_folder, remove_folder, temporary_folder, write_folder
+from .run_folder import begin_folder, finish_folder, hidden, remove_folder, system_errors, write_folder
 
 log = logging.getLogger(__name__)
 
@@ -95,22 +96,26 @@ def write_shards(folder: Path, taken: Snapshot, group: dist.ProcessGroup, *, tot
     """Write a checkpoint by all processes of a sharded run, each of them its share; ``folder`` is seen by all.
 
     Raises:
-        OSError: in every process, if one of them could not write; every earlier checkpoint is still there.
+        OSError: in every process, if one of them could not write. What was written is removed, every earlier
+            checkpoint is still there.
     """
     main = dist.get_rank(group) == 0
     tensors = {key: tensor for file in taken.files.values() for key, tensor in file.items()}
     if not main:  # tensors that are the same in all processes are written by the main one
         tensors = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, DTensor)}
-    temporary = temporary_folder(folder)
+    temporary = hidden(folder, "tmp")
 
     def prepare() -> None:
         if main:
             begin_folder(folder)
 
     def write() -> None:
-        with _one_error():
-            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-            save(tensors, storage_writer=writer, process_group=group)
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        with system_errors():
+            try:
+                save(tensors, storage_writer=writer, process_group=group)
+            except CheckpointException as error:  # of all processes that failed: the first one's
+                raise next(iter(error.failures.values()))[0] from error
 
     def finish() -> None:
         if main:
@@ -118,8 +123,13 @@ def write_shards(folder: Path, taken: Snapshot, group: dist.ProcessGroup, *, tot
             finish_folder(folder)
             _remove_oldest(folder, total_limit)
 
-    for action in (prepare, write, finish):
-        together(action, group)
+    try:
+        for action in (prepare, write, finish):
+            together(action, group)
+    except Exception:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _remove_oldest(folder: Path, total_limit: int) -> None:
@@ -172,38 +182,42 @@ def step_of(folder: Path) -> int:
 Place = Callable[[str, torch.Size, torch.dtype], Tensor]
 
 
-def load_checkpoint(folder: Path, place: Place | None = None) -> State:
+def _on_cpu(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def load_checkpoint(folder: Path, place: Place = _on_cpu) -> State:
     """Read what `write_checkpoint` or `write_shards` wrote, by whatever number of processes.
 
     Args:
         folder: the checkpoint.
-        place: (name, shape, dtype) -> the tensor to read into; a sharded one gets this process's part. None: new ones,
-            on the CPU.
+        place: (name, shape, dtype) -> the tensor to read into; a sharded one gets this process's part.
 
     Raises:
         UserError: a file is missing, damaged or was changed.
     """
-    plain = _verified(folder)
-    with _damage_of(folder):
-        tensors = _read(folder, place or _new)
-    state: State = _restored(plain, tensors, folder)
+    with _damage_of(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads what it needs
+        plain = _verified(folder)
+        reader = HuggingFaceStorageReader(str(folder))
+        found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        tensors = {key: place(key, entry.size, entry.properties.dtype) for key, entry in found.items()}
+        load(tensors, storage_reader=reader, no_dist=True)
+        state: State = _restored(plain, tensors)
     return state
 
 
 def _verified(folder: Path) -> State:
     """Return the plain part of a checkpoint, after checking that all files are as they were written."""
-    with _damage_of(folder):
-        document = read_settings(folder / "state.json")
+    document = read_settings(folder / "state.json")
     plain, hashes = document.get("state"), document.get("sha256")
     if not isinstance(plain, dict) or not isinstance(hashes, dict):
-        raise _damaged(folder, "state.json is not what was written")
+        raise UserError("state.json is not what was written")
     if document.get("state_sha256", _hash_of(plain)) != _hash_of(plain):  # older ones have none
-        raise _damaged(folder, "state.json differs from what was written")
+        raise UserError("state.json differs from what was written")
     for name, expected in hashes.items():
-        with _damage_of(folder):
-            found = _sha256(folder / Path(name).name)
-        if found != expected:
-            raise _damaged(folder, f"{name} differs from what was written")
+        if _sha256(folder / Path(name).name) != expected:
+            raise UserError(f"{name} differs from what was written")
     return plain
 
 
@@ -211,31 +225,11 @@ def _verified(folder: Path) -> State:
 def _damage_of(folder: Path) -> Iterator[None]:
     try:
         yield
-    except UserError as error:
-        raise _damaged(folder, error.what) from error
-    except (OSError, safetensors.SafetensorError, CheckpointException) as error:
-        raise _damaged(folder, str(error)) from error
+    except (UserError, OSError, safetensors.SafetensorError, CheckpointException) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {getattr(error, 'what', error)}") from error
 
 
-def _damaged(folder: Path, why: str) -> UserError:
-    return UserError(f"checkpoint {folder} is damaged: {why}")
-
-
-def _read(folder: Path, place: Place) -> dict[str, Tensor]:
-    reader = HuggingFaceStorageReader(str(folder))
-    found: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    tensors = {key: place(key, entry.size, entry.properties.dtype) for key, entry in found.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads what it needs
-        load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
-def _new(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
-
-
-def load_latest(root: Path, place: Place | None = None) -> State | None:
+def load_latest(root: Path, place: Place = _on_cpu) -> State | None:
     """Read the newest checkpoint that is whole; damaged ones are passed over with a warning, and left in place.
 
     Returns:
@@ -258,20 +252,6 @@ def load_latest(root: Path, place: Place | None = None) -> State | None:
     return None
 
 
-@contextmanager
-def _one_error() -> Iterator[None]:
-    """Turn a failure of processes that write together into the `OSError` of the first one."""
-    try:
-        yield
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        if isinstance(first, OSError):
-            raise OSError(first.errno, first.strerror or str(first)) from error
-        if isinstance(first, safetensors.SafetensorError):
-            raise (as_os_error(first) or OSError(None, str(first))) from error
-        raise
-
-
 def _strip_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Replace tensors by their names, and gather them; dict keys keep their type through a list of pairs."""
     if isinstance(value, Tensor):
@@ -288,17 +268,17 @@ def _strip_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def _restored(value: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
+def _restored(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `_strip_tensors`."""
     if isinstance(value, dict) and _TENSOR in value:
         if value[_TENSOR] not in tensors:
-            raise _damaged(folder, f"the tensor {value[_TENSOR]} is missing")
+            raise UserError(f"the tensor {value[_TENSOR]} is missing")
         return tensors[value[_TENSOR]]
-    if isinstance(value, dict) and "__items__" in value:
-        return {key: _restored(item, tensors, folder) for key, item in value["__items__"]}
-    if isinstance(value, dict):  # the top level
-        return {key: _restored(item, tensors, folder) for key, item in value.items()}
+    if isinstance(value, dict):
+        items = value["__items__"] if "__items__" in value else value.items()  # the top level has no pairs
+        return {key: _restored(item, tensors) for key, item in items}
     if isinstance(value, list):
-        return [_restored(item, tensors, folder) for item in value]
+        return [_restored(item, tensors) for item in value]
     return value
 
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, patch_environment
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -79,8 +78,6 @@ def _portable(error: Exception | None) -> Exception | None:
         return error
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror or str(error))
-    if isinstance(error, SafetensorError):
-        return OSError(None, str(error))
     return RuntimeError(f"in another process: {type(error).__name__}: {error}")
 
 
@@ -184,14 +181,14 @@ def is_sharded(config: LoopConfig, accelerator: Accelerator) -> bool:
     return True
 
 
-def sharded(module: nn.Module, device: torch.device, processes: int, *, compiled: bool = False) -> nn.Module:
+def sharded(module: nn.Module, accelerator: Accelerator, *, compiled: bool) -> nn.Module:
     """Return a copy of ``module``, which stays whole, of which each process holds a part of every parameter.
 
     A network's blocks (``_repeated_blocks``, by diffusers' convention) are put together one at a time while they
     compute, everything else during the whole pass. Weights stay float32.
     """
     trained = copy.deepcopy(module)
-    mesh = init_device_mesh(device.type, (processes,))
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     names = {name for part in trained.modules() for name in getattr(part, "_repeated_blocks", None) or ()}
     blocks = [part for part in trained.modules() if type(part).__name__ in names]
     for block in reversed(blocks):  # the inner ones first

@@ -35,13 +35,20 @@ from .distributed import (
     together,
     whole,
 )
-from .folders import clean_up
-from .loader import Batch, DataFailed, TrainingData, groups_of, load_batches, to_device
-from .logging import Reporter
+from .loader import (
+    Batch,
+    DataFailed,
+    Part,
+    Recovery,
+    TrainingData,
+    Values,
+    groups_of,
+    load_batches,
+    to_device,
+)
+from .logging import Reporter, profiler
 from .optimizers import learning_rate
-from .profiling import profiler
-from .recovery import Part, Recovery, Values
-from .run_folder import run_lock
+from .run_folder import clean_up, run_lock
 from .saving import AverageSnapshots, Saver, export_once
 from .stopping import EarlyStop, Stop, stop_on_signal
 from .trained_module import TrainedModule, tensor_for, with_averages
@@ -128,6 +135,7 @@ class Loop:
         find_unused_parameters: bool,
     ) -> None:
         self.config, self.data, self.output = config, data, output
+        self.checkpoints = output / "checkpoints"
         self.callbacks, self.phase = callbacks, phase
         self.accelerator = make_accelerator(config, find_unused_parameters)
         self.main = self.accelerator.is_main_process
@@ -148,6 +156,7 @@ class Loop:
             mixin_share=getattr(data, "mixin_share", 0.0),
         )
         self.step = 0
+        self.shown: dict[str, float] = {}  # in the progress line before
         self.skipped_in_a_row = 0
         self.validation_loss: float | None = None  # of the running step
         self.snapshots = AverageSnapshots(output, self.modules, config, main=self.main)
@@ -160,14 +169,12 @@ class Loop:
         self.resume_line, self.stop = resume_line, stop
         # As it comes back from a checkpoint.
         self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))
-        last, shown = self.config.max_train_steps, dict[str, float]()  # in the progress line before
         self._clean_up()
-        together(lambda: shown.update(self._resume()))
-        self.saver = Saver(
-            self.output / "checkpoints", self.config.checkpoints_total_limit, sharded=self.sharded
-        )
+        together(self._resume)
+        self.saver = Saver(self.checkpoints, self.config.checkpoints_total_limit, sharded=self.sharded)
         self.saver.saved = self.step
-        together(lambda: self._begin_report(shown, flops))
+        together(lambda: self._begin_report(flops))
+        last = self.config.max_train_steps
         try:
             if self.step < last and not self.early.stopped:
                 self.snapshots.begin(self.step)
@@ -303,7 +310,7 @@ class Loop:
         if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
             raise UserError(
                 f"{self.skipped_in_a_row} updates in a row were not finite. Last: {what}",
-                f"The last good checkpoint is kept in {self.output / 'checkpoints'}. Lower --learning-rate, use "
+                f"The last good checkpoint is kept in {self.checkpoints}. Lower --learning-rate, use "
                 "--mixed-precision no, or remove the samples named above; the same command then goes on from there.",
             )
 
@@ -342,7 +349,7 @@ class Loop:
         self.stop.signal = most_of_any_process(self.accelerator, asked.signal)
         return self.stop.signal > 0
 
-    def _begin_report(self, shown: dict[str, float], flops: float | None) -> None:
+    def _begin_report(self, flops: float | None) -> None:
         full_rate = None  # samples per second if all devices did nothing but multiply matrices
         if self.main and flops is not None:
             device = self.accelerator.device
@@ -356,7 +363,7 @@ class Loop:
             report_to=self.config.report_to,
             active=self.main,
             full_rate=full_rate,
-            shown=shown,
+            shown=self.shown,
         )
 
     def _validate(self) -> None:
@@ -407,27 +414,20 @@ class Loop:
         try:
             self.saver.save_now(self.step, state)
         except RunError as error:
-            newest = self.saver.newest()
-            kept = (
-                "there is no earlier checkpoint"
-                if newest is None
-                else f"the last good one is step-{newest:06d}"
-            )
             raise RunError(
-                f"step {self.step} is trained, but its {error.what}; {kept}",
+                f"step {self.step} is trained, but its {error.what}; {self.saver.last_good()}",
                 f"{error.fix} Then the same line goes on from there.",
             ) from error
 
     def _save_before(self, error: RunError) -> str:
         """Save what the last finished step left; return what is kept of the run, and how it goes on."""
         for module in self.modules:
-            module.forget_gradients()
+            module.trained.zero_grad()
         release_memory()
         kept = "Nothing was trained yet"
         # Only of data that failed do the other processes, which have their parts of the weights, know.
         if self.sharded and not isinstance(error, DataFailed):
-            if (newest := self.saver.newest()) is not None:
-                kept = f"The last checkpoint is step-{newest:06d}"
+            kept = f"No checkpoint could be written; {self.saver.last_good()}"
         elif (self.main or self.sharded) and self.step > 0:
             try:
                 self.saver.save_now(self.step, self._state(self.recovery.random), retry=False)
@@ -438,11 +438,11 @@ class Loop:
                     self.report.say(traceback.format_exc())
         return kept + (f"; resume with:\n  {self.resume_line}" if self.resume_line else "")
 
-    def _resume(self) -> dict[str, float]:
-        """Load the newest checkpoint; return the figures that its progress line showed."""
-        state = checkpoint.load_latest(self.output / "checkpoints", partial(tensor_for, self.modules))
+    def _resume(self) -> None:
+        """Load the newest checkpoint, if there is one."""
+        state = checkpoint.load_latest(self.checkpoints, partial(tensor_for, self.modules))
         if state is None:
-            return {}
+            return
         checkpoint.refuse_changes(
             self.output, state, self.description, self.config, self.accelerator.num_processes
         )
@@ -468,8 +468,7 @@ class Loop:
         if self.config.auto_micro_batch and state.get("micro_batch", math.inf) < self.recovery.micro_batch:
             self.recovery.micro_batch = int(state["micro_batch"])
             log.info(f"forward passes of {self.recovery.micro_batch}: more ran out of memory before")
-        shown: dict[str, float] = state.get("shown", {})
-        return shown
+        self.shown = state.get("shown", {})
 
     def _export(self) -> None:
         self.early.take_best()
@@ -480,13 +479,12 @@ class Loop:
         export, folder = self.callbacks.export, self.callbacks.export_to
         if self.main and export is not None and folder is not None:
             averaged = partial(with_averages, self.modules)
-            export_once(self.output / "checkpoints", folder, lambda place: averaged(partial(export, place)))
+            export_once(self.checkpoints, folder, lambda place: averaged(partial(export, place)))
 
     def _clean_up(self) -> None:
         """Remove what a killed run left half-written; only here, where nobody else writes."""
         folder = self.callbacks.export_to
-        checkpoints = self.output / "checkpoints", self.snapshots.folder
-        places = [(place, checkpoint.CHECKPOINT_NAME) for place in checkpoints]
+        places = [(place, checkpoint.CHECKPOINT_NAME) for place in (self.checkpoints, self.snapshots.folder)]
         places += [(folder.parent, re.escape(folder.name))] if folder is not None else []
         for parent, name in places if self.main else ():
             for path in clean_up(parent, name):

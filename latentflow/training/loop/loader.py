@@ -1,25 +1,35 @@
-"""Batches: loading them, also in other processes, and splitting them."""
+"""Batches: loading them, also in other processes; and passing them through the network, in parts that memory allows."""
 
 from __future__ import annotations
 
+import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
-from ...errors import RunError, UserError
-from ...utils.memory import is_out_of_memory
+from ...config import LoopConfig
+from ...errors import RunError, UserError, one_line
+from ...utils.memory import OutOfMemory, is_out_of_memory, out_of_memory, release_memory
+from .checkpoint import State, random_state, restore_random_state
 from .data_order import SampleUse
+from .distributed import in_any_process, most_of_any_process
+from .trained_module import TrainedModule
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+Values = dict[str, Tensor]
 
 
 class TrainingData(Protocol):
@@ -61,11 +71,10 @@ def load_batches(
     """
     identified: Any = _Identified(data)
     sampler: Any = uses  # an iterator of lists is all that the loader needs
-    collate: Any = _identity
     loader: DataLoader[list[Batch]] = DataLoader(
         identified,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=_identity,
         num_workers=num_workers,
         generator=torch.Generator(),  # its own seed must not be drawn from the run's random state
         pin_memory=pin_memory,
@@ -98,8 +107,13 @@ def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            workers = getattr(batches, "_workers", ())
+            if not workers or str(error).startswith(
+                "Caught "
+            ):  # torch's words for what a worker raised: a defect
+                raise
             # torch names a dead worker; what it had sent and is fetched from it only now fails in other ways.
-            dead = _dead(getattr(batches, "_workers", ()))
+            dead = _dead(workers)
             if not dead and "DataLoader worker" not in str(error):
                 raise
             names = ", ".join(f"process {worker.pid}, exit status {worker.exitcode}" for worker in dead)
@@ -107,8 +121,8 @@ def _checked(batches: Iterator[Any]) -> Iterator[list[Batch]]:
                 f"a process that loads data has died ({names or error})",
                 "If the machine ran out of memory (dmesg tells), lower --num-workers; 0 loads in the main process.",
             ) from error
-        if isinstance(batch, _Failure):
-            raise DataFailed(batch.what, batch.fix)
+        if isinstance(batch, DataFailed):
+            raise batch
         yield batch
 
 
@@ -121,40 +135,26 @@ def _dead(workers: Sequence[BaseProcess]) -> list[BaseProcess]:
     return [worker for worker in workers if not worker.is_alive()]
 
 
-class _Failure:
-    """An error of the process that loads a batch, in words."""
-
-    def __init__(self, what: str, fix: str) -> None:
-        self.what, self.fix = what, fix
-
-
 class _Identified:
     """The data set with the ids of its rows added to every batch."""
 
     def __init__(self, data: TrainingData) -> None:
         self._data, self._groups = data, groups_of(data)
 
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitems__(self, uses: list[SampleUse]) -> list[Batch] | _Failure:
+    def __getitems__(self, uses: list[SampleUse]) -> list[Batch] | DataFailed:
+        """Return the batches of the uses, or the error in words: what a process raises reaches the loop as text."""
         try:
             return [load_batch(self._data, part) for part in by_group(uses, self._groups)]
-        except (UserError, OSError, SafetensorError, MemoryError) as error:
-            return self._failure(error, uses)
-
-    def _failure(self, error: Exception, uses: list[SampleUse]) -> _Failure:
-        if isinstance(error, UserError):
-            return _Failure(error.what, error.fix)
-        names = ", ".join(self._data.name(use.index) for use in uses[:3])
-        more = f" and {len(uses) - 3} more" if len(uses) > 3 else ""
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        fix = (
-            "Lower --num-workers."
-            if is_out_of_memory(error)
-            else "Is the disk that holds it still there and whole?"
-        )
-        return _Failure(f"a batch could not be read ({names}{more}): {reason}", fix)
+        except UserError as error:
+            return DataFailed(error.what, error.fix)
+        except (OSError, SafetensorError, MemoryError) as error:
+            names = ", ".join(self._data.name(use.index) for use in uses[:3])
+            more = f" and {len(uses) - 3} more" if len(uses) > 3 else ""
+            why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            fix = "Is the disk that holds it still there and whole?"
+            if is_out_of_memory(error):
+                fix = "Lower --num-workers."
+            return DataFailed(f"a batch could not be read ({names}{more}): {why}", fix)
 
 
 def by_group(uses: list[SampleUse], groups: Tensor | None) -> list[list[SampleUse]]:
@@ -205,3 +205,154 @@ def split_rows(batch: Batch, rows: int) -> list[Batch]:
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+class Part(NamedTuple):
+    """Rows that pass through the network together.
+
+    Attributes:
+        batch: the rows.
+        counts: whether they are part of the step; a part that only keeps the other processes company is not.
+        last: whether gradients are averaged over the processes after it.
+    """
+
+    batch: Batch
+    counts: bool
+    last: bool
+
+
+class Recovery:
+    """Run the forward and backward passes of a step so that a failure leaves weights and optimisers untouched.
+
+    Args:
+        modules: trained in a step.
+        data: for the names of samples.
+        config: batch, accumulation, and whether batches may be split.
+        accelerator: of the run.
+        phase: what to call the training when memory runs out; a key of `latentflow.utils.memory.ADVICE`.
+
+    Attributes:
+        micro_batch: rows of one forward pass; fewer than a batch after running out of memory.
+        random: torch's random state before the step.
+        finished: whether the passes of the step succeeded: from then on weights change.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[TrainedModule],
+        data: TrainingData,
+        config: LoopConfig,
+        accelerator: Accelerator,
+        phase: str,
+    ) -> None:
+        self._modules, self._data, self._config = modules, data, config
+        self._accelerator, self._phase = accelerator, phase
+        self.micro_batch = config.train_batch_size
+        self.random: State = {}
+        self.finished = False
+        self._losses: list[Batch] = []
+        # Gradients are averaged over the processes by us, after all of them had memory enough. DistributedDataParallel
+        # averages during the last backward pass: a process that cannot finish its own would leave the others waiting.
+        self._reduces = config.auto_micro_batch and accelerator.num_processes > 1
+
+    def run(
+        self, batches: Iterator[list[Batch]], step: int, passes: Callable[[Iterable[Part]], Values]
+    ) -> Values:
+        """Load the batches of ``step`` (1-based), and call ``passes`` with their parts until it succeeds.
+
+        Returns:
+            What it returned; the modules hold the gradients, averaged over the processes.
+
+        Raises:
+            DataFailed, OutOfMemory: the weights and their optimisers are as before the step.
+        """
+        self.finished, self.random = False, random_state()
+        micros = self._load(batches)
+        while True:
+            failure = None
+            self._losses.clear()
+            try:
+                values = passes(self._parts(micros))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = out_of_memory(self._phase, error)
+            failed = failure is not None
+            if not (in_any_process(self._accelerator, failed) if self._reduces else failed):
+                break
+            self._halve_micro_batch(failure, step)
+        if self._reduces:
+            self._reduce_gradients()
+        self.finished = True
+        return values
+
+    def remember(self, batch: Batch, result: Values) -> None:
+        """Keep what names the culprits of a non-finite loss."""
+        if "per_sample" in result:
+            per_sample, t = result["per_sample"], result.get("t")
+            self._losses.append({"index": batch["index"], "per_sample": per_sample, "t": t})
+
+    def suspects(self) -> list[str]:
+        """Return the names of the samples of the last step whose loss is not finite."""
+        found = []
+        for part in self._losses:
+            for row in (~torch.isfinite(part["per_sample"])).nonzero().flatten().tolist():
+                at = "" if part["t"] is None else f" (t = {float(part['t'][row]):.4f})"
+                found.append(one_line(self._data.name(int(part["index"][row])) + at))
+        return found
+
+    def _load(self, batches: Iterator[list[Batch]]) -> Iterable[list[Batch]]:
+        """Return the batches of a step; several processes have all of theirs before any of them begins."""
+        micros: Iterable[list[Batch]] = islice(batches, self._config.gradient_accumulation_steps)
+        failure = None
+        if self._config.auto_micro_batch or self._accelerator.num_processes > 1:
+            try:
+                micros = list(micros)  # also to try again with
+            except DataFailed as error:
+                failure = error
+        if in_any_process(self._accelerator, failure is not None):
+            raise failure or DataFailed(
+                "another process could not load its data", "Its own message says why."
+            )
+        return micros
+
+    def _parts(self, micros: Iterable[list[Batch]]) -> Iterator[Part]:
+        """Yield the parts of a step.
+
+        In a sharded run the processes need one another in every pass, and a batch of images of several sizes may
+        have more parts in another one: then a part passes again, and counts for nothing.
+        """
+        for micro, batches in enumerate(micros, 1):
+            parts = [part for batch in batches for part in split_rows(batch, self.micro_batch)]
+            passes = len(parts)
+            if self._modules[0].sharded:
+                passes = most_of_any_process(self._accelerator, passes)
+            for number in range(passes):
+                last = micro == self._config.gradient_accumulation_steps and number == passes - 1
+                counts = number < len(parts)
+                yield Part(parts[min(number, len(parts) - 1)], counts, last and not self._reduces)
+
+    def _halve_micro_batch(self, failure: OutOfMemory | None, step: int) -> None:
+        """Make ready to repeat the step with forward passes of half the size, or raise ``failure``."""
+        for module in self._modules:
+            module.trained.zero_grad()
+        release_memory()
+        reason = failure.what if failure is not None else "out of memory in another process"
+        if not self._config.auto_micro_batch or self.micro_batch == 1:
+            raise failure or OutOfMemory(reason)
+        self.micro_batch = (self.micro_batch + 1) // 2
+        restore_random_state(self.random)
+        log.warning(
+            f"WARNING: step {step}: {reason}\nFrom now on batches of {self._config.train_batch_size} pass in "
+            f"parts of {self.micro_batch}; samples and noise stay the same."
+        )
+
+    def _reduce_gradients(self) -> None:
+        parameters = [parameter for module in self._modules for parameter in module.trained.parameters()]
+        held = [parameter.grad is not None for parameter in parameters]
+        used = torch.tensor(held, device=self._accelerator.device)
+        anywhere = self._accelerator.reduce(used.int(), reduction="sum").tolist()
+        for parameter, processes in zip(parameters, anywhere, strict=True):
+            if processes:  # the samples of one of them may be all that uses it
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self._accelerator.reduce(grad, reduction="mean")

@@ -1,30 +1,35 @@
-"""Reports of a run while it trains: log lines, metrics.jsonl, progress, trackers."""
+"""Reports of a run while it trains: log lines, metrics.jsonl, progress, trackers, the profile of a step."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
+import os
+import platform
 import secrets
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
+import torch
 import yaml
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from PIL.Image import Image
+from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm.auto import tqdm
 
+from ... import __version__
 from ...errors import UserError, printable
 from ...utils.components import quiet_libraries
 from ...utils.memory import is_out_of_memory, out_of_memory, peak_gib, release_memory
 from .distributed import process_state
-from .run_folder import open_metrics, record_start
 
 log = logging.getLogger(__name__)
 
@@ -82,21 +87,88 @@ def resume_line(command: str, argv: Sequence[str] | None) -> str:
     return shlex.join(["latentflow", command, *arguments])
 
 
-class Tracker:
-    """Curves and images of a run at TensorBoard or Weights & Biases. A failure is a warning, and ends no run."""
+def open_metrics(folder: Path) -> TextIO:
+    """Open ``metrics.jsonl`` to append; a line that a killed run left torn is ended, so that the next one is whole."""
+    path = folder / "metrics.jsonl"
+    file = path.open("a", encoding="utf-8")
+    if file.tell():
+        with path.open("rb") as written:
+            written.seek(-1, os.SEEK_END)
+            if written.read() != b"\n":
+                file.write("\n")
+    return file
 
-    def __init__(self, tracker: GeneralTracker, folder: Path) -> None:
-        self._tracker: GeneralTracker | None = tracker
-        tracker.start()
+
+def record_start(folder: Path, step: int) -> None:
+    """Append machine, packages and command of this start of the run, at ``step``, to ``environment.jsonl``."""
+    state = process_state()
+    device = str(state.device)
+    if state.device.type == "cuda":
+        device = torch.cuda.get_device_name(state.device)
+    packages = ("diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+    line = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "step": step,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": device,
+        "processes": state.num_processes,
+        "machine": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "latentflow": __version__,
+        "torch": str(torch.__version__),  # with the CUDA that it was built for
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+    with (folder / "environment.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+class Tracker:
+    """Curves and images of a run at TensorBoard or Weights & Biases. A failure is a warning, and ends no run.
+
+    Raises:
+        UserError: its package is not installed, or it could not start.
+    """
+
+    def __init__(self, report_to: str, folder: Path) -> None:
+        self._tracker: GeneralTracker | None = None
+        if report_to == "none":
+            return
+        process_state()  # accelerate's trackers need it
+        try:
+            if report_to == "wandb":
+                import wandb  # noqa: F401
+
+                # An autoencoder and its generator share the last part.
+                name = "/".join(folder.resolve().parts[-2:])
+                options = {"name": name, "dir": str(folder), "id": _wandb_id(folder), "resume": "allow"}
+                self._tracker = WandBTracker("latentflow", **options)
+            else:
+                import tensorboard  # noqa: F401
+
+                self._tracker = TensorBoardTracker("tensorboard", str(folder))
+            self._tracker.start()
+        except ImportError as error:
+            raise UserError(
+                f"--report-to {report_to} needs the package {report_to}",
+                f'pip install "latentflow[{report_to}]"',
+            ) from error
+        except Exception as error:
+            fix = "Run `wandb login`, or set WANDB_MODE=offline (and `wandb sync` later)."
+            raise UserError(
+                f"--report-to {report_to} could not start: {error}", fix if report_to == "wandb" else ""
+            ) from error
         settings = folder / "config.yaml"
-        if isinstance(tracker, WandBTracker) and settings.is_file():
+        if report_to == "wandb" and settings.is_file():
             self._call("store_init_configuration", yaml.safe_load(settings.read_text(encoding="utf-8")))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self._call("log", values, step=step)
 
     def image(self, step: int, image: Image) -> None:
-        self._call("log_images", {"preview": np.asarray(image)[None]}, step=step)  # (1, H, W, 3)
+        options = {"dataformats": "NHWC"} if isinstance(self._tracker, TensorBoardTracker) else {}
+        self._call("log_images", {"preview": np.asarray(image)[None]}, step=step, **options)  # (1, H, W, 3)
 
     def close(self) -> None:
         self._call("finish")
@@ -104,49 +176,11 @@ class Tracker:
     def _call(self, method: str, *arguments: Any, **options: Any) -> None:
         if self._tracker is None:
             return
-        if method == "log_images" and isinstance(self._tracker, TensorBoardTracker):
-            options["dataformats"] = "NHWC"
         try:
             getattr(self._tracker, method)(*arguments, **options)
         except Exception as error:  # a server that went away, a full disk: the run goes on
             log.warning("WARNING: --report-to: %s; the run goes on without it", error)
             self._tracker = None
-
-
-def start_tracker(report_to: str, folder: Path) -> Tracker | None:
-    """Start the tracker of a run in ``folder``; None for "none".
-
-    Raises:
-        UserError: its package is not installed, or it could not start.
-    """
-    if report_to == "none":
-        return None
-    process_state()  # accelerate's trackers need it
-    try:
-        if report_to == "wandb":
-            import wandb  # noqa: F401
-
-            name = "/".join(
-                folder.resolve().parts[-2:]
-            )  # an autoencoder and its generator share the last part
-            tracker: Any = WandBTracker(
-                "latentflow", name=name, dir=str(folder), id=_wandb_id(folder), resume="allow"
-            )
-        else:
-            import tensorboard  # noqa: F401
-
-            tracker = TensorBoardTracker("tensorboard", str(folder))
-    except ImportError as error:
-        raise UserError(
-            f"--report-to {report_to} needs the package {report_to}", f'pip install "latentflow[{report_to}]"'
-        ) from error
-    try:
-        return Tracker(tracker, folder)
-    except Exception as error:
-        fix = "Run `wandb login`, or set WANDB_MODE=offline (and `wandb sync` later)."
-        raise UserError(
-            f"--report-to {report_to} could not start: {error}", fix if report_to == "wandb" else ""
-        ) from error
 
 
 def _wandb_id(folder: Path) -> str:
@@ -196,7 +230,7 @@ class Reporter:
         self._samples = 0
         self._metrics_failed = False
         self._metrics = open_metrics(folder) if active else None
-        self._tracker = start_tracker(report_to, folder) if active else None
+        self._tracker = Tracker(report_to if active else "none", folder)
         if active:
             record_start(folder, first_step)
         terminal = sys.stderr.isatty()
@@ -256,8 +290,7 @@ class Reporter:
 
     def image(self, step: int, image: Image) -> None:
         """Hand a preview image to the tracker; its file is the caller's."""
-        if self._tracker is not None:
-            self._tracker.image(step, image)
+        self._tracker.image(step, image)
 
     def say(self, text: str) -> None:
         """Log a line for people: on the terminal above the bar, and in train.log."""
@@ -290,8 +323,7 @@ class Reporter:
         if self._metrics is not None:
             with suppress(OSError):
                 self._metrics.close()
-        if self._tracker is not None:
-            self._tracker.close()
+        self._tracker.close()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         assert self._metrics is not None
@@ -306,11 +338,66 @@ class Reporter:
                     f"WARNING: {self._metrics.name} cannot be written ({error.strerror}); training goes on"
                 )
             self._metrics_failed = True
-        if self._tracker is not None:
-            with suppress(OSError):  # its files are on the same disk
-                self._tracker.metrics(step, values)
+        self._tracker.metrics(step, values)
 
 
 def _duration(seconds: float) -> str:
     minutes, hours = int(seconds // 60) % 60, int(seconds // 3600)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds) % 60:02d}s"
+
+
+# The sections of a step; the loop marks each with `torch.profiler.record_function`.
+SECTIONS = ("load", "forward", "backward", "clip", "optimizer", "average", "report")
+_WAIT, _WARM_UP, _STEPS = 3, 2, 6  # the first steps of a process allocate, tune and compile
+_OPERATORS = 15
+
+
+@contextmanager
+def profiler(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Profile six steps, from the sixth of this process on: ``folder`` gets ``trace.json`` and ``table.txt``.
+
+    Within the context, call what it yields after every step. ``say`` gets the table. Profiled steps take longer, and
+    learn the same.
+    """
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+
+    def ready(profiled: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        profiled.export_chrome_trace(str(folder / "trace.json"))
+        lines = _table(profiled.key_averages())
+        (folder / "table.txt").write_text("\n".join(lines) + "\n")
+        say(
+            "\n".join(lines)
+            + f"\nthe trace of {_STEPS} steps is {folder / 'trace.json'}; https://ui.perfetto.dev shows it"
+        )
+
+    plan = schedule(wait=_WAIT, warmup=_WARM_UP, active=_STEPS, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=ready) as running:
+        yield running.step
+
+
+def _table(events: Any) -> list[str]:
+    """Return lines with the milliseconds of a step by section, and the operators that take most of it.
+
+    On a GPU they are those of its own work: it runs behind the host, whose sections only start the work.
+    """
+    by_name = {event.key: event for event in events}
+    steps = [event for event in events if event.key.startswith("ProfilerStep")]
+    count = sum(event.count for event in steps)
+    whole = sum(event.cpu_time_total for event in steps) / count / 1000
+    gpu = any(event.self_device_time_total > 0 for event in events)
+    name = "device_time_total" if gpu else "cpu_time_total"
+    sections = {key: getattr(by_name[key], name) / count / 1000 for key in SECTIONS if key in by_name}
+    if not gpu:
+        sections["everything else"] = whole - sum(sections.values())
+    lines = [f"a step takes {whole:.1f} ms" + (", of which the GPU computes" if gpu else "")]
+    lines += [f"  {key:<42}{value:9.2f} ms {value / whole:6.1%}" for key, value in sections.items()]
+    own = f"self_{name}"
+    operators = [event for event in events if event.key not in SECTIONS and event not in steps]
+    operators.sort(key=lambda event: -getattr(event, own))
+    lines += ["operators, without what they call" + (" (GPU)" if gpu else "")]
+    for event in operators[:_OPERATORS]:
+        value = getattr(event, own) / count / 1000
+        calls = f"{event.count / count:.0f} calls"
+        lines.append(f"  {event.key[:40]:<42}{value:9.2f} ms {value / whole:6.1%} {calls:>12}")
+    return lines

@@ -1,130 +1,173 @@
-"""The files of a run folder that are read again, and the lock that keeps a second run out of it."""
+"""The folder of a run: one run at a time in it, folders that appear whole or not at all, errors of its disk."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import importlib.metadata
 import json
 import logging
-import math
 import os
-import platform
-import shlex
+import re
+import shutil
 import socket
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
 
-import torch
+from safetensors import SafetensorError
 
-from ...errors import UserError
+from ...errors import RunError, UserError
+from ...utils.memory import size_text
 from .distributed import process_state, together
-from .folders import cannot_write
-
-_PACKAGES = ("diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
-
-Row = dict[str, float]
-
-
-def open_metrics(folder: Path) -> TextIO:
-    """Open ``metrics.jsonl`` to append; a line that a killed run left torn is ended, so that the next one is whole."""
-    path = folder / "metrics.jsonl"
-    file = path.open("a", encoding="utf-8")
-    if file.tell():
-        with path.open("rb") as written:
-            written.seek(-1, os.SEEK_END)
-            if written.read() != b"\n":
-                file.write("\n")
-    return file
-
-
-def metric_lines(folder: Path) -> Iterator[Row]:
-    """Yield every line of ``metrics.jsonl`` that can be read, as it was written: killed runs repeat and tear some."""
-    for row in _lines(folder / "metrics.jsonl"):
-        if isinstance(row.get("step"), int):
-            # JSON as Python writes it has NaN and Infinity too: no curve can show them.
-            yield {name: value for name, value in row.items() if _finite(value)}
-
-
-def read_metrics(folder: Path) -> list[Row]:
-    """Return one row for each step that was logged, in order, with all its figures.
-
-    A run that was resumed from an earlier step took the steps after it once more: the later rows count.
-    """
-    kept: dict[int, Row] = {}
-    last = 0
-    for row in metric_lines(folder):
-        step = int(row["step"])
-        if step < last:
-            kept = {earlier: values for earlier, values in kept.items() if earlier < step}
-        kept[step] = kept.get(step, {}) | row
-        last = step
-    return list(kept.values())
-
-
-def record_start(folder: Path, step: int) -> None:
-    """Append machine, packages and command of this start of the run, at ``step``, to ``environment.jsonl``."""
-    state = process_state()
-    device = str(state.device)
-    if state.device.type == "cuda":
-        device = torch.cuda.get_device_name(state.device)
-    line = {
-        "started": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "step": step,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": device,
-        "processes": state.num_processes,
-        "machine": platform.platform(),
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "latentflow": _version("latentflow"),
-        "torch": str(torch.__version__),  # with the CUDA that it was built for
-        **{name: _version(name) for name in _PACKAGES},
-    }
-    with (folder / "environment.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows that `record_start` wrote, oldest first; none for a run without them."""
-    return list(_lines(folder / "environment.jsonl"))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        # A line torn by a kill may hold the next start's first one at its end; ours are flat.
-        for text in (line, line[line.rfind("{") :]):
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                yield row
-                break
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        from ... import __version__
-
-        return __version__ if package == "latentflow" else "unknown"
-
 
 log = logging.getLogger(__name__)
+
+RETRY_SECONDS = (2.0, 10.0, 30.0)  # waits between the attempts at what a run cannot end without
+
+
+# ---- folders that appear whole or not at all, also through a SIGKILL or a power cut at any instant ----
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill an empty temporary folder, and put it in the place of ``folder``, an earlier one of this run.
+
+    The earlier one goes only when the new one is complete and on the disk.
+
+    Raises:
+        OSError: it could not be written. What was written of it is removed, ``folder`` is as it was.
+    """
+    temporary = begin_folder(folder)
+    try:
+        with system_errors():
+            write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finish_folder(folder)
+
+
+def begin_folder(folder: Path) -> Path:
+    """Make the empty folder in which ``folder`` is written before it appears, and return it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = hidden(folder, "tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def finish_folder(folder: Path) -> None:
+    """Put what was written since `begin_folder` in the place of ``folder``; see `write_folder`."""
+    temporary, old = hidden(folder, "tmp"), hidden(folder, "old")
+    try:
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a removal that failed
+        folder.rename(old)
+    temporary.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; one that is removed in part is never seen under its name. A failure is no error."""
+    gone = hidden(folder, "gone")
+    with suppress(OSError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def clean_up(parent: Path, name: str) -> list[Path]:
+    """Mend what a killed run left beside the folders of ``parent`` whose names match the pattern ``name``.
+
+    Returns:
+        The folders that were removed: written, or removed, in part only.
+    """
+    left = {path: re.fullmatch(rf"\.({name})\.(tmp|old|gone)", path.name) for path in parent.glob(".*")}
+    for match in left.values():
+        # An old folder gives way only to a complete one: here the kill fell between the two renames.
+        if match and match[2] == "old" and not (parent / match[1]).exists():
+            hidden(parent / match[1], "tmp").rename(parent / match[1])
+    removed = [path for path, match in sorted(left.items()) if match and path.is_dir()]
+    for path in removed:
+        shutil.rmtree(path, ignore_errors=True)
+    return removed
+
+
+def hidden(folder: Path, kind: str) -> Path:
+    """Return the name of ``folder`` while it is written ("tmp"), replaced ("old") or removed ("gone")."""
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- errors of the disk ----
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise what safetensors hands on as text, ``No space left on device (os error 28)``, as the `OSError` it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        if code is None:
+            raise
+        number = int(code[1] or code[2])
+        raise OSError(number, os.strerror(number)) from error
+
+
+@contextmanager
+def writing(what: str, path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an error of the disk within the context into words: why, how much room there is and is needed, what to do.
+
+    Raises:
+        RunError: an `OSError`, or safetensors' of a failed write, was raised.
+    """
+    try:
+        with system_errors():
+            yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        place = next(folder for folder in (path, *path.parents) if folder.exists())
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += f"; {size_text(shutil.disk_usage(place).free)} are free there"
+            reason += f", {size_text(needed)} are needed" if needed is not None else ""
+        fixes = {
+            errno.ENOSPC: "Free some space there.",
+            errno.EDQUOT: "Free some space there.",
+            errno.EROFS: "Mount the disk for writing again (one with errors becomes read-only: see dmesg).",
+            errno.EACCES: f"Give yourself the right to write in {place}.",
+            errno.EPERM: f"Give yourself the right to write in {place}.",
+            errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or use another file system.",
+        }
+        fix = fixes.get(error.errno or 0, f"Look at {place}.")
+        raise RunError(f"{what} could not be written: {reason}", fix) from error
+
+
+def attempts(action: Callable[[], None]) -> None:
+    """Call ``action``, again after a `RunError`, a few times with growing waits; the last error is raised."""
+    for wait in RETRY_SECONDS:
+        try:
+            return action()
+        except RunError as error:
+            log.warning(f"WARNING: {error.what}. Trying again in {wait:.0f} s. {error.fix}")
+            time.sleep(wait)
+    return action()
+
+
+# ---- the lock that keeps a second run out ----
 
 BEAT_SECONDS = 10.0  # the holder touches its file this often, for hosts that cannot see its lock
 _SILENT_BEATS = 3  # a holder on another host that misses as many is gone
@@ -176,11 +219,9 @@ def run_lock(folder: str | Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> int:
-    try:
+    with writing(f"the run folder {path.parent}", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise cannot_write(f"the run folder {path.parent}", path, error) from error
     try:
         # Not lockf: that is lost when anything in this process reads the file and closes it.
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -208,11 +249,11 @@ def _wait_for_other_host(path: Path, handle: int) -> None:
     log.info(
         f"{path.parent} was last used on host {holder['host']}: waiting {seconds:.0f} s for a sign of life"
     )
-    touched = _touched(path)
+    touched = path.stat().st_mtime_ns
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(BEAT_SECONDS / 10)
-        if _touched(path) != touched:
+        if path.stat().st_mtime_ns != touched:
             os.close(handle)
             raise _in_use(path, holder)
 
@@ -225,10 +266,6 @@ def _beat(handle: int, stop: threading.Event) -> None:
             log.debug("run.lock: %s", error)  # a full or lost disk is reported by what needs it
 
 
-def _touched(path: Path) -> int:
-    return path.stat().st_mtime_ns
-
-
 def _holder(handle: int) -> dict[str, str]:
     try:
         words = json.loads(os.pread(handle, 4096, 0))
@@ -238,12 +275,10 @@ def _holder(handle: int) -> dict[str, str]:
 
 
 def _in_use(path: Path, holder: dict[str, str]) -> UserError:
-    if not holder:
-        return UserError(
-            f"another run uses {path.parent}", "Wait for it to end, or use another output folder."
-        )
-    pid, host = holder["pid"], holder["host"]
-    return UserError(
-        f"another run uses {path.parent}: process {pid} on host {host}, started {holder['started']}",
-        f"Wait for it to end, stop it (on {host}: kill {pid}; it saves and ends), or use another output folder.",
-    )
+    who, stop = "", ""
+    if holder:
+        pid, host = holder["pid"], holder["host"]
+        who = f": process {pid} on host {host}, started {holder['started']}"
+        stop = f" stop it (on {host}: kill {pid}; it saves and ends),"
+    fix = f"Wait for it to end,{stop} or use another output folder."
+    return UserError(f"another run uses {path.parent}{who}", fix)

@@ -19,9 +19,9 @@ from ...config import LoopConfig
 from ...errors import RunError, UserError
 from ...utils.memory import is_out_of_memory, size_text
 from . import checkpoint
-from .checkpoint import Snapshot, State, list_checkpoints, step_of
+from .checkpoint import Snapshot, State, list_checkpoints, snapshot, step_of
 from .distributed import PATIENCE, together
-from .folders import attempts, begin_folder, finish_folder, remove_folder, writing
+from .run_folder import attempts, begin_folder, finish_folder, remove_folder, writing
 from .trained_module import TrainedModule
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Saver:
         self.root, self._total_limit = root, total_limit
         self.saved: int | None = None  # the step of the last checkpoint written, or read
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: tuple[int, Future[None]] | None = None
+        self._running: Future[None] | None = None
         self._snapshot: Snapshot | None = None
         # The threads that write talk to one another while training does: not in its group.
         group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if sharded else None
@@ -65,7 +65,7 @@ class Saver:
             self._snapshot = None
             self._warn(RunError(f"step {step}: too little memory to copy the state of the run for saving it"))
             return
-        self._running = step, self._writer.submit(self._write, step)
+        self._running = self._writer.submit(self._write, step)
 
     def save_now(self, step: int, state: State, *, retry: bool = True) -> None:
         """Write ``state`` before returning, in several attempts.
@@ -77,26 +77,28 @@ class Saver:
         if self.saved == step:
             return
         self._take(state)
-        attempts(lambda: self._write(step), retry=retry)
+        if retry:
+            attempts(lambda: self._write(step))
+        else:
+            self._write(step)
 
-    def newest(self) -> int | None:
-        """Return the step of the newest complete checkpoint; None without one."""
-        found = checkpoint.list_checkpoints(self.root)
-        return checkpoint.step_of(found[-1]) if found else None
+    def last_good(self) -> str:
+        """Say which checkpoint the run would go on from, when no save is running any more."""
+        self.wait()
+        found = list_checkpoints(self.root)
+        return f"the last good one is {found[-1].name}" if found else "there is no earlier one"
 
     def poll(self) -> None:
         """Warn of a save that has failed, as soon as it is known. Costs nothing."""
-        if self._running is not None and self._running[1].done():
+        if self._running is not None and self._running.done():
             self.wait()
 
     def wait(self) -> None:
         """Wait until no save is running."""
-        if self._running is None:
-            return
-        _, future = self._running
-        self._running = None
+        running, self._running = self._running, None
         try:
-            future.result()
+            if running is not None:
+                running.result()
         except RunError as error:
             self._warn(error)
 
@@ -109,7 +111,7 @@ class Saver:
 
     def _take(self, state: State) -> None:
         def take() -> None:
-            self._snapshot = checkpoint.snapshot(state, self._snapshot, self._mesh)
+            self._snapshot = snapshot(state, self._snapshot, self._mesh)
 
         self._together(take)
 
@@ -137,10 +139,8 @@ class Saver:
             together(action, self._group)
 
     def _warn(self, error: RunError) -> None:
-        newest = self.newest()
-        kept = "There is no earlier one" if newest is None else f"The last good one is step-{newest:06d}"
         log.warning(
-            f"WARNING: {error.what}. {kept}. Training goes on; the next save tries again. {error.fix}"
+            f"WARNING: {error.what}; {self.last_good()}. Training goes on; the next save tries again. {error.fix}"
         )
 
 
@@ -157,12 +157,13 @@ class AverageSnapshots:
     def __init__(
         self, output: Path, modules: Sequence[TrainedModule], config: LoopConfig, *, main: bool
     ) -> None:
-        self.folder, self._modules, self._config, self._main = output / AVERAGES, modules, config, main
+        self.folder, self._config = output / AVERAGES, config
+        self._averages: State = {}  # live
+        for module in modules:
+            self._averages |= module.tracked()
         self._sharded = any(module.sharded for module in modules)
+        self._writes = main or self._sharded
         self._saver: Saver | None = None
-
-    def _averages(self) -> State:
-        return {name: average for module in self._modules for name, average in module.tracked().items()}
 
     def check(self, state: State) -> None:
         """Refuse a checkpoint that a run cannot go on from.
@@ -170,7 +171,7 @@ class AverageSnapshots:
         Raises:
             UserError: it has not tracked an average from its start.
         """
-        for name in self._averages():
+        for name in self._averages:
             if name not in state:
                 raise UserError(
                     f"--ema-lengths {name.rpartition('-')[2]}: the run has not tracked this average from its start",
@@ -180,14 +181,14 @@ class AverageSnapshots:
     def begin(self, step: int) -> None:
         """Make ready to go on from ``step``: snapshots of later steps go, as those steps will be taken again."""
         every = self._config.snapshot_steps
-        if not every:
+        if not (every and self._writes):
             return
-        for folder in list_checkpoints(self.folder) if self._main else ():
+        for folder in list_checkpoints(self.folder):
             if step_of(folder) > step:
                 remove_folder(folder)
                 log.info(f"removed {folder}: the run goes on from step {step} and makes it again")
         self._saver = Saver(self.folder, sys.maxsize, sharded=self._sharded)  # none is the oldest too many
-        tensors = [tensor for average in self._averages().values() for tensor in average.values()]
+        tensors = [tensor for average in self._averages.values() for tensor in average.values()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         count = -(-self._config.max_train_steps // every)
         log.info(
@@ -197,8 +198,8 @@ class AverageSnapshots:
 
     def take(self, step: int) -> None:
         """Write one before returning; a failure is a warning. All processes of a sharded run must call it."""
-        if self._saver is not None and (self._main or self._sharded):
-            self._saver.save(step, {"step": step} | self._averages())
+        if self._saver is not None:
+            self._saver.save(step, {"step": step} | self._averages)
             self._saver.wait()
 
     def close(self) -> None:

@@ -1,11 +1,17 @@
-"""A module with what the loop keeps beside it: optimisers, weight averages, and their state."""
+"""A module with what the loop keeps beside it: optimisers, weight averages, and their state.
+
+Power-function averages: Karras et al. 2024 (EDM2, arXiv:2312.02696), section 3. The weights of time tau <= t count in
+proportion to tau^gamma, so that an average grows with the run. Its length (sigma_rel) is the standard deviation of that
+profile as a share of t.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -13,11 +19,98 @@ from torch.distributed.tensor import DTensor
 
 from ...config import LoopConfig
 from ...errors import UserError
-from .distributed import is_sharded, sharded, whole
-from .ema import WeightAverage, power_function, warmed_up
+from .distributed import is_sharded, local, sharded, whole
 from .optimizers import evaluated_weights, make_optimizers
 
 T = TypeVar("T")
+
+LONGEST = 12.0**-0.5  # gamma = 0: the plain mean of the whole run
+
+
+def exponent(length: float) -> float:
+    """Return gamma of the profile tau^gamma that has a relative ``length``.
+
+    The length is sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)): a cubic equation in gamma.
+
+    Raises:
+        UserError: there is none; the length is not above 0 and at most `LONGEST`.
+    """
+    if not 0.0 < length <= LONGEST:
+        raise UserError(
+            f"a weight average of relative length {length}",
+            f"Use above 0 to {LONGEST:.3f} (the mean of the whole run); 0.05 to 0.1 are usual.",
+        )
+    roots = np.roots([1.0, 7.0, 16.0 - length**-2, 12.0 - length**-2])
+    return max(0.0, float(roots.real.max()))
+
+
+def warmed_up(decay: float) -> Callable[[int], float]:
+    """Return the decay min(decay, (1 + step) / (10 + step)), so that initial weights do not rule short runs."""
+    return lambda step: min(decay, (1 + step) / (10 + step))
+
+
+def power_function(length: float) -> Callable[[int], float]:
+    """Return the decay of an average whose profile is a power of time: Karras et al. 2024 (EDM2), section 3.1.
+
+    Args:
+        length: relative; see `exponent`.
+    """
+    power = exponent(length) + 1.0
+    return lambda step: (1.0 - 1.0 / step) ** power
+
+
+class WeightAverage:
+    """Moving average of a module's trainable parameters, kept in float32 beside them.
+
+    Args:
+        decay: step (1-based) -> the share of the average that stays; see `warmed_up` and `power_function`.
+    """
+
+    def __init__(self, module: nn.Module, decay: Callable[[int], float]) -> None:
+        self.decay = decay
+        named = module.named_parameters()
+        self._parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
+        self.averages: dict[str, Tensor] = {
+            name: parameter.detach().clone() for name, parameter in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int, instead: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Move the averages towards the current weights, after ``step`` (1-based) updates.
+
+        Args:
+            instead: parameter -> the tensor to average in its place, or this process's part of it.
+        """
+        averages = [local(average) for average in self.averages.values()]
+        weights = [
+            local((instead or {}).get(parameter, parameter)) for parameter in self._parameters.values()
+        ]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
+
+    @torch.no_grad()
+    def load(self, averages: dict[str, Tensor]) -> None:
+        """Restore the averages from a checkpoint."""
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context the module's weights are the averages; afterwards they are the live ones again.
+
+        Not for a sharded module, whose weights' place in memory must stay.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, parameter in self._parameters.items():
+            live = parameter.data
+            parameter.data = self.averages[name]
+            self.averages[name] = live
 
 
 class TrainedModule:
@@ -41,9 +134,7 @@ class TrainedModule:
             )
         self._device, self._main = accelerator.device, accelerator.is_main_process
         if self.sharded:
-            self.trained = sharded(
-                module, accelerator.device, accelerator.num_processes, compiled=config.compile
-            )
+            self.trained = sharded(module, accelerator, compiled=config.compile)
         else:
             self.trained = module.to(accelerator.device)
         # Schedule-free's x is an average by itself: with a decay of 0 this one is x.
@@ -106,12 +197,8 @@ class TrainedModule:
         if not self.sharded:
             return
         target, averages = self.module.state_dict(), self.average.averages
-        weights = self.trained.state_dict().items()
-        rest = {name: tensor for name, tensor in weights if name not in averages}
-        for name, tensor in (
-            *rest.items(),
-            *averages.items(),
-        ):  # averages last: tied weights have a second name
+        rest = {name: tensor for name, tensor in self.trained.state_dict().items() if name not in averages}
+        for name, tensor in (rest | averages).items():  # averages last: tied weights have a second name
             value = whole(tensor)
             if self._main:
                 target[name].copy_(value)
@@ -138,18 +225,13 @@ class TrainedModule:
             # One that sat the step out has no gradients, and float16's scaler refuses to step without.
             if not skip and any(parameter.grad is not None for parameter in parameters):
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.trained.zero_grad()
 
     def update_averages(self, step: int) -> None:
         """Move all weight averages towards the weights after ``step`` (1-based) updates."""
         weights = evaluated_weights(optimizer.optimizer for optimizer in self.optimizers)
         for average in (self.average, *self._tracked.values()):
             average.update(step, weights)
-
-    def forget_gradients(self) -> None:
-        """Drop what backward passes have left so far."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
 
 
 def tensor_for(modules: Sequence[TrainedModule], name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -19,8 +19,8 @@ from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
 from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
 from ...models import Condition
 from ..loop.data_order import SampleRandom, SampleUse, Stream, seeded
-from ..loop.ema import WeightAverage
 from ..loop.loader import by_group, groups_of, load_batch, to_device
+from ..loop.trained_module import WeightAverage
 from .latent_data import LatentData
 
 _VALIDATION_TIMES = 4  # noises and times per validation image

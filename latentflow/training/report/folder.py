@@ -3,16 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, is_number
 from ...utils.files import read_yaml
-from ..loop.run_folder import Row, metric_lines, read_metrics, read_starts
 from ..losses.autoencoder import autoencoder_steps
+
+Row = dict[str, float]
+
+
+def metric_lines(folder: Path) -> Iterator[Row]:
+    """Yield every line of ``metrics.jsonl`` that can be read, as it was written: killed runs repeat and tear some."""
+    for row in _lines(folder / "metrics.jsonl"):
+        if isinstance(row.get("step"), int):
+            # JSON as Python writes it has NaN and Infinity too: no curve can show them.
+            yield {name: value for name, value in row.items() if is_number(value)}
+
+
+def read_metrics(folder: Path) -> list[Row]:
+    """Return one row for each step that was logged, in order, with all its figures.
+
+    A run that was resumed from an earlier step took the steps after it once more: the later rows count.
+    """
+    kept: dict[int, Row] = {}
+    last = 0
+    for row in metric_lines(folder):
+        step = int(row["step"])
+        if step < last:
+            kept = {earlier: values for earlier, values in kept.items() if earlier < step}
+        kept[step] = kept.get(step, {}) | row
+        last = step
+    return list(kept.values())
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # A line torn by a kill may hold the next start's first one at its end; ours are flat.
+        for text in (line, line[line.rfind("{") :]):
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                yield row
+                break
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +64,7 @@ class Run:
     Attributes:
         config: settings of config.yaml.
         rows: figures of each logged step, in order; see `read_metrics`.
-        starts: what each start ran on; see `read_starts`.
+        starts: what each start ran on, oldest first; see `record_start`.
         log: lines of train.log.
     """
 
@@ -148,7 +190,7 @@ def read_run(folder: str | Path, config: dict[str, Any] | None = None) -> Run:
         folder=folder,
         config=config if isinstance(config, dict) else {},
         rows=read_metrics(folder),
-        starts=read_starts(folder),
+        starts=list(_lines(folder / "environment.jsonl")),
         log=log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else [],
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import time
 from collections.abc import Sequence
@@ -165,14 +164,12 @@ def _settings(page: Page, run: Run) -> None:
 
 
 def _defaults() -> dict[str, Any]:
-    """Return the defaults of all settings of all programs."""
-    defaults: dict[str, Any] = {}
-    for config in (DataConfig, AutoencoderConfig, NetworkConfig, TextConfig, FlowConfig, LoopConfig):
-        for field in dataclasses.fields(config):
-            if field.default is not dataclasses.MISSING:
-                defaults[field.name] = field.default
-            elif field.default_factory is not dataclasses.MISSING:
-                defaults[field.name] = field.default_factory()
+    """Return the defaults of all settings of all programs; the data have none."""
+    sections = (AutoencoderConfig(), NetworkConfig(), TextConfig(), FlowConfig(), LoopConfig())
+    defaults = {
+        name: value for section in (DataConfig(data=""), *sections) for name, value in vars(section).items()
+    }
+    del defaults["data"]
     return defaults
 
 
@@ -214,9 +211,17 @@ def add_curves(page: Section, run: Run) -> None:
     panels = sorted(
         dict.fromkeys(name.removeprefix("val_") for name in names), key=lambda name: name != "loss"
     )
-    figure = _new_figure(len(panels))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            "`latentflow report` needs the package matplotlib for its curves",
+            'pip install "latentflow[report]"',
+        ) from error
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(9.5, 2.2 * rows + 0.4), layout="constrained")
     for number, panel in enumerate(panels):
-        axes = figure.add_subplot(-(-len(panels) // 2), 2, number + 1)
+        axes = figure.add_subplot(rows, 2, number + 1)
         for name, color in ((panel, "tab:blue"), (f"val_{panel}", "tab:orange")):
             steps, values = run.curve(name)
             if values:
@@ -242,17 +247,6 @@ _TITLES = {
     "kl": "KL divergence, nats per value",
     "lpips": "LPIPS",
 }
-
-
-def _new_figure(panels: int) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "`latentflow report` needs the package matplotlib for its curves",
-            'pip install "latentflow[report]"',
-        ) from error
-    return Figure(figsize=(9.5, 2.2 * -(-panels // 2) + 0.4), layout="constrained")
 
 
 def _draw(axes: Any, steps: Sequence[int], values: Sequence[float], name: str, color: str) -> None:
