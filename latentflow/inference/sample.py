@@ -55,7 +55,7 @@ def conditions(
 def warn_unknown_words(pipe: Any, *texts: str | None) -> None:
     """Print once, on stderr, the words that the checkpoint's vocabulary lacks."""
     from ..models.text import UnknownWords
-    from ..pipeline.conditioning import unknown_words_text
+    from ..pipeline.sampling import unknown_words_text
 
     if words := pipe.unknown_words([text for text in texts if text]):
         print(f"Warning: {unknown_words_text(words)}.", file=sys.stderr)

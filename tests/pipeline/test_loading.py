@@ -17,9 +17,9 @@ import latentflow
 from latentflow.errors import UserError
 from latentflow.models import MODELS
 from latentflow.pipeline import LatentFlowPipeline
+from latentflow.pipeline.base import FAMILY
 from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
 from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
-from latentflow.pipeline.loading import FAMILY
 
 SMALL: dict[str, dict[str, Any]] = {
     "dit": {"width": 16, "depth": 1, "heads": 2},
@@ -288,7 +288,7 @@ def test_a_defect_of_our_own_keeps_its_traceback(dit_folder: Path, monkeypatch: 
     for place in (
         "models.dit.check_shape",
         "pipeline.base.check_components",
-        "pipeline.loading.check_settings",
+        "pipeline.base.check_settings",
         "utils.components._check_values",
     ):
         with monkeypatch.context() as patch:
