@@ -8,10 +8,8 @@ A program is a file in `train/` or `pipelines/` with a `main(argv=None)`. It rea
 from __future__ import annotations
 
 import ast
-import atexit
 import dataclasses
 import enum
-import gc
 import inspect
 import os
 import runpy
@@ -25,6 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from . import __version__
 from .errors import UserError, nearest, printable, shown, unknown
+from .utils import skip_final_garbage_collection
 from .utils.files import read_yaml, replacing
 from .utils.flags import Essential, Flag, flags_of, help_text, normal, without_annotation
 
@@ -295,9 +294,7 @@ def run(main: Callable[[], None]) -> None:
     Any other exception is a defect and keeps its traceback; under ``--debug`` all do.
     """
     debug = "--debug" in sys.argv
-    atexit.register(
-        gc.freeze
-    )  # else Python looks through all of torch for garbage before it ends: a second or two
+    skip_final_garbage_collection()
     try:
         main()
     except BrokenPipeError:  # the reader of our output is gone (`latentflow --help | head`)

@@ -19,7 +19,7 @@ from torch import Tensor
 from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline
 from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import add_adapters
+from latentflow.inference.sample import add_adapters
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline import adapter_files as pipeline_adapter_files
 from latentflow.pipeline import adapters as pipeline_adapters

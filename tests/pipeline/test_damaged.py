@@ -17,7 +17,7 @@ import torch
 
 from latentflow.autoencoder import load_autoencoder
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import read_capabilities
+from latentflow.inference.sample import read_capabilities
 from latentflow.models import load_text_encoder
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training.fine_tune.base import open_base

@@ -13,7 +13,7 @@ from PIL import Image
 
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS
-from latentflow.inference import checkpoint
+from latentflow.inference import sample
 
 Generate = Callable[..., list[Path]]
 
@@ -121,6 +121,6 @@ def test_the_help_names_every_solver(program: Any, capsys: pytest.CaptureFixture
 def test_without_the_shipped_checkpoint_it_says_what_to_do(
     program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "emoji-64")
+    monkeypatch.setattr(sample, "SHIPPED", tmp_path / "emoji-64")
     with pytest.raises(UserError, match=r"emoji-64\nGive --checkpoint DIR, or train one"):
         program.main(["red apple"])
