@@ -18,7 +18,7 @@ from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline.edit import LatentFlowEditPipeline
 
 from . import conftest
-from .conftest import latents_of, quiet, seeds, tiny_dit
+from .conftest import latents_of, quiet, seeds
 
 Noise = Callable[[int], Tensor]
 Mean = Callable[..., Tensor]
@@ -145,22 +145,6 @@ def test_solver_steps_and_settings_reach_the_method(text_pipe: LatentFlowPipelin
     assert evaluations(strength=1.0, plain_from=0.5) == 2 * 2 + 2
     assert evaluations(strength=1.0, method="inversion") == 2 * 8
     assert evaluations(strength=1.0, method="inversion", solver="euler") == 2 * 4
-
-
-def test_an_image_depends_on_its_own_generator_alone(
-    assemble: Callable[[Any], LatentFlowPipeline], images: Tensor
-) -> None:
-    edit = editor(assemble(tiny_dit(text_dim=16)))
-
-    def call(prompt: list[str], given: Tensor, generators: list[torch.Generator]) -> Tensor:
-        settings: dict[str, Any] = {"num_inference_steps": 3, "output_type": "latent"}
-        out: Tensor = edit(prompt, given, APPLE, generator=generators, **settings).images
-        return out
-
-    both = call([TREE, HAT], images, seeds(1, 2))
-    close(call([HAT], images[1:], seeds(2)), both[1:], tolerance=1e-5)
-    assert torch.equal(call([TREE, HAT], images, seeds(1, 2)), both)
-    assert (call([TREE, HAT], images, seeds(1, 3))[1] - both[1]).abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------ callbacks

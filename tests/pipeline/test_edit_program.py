@@ -13,35 +13,18 @@ from PIL import Image
 
 from latentflow.errors import UserError
 
+from .conftest import pixels
+
 Program = Callable[..., list[Path]]
 WIDTH, HEIGHT = 14, 10  # what neither autoencoder nor network divides
 
 
-@pytest.fixture
-def program(
-    load_program: Callable[[str], Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    dit_folder: Path,
-) -> Program:
-    """Run a program in a folder with `a.png` and `b.png`; returns the paths that it printed. Captions by default."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def files(program: Program) -> None:
+    """`a.png` and `b.png` in the program's folder."""
     for seed, name in enumerate(("a.png", "b.png")):
         noise = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
         Image.fromarray(noise).save(name)
-
-    def run(name: str, *arguments: object) -> list[Path]:
-        checkpoint = () if "--checkpoint" in arguments else ("--checkpoint", dit_folder)
-        words = (*arguments, *checkpoint, "--device", "cpu", "--steps", 2)
-        load_program(name).main([str(word) for word in words])
-        return [Path(line) for line in capsys.readouterr().out.splitlines()]
-
-    return run
-
-
-def pixels(path: Path | str) -> Any:
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
 def distance(a: Path, b: Path) -> float:

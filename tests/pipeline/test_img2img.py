@@ -16,7 +16,7 @@ from latentflow.errors import UserError
 from latentflow.pipeline.images import read_images
 from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
 
-from .conftest import close, latents_of, seeds
+from .conftest import close, latents_of
 
 Noise = Callable[[int], Tensor]
 Images = Callable[..., Tensor]
@@ -127,18 +127,6 @@ def test_one_image_serves_several_prompts_and_one_prompt_several_images(
     close(each, ends([1, 1, 2, 2], [0, 0, 1, 1]))
 
 
-def test_a_generator_decides_its_own_image_alone(
-    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images
-) -> None:
-    both = images(2)
-    call: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"}
-    together = img2img_pipe(
-        image=both, class_labels=[0, 1], num_images_per_prompt=2, generator=seeds(5, 6, 7, 8), **call
-    ).images
-    alone = img2img_pipe(image=both[1:], class_labels=1, generator=seeds(7), **call).images
-    close(together[2:3], alone, 1e-5)
-
-
 @pytest.mark.parametrize("size", [(7, 9), (1, 3), (8, 11)])
 def test_any_size_comes_back_as_it_was(
     img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, size: tuple[int, int]
@@ -167,18 +155,6 @@ def test_a_preview_is_what_the_last_evaluation_points_to(
     ).images  # fmt: skip
     close(seen[-1], out, 1e-5)  # Euler's last step goes where it points
     assert not torch.allclose(seen[0], seen[-1], atol=1e-3)
-
-
-def test_an_interrupted_call_keeps_the_size(img2img_pipe: LatentFlowImg2ImgPipeline, images: Images) -> None:
-    steps: list[int] = []
-
-    def stop(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
-        steps.append(i)
-        pipe._interrupt = True
-
-    out = img2img_pipe(image=images(1, 7, 9), class_labels=0, callback_on_step_end=stop)
-    assert steps == [0]
-    assert out.images[0].size == (9, 7)
 
 
 # ------------------------------------------------------------------ images of all kinds
@@ -260,29 +236,3 @@ def test_arrays_and_tensors() -> None:
 def test_what_is_no_image(image: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_images(image)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        ({"strength": 1.5}, "strength is 1.5"),
-        ({"class_labels": [0, 1]}, "2 prompts or classes for 3 images"),
-        (
-            {"class_labels": None, "prompt": "a hat"},
-            "does not take prompt\nIt takes class_labels: apple, hat, tree",
-        ),
-        ({"generator": [torch.Generator()]}, "1 generators for 3 images"),
-        ({"latents": torch.zeros(1, 2, 4, 4)}, r"latents have shape \(1, 2, 4, 4\)"),
-    ],
-)
-def test_what_is_refused(
-    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, call: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        img2img_pipe(**{"image": images(3), "class_labels": 0} | call)
-
-
-def test_without_an_autoencoder(img2img_pipe: LatentFlowImg2ImgPipeline, images: Images) -> None:
-    img2img_pipe.vae = None
-    with pytest.raises(UserError, match="without its autoencoder"):
-        img2img_pipe(image=images(), class_labels=0)

@@ -394,15 +394,6 @@ def test_whose_image_mask_and_class_a_row_has(
         close(out[row : row + 1], alone, 1e-5)
 
 
-def test_a_generator_decides_its_own_image_alone(
-    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, fill: Fill
-) -> None:
-    call: dict[str, Any] = {"mask_image": HALF, "solver": "ddpm", "latents": None}
-    together = fill(inpaint_pipe, image=images(2), class_labels=[0, 1], generator=seeds(5, 6), **call)
-    alone = fill(inpaint_pipe, image=images(2)[1:], class_labels=1, generator=seeds(6), **call)
-    close(together[1:], alone, 1e-5)
-
-
 # ------------------------------------------------------------------ large images
 
 
@@ -434,21 +425,6 @@ def test_padding_mask_crop_at_other_scales(
     holes = masks.expand_as(own) > 0
     assert torch.equal(out[~holes], own[~holes])
     assert (out != own)[holes].float().mean() > 0.9
-
-
-def test_an_outpainted_image_keeps_the_old_one(inpaint_pipe: LatentFlowInpaintPipeline) -> None:
-    from latentflow import expand_canvas
-
-    levels = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
-    image, mask = expand_canvas(Image.fromarray(levels), left=3, bottom=5)
-    assert image.size == mask.size == (10, 11)
-    out = np.asarray(
-        inpaint_pipe(image=image, mask_image=mask, class_labels=0, num_inference_steps=2).images[0]
-    )
-    assert np.array_equal(out[:6, 3:], levels)
-    assert np.asarray(mask).sum() == 255 * (110 - 42)
-    with pytest.raises(UserError, match="cannot add 0, -1, 0, 0"):
-        expand_canvas(image, top=-1)
 
 
 # ------------------------------------------------------------------ transparency
@@ -532,13 +508,8 @@ def test_a_mask_of_another_size_is_resized_and_says_so(
         ({"mask_image": Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3) * 5)}, "not a mask"),
         ({"mask_image": torch.ones(3, 8, 8)}, "3 masks for 2 images"),
         ({"class_labels": [0, 1, 2]}, "3 prompts or classes for 2 images"),
-        (
-            {"class_labels": None, "prompt": "a hat"},
-            "does not take prompt\nIt takes class_labels: apple, hat, tree",
-        ),
         ({"method": "replacment"}, "did you mean 'replacement'"),
         ({"method": "traind"}, "did you mean 'trained'"),
-        ({"generator": [torch.Generator()]}, "1 generators for 2 images"),
     ],
 )
 def test_what_is_refused(
@@ -568,10 +539,9 @@ def test_arguments_stand_where_diffusers_has_them() -> None:
     assert {"prompt", "image", "mask_image", "strength", "guidance_scale", "generator"} <= set(shared)
 
 
-def test_callbacks_and_interruption(inpaint_pipe: LatentFlowInpaintPipeline, images: Images) -> None:
-    bars: list[int] = []
-    inpaint_pipe.progress_bar = lambda steps: bars.append(len(steps)) or steps
-
+def test_an_interrupted_call_fills_the_hole_with_what_is_there(
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images
+) -> None:
     def stop(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         pipe._interrupt = i == 1
         return {"latents": torch.zeros_like(tensors["latents"])}
@@ -583,11 +553,5 @@ def test_callbacks_and_interruption(inpaint_pipe: LatentFlowInpaintPipeline, ima
         "num_inference_steps": 4,
     }
     out = inpaint_pipe(callback_on_step_end=stop, output_type="pt", **call).images
-    assert bars == [4]
     close(out[..., 4:], decoded(inpaint_pipe, torch.zeros(1, 2, 4, 4))[..., 4:], 1e-6)
     assert torch.equal(out[..., :4], images()[..., :4])
-    hooked = quiet(LatentFlowInpaintPipeline(**inpaint_pipe.components))
-    hooked.enable_model_cpu_offload(device="cpu")
-    hooks = list(hooked._all_hooks)
-    assert hooked(**call).images[0].size == (8, 8)
-    assert all(hook not in hooked._all_hooks for hook in hooks)
