@@ -339,14 +339,10 @@ def _dispatch() -> None:
         found = programs()
         if args[0] not in found:
             raise unknown("command", args[0], found)
-        _execute(found[args[0]], sys.argv, args[0])
-
-
-def _execute(program: Path, argv: list[str], command: str) -> None:
-    rest = list(argv[1:])
-    rest.remove(command)
-    sys.argv = [str(program), *rest]
-    runpy.run_path(str(program), run_name="__main__")
+        program, rest = str(found[args[0]]), sys.argv[1:]
+        rest.remove(args[0])
+        sys.argv = [program, *rest]
+        runpy.run_path(program, run_name="__main__")
 
 
 def programs() -> dict[str, Path]:

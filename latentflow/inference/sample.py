@@ -277,7 +277,10 @@ def conditions(
     if prompts:
         extra: Condition = {} if negative is None else {"negative_prompt": negative}
         return [{"prompt": prompt} | extra for prompt in prompts]
-    ids = pipe.class_ids([_number_or_name(pipe, name) for name in classes]) if classes else []
+    numbers_or_names = [
+        int(name) if name.isdecimal() and name not in pipe.labels else name for name in classes
+    ]
+    ids = pipe.class_ids(numbers_or_names) if classes else []
     return [{"class_labels": number} for number in ids] or [{}]
 
 
@@ -298,10 +301,6 @@ def _instead(pipe: Any) -> str:
     if pipe.takes_classes:
         return f"It takes --class NAME: {', '.join(pipe.labels) or 'a number'}"
     return "It is unconditional: leave it out."
-
-
-def _number_or_name(pipe: Any, text: str) -> int | str:
-    return int(text) if text.isdecimal() and text not in pipe.labels else text
 
 
 def check_memory(count: int, size: tuple[int, int], scale: int = 1) -> None:

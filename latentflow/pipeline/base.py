@@ -172,8 +172,8 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         """Latents (B, C, h, w) -> images (B, 3, H, W); see `FlowModel.decode`."""
         return self.model.decode(latents)
 
-    def to_images(self, latents: Tensor, output_type: str = "pil") -> Any:
-        """Return latents as a caller wants to have them: "pil", "np", "pt" or "latent".
+    def to_images(self, latents: Tensor, output_type: str = "pil", size: Size | None = None) -> Any:
+        """Return latents as a caller wants to have them: "pil", "np", "pt" or "latent"; images cropped to ``size``.
 
         In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the images
         that the flow is heading for.
@@ -181,14 +181,9 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         output_kind("output_type", output_type)
         if output_type == "latent":
             return latents
-        return self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
-
-    def output_images(self, latents: Tensor, output_type: str, size: Size) -> Any:
-        """Return latents as a caller wants to have them, cropped to ``size``, the height and width of the images."""
-        if output_type == "latent":
-            return latents
         images = (self.decode_latents(latents) / 2.0 + 0.5).clamp(0.0, 1.0)
-        return self.to_output(images[:, :, : size[0], : size[1]], output_type)
+        height, width = size or images.shape[2:]
+        return self.to_output(images[:, :, :height, :width], output_type)
 
     def to_output(self, images: Tensor, output_type: str) -> Any:
         """Return images (B, 3, H, W) in [0, 1] as a caller wants to have them: "pil", "np" or "pt"."""

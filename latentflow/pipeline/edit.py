@@ -161,7 +161,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             except Interrupted as interrupted:
                 x1 = interrupted.latents
         # 3. From latents to images of the images' size
-        return self.finish_call(self.output_images(x1, output_type, size), return_dict)
+        return self.finish_call(self.to_images(x1, output_type, size), return_dict)
 
     @checked
     @torch.no_grad()
@@ -301,7 +301,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             None,
             first.after_step,
         )
-        return self.finish_call(self.output_images(latents, output_type, size), return_dict)
+        return self.finish_call(self.to_images(latents, output_type, size), return_dict)
 
     # ---------------------------------------------------------------- the parts of a call
 

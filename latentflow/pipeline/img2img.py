@@ -94,4 +94,4 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
             x1=data if strength < 1.0 else None,
         )
         # 4. From latents to images of the image's size
-        return self.finish_call(self.output_images(drawn, output_type, size), return_dict)
+        return self.finish_call(self.to_images(drawn, output_type, size), return_dict)
