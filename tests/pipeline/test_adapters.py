@@ -471,6 +471,25 @@ def test_what_peft_makes_with_its_own_settings_loads_and_merges(
         close(drawn(pipe), expected)
 
 
+def test_a_pipeline_without_its_text_encoder_takes_the_rest(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path, lora_text_encoder=True)
+    embeds = {"prompt_embeds": torch.ones(1, 3, 16)}
+    merged, loaded = (opened(dit_folder, text_encoder=None, tokenizer=None) for _ in range(2))
+    merged.merge_lora_weights(tmp_path)
+    loaded.load_lora_weights(tmp_path)
+    close(drawn(merged, **embeds), drawn(loaded, **embeds))
+
+
+def test_more_than_plain_layers_are_not_merged_without_peft(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path / "dora", lora_dora=True)
+    make_adapter(dit_folder, tmp_path / "words", words=["zebra"])
+    for name in ("dora", "words"):
+        with pytest.raises(UserError, match=r"is more than plain LoRA\npip install"):
+            opened(dit_folder).merge_lora_weights(tmp_path / name)
+    with pytest.raises(ValueError, match="pass transformer_lora_layers or"):
+        LatentFlowPipeline.save_lora_weights(tmp_path)
+
+
 def test_a_pipeline_with_loaded_adapters_is_not_saved_in_halves(dit_folder: Path, tmp_path: Path) -> None:
     make_adapter(dit_folder, tmp_path / "one")
     pipe = opened(dit_folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -132,7 +131,7 @@ def test_the_code_of_the_page_on_editing_runs(
     Path("checkpoints/emoji-64").symlink_to(dit_folder)
     for name in ("apple.png", "pear.png"):
         Image.new("RGB", (32, 32), "red").save(name)
-    names: dict[str, Any] = {}
+    names = {}
     for block in re.findall(r"```python\n(.*?)```", (repository / "docs/editing.md").read_text(), re.DOTALL):
         exec(compile(block, "editing.md", "exec"), names)
     assert names["noise"].error.shape == (1,)

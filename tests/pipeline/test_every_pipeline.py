@@ -39,7 +39,7 @@ def pipe(way: str) -> Any:
 
 def call_of(way: str, images: Tensor, **changes: Any) -> dict[str, Any]:
     """Arguments with which that pipeline draws a hat for each image, of its size where the pipeline takes one."""
-    call: dict[str, Any] = {"class_labels": 1, "num_inference_steps": 4, "output_type": "latent"}
+    call = {"class_labels": 1, "num_inference_steps": 4, "output_type": "latent"}
     if way != "generate":
         call["image"] = images
     if way == "inpaint":

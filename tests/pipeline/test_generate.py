@@ -15,8 +15,9 @@ from PIL import Image
 from latentflow.errors import UserError
 from latentflow.flow import SOLVERS
 from latentflow.inference import sample
+from latentflow.pipeline import LatentFlowPipeline
 
-from .conftest import pixels
+from .conftest import pixels, tiny_dit, tiny_vae
 
 Generate = Callable[..., list[Path]]
 
@@ -79,6 +80,7 @@ def test_a_run_folder_will_do(generate: Generate, dit_folder: Path) -> None:
         (["--class", "ht", "--checkpoint", "CLASSES"], "did you mean 'hat'"),
         (["--checkpoint", "CLASSES"], "a class is needed\nIt takes --class"),
         (["--class", "hat", "--checkpoint", "CAPTIONS"], "takes no --class\nIt takes a prompt"),
+        (["hat", "--class", "hat", "--checkpoint", "CAPTIONS"], "a prompt and --class are both given"),
         (["hat", "--checkpoint", "nowhere/at/all"], "no folder"),
         (["hat", "--solver", "huen", "--checkpoint", "CAPTIONS"], "did you mean 'heun'"),
         (["hat", "--width", "9", "--checkpoint", "CAPTIONS"], "width 9 is not a multiple of 2"),
@@ -91,6 +93,13 @@ def test_what_it_refuses(
     with pytest.raises(UserError, match=message):
         generate(*[folders.get(argument, argument) for argument in arguments])
     assert not list(Path().iterdir())
+
+
+def test_an_unconditional_checkpoint_takes_no_prompt(generate: Generate, tmp_path: Path) -> None:
+    LatentFlowPipeline(tiny_vae(), tiny_dit()).save_pretrained("plain")
+    assert len(generate("-n", 17, "--checkpoint", "plain")) == 17  # in two batches
+    with pytest.raises(UserError, match="takes no prompt such as 'hat'\nIt is unconditional: leave it out"):
+        generate("hat", "--checkpoint", "plain")
 
 
 def test_the_help_names_every_solver(generate: Generate, capsys: pytest.CaptureFixture[str]) -> None:

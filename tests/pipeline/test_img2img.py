@@ -30,7 +30,7 @@ EXACT: dict[str, Any] = {"solver": "dopri5", "num_inference_steps": 10, "output_
 def test_the_flow_starts_between_image_and_noise(
     img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, x0: Noise, strength: float
 ) -> None:
-    call: dict[str, Any] = {"class_labels": 2, "guidance_scale": 3.0, "latents": x0(1)}
+    call = {"class_labels": 2, "guidance_scale": 3.0, "latents": x0(1)}
     out = img2img_pipe(image=images(), strength=strength, **call, **EXACT).images
     network, t = img2img_pipe.transformer, 1.0 - strength
     mean = network.null + 3.0 * (network.means[2] - network.null)
@@ -89,12 +89,7 @@ def test_a_scheduler_starts_there_too(
     img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, x0: Noise, name: str
 ) -> None:
     img2img_pipe.scheduler, tolerance = SCHEDULERS[name]
-    call: dict[str, Any] = {
-        "class_labels": 0,
-        "guidance_scale": 1.0,
-        "latents": x0(1),
-        "output_type": "latent",
-    }
+    call = {"class_labels": 0, "guidance_scale": 1.0, "latents": x0(1), "output_type": "latent"}
     out = img2img_pipe(image=images(), strength=0.4, num_inference_steps=160, **call).images
     start = 0.6 * latents_of(img2img_pipe, images()) + 0.4 * x0(1)
     close(out, img2img_pipe.transformer.end_from(img2img_pipe.transformer.means[0], start, 0.6), tolerance)
@@ -113,12 +108,7 @@ def test_one_image_serves_several_prompts_and_one_prompt_several_images(
         start = 0.5 * latents_of(img2img_pipe, images(2))[rows] + 0.5 * x0(4)
         return img2img_pipe.transformer.end_from(img2img_pipe.transformer.means[means], start, 0.5)
 
-    call: dict[str, Any] = {
-        "strength": 0.5,
-        "guidance_scale": 1.0,
-        "num_images_per_prompt": 2,
-        "latents": x0(4),
-    }
+    call = {"strength": 0.5, "guidance_scale": 1.0, "num_images_per_prompt": 2, "latents": x0(4)}
     several = img2img_pipe(image=images(2)[:1], class_labels=[1, 2], **call, **EXACT).images
     close(several, ends([1, 1, 2, 2], [0, 0, 0, 0]))
     one = img2img_pipe(image=images(2), class_labels=1, **call, **EXACT).images
@@ -134,7 +124,7 @@ def test_any_size_comes_back_as_it_was(
     own = images(1, *size)
     missing = (0, size[1] % 2, 0, size[0] % 2)  # edge pixels are repeated to the right and below
     padded = torch.nn.functional.pad(own, missing, mode="replicate")
-    call: dict[str, Any] = {"class_labels": 0, "strength": 0.0, "output_type": "pt"}
+    call = {"class_labels": 0, "strength": 0.0, "output_type": "pt"}
     expected = img2img_pipe(image=padded, **call).images[..., : size[0], : size[1]]
     close(img2img_pipe(image=own, **call).images, expected, 1e-6)
 

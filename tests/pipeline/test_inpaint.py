@@ -47,7 +47,7 @@ def fill(images: Images, x0: Noise) -> Callable[..., Tensor]:
     """Fill the hole `ODD` of one image with class 0 from fixed noise, unless asked otherwise; the tensor in [0, 1]."""
 
     def filled(pipe: Any, **options: Any) -> Tensor:
-        usual: dict[str, Any] = {"image": images(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
+        usual = {"image": images(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
         usual |= {"num_inference_steps": 3, "output_type": "pt"}
         result: Tensor = pipe(**usual | options).images
         return result
@@ -145,7 +145,7 @@ def test_kept_pixels_are_the_images_and_soft_ones_blend(
     mask[..., -1] = 1.0
     canvas = (-(-size[0] // 2), -(-size[1] // 2))
     noise = torch.randn(1, 2, *canvas, generator=torch.Generator().manual_seed(5))
-    call: dict[str, Any] = {"class_labels": 0, "latents": noise, "num_inference_steps": 3, "solver": "heun"}
+    call = {"class_labels": 0, "latents": noise, "num_inference_steps": 3, "solver": "heun"}
     out = inpaint_pipe(image=own, mask_image=mask, output_type="pt", **call).images
     # By hand: the edge is repeated to the right and below, of the mask as well; what is drawn there is cut off.
     missing = (0, size[1] % 2, 0, size[0] % 2)
@@ -171,7 +171,7 @@ def test_feather_blends_outside_of_the_hole_and_no_farther_than_it_says(
     inpaint_pipe: LatentFlowInpaintPipeline, images: Images
 ) -> None:
     mask, own = box(slice(6, 10), slice(6, 10), 16, 16), images(1, 16, 16)
-    call: dict[str, Any] = {"image": own, "mask_image": mask, "class_labels": 0, "output_type": "pt"}
+    call = {"image": own, "mask_image": mask, "class_labels": 0, "output_type": "pt"}
 
     def draw(feather: float) -> Tensor:
         return inpaint_pipe(
@@ -204,7 +204,8 @@ def test_a_black_mask_returns_the_image_and_says_so(
     assert "keeps every pixel" in caplog.text
     assert not inpaint_pipe.transformer.calls
     masks = torch.cat([HALF, 0.4 * HALF])
-    some = inpaint_pipe(image=images(2), mask_image=masks, class_labels=0, output_type="pt").images
+    call = {"image": images(2), "mask_image": masks, "class_labels": 0, "output_type": "pt"}
+    some = inpaint_pipe(**call, padding_mask_crop=1).images
     assert "of image 1 keeps" in caplog.text
     assert torch.equal(some[1], images(2)[1])
     assert not torch.equal(some[0], images(2)[0])
@@ -213,7 +214,7 @@ def test_a_black_mask_returns_the_image_and_says_so(
 def test_a_white_mask_is_generation(
     inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise
 ) -> None:
-    call: dict[str, Any] = {"class_labels": 1, "latents": x0(1), "output_type": "pt", "solver": "heun"}
+    call = {"class_labels": 1, "latents": x0(1), "output_type": "pt", "solver": "heun"}
     out = inpaint_pipe(image=images(), mask_image=torch.ones(8, 8), **call).images
     plain = quiet(LatentFlowPipeline(**inpaint_pipe.components))
     close(out, plain(**call).images, 1e-6)
@@ -290,7 +291,7 @@ def test_the_data_dependent_flow_follows_a_scheduler_that_draws_noise(
 def test_a_method_gets_the_noise_what_is_known_and_the_grid(
     steered_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise, monkeypatch: Any, strength: float
 ) -> None:
-    given: dict[str, Any] = {}
+    given = {}
 
     def method(
         velocity: Any, x: Tensor, known: Tensor, mask: Tensor, times: Tensor, **options: Any
@@ -303,7 +304,7 @@ def test_a_method_gets_the_noise_what_is_known_and_the_grid(
     steered_pipe.scheduler = FlowMatchEulerDiscreteScheduler()  # which does not steer
     seen: list[float] = []
     generator = torch.Generator()
-    call: dict[str, Any] = {"image": images(), "mask_image": ODD, "class_labels": 0, "strength": strength}
+    call = {"image": images(), "mask_image": ODD, "class_labels": 0, "strength": strength}
     steered_pipe(
         **call, method="mine", latents=x0(1), num_inference_steps=4, generator=generator,
         callback_on_step_end=lambda p, i, t, k: seen.append(float(t)),
@@ -344,7 +345,7 @@ def test_the_usual_method_is_posterior_or_follows_the_solver_that_is_asked_for(
         (inpaint_pipe, "heun", "trained"),
         (scheduled, None, "trained"),
     ):
-        call: dict[str, Any] = {"solver": solver, "latents": None}
+        call = {"solver": solver, "latents": None}
         assert torch.equal(*(fill(pipe, method=way, generator=seeds(1)[0], **call) for way in (None, name)))
 
 
@@ -380,7 +381,7 @@ def test_whose_image_mask_and_class_a_row_has(
     rows: Any,
 ) -> None:  # fmt: skip
     holes = torch.cat([HALF, ODD])
-    call: dict[str, Any] = {"guidance_scale": 2.0, "num_images_per_prompt": 2, "num_inference_steps": 3}
+    call = {"guidance_scale": 2.0, "num_images_per_prompt": 2, "num_inference_steps": 3}
     call["solver"] = "heun"
     out = inpaint_pipe(
         image=images(2)[:count], mask_image=holes[:masks], class_labels=labels, latents=x0(4),
@@ -445,7 +446,7 @@ def test_transparent_images_come_back_transparent(inpaint_pipe: LatentFlowInpain
         given = np.asarray(clear) / np.float32(255)
         given = torch.from_numpy(given).permute(2, 0, 1) if form == "tensor" else given
     kept = np.asarray(given.convert("RGBA")) if isinstance(given, Image.Image) else levels
-    call: dict[str, Any] = {"class_labels": 0, "num_inference_steps": 2, "num_images_per_prompt": 2}
+    call = {"class_labels": 0, "num_inference_steps": 2, "num_images_per_prompt": 2}
     call |= {"image": [given, clear.convert("RGB")], "mask_image": torch.cat([ODD, HALF])}
     first, again, opaque, _ = inpaint_pipe(**call).images
     hole = ODD[0, 0].numpy() > 0
@@ -546,12 +547,7 @@ def test_an_interrupted_call_fills_the_hole_with_what_is_there(
         pipe._interrupt = i == 1
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    call: dict[str, Any] = {
-        "image": images(),
-        "mask_image": HALF,
-        "class_labels": 0,
-        "num_inference_steps": 4,
-    }
+    call = {"image": images(), "mask_image": HALF, "class_labels": 0, "num_inference_steps": 4}
     out = inpaint_pipe(callback_on_step_end=stop, output_type="pt", **call).images
     close(out[..., 4:], decoded(inpaint_pipe, torch.zeros(1, 2, 4, 4))[..., 4:], 1e-6)
     assert torch.equal(out[..., :4], images()[..., :4])
