@@ -16,6 +16,7 @@ from latentflow.errors import UserError
 from latentflow.pipeline.images import read_images
 from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
 
+from ..data.images import turned_by_exif
 from .conftest import close, latents_of
 
 Noise = Callable[[int], Tensor]
@@ -160,9 +161,7 @@ def pil_images() -> dict[str, tuple[Image.Image, np.ndarray[Any, Any]]]:
     colours = np.stack([grey, 255 - grey, grey[::-1]], -1)
     alpha = np.where(np.arange(8) < 4, 0, 255).astype(np.uint8) * np.ones((6, 1), np.uint8)
     palette = Image.fromarray(grey).convert("P")
-    turned = Image.fromarray(np.rot90(colours, 1).copy())  # lies on its side ...
-    exif = turned.getexif()
-    exif[0x0112] = 6  # ... and says so: turn it by 90 degrees to the right
+    turned, exif = turned_by_exif(colours, 6)
     turned.getexif().update(exif)
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     return {
