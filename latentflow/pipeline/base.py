@@ -52,6 +52,11 @@ _BASES: dict[str, type] = {
 _PLACING = {"device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config"}
 
 
+def from_model(name: str) -> Any:
+    """Return a property that asks the pipeline's flow model for its attribute ``name``."""
+    return property(lambda pipe: getattr(pipe.model, name))
+
+
 class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ignore[misc]
     """The common part of the pipelines; not called itself.
 
@@ -90,6 +95,13 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
     text_encoder: Any
     tokenizer: Any
     scheduler: Any
+    takes_text = from_model("takes_text")
+    takes_classes = from_model("takes_classes")
+    takes_masks = from_model("takes_masks")
+    labels = from_model("labels")
+    path = from_model("path")
+    few_steps = from_model("few_steps")
+    usual_guidance = from_model("usual_guidance")
 
     def __init__(
         self,
@@ -131,6 +143,11 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         self.vae_scale_factor = downscale_factor(vae) if vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         _ = self.model  # refuses settings that are none
+
+    @property
+    def model(self) -> LatentFlowModel:  # type: ignore[override]
+        """The flow model in this pipeline."""
+        return LatentFlowModel(self)
 
     # ---------------------------------------------------------------- images and latents
 

@@ -39,11 +39,6 @@ _NAMES = {"prompt_embeds": "rows", "negative_prompt_embeds": "negative"}
 _PIXEL_BYTES = 12
 
 
-def from_model(name: str) -> Any:
-    """Return a property that asks the pipeline's flow model for its attribute ``name``."""
-    return property(lambda pipe: getattr(pipe.model, name))
-
-
 def unknown_words_text(words: Sequence[str]) -> str:
     """Return a sentence for users that names the words; see ``SamplingMixin.unknown_words``."""
     named = few([f"'{word}'" for word in words], 10)
@@ -53,27 +48,15 @@ def unknown_words_text(words: Sequence[str]) -> str:
 class SamplingMixin:
     """The conditions and the sampling loop, for a diffusers pipeline of latentflow's components."""
 
-    text_encoder: Any
+    model: LatentFlowModel
     tokenizer: Any
     scheduler: Any
     vae_scale_factor: int
     progress_bar: Any
     _execution_device: torch.device
-    takes_text = from_model("takes_text")
-    takes_classes = from_model("takes_classes")
-    takes_masks = from_model("takes_masks")
-    labels = from_model("labels")
-    path = from_model("path")
-    few_steps = from_model("few_steps")
-    usual_guidance = from_model("usual_guidance")
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
     _interrupt: bool = False
-
-    @property
-    def model(self) -> LatentFlowModel:
-        """The flow model in this pipeline."""
-        return LatentFlowModel(self)
 
     @property
     def guidance_scale(self) -> float:

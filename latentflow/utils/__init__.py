@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import atexit
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 
 @contextmanager
@@ -24,6 +25,5 @@ def garbage_collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def skip_final_garbage_collection() -> None:
-    """Let this program end without a last look for garbage."""
-    atexit.register(gc.freeze)
+#: Called by a program: it ends without a last look for garbage.
+skip_final_garbage_collection: Callable[[], object] = partial(atexit.register, gc.freeze)
