@@ -14,8 +14,8 @@ from latentflow.errors import UserError
 from latentflow.inference.images import enlarge, image_grid, read_opaque, save_images
 from latentflow.inference.sample import (
     Condition,
-    check_config,
     check_memory,
+    check_sampling,
     conditions,
     open_pipeline,
     sample_images,
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: EditConfig) -> None:
     """Refuse flags that would have no effect."""
-    check_config(config)
+    check_sampling(config)
     if config.method == "image-to-image" and config.source is not None:
         raise UserError("--method image-to-image does not use --from", "Leave it out.")
     if config.method == "inversion" and config.n > 1:

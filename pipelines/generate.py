@@ -13,8 +13,8 @@ from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
 from latentflow.inference.images import enlarge, image_grid, save_images
 from latentflow.inference.sample import (
-    check_config,
     check_memory,
+    check_sampling,
     conditions,
     open_pipeline,
     sample_images,
@@ -39,7 +39,7 @@ class GenerateConfig(SamplingConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate the images, and write them."""
     config = parse(GenerateConfig, argv, prog="latentflow generate")
-    check_config(config)
+    check_sampling(config)
 
     from latentflow.pipeline import LatentFlowPipeline
 

@@ -14,8 +14,8 @@ from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
 from latentflow.inference.images import enlarge, image_grid, read_image, read_mask_of, save_images
 from latentflow.inference.sample import (
-    check_config,
     check_memory,
+    check_sampling,
     conditions,
     open_pipeline,
     sample_images,
@@ -70,7 +70,7 @@ class InpaintConfig(SamplingConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Paint the masked part, and write the results."""
     config = parse(InpaintConfig, argv, prog="latentflow inpaint")
-    check_config(config)
+    check_sampling(config)
     image, mask, prompts = read(config)
 
     from latentflow import LatentFlowInpaintPipeline

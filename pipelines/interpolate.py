@@ -14,8 +14,8 @@ from latentflow.errors import UserError
 from latentflow.inference.images import enlarge, image_grid, read_opaque, save_images
 from latentflow.inference.sample import (
     Condition,
-    check_config,
     check_memory,
+    check_sampling,
     conditions,
     generators,
     open_pipeline,
@@ -52,7 +52,7 @@ class InterpolateConfig(SamplingConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate the images, and write them."""
     config = parse(InterpolateConfig, argv, prog="latentflow interpolate")
-    check_config(config)
+    check_sampling(config)
     for given in (config.prompt, config.class_labels):
         if len(given) > 2:
             raise UserError(f"{len(given)} prompts or classes", "Give the first and the last.")

@@ -35,7 +35,7 @@ _ROOT = _PACKAGE / "programs" if (_PACKAGE / "programs").is_dir() else _PACKAGE.
 SHIPPED = _ROOT / "checkpoints" / "emoji-64"
 
 
-def check_config(config: SamplingConfig) -> None:
+def check_sampling(config: SamplingConfig) -> None:
     """Refuse at once what would fail after the images are generated.
 
     Raises:

@@ -266,7 +266,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             raise UserError(f"{len(generator)} generators", "Pass one for all frames, or [first, last].")
         size = self.image_size(height, width) if images is None else (images.shape[2], images.shape[3])
         ends = len(generator) if isinstance(generator, list) else 1
-        check_noise(self.model, ends, *size, generator)
+        if images is None:
+            check_noise(self.model, ends, *size, generator)
         # 1. The two conditions, each for all frames
         asked = replace(ConditionArguments.of(locals()), generator=None)
         first, last = (
