@@ -100,7 +100,6 @@ def test_interpolation_between_images_in_one_row(program: Program, class_folder:
         (["edit", "no.png", "hat"], "no file no.png"),
         (["edit", "cut.png", "hat"], "cut.png cannot be read"),
         (["edit", "a.png"], "a prompt is needed"),
-        (["edit", "a.png", "hat", "--strength", "1.5"], "strength"),
         (["edit", "a.png", "hat", "--from", "apple", "--method", "image-to-image"], "does not use --from"),
         (["edit", "a.png", "hat", "-n", "2", "--method", "inversion"], "all images would be equal"),
         (["edit", "a.png", "hat", "--solver", "ddpm"], "ddpm"),
@@ -110,7 +109,6 @@ def test_interpolation_between_images_in_one_row(program: Program, class_folder:
             "did you mean 'hat'",
         ),
         (["interpolate", "a", "b", "c"], "3 prompts"),
-        (["interpolate", "a", "b", "--frames", "1"], "frames is 1"),
         (["interpolate", "--images", "a.png", "small.png"], "several sizes"),
     ],
 )

@@ -82,7 +82,6 @@ def test_a_run_folder_will_do(generate: Generate, dit_folder: Path) -> None:
         (["--class", "hat", "--checkpoint", "CAPTIONS"], "takes no --class\nIt takes a prompt"),
         (["hat", "--class", "hat", "--checkpoint", "CAPTIONS"], "a prompt and --class are both given"),
         (["hat", "--checkpoint", "nowhere/at/all"], "no folder"),
-        (["hat", "--solver", "huen", "--checkpoint", "CAPTIONS"], "did you mean 'heun'"),
         (["hat", "--width", "9", "--checkpoint", "CAPTIONS"], "width 9 is not a multiple of 2"),
     ],
 )

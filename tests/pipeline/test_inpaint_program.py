@@ -99,8 +99,6 @@ def test_an_image_that_is_stored_turned_is_painted_upright(inpaint: Inpaint) -> 
         (["text.png", "mask.png", "hat"], "text.png is not an image"),
         (["cut.png", "mask.png", "hat"], "cut.png cannot be read"),
         (["in.png", "cut.png", "hat"], "cut.png cannot be read"),
-        (["in.png", "mask.png", "hat", "--strength", "1.5"], "strength"),
-        (["in.png", "mask.png", "hat", "--strength", "-0.1"], "strength"),
         (["in.png", "mask.png", "hat", "--method", "repait"], "did you mean 'repaint'"),
         (["in.png", "mask.png", "hat", "--mask-threshold", "7"], "threshold is 7"),
         (["in.png", "mask.png", "hat", "--checkpoint", "CLASSES"], "--class NAME: apple, hat"),
