@@ -154,7 +154,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
     def prepare_noise(
         self, count: int, height: int, width: int, generator: Generators | None, latents: Tensor | None
     ) -> Tensor:
-        """Return the noise (B, C, h, w) of ``count`` images, float32; or ``latents``. See `check_noise`."""
+        """Return the noise (B, C, h, w) of ``count`` images, float32, or ``latents``; `check_noise` has seen both."""
         if latents is not None:
             return latents.to(self._execution_device, torch.float32)
         return self.model.noise(count, height, width, generator)

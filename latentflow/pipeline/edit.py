@@ -13,11 +13,10 @@ from ..errors import UserError, lookup
 from ..families.model import Generators, Size
 from ..flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
 from ..flow.editing import deterministic
-from ..flow.solvers import BY_ROW
 from .arguments import ClassLabels, ConditionArguments, StepCallback, check_noise, checked
 from .base import FlowPipeline
 from .images import Images, padded, read_images
-from .sampling import BindVelocity, Interrupted, RunningCall, last_part
+from .sampling import BindVelocity, Interrupted, RunningCall, by_row, last_part
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         self, asked: ConditionArguments, images: Tensor, steps: int, solver: str | Solver, measure: bool
     ) -> Inversion:
         """Do what ``invert`` does, its arguments checked and its images read."""
-        method, size = _by_row(solver), (images.shape[2], images.shape[3])
+        method, size = by_row(solver), (images.shape[2], images.shape[3])
         call = self._start(asked, size, len(images), may_lack_condition=True)
         x1, times, velocity = call.expand(self._latents_of(images)), time_grid(steps), call.velocity()
         noise = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
@@ -338,16 +337,11 @@ def _settings(method: str, **given: Any) -> dict[str, Any]:
     known = inspect.signature(lookup(EDITING, method, "editing method")).parameters
     settings = {name: value for name, value in given.items() if value is not None}
     if "solver" in settings:
-        settings["solver"] = _by_row(settings["solver"])
+        settings["solver"] = by_row(settings["solver"])
     for name in settings:
         if name not in known:
             raise UserError(f"{name} is given, but method '{method}' has no such setting", "Leave it out.")
     return settings
-
-
-def _by_row(solver: str | Solver) -> str | Solver:
-    """Return the solver whose rows do not depend on one another, where there are two of this name."""
-    return BY_ROW.get(solver, solver) if isinstance(solver, str) else solver
 
 
 def _as_many(values: Any, count: int, name: str) -> list[Any] | None:

@@ -303,8 +303,8 @@ class SamplingMixin:
             run: Sampler = integrate if sampler is None else sampler
             if sampler is None and solver is None:
                 solver = model.usual_solver
-            if isinstance(solver, str):
-                solver = BY_ROW.get(solver, solver)  # a generator alone decides its image
+            if solver is not None:
+                solver = by_row(solver)
             bound = velocity(times if made_for_few else None)
             return run(
                 bound, x, times, solver=solver, callback=lambda i, t, x: stepped(i, times[i], x), **options
@@ -407,6 +407,11 @@ def last_part(times: Tensor, strength: float) -> Tensor:
         return times
     first = times[:1].clamp(min=1.0 - strength)
     return torch.cat([first, times[times > first + ROUNDING]])
+
+
+def by_row(solver: str | Solver) -> str | Solver:
+    """Return the solver of this name whose rows do not depend on one another: a generator alone decides its image."""
+    return BY_ROW.get(solver, solver) if isinstance(solver, str) else solver
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the way out of any solver's loop
