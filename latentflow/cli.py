@@ -218,10 +218,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _defaults(config_class: type[C], values: Mapping[str, Any], path: tuple[str, ...] = ()) -> C:
+def _defaults(
+    config_class: type[C], values: Mapping[str, Any], path: tuple[str, ...] = (), outer: Any = None
+) -> C:
     """Return an instance with the defaults, and ``values`` over them; a field without a default is marked missing.
 
     It is filled without ``__init__``, since a ``__post_init__`` that validates must see only the final values.
+
+    Args:
+        path: fields that lead to it, where it is a section.
+        outer: the section as the outer class has it by default, whose values come before those of ``config_class``.
     """
     import tyro
 
@@ -232,52 +238,35 @@ def _defaults(config_class: type[C], values: Mapping[str, Any], path: tuple[str,
         bare, _ = without_annotation(hints[field.name])
         here = (*path, field.name)
         default: Any = tyro.MISSING
-        if field.default is not dataclasses.MISSING:
+        if outer is not None:
+            default = getattr(outer, field.name)
+        elif field.default is not dataclasses.MISSING:
             default = field.default
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if dataclasses.is_dataclass(bare) and isinstance(bare, type):
-            given = None if default is tyro.MISSING else default
-            default = _section(bare, given, values, here)
+            default = _defaults(bare, values, here, None if default is tyro.MISSING else default)
         elif keys.get(here) in values:
             default = values[keys[here]]
         object.__setattr__(instance, field.name, default)
     return instance
 
 
-def _section(section_class: type, given: Any, values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """Return a section's defaults: those of its class, then of the outer class, then ``values``."""
-    leaves = flags_of(section_class, path)
-    outer: dict[str, Any] = {}
-    if given is not None:
-        outer = {
-            leaf.key: dataclasses.replace(leaf, path=leaf.path[len(path) :]).of(given) for leaf in leaves
-        }
-    return _defaults(section_class, {**outer, **values}, path)
-
-
 def _program(config_class: type, settings: Any, presets: list[str]) -> tuple[type, Any]:
     """Return one dataclass for tyro, of the config and the flags that every program has, and its defaults."""
-    import tyro
+    from tyro.conf import FlagCreatePairsOff, arg
 
-    off = tyro.conf.FlagCreatePairsOff
     config_help = "YAML file with values for flags; flags win over it."
     preset_help = "Named set of values; --config and flags win over it."
     debug_help = "Show the whole traceback of an error."
-    fields: list[tuple[str, Any, Any]] = [
-        ("settings", Annotated[config_class, tyro.conf.arg(name="")], dataclasses.field()),
-        (
-            "config",
-            Annotated[str | None, tyro.conf.arg(help=config_help, metavar="FILE"), Essential()],
-            dataclasses.field(default=None),
-        ),
+    fields: list[Any] = [
+        ("settings", Annotated[config_class, arg(name="")]),
+        ("config", Annotated[str | None, arg(help=config_help, metavar="FILE"), Essential()], None),
+        ("debug", Annotated[FlagCreatePairsOff[bool], arg(help=debug_help)], False),
     ]
     if presets:
-        choice = Annotated[Literal[tuple(presets)] | None, tyro.conf.arg(help=preset_help), Essential()]  # type: ignore[valid-type]
-        fields.append(("preset", choice, dataclasses.field(default=None)))
-    fields.append(
-        ("debug", Annotated[off[bool], tyro.conf.arg(help=debug_help)], dataclasses.field(default=False))
-    )
+        choice: Any = Literal[tuple(presets)]
+        fields.insert(2, ("preset", Annotated[choice | None, arg(help=preset_help), Essential()], None))
     program = dataclasses.make_dataclass("Program", fields, kw_only=True, frozen=True)
     return program, program(settings=settings)
 
