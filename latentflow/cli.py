@@ -8,10 +8,8 @@ A program is a file in `train/` or `pipelines/` with a `main(argv=None)`. It rea
 from __future__ import annotations
 
 import ast
-import atexit
 import dataclasses
 import enum
-import gc
 import inspect
 import os
 import runpy
@@ -25,6 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from . import __version__
 from .errors import UserError, nearest, printable, shown, unknown
+from .utils import skip_final_garbage_collection
 from .utils.files import read_yaml, replacing
 from .utils.flags import Essential, Flag, flags_of, help_text, normal, without_annotation
 
@@ -219,10 +218,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _defaults(config_class: type[C], values: Mapping[str, Any], path: tuple[str, ...] = ()) -> C:
+def _defaults(
+    config_class: type[C], values: Mapping[str, Any], path: tuple[str, ...] = (), outer: Any = None
+) -> C:
     """Return an instance with the defaults, and ``values`` over them; a field without a default is marked missing.
 
     It is filled without ``__init__``, since a ``__post_init__`` that validates must see only the final values.
+
+    Args:
+        path: fields that lead to it, where it is a section.
+        outer: the section as the outer class has it by default, whose values come before those of ``config_class``.
     """
     import tyro
 
@@ -233,52 +238,35 @@ def _defaults(config_class: type[C], values: Mapping[str, Any], path: tuple[str,
         bare, _ = without_annotation(hints[field.name])
         here = (*path, field.name)
         default: Any = tyro.MISSING
-        if field.default is not dataclasses.MISSING:
+        if outer is not None:
+            default = getattr(outer, field.name)
+        elif field.default is not dataclasses.MISSING:
             default = field.default
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if dataclasses.is_dataclass(bare) and isinstance(bare, type):
-            given = None if default is tyro.MISSING else default
-            default = _section(bare, given, values, here)
+            default = _defaults(bare, values, here, None if default is tyro.MISSING else default)
         elif keys.get(here) in values:
             default = values[keys[here]]
         object.__setattr__(instance, field.name, default)
     return instance
 
 
-def _section(section_class: type, given: Any, values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
-    """Return a section's defaults: those of its class, then of the outer class, then ``values``."""
-    leaves = flags_of(section_class, path)
-    outer: dict[str, Any] = {}
-    if given is not None:
-        outer = {
-            leaf.key: dataclasses.replace(leaf, path=leaf.path[len(path) :]).of(given) for leaf in leaves
-        }
-    return _defaults(section_class, {**outer, **values}, path)
-
-
 def _program(config_class: type, settings: Any, presets: list[str]) -> tuple[type, Any]:
     """Return one dataclass for tyro, of the config and the flags that every program has, and its defaults."""
-    import tyro
+    from tyro.conf import FlagCreatePairsOff, arg
 
-    off = tyro.conf.FlagCreatePairsOff
     config_help = "YAML file with values for flags; flags win over it."
     preset_help = "Named set of values; --config and flags win over it."
     debug_help = "Show the whole traceback of an error."
-    fields: list[tuple[str, Any, Any]] = [
-        ("settings", Annotated[config_class, tyro.conf.arg(name="")], dataclasses.field()),
-        (
-            "config",
-            Annotated[str | None, tyro.conf.arg(help=config_help, metavar="FILE"), Essential()],
-            dataclasses.field(default=None),
-        ),
+    fields: list[Any] = [
+        ("settings", Annotated[config_class, arg(name="")]),
+        ("config", Annotated[str | None, arg(help=config_help, metavar="FILE"), Essential()], None),
+        ("debug", Annotated[FlagCreatePairsOff[bool], arg(help=debug_help)], False),
     ]
     if presets:
-        choice = Annotated[Literal[tuple(presets)] | None, tyro.conf.arg(help=preset_help), Essential()]  # type: ignore[valid-type]
-        fields.append(("preset", choice, dataclasses.field(default=None)))
-    fields.append(
-        ("debug", Annotated[off[bool], tyro.conf.arg(help=debug_help)], dataclasses.field(default=False))
-    )
+        choice: Any = Literal[tuple(presets)]
+        fields.insert(2, ("preset", Annotated[choice | None, arg(help=preset_help), Essential()], None))
     program = dataclasses.make_dataclass("Program", fields, kw_only=True, frozen=True)
     return program, program(settings=settings)
 
@@ -295,9 +283,7 @@ def run(main: Callable[[], None]) -> None:
     Any other exception is a defect and keeps its traceback; under ``--debug`` all do.
     """
     debug = "--debug" in sys.argv
-    atexit.register(
-        gc.freeze
-    )  # else Python looks through all of torch for garbage before it ends: a second or two
+    skip_final_garbage_collection()
     try:
         main()
     except BrokenPipeError:  # the reader of our output is gone (`latentflow --help | head`)
@@ -342,14 +328,10 @@ def _dispatch() -> None:
         found = programs()
         if args[0] not in found:
             raise unknown("command", args[0], found)
-        _execute(found[args[0]], sys.argv, args[0])
-
-
-def _execute(program: Path, argv: list[str], command: str) -> None:
-    rest = list(argv[1:])
-    rest.remove(command)
-    sys.argv = [str(program), *rest]
-    runpy.run_path(str(program), run_name="__main__")
+        program, rest = str(found[args[0]]), sys.argv[1:]
+        rest.remove(args[0])
+        sys.argv = [program, *rest]
+        runpy.run_path(program, run_name="__main__")
 
 
 def programs() -> dict[str, Path]:

@@ -11,9 +11,16 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import open_pipeline
 from latentflow.inference.images import enlarge, image_grid, read_opaque, save_images
-from latentflow.inference.sample import Condition, check_memory, conditions, sample_images, warn_unknown_words
+from latentflow.inference.sample import (
+    Condition,
+    check_memory,
+    check_sampling,
+    conditions,
+    open_pipeline,
+    sample_images,
+    warn_unknown_words,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(config)
     image = read_opaque(config.image)
     img2img = config.method == "image-to-image"
-    kind = "LatentFlowImg2ImgPipeline" if img2img else "LatentFlowEditPipeline"
+
+    from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline
+
+    kind = LatentFlowImg2ImgPipeline if img2img else LatentFlowEditPipeline
     pipe = open_pipeline(kind, config.checkpoint, config.device, config)
     rows = conditions(pipe, config.prompt, config.class_labels, config.negative, optional=img2img)
     check_memory(len(rows) * config.n, (image.height, image.width), config.scale)
@@ -78,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: EditConfig) -> None:
     """Refuse flags that would have no effect."""
-    config.check()
+    check_sampling(config)
     if config.method == "image-to-image" and config.source is not None:
         raise UserError("--method image-to-image does not use --from", "Leave it out.")
     if config.method == "inversion" and config.n > 1:

@@ -114,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation import figures, report
     from latentflow.evaluation.data import condition_kind, load_image_sets, open_source, run_settings
     from latentflow.evaluation.sampler import TRAINING_CAPTIONS, Sampler
-    from latentflow.inference.checkpoint import open_pipeline
+    from latentflow.inference.sample import open_pipeline
     from latentflow.metrics import learned
+    from latentflow.pipeline import LatentFlowPipeline
 
     settings = run_settings(config.checkpoint, config.data)
     settings |= {name: value for name in settings if (value := getattr(config, name)) not in (None, {})}
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
 
     # ---------------------------------------------------------------- the checkpoint and the images
-    pipe = open_pipeline("LatentFlowPipeline", config.checkpoint, config.device, config)
+    pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config)
     model = pipe.model
     pipe.set_progress_bar_config(disable=True)
     solver = config.solver or (None if model.few_steps else "heun")

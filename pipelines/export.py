@@ -18,7 +18,7 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import open_pipeline
+from latentflow.inference.sample import open_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---- merged ----
     import torch
 
-    pipe = open_pipeline("LatentFlowPipeline", config.source, "cpu", config)
+    from latentflow.pipeline import LatentFlowPipeline
+
+    pipe = open_pipeline(LatentFlowPipeline, config.source, "cpu", config)
     write_folder(output, pipe.to(dtype=getattr(torch, config.export_dtype)).save_pretrained)
     print(output)
 

@@ -11,9 +11,15 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
-from latentflow.inference.checkpoint import open_pipeline
 from latentflow.inference.images import enlarge, image_grid, save_images
-from latentflow.inference.sample import check_memory, conditions, sample_images, warn_unknown_words
+from latentflow.inference.sample import (
+    check_memory,
+    check_sampling,
+    conditions,
+    open_pipeline,
+    sample_images,
+    warn_unknown_words,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +39,11 @@ class GenerateConfig(SamplingConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate the images, and write them."""
     config = parse(GenerateConfig, argv, prog="latentflow generate")
-    config.check()
-    pipe = open_pipeline("LatentFlowPipeline", config.checkpoint, config.device, config)
+    check_sampling(config)
+
+    from latentflow.pipeline import LatentFlowPipeline
+
+    pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config)
     rows = conditions(pipe, config.prompt, config.class_labels, config.negative)
     check_memory(len(rows) * config.n, pipe.image_size(config.height, config.width), config.scale)
     warn_unknown_words(pipe, *config.prompt, config.negative)

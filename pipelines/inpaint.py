@@ -12,9 +12,15 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import open_pipeline
 from latentflow.inference.images import enlarge, image_grid, read_image, read_mask_of, save_images
-from latentflow.inference.sample import check_memory, conditions, sample_images, warn_unknown_words
+from latentflow.inference.sample import (
+    check_memory,
+    check_sampling,
+    conditions,
+    open_pipeline,
+    sample_images,
+    warn_unknown_words,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,9 +70,12 @@ class InpaintConfig(SamplingConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Paint the masked part, and write the results."""
     config = parse(InpaintConfig, argv, prog="latentflow inpaint")
-    config.check()
+    check_sampling(config)
     image, mask, prompts = read(config)
-    pipe = open_pipeline("LatentFlowInpaintPipeline", config.checkpoint, config.device, config)
+
+    from latentflow import LatentFlowInpaintPipeline
+
+    pipe = open_pipeline(LatentFlowInpaintPipeline, config.checkpoint, config.device, config)
     rows = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
     check_memory(len(rows) * config.n, (image.height, image.width), config.scale)
     warn_unknown_words(pipe, *prompts, config.negative)

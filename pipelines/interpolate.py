@@ -11,9 +11,16 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import SamplingConfig
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import open_pipeline
 from latentflow.inference.images import enlarge, image_grid, read_opaque, save_images
-from latentflow.inference.sample import Condition, check_memory, conditions, generators, warn_unknown_words
+from latentflow.inference.sample import (
+    Condition,
+    check_memory,
+    check_sampling,
+    conditions,
+    generators,
+    open_pipeline,
+    warn_unknown_words,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +52,15 @@ class InterpolateConfig(SamplingConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate the images, and write them."""
     config = parse(InterpolateConfig, argv, prog="latentflow interpolate")
-    config.check()
+    check_sampling(config)
     for given in (config.prompt, config.class_labels):
         if len(given) > 2:
             raise UserError(f"{len(given)} prompts or classes", "Give the first and the last.")
     images = [read_opaque(path) for path in config.images] if any(config.images) else None
-    pipe = open_pipeline("LatentFlowEditPipeline", config.checkpoint, config.device, config)
+
+    from latentflow import LatentFlowEditPipeline
+
+    pipe = open_pipeline(LatentFlowEditPipeline, config.checkpoint, config.device, config)
     rows: list[Condition] = [{}]
     if config.prompt or config.class_labels:
         rows = conditions(pipe, config.prompt, config.class_labels)

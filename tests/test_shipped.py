@@ -21,8 +21,10 @@ MEGABYTE = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def shipped(repository: Path) -> Path:
-    return repository / "checkpoints" / "emoji-64"
+def pipe(repository: Path) -> LatentFlowPipeline:
+    pipe = LatentFlowPipeline.from_pretrained(repository / "checkpoints" / "emoji-64")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.mark.parametrize(
@@ -50,27 +52,17 @@ def test_it_is_small_safe_and_has_a_card(name: str, words: tuple[str, ...], repo
         assert word in card
 
 
-def test_the_readme_s_first_command_draws_a_red_apple(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [r"pip install -e \. && latentflow generate", "latentflow generate --fast"])
+def test_the_readme_s_commands_draw_a_red_apple(start: str, repository: Path, tmp_path: Path) -> None:
     readme = (repository / "README.md").read_text()
-    line = re.search(r"^pip install -e \. && latentflow (generate .*?) *(#.*)?$", readme, re.MULTILINE)
+    line = re.search(rf"^{start} .*?(?= *(#.*)?$)", readme, re.MULTILINE)
     assert line is not None
-    _draws_a_red_apple(line[1], tmp_path)
-
-
-def test_the_readme_s_fast_command_draws_one_as_well(repository: Path, tmp_path: Path) -> None:
-    line = re.search(
-        r"^latentflow (generate --fast .*?) *(#.*)?$", (repository / "README.md").read_text(), re.MULTILINE
-    )
-    assert line is not None
-    _draws_a_red_apple(line[1], tmp_path)
-
-
-def _draws_a_red_apple(command: str, folder: Path) -> None:
+    _, _, command = line[0].rpartition("latentflow ")
     # The installed command is this module: the environment of the tests may lack the script on its PATH.
     words = [sys.executable, "-m", "latentflow", *shlex.split(command)]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    image = np.asarray(Image.open(folder / "apple.png").convert("RGB")).astype(int)
+    image = np.asarray(Image.open(tmp_path / "apple.png").convert("RGB")).astype(int)
     assert image.shape == (64, 64, 3)
     red, green, blue = image.transpose(2, 0, 1)
     is_red = (red > 150) & (green < 110) & (blue < 110)
@@ -79,9 +71,7 @@ def _draws_a_red_apple(command: str, folder: Path) -> None:
     assert (corners > 225).all()  # on white
 
 
-def test_it_loads_in_float32_and_the_same_seed_gives_the_same_image(shipped: Path) -> None:
-    pipe = LatentFlowPipeline.from_pretrained(shipped)
-    pipe.set_progress_bar_config(disable=True)
+def test_it_loads_in_float32_and_the_same_seed_gives_the_same_image(pipe: LatentFlowPipeline) -> None:
     assert {pipe.vae.dtype, pipe.transformer.dtype, pipe.text_encoder.dtype} == {torch.float32}
 
     def draw(prompt: str) -> torch.Tensor:
@@ -93,8 +83,7 @@ def test_it_loads_in_float32_and_the_same_seed_gives_the_same_image(shipped: Pat
     assert (first - draw("blue heart")).abs().mean() > 0.02  # the words matter
 
 
-def test_its_autoencoder_copes_with_images_of_another_kind(shipped: Path) -> None:
-    pipe = LatentFlowPipeline.from_pretrained(shipped)
+def test_its_autoencoder_copes_with_images_of_another_kind(pipe: LatentFlowPipeline) -> None:
     from latentflow.autoencoder import decode, encode
 
     specs = shapes.all_specs()[::240]
@@ -107,10 +96,8 @@ def test_its_autoencoder_copes_with_images_of_another_kind(shipped: Path) -> Non
     assert float(psnr(copies, images).mean()) > 22
 
 
-def test_it_fills_a_hole_with_what_was_there(shipped: Path) -> None:
+def test_it_fills_a_hole_with_what_was_there(pipe: LatentFlowPipeline) -> None:
     """Its own image with the middle cut out: nearer to it than grey is, and the rest untouched."""
-    pipe = LatentFlowPipeline.from_pretrained(shipped)
-    pipe.set_progress_bar_config(disable=True)
     whole = pipe("red heart", generator=torch.Generator().manual_seed(1), output_type="pt").images
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 16:48, 16:48] = 1.0

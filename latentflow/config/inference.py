@@ -7,8 +7,6 @@ from typing import Annotated
 
 import tyro
 
-from ..errors import UserError, finite, whole
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterChoice:
@@ -57,22 +55,3 @@ class SamplingConfig(AdapterChoice):
     """Replace existing files."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
-
-    def check(self) -> None:
-        """Refuse at once what would fail after the images are generated.
-
-        Raises:
-            UserError: a number below 1, out of range or not finite; a file name without an image format, or where
-                nothing can be written.
-        """
-        from ..inference.images import check_format, check_writable
-        from ..inference.sample import LARGEST_SEED
-
-        for flag, value in (("-n", self.n), ("--steps", self.steps), ("--scale", self.scale)):
-            if value is not None and value < 1:
-                raise UserError(f"{flag} must be at least 1, not {value}")
-        whole("--seed", self.seed, 0, LARGEST_SEED)
-        if self.guidance is not None:
-            finite("--guidance", self.guidance)
-        check_format(self.output)
-        check_writable(self.output)

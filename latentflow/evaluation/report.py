@@ -38,7 +38,7 @@ def notes(
         captions: those of the generated images. Their unknown words are a note, and are not warned of any more.
     """
     from ..models.text import UnknownWords
-    from ..pipeline.conditioning import unknown_words_text
+    from ..pipeline.sampling import unknown_words_text
 
     found = list(source.notes)
     if test is not None:

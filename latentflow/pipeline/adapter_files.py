@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _fetch_state_dict
@@ -22,9 +22,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import UserError, reading, reason
+from ..families.few_steps import FewSteps
 from ..utils.components import about, is_finite
 from ..utils.files import MEND, check_settings, check_types, parse_json
 
+Tensors: TypeAlias = dict[str, Tensor]
+#: how a network is sampled, and the parameters of the embedder of an interval's length that it is given for that
+SamplingMode: TypeAlias = tuple[FewSteps, Tensors]
 PARTS = ("transformer", "text_encoder")  # of a pipeline, that adapters change
 METADATA_KEY = "latentflow"  # of `AdapterFacts` among a safetensors file's metadata
 WORDS, CLASSES = "added.words", "added.classes"  # tensors (K, D) of a file
@@ -334,3 +338,33 @@ def take_rows(
             "The names are in the file that training wrote, not in its tensors: load that file.",
         )
     return dict(zip(names, rows, strict=True))
+
+
+def take_mode(
+    state: MutableMapping[str, Tensor], facts: AdapterFacts, network: Any, shown: str
+) -> SamplingMode:
+    """Take the parameters of the adapter's sampling mode out of ``state``; return the mode.
+
+    Raises:
+        UserError: it does not fit the network, or is no such mode.
+    """
+    names = [key for key in state if key.startswith(INTERVALS)]
+    intervals = {key.removeprefix(INTERVALS): state.pop(key) for key in names}
+    fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
+    try:
+        few = FewSteps.of(facts.few_steps)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{shown} does not say how it is sampled: {error}", "Train it again.") from error
+    if few.average and not intervals and not network.config.get("interval_conditioning"):
+        raise UserError(f"{shown} was made for a network that takes the end of an interval", fix)
+    if intervals and not few:
+        raise UserError(f"{shown} does not say how it is sampled, though it knows of intervals", MEND)
+    if intervals:
+        make = getattr(network, "new_length_embedder", None)
+        own = {} if make is None else {name: value.shape for name, value in make().state_dict().items()}
+        if own != {name: value.shape for name, value in intervals.items()}:
+            raise UserError(
+                f"{shown} is for another architecture: what it knows of intervals does not fit this network",
+                fix,
+            )
+    return few, intervals

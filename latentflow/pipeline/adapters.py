@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, set_adapters_for_text_encoder
@@ -18,25 +18,22 @@ from ..errors import UserError
 from ..families.few_steps import FewSteps
 from ..families.latentflow import LatentFlowModel
 from ..models import with_words
-from ..utils.files import MEND
 from .adapter_files import (
     CLASSES,
-    INTERVALS,
     PARTS,
     WORDS,
-    AdapterFacts,
+    SamplingMode,
+    Tensors,
     check_architecture,
     read_adapter,
     settings_of,
+    take_mode,
     take_rows,
     type_name,
     weights_hash,
 )
 
 _MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
-
-#: how a network is sampled, and the parameters of the embedder of an interval's length that it is given for that
-SamplingMode: TypeAlias = tuple[FewSteps, dict[str, Tensor]]
 
 
 @dataclass(kw_only=True)
@@ -64,10 +61,10 @@ class _Added:
     own: SamplingMode
     installed: SamplingMode
     modes: dict[str, SamplingMode] = field(default_factory=dict)
-    words: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    labels: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    fused_words: dict[str, Tensor] = field(default_factory=dict)
-    fused_labels: dict[str, Tensor] = field(default_factory=dict)
+    words: dict[str, Tensors] = field(default_factory=dict)
+    labels: dict[str, Tensors] = field(default_factory=dict)
+    fused_words: Tensors = field(default_factory=dict)
+    fused_labels: Tensors = field(default_factory=dict)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     scale: dict[str, float] = field(default_factory=dict)
     own_intervals: bool = False
@@ -85,7 +82,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | dict[str, Tensor],
+        pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Tensors,
         adapter_name: str | None = None,
         hotswap: bool = False,
         any_base: bool = False,
@@ -105,15 +102,10 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         """
         if not USE_PEFT_BACKEND:
             raise UserError("adapters need peft", 'pip install "latentflow[lora]"')
-        source = pretrained_model_name_or_path_or_dict
-        shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
-        state, metadata, facts = read_adapter(source, shown, kwargs)
-        check_architecture(self._parts(), state, metadata, shown, facts)
-        self._check_base(shown, facts, any_base)
-        words = take_rows(state, WORDS, facts.words, shown)
-        labels = take_rows(state, CLASSES, facts.classes, shown)
-        mode = self._take_mode(state, shown, facts)
+        state, metadata, words, labels, mode = self._read_fitting(
+            pretrained_model_name_or_path_or_dict, any_base, kwargs
+        )
         name = adapter_name or get_adapter_name(self.transformer)
         replaced = getattr(self.text_encoder, "peft_config", {})
         if hotswap and (name in replaced or any(key.startswith("text_encoder.") for key in state)):
@@ -155,21 +147,15 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         Raises:
             UserError: as ``load_lora_weights``; or it is more than plain LoRA.
         """
-        shown = f"the adapter {source}"
-        state, metadata, facts = read_adapter(source, shown, {"subfolder": subfolder})
-        check_architecture(self._parts(), state, metadata, shown, facts)
-        self._check_base(shown, facts, any_base)
-        added = {
-            **take_rows(state, WORDS, facts.words, shown),
-            **take_rows(state, CLASSES, facts.classes, shown),
-        }
-        mode = self._take_mode(state, shown, facts)
+        options = {"subfolder": subfolder}
+        state, metadata, words, labels, mode = self._read_fitting(source, any_base, options)
         settings = metadata or {}
         plain = not any(settings.get(f"{part}.{name}") for part in PARTS for name in _MORE_THAN_PLAIN)
         ends = ".lora_A.weight", ".lora_B.weight"
-        if added or not plain or not all(name.endswith(ends) for name in state):
+        if words or labels or not plain or not all(name.endswith(ends) for name in state):
             raise UserError(
-                f"{shown} is more than plain LoRA", 'pip install "latentflow[lora]", and use --lora.'
+                f"the adapter {source} is more than plain LoRA",
+                'pip install "latentflow[lora]", and use --lora.',
             )
         for name, down in state.items():
             if name.endswith(ends[1]):
@@ -322,42 +308,27 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     # ---------------------------------------------------------------- loading
 
-    def _check_base(self, shown: str, facts: AdapterFacts, any_base: bool) -> None:
-        dtype, base = self._added().base
-        if any_base or facts.base.get(dtype) in (None, base):
-            return
-        raise UserError(
-            f"{shown} was made for a base with other weights ({facts.base_name or 'unnamed'})",
-            "Load it onto that one. To try it on this one all the same: any_base=True, on the command line "
-            "--lora-any-base.",
-        )
-
-    def _take_mode(self, state: MutableMapping[str, Tensor], shown: str, facts: AdapterFacts) -> SamplingMode:
-        """Return the adapter's sampling mode, whose parameters are taken out of ``state``.
+    def _read_fitting(
+        self, source: Any, any_base: bool, options: Mapping[str, Any]
+    ) -> tuple[Tensors, dict[str, Any] | None, Tensors, Tensors, SamplingMode]:
+        """Read an adapter that fits this pipeline; return its layers, settings, new words and classes, and mode.
 
         Raises:
-            UserError: it does not fit the network, or is no such mode.
+            UserError: it cannot be read, or was made for another architecture or base.
         """
-        names = [key for key in state if key.startswith(INTERVALS)]
-        intervals = {key.removeprefix(INTERVALS): state.pop(key) for key in names}
-        fix = f"Load it onto {facts.base_name or 'the checkpoint'} that it was trained from."
-        try:
-            few = FewSteps.of(facts.few_steps)
-        except (TypeError, UserError) as error:
-            raise UserError(f"{shown} does not say how it is sampled: {error}", "Train it again.") from error
-        if few.average and not intervals and not self.transformer.config.get("interval_conditioning"):
-            raise UserError(f"{shown} was made for a network that takes the end of an interval", fix)
-        if intervals and not few:
-            raise UserError(f"{shown} does not say how it is sampled, though it knows of intervals", MEND)
-        if intervals:
-            make = getattr(self.transformer, "new_length_embedder", None)
-            own = {} if make is None else {name: value.shape for name, value in make().state_dict().items()}
-            if own != {name: value.shape for name, value in intervals.items()}:
-                raise UserError(
-                    f"{shown} is for another architecture: what it knows of intervals does not fit this network",
-                    fix,
-                )
-        return few, intervals
+        shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
+        state, settings, facts = read_adapter(source, shown, options)
+        check_architecture(self._parts(), state, settings, shown, facts)
+        dtype, base = self._added().base
+        if not any_base and facts.base.get(dtype) not in (None, base):
+            raise UserError(
+                f"{shown} was made for a base with other weights ({facts.base_name or 'unnamed'})",
+                "Load it onto that one. To try it on this one all the same: any_base=True, on the command line "
+                "--lora-any-base.",
+            )
+        words = take_rows(state, WORDS, facts.words, shown)
+        classes = take_rows(state, CLASSES, facts.classes, shown)
+        return state, settings, words, classes, take_mode(state, facts, self.transformer, shown)
 
     def _load_into_text_encoder(
         self, state: Mapping[str, Tensor], name: str, metadata: dict[str, Any] | None, low_memory: bool
@@ -430,7 +401,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             self._set_classes(loaded, sums)
         self._set_mode(loaded)
 
-    def _set_words(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
+    def _set_words(self, loaded: _Added, sums: Tensors) -> None:
         known = len(loaded.tokenizer)
         if len(self.tokenizer) != known + len(sums) or any(
             word not in self.tokenizer.get_vocab() for word in sums
@@ -463,7 +434,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
         self.transformer.length_embedder = embedder
 
-    def _set_classes(self, loaded: _Added, sums: dict[str, Tensor]) -> None:
+    def _set_classes(self, loaded: _Added, sums: Tensors) -> None:
         embed = self.transformer.y_embedder
         table, known = embed.embedding_table.weight, loaded.num_classes
         base = torch.cat([table[:known], table[-1:]])
@@ -477,7 +448,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
 def _summed(
     fused: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
-) -> dict[str, Tensor]:
+) -> Tensors:
     """Return new name -> what is fused + the sum over adapters of weight * row; without a weight, 0."""
     sums = dict(fused)
     for adapter, own in rows.items():
@@ -486,7 +457,7 @@ def _summed(
     return sums
 
 
-def _around_mean(table: Tensor, sums: dict[str, Tensor]) -> Tensor:
+def _around_mean(table: Tensor, sums: Tensors) -> Tensor:
     rows = torch.stack([*sums.values()]).to(table.device, torch.float32)
     return (table.float().mean(0) + rows).to(table.dtype)
 

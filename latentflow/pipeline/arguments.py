@@ -1,16 +1,20 @@
-"""The arguments of a pipeline's call: each of the right kind and in range, before anything is computed."""
+"""The arguments of a pipeline's call: each of the right kind and in range, and those of the condition fitting one
+another, before anything is computed."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ParamSpec, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError, finite, lookup, shown, unknown, whole
+from ..families.latentflow import LatentFlowModel
+from ..families.model import Generators, Size
 from ..flow import SOLVERS, Solver
 from ..flow.tensors import require_finite
 from ..flow.times import MOST_STEPS, STEPS_FIX
@@ -20,6 +24,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 #: (name, value) -> the value, in the form that the pipelines work with.
 Check = Callable[[str, Any], Any]
+ClassLabels: TypeAlias = int | str | Sequence[int | str]
+#: called as (pipe, i, timestep, tensors) after step i; returns tensors to replace
+StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
 #: largest side in pixels, and longest text in tokens: whatever is larger is a mistake
 LARGEST = 2**20
@@ -220,3 +227,154 @@ CHECKS: dict[str, Check] = {
     "target_size": _SIZE,
     "crops_coords_top_left": _pair(0, "top and left"),
 }
+
+
+# ---------------------------------------------------------------- how they fit one another
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionArguments:
+    """The arguments of a call that say what is drawn; see ``LatentFlowPipeline``."""
+
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] | None = None
+    num_images_per_prompt: int = 1
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+    max_sequence_length: int | None = None
+    class_labels: ClassLabels | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end_tensor_inputs: list[str] | None = None
+    original_size: Size | None = None
+    crops_coords_top_left: Size = (0, 0)
+    target_size: Size | None = None
+    generator: Generators | None = None
+    latents: Tensor | None = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Pick them from the local variables of a call."""
+        names = [entry.name for entry in fields(cls)]
+        return cls(**{name: arguments[name] for name in names if name in arguments})
+
+
+def check_inputs(
+    model: LatentFlowModel, asked: ConditionArguments, height: int, width: int, images: int
+) -> int:
+    """Refuse arguments that do not fit one another or the checkpoint; return the number of rows.
+
+    Args:
+        height, width: in pixels, of what is drawn.
+        images: how many images the call brings; one prompt serves them all, and one image all prompts.
+
+    Raises:
+        UserError: a size that the autoencoder cannot make (the nearest is named), a condition that is missing or that
+            the checkpoint does not take; arguments that exclude one another, or numbers of prompts, classes, images
+            and generators that do not fit.
+    """
+    unit = model.size_multiple
+    for what, size in (("height", height), ("width", width)):
+        if size <= 0 or size % unit:
+            valid = max(1, round(size / unit)) * unit
+            raise UserError(f"{what} {size} is not a multiple of {unit}", f"The nearest is {valid}.")
+    given = (
+        ("prompt", asked.prompt, asked.prompt_embeds, asked.prompt_attention_mask),
+        (
+            "negative_prompt",
+            asked.negative_prompt,
+            asked.negative_prompt_embeds,
+            asked.negative_prompt_attention_mask,
+        ),
+    )
+    for name, text, embeds, mask in given:
+        if text is not None and embeds is not None:
+            raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
+        if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
+            shape = None if embeds is None else tuple(embeds.shape)
+            raise UserError(
+                f"{name}_attention_mask has shape {tuple(mask.shape)}, {name}_embeds {shape}",
+                "Pass both as encode_prompt returns them: (B, L) and (B, L, D).",
+            )
+    prompts, negatives = (text if embeds is None else embeds for _, text, embeds, _ in given)
+    model.check_condition(prompts, negatives, asked.class_labels)
+    for name, _, embeds, _ in given:
+        if embeds is not None and embeds.shape[-1] != model.text_width:
+            raise UserError(
+                f"{name}_embeds has shape {tuple(embeds.shape)}",
+                f"The network takes (B, L, {model.text_width}).",
+            )
+    limit = getattr(getattr(model.pipeline.text_encoder, "config", None), "max_position_embeddings", None)
+    if limit is not None and (asked.max_sequence_length or 0) > limit:
+        raise UserError(
+            f"max_sequence_length is {asked.max_sequence_length}", f"The text encoder takes {limit} tokens."
+        )
+    classes = None if asked.class_labels is None else len(model.pipeline.class_ids(asked.class_labels))
+    if negatives is not None and not isinstance(negatives, str) and len(negatives) != _number(prompts):
+        raise UserError(
+            f"{len(negatives)} negative prompts for {_number(prompts) or 0} prompts",
+            "Pass one negative prompt for all, or one for each prompt.",
+        )
+    count = count_rows(asked.num_images_per_prompt, _number(prompts), classes, images)
+    check_noise(model, count, height, width, asked.generator, asked.latents)
+    return count
+
+
+def check_noise(
+    model: LatentFlowModel,
+    count: int,
+    height: int,
+    width: int,
+    generator: Generators | None,
+    latents: Tensor | None = None,
+) -> None:
+    """Refuse generators, or latents to start from, that do not fit ``count`` images.
+
+    Raises:
+        UserError: as many as there are, or their shape or device.
+    """
+    if isinstance(generator, list) and len(generator) != count:
+        raise UserError(
+            f"{len(generator)} generators for {count} images",
+            "Pass one for each image (prompts x num_images_per_prompt), or a single one.",
+        )
+    shape = (count, *model.latent_shape(height, width))
+    if latents is not None and tuple(latents.shape) != shape:
+        raise UserError(f"latents have shape {tuple(latents.shape)}", f"For these inputs it is {shape}.")
+    device = model.device.type
+    for given in [generator] if isinstance(generator, torch.Generator) else generator or []:
+        if given.device.type not in ("cpu", device):
+            raise UserError(
+                f"a generator is on {given.device}, the pipeline on {device}",
+                "Make it on the CPU, where the same seed is the same noise everywhere: torch.Generator().",
+            )
+
+
+def _number(prompts: str | list[str] | Tensor | None) -> int | None:
+    """Return the number of prompts, or of their embeddings; None = none."""
+    return None if prompts is None else 1 if isinstance(prompts, str) else len(prompts)
+
+
+def count_rows(images_per_prompt: int, prompts: int | None, classes: int | None, images: int) -> int:
+    """Return the rows of a call: prompts (or classes) x images_per_prompt; one prompt serves any number of images.
+
+    Args:
+        prompts, classes: how many are given; None = none.
+
+    Raises:
+        UserError: the numbers of prompts, classes and images do not fit one another.
+    """
+    given = {count for count in (prompts, classes) if count is not None}
+    if len(given) > 1:
+        raise UserError(
+            f"the numbers of prompts and class_labels differ: {sorted(given)}", "Pass as many of each."
+        )
+    count = given.pop() if given else 1
+    if 1 not in (count, images) and count != images:
+        raise UserError(
+            f"{count} prompts or classes for {images} images", "Pass as many of each, or one of either."
+        )
+    return max(count, images) * images_per_prompt

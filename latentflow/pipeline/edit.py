@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,10 @@ from ..errors import UserError, lookup
 from ..families.model import Generators, Size
 from ..flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
 from ..flow.editing import deterministic
-from ..flow.solvers import BY_ROW
-from .arguments import checked
+from .arguments import ClassLabels, ConditionArguments, StepCallback, check_noise, checked
 from .base import FlowPipeline
-from .conditioning import ClassLabels
 from .images import Images, padded, read_images
-from .sampling import BindVelocity, Interrupted, RunningCall, StepCallback, last_part
+from .sampling import BindVelocity, Interrupted, RunningCall, by_row, last_part
 
 
 @dataclass(frozen=True)
@@ -122,31 +120,21 @@ class LatentFlowEditPipeline(FlowPipeline):
         if source_class_labels is not None and self.takes_classes:
             self.class_ids(source_class_labels)  # refused before the target's prompt is encoded
         # 1. What the images should show, and what they show now, one row per image
-        shared: dict[str, Any] = {
-            "size": size,
-            "num_images_per_prompt": num_images_per_prompt,
-            "max_sequence_length": max_sequence_length,
-            "guidance_interval": guidance_interval,
-        }
-        target = self._start(
-            prompt,
-            class_labels,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            images=len(images),
-            generator=generator,
-            **shared,
-        )
+        asked = ConditionArguments.of(locals())
+        target = self._start(asked, size, len(images))
         count = len(target.rows) // num_images_per_prompt
         source = self._start(
-            _as_many(source_prompt, count, "source_prompt"),
-            _as_many(source_class_labels, count, "source_class_labels"),
+            ConditionArguments(
+                prompt=_as_many(source_prompt, count, "source_prompt"),
+                class_labels=_as_many(source_class_labels, count, "source_class_labels"),
+                num_images_per_prompt=num_images_per_prompt,
+                guidance_scale=source_guidance_scale,
+                guidance_interval=guidance_interval,
+                max_sequence_length=max_sequence_length,
+            ),
+            size,
+            count,
             may_lack_condition=True,
-            guidance_scale=source_guidance_scale,
-            images=count,
-            **shared,
         )
         source.scale = self._guidance_scale
         self._guidance_scale = self.model.guidance(guidance_scale)  # a callback sees it, and may change it
@@ -172,7 +160,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             except Interrupted as interrupted:
                 x1 = interrupted.latents
         # 3. From latents to images of the images' size
-        return self.finish_call(self.output_images(x1, output_type, size), return_dict)
+        return self.finish_call(self.to_images(x1, output_type, size), return_dict)
 
     @checked
     @torch.no_grad()
@@ -205,47 +193,16 @@ class LatentFlowEditPipeline(FlowPipeline):
             UserError: as a call.
         """
         deterministic(solver)
-        return self._inverted(
-            read_images(image, height, width),
-            prompt,
-            num_inference_steps,
-            guidance_scale,
-            negative_prompt,
-            class_labels,
-            solver,
-            measure,
-            max_sequence_length,
-        )
+        asked, images = ConditionArguments.of(locals()), read_images(image, height, width)
+        return self._inverted(asked, images, num_inference_steps, solver, measure)
 
     def _inverted(
-        self,
-        images: Tensor,
-        prompt: str | list[str],
-        num_inference_steps: int,
-        guidance_scale: float,
-        negative_prompt: str | list[str] | None,
-        class_labels: ClassLabels | None,
-        solver: str | Solver,
-        measure: bool,
-        max_sequence_length: int | None,
+        self, asked: ConditionArguments, images: Tensor, steps: int, solver: str | Solver, measure: bool
     ) -> Inversion:
         """Do what ``invert`` does, its arguments checked and its images read."""
-        method, size = _by_row(solver), (images.shape[2], images.shape[3])
-        call = self._start(
-            prompt,
-            class_labels,
-            may_lack_condition=True,
-            size=size,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            max_sequence_length=max_sequence_length,
-            images=len(images),
-        )
-        x1, times, velocity = (
-            call.expand(self._latents_of(images)),
-            time_grid(num_inference_steps),
-            call.velocity(),
-        )
+        method, size = by_row(solver), (images.shape[2], images.shape[3])
+        call = self._start(asked, size, len(images), may_lack_condition=True)
+        x1, times, velocity = call.expand(self._latents_of(images)), time_grid(steps), call.velocity()
         noise = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
         error = None
         if measure:
@@ -307,39 +264,31 @@ class LatentFlowEditPipeline(FlowPipeline):
         if isinstance(generator, list) and len(generator) > 2:
             raise UserError(f"{len(generator)} generators", "Pass one for all frames, or [first, last].")
         size = self.image_size(height, width) if images is None else (images.shape[2], images.shape[3])
+        ends = len(generator) if isinstance(generator, list) else 1
+        if images is None:
+            check_noise(self.model, ends, *size, generator)
         # 1. The two conditions, each for all frames
+        asked = replace(ConditionArguments.of(locals()), generator=None)
         first, last = (
             self._start(
-                prompts[end],
-                labels and labels[end],
+                replace(
+                    asked,
+                    prompt=prompts[end],
+                    class_labels=None if labels is None else labels[end],
+                    num_images_per_prompt=frames,
+                ),
+                size,
+                1,
                 may_lack_condition=True,
-                size=size,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-                num_images_per_prompt=frames,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                max_sequence_length=max_sequence_length,
-                images=1,
             )
             for end in (0, 1)
         )
         # 2. The noise of the first and the last frame
         if images is None:
-            ends = len(generator) if isinstance(generator, list) else 1
             noise = self.prepare_noise(ends, *size, generator, None)
         else:
-            noise = self._inverted(
-                images,
-                prompts,
-                num_inference_steps,
-                guidance_scale,
-                negative_prompt,
-                labels,
-                solver,
-                False,
-                max_sequence_length,
-            ).latents
+            both = replace(asked, prompt=prompts, class_labels=labels)
+            noise = self._inverted(both, images, num_inference_steps, solver, measure=False).latents
         # 3. From noise to data
         shares = torch.linspace(0.0, 1.0, frames, device=noise.device)
         one_condition = prompts[0] == prompts[1] and (labels is None or labels[0] == labels[1])
@@ -352,7 +301,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             None,
             first.after_step,
         )
-        return self.finish_call(self.output_images(latents, output_type, size), return_dict)
+        return self.finish_call(self.to_images(latents, output_type, size), return_dict)
 
     # ---------------------------------------------------------------- the parts of a call
 
@@ -362,28 +311,20 @@ class LatentFlowEditPipeline(FlowPipeline):
         return self.encode_images(2.0 * padded(images, canvas).to(self._execution_device) - 1.0)
 
     def _start(
-        self,
-        prompt: str | list[str] | None,
-        class_labels: ClassLabels | None,
-        *,
-        size: Size,
-        may_lack_condition: bool = False,
-        **call: Any,
+        self, asked: ConditionArguments, size: Size, images: int, *, may_lack_condition: bool = False
     ) -> RunningCall:
         """Call ``start_call``; where a condition may lack, "" and None are the network without any."""
-        height, width = self.canvas_size(size)
+        (height, width), prompt = self.canvas_size(size), asked.prompt
         if may_lack_condition and not any([prompt] if isinstance(prompt, str) else prompt or []):
             prompt = "" if self.takes_text and not self.takes_classes else None
-        if not may_lack_condition or prompt is not None or class_labels is not None:
-            return self.start_call(
-                prompt=prompt, class_labels=class_labels, height=height, width=width, **call
-            )
-        if call.get("negative_prompt") is not None:
+        if not may_lack_condition or prompt is not None or asked.class_labels is not None:
+            return self.start_call(replace(asked, prompt=prompt), height, width, images)
+        if asked.negative_prompt is not None:
             raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
-        count = call["images"] * call.get("num_images_per_prompt", 1)
+        count = images * asked.num_images_per_prompt
         self.require_room(count, height, width)
-        self._guidance_scale, self._interrupt = self.model.guidance(call["guidance_scale"]), False
-        callback = call.get("callback_on_step_end"), call.get("callback_on_step_end_tensor_inputs")
+        self._guidance_scale, self._interrupt = self.model.guidance(asked.guidance_scale), False
+        callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
         return RunningCall(self, self.model.rows(None, count=count), None, *callback)
 
 
@@ -396,16 +337,11 @@ def _settings(method: str, **given: Any) -> dict[str, Any]:
     known = inspect.signature(lookup(EDITING, method, "editing method")).parameters
     settings = {name: value for name, value in given.items() if value is not None}
     if "solver" in settings:
-        settings["solver"] = _by_row(settings["solver"])
+        settings["solver"] = by_row(settings["solver"])
     for name in settings:
         if name not in known:
             raise UserError(f"{name} is given, but method '{method}' has no such setting", "Leave it out.")
     return settings
-
-
-def _by_row(solver: str | Solver) -> str | Solver:
-    """Return the solver whose rows do not depend on one another, where there are two of this name."""
-    return BY_ROW.get(solver, solver) if isinstance(solver, str) else solver
 
 
 def _as_many(values: Any, count: int, name: str) -> list[Any] | None:

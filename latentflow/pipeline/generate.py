@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from ..families.model import Generators, Size
-from .arguments import checked
+from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
-from .conditioning import ClassLabels, condition_arguments
-from .sampling import StepCallback
 
 
 class LatentFlowPipeline(FlowPipeline):
@@ -99,7 +97,7 @@ class LatentFlowPipeline(FlowPipeline):
         """
         height, width = self.image_size(height, width, latents)
         # 1. The condition, one row per image
-        call = self.start_call(height=height, width=width, **condition_arguments(locals()))
+        call = self.start_call(ConditionArguments.of(locals()), height, width)
         # 2. The noise
         noise = self.prepare_noise(len(call.rows), height, width, generator, latents)
         # 3. From noise to data

@@ -38,9 +38,6 @@ def read_images(images: Images, height: int | None = None, width: int | None = N
     rows = [row for image in _listed(images, "image") for row in _rgb(image)]
     if height and width:
         require_memory(f"{len(rows)} images of {width} x {height} pixels", 12 * len(rows) * width * height)
-    for what, side in (("height", height), ("width", width)):
-        if side is not None and side < 1:
-            raise UserError(f"{what} is {side}", "Give a number of pixels.")
     rows = [resized(row[None], (height or row.shape[1], width or row.shape[2]))[0] for row in rows]
     sizes = sorted({f"{row.shape[2]} x {row.shape[1]}" for row in rows})
     if len(sizes) > 1:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from ..families.model import Generators
-from .arguments import checked
+from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
-from .conditioning import ClassLabels, condition_arguments
 from .images import Images, padded, read_images
-from .sampling import StepCallback
 
 
 class LatentFlowImg2ImgPipeline(FlowPipeline):
@@ -77,9 +75,7 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
         size = (originals.shape[2], originals.shape[3])
         canvas = self.canvas_size(size)
         # 1. The condition, one row per image
-        call = self.start_call(
-            height=canvas[0], width=canvas[1], images=len(originals), **condition_arguments(locals())
-        )
+        call = self.start_call(ConditionArguments.of(locals()), *canvas, images=len(originals))
         # 2. The image's latents and the noise
         data = call.expand(
             self.encode_images(2.0 * padded(originals, canvas).to(self._execution_device) - 1.0)
@@ -98,4 +94,4 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
             x1=data if strength < 1.0 else None,
         )
         # 4. From latents to images of the image's size
-        return self.finish_call(self.output_images(drawn, output_type, size), return_dict)
+        return self.finish_call(self.to_images(drawn, output_type, size), return_dict)

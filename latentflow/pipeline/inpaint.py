@@ -20,11 +20,10 @@ from ..errors import UserError, unknown
 from ..families.model import Generators, Size
 from ..flow import Velocity
 from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
-from .arguments import checked
+from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
-from .conditioning import ClassLabels, condition_arguments
 from .images import Images, padded, read_images, read_masks, resized, transparent_again
-from .sampling import AfterStep, BindVelocity, RunningCall, Sampler, StepCallback
+from .sampling import AfterStep, BindVelocity, RunningCall, Sampler
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +125,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
                 f"For these inputs it is {shape}.",
             )
         # 2. The condition, one row per image
-        call = self.start_call(
-            height=batch.canvas[0],
-            width=batch.canvas[1],
-            images=len(batch.images),
-            **condition_arguments(locals()),
-        )
+        call = self.start_call(ConditionArguments.of(locals()), *batch.canvas, images=len(batch.images))
         # 3. The noise, what is known, and how to go from one to the other
         noise = self.prepare_noise(len(call.rows), *batch.canvas, generator, latents)
         device = self._execution_device

@@ -1,9 +1,10 @@
-"""Sampling: the running call, whose conditions its callback may change, and its steps from noise to data."""
+"""Sampling: the conditions of a call, one row per image, and the steps from noise to data under them."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -11,13 +12,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import UserError, shown
+from ..errors import UserError, few, shown
 from ..families.latentflow import USUAL_STEPS, LatentFlowModel
 from ..families.model import Generators, Rows
 from ..flow import Solver, Velocity, integrate
 from ..flow.solvers import BY_ROW
 from ..flow.tensors import expand_t, require_finite
+from ..models.text import UnknownWords, unknown_words
+from ..utils.memory import require_memory
 from . import scheduler as border
+from .arguments import ClassLabels, ConditionArguments, StepCallback, check_inputs, labels, texts
 
 log = logging.getLogger(__name__)
 
@@ -27,35 +31,32 @@ AfterStep: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
 BindVelocity: TypeAlias = Callable[[Tensor | None], Velocity]
 #: called as ``integrate`` is: (velocity, x, times, solver, callback=, progress=, generator=) -> x at times[-1]
 Sampler: TypeAlias = Callable[..., Tensor]
-StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 # Times that differ by less are the same time of a grid, reached by different sums.
 ROUNDING = 1e-9
 # A callback's tensor, and the rows of a `RunningCall` whose text it is.
 _NAMES = {"prompt_embeds": "rows", "negative_prompt_embeds": "negative"}
+# An image while it is drawn, at least: three channels in float32.
+_PIXEL_BYTES = 12
 
 
-def from_model(name: str) -> Any:
-    """Return a property that asks the pipeline's flow model for its attribute ``name``."""
-    return property(lambda pipe: getattr(pipe.model, name))
+def unknown_words_text(words: Sequence[str]) -> str:
+    """Return a sentence for users that names the words; see ``SamplingMixin.unknown_words``."""
+    named = few([f"'{word}'" for word in words], 10)
+    return f"words that the checkpoint's vocabulary does not know, and that it cannot draw: {named}"
 
 
 class SamplingMixin:
-    """The sampling loop, for a diffusers pipeline of latentflow's components."""
+    """The conditions and the sampling loop, for a diffusers pipeline of latentflow's components."""
 
+    model: LatentFlowModel
+    tokenizer: Any
     scheduler: Any
     vae_scale_factor: int
     progress_bar: Any
-    path = from_model("path")
-    few_steps = from_model("few_steps")
-    usual_guidance = from_model("usual_guidance")
+    _execution_device: torch.device
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
     _interrupt: bool = False
-
-    @property
-    def model(self) -> LatentFlowModel:
-        """The flow model in this pipeline."""
-        return LatentFlowModel(self)
 
     @property
     def guidance_scale(self) -> float:
@@ -81,6 +82,162 @@ class SamplingMixin:
     def usual_steps(self) -> int:
         """Steps of a call that names neither their number nor a solver."""
         return self.model.usual_steps if self.scheduler is None else USUAL_STEPS
+
+    # ---------------------------------------------------------------- conditions
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Return class ids of class names; see ``class_ids``."""
+        return self.model.class_ids([label] if isinstance(label, str) else label)
+
+    def class_ids(self, class_labels: ClassLabels) -> list[int]:
+        """Return class ids of names, ids or a mixture.
+
+        Raises:
+            UserError: a name is unknown (the nearest is suggested), or an id, or there are no names.
+        """
+        given = labels("class_labels", class_labels)
+        return self.model.class_ids(given if isinstance(given, list) else [given])
+
+    def unknown_words(self, prompts: str | list[str]) -> list[str]:
+        """Return words of prompts that the checkpoint's vocabulary does not know, each once: they cannot be drawn.
+
+        None without a tokenizer, or with one that spells everything in bytes.
+        """
+        if self.tokenizer is None:
+            return []
+        return unknown_words(self.tokenizer, [prompts] if isinstance(prompts, str) else prompts)
+
+    def warn_of_unknown_words(self, *prompts: str | list[str] | None, stacklevel: int = 2) -> None:
+        """Warn once of all `unknown_words` of ``prompts``, as ``UnknownWords``."""
+        rows = [[text] if isinstance(text, str) else text or [] for text in prompts]
+        if words := self.unknown_words([text for row in rows for text in row]):
+            warnings.warn(UnknownWords(unknown_words_text(words)), stacklevel=stacklevel + 1)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return four tensors of token embeddings and masks, as diffusers' pipelines do; `FlowModel.encode_prompt`
+        returns rows instead.
+
+        Each prompt is repeated ``num_images_per_prompt`` times in place: a, a, b, b. An empty prompt becomes a row
+        without tokens (mask all False), which means the learned null. Without a negative prompt the negative tensors
+        are None, and guidance starts from that same null.
+
+        Returns:
+            prompt_embeds (B, L, D), negative_prompt_embeds (B, L', D), prompt_attention_mask (B, L) bool,
+            negative_prompt_attention_mask (B, L') bool; None for what is not there.
+
+        Raises:
+            UserError: no text encoder is loaded, or the numbers of prompts and negative prompts differ.
+        """
+        device = device or self._execution_device
+
+        def encoded(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None, count: int) -> Any:
+            if text is not None:
+                rows = texts(name, text)
+                prompts = [rows] * count if isinstance(rows, str) else rows
+                embeds, mask = self.model.embed_text(prompts, max_sequence_length)
+            if embeds is None:
+                return None, None
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
+            return embeds.to(device), mask.to(device)
+
+        embeds, mask = encoded("prompt", prompt, prompt_embeds, prompt_attention_mask, 1)
+        negative, negative_mask, count = None, None, 0 if embeds is None else len(embeds)
+        if negative_prompt is not None:
+            texts("negative_prompt", negative_prompt)
+        if do_classifier_free_guidance:
+            negative, negative_mask = encoded(
+                "negative_prompt",
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+                count,
+            )
+        if negative is not None and len(negative) != count:
+            raise UserError(
+                f"{len(negative)} negative prompts for {count} prompts",
+                "Pass one negative prompt for all, or one for each prompt.",
+            )
+        each = (embeds, negative, mask, negative_mask)
+        first, second, third, fourth = (
+            None if value is None else value.repeat_interleave(num_images_per_prompt, 0) for value in each
+        )
+        return first, second, third, fourth
+
+    def start_call(self, asked: ConditionArguments, height: int, width: int, images: int = 1) -> RunningCall:
+        """Check how the arguments fit one another and encode the condition, one row per image.
+
+        Row i * num_images_per_prompt + j is of prompt i and image i. Without sizes as a condition a network that takes
+        them is given those of an image of which nothing was cut off.
+
+        Args:
+            height, width: in pixels, of what is drawn.
+            images: how many images the call brings; one prompt serves them all, and one image all prompts.
+
+        Raises:
+            UserError: before anything is computed: see `check_inputs`, or more images than the machine has memory for.
+        """
+        model, drawn = self.model, (height, width)
+        count = check_inputs(model, asked, height, width, images)
+        self.require_room(count, height, width)
+
+        self._guidance_scale, self._interrupt = model.guidance(asked.guidance_scale), False
+        folded = model.few_steps.folded_guidance
+        if asked.guidance_scale not in (None, self._guidance_scale, folded):
+            log.warning(
+                "guidance_scale %g is left out: the checkpoint has learned guidance %g along",
+                asked.guidance_scale,
+                folded,
+            )
+        embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
+            asked.prompt,
+            asked.negative_prompt,
+            self.do_classifier_free_guidance,
+            1,
+            self._execution_device,
+            asked.prompt_embeds,
+            asked.negative_prompt_embeds,
+            asked.prompt_attention_mask,
+            asked.negative_prompt_attention_mask,
+            asked.max_sequence_length,
+        )
+        ids = None if asked.class_labels is None else self.class_ids(asked.class_labels)
+        rows = model.rows(ids, embeds, mask)
+        places = [row for row in range(len(rows)) for _ in range(asked.num_images_per_prompt)]
+        places *= count // len(places)
+        negative = (
+            None if negative_embeds is None else model.rows(ids, negative_embeds, negative_mask)[places]
+        )
+        rows = model.with_sizes(
+            rows[places],
+            asked.original_size or drawn,
+            asked.crops_coords_top_left,
+            asked.target_size or drawn,
+            drawn,
+        )
+        callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
+        return RunningCall(self, rows, negative, *callback, asked.guidance_interval)
+
+    def require_room(self, count: int, height: int, width: int) -> None:
+        """Refuse more pixels than this machine has memory for.
+
+        Raises:
+            UserError: says how much there is.
+        """
+        require_memory(f"{count} images of {width} x {height} pixels", count * width * height * _PIXEL_BYTES)
+
+    # ---------------------------------------------------------------- from noise to data
 
     def sample(
         self,
@@ -146,8 +303,8 @@ class SamplingMixin:
             run: Sampler = integrate if sampler is None else sampler
             if sampler is None and solver is None:
                 solver = model.usual_solver
-            if isinstance(solver, str):
-                solver = BY_ROW.get(solver, solver)  # a generator alone decides its image
+            if solver is not None:
+                solver = by_row(solver)
             bound = velocity(times if made_for_few else None)
             return run(
                 bound, x, times, solver=solver, callback=lambda i, t, x: stepped(i, times[i], x), **options
@@ -250,6 +407,11 @@ def last_part(times: Tensor, strength: float) -> Tensor:
         return times
     first = times[:1].clamp(min=1.0 - strength)
     return torch.cat([first, times[times > first + ROUNDING]])
+
+
+def by_row(solver: str | Solver) -> str | Solver:
+    """Return the solver of this name whose rows do not depend on one another: a generator alone decides its image."""
+    return BY_ROW.get(solver, solver) if isinstance(solver, str) else solver
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: the way out of any solver's loop

@@ -177,11 +177,11 @@ def load_transformers_model(
     folder = Path(name, subfolder)
     file = folder / CONFIG
     stored = None
-    if not folder.is_dir() and not may_be_on_the_hub(name):
-        raise UserError(f"{shown} cannot be read: there is no such folder", fix)
     if folder.is_dir():
         stored = stored_weights(folder)
         check_layers(file, read_settings(file), stored)
+    elif not may_be_on_the_hub(name):
+        raise UserError(f"{shown} cannot be read: there is no such folder", fix)
     where: dict[str, Any] = {"subfolder": subfolder, "trust_remote_code": False}
     with library_reads(shown, fix=fix):
         config = AutoConfig.from_pretrained(name, **where)

@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import AdapterChoice
 from ..errors import UserError, finite, whole
-from ..inference.checkpoint import model_capabilities, open_pipeline, read_capabilities
 from ..inference.images import read_image
-from ..inference.sample import BATCH, conditions, sample_images
+from ..inference.sample import (
+    BATCH,
+    conditions,
+    model_capabilities,
+    open_pipeline,
+    read_capabilities,
+    sample_images,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -119,9 +125,9 @@ class InferenceServer:
         """
         with self._loading:
             if self._pipe is None:
-                self._pipe = open_pipeline(
-                    "LatentFlowPipeline", self._checkpoint, self._device, self._adapters
-                )
+                from ..pipeline import LatentFlowPipeline
+
+                self._pipe = open_pipeline(LatentFlowPipeline, self._checkpoint, self._device, self._adapters)
             return self._pipe
 
     @property

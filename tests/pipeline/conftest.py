@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from PIL import Image
 from torch import Tensor, nn
 
 from latentflow.models import Condition, DiT, encode_text, small_text_encoder, train_tokenizer
@@ -180,6 +182,26 @@ def steered_pipe() -> LatentFlowInpaintPipeline:
 
 
 @pytest.fixture
+def program(
+    load_program: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dit_folder: Path,
+) -> Callable[..., list[Path]]:
+    """Run a program in an empty folder, on captions unless asked otherwise; return the paths that it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: object) -> list[Path]:
+        checkpoint = () if "--checkpoint" in arguments else ("--checkpoint", dit_folder)
+        words = (*arguments, *checkpoint, "--device", "cpu", "--steps", 2)
+        load_program(name).main([str(word) for word in words])
+        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+@pytest.fixture
 def images() -> Callable[..., Tensor]:
     """Fixed random images (n, 3, height, width) in [0, 1], on the 8-bit grid."""
 
@@ -206,6 +228,11 @@ def text_mean() -> Callable[[LatentFlowPipeline, str], Tensor]:
             return pipe.transformer.mean(Condition(text=text, text_mask=mask), 1)[0]
 
     return mean
+
+
+def pixels(path: Path | str) -> Any:
+    """Levels of an image file as whole numbers, (H, W, 3)."""
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
 def quiet(pipe: Any) -> Any:

@@ -307,7 +307,7 @@ PIPELINE: dict[str, tuple[Any, ...]] = {
     "step_counts": ("4", [0], ["4"], [10**9], 4, {"a": 1}),
     "unheard_of": (1,),
     "transformer": (
-        None, MISSING, [None, None], "DiT", ["DiT"], ["latentflow.models.dit", "UNet"], ["os", "system"],
+        [None, None], None, MISSING, "DiT", ["DiT"], ["latentflow.models.dit", "UNet"], ["os", "system"],
         ["unheard.of", "DiT"], [PLANTED, "DiT"], ["diffusers", "UNet2DModel"], ["diffusers", 3], [3, "DiT"],
         ["transformers", "T5EncoderModel"], ["subprocess", "Popen"], ["diffusers", "ModelMixin"], {"a": "b"}, 3,
     ),

@@ -107,7 +107,7 @@ WRONG: dict[str, list[Any]] = {
 def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
     """name -> a method of a pipeline, and arguments with which it runs. The network takes captions and classes."""
     network = GaussianFlow(num_classes=3, text_dim=16, condition_channels=6)
-    parts: dict[str, Any] = {"vae": tiny_vae(), "transformer": network, "id2label": NAMES, **tiny_text()}
+    parts = {"vae": tiny_vae(), "transformer": network, "id2label": NAMES, **tiny_text()}
     pipe, image, inpaint, edit = (
         quiet(kind(**parts))
         for kind in (
@@ -117,7 +117,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             LatentFlowEditPipeline,
         )
     )
-    asked: dict[str, Any] = {"prompt": "a red apple", "class_labels": 0, "num_inference_steps": 1}
+    asked = {"prompt": "a red apple", "class_labels": 0, "num_inference_steps": 1}
     hole = Image.new("L", (8, 8), 255)
     return {
         "generate": (pipe, asked),
@@ -204,24 +204,34 @@ def test_every_argument_has_wrong_values_and_every_check_an_argument() -> None:
     assert set(CHECKS) == set(WRONG) - {"image", "mask_image"}
 
 
+def test_arguments_that_do_not_fit_one_another_or_the_text_encoder(
+    calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, usual = calls["generate"]
+    monkeypatch.setattr(pipe.text_encoder.config, "max_position_embeddings", 8, raising=False)
+    for changes, message in (
+        (
+            {"prompt": ["a", "b"], "class_labels": [0, 1, 2]},
+            "numbers of prompts and class_labels differ: .2, 3",
+        ),
+        ({"max_sequence_length": 9}, "max_sequence_length is 9\nThe text encoder takes 8 tokens"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipe(**usual | changes)
+
+
 @pytest.mark.parametrize("way", METHODS)
 def test_what_the_numbers_of_other_libraries_mean_is_what_they_are(way: str, calls: dict[str, Any]) -> None:
     """numpy's whole numbers, fractions, tuples and tensors of classes draw what plain Python's do."""
     call, usual = calls[way]
     known = parameters(call)
-    plain: dict[str, Any] = {
-        "class_labels": [1],
-        "guidance_scale": 2.0,
-        "strength": 0.5,
-        "height": 8,
-        "width": 8,
-    }
+    plain = {"class_labels": [1], "guidance_scale": 2.0, "strength": 0.5, "height": 8, "width": 8}
     foreign = {
         "class_labels": torch.tensor([1]), "guidance_scale": np.float32(2.0), "strength": Fraction(1, 2),
         "height": np.int64(8), "width": np.uint8(8), "num_inference_steps": np.int32(1), "prompt": ("a red apple",),
         "num_images_per_prompt": np.int64(1), "frames": np.int16(8),
     }  # fmt: skip
-    shared: dict[str, Any] = {} if way == "invert" else {"generator": None, "output_type": "latent"}
+    shared = {} if way == "invert" else {"generator": None, "output_type": "latent"}
 
     def drawn(changes: dict[str, Any]) -> Any:
         arguments = usual | shared | {name: value for name, value in changes.items() if name in known}

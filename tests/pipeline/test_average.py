@@ -22,7 +22,7 @@ from latentflow.autoencoder import mask_channels
 from latentflow.errors import UserError
 from latentflow.models import Condition
 
-from .conftest import NAMES, GaussianFlow, tiny_dit, tiny_vae
+from .conftest import NAMES, GaussianFlow, quiet, tiny_dit, tiny_vae
 
 
 class AverageGaussianFlow(GaussianFlow):
@@ -48,11 +48,8 @@ class AverageGaussianFlow(GaussianFlow):
 
 
 def pipeline(**more: Any) -> LatentFlowPipeline:
-    pipe = LatentFlowPipeline(
-        tiny_vae(), AverageGaussianFlow(num_classes=3), id2label=NAMES, average=True, **more
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    network = AverageGaussianFlow(num_classes=3)
+    return quiet(LatentFlowPipeline(tiny_vae(), network, id2label=NAMES, average=True, **more))
 
 
 def noise(rows: int = 2) -> Tensor:
@@ -86,8 +83,8 @@ def test_a_solver_or_a_scheduler_follows_the_velocity() -> None:
 
 
 def test_image_to_image_starts_where_it_is_told() -> None:
-    pipe = LatentFlowImg2ImgPipeline.from_pipe(given := pipeline(), transformer=given.transformer)
-    pipe.set_progress_bar_config(disable=True)
+    given = pipeline()
+    pipe = quiet(LatentFlowImg2ImgPipeline.from_pipe(given, transformer=given.transformer))
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     drawn = pipe(
         class_labels="hat",
@@ -113,8 +110,7 @@ def test_inpainting_leaps_where_masks_were_trained(
     """Without being told; the methods that steer a velocity are given one, in the usual number of steps."""
     vae = tiny_vae()
     network = tiny_dit(interval_conditioning=True, condition_channels=mask_channels(vae) if masked else 0)
-    pipe = LatentFlowInpaintPipeline(vae, network, average=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quiet(LatentFlowInpaintPipeline(vae, network, average=True))
     ends: list[float | None] = []
 
     def see(_: Any, given: Any, named: dict[str, Any]) -> None:
@@ -137,8 +133,7 @@ def test_learned_guidance_is_not_added_to(caplog: pytest.LogCaptureFixture) -> N
     assert "guidance_scale 7 is left out" in caplog.text
     assert all(torch.equal(warned, images) for images in plain)
     assert {rows for rows, _, _ in pipe.transformer.calls} <= {1}  # never a doubled batch
-    editor = LatentFlowEditPipeline.from_pipe(pipe, transformer=pipe.transformer)
-    editor.set_progress_bar_config(disable=True)
+    editor = quiet(LatentFlowEditPipeline.from_pipe(pipe, transformer=pipe.transformer))
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     editor(image=image, class_labels="tree", source_class_labels="hat", num_inference_steps=2)
     assert pipe.usual_guidance == 1.0 and editor.guidance_scale == 1.0
@@ -158,8 +153,7 @@ def test_other_checkpoints_take_their_guidance_and_stay_as_they_are(class_pipe: 
 def test_what_it_is_survives_saving(tmp_path: Path) -> None:
     network = tiny_dit(interval_conditioning=True)
     LatentFlowPipeline(tiny_vae(), network, average=True, folded_guidance=2.5).save_pretrained(tmp_path)
-    read = LatentFlowPipeline.from_pretrained(tmp_path)
-    read.set_progress_bar_config(disable=True)
+    read = quiet(LatentFlowPipeline.from_pretrained(tmp_path))
     assert read.few_steps.average and read.config.folded_guidance == 2.5
     x0 = noise(1)
     drawn = read(latents=x0, num_inference_steps=1, output_type="latent").images

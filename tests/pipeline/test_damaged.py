@@ -17,7 +17,7 @@ import torch
 
 from latentflow.autoencoder import load_autoencoder
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import read_capabilities
+from latentflow.inference.sample import read_capabilities
 from latentflow.models import load_text_encoder
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.training.fine_tune.base import open_base
@@ -116,7 +116,7 @@ def planted(checkpoint: Path, trace: Path, to: Path) -> Path:
 def check_all(checkpoint: Path, trace: Path, places: tuple[int, ...], *, brief: bool) -> Counter[str]:
     """Try all damages of a checkpoint; the undamaged one draws to the byte what it drew before."""
     source = planted(checkpoint, trace, trace.parent / "source")
-    pipes: dict[str, Any] = {}
+    pipes = {}
     ways = {"drawn": draw, **{way: draw_adapted(way, pipes, source) for way in ADAPTED}}
     controls = {way: drawn(source) for way, drawn in ways.items()}
     assert not np.array_equal(controls["drawn"], controls["merged"])

@@ -46,7 +46,7 @@ def pipeline(way: str, vae: Any) -> Any:
 
 def drawn(way: str, vae: Any) -> Tensor:
     """(1, 3, 8, 8): a hat, drawn or put into the image."""
-    call: dict[str, Any] = {"class_labels": 1, "num_inference_steps": 2, "output_type": "pt"}
+    call = {"class_labels": 1, "num_inference_steps": 2, "output_type": "pt"}
     call["generator"] = torch.Generator().manual_seed(0)
     if way != "generate":
         call["image"] = IMAGE
@@ -133,7 +133,7 @@ def test_a_damaged_network_is_named_with_the_step(way: str, output_type: str) ->
         pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     with torch.no_grad():
         pipe.transformer.means[1] = float("nan")
-    call: dict[str, Any] = {"image": IMAGE} if way not in ("generate", "scheduler") else {}
+    call = {"image": IMAGE} if way not in ("generate", "scheduler") else {}
     if way == "inpaint":
         call |= {"mask_image": HOLE}
     with pytest.raises(

@@ -16,7 +16,8 @@ from latentflow.errors import UserError
 from latentflow.pipeline.images import read_images
 from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
 
-from .conftest import close, latents_of, seeds
+from ..data.images import turned_by_exif
+from .conftest import close, latents_of
 
 Noise = Callable[[int], Tensor]
 Images = Callable[..., Tensor]
@@ -30,7 +31,7 @@ EXACT: dict[str, Any] = {"solver": "dopri5", "num_inference_steps": 10, "output_
 def test_the_flow_starts_between_image_and_noise(
     img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, x0: Noise, strength: float
 ) -> None:
-    call: dict[str, Any] = {"class_labels": 2, "guidance_scale": 3.0, "latents": x0(1)}
+    call = {"class_labels": 2, "guidance_scale": 3.0, "latents": x0(1)}
     out = img2img_pipe(image=images(), strength=strength, **call, **EXACT).images
     network, t = img2img_pipe.transformer, 1.0 - strength
     mean = network.null + 3.0 * (network.means[2] - network.null)
@@ -89,12 +90,7 @@ def test_a_scheduler_starts_there_too(
     img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, x0: Noise, name: str
 ) -> None:
     img2img_pipe.scheduler, tolerance = SCHEDULERS[name]
-    call: dict[str, Any] = {
-        "class_labels": 0,
-        "guidance_scale": 1.0,
-        "latents": x0(1),
-        "output_type": "latent",
-    }
+    call = {"class_labels": 0, "guidance_scale": 1.0, "latents": x0(1), "output_type": "latent"}
     out = img2img_pipe(image=images(), strength=0.4, num_inference_steps=160, **call).images
     start = 0.6 * latents_of(img2img_pipe, images()) + 0.4 * x0(1)
     close(out, img2img_pipe.transformer.end_from(img2img_pipe.transformer.means[0], start, 0.6), tolerance)
@@ -113,30 +109,13 @@ def test_one_image_serves_several_prompts_and_one_prompt_several_images(
         start = 0.5 * latents_of(img2img_pipe, images(2))[rows] + 0.5 * x0(4)
         return img2img_pipe.transformer.end_from(img2img_pipe.transformer.means[means], start, 0.5)
 
-    call: dict[str, Any] = {
-        "strength": 0.5,
-        "guidance_scale": 1.0,
-        "num_images_per_prompt": 2,
-        "latents": x0(4),
-    }
+    call = {"strength": 0.5, "guidance_scale": 1.0, "num_images_per_prompt": 2, "latents": x0(4)}
     several = img2img_pipe(image=images(2)[:1], class_labels=[1, 2], **call, **EXACT).images
     close(several, ends([1, 1, 2, 2], [0, 0, 0, 0]))
     one = img2img_pipe(image=images(2), class_labels=1, **call, **EXACT).images
     close(one, ends([1, 1, 1, 1], [0, 0, 1, 1]))
     each = img2img_pipe(image=images(2), class_labels=[1, 2], **call, **EXACT).images
     close(each, ends([1, 1, 2, 2], [0, 0, 1, 1]))
-
-
-def test_a_generator_decides_its_own_image_alone(
-    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images
-) -> None:
-    both = images(2)
-    call: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"}
-    together = img2img_pipe(
-        image=both, class_labels=[0, 1], num_images_per_prompt=2, generator=seeds(5, 6, 7, 8), **call
-    ).images
-    alone = img2img_pipe(image=both[1:], class_labels=1, generator=seeds(7), **call).images
-    close(together[2:3], alone, 1e-5)
 
 
 @pytest.mark.parametrize("size", [(7, 9), (1, 3), (8, 11)])
@@ -146,7 +125,7 @@ def test_any_size_comes_back_as_it_was(
     own = images(1, *size)
     missing = (0, size[1] % 2, 0, size[0] % 2)  # edge pixels are repeated to the right and below
     padded = torch.nn.functional.pad(own, missing, mode="replicate")
-    call: dict[str, Any] = {"class_labels": 0, "strength": 0.0, "output_type": "pt"}
+    call = {"class_labels": 0, "strength": 0.0, "output_type": "pt"}
     expected = img2img_pipe(image=padded, **call).images[..., : size[0], : size[1]]
     close(img2img_pipe(image=own, **call).images, expected, 1e-6)
 
@@ -169,18 +148,6 @@ def test_a_preview_is_what_the_last_evaluation_points_to(
     assert not torch.allclose(seen[0], seen[-1], atol=1e-3)
 
 
-def test_an_interrupted_call_keeps_the_size(img2img_pipe: LatentFlowImg2ImgPipeline, images: Images) -> None:
-    steps: list[int] = []
-
-    def stop(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
-        steps.append(i)
-        pipe._interrupt = True
-
-    out = img2img_pipe(image=images(1, 7, 9), class_labels=0, callback_on_step_end=stop)
-    assert steps == [0]
-    assert out.images[0].size == (9, 7)
-
-
 # ------------------------------------------------------------------ images of all kinds
 
 
@@ -194,9 +161,7 @@ def pil_images() -> dict[str, tuple[Image.Image, np.ndarray[Any, Any]]]:
     colours = np.stack([grey, 255 - grey, grey[::-1]], -1)
     alpha = np.where(np.arange(8) < 4, 0, 255).astype(np.uint8) * np.ones((6, 1), np.uint8)
     palette = Image.fromarray(grey).convert("P")
-    turned = Image.fromarray(np.rot90(colours, 1).copy())  # lies on its side ...
-    exif = turned.getexif()
-    exif[0x0112] = 6  # ... and says so: turn it by 90 degrees to the right
+    turned, exif = turned_by_exif(colours, 6)
     turned.getexif().update(exif)
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     return {
@@ -260,29 +225,3 @@ def test_arrays_and_tensors() -> None:
 def test_what_is_no_image(image: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_images(image)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        ({"strength": 1.5}, "strength is 1.5"),
-        ({"class_labels": [0, 1]}, "2 prompts or classes for 3 images"),
-        (
-            {"class_labels": None, "prompt": "a hat"},
-            "does not take prompt\nIt takes class_labels: apple, hat, tree",
-        ),
-        ({"generator": [torch.Generator()]}, "1 generators for 3 images"),
-        ({"latents": torch.zeros(1, 2, 4, 4)}, r"latents have shape \(1, 2, 4, 4\)"),
-    ],
-)
-def test_what_is_refused(
-    img2img_pipe: LatentFlowImg2ImgPipeline, images: Images, call: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        img2img_pipe(**{"image": images(3), "class_labels": 0} | call)
-
-
-def test_without_an_autoencoder(img2img_pipe: LatentFlowImg2ImgPipeline, images: Images) -> None:
-    img2img_pipe.vae = None
-    with pytest.raises(UserError, match="without its autoencoder"):
-        img2img_pipe(image=images(), class_labels=0)

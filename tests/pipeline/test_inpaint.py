@@ -47,7 +47,7 @@ def fill(images: Images, x0: Noise) -> Callable[..., Tensor]:
     """Fill the hole `ODD` of one image with class 0 from fixed noise, unless asked otherwise; the tensor in [0, 1]."""
 
     def filled(pipe: Any, **options: Any) -> Tensor:
-        usual: dict[str, Any] = {"image": images(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
+        usual = {"image": images(), "mask_image": ODD, "class_labels": 0, "latents": x0(1)}
         usual |= {"num_inference_steps": 3, "output_type": "pt"}
         result: Tensor = pipe(**usual | options).images
         return result
@@ -145,7 +145,7 @@ def test_kept_pixels_are_the_images_and_soft_ones_blend(
     mask[..., -1] = 1.0
     canvas = (-(-size[0] // 2), -(-size[1] // 2))
     noise = torch.randn(1, 2, *canvas, generator=torch.Generator().manual_seed(5))
-    call: dict[str, Any] = {"class_labels": 0, "latents": noise, "num_inference_steps": 3, "solver": "heun"}
+    call = {"class_labels": 0, "latents": noise, "num_inference_steps": 3, "solver": "heun"}
     out = inpaint_pipe(image=own, mask_image=mask, output_type="pt", **call).images
     # By hand: the edge is repeated to the right and below, of the mask as well; what is drawn there is cut off.
     missing = (0, size[1] % 2, 0, size[0] % 2)
@@ -171,7 +171,7 @@ def test_feather_blends_outside_of_the_hole_and_no_farther_than_it_says(
     inpaint_pipe: LatentFlowInpaintPipeline, images: Images
 ) -> None:
     mask, own = box(slice(6, 10), slice(6, 10), 16, 16), images(1, 16, 16)
-    call: dict[str, Any] = {"image": own, "mask_image": mask, "class_labels": 0, "output_type": "pt"}
+    call = {"image": own, "mask_image": mask, "class_labels": 0, "output_type": "pt"}
 
     def draw(feather: float) -> Tensor:
         return inpaint_pipe(
@@ -204,7 +204,8 @@ def test_a_black_mask_returns_the_image_and_says_so(
     assert "keeps every pixel" in caplog.text
     assert not inpaint_pipe.transformer.calls
     masks = torch.cat([HALF, 0.4 * HALF])
-    some = inpaint_pipe(image=images(2), mask_image=masks, class_labels=0, output_type="pt").images
+    call = {"image": images(2), "mask_image": masks, "class_labels": 0, "output_type": "pt"}
+    some = inpaint_pipe(**call, padding_mask_crop=1).images
     assert "of image 1 keeps" in caplog.text
     assert torch.equal(some[1], images(2)[1])
     assert not torch.equal(some[0], images(2)[0])
@@ -213,7 +214,7 @@ def test_a_black_mask_returns_the_image_and_says_so(
 def test_a_white_mask_is_generation(
     inpaint_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise
 ) -> None:
-    call: dict[str, Any] = {"class_labels": 1, "latents": x0(1), "output_type": "pt", "solver": "heun"}
+    call = {"class_labels": 1, "latents": x0(1), "output_type": "pt", "solver": "heun"}
     out = inpaint_pipe(image=images(), mask_image=torch.ones(8, 8), **call).images
     plain = quiet(LatentFlowPipeline(**inpaint_pipe.components))
     close(out, plain(**call).images, 1e-6)
@@ -290,7 +291,7 @@ def test_the_data_dependent_flow_follows_a_scheduler_that_draws_noise(
 def test_a_method_gets_the_noise_what_is_known_and_the_grid(
     steered_pipe: LatentFlowInpaintPipeline, images: Images, x0: Noise, monkeypatch: Any, strength: float
 ) -> None:
-    given: dict[str, Any] = {}
+    given = {}
 
     def method(
         velocity: Any, x: Tensor, known: Tensor, mask: Tensor, times: Tensor, **options: Any
@@ -303,7 +304,7 @@ def test_a_method_gets_the_noise_what_is_known_and_the_grid(
     steered_pipe.scheduler = FlowMatchEulerDiscreteScheduler()  # which does not steer
     seen: list[float] = []
     generator = torch.Generator()
-    call: dict[str, Any] = {"image": images(), "mask_image": ODD, "class_labels": 0, "strength": strength}
+    call = {"image": images(), "mask_image": ODD, "class_labels": 0, "strength": strength}
     steered_pipe(
         **call, method="mine", latents=x0(1), num_inference_steps=4, generator=generator,
         callback_on_step_end=lambda p, i, t, k: seen.append(float(t)),
@@ -344,7 +345,7 @@ def test_the_usual_method_is_posterior_or_follows_the_solver_that_is_asked_for(
         (inpaint_pipe, "heun", "trained"),
         (scheduled, None, "trained"),
     ):
-        call: dict[str, Any] = {"solver": solver, "latents": None}
+        call = {"solver": solver, "latents": None}
         assert torch.equal(*(fill(pipe, method=way, generator=seeds(1)[0], **call) for way in (None, name)))
 
 
@@ -380,7 +381,7 @@ def test_whose_image_mask_and_class_a_row_has(
     rows: Any,
 ) -> None:  # fmt: skip
     holes = torch.cat([HALF, ODD])
-    call: dict[str, Any] = {"guidance_scale": 2.0, "num_images_per_prompt": 2, "num_inference_steps": 3}
+    call = {"guidance_scale": 2.0, "num_images_per_prompt": 2, "num_inference_steps": 3}
     call["solver"] = "heun"
     out = inpaint_pipe(
         image=images(2)[:count], mask_image=holes[:masks], class_labels=labels, latents=x0(4),
@@ -392,15 +393,6 @@ def test_whose_image_mask_and_class_a_row_has(
             latents=x0(4)[row : row + 1], output_type="pt", **call | {"num_images_per_prompt": 1},
         ).images  # fmt: skip
         close(out[row : row + 1], alone, 1e-5)
-
-
-def test_a_generator_decides_its_own_image_alone(
-    inpaint_pipe: LatentFlowInpaintPipeline, images: Images, fill: Fill
-) -> None:
-    call: dict[str, Any] = {"mask_image": HALF, "solver": "ddpm", "latents": None}
-    together = fill(inpaint_pipe, image=images(2), class_labels=[0, 1], generator=seeds(5, 6), **call)
-    alone = fill(inpaint_pipe, image=images(2)[1:], class_labels=1, generator=seeds(6), **call)
-    close(together[1:], alone, 1e-5)
 
 
 # ------------------------------------------------------------------ large images
@@ -436,21 +428,6 @@ def test_padding_mask_crop_at_other_scales(
     assert (out != own)[holes].float().mean() > 0.9
 
 
-def test_an_outpainted_image_keeps_the_old_one(inpaint_pipe: LatentFlowInpaintPipeline) -> None:
-    from latentflow import expand_canvas
-
-    levels = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
-    image, mask = expand_canvas(Image.fromarray(levels), left=3, bottom=5)
-    assert image.size == mask.size == (10, 11)
-    out = np.asarray(
-        inpaint_pipe(image=image, mask_image=mask, class_labels=0, num_inference_steps=2).images[0]
-    )
-    assert np.array_equal(out[:6, 3:], levels)
-    assert np.asarray(mask).sum() == 255 * (110 - 42)
-    with pytest.raises(UserError, match="cannot add 0, -1, 0, 0"):
-        expand_canvas(image, top=-1)
-
-
 # ------------------------------------------------------------------ transparency
 
 
@@ -469,7 +446,7 @@ def test_transparent_images_come_back_transparent(inpaint_pipe: LatentFlowInpain
         given = np.asarray(clear) / np.float32(255)
         given = torch.from_numpy(given).permute(2, 0, 1) if form == "tensor" else given
     kept = np.asarray(given.convert("RGBA")) if isinstance(given, Image.Image) else levels
-    call: dict[str, Any] = {"class_labels": 0, "num_inference_steps": 2, "num_images_per_prompt": 2}
+    call = {"class_labels": 0, "num_inference_steps": 2, "num_images_per_prompt": 2}
     call |= {"image": [given, clear.convert("RGB")], "mask_image": torch.cat([ODD, HALF])}
     first, again, opaque, _ = inpaint_pipe(**call).images
     hole = ODD[0, 0].numpy() > 0
@@ -532,13 +509,8 @@ def test_a_mask_of_another_size_is_resized_and_says_so(
         ({"mask_image": Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3) * 5)}, "not a mask"),
         ({"mask_image": torch.ones(3, 8, 8)}, "3 masks for 2 images"),
         ({"class_labels": [0, 1, 2]}, "3 prompts or classes for 2 images"),
-        (
-            {"class_labels": None, "prompt": "a hat"},
-            "does not take prompt\nIt takes class_labels: apple, hat, tree",
-        ),
         ({"method": "replacment"}, "did you mean 'replacement'"),
         ({"method": "traind"}, "did you mean 'trained'"),
-        ({"generator": [torch.Generator()]}, "1 generators for 2 images"),
     ],
 )
 def test_what_is_refused(
@@ -568,26 +540,14 @@ def test_arguments_stand_where_diffusers_has_them() -> None:
     assert {"prompt", "image", "mask_image", "strength", "guidance_scale", "generator"} <= set(shared)
 
 
-def test_callbacks_and_interruption(inpaint_pipe: LatentFlowInpaintPipeline, images: Images) -> None:
-    bars: list[int] = []
-    inpaint_pipe.progress_bar = lambda steps: bars.append(len(steps)) or steps
-
+def test_an_interrupted_call_fills_the_hole_with_what_is_there(
+    inpaint_pipe: LatentFlowInpaintPipeline, images: Images
+) -> None:
     def stop(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         pipe._interrupt = i == 1
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    call: dict[str, Any] = {
-        "image": images(),
-        "mask_image": HALF,
-        "class_labels": 0,
-        "num_inference_steps": 4,
-    }
+    call = {"image": images(), "mask_image": HALF, "class_labels": 0, "num_inference_steps": 4}
     out = inpaint_pipe(callback_on_step_end=stop, output_type="pt", **call).images
-    assert bars == [4]
     close(out[..., 4:], decoded(inpaint_pipe, torch.zeros(1, 2, 4, 4))[..., 4:], 1e-6)
     assert torch.equal(out[..., :4], images()[..., :4])
-    hooked = quiet(LatentFlowInpaintPipeline(**inpaint_pipe.components))
-    hooked.enable_model_cpu_offload(device="cpu")
-    hooks = list(hooked._all_hooks)
-    assert hooked(**call).images[0].size == (8, 8)
-    assert all(hook not in hooked._all_hooks for hook in hooks)

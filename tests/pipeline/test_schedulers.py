@@ -139,13 +139,11 @@ def test_callback_and_interrupt_with_a_scheduler(class_pipe: LatentFlowPipeline)
     ("scheduler", "message"),
     [
         (DDIMScheduler(), "takes prediction_type='epsilon'"),
-        (DPMSolverMultistepScheduler(), "takes prediction_type='epsilon'"),
         (UniPCMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=True"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=False"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "does not step from noise.*go from 0 to"),
         (FlowMatchEulerDiscreteScheduler(shift=0.0), "does not step from noise"),
         (FlowMatchEulerDiscreteScheduler(shift=-0.5), "does not step from noise"),
-        (FlowMatchEulerDiscreteScheduler(shift=-2.0), "does not step from noise"),
         (FlowMatchEulerDiscreteScheduler(shift=float("nan")), "does not step from noise"),
         (UniPCMultistepScheduler(**MULTISTEP, final_sigmas_type="sigma_min"), "does not step from noise"),
         (DPMSolverMultistepInverseScheduler(**MULTISTEP), "does not step from noise to data"),
@@ -176,17 +174,14 @@ def test_a_scheduler_that_was_set_is_saved(class_pipe: LatentFlowPipeline, x0: N
     ("scheduler", "changes", "message"),
     [
         (DDIMScheduler, {}, "takes prediction_type='epsilon'"),
-        (FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True}, "does not step from noise"),
         (FlowMatchEulerDiscreteScheduler, {"shift": float("nan")}, "does not step from noise"),
         (FlowMatchEulerDiscreteScheduler, {"shift": "3"}, "cannot be read"),
-        (FlowMatchEulerDiscreteScheduler, {"shift_terminal": [1]}, "cannot be read"),
         (
             FlowMatchEulerDiscreteScheduler,
             {"num_train_timesteps": 10**12},
             "num_train_timesteps is 1000000000000",
         ),
         (FlowMatchEulerDiscreteScheduler, {"num_train_timesteps": "1000"}, "num_train_timesteps is '1000'"),
-        (FlowMatchHeunDiscreteScheduler, {"shift": None}, "cannot be read"),
     ],
 )
 def test_a_checkpoint_whose_scheduler_cannot_step_a_flow_is_refused_as_it_is_opened(

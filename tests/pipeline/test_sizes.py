@@ -70,7 +70,7 @@ def test_every_evaluation_has_the_size_that_is_drawn(
         heard.append(None if cond is None else cond.sizes)
 
     pipe.transformer.register_forward_pre_hook(hear)
-    asked: dict[str, Any] = {} if classes is None else {"class_labels": [0, 1]}
+    asked = {} if classes is None else {"class_labels": [0, 1]}
     for way, use in calls(images, asked).items():
         heard.clear()
         use(pipe)

@@ -21,7 +21,7 @@ from latentflow import LatentFlowImg2ImgPipeline, LatentFlowPipeline
 from latentflow.config import AdapterChoice, FlowConfig
 from latentflow.errors import UserError
 from latentflow.flow import OBJECTIVES
-from latentflow.inference.checkpoint import open_pipeline
+from latentflow.inference.sample import open_pipeline
 from latentflow.models import Condition
 from latentflow.pipeline import sampling as pipeline_sampling
 from latentflow.training.distill import METHODS, open_teacher
@@ -141,13 +141,13 @@ def test_a_student_may_be_an_adapter(teacher, images, tmp_path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("latentflow.pipeline.adapters.USE_PEFT_BACKEND", False)
         quick = open_pipeline(
-            "LatentFlowPipeline", str(tmp_path / "with fast"), "cpu", AdapterChoice(fast=True)
+            LatentFlowPipeline, str(tmp_path / "with fast"), "cpu", AdapterChoice(fast=True)
         )
     quick.set_progress_bar_config(disable=True)
     assert quick.few_steps == whole.few_steps
     same(quick, whole)
     with pytest.raises(UserError, match="has no few-step adapter"):
-        open_pipeline("LatentFlowPipeline", str(teacher), "cpu", AdapterChoice(fast=True))
+        open_pipeline(LatentFlowPipeline, str(teacher), "cpu", AdapterChoice(fast=True))
 
 
 def test_the_teacher_is_followed_guided_whatever_it_predicts() -> None:

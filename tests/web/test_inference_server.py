@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from latentflow.errors import UserError
-from latentflow.inference.checkpoint import Capabilities, model_capabilities, read_capabilities
+from latentflow.inference.sample import Capabilities, model_capabilities, read_capabilities
 from latentflow.web.inference_server import GenerationRequest, InferenceServer, painted
 
 
@@ -160,7 +160,7 @@ from latentflow.web import inference_server as web, page
 def half_loaded(*arguments):
     assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
     raise UserError("in time")
-web.open_pipeline = half_loaded
+web.InferenceServer.pipe = property(half_loaded)
 server, request = web.InferenceServer({str(caption_checkpoint)!r}), web.GenerationRequest(prompt="red")
 quiet, upload = lambda *_: None, {str(caption_checkpoint / "nothing.png")!r}
 page.build(server)

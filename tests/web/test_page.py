@@ -18,7 +18,7 @@ pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import gradio as gr
 from PIL import Image
 
-from latentflow.inference.checkpoint import Capabilities
+from latentflow.inference.sample import Capabilities
 from latentflow.web import page, serving
 
 
