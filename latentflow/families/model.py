@@ -267,7 +267,9 @@ class FlowModel(ABC):
 
     @abstractmethod
     def encode_prompt(self, prompts: Sequence[str], **options: Any) -> Rows:
-        """Return one row for each prompt; ``options`` are the family's own, such as ``max_sequence_length``.
+        """Return one row for each prompt, as `Rows` (a pipeline's own ``encode_prompt`` returns diffusers' tensors).
+
+        ``options`` are the family's own, such as ``max_sequence_length``.
 
         Raises:
             UserError: the network takes no prompts, or its text encoder is not loaded.
