@@ -16,7 +16,8 @@ from PIL import Image
 
 from latentflow.data import Source, check_source, find_source, split
 from latentflow.data.checking import inspect_images as module
-from latentflow.data.checking.inspect_images import BITS, inspect_images, near_duplicates
+from latentflow.data.checking.inspect_images import inspect_images
+from latentflow.data.splits import BITS, near_duplicates
 
 
 def make_image(seed: int, width: int = 96, height: int = 96) -> Image.Image:

@@ -13,7 +13,8 @@ from ...utils.html_page import Page
 from ..cache.tensors import map_threaded
 from ..dataset import Example, Source
 from ..images import to_rgb
-from .report import NEAR, Report
+from ..splits import NEAR
+from .report import Report
 from .suggest import Suggestion
 
 _GAP, _TEXT, _PAPER, _INK = 8, 13, (250, 250, 250), (40, 40, 40)

@@ -27,9 +27,9 @@ from ..cache.tensors import (
     mask_transform,
     pixel_transform,
 )
-from ..checking.check import groups_of
 from ..crops import Cropping
 from ..dataset import Example, Source
+from ..splits import groups_of
 from .latent_files import (
     AUTOENCODER,
     DESCRIPTION,
