@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -212,10 +212,10 @@ class Source:
         ids = {name: index for index, name in enumerate(self.classes)}
         return [ids[example.label or ""] for example in self.examples]
 
-    def content_keys(self) -> list[str]:
+    def content_keys(self) -> Iterable[str]:
         return [example.content_key() for example in self.examples]
 
-    def pixel_keys(self) -> list[str]:
+    def pixel_keys(self) -> Iterable[str]:
         return [example.pixel_key() for example in self.examples]
 
     def masked_keys(self) -> Iterator[str | None]:

@@ -30,7 +30,8 @@ CLASSED = {"hat/1.png": None, "shoe/a/2.png": None, "shoe/3.png": None}
 FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
     "metadata.jsonl": (
         {"b.png": None, "a.png": None, "metadata.jsonl": LISTED}, {},
-        {"kind": "text", "names": ["a.png", "b.png"], "captions": ["ay", "bee"]}, ["label found as well"],
+        {"kind": "text", "names": ["a.png", "b.png"], "captions": ["ay", "bee"]}, 
+        ["captions from metadata.jsonl", "classes from metadata.jsonl found as well, not used"],
     ),
     "not asked for": (
         {"b.png": None, "a.png": None, "metadata.jsonl": LISTED}, {"condition": "none"}, {"kind": "unconditional"}, [],
@@ -48,10 +49,12 @@ FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
          "metadata.jsonl": jsonl({"file_name": "1.png", "text": "a"}, {"file_name": "2.heic", "text": "a"})}, {},
         {"kind": "text"}, ["1 files that are not read as images: 2.heic", "1 .heic files are not read"],
     ),
-    "texts beside": (BESIDE, {}, {"kind": "text", "captions": ["a cat", "a dog"]}, ["subfolders found as well"]),
+    "texts beside": (
+        BESIDE, {}, {"kind": "text", "captions": ["a cat", "a dog"]}, ["classes from subfolders found as well"],
+    ),
     "texts beside, classes asked for": (
         BESIDE, {"condition": "class"}, {"kind": "class", "classes": ("cats", "dogs"), "class_ids": [0, 1]},
-        ["captions found as well, not used (--condition decides)"],
+        ["captions from .txt files beside the images found as well, not used (--condition decides)"],
     ),
     "metadata before texts": (
         {"1.png": None, "2.png": None, "1.txt": "one\n", "2.txt": "two",

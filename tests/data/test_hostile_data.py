@@ -20,7 +20,7 @@ from latentflow.cli import parse
 from latentflow.config import DataConfig
 from latentflow.data import check_source, find_source
 from latentflow.data.sources import annotations as metadata
-from latentflow.data.sources import assemble, files, kinds, latent_files, latent_folder, table
+from latentflow.data.sources import files, kinds, latent_folder, table
 from latentflow.data.sources import folder as folder_source
 from latentflow.data.sources import hugging_face as saved_sets
 from latentflow.data.sources import webdataset as shards
@@ -284,7 +284,7 @@ def test_a_saved_set_in_another_format_and_a_row_without_an_image(tmp_path: Path
         source.content_keys()
 
 
-@pytest.mark.parametrize("name", latent_files._RIGHT)
+@pytest.mark.parametrize("name", latent_folder._RIGHT)
 @pytest.mark.parametrize("value", [None, {"a": 5}, [[1]], -1, "x" * 99, ["\ud83c"]])
 def test_every_entry_of_a_description_is_checked(name: str, value: Any, tmp_path: Path) -> None:
     latents(tmp_path)
@@ -446,11 +446,11 @@ OURS = [
     ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"), ("metadata", folder_source, "rename"),
     ("metadata", documents, "_refuse_excess"), ("csv", folder_source, "_file_name"), ("csv", metadata, "decode"),
     ("sidecar", folder_source, "read_sidecars"), ("sidecar", folder_source, "_left_out"),
-    ("table", assemble, "text_in"), ("table", assemble, "_path_in"), ("parquet", assemble, "class_name"),
+    ("table", metadata, "text_in"), ("table", metadata, "_path_in"), ("parquet", metadata, "class_name"),
     ("parquet", table, "_filled"), ("parquet", table, "refuse_synonyms"), ("shard", shards, "_json_object"),
     ("shard", shards, "_is_caption"), ("shard", shards, "TarMember"), ("zip", archives, "folder_source"),
-    ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"), ("latents", latent_folder, "_Index"),
-    ("latents", latent_folder, "index_schema"), ("saved", assemble, "parse_row"), ("saved", saved_sets, "ArrowMember"),
+    ("zip", archives, "refuse_large"), ("latents", latent_folder, "place_of"), ("latents", latent_folder, "_Index"),
+    ("latents", latent_folder, "index_schema"), ("saved", metadata, "parse_row"), ("saved", saved_sets, "ArrowMember"),
     ("mix", kinds, "_part"), ("mix", documents, "_repeated_key"), ("config", cli, "_convert"),
 ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from latentflow.autoencoder import build_autoencoder, load_autoencoder
 from latentflow.config import AutoencoderConfig
 from latentflow.data import LatentFolder, Source, cached_latents, check_source, find_source, readable, split
 from latentflow.data.cache import tensors as cache
-from latentflow.data.sources.latent_files import INDEX
+from latentflow.data.sources.latent_folder import INDEX
 from latentflow.errors import UserError, one_line
 
 from ..data.images import noise

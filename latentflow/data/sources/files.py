@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import importlib
 import io
 import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from ...errors import UserError
+from ...errors import UserError, reason
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
@@ -107,6 +109,29 @@ def refuse_large(name: str, size: int, bound: int) -> None:
             f"{name} holds {size:,} bytes, more than the {bound:,} that are read of such a file",
             "It is damaged, or made to fill the memory: leave it out.",
         )
+
+
+@contextmanager
+def intact(path: Path, kind: str, *failures: type[BaseException]) -> Iterator[None]:
+    """Turn failures of the library that opens a file of some ``kind`` into a `UserError`: it is not intact."""
+    try:
+        yield
+    except failures as error:
+        fix = "It may be cut off: copy or download it again."
+        raise UserError(f"{path} is not an intact {kind} file: {reason(error)}", fix) from None
+
+
+def import_extra(package: str, extra: str, what: str) -> Any:
+    """Import an optional package, which ``what`` needs and the ``extra`` of latentflow installs.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fix = f'pip install "latentflow[{extra}]"'
+        raise UserError(f"{what} needs {package}, which is not installed", fix) from None
 
 
 def open_stream(file: File) -> io.BytesIO | io.BufferedReader:

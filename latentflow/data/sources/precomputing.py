@@ -30,7 +30,7 @@ from ..cache.tensors import (
 from ..crops import Cropping
 from ..dataset import Example, Source
 from ..splits import groups_of
-from .latent_files import (
+from .latent_folder import (
     AUTOENCODER,
     DESCRIPTION,
     INDEX,

@@ -12,12 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, few, nearest, reading, reason, shown
+from ...errors import UserError, few, nearest, reading, shown
 from ...utils.files import decode, parse_json
 from ..dataset import FileExample, Source
-from .annotations import COLUMNS, holds_captions, read_records, refuse_synonyms, rename, unused_columns
-from .assemble import DataRequest, source_of_rows, table_examples
-from .files import IMAGE_BYTES, Container, Member, common_folder, many_paths, parquet_files, refuse_large
+from .annotations import (
+    COLUMNS,
+    DataRequest,
+    holds_captions,
+    read_records,
+    refuse_synonyms,
+    rename,
+    source_of_rows,
+    table_examples,
+    unused_columns,
+)
+from .files import (
+    IMAGE_BYTES,
+    Container,
+    Member,
+    common_folder,
+    import_extra,
+    intact,
+    many_paths,
+    parquet_files,
+    refuse_large,
+)
 
 _PARTS = ("train", "test", "validation", "valid", "val", "dev")
 _LOCK = threading.Lock()
@@ -191,18 +210,10 @@ def _open_parquet(path: Path) -> Any:
     Raises:
         UserError: pyarrow is missing; the file is missing or broken.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{path} cannot be read: pyarrow is not installed", 'pip install "latentflow[parquet]"'
-        ) from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER)
+    parquet = import_extra("pyarrow.parquet", "parquet", str(path))
+    with intact(path, "parquet", *_failures()):
+        file = parquet.ParquetFile(path, buffer_size=_BUFFER)
         file.schema_arrow  # noqa: B018 (made, and refused, when it is asked for)
-    except _failures() as error:
-        raise UserError(f"{path} is not an intact parquet file: {reason(error)}", _AGAIN) from None
     return file
 
 
