@@ -9,7 +9,6 @@ import struct
 import tracemalloc
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from latentflow import cli
 from latentflow.cli import parse
 from latentflow.config import DataConfig
-from latentflow.data import check_source, find_source
+from latentflow.data import find_source
 from latentflow.data.sources import annotations as metadata
 from latentflow.data.sources import files, kinds, latent_folder, table
 from latentflow.data.sources import folder as folder_source
@@ -140,104 +139,6 @@ def test_a_file_of_prompts_is_read_as_other_text(content: bytes | None, told: st
         prompts.write_bytes(content)
     with pytest.raises(UserError, match=f"--prior-prompts .*p.txt .*{told}"):
         _read_prompts(str(prompts))
-
-
-# ---- text that nothing can store ----
-
-HALF = '{"file_name": "0.png", "text": "a \\ud83c hat"}'
-NO_TEXT: list[tuple[Callable[[Path], Path], str]] = [
-    (lambda folder: with_image(folder, "metadata.jsonl", HALF), r"line 1: text holds \\ud83c, half"),
-    (
-        lambda folder: with_image(folder, "metadata.jsonl", HALF.replace('"a \\ud83c hat"', '["a", "\\udc00"]')),
-        r"line 1: text holds \\udc00, half",
-    ),
-    (
-        lambda folder: with_image(folder, "metadata.jsonl", HALF.replace("text", "label")),
-        r"line 1: label holds \\ud83c, half",
-    ),
-    (lambda folder: in_shard(folder, "0.json", HALF), r"0.json: text holds \\ud83c, half"),
-    (
-        lambda folder: with_image(folder, "metadata.jsonl", HALF.replace("ud83c", "u0000")),
-        "line 1: text holds NUL",
-    ),
-    (lambda folder: with_image(folder, "0.txt", "a hat".encode("utf-16-le")), "0.txt holds NUL"),
-    (
-        lambda folder: with_image(folder, "t.csv", "image,text\n0.png,a".encode("utf-16-le")) / "t.csv",
-        "t.csv holds NUL",
-    ),
-    (lambda folder: with_image(folder, "0.caption", b"\xff\xfea"), "0.caption is not UTF-8"),
-    (
-        lambda folder: zipped(folder / "a.zip", {"0.png": png(0), "metadata.jsonl": HALF.encode()}),
-        r"line 1: text holds \\ud83c, half",
-    ),
-    (lambda folder: invalid_strings(folder), "x.parquet cannot be read: .*(UTF8|utf-8)"),
-]  # fmt: skip
-
-
-# Rows of metadata.jsonl, metadata that `datasets` writes into parquet, and entries of a mix.
-ROWS = [
-    ('{"file_name": 5}', "line 1: file_name is 5, not a string"),
-    ('{"file_name": {"a": 1}}', "file_name is {'a': 1}, not a string"),
-    ('{"text": "a"}', "line 1 has no file_name"),
-    ("[1]", "line 1 is not an object"),
-    ("null", "line 1 is not an object"),
-    ('{"file_name": "0.png", "text": 5}', "text is 5, not a string or a list"),
-    ('{"file_name": "0.png", "text": ["a", 5]}', "not a string or a list"),
-    ('{"file_name": "0.png", "label": NaN}', "label is nan, neither"),
-    ('{"file_name": "0.png", "weight": NaN}', "weight is nan"),
-    ('{"file_name": "0.png", "weight": 1' + "0" * 400 + "}", "weight is 1000"),
-    ('{"file_name": "0.png", "weight": Infinity}', "weight is inf"),
-    ('{"file_name": "0.png", "weight": 1e308}', "weight is 1e\\+308"),
-    ('{"file_name": "0\\u0000.png"}', "names 1 files that do not exist"),
-    ('{"file_name": "\\ud83c.png"}', "names 1 files that do not exist"),
-    ('{"file_name": "' + "a" * 5000 + '"}', "cannot be read: file name too long|not there"),
-]
-FEATURED: list[tuple[str | bytes, str]] = [
-    ("[]", r"hold \[\] where info should be"),
-    ('{"info": 5}', "hold 5 where features should be"),
-    ('{"info": {"features": [1]}}', r"features is \[1\], not an object"),
-    ('{"info": {"features": {"label": {"names": 5}}}}', "the names of label are 5"),
-    ('{"info": {"features": {"label": {"names": ["a", 5]}}}}', r"the names of label are \['a', 5\]"),
-    (b"\xff", "is not UTF-8"),
-]
-MIXED = [("weight", "1" + "0" * 400), ("weight", ".inf"), ("weight", "1000001"), ("repeats", "1" + "0" * 12),
-         ("repeats", "true")]  # fmt: skip
-
-
-def in_mix(folder: Path, entry: str) -> Path:
-    folder_of(folder / "a", {"0.png": None, "0.txt": "a"})
-    return written(folder / "mix.yaml", f"sources: [{{data: a, {entry}}}]")
-
-
-DAMAGED: list[tuple[Callable[[Path], Path], str]] = [
-    *NO_TEXT,
-    *((partial(with_image, name="metadata.jsonl", content=row), message) for row, message in ROWS),
-    *(
-        (partial(in_parquet, content=content), f"the metadata 'huggingface' of .*x.parquet.*{message}")
-        for content, message in FEATURED
-    ),
-    *((partial(in_mix, entry=f"{k}: {value}"), rf"mix\.yaml, source 1: {k} is") for k, value in MIXED),
-]
-
-
-def invalid_strings(folder: Path) -> Path:
-    import pyarrow
-
-    halves = pyarrow.array([b"a \xed\xa0\xbc hat"])  # half an emoji, as Arrow can hold it
-    return parquet(folder / "x.parquet", image=[png(0)], text=halves.view(pyarrow.string()))
-
-
-@pytest.mark.parametrize(("make", "message"), DAMAGED)
-def test_check_and_training_refuse_damaged_annotations_alike(
-    make: Callable[[Path], Path], message: str, tmp_path: Path
-) -> None:
-    data = str(make(tmp_path))
-    with pytest.raises(UserError, match=message) as refused:
-        find_source(data)
-    assert len(str(refused.value)) <= 2 * LENGTH + 1
-    report = check_source(data)
-    assert report.problems and one_line(refused.value.what) in report.problems[0]
-    assert report.verdict == "a training would stop at the problem"
 
 
 def test_a_cell_longer_than_csv_reads_and_a_label_of_many_digits(tmp_path: Path) -> None:

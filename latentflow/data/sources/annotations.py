@@ -330,8 +330,10 @@ def source_of_rows(
     """Return the source of examples with all their annotations; captions win over classes.
 
     Raises:
-        UserError: as for ``choose_condition`` and ``build_source``.
+        UserError: there are none; and as for ``choose_condition`` and ``build_source``.
     """
+    if not examples:
+        raise UserError(f"there are no rows in {data}", "Write one row for each image.")
     found = [Found("text", "captions")] if any(example.text for example in examples) else []
     found += [Found("class", "classes")] if any(example.label for example in examples) else []
     kind, kind_notes = choose_condition(found, request, data, lacks)

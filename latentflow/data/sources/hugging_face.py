@@ -93,8 +93,6 @@ def _source(data: str, rows: Any, request: DataRequest, root: Path | None) -> So
     import datasets
 
     ours, notes = _columns(data, rows.features, request)
-    if rows.num_rows == 0:
-        raise UserError(f"{data} has no rows", "Give a data set with images.")
     images = {name: theirs for theirs, name in ours.items() if name in ("image", "mask")}
     annotations = [theirs for theirs in ours if theirs not in images.values()]
     label = next((theirs for theirs, name in ours.items() if name == "label"), "")

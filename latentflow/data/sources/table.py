@@ -68,8 +68,6 @@ def read_table(data: str, request: DataRequest) -> Source:
             prefix = path.absolute().relative_to(root).with_suffix("").as_posix()
             found = [dataclasses.replace(example, name=f"{prefix}/{example.name}") for example in found]
         examples += found
-    if not examples:
-        raise UserError(f"there are no rows in {data}", "Write one row for each image.")
     notes = [f"{len(examples)} rows of {few([path.name for path in paths])}"]
     files = [file for example in examples for file in (example.path, example.mask) if isinstance(file, Path)]
     if absent := [str(file) for file in files if not file.is_file()]:
