@@ -75,15 +75,14 @@ class Example(ABC):
         """Return the image's colour profile where it has another than sRGB."""
         return None
 
-    @property
-    def is_converted(self) -> bool:
-        """True where its colours are converted to sRGB, and its pixels are thus not those of its file."""
-        return False
+    def key_and_conversion(self) -> tuple[str, bool]:
+        """Return ``content_key``, and whether its colours are converted: its pixels are then not those of its file."""
+        return self.content_key(), False
 
     def pixel_key(self) -> str:
         """Return the hash of what its pixels are made of: ``content_key``, and the conversion of its colours."""
-        key = self.content_key()
-        return hash_text(f"in sRGB {key}") if self.is_converted else key
+        key, is_converted = self.key_and_conversion()
+        return hash_text(f"in sRGB {key}") if is_converted else key
 
     def open_mask(self) -> Image.Image | None:
         """Return the user's own mask, upright at its own size (mode "L", 255 = repaint); None where there is none.
@@ -122,16 +121,17 @@ class FileExample(Example):
     def profile(self) -> Profile | None:
         return key_and_profile(self.path)[1]
 
-    @property
-    def is_converted(self) -> bool:
-        return self.colours == "srgb" and (found := self.profile()) is not None and not found.problem
-
     def open_mask(self) -> Image.Image | None:
         return alpha_mask(decode_image(self.path)) if self._alpha_is_mask else super().open_mask()
 
     def content_key(self) -> str:
-        key, _ = key_and_profile(self.path)  # with and without its alpha channel an image looks different
-        return hash_text(f"without alpha {key}") if self._alpha_is_mask else key
+        return self.key_and_conversion()[0]
+
+    def key_and_conversion(self) -> tuple[str, bool]:
+        key, profile = key_and_profile(self.path)
+        if self._alpha_is_mask:  # with and without its alpha channel an image looks different
+            key = hash_text(f"without alpha {key}")
+        return key, self.colours == "srgb" and profile is not None and not profile.problem
 
     @property
     def _alpha_is_mask(self) -> bool:
@@ -280,10 +280,11 @@ class Source:
 
 def _describe(example: Example) -> str:
     """Return all of an example but its name. Hashes in users' checkpoints are of these words."""
-    parts = [example.content_key(), example.text, example.label]
+    key, is_converted = example.key_and_conversion()
+    parts = [key, example.text, example.label]
     if mask := example.mask_key():
         parts.append(mask)
-    if example.is_converted:
+    if is_converted:
         parts.append("in sRGB")
     parts += [f"or {text}" for text in example.texts]
     if example.weight != 1:

@@ -15,7 +15,7 @@ from latentflow.config import PRESETS, RunConfig
 from latentflow.data import Report, check_source, find_source, readable
 from latentflow.data.checking.page import choose_evenly, contact_sheet
 from latentflow.data.checking.report import aspect_histogram, caption_facts, kept_by_square_crop, reach
-from latentflow.data.checking.suggest import _PRESETS, suggest
+from latentflow.data.checking.suggest import suggest
 from latentflow.errors import UserError
 
 from .images import folder_of, load_program, noise, save_all, turned_by_exif
@@ -130,9 +130,8 @@ def test_a_suggestion_is_a_line_that_train_takes(
     assert config.data.resolution == resolution and config.data.masks == "alpha"
     assert words[words.index("--preset") + 1] == preset and (config.vae is not None) == (resolution == 256)
     assert all(choice in suggestion.command or choice == "no --vae" for choice in suggestion.reasons)
-    ours = next(one for one in _PRESETS if one.name == preset)
-    assert PRESETS[preset]["train_batch_size"] == ours.batch == config.loop.train_batch_size
-    assert config.loop.max_train_steps <= PRESETS[preset]["max_train_steps"] == ours.most_steps
+    assert f"batches of {config.loop.train_batch_size} " in "".join(suggestion.reasons.values())
+    assert config.loop.max_train_steps <= PRESETS[preset]["max_train_steps"]
 
 
 @pytest.mark.parametrize(("kept", "buckets"), [(0.5, True), (0.89, True), (0.91, False), (1.0, False)])

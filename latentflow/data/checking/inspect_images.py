@@ -281,7 +281,6 @@ def list_reasons(reasons: Mapping[str, str]) -> str:
 _VERSION = 2  # raise it when fields of ImageInfo change, or their meaning
 _AT_ONCE = 1024  # rows that are written at once: a disk may take 20 ms to store anything safely
 _FIELDS = [f.name for f in dataclasses.fields(ImageInfo) if not f.name.endswith("error")]
-_FLAGS = ("rotated", "animated")
 
 
 class _Inspected:
@@ -322,10 +321,7 @@ class _Inspected:
                 row = self._database.execute(
                     f"SELECT {', '.join(_FIELDS)} FROM looks WHERE place = ? AND state = ?", place
                 ).fetchone()
-        if row is None:
-            return None
-        values = dict(zip(_FIELDS, row, strict=True))
-        return ImageInfo(**values | {flag: bool(values[flag]) for flag in _FLAGS})
+        return None if row is None else ImageInfo(**dict(zip(_FIELDS, row, strict=True)))
 
     def add(self, example: Example, info: ImageInfo) -> None:
         if not (info.error or info.mask_error) and (place := _place(example)) is not None:

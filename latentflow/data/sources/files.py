@@ -155,7 +155,15 @@ def file_key(file: File) -> str:
 @functools.lru_cache(maxsize=1_000_000)
 def _hash(file: File, size: int, modified: int) -> str:
     with open_stream(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hash_stream(stream)
+
+
+def hash_stream(stream: BinaryIO) -> str:
+    """Return the hexadecimal hash of a stream. For small files this is faster than `hashlib.file_digest`."""
+    digest = hashlib.sha256()
+    while part := stream.read(2**18):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def suffix_of(name: str) -> str:

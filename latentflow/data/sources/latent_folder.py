@@ -29,7 +29,7 @@ from ...utils.files import read_json, storable
 from ..cache.store import NO_KEY, Array, ShardSet, digests
 from ..dataset import Example, Kind, Source, StoredSizes
 from .annotations import DataRequest
-from .files import import_extra
+from .files import hash_stream, import_extra
 
 VERSION = 1  # of the format
 DESCRIPTION, INDEX, AUTOENCODER = "latents.json", "index.arrow", "autoencoder"
@@ -89,7 +89,7 @@ def _open_index(path: Path, store: LatentStore) -> _Index:
     arrow, description = import_arrow(), store.description
     fix = "Start the `latentflow precompute` line that made it again: it encodes only what is missing."
     with reading(path, OSError, fix=fix), path.open("rb") as file:
-        hash = hashlib.file_digest(file, "sha256").hexdigest()
+        hash = hash_stream(file)
     if hash != description["index"]:
         raise UserError(f"{path} cannot be read: it is not the one that {DESCRIPTION} was written with", fix)
     with reading(path, OSError, arrow.ArrowException, UnicodeDecodeError, fix=fix):
@@ -118,35 +118,6 @@ class LatentStore:
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
         self.folder, self.description = folder, description
         self.kinds = {kind_of(place) for place in description["tables"]}
-
-    def shards(self, kind: str, settings: dict[str, object]) -> ShardSet:
-        """Return the shards of ``kind`` (latents, pixels or masks). Latents with mirror images serve without, too.
-
-        Raises:
-            UserError: there are none, or they were not made with these settings.
-        """
-        if kind not in self.kinds:
-            raise UserError(
-                f"{self.folder} holds no {kind}, which inpainting and evaluation need",
-                "Run its `latentflow precompute` line again with --pixels, or do without.",
-            )
-        wanted = json.loads(json.dumps(settings))
-        place = place_of(kind, wanted["size"])
-        held = self.description["tables"].get(place)
-        if held is None:
-            height, width = wanted["size"]
-            raise UserError(
-                f"{self.folder} holds no {kind} of {width} x {height} pixels",
-                "Leave --resolution out, or precompute again into another folder.",
-            )
-        if held.get("flips"):
-            wanted["flips"] = True
-        if differences := setting_differences(held, wanted):
-            raise UserError(
-                f"the {kind} in {self.folder} were made with {differences}",
-                "Use those settings, or precompute again into another folder.",
-            )
-        return ShardSet(self.folder / place, kind, read_only=True)
 
     def mask(self, key: str) -> Path | None:
         """Return where the mask of this key lies; None where there is none, or masks are not wanted."""
@@ -227,7 +198,29 @@ class LatentFolder(Source):
         return StoredSizes(self.sizes, self.index.numbers("bucket"), natural)
 
     def shards(self, kind: str, settings: dict[str, object]) -> ShardSet:
-        return self.store.shards(kind, settings)
+        store = self.store
+        if kind not in store.kinds:
+            raise UserError(
+                f"{store.folder} holds no {kind}, which inpainting and evaluation need",
+                "Run its `latentflow precompute` line again with --pixels, or do without.",
+            )
+        wanted = json.loads(json.dumps(settings))
+        place = place_of(kind, wanted["size"])
+        held = store.description["tables"].get(place)
+        if held is None:
+            height, width = wanted["size"]
+            raise UserError(
+                f"{store.folder} holds no {kind} of {width} x {height} pixels",
+                "Leave --resolution out, or precompute again into another folder.",
+            )
+        if held.get("flips"):
+            wanted["flips"] = True  # those with mirror images serve without, too
+        if differences := setting_differences(held, wanted):
+            raise UserError(
+                f"the {kind} in {store.folder} were made with {differences}",
+                "Use those settings, or precompute again into another folder.",
+            )
+        return ShardSet(store.folder / place, kind, read_only=True)
 
     def adopt(self, data: DataConfig) -> DataConfig:
         side, tables = self.store.description["resolution"], self.store.description["tables"]
