@@ -25,7 +25,7 @@ from latentflow.errors import UserError, one_line
 
 from ..data.images import noise
 from ..data.profiles import rgb_profile
-from ..data.test_near import save_copies
+from ..data.test_splits import save_copies
 from .command import TINY, call
 
 AUTOENCODER = AutoencoderConfig(

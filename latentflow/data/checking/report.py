@@ -156,36 +156,37 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the report for people, one screen."""
-        lines = [self.headline, *self.notes]
-        if self.classes:
-            lines.append("images per class: " + list_counts(self.classes, 12))
-        if self.condition == "text" and self.captions:
-            facts = self.caption_facts
-            lines.append(f"{self.captions} different captions")
-            lines.append(
-                f"words in a caption: {facts.shortest} to {facts.longest}, median {facts.median:g}; "
-                f"{facts.vocabulary} different words, {facts.once} of them only once"
-            )
-        if self.sizes:
-            sides = [f"{side} px ({count})" for side, count in self.reach.items() if count]
-            lines += [
-                "sizes: " + list_counts(self.sizes),
-                "shapes: " + list_counts(self.aspects, 12),
-                f"a square crop keeps {self.kept_by_square_crop:.0%} of the area",
-                f"short sides of at least: {', '.join(sides) or f'none has {SIDES[0]} px'}",
-                f"modes: {list_counts(self.modes)}; {self.rotated} rotated by EXIF",
-                "formats: " + list_counts(self.formats),
-            ]
-        if self.profiles:
-            lines.append(profile_line(self.profiles))
-        if self.masks:
-            lines.append(f"{self.masks} of {self.images} images have a mask of their own")
+        lines = [self.headline, *self.notes, *self.facts()]
         if self.unreadable:
             reasons = list_reasons(self.unreadable)
             lines.append(f"{len(self.unreadable)} cannot be read and are skipped: {reasons}")
         lines += [f"warning: {line}" for line in self.warnings]
         lines += [f"PROBLEM: {line}" for line in self.problems]
         return [one_line(line) for line in [*lines, self.verdict]]
+
+    def facts(self) -> Iterator[str]:
+        """Yield a sentence on each thing that was counted."""
+        if self.classes:
+            yield "images per class: " + list_counts(self.classes, 12)
+        if self.condition == "text" and self.captions:
+            facts = self.caption_facts
+            yield f"{self.captions} different captions"
+            yield (
+                f"words in a caption: {facts.shortest} to {facts.longest}, median {facts.median:g}; "
+                f"{facts.vocabulary} different words, {facts.once} of them only once"
+            )
+        if self.sizes:
+            sides = [f"{side} px ({count})" for side, count in self.reach.items() if count]
+            yield "sizes: " + list_counts(self.sizes)
+            yield "shapes: " + list_counts(self.aspects, 12)
+            yield f"a square crop keeps {self.kept_by_square_crop:.0%} of the area"
+            yield f"short sides of at least: {', '.join(sides) or f'none has {SIDES[0]} px'}"
+            yield f"modes: {list_counts(self.modes)}; {self.rotated} rotated by EXIF"
+            yield "formats: " + list_counts(self.formats)
+        if self.profiles:
+            yield profile_line(self.profiles)
+        if self.masks:
+            yield f"{self.masks} of {self.images} images have a mask of their own"
 
     @property
     def headline(self) -> str:
