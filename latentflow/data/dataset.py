@@ -315,8 +315,11 @@ def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
     source.refuse_decided(f"--shuffle-tags {orders}")
     if source.kind != "text":
         raise UserError(f"--shuffle-tags {orders}: {source.name} has no captions", "Leave it out.")
-    examples = tuple(_shuffled(example, orders, keep) for example in source.examples)
-    changed = sum(len(new.texts) > len(old.texts) for new, old in zip(examples, source.examples, strict=True))
+    examples, changed = [], 0
+    for example in source.examples:
+        first, *more = (text for caption in example.captions for text in _orders(caption, orders, keep))
+        changed += len(more) > len(example.texts)
+        examples.append(dataclasses.replace(example, text=first, texts=tuple(more)))
     if not changed:
         raise UserError(
             f"--shuffle-tags {orders}: no caption of {source.name} has tags to shuffle",
@@ -324,12 +327,7 @@ def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
         )
     kept = f", the first {keep} in place" if keep else ""
     note = f"tags of {changed} images in up to {orders} orders of each caption{kept}"
-    return dataclasses.replace(source, examples=examples).noted(note)
-
-
-def _shuffled(example: Example, orders: int, keep: int) -> Example:
-    texts = [text for caption in example.captions for text in _orders(caption, orders, keep)]
-    return dataclasses.replace(example, text=texts[0], texts=tuple(texts[1:]))
+    return dataclasses.replace(source, examples=tuple(examples)).noted(note)
 
 
 def _orders(caption: str, orders: int, keep: int) -> list[str]:

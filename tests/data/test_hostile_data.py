@@ -344,11 +344,11 @@ SEEDS: dict[str, Callable[[Path], object]] = {
     "config": lambda folder: read_config(written(folder / "c.yaml", "masks: none")),
 }  # fmt: skip
 OURS = [
-    ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"), ("metadata", folder_source, "rename"),
+    ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"), ("metadata", folder_source, "our_columns"),
     ("metadata", documents, "_refuse_excess"), ("csv", folder_source, "_file_name"), ("csv", metadata, "decode"),
     ("sidecar", folder_source, "read_sidecars"), ("sidecar", folder_source, "_left_out"),
     ("table", metadata, "text_in"), ("table", metadata, "_path_in"), ("parquet", metadata, "class_name"),
-    ("parquet", table, "_filled"), ("parquet", table, "refuse_synonyms"), ("shard", shards, "_json_object"),
+    ("parquet", table, "_filled"), ("parquet", table, "our_columns"), ("shard", shards, "_json_object"),
     ("shard", shards, "_is_caption"), ("shard", shards, "TarMember"), ("zip", archives, "folder_source"),
     ("zip", archives, "refuse_large"), ("latents", latent_folder, "place_of"), ("latents", latent_folder, "_Index"),
     ("latents", latent_folder, "index_schema"), ("saved", metadata, "parse_row"), ("saved", saved_sets, "ArrowMember"),

@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -156,18 +156,24 @@ def unused_columns(ours: Mapping[str, str], image: str) -> list[str]:
     return [theirs for theirs, name in ours.items() if name not in read and not holds_captions(name)]
 
 
-def refuse_synonyms(where: str, columns: Collection[str]) -> None:
-    """Refuse a table whose captions, classes, masks or weights would go unread, being called by another word."""
+def our_columns(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> dict[str, str]:
+    """Return our name of every column, as `rename` does.
+
+    Raises:
+        UserError: also where captions, classes, masks or weights would go unread, being called by another word.
+    """
+    found = rename(columns, renamed, where)
+    names = set(found.values())
     for column, synonyms in _SYNONYMS.items():
         missing = ["text", "label"] if column in ("text", "label") else [column]
-        if any(name in missing or ("text" in missing and holds_captions(name)) for name in columns):
+        if any(name in missing or ("text" in missing and holds_captions(name)) for name in names):
             continue
-        for synonym in synonyms:
-            if synonym in columns:
-                raise UserError(
-                    f"{where} has no {' or '.join(missing)}, but '{synonym}'",
-                    f"Rename it to '{column}', or add --columns {column} {synonym}.",
-                )
+        if synonym := next((synonym for synonym in synonyms if synonym in names), ""):
+            raise UserError(
+                f"{where} has no {' or '.join(missing)}, but '{synonym}'",
+                f"Rename it to '{column}', or add --columns {column} {synonym}.",
+            )
+    return found
 
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:

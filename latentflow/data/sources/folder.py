@@ -19,10 +19,9 @@ from .annotations import (
     annotated_example,
     build_source,
     choose_condition,
+    our_columns,
     parse_row,
     read_records,
-    refuse_synonyms,
-    rename,
     text_in,
     unused_columns,
 )
@@ -66,10 +65,6 @@ class Metadata:
     unused: tuple[str, ...] = ()
 
     @property
-    def has_text(self) -> bool:
-        return any(row.texts for row in self.rows.values())
-
-    @property
     def has_label(self) -> bool:
         return any(row.label for row in self.rows.values())
 
@@ -91,7 +86,8 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
         raise UserError(f"{folder.root} holds both {' and '.join(METADATA_NAMES)}", "Keep one of them.")
     path = folder.root / found[0]
     records = list(read_records(folder.file(found[0]), path))
-    ours = rename(dict.fromkeys(name for _, record in records for name in record), renamed, str(path))
+    columns = dict.fromkeys(name for _, record in records for name in record)
+    ours = our_columns(columns, renamed, str(path))
     rows: dict[str, RowAnnotation] = {}
     masks: dict[str, str] = {}
     lines: dict[str, int] = {}
@@ -109,7 +105,6 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
                     f"{where}: {name} is given as its own mask",
                     "Name the mask's file, or use --masks alpha to read masks from the alpha channels.",
                 )
-    refuse_synonyms(str(path), set(ours.values()))
     for names, what, column in ((rows, "files", "file_name"), (masks.values(), "masks", "mask")):
         if absent := [name for name in names if not folder.holds(name)]:
             raise UserError(
@@ -280,7 +275,8 @@ def _decide(
     folder: Folder, metadata: Metadata, sidecars: Sidecars, request: DataRequest
 ) -> tuple[Kind, list[str]]:
     """Choose what to condition on, and write notes on where it comes from and what is not used."""
-    described, labelled, auto = metadata.has_text, metadata.has_label, request.condition == "auto"
+    described, auto = any(row.texts for row in metadata.rows.values()), request.condition == "auto"
+    labelled = metadata.has_label
     origins = [metadata.name] * described
     origins += [f"{sidecars.endings} files beside the images"] * bool(sidecars.texts)
     found = [Found("text", "captions", " and ".join(origins))] if origins else []

@@ -19,9 +19,8 @@ from .annotations import (
     COLUMNS,
     DataRequest,
     holds_captions,
+    our_columns,
     read_records,
-    refuse_synonyms,
-    rename,
     source_of_rows,
     table_examples,
     unused_columns,
@@ -89,24 +88,17 @@ def _table(path: Path, request: DataRequest, unused: dict[str, None]) -> list[Fi
         records = list(read_records(path, path))
         if not records:
             return []
-        ours, classes = _columns(path, list(records[0][1]), request), None
+        ours, classes = our_columns(records[0][1], request.columns, str(path)), None
         rows: _Rows = ((f"{path}, line {line}", _stripped(record), {}) for line, record in records)
     else:
         file = _open_parquet(path)
-        ours = _columns(path, file.schema_arrow.names, request)
+        ours = our_columns(file.schema_arrow.names, request.columns, str(path))
         label = next((theirs for theirs, name in ours.items() if name == "label"), "")
         classes = _class_names(path, file).get(label)
         rows = _parquet_rows(path, file, ours)
     image = _image_column(path, ours.values())
     unused |= dict.fromkeys(unused_columns(ours, image))
     return list(table_examples(rows, ours, image, path.parent, classes))
-
-
-def _columns(path: Path, columns: list[str], request: DataRequest) -> dict[str, str]:
-    """Return our name of every column."""
-    ours = rename(columns, request.columns, str(path))
-    refuse_synonyms(str(path), set(ours.values()))
-    return ours
 
 
 def _image_column(path: Path, columns: Collection[str]) -> str:
@@ -181,7 +173,12 @@ def _parquet_rows(path: Path, file: Any, ours: Mapping[str, str]) -> _Rows:
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         filled = {name: _filled(path, file, group, theirs) for name, theirs in cells.items()}
-        for row, values in enumerate(_read_rows(path, file, group, read) if read else [{}] * size):
+        rows = [{}] * size
+        if read:
+            table = _read_group(path, file, group, read)
+            with reading(path, *_failures(), fix=_AGAIN):
+                rows = table.to_pylist()
+        for row, values in enumerate(rows):
             members = {
                 name: Cell(container, group, row, theirs) if filled[name][row] else None
                 for name, theirs in cells.items()
@@ -244,13 +241,6 @@ def _refuse_bomb(path: Path, file: Any, group: int) -> None:
     unpacked = file.metadata.row_group(group).total_byte_size
     if unpacked > MOST_UNPACKED * path.stat().st_size:
         refuse_large(f"{path}: group {group}", unpacked, IMAGE_BYTES)
-
-
-def _read_rows(path: Path, file: Any, group: int, columns: list[str]) -> list[dict[str, Any]]:
-    table = _read_group(path, file, group, columns)
-    with reading(path, *_failures(), fix=_AGAIN):
-        rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
 
 
 def _holds_bytes(file: Any, column: str) -> bool:
