@@ -204,8 +204,10 @@ class ShardSet:
                 weakref.finalize(self, os.close, lock)
         elif not read_only:
             folder.mkdir(exist_ok=True)
-        if not read_only:
-            _remove_stale(folder)
+        with suppress(OSError):
+            for path in () if read_only else folder.glob("*.tmp"):  # of processes that were killed
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
         self._open_new()
 
     def find(self, keys: Array) -> Array:
@@ -333,14 +335,6 @@ class ShardSet:
         self._names.discard(path.name)
         with suppress(OSError):
             path.unlink()
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed."""
-    with suppress(OSError):
-        for path in folder.glob("*.tmp"):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()
 
 
 def _joined(batches: Iterator[Tables], bar: tqdm[None]) -> Tables:
