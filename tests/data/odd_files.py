@@ -99,13 +99,14 @@ def make_reported(root: Path) -> dict[str, str]:
     (root / "header-only.png").write_bytes(held.getvalue()[:33])
     (root / "bomb.png").write_bytes(png_header(60_000, 60_000))
     Image.fromarray(np.array([[0, 1], [np.nan, 1]], np.float32)).save(root / "undefined.tif")
+    Image.fromarray(np.array([[0, 70000]], np.float32)).save(root / "beyond.tif")
     (root / "loop.png").symlink_to("loop.png")
     (root / "dangling.png").symlink_to("nowhere.png")
     os.mkfifo(root / "pipe.png")
     reasons = {
         "empty.jpg": "empty", "text.png": "not an image", "page.jpg": "not an image", "zeros.png": "not an image",
-        "bomb.png": "pixels", "undefined.tif": "undefined", "loop.png": "levels of symbolic links",
-        "dangling.png": "no such file", "pipe.png": "not a regular file",
+        "bomb.png": "pixels", "undefined.tif": "undefined", "beyond.tif": "reach from 0 to 70000",
+        "loop.png": "levels of symbolic links", "dangling.png": "no such file", "pipe.png": "not a regular file",
     }  # fmt: skip
     return {path.name: reasons.get(path.name, "") for path in root.iterdir()}
 

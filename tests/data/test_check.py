@@ -177,6 +177,11 @@ def test_several_aspect_ratios_are_suggested_where_a_square_cuts_off_much(kept: 
         assert f"{1 - kept:.0%} of an image" in suggestion.reasons["--buckets"]
 
 
+def test_masks_are_a_reason_of_their_own() -> None:
+    suggestion = suggest(dataclasses.replace(report(64), masks=3), gpu=False)
+    assert suggestion is not None and "3 images have a mask" in suggestion.reasons["masks"]
+
+
 def test_nothing_is_suggested_for_what_cannot_be_trained_on() -> None:
     assert suggest(Report("x", "unknown", problems=("no",)), gpu=False) is None
 

@@ -87,6 +87,9 @@ FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
         {"1.jpg": None, ".cache/2.png": None, "__MACOSX/3.jpg": None, "._1.jpg": b"\0\5\26\7"}, {},
         {"names": ["1.jpg"]}, ["._1.jpg"],
     ),
+    "tables beside images": (
+        {"0.png": None, "x.parquet": ""}, {}, {"names": ["0.png"]}, ["1 .parquet files lie beside the images"],
+    ),
     "columns that are not used": (
         {"0.png": None, "metadata.csv": "file_name,text,tags,image\n0.png,a,b,c\n"}, {}, {"kind": "text"},
         ["columns of metadata.csv not used: tags, image"],

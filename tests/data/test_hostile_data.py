@@ -344,8 +344,9 @@ SEEDS: dict[str, Callable[[Path], object]] = {
     "config": lambda folder: read_config(written(folder / "c.yaml", "masks: none")),
 }  # fmt: skip
 OURS = [
-    ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"), ("metadata", folder_source, "our_columns"),
-    ("metadata", documents, "_refuse_excess"), ("csv", folder_source, "_file_name"), ("csv", metadata, "decode"),
+    ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"),
+    ("metadata", folder_source, "our_columns"), ("metadata", documents, "_refuse_excess"),
+    ("csv", folder_source, "_file_name"), ("csv", metadata, "decode"),
     ("sidecar", folder_source, "read_sidecars"), ("sidecar", folder_source, "_left_out"),
     ("table", metadata, "text_in"), ("table", metadata, "_path_in"), ("parquet", metadata, "class_name"),
     ("parquet", table, "_filled"), ("parquet", table, "our_columns"), ("shard", shards, "_json_object"),

@@ -47,7 +47,10 @@ def as_zip(path: Path) -> Path:
 
 def as_shards(path: Path) -> Path:
     texts = {f"{name}.txt": text.encode() for name, text in CAPTIONS.items()}
-    return tar(path / "set.tar", PNGS | {"a.mask.png": MASK, "a.json": b'{"text": "a red hat"}'} | texts)
+    return tar(
+        path / "set.tar",
+        PNGS | {"a.mask.png": MASK, "a.json": b'{"text": "a red hat"}', "._a.png": b""} | texts,
+    )
 
 
 def as_csv(path: Path) -> Path:
@@ -233,6 +236,9 @@ def test_parquet_with_paths_class_names_and_parts(tmp_path: Path) -> None:
     hub = tmp_path / "hub" / "data"
     hub.mkdir(parents=True)
     with_class_names(1, 0, 1).to_parquet(str(hub / "train-0.parquet"))
+    parquet(tmp_path / "p-2.parquet", image=[png(2)], text=["two"])
+    several = find_source(f"{tmp_path}/p*.parquet")
+    assert [example.name for example in several.examples] == ["p-2/row 00000000", "p/1.png"]
     named = find_source(str(tmp_path / "hub"))
     assert named.classes == ("bag", "hat") and named.class_ids() == [0, 1, 0]
     written(hub / "test-0.parquet", (hub / "train-0.parquet").read_bytes())
@@ -290,9 +296,15 @@ def test_numbers_of_classes_that_stand_for_no_name(tmp_path: Path) -> None:
 
 
 def test_columns_of_a_saved_set_are_inferred_or_listed(tmp_path: Path) -> None:
+    import datasets
+
     source = find_source(str(as_saved(tmp_path)))
     assert any("image from 'img', text from 'caption'" in note for note in source.notes)
     assert any("columns not used: size" in note for note in source.notes)
+    datasets.DatasetDict({"all": datasets.load_from_disk(source.name)}).save_to_disk(
+        str(tmp_path / "one-part")
+    )
+    assert len(find_source(str(tmp_path / "one-part"))) == 3
     two = saved(tmp_path / "two", image=HELD[:1], mask=HELD[:1], text=["a"])
     assert find_source(str(two)).examples[0].mask is not None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from latentflow.data import check_source, find_source
 from latentflow.errors import LENGTH, UserError, one_line
 
 from .images import folder_of, jsonl, load_program, parquet, png, saved, tar, written, zipped
+from .test_fuzzing import DESCRIPTION
 
 Make = Callable[[Path], Path]
 # What is refused: how it is made, the message, settings.
@@ -105,6 +108,9 @@ HALF = '{"file_name": "1.png", "text": "a \\ud83c hat"}'
 FOLDERS: Rows = {
     "gaps": (GAPS, r"8 of 9 images have no caption: 0.png, 1.png, 2.png, 3.png, 4.png and 3"),
     "no captions": (folder({"1.png": None}), "there are no captions", {"condition": "text"}),
+    "empty captions": (
+        folder({"1.png": None, "1.txt": ""}), "no image has a caption", {"missing_caption": "skip"},
+    ),
     "no classes": (folder({"1.png": None}), "there are no classes", {"condition": "class"}),
     "an image without a class": (
         folder({"1.png": None, "a/2.png": None, "b/3.png": None}), r"1 of 3 images have no class: 1.png",
@@ -184,6 +190,11 @@ SHARDS: Rows = {
     "two captions": (shard(png=b"", txt=b"a", json=b'{"text": "b"}'), ".txt says 'a', .json something else"),
     "no JSON": (shard(png=b"", json=b"{"), "s.tar: 0.json is not JSON"),
     "half a character": (shard(png=b"", json=HALF.encode()), r"0.json: text holds \\ud83c, half"),
+    "two classes": (
+        shard(png=b"", cls=b"hat", json=b'{"label": "bag"}'),
+        ".cls says 'hat', .json something else",
+    ),
+    "a list": (shard(png=b"", json=b"[1]"), "s.tar: 0.json is not an object"),
     "no UTF-8": (shard(png=b"", txt=b"\xff\xfe"), "s.tar: 0.txt is not UTF-8"),
     "no caption": (shard(png=b"", _1_png=b"", _1_txt=b"a"), "1 of 2 images have no caption: s/0"),
     "compressed": (lambda path: written(path / "s.tar.gz", ""), "is compressed"),
@@ -234,6 +245,10 @@ TABLES: Rows = {
     "a parquet row without an image": (
         table(image=[png(1), png(2), None], text=["a", "b", "c"]), r"p.parquet, row 2 holds no image",
     ),
+    "a struct without an image": (
+        table(image=[{"bytes": png(1), "path": None}, None], text=["a", "b"]), r"p.parquet, row 1 holds no image",
+    ),
+    "columns of what is drawn": (lambda _: Path("shapes"), "'shapes' has no columns", {"columns": {"text": "a"}}),
     "parquet with half a character": (invalid_strings, "x.parquet cannot be read: .*(UTF8|utf-8)"),
     **{
         f"features {content!r}": (features(content), f"the metadata 'huggingface' of .*p.parquet.*{message}")
@@ -295,6 +310,23 @@ def test_check_and_training_refuse_alike(case: str, tmp_path: Path) -> None:
     report = check_source(data, **options)
     assert one_line(refused.value.what) in report.problems[0]
     assert report.verdict == "a training would stop at the problem"
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "make"),
+    [
+        ("pyarrow.parquet", "parquet", table(image=[png(0)])),
+        ("pyarrow", "parquet", lambda path: written(path / "latents.json", json.dumps(DESCRIPTION)).parent),
+        ("datasets", "datasets", lambda path: saved(path / "s", image=[{"bytes": png(0), "path": None}])),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra_that_installs_it(
+    package: str, extra: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs {package}, which is not installed\n.*latentflow\[{extra}\]"):
+        find_source(str(data))
 
 
 # Through the command line.

@@ -71,6 +71,9 @@ def test_copies_stay_on_one_side(source: Source, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("validation", [40, 1.0, -1, -0.5, 41])
 def test_impossible(source: Source, validation: float) -> None:
+    copies = dataclasses.replace(source, examples=(source.examples[0],) * 40)
+    with pytest.raises(UserError, match="cannot hold out 1 of 40 images"):
+        split(copies, 1)
     with pytest.raises(UserError, match=f"cannot hold out {validation} of 40 images"):
         split(source, validation)
 

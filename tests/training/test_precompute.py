@@ -116,6 +116,8 @@ def test_training_without_the_images_is_training_with_them(filled: Workplace) ->
     assert table.mean.shape[1] == 2  # mirror images are not needed, but there
 
     build_autoencoder(AUTOENCODER, 16).save_pretrained(place.root / "other")
+    place.root.joinpath("away").rename(place.data)
+    assert "made by another autoencoder" in place.precompute("--vae", place.root / "other", expect=2)
     for flags, words in [
         (["--inpainting"], ["holds no pixels", "--pixels"]),
         (["--condition", "class"], ["--condition class"]),

@@ -410,9 +410,8 @@ def _complete(
 
 
 def _as_requested(example: Example, request: DataRequest) -> Example:
-    """Return an example with the masks and colours of the request; what is drawn has neither."""
-    if not isinstance(example, FileExample):
-        return example
+    """Return an example with the masks and colours of the request."""
+    assert isinstance(example, FileExample), "what is drawn, and mixes, are as requested already"
     mask = {"auto": example.mask, "none": None, "alpha": example.path}[request.masks]
     return dataclasses.replace(example, mask=mask, colours=request.colours)
 

@@ -237,11 +237,7 @@ class Folder:
 
 
 def list_folder(root: Path) -> Folder:
-    """List all files below ``root``; links are followed once, and hidden folders are left out.
-
-    Raises:
-        OSError: ``root`` itself cannot be listed.
-    """
+    """List all files below ``root``; links are followed once, and hidden folders are left out."""
     names: list[str] = []
     seen = set[str]()
     closed: list[OSError] = []
@@ -254,8 +250,6 @@ def list_folder(root: Path) -> Folder:
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
         within = "" if (relative := Path(here).relative_to(root).as_posix()) == "." else relative + "/"
         names += [within + file for file in files]
-    if any(Path(error.filename) == root for error in closed):
-        raise closed[0]
     reasons = [f"{error.filename} ({(error.strerror or '').lower()})" for error in closed]
     return Folder.of(root, names, closed=reasons)
 
