@@ -90,14 +90,13 @@ def groups_of(source: Source) -> NDArray[np.int64]:
 def near_groups(infos: Sequence[ImageInfo]) -> NDArray[np.int64]:
     """Return the number of the group of near duplicates (N,) of every image; what cannot be read stands alone."""
     groups = np.arange(len(infos), 2 * len(infos))
-    rows = [row for row, info in enumerate(infos) if info.error is None]
-    if rows:
-        groups[rows] = near_duplicates(
-            np.array([infos[row].hash for row in rows], dtype=np.int64),
-            np.frombuffer(b"".join(infos[row].thumbnail for row in rows), dtype=np.uint8).reshape(
-                len(rows), -1
-            ),
-            np.array([infos[row].size for row in rows], dtype=np.int64),
+    known = [info for info in infos if info.error is None]
+    if known:
+        thumbnails = np.frombuffer(b"".join(info.thumbnail for info in known), dtype=np.uint8)
+        groups[[info.error is None for info in infos]] = near_duplicates(
+            np.array([info.hash for info in known], dtype=np.int64),
+            thumbnails.reshape(len(known), -1),
+            np.array([info.size for info in known], dtype=np.int64),
         )
     return groups
 

@@ -1,5 +1,6 @@
 """Rows of tensors, found by the hashes of their keys, in safetensors files: a file ("shard") is written whole or not at
-all, and mapped to be read. Caches and folders of latents are sets of such shards."""
+all, and mapped to be read. Caches and folders of latents are sets of such shards; all caches lie in one folder, which
+has a limit."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def report_page(report: Report, source: Source | None, suggestion: Suggestion | 
             page.image(_sheet(shown, cell=88), one_line(" = ".join(names[:8])), "webp")
     page.heading("Files")
     groups = {" = ".join(names): "" for names in (*report.duplicates, *report.near_duplicates)}
-    for what, names in {
+    for what, reasons in {
         "files that cannot be read and are skipped": report.unreadable,
         "images whose masks cannot be used": report.unreadable_masks,
         "images whose colour profiles cannot be used": report.unusable_profiles,
@@ -128,7 +128,7 @@ def report_page(report: Report, source: Source | None, suggestion: Suggestion | 
         "images without a caption": dict.fromkeys(captions.missing, ""),
         "groups of duplicates": groups,
     }.items():
-        if names:
-            rows = [[one_line(name), one_line(why)] for name, why in names.items()]
+        if reasons:
+            rows = [[one_line(name), one_line(why)] for name, why in reasons.items()]
             page.details(f"{len(rows)} {what}").table(["file", "why"], rows)
     return page

@@ -32,6 +32,7 @@ from .files import (
     File,
     Folder,
     file_key,
+    list_folder,
     read_bytes,
     suffix_of,
 )
@@ -232,6 +233,11 @@ def _stem(name: str) -> str:
 # ---------------------------------------------------------------- the source
 
 
+def read_folder(data: str, request: DataRequest) -> Source:
+    """Return the images of a folder on disk; see ``folder_source``."""
+    return folder_source(data, list_folder(Path(data).expanduser()), request)
+
+
 def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
     """Return the source of a folder's images.
 
@@ -281,7 +287,7 @@ def _decide(
     origins += [f"{sidecars.endings} files beside the images"] * bool(sidecars.texts)
     found = [Found("text", "captions", " and ".join(origins))] if origins else []
     # A single subfolder is where the images lie, unless it is asked for or there is nothing else.
-    if labelled or len(folder.per_subfolder()) > (auto and bool(origins)):
+    if labelled or len(folder.per_subfolder()) > (1 if auto and origins else 0):
         classes = Found("class", "classes", metadata.name if labelled else "subfolders")
         found.insert(0 if labelled and not described else len(found), classes)
     kind, notes = choose_condition(found, request, str(folder.root), _LACKS)

@@ -16,8 +16,8 @@ from ...utils.files import read_yaml
 from ..cache.store import refuse_inside
 from ..dataset import Colours, Example, Source, with_tag_orders
 from .annotations import HEAVIEST, Condition, DataRequest, Masks, MissingCaption, build_source
-from .files import IMAGE_SUFFIXES, list_folder, parquet_files
-from .folder import folder_source
+from .files import IMAGE_SUFFIXES, parquet_files
+from .folder import read_folder
 from .hugging_face import read_hub, read_saved
 from .latent_folder import DESCRIPTION, read_latent_folder
 from .table import read_table
@@ -125,10 +125,6 @@ def _is_table(data: str, path: Path) -> bool:
 def is_latent_folder(data: str) -> bool:
     """Return whether DATA is a folder of latents."""
     return (Path(data).expanduser() / DESCRIPTION).is_file()
-
-
-def _read_folder(data: str, request: DataRequest) -> Source:
-    return folder_source(data, list_folder(Path(data).expanduser()), request)
 
 
 def _read_shapes(data: str, request: DataRequest) -> Source:
@@ -286,7 +282,7 @@ KINDS: dict[str, DataKind] = {
     "latents": DataKind(
         "a folder of `latentflow precompute`", lambda data, _: is_latent_folder(data), read_latent_folder
     ),
-    "folder": DataKind("a folder of images", lambda _, path: path.is_dir(), _read_folder),
+    "folder": DataKind("a folder of images", lambda _, path: path.is_dir(), read_folder),
 }
 
 

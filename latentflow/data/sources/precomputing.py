@@ -1,4 +1,4 @@
-"""Writing a folder of latents (see ``latent_folder`` and ``latent_files``)."""
+"""Writing a folder of latents (see ``latent_folder``)."""
 
 from __future__ import annotations
 

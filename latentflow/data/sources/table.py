@@ -173,7 +173,7 @@ def _parquet_rows(path: Path, file: Any, ours: Mapping[str, str]) -> _Rows:
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         filled = {name: _filled(path, file, group, theirs) for name, theirs in cells.items()}
-        rows = [{}] * size
+        rows: list[dict[str, Any]] = [{}] * size
         if read:
             table = _read_group(path, file, group, read)
             with reading(path, *_failures(), fix=_AGAIN):
