@@ -46,12 +46,8 @@ class Container:
         state = path.stat()
         return cls(path, state.st_size, state.st_mtime_ns)
 
-    def open(self) -> BinaryIO:
-        """Open the file, in which positions found earlier are still valid.
-
-        Raises:
-            UserError: it has changed since, or is gone.
-        """
+    def check(self) -> None:
+        """Raise `UserError` where it has changed since or is gone: positions found earlier are valid no more."""
         try:
             now = Container.of(self.path)
         except OSError as error:
@@ -61,6 +57,10 @@ class Container:
                 f"{self.path} has changed since it was listed",
                 "Leave data alone while a program reads them, and start the program again.",
             )
+
+    def open(self) -> BinaryIO:
+        """Open the file, after `check`."""
+        self.check()
         return self.path.open("rb")
 
 

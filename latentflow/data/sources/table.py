@@ -135,7 +135,7 @@ class Cell(Member):
     column: str
 
     def _read(self, bound: int) -> bytes:
-        self.table.open().close()  # refuses a changed file
+        self.table.check()
         with _LOCK:  # else every thread would read the same group
             values = _read_column(self.table, self.group, self.column, os.getpid())
         value = values[self.row].as_py()

@@ -37,7 +37,7 @@ class ZipMember(Member):
     name: str
 
     def _read(self, bound: int) -> bytes:
-        self.zip.open().close()  # refuses a changed file
+        self.zip.check()
         archive, parts = _open(self.zip, os.getpid()), []
         info = archive.getinfo(self.name)
         refuse_large(str(self), info.file_size, bound)
