@@ -183,13 +183,7 @@ def write_random(folder: Path, entries: int) -> None:
     for start in range(0, entries, 4096):
         keys = digests(example.content_key() for example in examples[start : start + 4096])
         Shard(keys, {"mean": torch.randn(len(keys), 1, 4, 8, 8).numpy()}).write(folder / "latents")
-    describe(
-        job,
-        folder,
-        job.tables(),
-        complete=True,
-        index=write_index(job.framing, folder, np.arange(entries)),
-    )
+    describe(job, folder, complete=True, index=write_index(job.framing, folder, np.arange(entries)))
 
 
 def start_training(folder: Path) -> None:

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from latentflow.data.checking.check import check_data
     from latentflow.data.checking.page import contact_sheet, report_page
+    from latentflow.data.checking.report import check_data
     from latentflow.data.checking.suggest import suggest
 
     report, source = check_data(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from .cache.store import LazyTable
-from .cache.tensors import LatentTable, cached_latents, cached_masks, cached_pixels, cached_text, fingerprint
-from .checking.check import check_source, readable
-from .checking.report import Report
+from .cache.tensors import (
+    LatentTable,
+    LazyTable,
+    cached_latents,
+    cached_masks,
+    cached_pixels,
+    cached_text,
+    fingerprint,
+)
+from .checking.inspect_images import readable
+from .checking.report import Report, check_source
 from .crops import Cropping, crop, one_size
 from .dataset import Example, FileExample, Source, read_image
 from .images import decode_image, pixels_to_images, to_pil, to_tensor

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -75,15 +75,14 @@ class Example(ABC):
         """Return the image's colour profile where it has another than sRGB."""
         return None
 
-    @property
-    def is_converted(self) -> bool:
-        """True where its colours are converted to sRGB, and its pixels are thus not those of its file."""
-        return False
+    def key_and_conversion(self) -> tuple[str, bool]:
+        """Return ``content_key``, and whether its colours are converted: its pixels are then not those of its file."""
+        return self.content_key(), False
 
     def pixel_key(self) -> str:
         """Return the hash of what its pixels are made of: ``content_key``, and the conversion of its colours."""
-        key = self.content_key()
-        return hash_text(f"in sRGB {key}") if self.is_converted else key
+        key, is_converted = self.key_and_conversion()
+        return hash_text(f"in sRGB {key}") if is_converted else key
 
     def open_mask(self) -> Image.Image | None:
         """Return the user's own mask, upright at its own size (mode "L", 255 = repaint); None where there is none.
@@ -122,16 +121,17 @@ class FileExample(Example):
     def profile(self) -> Profile | None:
         return key_and_profile(self.path)[1]
 
-    @property
-    def is_converted(self) -> bool:
-        return self.colours == "srgb" and (found := self.profile()) is not None and not found.problem
-
     def open_mask(self) -> Image.Image | None:
         return alpha_mask(decode_image(self.path)) if self._alpha_is_mask else super().open_mask()
 
     def content_key(self) -> str:
-        key, _ = key_and_profile(self.path)  # with and without its alpha channel an image looks different
-        return hash_text(f"without alpha {key}") if self._alpha_is_mask else key
+        return self.key_and_conversion()[0]
+
+    def key_and_conversion(self) -> tuple[str, bool]:
+        key, profile = key_and_profile(self.path)
+        if self._alpha_is_mask:  # with and without its alpha channel an image looks different
+            key = hash_text(f"without alpha {key}")
+        return key, self.colours == "srgb" and profile is not None and not profile.problem
 
     @property
     def _alpha_is_mask(self) -> bool:
@@ -212,10 +212,10 @@ class Source:
         ids = {name: index for index, name in enumerate(self.classes)}
         return [ids[example.label or ""] for example in self.examples]
 
-    def content_keys(self) -> list[str]:
+    def content_keys(self) -> Iterable[str]:
         return [example.content_key() for example in self.examples]
 
-    def pixel_keys(self) -> list[str]:
+    def pixel_keys(self) -> Iterable[str]:
         return [example.pixel_key() for example in self.examples]
 
     def masked_keys(self) -> Iterator[str | None]:
@@ -280,10 +280,11 @@ class Source:
 
 def _describe(example: Example) -> str:
     """Return all of an example but its name. Hashes in users' checkpoints are of these words."""
-    parts = [example.content_key(), example.text, example.label]
+    key, is_converted = example.key_and_conversion()
+    parts = [key, example.text, example.label]
     if mask := example.mask_key():
         parts.append(mask)
-    if example.is_converted:
+    if is_converted:
         parts.append("in sRGB")
     parts += [f"or {text}" for text in example.texts]
     if example.weight != 1:
@@ -314,8 +315,11 @@ def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
     source.refuse_decided(f"--shuffle-tags {orders}")
     if source.kind != "text":
         raise UserError(f"--shuffle-tags {orders}: {source.name} has no captions", "Leave it out.")
-    examples = tuple(_shuffled(example, orders, keep) for example in source.examples)
-    changed = sum(len(new.texts) > len(old.texts) for new, old in zip(examples, source.examples, strict=True))
+    examples, changed = [], 0
+    for example in source.examples:
+        first, *more = (text for caption in example.captions for text in _orders(caption, orders, keep))
+        changed += len(more) > len(example.texts)
+        examples.append(dataclasses.replace(example, text=first, texts=tuple(more)))
     if not changed:
         raise UserError(
             f"--shuffle-tags {orders}: no caption of {source.name} has tags to shuffle",
@@ -323,12 +327,7 @@ def with_tag_orders(source: Source, orders: int, keep: int) -> Source:
         )
     kept = f", the first {keep} in place" if keep else ""
     note = f"tags of {changed} images in up to {orders} orders of each caption{kept}"
-    return dataclasses.replace(source, examples=examples).noted(note)
-
-
-def _shuffled(example: Example, orders: int, keep: int) -> Example:
-    texts = [text for caption in example.captions for text in _orders(caption, orders, keep)]
-    return dataclasses.replace(example, text=texts[0], texts=tuple(texts[1:]))
+    return dataclasses.replace(source, examples=tuple(examples)).noted(note)
 
 
 def _orders(caption: str, orders: int, keep: int) -> list[str]:

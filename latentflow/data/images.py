@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import os
 import stat
@@ -19,7 +18,7 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UserError, nearest, printable, reason
-from .sources.files import File, Member, file_state, open_stream
+from .sources.files import File, Member, file_state, hash_stream, open_stream
 
 _TOLERANCE = 1  # levels of 255 by which profiles of sRGB differ, which many programs write in their own way
 _LONGEST, _LARGEST = 60, 2**22  # characters of a profile's name, bytes of a profile; some are kept
@@ -74,7 +73,7 @@ def key_and_profile(file: File) -> tuple[str, Profile | None]:
 @functools.lru_cache(maxsize=1_000_000)
 def _key_and_profile(file: File, size: int, modified: int) -> tuple[str, Profile | None]:
     with open_stream(file) as stream:
-        key = hashlib.file_digest(stream, "sha256").hexdigest()
+        key = hash_stream(stream)
         stream.seek(0)
         try:
             return key, profile_of(open_image(stream))

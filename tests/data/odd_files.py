@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .images import STORED, turned_by_exif
+from .images import STORED, png_header, turned_by_exif
 
 RED, GREEN, BLUE, WHITE = (220, 30, 40), (30, 200, 60), (40, 60, 210), (255, 255, 255)
 SIDE = 64
@@ -101,13 +99,14 @@ def make_reported(root: Path) -> dict[str, str]:
     (root / "header-only.png").write_bytes(held.getvalue()[:33])
     (root / "bomb.png").write_bytes(png_header(60_000, 60_000))
     Image.fromarray(np.array([[0, 1], [np.nan, 1]], np.float32)).save(root / "undefined.tif")
+    Image.fromarray(np.array([[0, 70000]], np.float32)).save(root / "beyond.tif")
     (root / "loop.png").symlink_to("loop.png")
     (root / "dangling.png").symlink_to("nowhere.png")
     os.mkfifo(root / "pipe.png")
     reasons = {
         "empty.jpg": "empty", "text.png": "not an image", "page.jpg": "not an image", "zeros.png": "not an image",
-        "bomb.png": "pixels", "undefined.tif": "undefined", "loop.png": "levels of symbolic links",
-        "dangling.png": "no such file", "pipe.png": "not a regular file",
+        "bomb.png": "pixels", "undefined.tif": "undefined", "beyond.tif": "reach from 0 to 70000",
+        "loop.png": "levels of symbolic links", "dangling.png": "no such file", "pipe.png": "not a regular file",
     }  # fmt: skip
     return {path.name: reasons.get(path.name, "") for path in root.iterdir()}
 
@@ -134,13 +133,3 @@ def _palette_with_alpha(path: Path) -> None:
     for index, corner in enumerate([(0, 0), (half, 0), (0, half), (half, half)]):
         image.paste(index, (*corner, corner[0] + half, corner[1] + half))
     image.save(path, transparency=bytes([255, 255, 255, 0]))
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A small file whose header promises that many pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")

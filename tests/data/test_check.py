@@ -13,12 +13,19 @@ from PIL import Image
 
 from latentflow.config import PRESETS, RunConfig
 from latentflow.data import Report, check_source, find_source, readable
-from latentflow.data.checking.page import choose_evenly, contact_sheet
-from latentflow.data.checking.report import aspect_histogram, caption_facts, kept_by_square_crop, reach
-from latentflow.data.checking.suggest import _PRESETS, suggest
+from latentflow.data.checking.page import choose_evenly, contact_sheet, report_page
+from latentflow.data.checking.report import (
+    aspect_histogram,
+    caption_facts,
+    check_data,
+    kept_by_square_crop,
+    reach,
+)
+from latentflow.data.checking.suggest import suggest
 from latentflow.errors import UserError
 
 from .images import folder_of, load_program, noise, save_all, turned_by_exif
+from .test_splits import make_image
 
 
 @pytest.fixture
@@ -103,6 +110,33 @@ def test_a_problem_and_its_remedy_are_one_readable_line(tmp_path: Path) -> None:
 # --- the page and the suggestion ---
 
 
+def test_what_is_worth_knowing_is_said_in_text_and_page(tmp_path: Path) -> None:
+    for seed in range(20):
+        (tmp_path / "hat").mkdir(exist_ok=True)
+        make_image(seed).save(tmp_path / "hat" / f"{seed:02}.png")
+    (tmp_path / "bag").mkdir()
+    make_image(0).resize((48, 48)).save(tmp_path / "bag/copy.png")
+    report, source = check_data(str(tmp_path))
+    html = report_page(report, source, None).html()
+    for warning in (
+        "1 groups of near duplicates have different classes: bag/copy.png = hat/00.png",
+        "classes are unbalanced: hat has 20 images, bag has 1",
+    ):
+        assert any(warning in line for line in report.warnings) and warning in html
+    assert "1 groups of duplicates" in html and "<h2>2 classes</h2>" in html
+    for seed in range(20):
+        (tmp_path / "hat" / f"{seed:02}.txt").write_text("a hat")
+    report, source = check_data(str(tmp_path))
+    html = report_page(report, source, None).html()
+    for line in (
+        "bag/copy.png. Add them, or choose --missing-caption",
+        "captions that more than 5 % of the images share: a hat (20)",
+        "1 images have no caption: bag/copy.png",
+        "words in a caption: 2 to 2, median 2; 2 different words, 0 of them only once",
+    ):
+        assert any(line in said for said in report.lines()) and line in html
+
+
 def report(side: int, images: int = 5000) -> Report:
     sizes = [(side, 2 * side)] * images
     counts = {f"{side}x{2 * side}": images}
@@ -130,9 +164,8 @@ def test_a_suggestion_is_a_line_that_train_takes(
     assert config.data.resolution == resolution and config.data.masks == "alpha"
     assert words[words.index("--preset") + 1] == preset and (config.vae is not None) == (resolution == 256)
     assert all(choice in suggestion.command or choice == "no --vae" for choice in suggestion.reasons)
-    ours = next(one for one in _PRESETS if one.name == preset)
-    assert PRESETS[preset]["train_batch_size"] == ours.batch == config.loop.train_batch_size
-    assert config.loop.max_train_steps <= PRESETS[preset]["max_train_steps"] == ours.most_steps
+    assert f"batches of {config.loop.train_batch_size} " in "".join(suggestion.reasons.values())
+    assert config.loop.max_train_steps <= PRESETS[preset]["max_train_steps"]
 
 
 @pytest.mark.parametrize(("kept", "buckets"), [(0.5, True), (0.89, True), (0.91, False), (1.0, False)])
@@ -142,6 +175,11 @@ def test_several_aspect_ratios_are_suggested_where_a_square_cuts_off_much(kept: 
     assert ("--buckets" in shlex.split(suggestion.command)) == buckets == ("--buckets" in suggestion.reasons)
     if buckets:
         assert f"{1 - kept:.0%} of an image" in suggestion.reasons["--buckets"]
+
+
+def test_masks_are_a_reason_of_their_own() -> None:
+    suggestion = suggest(dataclasses.replace(report(64), masks=3), gpu=False)
+    assert suggestion is not None and "3 images have a mask" in suggestion.reasons["masks"]
 
 
 def test_nothing_is_suggested_for_what_cannot_be_trained_on() -> None:

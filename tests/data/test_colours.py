@@ -223,7 +223,7 @@ def test_check_counts_profiles_in_its_lines_json_and_page(
     assert "3 images have another colour profile than sRGB and are converted: Display P3 (2), Adobe" in lines
     assert "warning: 2 images have a colour profile that cannot be used" in lines and "junk.png (" in lines
     shown = page.read_text(encoding="utf-8")
-    assert "Display P3 2" in shown and "2 colour profiles that cannot be used" in shown
+    assert "Display P3 (2)" in shown and "2 images whose colour profiles cannot be used" in shown
 
 
 def test_a_training_is_told_of_profiles(mixed: Path) -> None:

@@ -30,7 +30,8 @@ CLASSED = {"hat/1.png": None, "shoe/a/2.png": None, "shoe/3.png": None}
 FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
     "metadata.jsonl": (
         {"b.png": None, "a.png": None, "metadata.jsonl": LISTED}, {},
-        {"kind": "text", "names": ["a.png", "b.png"], "captions": ["ay", "bee"]}, ["label found as well"],
+        {"kind": "text", "names": ["a.png", "b.png"], "captions": ["ay", "bee"]},
+        ["captions from metadata.jsonl", "classes from metadata.jsonl found as well, not used"],
     ),
     "not asked for": (
         {"b.png": None, "a.png": None, "metadata.jsonl": LISTED}, {"condition": "none"}, {"kind": "unconditional"}, [],
@@ -48,10 +49,12 @@ FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
          "metadata.jsonl": jsonl({"file_name": "1.png", "text": "a"}, {"file_name": "2.heic", "text": "a"})}, {},
         {"kind": "text"}, ["1 files that are not read as images: 2.heic", "1 .heic files are not read"],
     ),
-    "texts beside": (BESIDE, {}, {"kind": "text", "captions": ["a cat", "a dog"]}, ["subfolders found as well"]),
+    "texts beside": (
+        BESIDE, {}, {"kind": "text", "captions": ["a cat", "a dog"]}, ["classes from subfolders found as well"],
+    ),
     "texts beside, classes asked for": (
         BESIDE, {"condition": "class"}, {"kind": "class", "classes": ("cats", "dogs"), "class_ids": [0, 1]},
-        ["captions found as well, not used (--condition decides)"],
+        ["captions from .txt files beside the images found as well, not used (--condition decides)"],
     ),
     "metadata before texts": (
         {"1.png": None, "2.png": None, "1.txt": "one\n", "2.txt": "two",
@@ -83,6 +86,9 @@ FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
     "hidden files": (
         {"1.jpg": None, ".cache/2.png": None, "__MACOSX/3.jpg": None, "._1.jpg": b"\0\5\26\7"}, {},
         {"names": ["1.jpg"]}, ["._1.jpg"],
+    ),
+    "tables beside images": (
+        {"0.png": None, "x.parquet": ""}, {}, {"names": ["0.png"]}, ["1 .parquet files lie beside the images"],
     ),
     "columns that are not used": (
         {"0.png": None, "metadata.csv": "file_name,text,tags,image\n0.png,a,b,c\n"}, {}, {"kind": "text"},
@@ -187,78 +193,6 @@ def test_check_names_what_is_not_read(
     lines = capsys.readouterr().out
     assert "1 other files are not read: 0.\\x1b[31mtags; captions are read from" in lines
     assert "\x1b" not in lines
-
-
-# --- what is refused ------------------------------------------------------------------------------------
-
-
-def listed(*rows: dict[str, object]) -> Files:
-    return {"1.png": None, "metadata.jsonl": jsonl(*rows)}
-
-
-def described(**row: object) -> Files:
-    return listed({"file_name": "1.png", "text": "a", **row})
-
-
-REFUSED: dict[str, tuple[Files, dict[str, Any], str]] = {
-    "gaps": (GAPS, {}, r"8 of 9 images have no caption: 0.png, 1.png, 2.png, 3.png, 4.png and 3"),
-    "no captions": ({"1.png": None}, {"condition": "text"}, "there are no captions"),
-    "an image without a class": (
-        {"1.png": None, "a/2.png": None, "b/3.png": None}, {"condition": "class"},
-        r"1 of 3 images have no class: 1.png",
-    ),
-    "metadata and texts that differ": (
-        {**listed({"file_name": "1.png", "text": "one"}), "1.txt": "other"}, {},
-        r"metadata.jsonl and the .txt files differ on 1 images: 1.png",
-    ),
-    "twice": (listed(*[{"file_name": "1.png", "text": "a"}] * 2), {}, "twice, in lines 1 and 2"),
-    "absent": (described(file_name="9.png"), {}, "1 files .* do not exist: 9.png"),
-    "another word": (listed({"file_name": "1.png", "caption": "a"}), {}, "'caption'\nRename it to 'text'"),
-    "no file_name": (listed({"file": "1.png", "text": "a"}), {}, r"line 1 has no file_name \(it has file, text\)"),
-    "outside": (described(file_name="../1.png"), {}, "leads out of the folder"),
-    "a number as text": (described(text=5), {}, "text is 5, not a string"),
-    "an absent mask": (described(mask="m.png"), {}, r"names 1 masks that do not exist: m.png\nmask is relative"),
-    "a mask outside": (described(mask="../1.png"), {}, "leads out of the folder"),
-    "a number as mask": (described(mask=5), {}, "mask is 5, not a string"),
-    "its own mask": (described(mask="1.png"), {}, r"1.png is given as its own mask\n.*--masks alpha"),
-    "a mask by another word": (
-        described(mask_file_name="m.png"), {}, "no mask, but 'mask_file_name'\nRename it to 'mask'",
-    ),
-    "no JSON": (
-        {"1.png": None, "metadata.jsonl": '{"file_name": "1.png", "text": "a"}\n{oops\n'}, {}, "line 2 is not JSON",
-    ),
-    "two metadata files": (
-        {**described(), "metadata.csv": "file_name,text\n1.png,a\n"}, {}, r"both metadata.jsonl and metadata.csv",
-    ),
-    "columns without metadata": ({"1.png": None}, {"columns": {"text": "a"}}, "has no metadata.jsonl or metadata.csv"),
-    "empty": ({}, {}, r"no images in .*; it is empty"),
-    "only other files": (
-        {"all.zip": "", "._a.jpg": ""}, {}, r"1 hidden or macOS resource files \(._a.jpg\); it holds 1 .zip",
-    ),
-    "parts of one data set": (
-        {"train/a/1.png": None, "train/b/2.png": None, "test/a/3.png": None}, {},
-        r"test/ \(1\), train/ \(2\).*\nGive one of them: .*/train",
-    ),
-    "metadata one level below": (
-        {"big/1.png": None, "small/2.png": None, "big/metadata.jsonl": jsonl({"file_name": "1.png", "text": "a"})}, {},
-        "metadata in big.*\nGive one of them: .*/big",
-    ),
-    "one subfolder": (
-        {"photos/cat/1.png": None, "photos/dog/2.png": None}, {},
-        r"found in photos/cat/ \(1\), photos/dog/ \(1\)\n.*/photos",
-    ),
-    "images beside class folders": (
-        {"0.png": None, "a/1.png": None, "b/2.png": None}, {},
-        r"1 images lie in .* itself, others in a/ \(1\), b/ \(1\)",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_folder_that_cannot_be_meant_is_refused(tmp_path: Path, case: str) -> None:
-    files, settings, message = REFUSED[case]
-    with pytest.raises(UserError, match=message):
-        find_source(str(folder_of(tmp_path, files)), **settings)
 
 
 def test_a_missing_folder_names_the_nearest(tmp_path: Path) -> None:

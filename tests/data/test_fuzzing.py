@@ -26,7 +26,7 @@ from safetensors.torch import save
 from latentflow.cli import parse
 from latentflow.config import DataConfig
 from latentflow.data import decode_image, find_source, read_mask
-from latentflow.data.sources.latent_files import index_schema
+from latentflow.data.sources.latent_folder import index_schema
 from latentflow.errors import LENGTH, UserError, printable
 from latentflow.pipeline.adapter_files import AdapterFacts, read_adapter
 from latentflow.training.report.folder import read_run

@@ -9,7 +9,6 @@ import struct
 import tracemalloc
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ import pytest
 from latentflow import cli
 from latentflow.cli import parse
 from latentflow.config import DataConfig
-from latentflow.data import check_source, find_source
+from latentflow.data import find_source
 from latentflow.data.sources import annotations as metadata
-from latentflow.data.sources import assemble, files, kinds, latent_files, latent_folder, table
+from latentflow.data.sources import files, kinds, latent_folder, table
 from latentflow.data.sources import folder as folder_source
 from latentflow.data.sources import hugging_face as saved_sets
 from latentflow.data.sources import webdataset as shards
@@ -142,104 +141,6 @@ def test_a_file_of_prompts_is_read_as_other_text(content: bytes | None, told: st
         _read_prompts(str(prompts))
 
 
-# ---- text that nothing can store ----
-
-HALF = '{"file_name": "0.png", "text": "a \\ud83c hat"}'
-NO_TEXT: list[tuple[Callable[[Path], Path], str]] = [
-    (lambda folder: with_image(folder, "metadata.jsonl", HALF), r"line 1: text holds \\ud83c, half"),
-    (
-        lambda folder: with_image(folder, "metadata.jsonl", HALF.replace('"a \\ud83c hat"', '["a", "\\udc00"]')),
-        r"line 1: text holds \\udc00, half",
-    ),
-    (
-        lambda folder: with_image(folder, "metadata.jsonl", HALF.replace("text", "label")),
-        r"line 1: label holds \\ud83c, half",
-    ),
-    (lambda folder: in_shard(folder, "0.json", HALF), r"0.json: text holds \\ud83c, half"),
-    (
-        lambda folder: with_image(folder, "metadata.jsonl", HALF.replace("ud83c", "u0000")),
-        "line 1: text holds NUL",
-    ),
-    (lambda folder: with_image(folder, "0.txt", "a hat".encode("utf-16-le")), "0.txt holds NUL"),
-    (
-        lambda folder: with_image(folder, "t.csv", "image,text\n0.png,a".encode("utf-16-le")) / "t.csv",
-        "t.csv holds NUL",
-    ),
-    (lambda folder: with_image(folder, "0.caption", b"\xff\xfea"), "0.caption is not UTF-8"),
-    (
-        lambda folder: zipped(folder / "a.zip", {"0.png": png(0), "metadata.jsonl": HALF.encode()}),
-        r"line 1: text holds \\ud83c, half",
-    ),
-    (lambda folder: invalid_strings(folder), "x.parquet cannot be read: .*(UTF8|utf-8)"),
-]  # fmt: skip
-
-
-# Rows of metadata.jsonl, metadata that `datasets` writes into parquet, and entries of a mix.
-ROWS = [
-    ('{"file_name": 5}', "line 1: file_name is 5, not a string"),
-    ('{"file_name": {"a": 1}}', "file_name is {'a': 1}, not a string"),
-    ('{"text": "a"}', "line 1 has no file_name"),
-    ("[1]", "line 1 is not an object"),
-    ("null", "line 1 is not an object"),
-    ('{"file_name": "0.png", "text": 5}', "text is 5, not a string or a list"),
-    ('{"file_name": "0.png", "text": ["a", 5]}', "not a string or a list"),
-    ('{"file_name": "0.png", "label": NaN}', "label is nan, neither"),
-    ('{"file_name": "0.png", "weight": NaN}', "weight is nan"),
-    ('{"file_name": "0.png", "weight": 1' + "0" * 400 + "}", "weight is 1000"),
-    ('{"file_name": "0.png", "weight": Infinity}', "weight is inf"),
-    ('{"file_name": "0.png", "weight": 1e308}', "weight is 1e\\+308"),
-    ('{"file_name": "0\\u0000.png"}', "names 1 files that do not exist"),
-    ('{"file_name": "\\ud83c.png"}', "names 1 files that do not exist"),
-    ('{"file_name": "' + "a" * 5000 + '"}', "cannot be read: file name too long|not there"),
-]
-FEATURED: list[tuple[str | bytes, str]] = [
-    ("[]", r"hold \[\] where info should be"),
-    ('{"info": 5}', "hold 5 where features should be"),
-    ('{"info": {"features": [1]}}', r"features is \[1\], not an object"),
-    ('{"info": {"features": {"label": {"names": 5}}}}', "the names of label are 5"),
-    ('{"info": {"features": {"label": {"names": ["a", 5]}}}}', r"the names of label are \['a', 5\]"),
-    (b"\xff", "is not UTF-8"),
-]
-MIXED = [("weight", "1" + "0" * 400), ("weight", ".inf"), ("weight", "1000001"), ("repeats", "1" + "0" * 12),
-         ("repeats", "true")]  # fmt: skip
-
-
-def in_mix(folder: Path, entry: str) -> Path:
-    folder_of(folder / "a", {"0.png": None, "0.txt": "a"})
-    return written(folder / "mix.yaml", f"sources: [{{data: a, {entry}}}]")
-
-
-DAMAGED: list[tuple[Callable[[Path], Path], str]] = [
-    *NO_TEXT,
-    *((partial(with_image, name="metadata.jsonl", content=row), message) for row, message in ROWS),
-    *(
-        (partial(in_parquet, content=content), f"the metadata 'huggingface' of .*x.parquet.*{message}")
-        for content, message in FEATURED
-    ),
-    *((partial(in_mix, entry=f"{k}: {value}"), rf"mix\.yaml, source 1: {k} is") for k, value in MIXED),
-]
-
-
-def invalid_strings(folder: Path) -> Path:
-    import pyarrow
-
-    halves = pyarrow.array([b"a \xed\xa0\xbc hat"])  # half an emoji, as Arrow can hold it
-    return parquet(folder / "x.parquet", image=[png(0)], text=halves.view(pyarrow.string()))
-
-
-@pytest.mark.parametrize(("make", "message"), DAMAGED)
-def test_check_and_training_refuse_damaged_annotations_alike(
-    make: Callable[[Path], Path], message: str, tmp_path: Path
-) -> None:
-    data = str(make(tmp_path))
-    with pytest.raises(UserError, match=message) as refused:
-        find_source(data)
-    assert len(str(refused.value)) <= 2 * LENGTH + 1
-    report = check_source(data)
-    assert report.problems and one_line(refused.value.what) in report.problems[0]
-    assert report.verdict == "a training would stop at the problem"
-
-
 def test_a_cell_longer_than_csv_reads_and_a_label_of_many_digits(tmp_path: Path) -> None:
     with_image(tmp_path, "metadata.csv", f"file_name,text\n0.png,{'a' * 200_000}\n")
     with pytest.raises(
@@ -284,7 +185,7 @@ def test_a_saved_set_in_another_format_and_a_row_without_an_image(tmp_path: Path
         source.content_keys()
 
 
-@pytest.mark.parametrize("name", latent_files._RIGHT)
+@pytest.mark.parametrize("name", latent_folder._RIGHT)
 @pytest.mark.parametrize("value", [None, {"a": 5}, [[1]], -1, "x" * 99, ["\ud83c"]])
 def test_every_entry_of_a_description_is_checked(name: str, value: Any, tmp_path: Path) -> None:
     latents(tmp_path)
@@ -443,14 +344,15 @@ SEEDS: dict[str, Callable[[Path], object]] = {
     "config": lambda folder: read_config(written(folder / "c.yaml", "masks: none")),
 }  # fmt: skip
 OURS = [
-    ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"), ("metadata", folder_source, "rename"),
-    ("metadata", documents, "_refuse_excess"), ("csv", folder_source, "_file_name"), ("csv", metadata, "decode"),
+    ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"),
+    ("metadata", folder_source, "our_columns"), ("metadata", documents, "_refuse_excess"),
+    ("csv", folder_source, "_file_name"), ("csv", metadata, "decode"),
     ("sidecar", folder_source, "read_sidecars"), ("sidecar", folder_source, "_left_out"),
-    ("table", assemble, "text_in"), ("table", assemble, "_path_in"), ("parquet", assemble, "class_name"),
-    ("parquet", table, "_filled"), ("parquet", table, "refuse_synonyms"), ("shard", shards, "_json_object"),
+    ("table", metadata, "text_in"), ("table", metadata, "_path_in"), ("parquet", metadata, "class_name"),
+    ("parquet", table, "_filled"), ("parquet", table, "our_columns"), ("shard", shards, "_json_object"),
     ("shard", shards, "_is_caption"), ("shard", shards, "TarMember"), ("zip", archives, "folder_source"),
-    ("zip", archives, "refuse_large"), ("latents", latent_files, "place_of"), ("latents", latent_folder, "_Index"),
-    ("latents", latent_folder, "index_schema"), ("saved", assemble, "parse_row"), ("saved", saved_sets, "ArrowMember"),
+    ("zip", archives, "refuse_large"), ("latents", latent_folder, "place_of"), ("latents", latent_folder, "_Index"),
+    ("latents", latent_folder, "index_schema"), ("saved", metadata, "parse_row"), ("saved", saved_sets, "ArrowMember"),
     ("mix", kinds, "_part"), ("mix", documents, "_repeated_key"), ("config", cli, "_convert"),
 ]  # fmt: skip
 

@@ -48,7 +48,9 @@ def test_check_names_what_cannot_be_used(
 ) -> None:
     used, reported, extreme = made
     assert len(used) + len(reported) + len(extreme) >= 50
-    load_program(repository / "train" / "check.py").main([str(odd["all"]), "--json"])
+    page = odd["used"] / "page.html"
+    load_program(repository / "train" / "check.py").main([str(odd["all"]), "--json", "--report", str(page)])
+    assert f"{len(reported)} files that cannot be read and are skipped" in page.read_text()
     text = capsys.readouterr().out
     text.encode()  # can be written to any file
     report = json.loads(text)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentflow.data.cache import store
-from latentflow.data.cache.eviction import LOCK, LOOKS, cache_limit
-from latentflow.data.cache.store import Array, RowIndex, ShardSet, Tables, digests, open_cache
+from latentflow.data.cache import store, tensors
+from latentflow.data.cache.store import LOCK, LOOKS, Array, ShardSet, Tables, cache_limit, digests, open_cache
+from latentflow.data.cache.tensors import RowIndex
 from latentflow.errors import UserError
 
 N, ROWS = 44, 8  # five shards of eight rows and one of four
@@ -187,7 +187,7 @@ def test_damage_is_found_before_a_row_is_used_and_reported_where_it_cannot_be_re
     table = fill(ShardSet(tmp_path / "folder", "things"), record).table("value")
     assert table is not None
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"damaged.*\n.*--num-workers 0"):
-        patch.setattr(store, "get_worker_info", lambda: "a process that loads data")
+        patch.setattr(tensors, "get_worker_info", lambda: "a process that loads data")
         table[:]
     assert path.exists()  # it is the user's
     again = ShardSet(tmp_path / "folder", "things")

@@ -20,12 +20,12 @@ from latentflow.autoencoder import build_autoencoder, load_autoencoder
 from latentflow.config import AutoencoderConfig
 from latentflow.data import LatentFolder, Source, cached_latents, check_source, find_source, readable, split
 from latentflow.data.cache import tensors as cache
-from latentflow.data.sources.latent_files import INDEX
+from latentflow.data.sources.latent_folder import INDEX
 from latentflow.errors import UserError, one_line
 
 from ..data.images import noise
 from ..data.profiles import rgb_profile
-from ..data.test_near import save_copies
+from ..data.test_splits import save_copies
 from .command import TINY, call
 
 AUTOENCODER = AutoencoderConfig(
@@ -116,6 +116,8 @@ def test_training_without_the_images_is_training_with_them(filled: Workplace) ->
     assert table.mean.shape[1] == 2  # mirror images are not needed, but there
 
     build_autoencoder(AUTOENCODER, 16).save_pretrained(place.root / "other")
+    place.root.joinpath("away").rename(place.data)
+    assert "made by another autoencoder" in place.precompute("--vae", place.root / "other", expect=2)
     for flags, words in [
         (["--inpainting"], ["holds no pixels", "--pixels"]),
         (["--condition", "class"], ["--condition class"]),

@@ -1,5 +1,6 @@
 """Rows of tensors, found by the hashes of their keys, in safetensors files: a file ("shard") is written whole or not at
-all, and mapped to be read. Caches and folders of latents are sets of such shards."""
+all, and mapped to be read. Caches and folders of latents are sets of such shards; all caches lie in one folder, which
+has a limit."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
+import sys
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,11 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import get_worker_info
 from tqdm.auto import tqdm
 
 from ...errors import UserError
-from .eviction import acquire, cache_root, make_room, mark_in_use
+
+if sys.platform != "win32":
+    import fcntl
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Tables = dict[str, Tensor]  # name -> (rows, ...)
@@ -200,8 +205,10 @@ class ShardSet:
                 weakref.finalize(self, os.close, lock)
         elif not read_only:
             folder.mkdir(exist_ok=True)
-        if not read_only:
-            _remove_stale(folder)
+        with suppress(OSError):
+            for path in () if read_only else folder.glob("*.tmp"):  # of processes that were killed
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
         self._open_new()
 
     def find(self, keys: Array) -> Array:
@@ -331,14 +338,6 @@ class ShardSet:
             path.unlink()
 
 
-def _remove_stale(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed."""
-    with suppress(OSError):
-        for path in folder.glob("*.tmp"):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink()
-
-
 def _joined(batches: Iterator[Tables], bar: tqdm[None]) -> Tables:
     """Join batches; rows that are shorter than others in the second dimension are filled with zeros."""
     parts = []
@@ -355,99 +354,146 @@ def _padded(parts: list[Tensor]) -> list[Tensor]:
     return [pad(part, (0, 0) * (part.ndim - 2) + (0, width - part.shape[1])) for part in parts]
 
 
-class RowIndex:
-    """The places of the rows of N samples: eight bytes for each, whatever the size of a row.
+# ---------------------------------------------------------------- the folder of all caches, its limit, and locks
 
-    Args:
-        shards: the set that holds them.
-        find: gives the places (N, 2) int32 of the samples (shard and row; -1: all zeros), after it made what is
-            missing. Called again where a shard turns out to be damaged.
+LOOKS = "looks-{}.sqlite"  # what images are, of each version; counts and goes like a set
+LOCK = "in-use"  # held by whoever has the set open; its time is that of the last use
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_DOOMED = ".deleted-"
+# Sets are named by a hash, those of earlier versions were single files. LATENTFLOW_CACHE may be any folder: nothing
+# else in it is ours to delete.
+_SET = re.compile(rf"[0-9a-f]{{40}}({re.escape(_DOOMED)}\d+|\.safetensors)?")
+_reported: set[int] = set()  # limits that are known to be too low
+
+
+def acquire(path: Path, *, shared: bool = False, wait: bool = True) -> int | None:
+    """Return a file descriptor that holds the lock ``path`` until it is closed; None: it is taken, and ``wait`` is off.
+
+    The file is made where it is missing. A process that is killed gives its locks back.
+
+    Raises:
+        OSError: there is no such file and it cannot be made.
     """
-
-    def __init__(self, shards: ShardSet, find: Callable[[], Array]) -> None:
-        self._shards, self._find = shards, find
-        self._places = find()
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def table(self, name: str) -> LazyTable | None:
-        """Return one of the tables; None where no sample has a row, or rows have none of this name."""
-        numbers = self._places[self._places[:, 0] >= 0, 0]
-        like = self._shards.shard(numbers[0]).tables.get(name) if len(numbers) else None
-        return None if like is None else LazyTable(self, name, like)
-
-    def column(self, name: str) -> Tensor:
-        """Return a table with one number for each sample, (N,), in memory; 0 where there is no row."""
-        table = self.table(name)
-        out = torch.zeros(len(self), dtype=None if table is None else table.dtype)
-        for number in np.unique(self._places[:, 0]):
-            if number >= 0:
-                here = np.flatnonzero(self._places[:, 0] == number)
-                out[here] = torch.tensor(self._shards.shard(number).tables[name][self._places[here, 1]])
-        return out
-
-    def row(self, name: str, index: int) -> Array | None:
-        """Return a sample's row of a table, mapped: not to be written to. None: all zeros.
-
-        Raises:
-            UserError: it is damaged and cannot be made again here.
-        """
-        number, row = self._places[index].tolist()
-        if number < 0:
-            return None
+    while True:
         try:
-            return self._shards.shard(number).row(name, row)
-        except DamagedShardError as error:
-            what = f"the {self._shards.kind} are damaged: {error}"
-            if self._shards.read_only:
-                fix = "Start the `latentflow precompute` line that made them again: it makes only the damaged part."
-                raise UserError(what, fix) from error
-            if get_worker_info() is not None:  # a loader's process: the network is not its to use
-                raise UserError(what, "Start the same command again with --num-workers 0.") from error
-            self._shards.discard(number, error)
-        self._places = self._find()
-        return self.row(name, index)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            if not path.exists():
+                raise
+            descriptor = os.open(path, os.O_RDONLY)  # in a folder that may only be read
+        if sys.platform == "win32":  # an open file cannot be deleted there, which is what most locks are for
+            return descriptor
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(descriptor, mode if wait else mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:  # a file system without locks: processes do the same work twice, and nothing worse
+            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)  # whoever had it deleted the file: the lock is another one now
 
 
-class LazyTable:
-    """A table (N, ...) whose rows are read when they are indexed, as a tensor's are: ``table[3]``, ``table[[2, 0]]``.
+def mark_in_use(folder: Path) -> int | None:
+    """Make a set's folder and keep it from being evicted until the descriptor is closed; None: it cannot be written."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = acquire(folder / LOCK, shared=True)
+        except FileNotFoundError:  # evicted in between
+            continue
+        except OSError:  # what is there can still be read, and nobody deletes it
+            return None
+        with suppress(OSError):
+            os.utime(folder / LOCK)
+        return descriptor
 
-    What comes back is a tensor in memory; ``table[:]`` is all of it.
+
+def cache_root() -> Path:
+    """Return where caches are kept: the environment's LATENTFLOW_CACHE, else ~/.cache/latentflow."""
+    return Path(os.environ.get("LATENTFLOW_CACHE") or Path.home() / ".cache" / "latentflow").expanduser()
+
+
+def cache_limit() -> int | None:
+    """Return the environment's LATENTFLOW_CACHE_LIMIT (such as 20GB or 500M) in bytes; None without one.
+
+    Raises:
+        UserError: it is no size.
     """
+    given = os.environ.get("LATENTFLOW_CACHE_LIMIT", "").strip()
+    if not given:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", given, re.IGNORECASE)
+    if match is None:
+        raise UserError(
+            f"LATENTFLOW_CACHE_LIMIT is '{given}', which is no size", "Write it as 20GB or 500MB."
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
-    def __init__(self, index: RowIndex, name: str, like: Array) -> None:
-        self._index, self._name, self._type = index, name, like.dtype
-        self.shape = torch.Size((len(index), *like.shape[1:]))
-        self.dtype = torch.from_numpy(np.empty(0, like.dtype)).dtype
 
-    def __len__(self) -> int:
-        return self.shape[0]
+def make_room(root: Path, needed: int) -> None:
+    """Delete the sets of the cache that were not used for longest, until ``needed`` bytes fit below the limit.
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[index] for index in range(len(self)))
+    What a process uses is never deleted; if all is in use, the cache outgrows its limit, and a warning says so once.
+    """
+    limit = cache_limit()
+    if limit is None:
+        return
+    sets = _sets(root)
+    excess = sum(size for _, size, _ in sets) + needed - limit
+    for used, size, path in sets:
+        if excess <= 0:
+            return
+        if _delete(path):
+            days = (time.time() - used) / 86400
+            log.info(
+                "cache: deleted %s (%.2f GB, last used %.1f days ago): LATENTFLOW_CACHE_LIMIT is %.2f GB",
+                path, size / 1e9, days, limit / 1e9,
+            )  # fmt: skip
+            excess -= size
+    if excess > 0 and limit not in _reported:
+        _reported.add(limit)
+        log.warning(
+            "the cache in %s grows %.2f GB above LATENTFLOW_CACHE_LIMIT (%.2f GB): all that it holds is in use",
+            root, excess / 1e9, limit / 1e9,
+        )  # fmt: skip
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """Return ``tensor[index]``: the first part of a tuple picks rows, the rest what is wanted of each."""
-        first, *rest = index if isinstance(index, tuple) else (index,)
-        if isinstance(first, int):
-            return self._pick([range(len(self))[first]])[0][tuple(rest)]
-        rows: Sequence[int]
-        if isinstance(first, slice):
-            rows = range(len(self))[first]
-        else:
-            chosen = torch.as_tensor(first)
-            rows = (chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen).tolist()
-        if rest and isinstance(rest[0], list):  # an entry of each row: the others are not read
-            return self._pick(rows, rest[0])[(slice(None), *rest[1:])]
-        return self._pick(rows)[(slice(None), *rest)]
 
-    def _pick(self, rows: Sequence[int], entries: list[int] | None = None) -> Tensor:
-        out = np.empty((len(rows), *self.shape[1 if entries is None else 2 :]), dtype=self._type)
-        for place, index in enumerate(rows):
-            row = self._index.row(self._name, index)
-            if row is None:
-                out[place] = 0
+def _sets(root: Path) -> list[tuple[float, int, Path]]:
+    """Return time of last use, bytes and path of all that is ours in the cache, what was not used for longest first."""
+    found = []
+    ours = [path for path in root.glob("*/*") if _SET.fullmatch(path.name)]
+    for path in [*root.glob(LOOKS.format("*")), *ours]:
+        with suppress(FileNotFoundError):  # another process is at it, or it is no set of ours
+            if _DOOMED in path.name:  # by a process that was killed over it
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_dir():
+                size = sum(file.stat().st_size for file in path.iterdir())
+                found.append(((path / LOCK).stat().st_mtime, size, path))
             else:
-                out[place] = row if entries is None else row[entries[place]]
-        return torch.from_numpy(out)
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    return sorted(found)
+
+
+def _delete(path: Path) -> bool:
+    """Delete a set or file; False where it is in use, or may not be deleted."""
+    try:
+        if path.is_file():
+            path.unlink()
+            return True
+        descriptor = acquire(path / LOCK, wait=False)
+        if descriptor is None:
+            return False
+        try:
+            doomed = path.with_name(f"{path.name}{_DOOMED}{os.getpid()}")
+            path.rename(doomed)  # at once, so that nobody finds half a set
+            shutil.rmtree(doomed)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        log.debug("%s stays: %s", path, error)
+        return False
+    return True

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 
 from ...errors import UserError
 from ..dataset import Example, Source, read_image, read_own_mask
 from ..images import ImageFileError, parse_colour, pixels_to_images, to_pixels
-from .store import NO_KEY, Array, LazyTable, RowIndex, ShardSet, Tables, digests, open_cache
+from .store import NO_KEY, Array, DamagedShardError, ShardSet, Tables, digests, open_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +37,104 @@ Resolution = int | tuple[int, int]
 Settings = dict[str, object]
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class RowIndex:
+    """The places of the rows of N samples: eight bytes for each, whatever the size of a row.
+
+    Args:
+        shards: the set that holds them.
+        find: gives the places (N, 2) int32 of the samples (shard and row; -1: all zeros), after it made what is
+            missing. Called again where a shard turns out to be damaged.
+    """
+
+    def __init__(self, shards: ShardSet, find: Callable[[], Array]) -> None:
+        self._shards, self._find = shards, find
+        self._places = find()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def table(self, name: str) -> LazyTable | None:
+        """Return one of the tables; None where no sample has a row, or rows have none of this name."""
+        numbers = self._places[self._places[:, 0] >= 0, 0]
+        like = self._shards.shard(numbers[0]).tables.get(name) if len(numbers) else None
+        return None if like is None else LazyTable(self, name, like)
+
+    def column(self, name: str) -> Tensor:
+        """Return a table with one number for each sample, (N,), in memory; 0 where there is no row."""
+        table = self.table(name)
+        out = torch.zeros(len(self), dtype=None if table is None else table.dtype)
+        for number in np.unique(self._places[:, 0]):
+            if number >= 0:
+                here = np.flatnonzero(self._places[:, 0] == number)
+                out[here] = torch.tensor(self._shards.shard(number).tables[name][self._places[here, 1]])
+        return out
+
+    def row(self, name: str, index: int) -> Array | None:
+        """Return a sample's row of a table, mapped: not to be written to. None: all zeros.
+
+        Raises:
+            UserError: it is damaged and cannot be made again here.
+        """
+        number, row = self._places[index].tolist()
+        if number < 0:
+            return None
+        try:
+            return self._shards.shard(number).row(name, row)
+        except DamagedShardError as error:
+            what = f"the {self._shards.kind} are damaged: {error}"
+            if self._shards.read_only:
+                fix = "Start the `latentflow precompute` line that made them again: it makes only the damaged part."
+                raise UserError(what, fix) from error
+            if get_worker_info() is not None:  # a loader's process: the network is not its to use
+                raise UserError(what, "Start the same command again with --num-workers 0.") from error
+            self._shards.discard(number, error)
+        self._places = self._find()
+        return self.row(name, index)
+
+
+class LazyTable:
+    """A table (N, ...) whose rows are read when they are indexed, as a tensor's are: ``table[3]``, ``table[[2, 0]]``.
+
+    What comes back is a tensor in memory; ``table[:]`` is all of it.
+    """
+
+    def __init__(self, index: RowIndex, name: str, like: Array) -> None:
+        self._index, self._name, self._type = index, name, like.dtype
+        self.shape = torch.Size((len(index), *like.shape[1:]))
+        self.dtype = torch.from_numpy(np.empty(0, like.dtype)).dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return ``tensor[index]``: the first part of a tuple picks rows, the rest what is wanted of each."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if isinstance(first, int):
+            return self._pick([range(len(self))[first]])[0][tuple(rest)]
+        rows: Sequence[int]
+        if isinstance(first, slice):
+            rows = range(len(self))[first]
+        else:
+            chosen = torch.as_tensor(first)
+            rows = (chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen).tolist()
+        if rest and isinstance(rest[0], list):  # an entry of each row: the others are not read
+            return self._pick(rows, rest[0])[(slice(None), *rest[1:])]
+        return self._pick(rows)[(slice(None), *rest)]
+
+    def _pick(self, rows: Sequence[int], entries: list[int] | None = None) -> Tensor:
+        out = np.empty((len(rows), *self.shape[1 if entries is None else 2 :]), dtype=self._type)
+        for place, index in enumerate(rows):
+            row = self._index.row(self._name, index)
+            if row is None:
+                out[place] = 0
+            else:
+                out[place] = row if entries is None else row[entries[place]]
+        return torch.from_numpy(out)
 
 
 @dataclass(frozen=True)

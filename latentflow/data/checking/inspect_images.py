@@ -8,23 +8,22 @@ import multiprocessing
 import os
 import sqlite3
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import PIL
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from ...errors import UserError
-from ..cache.eviction import LOOKS, cache_root
+from ...errors import UserError, few, one_line
+from ..cache.store import LOOKS, cache_root
 from ..dataset import Example, FileExample, Source
 from ..images import ImageFileError, decoding, name_of, to_rgb
 from ..sources.files import Member
@@ -38,6 +37,7 @@ _ENOUGH = 128  # pixels of the short side that a perceptual hash needs
 _REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
 _TASK = 32  # images that a worker is given at once
 _MANY = 1000  # images from which starting processes pays
+MOST_UNREADABLE = 0.05  # a larger share hints at a broken copy rather than a few bad files
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,12 +205,82 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# ---------------------------------------------------------------- before training
+
+
+def readable(source: Source) -> Source:
+    """Return the source without the images that cannot be decoded; its notes name them. Nothing is ever deleted.
+
+    Raises:
+        UserError: more than 5 % cannot be decoded, or none is left.
+    """
+    if source.precomputed:
+        return source  # checked when it was made
+    notable = {
+        example.name: info
+        for example, info in zip(source.examples, inspect_images(source), strict=True)
+        if info.error is not None or info.profile
+    }
+    errors = {name: info.error for name, info in notable.items() if info.error is not None}
+    profiles, unusable = profiles_of(notable)
+    notes = [profile_line(profiles)] if profiles else []
+    if profiles and any(isinstance(e, FileExample) and e.colours == "stored" for e in source.examples):
+        count = sum(profiles.values())
+        notes = [f"{count} images have another colour profile than sRGB, not used (--colours stored)"]
+    notes += profile_warnings(unusable)
+    if problems := unreadable_problems(errors, len(source)):
+        raise UserError(problems[0], "`latentflow check --json` lists them all: repair or move them.")
+    if errors:
+        all_names = "; `latentflow check --json` names all" if len(errors) > 5 else ""
+        notes.append(
+            f"{len(errors)} images cannot be read and are skipped: {list_reasons(errors)}{all_names}"
+        )
+        source = source.subset([row for row, e in enumerate(source.examples) if e.name not in errors])
+    return source.noted(*map(one_line, notes)) if notes else source
+
+
+def counted(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def profiles_of(infos: Mapping[str, ImageInfo]) -> tuple[dict[str, int], dict[str, str]]:
+    """Return the number of images of each colour profile other than sRGB, and by image why one cannot be used."""
+    profiles = counted(info.profile for info in infos.values() if info.profile and not info.profile_problem)
+    return profiles, {name: info.profile_problem for name, info in infos.items() if info.profile_problem}
+
+
+def profile_warnings(unusable: Mapping[str, str]) -> list[str]:
+    what = f"{len(unusable)} images have a colour profile that cannot be used, and are read as sRGB"
+    return [f"{what}: {list_reasons(unusable)}"] if unusable else []
+
+
+def unreadable_problems(unreadable: Mapping[str, str], images: int) -> list[str]:
+    share = len(unreadable) / images
+    if share <= MOST_UNREADABLE:
+        return []
+    what = f"{len(unreadable)} of {images} images cannot be read ({share:.0%}, at most 5 % may)"
+    return [one_line(f"{what}: {list_reasons(unreadable)}")]
+
+
+def profile_line(profiles: Mapping[str, int]) -> str:
+    """Return a line on the images whose colours are converted from these profiles."""
+    count = sum(profiles.values())
+    return f"{count} images have another colour profile than sRGB and are converted: {list_counts(profiles)}"
+
+
+def list_counts(counts: Mapping[str, int], limit: int = 5) -> str:
+    return few([f"{name} ({count})" for name, count in counts.items()], limit)
+
+
+def list_reasons(reasons: Mapping[str, str]) -> str:
+    return few([f"{name} ({why})" for name, why in reasons.items()])
+
+
 # ---------------------------------------------------------------- the cache
 
 _VERSION = 2  # raise it when fields of ImageInfo change, or their meaning
 _AT_ONCE = 1024  # rows that are written at once: a disk may take 20 ms to store anything safely
 _FIELDS = [f.name for f in dataclasses.fields(ImageInfo) if not f.name.endswith("error")]
-_FLAGS = ("rotated", "animated")
 
 
 class _Inspected:
@@ -251,10 +321,7 @@ class _Inspected:
                 row = self._database.execute(
                     f"SELECT {', '.join(_FIELDS)} FROM looks WHERE place = ? AND state = ?", place
                 ).fetchone()
-        if row is None:
-            return None
-        values = dict(zip(_FIELDS, row, strict=True))
-        return ImageInfo(**values | {flag: bool(values[flag]) for flag in _FLAGS})
+        return None if row is None else ImageInfo(**dict(zip(_FIELDS, row, strict=True)))
 
     def add(self, example: Example, info: ImageInfo) -> None:
         if not (info.error or info.mask_error) and (place := _place(example)) is not None:
@@ -301,81 +368,3 @@ def _place(example: Example) -> tuple[bytes, str] | None:
 def _state(file: Path) -> str:
     state = file.stat()
     return f"{os.fsencode(file)!r} {state.st_size} {state.st_mtime_ns}"
-
-
-# Near duplicates are one image saved twice, at another size, quality or format, or cropped by a percent or two: their
-# perceptual hashes differ in at most ``BITS`` of 64 bits, and, as hashes of different images also meet by chance, their
-# thumbnails by at most ``LEVELS`` of 255 (root mean square) and their aspect ratios by at most 5 %. Mirror images are
-# not.
-BITS = 6
-LEVELS = 4.0
-ASPECT = 0.05
-_BANDS = 8  # of 8 bits: where 6 bits differ at most, two bands at least are equal
-_MOST_NEIGHBOURS = 200  # images that one is compared with in one table, which bounds the time on any data
-
-
-def near_duplicates(
-    hashes: NDArray[np.int64], thumbnails: NDArray[np.uint8], sizes: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return the number of the group (N,) that each image belongs to. A group grows from pair to pair.
-
-    Args:
-        hashes: (N,) perceptual hashes.
-        thumbnails: (N, D) pixels.
-        sizes: (N, 2) widths and heights.
-    """
-    aspects = np.log(sizes[:, 0] / sizes[:, 1]).astype(np.float32)
-    # Copies are compared once: thousands of equal blank pages would make millions of pairs.
-    records = np.concatenate(
-        [hashes[:, None].view(np.uint8), thumbnails, aspects[:, None].view(np.uint8)], axis=1
-    )
-    _, first, copies = np.unique(records, axis=0, return_index=True, return_inverse=True)
-    labels = _grouped(hashes[first].view(np.uint64), thumbnails[first], aspects[first])
-    return labels[copies.reshape(-1)]
-
-
-def _grouped(
-    hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8], aspects: NDArray[np.float32]
-) -> NDArray[np.int64]:
-    """Return groups (N,) joined by near pairs. Only images that agree in two bands of their hashes are compared."""
-    bands = hashes[:, None].view(np.uint8).astype(np.uint16)
-    labels = np.arange(len(hashes))
-    for first, second in combinations(range(_BANDS), 2):
-        keys = bands[:, first] << 8 | bands[:, second]
-        order = np.lexsort((hashes, keys))
-        keys = keys[order]
-        alive = np.arange(len(keys))
-        for step in range(1, _MOST_NEIGHBOURS):
-            alive = alive[: np.searchsorted(alive, len(keys) - step)]
-            alive = alive[keys[alive] == keys[alive + step]]
-            if not len(alive):
-                break
-            a, b = order[alive], order[alive + step]
-            # In a film nearly all pairs are near: those within one group already are neither compared nor kept.
-            close = (labels[a] != labels[b]) & (np.bitwise_count(hashes[a] ^ hashes[b]) <= BITS)
-            labels = _merged(labels, _verified(a[close], b[close], thumbnails, aspects))
-    return labels
-
-
-def _merged(labels: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the groups after joining those of each pair (P, 2)."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    if not len(pairs):
-        return labels
-    edges = labels[pairs]
-    graph = coo_array((np.ones(len(edges), dtype=bool), (edges[:, 0], edges[:, 1])), shape=(len(labels),) * 2)
-    joined: NDArray[np.int32] = connected_components(graph, directed=False)[1]
-    return joined[labels].astype(np.int64)
-
-
-def _verified(
-    a: NDArray[np.int64], b: NDArray[np.int64], thumbnails: NDArray[np.uint8], aspects: NDArray[np.float32]
-) -> NDArray[np.int64]:
-    """Return the pairs (P, 2) among candidates ``a`` and ``b`` that are near by shape and thumbnail."""
-    alike = np.abs(aspects[a] - aspects[b]) <= ASPECT
-    a, b = a[alike], b[alike]
-    difference = thumbnails[a].astype(np.float32) - thumbnails[b]
-    near = np.square(difference).mean(axis=1) <= LEVELS**2
-    return np.stack([a[near], b[near]], axis=1)

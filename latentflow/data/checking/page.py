@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -13,7 +13,8 @@ from ...utils.html_page import Page
 from ..cache.tensors import map_threaded
 from ..dataset import Example, Source
 from ..images import to_rgb
-from .report import NEAR, Report
+from ..splits import NEAR
+from .report import Report
 from .suggest import Suggestion
 
 _GAP, _TEXT, _PAPER, _INK = 8, 13, (250, 250, 250), (40, 40, 40)
@@ -91,87 +92,43 @@ def report_page(report: Report, source: Source | None, suggestion: Suggestion | 
     if source is not None and len(source):
         page.heading("Contact sheet")
         page.image(contact_sheet(source), f"Some of {len(source)} images, evenly spread", "webp")
+    page.heading("Facts")
+    page.list(map(one_line, report.facts()))
     if report.sizes:
-        _add_sizes(page, report)
+        page.text("Width to height, by the nearest of the usual shapes:")
+        page.bars(report.aspects)
+        page.text("Images whose short side has at least this many pixels:")
+        page.bars({f"{side} px": count for side, count in report.reach.items()})
+        sizes = page.details(f"{len(report.sizes)} different sizes, the most frequent")
+        sizes.table(["width x height", "images"], list(report.sizes.items())[:_SIZES])
     if report.classes:
         page.heading(f"{len(report.classes)} classes")
         page.bars({one_line(name): count for name, count in report.classes.items()})
-    if report.condition == "text":
-        _add_captions(page, report)
+    captions = report.caption_facts
+    if captions.common:
+        page.heading("The most frequent words")
+        page.bars(captions.common)
+    if captions.repeated:
+        page.details("Captions of several images").table(["caption", "images"], captions.repeated.items())
     if source is not None and (report.near_duplicates or report.duplicates):
-        _add_duplicates(page, report, source)
+        page.heading("Duplicates")
+        page.text(f"{len(report.duplicates)} groups of equal files, {len(report.near_duplicates)} of {NEAR}.")
+        examples = {example.name: example for example in source.examples}
+        for names in report.near_duplicates[:_GROUPS]:
+            shown = [examples[name] for name in names[:8]]
+            page.image(_sheet(shown, cell=88), one_line(" = ".join(names[:8])), "webp")
     page.heading("Files")
-    for what, reasons in (
-        ("files that cannot be read and are skipped", report.unreadable),
-        ("masks that cannot be used", report.unreadable_masks),
-        ("colour profiles that cannot be used", report.unusable_profiles),
-    ):
-        _add_names(page, what, reasons.items(), ["file", "why"])
-    _add_names(page, "files named as another format", report.misnamed.items(), ["file", "format"])
-    animated = [[name] for name in report.animated]
-    _add_names(page, "animated images, of which only the first frame is used", animated, ["file"])
-    page.list(map(one_line, report.notes))
+    groups = {" = ".join(names): "" for names in (*report.duplicates, *report.near_duplicates)}
+    for what, reasons in {
+        "files that cannot be read and are skipped": report.unreadable,
+        "images whose masks cannot be used": report.unreadable_masks,
+        "images whose colour profiles cannot be used": report.unusable_profiles,
+        "files named as another format": report.misnamed,
+        "animated images, of which only the first frame is used": dict.fromkeys(report.animated, ""),
+        "images without a caption": dict.fromkeys(captions.missing, ""),
+        "groups of duplicates": groups,
+    }.items():
+        if reasons:
+            rows = [[one_line(name), one_line(why)] for name, why in reasons.items()]
+            page.details(f"{len(rows)} {what}").table(["file", "why"], rows)
     return page
-
-
-def _add_sizes(page: Page, report: Report) -> None:
-    def listed(counts: Mapping[str, int]) -> str:
-        return one_line(", ".join(f"{name} {count}" for name, count in counts.items())) or "none"
-
-    page.heading("Sizes and shapes")
-    page.text("Width to height, by the nearest of the usual shapes:")
-    page.bars(report.aspects)
-    page.text(f"A square cut from the centre keeps {report.kept_by_square_crop:.0%} of the area on average.")
-    page.text("Images whose short side has at least this many pixels:")
-    page.bars({f"{side} px": count for side, count in report.reach.items()})
-    sizes = list(report.sizes.items())
-    page.details(f"{len(sizes)} different sizes, the most frequent").table(
-        ["width x height", "images"], sizes[:_SIZES]
-    )
-    facts = {
-        "formats": listed(report.formats),
-        "modes": listed(report.modes),
-        "colour profiles other than sRGB": listed(report.profiles),
-        "turned by EXIF": report.rotated,
-        "animated": len(report.animated),
-        "with a mask": report.masks,
-    }
-    page.table(list(facts), [list(facts.values())])
-
-
-def _add_captions(page: Page, report: Report) -> None:
-    facts = report.caption_facts
-    numbers = {
-        "different": facts.different,
-        "missing": len(facts.missing),
-        "words: fewest": facts.shortest,
-        "median": facts.median,
-        "most": facts.longest,
-        "vocabulary": facts.vocabulary,
-        "words used once": facts.once,
-    }
-    page.heading("Captions")
-    page.table(list(numbers), [list(numbers.values())])
-    page.text("The most frequent words:")
-    page.bars(facts.common)
-    if facts.repeated:
-        page.details("Captions of several images").table(["caption", "images"], facts.repeated.items())
-    _add_names(page, "images without a caption", [[name] for name in facts.missing], ["file"])
-
-
-def _add_duplicates(page: Page, report: Report, source: Source) -> None:
-    page.heading("Duplicates")
-    page.text(f"{len(report.duplicates)} groups of equal files, {len(report.near_duplicates)} of {NEAR}.")
-    examples = {example.name: example for example in source.examples}
-    for names in report.near_duplicates[:_GROUPS]:
-        shown = names[:8]
-        page.image(_sheet([examples[name] for name in shown], cell=88), one_line(" = ".join(shown)), "webp")
-    groups = [[" = ".join(names)] for names in (*report.duplicates, *report.near_duplicates)]
-    _add_names(page, "groups", groups, ["files"])
-
-
-def _add_names(page: Page, what: str, rows: Iterable[Iterable[str]], header: list[str]) -> None:
-    """Add a folded table of names, if there are any."""
-    cells = [[one_line(cell) for cell in row] for row in rows]
-    if cells:
-        page.details(f"{len(cells)} {what}").table(header, cells)

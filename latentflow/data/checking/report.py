@@ -1,4 +1,4 @@
-"""The report of `latentflow check`: numbers about a data set, and its text."""
+"""The report of `latentflow check` on a data set: its images, and whether a training on them would break."""
 
 from __future__ import annotations
 
@@ -6,16 +6,34 @@ import dataclasses
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from ...errors import few, one_line
-from ..dataset import Example
-from .inspect_images import BITS, LEVELS
+from ...errors import UserError, few, one_line
+from ..dataset import Example, Source
+from ..sources.kinds import MissingCaption, find_source
+from ..splits import NEAR, near_groups
+from .inspect_images import (
+    ImageInfo,
+    counted,
+    inspect_images,
+    list_counts,
+    list_reasons,
+    profile_line,
+    profile_warnings,
+    profiles_of,
+    unreadable_problems,
+)
 
+_FEW = 1000  # below this a generator repeats its images rather than learning what they share
+_EXTREME = 4  # times as long as wide: a square shows less than a quarter of it
+_TINY = 32  # pixels
+_UNBALANCED = 10  # times as many images in the largest class as in the smallest
 SIDES = (32, 64, 128, 256, 512, 1024)
 _ASPECTS = {  # width / height
     "1:2 or taller": 1 / 2, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "4:5": 4 / 5, "1:1": 1.0,
@@ -28,7 +46,6 @@ _CONDITIONED = {
     "unknown": "not usable",
 }
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
-NEAR = f"near duplicates: at most {BITS} of 64 bits of their hashes and {LEVELS:g} of 255 levels of thumbnails apart"
 
 
 def aspect_histogram(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
@@ -139,36 +156,37 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the report for people, one screen."""
-        lines = [self.headline, *self.notes]
-        if self.classes:
-            lines.append("images per class: " + list_counts(self.classes, 12))
-        if self.condition == "text" and self.captions:
-            facts = self.caption_facts
-            lines.append(f"{self.captions} different captions")
-            lines.append(
-                f"words in a caption: {facts.shortest} to {facts.longest}, median {facts.median:g}; "
-                f"{facts.vocabulary} different words, {facts.once} of them only once"
-            )
-        if self.sizes:
-            sides = [f"{side} px ({count})" for side, count in self.reach.items() if count]
-            lines += [
-                "sizes: " + list_counts(self.sizes),
-                "shapes: " + list_counts(self.aspects, 12),
-                f"a square crop keeps {self.kept_by_square_crop:.0%} of the area",
-                f"short sides of at least: {', '.join(sides) or f'none has {SIDES[0]} px'}",
-                f"modes: {list_counts(self.modes)}; {self.rotated} rotated by EXIF",
-                "formats: " + list_counts(self.formats),
-            ]
-        if self.profiles:
-            lines.append(profile_line(self.profiles))
-        if self.masks:
-            lines.append(f"{self.masks} of {self.images} images have a mask of their own")
+        lines = [self.headline, *self.notes, *self.facts()]
         if self.unreadable:
             reasons = list_reasons(self.unreadable)
             lines.append(f"{len(self.unreadable)} cannot be read and are skipped: {reasons}")
         lines += [f"warning: {line}" for line in self.warnings]
         lines += [f"PROBLEM: {line}" for line in self.problems]
         return [one_line(line) for line in [*lines, self.verdict]]
+
+    def facts(self) -> Iterator[str]:
+        """Yield a sentence on each thing that was counted."""
+        if self.classes:
+            yield "images per class: " + list_counts(self.classes, 12)
+        if self.condition == "text" and self.captions:
+            facts = self.caption_facts
+            yield f"{self.captions} different captions"
+            yield (
+                f"words in a caption: {facts.shortest} to {facts.longest}, median {facts.median:g}; "
+                f"{facts.vocabulary} different words, {facts.once} of them only once"
+            )
+        if self.sizes:
+            sides = [f"{side} px ({count})" for side, count in self.reach.items() if count]
+            yield "sizes: " + list_counts(self.sizes)
+            yield "shapes: " + list_counts(self.aspects, 12)
+            yield f"a square crop keeps {self.kept_by_square_crop:.0%} of the area"
+            yield f"short sides of at least: {', '.join(sides) or f'none has {SIDES[0]} px'}"
+            yield f"modes: {list_counts(self.modes)}; {self.rotated} rotated by EXIF"
+            yield "formats: " + list_counts(self.formats)
+        if self.profiles:
+            yield profile_line(self.profiles)
+        if self.masks:
+            yield f"{self.masks} of {self.images} images have a mask of their own"
 
     @property
     def headline(self) -> str:
@@ -179,18 +197,154 @@ class Report:
         return "a training would stop at the problem" if self.problems else "ready to train"
 
 
-def profile_line(profiles: Mapping[str, int]) -> str:
-    """Return a line on the images whose colours are converted from these profiles."""
-    count = sum(profiles.values())
-    return f"{count} images have another colour profile than sRGB and are converted: {list_counts(profiles)}"
+def check_data(
+    data: str, *, missing_caption: MissingCaption = "error", **request: Any
+) -> tuple[Report, Source | None]:
+    """Return the report on ``data``, and its images that can be used; None where they cannot be found.
+
+    ``request`` are further settings of ``find_source``. Where captions or classes are missing, that is a problem, and
+    the rest is checked all the same.
+    """
+    problems: list[str] = []
+    source = None
+    for missing in dict.fromkeys((missing_caption, "empty", "skip")):
+        try:
+            source = find_source(data, missing_caption=missing, **request)
+            break
+        except UserError as error:
+            problems.append(one_line(f"{error.what}. {error.fix}".rstrip(". ")))
+    if source is None:
+        return Report(data, "unknown", problems=tuple(problems[:1])), None
+    if source.precomputed:  # its images were checked when it was made
+        problems = [*problems[:1], *source.damage()]
+        report = Report(data, source.kind, images=len(source), notes=source.notes, problems=tuple(problems))
+        return report, None
+    return _report(source, problems[:1])
 
 
-def list_counts(counts: Mapping[str, int], limit: int = 5) -> str:
-    return few([f"{name} ({count})" for name, count in counts.items()], limit)
+def check_source(data: str, **settings: Any) -> Report:
+    """Open every image and mask of ``data`` and report; data that cannot be used are a report, not an error.
+
+    The settings are those of ``check_data``.
+    """
+    return check_data(data, **settings)[0]
 
 
-def list_reasons(reasons: Mapping[str, str]) -> str:
-    return few([f"{name} ({why})" for name, why in reasons.items()])
+def _report(source: Source, problems: list[str]) -> tuple[Report, Source]:
+    infos = {
+        example.name: info for example, info in zip(source.examples, inspect_images(source), strict=True)
+    }
+    unreadable = {name: info.error for name, info in infos.items() if info.error is not None}
+    good = source.subset([row for row, e in enumerate(source.examples) if e.name not in unreadable])
+    infos = {name: info for name, info in infos.items() if name not in unreadable}
+    sizes = [info.size for info in infos.values()]
+    classes = Counter(example.label or "" for example in good.examples) if source.classes else {}
+    bad_masks = {name: info.mask_error for name, info in infos.items() if info.mask_error}
+    profiles, unusable_profiles = profiles_of(infos)
+    near = _groups(infos, near_groups(list(infos.values())).tolist())
+    mask_problems = [f"{len(bad_masks)} masks cannot be used: {few(bad_masks.values())}"] if bad_masks else []
+    report = Report(
+        source.name,
+        source.kind,
+        images=len(good),
+        classes=dict(sorted(classes.items())),
+        captions=len({example.text for example in good.examples}) if source.kind == "text" else 0,
+        caption_facts=caption_facts(good.examples if source.kind == "text" else []),
+        sizes=counted(f"{width}x{height}" for width, height in sizes),
+        aspects=aspect_histogram(sizes) if sizes else {},
+        reach=reach(sizes),
+        kept_by_square_crop=kept_by_square_crop(sizes),
+        modes=counted(info.mode for info in infos.values()),
+        formats=counted(info.format or "drawn" for info in infos.values()),
+        misnamed={name: info.format for name, info in infos.items() if _is_misnamed(name, info.format)},
+        animated=tuple(name for name, info in infos.items() if info.animated),
+        rotated=sum(info.rotated for info in infos.values()),
+        profiles=profiles,
+        unusable_profiles=unusable_profiles,
+        unreadable=unreadable,
+        masks=sum(info.mask_size is not None for info in infos.values()),
+        unreadable_masks=bad_masks,
+        duplicates=tuple(_groups(infos, [info.key for info in infos.values()])),
+        near_duplicates=tuple(group for group in near if len({infos[name].key for name in group}) > 1),
+        notes=source.notes,
+        problems=(*problems, *unreadable_problems(unreadable, len(source)), *mask_problems),
+    )
+    return dataclasses.replace(report, warnings=tuple(_warnings(report, good.examples, infos))), good
+
+
+def _groups(names: Iterable[str], keys: Iterable[Hashable]) -> list[tuple[str, ...]]:
+    """Return the groups of names with equal keys."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, key in zip(names, keys, strict=True):
+        groups.setdefault(key, []).append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def _is_misnamed(name: str, format: str) -> bool:
+    """Return whether a name ends like those of another format. MPO is what cameras call a JPEG of several images."""
+    named = Image.registered_extensions().get(PurePosixPath(name).suffix.lower())
+    return bool(format and named) and named != format and {named, format} != {"JPEG", "MPO"}
+
+
+def _warnings(report: Report, examples: Sequence[Example], infos: Mapping[str, ImageInfo]) -> Iterator[str]:
+    """Write what is worth knowing about readable images, and would not break a run."""
+    texts = {example.name: (example.text, example.label) for example in examples}
+    labels = {example.name: example.label for example in examples}
+    if duplicates := report.duplicates:
+        yield f"{len(duplicates)} images occur more than once: {list_groups(duplicates)}"
+        if clash := [names for names in duplicates if len({texts[name] for name in names}) > 1]:
+            yield f"{len(clash)} of them have different captions or classes: {list_groups(clash)}"
+    if report.images < _FEW:
+        yield f"{report.images} images are few: below {_FEW} a model mostly memorises them"
+    if rare := [f"{name} ({count})" for name, count in report.classes.items() if count < 10]:
+        yield f"classes of fewer than 10 images: {few(rare)}"
+    if near := report.near_duplicates:
+        yield (
+            f"{sum(map(len, near))} images are {NEAR} ({len(near)} groups, the largest of {max(map(len, near))}); "
+            f"a group is trained on or held out as a whole: {list_groups(near)}"
+        )
+        if clash := [names for names in near if len({labels[name] for name in names}) > 1]:
+            yield f"{len(clash)} groups of near duplicates have different classes: {list_groups(clash)}"
+    if missing := report.caption_facts.missing:
+        yield f"{len(missing)} images have no caption: {few(missing)}"
+    repeated = report.caption_facts.repeated.items()
+    if common := {text: count for text, count in repeated if count > max(10, report.images / 20)}:
+        yield f"captions that more than 5 % of the images share: {list_counts(common)}"
+    if len(classes := report.classes) > 1:
+        small, large = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
+        if classes[large] >= _UNBALANCED * classes[small]:
+            yield (
+                f"classes are unbalanced: {large} has {classes[large]} images, {small} has {classes[small]}; "
+                "`repeats` of a mix, or more images, even them out"
+            )
+    sized = {f"{name} ({info.width}x{info.height})": info.size for name, info in infos.items()}
+    if extreme := [name for name, size in sized.items() if max(size) > _EXTREME * min(size)]:
+        what = f"more than {_EXTREME} times as long as wide, and a square crop shows little of them"
+        yield f"{len(extreme)} images are {what}: {few(extreme)}"
+    if tiny := [name for name, size in sized.items() if min(size) < _TINY]:
+        yield f"{len(tiny)} images have a side below {_TINY} pixels and are enlarged: {few(tiny)}"
+    if report.misnamed:
+        what = "files have another format than their names say, and are read all the same"
+        yield f"{len(report.misnamed)} {what}: {list_reasons(report.misnamed)}"
+    if report.animated:
+        what = f"of {len(report.animated)} animated images only the first frame is used"
+        yield f"{what}: {few(report.animated)}"
+    yield from profile_warnings(report.unusable_profiles)
+    yield from _mask_warnings(infos)
+
+
+def _mask_warnings(infos: Mapping[str, ImageInfo]) -> Iterator[str]:
+    resized: dict[str, list[str]] = {"another size": [], "another aspect ratio": []}
+    for name, info in infos.items():
+        if info.mask_size is None or info.mask_size == info.size:
+            continue
+        off = abs(info.mask_height - info.mask_width * info.height / info.width)
+        rounded = off <= max(1, 0.02 * info.mask_height)  # as when an image is shrunk
+        sizes = f"{info.width}x{info.height}, its mask {info.mask_width}x{info.mask_height}"
+        resized["another size" if rounded else "another aspect ratio"].append(f"{name} ({sizes})")
+    for what, names in resized.items():
+        if names:
+            yield f"{len(names)} masks have {what} than their image and are resized to it: {few(names)}"
 
 
 def list_groups(groups: Iterable[tuple[str, ...]]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+from ...config import PRESETS
 from .report import Report
 
 _REACHED = 0.9  # share of the images that have to be large enough
@@ -17,20 +17,12 @@ _PRETRAINED_FROM = 256  # pixels
 _PRETRAINED = "stabilityai/sd-vae-ft-mse"
 
 
-class _Preset(NamedTuple):
-    name: str
-    resolutions: range
-    batch: int
-    most_steps: int
-    place: str
-
-
-# The parts of `latentflow train --preset` that matter here; a test compares them.
-_PRESETS = (
-    _Preset("tiny", range(64), 128, 800, ", also on a CPU"),
-    _Preset("small", range(64, 256), 64, 20_000, ", also on a CPU"),
-    _Preset("base", range(256, 257), 128, 200_000, " on a GPU"),
-)
+# The resolutions that each `latentflow train --preset` fits, and where it runs.
+_FITS = {
+    "tiny": (range(64), ", also on a CPU"),
+    "small": (range(64, 256), ", also on a CPU"),
+    "base": (range(256, 257), " on a GPU"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +44,10 @@ def suggest(report: Report, *, gpu: bool, flags: tuple[str, ...] = ()) -> Sugges
     if report.problems or not report.sizes:
         return None
     resolution, why = _resolution(report, gpu)
-    preset = next(preset for preset in _PRESETS if resolution in preset.resolutions)
+    preset, place = next((name, place) for name, (sides, place) in _FITS.items() if resolution in sides)
+    batch, most_steps = PRESETS[preset]["train_batch_size"], PRESETS[preset]["max_train_steps"]
     reasons = {
-        f"--preset {preset.name}": f"fits {resolution} px{preset.place}",
+        f"--preset {preset}": f"fits {resolution} px{place}",
         f"--resolution {resolution}": why,
     }
     if (lost := 1 - report.kept_by_square_crop) > _MUCH_LOST:
@@ -66,11 +59,11 @@ def suggest(report: Report, *, gpu: bool, flags: tuple[str, ...] = ()) -> Sugges
     else:
         what = "below 256 px pretrained autoencoders lose detail"
         reasons["no --vae"] = f"{what}; one is trained on your images first"
-    enough_steps = 100 * round(report.images * _PASSES / preset.batch / 100)
-    steps = min(preset.most_steps, max(_LEAST_STEPS, enough_steps))
-    passes = steps * preset.batch / report.images
+    enough_steps = 100 * round(report.images * _PASSES / batch / 100)
+    steps = min(most_steps, max(_LEAST_STEPS, enough_steps))
+    passes = steps * batch / report.images
     reasons[f"--max-train-steps {steps}"] = (
-        f"{passes:.0f} passes over {report.images} images in batches of {preset.batch} (the shipped checkpoint "
+        f"{passes:.0f} passes over {report.images} images in batches of {batch} (the shipped checkpoint "
         "took 72 over 3,208); more help while val_loss falls"
     )
     if report.masks:

@@ -1,19 +1,27 @@
-"""Annotations of images: the rows of a table (CSV, JSON lines, parquet, Arrow) and the meaning of their columns."""
+"""Annotations of images: the columns of a table and their meaning, and the way from them to a source for all kinds of
+data. Nothing is dropped without a note or an error."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from ...errors import UserError, nearest, shown
+from ...errors import UserError, few, nearest, shown
 from ...utils.files import decode, parse_json, refuse_no_text
-from .files import METADATA_BYTES, File, read_bytes
+from ..dataset import Colours, Example, FileExample, Kind, Source
+from .files import METADATA_BYTES, File, Member, read_bytes
+
+Condition = Literal["auto", "none", "class", "text"]
+MissingCaption = Literal["error", "empty", "skip"]
+Masks = Literal["auto", "none", "alpha"]
 
 HEAVIEST = 1e6  # weight of an image's loss: more only ends in updates that are not finite
 COLUMNS = ("image", "file_name", "text", "label", "mask", "weight")
@@ -148,18 +156,24 @@ def unused_columns(ours: Mapping[str, str], image: str) -> list[str]:
     return [theirs for theirs, name in ours.items() if name not in read and not holds_captions(name)]
 
 
-def refuse_synonyms(where: str, columns: Collection[str]) -> None:
-    """Refuse a table whose captions, classes, masks or weights would go unread, being called by another word."""
+def our_columns(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> dict[str, str]:
+    """Return our name of every column, as `rename` does.
+
+    Raises:
+        UserError: also where captions, classes, masks or weights would go unread, being called by another word.
+    """
+    found = rename(columns, renamed, where)
+    names = set(found.values())
     for column, synonyms in _SYNONYMS.items():
         missing = ["text", "label"] if column in ("text", "label") else [column]
-        if any(name in missing or ("text" in missing and holds_captions(name)) for name in columns):
+        if any(name in missing or ("text" in missing and holds_captions(name)) for name in names):
             continue
-        for synonym in synonyms:
-            if synonym in columns:
-                raise UserError(
-                    f"{where} has no {' or '.join(missing)}, but '{synonym}'",
-                    f"Rename it to '{column}', or add --columns {column} {synonym}.",
-                )
+        if synonym := next((synonym for synonym in synonyms if synonym in names), ""):
+            raise UserError(
+                f"{where} has no {' or '.join(missing)}, but '{synonym}'",
+                f"Rename it to '{column}', or add --columns {column} {synonym}.",
+            )
+    return found
 
 
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -201,3 +215,207 @@ def _json_row(where: str, text: str) -> dict[str, object]:
     if not isinstance(row, dict):
         raise UserError(f"{where} is not an object", fix)
     return row
+
+
+# ---------------------------------------------------------------- from annotations to a source
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRequest:
+    """The settings of ``find_source``, as the reader of every kind gets them."""
+
+    condition: Condition = "auto"
+    missing_caption: MissingCaption = "error"
+    masks: Masks = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    colours: Colours = "srgb"
+
+    @property
+    def unused_masks(self) -> str:
+        """The end of a note on masks that were found: empty where they are used."""
+        return "" if self.masks == "auto" else f", not used (--masks {self.masks})"
+
+
+def annotated_example(name: str, image: File, mask: File | None, annotation: RowAnnotation) -> FileExample:
+    """Return the example of an image file with its annotation."""
+    first, *more = annotation.texts or (None,)
+    return FileExample(
+        name, first, annotation.label, path=image, mask=mask, texts=tuple(more), weight=annotation.weight
+    )
+
+
+def table_examples(
+    rows: Iterable[tuple[str, Mapping[str, object], Mapping[str, Member | None]]],
+    ours: Mapping[str, str],
+    image: str = "image",
+    folder: Path = Path(),
+    class_names: Sequence[str] | None = None,
+) -> Iterable[FileExample]:
+    """Yield the example of every row of a table of any kind (CSV, parquet, saved data set, hub).
+
+    Args:
+        rows: for each row its name in error messages, its values by the table's own column names, and the members
+            that hold its image and mask by our names.
+        ours: our names of the columns by their own.
+        image: our name of the column with the images; those that are no members are paths.
+        folder: the folder that relative paths start from.
+        class_names: names of the classes where the table has numbers.
+
+    Raises:
+        UserError: a value is of the wrong type; a row has no image; a path leads out of the folder.
+    """
+    for number, (where, values, members) in enumerate(rows):
+        row = {ours[name]: value for name, value in values.items()}
+        if class_names is not None:
+            row["label"] = class_name(class_names, row.get("label"), where)
+        files = {
+            name: members[name] if name in members else _path_in(row, name, folder, where)
+            for name in (image, "mask")
+        }
+        if (file := files[image]) is None:
+            raise UserError(f"{where} holds no image", "Give its image, or leave the row out.")
+        name = f"row {number:08d}" if image in members else str(row[image])
+        yield annotated_example(name, file, files["mask"], parse_row(row, where))
+
+
+def _path_in(row: Mapping[str, object], column: str, folder: Path, where: str) -> Path | None:
+    """Return the file that a column names: an absolute path as it is, any other below ``folder``."""
+    name = text_in(row, column, where)
+    if name is not None and ".." in Path(name).parts:
+        raise UserError(
+            f"{where}: {name} leads out of the folder", "Write the absolute path if that is meant."
+        )
+    return None if name is None else folder / name
+
+
+class Found(NamedTuple):
+    """Annotations that a set of images has: their ``kind``, what they are called, and where they were found."""
+
+    kind: Kind
+    what: str
+    origin: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what} from {self.origin}" if self.origin else self.what
+
+
+def choose_condition(
+    found: Sequence[Found], request: DataRequest, where: str, lacks: str
+) -> tuple[Kind, list[str]]:
+    """Choose what to condition on, of ``found`` the first that is asked for; and write notes on it.
+
+    Args:
+        where: the data, for messages.
+        lacks: what captions and classes are read from, for the user.
+
+    Raises:
+        UserError: captions or classes are asked for, and there are none.
+    """
+    asked = request.condition
+    if asked == "none":
+        return "unconditional", ["unconditional, as asked: captions and classes are not used"]
+    wanted = [one for one in found if asked in ("auto", one.kind)]
+    if not wanted and asked != "auto":
+        what = "captions" if asked == "text" else "classes"
+        raise UserError(f"there are no {what} in {where}", f"Add them ({lacks}), or use --condition none.")
+    if not wanted:
+        return "unconditional", [f"unconditional: {where} holds neither captions nor classes ({lacks})"]
+    notes = [str(wanted[0])] if wanted[0].origin else []
+    unused = [one for one in found if one != wanted[0]]
+    return wanted[0].kind, notes + [f"{one} found as well, not used (--condition decides)" for one in unused]
+
+
+def source_of_rows(
+    data: str,
+    examples: Sequence[FileExample],
+    request: DataRequest,
+    lacks: str,
+    notes: Sequence[str] = (),
+    root: Path | None = None,
+) -> Source:
+    """Return the source of examples with all their annotations; captions win over classes.
+
+    Raises:
+        UserError: there are none; and as for ``choose_condition`` and ``build_source``.
+    """
+    if not examples:
+        raise UserError(f"there are no rows in {data}", "Write one row for each image.")
+    found = [Found("text", "captions")] if any(example.text for example in examples) else []
+    found += [Found("class", "classes")] if any(example.label for example in examples) else []
+    kind, kind_notes = choose_condition(found, request, data, lacks)
+    masks = sum(example.mask is not None for example in examples)
+    mask_notes = [f"masks of {masks} images{request.unused_masks}"] if masks else []
+    return build_source(data, examples, kind, request, [*notes, *kind_notes, *mask_notes], root)
+
+
+def build_source(
+    data: str,
+    examples: Sequence[Example],
+    kind: Kind,
+    request: DataRequest,
+    notes: Sequence[str],
+    root: Path | None = None,
+) -> Source:
+    """Return the source of these examples as requested, in the order of their names.
+
+    Raises:
+        UserError: captions or classes are missing and the request does not say what to do; two examples have one name.
+    """
+    names: set[str] = set()
+    for example in examples:
+        if example.name in names:
+            raise UserError(f"two images are named {example.name}", "Rename one of them.")
+        names.add(example.name)
+    kept, missing_notes = _complete(
+        sorted(examples, key=lambda example: example.name), kind, request.missing_caption
+    )
+    notes = [*notes, *missing_notes]
+    if request.masks == "alpha":
+        notes.append("masks from the alpha channels: what is transparent is to be repainted")
+    if request.masks != "auto" or request.colours != "srgb":
+        kept = [_as_requested(example, request) for example in kept]
+    classes = tuple(sorted({e.label or "" for e in kept}, key=_numbers_first)) if kind == "class" else ()
+    if classes:
+        notes.append(f"{len(classes)} classes: {few(classes, 12)}")
+    if several := sum(bool(example.texts) for example in kept):
+        notes.append(f"{several} images have several captions: each use draws one of them")
+    if weighted := sum(example.weight != 1 for example in kept):
+        notes.append(f"{weighted} images have a weight other than 1: it multiplies their loss")
+    return Source(data, tuple(kept), kind, classes, tuple(notes), root)
+
+
+def _complete(
+    examples: list[Example], kind: Kind, missing: MissingCaption
+) -> tuple[list[Example], list[str]]:
+    """Return the examples with the annotations of ``kind`` alone, and a note on those that lacked them."""
+    if kind == "unconditional":
+        return [dataclasses.replace(example, text=None, texts=(), label=None) for example in examples], []
+    what = "caption" if kind == "text" else "class"
+    complete = [example for example in examples if (example.text if kind == "text" else example.label)]
+    without = [e.name for e in examples if not (e.text if kind == "text" else e.label)]
+    if without and (missing == "error" or (missing == "empty" and kind == "class")):
+        empty = "empty (an empty caption) or " if kind == "text" else ""
+        raise UserError(
+            f"{len(without)} of {len(examples)} images have no {what}: {few(without)}",
+            f"Add them, or choose --missing-caption {empty}skip (leave these images out).",
+        )
+    if not complete:
+        raise UserError(f"no image has a {what}", "Use --condition none for an unconditional model.")
+    fate = "left out" if missing == "skip" else "given the empty caption"
+    notes = [f"{len(without)} images without a {what}, {fate}: {few(without)}"] if without else []
+    kept = complete if missing == "skip" else examples
+    if kind == "class":
+        return [dataclasses.replace(example, text=None, texts=()) for example in kept], notes
+    return [example if example.text else dataclasses.replace(example, text="") for example in kept], notes
+
+
+def _as_requested(example: Example, request: DataRequest) -> Example:
+    """Return an example with the masks and colours of the request."""
+    assert isinstance(example, FileExample), "what is drawn, and mixes, are as requested already"
+    mask = {"auto": example.mask, "none": None, "alpha": example.path}[request.masks]
+    return dataclasses.replace(example, mask=mask, colours=request.colours)
+
+
+def _numbers_first(label: str) -> tuple[int, int, str]:
+    """Return a key that sorts whole numbers by value (2 before 10), before words."""
+    return (0, int(label), label) if label.isdecimal() and len(label) < 100 else (1, 0, label)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import importlib
 import io
 import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from ...errors import UserError
+from ...errors import UserError, reason
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
@@ -44,12 +46,8 @@ class Container:
         state = path.stat()
         return cls(path, state.st_size, state.st_mtime_ns)
 
-    def open(self) -> BinaryIO:
-        """Open the file, in which positions found earlier are still valid.
-
-        Raises:
-            UserError: it has changed since, or is gone.
-        """
+    def check(self) -> None:
+        """Raise `UserError` where it has changed since or is gone: positions found earlier are valid no more."""
         try:
             now = Container.of(self.path)
         except OSError as error:
@@ -59,6 +57,10 @@ class Container:
                 f"{self.path} has changed since it was listed",
                 "Leave data alone while a program reads them, and start the program again.",
             )
+
+    def open(self) -> BinaryIO:
+        """Open the file, after `check`."""
+        self.check()
         return self.path.open("rb")
 
 
@@ -109,6 +111,29 @@ def refuse_large(name: str, size: int, bound: int) -> None:
         )
 
 
+@contextmanager
+def intact(path: Path, kind: str, *failures: type[BaseException]) -> Iterator[None]:
+    """Turn failures of the library that opens a file of some ``kind`` into a `UserError`: it is not intact."""
+    try:
+        yield
+    except failures as error:
+        fix = "It may be cut off: copy or download it again."
+        raise UserError(f"{path} is not an intact {kind} file: {reason(error)}", fix) from None
+
+
+def import_extra(package: str, extra: str, what: str) -> Any:
+    """Import an optional package, which ``what`` needs and the ``extra`` of latentflow installs.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        fix = f'pip install "latentflow[{extra}]"'
+        raise UserError(f"{what} needs {package}, which is not installed", fix) from None
+
+
 def open_stream(file: File) -> io.BytesIO | io.BufferedReader:
     """Return the bytes of a file as a seekable stream."""
     return io.BytesIO(file.read()) if isinstance(file, Member) else file.open("rb")
@@ -130,7 +155,15 @@ def file_key(file: File) -> str:
 @functools.lru_cache(maxsize=1_000_000)
 def _hash(file: File, size: int, modified: int) -> str:
     with open_stream(file) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hash_stream(stream)
+
+
+def hash_stream(stream: BinaryIO) -> str:
+    """Return the hexadecimal hash of a stream. For small files this is faster than `hashlib.file_digest`."""
+    digest = hashlib.sha256()
+    while part := stream.read(2**18):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def suffix_of(name: str) -> str:
@@ -204,11 +237,7 @@ class Folder:
 
 
 def list_folder(root: Path) -> Folder:
-    """List all files below ``root``; links are followed once, and hidden folders are left out.
-
-    Raises:
-        OSError: ``root`` itself cannot be listed.
-    """
+    """List all files below ``root``; links are followed once, and hidden folders are left out."""
     names: list[str] = []
     seen = set[str]()
     closed: list[OSError] = []
@@ -221,8 +250,6 @@ def list_folder(root: Path) -> Folder:
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
         within = "" if (relative := Path(here).relative_to(root).as_posix()) == "." else relative + "/"
         names += [within + file for file in files]
-    if any(Path(error.filename) == root for error in closed):
-        raise closed[0]
     reasons = [f"{error.filename} ({(error.strerror or '').lower()})" for error in closed]
     return Folder.of(root, names, closed=reasons)
 

@@ -13,15 +13,18 @@ from ...errors import UserError, few, shown
 from ...utils.files import decode, storable
 from ..dataset import Kind, Source
 from .annotations import (
+    DataRequest,
+    Found,
     RowAnnotation,
+    annotated_example,
+    build_source,
+    choose_condition,
+    our_columns,
     parse_row,
     read_records,
-    refuse_synonyms,
-    rename,
     text_in,
     unused_columns,
 )
-from .assemble import Condition, DataRequest, annotated_example, build_source
 from .files import (
     CAPTION_BYTES,
     CAPTION_SUFFIXES,
@@ -29,11 +32,13 @@ from .files import (
     File,
     Folder,
     file_key,
+    list_folder,
     read_bytes,
     suffix_of,
 )
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_LACKS = "metadata.jsonl (file_name, text, label), a .txt beside each image, or a subfolder for each class"
 _MASK_ENDING = "-mask"
 _FOREIGN = (".heic", ".heif", ".svg", ".psd", ".raw", ".cr2", ".nef", ".arw", ".dng", ".jxl", ".eps", ".pdf")
 _PACKED = (".tar", ".zip", ".parquet", ".arrow")
@@ -61,10 +66,6 @@ class Metadata:
     unused: tuple[str, ...] = ()
 
     @property
-    def has_text(self) -> bool:
-        return any(row.texts for row in self.rows.values())
-
-    @property
     def has_label(self) -> bool:
         return any(row.label for row in self.rows.values())
 
@@ -86,7 +87,8 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
         raise UserError(f"{folder.root} holds both {' and '.join(METADATA_NAMES)}", "Keep one of them.")
     path = folder.root / found[0]
     records = list(read_records(folder.file(found[0]), path))
-    ours = rename(dict.fromkeys(name for _, record in records for name in record), renamed, str(path))
+    columns = dict.fromkeys(name for _, record in records for name in record)
+    ours = our_columns(columns, renamed, str(path))
     rows: dict[str, RowAnnotation] = {}
     masks: dict[str, str] = {}
     lines: dict[str, int] = {}
@@ -104,7 +106,6 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
                     f"{where}: {name} is given as its own mask",
                     "Name the mask's file, or use --masks alpha to read masks from the alpha channels.",
                 )
-    refuse_synonyms(str(path), set(ours.values()))
     for names, what, column in ((rows, "files", "file_name"), (masks.values(), "masks", "mask")):
         if absent := [name for name in names if not folder.holds(name)]:
             raise UserError(
@@ -232,6 +233,11 @@ def _stem(name: str) -> str:
 # ---------------------------------------------------------------- the source
 
 
+def read_folder(data: str, request: DataRequest) -> Source:
+    """Return the images of a folder on disk; see ``folder_source``."""
+    return folder_source(data, list_folder(Path(data).expanduser()), request)
+
+
 def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
     """Return the source of a folder's images.
 
@@ -247,7 +253,7 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
     if not folder.images:
         raise _no_images(folder)
     sidecars = read_sidecars(folder)
-    kind, notes = _decide(folder, metadata, sidecars, request.condition)
+    kind, notes = _decide(folder, metadata, sidecars, request)
     if kind == "text":
         _refuse_contradiction(metadata, sidecars)
     masks = choose_masks(folder, metadata.masks, beside) if request.masks == "auto" else {}
@@ -272,47 +278,24 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
 
 
 def _decide(
-    folder: Folder, metadata: Metadata, sidecars: Sidecars, condition: Condition
+    folder: Folder, metadata: Metadata, sidecars: Sidecars, request: DataRequest
 ) -> tuple[Kind, list[str]]:
     """Choose what to condition on, and write notes on where it comes from and what is not used."""
-    described, labelled = metadata.has_text, metadata.has_label
-    has_text, auto = described or bool(sidecars.texts), condition == "auto"
-    if condition == "none":
-        return "unconditional", ["unconditional, as asked: captions and classes are not used"]
-    if condition == "text" and not has_text:
-        raise UserError(
-            f"there are no captions in {folder.root} (no metadata with a text column, no .txt or .caption files)",
-            "Add metadata.jsonl (file_name, text) or a .txt beside each image, or use --condition none.",
-        )
-    if auto and described:
-        unused = {"label": labelled, "sidecar texts": bool(sidecars.texts)}
-        return "text", [f"captions from {metadata.name}", *_passed_over(unused)]
-    if auto and labelled:
-        return "class", [
-            f"classes from {metadata.name}",
-            *_passed_over({"sidecar texts": bool(sidecars.texts)}),
-        ]
-    if has_text and condition != "class":
+    described, auto = any(row.texts for row in metadata.rows.values()), request.condition == "auto"
+    labelled = metadata.has_label
+    origins = [metadata.name] * described
+    origins += [f"{sidecars.endings} files beside the images"] * bool(sidecars.texts)
+    found = [Found("text", "captions", " and ".join(origins))] if origins else []
+    # A single subfolder is where the images lie, unless it is asked for or there is nothing else.
+    if labelled or len(folder.per_subfolder()) > (1 if auto and origins else 0):
+        classes = Found("class", "classes", metadata.name if labelled else "subfolders")
+        found.insert(0 if labelled and not described else len(found), classes)
+    kind, notes = choose_condition(found, request, str(folder.root), _LACKS)
+    if kind == "text" and not (auto and described):
         _refuse_splits(folder)
-        origin = metadata.name if described else f"{sidecars.endings} files beside the images"
-        unused = {"subfolders": len(folder.per_subfolder()) > 1}
-        return "text", [f"captions from {origin}", *_passed_over(unused)]
-    if condition == "class":
-        if not labelled and not folder.per_subfolder():
-            raise UserError(
-                f"there are no classes in {folder.root}: no subfolders, no metadata with a label column",
-                "Put each image in a subfolder named like its class, or add metadata.jsonl (file_name, label).",
-            )
-        origin = metadata.name if labelled else "subfolders"
-        return "class", [f"classes from {origin}", *_passed_over({"captions": has_text})]
-    if folder.per_subfolder():
+    elif kind == "class" and auto and not labelled:
         _refuse_wrong_level(folder)
-        return "class", ["classes from subfolders"]
-    return "unconditional", ["unconditional: there are no captions, no classes and no subfolders"]
-
-
-def _passed_over(found: Mapping[str, bool]) -> list[str]:
-    return [f"{name} found as well, not used (--condition decides)" for name, there in found.items() if there]
+    return kind, notes
 
 
 def _refuse_contradiction(metadata: Metadata, sidecars: Sidecars) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 from ...errors import UserError, reading
 from ..dataset import Source
-from .annotations import COLUMNS, holds_captions, rename
-from .assemble import DataRequest, source_of_rows, table_examples
-from .files import Member, read_bytes
+from .annotations import COLUMNS, DataRequest, holds_captions, rename, source_of_rows, table_examples
+from .files import Member, import_extra, read_bytes
 
 # Names that columns have on the hub, the likeliest first, looked for where no column has our name.
 _LIKELY = {
@@ -55,7 +54,7 @@ def read_saved(data: str, request: DataRequest) -> Source:
             images (the columns are listed); captions or classes are missing.
     """
     path = Path(data).expanduser()
-    library = _library()
+    library = import_extra("datasets", "datasets", data)
     with reading(data, *_failures(), fix=_AGAIN):
         loaded = library.load_from_disk(str(path))
     if isinstance(loaded, Mapping):
@@ -78,7 +77,7 @@ def read_hub(data: str, request: DataRequest) -> Source:
             f"'{data}' is not the name of a data set on the hub",
             "Write hub:owner/name or hub:owner/name:split.",
         )
-    library = _library()
+    library = import_extra("datasets", "datasets", data)
     try:
         loaded = library.load_dataset(match["name"], split=match["part"] or "train")
     except Exception as error:  # of the library, its file systems and the network, with no common class
@@ -94,8 +93,6 @@ def _source(data: str, rows: Any, request: DataRequest, root: Path | None) -> So
     import datasets
 
     ours, notes = _columns(data, rows.features, request)
-    if rows.num_rows == 0:
-        raise UserError(f"{data} has no rows", "Give a data set with images.")
     images = {name: theirs for theirs, name in ours.items() if name in ("image", "mask")}
     annotations = [theirs for theirs in ours if theirs not in images.values()]
     label = next((theirs for theirs, name in ours.items() if name == "label"), "")
@@ -181,13 +178,3 @@ def _failures() -> tuple[type[BaseException], ...]:
         pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
         NotImplementedError,
     )  # fmt: skip
-
-
-def _library() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            "this kind of data needs the library datasets", 'pip install "latentflow[datasets]"'
-        ) from None
-    return datasets

@@ -15,13 +15,11 @@ from ...errors import UserError, few, is_number, lookup, nearest, shown, unknown
 from ...utils.files import read_yaml
 from ..cache.store import refuse_inside
 from ..dataset import Colours, Example, Source, with_tag_orders
-from .annotations import HEAVIEST
-from .assemble import Condition, DataRequest, Masks, MissingCaption, build_source
-from .files import IMAGE_SUFFIXES, list_folder, parquet_files
-from .folder import folder_source
+from .annotations import HEAVIEST, Condition, DataRequest, Masks, MissingCaption, build_source
+from .files import IMAGE_SUFFIXES, parquet_files
+from .folder import read_folder
 from .hugging_face import read_hub, read_saved
-from .latent_files import DESCRIPTION
-from .latent_folder import read_latent_folder
+from .latent_folder import DESCRIPTION, read_latent_folder
 from .table import read_table
 from .webdataset import COMPRESSED, read_shards
 from .zip_file import read_zip
@@ -38,7 +36,7 @@ class DataKind:
     """A kind of data: its description, the test whether DATA is of it, and its reader."""
 
     meaning: str
-    claims: Callable[[str], bool]
+    claims: Callable[[str, Path], bool]  # DATA as given, and as a path
     read: Callable[[str, DataRequest], Source]
 
 
@@ -92,9 +90,8 @@ def find_source(
 
 def _find(data: str, request: DataRequest) -> Source:
     try:
-        for kind in KINDS.values():
-            if kind.claims(data):
-                return kind.read(data, request)
+        if kind := _kind_of(data):
+            return KINDS[kind].read(data, request)
         raise _not_found(data)
     except OSError as error:
         raise UserError(
@@ -103,50 +100,31 @@ def _find(data: str, request: DataRequest) -> Source:
         ) from error
 
 
-def is_mix(data: str) -> bool:
-    """Return whether DATA is a YAML file."""
-    path = Path(data).expanduser()
-    return path.suffix.lower() in (".yaml", ".yml") and path.is_file()
-
-
-def is_shards(data: str) -> bool:
+def _is_shards(data: str, path: Path) -> bool:
     """Return whether DATA names tar files, or is a folder of them without images or subfolders."""
-    path = Path(data).expanduser()
-    if path.is_dir():
-        entries = (entry for entry in path.iterdir() if not entry.name.startswith("."))
-        return any(path.glob("*.tar")) and not any(
-            e.is_dir() or e.suffix.lower() in IMAGE_SUFFIXES for e in entries
-        )
-    return data.lower().endswith((".tar", *COMPRESSED))
+    if not path.is_dir():
+        return data.lower().endswith((".tar", *COMPRESSED))
+    entries = (entry for entry in path.iterdir() if not entry.name.startswith("."))
+    return any(path.glob("*.tar")) and not any(
+        entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries
+    )
 
 
-def is_zip(data: str) -> bool:
-    """Return whether DATA is a zip file, by its name."""
-    path = Path(data).expanduser()
-    return path.suffix.lower() == ".zip" and path.is_file()
-
-
-def is_saved(data: str) -> bool:
+def _is_saved(data: str, path: Path) -> bool:
     """Return whether DATA is a folder that `save_to_disk` wrote."""
-    path = Path(data).expanduser()
     return (path / "dataset_dict.json").is_file() or all(
         (path / name).is_file() for name in ("dataset_info.json", "state.json")
     )
 
 
-def is_table(data: str) -> bool:
+def _is_table(data: str, path: Path) -> bool:
     """Return whether DATA names CSV or parquet files, or a folder of parquet files and no images."""
-    path = Path(data).expanduser()
     return bool(parquet_files(path)) if path.is_dir() else path.suffix.lower() in (".csv", ".parquet")
 
 
 def is_latent_folder(data: str) -> bool:
     """Return whether DATA is a folder of latents."""
     return (Path(data).expanduser() / DESCRIPTION).is_file()
-
-
-def _read_folder(data: str, request: DataRequest) -> Source:
-    return folder_source(data, list_folder(Path(data).expanduser()), request)
 
 
 def _read_shapes(data: str, request: DataRequest) -> Source:
@@ -200,7 +178,7 @@ def read_mix(data: str, request: DataRequest) -> Source:
     parts = _parts(path)
     places = [_place(path.parent, part.data) for part in parts]
     for place in places:
-        if is_mix(place):
+        if _kind_of(place) == "mix":
             raise UserError(f"{path} is a list of lists: {place}", "Name the sets themselves.")
         if is_latent_folder(place):
             raise UserError(f"{path} mixes in latents: {place}", "Mix the images, and precompute the mix.")
@@ -284,15 +262,31 @@ def _repeats(parts: list[Part], sources: list[Source]) -> list[int]:
 
 # The first that claims DATA reads it.
 KINDS: dict[str, DataKind] = {
-    "shapes": DataKind("the procedural set `shapes`", lambda data: data == "shapes", _read_shapes),
+    "shapes": DataKind("the procedural set `shapes`", lambda data, _: data == "shapes", _read_shapes),
     "hub": DataKind(
-        "hub:owner/name, a data set of the Hugging Face hub", lambda data: data.startswith("hub:"), read_hub
+        "hub:owner/name, a data set of the Hugging Face hub",
+        lambda data, _: data.startswith("hub:"),
+        read_hub,
     ),
-    "mix": DataKind("a .yaml file that lists several of these", is_mix, read_mix),
-    "shards": DataKind("WebDataset shards (.tar)", is_shards, read_shards),
-    "zip": DataKind("a .zip of a folder", is_zip, read_zip),
-    "saved": DataKind("a folder that `datasets` saved", is_saved, read_saved),
-    "table": DataKind("a .csv or .parquet table", is_table, read_table),
-    "latents": DataKind("a folder of `latentflow precompute`", is_latent_folder, read_latent_folder),
-    "folder": DataKind("a folder of images", lambda data: Path(data).expanduser().is_dir(), _read_folder),
+    "mix": DataKind(
+        "a .yaml file that lists several of these",
+        lambda _, path: path.suffix.lower() in (".yaml", ".yml") and path.is_file(),
+        read_mix,
+    ),
+    "shards": DataKind("WebDataset shards (.tar)", _is_shards, read_shards),
+    "zip": DataKind(
+        "a .zip of a folder", lambda _, path: path.suffix.lower() == ".zip" and path.is_file(), read_zip
+    ),
+    "saved": DataKind("a folder that `datasets` saved", _is_saved, read_saved),
+    "table": DataKind("a .csv or .parquet table", _is_table, read_table),
+    "latents": DataKind(
+        "a folder of `latentflow precompute`", lambda data, _: is_latent_folder(data), read_latent_folder
+    ),
+    "folder": DataKind("a folder of images", lambda _, path: path.is_dir(), read_folder),
 }
+
+
+def _kind_of(data: str) -> str | None:
+    """Return the kind of DATA, the first that claims it; None where none does."""
+    path = Path(data).expanduser()
+    return next((name for name, kind in KINDS.items() if kind.claims(data, path)), None)

@@ -14,30 +14,25 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
 
 from ...config import DataConfig
-from ...errors import UserError, reading
+from ...errors import UserError, reading, shown
+from ...utils.files import read_json, storable
 from ..cache.store import NO_KEY, Array, ShardSet, digests
 from ..dataset import Example, Kind, Source, StoredSizes
-from .assemble import DataRequest
-from .latent_files import (
-    AUTOENCODER,
-    DESCRIPTION,
-    INDEX,
-    import_arrow,
-    index_schema,
-    kind_of,
-    place_of,
-    read_description,
-    setting_differences,
-)
+from .annotations import DataRequest
+from .files import hash_stream, import_extra
+
+VERSION = 1  # of the format
+DESCRIPTION, INDEX, AUTOENCODER = "latents.json", "index.arrow", "autoencoder"
 
 
 def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
@@ -94,7 +89,7 @@ def _open_index(path: Path, store: LatentStore) -> _Index:
     arrow, description = import_arrow(), store.description
     fix = "Start the `latentflow precompute` line that made it again: it encodes only what is missing."
     with reading(path, OSError, fix=fix), path.open("rb") as file:
-        hash = hashlib.file_digest(file, "sha256").hexdigest()
+        hash = hash_stream(file)
     if hash != description["index"]:
         raise UserError(f"{path} cannot be read: it is not the one that {DESCRIPTION} was written with", fix)
     with reading(path, OSError, arrow.ArrowException, UnicodeDecodeError, fix=fix):
@@ -123,35 +118,6 @@ class LatentStore:
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
         self.folder, self.description = folder, description
         self.kinds = {kind_of(place) for place in description["tables"]}
-
-    def shards(self, kind: str, settings: dict[str, object]) -> ShardSet:
-        """Return the shards of ``kind`` (latents, pixels or masks). Latents with mirror images serve without, too.
-
-        Raises:
-            UserError: there are none, or they were not made with these settings.
-        """
-        if kind not in self.kinds:
-            raise UserError(
-                f"{self.folder} holds no {kind}, which inpainting and evaluation need",
-                "Run its `latentflow precompute` line again with --pixels, or do without.",
-            )
-        wanted = json.loads(json.dumps(settings))
-        place = place_of(kind, wanted["size"])
-        held = self.description["tables"].get(place)
-        if held is None:
-            height, width = wanted["size"]
-            raise UserError(
-                f"{self.folder} holds no {kind} of {width} x {height} pixels",
-                "Leave --resolution out, or precompute again into another folder.",
-            )
-        if held.get("flips"):
-            wanted["flips"] = True
-        if differences := setting_differences(held, wanted):
-            raise UserError(
-                f"the {kind} in {self.folder} were made with {differences}",
-                "Use those settings, or precompute again into another folder.",
-            )
-        return ShardSet(self.folder / place, kind, read_only=True)
 
     def mask(self, key: str) -> Path | None:
         """Return where the mask of this key lies; None where there is none, or masks are not wanted."""
@@ -232,7 +198,29 @@ class LatentFolder(Source):
         return StoredSizes(self.sizes, self.index.numbers("bucket"), natural)
 
     def shards(self, kind: str, settings: dict[str, object]) -> ShardSet:
-        return self.store.shards(kind, settings)
+        store = self.store
+        if kind not in store.kinds:
+            raise UserError(
+                f"{store.folder} holds no {kind}, which inpainting and evaluation need",
+                "Run its `latentflow precompute` line again with --pixels, or do without.",
+            )
+        wanted = json.loads(json.dumps(settings))
+        place = place_of(kind, wanted["size"])
+        held = store.description["tables"].get(place)
+        if held is None:
+            height, width = wanted["size"]
+            raise UserError(
+                f"{store.folder} holds no {kind} of {width} x {height} pixels",
+                "Leave --resolution out, or precompute again into another folder.",
+            )
+        if held.get("flips"):
+            wanted["flips"] = True  # those with mirror images serve without, too
+        if differences := setting_differences(held, wanted):
+            raise UserError(
+                f"the {kind} in {store.folder} were made with {differences}",
+                "Use those settings, or precompute again into another folder.",
+            )
+        return ShardSet(store.folder / place, kind, read_only=True)
 
     def adopt(self, data: DataConfig) -> DataConfig:
         side, tables = self.store.description["resolution"], self.store.description["tables"]
@@ -281,11 +269,11 @@ class LatentFolder(Source):
     def groups(self) -> Array:
         return self.index.numbers("group")
 
-    def content_keys(self) -> list[str]:
-        return _Column(self.index, "key")  # type: ignore[return-value]
+    def content_keys(self) -> Iterable[str]:
+        return self.index.values("key")
 
-    def pixel_keys(self) -> list[str]:
-        return _Column(self.index, "pixel_key")  # type: ignore[return-value]
+    def pixel_keys(self) -> Iterable[str]:
+        return self.index.values("pixel_key")
 
     def masked_keys(self) -> Iterator[str | None]:
         keys = zip(self.index.values("key"), self.index.values("mask_key"), strict=True)
@@ -370,17 +358,116 @@ class _Index(Sequence[StoredExample]):
             yield from part.take(rows - first).to_pylist()
 
 
-class _Column(Sequence[str]):
-    """Strings of a column, read each time they are iterated over."""
+# ---------------------------------------------------------------- its files
 
-    def __init__(self, index: _Index, name: str) -> None:
-        self._index, self._name = index, name
 
-    def __len__(self) -> int:
-        return len(self._index)
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return what ``latents.json`` says.
 
-    def __iter__(self) -> Iterator[str]:
-        return self._index.values(self._name)
+    Raises:
+        UserError: it cannot be read, is of another version, or holds not what ``describe`` in precomputing.py writes.
+    """
+    file, fix = folder / DESCRIPTION, "Precompute into another folder."
+    description = read_json(file, fix)
+    version = description.get("version") if isinstance(description, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise UserError(
+            f"{folder} was written in version {version} of its format, this is {VERSION}",
+            "Update latentflow, or precompute again into another folder.",
+        )
+    for name, is_right in _RIGHT.items():
+        held = description.get(name) if isinstance(description, dict) else None
+        if not is_right(held):
+            raise UserError(f"{file} is damaged: {name} is {shown(held)}", fix)
+    places = [place_of(kind, size) for size in description["sizes"] for kind in _KINDS]
+    for name in description["tables"]:
+        if name not in places:
+            raise UserError(f"{file} is damaged: it tells of {name!r} and of no such size", fix)
+    found: dict[str, Any] = description
+    return found
 
-    def __getitem__(self, place: Any) -> Any:
-        return list(self)[place]
+
+def _is_whole(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and storable(value) == value
+
+
+def _are(is_right: Callable[[Any], bool], value: object, length: int | None = None) -> bool:
+    return isinstance(value, list) and length in (None, len(value)) and all(map(is_right, value))
+
+
+def _is_size(value: object) -> bool:
+    return _are(lambda side: _is_whole(side, 1), value, 2)
+
+
+def _are_tables(value: object) -> bool:
+    """Return whether these are settings of tables, those of latents with what `LatentFolder` reads of them."""
+    if not isinstance(value, dict) or not all(isinstance(made, dict) for made in value.values()):
+        return False
+    latents = [made for place, made in value.items() if kind_of(place) == "latents"]
+    return bool(latents) and all(
+        isinstance(made.get("flips"), bool)
+        and _are(lambda level: _is_whole(level) and level < 256, made.get("background"), 3)
+        for made in latents
+    )
+
+
+_KINDS = ("latents", "pixels", "masks")
+# What every entry of ``latents.json`` must be.
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "version": lambda value: value == VERSION,
+    "complete": lambda value: isinstance(value, bool),
+    "name": _is_text,
+    "pictures": _is_whole,
+    "kind": lambda value: value in get_args(Kind),
+    "classes": partial(_are, _is_text),
+    "notes": partial(_are, _is_text),
+    "resolution": lambda value: _is_whole(value, 1),
+    "sizes": partial(_are, _is_size),
+    "tables": _are_tables,
+    "given": _is_text,
+    "index": _is_text,
+}
+
+
+def setting_differences(held: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Return in which settings ``wanted`` a table was made otherwise; "" where in none."""
+    differ = [name for name in wanted if wanted[name] != held.get(name)]
+    return "; ".join(f"{name} {held.get(name)}, not {wanted[name]}" for name in differ)
+
+
+def index_schema(*, pixel_keys: bool) -> Any:
+    """Return the columns of ``index.arrow``, which has a row for each image.
+
+    Args:
+        pixel_keys: whether it has a column of them; without one they are the keys, as in folders from before colours
+            were converted. A run knows its data by the hash of this file.
+    """
+    arrow = import_arrow()
+    columns = {
+        "name": "string", "texts": arrow.list_(arrow.string()), "label": "string", "class_id": "int32",
+        "weight": "float32", "repeats": "int32", "key": "string", "pixel_key": "string", "mask_key": "string",
+        "group": "int64", "bucket": "int32", "height": "int32", "width": "int32",
+    }  # fmt: skip
+    return arrow.schema(
+        [arrow.field(*column) for column in columns.items() if pixel_keys or column[0] != "pixel_key"]
+    )
+
+
+def place_of(kind: str, size: Sequence[int]) -> str:
+    """Return the folder of the shards of ``kind`` of images of (height, width) ``size``."""
+    height, width = size
+    return kind if height == width else f"{kind}-{height}x{width}"
+
+
+def kind_of(place: str) -> str:
+    """Return what the shards of a folder hold: "latents", "pixels" or "masks"."""
+    return place.split("-")[0]
+
+
+def import_arrow() -> Any:
+    """Return pyarrow; UserError where it is not installed."""
+    return import_extra("pyarrow", "parquet", "a folder of latents")

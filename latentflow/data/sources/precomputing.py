@@ -1,10 +1,9 @@
-"""Writing a folder of latents (see ``latent_folder`` and ``latent_files``)."""
+"""Writing a folder of latents (see ``latent_folder``)."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import tempfile
 import time
@@ -27,10 +26,11 @@ from ..cache.tensors import (
     mask_transform,
     pixel_transform,
 )
-from ..checking.check import groups_of
 from ..crops import Cropping
 from ..dataset import Example, Source
-from .latent_files import (
+from ..splits import groups_of
+from .files import hash_stream
+from .latent_folder import (
     AUTOENCODER,
     DESCRIPTION,
     INDEX,
@@ -80,10 +80,10 @@ class Precomputation:
             )
 
     @functools.cached_property
-    def transforms(self) -> list[dict[str, Transform[Example]]]:
-        """The transforms of the images of each size, by the folder that their rows lie in."""
-        data, found = self.data, []
-        for size in self.framing.sizes:
+    def transforms(self) -> dict[str, tuple[int, Transform[Example]]]:
+        """The making of every table, by the folder that it lies in: the number of its size, and the transform."""
+        data, found = self.data, dict[str, tuple[int, Transform[Example]]]()
+        for number, size in enumerate(self.framing.sizes):
             made = [
                 latent_transform(
                     size, data.background, self.vae, data.random_flip, self.batch_size, self.device
@@ -93,12 +93,12 @@ class Precomputation:
                 made.append(pixel_transform(size, data.background))
             if self.source.has_masks:
                 made.append(mask_transform(size))
-            found.append({place_of(transform.kind, size): transform for transform in made})
+            found |= {place_of(transform.kind, size): (number, transform) for transform in made}
         return found
 
     def tables(self) -> dict[str, Settings]:
         """Return the settings of every table, by the folder that it lies in."""
-        return {place: made.settings for part in self.transforms for place, made in part.items()}
+        return {place: transform.settings for place, (_, transform) in self.transforms.items()}
 
 
 def write_latents(job: Precomputation, folder: Path) -> None:
@@ -109,17 +109,14 @@ def write_latents(job: Precomputation, folder: Path) -> None:
         OSError: the folder cannot be written.
     """
     import_arrow()
-    tables = job.tables()
-    _begin(job, folder, tables)
-    sets = {place: ShardSet(folder / place, kind_of(place)) for place in tables}
+    _begin(job, folder)
+    sets = {place: ShardSet(folder / place, kind_of(place)) for place in job.transforms}
     for shards in sets.values():
         shards.verify()
-    for number, transforms in enumerate(job.transforms):
-        part = job.framing.part(number)
-        for place, transform in transforms.items():
-            index_images(part, transform, sets[place])
+    for place, (number, transform) in job.transforms.items():
+        index_images(job.framing.part(number), transform, sets[place])
     index = write_index(job.framing, folder, groups_of(job.source))
-    describe(job, folder, tables, complete=True, index=index)
+    describe(job, folder, complete=True, index=index)
 
 
 def plan_latents(job: Precomputation, folder: Path) -> list[str]:
@@ -127,15 +124,14 @@ def plan_latents(job: Precomputation, folder: Path) -> list[str]:
     keys = digests(set(job.source.pixel_keys()))
     done = np.zeros(len(keys), dtype=bool)
     sizes: dict[str, int] = {}  # of an image's row, the largest of all sizes of images
-    for part in job.transforms:
-        for place, transform in part.items():
-            sizes[transform.kind] = max(transform.row_bytes, sizes.get(transform.kind, 0))
-            if transform.kind == "latents":
-                done |= ShardSet(folder / place, "latents", read_only=True).find(keys)[:, 0] >= 0
+    for place, (_, transform) in job.transforms.items():
+        sizes[transform.kind] = max(transform.row_bytes, sizes.get(transform.kind, 0))
+        if transform.kind == "latents":
+            done |= ShardSet(folder / place, "latents", read_only=True).find(keys)[:, 0] >= 0
     some = list(job.source.examples[: 2 * job.batch_size])
-    encode = job.transforms[0][place_of("latents", job.framing.sizes[0])].encode
+    _, transform = job.transforms[place_of("latents", job.framing.sizes[0])]
     start = time.perf_counter()
-    for _ in encode(some):
+    for _ in transform.encode(some):
         pass
     each = (time.perf_counter() - start) / len(some)
     left = len(keys) - int(done.sum())
@@ -162,31 +158,29 @@ def own_autoencoder(folder: Path, given: str) -> Path | None:
     return folder / AUTOENCODER
 
 
-def _begin(job: Precomputation, folder: Path, tables: dict[str, Settings]) -> None:
+def _begin(job: Precomputation, folder: Path) -> None:
     """Make the folder with its description and autoencoder; where they are there, compare the settings."""
     foreign = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
     if foreign and not (folder / DESCRIPTION).is_file():
         raise UserError(f"{folder} is not empty and holds no latents", "Use another output folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / AUTOENCODER).is_dir():
-        held = read_description(folder)["tables"]
+        held, tables = read_description(folder)["tables"], json.loads(json.dumps(job.tables()))
         for place in held.keys() & tables.keys():
-            if differences := setting_differences(held[place], json.loads(json.dumps(tables[place]))):
+            if differences := setting_differences(held[place], tables[place]):
                 raise UserError(
                     f"the {place} in {folder} were made with {differences}",
                     "Use another output folder, or the settings of the first time.",
                 )
         return
-    describe(job, folder, tables, complete=False, index="")
+    describe(job, folder, complete=False, index="")
     with tempfile.TemporaryDirectory(dir=folder, suffix=".tmp") as temporary:
         job.vae.save_pretrained(Path(temporary) / AUTOENCODER)
         with contextlib.suppress(OSError):  # another process was first
             (Path(temporary) / AUTOENCODER).rename(folder / AUTOENCODER)
 
 
-def describe(
-    job: Precomputation, folder: Path, tables: dict[str, Settings], *, complete: bool, index: str
-) -> None:
+def describe(job: Precomputation, folder: Path, *, complete: bool, index: str) -> None:
     """Write ``latents.json``; ``index`` is the hash of ``index.arrow``."""
     source = job.source
     description = {
@@ -200,7 +194,7 @@ def describe(
         "resolution": job.data.resolution,
         "colours": job.data.colours,
         "sizes": job.framing.sizes,
-        "tables": tables,
+        "tables": job.tables(),
         "given": job.given,
         "index": index,
     }
@@ -247,4 +241,4 @@ def write_index(framing: Cropping, folder: Path, groups: Array) -> str:
             ]
             writer.write_batch(arrow.RecordBatch.from_pylist(rows, schema=schema))
     with (folder / INDEX).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_stream(file)

@@ -12,12 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, few, nearest, reading, reason, shown
+from ...errors import UserError, few, nearest, reading, shown
 from ...utils.files import decode, parse_json
 from ..dataset import FileExample, Source
-from .annotations import COLUMNS, holds_captions, read_records, refuse_synonyms, rename, unused_columns
-from .assemble import DataRequest, source_of_rows, table_examples
-from .files import IMAGE_BYTES, Container, Member, common_folder, many_paths, parquet_files, refuse_large
+from .annotations import (
+    COLUMNS,
+    DataRequest,
+    holds_captions,
+    our_columns,
+    read_records,
+    source_of_rows,
+    table_examples,
+    unused_columns,
+)
+from .files import (
+    IMAGE_BYTES,
+    Container,
+    Member,
+    common_folder,
+    import_extra,
+    intact,
+    many_paths,
+    parquet_files,
+    refuse_large,
+)
 
 _PARTS = ("train", "test", "validation", "valid", "val", "dev")
 _LOCK = threading.Lock()
@@ -49,8 +67,6 @@ def read_table(data: str, request: DataRequest) -> Source:
             prefix = path.absolute().relative_to(root).with_suffix("").as_posix()
             found = [dataclasses.replace(example, name=f"{prefix}/{example.name}") for example in found]
         examples += found
-    if not examples:
-        raise UserError(f"there are no rows in {data}", "Write one row for each image.")
     notes = [f"{len(examples)} rows of {few([path.name for path in paths])}"]
     files = [file for example in examples for file in (example.path, example.mask) if isinstance(file, Path)]
     if absent := [str(file) for file in files if not file.is_file()]:
@@ -72,24 +88,17 @@ def _table(path: Path, request: DataRequest, unused: dict[str, None]) -> list[Fi
         records = list(read_records(path, path))
         if not records:
             return []
-        ours, classes = _columns(path, list(records[0][1]), request), None
+        ours, classes = our_columns(records[0][1], request.columns, str(path)), None
         rows: _Rows = ((f"{path}, line {line}", _stripped(record), {}) for line, record in records)
     else:
         file = _open_parquet(path)
-        ours = _columns(path, file.schema_arrow.names, request)
+        ours = our_columns(file.schema_arrow.names, request.columns, str(path))
         label = next((theirs for theirs, name in ours.items() if name == "label"), "")
         classes = _class_names(path, file).get(label)
         rows = _parquet_rows(path, file, ours)
     image = _image_column(path, ours.values())
     unused |= dict.fromkeys(unused_columns(ours, image))
     return list(table_examples(rows, ours, image, path.parent, classes))
-
-
-def _columns(path: Path, columns: list[str], request: DataRequest) -> dict[str, str]:
-    """Return our name of every column."""
-    ours = rename(columns, request.columns, str(path))
-    refuse_synonyms(str(path), set(ours.values()))
-    return ours
 
 
 def _image_column(path: Path, columns: Collection[str]) -> str:
@@ -126,7 +135,7 @@ class Cell(Member):
     column: str
 
     def _read(self, bound: int) -> bytes:
-        self.table.open().close()  # refuses a changed file
+        self.table.check()
         with _LOCK:  # else every thread would read the same group
             values = _read_column(self.table, self.group, self.column, os.getpid())
         value = values[self.row].as_py()
@@ -164,7 +173,12 @@ def _parquet_rows(path: Path, file: Any, ours: Mapping[str, str]) -> _Rows:
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         filled = {name: _filled(path, file, group, theirs) for name, theirs in cells.items()}
-        for row, values in enumerate(_read_rows(path, file, group, read) if read else [{}] * size):
+        rows: list[dict[str, Any]] = [{}] * size
+        if read:
+            table = _read_group(path, file, group, read)
+            with reading(path, *_failures(), fix=_AGAIN):
+                rows = table.to_pylist()
+        for row, values in enumerate(rows):
             members = {
                 name: Cell(container, group, row, theirs) if filled[name][row] else None
                 for name, theirs in cells.items()
@@ -191,18 +205,10 @@ def _open_parquet(path: Path) -> Any:
     Raises:
         UserError: pyarrow is missing; the file is missing or broken.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{path} cannot be read: pyarrow is not installed", 'pip install "latentflow[parquet]"'
-        ) from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER)
+    parquet = import_extra("pyarrow.parquet", "parquet", str(path))
+    with intact(path, "parquet", *_failures()):
+        file = parquet.ParquetFile(path, buffer_size=_BUFFER)
         file.schema_arrow  # noqa: B018 (made, and refused, when it is asked for)
-    except _failures() as error:
-        raise UserError(f"{path} is not an intact parquet file: {reason(error)}", _AGAIN) from None
     return file
 
 
@@ -235,13 +241,6 @@ def _refuse_bomb(path: Path, file: Any, group: int) -> None:
     unpacked = file.metadata.row_group(group).total_byte_size
     if unpacked > MOST_UNPACKED * path.stat().st_size:
         refuse_large(f"{path}: group {group}", unpacked, IMAGE_BYTES)
-
-
-def _read_rows(path: Path, file: Any, group: int, columns: list[str]) -> list[dict[str, Any]]:
-    table = _read_group(path, file, group, columns)
-    with reading(path, *_failures(), fix=_AGAIN):
-        rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
 
 
 def _holds_bytes(file: Any, column: str) -> bool:

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import UserError, few, one_line, reason, shown
+from ...errors import UserError, few, one_line, shown
 from ...utils.files import decode, parse_json
 from ..dataset import FileExample, Source
-from .annotations import RowAnnotation, parse_row
-from .assemble import DataRequest, annotated_example, source_of_rows
+from .annotations import DataRequest, RowAnnotation, annotated_example, parse_row, source_of_rows
 from .files import (
     CAPTION_BYTES,
     CAPTION_SUFFIXES,
@@ -20,6 +19,7 @@ from .files import (
     Container,
     Member,
     common_folder,
+    intact,
     many_paths,
     read_bytes,
     refuse_large,
@@ -148,12 +148,14 @@ def _members(path: Path, unread: dict[str, list[str]]) -> Iterator[TarMember]:
             "Unpack the compression only (`gunzip` and the like): images are compressed already.",
         )
     container = Container.of(path)
-    try:
+    with intact(path, "tar", *_FAILURES):
         tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed below)
-    except _FAILURES as error:
-        raise _broken(path, reason(error)) from None
     with tar:
-        while (info := _next(path, tar)) is not None:
+        while True:
+            with intact(path, "tar", *_FAILURES):
+                info = tar.next()
+            if info is None:
+                break
             if info.isreg() and not info.issparse():
                 yield TarMember(container, info.name, info.offset_data, info.size)
             elif not info.isdir():
@@ -161,23 +163,10 @@ def _members(path: Path, unread: dict[str, list[str]]) -> Iterator[TarMember]:
                 unread.setdefault(kind, []).append(info.name)
             tar.members.clear()  # type: ignore[attr-defined]  # else it remembers them all
         end = tar.offset
-    with path.open("rb") as file:  # tarfile stops silently at a header that it cannot read
+    with path.open("rb") as file, intact(path, "tar", tarfile.ReadError):
         file.seek(end)
-        if any(file.read(_TAIL)):
-            raise _broken(path, f"neither a member nor the end at byte {end}")
-
-
-def _next(path: Path, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    try:
-        return tar.next()
-    except _FAILURES as error:
-        raise _broken(path, reason(error)) from None
-
-
-def _broken(path: Path, why: str) -> UserError:
-    return UserError(
-        f"{path} is not an intact tar file: {why}", "It may be cut off: copy or download it again."
-    )
+        if any(file.read(_TAIL)):  # tarfile stops silently at a header that it cannot read
+            raise tarfile.ReadError(f"neither a member nor the end at byte {end}")
 
 
 def _annotation(name: str, members: dict[str, TarMember]) -> RowAnnotation:

@@ -12,10 +12,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ...errors import UserError, reading, reason
+from ...errors import UserError, reading
 from ..dataset import Source
-from .assemble import DataRequest
-from .files import Container, Folder, Member, refuse_large
+from .annotations import DataRequest
+from .files import Container, Folder, Member, intact, refuse_large
 from .folder import folder_source
 
 # What `zipfile` raises: BadZipFile for a wrong checksum, RuntimeError for a password, the rest for damaged headers.
@@ -37,7 +37,7 @@ class ZipMember(Member):
     name: str
 
     def _read(self, bound: int) -> bytes:
-        self.zip.open().close()  # refuses a changed file
+        self.zip.check()
         archive, parts = _open(self.zip, os.getpid()), []
         info = archive.getinfo(self.name)
         refuse_large(str(self), info.file_size, bound)
@@ -65,12 +65,8 @@ def read_zip(data: str, request: DataRequest) -> Source:
     """
     path = Path(data).expanduser()
     container = Container.of(path)
-    try:
+    with intact(path, "zip", *_FAILURES):
         archive = _open(container, os.getpid())
-    except _FAILURES as error:
-        raise UserError(
-            f"{path} is not an intact zip file: {reason(error)}", "Copy or download it again."
-        ) from None
     names = [info.filename for info in archive.infolist() if not info.filename.endswith("/")]
     places = [
         PurePosixPath(name.replace("\\", "/")) for name in names
