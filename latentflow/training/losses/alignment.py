@@ -17,7 +17,7 @@ from ...config import AlignmentConfig
 from ...errors import UserError
 from ...flow import PathSample
 from ...models import Condition, DiT
-from ...models.embeddings import linear
+from ...models.inputs import linear
 from ...models.routing import Route
 from ..loop.data_order import SampleRandom
 from ..loop.distributed import uncached_autocast
