@@ -97,11 +97,8 @@ def w2(a: Tensor, b: Tensor) -> float:
 def teacher() -> Perceptron:
     torch.manual_seed(0)
     network, generator = Perceptron(), seeded()
-    fit(
-        network,
-        1000,
-        lambda _: velocity_loss(network, *ends(generator), torch.rand(BATCH, generator=generator)),
-    )
+    times = lambda: torch.rand(BATCH, generator=generator)  # noqa: E731
+    fit(network, 1000, lambda _: velocity_loss(network, *ends(generator), times()))
     return network
 
 
