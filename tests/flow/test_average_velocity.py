@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -142,22 +141,6 @@ def test_the_exact_solution_has_no_loss_and_no_gradient(name, settings, gaussian
         assert min(wrong) > 1e-3
     else:  # any flow agrees with itself: what tells flows apart are the samples without a length
         assert max(wrong) < 1e-12
-
-
-def test_over_the_pairs_through_a_point_the_target_is_exact_on_average(draw) -> None:
-    """The sample's velocity is random given x, and enters twice: linearly, so that the mean is the exact target."""
-    network = GaussianAverage()
-    r, t = torch.tensor(0.35, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
-    nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(20))
-    weights = weights / weights.sum()
-    for x in draw(4, 1):
-        gain = r * STD**2 / network.variance(r)
-        data = MEAN + gain * (x - r * MEAN) + (STD**2 - gain * r * STD**2).sqrt() * nodes  # x1 given x_r = x
-        velocities = ((data - x) / (1 - r))[:, None].detach()
-        points = x.expand(20, 1)
-        du = total_derivative(network, points, r.expand(20), t.expand(20), velocities)
-        mean = (weights[:, None] * (velocities + (t - r) * du)).sum(0)
-        torch.testing.assert_close(mean, network(x[None], r, t)[0].detach(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", AVERAGES)

@@ -55,16 +55,6 @@ def test_alpha_grows_and_sigma_falls_between_the_right_ends(path) -> None:
     assert torch.equal(path.start(torch.ones(2, 3)), torch.full((2, 3), truth[0][1]))
 
 
-def test_sample_starts_at_noise_ends_at_data_and_moves_with_its_velocity(path, draw) -> None:
-    x0, x1 = draw(5, 3), draw(5, 3)
-    start, end = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    torch.testing.assert_close(path.sample(x0, x1, 0.0).xt, path.start(x0) + path.alpha(start) * x1)
-    torch.testing.assert_close(path.sample(x0, x1, 1.0).xt, x1 + path.sigma(end) * x0)
-    t, h = torch.linspace(0.1, 0.9, 5, dtype=torch.float64), 1e-6
-    moved = (path.sample(x0, x1, t + h).xt - path.sample(x0, x1, t - h).xt) / (2 * h)
-    torch.testing.assert_close(path.sample(x0, x1, t).velocity, moved, atol=1e-7, rtol=1e-7)
-
-
 @pytest.mark.parametrize(
     ("path", "x0", "x1", "t", "xt", "velocity"),
     [

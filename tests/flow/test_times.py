@@ -14,7 +14,6 @@ from latentflow.flow import (
     TIME_DENSITIES,
     TIME_GRIDS,
     Beta,
-    CondOT,
     CosineMap,
     LogitNormal,
     Mode,
@@ -85,27 +84,6 @@ def test_one_over_the_slope_is_the_density_of_the_paper(density) -> None:
 def test_mode_is_that_of_sd3_with_t_turned_round(scale) -> None:
     theirs = 1 - U - scale * (torch.cos(math.pi / 2 * U) ** 2 - 1 + U)  # 1 is noise
     torch.testing.assert_close(Mode(scale).quantile(U), 1 - theirs, atol=1e-14, rtol=0)
-
-
-def test_cosine_map_has_the_log_snrs_of_the_cosine_schedule() -> None:
-    angle = math.pi / 2 * U
-    expected = 2 * (torch.sin(angle).log() - torch.cos(angle).log())
-    torch.testing.assert_close(CondOT().log_snr(CosineMap().quantile(U)), expected, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("narrow", "wide"),
-    [
-        (Power(2.5), Beta(2.5, 1.0)),
-        (UniformTimes(), Beta(1.0, 1.0)),
-        (UniformTimes(), Mode(0.0)),
-        (UniformTimes(), Power(1.0)),
-        (LogitNormal(shift=math.exp(0.7)), LogitNormal(mean=-0.7)),  # a shift moves every logit by -log shift
-    ],
-)
-def test_special_cases_agree(narrow, wide) -> None:
-    torch.testing.assert_close(narrow.quantile(U), wide.quantile(U), atol=1e-12, rtol=0)
-    torch.testing.assert_close(narrow.slope(U), wide.slope(U), atol=0, rtol=1e-10)
 
 
 def test_shifts_multiply() -> None:
