@@ -118,6 +118,8 @@ def test_mistakes_are_named(name: str, problem: tuple[Tensor, Tensor, Tensor]) -
         ({"mask": torch.zeros(2, 3, 1, 2, 3)}, ValueError, "mask has shape"),
         ({"times": [1.0, 0.5, 0.0]}, UserError, "times must increase"),
     ]
+    if name != "replacement":  # which draws no noise
+        mistakes += [({"generator": [seeded()]}, ValueError, "1 generators for 3 rows")]
     if name not in STEPPED:
         mistakes += [({"solver": "heun"}, UserError, f"'{name}' takes steps of its own.* solver 'heun'")]
     if name == "repaint":

@@ -23,7 +23,7 @@ def exact_density(mixture, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def velocity(mixture):
-    return lambda x, t: mixture.velocity(PATH, x, t)
+    return mixture.on(PATH)
 
 
 class Net(nn.Module):
@@ -182,7 +182,7 @@ def test_a_source_of_its_own_and_a_part_of_the_time(draw) -> None:
 @pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if not solver.stochastic])
 def test_every_deterministic_solver(gaussian, draw, solver) -> None:
     x1, times = 1.5 + 0.4 * draw(10, 2), time_grid(400 if SOLVERS[solver].order == 1 else 80).flip(0)
-    found = log_likelihood(lambda x, t: gaussian.velocity(PATH, x, t), x1, solver=solver, times=times)
+    found = log_likelihood(gaussian.on(PATH), x1, solver=solver, times=times)
     assert torch.allclose(found, exact_density(gaussian, x1), atol=0.05)
 
 
@@ -198,7 +198,7 @@ def test_density_on_every_path(mixture, draw, name) -> None:
     path, x1 = PATHS[name](), 2 * draw(8, 2)
     start = path.sigma(torch.tensor(0.0, dtype=torch.float64))
     found = log_likelihood(
-        lambda x, t: mixture.velocity(path, x, t),
+        mixture.on(path),
         x1,
         times=path.interval[::-1],
         rtol=1e-6,

@@ -27,9 +27,7 @@ def test_straightness_of_a_gaussian_and_its_order(gaussian, draw, solver, order)
     exact = gaussian_straightness(gaussian.stds[0]) * x0.square().sum(1)
 
     def error(steps: int) -> float:
-        found = straightness(
-            lambda x, t: gaussian.velocity(CondOT(), x, t), x0, time_grid(steps), solver, rtol=1e-9, atol=1e-9
-        )
+        found = straightness(gaussian.on(CondOT()), x0, time_grid(steps), solver, rtol=1e-9, atol=1e-9)
         assert found.shape == (8,)
         return float((found / exact - 1).abs().max())
 
@@ -40,10 +38,7 @@ def test_straightness_of_a_gaussian_and_its_order(gaussian, draw, solver, order)
 
 def test_straightness_sums_over_elements_and_is_the_same_backwards(mixture, draw) -> None:
     x0 = draw(5, 2, 3, 4)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return mixture.velocity(CondOT(), x, t)
-
+    velocity = mixture.on(CondOT())
     rows = straightness(velocity, x0, FINE)
     assert torch.allclose(rows, straightness(velocity, x0.reshape(-1, 1), FINE).reshape(5, -1).sum(1))
     back = straightness(velocity, integrate(velocity, x0, FINE), FINE.flip(0))
@@ -61,10 +56,7 @@ def test_a_constant_velocity_is_straight_and_a_kink_has_the_variance_of_its_slop
 
 def test_pairs_are_the_map_of_the_flow_row_by_row(gaussian, draw) -> None:
     noise = draw(7, 2, 3).requires_grad_()
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return gaussian.velocity(CondOT(), x, t)
-
+    velocity = gaussian.on(CondOT())
     x0, x1 = reflow_pairs(velocity, noise, [0, 1], "dopri5", rtol=1e-10, atol=1e-10)
     assert torch.equal(x0, noise) and not x0.requires_grad and not x1.requires_grad
     assert torch.allclose(x1, 1.5 + 0.4 * x0, atol=1e-8)

@@ -21,7 +21,7 @@ ONE_STEP = [name for name in FIXED if name not in MULTISTEP]
 @pytest.fixture
 def velocity(gaussian):
     """The exact velocity from N(0, 1) to N(1.5, 0.4^2), whose flow maps x0 to 1.5 + 0.4 x0."""
-    return lambda x, t: gaussian.velocity(CondOT(), x, t)
+    return gaussian.on(CondOT())
 
 
 def cosine_grid(steps: int) -> Tensor:
@@ -36,9 +36,7 @@ def test_order_of_convergence(mixture, draw, solver, backward, grid) -> None:
     straight, since there the leading error of the midpoint rule vanishes for every Gaussian. The ends are left out for
     the exponential solver: its steps in log-SNR do not become small there."""
     x, (low, high) = draw(32, 2), (0.05, 0.95) if solver == "dpm-solver++2m" else (0.0, 1.0)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return mixture.velocity(Trigonometric(), x, t)
+    velocity = mixture.on(Trigonometric())
 
     def times(steps: int) -> Tensor:
         t = low + (high - low) * grid(steps)
@@ -146,21 +144,18 @@ def test_adams_bashforth_integrates_polynomials_below_its_order_exactly(order, t
 def test_a_callback_that_keeps_a_part_of_x_on_its_path_leaves_the_order(mixture, draw, solver) -> None:
     """Inpainting: half of x is replaced after every step, by where the flow would have taken it."""
     x0, known = draw(32, 2), {}
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return mixture.velocity(CondOT(), x, t)
-
+    velocity = mixture.on(CondOT())
     fine = time_grid(400)
     integrate(velocity, x0, fine, "rk4", callback=lambda i, t, x: known.__setitem__(round(t.item() * 400), x))
 
     def inpaint(index: int, t: Tensor, x: Tensor) -> Tensor:
         return torch.cat([known[round(t.item() * 400)][:, :1], x[:, 1:]], dim=1)
 
-    errors = [
-        float((integrate(velocity, x0, fine[:: 400 // n], solver, callback=inpaint) - known[400]).abs().max())
-        for n in (50, 200)
-    ]
-    assert math.log(errors[0] / errors[1], 4) > 1.5
+    def error(n: int) -> float:
+        end = integrate(velocity, x0, fine[:: 400 // n], solver, callback=inpaint)
+        return float((end - known[400]).abs().max())
+
+    assert math.log(error(50) / error(200), 4) > 1.5
 
 
 @pytest.mark.parametrize("solver", MULTISTEP)
@@ -170,11 +165,11 @@ def test_a_callback_that_moves_x_far_still_converges(velocity, draw, solver) -> 
     rest = [i / 400 for i in range(200, 401)]
     expected = integrate(velocity, elsewhere, rest, "rk4")
 
+    def jump(index: int, t: Tensor, x: Tensor) -> Tensor | None:
+        return elsewhere if t == 0.5 else None
+
     def error(n: int) -> float:
-        end = integrate(
-            velocity, x0, time_grid(n), solver, callback=lambda i, t, x: elsewhere if t == 0.5 else None
-        )
-        return float((end - expected).abs().max())
+        return float((integrate(velocity, x0, time_grid(n), solver, callback=jump) - expected).abs().max())
 
     assert error(400) < 0.3 * error(100)
     assert error(400) < 0.02
@@ -184,10 +179,7 @@ def test_a_callback_that_moves_x_far_still_converges(velocity, draw, solver) -> 
 @pytest.mark.parametrize("path", [Trigonometric(), CondOT(), CondOT(1e-4)])
 def test_exponential_solvers_stay_finite_and_close_at_both_ends(mixture, draw, solver, path) -> None:
     x0 = draw(32, 2)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return mixture.velocity(path, x, t)
-
+    velocity = mixture.on(path)
     there = integrate(velocity, x0, time_grid(200), solver, path=path)
     exact = integrate(velocity, x0, time_grid(200), "rk4")
     assert (there - exact).abs().max() < 5e-3
@@ -202,7 +194,7 @@ def test_the_first_step_of_dpm_solver_is_ddim_and_the_second_is_the_papers(mixtu
     h = (alpha / sigma).log().diff()
     x = draw(16, 2)
     ours: list[Tensor] = []
-    velocity = lambda x, t: mixture.velocity(path, x, t)  # noqa: E731
+    velocity = mixture.on(path)
     integrate(velocity, x, times, "dpm-solver++2m", path=path, callback=lambda i, t, y: ours.append(y))
     first = mixture.ends(path, x, times[0])[0]
     x = sigma[1] / sigma[0] * x - alpha[1] * torch.expm1(-h[0]) * first
@@ -366,6 +358,6 @@ def test_exponential_adams_does_not_divide_by_steps_that_rounding_hides(
     gaussian, draw, path, times, tolerance
 ) -> None:
     start = draw(4, 2)
-    end = integrate(lambda x, t: gaussian.velocity(path, x, t), start, times, "exponential-adams", path=path)
+    end = integrate(gaussian.on(path), start, times, "exponential-adams", path=path)
     exact = 1.5 + 0.4 * start if times[0] == 0 else (start - 1.5) / 0.4
     assert (end - exact).abs().max() < tolerance

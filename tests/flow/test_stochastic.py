@@ -36,7 +36,7 @@ from latentflow.flow import (
 from latentflow.flow.solvers import stochastic
 from latentflow.flow.solvers.base import schedule
 
-from .closed_forms import seeded
+from .closed_forms import Watched, seeded
 
 STOCHASTIC = [name for name, solver in SOLVERS.items() if solver.stochastic]
 # Noise that falls 5000-fold, the default of variance exploding, asks for more steps than a test has.
@@ -82,7 +82,7 @@ def chain(monkeypatch, gaussian):
         x[0, 0], x[0, 1] = start or moments(path, float(times[0]))
         seen: list[tuple[float, float, float]] = []
         integrate(
-            on_coefficients(velocity or (lambda x, t: gaussian.velocity(path, x, t))),
+            on_coefficients(velocity or gaussian.on(path)),
             x,
             times,
             solver,
@@ -236,7 +236,7 @@ def test_ddim_is_euler(gaussian, draw) -> None:
     """It is, step for step, on the straight path; on any other as Euler on the straight path at matched times."""
     x, times, other = draw(16, 2), time_grid(12), VariancePreserving()
     for straight in (CondOT(sigma_min=0.01), CondOT()):
-        flow = lambda x, t, path=straight: gaussian.velocity(path, x, t)  # noqa: E731
+        flow = gaussian.on(straight)
         for grid in (times, times.flip(0)):
             ddim, euler = (integrate(flow, x, grid, s, path=straight) for s in (ddpm(eta=0), "euler"))
             assert (ddim - euler).abs().max() < 1e-12
@@ -252,9 +252,7 @@ def test_ddim_is_euler(gaussian, draw) -> None:
 def test_ddpm_is_the_posterior_as_its_paper_has_it(gaussian, draw) -> None:
     """Ho et al. 2020, eq. 6-7, from the products alpha-bar = alpha^2 and beta = 1 - alpha-bar_t / alpha-bar_s."""
     path, x, t, s = VariancePreserving(), draw(16, 2), 0.4, 0.55
-    end = integrate(
-        lambda x, t: gaussian.velocity(path, x, t), x, [t, s], ddpm(), path=path, generator=seeded()
-    )
+    end = integrate(gaussian.on(path), x, [t, s], ddpm(), path=path, generator=seeded())
     bar_t, bar_s = schedule(path, t)[0] ** 2, schedule(path, s)[0] ** 2
     beta = 1 - bar_t / bar_s
     data = gaussian.ends(path, x, torch.tensor(t, dtype=torch.float64))[0]
@@ -275,6 +273,17 @@ def test_sbdm_is_the_noise_of_the_diffusion() -> None:
     t = torch.linspace(0, 0.99, 9, dtype=torch.float64)
     g_squared = DIFFUSIONS["sbdm"](VariancePreserving(0.1, 20.0), t)
     assert (g_squared - (0.1 + 19.9 * (1 - t))).abs().max() < 1e-12
+
+
+def test_churn_raises_the_noise_level_by_its_factor_but_not_above_that_of_the_first_time(
+    velocity, draw
+) -> None:
+    for amount, factor in ((1.0, 1.1), (1000.0, math.sqrt(2.0))):  # 1 + amount (0.6 - 0.5), at most sqrt(2)
+        watched = Watched(velocity)
+        integrate(watched, draw(4, 2), [0.2, 0.5, 0.6], churn(amount))
+        first, _, second, _ = watched.times  # two in each step of Heun
+        assert first == 0.2
+        assert (1 - second) / second == pytest.approx(factor * (1 - 0.5) / 0.5)
 
 
 def test_composed_solvers_declare_their_evaluations() -> None:
