@@ -159,7 +159,6 @@ def test_presets_fit_other_data_and_changes_of_them_win(preset: str) -> None:
         ({"norm": "rmss"}, "did you mean 'rms'"),
         ({"activation": "gleu"}, "did you mean 'gelu'"),
         ({"position": "ropes"}, "did you mean 'rope'"),
-        ({"out_channels": 2}, "out_channels 2 is less than in_channels 4"),
     ],
 )
 def test_contradictions_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -167,6 +166,8 @@ def test_contradictions_are_refused(arguments: dict[str, object], message: str) 
         build("dit", **arguments)
     with pytest.raises(ValueError, match="5x4 does not divide into patches of 2"):
         build("dit", patch_size=2)(latents(1, 5, 4), 0.5)
+    with pytest.raises(ValueError, match="no interval_conditioning"):
+        build("dit")(latents(), 0.5, end=1.0)
 
 
 def test_the_plain_block_is_sits_and_the_modern_one_is_the_default() -> None:

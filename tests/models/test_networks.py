@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import ModelMixin
 
+from latentflow.errors import UserError
 from latentflow.models import MODELS, Condition
 
 from .tiny import FULL, build, full_condition, latents, perturb
@@ -212,6 +213,21 @@ def test_wrong_channels_or_times_are_refused(name: str) -> None:
         model(torch.zeros(1, 3, 4, 4), 0.5)
     with pytest.raises(ValueError, match=r"t has shape \(2,\)"):
         model(latents(), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"out_channels": 2}, "out_channels 2 is less than in_channels 4"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"sample_size": (4, 4, 4)}, "sample_size is "),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(name, **arguments)
+    with pytest.raises(UserError, match="not all multiples of head_dim 16"):
+        build("unet", channels=(16, 24))
 
 
 def test_the_loader_finds_the_class_by_its_module(name: str) -> None:

@@ -75,8 +75,7 @@ def repaint(problem: InpaintProblem, solver: str | Solver, *, jump: int = 1, res
         done += steps
         if again:
             x = renoise(x, grid[-1], grid[0], problem.known.path, problem.generator)
-    for _ in indices:  # lets a bar close
-        pass
+    list(indices)  # lets a bar close
     return x.to(problem.dtype)
 
 
