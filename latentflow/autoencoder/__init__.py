@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from .build import build_autoencoder as build_autoencoder
-from .build import check_resolution as check_resolution
-from .build import load_autoencoder as load_autoencoder
 from .latents import Autoencoder as Autoencoder
+from .latents import check_resolution as check_resolution
 from .latents import decode as decode
 from .latents import denormalise as denormalise
 from .latents import downscale_factor as downscale_factor
@@ -14,6 +13,7 @@ from .latents import has_statistics as has_statistics
 from .latents import in_float32 as in_float32
 from .latents import latent_channels as latent_channels
 from .latents import latent_mask as latent_mask
+from .latents import load_autoencoder as load_autoencoder
 from .latents import mask_channels as mask_channels
 from .latents import masked_condition as masked_condition
 from .latents import masked_latents as masked_latents

@@ -1,4 +1,4 @@
-"""Conversion between images, raw latents and the normalised latents that the flow sees.
+"""Autoencoders of diffusers: loaded, and converting between images, raw latents and the latents that the flow sees.
 
 diffusers writes a checkpoint's scaling in one of two ways, both read here: ``(raw - latents_mean) * scaling_factor /
 latents_std`` per channel, or ``(raw - shift_factor) * scaling_factor``. Autoencoders trained or measured by latentflow
@@ -11,25 +11,28 @@ A mask is (B, 1, H, W): 1 = repaint, 0 = keep. No pixel under a mask has any inf
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import WeakSet
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError, is_number
-from ..flow.tensors import require_finite
+from ..flow.tensors import Generators, normal_like, require_finite
+from ..utils.components import about, library_reads, load_checked, load_module, may_be_on_the_hub
+from ..utils.files import CONFIG, read_settings
 from ..utils.memory import inner_phase
 
 log = logging.getLogger(__name__)
 
 # Any of diffusers' autoencoder classes; they share no base class that declares encode, decode and config.
 Autoencoder: TypeAlias = Any
-Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
 # Autoencoders for which the overflow warning was given.
 _OVERFLOWING: WeakSet[Any] = WeakSet()
@@ -39,6 +42,67 @@ _OVERFLOWING: WeakSet[Any] = WeakSet()
 logging.getLogger("diffusers.configuration_utils").addFilter(
     lambda record: "latents_mean" not in record.getMessage()
 )
+
+
+def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, **kwargs: Any) -> Autoencoder:
+    """Load a diffusers autoencoder (AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel, ...), ready to use.
+
+    Args:
+        name_or_path: a folder that `save_pretrained` wrote, a pipeline folder or hub id (its ``vae`` is taken).
+        subfolder: folder of the autoencoder within; found automatically in a local pipeline folder.
+        kwargs: handed to the class's ``from_pretrained`` (``torch_dtype``, ``variant``, ``revision``...).
+
+    Returns:
+        The autoencoder in evaluation mode. float16 weights of a class that overflows in float16 (``force_upcast`` in
+        its config) are widened to float32.
+
+    Raises:
+        UserError: nothing loadable is there, its class is not an autoencoder of diffusers, weights and config do not
+            belong together, or the statistics of its latents are invalid.
+    """
+    local = Path(name_or_path)
+    if subfolder is None and (local / "vae" / "config.json").is_file():
+        subfolder = "vae"
+    folder = local / (subfolder or "")
+    shown = f"the autoencoder in '{name_or_path}'"
+    fix = "Give a folder written by save_pretrained (config.json and *.safetensors) or a reachable hub id."
+    if not local.is_dir() and not may_be_on_the_hub(str(name_or_path)):
+        raise UserError(f"no autoencoder at '{name_or_path}': there is no such folder", fix)
+    if local.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"no autoencoder at '{folder}': there is no {CONFIG}", fix)
+        kind = _class_of(folder, read_settings(folder / CONFIG))
+        vae: Autoencoder = load_module(kind, folder, shown, fix=fix, **kwargs)
+    else:
+        kind = _class_of(name_or_path, _config_of_hub(name_or_path, subfolder, kwargs))
+        vae = load_checked(kind, str(name_or_path), shown, fix=fix, subfolder=subfolder, **kwargs)
+    with about(shown):
+        check_statistics(vae)
+    if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
+        vae = vae.float()
+    return vae
+
+
+def _config_of_hub(name_or_path: str | Path, subfolder: str | None, kwargs: dict[str, Any]) -> Any:
+    keys = ("revision", "cache_dir", "token", "local_files_only")
+    handed_on = {key: kwargs[key] for key in keys if key in kwargs}
+    fix = (
+        "Give a local folder that holds config.json, or, when online, a hub id such as 'stabilityai/sd-vae-ft-mse' "
+        "(download it once and pass the folder if this machine is offline)."
+    )
+    with library_reads(f"the autoencoder '{name_or_path}'", fix=fix):
+        return diffusers.AutoencoderKL.load_config(name_or_path, subfolder=subfolder, **handed_on)
+
+
+def _class_of(shown: object, config: Any) -> Any:
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin) and hasattr(cls, "encode")):
+        raise UserError(
+            f"'{shown}' holds a {name}, which is not an autoencoder of diffusers",
+            "Expected AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel or another class with encode and decode.",
+        )
+    return cls
 
 
 def latent_channels(vae: Autoencoder) -> int:
@@ -55,6 +119,20 @@ def downscale_factor(vae: Autoencoder) -> int:
     raise ValueError(
         f"{type(vae).__name__} has neither block_out_channels nor encoder_block_out_channels in its config"
     )
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    """Refuse a resolution that an autoencoder with this downscale factor cannot take.
+
+    Raises:
+        UserError: it is not divisible; the nearest valid one is named.
+    """
+    if resolution % factor:
+        nearest = max(1, round(resolution / factor)) * factor
+        raise UserError(
+            f"resolution {resolution} is not divisible by the autoencoder's downscale factor {factor}",
+            f"Use --resolution {nearest}.",
+        )
 
 
 def has_statistics(vae: Autoencoder) -> bool:
@@ -129,22 +207,14 @@ def denormalise(vae: Autoencoder, latents: Tensor) -> Tensor:
     return latents / scale + shift
 
 
-def encode(vae: Autoencoder, images: Tensor, *, generator: Generators | None = None) -> Tensor:
+def encode(vae: Autoencoder, images: Tensor, *, generator: Generators = None) -> Tensor:
     """Encode images (B, 3, H, W) in [-1, 1] into latents (B, C, h, w) float32.
 
     Without a generator the posterior's mean is taken; with one (or one for each image) a sample is drawn from it.
     """
     mean, std = posterior(vae, images)
     if generator is not None and std is not None:
-        generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
-        per_draw = mean.shape[0] // len(generators)
-        noise = torch.cat(
-            [
-                torch.randn(per_draw, *mean.shape[1:], generator=source, device=source.device)
-                for source in generators
-            ]
-        )
-        mean = mean + std * noise.to(mean)
+        mean = mean + std * normal_like(mean, generator)
     return normalise(vae, mean)
 
 
@@ -234,11 +304,8 @@ def measure_statistics(vae: Autoencoder, batches: Iterable[Tensor]) -> None:
     Raises:
         ValueError: no image was given, or the latents are not finite.
     """
-    count, total, squares = (
-        0,
-        torch.zeros(latent_channels(vae)).double(),
-        torch.zeros(latent_channels(vae)).double(),
-    )
+    count = 0
+    total, squares = torch.zeros(2, latent_channels(vae), dtype=torch.float64)
     for images in batches:
         mean, std = posterior(vae, images)
         mean = mean.double().cpu()

@@ -1,14 +1,15 @@
 """Couplings: how source rows are paired with data rows before a path joins them.
 
-A new coupling is one class with this ``__call__``, and one line in ``COUPLINGS``. The data and its condition
+A new coupling is one subclass of ``Coupling``, and one line in ``COUPLINGS``. The data and its condition
 stay put; only the source rows move. The source may have any distribution.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,21 +18,18 @@ from ..errors import UserError, lookup
 from .tensors import compute_dtype
 from .transport import assignment, sinkhorn_plan, squared_distances
 
+Generator: TypeAlias = torch.Generator | None
 #: (x0, x1, condition, generator) -> the source rows that belong to x1.
-PairedSource: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, torch.Generator | None], Tensor]
+PairedSource: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Generator], Tensor]
 
 
-class Coupling(Protocol):
-    """Returns the source rows in the order in which they pair with ``x1``, row by row."""
+class Coupling(ABC):
+    """Return the source rows in the order in which they pair with ``x1``, row by row."""
 
     def __call__(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        condition: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, x0: Tensor, x1: Tensor, condition: Tensor | None = None, generator: Generator = None
     ) -> Tensor:
-        """(B, ...) source and data -> (B, ...) source.
+        """Return the paired source, (B, ...).
 
         Args:
             x0, x1: (B, ...).
@@ -41,26 +39,25 @@ class Coupling(Protocol):
         Raises:
             ValueError: x0 and x1 have different numbers of rows, or values that are not finite.
         """
-        ...
+        if len(x0) != len(x1):
+            raise ValueError(f"{len(x0)} source rows for {len(x1)} data rows: draw one for each")
+        return self._pair(x0, x1, condition, generator)
+
+    @abstractmethod
+    def _pair(self, x0: Tensor, x1: Tensor, condition: Tensor | None, generator: Generator) -> Tensor:
+        """Return the paired source, given as many source as data rows."""
 
 
 @dataclass(frozen=True)
-class Independent:
+class Independent(Coupling):
     """The independent coupling, pi(x0, x1) = p(x0) p(x1): the rows stay as they were drawn."""
 
-    def __call__(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        condition: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        _check_rows(x0, x1)
+    def _pair(self, x0: Tensor, x1: Tensor, condition: Tensor | None, generator: Generator) -> Tensor:
         return x0
 
 
 @dataclass(frozen=True)
-class OptimalTransport:
+class OptimalTransport(Coupling):
     """The permutation of the source rows with the least total squared distance to the data rows.
 
     Minibatch optimal transport: Pooladian et al. 2023 (arXiv:2304.14772), Tong et al. 2023 (arXiv:2302.00482).
@@ -68,19 +65,12 @@ class OptimalTransport:
     use ``ConditionalOptimalTransport``.
     """
 
-    def __call__(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        condition: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        _check_rows(x0, x1)
+    def _pair(self, x0: Tensor, x1: Tensor, condition: Tensor | None, generator: Generator) -> Tensor:
         return x0[assignment(squared_distances(x0, x1))]
 
 
 @dataclass(frozen=True)
-class Sinkhorn:
+class Sinkhorn(Coupling):
     """Every data row draws its source row from the entropic plan under the squared distance.
 
     Between optimal transport (regularization -> 0) and the independent coupling (-> infinity). One draw per data
@@ -105,14 +95,7 @@ class Sinkhorn:
                 "For none use the coupling 'ot'.",
             )
 
-    def __call__(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        condition: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        _check_rows(x0, x1)
+    def _pair(self, x0: Tensor, x1: Tensor, condition: Tensor | None, generator: Generator) -> Tensor:
         cost = squared_distances(x0, x1).to(compute_dtype(x0, x1))
         scale = float(cost.mean()) if self.relative else 1.0
         if scale == 0:  # all rows are equal
@@ -122,7 +105,7 @@ class Sinkhorn:
 
 
 @dataclass(frozen=True)
-class ConditionalOptimalTransport:
+class ConditionalOptimalTransport(Coupling):
     """C2OT: optimal transport that keeps source and condition (nearly) independent.
 
     Cheng & Schwing 2025 (arXiv:2503.10636). Source row i counts as having the condition of data row i as drawn.
@@ -153,14 +136,7 @@ class ConditionalOptimalTransport:
         if not 0 < self.ratio <= 1:
             raise UserError(f"ratio must lie in (0, 1], not {self.ratio}", "Usual values: 0.005 to 0.1.")
 
-    def __call__(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        condition: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        _check_rows(x0, x1)
+    def _pair(self, x0: Tensor, x1: Tensor, condition: Tensor | None, generator: Generator) -> Tensor:
         if condition is None:
             return x0[assignment(squared_distances(x0, x1))]
         if condition.shape[:1] != x1.shape[:1]:
@@ -181,7 +157,7 @@ class ConditionalOptimalTransport:
 
 
 @dataclass(frozen=True)
-class DataDependent:
+class DataDependent(Coupling):
     """A source drawn for each data row: x0 ~ p(x0 | x1), as in restoration, inpainting and data-to-data transport.
 
     Albergo et al. 2023 (arXiv:2310.03725).
@@ -193,14 +169,7 @@ class DataDependent:
 
     source: PairedSource | None = None
 
-    def __call__(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        condition: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        _check_rows(x0, x1)
+    def _pair(self, x0: Tensor, x1: Tensor, condition: Tensor | None, generator: Generator) -> Tensor:
         if self.source is None:
             return x0
         paired = self.source(x0, x1, condition, generator)
@@ -212,12 +181,7 @@ class DataDependent:
         return paired
 
 
-def _check_rows(x0: Tensor, x1: Tensor) -> None:
-    if x0.shape[0] != x1.shape[0]:
-        raise ValueError(f"{x0.shape[0]} source rows for {x1.shape[0]} data rows: draw one for each")
-
-
-def _draw_rows(plan: Tensor, generator: torch.Generator | None) -> Tensor:
+def _draw_rows(plan: Tensor, generator: Generator) -> Tensor:
     """Draw a row for every column of the (B, B) plan, with the column's probabilities."""
     device = plan.device if generator is None else generator.device
     uniform = torch.rand(len(plan), generator=generator, device=device).to(plan)
@@ -247,9 +211,8 @@ def _cosine_distances(condition: Tensor) -> Tensor:
         )
     unit = torch.nn.functional.normalize(condition, dim=1)
     apart = squared_distances(unit, unit) / 2  # |u - v|^2 = 2 - 2 cosine
-    return apart.masked_fill_(
-        apart < 64 * torch.finfo(apart.dtype).eps, 0
-    )  # equal conditions, but for rounding
+    equal = apart < 64 * torch.finfo(apart.dtype).eps  # but for rounding
+    return apart.masked_fill_(equal, 0)
 
 
 def _euclidean_distances(condition: Tensor) -> Tensor:

@@ -8,27 +8,22 @@ s = times[0]: not at all at s = 1, all the way at s = 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError, lookup
-from .solvers import SOLVERS, Solver, integrate
+from ..errors import UserError
+from .solvers import Callback, Progress, Solver, Times, find_solver, integrate
 from .tensors import Generators, Velocity, compute_dtype, expand_t, normal_like, with_time_rows
 from .times import checked_times
-
-#: (step index, t reached, x) -> x, or None to leave it.
-Callback: TypeAlias = Callable[[int, Tensor, Tensor], Tensor | None]
-Progress: TypeAlias = bool | Callable[[Iterable[int]], Iterable[int]]
 
 
 def flow_edit(
     source_velocity: Velocity,
     target_velocity: Velocity,
     x1: Tensor,
-    times: Tensor | Sequence[float],
+    times: Times,
     solver: str | Solver = "euler",
     *,
     draws: int = 1,
@@ -90,21 +85,15 @@ def flow_edit(
         return z
     start = grid[edited].to(data)
     x = (z + (1.0 - start) * (noises[0] - data)).to(x1.dtype)  # z + x_t - x1
-    return integrate(
-        target_velocity,
-        x,
-        grid[edited:],
-        method,
-        callback=callback and _counting_from(edited, callback),
-        progress=progress,
-    )
+    later = callback and _counting_from(edited, callback)
+    return integrate(target_velocity, x, grid[edited:], method, callback=later, progress=progress)
 
 
 def inversion_edit(
     source_velocity: Velocity,
     target_velocity: Velocity,
     x1: Tensor,
-    times: Tensor | Sequence[float],
+    times: Times,
     solver: str | Solver = "heun",
     *,
     callback: Callback | None = None,
@@ -182,13 +171,10 @@ def deterministic(solver: str | Solver) -> Solver:
     Raises:
         UserError: it is stochastic or unknown.
     """
-    method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
-    if method.stochastic:
-        raise UserError(f"solver '{solver}' is stochastic: it forgets the image", "Use 'heun' or 'euler'.")
-    return method
+    return find_solver(solver, "it forgets the image")
 
 
-def _rising(times: Tensor | Sequence[float]) -> Tensor:
+def _rising(times: Times) -> Tensor:
     return torch.tensor(checked_times(times, rising=True), dtype=torch.float64)
 
 

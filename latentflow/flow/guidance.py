@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .tensors import Velocity, compute_dtype, expand_t, with_time_rows
+from .tensors import Velocity, compute_dtype, expand_t, per_row, with_time_rows
 
 
 def guide(
@@ -60,15 +60,11 @@ def guide(
         ValueError: scale has more than one dimension or, when evaluated, not one number for each row.
     """
     conditional, unconditional = with_time_rows(conditional), with_time_rows(unconditional)
-    return _guided(
-        conditional,
-        lambda x, t: (conditional(x, t), unconditional(x, t)),
-        scale,
-        interval,
-        rescale,
-        optimized_scale,
-        zero_init,
-    )
+
+    def pair(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        return conditional(x, t), unconditional(x, t)
+
+    return _guided(conditional, pair, scale, interval, rescale, optimized_scale, zero_init)
 
 
 def guide_batched(
@@ -92,19 +88,17 @@ def guide_batched(
     Raises:
         UserError, ValueError: as in ``guide``.
     """
-
     both = with_time_rows(batched)
 
-    def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        with_condition, without = both(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t).chunk(2)
-        return with_condition, without
+    def pair(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        return both(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t).chunk(2)
 
     return _guided(with_time_rows(conditional), pair, scale, interval, rescale, optimized_scale, zero_init)
 
 
 def _guided(
     conditional: Velocity,
-    pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    pair: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     scale: float | Tensor,
     interval: tuple[float, float],
     rescale: float,
@@ -118,10 +112,22 @@ def _guided(
         raise UserError(f"guidance rescale {rescale}", "Use a number in [0, 1]; 0 is off, 0.7 is usual.")
     if not 0.0 <= zero_init < 1.0:
         raise UserError(f"guidance zero_init {zero_init}", "Use a time in [0, 1); 0 is off, 0.04 is usual.")
-    scales = _checked_scales(scale)
+    scales = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
+    if scales.ndim > 1:
+        raise ValueError(
+            f"scale has shape {tuple(scales.shape)}: pass one number, or one per row, shape (B,)"
+        )
+    if not bool(scales.isfinite().all()):
+        raise UserError(
+            f"guidance scale {scales.tolist()}", "Use finite numbers; 1 is off, 2 to 7 are usual."
+        )
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        time, w = expand_t(t, x), _per_row(scales, x)
+        if scales.ndim and scales.shape != x.shape[:1]:
+            raise ValueError(
+                f"scale has shape {tuple(scales.shape)} for {len(x)} rows: pass one number, or one per row"
+            )
+        time, w = expand_t(t, x), per_row(scales, x)
         active = (low <= time) & (time <= high) & (w != 1.0).to(time.device)  # () or (B, 1, ..., 1)
         if not bool(active.any()):
             return conditional(x, t)
@@ -138,19 +144,6 @@ def _guided(
     return _zero_until(velocity, zero_init) if zero_init else velocity
 
 
-def _checked_scales(scale: float | Tensor) -> Tensor:
-    scales = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
-    if scales.ndim > 1:
-        raise ValueError(
-            f"scale has shape {tuple(scales.shape)}: pass one number, or one per row, shape (B,)"
-        )
-    if not bool(scales.isfinite().all()):
-        raise UserError(
-            f"guidance scale {scales.tolist()}", "Use finite numbers; 1 is off, 2 to 7 are usual."
-        )
-    return scales
-
-
 def _zero_until(velocity: Velocity, start: float) -> Velocity:
     def stilled(x: Tensor, t: Tensor) -> Tensor:
         still = expand_t(t, x) < start
@@ -161,22 +154,12 @@ def _zero_until(velocity: Velocity, start: float) -> Velocity:
     return stilled
 
 
-def _per_row(scales: Tensor, x: Tensor) -> Tensor:
-    """() or (B,) -> () or (B, 1, ..., 1)."""
-    if scales.ndim and scales.shape != x.shape[:1]:
-        raise ValueError(
-            f"scale has shape {tuple(scales.shape)} for {len(x)} rows: pass one number, or one per row"
-        )
-    return scales.reshape(scales.shape + (1,) * (x.ndim - 1)) if scales.ndim else scales
-
-
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """The inner product of each row: (B, ...) -> (B, 1, ..., 1)."""
-    return (a * b).reshape(len(a), -1).sum(1).reshape(-1, *(1,) * (a.ndim - 1))
+    return per_row((a * b).reshape(len(a), -1).sum(1), a)
 
 
 def _ratio_of_stds(c: Tensor, v: Tensor) -> Tensor:
     """std(c) / std(v) of each row, (B, 1, ..., 1); 1 where a row does not vary (a single element, say)."""
     stds = [velocity.reshape(len(velocity), -1).std(1, correction=0) for velocity in (c, v)]
-    ratio = torch.where(stds[1] > 0, stds[0] / stds[1], 1.0)
-    return ratio.reshape(-1, *(1,) * (c.ndim - 1))
+    return per_row(torch.where(stds[1] > 0, stds[0] / stds[1], 1.0), c)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError, lookup
-from .solvers import SOLVERS, Solver, integrate
+from .solvers import Solver, Times, find_solver, integrate
 from .tensors import Velocity, compute_dtype, with_time_rows
 from .times import checked_times
 
@@ -35,7 +35,7 @@ def log_likelihood(
     probes: int = 1,
     probe: str = "rademacher",
     solver: str | Solver = "dopri5",
-    times: Tensor | Sequence[float] = (1.0, 0.0),
+    times: Times = (1.0, 0.0),
     rtol: float = 1e-5,
     atol: float = 1e-5,
     generator: torch.Generator | None = None,
@@ -82,10 +82,7 @@ def log_likelihood(
         raise UserError(
             f"times run from {grid[0]:g} to {grid[-1]:g}", "Pass decreasing times, from data to noise."
         )
-    solver = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
-    if solver.stochastic:
-        raise UserError("the log-likelihood by a stochastic solver", "Use 'dopri5', or 'rk4' on a grid.")
-
+    solver = find_solver(solver, "no density follows from its trajectories")
     draw = lookup(PROBES, probe, "probe")
     divergences = {
         "exact": lambda: _unit_vectors(x1, chunk_size),
@@ -106,7 +103,12 @@ def log_likelihood(
         state = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
         state = integrate(augmented, state, grid, solver, rtol=rtol, atol=atol)
         # The integral ran from 1 to 0: it is minus the one from 0 to 1.
-        return _log_density(log_source or _standard_normal, state[:, :-1].reshape(x1.shape)) + state[:, -1]
+        log_p0 = (log_source or _standard_normal)(state[:, :-1].reshape(x1.shape))
+        if log_p0.shape != state.shape[:1]:
+            raise ValueError(
+                f"log_source returned shape {tuple(log_p0.shape)} for {len(x)} rows: sum over the elements"
+            )
+        return log_p0 + state[:, -1]
 
 
 def bits_per_dim(log_likelihood: Tensor, shape: int | Sequence[int]) -> Tensor:
@@ -151,21 +153,21 @@ def _velocity_and_trace(
         )
     trace = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
     for e in vectors():
-        product = _products(v, x, e, differentiable)
-        if product is not None:
-            trace = trace + (product.to(trace) * e.to(trace)).flatten(2).sum((0, 2))
+        trace = trace + (_products(v, x, e, differentiable).to(trace) * e.to(trace)).flatten(2).sum((0, 2))
     return (v if differentiable else v.detach()), trace
 
 
-def _products(v: Tensor, x: Tensor, e: Tensor, differentiable: bool) -> Tensor | None:
-    """Return e (dv/dx) for each of the (n, B, ...) vectors ``e``; None where v does not depend on x."""
-    options: dict[str, bool] = {"retain_graph": True, "create_graph": differentiable, "allow_unused": True}
+def _products(v: Tensor, x: Tensor, e: Tensor, differentiable: bool) -> Tensor:
+    """Return e (dv/dx) for each of the (n, B, ...) vectors ``e``; 0 where v does not depend on x."""
+    options: dict[str, bool] = {
+        "retain_graph": True,
+        "create_graph": differentiable,
+        "materialize_grads": True,
+    }
     if not differentiable:
-        (batched,) = torch.autograd.grad(v, x, e, is_grads_batched=True, **options)
-        return cast("Tensor | None", batched)
+        return torch.autograd.grad(v, x, e, is_grads_batched=True, **options)[0]
     # One by one: torch before 2.14 cannot differentiate the batched gradient of attention.
-    single = [torch.autograd.grad(v, x, probe, **options)[0] for probe in e]
-    return None if single[0] is None else torch.stack(single)
+    return torch.stack([torch.autograd.grad(v, x, probe, **options)[0] for probe in e])
 
 
 def _unit_vectors(x: Tensor, chunk_size: int) -> Vectors:
@@ -199,12 +201,3 @@ def _random_vectors(
 
 def _standard_normal(x: Tensor) -> Tensor:
     return -0.5 * (x.square() + math.log(2.0 * math.pi)).flatten(1).sum(1)
-
-
-def _log_density(log_source: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    value = log_source(x)
-    if value.shape != x.shape[:1]:
-        raise ValueError(
-            f"log_source returned shape {tuple(value.shape)} for {len(x)} rows: sum over the elements"
-        )
-    return value

@@ -60,7 +60,12 @@ def expand_t(t: Tensor | float, x: Tensor) -> Tensor:
             f"t must lie in [0, 1] (t = 0 is noise, t = 1 is data) but spans "
             f"[{t.min().item():g}, {t.max().item():g}]; divide timesteps by their count, or clamp t"
         )
-    return t.reshape(t.shape + (1,) * (x.ndim - 1)) if t.ndim else t
+    return per_row(t, x)
+
+
+def per_row(values: Tensor, x: Tensor) -> Tensor:
+    """Return ``values``, () or (B,), as () or (B, 1, ..., 1), to multiply the rows of ``x`` (B, ...)."""
+    return values.reshape(values.shape + (1,) * (x.ndim - 1)) if values.ndim else values
 
 
 def with_time_rows(velocity: Velocity) -> Velocity:

@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import scipy.special
-import scipy.stats
 import torch
 from torch import Tensor
 
-from ..errors import UserError, make, shown, whole
+from ..errors import UserError, finite, make, shown, whole
 
 # Slopes are taken at a u no nearer than this to 0 and 1, where the densities that vanish there have none.
 _EDGE = 2.0**-53
@@ -41,7 +39,7 @@ class TimeDensity(ABC):
     shift: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_positive(self.shift, "time shift", "1 changes nothing.")
+        check_positive("time shift", self.shift, "1 changes nothing.")
 
     def quantile(self, u: Tensor) -> Tensor:
         """Return t(u): float64, shaped like ``u``, in [0, 1], increasing in u.
@@ -96,8 +94,8 @@ class LogitNormal(TimeDensity):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_finite(self.mean, "mean of the logit-normal density", "0 is usual.")
-        _check_positive(self.std, "std of the logit-normal density", "1 is usual.")
+        finite("mean of the logit-normal density", self.mean, fix="Use a finite number; 0 is usual.")
+        check_positive("std of the logit-normal density", self.std, "1 is usual.")
 
     def _quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
@@ -161,15 +159,19 @@ class Beta(TimeDensity):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self.a, "a of the beta density", "1 is uniform.")
-        _check_positive(self.b, "b of the beta density", "1 is uniform.")
+        check_positive("a of the beta density", self.a, "1 is uniform.")
+        check_positive("b of the beta density", self.b, "1 is uniform.")
 
     def _quantile(self, u: Tensor) -> Tensor:
-        t = scipy.special.betaincinv(self.a, self.b, u.detach().cpu().numpy())
+        from scipy.special import betaincinv  # slow to import
+
+        t = betaincinv(self.a, self.b, u.detach().cpu().numpy())
         return torch.as_tensor(t, dtype=u.dtype, device=u.device)
 
     def _slope(self, u: Tensor, t: Tensor) -> Tensor:
-        log_density = scipy.stats.beta.logpdf(t.detach().cpu().numpy(), self.a, self.b)
+        from scipy.stats import beta
+
+        log_density = beta.logpdf(t.detach().cpu().numpy(), self.a, self.b)
         return torch.as_tensor(log_density, dtype=u.dtype, device=u.device).neg().exp()
 
 
@@ -185,7 +187,7 @@ class Power(TimeDensity):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive(self.exponent, "exponent of the power density", "1 is uniform.")
+        check_positive("exponent of the power density", self.exponent, "1 is uniform.")
 
     def _quantile(self, u: Tensor) -> Tensor:
         return u ** (1.0 / self.exponent)
@@ -235,7 +237,7 @@ def edm_grid(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: 
     Raises:
         UserError: rho is not positive, or not 0 < sigma_min < sigma_max.
     """
-    _check_positive(rho, "rho of the EDM grid", "7 is usual.")
+    check_positive("rho of the EDM grid", rho, "7 is usual.")
     if not 0.0 < sigma_min < sigma_max < math.inf:
         raise UserError(
             f"noise levels {sigma_min} to {sigma_max} of the EDM grid",
@@ -270,7 +272,7 @@ def time_grid(steps: int, shift: float = 1.0, kind: str = "uniform", **options: 
             option out of range.
     """
     steps = whole("the number of sampling steps", steps, 1, MOST_STEPS, fix=STEPS_FIX)
-    _check_positive(shift, "time shift", "1 is the uniform grid.")
+    check_positive("time shift", shift, "1 is the uniform grid.")
     return shifted(make(TIME_GRIDS, kind, "time grid", steps=steps, **options), shift)
 
 
@@ -326,11 +328,9 @@ def _uniform(u: Tensor) -> Tensor:
     return u
 
 
-def _check_finite(value: float, what: str, usual: str) -> None:
-    if not math.isfinite(value):
-        raise UserError(f"{what} is {value}", f"Use a finite number; {usual}")
-
-
-def _check_positive(value: float, what: str, usual: str) -> None:
+def check_positive(name: str, value: float, usual: str = "") -> None:
+    """Refuse a setting that is not a positive number; the error says which values are usual."""
     if not 0.0 < value < math.inf:
-        raise UserError(f"{what} is {value}", f"Use a positive number; {usual}")
+        raise UserError(
+            f"{name} is {value}", f"Use a positive number; {usual}" if usual else "Use a positive number."
+        )

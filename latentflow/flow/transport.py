@@ -6,7 +6,6 @@ The numerics behind the couplings; nothing here is random.
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .tensors import compute_dtype, time_dtype
@@ -76,6 +75,8 @@ def assignment(cost: Tensor) -> Tensor:
             f"an assignment needs a square cost, not {tuple(cost.shape)}: as many sources as data"
         )
     _check_finite(cost)
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     cost = cost.detach()
     reduced = _reduced(cost) if len(cost) >= _ROWS_WORTH_POTENTIALS else cost
     rows, columns = linear_sum_assignment(reduced.cpu().double().numpy())

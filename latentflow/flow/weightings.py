@@ -20,10 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import finite
 from .paths import Path
 from .predictions import convert
 from .tensors import expand_t
+from .times import check_positive
 
 # Factors are taken at a t no nearer than this to 0 and 1, where log-SNRs are infinite.
 _EDGE = 1e-5
@@ -63,9 +64,9 @@ class EDMWeighting:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_finite(self.mean, "mean")
-        _check_positive(self.std, "std")
-        _check_positive(self.sigma_data, "sigma_data")
+        finite("mean of the weighting", self.mean)
+        check_positive("std of the weighting", self.std)
+        check_positive("sigma_data of the weighting", self.sigma_data)
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return _normal(log_snr, -2.0 * self.mean, 2.0 * self.std) * (
@@ -94,7 +95,7 @@ class MinSNR:
     gamma: float = 5.0
 
     def __post_init__(self) -> None:
-        _check_positive(self.gamma, "gamma")
+        check_positive("gamma of the weighting", self.gamma)
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return _sech(0.5 * log_snr) * (self.gamma * torch.exp(-log_snr)).clamp(max=1.0)
@@ -111,7 +112,7 @@ class Sigmoid:
     bias: float = 2.0
 
     def __post_init__(self) -> None:
-        _check_finite(self.bias, "bias")
+        finite("bias of the weighting", self.bias)
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(self.bias - log_snr)
@@ -140,8 +141,8 @@ class SD3Weighting:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_finite(self.mean, "mean")
-        _check_positive(self.std, "std")
+        finite("mean of the weighting", self.mean)
+        check_positive("std of the weighting", self.std)
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         # e^(-lambda/2) / (t (1 - t)) = (1 + e^(-lambda/2))^2
@@ -195,13 +196,3 @@ def _sech(x: Tensor) -> Tensor:
 
 def _normal(x: Tensor, mean: float, std: float) -> Tensor:
     return torch.exp(-0.5 * ((x - mean) / std) ** 2) / (std * math.sqrt(2.0 * math.pi))
-
-
-def _check_finite(value: float, name: str) -> None:
-    if not math.isfinite(value):
-        raise UserError(f"{name} {value} of the weighting", "Use a finite number.")
-
-
-def _check_positive(value: float, name: str) -> None:
-    if not 0.0 < value < math.inf:
-        raise UserError(f"{name} {value} of the weighting", "Use a positive number.")

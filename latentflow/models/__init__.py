@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from .condition import Condition
-from .dit import DiT
-from .presets import BLOCKS, DIT_PRESETS, dit_config
+from .dit import BLOCKS, DIT_PRESETS, DiT, dit_config
+from .inputs import Condition
 from .text import (
     check_vocabulary,
     encode_text,

@@ -1,7 +1,10 @@
-"""`DiT`: a diffusion transformer that predicts velocities.
+"""`DiT`: a diffusion transformer that predicts velocities, and its configurations by name.
 
 First its block: self-attention, cross-attention to text, feed-forward, under adaLN-zero.
 """
+
+# mypy: disable-error-code=no-any-return
+# Calling a module returns Any; so does every forward below.
 
 from __future__ import annotations
 
@@ -20,13 +23,15 @@ from torch.autograd import forward_ad
 
 from ..errors import UserError, lookup
 from ..utils.components import Checked
-from .condition import Condition, check_inputs, check_sizes
-from .embeddings import (
+from .inputs import (
+    Condition,
     LabelEmbed,
     PatchEmbed,
     SizeEmbed,
     TextEmbed,
     TimeEmbed,
+    check_inputs,
+    check_sizes,
     embed_condition,
     linear,
     rope_table,
@@ -34,8 +39,9 @@ from .embeddings import (
     sincos_table,
     times_of_rows,
     unpatchify,
+    with_channels,
 )
-from .routing import Rope, Route
+from .routing import Route
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -60,8 +66,7 @@ def _inverse_rms(x: Tensor) -> Tensor:
     # The sum runs in float32 whatever the type of x; autocast would only add a copy of x in float32.
     with torch.autocast(x.device.type, enabled=False):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    inverse: Tensor = x.shape[-1] ** 0.5 / (norm.to(torch.promote_types(x.dtype, torch.float32)) + 1e-6)
-    return inverse
+    return x.shape[-1] ** 0.5 / (norm.to(torch.promote_types(x.dtype, torch.float32)) + 1e-6)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -79,19 +84,14 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_forward(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _RMSNorm._derivative(ctx.saved_tensors[0], gradient)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return _RMSNorm._derivative(ctx.saved_tensors[0], tangent)
-
-    @staticmethod
-    def _derivative(x: Tensor, v: Tensor) -> Tensor:
+    def backward(ctx: Any, v: Tensor) -> Tensor:
         """v / rms - x <v, x> / (D rms^3)."""
+        (x,) = ctx.saved_tensors
         inverse = _inverse_rms(x)
         along = (v * x).sum(dim=-1, keepdim=True, dtype=inverse.dtype) * inverse**3 / x.shape[-1]
         return torch.addcmul(v * inverse.to(x.dtype), x, -along.to(x.dtype))
+
+    jvp = backward
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -99,8 +99,7 @@ def rms_norm(x: Tensor) -> Tensor:
     # On the CPU torch has no fused kernel; ours takes a third of the time with its derivative. Elsewhere torch's fused
     # kernel has no forward derivative, ours has. Compilers fuse the formula by themselves, and cannot look into it.
     if not torch.compiler.is_compiling() and (x.device.type == "cpu" or has_tangent(x)):
-        out: Tensor = _RMSNorm.apply(x)
-        return out
+        return _RMSNorm.apply(x)
     return F.rms_norm(x, x.shape[-1:], eps=1e-12)
 
 
@@ -125,8 +124,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    out: Tensor = scores.softmax(dim=-1) @ v
-    return out
+    return scores.softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):
@@ -150,8 +148,7 @@ class Attention(nn.Module):
             qk = rotate(qk, *rope)
         q, k = qk.transpose(1, 2).chunk(2, dim=1)  # (B, heads, N, head_dim)
         out = attention(q, k, v.unflatten(-1, (self.heads, -1)).transpose(1, 2))
-        projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
-        return projected
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class CrossAttention(nn.Module):
@@ -169,8 +166,7 @@ class CrossAttention(nn.Module):
         q = self.q(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
         k, v = self.kv(text).view(batch, text.shape[1], 2 * self.heads, -1).transpose(1, 2).chunk(2, dim=1)
         out = attention(q, k, v, mask)
-        projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
-        return projected
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class GeluMlp(nn.Module):
@@ -182,8 +178,7 @@ class GeluMlp(nn.Module):
         self.fc2 = linear(int(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return out
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class SwiGluMlp(nn.Module):
@@ -197,8 +192,7 @@ class SwiGluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1(x).chunk(2, dim=-1)
-        out: Tensor = self.fc2(F.silu(gate) * value)
-        return out
+        return self.fc2(F.silu(gate) * value)
 
 
 MLPS: dict[str, Callable[[int, float], nn.Module]] = {"swiglu": SwiGluMlp, "gelu": GeluMlp}
@@ -245,11 +239,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        out: Tensor = self.linear(modulate(self.norm(x), shift, scale))
-        return out
-
-
-POSITIONS = ("rope", "sincos")
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class WithFeatures(NamedTuple):
@@ -324,10 +314,10 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
     ) -> None:
         super().__init__()
         check_sizes(
-            sample_size, in_channels=in_channels, patch_size=patch_size, width=width, depth=depth, heads=heads,
+            sample_size, in_channels, out_channels, patch_size=patch_size, width=width, depth=depth, heads=heads,
             mlp_ratio=mlp_ratio, num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
         )  # fmt: skip
-        check_shape(in_channels, out_channels, width, heads, position)
+        check_shape(width, heads, position)
         lookup(MLPS, activation, "activation")
         norm_function = lookup(NORMS, norm, "norm")
         self.patch_size = patch_size
@@ -416,13 +406,19 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
                 "end is given, but the network has no interval_conditioning: it predicts velocities at t only"
             )
         tokens = self._embed_latent(x, cond.channels, height, width)
-        rope = all_rope = self._rope(height, width, tokens)
-        registers, everything, seen = tokens.shape[1] - height * width, tokens, tokens
+        registers, rope = tokens.shape[1] - height * width, None
+        if self.position == "rope":
+            rope = rope_table(
+                height, width, tokens.shape[-1] // self.heads, registers, x.device, tokens.dtype
+            )
+        all_rope, everything, seen = rope, tokens, tokens
+        recompute = torch.is_grad_enabled() and self.gradient_checkpointing
         for number, block in enumerate(self.blocks):
             if route is not None and number == route.first:
                 everything = tokens
                 tokens, rope = route.leave(tokens, all_rope, registers)
-            tokens = self._block(block, tokens, c, rope, text, text_mask)
+            given = tokens, c, rope, text, text_mask
+            tokens = self._gradient_checkpointing_func(block, *given) if recompute else block(*given)
             if route is not None and number + 1 == route.last:
                 tokens, rope = route.come_back(everything, tokens, registers), all_rope
             if number + 1 == features:
@@ -435,59 +431,65 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
             return WithFeatures(velocity, seen)
         return Transformer2DModelOutput(sample=velocity) if return_dict else velocity
 
-    def _block(
-        self,
-        block: nn.Module,
-        tokens: Tensor,
-        c: Tensor,
-        rope: Rope | None,
-        text: Tensor | None,
-        text_mask: Tensor | None,
-    ) -> Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            recomputed: Tensor = self._gradient_checkpointing_func(block, tokens, c, rope, text, text_mask)
-            return recomputed
-        out: Tensor = block(tokens, c, rope, text, text_mask)
-        return out
-
     def _embed_latent(self, x: Tensor, channels: Tensor | None, height: int, width: int) -> Tensor:
         """Return the tokens of a latent, (B, registers + height * width, D)."""
-        x = x.to(self.x_embedder.proj.weight.dtype)
-        if self.condition_channels:
-            if channels is None:
-                channels = x.new_zeros(x.shape[0], self.condition_channels, *x.shape[2:])
-            x = torch.cat([x, channels.to(x.dtype)], dim=1)
+        x = with_channels(x.to(self.x_embedder.proj.weight.dtype), channels, self.condition_channels)
         tokens: Tensor = self.x_embedder(x)
-        tokens = tokens + self._positions(height, width, tokens)
+        stored = self.pos_embed if self.grid == (height, width) else None
+        table = sincos_table(height, width, tokens.shape[-1], x.device) if stored is None else stored
+        tokens = tokens + table.to(tokens.dtype)
         if self.register_tokens is not None:
             registers = self.register_tokens.to(tokens.dtype).expand(x.shape[0], -1, -1)
             tokens = torch.cat([registers, tokens], dim=1)
         return tokens
 
-    def _positions(self, height: int, width: int, tokens: Tensor) -> Tensor:
-        if self.pos_embed is not None and self.grid == (height, width):
-            return self.pos_embed.to(tokens.dtype)
-        return sincos_table(height, width, tokens.shape[-1], tokens.device).to(tokens.dtype)
 
-    def _rope(self, height: int, width: int, tokens: Tensor) -> Rope | None:
-        if self.position != "rope":
-            return None
-        registers = tokens.shape[1] - height * width
-        head_dim = tokens.shape[-1] // self.heads
-        return rope_table(height, width, head_dim, registers, tokens.device, tokens.dtype)
-
-
-def check_shape(in_channels: int, out_channels: int | None, width: int, heads: int, position: str) -> None:
+def check_shape(width: int, heads: int, position: str) -> None:
     """Refuse a configuration that cannot be built, or would fail in the first step."""
-    lookup({name: name for name in POSITIONS}, position, "position")
-    step = heads * 4 if position == "rope" else math.lcm(heads, 4)
-    if out_channels is not None and out_channels < in_channels:
-        raise UserError(
-            f"out_channels {out_channels} is less than in_channels {in_channels}",
-            "Leave out_channels empty, or give at least in_channels.",
-        )
+    step = lookup({"rope": heads * 4, "sincos": math.lcm(heads, 4)}, position, "position")
     if width % step:
         raise UserError(
             f"width {width} cannot be divided among {heads} heads with position '{position}'",
             f"Use a multiple of {step}: {max(1, width // step) * step} or {(width // step + 1) * step}.",
         )
+
+
+# The parts of a block and of its inputs. Both kinds have about the same number of parameters.
+BLOCKS: dict[str, dict[str, Any]] = {
+    # LightningDiT's (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries and keys.
+    "modern": {"norm": "rms", "activation": "swiglu", "position": "rope", "qk_norm": True, "time_scale": 1e3},
+    # DiT's (arXiv:2212.09748) with the times of SiT (arXiv:2401.08740).
+    "plain": {"norm": "layer", "activation": "gelu", "position": "sincos", "qk_norm": False, "time_scale": 1.0},
+}  # fmt: skip
+# SiT (arXiv:2401.08740, table 1) for ImageNet-256, 4 x 32 x 32 latents. The upper half of what it returns is the
+# learned sigma of DiT, which SiT computes and ignores.
+_SIT: dict[str, Any] = {
+    "in_channels": 4, "out_channels": 8, "patch_size": 2, "mlp_ratio": 4.0, "num_classes": 1000, "sample_size": 32,
+    **BLOCKS["plain"],
+}  # fmt: skip
+#: Configurations by name; tiny and small, of the default block, are for latents of small autoencoders.
+DIT_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"width": 192, "depth": 6, "heads": 3},
+    "small": {"width": 256, "depth": 8, "heads": 4},
+    "S": {**_SIT, "width": 384, "depth": 12, "heads": 6},
+    "B": {**_SIT, "width": 768, "depth": 12, "heads": 12},
+    "L": {**_SIT, "width": 1024, "depth": 24, "heads": 16},
+    "XL": {**_SIT, "width": 1152, "depth": 28, "heads": 16},
+}
+
+
+def dit_config(preset: str, block: str | None = None, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of `DiT` for a preset on other data: ``DiT(**dit_config("B", in_channels=16))``.
+
+    ``block``, one of ``BLOCKS``, replaces the preset's own. Other ``in_channels`` also drop the preset's
+    ``out_channels``, unless ``changes`` give them.
+
+    Raises:
+        UserError: there is no such preset, or no such block.
+    """
+    config = dict(lookup(DIT_PRESETS, preset, "preset"))
+    if block is not None:
+        config |= lookup(BLOCKS, block, "block")
+    if changes.get("in_channels", config.get("in_channels")) != config.get("in_channels"):
+        config.pop("out_channels", None)
+    return config | changes

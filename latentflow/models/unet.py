@@ -19,8 +19,17 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..utils.components import Checked
-from .condition import Condition, check_inputs, check_sizes
-from .embeddings import LabelEmbed, SizeEmbed, TextEmbed, embed_condition, times_of_rows
+from .inputs import (
+    Condition,
+    LabelEmbed,
+    SizeEmbed,
+    TextEmbed,
+    check_inputs,
+    check_sizes,
+    embed_condition,
+    times_of_rows,
+    with_channels,
+)
 
 
 class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
@@ -60,18 +69,13 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
     ) -> None:
         super().__init__()
         check_sizes(
-            sample_size, in_channels=in_channels, channels=min(channels, default=0), layers_per_block=layers_per_block,
-            head_dim=head_dim, num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
+            sample_size, in_channels, out_channels, channels=min(channels, default=0), head_dim=head_dim,
+            layers_per_block=layers_per_block, num_classes=num_classes, text_dim=text_dim, time_scale=time_scale,
         )  # fmt: skip
         if any(width % head_dim for width in channels):
             raise UserError(
                 f"channels {tuple(channels)} are not all multiples of head_dim {head_dim}",
                 "Change one of the two.",
-            )
-        if out_channels is not None and out_channels < in_channels:
-            raise UserError(
-                f"out_channels {out_channels} is less than in_channels {in_channels}",
-                "Leave out_channels empty, or give at least in_channels.",
             )
         self.time_scale = time_scale
         self.condition_channels = condition_channels
@@ -120,22 +124,9 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
         vector, text, mask = embed_condition(
             self.y_embedder, self.text_embedder, self.size_embedder, cond, times
         )
-        latent = self._latent(x, cond.channels)
-        if text is None:
-            (out,) = self.unet(latent, times, class_labels=vector, return_dict=False)
-        else:
-            (out,) = self.unet(
-                latent, times, text, class_labels=vector, encoder_attention_mask=mask, return_dict=False
-            )
+        latent = with_channels(x.to(self.unet.conv_in.weight.dtype), cond.channels, self.condition_channels)
+        latent = F.pad(latent, (0, -width % self.multiple, 0, -height % self.multiple))
+        tokens = {} if text is None else {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+        (out,) = self.unet(latent, times, class_labels=vector, return_dict=False, **tokens)
         velocity = out[:, :in_channels, :height, :width].to(x.dtype)
         return UNet2DOutput(sample=velocity) if return_dict else velocity
-
-    def _latent(self, x: Tensor, channels: Tensor | None) -> Tensor:
-        """Return the input (B, in_channels + condition_channels, H', W'), padded to multiples of the downscaling."""
-        height, width = x.shape[2:]
-        x = x.to(self.unet.conv_in.weight.dtype)
-        if self.condition_channels:
-            if channels is None:
-                channels = x.new_zeros(x.shape[0], self.condition_channels, height, width)
-            x = torch.cat([x, channels.to(x.dtype)], dim=1)
-        return F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple))

@@ -102,3 +102,7 @@ class Mixture:
         # Where sigma' is infinite, sigma sigma' is not: there alpha^2 + sigma^2 = 1.
         product = torch.where(ds.isinf(), -a * da, s * ds)
         return da * data - product * score
+
+    def on(self, path: Path) -> Velocity:
+        """Return the exact velocity on ``path``, to be followed."""
+        return lambda x, t: self.velocity(path, x, t)

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from latentflow.flow import SchrodingerBridge, bridge_matching_loss, sinkhorn_plan
-from latentflow.flow.transport import squared_distances
+from latentflow.flow import SchrodingerBridge, bridge_matching_loss
 
 from .closed_forms import seeded
 
@@ -39,21 +38,12 @@ def static_covariance(sigma: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
-def test_bridges_over_the_static_coupling_have_the_known_marginals(sigma) -> None:
-    t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    xt, *_ = coefficients(SchrodingerBridge(sigma), t)
-    mean = xt @ torch.tensor([-A, A, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(mean, (2 * t - 1) * A)
-    torch.testing.assert_close(
-        torch.einsum("ti,ij,tj->t", xt, static_covariance(sigma), xt), variance(sigma, t)
-    )
-
-
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_targets_average_to_the_exact_velocity_score_and_drift(sigma) -> None:
+def test_marginals_are_known_and_targets_average_to_the_exact_velocity_score_and_drift(sigma) -> None:
     t = torch.linspace(0.01, 0.99, 25, dtype=torch.float64)
     xt, velocity, score = coefficients(SchrodingerBridge(sigma), t)
     covariance, mean = static_covariance(sigma), torch.tensor([-A, A, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(xt @ mean, (2 * t - 1) * A)
+    torch.testing.assert_close(torch.einsum("ti,ij,tj->t", xt, covariance, xt), variance(sigma, t))
 
     def slope(target: torch.Tensor) -> torch.Tensor:
         """Return the slope of E[target | xt] = E[target] + slope (xt - E[xt]), all being jointly Gaussian."""
@@ -68,18 +58,6 @@ def test_targets_average_to_the_exact_velocity_score_and_drift(sigma) -> None:
     # A Brownian bridge is dx = (x1 - x)/(1 - t) dt + sigma dW: the same drift as the SDE's, on average.
     pinned = (torch.eye(3, dtype=torch.float64)[1] - xt) / (1 - t)[:, None]
     torch.testing.assert_close(slope(velocity + sigma**2 / 2 * score), slope(pinned), atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_a_minibatch_plan_has_the_static_covariance(sigma, draw) -> None:
-    found = []
-    for _ in range(16):
-        x0, x1 = draw(256, 1) - A, draw(256, 1) + A
-        plan = sinkhorn_plan(squared_distances(x0, x1), 2 * sigma**2)
-        deviation0, deviation1 = x0 - x0.mean(0), x1 - x1.mean(0)
-        found.append(float((deviation0.T @ plan @ deviation1).sum()))
-    found = torch.tensor(found)
-    assert abs(float(found.mean()) - correlation(sigma)) < 5 * float(found.std()) / 4 + 1 / 256
 
 
 def test_coupled_samples_are_drawn_with_the_known_moments(draw) -> None:
@@ -102,8 +80,7 @@ def test_ends_are_exact_and_targets_finite(draw) -> None:
     torch.testing.assert_close(bridge.sample(x0, x1, 1.0).xt, x1)
     for t in (0.0, 1.0, torch.tensor([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0])):
         sample = bridge.sample(x0.float(), x1.float(), t)
-        assert sample.velocity.isfinite().all()
-        assert sample.score.isfinite().all()
+        assert sample.velocity.isfinite().all() and sample.score.isfinite().all()
         assert (bridge.score_weight(t, x0) > 0).all()
 
 
@@ -117,7 +94,6 @@ def test_velocity_is_the_derivative_of_the_point_at_fixed_noise(draw) -> None:
 def test_noise_comes_from_the_generator_alone_and_half_precision_is_calculated_in_float32(draw) -> None:
     x0, x1, bridge = draw(8, 3).bfloat16(), draw(8, 3).bfloat16(), SchrodingerBridge()
     half = bridge.sample(x0, x1, 0.3, generator=seeded(5))
-    torch.manual_seed(123)
     assert torch.equal(half.xt, bridge.sample(x0, x1, 0.3, generator=seeded(5)).xt)
     full = bridge.sample(x0.float(), x1.float(), 0.3, noise=half.noise)
     for name in ("xt", "velocity", "score"):
@@ -136,17 +112,16 @@ def test_loss_is_zero_at_the_targets_and_a_unit_noise_regression_for_the_score(d
 
 def test_mistakes_are_refused(draw) -> None:
     x, bridge = draw(4, 3), SchrodingerBridge()
-    for sigma in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="sigma must be positive"):
-            SchrodingerBridge(sigma)
-    with pytest.raises(ValueError, match=r"x0 has shape \(2, 3\)"):
-        bridge.sample(x[:2], x, 0.5)
-    with pytest.raises(ValueError, match=r"noise has shape \(2, 3\)"):
-        bridge.sample(x, x, 0.5, noise=x[:2])
-    with pytest.raises(ValueError, match="pass one of them"):
-        bridge.sample(x, x, 0.5, noise=x, generator=torch.Generator())
-    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
-        bridge.sample(x, x, 1.5)
-    sample = bridge.sample(x, x, 0.5)
-    with pytest.raises(ValueError, match=r"the score has shape \(2, 3\)"):
-        bridge_matching_loss(x, x[:2], sample, bridge)
+    for call, message in (
+        *((lambda bad=bad: SchrodingerBridge(bad), "sigma must be positive") for bad in (0.0, float("nan"))),
+        (lambda: bridge.sample(x[:2], x, 0.5), r"x0 has shape \(2, 3\)"),
+        (lambda: bridge.sample(x, x, 0.5, noise=x[:2]), r"noise has shape \(2, 3\)"),
+        (lambda: bridge.sample(x, x, 0.5, noise=x, generator=torch.Generator()), "pass one of them"),
+        (lambda: bridge.sample(x, x, 1.5), r"t must lie in \[0, 1\]"),
+        (
+            lambda: bridge_matching_loss(x, x[:2], bridge.sample(x, x, 0.5), bridge),
+            r"the score has shape \(2, 3\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -112,21 +112,42 @@ def test_any_solver_holds_the_known_region_on_its_way(
 @METHODS
 def test_mistakes_are_named(name: str, problem: tuple[Tensor, Tensor, Tensor]) -> None:
     x0, known, mask = problem
-    mistakes: list[tuple[dict[str, object], str]] = [
-        ({"known": torch.zeros(1, 2, 2, 3)}, "known has shape"),
-        ({"mask": torch.zeros(3, 1, 4, 4)}, "mask has shape"),
-        ({"mask": torch.zeros(2, 3, 1, 2, 3)}, "mask has shape"),
-        ({"times": [1.0, 0.5, 0.0]}, "times must increase"),
-        ({"times": [0.0]}, r"N \+ 1 times"),
+    mistakes: list[tuple[dict[str, object], type[Exception], str]] = [
+        ({"known": torch.zeros(1, 2, 2, 3)}, ValueError, "known has shape"),
+        ({"mask": torch.zeros(3, 1, 4, 4)}, ValueError, "mask has shape"),
+        ({"mask": torch.zeros(2, 3, 1, 2, 3)}, ValueError, "mask has shape"),
+        ({"times": [1.0, 0.5, 0.0]}, UserError, "times must increase"),
     ]
+    if name != "replacement":  # which draws no noise
+        mistakes += [({"generator": [seeded()]}, ValueError, "1 generators for 3 rows")]
     if name not in STEPPED:
-        mistakes += [({"solver": "heun"}, "steps of its own")]
+        mistakes += [({"solver": "heun"}, UserError, f"'{name}' takes steps of its own.* solver 'heun'")]
     if name == "repaint":
-        mistakes += [({setting: 0}, f"{setting} 0") for setting in ("jump", "resamplings")]
-    for change, message in mistakes:
-        error = UserError if change.keys() <= {"solver", "jump", "resamplings"} else ValueError
+        mistakes += [({setting: 0}, UserError, f"{setting} 0") for setting in ("jump", "resamplings")]
+    if name == "twisted":
+        mistakes += [
+            ({"particles": 2}, UserError, "3 rows cannot be divided into runs of 2 particles"),
+            ({"particles": 3}, UserError, "3 rows .* differ in their known values or masks"),
+        ]
+    for change, error, message in mistakes:
         with pytest.raises(error, match=message):
             INPAINTING[name](velocity, **{"x0": x0, "known": known, "mask": mask, "times": times(4)} | change)
+
+
+def test_particles_of_one_image_are_drawn_by_their_first_generator_and_images_by_their_own(problem) -> None:
+    """Rows of an image depend on its generators alone; which of them are drawn anew, on the first of these."""
+    x0, known, mask = (value[:1].expand(6, -1, -1, -1).clone() for value in problem)
+    x0 = torch.randn(x0.shape, generator=seeded(3))
+
+    def filled(seeds: list[int], rows: slice = slice(None)) -> Tensor:
+        generators = [seeded(seed) for seed in seeds]
+        arguments = velocity, x0[rows], known[rows], mask[rows], times(8)
+        return INPAINTING["twisted"](*arguments, generator=generators, particles=3)
+
+    both = filled([0, 1, 2, 3, 4, 5])
+    torch.testing.assert_close(filled([3, 4, 5], slice(3, 6)), both[3:])
+    assert torch.equal(filled([0, 1, 2, 9, 4, 5])[:3], both[:3])
+    assert not torch.allclose(filled([0, 1, 2, 9, 4, 5])[3:], both[3:])
 
 
 @pytest.mark.parametrize("jump", [1, 2, 5])
@@ -150,8 +171,6 @@ def test_repaint_without_repetition_is_replacement(problem: tuple[Tensor, Tensor
     once = INPAINTING["repaint"](velocity, *problem, times(7), solver="heun", resamplings=1)
     torch.testing.assert_close(once, plain)
 
-
-# ---------------------------------------------------------------- correlated Gaussian data, N(0, C)
 
 COVARIANCE = torch.tensor([[1.0, 0.8, 0.3], [0.8, 1.5, 0.2], [0.3, 0.2, 0.5]], dtype=torch.float64)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def exact_density(mixture, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def velocity(mixture):
-    return lambda x, t: mixture.velocity(PATH, x, t)
+    return mixture.on(PATH)
 
 
 class Net(nn.Module):
@@ -66,50 +65,37 @@ def test_an_affine_flow_that_mixes_and_turns_the_elements(draw) -> None:
     end, x1 = torch.linalg.matrix_exp(matrix), draw(5, 3)
     exact = torch.distributions.MultivariateNormal(torch.zeros(3).double(), end @ end.T).log_prob(x1)
     assert torch.allclose(log_likelihood(lambda x, t: x @ matrix.T, x1, **TIGHT), exact, atol=1e-6)
+    # A velocity that does not depend on x has no divergence.
+    shift = nn.Parameter(torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64))
+    exact = torch.distributions.Normal(0.0, 1.0).log_prob(x1 - shift.detach()).sum(1)
+    for differentiable in (False, True):
+        found = log_likelihood(lambda x, t: shift.expand_as(x), x1, differentiable=differentiable)
+        torch.testing.assert_close(found.detach(), exact)
 
 
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
-def test_hutchinson_is_unbiased_on_a_full_jacobian(draw, probe) -> None:
+def test_hutchinson_is_unbiased_on_a_full_jacobian_and_more_probes_vary_less(draw, probe) -> None:
     matrix, x1 = draw(4, 4) / 2, draw(1, 4)
-    grid = {"solver": "rk4", "times": time_grid(10).flip(0)}
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return (x @ matrix.T).tanh()
-
-    exact = log_likelihood(velocity, x1, **grid)
-    many = log_likelihood(
-        velocity, x1.expand(20_000, 4), "hutchinson", probe=probe, generator=seeded(), **grid
+    options = {"solver": "rk4", "times": time_grid(4).flip(0), "probe": probe, "generator": seeded()}
+    velocity = lambda x, t: (x @ matrix.T).tanh()  # noqa: E731
+    exact = log_likelihood(velocity, x1, **options)
+    one, nine = (
+        log_likelihood(velocity, x1.expand(10_000, 4), "hutchinson", probes=n, **options) for n in (1, 9)
     )
-    error = many.std().item() / 20_000**0.5
-    assert 0.001 < error < 0.05
-    assert abs(many.mean().item() - exact.item()) < 4 * error
-
-
-def test_more_probes_have_less_variance(draw) -> None:
-    matrix, x1 = draw(4, 4) / 2, draw(1, 4).expand(4000, 4)
-    stds = [
-        log_likelihood(
-            lambda x, t: x @ matrix.T,
-            x1,
-            "hutchinson",
-            probes=probes,
-            solver="rk4",
-            times=[1, 0],
-            generator=seeded(),
-        ).std()
-        for probes in (1, 9)
-    ]
-    assert (stds[0] / stds[1]).item() == pytest.approx(3.0, rel=0.1)
+    for many in (one, nine):
+        error = many.std().item() / 10_000**0.5
+        assert 0.0005 < error < 0.05
+        assert abs(many.mean().item() - exact.item()) < 4 * error
+    assert (one.std() / nine.std()).item() == pytest.approx(3.0, rel=0.1)
 
 
 def test_rademacher_is_exact_on_a_diagonal_field(draw) -> None:
     diagonal, x1 = draw(2, 3), draw(5, 2, 3)
-    exact, estimate, gaussian = (
-        log_likelihood(lambda x, t: x * diagonal, x1, kind, probe=probe, generator=seeded(), **TIGHT)
-        for kind, probe in (("exact", "rademacher"), ("hutchinson", "rademacher"), ("hutchinson", "gaussian"))
+    exact, estimate = (
+        log_likelihood(lambda x, t: x * diagonal, x1, kind, generator=seeded(), **TIGHT)
+        for kind in ("exact", "hutchinson")
     )
     assert torch.allclose(estimate, exact, atol=1e-10)
-    assert not torch.allclose(gaussian, exact, atol=0.1)
 
 
 def test_gradient_to_the_data_is_the_score(mixture, velocity, draw) -> None:
@@ -122,16 +108,10 @@ def test_gradient_to_the_data_is_the_score(mixture, velocity, draw) -> None:
 def test_gradient_to_the_parameters_is_the_difference_quotient(draw) -> None:
     scale, x1 = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), draw(3, 2)
 
-    def density() -> Tensor:
-        return log_likelihood(lambda x, t: (scale * x).sin(), x1, differentiable=True, **TIGHT).sum()
+    def density(scale: Tensor) -> Tensor:
+        return log_likelihood(lambda x, t: (scale * x).sin(), x1, differentiable=True, **TIGHT)
 
-    density().backward()
-    with torch.no_grad():
-        scale += 1e-4
-        above = density()
-        scale -= 2e-4
-        below = density()
-    assert scale.grad.item() == pytest.approx((above - below).item() / 2e-4, rel=1e-5)
+    assert torch.autograd.gradcheck(density, scale, eps=1e-4, atol=1e-5)
 
 
 def test_without_differentiable_nothing_keeps_a_graph(net, draw) -> None:
@@ -164,21 +144,25 @@ def test_a_network_with_attention_is_differentiated_twice(net, draw) -> None:
 
 @pytest.mark.parametrize("kind", ["exact", "hutchinson"])
 def test_chunks_change_nothing(net, draw, kind) -> None:
-    x1 = draw(2, 2, 3, 3).float()
+    x1, options = draw(2, 2, 3, 3).float(), {"probes": 7, "solver": "euler", "times": [1, 0.5, 0]}
     first, *others = (
-        log_likelihood(
-            net,
-            x1,
-            kind,
-            probes=7,
-            generator=seeded(),
-            chunk_size=size,
-            solver="euler",
-            times=[1, 0.5, 0],
-        )
+        log_likelihood(net, x1, kind, generator=seeded(), chunk_size=size, **options)
         for size in (1, 5, 18, 1000)
     )
     assert all(torch.allclose(first, other, atol=1e-4) for other in others)
+
+
+def test_in_half_precision_the_trace_is_added_up_in_float32() -> None:
+    """The divergence of x -> x / 3 in 3,000 elements: in bfloat16 the sum of the products would stall at 128."""
+    x1 = torch.zeros(2, 3000, dtype=torch.bfloat16)
+    third = float(torch.tensor(1 / 3).bfloat16())
+    for kind, chunk_size in (("hutchinson", 32), ("exact", 1000)):
+        found = log_likelihood(
+            lambda x, t: third * x, x1, kind, solver="euler", times=[1, 0], chunk_size=chunk_size
+        )
+        normal = 3000 * math.log(2 * math.pi) / 2
+        assert found.dtype == torch.float32
+        assert found.tolist() == pytest.approx([-normal - 3000 * third] * 2, rel=1e-5)
 
 
 def test_a_source_of_its_own_and_a_part_of_the_time(draw) -> None:
@@ -197,21 +181,13 @@ def test_a_source_of_its_own_and_a_part_of_the_time(draw) -> None:
 
 @pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if not solver.stochastic])
 def test_every_deterministic_solver(gaussian, draw, solver) -> None:
-    adaptive = SOLVERS[solver].evaluations is None
-    x1, steps = 1.5 + 0.4 * draw(10, 2), 1 if adaptive else 400 if SOLVERS[solver].order == 1 else 80
-    found = log_likelihood(
-        lambda x, t: gaussian.velocity(PATH, x, t), x1, solver=solver, times=time_grid(steps).flip(0)
-    )
+    x1, times = 1.5 + 0.4 * draw(10, 2), time_grid(400 if SOLVERS[solver].order == 1 else 80).flip(0)
+    found = log_likelihood(gaussian.on(PATH), x1, solver=solver, times=times)
     assert torch.allclose(found, exact_density(gaussian, x1), atol=0.05)
 
 
-def test_density_of_a_guided_flow(gaussian, draw) -> None:
-    """Equal variances: guidance at 3 away from N(1, 0.4^2) is the flow to N(1.5 + 2 * 0.5, 0.4^2)."""
-    other, x1 = replace(gaussian, means=(1.0,)), 2.5 + draw(5, 2)
-    velocity = guide(lambda x, t: gaussian.velocity(PATH, x, t), lambda x, t: other.velocity(PATH, x, t), 3.0)
-    exact = exact_density(replace(gaussian, means=(2.5,)), x1)
-    assert torch.allclose(log_likelihood(velocity, x1, **TIGHT), exact, atol=1e-6)
-    # One that stands still keeps the density.
+def test_a_guided_flow_that_stands_still_keeps_the_density(draw) -> None:
+    x1 = draw(5, 2)
     still = guide(lambda x, t: x, lambda x, t: x, 1.0, zero_init=0.5)
     found = log_likelihood(still, x1, solver="rk4", times=[0.4, 0.0])
     assert torch.allclose(found, torch.distributions.Normal(0.0, 1.0).log_prob(x1).sum(1), atol=1e-12)
@@ -222,7 +198,7 @@ def test_density_on_every_path(mixture, draw, name) -> None:
     path, x1 = PATHS[name](), 2 * draw(8, 2)
     start = path.sigma(torch.tensor(0.0, dtype=torch.float64))
     found = log_likelihood(
-        lambda x, t: mixture.velocity(path, x, t),
+        mixture.on(path),
         x1,
         times=path.interval[::-1],
         rtol=1e-6,
@@ -249,7 +225,7 @@ def test_bits_per_dim_of_a_standard_normal_is_its_entropy(draw) -> None:
         ({"divergence": "exakt"}, UserError, "did you mean 'exact'"),
         ({"divergence": "hutchinson", "probe": "gausian"}, UserError, "did you mean 'gaussian'"),
         ({"solver": "dopri"}, UserError, "did you mean 'dopri5'"),
-        *(({"solver": name}, UserError, "stochastic") for name in SOLVERS if SOLVERS[name].stochastic),
+        ({"solver": "ddpm"}, UserError, "stochastic"),
         ({"probes": 0}, ValueError, "probes is 0"),
         ({"chunk_size": 0}, ValueError, "chunk_size is 0"),
         ({"times": (0.0, 1.0)}, UserError, "Pass decreasing times"),
@@ -264,11 +240,3 @@ def test_bits_per_dim_of_a_standard_normal_is_its_entropy(draw) -> None:
 def test_bad_input(options, error, message) -> None:
     with pytest.raises(error, match=message):
         log_likelihood(**{"velocity": lambda x, t: -x, "x1": torch.zeros(2, 2), **options})
-
-
-def test_a_velocity_that_does_not_depend_on_x_has_no_divergence(draw) -> None:
-    shift = torch.nn.Parameter(torch.tensor([0.5, -2.0], dtype=torch.float64))
-    x1 = draw(6, 2)
-    logp = log_likelihood(lambda x, t: shift.expand_as(x), x1)
-    expected = torch.distributions.Normal(0.0, 1.0).log_prob(x1 - shift.detach()).sum(1)
-    torch.testing.assert_close(logp, expected)

@@ -56,8 +56,6 @@ def test_predictions_of_a_mixture_are_one_another(mixture, draw, path, source) -
         lambda x, t: EXACT[source](mixture, path, x, t.expand(len(x))[:, None]), path, source
     )
     torch.testing.assert_close(velocity(x, t), truth["velocity"], atol=1e-8, rtol=1e-8)
-    row = velocity(x[7:8], t[7])  # a scalar t
-    torch.testing.assert_close(row, truth["velocity"][7:8], atol=1e-8, rtol=1e-8)
 
 
 def determined(path, t: float, source: str, target: str) -> bool:
@@ -116,13 +114,29 @@ def test_what_is_not_determined_is_refused(path, t, source, target, divisor) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_its_dtype_and_is_calculated_in_float32(draw, dtype, path) -> None:
-    value, x = draw(4, 4).to(dtype), draw(4, 4).to(dtype)
-    t = torch.linspace(0.25, 0.75, 4, dtype=torch.float64)
-    for source, target in itertools.permutations(PREDICTIONS, 2):
-        half = convert(value, x, t, path, source, target)
-        assert half.dtype == dtype
-        assert torch.equal(half, convert(value.float(), x.float(), t, path, source, target).to(dtype))
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 2, 4, 4)])
+def test_half_precision_is_calculated_in_float32_and_t_belongs_to_rows(draw, dtype, shape, path) -> None:
+    seen = []
+
+    def network(x, t):
+        seen.append((x.dtype, x.shape, t.shape))
+        return torch.full_like(x, 3.0)
+
+    x, t = draw(*shape).to(dtype), torch.linspace(0.25, 0.75, 4, dtype=torch.float64)
+    for function in (
+        change_path(network, path, SqrtPath()),
+        as_velocity(network, path, "noise"),
+        *(
+            lambda x, t, pair=pair: convert(torch.full_like(x, 3.0), x, t, path, *pair)
+            for pair in itertools.permutations(PREDICTIONS, 2)
+        ),
+    ):
+        half = function(x, t)
+        assert half.dtype == dtype and half.shape == shape
+        assert torch.equal(half, function(x.float(), t).to(dtype))
+        for row in range(4):
+            torch.testing.assert_close(half[row : row + 1], function(x[row : row + 1], t[row]))
+    assert seen[0] == seen[6] == (dtype, shape, t.shape)
 
 
 @pytest.mark.parametrize("source", PREDICTIONS)
@@ -182,45 +196,20 @@ def test_beyond_its_range_the_old_path_answers_at_its_nearest_end() -> None:
     torch.testing.assert_close(asked[1][0], x * 1.25**0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 2, 4, 4)])
-def test_a_changed_velocity_calculates_half_precision_in_float32(draw, dtype, shape) -> None:
-    seen = []
-
-    def velocity(x, t):
-        seen.append((x.dtype, x.shape, t.shape))
-        return torch.full_like(x, 3.0)
-
-    x, t = draw(*shape).to(dtype), torch.tensor([0.0, 0.3, 0.6, 1.0], dtype=torch.float64)
-    for changed in (
-        change_path(velocity, CondOT(), SqrtPath()),
-        as_velocity(velocity, VariancePreserving(), "noise"),
-    ):
-        seen.clear()
-        half = changed(x, t)
-        assert seen == [(dtype, shape, t.shape)]
-        assert half.dtype == dtype
-        assert half.shape == shape
-        assert torch.equal(half, changed(x.float(), t).to(dtype))
-        for row in range(4):  # t belongs to rows
-            torch.testing.assert_close(half[row : row + 1], changed(x[row : row + 1], t[row]))
-
-
 def test_bad_arguments_are_named() -> None:
     x = torch.ones(2, 3)
     with pytest.raises(UserError, match=r"(?s)unknown prediction 'velocty'.*did you mean 'velocity'"):
         convert(x, x, 0.5, CondOT(), "velocty", "data")
-    with pytest.raises(
-        UserError, match=r"(?s)unknown prediction 'epsilon'.*Choices: velocity, data, noise, score"
+    for unknown in (
+        lambda: convert(x, x, 0.5, CondOT(), "velocity", "epsilon"),
+        lambda: as_velocity(lambda x, t: x, CondOT(), "epsilon"),
     ):
-        convert(x, x, 0.5, CondOT(), "velocity", "epsilon")
-    with pytest.raises(ValueError, match=r"\(2, 3\) but xt has shape \(2, 1\)"):
-        convert(x, x[:, :1], 0.5, CondOT(), "velocity", "data")
-    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
-        convert(x, x, 500, CondOT(), "velocity", "data")
-    with pytest.raises(UserError, match=r"(?s)unknown prediction 'epsilon'.*Choices: velocity, data, noise"):
-        as_velocity(lambda x, t: x, CondOT(), "epsilon")
+        with pytest.raises(
+            UserError, match=r"(?s)unknown prediction 'epsilon'.*Choices: velocity, data, noise"
+        ):
+            unknown()
     for velocity in (
+        lambda x, t: convert(x, x, t, CondOT(), "velocity", "data"),
         as_velocity(lambda x, t: x, CondOT(), "data"),
         change_path(lambda x, t: x, CondOT(), SqrtPath()),
     ):
@@ -228,5 +217,5 @@ def test_bad_arguments_are_named() -> None:
             velocity(x, torch.tensor(1.5))
         with pytest.raises(ValueError, match=r"t has shape \(3,\) but x has shape \(2, 3\)"):
             velocity(x, torch.full((3,), 0.5))
-    with pytest.raises(ValueError, match=r"prediction has shape \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"prediction has shape \(2, 1\) but xt has shape \(2, 3\)"):
         as_velocity(lambda x, t: x[:, :1], CondOT(), "data")(x, torch.tensor(0.5))

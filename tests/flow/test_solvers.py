@@ -14,7 +14,6 @@ from .closed_forms import Watched, seeded
 
 DETERMINISTIC = [name for name, solver in SOLVERS.items() if not solver.stochastic]
 FIXED = [name for name in DETERMINISTIC if SOLVERS[name].evaluations is not None]
-ADAPTIVE = [name for name in DETERMINISTIC if name not in FIXED]
 MULTISTEP = ["adams-bashforth-2", "adams-bashforth-3", "dpm-solver++2m", "exponential-adams"]
 ONE_STEP = [name for name in FIXED if name not in MULTISTEP]
 
@@ -22,7 +21,7 @@ ONE_STEP = [name for name in FIXED if name not in MULTISTEP]
 @pytest.fixture
 def velocity(gaussian):
     """The exact velocity from N(0, 1) to N(1.5, 0.4^2), whose flow maps x0 to 1.5 + 0.4 x0."""
-    return lambda x, t: gaussian.velocity(CondOT(), x, t)
+    return gaussian.on(CondOT())
 
 
 def cosine_grid(steps: int) -> Tensor:
@@ -37,9 +36,7 @@ def test_order_of_convergence(mixture, draw, solver, backward, grid) -> None:
     straight, since there the leading error of the midpoint rule vanishes for every Gaussian. The ends are left out for
     the exponential solver: its steps in log-SNR do not become small there."""
     x, (low, high) = draw(32, 2), (0.05, 0.95) if solver == "dpm-solver++2m" else (0.0, 1.0)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return mixture.velocity(Trigonometric(), x, t)
+    velocity = mixture.on(Trigonometric())
 
     def times(steps: int) -> Tensor:
         t = low + (high - low) * grid(steps)
@@ -56,23 +53,13 @@ def test_order_of_convergence(mixture, draw, solver, backward, grid) -> None:
     assert abs(slope - SOLVERS[solver].order) <= 0.25
 
 
-@pytest.mark.parametrize("solver", ONE_STEP)
-def test_a_polynomial_below_the_order_is_exact(solver) -> None:
-    """dx/dt = (k + 1) t^k ends at 1 exactly for k < order: the quadrature conditions of the tableau."""
-    for k in range(SOLVERS[solver].order):
-        end = integrate(
-            lambda x, t, k=k: (k + 1) * t**k * torch.ones_like(x),
-            torch.zeros(1).double(),
-            [0, 0.3, 1],
-            solver,
-        )
-        assert abs(float(end) - 1) < 1e-14
-
-
 @pytest.mark.parametrize("solver", DETERMINISTIC)
-def test_constant_velocity_is_exact_on_any_grid(solver, draw) -> None:
-    x0, v = draw(3, 2), draw(3, 2)
-    torch.testing.assert_close(integrate(lambda x, t: v, x0, [0.1, 0.15, 0.9], solver), x0 + 0.8 * v)
+def test_a_polynomial_below_the_order_is_exact(solver) -> None:
+    """dx/dt = (k + 1) t^k ends at 1 exactly for k < order (the quadrature conditions of a tableau), k = 0 for all."""
+    for k in range(SOLVERS[solver].order if solver in ONE_STEP else 1):
+        x0 = torch.zeros(1, dtype=torch.float64)
+        end = integrate(lambda x, t, k=k: (k + 1) * t**k * torch.ones_like(x), x0, [0, 0.3, 1], solver)
+        assert abs(float(end) - 1) < 1e-14
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -87,33 +74,24 @@ def test_evaluations_are_as_declared_and_within_the_times(velocity, draw, solver
     assert entry.evaluations is None or len(watched.times) == (len(times) - 1) * entry.evaluations
 
 
-@pytest.mark.parametrize("solver", ADAPTIVE)
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-def test_adaptive_never_steps_outside_even_where_its_first_guess_would(solver, scale) -> None:
-    """A velocity that is tiny at the start invites a huge first step."""
-    watched = Watched(lambda x, t: scale * t**4 * torch.cos(20 * t) + 1e-9 * x)
-    integrate(watched, torch.ones(2, 2).double(), [0.0, 1.0], solver)
-    assert min(watched.times) >= 0
-    assert max(watched.times) <= 1
-
-
-@pytest.mark.parametrize("solver", ADAPTIVE)
 @pytest.mark.parametrize("times", [[0.0, 1.0], [0.0, 0.2, 0.9, 1.0]])
-def test_adaptive_keeps_its_tolerance_and_pays_for_it(velocity, draw, solver, times) -> None:
+def test_adaptive_keeps_its_tolerance_and_pays_for_it(velocity, draw, times) -> None:
     x0, cost = draw(16, 2), []
     for tolerance in (1e-3, 1e-6, 1e-9):
         watched = Watched(velocity)
-        x1 = integrate(watched, x0, times, solver, rtol=tolerance, atol=tolerance)
+        x1 = integrate(watched, x0, times, "dopri5", rtol=tolerance, atol=tolerance)
         assert (x1 - (1.5 + 0.4 * x0)).abs().max() < 30 * tolerance
         cost.append(len(watched.times))
-    assert cost == sorted(cost)
-    assert cost[0] < 30 * (len(times) - 1)
-    assert cost[0] < cost[-1] < 600
+    assert cost == sorted(cost) and cost[0] < 30 * (len(times) - 1) and cost[0] < cost[-1] < 600
+    # A velocity that is tiny at the start invites a huge first step: never out of the interval.
+    watched = Watched(lambda x, t: 1e4 * t**4 * torch.cos(20 * t) + 1e-9 * x)
+    integrate(watched, torch.ones(2, 2).double(), [0.0, 1.0], "dopri5")
+    assert min(watched.times) >= 0 and max(watched.times) <= 1
 
 
-@pytest.mark.parametrize("times", [[0.0, 1.0], [1.0, 0.3, 0.0]])
+@pytest.mark.parametrize(("times", "turn"), [([0.0, 1.0], 1.5), ([1.0, 0.3, 0.0], -1.5)])
 @pytest.mark.parametrize("name", BY_ROW)
-def test_rows_that_step_on_their_own_do_not_depend_on_one_another(name, times, draw) -> None:
+def test_rows_that_step_on_their_own_do_not_depend_on_one_another(name, times, turn, draw) -> None:
     """One row turns fast and needs short steps, another is still: beside one another they are as they are alone."""
     speeds = torch.tensor([0.0, 1.0, 40.0], dtype=torch.float64)
 
@@ -130,13 +108,8 @@ def test_rows_that_step_on_their_own_do_not_depend_on_one_another(name, times, d
         assert torch.equal(together[row : row + 1], alone)
         cost.append(counted.evaluations)
     assert 4 * cost[0] < cost[2]
-    angle = speeds * sum(
-        1.5 * (1.0 if t == 1.0 else 0.0) * sign for t, sign in ((times[-1], 1), (times[0], -1))
-    )
-    exact = torch.stack(
-        [angle.cos() * x0[:, 0] - angle.sin() * x0[:, 1], angle.sin() * x0[:, 0] + angle.cos() * x0[:, 1]], 1
-    )
-    assert (together - exact).abs().max() < 1e-3
+    exact = torch.view_as_complex(x0) * torch.polar(torch.ones(3).double(), speeds * turn)
+    assert (together - torch.view_as_real(exact)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
@@ -167,31 +140,22 @@ def test_adams_bashforth_integrates_polynomials_below_its_order_exactly(order, t
         assert seen[0] == pytest.approx(exact[0]) or degree > 0
 
 
-@pytest.mark.parametrize("order", [0, 5])
-def test_adams_bashforth_of_another_order_is_refused(order) -> None:
-    with pytest.raises(ValueError, match=f"order {order}: pass 1, 2, 3 or 4"):
-        adams_bashforth(order)
-
-
 @pytest.mark.parametrize("solver", MULTISTEP)
 def test_a_callback_that_keeps_a_part_of_x_on_its_path_leaves_the_order(mixture, draw, solver) -> None:
     """Inpainting: half of x is replaced after every step, by where the flow would have taken it."""
     x0, known = draw(32, 2), {}
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return mixture.velocity(CondOT(), x, t)
-
+    velocity = mixture.on(CondOT())
     fine = time_grid(400)
     integrate(velocity, x0, fine, "rk4", callback=lambda i, t, x: known.__setitem__(round(t.item() * 400), x))
 
     def inpaint(index: int, t: Tensor, x: Tensor) -> Tensor:
         return torch.cat([known[round(t.item() * 400)][:, :1], x[:, 1:]], dim=1)
 
-    errors = [
-        float((integrate(velocity, x0, fine[:: 400 // n], solver, callback=inpaint) - known[400]).abs().max())
-        for n in (50, 200)
-    ]
-    assert math.log(errors[0] / errors[1], 4) > 1.5
+    def error(n: int) -> float:
+        end = integrate(velocity, x0, fine[:: 400 // n], solver, callback=inpaint)
+        return float((end - known[400]).abs().max())
+
+    assert math.log(error(50) / error(200), 4) > 1.5
 
 
 @pytest.mark.parametrize("solver", MULTISTEP)
@@ -201,39 +165,21 @@ def test_a_callback_that_moves_x_far_still_converges(velocity, draw, solver) -> 
     rest = [i / 400 for i in range(200, 401)]
     expected = integrate(velocity, elsewhere, rest, "rk4")
 
+    def jump(index: int, t: Tensor, x: Tensor) -> Tensor | None:
+        return elsewhere if t == 0.5 else None
+
     def error(n: int) -> float:
-        end = integrate(
-            velocity, x0, time_grid(n), solver, callback=lambda i, t, x: elsewhere if t == 0.5 else None
-        )
-        return float((end - expected).abs().max())
+        return float((integrate(velocity, x0, time_grid(n), solver, callback=jump) - expected).abs().max())
 
     assert error(400) < 0.3 * error(100)
     assert error(400) < 0.02
-
-
-@pytest.mark.parametrize("sigma_min", [0.0, 0.01])
-@pytest.mark.parametrize("backward", [False, True])
-def test_euler_on_the_straight_path_is_ddim(mixture, draw, sigma_min, backward) -> None:
-    """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12, noise level 0): x' = alpha' x1_hat + sigma' x0_hat."""
-    path, x, ours = CondOT(sigma_min), draw(16, 2), []
-    times = time_grid(8, 2.0).flip(0) if backward else time_grid(8, 2.0)
-    integrate(
-        lambda x, t: mixture.velocity(path, x, t), x, times, "euler", callback=lambda i, t, y: ours.append(y)
-    )
-    for t, t_next, y in zip(times[:-1], times[1:], ours, strict=True):
-        data, noise = mixture.ends(path, x, t)
-        x = path.alpha(t_next) * data + path.sigma(t_next) * noise
-        assert (y - x).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("solver", ["dpm-solver++2m", "exponential-adams"])
 @pytest.mark.parametrize("path", [Trigonometric(), CondOT(), CondOT(1e-4)])
 def test_exponential_solvers_stay_finite_and_close_at_both_ends(mixture, draw, solver, path) -> None:
     x0 = draw(32, 2)
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return mixture.velocity(path, x, t)
-
+    velocity = mixture.on(path)
     there = integrate(velocity, x0, time_grid(200), solver, path=path)
     exact = integrate(velocity, x0, time_grid(200), "rk4")
     assert (there - exact).abs().max() < 5e-3
@@ -248,50 +194,28 @@ def test_the_first_step_of_dpm_solver_is_ddim_and_the_second_is_the_papers(mixtu
     h = (alpha / sigma).log().diff()
     x = draw(16, 2)
     ours: list[Tensor] = []
-    integrate(
-        lambda x, t: mixture.velocity(path, x, t),
-        x,
-        times,
-        "dpm-solver++2m",
-        path=path,
-        callback=lambda i, t, y: ours.append(y),
-    )
+    velocity = mixture.on(path)
+    integrate(velocity, x, times, "dpm-solver++2m", path=path, callback=lambda i, t, y: ours.append(y))
     first = mixture.ends(path, x, times[0])[0]
     x = sigma[1] / sigma[0] * x - alpha[1] * torch.expm1(-h[0]) * first
     torch.testing.assert_close(ours[0], x)
     second, r = mixture.ends(path, x, times[1])[0], h[0] / h[1]
     extrapolated = (1 + 1 / (2 * r)) * second - 1 / (2 * r) * first
-    torch.testing.assert_close(
-        ours[1], sigma[2] / sigma[1] * x - alpha[2] * torch.expm1(-h[1]) * extrapolated
-    )
+    expected = sigma[2] / sigma[1] * x - alpha[2] * torch.expm1(-h[1]) * extrapolated
+    torch.testing.assert_close(ours[1], expected)
 
 
-def test_a_sum_that_overflows_is_not_taken_for_values_that_are_not_finite() -> None:
-    """60000 is finite in float16; the sum of 64 of them is not."""
-    huge = torch.full((64, 1), 60000.0, dtype=torch.float16)
-    assert torch.equal(integrate(lambda x, t: huge, torch.zeros_like(huge), [0, 1], "euler"), huge)
-
-
-def test_samples_of_a_mixture_arrive_at_the_mixture(mixture) -> None:
-    """Quantiles of N(0, 1) are carried to the same quantiles of the mixture (a 1-D flow keeps the order)."""
-    u = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
-    x0 = torch.special.ndtri(u)[:, None]
-    x1 = integrate(lambda x, t: mixture.velocity(CondOT(), x, t), x0, [0, 1], "dopri5", rtol=1e-9, atol=1e-9)
-    cdf = mixture.cdf(CondOT(), x1[:, 0], torch.ones(()).double())
-    torch.testing.assert_close(cdf, u, atol=1e-6, rtol=0)
-
-
-def test_half_precision_adds_up_in_float32() -> None:
-    """1000 steps of 0.001: summed in bfloat16 the sum would stall far from 1."""
+def test_half_precision_adds_up_in_float32(draw) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        x, v = draw(32).to(dtype)[:, None], draw(32).to(dtype)[:, None]
+        once = integrate(lambda x, t, v=v: v, x, [0.0, 1.0], "euler")
+        assert torch.equal(once, (x.float() + v.float()).to(dtype))
+    # 1000 steps of 0.001: summed in bfloat16 the sum would stall far from 1.
     end = integrate(lambda x, t: torch.ones_like(x), torch.zeros(1, 1).bfloat16(), time_grid(1000), "euler")
     assert abs(end.item() - 1) < 1e-2
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_step_has_no_more_rounding_than_its_dtype(draw, dtype) -> None:
-    x, v = draw(32).to(dtype)[:, None], draw(32).to(dtype)[:, None]
-    once = integrate(lambda x, t: v, x, [0.0, 1.0], "euler")
-    assert torch.equal(once, (x.float() + v.float()).to(dtype))
+    # 60000 is finite in float16, and stays so although the sum of 64 of them is not.
+    huge = torch.full((64, 1), 60000.0, dtype=torch.float16)
+    assert torch.equal(integrate(lambda x, t: huge, torch.zeros_like(huge), [0, 1], "euler"), huge)
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
@@ -365,46 +289,30 @@ def test_tolerances_that_cannot_be_met_are_named() -> None:
         integrate(velocity, x0, [0, 1], "dopri5", rtol=1e-12, atol=1e-12)
 
 
-def test_an_assertion_of_the_network_is_left_alone() -> None:
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        raise AssertionError("mine")
-
-    with pytest.raises(AssertionError, match="mine"):
-        integrate(network, torch.ones(1, 1), [0, 1], "dopri5")
-
-
 @pytest.mark.parametrize(
     ("times", "message"),
     [
         ([0.5], "N \\+ 1 times"),
-        ([[0.0, 1.0]], "N \\+ 1 times"),
-        ([0.0, 1.1], "must lie in \\[0, 1\\]"),
+        (torch.tensor([[0.0, 1.0]]), "N \\+ 1 times"),
+        (0.5, "N \\+ 1 times"),
         ([-0.1, 1.0], "must lie in \\[0, 1\\]"),
-        ([1000.0, 0.0], "1000"),
+        (torch.tensor([0.0, 1.0 + 1e-9], dtype=torch.float64), "must lie in \\[0, 1\\]"),
         ([0.0, float("nan"), 1.0], "must lie in \\[0, 1\\].*nan"),
         ([0.0, 0.5, 0.5, 1.0], "strictly increase"),
         ([0.0, 0.6, 0.4, 1.0], "strictly increase.*0.6, 0.4"),
-        ([0.0, float("inf")], "must lie in \\[0, 1\\].*inf"),
-        ([0.0, 1.0 + 1e-9], "must lie in \\[0, 1\\]"),
-        ([], "N \\+ 1 times"),
-        (0.5, "N \\+ 1 times"),
         ("0 1", "times are '0 1'"),
         (None, "times are None"),
-        ([0.0, None], "times are"),
         ([[0.0], [0.5, 1.0]], "times are"),
-        ({0.0: 1.0}, "times are"),
     ],
 )
 def test_bad_times_are_refused(times, message) -> None:
+    def forbidden(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("evaluated")
+
+    with pytest.raises(AssertionError, match="evaluated"):  # an assertion of the network is left alone
+        integrate(forbidden, torch.ones(1, 1), [0, 1])
     with pytest.raises(UserError, match=message):
         integrate(forbidden, torch.ones(1, 1), times)
-    if isinstance(times, list) and times and isinstance(times[0], float) and None not in times:
-        with pytest.raises(UserError, match=message):
-            integrate(forbidden, torch.ones(1, 1), torch.tensor(times, dtype=torch.float64))
-
-
-def forbidden(x: Tensor, t: Tensor) -> Tensor:
-    raise AssertionError("evaluated")
 
 
 HUGE = torch.full((1, 1), 1e308, dtype=torch.float64)
@@ -432,6 +340,9 @@ HUGE = torch.full((1, 1), 1e308, dtype=torch.float64)
 def test_other_mistakes_are_named(velocity, change, message) -> None:
     with pytest.raises(UserError, match=message):
         integrate(**{"velocity": velocity, "x": torch.ones(1, 1), "times": [0, 1]} | change)
+    for order in (0, 5):
+        with pytest.raises(ValueError, match=f"order {order}: pass 1, 2, 3 or 4"):
+            adams_bashforth(order)
 
 
 @pytest.mark.parametrize(
@@ -447,6 +358,6 @@ def test_exponential_adams_does_not_divide_by_steps_that_rounding_hides(
     gaussian, draw, path, times, tolerance
 ) -> None:
     start = draw(4, 2)
-    end = integrate(lambda x, t: gaussian.velocity(path, x, t), start, times, "exponential-adams", path=path)
+    end = integrate(gaussian.on(path), start, times, "exponential-adams", path=path)
     exact = 1.5 + 0.4 * start if times[0] == 0 else (start - 1.5) / 0.4
     assert (end - exact).abs().max() < tolerance

@@ -27,26 +27,18 @@ def test_options_reach_classes_and_functions() -> None:
     assert make(TABLE, "bare", "thing") == 7
 
 
-@pytest.mark.parametrize("count", [3, 3.0, "3", "3.0"])
-def test_whole_numbers_stay_whole(count) -> None:
-    made = make(TABLE, "thing", "thing", count=count).count
-    assert made == 3
-    assert isinstance(made, int)
-
-
-def test_numbers_may_be_text() -> None:
+def test_numbers_may_be_text_and_whole_ones_stay_whole() -> None:
     assert make(TABLE, "thing", "thing", size="1e-4", name="5") == Thing(1e-4, name="5")
+    for count in (3, 3.0, "3", "3.0"):
+        made = make(TABLE, "thing", "thing", count=count).count
+        assert made == 3 and isinstance(made, int)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("thin", {}, "(?s)unknown thing 'thin'.*did you mean 'thing'"),
-        (
-            "thing",
-            {"sise": 1},
-            "(?s)unknown option of thing 'thing': 'sise'.*did you mean 'size'.*size, count",
-        ),
+        ("thing", {"sise": 1}, "(?s)unknown option of thing 'thing': 'sise'.*mean 'size'.*size, count"),
         ("bare", {"size": 1}, "(?s)option 'size' of thing 'bare'.*leave it out"),
         ("function", {"rate": 1}, "missing option of thing 'function': size"),
         ("thing", {"size": "big"}, "(?s)option 'size' of thing 'thing' is 'big'.*number"),

@@ -405,11 +405,8 @@ def test_counterparts_that_are_one_image_are_left_out() -> None:
     assert (found.captions, found.own, found.equal) == (names[:2], [0, 1], 2)
     sampler: Any = SimpleNamespace(sample=lambda *_: unseen.images[[0, 0]])
     measured = figures.attribute_accuracy(sampler, found)
-    assert (measured["right"]["count"], measured["right"]["n"], measured["chance"]) == (
-        1,
-        2,
-        0.5,
-    )  # both light
+    right = measured["right"]
+    assert (right["count"], right["n"], measured["chance"]) == (1, 2, 0.5)  # both are light
     with pytest.raises(UserError, match="no held-out caption has a counterpart"):
         figures.find_counterparts(train, unseen.rows([2, 3]), tones)
 
@@ -433,13 +430,11 @@ def test_images_that_are_not_finite_are_not_measured(
     [
         ("x.json", ["-n", 1], "-n is 1"),
         ("x.json", ["-n", 10**9], "at most 1,000,000"),
-        ("x.json", ["--seed", 2**70], "--seed is"),
         ("x.json", ["--seed", -1], "--seed is -1"),
         ("x.json", ["--guidance", "nan"], "--guidance is nan"),
         ("x.json", ["--validation", "nan"], "--validation is nan"),
         ("x.json", ["--validation", 2], "cannot hold out 2"),
         ("x.json", ["--validation", 0], "--test FOLDER"),
-        ("x.json", ["--attributes", "red"], "at least two, all different"),
         ("x.json", ["--attributes", "red", "red"], "at least two, all different"),
         ("mine.json", [], "--overwrite"),
         ("report.txt", [], "Did you mean -o"),

@@ -24,17 +24,13 @@ def flat(*levels: float) -> torch.Tensor:
     return torch.tensor(levels)[:, None, None, None].expand(-1, 3, 32, 32)
 
 
-def test_features_are_the_area_mean_pixels() -> None:
+def test_features_are_the_area_mean_pixels_without_aliasing() -> None:
     assert features(images(2, side=64), "pixels-16").shape == (2, 3 * 16 * 16)
     assert torch.equal(features(images(2), "pixels-32"), images(2).flatten(1))
     torch.testing.assert_close(features(flat(0.3, -0.7), "pixels-16")[:, 0], torch.tensor([0.3, -0.7]))
     with pytest.raises(UserError, match="pixels-16"):
         features(images(1), "pixel-16")
-
-
-def test_features_do_not_alias() -> None:
-    """Stripes of one pixel become grey, not one of the two colours."""
-    stripes = torch.ones(1, 3, 64, 64)
+    stripes = torch.ones(1, 3, 64, 64)  # of one pixel become grey, not one of the two colours
     stripes[..., ::2] = -1
     inner = features(stripes, "pixels-16").view(3, 16, 16)[:, 2:-2, 2:-2]
     assert inner.abs().max() < 0.1
@@ -53,11 +49,8 @@ def test_caption_retrieval_counts_the_nearest_captions() -> None:
     shares = retrieve(generated, ["a", "b", "c", "e"], data, names, tops=(1, 2, 5)).shares
     assert shares == {1: 0.5, 2: 0.75, 5: 1.0}
     assert retrieve(data, names, data, names).shares == {1: 1.0, 5: 1.0}
-
-
-def test_one_caption_may_belong_to_several_images() -> None:
-    data, names = flat(0.0, 0.5, 1.0), ["hat", "shoe", "hat"]
-    assert retrieve(flat(0.9, 0.1, 0.4), ["hat", "hat", "hat"], data, names).shares[1] == pytest.approx(2 / 3)
+    several, names = flat(0.0, 0.5, 1.0), ["hat", "shoe", "hat"]  # images of one caption
+    assert retrieve(flat(0.9, 0.1, 0.4), ["hat"] * 3, several, names).shares[1] == pytest.approx(2 / 3)
 
 
 def test_attribute_groups_take_the_longest_attribute_and_need_every_counterpart() -> None:
@@ -65,6 +58,8 @@ def test_attribute_groups_take_the_longest_attribute_and_need_every_counterpart(
     data = [f"{thing}: {tone}" for thing in ("hand", "ear") for tone in tones] + ["nose: light tone", "apple"]
     asked = ["apple", "hand: medium-light tone", "nose: light tone", "ear: dark tone"]
     assert attribute_groups(asked, tones, data) == [(1, 1, [0, 1, 2]), (3, 2, [3, 4, 5])]
+    data = ["red hat", "blue hat", "bored cat", "bobluecat"]  # attributes are whole words
+    assert attribute_groups(["red hat", "bored cat"], ["red", "blue"], data) == [(0, 0, [0, 1])]
 
 
 def test_attribute_retrieval_compares_with_an_images_own_candidates() -> None:
@@ -91,11 +86,6 @@ def test_chance_is_what_captions_dealt_out_at_random_get() -> None:
     assert found.chance == pytest.approx({1: 0.95, 5: 0.95})
     right = retrieve(flat(*[0.1] * 19, 0.9), asked, data, names)
     assert right.hits[1] == 20 and right.chance[1] == pytest.approx(0.95**2 + 0.05**2)
-
-
-def test_attributes_are_whole_words() -> None:
-    data = ["red hat", "blue hat", "bored cat", "bobluecat"]
-    assert attribute_groups(["red hat", "bored cat"], ["red", "blue"], data) == [(0, 0, [0, 1])]
 
 
 # ---------------------------------------------------------------- memorisation

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import ModelMixin
 
+from latentflow.errors import UserError
 from latentflow.models import MODELS, Condition
 
 from .tiny import FULL, build, full_condition, latents, perturb
@@ -22,14 +23,9 @@ def test_any_rectangle_in_gives_the_same_rectangle_out(name: str, height: int, w
     model = build(name, **FULL)
     x = latents(2, height, width)
     out = model(x, 0.5, full_condition(2, height, width))
-    assert out.shape == x.shape
-    assert out.dtype == x.dtype
-    assert out.isfinite().all()
-
-
-def test_a_new_network_says_exactly_zero(name: str) -> None:
-    out = build(name, perturbed=False, **FULL)(latents(), 0.5, full_condition())
-    assert torch.equal(out, torch.zeros_like(out))
+    assert out.shape == x.shape and out.dtype == x.dtype and out.isfinite().all()
+    new = build(name, perturbed=False, **FULL)(x, 0.5, full_condition(2, height, width))
+    assert not new.any()  # a new network says exactly zero
 
 
 def test_one_time_equals_the_same_time_for_every_row(name: str) -> None:
@@ -84,12 +80,11 @@ def test_padding_of_the_text_does_not_matter(name: str) -> None:
         text_mask=torch.cat([cond.text_mask, torch.zeros(3, 4, dtype=torch.bool)], dim=1),
     )
     torch.testing.assert_close(model(x, 0.5, padded), model(x, 0.5, cond), rtol=1e-4, atol=1e-5)
-
-
-def test_a_row_without_any_token_is_the_null_text(name: str) -> None:
-    model, x = build(name, text_dim=6), latents(1)
-    empty = Condition(text=torch.randn(1, 3, 6), text_mask=torch.zeros(1, 3, dtype=torch.bool))
-    torch.testing.assert_close(model(x, 0.5, empty), model(x, 0.5, None), rtol=1e-4, atol=1e-5)
+    # Without any token it is the null text.
+    empty = replace(cond, class_labels=None, drop=None, text_mask=torch.zeros_like(cond.text_mask))
+    nothing = Condition(channels=cond.channels)
+    model = build(name, text_dim=6, condition_channels=2)
+    torch.testing.assert_close(model(x, 0.5, empty), model(x, 0.5, nothing), rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_stays_close_to_float32(name: str) -> None:
@@ -218,6 +213,21 @@ def test_wrong_channels_or_times_are_refused(name: str) -> None:
         model(torch.zeros(1, 3, 4, 4), 0.5)
     with pytest.raises(ValueError, match=r"t has shape \(2,\)"):
         model(latents(), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"out_channels": 2}, "out_channels 2 is less than in_channels 4"),
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"sample_size": (4, 4, 4)}, "sample_size is "),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(name, **arguments)
+    with pytest.raises(UserError, match="not all multiples of head_dim 16"):
+        build("unet", channels=(16, 24))
 
 
 def test_the_loader_finds_the_class_by_its_module(name: str) -> None:

@@ -50,18 +50,17 @@ def test_an_unseen_word_is_spelled_from_known_pieces(tokenizer: Any) -> None:
     assert tokenizer.tokenize("reddish") == ["red", "##d", "##i", "##s", "##h"]
     assert tokenizer.tokenize("red ☃ apple") == ["red", "[UNK]", "apple"]
 
-
-def test_every_text_begins_with_a_token_even_the_empty_one(tokenizer: Any) -> None:
-    assert tokenizer("").input_ids == tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    assert tokenizer("").input_ids == tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]  # never none
 
 
-def test_the_order_of_captions_does_not_matter(tokenizer: Any) -> None:
+def test_the_vocabulary_does_not_depend_on_the_order_of_captions_and_keeps_the_frequent_words(
+    tokenizer: Any,
+) -> None:
     assert train_tokenizer(CAPTIONS[::-1], max_length=12).get_vocab() == tokenizer.get_vocab()
-
-
-def test_a_full_vocabulary_keeps_the_frequent_words() -> None:
     small = train_tokenizer(["ab ab ab ba", "ab aab"], vocab_size=8)  # 3 special, 4 for a and b, one word
     assert small.tokenize("ab ba") == ["ab", "b", "##a"]
+    with pytest.raises(UserError, match="hold no word"):
+        train_tokenizer(["", "  "])
 
 
 def test_a_tokenizer_survives_saving(tokenizer: Any, tmp_path: Path) -> None:
@@ -69,13 +68,7 @@ def test_a_tokenizer_survives_saving(tokenizer: Any, tmp_path: Path) -> None:
     again = AutoTokenizer.from_pretrained(tmp_path)
     text = "A reddish apple, left of a hand"
     assert again(text).input_ids == tokenizer(text).input_ids
-    assert again.model_max_length == 12
-    assert again.bos_token == tokenizer.bos_token
-
-
-def test_captions_without_a_word_are_refused() -> None:
-    with pytest.raises(UserError, match="hold no word"):
-        train_tokenizer(["", "  "])
+    assert (again.model_max_length, again.bos_token) == (12, tokenizer.bos_token)
 
 
 def test_an_embedding_does_not_depend_on_its_neighbours_in_the_batch(tokenizer: Any, encoder: Any) -> None:
@@ -103,13 +96,11 @@ def test_word_order_shows_from_the_first_step_and_dropout_does_not(tokenizer: An
         assert (pooled[0] - pooled[1]).norm() / pooled.norm(dim=1).mean() > 0.2
 
 
-def test_embeddings_start_at_unit_scale(tokenizer: Any, encoder: Any) -> None:
+def test_embeddings_start_at_unit_scale_and_gradients_reach_every_weight(
+    tokenizer: Any, encoder: Any
+) -> None:
     embeddings, mask = encode_text(tokenizer, encoder, CAPTIONS)
     torch.testing.assert_close(embeddings[mask].square().mean(), torch.tensor(1.0), rtol=1e-3, atol=0.0)
-
-
-def test_gradients_reach_every_weight_of_the_encoder(tokenizer: Any, encoder: Any) -> None:
-    embeddings, mask = encode_text(tokenizer, encoder, CAPTIONS)
     (embeddings[mask] * torch.linspace(0, 1, 16)).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
 
@@ -141,9 +132,6 @@ def test_a_missing_encoder_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read") as raised:
         load_text_encoder(tmp_path / "nothing-here")
     assert "hf download" in raised.value.fix
-
-
-# ------------------------------------------------------------------ words that are not known
 
 
 def test_words_that_our_tokenizer_has_to_spell_are_unknown(tmp_path: Path) -> None:
@@ -246,18 +234,15 @@ def test_the_text_part_of_larger_and_older_models_loads_with_its_weights(
 
 
 def test_a_text_encoder_whose_files_do_not_fit_is_refused_by_name(tokenizer: Any, tmp_path: Path) -> None:
-    def fewer_layers(folder: Path) -> None:
-        file = folder / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 1}))
-
     folder = saved(bert(len(tokenizer)), tokenizer, tmp_path / "layers")
-    fewer_layers(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(UserError, match=r"the config has no place for weights: bert.encoder.layer.1"):
         load_text_encoder(folder)
     name = "bert.encoder.layer.0.output.dense.bias"
     for change, words in (
         (
-            lambda state: {key: value for key, value in state.items() if key != name},
+            lambda state: {key: state[key] for key in state if key != name},
             "missing: .*layer.0.output.dense.bias",
         ),
         (lambda state: {**state, name: torch.zeros(7)}, "dense.bias is 7, not 16"),
@@ -271,9 +256,7 @@ def test_a_text_encoder_whose_files_do_not_fit_is_refused_by_name(tokenizer: Any
     with pytest.raises(UserError, match=r"makes tokens up to number \d+, the encoder has embeddings of 5"):
         load_text_encoder(saved(bert(5), tokenizer, tmp_path / "words"))
     folder = saved(bert(len(tokenizer)), tokenizer, tmp_path / "code")
-    (folder / "config.json").write_text(
-        json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
-    )
+    (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
     (folder / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     with pytest.raises(UserError, match="which latentflow does not execute") as raised:
         load_text_encoder(folder)

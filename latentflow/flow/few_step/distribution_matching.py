@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..tensors import compute_dtype, expand_t
+from ..tensors import compute_dtype, expand_t, per_row
 
 _LEAST = 1e-4  # smallest divisor
 
@@ -38,5 +38,5 @@ def distribution_matching_target(
     with torch.no_grad():
         left = 1.0 - expand_t(t, xt).to(dtype)
         distance = (generated.to(dtype) - xt.to(dtype) - left * teacher.to(dtype)).abs().flatten(1).mean(1)
-        weight = distance.clamp(min=_LEAST).reshape(-1, *(1,) * (xt.ndim - 1))
+        weight = per_row(distance.clamp(min=_LEAST), xt)
         return generated.to(dtype) - left * (fake.to(dtype) - teacher.to(dtype)) / weight

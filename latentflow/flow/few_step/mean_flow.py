@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..tensors import expand_t
+from ..tensors import expand_t, per_row
 from .average_velocity import AverageObjective, AverageVelocity, Draws, Interval, total_derivative
 
 _SHARPNESS = 25.0  # of alpha-Flow's sigmoid, its sec. 4.3
@@ -119,8 +119,7 @@ class AlphaFlow(MeanFlow):
             reached = x + expand_t(step, x) * over.direction.to(x.dtype)
             # At alpha = 1 the step ends at t, where nothing is left to go.
             change = average(reached, torch.minimum(r + step, t), t) - average(x, r, t)
-            rows = len(alpha), *(1,) * (x.ndim - 1)
-            finite = over.velocity + ((1.0 - alpha) / alpha.clamp(min=_CLAMPED)).reshape(rows) * change
+            finite = over.velocity + per_row((1.0 - alpha) / alpha.clamp(min=_CLAMPED), x) * change
         if not bool(derivative.any()):
             return finite
-        return torch.where(derivative.reshape(rows), super().target(average, over), finite)
+        return torch.where(per_row(derivative, x), super().target(average, over), finite)

@@ -8,29 +8,23 @@ Liu et al. 2022 (arXiv:2209.03003). The pairs of one flow, coupled as they are (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import UserError, lookup
-from ..paths import Path
-from ..solvers import SOLVERS, Solver, integrate
+from ..solvers import Solver, Times, find_solver, integrate
 from ..tensors import Velocity, compute_dtype
 
 
 def reflow_pairs(
     velocity: Velocity,
     x0: Tensor,
-    times: Tensor | Sequence[float],
+    times: Times,
     solver: str | Solver = "heun",
     *,
-    path: Path | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    generator: torch.Generator | None = None,
-    progress: bool = False,
     batch_size: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the coupling (Z_0, Z_1) that the flow induces: ``x0`` and the data generated from it, row by row.
 
@@ -40,10 +34,11 @@ def reflow_pairs(
     Args:
         velocity: (x, t) -> dx/dt, perhaps guided.
         x0: (B, ...) at times[0]: noise as the flow starts from it (``path.start(noise)`` on a path that scales it).
-        times, solver, path, rtol, atol, generator, progress: as in ``integrate``. A stochastic solver forgets
-            x0 on its way: its pairs are samples, but not the map of the flow.
+        times, solver: as in ``integrate``. A stochastic solver forgets x0 on its way: its pairs are samples, but not
+            the map of the flow.
         batch_size: rows to integrate at a time; default all. A velocity bound to one condition per row of x0
             fits only all of them: call once per batch instead.
+        options: of ``integrate``: path, rtol, atol, generator, progress.
 
     Returns:
         (x0, x1), both (B, ...), without a graph.
@@ -56,32 +51,16 @@ def reflow_pairs(
         raise ValueError(f"batch_size is {batch_size}: pass at least 1, or None for all rows at once")
     x0 = x0.detach()
     with torch.no_grad():
-        x1 = [
-            integrate(
-                velocity,
-                rows,
-                times,
-                solver,
-                path=path,
-                rtol=rtol,
-                atol=atol,
-                generator=generator,
-                progress=progress,
-            )
-            for rows in x0.split(batch_size or max(len(x0), 1))
-        ]
-    return x0, torch.cat(x1)
+        batches = x0.split(batch_size or max(len(x0), 1))
+        return x0, torch.cat([integrate(velocity, rows, times, solver, **options) for rows in batches])
 
 
 def straightness(
     velocity: Velocity,
     x0: Tensor,
-    times: Tensor | Sequence[float],
+    times: Times,
     solver: str | Solver = "heun",
-    *,
-    path: Path | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    **options: Any,
 ) -> Tensor:
     """Return S = int_0^1 |(z_1 - z_0) - dz_t/dt|^2 dt of the trajectory from each row; 0 where it is straight.
 
@@ -90,8 +69,9 @@ def straightness(
     the step with a solver of order 2 or more (and always a little below S), of first order with Euler.
 
     Args:
-        velocity, x0, times, solver, path, rtol, atol: as in ``integrate``; at least two steps, better 20 and
-            more. On another interval than [0, 1] it is the mean of the squared deviation from the mean slope.
+        velocity, x0, times, solver: as in ``integrate``; at least two steps, better 20 and more. On another interval
+            than [0, 1] it is the mean of the squared deviation from the mean slope.
+        options: of ``integrate``: path, rtol, atol.
 
     Returns:
         (B,), summed over all elements of a row, float32 or better, without a graph.
@@ -101,23 +81,12 @@ def straightness(
         ValueError: fewer than two steps, which are always straight.
         UserError, ValueError: as in ``integrate``.
     """
-    solver = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
-    if solver.stochastic:
-        raise UserError("the straightness of a stochastic solver's trajectories", "Use 'heun' or 'dopri5'.")
+    solver = find_solver(solver, "its trajectories have no slope")
     if len(times) < 3:
         raise ValueError(f"straightness takes at least 2 steps, 3 times, not {len(times)} times")
     points = [x0]
     with torch.no_grad():
-        integrate(
-            velocity,
-            x0,
-            times,
-            solver,
-            path=path,
-            rtol=rtol,
-            atol=atol,
-            callback=lambda index, t, x: points.append(x),
-        )
+        integrate(velocity, x0, times, solver, callback=lambda i, t, x: points.append(x), **options)
         z = torch.stack(points).to(compute_dtype(x0)).flatten(2)  # (N + 1, B, D)
         h = torch.as_tensor(times, dtype=torch.float64, device="cpu").diff().to(z)[:, None, None]
         deviation = z.diff(dim=0) / h - (z[-1] - z[0]) / h.sum()

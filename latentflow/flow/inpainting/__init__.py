@@ -1,23 +1,22 @@
 """Inpainting without training: methods over any velocity, one table.
 
-A method is ``method(velocity, x0, known, mask, times, *, solver, generator, callback, progress, ...)`` with settings of
-its own; ``solver=None`` is the method's own choice. A new one is a function and a line in ``INPAINTING``.
+A new method is a function ``fill(problem, solver, **settings)``, without the solver where its steps are its own, and a
+line in ``INPAINTING``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
+from .base import Inpainting
 from .particles import twisted
-from .plug_and_play import pnp_flow
-from .replacement import repaint, replacement
+from .replacement import pnp_flow, repaint, replacement
 
-INPAINTING: dict[str, Callable[..., Tensor]] = {
-    "replacement": replacement,
-    "repaint": repaint,
-    "pnp-flow": pnp_flow,
-    "twisted": twisted,
+INPAINTING: dict[str, Inpainting] = {
+    method.name: method
+    for method in (
+        Inpainting("replacement", replacement, solver="heun"),
+        Inpainting("repaint", repaint, solver="euler"),
+        Inpainting("pnp-flow", pnp_flow),
+        Inpainting("twisted", twisted),
+    )
 }
 DEFAULT_INPAINTING = "pnp-flow"

@@ -1,25 +1,20 @@
-"""The shared part of all inpainting methods: the known region along the path, checks, the call to ``integrate``."""
+"""The shared part of all inpainting methods: arguments and checks, the known region, the call to ``integrate``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import UserError
 from ..paths import CondOT, Path
-from ..solvers import Solver, integrate
-from ..solvers.base import schedule
+from ..solvers import Callback, Progress, Solver, Times, integrate
+from ..solvers.base import SolverOptions, Step, schedule
 from ..tensors import Generators, Velocity, compute_dtype, with_time_rows
 from ..times import checked_times
-
-Times: TypeAlias = Tensor | Sequence[float]
-#: (step index, t reached, x) -> x in its place, or None
-Callback: TypeAlias = Callable[[int, Tensor, Tensor], Tensor | None]
-Progress: TypeAlias = bool | Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,7 @@ class InpaintProblem:
     callback: Callback | None
     progress: Progress
 
-    def follow(
-        self,
-        solver: str | Solver,
-        hold: Callable[[Tensor, float], Tensor],
-    ) -> Tensor:
+    def follow(self, solver: str | Solver, hold: Callable[[Tensor, float], Tensor]) -> Tensor:
         """``integrate`` over the times; after each step ``hold(x, t)`` puts the known region in place."""
 
         def after(index: int, t: Tensor, x: Tensor) -> Tensor:
@@ -85,52 +76,85 @@ class InpaintProblem:
         )  # fmt: skip
         return x.to(self.dtype)
 
+    def take_steps(self, start: Callable[[SolverOptions], Step]) -> Tensor:
+        """Follow stochastic steps of one evaluation each; at the end the known values are put in place."""
+        return self.follow(Solver(order=1, evaluations=1, start=start, stochastic=True), self.known.finish)
 
-def prepare(
-    velocity: Velocity,
-    x0: Tensor,
-    known: Tensor,
-    mask: Tensor,
-    times: Times,
-    path: Path | None,
-    generator: Generators,
-    callback: Callback | None,
-    progress: Progress,
-) -> InpaintProblem:
-    """Check a method's arguments.
 
-    Raises:
-        UserError: times that do not increase.
-        ValueError: shapes that do not fit.
+@dataclass(frozen=True)
+class Inpainting:
+    """An entry of ``INPAINTING``; called with a velocity, it fills the hole. The arguments of all entries are here.
+
+    Attributes:
+        name: its name for users.
+        fill: (problem, solver, **settings) -> x; without the solver where the steps are its own.
+        solver: default solver; None: the steps are its own, and a solver is refused.
     """
-    if known.shape != x0.shape:
-        raise ValueError(f"known has shape {tuple(known.shape)} but x0 has shape {tuple(x0.shape)}")
-    try:
-        fits = torch.broadcast_shapes(mask.shape, x0.shape) == x0.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, which does not broadcast to that of x0, {tuple(x0.shape)}: "
-            "pass (B, 1, h, w), 1 = repaint"
-        )
-    grid = checked_times(times, rising=True)
-    precision, dtype = compute_dtype(x0), x0.dtype
-    hole = mask.to(x0.device) > 0
-    values = torch.where(hole, 0.0, known.to(x0.device, precision))
-    velocity = with_time_rows(velocity)
-    wide: Velocity = lambda x, t: velocity(x.to(dtype), t).to(precision)  # noqa: E731
-    return InpaintProblem(
-        wide, x0.to(precision), KnownRegion(values, hole, path or CondOT()), grid, dtype,
-        generator, callback, progress,
-    )  # fmt: skip
 
+    name: str
+    fill: Callable[..., Tensor]
+    solver: str | None = None
 
-def refuse_solver(method: str, solver: str | Solver | None) -> None:
-    """Refuse a solver for a method that takes steps of its own."""
-    if solver is not None:
-        named = f"the solver '{solver}'" if isinstance(solver, str) else "a solver"
-        raise UserError(
-            f"the inpainting method '{method}' takes steps of its own, so it does not take {named}",
-            "Leave the solver out, or use the method 'replacement' or 'repaint', which take any.",
-        )
+    def __call__(
+        self,
+        velocity: Velocity,
+        x0: Tensor,
+        known: Tensor,
+        mask: Tensor,
+        times: Times,
+        *,
+        solver: str | Solver | None = None,
+        path: Path | None = None,
+        generator: Generators = None,
+        callback: Callback | None = None,
+        progress: Progress = False,
+        **settings: Any,
+    ) -> Tensor:
+        """Sample the hole where the rest is known.
+
+        Args:
+            velocity: (x, t) -> dx/dt.
+            x0: (B, C, h, w) noise at times[0] = 0, or the state of the path at times[0] > 0.
+            known: (B, C, h, w), read where the mask is 0 only.
+            mask: (B, 1, h, w) or broadcastable to x0; above 0 = repaint.
+            times: N + 1 increasing times in [0, 1].
+            solver: any; default: the method's own.
+            path: of the velocity; default: the straight path.
+            generator: for the noise; a list with one for each row makes every row independent of the others.
+            callback, progress: as of ``integrate``. A tensor that the callback returns replaces x in the hole.
+            settings: the method's own.
+
+        Returns:
+            x at times[-1]; where sigma is 0 there (t = 1), its known region is exactly ``known``.
+
+        Raises:
+            UserError: a solver for a method that takes steps of its own; a setting out of range; times that do not
+                increase; and as ``integrate``.
+            ValueError: shapes that do not fit.
+        """
+        if solver is not None and self.solver is None:
+            named = f"the solver '{solver}'" if isinstance(solver, str) else "a solver"
+            raise UserError(
+                f"the inpainting method '{self.name}' takes steps of its own, so it does not take {named}",
+                "Leave the solver out, or use the method 'replacement' or 'repaint', which take any.",
+            )
+        if known.shape != x0.shape:
+            raise ValueError(f"known has shape {tuple(known.shape)} but x0 has shape {tuple(x0.shape)}")
+        try:
+            fits = torch.broadcast_shapes(mask.shape, x0.shape) == x0.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}, which does not broadcast to that of x0, {tuple(x0.shape)}: "
+                "pass (B, 1, h, w), 1 = repaint"
+            )
+        grid = checked_times(times, rising=True)
+        precision, dtype = compute_dtype(x0), x0.dtype
+        hole = mask.to(x0.device) > 0
+        region = KnownRegion(torch.where(hole, 0.0, known.to(x0.device, precision)), hole, path or CondOT())
+        follow = with_time_rows(velocity)
+        wide: Velocity = lambda x, t: follow(x.to(dtype), t).to(precision)  # noqa: E731
+        problem = InpaintProblem(wide, x0.to(precision), region, grid, dtype, generator, callback, progress)
+        own = () if self.solver is None else (solver or self.solver,)
+        return self.fill(problem, *own, **settings)

@@ -10,28 +10,13 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
-from ..paths import Path
 from ..predictions import convert
-from ..solvers import Solver
 from ..solvers.base import Field, SolverOptions, Step, schedule
-from ..tensors import Generators, Velocity, normal_like
-from .base import Callback, KnownRegion, Progress, Times, prepare, refuse_solver
+from ..tensors import Generators, normal_like
+from .base import InpaintProblem, KnownRegion
 
 
-def twisted(
-    velocity: Velocity,
-    x0: Tensor,
-    known: Tensor,
-    mask: Tensor,
-    times: Times,
-    *,
-    solver: str | Solver | None = None,
-    particles: int = 1,
-    path: Path | None = None,
-    generator: Generators = None,
-    callback: Callback | None = None,
-    progress: Progress = False,
-) -> Tensor:
+def twisted(problem: InpaintProblem, *, particles: int = 1) -> Tensor:
     """Take stochastic steps guided by the gradient through the network, and correct their errors by weights.
 
     The Twisted Diffusion Sampler, Wu et al. 2023 (arXiv:2306.17775), algorithm 1, for a velocity. The twist is
@@ -48,25 +33,18 @@ def twisted(
 
     Cost: len(times) - 1 evaluations, each with a gradient through the network (about three forward passes in all).
 
+    The velocity must be differentiable in x. Rows that belong to one image are samples, but not independent ones: they
+    depend on each other's generators.
+
     Args:
-        velocity: as ``repaint``, and differentiable in x.
-        x0, known, mask, times, path, callback, progress: as ``repaint``.
-        solver: none: the steps are its own.
         particles: number of consecutive rows that belong to one image (as the images of one prompt follow one another),
             with the same known values and mask. 1: each row for itself, guided but not weighted.
-        generator: as ``repaint``, but rows that belong together depend on each other's generators.
-
-    Returns: as ``repaint``; rows that belong together are samples, but not independent ones.
 
     Raises:
-        UserError: a solver is given; the rows cannot be divided so, or differ in what is known; and as ``integrate``.
-        ValueError: as ``repaint``.
+        UserError: the rows cannot be divided so, or differ in what is known.
     """
-    refuse_solver("twisted", solver)
-    problem = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
     _require_alike(problem.known, problem.x, particles)
-    start = _twisted_steps(problem.known, particles, problem.times[-1])
-    return problem.follow(Solver(order=1, evaluations=1, start=start, stochastic=True), problem.known.finish)
+    return problem.take_steps(_twisted_steps(problem.known, particles, problem.times[-1]))
 
 
 def _twisted_steps(known: KnownRegion, particles: int, last: float) -> Callable[[SolverOptions], Step]:

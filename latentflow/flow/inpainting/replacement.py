@@ -1,4 +1,4 @@
-"""Methods that replace the known region along the path: plainly, and with time travel."""
+"""Methods that put the known region in place along the path: plainly, with time travel, in the predicted data."""
 
 from __future__ import annotations
 
@@ -8,27 +8,16 @@ from dataclasses import replace
 from torch import Tensor
 
 from ...errors import UserError
-from ..paths import Path
+from ..predictions import convert
 from ..solvers import Solver
-from ..solvers.base import schedule
+from ..solvers.base import Field, SolverOptions, Step, schedule
 from ..solvers.integrate import progress_over
-from ..tensors import Generators, Velocity, normal_like
-from .base import Callback, InpaintProblem, Progress, Times, prepare
+from ..solvers.stochastic import renoise
+from ..tensors import normal_like
+from .base import InpaintProblem
 
 
-def replacement(
-    velocity: Velocity,
-    x0: Tensor,
-    known: Tensor,
-    mask: Tensor,
-    times: Times,
-    *,
-    solver: str | Solver | None = None,
-    path: Path | None = None,
-    generator: Generators = None,
-    callback: Callback | None = None,
-    progress: Progress = False,
-) -> Tensor:
+def replacement(problem: InpaintProblem, solver: str | Solver) -> Tensor:
     """Put the known region on its own path, alpha known + sigma x0 with its part of x0, before each step.
 
     Song et al. 2021 (arXiv:2011.13456), app. I.2, for a deterministic flow. The hole sees the known region only
@@ -36,33 +25,12 @@ def replacement(
     conditional distribution.
 
     Cost: as many evaluations as the solver takes without a mask.
-
-    Args: as ``repaint``. solver: any; default "heun".
     """
-    problem = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
-    return _replaced(problem, solver or "heun")
-
-
-def _replaced(problem: InpaintProblem, solver: str | Solver) -> Tensor:
     noise = problem.known.noise(problem.x, problem.times[0])
     return problem.follow(solver, lambda x, t: problem.known.hold(x, noise, t))
 
 
-def repaint(
-    velocity: Velocity,
-    x0: Tensor,
-    known: Tensor,
-    mask: Tensor,
-    times: Times,
-    *,
-    solver: str | Solver | None = None,
-    jump: int = 1,
-    resamplings: int = 5,
-    path: Path | None = None,
-    generator: Generators = None,
-    callback: Callback | None = None,
-    progress: Progress = False,
-) -> Tensor:
+def repaint(problem: InpaintProblem, solver: str | Solver, *, jump: int = 1, resamplings: int = 5) -> Tensor:
     """Replace with time travel: after ``jump`` steps add noise, which leads back, and take them again.
 
     RePaint, Lugmayr et al. 2022 (arXiv:2201.09865), algorithm 1 and app. B, for a flow: from t' back to t,
@@ -78,39 +46,22 @@ def repaint(
     lead back to pure noise.
 
     Args:
-        velocity: (x, t) -> dx/dt.
-        x0: (B, C, h, w) noise at times[0] = 0, or the state of the path at times[0] > 0.
-        known: (B, C, h, w), read where the mask is 0 only.
-        mask: (B, 1, h, w) or broadcastable to x0; above 0 = repaint.
-        times: N + 1 increasing times in [0, 1].
-        solver: any; default "euler".
         jump: steps in a passage, at least 1.
         resamplings: passages through each jump, at least 1; 1 is ``replacement``.
-        path: of the velocity; default: the straight path.
-        generator: for the noise; a list with one for each row makes every row independent of the others.
-        callback, progress: as of ``integrate``. A tensor that the callback returns replaces x in the hole.
-
-    Returns:
-        x at times[-1]; where sigma is 0 there (t = 1), its known region is exactly ``known``.
-
-    Raises:
-        UserError: jump or resamplings below 1; and as ``integrate``.
-        ValueError: shapes that do not fit, or times that do not increase.
     """
     for name, value in (("jump", jump), ("resamplings", resamplings)):
         if value < 1:
             raise UserError(
                 f"{name} {value} of the inpainting method 'repaint'", "Use a whole number from 1."
             )
-    problem = prepare(velocity, x0, known, mask, times, path, generator, callback, progress)
     x, count = problem.x, len(problem.times) - 1
-    indices, done = iter(progress_over(progress, range(count))), 0
+    indices, done = iter(progress_over(problem.progress, range(count))), 0
     for start, end, steps, again in _passages(count, jump, resamplings):
         grid = [_between(problem.times, start + (end - start) * k / steps) for k in range(steps + 1)]
         first = done
 
         def shifted(index: int, t: Tensor, y: Tensor, first: int = first) -> Tensor | None:
-            return None if callback is None else callback(first + index, t, y)
+            return problem.callback and problem.callback(first + index, t, y)
 
         # zip asks the steps first: the shared bar moves by as many as there are.
         passage = replace(
@@ -120,12 +71,11 @@ def repaint(
             callback=shifted,
             progress=lambda own: (k for k, _ in zip(own, indices, strict=False)),
         )
-        x = _replaced(passage, solver or "euler").to(x)
+        x = replacement(passage, solver).to(x)
         done += steps
         if again:
-            x = _noised(problem, x, grid[-1], grid[0])
-    for _ in indices:  # lets a bar close
-        pass
+            x = renoise(x, grid[-1], grid[0], problem.known.path, problem.generator)
+    list(indices)  # lets a bar close
     return x.to(problem.dtype)
 
 
@@ -153,10 +103,27 @@ def _between(times: list[float], place: float) -> float:
     return times[low] + (place - low) * (times[low + 1] - times[low])
 
 
-def _noised(problem: InpaintProblem, x: Tensor, t: float, back: float) -> Tensor:
-    (alpha, sigma), (alpha_back, sigma_back) = (
-        schedule(problem.known.path, t),
-        schedule(problem.known.path, back),
-    )
-    shrink = alpha_back / alpha
-    return shrink * x + math.sqrt(sigma_back**2 - (shrink * sigma) ** 2) * normal_like(x, problem.generator)
+def pnp_flow(problem: InpaintProblem) -> Tensor:
+    """Denoise, put the known region in place, and noise again, all of it, for the next step.
+
+    PnP-Flow, Martin et al. 2024 (arXiv:2410.02423), algorithm 3, for known values without noise, where the gradient
+    step on |known - data|^2 with step size 1 puts the known values in place:
+
+        D = the data predicted at x_t, with the known values;   x_t' = alpha' D + sigma' z,  z ~ N(0, 1) fresh.
+
+    The hole is averaged over noises on the way, and so ends smooth, near the conditional mean. Use it for one good
+    answer (the highest PSNR), not to sample the possible answers.
+
+    Cost: len(times) - 1 evaluations.
+    """
+
+    def start(options: SolverOptions) -> Step:
+        def step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
+            predicted = convert(field(x, t), x, t, options.path, "velocity", "data")
+            alpha, sigma = schedule(options.path, t_next)
+            data = problem.known.put(predicted, problem.known.values)
+            return alpha * data + sigma * normal_like(x, options.generator)
+
+        return step
+
+    return problem.take_steps(start)

@@ -15,6 +15,10 @@ from .base import Step as Step
 from .base import runge_kutta as runge_kutta
 from .diffusions import DIFFUSIONS as DIFFUSIONS
 from .diffusions import Diffusion as Diffusion
+from .integrate import Callback as Callback
+from .integrate import Progress as Progress
+from .integrate import Times as Times
+from .integrate import find_solver as find_solver
 from .integrate import integrate as integrate
 from .multistep import adams_bashforth as adams_bashforth
 from .stochastic import churn as churn

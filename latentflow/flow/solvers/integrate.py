@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,19 +15,25 @@ from ..times import checked_times
 from .base import Counted, Field, Solver, SolverOptions
 from .table import SOLVERS
 
+Times: TypeAlias = Tensor | Sequence[float]
+#: (step index, t reached, x) -> x in its place, or None to leave it.
+Callback: TypeAlias = Callable[[int, Tensor, Tensor], Tensor | None]
+#: True for a progress bar, or a function that wraps the step indices, such as ``tqdm``.
+Progress: TypeAlias = bool | Callable[[Iterable[int]], Iterable[int]]
+
 
 def integrate(
     velocity: Velocity,
     x: Tensor,
-    times: Tensor | Sequence[float],
+    times: Times,
     solver: str | Solver = "heun",
     *,
     path: Path | None = None,
     score: Velocity | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    callback: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
-    progress: bool | Callable[[Iterable[int]], Iterable[int]] = False,
+    callback: Callback | None = None,
+    progress: Progress = False,
     generator: Generators = None,
 ) -> Tensor:
     """Follow dx/dt = velocity(x, t) from ``times[0]`` to ``times[-1]``.
@@ -58,7 +64,7 @@ def integrate(
         UserError: unknown solver (the nearest is suggested); values not finite (step and t are named); invalid times or
             shapes.
     """
-    method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
+    method = find_solver(solver)
     grid = checked_times(times)
     if not x.is_floating_point():
         raise UserError(f"x has dtype {x.dtype}", "Pass a floating-point tensor.")
@@ -85,6 +91,22 @@ def integrate(
                 state = replacement.to(state)
     require_finite(state, f"x at t = {grid[-1]:g}", "Take smaller steps, or another solver ('heun').")
     return state.to(dtype)
+
+
+def find_solver(solver: str | Solver, why_deterministic: str = "") -> Solver:
+    """Return the entry of ``SOLVERS``, or ``solver`` itself where it is none.
+
+    Args:
+        why_deterministic: if given, what a stochastic solver cannot do here: it is refused.
+
+    Raises:
+        UserError: it is unknown (the nearest is suggested), or stochastic.
+    """
+    method = solver if isinstance(solver, Solver) else lookup(SOLVERS, solver, "solver")
+    if why_deterministic and method.stochastic:
+        named = f"solver '{solver}'" if isinstance(solver, str) else "the solver"
+        raise UserError(f"{named} is stochastic: {why_deterministic}", "Use 'heun', 'rk4' or 'dopri5'.")
+    return method
 
 
 def _checked_field(velocity: Velocity, dtype: torch.dtype, where: str) -> Field:
@@ -122,9 +144,7 @@ def _scalar(t: float, x: Tensor) -> Tensor:
     return torch.full((), t, dtype=x.dtype, device=x.device)
 
 
-def progress_over(
-    progress: bool | Callable[[Iterable[int]], Iterable[int]], steps: Iterable[int]
-) -> Iterable[int]:
+def progress_over(progress: Progress, steps: Iterable[int]) -> Iterable[int]:
     """Return ``steps`` under a progress bar, or wrapped by ``progress`` if that is a function."""
     if callable(progress):
         return progress(steps)

@@ -39,7 +39,6 @@ def adams_bashforth(order: int) -> Solver:
             times.append(t)
             if len(times) > order:
                 del times[0], slopes[0]
-                included.clear()
             few = len(times) == len(included) + 1
             weights = _integrals(times, times[0] if few else t, t_next)
             missing = [w - had for w, had in zip(weights, [*included, 0.0], strict=True)] if few else weights

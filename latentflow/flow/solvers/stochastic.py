@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import UserError, lookup
 from ..paths import Path
 from ..predictions import convert
-from ..tensors import Velocity, normal_like
+from ..tensors import Generators, Velocity, normal_like
 from .base import EULER, HEUN, Field, Solver, SolverOptions, Step, schedule
 from .diffusions import DIFFUSIONS, Diffusion
 
@@ -124,8 +124,9 @@ def churn(amount: float = 10.0, interval: tuple[float, float] = (0.0, 1.0), solv
             first = min(first, t)
             growth = min(amount * abs(t_next - t), math.sqrt(2.0) - 1.0) if low <= t <= high else 0.0
             if growth > 0.0:
-                back = _lower_snr(options.path, t, growth)
-                x, t = _renoise(x, t, max(back, first if t < t_next else t_next), options)
+                back = max(_lower_snr(options.path, t, growth), first if t < t_next else t_next)
+                if back < t:  # otherwise x is pure noise already, or pure data
+                    x, t = renoise(x, t, back, options.path, options.generator), back
             return ode_step(field, x, t, t_next)
 
         return step
@@ -256,14 +257,12 @@ def _lower_snr(path: Path, t: float, growth: float) -> float:
     return float(path.inverse_log_snr(log_snr - 2.0 * math.log1p(growth)))
 
 
-def _renoise(x: Tensor, t: float, back: float, options: SolverOptions) -> tuple[Tensor, float]:
+def renoise(x: Tensor, t: float, back: float, path: Path, generator: Generators) -> Tensor:
     """Turn x at t into a sample at the earlier time ``back``, by adding noise."""
-    if not back < t:  # already pure noise, or pure data
-        return x, t
-    (alpha, sigma), (alpha_back, sigma_back) = schedule(options.path, t), schedule(options.path, back)
+    (alpha, sigma), (alpha_back, sigma_back) = schedule(path, t), schedule(path, back)
     shrink = alpha_back / alpha
     std = math.sqrt(max(sigma_back**2 - (shrink * sigma) ** 2, 0.0))
-    return shrink * x + std * normal_like(x, options.generator), back
+    return shrink * x + std * normal_like(x, generator)
 
 
 def _refuse_score(solver: str, options: SolverOptions) -> None:

@@ -22,7 +22,7 @@ from ...config import AlignmentConfig, RoutingConfig
 from ...errors import UserError, reason
 from ...flow import PathSample
 from ...models import Condition, DiT
-from ...models.embeddings import linear
+from ...models.inputs import linear
 from ...models.routing import Route
 from ...utils.components import load_transformers_model
 from ..loop.data_order import SampleRandom
