@@ -150,8 +150,10 @@ def test_the_code_of_the_page_on_editing_runs(
     for name in ("apple.png", "pear.png"):
         Image.new("RGB", (32, 32), "red").save(name)
     names: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", (repository / "docs/editing.md").read_text(), re.DOTALL):
-        exec(compile(block, "editing.md", "exec"), names)
+    for block in re.findall(
+        r"```python\n(.*?)```", (repository / "docs/guide/inpaint-and-edit.md").read_text(), re.DOTALL
+    ):
+        exec(compile(block, "inpaint-and-edit.md", "exec"), names)
     assert names["noise"].error.shape == (1,)
     assert names["larger"].size == (32, 64)
 
