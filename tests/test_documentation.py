@@ -78,6 +78,8 @@ def test_every_image_and_page_of_the_documentation_is_linked_to() -> None:
 
 # --- commands ----------------------------------------------------------------------------------------------
 
+# The changelog also names what has gone since.
+CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]
 # Flags that the command line itself takes, before those of a program's settings.
 COMMON = {"--help", "--help-all", "--debug", "--config"}
 # Ways to start a program of `train/` or `pipelines/` other than `latentflow <command>`.
@@ -147,12 +149,35 @@ def mistakes(words: list[str]) -> list[str]:
     return [f"{command} {flag}" for flag in flags if flag not in flags_of_command(command)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_flags_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     inline = [f"```bash\n{code}\n```" for code in re.findall(r"`(latentflow [a-z][^`<]*)`", text)]
     wrong = [mistake for words in commands("\n".join([text, *inline])) for mistake in mistakes(words)]
     assert not wrong
+
+
+# Flags of other programs that the pages name: pytest, torchrun, accelerate, pip, the benchmarks.
+FOREIGN = re.compile(
+    r"--(run-(slow|gpu|network|data)|cpu|use_fsdp|fsdp_offload_params|num_processes|node-rank|machine_rank|index-url"
+    r"|entries|seeds|only|size|seconds|rounds|threads|logdir|dependency)"
+)
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_within_sentences_are_those_of_some_command(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = {
+        flag
+        for code in re.findall(r"`([^`]+)`", text)
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*(?![\w*-])", code)
+    }
+    known = {flag for command in cli.programs() for flag in flags_of_command(command)}
+    assert not {flag for flag in named - known - {"--no-FLAG"} if not FOREIGN.fullmatch(flag)}
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 @pytest.mark.parametrize(
