@@ -1,4 +1,4 @@
-"""Draws the images of docs/design-space.md from the tables themselves.
+"""Draws the images of docs/reference/design-space.md from the tables themselves.
 
     python benchmarks/design_space.py [--output docs]
 
@@ -158,7 +158,9 @@ def main() -> None:
     """Draw both figures."""
     plt.rcParams["axes.titlesize"] = 10
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[1] / "docs")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "reference"
+    )
     output = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
 

@@ -1,7 +1,7 @@
 """Inpainting methods at equal numbers of network evaluations (NFE), on images that were not trained on.
 
     python benchmarks/inpainting.py DATA --steered CHECKPOINT [--trained CHECKPOINT] [--coupling CHECKPOINT]
-        -o docs/inpainting-emoji [-n 80] [--evaluations 10 20 50] [--methods ...] [--no-condition] [--grid]
+        -o docs/measurements/inpainting-emoji [-n 80] [--evaluations 10 20 50] [--methods ...] [--no-condition] [--grid]
 
 DATA is a folder of images as `latentflow train` takes it. The training-free methods run on --steered, which is given
 nothing of the mask even if it has learnt to inpaint. --trained is a checkpoint that has, by channels alone, and

@@ -1,7 +1,7 @@
-"""Training recipes at equal wall-clock: which levers pay, and by how much (docs/recipe.md).
+"""Training recipes at equal wall-clock: which levers pay, and by how much (docs/measurements/recipe.md).
 
     python benchmarks/recipe.py DATA --vae AUTOENCODER -o runs/recipe-emoji [--seconds 200] [--seeds 0 1] [--only NAME]
-    python benchmarks/recipe.py DATA --vae AUTOENCODER -o runs/recipe-emoji --table docs/recipe-emoji
+    python benchmarks/recipe.py DATA --vae AUTOENCODER -o runs/recipe-emoji --table docs/measurements/recipe-emoji
 
 DATA is what `latentflow train` takes, a folder or `shapes`. Every recipe is a set of that command's flags (RECIPES),
 on the same network (--size) and latents. First the time of a step is measured, each recipe's turn by turn with

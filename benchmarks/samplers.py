@@ -1,6 +1,7 @@
 """Samplers at equal numbers of velocity evaluations (NFE), on a 16-d mixture whose exact velocity is known.
 
-    python benchmarks/samplers.py [--output docs/samplers.md] [--plot docs/samplers.png] [--seed 0]
+    python benchmarks/samplers.py [--output docs/measurements/samplers.md] \\
+        [--plot docs/measurements/samplers.png] [--seed 0]
 
 Five Gaussians with random means of norm 3 to 4 and standard deviations of 0.3 to 1 per dimension. The error is the root
 mean square difference, over 256 samples, to where a Dormand-Prince solver with tolerance 1e-9 ends from the same noise.

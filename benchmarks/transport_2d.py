@@ -2,7 +2,8 @@
 
     python benchmarks/transport_2d.py --quick                     minutes: does it run, is the order right
     python benchmarks/transport_2d.py                             the paper's protocol, more than an hour
-    python benchmarks/transport_2d.py --table docs/transport-2d.md --figure docs/transport-2d.png
+    python benchmarks/transport_2d.py --table docs/measurements/transport-2d.md \\
+        --figure docs/measurements/transport-2d.png
 
 A line that is run again goes on where it was stopped: finished cells lie in --output and are not run again.
 

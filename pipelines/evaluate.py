@@ -6,7 +6,7 @@
 
 Images are generated for the captions or classes of real training images, in the data's own proportions. Writes a JSON
 report and, beside it under the same name, a PNG with generated images. Nothing is downloaded, except for --fid and
---clip. docs/evaluation.md says what each figure means.
+--clip. docs/reference/evaluation.md says what each figure means.
 """
 
 from __future__ import annotations

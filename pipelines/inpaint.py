@@ -55,7 +55,7 @@ class InpaintConfig(SamplingConfig):
     """From 0, which keeps the image, to 1, which ignores what is under the mask."""
     method: str | None = None
     """pnp-flow, replacement, repaint or twisted, for any checkpoint; trained, for one that was trained to inpaint
-    (docs/editing.md explains them). Default: pnp-flow, or trained if --solver is given."""
+    (docs/guide/inpaint-and-edit.md explains them). Default: pnp-flow, or trained if --solver is given."""
     solver: str | None = None
     """A solver of `latentflow generate`, for trained (default: ddpm), replacement and repaint; pnp-flow and twisted
     have their own steps."""

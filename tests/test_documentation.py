@@ -1,17 +1,24 @@
-"""What the documentation says is there: links lead somewhere, code runs, the map names every entry of the tables."""
+"""Holds the documentation to the code: links, code, commands and flags, and the map of every table's entries."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shlex
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from latentflow import flow
+from latentflow import LatentFlowPipeline, cli, flow
+from latentflow.utils.flags import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("checkpoints/*/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("checkpoints/*/README.md")])
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^)#\s]+)(?:#[^)]*)?\)")
 TABLES = "COUPLINGS PATHS PREDICTIONS TIME_DENSITIES TIME_GRIDS WEIGHTINGS SOLVERS DIFFUSIONS"
 
@@ -33,9 +40,155 @@ def test_links_lead_to_files_that_hold_what_they_name(page) -> None:
                 assert re.search(defined, file.read_text(), re.MULTILINE), (text, target)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_within_pages_lead_to_headings(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s:]*#[^)\s]+)\)", page.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert anchor in anchors(there), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings in links, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_image_and_page_of_the_documentation_is_linked_to() -> None:
+    linked = {
+        (page.parent / target).resolve()
+        for page in PAGES
+        for _, target in LINK.findall(page.read_text(encoding="utf-8"))
+    }
+    files = {*ROOT.glob("docs/**/*.md"), *ROOT.glob("docs/**/*.png")}
+    assert files <= linked, sorted(map(str, files - linked))
+
+
+# --- commands ----------------------------------------------------------------------------------------------
+
+# The changelog also names what has gone since.
+CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]
+# Flags that the command line itself takes, before those of a program's settings.
+COMMON = {"--help", "--help-all", "--debug", "--config"}
+# Ways to start a program of `train/` or `pipelines/` other than `latentflow <command>`.
+FILE = re.compile(r"(?:train|pipelines)/(\w+)\.py")
+
+
+@cache
+def flags_of_command(command: str) -> frozenset[str]:
+    """The flags of a command, from the settings class with which its program calls the parser."""
+    file = cli.programs()[command]
+    spec = importlib.util.spec_from_file_location(f"documented_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where the types of its config are looked up
+    spec.loader.exec_module(module)
+
+    class CapturedError(Exception):
+        pass
+
+    def capture(config_class: type, *_: Any, presets: Any = None, **__: Any) -> None:
+        raise CapturedError(config_class, bool(presets))
+
+    module.parse = capture  # type: ignore[attr-defined]
+    with pytest.raises(CapturedError) as caught:
+        module.main([])
+    config_class, has_presets = caught.value.args
+    names = {name for flag in flags_of(config_class) for value in (False, True) for name in flag.names(value)}
+    return frozenset(names | COMMON | ({"--preset"} if has_presets else set()))
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every shell command in the bash blocks of a page that starts a program of ours."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+            lexer.whitespace_split = True
+            words: list[str] = []
+            for word in [*lexer, ";"]:
+                if set(word) <= set("&|;"):
+                    found += [words] if words else []
+                    words = []
+                else:
+                    words.append(word)
+    return [program for words in found if (program := our_program(words))]
+
+
+def our_program(words: list[str]) -> list[str]:
+    """Command and arguments of `latentflow ...`, `accelerate launch train/flow.py ...` and the like; or nothing."""
+    for place, word in enumerate(words):
+        if word == "latentflow" and words[place - 1 : place] not in (["cd"], ["import"]):
+            return words[place + 1 :]
+        if match := FILE.fullmatch(word):
+            names = {file.stem: name for name, file in cli.programs().items()}
+            return [names.get(match[1], match[1]), *words[place + 1 :]]
+    return []
+
+
+def mistakes(words: list[str]) -> list[str]:
+    """What a command line names that does not exist."""
+    command, *arguments = words
+    if command.startswith("-"):
+        return [] if command in ("--help", "--version") else [command]
+    if command not in cli.programs():
+        return [command]
+    flags = [word.partition("=")[0] for word in arguments if re.match(r"--?[a-zA-Z]", word)]
+    return [f"{command} {flag}" for flag in flags if flag not in flags_of_command(command)]
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_flags_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    inline = [f"```bash\n{code}\n```" for code in re.findall(r"`(latentflow [a-z][^`<]*)`", text)]
+    wrong = [mistake for words in commands("\n".join([text, *inline])) for mistake in mistakes(words)]
+    assert not wrong
+
+
+# Flags of other programs that the pages name: pytest, torchrun, accelerate, pip, the benchmarks.
+FOREIGN = re.compile(
+    r"--(run-(slow|gpu|network|data)|cpu|use_fsdp|fsdp_offload_params|num_processes|node-rank|machine_rank|index-url"
+    r"|entries|seeds|only|size|seconds|rounds|threads|logdir|dependency)"
+)
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_within_sentences_are_those_of_some_command(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = {
+        flag
+        for code in re.findall(r"`([^`]+)`", text)
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*(?![\w*-])", code)
+    }
+    known = {flag for command in cli.programs() for flag in flags_of_command(command)}
+    assert not {flag for flag in named - known - {"--no-FLAG"} if not FOREIGN.fullmatch(flag)}
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("latentflow train cats -o runs/cats --no-random-flip --preset tiny", []),
+        ("A=1 latentflow train cats --learning-rte 1e-3  # a comment --with-flag", ["train --learning-rte"]),
+        ("pip install x && latentflow generate 'a --cat' -x 3; latentflow drow", ["generate -x", "drow"]),
+        ("torchrun --nproc-per-node 2 train/flow.py cats \\\n    --shards", ["train --shards"]),
+        ("latentflow export runs/cats --preset tiny", ["export --preset"]),
+    ],
+)
+def test_a_command_or_flag_that_does_not_exist_is_found(line: str, wrong: list[str]) -> None:
+    assert [mistake for words in commands(f"```bash\n{line}\n```") for mistake in mistakes(words)] == wrong
+
+
+# --- Python ------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("table", TABLES.split())
-def test_the_map_names_every_entry(table) -> None:
-    page = (ROOT / "docs" / "design-space.md").read_text(encoding="utf-8")
+def test_the_map_names_every_entry(table: str) -> None:
+    page = (ROOT / "docs" / "reference" / "design-space.md").read_text(encoding="utf-8")
     missing = [name for name in getattr(flow, table) if f"`{name}`" not in page]
     assert not missing
 
@@ -51,6 +204,61 @@ def test_code_in_the_readme_runs(tmp_path, monkeypatch) -> None:
 def test_code_of_the_map_runs() -> None:
     torch.manual_seed(0)
     names = {"x0": torch.randn(8, 2), "x1": torch.randn(8, 2), "t": torch.rand(8), "network": lambda x, t: x}
-    for block in python_blocks(ROOT / "docs" / "design-space.md"):
+    for block in python_blocks(ROOT / "docs" / "reference" / "design-space.md"):
         exec(compile(block, "design-space.md", "exec"), names)
     assert names["loss"].isfinite() and names["x"].shape == (8, 2)  # type: ignore[union-attr]
+
+
+def run_python(page: str, names: dict[str, Any]) -> None:
+    """Run the Python blocks of a page one after the other."""
+    blocks = python_blocks(ROOT / page)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", ["docs/guide/install.md", "docs/guide/share.md", "docs/reference/python.md"])
+def test_code_of_pages_that_draw_with_the_shipped_checkpoint_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    names: dict[str, Any] = {}
+    run_python(page, names)
+    if page == "docs/reference/python.md":
+        assert (tmp_path / "grid.png").is_file() and names["image"].shape == (1, 3, 64, 64)
+
+
+def test_code_of_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe = LatentFlowPipeline.from_pretrained(ROOT / "checkpoints" / "clothing-64")
+    pipe.register_to_config(id2label={**pipe.config.id2label, "0": "striped"})
+    pipe.save_pretrained("runs/shirts/pipeline")
+    run_python("docs/guide/tutorial.md", {})
+    assert (tmp_path / "striped.png").is_file()
+
+
+def test_code_of_the_page_on_few_steps_runs() -> None:
+    names: dict[str, Any] = {"x0": torch.randn(4, 2), "u": lambda x, r, t: torch.ones_like(x)}
+    run_python("docs/measurements/few-step.md", names)
+    assert names["x1"].shape == (4, 2)
+
+
+def test_code_of_the_page_on_adapters_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_adapter: Callable[..., Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    for seed, name in enumerate(("hats", "boots")):
+        make_adapter(Path("checkpoints/emoji-64"), Path(f"runs/{name}/adapter"), seed=seed)
+    run_python("docs/guide/fine-tune.md", {"LatentFlowPipeline": LatentFlowPipeline})
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., Any]:
+    spec = importlib.util.spec_from_file_location("adapters", ROOT / "tests" / "pipeline" / "adapters.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made: Callable[..., Any] = module.make_adapter
+    return made

@@ -41,7 +41,7 @@ class Config:
     """Run folder. The student is its subfolder `pipeline`; with --lora-rank also `adapter`."""
     method: Annotated[str, Essential()] = "shortcut"
     """shortcut, progressive, mean-flow, alpha-flow, consistency, distribution-matching, reflow or one-step
-    (docs/few-step.md)."""
+    (docs/guide/few-steps.md)."""
     method_options: dict[str, float] = field(default_factory=dict)
     """Options of the method, such as `share 0.5`."""
     condition_dropout: float = 0.1

@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 from ..errors import UserError
 from ..utils.flags import Essential
 
-SNAPSHOTS = 32  # of a run: enough for post-hoc averages to agree with tracked ones to 1e-3 (docs/training.md)
+SNAPSHOTS = (
+    32  # of a run: enough for post-hoc averages to agree with tracked ones to 1e-3 (docs/reference/flags.md)
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class AutoencoderConfig:
 
     autoencoder_class: Literal["dc", "kl"] = "dc"
     """Class of the autoencoder in diffusers. dc: AutoencoderDC with a space-to-channel stem (deterministic, and
-    cheaper for the same PSNR; see docs/autoencoder.md). kl: AutoencoderKL."""
+    cheaper for the same PSNR; see docs/measurements/autoencoder.md). kl: AutoencoderKL."""
     latent_channels: int = 16
     """Number of latent channels."""
     autoencoder_widths: tuple[int, ...] = (16, 64, 128, 256)
@@ -134,7 +134,7 @@ _NAMED = {
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """Learning of the velocity network: one entry of each table of `latentflow.flow` (docs/design-space.md).
+    """Learning of the velocity network: one entry of each table of `latentflow.flow` (docs/reference/design-space.md).
 
     Raises:
         UserError: an unknown name or option (the nearest is named), or choices that do not go together.
@@ -155,7 +155,7 @@ class FlowConfig:
     """Options of the coupling, such as `regularization 0.05`."""
     objective: str = "flow-matching"
     """Objective to minimise: flow-matching learns velocities; mean-flow and its relatives learn average velocities,
-    which generate in one to four evaluations (docs/few-step.md)."""
+    which generate in one to four evaluations (docs/guide/few-steps.md)."""
     objective_options: dict[str, float] = field(default_factory=dict)
     """Options of the objective, such as `guidance 3` of mean-flow."""
     weighting: str | None = None

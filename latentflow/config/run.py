@@ -24,7 +24,7 @@ class DataConfig:
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A folder of images, tar shards, a zip file, a table, a saved data set, hub:owner/name, a .yaml that mixes
-    several, or `shapes` (docs/data.md)."""
+    several, or `shapes` (docs/reference/data.md)."""
     resolution: Annotated[int, Essential("data")] = 64
     """Side in pixels to which images are resized and centre-cropped (with --buckets: of a square of as many
     pixels)."""
@@ -78,7 +78,7 @@ class FramingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningConfig:
-    """Protection of the checkpoint of --init-from against forgetting (docs/fine-tuning.md)."""
+    """Protection of the checkpoint of --init-from against forgetting (docs/guide/fine-tune.md)."""
 
     prior_samples: int | None = None
     """Number of images that the checkpoint generates before training, which are then trained on beside yours. 0:

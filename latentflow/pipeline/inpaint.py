@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 TRAINED = "trained"
 #: methods that see the hole as a condition where the network was trained with masks: "pnp-flow" steers it all the same
 CONDITIONED = (TRAINED, "pnp-flow")
-#: Fresh noise corrects what a network got wrong on the way, which in a large hole is much: docs/inpainting.md.
+#: Fresh noise corrects what a network got wrong on the way, which in a large hole is much:
+#: docs/measurements/inpainting.md.
 TRAINED_SOLVER = "ddpm"
 
 

@@ -105,7 +105,7 @@ def test_what_changes_or_vanishes_under_a_running_program_is_refused(tmp_path: P
 
 
 def test_every_kind_is_in_the_documentation(repository: Path) -> None:
-    page = (repository / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (repository / "docs" / "reference" / "data.md").read_text(encoding="utf-8")
     for kind in KINDS.values():
         assert kind.meaning in page, kind.meaning
 

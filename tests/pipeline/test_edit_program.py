@@ -130,8 +130,9 @@ def test_the_code_of_the_page_on_editing_runs(
     for name in ("apple.png", "pear.png"):
         Image.new("RGB", (32, 32), "red").save(name)
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", (repository / "docs/editing.md").read_text(), re.DOTALL):
-        exec(compile(block, "editing.md", "exec"), names)
+    page = repository / "docs/guide/inpaint-and-edit.md"
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)
     assert names["noise"].error.shape == (1,)
     assert names["larger"].size == (32, 64)
 

@@ -3,7 +3,7 @@
 Needs `pip install -e ".[test,browser]"` and Chromium with its driver (Debian: apt install chromium-driver):
 
     pytest tests/web/test_browser.py --run-slow
-    LATENTFLOW_SCREENSHOTS=docs pytest tests/web/test_browser.py --run-slow     # writes docs/app-*.png too
+    LATENTFLOW_SCREENSHOTS=docs/guide pytest tests/web/test_browser.py --run-slow     # writes docs/guide/app-*.png too
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def find_source(
     keep_tags: int = 0,
     colours: Colours = "srgb",
 ) -> Source:
-    """Find the images of ``data``, which is of one of ``KINDS``, with their annotations (docs/data.md).
+    """Find the images of ``data``, which is of one of ``KINDS``, with their annotations (docs/reference/data.md).
 
     Args:
         data: as on the command line.

@@ -33,7 +33,7 @@ def fitted(
     The weight average keeps its ramp: it begins at the checkpoint's weights and then spans the last tenth of the
     steps so far. Without the ramp a decay of 0.999 would still hold 74 % of the old weights after 300 steps.
 
-    The rate decays from the start, with which docs/fine-tuning.md was measured.
+    The rate decays from the start, with which docs/measurements/fine-tuning.md was measured.
 
     Args:
         loop: as flags, file, preset and defaults have it.
