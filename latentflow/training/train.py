@@ -13,6 +13,7 @@ import torch
 
 from ..autoencoder import Autoencoder, build_autoencoder
 from ..config import RunConfig
+from ..pipeline.adapter_files import weights_hash
 from .data import DataSplits, LatentCache, as_begun, given_autoencoder, load_data, refuse_renumbered_classes
 from .estimate import estimate_lines, sample_flops
 from .export import export_pipeline, preview_grid, preview_source
@@ -202,10 +203,17 @@ def _description(
         "routing": config.routing,
         "alignment": config.alignment,
     }
+    network = model.flow_model.network
     return {
         **model.describe(),
         **recipe.identity,
         "flow": config.flow.describe(),
+        "architecture": {name: value for name, value in network.config.items() if not name.startswith("_")},
+        "autoencoder": weights_hash(model.flow_model.vae),
+        "images": {name: getattr(splits.data, name) for name in ("resolution", "background", "random_flip")},
+        "optimizer": {
+            name: getattr(config.loop, name) for name in ("optimizer", "lr_layer_decay", "lr_embeddings")
+        },
         "data": splits.training.fingerprint(),
         "data_order": splits.training.order(),
         **{name: asdict(section) for name, section in optional.items() if section != type(section)()},

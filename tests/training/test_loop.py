@@ -213,13 +213,17 @@ def test_a_run_that_stays_non_finite_stops_and_keeps_the_last_good_checkpoint(tm
     assert all(torch.isfinite(one).all() for one in weights(tmp_path).values())
 
 
-def test_changed_data_or_architecture_is_refused_with_the_difference_unless_allowed(tmp_path: Path) -> None:
+def test_changed_data_or_architecture_is_refused_with_the_difference_unless_allowed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert run(tmp_path, description={"data": "abc", "network": {"depth": 2}})
     longer = dataclasses.replace(CONFIG, max_train_steps=14)
     with pytest.raises(UserError, match=r"network\.depth: 2 -> 3"):
         run(tmp_path, longer, description={"data": "abc", "network": {"depth": 3}})
     allowed = dataclasses.replace(longer, allow_changes=True)
+    caplog.set_level("INFO")
     assert run(tmp_path, allowed, description={"data": "abc", "network": {"depth": 3}})
+    assert "changed since step 12, as allowed: network.depth: 2 -> 3" in caplog.text
 
 
 def test_the_same_data_in_another_order_is_refused_in_words(tmp_path: Path) -> None:

@@ -204,6 +204,24 @@ def test_a_run_that_died_and_goes_on_equals_the_uninterrupted_one(tmp_path: Path
         assert torch.uint8 in {one.dtype for one in weights(tmp_path / "whole").values()}
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_and_betas_are_those_of_the_start(name: str) -> None:
+    """A saved state holds its own, which would otherwise rule the resumed run."""
+    first, second = (
+        TrainedModule(
+            "m",
+            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+            dataclasses.replace(steady(name), weight_decay=decay, adam_beta2=beta),
+            Accelerator(cpu=True),
+        )
+        for decay, beta in ((0.5, 0.9), (0.25, 0.99))
+    )
+    second.load(first.state())
+    groups = [group for optimizer in second.optimizers for group in optimizer.param_groups]
+    assert {group["weight_decay"] for group in groups} <= {0.0, 0.25} != {0.0}
+    assert {group["betas"][1] for group in groups if "betas" in group} == {0.99}
+
+
 def test_schedule_free_is_judged_by_its_own_average(tmp_path: Path) -> None:
     """Of what a run leaves, through a skipped step: the average is what the package calls evaluation weights."""
     module = Wide(poison={4 * 6})

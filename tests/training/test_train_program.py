@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from latentflow import LatentFlowPipeline
 from latentflow.data import Source
@@ -181,6 +182,32 @@ def test_a_run_goes_on_with_renamed_images_only_where_their_order_is_the_same(ca
     assert (
         "the same images in another order (files were renamed or moved)" in said and "--allow-changes" in said
     )
+
+
+def test_a_setting_that_no_weight_s_shape_shows_is_not_changed_by_a_resume(
+    images, cache, finished, tmp_path
+) -> None:
+    """Another resolution, cut, norm, autoencoder or optimiser would train on silently."""
+    vae = finished[0] / "pipeline" / "vae"
+    line = [images, "-o", tmp_path / "run", *TINY, "--vae", vae, "--preview-steps", 0]
+    call(cache, *line, "--max-train-steps", 2)
+    other = tmp_path / "other"
+    shutil.copytree(vae, other)
+    weights = load_file(other / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: 1.01 * value for name, value in weights.items()}, other / "diffusion_pytorch_model.safetensors"
+    )
+    for flags, difference in {
+        "--resolution 32": "images.resolution: 16 -> 32",
+        "--random-flip": "images.random_flip: False -> True",
+        "--norm layer": "architecture.norm: rms -> layer",
+        "--optimizer muon": "optimizer.optimizer: adamw -> muon",
+        f"--vae {other}": "autoencoder: ",
+    }.items():
+        said = call(cache, *line, "--max-train-steps", 3, *flags.split(), expect=2)
+        assert difference in said and "--allow-changes" in said
+    said = call(cache, *line, "--max-train-steps", 3, "--random-flip", "--allow-changes")
+    assert "changed since step 2, as allowed: images.random_flip: False -> True" in said
 
 
 @pytest.mark.parametrize(

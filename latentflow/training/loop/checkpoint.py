@@ -309,7 +309,11 @@ def refuse_changes(
     if state["step"] >= config.max_train_steps:
         before = before | {"batch": now["batch"]}
     changes = list(_changes(before, now))
-    if not changes or config.allow_changes:
+    if config.allow_changes:
+        for line in changes:
+            log.info(f"changed since step {state['step']}, as allowed: {line}")
+        return
+    if not changes:
         return
     fix = "Use another output folder, undo the changes, or pass --allow-changes to go on all the same."
     batch = before.get("batch")
@@ -325,10 +329,13 @@ def refuse_changes(
     )
 
 
+#: parts of a description that runs of earlier versions did not write: of those runs they count as unchanged
+_LATER = ("data_order", "architecture", "autoencoder", "images", "optimizer")
+
+
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    before = {name: now[name] for name in _LATER if name in now} | before
     order = "data_order"
-    if order not in before and order in now:  # an earlier version did not write it
-        before = before | {order: now[order]}
     for line in difference(before, now):
         if not line.startswith(f"{order}: "):
             yield line

@@ -24,6 +24,7 @@ from .optimizers import evaluated_weights, make_optimizers
 
 T = TypeVar("T")
 
+_GIVEN = ("weight_decay", "betas")  # settings of an optimiser that a resumed run may change
 LONGEST = 12.0**-0.5  # gamma = 0: the plain mean of the whole run
 
 
@@ -173,7 +174,12 @@ class TrainedModule:
         for name, average in self._tracked.items():
             average.load(state[name])
         for optimizer, saved in zip(self.optimizers, state[f"{self.name}-optimizer"], strict=True):
+            groups = optimizer.optimizer.param_groups
+            # Those of this start, which a saved state would replace without a word; `update` sets the rate.
+            given = [{name: group[name] for name in _GIVEN if name in group} for group in groups]
             optimizer.optimizer.load_state_dict(saved)
+            for group, settings in zip(optimizer.optimizer.param_groups, given, strict=True):
+                group.update(settings)
             _match_memory_format(optimizer.optimizer)
             optimizer.train()  # schedule-free's, if it was saved in its other mode
 
