@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,6 +26,7 @@ from .loop.stopping import Stop
 from .losses.average_velocity import refuse_unfit
 from .losses.flow import validation_loss
 from .recipe import Recipe, data_recipe
+from .report.card import generate_command
 from .report.hub import check_push, push
 from .train_autoencoder import train_autoencoder
 from .trained_model import TrainedModel, build
@@ -188,8 +188,7 @@ def train(
         log.info(line)
     if config.init_from and len(training) <= FEW:
         report_memorisation(output, training, validation, splits.data.background, state.device)
-    command = shlex.join(["latentflow", "generate", "--checkpoint", str(result)])
-    log.info(f"done: {result}; try it with\n  {command}")
+    log.info(f"done: {result}; try it with\n  {generate_command(source, str(result))}")
     if config.push_to_hub:
         log.info(f"pushed: {push(result, config.push_to_hub)}")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from latentflow import LatentFlowPipeline
 from latentflow.data import Source
 from latentflow.errors import UserError
 from latentflow.training.data import refuse_renumbered_classes
+from latentflow.training.report.page import report_page
 
 from ..data.images import noise
 from .command import (
@@ -182,6 +185,27 @@ def test_a_run_goes_on_with_renamed_images_only_where_their_order_is_the_same(ca
     assert (
         "the same images in another order (files were renamed or moved)" in said and "--allow-changes" in said
     )
+
+
+@pytest.mark.parametrize("condition", ["text", "class"])
+def test_the_line_that_a_run_ends_with_generates_an_image(
+    condition, images, cache, finished, load_program, tmp_path, monkeypatch
+) -> None:
+    """And the one of its report: both are the model card's."""
+    run, said = finished
+    if condition == "class":
+        run, data = tmp_path / "run", tmp_path / "data"
+        for number, file in enumerate(sorted(images.glob("*.png"))):
+            place = data / ["red hat", "cat"][number % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+        said = call(cache, data, "-o", run, *TINY, "--max-train-steps", 1, "--preview-steps", 0)
+    line = said.partition("try it with\n")[2].splitlines()[0].strip()
+    assert line in (run / "pipeline" / "README.md").read_text().splitlines()
+    assert line in html.unescape(report_page(run).html())
+    monkeypatch.chdir(tmp_path)
+    load_program("generate").main([*shlex.split(line)[2:], "--steps", "1"])
+    assert (tmp_path / "image.png").is_file()
 
 
 def test_a_setting_that_no_weight_s_shape_shows_is_not_changed_by_a_resume(

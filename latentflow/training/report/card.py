@@ -79,10 +79,8 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         pipeline_tag=_TAGS.get(kind, "text-to-image"),
         tags=["latentflow", "flow-matching", *(["inpainting"] if facts.inpaints else [])],
     )
-    caption = _in_a_line(next(iter(facts.source.captions() if kind == "text" else []), ""))
-    label = _in_a_line((facts.source.examples[0].label or "") if kind == "class" else "")
+    shown = _first_condition(facts.source)
     where = one_line(facts.where)
-    flags = {"text": [caption], "class": ["--class", label]}.get(kind, [])
     measured, figures = _last_figures([row for row in run.rows if row["step"] <= run.result_step])
     return render(
         "model_card.md.jinja",
@@ -91,8 +89,8 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         checkpoint=json.dumps(where),
         resolution=run.config.get("resolution", "?"),
         conditions={"text": " from captions", "class": " of its classes"}.get(kind, ""),
-        call={"text": f"prompt={caption!r}", "class": f"class_labels=[{label!r}]"}.get(kind, ""),
-        command=shlex.join(["latentflow", "generate", *flags, "--checkpoint", where, "-o", "image.png"]),
+        call={"text": f"prompt={shown!r}", "class": f"class_labels=[{shown!r}]"}.get(kind, ""),
+        command=generate_command(facts.source, where),
         inpaints=facts.inpaints,
         sample=sample,
         sample_step=sample_step,
@@ -113,6 +111,19 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
     )
 
 
+def generate_command(source: Source, checkpoint: str) -> str:
+    """Return the line that generates an image of the first caption or class of ``source`` with a checkpoint of it."""
+    flags = {"text": [_first_condition(source)], "class": ["--class", _first_condition(source)]}
+    words = ["latentflow", "generate", *flags.get(source.kind, []), "--checkpoint", checkpoint]
+    return shlex.join([*words, "-o", "image.png"])
+
+
+def _first_condition(source: Source) -> str:
+    """Return the first caption or class in one line, since a line of its own could end a code block."""
+    first = source.captions()[0] if source.kind == "text" else source.examples[0].label
+    return " ".join(printable(first or "").split())
+
+
 def _last_figures(rows: Sequence[Mapping[str, float]]) -> tuple[int, list[tuple[str, float]]]:
     """Return the last validation figures, and their step."""
     for row in reversed(rows):
@@ -120,11 +131,6 @@ def _last_figures(rows: Sequence[Mapping[str, float]]) -> tuple[int, list[tuple[
         if found:
             return int(row["step"]), found
     return 0, []
-
-
-def _in_a_line(text: str) -> str:
-    """Return text of the data in one line, since a line of its own could end a code block."""
-    return " ".join(printable(text).split())
 
 
 def _as_text(text: str) -> str:

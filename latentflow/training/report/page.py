@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -55,13 +56,21 @@ def report_page(folder: str | Path) -> Page:
     return page
 
 
+def _generate_line(run: Run) -> str:
+    """Return the line that generates an image with the result, as its model card has it."""
+    card = run.result / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    lines = re.findall(r"^latentflow generate .+$", text, re.MULTILINE)
+    return lines[0] if lines else shlex.join(["latentflow", "generate", "--checkpoint", str(run.result)])
+
+
 def _summary(page: Page, run: Run) -> None:
     page.table([], _facts(run))
     for line in _remarks(run):
         page.text(line)
     if run.finished and not run.is_autoencoder:
         page.text("Generate images:")
-        page.code(shlex.join(["latentflow", "generate", "--checkpoint", str(run.result)]))
+        page.code(_generate_line(run))
     page.text("Train for as many steps again:" if run.finished else "Resume:")
     page.code(run.resume())
     if run.processes > 1:
