@@ -110,11 +110,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure a checkpoint, and write the report."""
     config = parse(EvaluateConfig, argv, prog="latentflow evaluate", description=__doc__ or "")
 
+    from latentflow.inference.sample import check_checkpoint, open_pipeline
+
+    check_checkpoint(config.checkpoint)
+
     from latentflow import metrics
     from latentflow.evaluation import figures, report
     from latentflow.evaluation.data import condition_kind, load_image_sets, open_source, run_settings
     from latentflow.evaluation.sampler import TRAINING_CAPTIONS, Sampler
-    from latentflow.inference.sample import open_pipeline
     from latentflow.metrics import learned
     from latentflow.pipeline import LatentFlowPipeline
 

@@ -322,15 +322,25 @@ def test_overview_lists_every_program_without_importing_torch() -> None:
 
 @pytest.fixture(scope="module")
 def light() -> dict[str, dict[str, Any]]:
-    """Run every command with ``--help`` and with a mistyped flag, in one process that must never import torch."""
+    """Run every command with ``--help``, a mistyped flag and no checkpoint, in one process that never imports torch."""
     code = """
 import io, json, sys
 from contextlib import redirect_stderr, redirect_stdout
 from latentflow import cli
 answers = {}
+missing = {
+    "generate": "hat --checkpoint /none/there",
+    "inpaint": "IMAGE IMAGE hat --checkpoint /none/there",
+    "edit": "IMAGE hat --from cat --checkpoint /none/there",
+    "interpolate": "hat cat --checkpoint /none/there",
+    "evaluate": "/none/there shapes -o report.json",
+}
 for command in cli.programs():
-    for flag in ("--help", "--hepl"):
-        sys.argv, out, err = ["latentflow", command, flag], io.StringIO(), io.StringIO()
+    for flag in ("--help", "--hepl", "missing"):
+        if flag == "missing" and command not in missing:
+            continue
+        words = missing[command].split() if flag == "missing" else [flag]
+        sys.argv, out, err = ["latentflow", command, *words], io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             try:
                 cli.main()
@@ -352,6 +362,12 @@ def test_help_and_mistyped_flags_of_every_command_need_no_torch(command: str, li
     code, out, err, heavy = light[f"{command} --hepl"]
     assert (code, out, heavy) == (2, "", [])
     assert "--hepl" in err or "Missing" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "inpaint", "edit", "interpolate", "evaluate"])
+def test_a_missing_checkpoint_is_reported_before_torch_is_imported(command, light) -> None:
+    code, out, err, heavy = light[f"{command} missing"]
+    assert (code, out, heavy) == (2, "", []) and "no folder '/none/there'" in err
 
 
 def test_the_help_of_a_training_is_short(light: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..config import AdapterChoice, SamplingConfig
 from ..errors import UserError, finite, reason, whole
 from ..utils.components import quiet_libraries
-from ..utils.files import check_types, read_settings
+from ..utils.files import check_types, pipeline_folder, read_settings
 from .images import check_format, check_writable
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ SHIPPED = _ROOT / "checkpoints" / "emoji-64"
 
 
 def check_sampling(config: SamplingConfig) -> None:
-    """Refuse at once what would fail after the images are generated.
+    """Refuse at once what would fail after the images are generated, or once torch is imported.
 
     Raises:
         UserError: a number below 1, out of range or not finite; a file name without an image format, or where nothing
-            can be written.
+            can be written; no checkpoint there.
     """
+    check_checkpoint(config.checkpoint)
     for flag, value in (("-n", config.n), ("--steps", config.steps), ("--scale", config.scale)):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, not {value}")
@@ -53,6 +54,15 @@ def check_sampling(config: SamplingConfig) -> None:
 
 
 # ---------------------------------------------------------------- opening
+
+
+def check_checkpoint(checkpoint: str | None) -> None:
+    """Refuse a path that holds no checkpoint, without importing what opens one.
+
+    Raises:
+        UserError: see `pipeline_folder`; or the shipped checkpoint is missing.
+    """
+    pipeline_folder(_resolve(checkpoint))
 
 
 def open_pipeline(

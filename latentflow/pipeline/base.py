@@ -33,7 +33,7 @@ from ..utils.components import (
     weight_files,
     without_reports,
 )
-from ..utils.files import MEND, check_settings, check_types, read_settings
+from ..utils.files import MEND, check_settings, check_types, pipeline_folder, read_settings
 from .adapters import AdapterMixin
 from .arguments import CALLBACK_TENSORS, output_kind
 from .sampling import SamplingMixin
@@ -270,14 +270,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
             UserError: the folder holds no pipeline (one found inside it is named), or there is neither a folder nor a
                 reachable hub repository of this name.
         """
-        folder = Path(name_or_path)
-        if folder.is_dir() and not (folder / cls.config_name).is_file():
-            inside = sorted(folder.glob(f"*/{cls.config_name}"))
-            fix = f"Did you mean '{inside[0].parent}'?" if inside else "A run's pipeline is in RUN/pipeline."
-            raise UserError(f"'{folder}' is not a pipeline folder: it holds no {cls.config_name}", fix)
-        if not folder.is_dir() and (len(folder.parts) != 2 or folder.is_absolute()):
-            raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
-        return folder if folder.is_dir() else Path(cls.download(name_or_path, **kwargs))
+        return pipeline_folder(name_or_path) or Path(cls.download(name_or_path, **kwargs))
 
     @classmethod
     def read_index(cls, folder: Path) -> dict[str, Any]:

@@ -274,6 +274,23 @@ def _words(hint: Any) -> str:
     return hint.__name__ if type(hint) is type else str(hint).replace("collections.abc.", "")
 
 
+def pipeline_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """Return the pipeline folder of this path, or None for a hub id. Nothing is loaded.
+
+    Raises:
+        UserError: the folder holds no pipeline (one found inside it is named), or there is no folder and the name is no
+            hub id.
+    """
+    folder, index = Path(name_or_path), "model_index.json"
+    if folder.is_dir() and not (folder / index).is_file():
+        inside = sorted(folder.glob(f"*/{index}"))
+        fix = f"Did you mean '{inside[0].parent}'?" if inside else "A run's pipeline is in RUN/pipeline."
+        raise UserError(f"'{folder}' is not a pipeline folder: it holds no {index}", fix)
+    if not folder.is_dir() and (len(folder.parts) != 2 or folder.is_absolute()):
+        raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
+    return folder if folder.is_dir() else None
+
+
 @contextmanager
 def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """Yield a temporary file beside ``path`` that takes its place once it is written; if writing fails it is removed.
