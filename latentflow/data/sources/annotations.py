@@ -314,15 +314,17 @@ def choose_condition(
     asked = request.condition
     if asked == "none":
         return "unconditional", ["unconditional, as asked: captions and classes are not used"]
-    wanted = [one for one in found if asked in ("auto", one.kind)]
+    wanted = [condition for condition in found if asked in ("auto", condition.kind)]
     if not wanted and asked != "auto":
         what = "captions" if asked == "text" else "classes"
         raise UserError(f"there are no {what} in {where}", f"Add them ({lacks}), or use --condition none.")
     if not wanted:
         return "unconditional", [f"unconditional: {where} holds neither captions nor classes ({lacks})"]
     notes = [str(wanted[0])] if wanted[0].origin else []
-    unused = [one for one in found if one != wanted[0]]
-    return wanted[0].kind, notes + [f"{one} found as well, not used (--condition decides)" for one in unused]
+    for condition in found:
+        if condition != wanted[0]:
+            notes.append(f"{condition} found as well, not used (--condition decides)")
+    return wanted[0].kind, notes
 
 
 def source_of_rows(
