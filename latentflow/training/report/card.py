@@ -119,9 +119,13 @@ def generate_command(source: Source, checkpoint: str) -> str:
 
 
 def _first_condition(source: Source) -> str:
-    """Return the first caption or class in one line, since a line of its own could end a code block."""
-    first = source.captions()[0] if source.kind == "text" else source.examples[0].label
-    return " ".join(printable(first or "").split())
+    """Return the first caption or class, or "", in one line, since a line of its own could end a code block."""
+    shown = ""
+    if source.kind == "text":
+        shown = source.captions()[0]
+    elif source.kind == "class":
+        shown = source.examples[0].label or ""
+    return " ".join(printable(shown).split())
 
 
 def _last_figures(rows: Sequence[Mapping[str, float]]) -> tuple[int, list[tuple[str, float]]]:
