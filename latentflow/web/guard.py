@@ -109,7 +109,12 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-        elif refusal := self._refusal(scope):
+            return
+        with suppress(ClientDisconnect):  # the window was closed meanwhile
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if refusal := self._refusal(scope):
             await _refuse(scope, receive, send, *refusal)
         elif scope.get("method") == "POST" and scope["path"].endswith(tuple(LARGEST_BODIES)):
             await self._take_upload(scope, receive, send)
@@ -163,8 +168,6 @@ class Guard:
                 await _refuse(scope, receive, send, 503, busy)
             else:
                 await self._app(scope, receive, send)
-        except ClientDisconnect:  # the window was closed meanwhile
-            pass
         finally:
             self._incoming -= size
 

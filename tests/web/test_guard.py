@@ -177,14 +177,15 @@ def test_an_upload_for_which_there_is_no_room_is_refused(tmp_path, monkeypatch) 
     assert [path.parent.name for path in tmp_path.rglob("*.png")] == ["b"]
 
 
-def test_a_window_that_is_closed_while_it_uploads_is_no_defect(tmp_path) -> None:
-    def upload_fails_with(error: type[Exception]) -> None:
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/run/predict"])
+def test_a_window_that_is_closed_in_the_middle_of_a_request_is_no_defect(path, tmp_path) -> None:
+    def request_fails_with(error: type[Exception]) -> None:
         def fail(scope: Any) -> None:
             raise error
 
-        asked(HERE, path="/gradio_api/upload", uploads=tmp_path, inner=fail)
+        asked(HERE, path=path, uploads=tmp_path, inner=fail)
 
     with pytest.raises(IndexError):  # nothing was answered
-        upload_fails_with(ClientDisconnect)
+        request_fails_with(ClientDisconnect)
     with pytest.raises(ZeroDivisionError):
-        upload_fails_with(ZeroDivisionError)
+        request_fails_with(ZeroDivisionError)
