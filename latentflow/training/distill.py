@@ -166,7 +166,8 @@ def distillation_recipe(
 
     # ---- settings: those of a fine-tune, but that a student learns velocities on the straight path ----
     images = len(splits.training)
-    loop = fitted(config.loop, given, images, own_share=1.0, adapter=bool(config.adapter.lora_rank))
+    adapter = bool(config.adapter.lora_rank)
+    loop = fitted(config.loop, given, images, own_share=1.0, adapter=adapter, student=True)
     straight = {"objective", "path", "path_options", "prediction", "guidance"}
     flow = with_base_flow(config.flow, checkpoint, straight.union(given))
 

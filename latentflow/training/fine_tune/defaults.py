@@ -14,6 +14,7 @@ from ..loop.distributed import process_state
 FEW = 50  # images: from here down, each is used as often as it takes to learn it
 _USES = 250  # of each of so few; of more, by the square root of their number fewer
 _SLOWER = 5  # times the learning rate from scratch
+_FASTER = 3  # times that rate: of an adapter (docs/measurements/fine-tuning.md)
 _LEAST_HELD_OUT_OF = 20  # images: of fewer none is held out by default
 
 
@@ -23,7 +24,12 @@ def held_out_share(given: Collection[str], validation: float, images: int) -> fl
 
 
 def fitted(
-    loop: LoopConfig, given: Collection[str], images: int, own_share: float, adapter: bool = False
+    loop: LoopConfig,
+    given: Collection[str],
+    images: int,
+    own_share: float,
+    adapter: bool = False,
+    student: bool = False,
 ) -> LoopConfig:
     """Return the loop's settings for a fine-tune. What is ``given`` stays; a preset's are for training from scratch.
 
@@ -40,7 +46,9 @@ def fitted(
         given: keys of what flags or a file set.
         images: number of images of the data; ``repeats`` decide which are used more often, not their average use.
         own_share: share of the samples that are images of the data.
-        adapter: an adapter is trained. It starts at nothing, and learns at the rate from scratch.
+        adapter: an adapter is trained: two small factors that start at nothing. At the rate from scratch it has not
+            learned 20 images when a full fine-tune has; at three times that rate it has.
+        student: it follows a teacher; its adapter learns at the rate from scratch, with which it was measured.
 
     Raises:
         UserError: a step has one sample, and should have some of two kinds; an adapter should be trained with Muon.
@@ -60,6 +68,8 @@ def fitted(
         changes["optimizer"] = "adamw"
     if not adapter:
         changes["learning_rate"] = loop.learning_rate / _SLOWER
+    elif not student:
+        changes["learning_rate"] = loop.learning_rate * _FASTER
     if not adapter and "learning_rate" not in given:
         changes["lr_embeddings"] = loop.lr_embeddings * _SLOWER
     own = own_share * _samples(loop)
