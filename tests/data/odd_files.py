@@ -75,7 +75,7 @@ def make_used(root: Path) -> dict[str, str]:
 
 
 def make_reported(root: Path) -> dict[str, str]:
-    """Files that cannot be used; name -> a part of the reason that is told."""
+    """Files that cannot be used; name -> a part of the reason that is reported."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
     for format, suffix in (
         ("PNG", "png"),

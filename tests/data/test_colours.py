@@ -1,4 +1,4 @@
-"""Colour profiles: what is read is sRGB, by the formulas; what is cached, counted and told of them."""
+"""Colour profiles: what is read is sRGB, by the formulas; what is cached, counted and reported of them."""
 
 from __future__ import annotations
 
@@ -217,8 +217,10 @@ def test_check_counts_profiles_in_its_lines_json_and_page(
         report = check_source(str(mixed))
         assert report.profiles == {"Display P3": 2, "Adobe RGB (1998)": 1}
         assert set(report.unusable_profiles) == {"junk.png", "inflated.png"}
-    told = json.loads(capsys.readouterr().out)
-    assert told["profiles"] == report.profiles and told["unusable_profiles"] == report.unusable_profiles
+    reported = json.loads(capsys.readouterr().out)
+    assert (
+        reported["profiles"] == report.profiles and reported["unusable_profiles"] == report.unusable_profiles
+    )
     lines = "\n".join(report.lines())
     assert "3 images have another colour profile than sRGB and are converted: Display P3 (2), Adobe" in lines
     assert "warning: 2 images have a colour profile that cannot be used" in lines and "junk.png (" in lines

@@ -192,7 +192,7 @@ def test_a_damaged_image_is_a_sentence_that_names_it(
     image.save(path, icc_profile=rgb_profile("Display P3"), exif=exif)
     whole, generator = path.read_bytes(), np.random.default_rng(0)
     example = FileExample("a", path=path, mask=path)
-    told = 0
+    reported = 0
     for _ in range(40):
         data = bytearray(whole)
         for at in generator.integers(0, len(data), generator.choice([1, 4, 16])).tolist():
@@ -211,5 +211,5 @@ def test_a_damaged_image_is_a_sentence_that_names_it(
                 read(path)
             except UserError as error:
                 assert str(path) in error.what and error.fix
-                told += 1
-    assert told >= 10
+                reported += 1
+    assert reported >= 10

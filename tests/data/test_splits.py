@@ -186,16 +186,16 @@ def test_workers_end_with_the_process_that_they_work_for(
 ) -> None:
     monkeypatch.setattr(module, "_MANY", 1)
     make_image(0).save(tmp_path / "a.png")
-    source, told = find_source(str(tmp_path)), tmp_path / "told"
+    source, pids = find_source(str(tmp_path)), tmp_path / "pids"
     child = os.fork()
     if child == 0:
         pool = module._workers(source)
-        told.write_text(str([pool.submit(os.getpid).result(), pool.submit(os.getpid).result()]))
+        pids.write_text(str([pool.submit(os.getpid).result(), pool.submit(os.getpid).result()]))
         time.sleep(1000)
     deadline = time.monotonic() + 30
-    while not (told.exists() and told.read_text().endswith("]")) and time.monotonic() < deadline:
+    while not (pids.exists() and pids.read_text().endswith("]")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    workers = json.loads(told.read_text())
+    workers = json.loads(pids.read_text())
     assert all(map(runs, workers)) and child not in workers
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -151,8 +151,8 @@ def test_an_extended_network_draws_what_it_drew_before(
     torch.testing.assert_close(new(x, t), expected, rtol=0, atol=1e-6)
     same = fitted(tmp_path / "plain")
     assert same.config.condition_channels == 0 and not same.config.size_conditioning
-    LatentFlowPipeline(vae, new).save_pretrained(tmp_path / "told")
-    assert fitted(tmp_path / "told").config.size_conditioning
+    LatentFlowPipeline(vae, new).save_pretrained(tmp_path / "extended")
+    assert fitted(tmp_path / "extended").config.size_conditioning
 
 
 def test_one_flag_trains_to_inpaint_and_extends_a_checkpoint(images: Path, tmp_path: Path) -> None:
