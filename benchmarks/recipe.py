@@ -262,7 +262,7 @@ class Bench:
         return LatentData(
             framed,
             [BucketData(table)],
-            conditions_of(part, seed, networks["tokenizer"], trains_text=True),
+            conditions_of(part, seed, networks["tokenizer"]),
             flips=False,
             seed=seed,
         )

@@ -20,7 +20,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import torch
@@ -34,7 +33,7 @@ from ..autoencoder import decode, encode, in_float32
 from ..errors import UserError
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
 from ..utils.components import library_reads
-from ..utils.files import read_settings
+from ..utils.files import pipeline_folder, read_settings
 from .few_steps import FewSteps
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
@@ -216,11 +215,9 @@ class FlowModel(ABC):
         """
         from . import FAMILIES
 
-        index = Path(name_or_path, DiffusionPipeline.config_name)
-        if index.is_file():
-            kind = read_settings(index).get("_class_name")
-        elif Path(name_or_path).is_dir() or len(Path(name_or_path).parts) != 2:
-            kind = next(iter(FAMILIES))  # which says what is wrong with the folder
+        folder = pipeline_folder(name_or_path)
+        if folder is not None:
+            kind = read_settings(folder / DiffusionPipeline.config_name).get("_class_name")
         else:
             what = f"no folder '{name_or_path}', and the hub repository of that name"
             with library_reads(what, fix="Check the spelling and the network; offline, pass a local folder."):

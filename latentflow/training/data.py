@@ -211,8 +211,7 @@ class LatentCache:
                 framed.source,
                 self.seed,
                 self.model.pipeline.tokenizer,
-                self.model.pipeline.text_encoder,
-                trains_text=self.trains_text,
+                None if self.trains_text else self.model.pipeline.text_encoder,
                 mirror=self.framing.mirror_captions,
             ),
             flips=self.data.random_flip,
@@ -247,8 +246,7 @@ def shown_by(source: Source, rows: list[int], model: FlowModel) -> list[str]:
     Of data without them, the empty caption, or the model's classes in turn.
     """
     if source.kind == "text":
-        captions = source.captions()
-        return [captions[row] for row in rows]
+        return [(source.examples[row].captions or ("",))[0] for row in rows]
     if source.kind == "class":
         class_ids = source.class_ids()
         return [source.classes[class_ids[row]] for row in rows]
@@ -262,12 +260,11 @@ def conditions_of(
     tokenizer: Any = None,
     text_encoder: Any = None,
     *,
-    trains_text: bool,
     mirror: bool = False,
 ) -> Conditions:
     """Return what a flow loss makes its condition of, for rows of ``source``.
 
-    Classes become ids, captions token ids (if the text encoder is trained along) or cached embeddings (frozen). If an
+    Classes become ids, captions cached embeddings of ``text_encoder``, which is frozen, or without it token ids. If an
     image has several captions, each use of it gets one of them, by ``seed`` and sample id; with ``mirror`` the captions
     of mirrored images say left for right.
     """
@@ -276,7 +273,7 @@ def conditions_of(
     if source.kind != "text":
         return rows_of({})
     captions = Captions(source, seed, mirror)
-    if not trains_text:
+    if text_encoder is not None:
         table = cached_text(captions, tokenizer, text_encoder)
 
         def embeddings(rows: list[int], sample_ids: list[int]) -> dict[str, Tensor]:

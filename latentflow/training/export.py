@@ -55,7 +55,8 @@ def export_pipeline(
         result = copy.deepcopy(result).to(dtype=dtype)
     facts = CardFacts(
         where=repository or str(earlier),
-        source=source,
+        kind=model.flow_model.condition_kind,
+        example=shown_by(source, [0], model.flow_model)[0],
         parts={name: part for name, part in result.components.items() if isinstance(part, torch.nn.Module)},
         inpaints=model.flow_model.takes_masks,
         sample_steps=preview_steps(model.flow_model),
@@ -89,12 +90,13 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.to(device)
     rows = torch.linspace(0, len(source) - 1, _IMAGES).long().tolist()
-    texts = shown_by(source, rows, model)
     if source.kind == "class":
         seen = {source.classes[class_id] for class_id in source.class_ids()}
         # First a fine-tune's own classes, then those of its checkpoint.
         order = sorted(model.classes, key=lambda name: name not in seen)
         texts = [order[index % len(order)] for index in range(_IMAGES)]
+    else:
+        texts = shown_by(source, rows, model)
     condition = model.call_arguments(texts)
     encoder = pipe.text_encoder
     home = None if encoder is None else encoder.device  # the CPU, if the encoder is not trained along

@@ -13,7 +13,15 @@ import torch
 from ..autoencoder import Autoencoder, build_autoencoder
 from ..config import RunConfig
 from ..pipeline.adapter_files import weights_hash
-from .data import DataSplits, LatentCache, as_begun, given_autoencoder, load_data, refuse_renumbered_classes
+from .data import (
+    DataSplits,
+    LatentCache,
+    as_begun,
+    given_autoencoder,
+    load_data,
+    refuse_renumbered_classes,
+    shown_by,
+)
 from .estimate import estimate_lines, sample_flops
 from .export import export_pipeline, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
@@ -188,7 +196,9 @@ def train(
         log.info(line)
     if config.init_from and len(training) <= FEW:
         report_memorisation(output, training, validation, splits.data.background, state.device)
-    log.info(f"done: {result}; try it with\n  {generate_command(source, str(result))}")
+    example = shown_by(source, [0], flow_model)[0]
+    line = generate_command(flow_model.condition_kind, example, str(result))
+    log.info(f"done: {result}; try it with\n  {line}")
     if config.push_to_hub:
         log.info(f"pushed: {push(result, config.push_to_hub)}")
 

@@ -57,7 +57,7 @@ def test_the_draw_depends_on_the_seed_and_the_running_number_alone() -> None:
 def test_tokens_are_those_of_the_drawn_caption() -> None:
     tokenizer = train_tokenizer([text for texts in TEXTS for text in texts])
     numbers, rows = source(), [0, 1, 2] * 8
-    batch = conditions_of(numbers, 3, tokenizer, trains_text=True)(rows, list(range(24)))
+    batch = conditions_of(numbers, 3, tokenizer)(rows, list(range(24)))
     texts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
     captions = Captions(numbers, 3)
     assert texts == [captions[place] for place in captions.choose(rows, list(range(24)))]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentflow.data import Source
 from latentflow.errors import UserError
 from latentflow.training import Callbacks
 from latentflow.training.loop.stopping import EarlyStop
@@ -116,7 +115,7 @@ def test_card_and_report_tell_whose_weights_the_result_has(tmp_path: Path) -> No
     found = read_run(tmp_path / "run")
     assert found.finished and found.result_step == 4
     assert found.resume().endswith("--early-stop 4")
-    facts = CardFacts(where="x", source=Source("d", (), "unconditional"), parts={})
+    facts = CardFacts(where="x", kind="unconditional", parts={})
     write_card(tmp_path, tmp_path / "run", facts)
     card = (tmp_path / "README.md").read_text()
     assert "the weights are those of step 4" in card and "at step 4: `val_loss` 3.0000" in card

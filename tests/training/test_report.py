@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
@@ -306,9 +305,9 @@ def test_tensorboard_gets_curves_and_images(tmp_path: Path) -> None:
 
 
 def facts(images: Path) -> CardFacts:
-    return CardFacts(
-        where="owner/cats", source=find_source(str(images)), parts={"transformer": torch.nn.Linear(999, 1000)}
-    )
+    source = find_source(str(images))
+    parts = {"transformer": torch.nn.Linear(999, 1000)}
+    return CardFacts(where="owner/cats", kind=source.kind, example=source.captions()[0], parts=parts)
 
 
 def card_of(run: Path, facts: CardFacts) -> str:
@@ -337,9 +336,7 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: 
     compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
-def test_what_a_reader_pastes_is_quoted_and_names_no_folder_of_the_author_s(
-    killed: Path, images: Path
-) -> None:
+def test_what_a_reader_pastes_is_quoted_and_names_no_folder_of_the_author_s(killed: Path) -> None:
     (killed / "config.yaml").write_text(yaml.safe_dump({"data": "/home/me/my cats", "network": "dit"}))
     write_log(
         killed,
@@ -347,16 +344,14 @@ def test_what_a_reader_pastes_is_quoted_and_names_no_folder_of_the_author_s(
         "5.5 % of 1/2",
         "plan: 8",
     )
-    source = find_source(str(images))
-    example = dataclasses.replace(source.examples[0], text="a $(reboot) `x`")
-    source = dataclasses.replace(source, examples=(example, *source.examples[1:]))
-    card = card_of(killed, CardFacts(where="my runs/cats", source=source, parts={}))
+    shown = {"kind": "text", "example": "a $(reboot) `x`", "parts": {}}
+    card = card_of(killed, CardFacts(where="my runs/cats", **shown))
     command = card.split("```bash\n")[1].split("\n```")[0]
     assert shlex.split(command)[2:5] == ["a $(reboot) `x`", "--checkpoint", "my runs/cats"]
     assert "'a $(reboot) `x`'" in command  # single quotes: a shell runs nothing
     assert "- my cats: 2 left out: my cats/1.png, 2.png" in card and "- 5.5 % of 1/2" in card
     (killed / "config.yaml").write_text(yaml.safe_dump({"data": ".", "network": "dit"}))
-    assert "- 5.5 % of 1/2" in card_of(killed, CardFacts(where="owner/cats", source=source, parts={}))
+    assert "- 5.5 % of 1/2" in card_of(killed, CardFacts(where="owner/cats", **shown))
 
 
 HOSTILE = (
@@ -366,14 +361,11 @@ HOSTILE = (
 
 
 @pytest.mark.parametrize("kind", ["text", "class"])
-def test_text_of_the_data_is_no_markup_in_the_card(kind: Any, killed: Path, images: Path) -> None:
+def test_text_of_the_data_is_no_markup_in_the_card(kind: Any, killed: Path) -> None:
     settings = {"data": "cats", "network": "dit", "checkpoint": HOSTILE, "width": 96}
     (killed / "config.yaml").write_text(yaml.safe_dump(settings))
     write_log(killed, f"cats: 1 left out: {few([HOSTILE])}", HOSTILE.splitlines()[-1], "plan: 8")
-    source = find_source(str(images))
-    example = dataclasses.replace(source.examples[0], text=HOSTILE, label=HOSTILE)
-    source = dataclasses.replace(source, examples=(example,), kind=kind, classes=(HOSTILE,))
-    text = card_of(killed, CardFacts(where=f"runs/{HOSTILE}", source=source, parts={}))
+    text = card_of(killed, CardFacts(where=f"runs/{HOSTILE}", kind=kind, example=HOSTILE, parts={}))
     assert ModelCard(text, ignore_metadata_errors=False).data.to_dict() == {
         "library_name": "diffusers", "pipeline_tag": "text-to-image" if kind == "text" else "image-generation",
         "tags": ["latentflow", "flow-matching"],

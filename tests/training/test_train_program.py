@@ -187,7 +187,7 @@ def test_a_run_goes_on_with_renamed_images_only_where_their_order_is_the_same(ca
     )
 
 
-@pytest.mark.parametrize("condition", ["text", "class"])
+@pytest.mark.parametrize("condition", ["text", "class", "none"])
 def test_the_line_that_a_run_ends_with_generates_an_image(
     condition, images, cache, finished, load_program, tmp_path, monkeypatch
 ) -> None:
@@ -200,6 +200,19 @@ def test_the_line_that_a_run_ends_with_generates_an_image(
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, place)
         said = call(cache, data, "-o", run, *TINY, "--max-train-steps", 1, "--preview-steps", 0)
+    elif condition == "none":  # a checkpoint of captions, on images without
+        base, run = run / "pipeline", tmp_path / "run"
+        flags = [
+            "--condition",
+            "none",
+            "--prior-samples",
+            "0",
+            "--max-train-steps",
+            "1",
+            "--preview-steps",
+            "0",
+        ]
+        said = call(cache, images, "-o", run, *TINY, "--init-from", base, *flags)
     line = said.partition("try it with\n")[2].splitlines()[0].strip()
     assert line in (run / "pipeline" / "README.md").read_text().splitlines()
     assert line in html.unescape(report_page(run).html())

@@ -119,7 +119,7 @@ def teacher_data(
         framing,
         [BucketData(latents, tensors)],
         conditions_of(
-            source, settings.seed, pipeline.tokenizer, pipeline.text_encoder, trains_text=trains_text
+            source, settings.seed, pipeline.tokenizer, None if trains_text else pipeline.text_encoder
         ),
         flips=False,
         size_conditioning=trained.takes_sizes,

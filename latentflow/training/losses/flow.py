@@ -44,7 +44,6 @@ class FlowLoss(nn.Module):
 
     Attributes:
         density: sample ids -> the density of their training times.
-        trains_text: whether the text encoder is trained along.
         masked: whether the network sees masked images.
         needs_pixels: whether a batch must hold ``pixels``.
         learns_from_average: whether the loop must hand over the weight average (`use_average`).
@@ -65,7 +64,7 @@ class FlowLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
-        self.text_encoder, self.trains_text = text_encoder, text_encoder is not None
+        self.text_encoder = text_encoder
         self.config, self.seed, self.masking = config, seed, masking
         self.masked = self.needs_pixels = masking is not None
         self.samples, self.samples_per_step = samples, samples_per_step
@@ -85,6 +84,11 @@ class FlowLoss(nn.Module):
         if config.contrastive_weight:
             self.objective = Contrastive(self.objective, config.contrastive_weight)
         self.average: WeightAverage | None = None
+
+    @property
+    def trains_text(self) -> bool:
+        """True if the text encoder is trained along."""
+        return self.text_encoder is not None
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return ``loss``; ``per_sample`` (B,), the errors without the samples' weights; and their times ``t`` (B,)."""

@@ -13,7 +13,6 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ...data import Source
 from ...errors import one_line, printable
 from ...utils.html_page import render
 from .export import is_generated, signed
@@ -38,15 +37,17 @@ class CardFacts:
 
     Attributes:
         where: folder, or ``owner/name`` on the hub, to load the pipeline from.
-        source: the training images.
+        kind: what the model is conditioned on: text, class or unconditional.
+        example: a caption or class that it was trained on.
         parts: name -> module, of the pipeline's modules that have parameters.
         inpaints: it was trained to inpaint.
         sample_steps: numbers of steps with which previews are sampled, one after the other.
     """
 
     where: str
-    source: Source
+    kind: str
     parts: Mapping[str, Any]
+    example: str = ""
     inpaints: bool = False
     sample_steps: tuple[int, ...] = (10,)
 
@@ -73,13 +74,12 @@ def write_card(folder: Path, run: Path, facts: CardFacts) -> None:
 
 def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
     """Return the text of the card."""
-    kind = facts.source.kind
+    kind, example = facts.kind, _in_a_line(facts.example)
     header = ModelCardData(
         library_name="diffusers",
         pipeline_tag=_TAGS.get(kind, "text-to-image"),
         tags=["latentflow", "flow-matching", *(["inpainting"] if facts.inpaints else [])],
     )
-    shown = _first_condition(facts.source)
     where = one_line(facts.where)
     measured, figures = _last_figures([row for row in run.rows if row["step"] <= run.result_step])
     return render(
@@ -89,8 +89,8 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         checkpoint=json.dumps(where),
         resolution=run.config.get("resolution", "?"),
         conditions={"text": " from captions", "class": " of its classes"}.get(kind, ""),
-        call={"text": f"prompt={shown!r}", "class": f"class_labels=[{shown!r}]"}.get(kind, ""),
-        command=generate_command(facts.source, where),
+        call={"text": f"prompt={example!r}", "class": f"class_labels=[{example!r}]"}.get(kind, ""),
+        command=generate_command(kind, example, where),
         inpaints=facts.inpaints,
         sample=sample,
         sample_step=sample_step,
@@ -111,21 +111,15 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
     )
 
 
-def generate_command(source: Source, checkpoint: str) -> str:
-    """Return the line that generates an image of the first caption or class of ``source`` with a checkpoint of it."""
-    flags = {"text": [_first_condition(source)], "class": ["--class", _first_condition(source)]}
-    words = ["latentflow", "generate", *flags.get(source.kind, []), "--checkpoint", checkpoint]
-    return shlex.join([*words, "-o", "image.png"])
+def generate_command(kind: str, example: str, checkpoint: str) -> str:
+    """Return the line that generates an image of ``example`` with a checkpoint of this ``kind``; see `CardFacts`."""
+    flags = {"text": [_in_a_line(example)], "class": ["--class", _in_a_line(example)]}.get(kind, [])
+    return shlex.join(["latentflow", "generate", *flags, "--checkpoint", checkpoint, "-o", "image.png"])
 
 
-def _first_condition(source: Source) -> str:
-    """Return the first caption or class, or "", in one line, since a line of its own could end a code block."""
-    shown = ""
-    if source.kind == "text":
-        shown = source.captions()[0]
-    elif source.kind == "class":
-        shown = source.examples[0].label or ""
-    return " ".join(printable(shown).split())
+def _in_a_line(text: str) -> str:
+    """Return text of the data in one line, since a line of its own could end a code block."""
+    return " ".join(printable(text).split())
 
 
 def _last_figures(rows: Sequence[Mapping[str, float]]) -> tuple[int, list[tuple[str, float]]]:
