@@ -1,31 +1,34 @@
 """What a fine-tune learns, and what it forgets.
 
     python benchmarks/fine_tuning.py shapes -o runs/fine-tuning-shapes [--base-steps 1600]
-    python benchmarks/fine_tuning.py folders -o runs/fine-tuning-emoji --base CHECKPOINT --new FOLDER --old FOLDER
-        [--held-out FOLDER] [--variant "LoRA=--lora-rank 16"] [--variant ...]
+    python benchmarks/fine_tuning.py folders -o runs/fine-tuning-emoji --base CHECKPOINT --new FOLDER [--old FOLDER]
+        [--held-out FOLDER] [--space efficientnet-lite0] [--seeds 0 1] [--variant "LoRA=--lora-rank 16"] [--variant ...]
 
 "shapes": trains a class-conditional model of 21 of the 24 classes ("red circle", ...) of the procedural set, then
 fine-tunes it on 60 images of each of the 3 others. An image is right if the exact checker finds in it one object of
 the class's colour and shape, in one of the sizes and places that the set has.
 
-"folders": fine-tunes a checkpoint of captions on the folder --new. Retrieval: the share of images drawn from a
-caption whose nearest real image (of --old and --new together, in "pixels-32" of latentflow/metrics/features.py) has
-that caption; for all captions of --new, and for 200 of --old before and after. The others of --old are --prior-prompts.
-Loss: of the velocity at 8 times and 16 noises for each image, the same for all variants; for the images of --new
-(what was learnt) and of --held-out, more of the same kind that were not trained on (what was learnt of the kind).
+"folders": fine-tunes a checkpoint of captions on the folder --new. Retrieval: the share of images generated for a
+caption whose nearest real image (of --old and --new together, in the feature space --space) has that caption; for all
+captions of --new, and with --old for 200 of its captions before and after. The others of --old are --prior-prompts;
+without --old there are no prior samples. The row "real images" is what the autoencoder makes of --new. Loss: of the
+velocity at 8 times and 16 noises for each image, the same for all variants; for the images of --new (what was learnt)
+and of --held-out, more of the same kind that were not trained on (what was learnt of the kind).
 
-Each variant is a line of flags of `latentflow train`. Without --variant: the defaults, and without prior samples. Runs
-resume, and figures that are there (FOLDER/figures.json) are not measured again; the table goes to FOLDER/figures.md.
+Each variant is a line of flags of `latentflow train`, and is trained once for each of --seeds. Without --variant: the
+defaults, and without prior samples. CPU: the seconds of processor time of the training. Runs resume, and figures that
+are there (FOLDER/figures.json) are not measured again; the table goes to FOLDER/figures.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import resource
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,19 +68,26 @@ def main() -> None:
     )
     figures = Measured(folder / "figures.json")
     figures.add("base", lambda: measure(base))
-    for name, more in variants.items():
-        run = folder / name.split("(")[0].strip().replace(" ", "-")
-        seconds = train(str(data), "-o", str(run), "--init-from", str(base), *flags, *shlex.split(more))
-        figures.add(name, lambda run=run, seconds=seconds: measure(run / "pipeline") | {"seconds": seconds})
+    for (name, more), seed in itertools.product(variants.items(), options.seeds):
+        run = folder / f"{name.split('(')[0].strip().replace(' ', '-')}-{seed}"
+        own = ["--seed", str(seed), *flags, *shlex.split(more)]
+        seconds = train(str(data), "-o", str(run), "--init-from", str(base), *own)
+        row = name if len(options.seeds) == 1 else f"{name}, seed {seed}"
+        figures.add(row, lambda run=run, seconds=seconds: measure(run / "pipeline") | {"CPU": seconds})
     (folder / "figures.md").write_text(table(figures.values))
     print(table(figures.values))
 
 
 def train(*arguments: str) -> float:
-    """`latentflow train` in a process of its own; its seconds."""
-    started = time.monotonic()
+    """Run `latentflow train` in a process of its own; return its seconds of processor time."""
+    before = processor_seconds()
     subprocess.run([sys.executable, str(ROOT / "train" / "flow.py"), *arguments], check=True)
-    return time.monotonic() - started
+    return processor_seconds() - before
+
+
+def processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 Measure = Callable[[Path], Figures]
@@ -151,27 +161,39 @@ def of_folders(options: argparse.Namespace, folder: Path) -> tuple[Path, Path, l
     """Base, new data, flags and figures of folders with captions."""
     base = Path(options.base)
     side = side_of(opened(base))
-    old, new = read(options.old, side), read(options.new, side)
+    new = read(options.new, side)
     held_out = read(options.held_out, side) if options.held_out else None
-    order = torch.randperm(len(old.captions), generator=torch.Generator().manual_seed(0))[
-        :OLD_CAPTIONS
-    ].tolist()
-    asked = [old.captions[row] for row in order]
-    everything = Images(torch.cat([old.images, new.images]), [*old.captions, *new.captions])
-    prompts = folder / "captions.txt"
-    prompts.write_text("\n".join(captions_in_disorder(old.captions, set(asked))) + "\n", encoding="utf-8")
+    everything, asked, prior = new, [], ["--prior-samples", "0"]
+    if options.old:
+        old = read(options.old, side)
+        everything = Images(torch.cat([old.images, new.images]), [*old.captions, *new.captions])
+        order = torch.randperm(len(old.captions), generator=torch.Generator().manual_seed(0))
+        asked = [old.captions[row] for row in order[:OLD_CAPTIONS].tolist()]
+        prompts = folder / "captions.txt"
+        prompts.write_text("\n".join(captions_in_disorder(old.captions, set(asked))) + "\n", encoding="utf-8")
+        prior = ["--prior-prompts", str(prompts)]
+
+    def found(images: Tensor, captions: list[str]) -> float:
+        real = (everything.images, everything.captions)
+        return retrieve(images, captions, *real, space=options.space, tops=(1,)).shares[1]
 
     def measure(checkpoint: Path) -> Figures:
         pipe = opened(checkpoint)
-        found = {
-            "new captions": retrieval(pipe, new.captions, everything),
-            "200 old captions": retrieval(pipe, asked, everything),
-            "loss, new": loss(pipe, new),
-        }
-        return found | ({} if held_out is None else {"loss, held out": loss(pipe, held_out)})
+        figures = {"new captions": found(drawn(pipe, "prompt", new.captions), new.captions)}
+        if asked:
+            figures[f"{len(asked)} old captions"] = found(drawn(pipe, "prompt", asked), asked)
+        figures["loss, new"] = loss(pipe, new)
+        return figures | ({} if held_out is None else {"loss, held out": loss(pipe, held_out)})
 
-    flags = ["--resolution", str(side), "--prior-prompts", str(prompts), "--preview-steps", "0"]
-    return base, Path(options.new), [*flags, "--validation", "0"], measure
+    def reconstructed() -> Figures:
+        model = opened(base).model
+        with torch.no_grad():
+            copies = torch.cat([model.decode(model.encode(part)) for part in new.images.split(BATCH)])
+        return {"new captions": found(copies, new.captions)}
+
+    Measured(folder / "figures.json").add("real images", reconstructed)
+    flags = ["--resolution", str(side), *prior, "--preview-steps", "0", "--validation", "0"]
+    return base, Path(options.new), flags, measure
 
 
 def captions_in_disorder(captions: list[str], measured: set[str]) -> list[str]:
@@ -184,11 +206,6 @@ def captions_in_disorder(captions: list[str], measured: set[str]) -> list[str]:
 def read(data: str, side: int) -> Images:
     source = find_source(data, condition="text")
     return Images(pixels_to_images(cached_pixels(source, side)[:]), source.captions())
-
-
-def retrieval(pipe: Any, captions: list[str], real: Images) -> float:
-    images = drawn(pipe, "prompt", captions)
-    return retrieve(images, captions, real.images, real.captions, tops=(1,)).shares[1]
 
 
 @torch.no_grad()
@@ -249,8 +266,8 @@ def table(values: dict[str, Figures]) -> str:
     def cell(figures: Figures, name: str) -> str:
         if name not in figures:
             return ""
-        if name == "seconds":
-            return f"{figures[name]:.0f}"
+        if name == "CPU":
+            return f"{figures[name]:.0f} s"
         return f"{figures[name]:.4f}" if name.startswith("loss") else f"{figures[name]:.1%}"
 
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
@@ -268,14 +285,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", help="folders: the checkpoint")
     parser.add_argument("--new", help="folders: what it is fine-tuned on")
     parser.add_argument("--old", help="folders: what it was trained on")
+    parser.add_argument("--space", default="pixels-32", help="folders: feature space of the retrieval")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the training runs")
     parser.add_argument("--held-out", help="folders: images like --new that are not trained on")
     parser.add_argument(
         "--variant", action="append", default=[], metavar="NAME=FLAGS", help="a line of flags"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    if options.experiment == "folders" and not (options.base and options.new and options.old):
-        parser.error("folders needs --base, --new and --old")
+    if options.experiment == "folders" and not (options.base and options.new):
+        parser.error("folders needs --base and --new")
     return options
 
 
