@@ -115,7 +115,7 @@ class AdapterConfig:
     """
 
     lora_rank: Annotated[int, Essential("model")] = 0
-    """Train an adapter (LoRA) of this rank, usually 8, beside the frozen weights. 0: train all weights."""
+    """Train an adapter (LoRA) of this rank, usually 16, beside the frozen weights. 0: train all weights."""
     lora_alpha: float | None = None
     """The adapter is multiplied by alpha / rank. Default: the rank."""
     lora_dora: bool = False
@@ -128,12 +128,12 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0:
-            raise UserError(f"--lora-rank is {self.lora_rank}", "It must be at least 1; 8 is usual.")
+            raise UserError(f"--lora-rank is {self.lora_rank}", "It must be at least 1; 16 is usual.")
         if not self.lora_rank:
             for setting in dataclasses.fields(self):
                 if getattr(self, setting.name) != setting.default:
                     flag = f"--{setting.name.replace('_', '-')}"
-                    raise UserError(f"{flag} without --lora-rank", "Add --lora-rank 8.")
+                    raise UserError(f"{flag} without --lora-rank", "Add --lora-rank 16.")
             return
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise UserError(f"--lora-alpha is {self.lora_alpha}", "It must be above 0; default: the rank.")

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from ..errors import UserError
 from ..families.few_steps import FewSteps
 from ..families.latentflow import LatentFlowModel
 from ..models import with_words
+from ..utils.files import restore_permissions
 from .adapter_files import (
     CLASSES,
     PARTS,
@@ -218,6 +220,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         cls._save_lora_weights(
             save_directory, given, metadata, is_main_process, weight_name, save_function, safe_serialization
         )
+        restore_permissions(Path(save_directory))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the pipeline folder.

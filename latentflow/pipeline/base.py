@@ -33,7 +33,14 @@ from ..utils.components import (
     weight_files,
     without_reports,
 )
-from ..utils.files import MEND, check_settings, check_types, pipeline_folder, read_settings
+from ..utils.files import (
+    MEND,
+    check_settings,
+    check_types,
+    pipeline_folder,
+    read_settings,
+    restore_permissions,
+)
 from .adapters import AdapterMixin
 from .arguments import CALLBACK_TENSORS, output_kind
 from .sampling import SamplingMixin
@@ -225,6 +232,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         super().save_pretrained(save_directory, *args, **kwargs)
         for file in [Path(save_directory, self.config_name), *Path(save_directory).glob("*/config.json")]:
             _forget_origin(file)
+        restore_permissions(Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

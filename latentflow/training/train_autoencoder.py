@@ -15,6 +15,7 @@ from ..autoencoder.losses import PatchDiscriminator
 from ..config import AutoencoderConfig, DataConfig, LoopConfig
 from ..data import Source, cached_pixels, pixels_to_images, to_pil
 from ..metrics import psnr, ssim
+from ..utils.files import restore_permissions
 from .loop.fit import Callbacks, fit
 from .loop.run_folder import writing
 from .loop.stopping import Stop
@@ -88,6 +89,7 @@ def train_autoencoder(
         measure_statistics(vae, pixels_to_images(pixels[rows]).split(64))
         with writing(f"the autoencoder {output / 'autoencoder'}", output):
             vae.save_pretrained(folder)
+            restore_permissions(folder)
             carry_over(output / "autoencoder", folder)
 
     # ---- training ----

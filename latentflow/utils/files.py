@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from ..errors import UserError, is_number, nearest, reading, shown
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from yaml import Node
 
+
+os.umask(_UMASK := os.umask(0o022))  # the only way to read it is to set it
 
 DEPTH = 64  # most levels of values inside values
 VALUES = 1_000_000  # most values of a document; those that YAML's aliases repeat are counted each time
@@ -289,6 +292,25 @@ def pipeline_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
     if not folder.is_dir() and (len(folder.parts) != 2 or folder.is_absolute()):
         raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
     return folder if folder.is_dir() else None
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any other new file."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), file, metadata=metadata)
+    restore_permissions(file)
+
+
+def restore_permissions(written: Path) -> None:
+    """Give the safetensors file, or those below the folder, the permissions of any other new file.
+
+    safetensors 0.8 makes them readable by their owner alone, whatever the umask is (its issue 782): on a shared disk
+    nobody else could open the checkpoint.
+    """
+    for file in [written] if written.is_file() else written.rglob("*.safetensors"):
+        with suppress(OSError):  # a disk without permissions
+            file.chmod(0o666 & ~_UMASK)
 
 
 @contextmanager

@@ -61,6 +61,15 @@ def test_the_plan_says_what_is_trained(run) -> None:
     assert f": {count + 16 * words:,} trained parameters" in run[1]
 
 
+def test_every_file_has_the_permissions_of_a_new_file(run, base, cache, tmp_path) -> None:
+    """Also the weights: on a shared disk a checkpoint is for others as well."""
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    files = [file for folder in (run[0], base, cache) for file in folder.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert {str(file): oct(file.stat().st_mode) for file in files if file.stat().st_mode != usual} == {}
+
+
 def test_the_result_is_the_base_with_the_adapter(run, base) -> None:
     result, pipe = opened(run[0] / "pipeline"), opened(base)
     before = sampled(pipe, prompt="a glimmering wug")

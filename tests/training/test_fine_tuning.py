@@ -334,7 +334,7 @@ def test_defaults_follow_from_the_number_of_images_and_flags_win() -> None:
     assert (own.learning_rate, own.max_train_steps, own.lr_warmup_steps) == (2e-3, 20_000, 100)
     assert own.lr_embeddings == 1
     adapter = fitted(loop, (), 40, own_share=0.5, adapter=True)  # begins at nothing
-    assert (adapter.learning_rate, adapter.lr_embeddings, adapter.max_train_steps) == (6e-3, 1, 313)
+    assert (adapter.learning_rate, adapter.lr_embeddings, adapter.max_train_steps) == (1.2e-2, 1, 313)
     student = fitted(loop, (), 40, own_share=0.5, adapter=True, student=True)
     assert student.learning_rate == 2e-3
     with pytest.raises(UserError, match="a step of one sample"):

@@ -22,12 +22,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ...errors import UserError
+from ...utils.files import save_tensors
 
 if sys.platform != "win32":
     import fcntl
@@ -110,7 +110,7 @@ class Shard:
         partial = folder / f"{path.stem}-{os.getpid()}.tmp"
         try:
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            save_file(tensors, partial, metadata={"crc32": str(_checksum([keys, self.sums]))})
+            save_tensors(tensors, partial, metadata={"crc32": str(_checksum([keys, self.sums]))})
             partial.replace(path)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise OSError(str(error)) from error

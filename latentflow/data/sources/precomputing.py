@@ -16,7 +16,7 @@ import torch
 
 from ...config import DataConfig
 from ...errors import UserError
-from ...utils.files import replacing, storable
+from ...utils.files import replacing, restore_permissions, storable
 from ..cache.store import Array, ShardSet, digests
 from ..cache.tensors import (
     Settings,
@@ -176,6 +176,7 @@ def _begin(job: Precomputation, folder: Path) -> None:
     describe(job, folder, complete=False, index="")
     with tempfile.TemporaryDirectory(dir=folder, suffix=".tmp") as temporary:
         job.vae.save_pretrained(Path(temporary) / AUTOENCODER)
+        restore_permissions(Path(temporary))
         with contextlib.suppress(OSError):  # another process was first
             (Path(temporary) / AUTOENCODER).rename(folder / AUTOENCODER)
 

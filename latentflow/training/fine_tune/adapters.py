@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...config import AdapterConfig
 from ...errors import UserError
 from ...families import FlowModel
 from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
+from ...utils.files import save_tensors
 from ..report.export import carry_over
 
 _NAME = "default"  # the only adapter's, while it is trained
@@ -145,7 +145,7 @@ class Adapter:
         if self._intervals is not None:
             tensors |= {f"{INTERVALS}{name}": value for name, value in self._intervals.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
+        save_tensors(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             folder / LORA_WEIGHT_NAME_SAFE,
             metadata={
@@ -200,7 +200,7 @@ def _inject(module: nn.Module, config: AdapterConfig) -> int:
         outputs, inputs = layers[smallest].weight.shape
         raise UserError(
             f"--lora-rank {config.lora_rank} is above what the layer {smallest} ({inputs} to {outputs}) can have",
-            f"At most {most}; 8 is usual. --lora-layers leaves layers out.",
+            f"At most {most}; 16 is usual. --lora-layers leaves layers out.",
         )
     settings = LoraConfig(
         r=config.lora_rank,

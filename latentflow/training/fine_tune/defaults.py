@@ -14,7 +14,7 @@ from ..loop.distributed import process_state
 FEW = 50  # images: from here down, each is used as often as it takes to learn it
 _USES = 250  # of each of so few; of more, by the square root of their number fewer
 _SLOWER = 5  # times the learning rate from scratch
-_FASTER = 3  # times that rate: of an adapter (docs/measurements/fine-tuning.md)
+_FASTER = 6  # times the rate from scratch: of an adapter (docs/measurements/fine-tuning.md)
 _LEAST_HELD_OUT_OF = 20  # images: of fewer none is held out by default
 
 
@@ -47,7 +47,7 @@ def fitted(
         images: number of images of the data; ``repeats`` decide which are used more often, not their average use.
         own_share: share of the samples that are images of the data.
         adapter: an adapter is trained: two small factors that start at nothing. At the rate from scratch it has not
-            learned 20 images when a full fine-tune has; at three times that rate it has.
+            learned 20 images when a full fine-tune has; at six times that rate it has.
         student: it follows a teacher; its adapter learns at the rate from scratch, with which it was measured.
 
     Raises:

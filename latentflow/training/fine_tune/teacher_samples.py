@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,7 +20,7 @@ from ...data import Cropping, Example, LatentTable, Source, to_pil
 from ...errors import UserError, reading
 from ...families import FlowModel
 from ...pipeline.adapter_files import weights_hash
-from ...utils.files import replacing
+from ...utils.files import replacing, save_tensors
 from ...utils.memory import memory_phase
 from ..data import conditions_of
 from ..loop.data_order import Stream, seeded
@@ -151,7 +151,7 @@ def _samples(
             model.pipeline.to(device)
             drawn = _draw(model, some, start, side, settings)
             with replacing(file) as partial:
-                save_file({name: value.contiguous() for name, value in drawn.items()}, partial)
+                save_tensors({name: value.contiguous() for name, value in drawn.items()}, partial)
         parts.append(_read(file, len(some)))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 

@@ -17,7 +17,6 @@ from typing import Any
 import safetensors
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -28,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from ...config import LoopConfig
 from ...errors import UserError
-from ...utils.files import read_settings
+from ...utils.files import read_settings, save_tensors
 from .distributed import local, together
 from .run_folder import begin_folder, finish_folder, hidden, remove_folder, system_errors, write_folder
 
@@ -151,7 +150,7 @@ def _copied(tensor: Tensor, buffer: Tensor | None, mesh: DeviceMesh | None) -> T
 
 def _write(folder: Path, taken: Snapshot) -> None:
     for name, tensors in taken.files.items():
-        save_file(tensors, folder / f"{name}.safetensors")
+        save_tensors(tensors, folder / f"{name}.safetensors")
     _write_plain(folder, taken)
 
 
