@@ -93,7 +93,7 @@ def _data_sentence(body: str) -> str:
     blocks = re.split(r"\n\s*\n|^- ", section[1], flags=re.MULTILINE) if section else []
     block = next((block for block in blocks if re.search(r"\d", block)), "")
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", block)  # links
-    text = printable(" ".join(re.sub(r"\\(\W)|[*`_]", r"\1", text).split())).removeprefix("data: ")
+    text = printable(" ".join(re.sub(r"\\([\W_])|[*`_]", r"\1", text).split())).removeprefix("data: ")
     sentence = re.split(r"(?<=\w[.;]) ", text, maxsplit=1)[0].rstrip(".;")
     return sentence if len(sentence) <= LONGEST_FACT else f"{sentence[:LONGEST_FACT].rpartition(' ')[0]} ..."
 

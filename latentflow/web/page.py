@@ -128,7 +128,7 @@ def lay_out_edit(tab: Tab) -> None:
     with gr.Row(elem_classes=["workspace", "of-image"]):
         with gr.Column(elem_classes=["source"]):
             tab.add_upload()
-            shown = gr.Image(show_label=False, interactive=False, height=320, buttons=[], visible=False)
+            shown = gr.Image(show_label=False, interactive=False, height=370, buttons=[], visible=False)
             tab.add_prompt("source_prompt", "Source prompt", "What the image shows now, such as red apple")
             tab.add_class("source_class", "Source class", optional=True)
         with gr.Column(elem_classes=["ask"]):

@@ -168,12 +168,15 @@ class Tab:
     def add_settings(self) -> None:
         """Add the number of images and their seeds."""
         name = self.name
-        images = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Number of images", elem_id=f"{name}-images")
-        with gr.Row():
-            seed = gr.Number(
-                0, minimum=0, maximum=LARGEST_SEED, precision=0, label="Seed", elem_id=f"{name}-seed"
+        with gr.Group():
+            images = gr.Slider(
+                1, MOST_IMAGES, 1, step=1, label="Number of images", elem_id=f"{name}-images"
             )
-            new_seed = gr.Checkbox(True, label="Randomize seed", elem_id=f"{name}-new-seed")
+            with gr.Row():
+                seed = gr.Number(
+                    0, minimum=0, maximum=LARGEST_SEED, precision=0, label="Seed", elem_id=f"{name}-seed"
+                )
+                new_seed = gr.Checkbox(True, label="Randomize seed", elem_id=f"{name}-new-seed")
         self.inputs |= {"images": images, "seed": seed, "new_seed": new_seed}
 
     def add_sampling(self, guidance: float = 4.0, few_steps: bool = True) -> None:
