@@ -186,7 +186,9 @@ def _name_of(source: str) -> str:
     path = path.resolve()
     if path.name == ADAPTER_FILE:
         path = path.parent
-    return printable(path.parent.name if path.name == "adapter" else path.stem if path.is_file() else path.name)
+    return printable(
+        path.parent.name if path.name == "adapter" else path.stem if path.is_file() else path.name
+    )
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The layout of the web page. Its tabs are made of the parts in :mod:`tab`; :mod:`inference_server` answers requests."""
+"""The layout of the web page, of the parts in :mod:`tab`; :mod:`inference_server` answers its requests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def add_header(server: InferenceServer) -> None:
         return f'<h1>latentflow</h1><span class="model">{shown[0]}</span><div>{spans}</div>{data}'
 
     field = gr.HTML(header(["loading the model ..."]), elem_id="header")
-    gr.on(None, reporting_errors(lambda: header(server.facts)), outputs=field, **AT_ONCE)  # when the page is loaded
+    gr.on(
+        None, reporting_errors(lambda: header(server.facts)), outputs=field, **AT_ONCE
+    )  # when the page is loaded
 
 
 def lay_out_generate(tab: Tab) -> None:
@@ -75,7 +77,7 @@ def lay_out_inpaint(tab: Tab) -> None:
     with gr.Row(elem_classes=["workspace", "of-image"]):
         with gr.Column(elem_classes=["source"]):
             tab.add_upload()
-            hint = gr.HTML("Paint over the area to replace:", visible=False)
+            hint = gr.HTML("Paint over the area to replace:", visible=False, elem_id="inpaint-hint")
             editor = gr.ImageEditor(
                 show_label=False,
                 elem_id="inpaint-editor",
@@ -128,7 +130,14 @@ def lay_out_edit(tab: Tab) -> None:
     with gr.Row(elem_classes=["workspace", "of-image"]):
         with gr.Column(elem_classes=["source"]):
             tab.add_upload()
-            shown = gr.Image(show_label=False, interactive=False, height=370, buttons=[], visible=False)
+            shown = gr.Image(
+                show_label=False,
+                interactive=False,
+                height=370,
+                buttons=[],
+                visible=False,
+                elem_id="edit-original",
+            )
             tab.add_prompt("source_prompt", "Source prompt", "What the image shows now, such as red apple")
             tab.add_class("source_class", "Source class", optional=True)
         with gr.Column(elem_classes=["ask"]):

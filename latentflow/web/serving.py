@@ -28,7 +28,8 @@ MOST_SESSIONS = 500  # sessions whose inputs Gradio keeps a copy of
 MOST_PIXELS = 50_000_000  # of an upload
 # Fonts of the reader's machine: Gradio's own would come from the network.
 THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")).set(
-    body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500"  # Gradio's own are too pale to read
+    body_text_color_subdued="*neutral_500",
+    block_info_text_color="*neutral_500",  # Gradio's own are too pale to read
 )
 
 

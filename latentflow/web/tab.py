@@ -91,14 +91,21 @@ class Tab:
     def add_buttons(self) -> None:
         """Add the buttons that start and cancel a request."""
         with gr.Row():
-            self._go = gr.Button(self.name.capitalize(), variant="primary", elem_id=f"{self.name}-go", scale=3)
+            self._go = gr.Button(
+                self.name.capitalize(), variant="primary", elem_id=f"{self.name}-go", scale=3
+            )
             self._cancel = gr.Button("Cancel", elem_id=f"{self.name}-cancel", scale=1, min_width=90)
 
     def add_prompt(self, name: str, label: str, placeholder: str = "", elem_id: str | None = None) -> None:
         """Add a field for a prompt, which is hidden if the checkpoint takes none."""
         visible = self.server.capabilities.text
         field = gr.Textbox(
-            "", label=label, placeholder=placeholder, visible=visible, max_length=LONGEST_PROMPT, elem_id=elem_id
+            "",
+            label=label,
+            placeholder=placeholder,
+            visible=visible,
+            max_length=LONGEST_PROMPT,
+            elem_id=elem_id,
         )
         self.inputs |= {name: field} if visible else {}
 
@@ -169,9 +176,7 @@ class Tab:
         """Add the number of images and their seeds."""
         name = self.name
         with gr.Group():
-            images = gr.Slider(
-                1, MOST_IMAGES, 1, step=1, label="Number of images", elem_id=f"{name}-images"
-            )
+            images = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Number of images", elem_id=f"{name}-images")
             with gr.Row():
                 seed = gr.Number(
                     0, minimum=0, maximum=LARGEST_SEED, precision=0, label="Seed", elem_id=f"{name}-seed"
@@ -256,7 +261,9 @@ class Tab:
         self._unknown = gr.Textbox(label="Words that the checkpoint does not know", visible=False)
         with gr.Row():
             self._send = {
-                tab: gr.Button(f"Send to {tab.capitalize()}", size="sm", elem_id=f"{self.name}-to-{tab}", min_width=120)
+                tab: gr.Button(
+                    f"Send to {tab.capitalize()}", size="sm", elem_id=f"{self.name}-to-{tab}", min_width=120
+                )
                 for tab in ("inpaint", "edit")
             }
 
@@ -277,7 +284,9 @@ class Tab:
         @reporting_errors
         def show(path: str | None) -> Any:
             if path is None:
-                return {field: gr.update(value=None, visible=False)} | dict.fromkeys(hints, gr.update(visible=False))
+                return {field: gr.update(value=None, visible=False)} | dict.fromkeys(
+                    hints, gr.update(visible=False)
+                )
             image, note = self.server.opened(path)
             if note:
                 gr.Info(note)
@@ -286,7 +295,9 @@ class Tab:
             scale = CANVAS / max(image.size)
             size = [max(1, round(scale * side)) for side in image.size]
             value = value_of(to_rgb(image).resize(size))
-            return {field: gr.update(value=value, visible=True)} | dict.fromkeys(hints, gr.update(visible=True))
+            return {field: gr.update(value=value, visible=True)} | dict.fromkeys(
+                hints, gr.update(visible=True)
+            )
 
         assert self.file is not None
         options = {"show_progress": "hidden", "api_visibility": "private"}

@@ -22,7 +22,9 @@ def test_the_name_is_that_of_the_folder_or_run(tmp_path: Path) -> None:
 
 def test_the_shipped_card_says_what_it_was_trained_on() -> None:
     card = read_card(SHIPPED)
-    assert card.data == "3,273 images of Noto Emoji (Google, Apache-2.0), 64 px on white, with their CLDR names"
+    assert (
+        card.data == "3,273 images of Noto Emoji (Google, Apache-2.0), 64 px on white, with their CLDR names"
+    )
     assert card.prompts[0] == "red apple" and len(card.prompts) > 3
 
 
@@ -33,13 +35,16 @@ def test_the_shipped_card_says_what_it_was_trained_on() -> None:
         ("# A model\n\nGenerates images.", Card()),
         (
             "---\nlicense: mit\n---\n\n```bash\nlatentflow generate 'a red cat' --checkpoint runs/cats -o a.png\n```\n"
-            "## Data\n\n- data: captions from metadata.jsonl\n- data: 10 images to train on, 2 held out; condition: text\n"
-            "\n## Training\n\n9 steps\n",
+            "## Data\n\n- data: captions from metadata.jsonl\n"
+            "- data: 10 images to train on, 2 held out; condition: text\n\n## Training\n\n9 steps\n",
             Card("10 images to train on, 2 held out", ("a red cat",)),
         ),
         ("---\nwidget: [{text: cat}, {text: 3}, dog]\n---\n", Card(prompts=("cat",))),
         ("---\nwidget: cat\n---\n", Card()),
-        ("---\n- [\n---\n## Training data\n\nOf [5 cats](http://x.example) and `dogs`\\_1.", Card("Of 5 cats and dogs_1")),
+        (
+            "---\n- [\n---\n## Training data\n\nOf [5 cats](http://x.example) and `dogs`\\_1.",
+            Card("Of 5 cats and dogs_1"),
+        ),
         ("latentflow generate 'open\n", Card()),
     ],
 )
@@ -69,7 +74,12 @@ def touch(*files: Path) -> None:
 def test_adapters_are_those_that_were_named_or_lie_in_the_checkpoint(tmp_path: Path) -> None:
     runs, base = tmp_path / "runs", tmp_path / "base"
     touch(base / "fast" / FILE, base / "glow" / FILE, base / "transformer" / "weights.safetensors")
-    touch(runs / "hats" / "adapter" / FILE, runs / "boots" / FILE, runs / "loose.safetensors", runs / "notes.txt")
+    touch(
+        runs / "hats" / "adapter" / FILE,
+        runs / "boots" / FILE,
+        runs / "loose.safetensors",
+        runs / "notes.txt",
+    )
     touch(tmp_path / "elsewhere" / "hats" / FILE)
     assert [*offered_adapters(base)] == ["glow"]
     assert offered_adapters(None) == {}

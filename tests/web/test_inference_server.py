@@ -140,7 +140,9 @@ def adapted(caption_checkpoint: Path, tmp_path: Path) -> Path:
     file = folder / "fast" / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    facts = json.loads(metadata["latentflow"]) | {"few_steps": {"step_counts": [1, 2], "folded_guidance": 3.0}}
+    facts = json.loads(metadata["latentflow"]) | {
+        "few_steps": {"step_counts": [1, 2], "folded_guidance": 3.0}
+    }
     save_file(load_file(file), file, metadata | {"latentflow": json.dumps(facts)})
     return folder
 
@@ -167,7 +169,19 @@ def test_the_image_is_that_of_generate_with_the_same_flags(
     server.generate(REQUEST, silent)  # what another request has used is not left behind
     server.generate(replace(REQUEST, lora=(("hats", 1.0),)), silent)
     [image] = server.generate(replace(REQUEST, prompt="red beanie", seed=7, **settings), silent)
-    line = ["red beanie", "--checkpoint", "mine", "--device", "cpu", "--seed", "7", "--steps", "2", "-o", "out.png"]
+    line = [
+        "red beanie",
+        "--checkpoint",
+        "mine",
+        "--device",
+        "cpu",
+        "--seed",
+        "7",
+        "--steps",
+        "2",
+        "-o",
+        "out.png",
+    ]
     load_program("generate").main([*line, *flags])
     with Image.open("out.png") as expected:
         assert image.tobytes() == expected.tobytes()

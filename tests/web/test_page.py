@@ -43,7 +43,17 @@ def checkpoint(
 @pytest.mark.parametrize(
     ("server", "shown"),
     [
-        (checkpoint(text=True), {"Prompt", "Prompt for the masked area", "Source prompt", "Target prompt", "Negative prompt", "Guidance scale"}),
+        (
+            checkpoint(text=True),
+            {
+                "Prompt",
+                "Prompt for the masked area",
+                "Source prompt",
+                "Target prompt",
+                "Negative prompt",
+                "Guidance scale",
+            },
+        ),
         (checkpoint(classes=("apple", "hat")), {"Class", "Source class", "Guidance scale"}),
         (checkpoint(), set()),
     ],
@@ -52,7 +62,17 @@ def checkpoint(
 def test_the_page_asks_for_what_the_checkpoint_takes(server, shown) -> None:
     blocks = page.build(server).blocks.values()
     visible = {block.label for block in blocks if getattr(block, "label", None) and block.visible}
-    usual = {"Seed", "Randomize seed", "Number of images", "Steps", "Solver", "Method", "Strength", "Image", "Images"}
+    usual = {
+        "Seed",
+        "Randomize seed",
+        "Number of images",
+        "Steps",
+        "Solver",
+        "Method",
+        "Strength",
+        "Image",
+        "Images",
+    }
     usual |= {"Advanced settings", "Mask feather (px)", "Padding around the mask (px)"}
     usual |= {"Generate", "Inpaint", "Edit"}  # the tabs
     assert visible == usual | shown
