@@ -198,6 +198,9 @@ class Visitor:
         urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
         return {urlsplit(url).hostname for url in urls if urlsplit(url).scheme not in ("data", "blob")}
 
+    def shows(self, css: str) -> bool:
+        return any(element.is_displayed() for element in self.all(css))
+
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
@@ -459,17 +462,17 @@ def test_the_switch_and_the_picker_do_what_the_flags_of_generate_do(me, adapters
     assert plain == generated()
 
     me.open_settings("generate")
-    assert steps() == "20" and me.all("#generate-guidance")
+    assert steps() == "20" and me.shows("#generate-guidance")
     me.one("#generate-fast input").click()
-    me.wait(lambda: steps() == "4" and not me.all("#generate-guidance"))
+    me.wait(lambda: steps() == "4" and not me.shows("#generate-guidance"))
     fast = me.draw("generate")
     assert fast == generated("--fast")
 
     me.one("#generate-fast input").click()
-    me.wait(lambda: steps() == "20" and me.all("#generate-guidance"))
+    me.wait(lambda: steps() == "20" and me.shows("#generate-guidance"))
     assert me.draw("generate") == plain
 
-    assert not me.all("#generate-lora-weight-1")
+    assert not me.shows("#generate-lora-weight-1")
     me.one("#generate-lora input").click()
     next(each for each in me.all("[role=option]") if each.text.split()[-1] == "glow").click()
     me.type("#generate-lora-weight-1 input[type=number]", "0.55")
