@@ -208,7 +208,9 @@ class Visitor:
         """Written where LATENTFLOW_SCREENSHOTS says."""
         if folder := os.environ.get("LATENTFLOW_SCREENSHOTS"):
             if name != "phone":  # as it looks before anybody opens the settings
-                self.run("for (const each of document.querySelectorAll('button.label-wrap.open')) each.click()")
+                self.run(
+                    "for (const each of document.querySelectorAll('button.label-wrap.open')) each.click()"
+                )
                 self.run("window.scrollTo(0, 0)")
             time.sleep(1)  # what fades in has to
             self.driver.save_screenshot(str(Path(folder) / f"app-{name}.png"))
