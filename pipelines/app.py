@@ -22,6 +22,9 @@ class AppConfig(AdapterChoice):
 
     checkpoint: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Pipeline folder, run folder or hub id; default: the shipped checkpoint."""
+    lora_folder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Offer the adapters (LoRA) in this folder too, such as runs. Those of --lora are in use at first; those in the
+    checkpoint's folder are always offered."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 opens the page to everybody who can reach this machine: give --auth as well."""
     port: int = 7860
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
     serve(
-        InferenceServer(config.checkpoint, config.device, config),
+        InferenceServer(config.checkpoint, config.device, config, config.lora_folder),
         config.host,
         config.port,
         auth=auth,

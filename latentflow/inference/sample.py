@@ -65,6 +65,15 @@ def check_checkpoint(checkpoint: str | None) -> None:
     pipeline_folder(_resolve(checkpoint))
 
 
+def local_folder(checkpoint: str | None) -> Path | None:
+    """Return the pipeline folder that a checkpoint is opened from, or None for a hub id.
+
+    Raises:
+        UserError: see `check_checkpoint`.
+    """
+    return pipeline_folder(_resolve(checkpoint))
+
+
 def open_pipeline(
     kind: type[P], checkpoint: str | None = None, device: str = "auto", adapters: AdapterChoice | None = None
 ) -> P:
@@ -151,7 +160,7 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
         pipe.merge_lora_weights(checkpoint, any_base=choice.lora_any_base, subfolder="fast")
     if not choice.lora:
         return
-    adapters = {f"adapter-{number}": _split(text) for number, text in enumerate(choice.lora)}
+    adapters = {f"adapter-{number}": split_adapter(text) for number, text in enumerate(choice.lora)}
     for name, (source, _) in adapters.items():
         pipe.load_lora_weights(source, adapter_name=name, any_base=choice.lora_any_base)
     pipe.set_adapters(list(adapters), [weight for _, weight in adapters.values()])
@@ -159,8 +168,12 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
     pipe.unload_lora_weights()
 
 
-def _split(text: str) -> tuple[str, float]:
-    """Split ``runs/hats:0.8`` into the adapter's folder or hub id and 0.8; without a number the weight is 1."""
+def split_adapter(text: str) -> tuple[str, float]:
+    """Split ``runs/hats:0.8`` into the adapter's folder or hub id and 0.8; without a number the weight is 1.
+
+    Raises:
+        UserError: there is no such folder or file, or the weight is not finite.
+    """
     source, _, number = text.rpartition(":")
     try:
         weight = float(number)

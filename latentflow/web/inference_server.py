@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import AdapterChoice
-from ..errors import UserError, finite, whole
+from ..errors import UserError, finite, unknown, whole
 from ..inference.images import read_image
 from ..inference.sample import (
     BATCH,
+    SHIPPED,
+    Capabilities,
     conditions,
+    local_folder,
     model_capabilities,
     open_pipeline,
     read_capabilities,
     sample_images,
 )
+from .checkpoint_facts import FAST, LARGEST_WEIGHT, Card, checkpoint_name, offered_adapters, read_card
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +36,7 @@ LONGEST_PROMPT = 1000
 LARGEST_IMAGE = 4  # times the side that the checkpoint was trained at
 CANVAS = 512  # pixels of the longer side of an uploaded image on the page
 LARGEST_SEED = 2**32 - 1
+MOST_OPEN = 2  # pipelines that are kept, each with other adapters merged into its weights
 
 #: Smallest and largest value, and type, of every number in a request.
 BOUNDS: dict[str, tuple[float, float, type]] = {
@@ -41,6 +47,7 @@ BOUNDS: dict[str, tuple[float, float, type]] = {
     "strength": (0, 1, float),
     "feather": (0, 32, int),
     "margin": (0, 64, int),
+    "lora_weight": (-LARGEST_WEIGHT, LARGEST_WEIGHT, float),
 }
 
 IMAGE_TO_IMAGE = "image-to-image"
@@ -78,6 +85,10 @@ def text(name: str, value: Any) -> str | None:
 class GenerationRequest:
     """Values that every request has: the conditions, the number of images, and how they are sampled.
 
+    Attributes:
+        fast: use the checkpoint's few-step adapter.
+        lora: (name, weight) of each adapter that is used; the names are those that the server offers.
+
     Raises:
         UserError: a number is outside its bounds, which are those of the page's sliders; or a text is invalid.
     """
@@ -90,45 +101,142 @@ class GenerationRequest:
     steps: int = 20
     guidance: float = 4.0
     solver: str | None = None
+    fast: bool = False
+    lora: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.fast, bool):
+            raise UserError("fast must be true or false")
         for name, value in vars(self).copy().items():
-            checked = number(name, value) if name in BOUNDS else text(name, value)
-            object.__setattr__(self, name, checked)  # whole numbers as int
+            if name not in ("fast", "lora"):
+                checked = number(name, value) if name in BOUNDS else text(name, value)
+                object.__setattr__(self, name, checked)  # whole numbers as int
+        weights = tuple((name, number("lora_weight", weight)) for name, weight in self.lora)
+        object.__setattr__(self, "lora", weights)
 
 
 class InferenceServer:
     """A checkpoint that answers requests, one at a time.
 
-    The pipeline is loaded by the first request that needs it. Every method loads it before it imports anything: if
+    Pipelines are opened by the first request that needs them. Every method opens one before it imports anything: if
     two threads import torch or diffusers at once, one may see half a module, or both may wait for each other for
     ever.
+
+    Args:
+        checkpoint, device: as for ``open_pipeline``.
+        adapters: adapters that are in use when the page is opened.
+        lora_folder: folder whose adapters are offered as well.
+
+    Attributes:
+        name: the checkpoint's name.
+        card: facts from its model card.
+        adapters: the adapters that visitors may choose, by name.
+        has_fast: it has a few-step adapter.
+        chosen: the adapters that are in use when the page is opened.
+        capabilities: what the checkpoint takes with these.
+
+    Raises:
+        UserError: there is no such checkpoint or adapter.
     """
 
     def __init__(
-        self, checkpoint: str | None = None, device: str = "auto", adapters: AdapterChoice | None = None
+        self,
+        checkpoint: str | None = None,
+        device: str = "auto",
+        adapters: AdapterChoice | None = None,
+        lora_folder: str | None = None,
     ) -> None:
-        self._checkpoint, self._device, self._adapters = checkpoint, device, adapters
-        self._pipe: Any = None
+        flags, folder = adapters or AdapterChoice(), local_folder(checkpoint)
+        self._checkpoint, self._device, self._any_base = checkpoint, device, flags.lora_any_base
+        self._opened: OrderedDict[AdapterChoice, Any] = OrderedDict()
         self._loading = threading.Lock()
         self._sampling = threading.Lock()  # pipelines and tokenizers are not safe in several threads
-        adapted = adapters is not None and (adapters.lora or adapters.fast)  # adapters may add classes
+        self.name = checkpoint_name(str(SHIPPED) if checkpoint is None else checkpoint)
+        self.card = Card() if folder is None else read_card(folder)
+        self.adapters = offered_adapters(folder, flags.lora, lora_folder)
+        self.has_fast = flags.fast or (folder is not None and (folder / FAST).is_dir())
+        weights = [(name, offered.weight) for name, offered in self.adapters.items() if offered.chosen]
+        self.chosen = self.choice(flags.fast, weights)
+        adapted = self.chosen.fast or self.chosen.lora  # adapters may add classes
         known = None if adapted else read_capabilities(checkpoint)
         self.capabilities = known or model_capabilities(self.pipe.model)
 
+    # ---------------------------------------------------------------- opening
+
+    def choice(self, fast: bool, lora: Sequence[tuple[str, float]]) -> AdapterChoice:
+        """Return the flags of ``latentflow generate`` for these adapters.
+
+        Args:
+            lora: name and weight of each.
+
+        Raises:
+            UserError: one of them is not offered, so that no other file is opened whatever a request names.
+        """
+        if fast and not self.has_fast:
+            raise UserError("this checkpoint has no few-step adapter", "Switch it off.")
+        for name, _ in lora:
+            if name not in self.adapters:
+                raise unknown("LoRA", name, self.adapters)
+        texts = tuple(f"{self.adapters[name].source}:{weight}" for name, weight in lora)
+        return AdapterChoice(fast=fast, lora=texts, lora_any_base=self._any_base)
+
+    def open(self, choice: AdapterChoice) -> Any:
+        """Return the pipeline with these adapters in its weights, as ``latentflow generate`` opens it.
+
+        It is opened anew, since adapters that are taken out of weights again leave rounding errors, and kept until
+        others are chosen. The first takes half a minute on a slow machine.
+
+        Raises:
+            UserError: it cannot be loaded; adapters are called by their names, without the server's folders.
+        """
+        with self._loading:
+            if choice not in self._opened:
+                from ..pipeline import LatentFlowPipeline
+
+                if len(self._opened) == MOST_OPEN:
+                    self._opened.popitem(last=False)
+                try:
+                    pipe = open_pipeline(LatentFlowPipeline, self._checkpoint, self._device, choice)
+                except UserError as error:
+                    raise self._without_folders(error) from error
+                self._opened[choice] = pipe
+            self._opened.move_to_end(choice)
+            return self._opened[choice]
+
+    def _without_folders(self, error: UserError) -> UserError:
+        what, fix = error.what, error.fix
+        for name, offered in self.adapters.items():
+            what, fix = what.replace(offered.source, name), fix.replace(offered.source, name)
+        return UserError(what, fix)
+
     @property
     def pipe(self) -> Any:
-        """Return the pipeline, loaded at the first call, which takes half a minute on a slow machine.
+        """Return the pipeline that was used last, or else that with the adapters of the flags.
 
         Raises:
             UserError: it cannot be loaded.
         """
-        with self._loading:
-            if self._pipe is None:
-                from ..pipeline import LatentFlowPipeline
+        opened = next(reversed(self._opened), self.chosen)
+        return self.open(opened)
 
-                self._pipe = open_pipeline(LatentFlowPipeline, self._checkpoint, self._device, self._adapters)
-            return self._pipe
+    def capabilities_with(self, choice: AdapterChoice) -> Capabilities:
+        """Return what the checkpoint takes with other adapters: some bring classes, or need few steps."""
+        return model_capabilities(self.open(choice).model)
+
+    @property
+    def facts(self) -> list[str]:
+        """Return what a visitor wants to know of the checkpoint, in short phrases."""
+        model = self.pipe.model
+        size = model.native_size
+        labels = self.capabilities.labels
+        return [
+            *([f"{size[1]} x {size[0]} pixels"] if size else []),
+            *(["text prompts"] if self.capabilities.text else []),
+            *([f"{len(labels)} classes"] if labels else []),
+            *([] if self.capabilities.condition else ["unconditional: takes no prompt"]),
+            *(["trained to inpaint"] if self.capabilities.masks else []),
+            *(["few-step adapter"] if self.has_fast else []),
+        ]
 
     @property
     def choices(self) -> dict[str, list[str]]:
@@ -143,9 +251,10 @@ class InferenceServer:
             "edit": [*(EDITING if self.capabilities.condition else ()), IMAGE_TO_IMAGE],
         }
 
-    def unknown_words(self, *prompts: str | None) -> list[str]:
-        """Return the words of prompts that the checkpoint's vocabulary lacks."""
-        found: list[str] = self.pipe.unknown_words([prompt for prompt in prompts if prompt])
+    def unknown_words(self, request: GenerationRequest, *prompts: str | None) -> list[str]:
+        """Return the words of prompts that the vocabulary of the request's pipeline lacks."""
+        pipe = self.open(self.choice(request.fast, request.lora))
+        found: list[str] = pipe.unknown_words([prompt for prompt in prompts if prompt])
         return found
 
     def opened(self, upload: str | None) -> tuple[Image, str]:
@@ -159,12 +268,12 @@ class InferenceServer:
         """
         pipe = self.pipe
         if upload is None:
-            raise UserError("there is no image", "Upload one, or send one that was generated.")
+            raise UserError("there is no image", "Upload one, or send one from another tab.")
         image = _read_upload(upload, read_image)
         trained = pipe.model.native_side or 64 * pipe.vae_scale_factor
         width, height = image.size
         image.thumbnail((LARGEST_IMAGE * trained, LARGEST_IMAGE * trained))
-        shrunk = f"Shrunk from {width} x {height} to {image.width} x {image.height} pixels."
+        shrunk = f"The image was reduced from {width} x {height} to {image.width} x {image.height} pixels."
         return image, shrunk if image.size != (width, height) else ""
 
     # ---------------------------------------------------------------- requests
@@ -231,7 +340,8 @@ class InferenceServer:
             request = replace(request, images=1)
         if source:
             classes = [source] if request.class_label else []
-            [shown] = conditions(self.pipe, [] if classes else [source], classes)
+            pipe = self.open(self.choice(request.fast, request.lora))
+            [shown] = conditions(pipe, [] if classes else [source], classes)
             settings |= {f"source_{name}": value for name, value in shown.items()}
         if method is not None:
             settings["method"] = method
@@ -242,15 +352,17 @@ class InferenceServer:
     ) -> list[Image]:
         import latentflow
 
-        labels, chosen = self.capabilities.labels, request.class_label
+        choice = self.choice(request.fast, request.lora)
+        if choice not in self._opened:
+            progress(0, 1, "Loading the model")
+        loaded = self.open(choice)  # before a pipeline class is imported
+        labels, chosen = loaded.model.classes, request.class_label
         if labels and not self.capabilities.text and not chosen:
             some = ", ".join(labels[:10]) + (", ..." if labels[10:] else "")
             raise UserError("no class is chosen", f"Choose one: {some}.")
-        if self._pipe is None:
-            progress(0, 1, "Loading the models")
-        loaded = self.pipe  # before a pipeline class is imported
         pipe = getattr(latentflow, kind).from_pipe(loaded)
         pipe.set_progress_bar_config(disable=True)
+        guided = loaded.model.few_steps.folded_guidance != 1.0  # it has learned a scale, and takes no other
         prompts = [request.prompt or ""] if self.capabilities.text and not chosen else []
         shown = conditions(pipe, prompts, [chosen] if chosen else [], request.negative_prompt or None)
 
@@ -265,7 +377,7 @@ class InferenceServer:
                 shown * request.images,
                 request.seed,
                 num_inference_steps=request.steps,
-                guidance_scale=request.guidance,
+                guidance_scale=None if guided else request.guidance,
                 solver=request.solver,
                 callback_on_step_end=after_step,
                 **settings,

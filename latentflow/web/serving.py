@@ -27,7 +27,10 @@ from .page import build
 MOST_SESSIONS = 500  # sessions whose inputs Gradio keeps a copy of
 MOST_PIXELS = 50_000_000  # of an upload
 # Fonts of the reader's machine: Gradio's own would come from the network.
-THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
+THEME = gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")).set(
+    body_text_color_subdued="*neutral_500",
+    block_info_text_color="*neutral_500",  # Gradio's own are too pale to read
+)
 
 
 async def _fetch_nothing(*_: Any, **__: Any) -> str:
@@ -86,6 +89,7 @@ def start(
             state_session_capacity=MOST_SESSIONS,
             auth=auth,
             theme=THEME,
+            css_paths=[Path(__file__).with_name("page.css")],
             app_kwargs={"middleware": [guard]},
             prevent_thread_lock=True,
         )

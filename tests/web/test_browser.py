@@ -27,6 +27,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from latentflow.inference.sample import SHIPPED
 
 pytest.importorskip("selenium", reason='needs Selenium: pip install -e ".[browser]"')
 from selenium import webdriver
@@ -39,19 +43,37 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("gradio") is None, reason='needs Gradio: pip install -e ".[app]"'),
+    pytest.mark.skipif(find_spec("peft") is None, reason='needs peft: pip install -e ".[lora]"'),
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH"),
 ]
 PATIENCE = 600  # seconds: machines may be busy
 STEPS = 8
+DESKTOP, PHONE = (1280, 1080), (390, 844)
+TABS = ("Generate", "Inpaint", "Edit")
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one adapter, "glow": the layers of the shipped few-step adapter alone."""
+    folder = tmp_path_factory.mktemp("adapters")
+    shipped = SHIPPED / "fast" / "pytorch_lora_weights.safetensors"
+    with safe_open(shipped, "np") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys() if "lora" in name}  # noqa: SIM118
+    metadata["latentflow"] = json.dumps(json.loads(metadata["latentflow"]) | {"few_steps": {}})
+    (folder / "glow").mkdir()
+    save_file(tensors, folder / "glow" / shipped.name, metadata)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real `latentflow app` on a free port; how long it took to start is printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "latentflow", "app", "--port", str(port), "--device", "cpu"]
+    command += ["--lora-folder", str(adapters)]
     errors = (tmp_path_factory.mktemp("app") / "stderr").open("w+")
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as app:
@@ -82,10 +104,13 @@ class Visitor:
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
         self.driver.set_page_load_timeout(PATIENCE)
 
-    def open(self, address: str) -> None:
-        """The page as it first looks."""
+    def open(self, address: str, size: tuple[int, int] = DESKTOP) -> None:
+        """The page as it first looks, once the model is loaded."""
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(address)
         self.wait(lambda: self.all("#generate-prompt textarea"))
+        self.wait(lambda: "pixels" in self.one("#header").text)
 
     def all(self, css: str) -> list[Any]:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
@@ -115,7 +140,15 @@ class Visitor:
         field.clear()
         field.send_keys(text + "\t")
 
+    def open_settings(self, tab: str) -> None:
+        """Open the tab's advanced settings, if they are closed."""
+        if not any(field.is_displayed() for field in self.all(f"#{tab}-steps")):
+            [button] = [each for each in self.all("button.label-wrap") if each.is_displayed()]
+            self.wait(lambda: self.clicked(button))
+            self.wait(lambda: any(field.is_displayed() for field in self.all(f"#{tab}-steps")))
+
     def set_steps(self, tab: str, steps: int) -> None:
+        self.open_settings(tab)
         self.type(f"#{tab}-steps input[type=number]", str(steps))
 
     def set_seed(self, tab: str, seed: int) -> None:
@@ -165,9 +198,20 @@ class Visitor:
         urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
         return {urlsplit(url).hostname for url in urls if urlsplit(url).scheme not in ("data", "blob")}
 
+    def shows(self, css: str) -> bool:
+        return any(element.is_displayed() for element in self.all(css))
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
     def screenshot(self, name: str) -> None:
         """Written where LATENTFLOW_SCREENSHOTS says."""
         if folder := os.environ.get("LATENTFLOW_SCREENSHOTS"):
+            if name != "phone":  # as it looks before anybody opens the settings
+                self.run(
+                    "for (const each of document.querySelectorAll('button.label-wrap.open')) each.click()"
+                )
+                self.run("window.scrollTo(0, 0)")
             time.sleep(1)  # what fades in has to
             self.driver.save_screenshot(str(Path(folder) / f"app-{name}.png"))
 
@@ -280,3 +324,161 @@ def test_a_bad_upload_gets_a_message(me, tmp_path) -> None:
         for close in me.all(".toast-close"):
             close.click()
         me.wait(lambda: not me.all(".toast-body"))
+
+
+# ---------------------------------------------------------------- words and layout
+
+# The labels and buttons on view whose text is covered, cut off or outside the window.
+UNREADABLE = """
+const style = document.head.appendChild(document.createElement("style"))
+style.textContent = "* { pointer-events: auto !important }"  // elementsFromPoint passes over others
+const found = []
+const painted = (element) => {
+    const look = getComputedStyle(element)
+    return element.checkVisibility({opacityProperty: true, visibilityProperty: true})
+        && (!["rgba(0, 0, 0, 0)", "transparent"].includes(look.backgroundColor) || look.backgroundImage != "none"
+            || element.matches("img, canvas, svg *")
+            || [...element.childNodes].some((node) => node.nodeType == 3 && node.textContent.trim()))
+}
+const shown = document.querySelectorAll(
+    "#header *, label, [data-testid=block-info], [data-testid=block-label], button, .label-wrap span, #inpaint-hint")
+for (const element of shown) {
+    const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT)
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+        if (!node.textContent.trim() || !element.checkVisibility({visibilityProperty: true})) continue
+        const range = document.createRange()
+        range.selectNodeContents(node)
+        if (!range.getClientRects().length || node.parentElement.closest(".sr-only, .visually-hidden")) continue
+        node.parentElement.scrollIntoView({block: "center", behavior: "instant"})
+        for (const box of range.getClientRects()) {
+            if (box.width < 2 || box.height < 2) continue
+            for (const part of [0.05, 0.5, 0.95]) {
+                const x = box.left + part * box.width, y = box.top + box.height / 2
+                const top = document.elementsFromPoint(x, y).find((element) =>
+                    element.contains(node) || node.parentElement.contains(element) || painted(element))
+                if (!top || !(top.contains(node) || node.parentElement.contains(top)))
+                    found.push(`${node.textContent.trim()} is under ${top && top.outerHTML.slice(0, 80)}`)
+            }
+        }
+    }
+}
+style.remove()
+return [...new Set(found)]
+"""
+
+
+def within(visitor: Visitor, css: str) -> bool:
+    """Whether all of an element is in the window."""
+    return bool(
+        visitor.run(
+            """const box = document.querySelector(arguments[0]).getBoundingClientRect()
+            return box.top >= 0 && box.left >= 0 && box.width > 0
+                && box.bottom <= window.innerHeight && box.right <= window.innerWidth""",
+            css,
+        )
+    )
+
+
+def test_the_page_says_what_it_is_and_what_the_checkpoint_knows(me) -> None:
+    assert me.driver.title == "emoji-64 - latentflow"
+    header = me.one("#header").text
+    assert header.startswith("latentflow") and "emoji-64" in header
+    for fact in ("64 x 64 pixels", "text prompts", "trained to inpaint", "few-step adapter", "Noto Emoji"):
+        assert fact in header
+    next(
+        each for each in me.all("#generate-examples button, .gallery-item") if each.text == "tiger face"
+    ).click()
+    me.wait(lambda: me.one("#generate-prompt textarea").get_attribute("value") == "tiger face")
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_every_label_can_be_read(address, me, size, tmp_path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    me.open(address, size)
+    for tab in TABS:
+        me.open_tab(tab)
+        if tab != "Generate":
+            box = me.one(f"#{tab.lower()}-file")
+            assert box.text.split() == [
+                "Image",
+                "Drop",
+                "File",
+                "Here",
+                "-",
+                "or",
+                "-",
+                "Click",
+                "to",
+                "Upload",
+            ]
+            unreadable = me.run(UNREADABLE)
+            box.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "red.png"))
+            shown = "#inpaint-editor canvas" if tab == "Inpaint" else "#edit-original img"
+            me.wait(lambda shown=shown: any(each.is_displayed() for each in me.all(shown)))
+            assert unreadable == []
+        me.open_settings(tab.lower())
+        time.sleep(1)  # what unfolds has to
+        assert me.run(UNREADABLE) == []
+        assert me.run("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_on_a_phone_the_result_is_in_sight_once_it_is_there(address, me) -> None:
+    me.open(address, PHONE)
+    for tab in TABS:
+        name = tab.lower()
+        if tab != "Generate":
+            me.open_tab("Generate")
+            me.one(f"#generate-to-{name}").click()
+            me.wait(lambda name=name: me.one(f"#{name}-go").is_displayed())
+        if tab == "Inpaint":
+            me.wait(lambda: re.search(r"(\d+)%", me.one("#inpaint-editor").text))
+            time.sleep(2)  # the canvas settles
+            canvas = ActionChains(me.driver).move_to_element(me.one("#inpaint-editor canvas"))
+            canvas.click_and_hold().move_by_offset(30, 5).release().perform()
+        me.type(f"#{name}-prompt textarea", "red apple")
+        me.draw(name)
+        me.wait(lambda name=name: within(me, f"#{name}-results img"), 10)
+        if tab == "Generate":
+            me.screenshot("phone")
+
+
+def test_the_switch_and_the_picker_do_what_the_flags_of_generate_do(me, adapters, tmp_path) -> None:
+    def generated(*flags: str) -> bytes:
+        command = [
+            sys.executable,
+            "-m",
+            "latentflow",
+            "generate",
+            "red apple",
+            "--seed",
+            "3",
+            "--device",
+            "cpu",
+        ]
+        subprocess.run([*command, "-o", str(tmp_path / "a.png"), "--overwrite", *flags], check=True)
+        return (tmp_path / "a.png").read_bytes()
+
+    def steps() -> str:
+        return str(me.one("#generate-steps input[type=number]").get_attribute("value"))
+
+    me.type("#generate-prompt textarea", "red apple")
+    me.set_seed("generate", 3)
+    plain = me.draw("generate")
+    assert plain == generated()
+
+    me.open_settings("generate")
+    assert steps() == "20" and me.shows("#generate-guidance")
+    me.one("#generate-fast input").click()
+    me.wait(lambda: steps() == "4" and not me.shows("#generate-guidance"))
+    fast = me.draw("generate")
+    assert fast == generated("--fast")
+
+    me.one("#generate-fast input").click()
+    me.wait(lambda: steps() == "20" and me.shows("#generate-guidance"))
+    assert me.draw("generate") == plain
+
+    assert not me.shows("#generate-lora-weight-1")
+    me.one("#generate-lora input").click()
+    next(each for each in me.all("[role=option]") if each.text.split()[-1] == "glow").click()
+    me.type("#generate-lora-weight-1 input[type=number]", "0.55")
+    assert me.draw("generate") == generated("--lora", f"{adapters}/glow:0.55")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
 from latentflow.inference.sample import Capabilities, model_capabilities, read_capabilities
 from latentflow.web.inference_server import GenerationRequest, InferenceServer, painted
@@ -114,18 +116,128 @@ def test_large_uploads_are_shrunk_and_that_is_said(server, image, tmp_path) -> N
     Image.new("RGB", (400, 200)).save(tmp_path / "large.png")
     shrunk, note = server.opened(str(tmp_path / "large.png"))
     assert shrunk.size == (32, 16)  # four times the 8 pixels of the training
-    assert note == "Shrunk from 400 x 200 to 32 x 16 pixels."
+    assert note == "The image was reduced from 400 x 200 to 32 x 16 pixels."
     assert server.opened(str(image))[1] == ""
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def adapted(caption_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint with a few-step adapter in its folder, and folders of other adapters."""
+    pytest.importorskip("peft", reason='needs peft: pip install -e ".[lora]"')
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from ..pipeline.adapters import make_adapter
+
+    folder = tmp_path / "mine" / "pipeline"
+    shutil.copytree(caption_checkpoint, folder)
+    make_adapter(folder, tmp_path / "runs" / "hats" / "adapter", seed=1, words=["beanie"])
+    make_adapter(folder, tmp_path / "runs" / "boots" / "adapter", seed=2)
+    make_adapter(folder, folder / "fast", seed=3)
+    file = folder / "fast" / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    facts = json.loads(metadata["latentflow"]) | {
+        "few_steps": {"step_counts": [1, 2], "folded_guidance": 3.0}
+    }
+    save_file(load_file(file), file, metadata | {"latentflow": json.dumps(facts)})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({}, []),
+        ({"fast": True, "steps": 2}, ["--fast"]),
+        ({"lora": (("hats", 0.55),)}, ["--lora", "runs/hats:0.55"]),
+        ({"lora": (("boots", -1.5), ("hats", 1.0))}, ["--lora", "runs/boots:-1.5", "--lora", "runs/hats"]),
+        (
+            {"fast": True, "steps": 2, "lora": (("boots", 1),)},
+            ["--fast", "--lora", "runs/boots"],
+        ),
+    ],
+    ids=["none", "fast", "one", "two", "both"],
+)
+def test_the_image_is_that_of_generate_with_the_same_flags(
+    adapted, settings, flags, load_program, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server = InferenceServer("mine", "cpu", lora_folder="runs")
+    server.generate(REQUEST, silent)  # what another request has used is not left behind
+    server.generate(replace(REQUEST, lora=(("hats", 1.0),)), silent)
+    [image] = server.generate(replace(REQUEST, prompt="red beanie", seed=7, **settings), silent)
+    line = [
+        "red beanie",
+        "--checkpoint",
+        "mine",
+        "--device",
+        "cpu",
+        "--seed",
+        "7",
+        "--steps",
+        "2",
+        "-o",
+        "out.png",
+    ]
+    load_program("generate").main([*line, *flags])
+    with Image.open("out.png") as expected:
+        assert image.tobytes() == expected.tobytes()
+
+
+def test_adapters_change_what_is_drawn_and_what_is_known(adapted, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    server = InferenceServer("mine", "cpu", lora_folder="runs")
+    settings = [{}, {"fast": True}, {"lora": (("hats", 1.0),)}, {"lora": (("hats", 0.5),)}]
+    requests = [replace(REQUEST, prompt="red beanie", **each) for each in settings]
+    assert len({server.generate(request, silent)[0].tobytes() for request in requests}) == len(requests)
+    assert server.unknown_words(requests[0], "red beanie") == ["beanie"]
+    assert server.unknown_words(requests[2], "red beanie") == []
+    assert len(server._opened) == 2  # and no more are kept
+    fast = server.capabilities_with(server.choice(True, ()))
+    assert (fast.steps, fast.distilled_guidance) == (2, True)
+    assert server.capabilities_with(server.choice(False, ())).steps == 20
+
+
+def test_no_file_is_opened_that_is_not_offered(adapted, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    server = InferenceServer("mine", "cpu", AdapterChoice(lora=("runs/hats:0.5",)))
+    assert [*server.adapters] == ["hats"] and server.adapters["hats"].chosen
+    for name in ("runs/boots", "boots", str(tmp_path / "runs" / "boots"), "owner/name", "hats:1", ""):
+        with pytest.raises(UserError, match="unknown LoRA"):
+            server.generate(replace(REQUEST, lora=((name, 1.0),)), silent)
+    for weight in (2.1, float("nan"), "1", None):
+        with pytest.raises(UserError, match="lora_weight is"):
+            replace(REQUEST, lora=(("hats", weight),))
+    with pytest.raises(UserError, match="fast must be"):
+        replace(REQUEST, fast="yes")  # type: ignore[arg-type]
+
+
+def test_an_adapter_of_another_base_is_refused_by_its_name(adapted, class_checkpoint, tmp_path) -> None:
+    pipe = InferenceServer(str(adapted), "cpu").pipe
+    pipe.transformer.blocks[0].attn.proj.weight.data[0, 0] += 0.01
+    pipe.save_pretrained(tmp_path / "other")
+    runs = str(tmp_path / "runs")
+    server = InferenceServer(str(tmp_path / "other"), "cpu", lora_folder=runs)
+    with pytest.raises(UserError, match="the adapter hats was made for a base with other weights") as error:
+        server.generate(replace(REQUEST, lora=(("hats", 1.0),)), silent)
+    assert runs not in f"{error.value.what}{error.value.fix}"
+    assert len(server.generate(REQUEST, silent)) == 1  # without it all is well
+
+
+# ---------------------------------------------------------------- checkpoints
 
 
 def test_what_a_checkpoint_takes_is_known_before_it_is_loaded(caption_checkpoint) -> None:
     server = InferenceServer(str(caption_checkpoint), "cpu")
-    assert server._pipe is None
+    assert not server._opened
     assert server.capabilities == Capabilities(text=True, labels=(), masks=False)
     assert model_capabilities(server.pipe.model) == server.capabilities
     messages: list[str] = []
     InferenceServer(str(caption_checkpoint), "cpu").generate(REQUEST, lambda *step: messages.append(step[2]))
-    assert messages == ["Loading the models", *["Generating"] * 3]
+    assert messages == ["Loading the model", *["Generating"] * 3]
 
 
 @pytest.mark.parametrize(
@@ -160,14 +272,15 @@ from latentflow.web import inference_server as web, page
 def half_loaded(*arguments):
     assert not {{"torch", "diffusers", "transformers"}} & set(sys.modules)
     raise UserError("in time")
-web.InferenceServer.pipe = property(half_loaded)
+web.InferenceServer.open = half_loaded
 server, request = web.InferenceServer({str(caption_checkpoint)!r}), web.GenerationRequest(prompt="red")
 quiet, upload = lambda *_: None, {str(caption_checkpoint / "nothing.png")!r}
 page.build(server)
 for call in (
     lambda: server.choices,
+    lambda: server.facts,
     lambda: server.opened(upload),
-    lambda: server.unknown_words("red"),
+    lambda: server.unknown_words(request, "red"),
     lambda: server.generate(request, quiet),
     lambda: server.inpaint(request, quiet, upload, []),
     lambda: server.edit(request, quiet, upload, "", None, 1),

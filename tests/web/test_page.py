@@ -18,13 +18,23 @@ pytest.importorskip("gradio", reason='needs Gradio: pip install -e ".[app]"')
 import gradio as gr
 from PIL import Image
 
+from latentflow.config import AdapterChoice
 from latentflow.inference.sample import Capabilities
-from latentflow.web import page, serving
+from latentflow.web import page, serving, tab
+from latentflow.web.checkpoint_facts import Card, OfferedAdapter
 
 
-def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any) -> Any:
+def checkpoint(
+    *, text: bool = False, classes: tuple[str, ...] = (), adapters: Any = (), fast: bool = False, **more: Any
+) -> Any:
     """Return a server with what the layout needs."""
     return SimpleNamespace(
+        name="mine",
+        card=Card(),
+        adapters=dict(adapters),
+        has_fast=fast,
+        chosen=AdapterChoice(),
+        facts=["8 x 8 pixels"],
         capabilities=Capabilities(**({"text": text, "labels": classes, "masks": True} | more)),
         choices={"solver": ["heun"], "inpaint": ["repaint"], "edit": ["flowedit"]},
     )
@@ -33,8 +43,18 @@ def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any
 @pytest.mark.parametrize(
     ("server", "shown"),
     [
-        (checkpoint(text=True), {"Prompt", "Prompt for the original", "Negative prompt", "Guidance"}),
-        (checkpoint(classes=("apple", "hat")), {"Class", "Class of the original", "Guidance"}),
+        (
+            checkpoint(text=True),
+            {
+                "Prompt",
+                "Prompt for the masked area",
+                "Source prompt",
+                "Target prompt",
+                "Negative prompt",
+                "Guidance scale",
+            },
+        ),
+        (checkpoint(classes=("apple", "hat")), {"Class", "Source class", "Guidance scale"}),
         (checkpoint(), set()),
     ],
     ids=["captions", "classes", "unconditional"],
@@ -42,10 +62,44 @@ def checkpoint(*, text: bool = False, classes: tuple[str, ...] = (), **more: Any
 def test_the_page_asks_for_what_the_checkpoint_takes(server, shown) -> None:
     blocks = page.build(server).blocks.values()
     visible = {block.label for block in blocks if getattr(block, "label", None) and block.visible}
-    conditional = {"Prompt", "Prompt for the original", "Negative prompt", "Guidance"}
-    conditional |= {"Class", "Class of the original"}
-    assert visible & conditional == shown
-    assert {"Seed", "Steps", "Solver", "Images"} <= visible
+    usual = {
+        "Seed",
+        "Randomize seed",
+        "Number of images",
+        "Steps",
+        "Solver",
+        "Method",
+        "Strength",
+        "Image",
+        "Images",
+    }
+    usual |= {"Advanced settings", "Mask feather (px)", "Padding around the mask (px)"}
+    usual |= {"Generate", "Inpaint", "Edit"}  # the tabs
+    assert visible == usual | shown
+
+
+def test_rarely_used_settings_are_folded_away() -> None:
+    blocks = page.build(checkpoint(text=True)).blocks.values()
+    folded = [block for block in blocks if isinstance(block, gr.Accordion)]
+    assert len(folded) == 3 and not any(accordion.open for accordion in folded)
+
+    def is_folded(block: Any) -> bool:
+        return block is not None and (block in folded or is_folded(block.parent))
+
+    labels = {block.label for block in blocks if getattr(block, "label", None) and is_folded(block)}
+    assert {"Negative prompt", "Steps", "Guidance scale", "Solver", "Mask feather (px)"} < labels
+    assert not {"Prompt", "Seed", "Number of images", "Image", "Images"} & labels
+
+
+def test_adapters_are_offered_and_those_of_the_flags_are_chosen() -> None:
+    adapters = {"hats": OfferedAdapter("runs/hats", 0.8, chosen=True), "boots": OfferedAdapter("runs/boots")}
+    blocks = [*page.build(checkpoint(text=True, adapters=adapters, fast=True)).blocks.values()]
+    pickers = [block for block in blocks if getattr(block, "label", None) == "LoRA"]
+    assert [picker.value for picker in pickers] == [["hats"]] * 3
+    weights = [b for b in blocks if (getattr(b, "label", None) or "").startswith("Weight of") and b.visible]
+    assert [(slider.label, slider.value) for slider in weights] == [("Weight of hats", 0.8)] * 3
+    switches = [block.elem_id for block in blocks if getattr(block, "label", None) == "Few steps"]
+    assert switches == ["generate-fast", "inpaint-fast"]  # an edit follows the velocity
 
 
 @pytest.mark.parametrize(("masks", "inpaint"), [(True, 4), (False, 20)])
@@ -54,11 +108,11 @@ def test_few_steps_are_offered_where_they_suffice(masks, inpaint) -> None:
     blocks = page.build(checkpoint(text=True, steps=4, distilled_guidance=True, masks=masks)).blocks.values()
     steps = {block.elem_id: block.value for block in blocks if getattr(block, "label", None) == "Steps"}
     assert steps == {"generate-steps": 4, "inpaint-steps": inpaint, "edit-steps": 20}
-    assert not any(block.visible for block in blocks if getattr(block, "label", None) == "Guidance")
+    assert not any(block.visible for block in blocks if getattr(block, "label", None) == "Guidance scale")
 
 
 def test_mistakes_become_messages_without_markup_and_defects_are_logged(caplog) -> None:
-    @page.reporting_errors
+    @tab.reporting_errors
     def work(error: Exception) -> None:
         raise error
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -25,6 +26,7 @@ from latentflow.flow.inpainting import INPAINTING
 from latentflow.web import page
 from latentflow.web.inference_server import GenerationRequest, InferenceServer, Progress
 from latentflow.web.serving import start
+from latentflow.web.tab import USUAL
 
 from .conftest import MARKUP
 
@@ -165,7 +167,7 @@ def test_a_program_takes_the_choices_that_the_page_offers(client) -> None:
         return client.get(gallery[0]["image"]["url"]).content
 
     usual, heun, euler = pixels(), pixels(solver="heun"), pixels(solver="euler")
-    assert usual == pixels(solver=page.USUAL) and len({heun, euler}) == 2
+    assert usual == pixels(solver=USUAL) and len({heun, euler}) == 2
     image = upload(client, "a.png", encoded(Image.new("RGB", (8, 8), "red")))
     stroke = upload(client, "stroke.png", encoded(Image.new("RGBA", (8, 8), "white")))
     strokes = {"background": None, "layers": [stroke], "composite": None}
@@ -174,6 +176,16 @@ def test_a_program_takes_the_choices_that_the_page_offers(client) -> None:
         {"tab": "edit", "image": image, "method": "image-to-image", "strength": 0.5},
     ):
         assert ask(client, prompt="red apple", steps=2, **values)[0] == "complete"
+
+
+def test_a_download_keeps_the_texts_in_an_image(server, client, monkeypatch) -> None:
+    """Those that a pipeline would write into its images, such as their prompt."""
+    image = Image.new("RGB", (8, 8))
+    image.info["parameters"] = "red apple"
+    monkeypatch.setattr(server, "_sample", lambda *_, **__: [image])
+    _, (gallery, *_) = ask(client, prompt="red apple")
+    content = client.get(gallery[0]["image"]["url"]).content
+    assert Image.open(io.BytesIO(content)).info == {"parameters": "red apple"}
 
 
 @pytest.mark.parametrize(
@@ -239,14 +251,20 @@ def test_a_loaded_page_offers_its_choices_and_sends_images_to_other_tabs(client)
         found: list[Any] = client.post("/run/predict", json=body).json()["data"]
         return found
 
-    offered, sent = [], []
+    headers, offered, sent = [], [], []
     for event in config_of(client)["dependencies"]:
         if event["targets"][0][1] == "load":
-            offered.append([name for name, _ in outputs_of(event)[0]["choices"]])
+            [output] = outputs_of(event)
+            if isinstance(output, str):
+                headers.append(output)
+            else:
+                offered.append([name for name, _ in output["choices"]])
         elif event["api_name"].startswith("image_at"):
             sent.append(Path(outputs_of(event, None, gallery)[0]["path"]).read_bytes())
-    choices = [SOLVERS, SOLVERS, INPAINTING, SOLVERS, [*EDITING, "image-to-image"]]
-    assert offered == [[page.USUAL, *names] for names in choices]
+    choices = [SOLVERS, INPAINTING, SOLVERS, [*EDITING, "image-to-image"], SOLVERS]
+    assert offered == [[USUAL, *names] for names in choices]
+    [header] = headers
+    assert re.findall('class="fact">(.*?)<', header) == ["8 x 8 pixels", "text prompts"]
     assert sent == [Path(gallery[0]["image"]["path"]).read_bytes()] * 6  # the first, as none is selected
 
 
@@ -286,7 +304,7 @@ def test_drawn_images_take_the_room_of_the_oldest_files(client, monkeypatch) -> 
     os.utime(old, (0, 0))
     assert ask(client, prompt="red apple", steps=1)[0] == "complete"
     assert old.exists()
-    monkeypatch.setattr(page, "MOST_KEPT", 1000)
+    monkeypatch.setattr("latentflow.web.tab.MOST_KEPT", 1000)
     assert ask(client, prompt="red apple", steps=1)[0] == "complete"
     assert not old.exists()
 
@@ -304,7 +322,7 @@ def test_requests_are_drawn_in_their_order_and_no_more_wait_than_is_said(server,
         assert large.status_code == 413
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(listening(client, event)) for event in events[:4]]
-            monkeypatch.setattr(page, "PATIENCE", 1.0)
+            monkeypatch.setattr("latentflow.web.tab.PATIENCE", 1.0)
             server.go_on.set()
             for stream in streams:
                 assert "event: complete" in stream.read().decode()
@@ -420,6 +438,28 @@ def test_a_name_and_a_password_are_asked_for(class_checkpoint, tmp_path) -> None
         ):
             assert ask(locked, class_label=label)[1]["error"].startswith(message)
         assert ask(locked, class_label=MARKUP, steps=1)[0] == "complete"
+        assert ask(locked, steps=1)[0] == "complete"  # the first class is chosen
+
+
+def test_no_adapter_is_opened_but_those_that_are_offered(caption_checkpoint, tmp_path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(caption_checkpoint, folder)
+    (folder / "glow").mkdir()
+    (folder / "glow" / "pytorch_lora_weights.safetensors").write_bytes(b"no adapter")
+    with serving(InferenceServer(str(folder), "cpu"), tmp_path / "uploads") as client:
+        for values, message in (
+            ({"lora": ["/etc"]}, "unknown LoRA '/etc'. Choices: glow"),
+            ({"lora": [str(folder / "glow")]}, "unknown LoRA"),
+            ({"lora": "glow"}, "lora must be a list of names"),
+            ({"lora": ["glow"], "lora_weight_1": 3}, "lora_weight is 3"),
+            ({"lora": ["glow"]}, "the adapter glow could not be read"),
+        ):
+            state, data = ask(client, prompt="red apple", steps=1, **values)
+            assert state == "error" and message in data["error"], data
+            assert str(folder) not in data["error"] or str(folder) in str(values)
+        assert ask(client, prompt="red apple", steps=1)[0] == "complete"
+        answer = client.post("/call/v2/generate", json={"prompt": "red", "fast": True})
+        assert answer.status_code == 422  # there is no switch, as there is no such adapter
 
 
 def refuse_without_password(client: httpx.Client) -> None:
