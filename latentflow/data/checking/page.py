@@ -95,13 +95,13 @@ def report_page(report: Report, source: Source | None, suggestions: Sequence[Sug
         page.heading("Contact sheet")
         page.image(contact_sheet(source), _sheet_caption(len(source)), "webp")
     page.heading("Facts")
-    page.list(map(one_line, report.facts()))
-    if report.sizes:
+    page.list(map(one_line, (*report.notes, *report.facts())))
+    if len(report.sizes) > 1:
         page.text("Width to height, by the nearest of the usual shapes:")
         page.bars(report.aspects)
         page.text("Images whose short side has at least this many pixels:")
         page.bars({f"{side} px": count for side, count in report.reach.items()})
-        sizes = page.details(f"Sizes: {len(report.sizes)} different ones, the most frequent first")
+        sizes = page.details(f"Sizes: {len(report.sizes)}, the most frequent first")
         sizes.table(["width x height", "images"], list(report.sizes.items())[:_SIZES])
     if report.classes:
         page.heading(plural(len(report.classes), "class"))

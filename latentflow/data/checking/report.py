@@ -189,7 +189,7 @@ class Report:
             yield "sizes (width x height): " + list_counts(self.sizes)
             if len(self.sizes) > 1:
                 yield "width to height: " + list_counts(self.aspects, 12)
-                yield f"images whose short side has at least {self._reached()}"
+                yield f"images by their short side: {self._reached()}"
             if self.kept_by_square_crop < 1:
                 yield f"a square crop keeps {self.kept_by_square_crop:.0%} of the area, on average"
             yield "formats: " + list_counts(self.formats)
@@ -204,8 +204,8 @@ class Report:
             yield f"images with a mask of their own: {self.masks} of {self.images}"
 
     def _reached(self) -> str:
-        reached = [f"{side} px: {count}" for side, count in self.reach.items() if count]
-        return ", ".join(reached) or f"{SIDES[0]} px: none"
+        reached = [f"{count} of at least {side} px" for side, count in self.reach.items() if count]
+        return ", ".join(reached) or f"none of at least {SIDES[0]} px"
 
     @property
     def headline(self) -> str:
