@@ -34,7 +34,7 @@ _PRETRAINED = "stabilityai/sd-vae-ft-mse"
 
 # The time of a step: at this share of the speed of large matrix products, and on a GPU no less than the time in which
 # the CPU starts its kernels.
-_UTILISATION = {"cpu": 0.2, "cuda": 0.4, "mps": 0.2}
+_UTILISATION, _GPU_UTILISATION = 0.2, 0.4
 _LEAST_SECONDS = 0.03
 _PRIOR_EVALUATIONS = (
     40  # of the network, for one sample that a checkpoint generates: 20 steps of Heun's method
@@ -43,13 +43,14 @@ _PRIOR_EVALUATIONS = (
 
 @dataclass(frozen=True)
 class _Preset:
-    """What a ``--preset`` fits.
+    """The resolutions that a ``--preset`` fits, and the cost of its networks.
 
     Attributes:
         sides: resolutions in pixels.
         place: where it runs.
-        gflops: 10^9 operations, forward and backward, of one sample at the smallest of its usual resolutions,
-            ``side``; ``autoencoder_gflops`` of one image in its autoencoder's training.
+        side: the resolution of these figures, which grow with the square of it.
+        gflops: 10^9 operations, forward and backward, of one captioned sample.
+        autoencoder_gflops: the same of one image in the autoencoder's training; 0: that is given.
     """
 
     sides: range
@@ -94,7 +95,8 @@ _CHECKPOINTS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that trains: "cpu", "cuda" or "mps", and its operations per second in large matrix products."""
+    """The device that trains, as torch names its type ("cpu", "cuda", ...), and its operations per second in large
+    matrix products."""
 
     device: str
     flops_per_second: float
@@ -107,8 +109,9 @@ class Machine:
 
     def seconds(self, steps: float, flops: float) -> float:
         """Return the time of so many steps of ``flops`` operations each."""
-        least = 0.0 if self.device == "cpu" else _LEAST_SECONDS
-        return steps * max(least, flops / (self.flops_per_second * _UTILISATION[self.device]))
+        if self.device == "cpu":
+            return steps * flops / (self.flops_per_second * _UTILISATION)
+        return steps * max(_LEAST_SECONDS, flops / (self.flops_per_second * _GPU_UTILISATION))
 
     def __str__(self) -> str:
         return "this CPU" if self.device == "cpu" else "this GPU"

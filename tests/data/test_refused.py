@@ -122,8 +122,12 @@ FOLDERS: Rows = {
     ),
     "twice": (listed(*[{"file_name": "1.png", "text": "a"}] * 2), "twice, in lines 1 and 2"),
     "absent": (row(file_name="9.png"), "names 1 file that cannot be found: 9.png"),
-    "another word": (listed({"file_name": "1.png", "caption": "a"}), "no column text, but 'caption'\nRename it, or add --columns text caption"),
-    "no file_name": (listed({"file": "1.png", "text": "a"}), r"no column file_name, but 'file'\nRename it, or add --columns file_name file"),
+    "another word": (
+        listed({"file_name": "1.png", "caption": "a"}), "but 'caption'\nRename it, or add --columns text caption$",
+    ),
+    "no file_name": (
+        listed({"file": "1.png", "text": "a"}), "but 'file'\nRename it, or add --columns file_name file$",
+    ),
     "outside": (row(file_name="../1.png"), "leads out of the folder"),
     "an absent mask": (row(mask="m.png"), r"names 1 mask that cannot be found: m.png\nmask is relative"),
     "a mask outside": (row(mask="../1.png"), "leads out of the folder"),

@@ -45,13 +45,15 @@ def test_commands_work_when_pasted(
     load_program(repository / "train" / "check.py").main(["my cats"])
     lines = capsys.readouterr().out.splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("  latentflow train")]
-    steps = [int(re.findall(r"[\d,]+", line)[0].replace(",", "")) for line in lines if "    steps: " in line]
+    steps = [
+        match.groups() for line in lines if (match := re.match(r" +steps: ([\d,]+) of (\d+) samples", line))
+    ]
     assert len(commands) == 2 and ["--lora-rank" in command for command in commands] == [False, True]
     train = load_program(repository / "train" / "flow.py").main
-    for command, count in zip(commands, steps, strict=True):
+    for command, (count, batch) in zip(commands, steps, strict=True):
         train([*command[2:], "--dry-run"])
         plan = capsys.readouterr().err
-        assert f"plan: {count} steps of 64 samples" in plan and f"condition: {condition}" in plan
+        assert f"plan: {count} steps of {batch} samples" in plan and f"condition: {condition}" in plan
         gflops = float(re.findall(r"compute: ([\d.]+) GFLOPs a sample", plan)[0])
         assert gflops == pytest.approx(_CHECKPOINTS[condition].gflops, rel=0.1)
 
