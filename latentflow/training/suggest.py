@@ -243,7 +243,8 @@ def scratch_steps(images: int, preset: str) -> int:
     root of their number (18 of 50,000); at least 2,000 steps, and of base at most its own number."""
     epochs = _EPOCHS * math.sqrt(min(1.0, _EPOCHS_OF / images))
     steps = max(_LEAST_STEPS, _hundreds(epochs * images / PRESETS[preset]["train_batch_size"]))
-    return min(steps, PRESETS["base"]["max_train_steps"])
+    most: int = PRESETS["base"]["max_train_steps"]
+    return min(steps, most)
 
 
 def _resolution(report: Report, gpu: bool) -> tuple[int, str]:
