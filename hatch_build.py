@@ -1,4 +1,4 @@
-"""A wheel carries the programs and the shipped checkpoint as files under ``latentflow/programs/``.
+"""A wheel carries the programs and the shipped checkpoints as files under ``latentflow/programs/``.
 
 An editable install needs no copies, since `latentflow` then finds them in the repository.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SHIPPED = ("train", "pipelines", "checkpoints/emoji-64")
+SHIPPED = ("train", "pipelines", "checkpoints")
 
 
 class ProgramsHook(BuildHookInterface):  # type: ignore[type-arg]

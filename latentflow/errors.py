@@ -87,6 +87,12 @@ def few(names: Iterable[object], limit: int = 5) -> str:
     return ", ".join(listed[:limit]) + more
 
 
+def plural(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 image", "2 images", "0 classes"."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{number} {noun}{ending}"
+
+
 def _is_printable(character: str) -> bool:
     return character in "\n\t\u200c\u200d" or unicodedata.category(character) not in (
         "Cc",

@@ -22,24 +22,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Report what is in your images, how a training would use them, and how to start one."""
+    """Report what is in your images and what would break a training, and suggest commands to start one."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A folder of images, or any other data that `latentflow train` takes."""
+    """A folder of images, tar shards, a zip file, a table, a saved data set, hub:owner/name, a .yaml that mixes
+    several, or `shapes` (docs/reference/data.md)."""
     condition: Literal["auto", "none", "class", "text"] = "auto"
     """Condition of the model. auto: captions if there are any, else classes, else none."""
     missing_caption: Literal["error", "empty", "skip"] = "error"
-    """Handling of images without a caption."""
+    """Handling of images without a caption: report them as a problem, give them an empty caption, or skip them."""
     masks: Literal["auto", "none", "alpha"] = "auto"
-    """Your own inpainting masks. auto: from the metadata and from files; alpha: from the alpha channels."""
+    """Your own inpainting masks. auto: the metadata's mask column, else cat-mask.png beside cat.png. alpha: repaint
+    what is transparent."""
     columns: dict[str, str] = field(default_factory=dict)
     """Rename table columns: pairs of our name and yours, such as `image photo text caption`."""
     json: bool = False
     """Print the report as JSON."""
     sheet: str | None = None
-    """Write a contact sheet (one image that shows some of yours) to this file (.png)."""
+    """Write a contact sheet, one image that shows up to 80 of yours, to this file (.png)."""
     report: str | None = None
-    """Write the report as one web page to this file (.html)."""
+    """Write the report and the contact sheet as one web page to this file (.html)."""
     overwrite: bool = False
     """Replace the files of --sheet and --report if they exist."""
 
@@ -53,11 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if file is not None:
             refuse_existing(file, config.overwrite)
 
-    import torch
-
     from latentflow.data.checking.page import contact_sheet, report_page
     from latentflow.data.checking.report import check_data
-    from latentflow.data.checking.suggest import suggest
+    from latentflow.training.suggest import Machine, suggest
 
     report, source = check_data(
         config.data,
@@ -66,22 +66,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         masks=config.masks,
         columns=config.columns,
     )
-    suggestion = suggest(report, gpu=torch.cuda.is_available(), flags=training_flags(config))
+    suggestions = suggest(report, Machine.this(), training_flags(config))
     if config.json:
         contents = report.as_dict()
-        contents["suggestion"] = None if suggestion is None else dataclasses.asdict(suggestion)
+        contents["suggestions"] = [dataclasses.asdict(suggestion) for suggestion in suggestions]
+        contents["suggestion"] = next(iter(contents["suggestions"]), None)  # what scripts have read so far
         text = json.dumps(contents, indent=2, ensure_ascii=False)
         # Characters that cannot be written, or would steer a terminal, are written in JSON's escapes.
         print("".join(char if char == printable(char) else json.dumps(char)[1:-1] for char in text))
     else:
         print("\n".join(report.lines()))
-        if suggestion is not None:
-            print(f"\nto start a training:\n  {one_line(suggestion.command)}")
+        for suggestion in suggestions:
+            print(f"\n{suggestion.title}:\n  {one_line(suggestion.command)}")
             print("\n".join(f"    {choice}: {one_line(why)}" for choice, why in suggestion.reasons.items()))
     if config.sheet is not None and source is not None and len(source):
         save_sheet(contact_sheet(source), Path(config.sheet))
     if config.report is not None:
-        report_page(report, source, suggestion).write(config.report, config.overwrite)
+        report_page(report, source, suggestions).write(config.report, config.overwrite)
     for file in (config.sheet, config.report):
         if file is not None and Path(file).exists():
             print(f"written: {one_line(file)}", file=sys.stderr)

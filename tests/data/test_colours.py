@@ -222,17 +222,17 @@ def test_check_counts_profiles_in_its_lines_json_and_page(
         reported["profiles"] == report.profiles and reported["unusable_profiles"] == report.unusable_profiles
     )
     lines = "\n".join(report.lines())
-    assert "3 images have another colour profile than sRGB and are converted: Display P3 (2), Adobe" in lines
-    assert "warning: 2 images have a colour profile that cannot be used" in lines and "junk.png (" in lines
+    assert "3 images with another colour profile than sRGB, converted: Display P3 (2), Adobe" in lines
+    assert "warning: 2 images with a colour profile that cannot be used" in lines and "junk.png (" in lines
     shown = page.read_text(encoding="utf-8")
-    assert "Display P3 (2)" in shown and "2 images whose colour profiles cannot be used" in shown
+    assert "Display P3 (2)" in shown and "Colour profiles that cannot be used: 2" in shown
 
 
 def test_a_training_is_told_of_profiles(mixed: Path) -> None:
     notes = "\n".join(readable(find_source(str(mixed))).notes)
-    assert "3 images have another colour profile than sRGB and are converted" in notes and "junk.png" in notes
+    assert "3 images with another colour profile than sRGB, converted" in notes and "junk.png" in notes
     notes = "\n".join(readable(find_source(str(mixed), colours="stored")).notes)
-    assert "3 images have another colour profile than sRGB, not used (--colours stored)" in notes
+    assert "3 images with another colour profile than sRGB, not used (--colours stored)" in notes
 
 
 def test_only_what_is_converted_has_new_keys_in_the_caches(mixed: Path) -> None:

@@ -47,7 +47,7 @@ FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
     "metadata of files that are not read": (
         {"1.png": None, "2.heic": "",
          "metadata.jsonl": jsonl({"file_name": "1.png", "text": "a"}, {"file_name": "2.heic", "text": "a"})}, {},
-        {"kind": "text"}, ["1 files that are not read as images: 2.heic", "1 .heic files are not read"],
+        {"kind": "text"}, ["not read as images, though in the metadata: 1 file: 2.heic", "not read: 1 .heic;"],
     ),
     "texts beside": (
         BESIDE, {}, {"kind": "text", "captions": ["a cat", "a dog"]}, ["classes from subfolders found as well"],
@@ -88,7 +88,7 @@ FOUND: dict[str, tuple[Files, dict[str, Any], dict[str, Any], list[str]]] = {
         {"names": ["1.jpg"]}, ["._1.jpg"],
     ),
     "tables beside images": (
-        {"0.png": None, "x.parquet": ""}, {}, {"names": ["0.png"]}, ["1 .parquet files lie beside the images"],
+        {"0.png": None, "x.parquet": ""}, {}, {"names": ["0.png"]}, ["not read: 1 .parquet beside the images"],
     ),
     "columns that are not used": (
         {"0.png": None, "metadata.csv": "file_name,text,tags,image\n0.png,a,b,c\n"}, {}, {"kind": "text"},
@@ -137,7 +137,7 @@ def test_a_caption_is_read_whatever_its_file_is_called(
     source = find_source(str(make(tmp_path, {"0.png": png(0), name: b"\xef\xbb\xbf a red\nhat "})))
     assert source.kind == "text" and source.captions() == ["a red hat"]
     ending = ".caption" if name.lower().endswith(".caption") else ".txt"
-    origin = "1 samples in 1 tar files, read in place"
+    origin = "1 sample in 1 tar file, read in place"
     assert source.notes == (origin if make is shard else f"captions from {ending} files beside the images",)
 
 
@@ -151,13 +151,13 @@ def test_every_file_that_is_not_read_is_named(
     for name in UNREAD:
         source = find_source(str(make(tmp_path, files | {place + name: b"a hat", "Thumbs.db": b""})))
         assert source.kind == ("class" if place else "unconditional")
-        notes = [note for note in source.notes if f"1 other files are not read: {place}{name};" in note]
+        notes = [note for note in source.notes if f"not read: 1 other file: {place}{name};" in note]
         assert len(notes) == 1 and "metadata.jsonl" in notes[0] and ".txt or .caption" in notes[0]
         for path in (tmp_path / "data" / place / name, tmp_path / "data.zip"):
             path.unlink(missing_ok=True)
     many = find_source(str(make(tmp_path, files | {f"{place}{n}.tags": b"a" for n in range(9)})))
     named = ", ".join(f"{place}{n}.tags" for n in range(5))
-    assert any(f"9 other files are not read: {named} and 4 more;" in note for note in many.notes)
+    assert any(f"not read: 9 other files: {named} and 4 more;" in note for note in many.notes)
 
 
 def test_members_of_a_shard_that_are_not_read_are_named(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_two_captions_of_one_image_must_agree(name: str, other: str, tmp_path: P
     (data / other).write_bytes(b"")  # says nothing
     assert find_source(str(data)).captions() == ["a hat"]
     (data / other).write_bytes(b"a shoe")
-    message = rf"1 images have captions that differ: 0.png \({', '.join(sorted((name, other)))}\)"
+    message = rf"1 image with captions that differ: 0.png \({', '.join(sorted((name, other)))}\)"
     with pytest.raises(UserError, match=message):
         find_source(str(data))
     assert "captions that differ: 0.png" in check_source(str(data)).problems[0]
@@ -191,7 +191,7 @@ def test_check_names_what_is_not_read(
     data = folder(tmp_path, {"0.png": png(0), "0.\x1b[31mtags": b"a", "1.png": png(1)})
     load_program(repository / "train" / "check.py").main([str(data)])
     lines = capsys.readouterr().out
-    assert "1 other files are not read: 0.\\x1b[31mtags; captions are read from" in lines
+    assert "not read: 1 other file: 0.\\x1b[31mtags; captions are read from" in lines
     assert "\x1b" not in lines
 
 

@@ -160,7 +160,7 @@ def test_json_members_links_and_samples_without_an_image(tmp_path: Path) -> None
     source = find_source(str(path))
     assert source.all_captions() == [("as downloaders write",), ("one", "two"), ("three",)]
     assert source.examples[1].weight == 0.5 and source.examples[2].label == "hat"
-    assert any("1 samples have no image and are left out: s/7" in note for note in source.notes)
+    assert any("1 sample without an image, left out: s/7" in note for note in source.notes)
     (unread,) = [note for note in source.notes if "not read" in note]
     assert ".seg.png (1)" in unread and ".jpg, a link (1)" in unread
 
@@ -209,7 +209,7 @@ def test_absolute_paths_may_lead_out_of_the_folder_and_are_counted(tmp_path: Pat
     table = written(tmp_path / "table/t.csv", f"image,label,tags\n{tmp_path}/1.png,3,x\n")
     source = find_source(str(table))
     assert source.classes == ("3",) and source.examples[0].open().size == (8, 8)
-    assert any("1 files lie outside" in note for note in source.notes)
+    assert any("1 file outside" in note for note in source.notes)
     assert "columns not used: tags" in source.notes
 
 
@@ -285,7 +285,7 @@ def test_numbers_of_classes_that_stand_for_no_name(tmp_path: Path) -> None:
     rows.to_parquet(str(tmp_path / "p.parquet"))
     rows.save_to_disk(str(tmp_path / "saved"))
     for data in (tmp_path / "p.parquet", tmp_path / "saved"):
-        with pytest.raises(UserError, match="1 of 3 images have no class: row 00000001"):
+        with pytest.raises(UserError, match="no class for 1 of 3 images: row 00000001"):
             find_source(str(data))  # -1 is "not known", not the last one
         assert find_source(str(data), missing_caption="skip").class_ids() == [0, 1]
     with pytest.raises(UserError, match="row 5: label is 7, of 2 classes"):

@@ -100,7 +100,7 @@ def test_several_captions_in_metadata(tmp_path: Path) -> None:
     source = several(tmp_path, ["a hat", " ", "a red hat"], "a shoe")
     assert source.captions() == ["a hat", "a shoe"]
     assert source.all_captions() == [("a hat", "a red hat"), ("a shoe",)]
-    assert any("1 images have several captions" in note for note in source.notes)
+    assert any("1 image with several captions" in note for note in source.notes)
     assert find_source(str(tmp_path), condition="none").all_captions() == [("",), ("",)]
 
 
@@ -113,7 +113,7 @@ def test_several_captions_in_numbered_columns(tmp_path: Path) -> None:
 def test_a_sidecar_must_be_one_of_the_captions(tmp_path: Path) -> None:
     (tmp_path / "0.txt").write_text("a red  hat\n")
     assert several(tmp_path, ["a hat", "a red hat"]).all_captions() == [("a hat", "a red hat")]
-    with pytest.raises(UserError, match="differ on 1 images"):
+    with pytest.raises(UserError, match="differ on 1 image:"):
         several(tmp_path, ["a hat", "a blue hat"])
 
 

@@ -50,7 +50,7 @@ def test_check_names_what_cannot_be_used(
     assert len(used) + len(reported) + len(extreme) >= 50
     page = odd["used"] / "page.html"
     load_program(repository / "train" / "check.py").main([str(odd["all"]), "--json", "--report", str(page)])
-    assert f"{len(reported)} files that cannot be read and are skipped" in page.read_text()
+    assert f"Unreadable files, left out: {len(reported)}" in page.read_text()
     text = capsys.readouterr().out
     text.encode()  # can be written to any file
     report = json.loads(text)
@@ -71,7 +71,7 @@ def test_check_names_what_cannot_be_used(
 def test_training_reads_the_rest_rightly(odd: dict[str, Path], made: tuple[dict, dict, dict]) -> None:
     used, _, extreme = made
     source = readable(find_source(str(odd["all"])))
-    assert any("cannot be read and are skipped" in n and "check --json` names all" in n for n in source.notes)
+    assert any("cannot be read, left out" in n and "check DATA --json` names all" in n for n in source.notes)
     examples = {example.name: example for example in source.examples}
     assert set(examples) == set(used) | set(extreme) | {f"z{seed:03}.png" for seed in range(FILLERS)}
     assert sum(map(len, split(source, 0.1))) == len(source) and source.fingerprint()
@@ -96,9 +96,9 @@ def test_an_empty_sidecar_is_named_and_the_rest_checked(tmp_path: Path) -> None:
         noise(seed).save(tmp_path / f"{seed}.png")
         (tmp_path / f"{seed}.txt").write_text(caption)
     report = check_source(str(tmp_path))
-    assert any("1 of 3 images have no caption: 1.png" in problem for problem in report.problems)
+    assert any("no caption for 1 of 3 images: 1.png" in problem for problem in report.problems)
     assert report.images == 3 and report.caption_facts.missing == ("1.png",)
-    with pytest.raises(UserError, match=r"no caption: 1\.png"):
+    with pytest.raises(UserError, match=r"no caption for 1 of 3 images: 1\.png"):
         find_source(str(tmp_path))
 
 
@@ -137,7 +137,8 @@ def test_a_folder_without_permission_is_named(unprivileged: Path) -> None:
     source = find_source(str(data))
     assert source.classes == ("hat", "shoe")
     assert any(
-        "1 folders cannot be opened" in note and "bag (permission denied)" in note for note in source.notes
+        "not read: 1 folder that cannot be opened" in note and "bag (permission denied)" in note
+        for note in source.notes
     )
     for name in ("hat", "shoe"):
         (data / name).chmod(0)

@@ -59,10 +59,10 @@ def test_files_beside_their_images(tmp_path: Path) -> None:
         "f.png": "f-mask.jpg",
     }
     (note,) = [note for note in source.notes if "masks" in note]
-    assert "4 files are masks of the images beside them: a-mask.png, b-mask.png" in note
+    assert "4 masks in files beside the images: a-mask.png, b-mask.png" in note
     unused = find_source(str(tmp_path), condition="none", masks="none")
     assert names(unused) == names(source) and set(masks(unused).values()) == {None}
-    assert any("4 files are masks" in note and "not used (--masks none)" in note for note in unused.notes)
+    assert any("4 masks in files" in note and "not used (--masks none)" in note for note in unused.notes)
 
 
 def test_which_files_are_masks_or_images_whatever_their_names(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_masks_are_neither_classes_nor_in_want_of_captions(tmp_path: Path) -> No
     source = find_source(str(tmp_path))
     assert source.classes == ("hat", "shoe")
     assert masks(source) == {"hat/1.png": "hat/1-mask.png", "shoe/2.png": "masks/2.png"}
-    assert any("masks of 1 images in the metadata" in note for note in source.notes)
+    assert any("masks of 1 image in the metadata" in note for note in source.notes)
     for name in ("hat/1", "shoe/2"):
         (tmp_path / f"{name}.txt").write_text("a thing")
     assert find_source(str(tmp_path), condition="text").captions() == ["a thing"] * 2
@@ -226,9 +226,9 @@ def test_a_bad_mask_is_a_problem_and_named(
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path)])
     printed = capsys.readouterr().out
-    assert stop.value.code == 1 and "PROBLEM: 1 masks cannot be used" in printed
+    assert stop.value.code == 1 and "PROBLEM: 1 mask cannot be used" in printed
     assert f"a-mask.png {message}" in printed
-    assert "1 of 2 images have a mask of their own" in printed
+    assert "images with a mask of their own: 1 of 2" in printed
     main([str(tmp_path), "--masks", "none"])
     assert "not used (--masks none)" in capsys.readouterr().out
 
@@ -240,9 +240,9 @@ def test_masks_of_another_size_are_told(tmp_path: Path) -> None:
     noise(9).save(tmp_path / "e.png")
     report = check_source(str(tmp_path))
     assert report.masks == 4 and report.images == 5 and not report.problems
-    told = [line for line in report.warnings if "masks have" in line]
+    told = [line for line in report.warnings if " than the image, resized" in line]
     assert told == [
-        "1 masks have another size than their image and are resized to it: b.png (60x40, its mask 31x20)",
-        "2 masks have another aspect ratio than their image and are resized to it: "
+        "1 mask of another size than the image, resized to it: b.png (60x40, its mask 31x20)",
+        "2 masks of another aspect ratio than the image, resized to it: "
         "c.png (60x40, its mask 40x60), d.png (60x40, its mask 40x40)",
     ]

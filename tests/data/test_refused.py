@@ -106,30 +106,34 @@ GAPS = folder({f"{i}.png": None for i in range(9)} | {"8.txt": "eight", "7.txt":
 HALF = '{"file_name": "1.png", "text": "a \\ud83c hat"}'
 
 FOLDERS: Rows = {
-    "gaps": (GAPS, r"8 of 9 images have no caption: 0.png, 1.png, 2.png, 3.png, 4.png and 3"),
+    "gaps": (GAPS, r"no caption for 8 of 9 images: 0.png, 1.png, 2.png, 3.png, 4.png and 3"),
     "no captions": (folder({"1.png": None}), "there are no captions", {"condition": "text"}),
     "empty captions": (
         folder({"1.png": None, "1.txt": ""}), "no image has a caption", {"missing_caption": "skip"},
     ),
     "no classes": (folder({"1.png": None}), "there are no classes", {"condition": "class"}),
     "an image without a class": (
-        folder({"1.png": None, "a/2.png": None, "b/3.png": None}), r"1 of 3 images have no class: 1.png",
+        folder({"1.png": None, "a/2.png": None, "b/3.png": None}), r"no class for 1 of 3 images: 1.png",
         {"condition": "class"},
     ),
     "metadata and texts that differ": (
         folder({"1.png": None, "metadata.jsonl": jsonl({"file_name": "1.png", "text": "one"}), "1.txt": "other"}),
-        r"metadata.jsonl and the .txt files differ on 1 images: 1.png",
+        r"metadata.jsonl and the .txt files differ on 1 image: 1.png",
     ),
     "twice": (listed(*[{"file_name": "1.png", "text": "a"}] * 2), "twice, in lines 1 and 2"),
-    "absent": (row(file_name="9.png"), "1 files .* do not exist: 9.png"),
-    "another word": (listed({"file_name": "1.png", "caption": "a"}), "'caption'\nRename it to 'text'"),
-    "no file_name": (listed({"file": "1.png", "text": "a"}), r"line 1 has no file_name \(it has file, text\)"),
+    "absent": (row(file_name="9.png"), "names 1 file that cannot be found: 9.png"),
+    "another word": (
+        listed({"file_name": "1.png", "caption": "a"}), "but 'caption'\nRename it, or add --columns text caption$",
+    ),
+    "no file_name": (
+        listed({"file": "1.png", "text": "a"}), "but 'file'\nRename it, or add --columns file_name file$",
+    ),
     "outside": (row(file_name="../1.png"), "leads out of the folder"),
-    "an absent mask": (row(mask="m.png"), r"names 1 masks that do not exist: m.png\nmask is relative"),
+    "an absent mask": (row(mask="m.png"), r"names 1 mask that cannot be found: m.png\nmask is relative"),
     "a mask outside": (row(mask="../1.png"), "leads out of the folder"),
     "a number as mask": (row(mask=5), "mask is 5, not a string"),
     "its own mask": (row(mask="1.png"), r"1.png is given as its own mask\n.*--masks alpha"),
-    "a mask by another word": (row(mask_file_name="m.png"), "no mask, but 'mask_file_name'\nRename it to 'mask'"),
+    "a mask by another word": (row(mask_file_name="m.png"), "no column mask, but 'mask_file_name'\nRename it, or"),
     "two metadata files": (
         folder({"1.png": None, "metadata.jsonl": "", "metadata.csv": ""}), "both metadata.jsonl and metadata.csv",
     ),
@@ -138,7 +142,8 @@ FOLDERS: Rows = {
     ),
     "empty": (folder({}), r"no images in .*; it is empty"),
     "only other files": (
-        folder({"all.zip": "", "._a.jpg": ""}), r"1 hidden or macOS resource files \(._a.jpg\); it holds 1 .zip",
+        folder({"all.zip": "", "._a.jpg": ""}),
+        r"1 hidden or macOS resource file \(._a.jpg\); it holds other files: 1 .zip",
     ),
     "parts of one data set": (
         folder({"train/a/1.png": None, "train/b/2.png": None, "test/a/3.png": None}),
@@ -154,7 +159,7 @@ FOLDERS: Rows = {
     ),
     "images beside class folders": (
         folder({"0.png": None, "a/1.png": None, "b/2.png": None}),
-        r"1 images lie in .* itself, others in a/ \(1\), b/ \(1\)",
+        r"itself holds 1 image, its subfolders hold others: a/ \(1\), b/ \(1\)",
     ),
     # Lines of metadata.jsonl.
     "no JSON": (line('{"file_name": "1.png", "text": "a"}\n{oops\n'), "line 2 is not JSON"),
@@ -171,8 +176,8 @@ FOLDERS: Rows = {
             "NaN": "nan", "1" + "0" * 400: "1000", "Infinity": "inf", "1e308": r"1e\+308",
         }.items()
     },
-    "NUL in a name": (line('{"file_name": "0\\u0000.png"}'), "names 1 files that do not exist"),
-    "half a character in a name": (line('{"file_name": "\\ud83c.png"}'), "names 1 files that do not exist"),
+    "NUL in a name": (line('{"file_name": "0\\u0000.png"}'), "names 1 file that cannot be found"),
+    "half a character in a name": (line('{"file_name": "\\ud83c.png"}'), "names 1 file that cannot be found"),
     "a long name": (row(file_name="a" * 5000 + ".png"), "cannot be read: file name too long|not there"),
     # Text that nothing can store.
     "half a character": (line(HALF), r"line 1: text holds \\ud83c, half"),
@@ -196,13 +201,14 @@ SHARDS: Rows = {
     ),
     "a list": (shard(png=b"", json=b"[1]"), "s.tar: 0.json is not an object"),
     "no UTF-8": (shard(png=b"", txt=b"\xff\xfe"), "s.tar: 0.txt is not UTF-8"),
-    "no caption": (shard(png=b"", _1_png=b"", _1_txt=b"a"), "1 of 2 images have no caption: s/0"),
+    "no caption": (shard(png=b"", _1_png=b"", _1_txt=b"a"), "no caption for 1 of 2 images: s/0"),
     "compressed": (lambda path: written(path / "s.tar.gz", ""), "is compressed"),
     "columns": (shard(png=b""), "tar files have no columns", {"columns": {"text": "a"}}),
 }
 ARCHIVES: Rows = {
     "absent": (
-        archive({"1.png": png(1), "metadata.csv": b"file_name,text\n9.png,a\n"}), "names 1 files that do not exist: 9",
+        archive({"1.png": png(1), "metadata.csv": b"file_name,text\n9.png,a\n"}),
+        "names 1 file that cannot be found: 9",
     ),
     "half a character": (
         archive({"1.png": png(0), "metadata.jsonl": HALF.encode()}), r"line 1: text holds \\ud83c, half",
@@ -220,7 +226,15 @@ TABLES: Rows = {
     "bytes and paths": (table(image=[png(1)], file_name=["1.png"]), "both an image and a file_name column"),
     "no column of images": (csv("imge,text", "1.png,a"), r"its columns: imge, text\n.*--columns image imge"),
     "another word": (
-        csv("file_name,caption", "1.png,a"), r"but 'caption'\nRename it to 'text', or add --columns text caption",
+        csv("file_name,caption", "1.png,a"), r"no column text, but 'caption'\nRename .*--columns text caption$",
+    ),
+    "other words for all": (
+        csv("path,caption", "1.png,a"),
+        r"no column image or text, but 'path' and 'caption'\nRename them, .*--columns image path text caption$",
+    ),
+    "another word beside one that is given": (
+        csv("path,caption", "1.png,a"), r"no column image, .*\n.*--columns text caption image path$",
+        {"columns": {"text": "caption"}},
     ),
     "no such column": (
         csv("path,caption", "1.png,a"), r"no column 'pth' .*\nDid you mean 'path'", {"columns": {"file_name": "pth"}},
@@ -229,7 +243,7 @@ TABLES: Rows = {
     "two columns for one": (
         csv("text,caption", "1.png,a"), "both 'text' and 'caption'", {"columns": {"text": "caption"}},
     ),
-    "absent": (csv("file_name,text", "2.png,a"), "names 1 files that do not exist"),
+    "absent": (csv("file_name,text", "2.png,a"), "names 1 file that cannot be found"),
     "one name twice": (csv("file_name,text", "1.png,a", "1.png,b"), "two images are named 1.png"),
     "more cells": (csv("file_name,text", "1.png,a,b"), "line 2 has more cells"),
     "one column twice": (csv("file_name,text,text", "1.png,a,b"), "two columns named 'text'"),
@@ -309,7 +323,7 @@ def test_check_and_training_refuse_alike(case: str, tmp_path: Path) -> None:
     assert len(str(refused.value)) <= 2 * LENGTH + 1
     report = check_source(data, **options)
     assert one_line(refused.value.what) in report.problems[0]
-    assert report.verdict == "a training would stop at the problem"
+    assert report.verdict == "not ready to train: mend the problem first"
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_copies_are_one_group_and_others_are_not(tmp_path: Path) -> None:
     make_image(0).resize((96, 60)).save(tmp_path / "squeezed.png")
     report = check_source(str(tmp_path))
     assert report.near_duplicates == (tuple(names),) and not report.duplicates
-    assert any("3 images are near duplicates" in warning for warning in report.warnings)
+    assert any("1 group of near duplicates, 3 images in all" in warning for warning in report.warnings)
 
 
 @pytest.fixture(scope="module")

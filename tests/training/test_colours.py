@@ -45,7 +45,7 @@ def test_a_run_begun_before_goes_on_with_the_colours_as_they_are_stored(data, tm
 
     said = train(begun)
     assert len(re.findall("was begun before colour profiles were converted", said)) == 1
-    assert "6 images have another colour profile than sRGB, not used (--colours stored)" in said
+    assert "6 images with another colour profile than sRGB, not used (--colours stored)" in said
     one, other = (
         load_file(run / f"checkpoints/step-000002/{file}-weights.safetensors") for run in (begun, whole)
     )

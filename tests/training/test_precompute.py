@@ -284,7 +284,7 @@ def test_latents_of_converted_images_have_keys_of_their_own(filled: Workplace) -
     place.encoded.clear()
     output = place.precompute("--pixels")  # only what is read otherwise is made again
     assert sum(place.encoded) == 2
-    assert "2 images have another colour profile than sRGB and are converted" in output
+    assert "2 images with another colour profile than sRGB, converted" in output
 
     source, images = find_source(latents), find_source(str(place.data))
     assert list(source.content_keys()) == images.content_keys()  # split as its images are

@@ -1,1 +1,1 @@
-"""The check of a data set: every image opened once, duplicates found, reports, a suggested command."""
+"""The check of a data set: every image opened once, duplicates found, a report in lines and as a page."""

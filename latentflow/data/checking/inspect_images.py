@@ -22,7 +22,7 @@ import PIL
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from ...errors import UserError, few, one_line
+from ...errors import UserError, few, one_line, plural
 from ..cache.store import LOOKS, cache_root
 from ..dataset import Example, FileExample, Source
 from ..images import ImageFileError, decoding, name_of, to_rgb
@@ -226,15 +226,18 @@ def readable(source: Source) -> Source:
     notes = [profile_line(profiles)] if profiles else []
     if profiles and any(isinstance(e, FileExample) and e.colours == "stored" for e in source.examples):
         count = sum(profiles.values())
-        notes = [f"{count} images have another colour profile than sRGB, not used (--colours stored)"]
+        notes = [
+            f"{plural(count, 'image')} with another colour profile than sRGB, not used (--colours stored)"
+        ]
     notes += profile_warnings(unusable)
     if problems := unreadable_problems(errors, len(source)):
-        raise UserError(problems[0], "`latentflow check --json` lists them all: repair or move them.")
-    if errors:
-        all_names = "; `latentflow check --json` names all" if len(errors) > 5 else ""
-        notes.append(
-            f"{len(errors)} images cannot be read and are skipped: {list_reasons(errors)}{all_names}"
+        raise UserError(
+            problems[0], "Repair them or move them away; `latentflow check DATA --json` lists them all."
         )
+    if errors:
+        all_names = "; `latentflow check DATA --json` names all" if len(errors) > 5 else ""
+        what = f"{plural(len(errors), 'image')} cannot be read, left out"
+        notes.append(f"{what}: {list_reasons(errors)}{all_names}")
         source = source.subset([row for row, e in enumerate(source.examples) if e.name not in errors])
     return source.noted(*map(one_line, notes)) if notes else source
 
@@ -250,7 +253,7 @@ def profiles_of(infos: Mapping[str, ImageInfo]) -> tuple[dict[str, int], dict[st
 
 
 def profile_warnings(unusable: Mapping[str, str]) -> list[str]:
-    what = f"{len(unusable)} images have a colour profile that cannot be used, and are read as sRGB"
+    what = f"{plural(len(unusable), 'image')} with a colour profile that cannot be used, read as sRGB"
     return [f"{what}: {list_reasons(unusable)}"] if unusable else []
 
 
@@ -258,14 +261,16 @@ def unreadable_problems(unreadable: Mapping[str, str], images: int) -> list[str]
     share = len(unreadable) / images
     if share <= MOST_UNREADABLE:
         return []
-    what = f"{len(unreadable)} of {images} images cannot be read ({share:.0%}, at most 5 % may)"
+    what = f"{len(unreadable)} of {plural(images, 'image')} cannot be read ({share:.0%}; the limit is 5%)"
     return [one_line(f"{what}: {list_reasons(unreadable)}")]
 
 
 def profile_line(profiles: Mapping[str, int]) -> str:
     """Return a line on the images whose colours are converted from these profiles."""
     count = sum(profiles.values())
-    return f"{count} images have another colour profile than sRGB and are converted: {list_counts(profiles)}"
+    return (
+        f"{plural(count, 'image')} with another colour profile than sRGB, converted: {list_counts(profiles)}"
+    )
 
 
 def list_counts(counts: Mapping[str, int], limit: int = 5) -> str:

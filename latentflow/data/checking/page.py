@@ -8,20 +8,20 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ...errors import one_line
+from ...errors import one_line, plural
 from ...utils.html_page import Page
 from ..cache.tensors import map_threaded
 from ..dataset import Example, Source
 from ..images import to_rgb
 from ..splits import NEAR
-from .report import Report
-from .suggest import Suggestion
+from .report import Report, Suggestion
 
 _GAP, _TEXT, _PAPER, _INK = 8, 13, (250, 250, 250), (40, 40, 40)
 _GROUPS, _SIZES = 12, 12  # groups of near duplicates, and sizes, that are shown
+_SHOWN = 80  # images on the contact sheet
 
 
-def contact_sheet(source: Source, most: int = 80, columns: int = 10, cell: int = 112) -> Image.Image:
+def contact_sheet(source: Source, most: int = _SHOWN, columns: int = 10, cell: int = 112) -> Image.Image:
     """Draw up to ``most`` images, spread evenly over the set and its classes, whole and upright.
 
     Args:
@@ -75,15 +75,17 @@ def choose_evenly(source: Source, most: int) -> list[Example]:
     return [source.examples[index] for index in sorted(index for _, index in sorted(turns)[:most])]
 
 
-def report_page(report: Report, source: Source | None, suggestion: Suggestion | None) -> Page:
+def report_page(report: Report, source: Source | None, suggestions: Sequence[Suggestion] = ()) -> Page:
     """Build the page: what to do next, what is wrong, how the images look, then the details."""
     page = Page(one_line(f"Data: {report.data}"))
     page.text(one_line(f"{report.headline}. {report.verdict[0].upper()}{report.verdict[1:]}."))
     if report.problems:
         page.heading("Problems")
         page.list(map(one_line, report.problems))
-    if suggestion is not None:
+    if suggestions:
         page.heading("A first training")
+    for suggestion in suggestions:
+        page.text(f"{suggestion.title[0].upper()}{suggestion.title[1:]}:")
         page.code(suggestion.command)
         page.table(["choice", "why"], list(suggestion.reasons.items()))
     if report.warnings:
@@ -91,44 +93,63 @@ def report_page(report: Report, source: Source | None, suggestion: Suggestion | 
         page.list(map(one_line, report.warnings))
     if source is not None and len(source):
         page.heading("Contact sheet")
-        page.image(contact_sheet(source), f"Some of {len(source)} images, evenly spread", "webp")
+        page.image(contact_sheet(source), _sheet_caption(len(source)), "webp")
     page.heading("Facts")
-    page.list(map(one_line, report.facts()))
-    if report.sizes:
+    page.list(map(one_line, (*report.notes, *report.facts())))
+    if len(report.sizes) > 1:
         page.text("Width to height, by the nearest of the usual shapes:")
         page.bars(report.aspects)
         page.text("Images whose short side has at least this many pixels:")
         page.bars({f"{side} px": count for side, count in report.reach.items()})
-        sizes = page.details(f"{len(report.sizes)} different sizes, the most frequent")
+        sizes = page.details(f"Sizes: {len(report.sizes)}, the most frequent first")
         sizes.table(["width x height", "images"], list(report.sizes.items())[:_SIZES])
     if report.classes:
-        page.heading(f"{len(report.classes)} classes")
+        page.heading(plural(len(report.classes), "class"))
         page.bars({one_line(name): count for name, count in report.classes.items()})
     captions = report.caption_facts
     if captions.common:
         page.heading("The most frequent words")
         page.bars(captions.common)
     if captions.repeated:
-        page.details("Captions of several images").table(["caption", "images"], captions.repeated.items())
+        page.details("Captions shared by several images").table(
+            ["caption", "images"], captions.repeated.items()
+        )
     if source is not None and (report.near_duplicates or report.duplicates):
         page.heading("Duplicates")
-        page.text(f"{len(report.duplicates)} groups of equal files, {len(report.near_duplicates)} of {NEAR}.")
+        equal, near = plural(len(report.duplicates), "group"), plural(len(report.near_duplicates), "group")
+        page.text(f"{equal} of equal files, {near} of {NEAR}.")
         examples = {example.name: example for example in source.examples}
         for names in report.near_duplicates[:_GROUPS]:
             shown = [examples[name] for name in names[:8]]
             page.image(_sheet(shown, cell=88), one_line(" = ".join(names[:8])), "webp")
-    page.heading("Files")
-    groups = {" = ".join(names): "" for names in (*report.duplicates, *report.near_duplicates)}
-    for what, reasons in {
-        "files that cannot be read and are skipped": report.unreadable,
-        "images whose masks cannot be used": report.unreadable_masks,
-        "images whose colour profiles cannot be used": report.unusable_profiles,
-        "files named as another format": report.misnamed,
-        "animated images, of which only the first frame is used": dict.fromkeys(report.animated, ""),
-        "images without a caption": dict.fromkeys(captions.missing, ""),
-        "groups of duplicates": groups,
-    }.items():
-        if reasons:
-            rows = [[one_line(name), one_line(why)] for name, why in reasons.items()]
-            page.details(f"{len(rows)} {what}").table(["file", "why"], rows)
+    _file_lists(page, report)
     return page
+
+
+def _file_lists(page: Page, report: Report) -> None:
+    """Add the names of all files that something is to be known about, folded."""
+    groups = [" = ".join(names) for names in (*report.duplicates, *report.near_duplicates)]
+    lists = {
+        "Unreadable files, left out": report.unreadable,
+        "Masks that cannot be used": report.unreadable_masks,
+        "Colour profiles that cannot be used": report.unusable_profiles,
+        "Files in another format than the name says": report.misnamed,
+        "Animated images, of which only the first frame is used": dict.fromkeys(report.animated, ""),
+        "Images without a caption": dict.fromkeys(report.caption_facts.missing, ""),
+        "Groups of duplicates": dict.fromkeys(groups, ""),
+    }
+    if any(lists.values()):
+        page.heading("Files")
+    for what, reasons in lists.items():
+        if reasons:
+            explained = any(reasons.values())
+            rows = [[one_line(name), one_line(why)][: 1 + explained] for name, why in reasons.items()]
+            page.details(f"{what}: {len(rows)}").table(["file", "why"][: 1 + explained], rows)
+
+
+def _sheet_caption(images: int) -> str:
+    return (
+        f"All {plural(images, 'image')}"
+        if images <= _SHOWN
+        else f"{_SHOWN} of {images} images, evenly spread"
+    )

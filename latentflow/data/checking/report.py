@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...errors import UserError, few, one_line
+from ...errors import UserError, few, one_line, plural
 from ..dataset import Example, Source
 from ..sources.kinds import MissingCaption, find_source
-from ..splits import NEAR, near_groups
+from ..splits import near_groups
 from .inspect_images import (
     ImageInfo,
     counted,
@@ -30,9 +30,10 @@ from .inspect_images import (
     unreadable_problems,
 )
 
-_FEW = 1000  # below this a generator repeats its images rather than learning what they share
+FEW = 1000  # images: of fewer a generator that is trained from scratch repeats them
 _EXTREME = 4  # times as long as wide: a square shows less than a quarter of it
 _TINY = 32  # pixels
+_TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")  # Pillow's modes with an alpha channel
 _UNBALANCED = 10  # times as many images in the largest class as in the smallest
 SIDES = (32, 64, 128, 256, 512, 1024)
 _ASPECTS = {  # width / height
@@ -43,7 +44,7 @@ _CONDITIONED = {
     "text": "conditioned on captions",
     "class": "conditioned on classes",
     "unconditional": "unconditional",
-    "unknown": "not usable",
+    "unknown": "cannot be used",
 }
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
@@ -117,6 +118,15 @@ def _most_frequent(counts: Counter[str], most: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class Suggestion:
+    """A first training: its title, a command line for the shell, and the reason for each choice in it."""
+
+    title: str
+    command: str
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Report:
     """The result of ``latentflow check``.
 
@@ -159,7 +169,7 @@ class Report:
         lines = [self.headline, *self.notes, *self.facts()]
         if self.unreadable:
             reasons = list_reasons(self.unreadable)
-            lines.append(f"{len(self.unreadable)} cannot be read and are skipped: {reasons}")
+            lines.append(f"{plural(len(self.unreadable), 'file')} cannot be read, left out: {reasons}")
         lines += [f"warning: {line}" for line in self.warnings]
         lines += [f"PROBLEM: {line}" for line in self.problems]
         return [one_line(line) for line in [*lines, self.verdict]]
@@ -170,31 +180,42 @@ class Report:
             yield "images per class: " + list_counts(self.classes, 12)
         if self.condition == "text" and self.captions:
             facts = self.caption_facts
-            yield f"{self.captions} different captions"
+            yield plural(self.captions, "different caption")
             yield (
                 f"words in a caption: {facts.shortest} to {facts.longest}, median {facts.median:g}; "
-                f"{facts.vocabulary} different words, {facts.once} of them only once"
+                f"{plural(facts.vocabulary, 'different word')}, {facts.once} of them used only once"
             )
         if self.sizes:
-            sides = [f"{side} px ({count})" for side, count in self.reach.items() if count]
-            yield "sizes: " + list_counts(self.sizes)
-            yield "shapes: " + list_counts(self.aspects, 12)
-            yield f"a square crop keeps {self.kept_by_square_crop:.0%} of the area"
-            yield f"short sides of at least: {', '.join(sides) or f'none has {SIDES[0]} px'}"
-            yield f"modes: {list_counts(self.modes)}; {self.rotated} rotated by EXIF"
+            yield "sizes (width x height): " + list_counts(self.sizes)
+            if len(self.sizes) > 1:
+                yield "width to height: " + list_counts(self.aspects, 12)
+                yield f"images by their short side: {self._reached()}"
+            if self.kept_by_square_crop < 1:
+                yield f"a square crop keeps {self.kept_by_square_crop:.0%} of the area, on average"
             yield "formats: " + list_counts(self.formats)
+            yield "colour modes: " + list_counts(self.modes)
+        if transparent := sum(self.modes.get(mode, 0) for mode in _TRANSPARENT):
+            yield f"{plural(transparent, 'image')} with an alpha channel, put on white (--background when training)"
+        if self.rotated:
+            yield f"{plural(self.rotated, 'image')} turned upright as EXIF says"
         if self.profiles:
             yield profile_line(self.profiles)
         if self.masks:
-            yield f"{self.masks} of {self.images} images have a mask of their own"
+            yield f"images with a mask of their own: {self.masks} of {self.images}"
+
+    def _reached(self) -> str:
+        reached = [f"{count} of at least {side} px" for side, count in self.reach.items() if count]
+        return ", ".join(reached) or f"none of at least {SIDES[0]} px"
 
     @property
     def headline(self) -> str:
-        return f"{self.data}: {self.images} images, {_CONDITIONED[self.condition]}"
+        if self.condition == "unknown":
+            return f"{self.data}: {_CONDITIONED[self.condition]}"
+        return f"{self.data}: {plural(self.images, 'image')}, {_CONDITIONED[self.condition]}"
 
     @property
     def verdict(self) -> str:
-        return "a training would stop at the problem" if self.problems else "ready to train"
+        return "not ready to train: mend the problem first" if self.problems else "ready to train"
 
 
 def check_data(
@@ -242,7 +263,9 @@ def _report(source: Source, problems: list[str]) -> tuple[Report, Source]:
     bad_masks = {name: info.mask_error for name, info in infos.items() if info.mask_error}
     profiles, unusable_profiles = profiles_of(infos)
     near = _groups(infos, near_groups(list(infos.values())).tolist())
-    mask_problems = [f"{len(bad_masks)} masks cannot be used: {few(bad_masks.values())}"] if bad_masks else []
+    mask_problems = []
+    if bad_masks:
+        mask_problems = [f"{plural(len(bad_masks), 'mask')} cannot be used: {few(bad_masks.values())}"]
     report = Report(
         source.name,
         source.kind,
@@ -291,22 +314,25 @@ def _warnings(report: Report, examples: Sequence[Example], infos: Mapping[str, I
     texts = {example.name: (example.text, example.label) for example in examples}
     labels = {example.name: example.label for example in examples}
     if duplicates := report.duplicates:
-        yield f"{len(duplicates)} images occur more than once: {list_groups(duplicates)}"
+        yield f"{plural(len(duplicates), 'group')} of equal files: {list_groups(duplicates)}"
         if clash := [names for names in duplicates if len({texts[name] for name in names}) > 1]:
-            yield f"{len(clash)} of them have different captions or classes: {list_groups(clash)}"
-    if report.images < _FEW:
-        yield f"{report.images} images are few: below {_FEW} a model mostly memorises them"
+            yield f"equal files with different captions or classes: {list_groups(clash)}"
+    if report.images < FEW:
+        yield (
+            f"few images ({report.images}): trained on fewer than {FEW:,}, a model mostly memorises them, unless it "
+            "starts from a checkpoint"
+        )
     if rare := [f"{name} ({count})" for name, count in report.classes.items() if count < 10]:
         yield f"classes of fewer than 10 images: {few(rare)}"
     if near := report.near_duplicates:
         yield (
-            f"{sum(map(len, near))} images are {NEAR} ({len(near)} groups, the largest of {max(map(len, near))}); "
-            f"a group is trained on or held out as a whole: {list_groups(near)}"
+            f"{plural(len(near), 'group')} of near duplicates, {sum(map(len, near))} images in all; a group is trained "
+            f"on or held out as a whole: {list_groups(near)}"
         )
         if clash := [names for names in near if len({labels[name] for name in names}) > 1]:
-            yield f"{len(clash)} groups of near duplicates have different classes: {list_groups(clash)}"
+            yield f"near duplicates in different classes: {list_groups(clash)}"
     if missing := report.caption_facts.missing:
-        yield f"{len(missing)} images have no caption: {few(missing)}"
+        yield f"{plural(len(missing), 'image')} without a caption: {few(missing)}"
     repeated = report.caption_facts.repeated.items()
     if common := {text: count for text, count in repeated if count > max(10, report.images / 20)}:
         yield f"captions that more than 5 % of the images share: {list_counts(common)}"
@@ -314,20 +340,20 @@ def _warnings(report: Report, examples: Sequence[Example], infos: Mapping[str, I
         small, large = min(classes, key=classes.__getitem__), max(classes, key=classes.__getitem__)
         if classes[large] >= _UNBALANCED * classes[small]:
             yield (
-                f"classes are unbalanced: {large} has {classes[large]} images, {small} has {classes[small]}; "
-                "`repeats` of a mix, or more images, even them out"
+                f"unbalanced classes: {large} has {plural(classes[large], 'image')}, {small} has {classes[small]}; add "
+                "images, or list the classes' folders in a .yaml file with `repeats`"
             )
     sized = {f"{name} ({info.width}x{info.height})": info.size for name, info in infos.items()}
     if extreme := [name for name, size in sized.items() if max(size) > _EXTREME * min(size)]:
-        what = f"more than {_EXTREME} times as long as wide, and a square crop shows little of them"
-        yield f"{len(extreme)} images are {what}: {few(extreme)}"
+        what = f"more than {_EXTREME} times as long as wide, of which a square crop shows little"
+        yield f"{plural(len(extreme), 'image')} {what}: {few(extreme)}"
     if tiny := [name for name, size in sized.items() if min(size) < _TINY]:
-        yield f"{len(tiny)} images have a side below {_TINY} pixels and are enlarged: {few(tiny)}"
+        yield f"{plural(len(tiny), 'image')} with a side below {_TINY} px, which training enlarges: {few(tiny)}"
     if report.misnamed:
-        what = "files have another format than their names say, and are read all the same"
-        yield f"{len(report.misnamed)} {what}: {list_reasons(report.misnamed)}"
+        what = "in another format than the name says, read all the same"
+        yield f"{plural(len(report.misnamed), 'file')} {what}: {list_reasons(report.misnamed)}"
     if report.animated:
-        what = f"of {len(report.animated)} animated images only the first frame is used"
+        what = f"{plural(len(report.animated), 'animated image')}, of which only the first frame is used"
         yield f"{what}: {few(report.animated)}"
     yield from profile_warnings(report.unusable_profiles)
     yield from _mask_warnings(infos)
@@ -344,7 +370,7 @@ def _mask_warnings(infos: Mapping[str, ImageInfo]) -> Iterator[str]:
         resized["another size" if rounded else "another aspect ratio"].append(f"{name} ({sizes})")
     for what, names in resized.items():
         if names:
-            yield f"{len(names)} masks have {what} than their image and are resized to it: {few(names)}"
+            yield f"{plural(len(names), 'mask')} of {what} than the image, resized to it: {few(names)}"
 
 
 def list_groups(groups: Iterable[tuple[str, ...]]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ...errors import UserError, few, nearest, shown
+from ...errors import UserError, few, nearest, plural, shown
 from ...utils.files import decode, parse_json, refuse_no_text
 from ..dataset import Colours, Example, FileExample, Kind, Source
 from .files import METADATA_BYTES, File, Member, read_bytes
@@ -25,6 +25,7 @@ Masks = Literal["auto", "none", "alpha"]
 
 HEAVIEST = 1e6  # weight of an image's loss: more only ends in updates that are not finite
 COLUMNS = ("image", "file_name", "text", "label", "mask", "weight")
+_IMAGE_SYNONYMS = ("path", "image_path", "file", "filename", "img", "picture", "image_file", "images")
 _SYNONYMS = {
     "text": ("caption", "captions", "prompt", "description", "texts"),
     "label": ("class", "classes", "category", "labels", "class_name"),
@@ -156,23 +157,34 @@ def unused_columns(ours: Mapping[str, str], image: str) -> list[str]:
     return [theirs for theirs, name in ours.items() if name not in read and not holds_captions(name)]
 
 
-def our_columns(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> dict[str, str]:
-    """Return our name of every column, as `rename` does.
+def our_columns(
+    columns: Iterable[str], renamed: Mapping[str, str], where: str, image: str = "image"
+) -> dict[str, str]:
+    """Return our name of every column, as `rename` does; ``image`` is our name of the one that names the images.
 
     Raises:
-        UserError: also where captions, classes, masks or weights would go unread, being called by another word.
+        UserError: also where images, captions, classes, masks or weights would go unread, being called by another
+            word.
     """
     found = rename(columns, renamed, where)
     names = set(found.values())
+    others: dict[str, str] = {}  # words by our names
+    if not names & {"image", "file_name"} and (word := next((w for w in _IMAGE_SYNONYMS if w in names), "")):
+        others[image] = word
     for column, synonyms in _SYNONYMS.items():
         missing = ["text", "label"] if column in ("text", "label") else [column]
         if any(name in missing or ("text" in missing and holds_captions(name)) for name in names):
             continue
         if synonym := next((synonym for synonym in synonyms if synonym in names), ""):
-            raise UserError(
-                f"{where} has no {' or '.join(missing)}, but '{synonym}'",
-                f"Rename it to '{column}', or add --columns {column} {synonym}.",
-            )
+            others[column] = synonym
+            names.add(column)  # else a class would be asked for beside the caption
+    if others:
+        words = f"{' or '.join(others)}, but {' and '.join(map(repr, others.values()))}"
+        flags = " ".join(f"{column} {word}" for column, word in {**renamed, **others}.items())
+        raise UserError(
+            f"{where} has no column {words}",
+            f"Rename {'it' if len(others) == 1 else 'them'}, or add --columns {flags}",
+        )
     return found
 
 
@@ -319,7 +331,7 @@ def choose_condition(
         what = "captions" if asked == "text" else "classes"
         raise UserError(f"there are no {what} in {where}", f"Add them ({lacks}), or use --condition none.")
     if not wanted:
-        return "unconditional", [f"unconditional: {where} holds neither captions nor classes ({lacks})"]
+        return "unconditional", [f"unconditional, since no captions or classes were found ({lacks})"]
     notes = [str(wanted[0])] if wanted[0].origin else []
     for condition in found:
         if condition != wanted[0]:
@@ -346,7 +358,7 @@ def source_of_rows(
     found += [Found("class", "classes")] if any(example.label for example in examples) else []
     kind, kind_notes = choose_condition(found, request, data, lacks)
     masks = sum(example.mask is not None for example in examples)
-    mask_notes = [f"masks of {masks} images{request.unused_masks}"] if masks else []
+    mask_notes = [f"masks of {plural(masks, 'image')}{request.unused_masks}"] if masks else []
     return build_source(data, examples, kind, request, [*notes, *kind_notes, *mask_notes], root)
 
 
@@ -378,11 +390,11 @@ def build_source(
         kept = [_as_requested(example, request) for example in kept]
     classes = tuple(sorted({e.label or "" for e in kept}, key=_numbers_first)) if kind == "class" else ()
     if classes:
-        notes.append(f"{len(classes)} classes: {few(classes, 12)}")
+        notes.append(f"{plural(len(classes), 'class')}: {few(classes, 12)}")
     if several := sum(bool(example.texts) for example in kept):
-        notes.append(f"{several} images have several captions: each use draws one of them")
+        notes.append(f"{plural(several, 'image')} with several captions: each use draws one of them")
     if weighted := sum(example.weight != 1 for example in kept):
-        notes.append(f"{weighted} images have a weight other than 1: it multiplies their loss")
+        notes.append(f"{plural(weighted, 'image')} with a weight other than 1, which multiplies the loss")
     return Source(data, tuple(kept), kind, classes, tuple(notes), root)
 
 
@@ -398,13 +410,13 @@ def _complete(
     if without and (missing == "error" or (missing == "empty" and kind == "class")):
         empty = "empty (an empty caption) or " if kind == "text" else ""
         raise UserError(
-            f"{len(without)} of {len(examples)} images have no {what}: {few(without)}",
+            f"no {what} for {len(without)} of {plural(len(examples), 'image')}: {few(without)}",
             f"Add them, or choose --missing-caption {empty}skip (leave these images out).",
         )
     if not complete:
         raise UserError(f"no image has a {what}", "Use --condition none for an unconditional model.")
     fate = "left out" if missing == "skip" else "given the empty caption"
-    notes = [f"{len(without)} images without a {what}, {fate}: {few(without)}"] if without else []
+    notes = [f"{plural(len(without), 'image')} without a {what}, {fate}: {few(without)}"] if without else []
     kept = complete if missing == "skip" else examples
     if kind == "class":
         return [dataclasses.replace(example, text=None, texts=()) for example in kept], notes

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ...errors import UserError, few, shown
+from ...errors import UserError, few, plural, shown
 from ...utils.files import decode, storable
 from ..dataset import Kind, Source
 from .annotations import (
@@ -41,6 +41,7 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _LACKS = "metadata.jsonl (file_name, text, label), a .txt beside each image, or a subfolder for each class"
 _MASK_ENDING = "-mask"
 _FOREIGN = (".heic", ".heif", ".svg", ".psd", ".raw", ".cr2", ".nef", ".arw", ".dng", ".jxl", ".eps", ".pdf")
+_VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 _PACKED = (".tar", ".zip", ".parquet", ".arrow")
 _SYSTEM = ("thumbs.db", "desktop.ini")
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
@@ -88,7 +89,7 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
     path = folder.root / found[0]
     records = list(read_records(folder.file(found[0]), path))
     columns = dict.fromkeys(name for _, record in records for name in record)
-    ours = our_columns(columns, renamed, str(path))
+    ours = our_columns(columns, renamed, str(path), image="file_name")
     rows: dict[str, RowAnnotation] = {}
     masks: dict[str, str] = {}
     lines: dict[str, int] = {}
@@ -106,10 +107,10 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
                     f"{where}: {name} is given as its own mask",
                     "Name the mask's file, or use --masks alpha to read masks from the alpha channels.",
                 )
-    for names, what, column in ((rows, "files", "file_name"), (masks.values(), "masks", "mask")):
+    for names, what, column in ((rows, "file", "file_name"), (masks.values(), "mask", "mask")):
         if absent := [name for name in names if not folder.holds(name)]:
             raise UserError(
-                f"{path} names {len(absent)} {what} that do not exist: {few(absent)}",
+                f"{path} names {plural(len(absent), what)} that cannot be found: {few(absent)}",
                 f"{column} is relative to the folder of the metadata.",
             )
     return Metadata(found[0], rows, masks, tuple(unused_columns(ours, "file_name")))
@@ -269,9 +270,9 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
             row = dataclasses.replace(row, label=label)
         examples.append(annotated_example(name, folder.file(name), masks.get(name), row))
     if metadata.masks:
-        notes.append(f"masks of {len(metadata.masks)} images in the metadata{request.unused_masks}")
+        notes.append(f"masks of {plural(len(metadata.masks), 'image')} in the metadata{request.unused_masks}")
     if named:
-        what = f"{len(named)} files are masks of the images beside them"
+        what = f"{plural(len(named), 'mask')} in files beside the images"
         notes.append(f"{what}{request.unused_masks}: {few(named)}")
     notes += _left_out(folder, metadata, sidecars)
     return build_source(data, examples, kind, request, notes, folder.root if folder.root.is_dir() else None)
@@ -301,7 +302,7 @@ def _decide(
 def _refuse_contradiction(metadata: Metadata, sidecars: Sidecars) -> None:
     if sidecars.clashes:
         raise UserError(
-            f"{len(sidecars.clashes)} images have captions that differ: {few(sidecars.clashes)}",
+            f"{plural(len(sidecars.clashes), 'image')} with captions that differ: {few(sidecars.clashes)}",
             "Keep one caption file for each image, or use --condition class|none.",
         )
     clash = [
@@ -312,7 +313,7 @@ def _refuse_contradiction(metadata: Metadata, sidecars: Sidecars) -> None:
     ]  # fmt: skip
     if clash:
         raise UserError(
-            f"{metadata.name} and the {sidecars.endings} files differ on {len(clash)} images: {few(clash)}",
+            f"{metadata.name} and the {sidecars.endings} files differ on {plural(len(clash), 'image')}: {few(clash)}",
             "Keep one of the two (rename the other), or use --condition class|none.",
         )
 
@@ -320,12 +321,19 @@ def _refuse_contradiction(metadata: Metadata, sidecars: Sidecars) -> None:
 def _no_images(folder: Folder) -> UserError:
     what = f"there are no images in {folder.root} or below it"
     if folder.hidden:
-        what += f" except {len(folder.hidden)} hidden or macOS resource files ({few(folder.hidden)})"
+        what += (
+            f" except {plural(len(folder.hidden), 'hidden or macOS resource file')} ({few(folder.hidden)})"
+        )
     held = folder.count_others()
-    what += f"; it holds {held} files" if held else "; it is empty"
+    what += f"; it holds other files: {held}" if held else "; it is empty"
     if folder.closed:
-        what += f"; {len(folder.closed)} folders in it cannot be opened: {few(folder.closed)}"
-    return UserError(what, f"Images end in {', '.join(IMAGE_SUFFIXES)}.")
+        what += f"; {plural(len(folder.closed), 'folder')} in it cannot be opened: {few(folder.closed)}"
+    fix = f"Images end in {', '.join(IMAGE_SUFFIXES)}."
+    if folder.count_others(_FOREIGN):
+        fix += " Convert others to PNG or JPEG."
+    if folder.count_others(_VIDEOS):
+        fix += " Of a video, save frames as images."
+    return UserError(what, fix)
 
 
 def _refuse_splits(folder: Folder) -> None:
@@ -349,7 +357,8 @@ def _refuse_wrong_level(folder: Folder) -> None:
     counts = folder.per_subfolder()
     if folder.direct:
         raise UserError(
-            f"{len(folder.direct)} images lie in {folder.root} itself, others in {_counted(counts)}",
+            f"{folder.root} itself holds {plural(len(folder.direct), 'image')}, its subfolders hold others: "
+            f"{_counted(counts)}",
             "Move every image into the subfolder of its class, or use --condition none for all of them.",
         )
     if len(counts) == 1 or not any(name.count("/") == 1 for name in folder.images):
@@ -374,21 +383,23 @@ def _left_out(folder: Folder, metadata: Metadata, sidecars: Sidecars) -> list[st
     if metadata.unused:
         notes.append(f"columns of {metadata.name} not used: {few(metadata.unused)}")
     if strange := sorted(metadata.rows.keys() - set(folder.images)):
-        notes.append(f"metadata name {len(strange)} files that are not read as images: {few(strange)}")
-    if folder.hidden:
         notes.append(
-            f"{len(folder.hidden)} hidden or macOS resource files are not read: {few(folder.hidden)}"
+            f"not read as images, though in the metadata: {plural(len(strange), 'file')}: {few(strange)}"
         )
+    if folder.hidden:
+        what = plural(len(folder.hidden), "hidden or macOS resource file")
+        notes.append(f"not read: {what}: {few(folder.hidden)}")
     if folder.closed:
-        notes.append(f"{len(folder.closed)} folders cannot be opened and are not read: {few(folder.closed)}")
+        what = plural(len(folder.closed), "folder")
+        notes.append(f"not read: {what} that cannot be opened: {few(folder.closed)}")
     if foreign := folder.count_others(_FOREIGN):
-        notes.append(f"{foreign} files are not read: convert them to PNG or JPEG to use them")
+        notes.append(f"not read: {foreign}; to use them, convert them to PNG or JPEG")
     if packed := folder.count_others(_PACKED):
-        notes.append(f"{packed} files lie beside the images and are not read: give them as DATA of their own")
+        notes.append(f"not read: {packed} beside the images; to use them, give them as DATA")
     read = {*sidecars.files, metadata.name}
     if unread := [name for name in folder.others if name not in read and not _has_own_note(name)]:
         notes.append(
-            f"{len(unread)} other files are not read: {few(unread)}; captions are read from "
+            f"not read: {plural(len(unread), 'other file')}: {few(unread)}; captions are read from "
             f"{' or '.join(METADATA_NAMES)}, or from a {' or '.join(CAPTION_SUFFIXES)} file named like its image"
         )
     return notes

@@ -9,7 +9,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, reading
+from ...errors import UserError, plural, reading
 from ..dataset import Source
 from .annotations import COLUMNS, DataRequest, holds_captions, rename, source_of_rows, table_examples
 from .files import Member, import_extra, read_bytes
@@ -114,7 +114,7 @@ def _source(data: str, rows: Any, request: DataRequest, root: Path | None) -> So
     )
     class_names = getattr(rows.features.get(label), "names", None)
     examples = list(table_examples(found, ours, class_names=class_names))
-    notes = [f"{len(examples)} rows, mapped from disk", *notes]
+    notes = [f"{plural(len(examples), 'row')}, mapped from disk", *notes]
     return source_of_rows(data, examples, request, "a column text or label", notes, root)
 
 

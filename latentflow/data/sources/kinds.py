@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ...errors import UserError, few, is_number, lookup, nearest, shown, unknown, whole
+from ...errors import UserError, few, is_number, lookup, nearest, plural, shown, unknown, whole
 from ...utils.files import read_yaml
 from ..cache.store import refuse_inside
 from ..dataset import Colours, Example, Source, with_tag_orders
@@ -147,12 +147,14 @@ def _not_found(data: str) -> UserError:
     if path.exists():
         known = "; ".join(kind.meaning for kind in KINDS.values())
         return UserError(
-            f"{data} is a file, not a folder of images, nor any other data that is read",
-            f"Give the folder: {path.parent}. DATA may be: {known}.",
+            f"{data} is a file, not a folder of images",
+            f"Give the folder, {path.absolute().parent}. Data may be: {known}.",
         )
     near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-    hint = f"Did you mean {path.parent / near}?" if near else "Check the path (`shapes` needs no folder)."
-    return UserError(f"there is no folder {data}", hint)
+    hint = f"Did you mean {path.parent / near}?" if near else f"Check the path; it starts at {Path.cwd()}."
+    if path.is_absolute() and not near:
+        hint = "Check the path."
+    return UserError(f"there is no folder or file {data}", hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +194,13 @@ def read_mix(data: str, request: DataRequest) -> Source:
     for source in sources:
         refuse_inside(source.root)
     examples: list[Example] = []
-    notes = [f"{len(parts)} sets"]
+    notes = [plural(len(parts), "set")]
     for part, source, repeats in zip(parts, sources, _repeats(parts, sources), strict=True):
         factor = f", their loss times {part.weight:g}" if part.weight != 1 else ""
         role = " (regularisation)" if part.regularisation else ""
-        notes.append(f"{part.data}: {len(source)} images, each used {repeats} times an epoch{factor}{role}")
+        notes.append(
+            f"{part.data}: {plural(len(source), 'image')}, each used {plural(repeats, 'time')} an epoch{factor}{role}"
+        )
         notes += [f"  {note}" for note in source.notes]
         examples += [
             dataclasses.replace(

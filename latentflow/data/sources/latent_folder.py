@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ...config import DataConfig
-from ...errors import UserError, reading, shown
+from ...errors import UserError, plural, reading, shown
 from ...utils.files import read_json, storable
 from ..cache.store import NO_KEY, Array, ShardSet, digests
 from ..dataset import Example, Kind, Source, StoredSizes
@@ -53,7 +53,7 @@ def read_latent_folder(data: str, request: DataRequest) -> LatentFolder:
         description["tables"] = {place: made for place, made in tables if kind_of(place) != "masks"}
     kind: Kind = "unconditional" if request.condition == "none" else description["kind"]
     index = _open_index(folder / INDEX, LatentStore(folder, description))
-    notes = [f"latents of {description['name']}: {len(index)} images", *description["notes"]]
+    notes = [f"latents of {description['name']}: {plural(len(index), 'image')}", *description["notes"]]
     if "colours" not in description:
         notes.append(
             "made before colour profiles were converted to sRGB; `latentflow check` says which images have others: "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, few, nearest, reading, shown
+from ...errors import UserError, few, nearest, plural, reading, shown
 from ...utils.files import decode, parse_json
 from ..dataset import FileExample, Source
 from .annotations import (
@@ -67,15 +67,15 @@ def read_table(data: str, request: DataRequest) -> Source:
             prefix = path.absolute().relative_to(root).with_suffix("").as_posix()
             found = [dataclasses.replace(example, name=f"{prefix}/{example.name}") for example in found]
         examples += found
-    notes = [f"{len(examples)} rows of {few([path.name for path in paths])}"]
+    notes = [f"{plural(len(examples), 'row')} of {few([path.name for path in paths])}"]
     files = [file for example in examples for file in (example.path, example.mask) if isinstance(file, Path)]
     if absent := [str(file) for file in files if not file.is_file()]:
         raise UserError(
-            f"{data} names {len(absent)} files that do not exist: {few(absent)}",
+            f"{data} names {plural(len(absent), 'file')} that cannot be found: {few(absent)}",
             "Paths are absolute or relative to the folder of the table.",
         )
     if outside := [str(file) for file in files if not file.absolute().is_relative_to(root)]:
-        notes.append(f"{len(outside)} files lie outside {root}: {few(outside)}")
+        notes.append(f"{plural(len(outside), 'file')} outside {root}: {few(outside)}")
     if unused:
         notes.append(f"columns not used: {few(unused)}")
     lacks = "a column text or label"

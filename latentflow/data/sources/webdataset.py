@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import UserError, few, one_line, shown
+from ...errors import UserError, few, one_line, plural, shown
 from ...utils.files import decode, parse_json
 from ..dataset import FileExample, Source
 from .annotations import DataRequest, RowAnnotation, annotated_example, parse_row, source_of_rows
@@ -87,9 +87,9 @@ def read_shards(data: str, request: DataRequest) -> Source:
                 examples.append(annotated_example(name, sample.image, sample.mask, annotation))
     if not examples:
         raise UserError(f"there are no images in {data}", f"Images end in {', '.join(IMAGE_SUFFIXES)}.")
-    notes = [f"{len(examples)} samples in {len(paths)} tar files, read in place"]
+    notes = [f"{plural(len(examples), 'sample')} in {plural(len(paths), 'tar file')}, read in place"]
     if empty:
-        notes.append(f"{len(empty)} samples have no image and are left out: {few(empty)}")
+        notes.append(f"{plural(len(empty), 'sample')} without an image, left out: {few(empty)}")
     if unread:
         endings = [f".{one_line(ending)} ({len(names)}): {few(names, 2)}" for ending, names in unread.items()]
         more = f"; and {len(endings) - 5} more endings" if len(endings) > 5 else ""
