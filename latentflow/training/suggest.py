@@ -169,13 +169,13 @@ def _fine_tunes(report: Report, machine: Machine, flags: tuple[str, ...]) -> Ite
     if report.masks and checkpoint != _EMOJI:
         return  # it has not learned to inpaint, and an adapter cannot bring the input channels
     steps_line, seconds = _fine_tune_cost(report.images, checkpoint, machine, adapter=True)
-    adapter = "only small factors beside the weights are trained: a file of 1 to 2 MB"
+    adapter = "only small factors beside the weights are trained: a file of 2 to 3 MB"
     if importlib.util.find_spec("peft") is None:
         adapter += '; needs pip install "latentflow[lora]"'
     yield Suggestion(
         f"or train an adapter (LoRA) for {checkpoint.name}",
-        shlex.join([*start, "--lora-rank", "8", "-o", f"{output}-lora", *flags]),
-        {"--lora-rank 8": adapter, "steps": steps_line, "time": _duration(seconds, machine)},
+        shlex.join([*start, "--lora-rank", "16", "-o", f"{output}-lora", *flags]),
+        {"--lora-rank 16": adapter, "steps": steps_line, "time": _duration(seconds, machine)},
     )
 
 
