@@ -48,9 +48,7 @@ def export_pipeline(
     Raises:
         RunError: the disk gave out.
     """
-    earlier, adapter, result = output / "pipeline", model.adapter, model.flow_model.pipeline
-    if adapter is not None:
-        result = result.from_pipe(result, **adapter.merged())
+    earlier, adapter, result = output / "pipeline", model.adapter, model.pipeline()
     if dtype != torch.float32:
         result = copy.deepcopy(result).to(dtype=dtype)
     facts = CardFacts(

@@ -38,6 +38,7 @@ from .report.card import generate_command
 from .report.hub import check_push, push
 from .train_autoencoder import train_autoencoder
 from .trained_model import TrainedModel, build
+from .unfinished import forget_initial, keep_initial, starting_checkpoint
 
 
 def train(
@@ -67,8 +68,10 @@ def train(
 
     # ---- data ----
     config = replace(config, data=as_begun(config.data, output, given_keys))
-    if config.init_from:
-        refuse_own_result(config.init_from, output)
+    named = config.init_from  # as the user wrote it
+    if named:
+        refuse_own_result(named, output)
+        config = replace(config, init_from=starting_checkpoint(named, None if dry_run else output))
     splits = load_data(
         config.data, given_keys, seed=config.loop.seed, vae=config.vae, checkpoint=config.init_from
     )
@@ -95,7 +98,7 @@ def train(
     for line in recipe.plan:
         log.info(line)
     if not dry_run and state.is_main_process:
-        write_config(config, output / "config.yaml")
+        write_config(replace(config, init_from=named), output / "config.yaml")
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     stop = Stop()
@@ -156,6 +159,8 @@ def train(
 
     # ---- training ----
     result = output / "pipeline"
+    if state.is_main_process:
+        keep_initial(output, model.pipeline())
     export = partial(
         export_pipeline,
         model=model,
@@ -190,6 +195,7 @@ def train(
         raise SystemExit(stop.status)
     if not state.is_main_process:
         return
+    forget_initial(output)
 
     # ---- the result ----
     for line in recipe.summary(result, loss, own):
