@@ -195,6 +195,16 @@ def read_run(folder: str | Path, config: dict[str, Any] | None = None) -> Run:
     )
 
 
+def first_stage(run: Run) -> Run:
+    """Return the run of the autoencoder that a run trains first; it may not have begun.
+
+    Raises:
+        UserError: it has none.
+    """
+    settings = {name: value for name, value in run.config.items() if name != "network"}
+    return read_run(run.folder / "autoencoder", settings)
+
+
 def preview_step(path: Path) -> int:
     """Return the step in a preview's name; -1 if there is none."""
     number = path.stem.removeprefix("step-")
