@@ -73,9 +73,8 @@ def train(config: Config, resume_command: str, given_keys: Collection[str]) -> N
     if vae is None:
         sys.exit(stop.status)
     result = output / "autoencoder"
-    log.info(
-        f"done: {result}; train a generator with it:\n  {shlex.join(['latentflow', 'train', data.data, '--vae', str(result), '-o', 'runs/mine'])}"
-    )
+    use = shlex.join(["latentflow", "train", data.data, "--vae", str(result), "-o", f"{output}-generator"])
+    log.info(f"done: {result}; train a generator with it:\n  {use}")
     if verdict := judge(read_run(output)):
         log.info(verdict.line)
 

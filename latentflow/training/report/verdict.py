@@ -24,9 +24,9 @@ _FALLS, _RISES = 0.01, 0.02
 _LEAST = 4  # points of a trend
 # A network from scratch falls from about the variance of the data to a half of it and less.
 _LEARNT = 0.1
-# Captions of so few images are meant to draw them. In ten runs on 20 to 77 images (docs/measurements/fine-tuning.md) the
-# loss was lower with the caption than without by 12 to 28 % where 10 to 36 % of the captions drew the right image, and
-# by 42 to 81 % where 40 to 100 % did.
+# Captions of so few images are meant to draw them. In ten runs on 20 to 77 images (docs/measurements/fine-tuning.md)
+# the loss was lower with the caption than without by 12 to 28 % where 10 to 36 % of the captions drew the right image,
+# and by 42 to 81 % where 40 to 100 % did.
 _FEW_CAPTIONED = 100
 _BY_CAPTION = 1 / 3
 _COPIES = 0.5  # share of generated images that are as near to a training image as copies are
@@ -159,8 +159,9 @@ def _by_trend(run: Run, found: Trend, name: str) -> Verdict | None:
 def _not_learnt(run: Run, found: Trend) -> Verdict | None:
     if run.is_student:  # begins as its teacher
         return None
-    why = _unlearnt(run) if run.config.get("init_from") else _unmoved(run)
-    if not why:
+    is_fine_tune = bool(run.config.get("init_from"))
+    why = _unlearnt(run) if is_fine_tune else _unmoved(run)
+    if not why or (found.kind == "falling" and not is_fine_tune):
         return None
     if found.kind == "falling":
         return Verdict("not learnt", f"it has not learnt enough yet: {why} More steps:", run.resume())
