@@ -193,6 +193,11 @@ def _split(text: str) -> tuple[str, float]:
     inside_run = Path(source) / "adapter"
     if inside_run.is_dir():
         return str(inside_run), weight
+    if unfinished_run(source):
+        raise UserError(
+            f"--lora {source}: the run is not finished, and its adapter is written at the end",
+            f"--checkpoint {source} generates with what it has learnt so far.",
+        )
     if not Path(source).exists() and len(Path(source).parts) != 2:
         raise UserError(f"--lora {source}: no such folder or file", "A run's adapter is in RUN/adapter.")
     return source, weight

@@ -64,7 +64,8 @@ def killed(tmp_path: Path) -> Path:
     for folder, step in ((run, 3), (run / "autoencoder", 2)):
         Image.new("RGB", (1300, 650), "red").save(folder / "samples" / f"step-{step:06d}.png")
     (run / "samples" / "step-000005.png").write_bytes(b"\x89PNG torn")
-    first = ("notes of old", "plan: 8 steps", "step 3: val_loss 6", "my/cats: <b>9</b> images")
+    ended = ("done: x; try it with\n  latentflow generate", "verdict: still falling:\n  latentflow train")
+    first = ("notes of old", "plan: 8 steps", "step 3: val_loss 6", *ended, "my/cats: <b>9</b> images")
     write_log(
         run,
         *first,
@@ -99,7 +100,8 @@ def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
         assert text in html, text
     assert html.count("<svg") == 2 and html.count("data:image/") == 2
     assert 'src="http' not in html and "<script" not in html
-    assert "notes of old" not in html.split("train.log")[0]  # only the last start's data
+    before = html.split("train.log")[0]
+    assert "notes of old" not in before and "latentflow generate<" not in before  # only the last start's data
 
 
 def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:

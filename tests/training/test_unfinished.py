@@ -132,6 +132,24 @@ def test_every_kind_of_pipeline_opens(stopped: Path) -> None:
     )
 
 
+def test_a_run_is_exported_finished_or_not(base: Path, stopped: Path, cache: Path, tmp_path: Path) -> None:
+    export = "../pipelines/export"
+    assert "step 2 of 4" in call(cache, stopped, "-o", tmp_path / "a", file=export)
+    found = weights(LatentFlowPipeline.from_pretrained(tmp_path / "a"))
+    wanted = weights(unfinished.unfinished_pipeline(stopped)[0])
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    call(cache, base, "-o", tmp_path / "b", "--export-dtype", "float16", file=export)
+    card = "README.md"
+    assert (tmp_path / "b" / card).read_text() == (base / "pipeline" / card).read_text()
+    said = call(cache, base, "-o", tmp_path / "c", "--adapter", "--fast", file=export, expect=2)
+    assert "Give one of them" in said
+    assert "holds no adapter" in call(cache, base, "-o", tmp_path / "c", "--adapter", file=export, expect=2)
+    said = call(cache, stopped, "someone/cats", file="../pipelines/push", expect=2)
+    assert f"latentflow export {stopped} -o FOLDER" in said
+    said = call(cache, "a", "--lora", stopped, "--checkpoint", base, file=GENERATE, expect=2)
+    assert f"--checkpoint {stopped} generates with what it has learnt" in said
+
+
 def test_training_starts_from_runs_finished_or_not(
     images: Path, base: Path, stopped: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -109,7 +109,9 @@ def test_runs_from_scratch(tmp_path: Path) -> None:
         memorising.kind == "memorising" and "since step 1000" in memorising.text
     )  # or 1100, as near to the bottom
     assert memorising.command.endswith(f"-o {tmp_path}-1000-steps --max-train-steps 1000")
-    assert verdict([2.0, *VALLEY[1:]]).kind == "done"  # a training loss that rises memorises nothing
+    unstable = verdict([2.0, *VALLEY[1:]])  # a training loss that rises memorises nothing
+    assert unstable.kind == "unstable"
+    assert unstable.command.endswith(f"-o {tmp_path}-rate-0.001 --learning-rate 0.001")
     assert verdict(2.0 - 0.05 * X).kind == "still falling"
     unlearnt = verdict(2.0 - 0.05 * (1 - np.exp(-20 * X)))
     assert unlearnt.kind == "not learnt" and "fell by only 2%" in unlearnt.text

@@ -84,12 +84,12 @@ class Verdict:
     """A verdict on a run.
 
     Attributes:
-        kind: one of five words.
+        kind: what became of the run.
         text: sentences for the user.
         command: what to run next; "": nothing.
     """
 
-    kind: Literal["not learnt", "memorising", "still falling", "done", "stopped early"]
+    kind: Literal["not learnt", "memorising", "unstable", "still falling", "done", "stopped early"]
     text: str
     command: str = ""
 
@@ -116,6 +116,8 @@ def judge(run: Run) -> Verdict | None:
         )
     name, losses = _curve(run)
     found = trend(*losses)
+    if not is_number(run.config.get(_rate(run))):  # settings of a stranger's making
+        return None
     return (
         _not_learnt(run, found)
         or _memorising(run, found if name.startswith("held-out") else Trend("unknown"))
@@ -124,15 +126,23 @@ def judge(run: Run) -> Verdict | None:
 
 
 def _curve(run: Run) -> tuple[str, tuple[list[int], list[float]]]:
-    """Return the name of the figure that is minimised and its curve: of held-out images, else of the training."""
-    if run.config.get("method") in _NO_CURVE:
-        return "loss", ([], [])
-    if run.is_autoencoder:
-        steps, psnr = run.curve("val_psnr")
-        if steps:
-            return "held-out error", (steps, [10 ** (-value / 10) for value in psnr])
-    elif run.curve("val_loss")[0]:
+    """Return the name of the figure that is minimised and its curve: of held-out images, else of the training.
+
+    The curve is empty where the figure means something else as the run goes on.
+    """
+    settings = run.config
+    if settings.get("method") in _NO_CURVE:
+        return "training loss", ([], [])
+    steps, psnr = run.curve("val_psnr")
+    if run.is_autoencoder and steps:
+        return "held-out error", (steps, [10 ** (-value / 10) for value in psnr])
+    if not run.is_autoencoder and run.curve("val_loss")[0]:
         return "held-out loss", run.curve("val_loss")
+    if settings.get("adversarial_weight") and run.is_autoencoder:  # the discriminator learns, too
+        return "training loss", ([], [])
+    late_changes = settings.get("time_uniform_from", 1.0) != 1.0 or settings.get("route_share")
+    if late_changes:  # of the times, of the tokens
+        return "training loss", ([], [])
     return "training loss", run.curve("loss")
 
 
@@ -148,6 +158,14 @@ def _by_trend(run: Run, found: Trend, name: str) -> Verdict | None:
             "steps would help:"
         )
         return Verdict("still falling", text, run.resume())
+    if found.kind == "rising":  # of held-out images: see `_memorising`
+        rate = 0.5 * float(run.config[_rate(run)])
+        text = (
+            f"unstable. The training loss has risen by {found.change:.0%} since step {found.step}: the learning rate "
+            "is too high. Halve it, in a new run:"
+        )
+        flags = [f"--{_rate(run).replace('_', '-')}", f"{rate:g}"]
+        return Verdict("unstable", text, _anew(run, f"rate-{rate:g}", flags))
     if found.kind == "flat":
         return Verdict("done", f"done. By the end {what[name]} no longer fell.")
     return None
@@ -160,24 +178,26 @@ def _not_learnt(run: Run, found: Trend) -> Verdict | None:
     if run.is_student:  # begins as its teacher
         return None
     is_fine_tune = bool(run.config.get("init_from"))
-    why = _unlearnt(run) if is_fine_tune else _unmoved(run)
+    why = _unlearnt(run) if is_fine_tune else "" if found.kind == "unknown" else _unmoved(run)
     if not why or (found.kind == "falling" and not is_fine_tune):
         return None
     if found.kind == "falling":
         return Verdict("not learnt", f"it has not learnt enough yet: {why} More steps:", run.resume())
-    rate = run.config.get("autoencoder_learning_rate" if run.is_autoencoder else "learning_rate")
-    if not is_number(rate):
-        return Verdict("not learnt", f"it has not learnt: {why}")
-    flag = "--autoencoder-learning-rate" if run.is_autoencoder else "--learning-rate"
+    rate = float(run.config[_rate(run)])
     higher = rate * (3 if run.config.get("lora_rank") else 2)
     text = f"it has not learnt: {why} Raise the learning rate, here from {rate:g} to {higher:g}:"
-    return Verdict("not learnt", text, f"{run.resume()} {flag} {higher:g}")
+    return Verdict("not learnt", text, f"{run.resume()} --{_rate(run).replace('_', '-')} {higher:g}")
+
+
+def _rate(run: Run) -> str:
+    """Return the key of the learning rate among the settings."""
+    return "autoencoder_learning_rate" if run.is_autoencoder else "learning_rate"
 
 
 def _unmoved(run: Run) -> str:
     """Return why a run from scratch has not learnt; "" if it has."""
     _, losses = run.curve("loss")
-    if len(losses) < 2 * _LEAST:
+    if len(losses) < _LEAST:
         return ""
     fall = 1 - float(np.mean(losses[-(len(losses) // 4) :])) / losses[0]
     return f"the training loss fell by only {max(0.0, fall):.0%} from step 1 on." if fall < _LEARNT else ""
@@ -216,8 +236,6 @@ def learning_line(found: dict[str, Any]) -> str:
 
 
 def _memorising(run: Run, found: Trend) -> Verdict | None:
-    if run.is_autoencoder:
-        return None
     rises = f"The loss on held-out images has risen by {found.change:.0%} since step {found.step}"
     few = _few_captioned(_figures(run.folder / LEARNING))
     if found.kind == "rising" and not few:
@@ -275,20 +293,25 @@ def copies_too_many(found: dict[str, Any]) -> bool:
 
 
 def _shorter(run: Run, steps: int) -> str:
-    """Return the command of a new run with the same settings and fewer steps, in a folder beside this one."""
-    steps = max(1, steps)
-    folder = run.folder.with_name(f"{run.folder.resolve().name}-{steps}-steps")
-    command = ["latentflow", "distill" if run.is_student else "train"]
-    command += [
+    """Return the command of a new run with fewer steps."""
+    flag = "--autoencoder-steps" if run.is_autoencoder else "--max-train-steps"
+    return _anew(run, f"{max(1, steps)}-steps", [flag, str(max(1, steps))])
+
+
+def _anew(run: Run, name: str, flags: list[str]) -> str:
+    """Return the command of a new run with the same settings but for ``flags``, in a folder beside this one."""
+    folder = run.folder.with_name(f"{run.folder.resolve().name}-{name}")
+    command = [
+        "latentflow",
+        run.program,
         "--config",
         str(run.folder / "config.yaml"),
         "-o",
         str(folder),
-        "--max-train-steps",
-        str(steps),
+        *flags,
     ]
     own = run.folder / "autoencoder" / "autoencoder"
-    if own.is_dir() and not run.config.get("vae"):
+    if own.is_dir() and not run.is_autoencoder and not run.config.get("vae"):
         command += ["--vae", str(own)]
     return shlex.join(command)
 
