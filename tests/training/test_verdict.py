@@ -109,6 +109,8 @@ def test_runs_from_scratch(tmp_path: Path) -> None:
         memorising.kind == "memorising" and "since step 1000" in memorising.text
     )  # or 1100, as near to the bottom
     assert memorising.command.endswith(f"-o {tmp_path}-1000-steps --max-train-steps 1000")
+    one = "2026-01-01 10:00:00,000 data: 40 images to train on, 1 held out; condition: class"
+    assert verdict(VALLEY, "val_loss", log=one) is None  # no training loss was logged here
     unstable = verdict([2.0, *VALLEY[1:]])  # a training loss that rises memorises nothing
     assert unstable.kind == "unstable"
     assert unstable.command.endswith(f"-o {tmp_path}-rate-0.001 --learning-rate 0.001")

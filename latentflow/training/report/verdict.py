@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ MEMORISATION = "memorisation.json"  # what `report_memorisation` measured
 _CHANCE = 0.01
 _FALLS, _RISES = 0.01, 0.02
 _LEAST = 4  # points of a trend
+_ENOUGH = 8  # held-out images; the loss on fewer is known exactly, but is that of these images only
 # A network from scratch falls from about the variance of the data to a half of it and less.
 _LEARNT = 0.1
 # Captions of so few images are meant to draw them. In ten runs on 20 to 77 images (docs/measurements/fine-tuning.md)
@@ -136,7 +138,7 @@ def _curve(run: Run) -> tuple[str, tuple[list[int], list[float]]]:
     steps, psnr = run.curve("val_psnr")
     if run.is_autoencoder and steps:
         return "held-out error", (steps, [10 ** (-value / 10) for value in psnr])
-    if not run.is_autoencoder and run.curve("val_loss")[0]:
+    if not run.is_autoencoder and run.curve("val_loss")[0] and _held_out(run) >= _ENOUGH:
         return "held-out loss", run.curve("val_loss")
     if settings.get("adversarial_weight") and run.is_autoencoder:  # the discriminator learns, too
         return "training loss", ([], [])
@@ -144,6 +146,12 @@ def _curve(run: Run) -> tuple[str, tuple[list[int], list[float]]]:
     if late_changes:  # of the times, of the tokens
         return "training loss", ([], [])
     return "training loss", run.curve("loss")
+
+
+def _held_out(run: Run) -> int:
+    """Return the number of held-out images, as the log says it; without one, enough."""
+    found = [match for line in run.log if (match := re.search(r"images to train on, (\d+) held out", line))]
+    return int(found[-1][1]) if found else _ENOUGH
 
 
 def _by_trend(run: Run, found: Trend, name: str) -> Verdict | None:
