@@ -202,7 +202,7 @@ def test_other_fine_tunes(tmp_path: Path) -> None:
     some = copies | {"copied": 3, "copies": 3 / 16, "ratio": 0.78}
     run = run_of(tmp_path, FLAT, "val_loss", learnt(0.1, 0.5) | {"memorisation.json": some}, init_from="x")
     assert judge(run).kind == "done"  # type: ignore[union-attr]
-    assert any("3 of 16 generated images are nearly copies" in line for line in measured_lines(run))
+    assert any("3 of 16 generated images are nearly copies" in line for line in measured_lines(run, None))
     (tmp_path / "learning.json").write_text('{"images": 2')  # torn
     assert judge(read_run(tmp_path)).kind == "done"  # type: ignore[union-attr]
 
@@ -231,14 +231,14 @@ def test_a_fine_tune_that_learns_nothing_says_so_last_and_its_command_works(
     few = ["--prior-samples", 0, "--validation-steps", 0, "--preview-steps", 0, "--max-train-steps", 12]
     flags = [*TINY, *few, "--init-from", base, "--lora-rank", 2, "--learning-rate", "1e-6", "--validation", 0]
     text, command = last_verdict(call(cache, images, "-o", run, *flags))
-    assert text.startswith(
-        "it has not learnt: what it draws hardly depends on your captions. Loss on the training"
-    )
+    assert text.startswith("not learnt. What it draws hardly depends on your captions. Loss on the training")
     assert shlex.split(command)[-4:] == ["--max-train-steps", "24", "--learning-rate", "3e-06"]
     card = (run / "pipeline" / "README.md").read_text()
-    assert "The verdict at its end: it has not learnt" in card and "Loss on the training images: " in card
+    assert (
+        "Verdict at the end of the run: not learnt. What" in card and "Loss on the training images: " in card
+    )
     assert "nearly copies of a training image" in card
-    assert "Verdict: it has not learnt" in report_page(run).html()
+    assert "Verdict: not learnt. What it" in report_page(run).html()
     found = json.loads((run / "learning.json").read_text())
     assert found["before"] == pytest.approx(found["after"], rel=1e-3) and found["distinct_captions"] > 0.5
     # The measure changes nothing of the run.

@@ -72,9 +72,7 @@ class LearningMeter:
         """Return the mean losses (N,) of the images; with ``drop`` without their captions or classes."""
         loss = copy.copy(self._loss)
         if drop:
-            loss.dropped = lambda random: torch.ones(
-                len(random.uniform()), dtype=torch.bool, device=self._device
-            )  # type: ignore[method-assign]
+            loss.dropped = lambda random: random.uniform() < 1.0  # type: ignore[method-assign]
         uses = [SampleUse(index, index * _NOISES + k) for index in self._images for k in range(_NOISES)]
         losses: dict[int, list[Tensor]] = {index: [] for index in self._images}
         for start in range(0, len(uses), _IMAGES):

@@ -85,6 +85,7 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         tags=["latentflow", "flow-matching", *(["inpainting"] if facts.inpaints else [])],
     )
     where = one_line(facts.where)
+    verdict = judge(run)
     measured, figures = _last_figures([row for row in run.rows if row["step"] <= run.result_step])
     return render(
         "model_card.md.jinja",
@@ -110,8 +111,8 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
             for name in _SHOWN
             if run.config.get(name) not in (None, {}, [])
         ],
-        verdict=None if (verdict := judge(run)) is None else _as_text(verdict.remark),
-        learnt=[_as_text(line) for line in measured_lines(run)],
+        verdict=_as_text(verdict.remark) if verdict else "",
+        learnt=[_as_text(line) for line in measured_lines(run, verdict)],
         measured=measured,
         figures=", ".join(f"`{name}` {value:.4f}" for name, value in figures),
     )

@@ -72,7 +72,7 @@ def _summary(page: Page, run: Run) -> None:
         page.text(f"Verdict: {verdict.text}")
         if verdict.command:
             page.code(verdict.command)
-    for line in [*measured_lines(run), *_remarks(run)]:
+    for line in [*measured_lines(run, verdict), *_remarks(run)]:
         page.text(line)
     if run.finished and not run.is_autoencoder:
         page.text("Generate images:")

@@ -190,10 +190,10 @@ def _not_learnt(run: Run, found: Trend) -> Verdict | None:
     if not why or (found.kind == "falling" and not is_fine_tune):
         return None
     if found.kind == "falling":
-        return Verdict("not learnt", f"it has not learnt enough yet: {why} More steps:", run.resume())
+        return Verdict("not learnt", f"not learnt yet. {why} More steps:", run.resume())
     rate = float(run.config[_rate(run)])
     higher = rate * (3 if run.config.get("lora_rank") else 2)
-    text = f"it has not learnt: {why} Raise the learning rate, here from {rate:g} to {higher:g}:"
+    text = f"not learnt. {why} Raise the learning rate, here from {rate:g} to {higher:g}:"
     return Verdict("not learnt", text, f"{run.resume()} --{_rate(run).replace('_', '-')} {higher:g}")
 
 
@@ -208,7 +208,7 @@ def _unmoved(run: Run) -> str:
     if len(losses) < _LEAST:
         return ""
     fall = 1 - float(np.mean(losses[-(len(losses) // 4) :])) / losses[0]
-    return f"the training loss fell by only {max(0.0, fall):.0%} from step 1 on." if fall < _LEARNT else ""
+    return f"The training loss fell by only {max(0.0, fall):.0%} from step 1 on." if fall < _LEARNT else ""
 
 
 def _unlearnt(run: Run) -> str:
@@ -219,10 +219,10 @@ def _unlearnt(run: Run) -> str:
     before, after, without = found["before"], found["after"], found["without_captions"]
     if _few_captioned(found):
         if (share := 1 - after / without) < _BY_CAPTION:
+            lower = "no lower" if share < 0.005 else f"only {share:.0%} lower"
             return (
-                f"what it draws hardly depends on your captions. {learning_line(found)} With its caption the loss on "
-                f"an image is only {max(0.0, share):.0%} lower than without; where captions draw their images it is "
-                "lower by more than a third."
+                f"What it draws hardly depends on your captions. {learning_line(found)} With its caption the loss on "
+                f"an image is {lower} than without; where captions draw their images it is lower by a third or more."
             )
         return ""
     if before - after < max(2 * found["error"], 0.02 * before):
@@ -273,11 +273,12 @@ def _few_captioned(found: dict[str, Any]) -> bool:
     return bool(found) and found["images"] <= _FEW_CAPTIONED and found["distinct_captions"] > 0.5
 
 
-def measured_lines(run: Run) -> list[str]:
-    """Return sentences about what was measured once the run was finished."""
+def measured_lines(run: Run, verdict: Verdict | None) -> list[str]:
+    """Return sentences about what was measured once the run was finished, without those of its verdict."""
     learning, copies = (_figures(run.folder / name) for name in (LEARNING, MEMORISATION))
+    line = learning_line(learning) if learning else ""
     return [
-        *([learning_line(learning)] if learning else []),
+        *([line] if learning and (not verdict or line not in verdict.text) else []),
         *([memorisation_line(copies)] if copies else []),
     ]
 
