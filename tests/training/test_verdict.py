@@ -231,14 +231,14 @@ def test_a_fine_tune_that_learns_nothing_says_so_last_and_its_command_works(
     few = ["--prior-samples", 0, "--validation-steps", 0, "--preview-steps", 0, "--max-train-steps", 12]
     flags = [*TINY, *few, "--init-from", base, "--lora-rank", 2, "--learning-rate", "1e-6", "--validation", 0]
     text, command = last_verdict(call(cache, images, "-o", run, *flags))
-    assert text.startswith("not learnt. What it draws hardly depends on your captions. Loss on the training")
+    assert text.startswith("not learnt. Your captions do not draw your images yet. Loss on the training")
     assert shlex.split(command)[-4:] == ["--max-train-steps", "24", "--learning-rate", "3e-06"]
     card = (run / "pipeline" / "README.md").read_text()
     assert (
-        "Verdict at the end of the run: not learnt. What" in card and "Loss on the training images: " in card
+        "Verdict at the end of the run: not learnt. Your" in card and "Loss on the training images: " in card
     )
     assert "nearly copies of a training image" in card
-    assert "Verdict: not learnt. What it" in report_page(run).html()
+    assert "Verdict: not learnt. Your" in report_page(run).html()
     found = json.loads((run / "learning.json").read_text())
     assert found["before"] == pytest.approx(found["after"], rel=1e-3) and found["distinct_captions"] > 0.5
     # The measure changes nothing of the run.

@@ -221,8 +221,8 @@ def _unlearnt(run: Run) -> str:
         if (share := 1 - after / without) < _BY_CAPTION:
             lower = "no lower" if share < 0.005 else f"only {share:.0%} lower"
             return (
-                f"What it draws hardly depends on your captions. {learning_line(found)} With its caption the loss on "
-                f"an image is {lower} than without; where captions draw their images it is lower by a third or more."
+                f"Your captions do not draw your images yet. {learning_line(found)} With its caption the loss on an "
+                f"image is {lower} than without; where captions draw their images it is lower by a third or more."
             )
         return ""
     if before - after < max(2 * found["error"], 0.02 * before):
