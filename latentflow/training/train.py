@@ -127,7 +127,7 @@ def train(
         if vae is None:
             raise SystemExit(stop.status)  # the line that resumes was printed
         vae.requires_grad_(False)
-        if is_new and (judged := judge(first_stage(read_run(output)))):
+        if is_new and state.is_main_process and (judged := judge(first_stage(read_run(output)))):
             log.info(f"autoencoder: {judged.remark}")
         if stop.signal:  # it came in the autoencoder's last step
             log.info(f"stopped, the autoencoder is trained; resume with:\n  {resume_command}")

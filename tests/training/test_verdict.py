@@ -257,6 +257,7 @@ def test_a_run_that_still_falls_ends_with_the_command_that_goes_on(
     images: Path, cache: Path, tmp_path: Path
 ) -> None:
     steps = ["--max-train-steps", 16, "--validation-steps", 1, "--preview-steps", 0, "--learning-rate", 0.01]
+    steps += ["--validation", 0.7]  # 8 images
     text, command = last_verdict(call(cache, images, "-o", tmp_path / "run", *TINY, *steps))
     assert text.startswith("still falling. Over the second half of the run the loss on held-out images fell")
     assert "step 32" in paste(cache, command, "--early-stop", 0)
@@ -276,6 +277,7 @@ def test_an_autoencoder_ends_with_a_verdict_too(images: Path, cache: Path, tmp_p
 def test_a_shorter_run_has_a_folder_of_its_own_and_the_same_autoencoder(
     images: Path, base: Path, cache: Path
 ) -> None:
+    (base / "train.log").unlink()  # by which two images are held out, too few
     with (base / "metrics.jsonl").open("a") as file:
         for step in range(5, 20):
             file.write(json.dumps({"step": step, "val_loss": 0.1 + 0.01 * abs(step - 6)}) + "\n")
@@ -295,6 +297,7 @@ def test_the_loss_is_compared_in_pairs(images: Path, base: Path, cache: Path, tm
 
     def seen(self: Any, drop: bool = False) -> torch.Tensor:
         torch.rand(3)
+        assert not any(part.training for part in self._loss.modules())  # no captions are dropped
         found.append(measure(self, drop))
         return found[-1]
 

@@ -44,7 +44,7 @@ class LearningMeter:
 
     def __init__(self, loss: FlowLoss, data: LatentData, source: Source, device: torch.device) -> None:
         self._loss, self._data, self._device = copy.copy(loss.to(device)), data, device
-        self._loss.masking = None
+        self._loss.masking, self._loss.training = None, False  # the copy's own: it shares the networks only
         count = min(_IMAGES, len(data))
         self._images = [place * len(data) // count for place in range(count)]
         self._total = len(source)
