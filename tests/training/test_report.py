@@ -110,7 +110,13 @@ def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     for step in range(1, 14):
         Image.new("RGB", (4, 4)).save(tmp_path / "samples" / f"step-{step:06d}.png")
-    settings = {"data": "cats", "network": "dit", "max_train_steps": 30, "ema_lengths": [0.1, 0.2]}
+    settings = {
+        "data": "cats",
+        "network": "dit",
+        "max_train_steps": 30,
+        "ema_lengths": [0.1, 0.2],
+        "learning_rate": 2e-3,
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     losses = [
         (step, 1.0 + 0.1 * abs(step - 10)) for step in range(2, 31, 4)

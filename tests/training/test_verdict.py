@@ -280,7 +280,9 @@ def test_a_shorter_run_has_a_folder_of_its_own_and_the_same_autoencoder(
     (base / "train.log").unlink()  # by which two images are held out, too few
     with (base / "metrics.jsonl").open("a") as file:
         for step in range(5, 20):
-            file.write(json.dumps({"step": step, "val_loss": 0.1 + 0.01 * abs(step - 6)}) + "\n")
+            file.write(
+                json.dumps({"step": step, "loss": 1 / step, "val_loss": 0.1 + 0.01 * abs(step - 6)}) + "\n"
+            )
     (base / "config.yaml").write_text(
         (base / "config.yaml").read_text().replace("max_train_steps: 4", "max_train_steps: 19")
     )
