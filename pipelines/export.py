@@ -1,5 +1,6 @@
-"""Merge adapters into a pipeline, or write a run's adapter alone: `latentflow export runs/hats --adapter -o hats`.
+"""Write a pipeline folder to share, or an adapter alone: `latentflow export runs/cats -o cats`.
 
+latentflow export runs/cats -o cats
 latentflow export checkpoints/emoji-64 --lora runs/hats:0.8 -o emoji-with-hats
 latentflow export runs/hats --adapter -o hats
 """
@@ -18,40 +19,44 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.sample import open_pipeline
+from latentflow.inference.sample import check_checkpoint, open_pipeline
+from latentflow.utils.files import result_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(AdapterChoice):
-    """Merge adapters (--lora) into a pipeline folder of their own, or write the adapter of a run (--adapter)."""
+    """Write a pipeline folder: of a run, finished or not, or of a checkpoint with adapters merged into it (--lora,
+    --fast). With --adapter write the adapter of a run alone."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_PIPELINE")]
-    """The pipeline folder, run folder or hub id to merge into; with --adapter the run that made the adapter."""
+    """Run folder, pipeline folder or hub id; with --adapter the run that trained the adapter."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-    """The folder to write. It must be empty or new."""
+    """Folder to write. It must be new or empty."""
     adapter: bool = False
-    """Write the adapter alone."""
+    """Write the run's adapter alone: a small file."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the merged weights."""
+    """Precision of the pipeline's weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the merged pipeline, or the adapter."""
+    """Write the pipeline, or the adapter."""
     config = parse(ExportConfig, argv, prog="latentflow export", description=__doc__ or "")
     output = Path(config.output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(f"-o {output} exists", "Nothing is overwritten: choose another folder.")
-    if config.adapter == bool(config.lora or config.fast):
+        raise UserError(f"-o {output} exists", "Choose another folder: nothing is overwritten.")
+    if config.adapter and (config.lora or config.fast):
         raise UserError(
-            "give either --lora or --fast (merge these) or --adapter (write the run's adapter alone)",
-            "latentflow export --help shows both.",
+            "--adapter writes the run's adapter alone, and --lora or --fast merge adapters into a pipeline",
+            "Give one of them.",
         )
-
     if config.adapter and config.export_dtype != "float32":
         raise UserError(
             "--export-dtype has no effect with --adapter, which copies the adapter",
             "Leave --export-dtype out.",
         )
+
+    if not config.adapter:
+        check_checkpoint(config.source)
 
     from latentflow.training.loop.run_folder import write_folder
 
@@ -61,19 +66,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not made.is_dir():
             raise UserError(
                 f"{config.source} holds no adapter",
-                "Give the folder of a finished run with --lora-rank; the line that started it finishes it.",
+                "Give the folder of a finished run that was trained with --lora-rank. The line that started a run "
+                "finishes it.",
             )
         write_folder(output, partial(shutil.copytree, made, dirs_exist_ok=True))
         print(output)
         return
 
-    # ---- merged ----
+    # ---- the pipeline, with adapters merged ----
     import torch
 
     from latentflow.pipeline import LatentFlowPipeline
 
-    pipe = open_pipeline(LatentFlowPipeline, config.source, "cpu", config)
-    write_folder(output, pipe.to(dtype=getattr(torch, config.export_dtype)).save_pretrained)
+    pipe = open_pipeline(LatentFlowPipeline, config.source, "cpu", config).to(
+        dtype=getattr(torch, config.export_dtype)
+    )
+
+    def write(folder: Path) -> None:
+        pipe.save_pretrained(folder)
+        card = Path(result_of(config.source))
+        for name in ("README.md", "sample.png"):
+            if not (config.lora or config.fast) and (card / name).is_file():
+                shutil.copyfile(card / name, folder / name)
+
+    write_folder(output, write)
     print(output)
 
 

@@ -1,4 +1,4 @@
-"""Upload a checkpoint to the Hugging Face hub: `latentflow push runs/cats/pipeline owner/cats`."""
+"""Upload a checkpoint to the Hugging Face hub: `latentflow push runs/cats owner/cats`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.errors import UserError
+from latentflow.utils.files import result_of, unfinished_run
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
-    """Upload a pipeline folder to the hub. A new repository is private; your own README.md there stays."""
+    """Upload a pipeline to the hub. A new repository is private; a README.md of your own there stays."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A pipeline folder, such as runs/cats/pipeline."""
+    """Folder of a finished run, such as runs/cats, or a pipeline folder."""
     repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
     """Name of the repository on the hub."""
 
@@ -26,7 +27,12 @@ class PushConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Upload a pipeline folder."""
     config = parse(PushConfig, argv, prog="latentflow push")
-    folder = Path(config.checkpoint)
+    folder = Path(result_of(config.checkpoint))
+    if unfinished_run(config.checkpoint):
+        raise UserError(
+            f"'{folder}' is a run that is not finished",
+            f"Write what it has learnt so far as a pipeline, and push that: latentflow export {folder} -o FOLDER",
+        )
     if not (folder / "model_index.json").is_file():
         raise UserError(f"'{folder}' is not a pipeline folder", "A run's pipeline is in RUN/pipeline.")
 

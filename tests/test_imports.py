@@ -16,8 +16,8 @@ PROGRAMS = sorted(file for folder in ("train", "pipelines") for file in (ROOT / 
 MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in file.relative_to(PACKAGE).parts)
 
 # Layers from the bottom; a module may import from its own part and from lower layers. Data lies above models
-# and autoencoder, whose latents and embeddings it caches; training above the pipeline of its previews; web
-# above inference, whose functions answer its requests.
+# and autoencoder, whose latents and embeddings it caches; training above the pipeline of its previews;
+# inference above training, whose unfinished runs it opens; web above inference, whose functions answer its requests.
 # Leaves that those after them, and everything else, may import; `cli` is for programs only.
 GROUND = [
     {"errors"},
@@ -32,11 +32,11 @@ LAYERS = [
     {"models", "autoencoder"},
     {"families", "data"},
     {"metrics", "pipeline"},
-    {"inference"},
     {"training.loop"},
     {"training.losses"},
     {"training.report"},
     {"training"},
+    {"inference"},
     {"web", "evaluation"},
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ def train(config: Config, resume_command: str, given_keys: Collection[str]) -> N
     from latentflow.data import find_source, readable, split
     from latentflow.training import Stop, log_to
     from latentflow.training.data import as_begun
+    from latentflow.training.report.folder import read_run
+    from latentflow.training.report.verdict import judge
     from latentflow.training.train_autoencoder import train_autoencoder
 
     output = Path(config.output)
@@ -69,7 +72,11 @@ def train(config: Config, resume_command: str, given_keys: Collection[str]) -> N
     )
     if vae is None:
         sys.exit(stop.status)
-    log.info(f"done: {output / 'autoencoder'}")
+    result = output / "autoencoder"
+    use = shlex.join(["latentflow", "train", data.data, "--vae", str(result), "-o", f"{output}-generator"])
+    log.info(f"done: {result}; train a generator with it:\n  {use}")
+    if verdict := judge(read_run(output)):
+        log.info(verdict.line)
 
 
 if __name__ == "__main__":

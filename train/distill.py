@@ -98,15 +98,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.training.distill import distillation_recipe, open_teacher
     from latentflow.training.loop.run_folder import run_lock
     from latentflow.training.train import train
+    from latentflow.training.unfinished import starting_checkpoint
 
     settings = config.run()
+    start = starting_checkpoint(config.checkpoint, None if config.dry_run else Path(config.output))
 
     def keep(run: RunConfig, file: Path) -> None:
         write_config(dataclasses.replace(config, data=run.data, loop=run.loop), file)
 
     recipe = partial(
         distillation_recipe,
-        teacher=open_teacher(config.checkpoint, config.distillation.guidance),
+        teacher=open_teacher(start, config.distillation.guidance),
         settings=config.distillation,
         name=config.method,
     )

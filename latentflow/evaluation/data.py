@@ -50,7 +50,9 @@ def run_settings(checkpoint: str, data: str) -> dict[str, Any]:
         UserError: the run's config.yaml cannot be read, or a setting in it has the wrong type.
     """
     folder = Path(checkpoint)
-    file = (folder if (folder / "pipeline").is_dir() else folder.parent) / "config.yaml"
+    if not (folder / "config.yaml").is_file():  # the pipeline of a run, not the run
+        folder = folder.parent
+    file = folder / "config.yaml"
     fix = "Mend it, or move it away and give --validation and the like as the run had them."
     read = read_yaml(file, fix) if file.is_file() else {}
     run = read if isinstance(read, dict) else {}

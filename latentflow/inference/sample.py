@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..config import AdapterChoice, SamplingConfig
 from ..errors import UserError, finite, reason, whole
 from ..utils.components import quiet_libraries
-from ..utils.files import check_types, pipeline_folder, read_settings
+from ..utils.files import check_types, pipeline_folder, read_settings, result_of, unfinished_run
 from .images import check_format, check_writable
 
 if TYPE_CHECKING:
@@ -57,12 +57,12 @@ def check_sampling(config: SamplingConfig) -> None:
 
 
 def check_checkpoint(checkpoint: str | None) -> None:
-    """Refuse a path that holds no checkpoint, without importing what opens one.
+    """Refuse a path that holds no checkpoint, without importing what opens one (but for a run that is not finished).
 
     Raises:
-        UserError: see `pipeline_folder`; or the shipped checkpoint is missing.
+        UserError: see `pipeline_folder`; the shipped checkpoint is missing; a run has saved nothing yet.
     """
-    pipeline_folder(_resolve(checkpoint))
+    _settings_folder(_resolve(checkpoint))
 
 
 def local_folder(checkpoint: str | None) -> Path | None:
@@ -81,7 +81,8 @@ def open_pipeline(
 
     Args:
         kind: its class.
-        checkpoint: pipeline folder, run folder or hub id; None: the shipped checkpoint.
+        checkpoint: pipeline folder, run folder or hub id; None: the shipped checkpoint. A run that is not finished is
+            opened at its newest checkpoint, and a line on stderr says so.
         device: "auto" (a GPU if there is one) or torch's name of one.
         adapters: adapters to merge into its weights.
 
@@ -92,23 +93,42 @@ def open_pipeline(
     source = _resolve(checkpoint)
     target = fastest_device() if device == "auto" else check_device(device)
     quiet_libraries()
-    pipeline: P = kind.from_pretrained(source)
+    pipeline: P
+    if unfinished_run(source):
+        from ..training.unfinished import unfinished_pipeline
+
+        as_trained, line = unfinished_pipeline(Path(source))
+        print(line, file=sys.stderr)
+        pipeline = kind.from_pipe(as_trained)
+    else:
+        pipeline = kind.from_pretrained(source)
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
     return pipeline.to(target)  # type: ignore[no-any-return]
 
 
 def _resolve(checkpoint: str | None) -> str:
-    """Return the pipeline folder, also of a run folder, or the hub id."""
+    """Return the pipeline folder, that of a run where it is finished, or the hub id."""
     if checkpoint is None and not (SHIPPED / "model_index.json").is_file():
         raise UserError(
             f"the shipped checkpoint is missing: {SHIPPED}",
             "Give --checkpoint DIR, or train one: latentflow train FOLDER -o runs/mine, then "
             "--checkpoint runs/mine",
         )
-    source = str(SHIPPED) if checkpoint is None else checkpoint
-    inside_run = Path(source) / "pipeline"
-    return str(inside_run) if (inside_run / "model_index.json").is_file() else source
+    return str(SHIPPED) if checkpoint is None else result_of(checkpoint)
+
+
+def _settings_folder(source: str) -> Path | None:
+    """Return the folder with a checkpoint's configs, or None for a hub id.
+
+    Raises:
+        UserError: see `pipeline_folder`; a run has saved nothing yet.
+    """
+    if unfinished_run(source):
+        from ..training.unfinished import initial_folder
+
+        return initial_folder(Path(source))
+    return pipeline_folder(source)
 
 
 def check_device(name: str) -> str:
@@ -186,6 +206,11 @@ def split_adapter(text: str) -> tuple[str, float]:
     inside_run = Path(source) / "adapter"
     if inside_run.is_dir():
         return str(inside_run), weight
+    if unfinished_run(source):
+        raise UserError(
+            f"--lora {source}: the run is not finished, and its adapter is written at the end",
+            f"--checkpoint {source} generates with what it has learnt so far.",
+        )
     if not Path(source).exists() and len(Path(source).parts) != 2:
         raise UserError(f"--lora {source}: no such folder or file", "A run's adapter is in RUN/adapter.")
     return source, weight
@@ -236,9 +261,11 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
         checkpoint: as for ``open_pipeline``.
 
     Raises:
-        UserError: the JSON cannot be read, or a setting has the wrong type.
+        UserError: the JSON cannot be read, or a setting has the wrong type; a run has saved nothing yet.
     """
-    folder = Path(_resolve(checkpoint))
+    source = _resolve(checkpoint)
+    folder = _settings_folder(source) if unfinished_run(source) else Path(source)
+    assert folder is not None
     files = [folder / "model_index.json", folder / "transformer" / "config.json"]
     if not all(file.is_file() for file in files):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
@@ -34,6 +35,7 @@ def export_pipeline(
     output: Path,
     dtype: torch.dtype,
     repository: str | None,
+    measure: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the pipeline of a run's networks as they are now, with its card; with an adapter the merged one, and the
     adapter beside it.
@@ -44,29 +46,34 @@ def export_pipeline(
         source: the run's images, with those that were held out.
         dtype: precision of the exported weights.
         repository: the name on the hub that the card names; None: the folder's.
+        measure: called before, with the averaged weights in place.
 
     Raises:
         RunError: the disk gave out.
     """
-    earlier, adapter, result = output / "pipeline", model.adapter, model.flow_model.pipeline
-    if adapter is not None:
-        result = result.from_pipe(result, **adapter.merged())
+    earlier, adapter, result = output / "pipeline", model.adapter, model.pipeline()
     if dtype != torch.float32:
         result = copy.deepcopy(result).to(dtype=dtype)
-    facts = CardFacts(
-        where=repository or str(earlier),
-        kind=model.flow_model.condition_kind,
-        example=shown_by(source, [0], model.flow_model)[0],
-        parts={name: part for name, part in result.components.items() if isinstance(part, torch.nn.Module)},
-        inpaints=model.flow_model.takes_masks,
-        sample_steps=preview_steps(model.flow_model),
-    )
+    measure()
     with writing(f"the result {earlier}", earlier):
         result.save_pretrained(folder)
-        write_card(folder, output, facts)
+        write_card(folder, output, card_facts(model, source, output, repository))
         carry_over(earlier, folder)
         if adapter is not None:
             write_folder(output / "adapter", partial(adapter.save, earlier=output / "adapter"))
+
+
+def card_facts(model: TrainedModel, source: Source, output: Path, repository: str | None) -> CardFacts:
+    """Return the facts for the card of a run's pipeline; see `export_pipeline`."""
+    parts = model.pipeline().components
+    return CardFacts(
+        where=repository or str(output / "pipeline"),
+        kind=model.flow_model.condition_kind,
+        example=shown_by(source, [0], model.flow_model)[0],
+        parts={name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)},
+        inpaints=model.flow_model.takes_masks,
+        sample_steps=preview_steps(model.flow_model),
+    )
 
 
 def preview_source(training: Source, validation: Source) -> Source:

@@ -20,12 +20,12 @@ from .data import (
     given_autoencoder,
     load_data,
     refuse_renumbered_classes,
-    shown_by,
 )
 from .estimate import estimate_lines, sample_flops
-from .export import export_pipeline, preview_grid, preview_source
+from .export import card_facts, export_pipeline, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
 from .fine_tune.defaults import FEW
+from .fine_tune.learning import LearningMeter, is_plain
 from .fine_tune.memorisation import report_memorisation
 from .loop.distributed import process_state
 from .loop.fit import Callbacks, fit
@@ -34,10 +34,13 @@ from .loop.stopping import Stop
 from .losses.average_velocity import refuse_unfit
 from .losses.flow import validation_loss
 from .recipe import Recipe, data_recipe
-from .report.card import generate_command
+from .report.card import generate_command, write_card
+from .report.folder import first_stage, read_run
 from .report.hub import check_push, push
+from .report.verdict import judge
 from .train_autoencoder import train_autoencoder
 from .trained_model import TrainedModel, build
+from .unfinished import forget_initial, keep_initial, starting_checkpoint
 
 
 def train(
@@ -67,8 +70,10 @@ def train(
 
     # ---- data ----
     config = replace(config, data=as_begun(config.data, output, given_keys))
-    if config.init_from:
-        refuse_own_result(config.init_from, output)
+    named = config.init_from  # as the user wrote it
+    if named:
+        refuse_own_result(named, output)
+        config = replace(config, init_from=starting_checkpoint(named, None if dry_run else output))
     splits = load_data(
         config.data, given_keys, seed=config.loop.seed, vae=config.vae, checkpoint=config.init_from
     )
@@ -95,7 +100,7 @@ def train(
     for line in recipe.plan:
         log.info(line)
     if not dry_run and state.is_main_process:
-        write_config(config, output / "config.yaml")
+        write_config(replace(config, init_from=named), output / "config.yaml")
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     stop = Stop()
@@ -106,7 +111,8 @@ def train(
         vae = build_autoencoder(config.autoencoder, splits.data.resolution)
     else:
         folder = output / "autoencoder"
-        if not (folder / "autoencoder" / "config.json").is_file():
+        is_new = not (folder / "autoencoder" / "config.json").is_file()
+        if is_new:
             log.info("autoencoder: none given, training one")
         vae = train_autoencoder(
             training,
@@ -121,6 +127,8 @@ def train(
         if vae is None:
             raise SystemExit(stop.status)  # the line that resumes was printed
         vae.requires_grad_(False)
+        if is_new and state.is_main_process and (judged := judge(first_stage(read_run(output)))):
+            log.info(f"autoencoder: {judged.remark}")
         if stop.signal:  # it came in the autoencoder's last step
             log.info(f"stopped, the autoencoder is trained; resume with:\n  {resume_command}")
             raise SystemExit(stop.status)
@@ -156,6 +164,11 @@ def train(
 
     # ---- training ----
     result = output / "pipeline"
+    meter = None
+    if state.is_main_process:
+        keep_initial(output, model.pipeline())
+        if config.init_from and not recipe.student and not config.loop.shard and is_plain(loss):
+            meter = LearningMeter(loss, own, training, state.device)
     export = partial(
         export_pipeline,
         model=model,
@@ -163,6 +176,7 @@ def train(
         output=output,
         dtype=getattr(torch, config.export_dtype),
         repository=config.push_to_hub,
+        measure=partial(meter.write, output) if meter else lambda: None,
     )
     flops = sample_flops(flow_model.network, loss.text_encoder, data, model.latent_size)
     if config.loop.compile:
@@ -190,15 +204,18 @@ def train(
         raise SystemExit(stop.status)
     if not state.is_main_process:
         return
+    forget_initial(output)
 
     # ---- the result ----
     for line in recipe.summary(result, loss, own):
         log.info(line)
     if config.init_from and len(training) <= FEW:
         report_memorisation(output, training, validation, splits.data.background, state.device)
-    example = shown_by(source, [0], flow_model)[0]
-    line = generate_command(flow_model.condition_kind, example, str(result))
-    log.info(f"done: {result}; try it with\n  {line}")
+    facts = card_facts(model, source, output, config.push_to_hub)
+    write_card(result, output, facts)  # once more: what was measured of the result is there now
+    log.info(f"done: {result}; try it with\n  {generate_command(facts.kind, facts.example, str(result))}")
+    if verdict := judge(read_run(output)):
+        log.info(verdict.line)
     if config.push_to_hub:
         log.info(f"pushed: {push(result, config.push_to_hub)}")
 

@@ -54,6 +54,11 @@ class TrainedModel:
     latent_size: int
     batch: int
 
+    def pipeline(self) -> Any:
+        """Return the pipeline of the networks as they are now, with an adapter merged into copies of them."""
+        pipeline = self.flow_model.pipeline
+        return pipeline if self.adapter is None else pipeline.from_pipe(pipeline, **self.adapter.merged())
+
     def describe(self) -> dict[str, Any]:
         """Return plain values that a resumed run must have as well."""
         shapes = {name: list(weight.shape) for name, weight in self.flow_model.network.named_parameters()}

@@ -313,6 +313,18 @@ def restore_permissions(written: Path) -> None:
             file.chmod(0o666 & ~_UMASK)
 
 
+def result_of(name_or_path: str) -> str:
+    """Return the pipeline folder of a finished run folder; any other folder, or a hub id, as it is."""
+    inside = Path(name_or_path) / "pipeline"
+    return str(inside) if (inside / "model_index.json").is_file() else name_or_path
+
+
+def unfinished_run(name_or_path: str) -> bool:
+    """Return whether this is a run folder that holds no pipeline yet."""
+    folder = Path(result_of(name_or_path))
+    return (folder / "config.yaml").is_file() and not (folder / "model_index.json").is_file()
+
+
 @contextmanager
 def replacing(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """Yield a temporary file beside ``path`` that takes its place once it is written; if writing fails it is removed.

@@ -111,3 +111,11 @@ def save_images(folder: Path, *names: str, size: tuple[int, int] = (16, 16)) -> 
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (20 * number % 256, 9, number)).save(folder / name)
     return folder
+
+
+def paste(cache: Path, line: str, *more: object) -> str:
+    """Run a line that was printed for the user, ``latentflow train ...`` or ``latentflow generate ...``."""
+    word, command, *arguments = shlex.split(line)
+    assert word == "latentflow", line
+    files = {"train": "flow", **{name: f"../pipelines/{name}" for name in ("generate", "inpaint", "edit")}}
+    return call(cache, *arguments, *more, file=files.get(command, command))

@@ -261,8 +261,8 @@ def test_the_command_from_scratch_and_from_a_velocity_model(
     kept = with_base_flow(more, base, {"objective", "objective_options"})  # what is not said stays as it was
     assert kept.objective_options == {"guidance": 2.0, "share": 0.4}
     none, line = prior_prompts(base, FineTuningConfig(), 9, 0)
-    assert none == [] and "has learned guidance along" in line
-    with pytest.raises(UserError, match="has learned guidance along"):
+    assert none == [] and "guidance was distilled into it" in line
+    with pytest.raises(UserError, match="guidance was distilled into it"):
         prior_prompts(base, FineTuningConfig(prior_samples=5), 9, 0)
     again = tmp_path / "again"  # a fine-tune of it learns average velocities without being told, guided alike
     call(tmp_path, images, "-o", again, *TINY, *few, "--init-from", tuned / "pipeline")

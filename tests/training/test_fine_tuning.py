@@ -291,7 +291,7 @@ def test_memorisation_is_measured_on_all_classes_and_its_failure_is_a_warning(
     monkeypatch.setattr(LatentFlowPipeline, "__call__", drawn)
     report_memorisation(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
     assert Counter(asked) == {0: 15, 1: 1}
-    assert "was not measured: 0 was drawn as latents" in caplog.text
+    assert "was not measured whether the result copies your images: 0 was drawn as latents" in caplog.text
     assert not (tmp_path / "memorisation.json").exists()
 
 
@@ -311,7 +311,7 @@ def test_a_duplicate_in_the_data_does_not_hide_copies(base, tmp_path, monkeypatc
     monkeypatch.setattr(LatentFlowPipeline, "__call__", copies)
     monkeypatch.setenv("LATENTFLOW_CACHE", str(tmp_path / "cache"))
     report_memorisation(tmp_path, source, source.subset([]), "white", torch.device("cpu"))
-    assert "WARNING: memorisation" in caplog.text and "16 of 16 are nearer" in caplog.text
+    assert "WARNING: memorisation: 16 of 16 generated images are nearly copies" in caplog.text
     found = json.loads((tmp_path / "memorisation.json").read_text())
     assert (found["ratio"], found["copied"], found["drawn"]) == (0.0, 16, 16)
     assert (found["new"], found["compared"]) == ("left out", 4)  # different images

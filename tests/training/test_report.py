@@ -64,7 +64,8 @@ def killed(tmp_path: Path) -> Path:
     for folder, step in ((run, 3), (run / "autoencoder", 2)):
         Image.new("RGB", (1300, 650), "red").save(folder / "samples" / f"step-{step:06d}.png")
     (run / "samples" / "step-000005.png").write_bytes(b"\x89PNG torn")
-    first = ("notes of old", "plan: 8 steps", "step 3: val_loss 6", "my/cats: <b>9</b> images")
+    ended = ("done: x; try it with\n  latentflow generate", "verdict: still falling:\n  latentflow train")
+    first = ("notes of old", "plan: 8 steps", "step 3: val_loss 6", *ended, "my/cats: <b>9</b> images")
     write_log(
         run,
         *first,
@@ -99,7 +100,8 @@ def test_a_page_of_a_killed_run_of_two_stages(killed: Path) -> None:
         assert text in html, text
     assert html.count("<svg") == 2 and html.count("data:image/") == 2
     assert 'src="http' not in html and "<script" not in html
-    assert "notes of old" not in html.split("train.log")[0]  # only the last start's data
+    before = html.split("train.log")[0]
+    assert "notes of old" not in before and "latentflow generate<" not in before  # only the last start's data
 
 
 def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:
@@ -108,10 +110,18 @@ def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     for step in range(1, 14):
         Image.new("RGB", (4, 4)).save(tmp_path / "samples" / f"step-{step:06d}.png")
-    settings = {"data": "cats", "network": "dit", "max_train_steps": 30, "ema_lengths": [0.1, 0.2]}
+    settings = {
+        "data": "cats",
+        "network": "dit",
+        "max_train_steps": 30,
+        "ema_lengths": [0.1, 0.2],
+        "learning_rate": 2e-3,
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    losses = [(step, 1.0 if step == 20 else 2.0) for step in (10, 20, 30)]
-    lines = [trained(step, 1.0) for step in range(1, 31)] + [
+    losses = [
+        (step, 1.0 + 0.1 * abs(step - 10)) for step in range(2, 31, 4)
+    ]  # 1.0 at step 10, 3.0 at step 30
+    lines = [trained(step, 2.0 / step) for step in range(1, 31)] + [
         row(step, val_loss=loss) for step, loss in losses
     ]
     lines.sort(key=lambda line: json.loads(line)["step"])
@@ -121,9 +131,10 @@ def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:
     html = report_page(tmp_path).html()
     for text in (
         "finished: step 30 of 30", "60, 2 per step", f"latentflow generate --checkpoint {tmp_path}/pipeline",
-        "Train for as many steps again", "--max-train-steps 60", "The run used 2 processes: start as many",
-        "The validation loss has risen by 100% since step 20", "<td>ema_lengths</td><td>0.1 0.2</td><td></td>",
-        "<td>checkpoints kept</td><td>step-000030</td>", f"12 of 13 in {tmp_path}/samples",
+        "Train for as many steps again", "--max-train-steps 60", "The run used 2 processes. Start as many",
+        "memorising. The loss on held-out images has risen by 160% since step 10", "--max-train-steps 10<",
+        "<td>ema_lengths</td><td>0.1 0.2</td><td></td>", "<td>checkpoints kept</td><td>step-000030</td>",
+        f"12 of the 13 previews in {tmp_path}/samples",
         "train.log has no lines about the data", "<td>train.py cats</td>",
     ):  # fmt: skip
         assert text in html, text
@@ -328,7 +339,7 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: 
     for text in (
         'from_pretrained("owner/cats")', f"prompt={caption!r}", "`transformer` | Linear | 1.00 M",
         "- data: 9 to train on", "- cats: \\<b\\>9\\</b\\>", "# cats", "| width | 96 |", "| vae | vae |",
-        "6 steps of 4 samples, 3 s.", "at step 5: `val_loss` 3.0000. They", "![Samples](sample.png)",
+        "6 steps of 4 samples, 3 s.", "at step 5: `val_loss` 3.0000. Compare", "![Samples](sample.png)",
         "Samples at step 5,",  # the last preview
     ):  # fmt: skip
         assert text in body, text
@@ -364,7 +375,8 @@ HOSTILE = (
 def test_text_of_the_data_is_no_markup_in_the_card(kind: Any, killed: Path) -> None:
     settings = {"data": "cats", "network": "dit", "checkpoint": HOSTILE, "width": 96}
     (killed / "config.yaml").write_text(yaml.safe_dump(settings))
-    write_log(killed, f"cats: 1 left out: {few([HOSTILE])}", HOSTILE.splitlines()[-1], "plan: 8")
+    advice = "WARNING: 9 images are few: `latentflow evaluate` measures it"
+    write_log(killed, f"cats: 1 left out: {few([HOSTILE])}", HOSTILE.splitlines()[-1], advice, "plan: 8")
     text = card_of(killed, CardFacts(where=f"runs/{HOSTILE}", kind=kind, example=HOSTILE, parts={}))
     assert ModelCard(text, ignore_metadata_errors=False).data.to_dict() == {
         "library_name": "diffusers", "pipeline_tag": "text-to-image" if kind == "text" else "image-generation",
@@ -383,6 +395,7 @@ def test_text_of_the_data_is_no_markup_in_the_card(kind: Any, killed: Path) -> N
     compile(python, "card", "exec")
     words = shlex.split(bash)
     assert words[:2] == ["latentflow", "generate"] and words[-1] == "image.png" and len(words) in (7, 8)
+    assert "`latentflow evaluate` measures it" in text  # our own command stays one
     assert any("<script>alert(1)</script> [x](http://y) | `z` ```" in child.content for child in inside)
 
 

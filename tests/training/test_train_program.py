@@ -260,7 +260,7 @@ def test_a_setting_that_no_weight_s_shape_shows_is_not_changed_by_a_resume(
         ("--mirror-captions", "--mirror-captions without --random-flip"),
         ("--prior-samples 5", "--prior-samples without --init-from"),
         ("--init-from /nowhere", "Check the path"),
-        ("--init-from RUN", "Did you mean '"),
+        ("--init-from RUN -o RUN", "would replace it"),
         ("--init-from BASE -o RUN", "would replace it"),
         ("--init-from BASE --prior-share 1", "--prior-share is 1"),
         ("", "there is no folder"),  # of data

@@ -68,7 +68,7 @@ def refuse_own_result(checkpoint: str, output: Path) -> None:
     Raises:
         UserError: it is that.
     """
-    if Path(checkpoint).expanduser().resolve() == (output / "pipeline").resolve():
+    if Path(checkpoint).expanduser().resolve() in (output.resolve(), (output / "pipeline").resolve()):
         raise UserError(
             f"{checkpoint} is the place of this run's own result, which would replace it",
             "Use another output folder.",

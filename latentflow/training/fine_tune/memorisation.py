@@ -16,11 +16,11 @@ from ...metrics import Memorisation, memorisation
 from ...models.text import UnknownWords
 from ...utils.memory import memory_phase
 from ..data import shown_by
+from ..report.verdict import MEMORISATION, copies_too_many, memorisation_line
 
 log = logging.getLogger(__name__)
 
 _SAMPLES = 16
-_COPIES = 0.5  # share of the samples that are nearer to an image of the data than those are to one another
 
 
 def report_memorisation(
@@ -31,7 +31,7 @@ def report_memorisation(
     The figures are written to ``memorisation.json``; if that file is newer than the result, nothing is sampled. A
     failure is a warning: the result is there.
     """
-    result, file = output / "pipeline", output / "memorisation.json"
+    result, file = output / "pipeline", output / MEMORISATION
     if len(training) < 2 or (
         file.is_file() and file.stat().st_mtime > (result / "model_index.json").stat().st_mtime
     ):
@@ -44,16 +44,10 @@ def report_memorisation(
             return
         file.write_text(json.dumps(found._asdict(), indent=2) + "\n", encoding="utf-8")
     except (UserError, OSError) as error:
-        log.warning(f"WARNING: how near the result comes to your images was not measured: {error}")
+        log.warning(f"WARNING: it was not measured whether the result copies your images: {error}")
         return
-    line = (
-        f"memorisation: drawn images are {found.ratio:.2f} times as far from the nearest training image as other "
-        f"images of yours are (near 0: copies); {found.copied} of {found.drawn} are nearer than nearly all of those "
-        f"(0 to {round(found.usual[1] * found.drawn)} without memorising)"
-    )
-    if found.copies >= _COPIES and found.copies > found.usual[1]:  # of very few images half may be chance
-        line = f"WARNING: {line}. It redraws your images: use more of them, fewer --max-train-steps, or --random-flip"
-    log.info(line)
+    line = f"memorisation: {memorisation_line(found._asdict())}"
+    log.info(f"WARNING: {line}" if copies_too_many(found._asdict()) else line)
 
 
 def _measure(

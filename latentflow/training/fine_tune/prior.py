@@ -83,29 +83,38 @@ def prior_prompts(
     if vae:
         unfit = "--vae names another autoencoder", "Leave --vae out."
     elif model.few_steps.folded_guidance != 1.0:
-        unfit = "it has learned guidance along, and what it draws would be guided again", "Leave them out."
+        unfit = (
+            "guidance was distilled into it, and training on its samples would guide them again",
+            "Leave them out.",
+        )
     elif no_captions:
-        fix = "Give captions that it was trained on, one a line: --prior-prompts FILE."
-        unfit = "it does not say of which captions", fix
+        fix = "Give captions that it was trained on, one per line: --prior-prompts FILE."
+        unfit = "its captions are not known", fix
     if config.prior_samples and unfit:
-        raise UserError(f"{checkpoint} cannot draw --prior-samples: {unfit[0]}", unfit[1])
+        raise UserError(f"--prior-samples cannot be generated with {checkpoint}: {unfit[0]}", unfit[1])
     if not count or unfit:
-        hint = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "") + " reminds it"
+        hint = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "") + " prevents it"
         if unfit and not no_captions:
             hint = unfit[0]
-        return [], f"prior: none; what your images do not show may be forgotten ({hint})"
+        return [], f"prior: none, so the checkpoint may forget what your images do not show ({hint})"
     if config.prior_prompts:
         prompts = in_turn(_read_prompts(config.prior_prompts), count)
-        origin = f"the captions in {config.prior_prompts}"
+        origin = f"for the captions in {config.prior_prompts}"
     elif model.takes_text:
         prompts = _words(model.pipeline.tokenizer, count, seed)
-        origin = "words that it knows (--prior-prompts FILE with captions that it was trained on keeps more)"
+        origin = "for words of its vocabulary"
     else:
         prompts = in_turn([*names] or [""], count)
-        origin = f"its {len(names)} classes" if names else "no condition"
-    share = f"{config.prior_share:.0%} of each step"
-    share += "" if config.prior_samples else "; --prior-samples 0: none"
-    return prompts, f"prior: {count} samples of {checkpoint} itself, of {origin}, are {share}"
+        origin = f"for its {len(names)} classes" if names else "without a condition"
+    line = (
+        f"prior: so that the checkpoint does not forget what it knew, {config.prior_share:.0%} of each step are images "
+        f"that it generates itself, {count} in all, {origin}"
+    )
+    if not config.prior_samples:
+        line += " (--prior-samples 0 leaves them out)"
+    if model.takes_text and not config.prior_prompts:
+        line += ". With captions that it was trained on, --prior-prompts FILE, it forgets less"
+    return prompts, line
 
 
 def in_turn(names: list[str], count: int) -> list[str]:
@@ -115,11 +124,11 @@ def in_turn(names: list[str], count: int) -> list[str]:
 
 
 def _read_prompts(file: str) -> list[str]:
-    with reading(f"--prior-prompts {file}", OSError, fix="Give a text file, one caption a line."):
+    with reading(f"--prior-prompts {file}", OSError, fix="Give a text file with one caption per line."):
         raw = Path(file).expanduser().read_bytes()
     lines = [line.strip() for line in decode(raw, f"--prior-prompts {file}").splitlines()]
     if not any(lines):
-        raise UserError(f"--prior-prompts {file} holds no caption", "Write one a line.")
+        raise UserError(f"--prior-prompts {file} holds no caption", "Write one per line.")
     return [line for line in lines if line]
 
 

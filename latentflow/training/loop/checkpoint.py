@@ -336,6 +336,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     before = {name: now[name] for name in _LATER if name in now} | before
     order = "data_order"
     for line in difference(before, now):
+        if line.startswith("autoencoder.autoencoder_steps: "):  # a target, as --max-train-steps is
+            continue
         if not line.startswith(f"{order}: "):
             yield line
         elif before.get("data") == now.get("data"):  # else that line says enough

@@ -14,9 +14,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ...errors import one_line, printable
+from ...utils.files import replacing
 from ...utils.html_page import render
 from .export import is_generated, signed
 from .folder import Run, data_lines, duration, preview_step, read_run
+from .verdict import judge, measured_lines
 
 _TAGS = {
     "text": "text-to-image",
@@ -62,14 +64,16 @@ def write_card(folder: Path, run: Path, facts: CardFacts) -> None:
     old = run / "pipeline" / "README.md"
     suffix = ""
     if old.is_file() and not is_generated(old.read_text(encoding="utf-8", errors="replace")):
-        shutil.copyfile(old, folder / "README.md")
+        if folder != old.parent:
+            shutil.copyfile(old, folder / "README.md")
         suffix = f"-step-{read.step:06d}"
     sample = ""
     if previews := read.previews():
         sample = f"sample{suffix}.png"
         shutil.copyfile(previews[-1], folder / sample)
     card = _card(read, facts, sample, preview_step(previews[-1]) if previews else 0)
-    (folder / f"README{suffix}.md").write_text(signed(card), encoding="utf-8")
+    with replacing(folder / f"README{suffix}.md") as partial:
+        partial.write_text(signed(card), encoding="utf-8")
 
 
 def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
@@ -81,6 +85,7 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         tags=["latentflow", "flow-matching", *(["inpainting"] if facts.inpaints else [])],
     )
     where = one_line(facts.where)
+    verdict = judge(run)
     measured, figures = _last_figures([row for row in run.rows if row["step"] <= run.result_step])
     return render(
         "model_card.md.jinja",
@@ -106,6 +111,8 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
             for name in _SHOWN
             if run.config.get(name) not in (None, {}, [])
         ],
+        verdict=_as_text(verdict.remark) if verdict else "",
+        learnt=[_as_text(line) for line in measured_lines(run, verdict)],
         measured=measured,
         figures=", ".join(f"`{name}` {value:.4f}" for name, value in figures),
     )
@@ -132,8 +139,9 @@ def _last_figures(rows: Sequence[Mapping[str, float]]) -> tuple[int, list[tuple[
 
 
 def _as_text(text: str) -> str:
-    """Return text of the data or of the machine with Markdown's markup escaped."""
-    return re.sub(r"([\\`*\[\]<>|&~#])", r"\\\1", one_line(text))
+    """Return text of the data or of the machine with Markdown's markup escaped; our own commands stay code."""
+    escaped = re.sub(r"([\\`*\[\]<>|&~#])", r"\\\1", one_line(text))
+    return re.sub(r"\\`(latentflow [\w -]+)\\`", r"`\1`", escaped)
 
 
 def _without_folders(line: str, data: str) -> str:

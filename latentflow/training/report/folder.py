@@ -90,6 +90,11 @@ class Run:
         return "network" not in self.config and not self.is_student
 
     @property
+    def program(self) -> str:
+        """Return the command of latentflow that the run belongs to."""
+        return "autoencoder" if self.is_autoencoder else "distill" if self.is_student else "train"
+
+    @property
     def target(self) -> int | None:
         """Return the number of steps that the run should reach."""
         steps: int | None = self.config.get("max_train_steps")
@@ -158,8 +163,7 @@ class Run:
 
     def resume(self) -> str:
         """Return the command that resumes the run; a finished one for as many steps again, or with more patience."""
-        program = "autoencoder" if self.is_autoencoder else "distill" if self.is_student else "train"
-        command = ["latentflow", program]
+        command = ["latentflow", self.program]
         command += ["--config", str(self.folder / "config.yaml"), "-o", str(self.folder)]
         if self.finished and self.stopped_early:
             command += ["--early-stop", str(2 * int(self.config.get("early_stop", 1)))]
@@ -195,6 +199,16 @@ def read_run(folder: str | Path, config: dict[str, Any] | None = None) -> Run:
     )
 
 
+def first_stage(run: Run) -> Run:
+    """Return the run of the autoencoder that a run trains first; it may not have begun.
+
+    Raises:
+        UserError: it has none.
+    """
+    settings = {name: value for name, value in run.config.items() if name != "network"}
+    return read_run(run.folder / "autoencoder", settings)
+
+
 def preview_step(path: Path) -> int:
     """Return the step in a preview's name; -1 if there is none."""
     number = path.stem.removeprefix("step-")
@@ -207,9 +221,8 @@ def data_lines(log: list[str]) -> list[str]:
     plans = [index for index, line in enumerate(messages) if line.startswith("plan: ")]
     if not plans:
         return []
-    first = next(
-        (i for i in range(plans[-1], 0, -1) if messages[i - 1].startswith(("step ", "stopped", "done:"))), 0
-    )
+    ends = ("step ", "stopped", "done:", "verdict:", "pushed:", "  ")  # "  ": a command below one of these
+    first = next((i for i in range(plans[-1], 0, -1) if messages[i - 1].startswith(ends)), 0)
     # Old runs logged "pictures" for images.
     warnings = [line for line in messages[plans[-1] : plans[-1] + 3] if "s are few" in line]
     return list(dict.fromkeys([*messages[first : plans[-1]], *warnings]))

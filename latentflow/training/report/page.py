@@ -17,7 +17,8 @@ from ...data.images import open_image, to_rgb
 from ...errors import UserError
 from ...utils.html_page import Page, Section
 from ..loop.checkpoint import list_checkpoints
-from .folder import Run, data_lines, duration, preview_step, read_run
+from .folder import Run, data_lines, duration, first_stage, preview_step, read_run
+from .verdict import judge, measured_lines, trend
 
 _MOST_IMAGES, _IMAGE_WIDTH = 12, 640
 _LOG_LINES = 200
@@ -42,11 +43,12 @@ def report_page(folder: str | Path) -> Page:
     if run.previews():
         page.heading("Samples")
         _samples(page, run)
-    first_stage = run.folder / "autoencoder"
-    if not run.is_autoencoder and (first_stage / "metrics.jsonl").is_file():
-        stage = read_run(first_stage, {k: v for k, v in run.config.items() if k != "network"})
+    if not run.is_autoencoder and (run.folder / "autoencoder" / "metrics.jsonl").is_file():
+        stage = first_stage(run)
         page.heading("The autoencoder, trained first")
         page.table([], _facts(stage))
+        if verdict := judge(stage):
+            page.text(f"Verdict: {verdict.remark}")
         add_curves(page, stage)
         _samples(page, stage)
     _data(page, run)
@@ -66,17 +68,23 @@ def _generate_line(run: Run) -> str:
 
 def _summary(page: Page, run: Run) -> None:
     page.table([], _facts(run))
-    for line in _remarks(run):
+    if verdict := judge(run):
+        page.text(f"Verdict: {verdict.text}")
+        if verdict.command:
+            page.code(verdict.command)
+    for line in [*measured_lines(run, verdict), *_remarks(run)]:
         page.text(line)
     if run.finished and not run.is_autoencoder:
         page.text("Generate images:")
         page.code(_generate_line(run))
-    page.text("Train for as many steps again:" if run.finished else "Resume:")
-    page.code(run.resume())
+    resume = run.resume()
+    if not (verdict and verdict.command == resume):
+        page.text("Train for as many steps again:" if run.finished else "Resume:")
+        page.code(resume)
     if run.processes > 1:
         page.text(
-            f"The run used {run.processes} processes: start as many, or multiply --gradient-accumulation-steps by "
-            f"{run.processes}, so that a step has as many samples as before."
+            f"The run used {run.processes} processes. Start as many again, or multiply --gradient-accumulation-steps "
+            f"by {run.processes}, so that a step has as many samples as before."
         )
 
 
@@ -115,13 +123,12 @@ def _state(run: Run) -> str:
 def _remarks(run: Run) -> list[str]:
     """Return remarks on the curves."""
     remarks = []
-    steps, values = run.curve("val_loss")
-    if len(values) >= 3 and values[-1] > 1.02 * min(values):
-        best = values.index(min(values))
+    found = trend(*run.curve("val_loss"))
+    if found.kind == "rising" and not run.finished:
         remarks.append(
-            f"The validation loss has risen by {values[-1] / values[best] - 1:.0%} since step {steps[best]}: "
-            "usually the network memorises the training images from there on; fewer steps or more images help. "
-            "If the training loss rises as well, lower --learning-rate."
+            f"The loss on held-out images has risen by {found.change:.0%} since step {found.step}: the network has "
+            "begun to learn the training images by heart. Fewer steps or more images help. If the training loss rises "
+            "as well, lower --learning-rate."
         )
     skipped = sum("The update is skipped" in line for line in run.log)
     if skipped:
@@ -135,7 +142,7 @@ def _samples(page: Section, run: Run) -> None:
     images = run.previews()
     chosen = sorted({round(i) for i in np.linspace(0, len(images) - 1, _MOST_IMAGES)} if images else ())
     if len(chosen) < len(images):
-        page.text(f"{len(chosen)} of {len(images)} in {run.folder / 'samples'}.")
+        page.text(f"{len(chosen)} of the {len(images)} previews in {run.folder / 'samples'}.")
     for path in (images[index] for index in chosen):
         try:
             with open_image(path) as image:
@@ -241,7 +248,7 @@ def add_curves(page: Section, run: Run) -> None:
             axes.set_xlabel("step", fontsize=9)
         if panel == "loss":
             axes.legend(frameon=False, fontsize=9)
-    page.figure(figure, "Blue: training; orange: held-out images, always with the same noises and times.")
+    page.figure(figure, "Blue: training; orange: held-out images, always with the same noise and times.")
 
 
 _TITLES = {
