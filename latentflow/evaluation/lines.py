@@ -11,13 +11,19 @@ _WIDTH = 110
 
 def lines(report: dict[str, Any]) -> list[str]:
     """Return the report, as `latentflow evaluate` measured it, in lines for the terminal."""
-    return [*_space(report["feature_space"]), *_pixels(report), *_more(report), *_networks(report)]
+    label = "class" if report["data"]["kind"] == "class" else "caption"
+    return [
+        *_space(report["feature_space"], label),
+        *_pixels(report, label),
+        *_more(report),
+        *_networks(report),
+    ]
 
 
 # ---------------------------------------------------------------- sections
 
 
-def _space(found: dict[str, Any]) -> Iterator[str]:
+def _space(found: dict[str, Any], label: str) -> Iterator[str]:
     yield _wrapped(
         f"In the feature space {found['space']}: {found['generated']:,} generated images, beside "
         f"{found['real']:,} real ones, against {found['reference']:,} other training images"
@@ -42,20 +48,20 @@ def _space(found: dict[str, Any]) -> Iterator[str]:
         real = accuracy["real"]["share"]
         said = f"{_share(accuracy)} are nearest to images of their class (real images: {real:.1%}; "
         yield _figure("class accuracy", f"{said}by chance: {accuracy['chance']:.1%})")
-    yield from _retrieval(found.get("caption_retrieval"))
+    yield from _retrieval(found.get("caption_retrieval"), label)
     diversity = found["diversity"]
     if diversity.get("ratio") is None:
         yield _figure("diversity", f"unknown: {diversity.get('ratio_reason') or diversity['value_reason']}")
     else:
-        pairs = "of one class or caption " if diversity["within"] == "condition" else ""
+        pairs = f"of one {label} " if diversity["within"] == "condition" else ""
         said = f"images {pairs}differ {diversity['ratio']:.2f} times as much as real ones (1 is best)"
         yield _figure("diversity", said)
 
 
-def _pixels(report: dict[str, Any]) -> Iterator[str]:
+def _pixels(report: dict[str, Any], label: str) -> Iterator[str]:
     yield "In pixels of thumbnails, which see colours and layout only"
     yield _distance("Frechet distance", report["frechet_distance"])
-    yield from _retrieval(report.get("caption_retrieval"))
+    yield from _retrieval(report.get("caption_retrieval"), label)
     copies, distance = report["memorisation"]["copies"], report["memorisation"]["ratio"]
     low, high = copies["usual"]
     yield _figure(
@@ -96,8 +102,8 @@ def _networks(report: dict[str, Any]) -> Iterator[str]:
 # ---------------------------------------------------------------- parts of lines
 
 
-def _retrieval(found: dict[str, Any] | None) -> Iterator[str]:
-    """Return the line of captions that are found, beside those of real images that were not trained on."""
+def _retrieval(found: dict[str, Any] | None, label: str) -> Iterator[str]:
+    """Return the line of captions or classes that are found, beside those of real images that were not trained on."""
     if found is None:
         return
     top_1, top_5 = found["top_1"], found["top_5"]
@@ -107,7 +113,7 @@ def _retrieval(found: dict[str, Any] | None) -> Iterator[str]:
         if name.startswith("real_")
     )
     yield _figure(
-        "caption found",
+        f"{label} found",
         f"{_share(top_1)} by the nearest training image, {top_5['share']:.1%} among the nearest 5 (by chance: "
         f"{top_1['chance']:.1%} and {top_5['chance']:.1%}{beside})",
     )
