@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     settings = run_settings(config.checkpoint, config.data)
     settings |= {name: value for name in settings if (value := getattr(config, name)) not in (None, {})}
-    space = config.features or metrics.usual_space()
+    space, chosen = config.features or metrics.usual_space(), config.features is not None
     config = dataclasses.replace(config, features=space, **settings)  # for the report
     output = report.check_output(config.output, config.overwrite)
     metrics.features(torch.zeros(1, 3, 32, 32), space)  # refuses one that cannot be loaded
@@ -212,9 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # ---------------------------------------------------------------- the report
-    if space.startswith("pixels") and config.features is None:
+    if space.startswith("pixels") and not chosen:
         notes.append(
-            'a space that sees what images show is one install away: pip install "latentflow[features]"'
+            'pixels see colours and layout only; for a space that sees more: pip install "latentflow[features]"'
         )
     measured |= {"notes": notes, "seconds": round(time.monotonic() - started, 1)}
     with_solver = f", {solver}" if solver else ""

@@ -62,7 +62,7 @@ class VisionNetwork(ABC):
         self._colours = self._colours.to(images.device)
         if size is not None:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = self._colours
+        mean, std = self._colours.unbind()
         return (images - mean) / std
 
 
