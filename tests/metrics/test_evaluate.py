@@ -108,7 +108,7 @@ def test_the_report_is_complete_and_repeatable(
     distance = first["frechet_distance"]
     assert (distance["generated"], distance["real"], distance["reference"]) == (4, 4, 5)
     assert distance["value"] > 0 and distance["floor"] > 0
-    assert any("Frechet distance of 4 images says little" in note for note in first["notes"])
+    assert any("distances of 4 images say little" in note for note in first["notes"])
     assert first["reconstruction"]["held_out"]["images"] == 3
     assert first["validation_loss"]["held_out"]["standard_error"] > 0
     top_1, top_5 = (first["caption_retrieval"][name] for name in ("top_1", "top_5"))

@@ -158,6 +158,11 @@ def test_efficientnet_lite0_gives_features_of_images_patches_and_stages() -> Non
     check(network, positions=64, depths=4)
     assert network.patches(images(), (2, 3)).shape == (2, 6, network.width)
     pooled = features(2 * images() - 1, "efficientnet-lite0")
-    assert pooled.shape == (2, 1280) and pooled.dtype == torch.float32
-    # Those of the whole image are the mean of its patches, for a square of 224 px: 7 x 7 cells of 32.
-    torch.testing.assert_close(pooled, network.patches(images(), (7, 7)).mean(1), rtol=1e-4, atol=1e-4)
+    assert pooled.shape == (2, 320) and pooled.dtype == torch.float32
+    # Those of the whole image are the mean of its patches, for a square of 224 px: 7 x 7 cells of 32. At length 1, in
+    # 320 directions at right angles.
+    mean = F.normalize(network.patches(images(), (7, 7)).mean(1), dim=1)
+    directions = network._directions  # type: ignore[attr-defined]
+    torch.testing.assert_close(pooled, mean @ directions, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(320), rtol=0, atol=1e-4)
+    assert (pooled.norm(dim=1) <= 1.0001).all()
