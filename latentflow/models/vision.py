@@ -161,7 +161,8 @@ class EfficientNetLite0(VisionNetwork):
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         # As in its training, where colours are (x - 127) / 128; channels last is a third faster on CPUs.
         super().__init__(network.to(memory_format=torch.channels_last), [127 / 255] * 3, [128 / 255] * 3)
-        self._directions = torch.linalg.svd(network._fc.weight, full_matrices=False).Vh[: self._DIRECTIONS].T
+        directions: Tensor = torch.linalg.svd(network._fc.weight, full_matrices=False).Vh
+        self._directions = directions[: self._DIRECTIONS].T
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
