@@ -1,12 +1,13 @@
-"""Measure a checkpoint: reconstruction, validation loss, Frechet distance, retrieval, memorisation.
+"""Measure a checkpoint: how good its images are, how varied, whether they show what was asked for, or are copies.
 
     latentflow evaluate runs/cats/pipeline cats -o report.json
     latentflow evaluate checkpoints/emoji-64 emoji/train --test emoji/test -o report.json \\
         --attributes "light skin tone" "medium skin tone" "dark skin tone"
 
-Images are generated for the captions or classes of real training images, in the data's own proportions. Writes a JSON
-report and, beside it under the same name, a PNG with generated images. Nothing is downloaded, except for --fid and
---clip. docs/reference/evaluation.md says what each figure means.
+Images are generated for the captions or classes of training images, as often as the data have them, and compared with
+real images in a feature space. Writes a report (JSON) and, beside it, two images: report.png with generated images,
+and report-nearest.png with the training images that are nearest to each. Nothing is downloaded, unless --features,
+--fid or --clip names a model that is not on this machine. docs/reference/evaluation.md explains each figure.
 """
 
 from __future__ import annotations
@@ -36,13 +37,18 @@ class EvaluateConfig(AdapterChoice):
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """The images that it was trained on: a folder, or "shapes"."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "report.json"
-    """The report."""
+    """File of the report (.json)."""
     overwrite: bool = False
-    """Replace a report that exists."""
+    """Replace a report, and the images beside it, that exist."""
 
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 200
     """Images to generate, for the captions or classes of as many training images (repeated where there are fewer).
-    Below 50 most figures say little."""
+    With fewer than 50, most figures say little."""
+    features: str | None = None
+    """Feature space in which generated and real images are compared: efficientnet-lite0 (extra `features`), pixels-16
+    or pixels-32 (nothing to install), inception (extra `metrics`; downloads weights), or hub id or folder of a
+    vision model of transformers, such as facebook/dinov2-small. Default: efficientnet-lite0 if it is installed, else
+    pixels-16."""
     steps: int | None = None
     """Steps from noise to data; default: 20, or those of a few-step checkpoint."""
     guidance: float | None = None
@@ -50,7 +56,7 @@ class EvaluateConfig(AdapterChoice):
     solver: str | None = None
     """Solver of the flow; default: heun, or none for a few-step checkpoint, which needs none."""
     seed: int = 0
-    """Seed of the captions, of the noise, and of which real images are compared with which."""
+    """Seed of the captions, of the noise, and of the choice of real images to compare with."""
     batch_size: int = 50
     """Images that are generated or encoded at once."""
     device: str = "auto"
@@ -77,8 +83,9 @@ class EvaluateConfig(AdapterChoice):
     """One more folder that was not trained on; its reconstruction and loss are reported as well."""
 
     attributes: tuple[str, ...] = ()
-    """Words that distinguish captions, such as "light skin tone" "dark skin tone". For every caption of --test
-    (without it: held out) with such words an image is generated; it should be nearest to the real one with the same."""
+    """Words that distinguish captions, such as "light skin tone" "dark skin tone". An image is generated for every
+    caption of --test (without it: of the held-out images) that contains one; it is right if, among the real images
+    whose captions differ by that word only, the nearest is the one with the same word."""
     fid: bool = False
     """Also FID in Inception's feature space (extra `metrics`; downloads weights)."""
     clip: str | None = None
@@ -114,17 +121,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_checkpoint(config.checkpoint)
 
+    import torch
+
     from latentflow import metrics
-    from latentflow.evaluation import figures, report
+    from latentflow.evaluation import feature_figures, figures, report
     from latentflow.evaluation.data import condition_kind, load_image_sets, open_source, run_settings
+    from latentflow.evaluation.lines import lines
     from latentflow.evaluation.sampler import TRAINING_CAPTIONS, Sampler
     from latentflow.metrics import learned
     from latentflow.pipeline import LatentFlowPipeline
 
     settings = run_settings(config.checkpoint, config.data)
     settings |= {name: value for name in settings if (value := getattr(config, name)) not in (None, {})}
-    config = dataclasses.replace(config, **settings)  # for the report
+    space, chosen = config.features or metrics.usual_space(), config.features is not None
+    config = dataclasses.replace(config, features=space, **settings)  # for the report
     output = report.check_output(config.output, config.overwrite)
+    metrics.features(torch.zeros(1, 3, 32, 32), space)  # refuses one that cannot be loaded
     fid = learned.open_fid() if config.fid else None
     clip = learned.open_clip(config.clip) if config.clip is not None else None
     started = time.monotonic()
@@ -142,7 +154,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     test = None if config.test is None else open_source(config.test, settings)
     train, unseen = load_image_sets(model, source, test, settings)
     data = report.describe_data(source, train, unseen)
-    print(", ".join(f"{name.replace('_', '-')} images: {number}" for name, number in data["images"].items()))
+    print(
+        "images: "
+        + ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in data["images"].items())
+    )
 
     # Conditions are those of real training images, so in the data's own proportions. The first of these images stand
     # for what a perfect generator would make; the reference of both is all others.
@@ -192,13 +207,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if clip is not None:
         measured["clip_score"] = figures.clip_scores(clip, generated, captions, beside, config.batch_size)
 
+    sets = feature_figures.feature_sets(space, generated, captions, train, real, unseen, model.device)
+    measured["feature_space"] = feature_figures.compare(
+        sets, conditioned=kind != "nothing", classes=source.kind == "class"
+    )
+
     # ---------------------------------------------------------------- the report
+    if space.startswith("pixels") and not chosen:
+        notes.append(
+            'pixels see colours and layout only; for a space that sees more: pip install "latentflow[features]"'
+        )
     measured |= {"notes": notes, "seconds": round(time.monotonic() - started, 1)}
-    print(printable("\n".join([*report.lines(measured), *(f"note: {note}" for note in notes)])))
+    with_solver = f", {solver}" if solver else ""
+    print(f"{config.n:,} images, seed {config.seed}{with_solver}, steps {steps}, guidance {guidance:g}")
+    print(printable("\n".join([*lines(measured), *(f"note: {note}" for note in notes)])))
     repeat = {"settings": dataclasses.asdict(config), "versions": report.versions()}
     repeat["checkpoint"] = report.weight_hashes(model)
-    report.write(output, repeat | measured, generated[:64])
-    print(f"Wrote {output} and {output.with_suffix('.png')}")
+    report.write(output, repeat | measured, generated[:64], *feature_figures.neighbour_sheet(sets, generated))
+    print(f"Wrote {', '.join(map(str, report.output_files(output).values()))}")
 
 
 if __name__ == "__main__":

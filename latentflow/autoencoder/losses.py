@@ -1,8 +1,10 @@
-"""Losses of autoencoder training beside L1: LPIPS, a PatchGAN with the hinge loss; regularisation of the latents."""
+"""Losses of autoencoder training beside L1: LPIPS or a distance of features, a PatchGAN with the hinge loss;
+regularisation of the latents."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
@@ -51,7 +53,7 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     return weight.detach()
 
 
-def perceptual_loss() -> nn.Module:
+def lpips_loss() -> nn.Module:
     """LPIPS (Zhang et al. 2018) on VGG features, frozen: (images, images) in [-1, 1] -> (B, 1, 1, 1).
 
     Raises:
@@ -71,6 +73,22 @@ def perceptual_loss() -> nn.Module:
             "Put vgg16-397923af.pth into torch's hub checkpoint folder, or set --perceptual-weight 0.",
         ) from error
     return network.requires_grad_(False).eval()
+
+
+def stage_distance(stages: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Return the mean squared difference of features (B, C, positions) of several stages; (B,), from 0 to 4.
+
+    The features at each position are scaled to length 1, so that every stage counts alike. This is eq. 1 of Zhang et
+    al. 2018 (arXiv:1801.03924) with all weights 1. It is not LPIPS, whose weights are fitted to what people see.
+    """
+    apart = [
+        (F.normalize(a.float(), dim=1, eps=1e-6) - F.normalize(b.float(), dim=1, eps=1e-6))
+        .square()
+        .sum(1)
+        .mean(1)
+        for a, b in zip(stages, others, strict=True)
+    ]
+    return torch.stack(apart).mean(0)
 
 
 def transformed(x: Tensor, scale: Fraction, quarter_turns: int) -> Tensor:

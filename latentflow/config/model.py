@@ -94,7 +94,10 @@ class AutoencoderConfig:
     """Weight of the KL term, which is summed over the latent and divided by the number of pixel values (kl
     only)."""
     perceptual_weight: float = 0.0
-    """Weight of the perceptual loss LPIPS (needs the extra `lpips` and its VGG weights)."""
+    """Weight of a perceptual loss: how different reconstructions look to a vision network. 0: off."""
+    perceptual_features: str = "lpips"
+    """Network of the perceptual loss: lpips (extra `lpips`; downloads VGG weights); or one whose features are compared
+    as they are: efficientnet-lite0 (extra `features`), or hub id or folder of a vision model of transformers."""
     adversarial_weight: float = 0.0
     """Weight of the PatchGAN hinge loss, before the adaptive factor."""
     adversarial_start: int = 1_500
@@ -112,14 +115,20 @@ class AutoencoderConfig:
             raise UserError(f"--equivariance is {self.equivariance}", "It must be from 0 to 1.")
         if not 0 <= self.latent_noise < math.inf:
             raise UserError(f"--latent-noise is {self.latent_noise}", "It must be finite, and not negative.")
+        if self.perceptual_features != "lpips" and not self.perceptual_weight:
+            raise UserError(
+                f"--perceptual-features {self.perceptual_features} without --perceptual-weight",
+                "Add --perceptual-weight 0.1, or leave it out.",
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return the settings that must not change when a run is resumed.
 
-        Settings that earlier versions did not have are left out where they are off, so that their runs resume.
+        Settings that earlier versions did not have are left out at their defaults, so that their runs resume.
         """
-        later = ("equivariance", "latent_noise")
-        return {name: value for name, value in dataclasses.asdict(self).items() if value or name not in later}
+        later = ("equivariance", "latent_noise", "perceptual_features")
+        unchanged = set(later) - changed(self)
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unchanged}
 
 
 # Settings that runs of earlier versions do not have, and their value in those runs.
@@ -331,8 +340,8 @@ class AlignmentConfig:
     alignment_block: int | None = None
     """Number of blocks before the aligned features. Default: three tenths of all (2 of 8, 8 of 28)."""
     alignment_encoder: str | None = None
-    """With --alignment encoder: the vision model, from transformers (hub id or folder; DINOv2, CLIP, ...). It stays
-    frozen."""
+    """With --alignment encoder: the vision model, which stays frozen: hub id or folder of one of transformers (DINOv2,
+    CLIP, ...), or efficientnet-lite0 (extra `features`)."""
 
     def __post_init__(self) -> None:
         if self.alignment is not None:
@@ -342,7 +351,7 @@ class AlignmentConfig:
         if (self.alignment == "encoder") != (self.alignment_encoder is not None):
             raise UserError(
                 f"--alignment {self.alignment} with --alignment-encoder {self.alignment_encoder}",
-                "Give both: --alignment encoder --alignment-encoder FOLDER_OR_HUB_ID; or leave the encoder out.",
+                "Give both: --alignment encoder --alignment-encoder facebook/dinov2-small; or leave the encoder out.",
             )
         if self.alignment is None and (self.alignment_weight, self.alignment_block) != (None, None):
             raise UserError(

@@ -117,13 +117,13 @@ def load_image_sets(
     kept, held_out = split(source, validation, settings["validation_seed"])
     if not held_out and test is None:
         raise UserError(
-            f"--validation {validation} holds no image out",
+            f"--validation {validation} holds out no image",
             "Some figures need images that were not trained on: raise it, or give --test FOLDER.",
         )
     if test is not None and condition_kind(model, test) != condition_kind(model, source):
         raise UserError(
             f"{source.name} is a data set of kind '{source.kind}', and --test {test.name} one of kind '{test.kind}'",
-            "Give a --test whose images are described as those of DATA.",
+            "Give a --test whose images have captions or classes as those of DATA have.",
         )
     train = _load(model, source.subset(kept), background)
     if len(train.images.flatten(1).unique(dim=0)) < 2:

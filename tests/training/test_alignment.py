@@ -10,17 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    T5Config,
-    T5Model,
-)
+from transformers import Dinov2Config, Dinov2Model
 
 from latentflow.config import AlignmentConfig, FlowConfig, LoopConfig, RoutingConfig
 from latentflow.errors import UserError
@@ -32,7 +24,7 @@ from latentflow.training.loop.checkpoint import list_checkpoints, load_checkpoin
 from latentflow.training.loop.data_order import SampleUse
 from latentflow.training.loop.trained_module import WeightAverage
 from latentflow.training.losses import flow_loss
-from latentflow.training.losses.alignment import Routing, VisionEncoder, make_alignment
+from latentflow.training.losses.alignment import Routing, make_alignment
 from latentflow.training.losses.flow import FlowLoss
 
 from ..models.tiny import perturb
@@ -273,48 +265,6 @@ def test_two_processes_learn_what_one_learns(kind: str, shard: bool, encoder: Pa
     assert alone.keys() == pair.keys()
     for name, one in alone.items():
         torch.testing.assert_close(one, pair[name], rtol=0, atol=1e-5, msg=name)
-
-
-def test_a_vision_model_sees_normalised_images_whose_patches_are_the_cells(
-    encoder: Path, tmp_path: Path
-) -> None:
-    pixels = batch(2)["pixels"]
-    model = Dinov2Model.from_pretrained(encoder)
-    images = F.interpolate(pixels.float() / 255, (21, 28), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(one).view(3, 1, 1) for one in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    with torch.no_grad():
-        expected = model((images - mean) / std).last_hidden_state[:, 1:]
-    torch.testing.assert_close(VisionEncoder(str(encoder))(pixels, (3, 4)), expected)
-
-    model.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps(
-            {"image_processor_type": "BitImageProcessor", "image_mean": [0.1] * 3, "image_std": [0.7] * 3}
-        )
-    )
-    with torch.no_grad():
-        expected = model((images - 0.1) / 0.7).last_hidden_state[:, 1:]
-    torch.testing.assert_close(VisionEncoder(str(tmp_path))(pixels, (3, 4)), expected)
-
-
-def test_the_image_half_of_clip_will_do_and_a_text_model_will_not(tmp_path: Path) -> None:
-    clip = CLIPVisionConfig(
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-    )
-    CLIPVisionModel(clip).save_pretrained(tmp_path / "clip")
-    one = VisionEncoder(str(tmp_path / "clip"))
-    assert one.width == 8 and one(batch(2)["pixels"], (3, 5)).shape == (2, 15, 8)
-    text = T5Config(vocab_size=8, d_model=8, d_kv=4, num_heads=2, d_ff=8, num_layers=1)
-    T5Model(text).save_pretrained(tmp_path / "text")
-    with pytest.raises(UserError, match=r"(?s)gives no features of patches.*DINOv2"):
-        VisionEncoder(str(tmp_path / "text"))
-    with pytest.raises(UserError, match=r"(?s)cannot be read.*a folder, or a hub id"):
-        VisionEncoder(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize(

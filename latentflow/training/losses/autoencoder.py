@@ -1,4 +1,4 @@
-"""The losses of an autoencoder: L1, KL where it has a posterior, LPIPS and a PatchGAN by choice."""
+"""The losses of an autoencoder: L1, KL where it has a posterior, a perceptual loss and a PatchGAN by choice."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from ...autoencoder.losses import (
     SMALLEST_IMAGE,
     adaptive_weight,
     hinge_loss,
+    lpips_loss,
     noisy,
-    perceptual_loss,
     scales,
+    stage_distance,
     transformed,
 )
 from ...config import AutoencoderConfig
+from ...models.vision import load_vision_network
 from ..loop.data_order import SampleRandom, Stream, seeded
 from ..loop.distributed import process_state
 
@@ -29,8 +31,26 @@ def autoencoder_steps(asked: int | None, max_train_steps: int) -> int:
     return asked or min(max_train_steps, _ENOUGH_STEPS)
 
 
+class FeatureDistance(nn.Module):
+    """A perceptual loss of a vision network's stages, which it neither trains nor holds as weights of its own.
+
+    Args:
+        name: see `load_vision_network`.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._vision = load_vision_network(name)
+
+    def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        """Return the distances (B,) of images (B, 3, H, W) in [-1, 1]."""
+        with torch.no_grad():
+            wanted = self._vision.stages((images + 1) / 2)
+        return stage_distance(self._vision.stages((reconstructions + 1) / 2), wanted)
+
+
 class AutoencoderLoss(nn.Module):
-    """The loss of the autoencoder: L1, and by choice the KL divergence, LPIPS and an adversarial term.
+    """The loss of the autoencoder: L1, and by choice the KL divergence, a perceptual loss and an adversarial term.
 
     A batch holds ``images`` (B, 3, H, W) in [-1, 1] and ``sample_ids``.
     """
@@ -41,8 +61,12 @@ class AutoencoderLoss(nn.Module):
         super().__init__()
         self.vae = vae
         self._config, self._seed = config, seed
-        # In a tuple, so that neither is a submodule: the discriminator has a loss of its own, LPIPS is frozen.
-        self._others = (discriminator, perceptual_loss() if config.perceptual_weight else None)
+        perceptual = None
+        if config.perceptual_weight:
+            lpips = config.perceptual_features == "lpips"
+            perceptual = lpips_loss() if lpips else FeatureDistance(config.perceptual_features)
+        # In a tuple, so that neither is a submodule: the discriminator has a loss of its own, the other is frozen.
+        self._others = (discriminator, perceptual)
         self.pairs: tuple[Tensor, Tensor] | None = None  # (images, reconstructions) for the discriminator
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -62,11 +86,11 @@ class AutoencoderLoss(nn.Module):
         if kl is not None:
             values["kl"] = kl.detach() / pixels
             loss = loss + self._config.kl_weight * kl / pixels
-        discriminator, lpips = self._others
-        if lpips is not None:
-            perceptual = lpips.to(images.device)(reconstruction, images).mean()
-            values["lpips"] = perceptual.detach()
-            loss = loss + self._config.perceptual_weight * perceptual
+        discriminator, perceptual = self._others
+        if perceptual is not None:
+            apart = perceptual.to(images.device)(reconstruction, images).mean()
+            values["lpips" if self._config.perceptual_features == "lpips" else "perceptual"] = apart.detach()
+            loss = loss + self._config.perceptual_weight * apart
         started = self._step(batch["sample_ids"][0]) >= self._config.adversarial_start
         if discriminator is not None and self.training and started:
             self.pairs = (images, reconstruction.detach())
@@ -90,7 +114,7 @@ class AutoencoderLoss(nn.Module):
         random = seeded(self._seed, Stream.AUTOENCODER, self._step(sample_id))
         if torch.rand((), generator=random) >= self._config.equivariance:
             return images, latents
-        # The discriminator and LPIPS see these images as well, and cannot see the smallest.
+        # The discriminator and the perceptual loss see these images as well, and cannot see the smallest.
         smallest = 1 if self._others == (None, None) else SMALLEST_IMAGE
         choices = scales(latents.shape[2], latents.shape[3], smallest * latents.shape[3] // images.shape[3])
         scale = choices[int(torch.randint(len(choices), (), generator=random))]

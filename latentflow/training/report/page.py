@@ -262,6 +262,7 @@ _TITLES = {
     "l1": "mean absolute error, values in -1 to 1",
     "kl": "KL divergence, nats per value",
     "lpips": "LPIPS",
+    "perceptual": "distance of features, 0 to 4",
 }
 
 

@@ -1,0 +1,147 @@
+"""The report for the terminal: each figure with a phrase that says what is good."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+_WIDTH = 110
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """Return the report, as `latentflow evaluate` measured it, in lines for the terminal."""
+    label = "class" if report["data"]["kind"] == "class" else "caption"
+    return [
+        *_space(report["feature_space"], label),
+        *_pixels(report, label),
+        *_more(report),
+        *_networks(report),
+    ]
+
+
+# ---------------------------------------------------------------- sections
+
+
+def _space(found: dict[str, Any], label: str) -> Iterator[str]:
+    yield _wrapped(
+        f"In the feature space {found['space']}: {found['generated']:,} generated images, beside "
+        f"{found['real']:,} real ones, against {found['reference']:,} other training images"
+    )
+    yield _distance("Frechet distance", found["frechet_distance"])
+    yield _distance("kernel distance", found["kernel_distance"])
+    for name, meaning in (
+        ("precision", "of the generated images look like real ones"),
+        ("recall", "of the real images are like a generated one"),
+        ("coverage", "of the real images have a generated one near them"),
+    ):
+        value = found[name]
+        if value["value"] is None:
+            yield _figure(name, f"unknown: {value['value_reason']}")
+        else:
+            yield _figure(name, f"{value['value']:.1%} {meaning} (real images: {value['real']:.1%})")
+    density = found["density"]
+    if density["value"] is not None:
+        said = f"{density['value']:.2f} (real images: {density['real']:.2f}; higher is better: images are typical)"
+        yield _figure("density", said)
+    if accuracy := found.get("class_accuracy"):
+        real = accuracy["real"]["share"]
+        said = f"{_share(accuracy)} are nearest to images of their class (real images: {real:.1%}; "
+        yield _figure("class accuracy", f"{said}by chance: {accuracy['chance']:.1%})")
+    yield from _retrieval(found.get("caption_retrieval"), label)
+    diversity = found["diversity"]
+    if diversity.get("ratio") is None:
+        yield _figure("diversity", f"unknown: {diversity.get('ratio_reason') or diversity['value_reason']}")
+    else:
+        pairs = f"of one {label} " if diversity["within"] == "condition" else ""
+        said = f"images {pairs}differ {diversity['ratio']:.2f} times as much as real ones (1 is best)"
+        yield _figure("diversity", said)
+
+
+def _pixels(report: dict[str, Any], label: str) -> Iterator[str]:
+    yield "In pixels of thumbnails, which see colours and layout only"
+    yield _distance("Frechet distance", report["frechet_distance"])
+    yield from _retrieval(report.get("caption_retrieval"), label)
+    copies, distance = report["memorisation"]["copies"], report["memorisation"]["ratio"]
+    low, high = copies["usual"]
+    yield _figure(
+        "copies",
+        f"{_share(copies)} are closer to a training image than 95 % of new images are (without memorising: "
+        f"{low:.1%} to {high:.1%})",
+    )
+    yield _figure(
+        "nearest image", f"{distance:.2f} times as far as from a new real image (near 0: copies; 1: new)"
+    )
+
+
+def _more(report: dict[str, Any]) -> Iterator[str]:
+    if "fid" in report:
+        yield _distance("FID", report["fid"])
+    if clip := report.get("clip_score"):
+        value, real = (_number(clip, name) for name in ("value", "real"))
+        yield _figure("CLIP score", f"{value} (real images: {real}; higher is better)")
+    if attributes := report.get("attributes"):
+        said = f"{_share(attributes['right'])} are nearest to the real image with their attribute "
+        yield _figure("attributes", f"{said}(by chance: {attributes['chance']:.1%})")
+    for name, right in report.get("shapes", {}).items():
+        yield _figure(f"shapes, {name.replace('_', ' ')}", f"{_share(right)} show what the caption says")
+
+
+def _networks(report: dict[str, Any]) -> Iterator[str]:
+    yield "The networks, on images that were not trained on"
+    for name, part in report["reconstruction"].items():
+        psnr, ssim = (_number(part, figure) for figure in ("psnr", "ssim"))
+        said = f"PSNR {psnr} dB, SSIM {ssim} (higher is better; no generated image can be sharper)"
+        yield _figure("autoencoder", f"{name.replace('_', ' ')}: {said}")
+    for name, part in report["validation_loss"].items():
+        error = "" if part["standard_error"] is None else f" +- {part['standard_error']:.2g}"
+        said = f"{part['value']:.4g}{error} (lower is better, for one autoencoder and data set)"
+        yield _figure("flow loss", f"{name.replace('_', ' ')}: {said}")
+
+
+# ---------------------------------------------------------------- parts of lines
+
+
+def _retrieval(found: dict[str, Any] | None, label: str) -> Iterator[str]:
+    """Return the line of captions or classes that are found, beside those of real images that were not trained on."""
+    if found is None:
+        return
+    top_1, top_5 = found["top_1"], found["top_5"]
+    beside = "".join(
+        f"; real images, {name.removeprefix('real_').replace('_', ' ')}: {part['top_1']['share']:.1%}"
+        for name, part in found.items()
+        if name.startswith("real_")
+    )
+    yield _figure(
+        f"{label} found",
+        f"{_share(top_1)} by the nearest training image, {top_5['share']:.1%} among the nearest 5 (by chance: "
+        f"{top_1['chance']:.1%} and {top_5['chance']:.1%}{beside})",
+    )
+
+
+def _distance(name: str, found: dict[str, Any]) -> str:
+    if found["value"] is None:
+        return _figure(name, f"unknown: {found['value_reason']}")
+    error, floor_error = (
+        f" +- {found[key]:.2g}" if key in found else "" for key in ("standard_error", "floor_standard_error")
+    )
+    floor = f"{found['floor']:.3g}{floor_error}"
+    return _figure(name, f"{found['value']:.3g}{error} (as many real images: {floor}; lower is better)")
+
+
+def _share(found: dict[str, Any]) -> str:
+    low, high = found["interval_95"]
+    return f"{found['share']:.1%} ({found['count']} of {found['n']}; 95 %: {low:.1%} to {high:.1%})"
+
+
+def _number(found: dict[str, Any], name: str) -> str:
+    value = found[name]
+    return f"unknown ({found[f'{name}_reason']})" if value is None else f"{value:.4g}"
+
+
+def _figure(name: str, said: str) -> str:
+    return _wrapped(f"  {name:<18}{said}", indent=20)
+
+
+def _wrapped(text: str, indent: int = 2) -> str:
+    return textwrap.fill(text, _WIDTH, subsequent_indent=" " * indent, break_long_words=False)
