@@ -60,7 +60,8 @@ class InpaintConfig(SamplingConfig):
     """A solver of `latentflow generate`, for trained (default: ddpm), replacement and repaint; pnp-flow and twisted
     have their own steps."""
     feather: int = 0
-    """Width in pixels of a soft edge around the mask. Kept pixels change there; the seam needs none."""
+    """Width in pixels of a soft edge around the mask, in which kept pixels change too. --seamless hides the edge
+    without it."""
     seamless: bool = True
     """Match the colours inside the mask to the kept pixels around it, so that no edge shows."""
     padding_mask_crop: int | None = None
