@@ -34,7 +34,8 @@ def match_border(drawn: Tensor, image: Tensor, hole: Tensor, depth: float) -> Te
     rows, columns = (hole[0, 0].any(side).nonzero()[:, 0].tolist() for side in (1, 0))
     if not rows:
         return drawn
-    around = (..., *(slice(max(0, line[0] - 1), line[-1] + 2) for line in (rows, columns)))
+    vertical, horizontal = (slice(max(0, line[0] - 1), line[-1] + 2) for line in (rows, columns))
+    around = (slice(None), slice(None), vertical, horizontal)
     inside = hole[around].to(drawn)
     border = F.max_pool2d(inside, 3, stride=1, padding=1) - inside
     if not border.any():
