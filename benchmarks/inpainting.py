@@ -2,6 +2,7 @@
 
     python benchmarks/inpainting.py DATA --steered CHECKPOINT [--trained CHECKPOINT] [--coupling CHECKPOINT]
         -o docs/measurements/inpainting-emoji [-n 80] [--evaluations 10 20 50] [--methods ...] [--no-condition] [--grid]
+        [--seamless]
 
 DATA is a folder of images as `latentflow train` takes it. The training-free methods run on --steered, which is given
 nothing of the mask even if it has learnt to inpaint. --trained is a checkpoint that has, by channels alone, and
@@ -10,7 +11,8 @@ right half, and brush strokes (others on each image). Captions or classes are gi
 captions); guidance is off, so that one evaluation is one pass of the network.
 
 Of every method: the PSNR within the hole (mean over images), the Frechet distance between the finished and the real
-images ("pixels-16" of latentflow/metrics/features.py), and the largest change of a kept pixel. Results go to
+images ("pixels-16" of latentflow/metrics/features.py), the step across the border of the hole (in levels of 255, beside
+that of the real images), and the largest change of a kept pixel. Results go to
 FILE.json as they come, and what is there is not computed again; the table to FILE.md, images to FILE.png.
 """
 
@@ -80,7 +82,7 @@ def main() -> None:
     side = pipes["steered"].vae_scale_factor * pipes["steered"].transformer.config.sample_size
     task = read(source.subset(rows), side, options.condition)
     methods = {"mean fill": mean_fill} | {
-        name: drawn_by(pipes[kind], name, options.seed)
+        name: drawn_by(pipes[kind], name, options.seed, options.seamless)
         for name, (kind, _, _) in ROWS.items()
         if kind in pipes and (options.methods is None or name in options.methods)
     }
@@ -132,7 +134,7 @@ def mean_fill(task: Task, mask: str, evaluations: int) -> tuple[Tensor, float]:
     return torch.where(kept > 0, task.images, colour), 0.0
 
 
-def drawn_by(pipe: Any, name: str, seed: int) -> Method:
+def drawn_by(pipe: Any, name: str, seed: int, seamless: bool) -> Method:
     """A method of the pipeline, at as many steps as the evaluations pay for; these are counted.
 
     The image at row i is drawn from the seed 1000 ``seed`` + i.
@@ -159,6 +161,7 @@ def drawn_by(pipe: Any, name: str, seed: int) -> Method:
                     guidance_scale=1.0,
                     solver=solver,
                     method=method,
+                    seamless=seamless,
                     generator=[
                         torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(conditions))
                     ],
@@ -176,12 +179,26 @@ def drawn_by(pipe: Any, name: str, seed: int) -> Method:
 def measured(task: Task, mask: str, images: Tensor) -> dict[str, float]:
     hole, error = task.masks[mask], (images - task.images).square()
     mse = (error * hole).sum((1, 2, 3)) / (3 * hole.sum((1, 2, 3)))
+    psnr = -10 * mse.clamp_min(1e-6).log10()
     real, found = (features(2 * one - 1, SPACE) for one in (task.images, images))
     return {
-        "psnr": float(-10 * mse.clamp_min(1e-6).log10().mean()),
+        "psnr": float(psnr.mean()),
+        "psnr_error": float(psnr.std() / len(psnr) ** 0.5),
+        "step": border_step(images, hole),
+        "step_real": border_step(task.images, hole),
         "frechet": frechet_distance(found, real),
         "kept": float((error.sqrt() * (1 - hole)).max()),
     }
+
+
+def border_step(images: Tensor, hole: Tensor) -> float:
+    """Return the mean over images of the mean difference between neighbours of which one is in the hole, in levels."""
+    total, count = torch.zeros(2, len(images))
+    for side in (2, 3):
+        across = hole.diff(dim=side).abs()
+        total += (images.diff(dim=side).abs().mean(1, keepdim=True) * across).sum((1, 2, 3))
+        count += across.sum((1, 2, 3))
+    return float(255 * (total / count)[count > 0].mean())
 
 
 class Results:
@@ -259,6 +276,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument(
         "--no-condition", dest="condition", action="store_false", help="of captions: the empty one"
+    )
+    parser.add_argument(
+        "--seamless", action="store_true", help="match colours at the border, as is the default"
     )
     parser.add_argument("--grid", action="store_true", help="also FILE.png")
     parser.add_argument("--shown", type=int, default=20, help="evaluations of the images in it")

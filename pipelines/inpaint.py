@@ -60,7 +60,10 @@ class InpaintConfig(SamplingConfig):
     """A solver of `latentflow generate`, for trained (default: ddpm), replacement and repaint; pnp-flow and twisted
     have their own steps."""
     feather: int = 0
-    """Width in pixels of the soft edge between old and new around the mask."""
+    """Width in pixels of a soft edge around the mask, in which kept pixels change too. --seamless hides the edge
+    without it."""
+    seamless: bool = True
+    """Match the colours inside the mask to the kept pixels around it, so that no edge shows."""
     padding_mask_crop: int | None = None
     """Crop to the mask and this many pixels around it, and work at the checkpoint's own size; for large images."""
     grid: bool = False
@@ -94,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         solver=config.solver,
         method=config.method,
         feather=config.feather,
+        seamless=config.seamless,
     )
 
     # Write

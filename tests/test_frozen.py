@@ -126,7 +126,8 @@ def test_stock_diffusers_opens_it(name: str) -> None:
 def test_a_pipeline_inpaints_as_it_did() -> None:
     pipe = LatentFlowInpaintPipeline.from_pretrained("pipelines/text")
     image, mask = (Image.open(f"images/{name}.png").crop((0, 0, 16, 16)).copy() for name in ("3", "3-mask"))
-    check_drawn("inpaint", draw(pipe, **ASKED["text"], image=image, mask_image=mask))
+    # As before colours were matched at the border of the hole, which is today's default.
+    check_drawn("inpaint", draw(pipe, **ASKED["text"], image=image, mask_image=mask, seamless=False))
 
 
 def test_an_adapter_changes_what_it_changed() -> None:

@@ -223,6 +223,7 @@ CHECKS: dict[str, Check] = {
     "plain_from": _finite(0.0, 1.0, "Use a time in [0, 1]; 1 is off."),
     "padding_mask_crop": _whole(0, LARGEST, fix="Give a number of pixels, at least 0."),
     "feather": _finite(0.0, fix="Give a number of pixels, at least 0."),
+    "seamless": _FLAG,
     "original_size": _SIZE,
     "target_size": _SIZE,
     "crops_coords_top_left": _pair(0, "top and left"),

@@ -24,6 +24,7 @@ from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
 from .images import Images, padded, read_images, read_masks, resized, transparent_again
 from .sampling import AfterStep, BindVelocity, RunningCall, Sampler
+from .seam import match_border
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         negative_prompt_attention_mask: Tensor | None = None,
         method: str | None = None,
         feather: float = 0,
+        seamless: bool = True,
     ) -> Any:
         """Fill holes. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 
@@ -104,7 +106,9 @@ class LatentFlowInpaintPipeline(FlowPipeline):
                 these, by itself 'ddpm', or average velocities; the others run on our own solvers. "trained" and
                 "pnp-flow" give a checkpoint that was trained with masks the hole as a condition, the others do not.
                 "repaint" goes back in time, which the timesteps that a callback gets do not show.
-            feather: blend over so many pixels around the hole.
+            feather: blend over so many pixels around the hole, which are then no longer the image's own.
+            seamless: shift the colours of what is drawn to meet those around the hole (``match_border``). False:
+                leave it as it is drawn.
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple. Pixels where the (feathered) mask is 0 are the
@@ -116,7 +120,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         """
         method = self._method(method, solver)
         # 1. Images, masks, and the window of each that is drawn
-        batch = self._read_batch(image, mask_image, height, width, padding_mask_crop, feather)
+        batch = self._read_batch(image, mask_image, height, width, padding_mask_crop, feather, seamless)
         if batch.unchanged:
             strength = 0.0
         shape = (len(batch.images), *self.model.latent_shape(*batch.canvas))
@@ -192,6 +196,7 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         width: int | None,
         margin: int | None,
         feather: float,
+        seamless: bool,
     ) -> InpaintBatch:
         """Return images and masks, and the part of each that is drawn, of which size.
 
@@ -222,7 +227,9 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         windows = [whole] * count
         if margin is not None:
             windows = [crop_around_mask(mask, max(margin, math.ceil(feather)), canvas) for mask in masks]
-        return InpaintBatch(images, masks, windows, canvas, feather)
+        # Half a cell of the latent grid: the scale of the autoencoder's errors.
+        depth = self.vae_scale_factor / 2.0 if seamless else None
+        return InpaintBatch(images, masks, windows, canvas, feather, depth)
 
     def _add_known(
         self, method: str, views: Tensor, holes: Tensor, given: Tensor | None, call: RunningCall
@@ -288,6 +295,7 @@ class InpaintBatch:
         windows: of each image.
         canvas: (height, width) of what the network draws.
         feather: pixels around the hole over which to blend.
+        match_depth: pixels of the canvas over which colours are matched within the hole; None: not at all.
     """
 
     images: Tensor
@@ -295,6 +303,7 @@ class InpaintBatch:
     windows: Sequence[Window]
     canvas: Size
     feather: float = 0.0
+    match_depth: float | None = None
 
     @property
     def holes(self) -> Tensor:
@@ -337,13 +346,18 @@ class InpaintBatch:
         """
         each = len(drawn) // len(self.images)
         images = self.images.repeat_interleave(each, 0)
-        placed = images.clone()
-        for row, (image, view) in enumerate(zip(placed, drawn.cpu(), strict=True)):
-            window = self.windows[row // each]
-            inside = view[None, :, : window.size[0], : window.size[1]]
-            part = window.cut(image)
-            part.copy_(resized(inside, (part.shape[2], part.shape[3])))
         masks = self.painted.repeat_interleave(each, 0)
+        placed = images.clone()
+        for row, (image, mask, view) in enumerate(zip(placed, masks, drawn.cpu(), strict=True)):
+            window = self.windows[row // each]
+            part = window.cut(image)
+            inside = resized(
+                view[None, :, : window.size[0], : window.size[1]], (part.shape[2], part.shape[3])
+            )
+            if self.match_depth is not None:
+                scale = max(part.shape[2] / window.size[0], part.shape[3] / window.size[1])
+                inside = match_border(inside, part, window.cut(mask) > 0, self.match_depth * scale)
+            part.copy_(inside)
         return composite(masks, placed, images).to(drawn.device)
 
 

@@ -228,6 +228,7 @@ def make_all() -> None:
     drawn["inpaint"] = draw(
         holes, prompt=["a red circle", "a green square"], image=Image.open("images/3.png").crop((0, 0, 16, 16)),
         mask_image=Image.open("images/3-mask.png").crop((0, 0, 16, 16)), guidance_scale=2.0,
+        seamless=False,
     )  # fmt: skip
     for name, asked in (
         ("class", {"class_labels": ["round", "square"]}),

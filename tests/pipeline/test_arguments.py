@@ -92,6 +92,7 @@ WRONG: dict[str, list[Any]] = {
     "plain_from": [*NO_NUMBER, -0.1, 1.1],
     "padding_mask_crop": NO_WHOLE,
     "feather": [*NO_NUMBER, -1.0],
+    "seamless": ["no", 0, 1.0],
     "original_size": NO_SIZE,
     "target_size": NO_SIZE,
     "crops_coords_top_left": [*NO_SIZE[:4], (0, -1), (0.0, 0), NAN],
