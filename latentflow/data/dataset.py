@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from PIL import Image, ImageOps
 
 from ..errors import UserError
+from ..utils.progress import progress_bar
 from .cache.store import Array, ShardSet, open_cache
 from .images import Profile, decode_image, decoding, key_and_profile, name_of, open_image, to_rgb
 from .masks import alpha_mask, read_mask, without_alpha
@@ -213,7 +214,17 @@ class Source:
         return [ids[example.label or ""] for example in self.examples]
 
     def content_keys(self) -> Iterable[str]:
-        return [example.content_key() for example in self.examples]
+        examples = progress_bar(self.examples, desc="reading files", delay=3, leave=False)
+        return [example.content_key() for example in examples]
+
+    def strata(self) -> Sequence[str]:
+        """Return the part of the set that each example belongs to, for a split that takes its share of every part.
+
+        That is its class. An unconditional set has none: there it is the first folder in the example's name.
+        """
+        if self.kind == "unconditional":
+            return [example.name.rpartition("/")[0].split("/")[0] for example in self.examples]
+        return [example.label or "" for example in self.examples]
 
     def pixel_keys(self) -> Iterable[str]:
         return [example.pixel_key() for example in self.examples]

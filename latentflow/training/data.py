@@ -98,24 +98,27 @@ def load_data(
         data = replace(data, validation=held_out_share(given_keys, data.validation, len(source)))
         if "resolution" not in given_keys and not source.precomputed:
             data = replace(data, resolution=base_resolution(checkpoint) or data.resolution)
-    training, validation = (source.subset(rows) for rows in split(source, data.validation, seed))
+    rows = split(source, data.validation, seed, stratify=data.stratify)
+    training, validation = map(source.subset, rows)
     return DataSplits(source, training, validation, data, autoencoder)
 
 
 def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) -> DataConfig:
-    """Return the settings with the colours that the run in ``output`` was begun with, where none are given.
+    """Return the settings with the colours and the split that the run in ``output`` was begun with, if none are given.
 
-    Runs from before colour profiles were converted say nothing of colours in their config.yaml: they have learnt the
-    numbers as they are stored, and so they go on.
+    Earlier versions did not convert colour profiles, and held images out whatever their classes. The config.yaml of
+    their runs says nothing of either, and the runs go on as they were begun.
 
     Raises:
         UserError: the config.yaml there is no YAML.
     """
     file = Path(output) / "config.yaml"
-    if "colours" in given_keys or is_latent_folder(data.data) or not file.is_file():
-        return data
-    begun = read_yaml(file, "Restore it, or use another folder.")
+    begun = read_yaml(file, "Restore it, or use another folder.") if file.is_file() else None
     if not isinstance(begun, dict):
+        return data
+    if "stratify" not in given_keys and isinstance(stratify := begun.get("stratify", False), bool):
+        data = replace(data, stratify=stratify)
+    if "colours" in given_keys or is_latent_folder(data.data):
         return data
     if "colours" not in begun:
         log.info(

@@ -66,7 +66,11 @@ def train(
     log = log_to(None if dry_run else output)
 
     # ---- data ----
-    config = replace(config, data=as_begun(config.data, output, given_keys))
+    config = replace(
+        config,
+        data=as_begun(config.data, output, given_keys),
+        loop=config.loop.with_validation_time(given_keys),
+    )
     if config.init_from:
         refuse_own_result(config.init_from, output)
     splits = load_data(
