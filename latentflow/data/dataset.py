@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,30 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def spread(self, count: int) -> list[int]:
+        """Return up to ``count`` examples that show what there is, by index, ascending.
+
+        There are equally many of each part (see `strata`) while it has any, evenly spaced in it; of more parts than
+        ``count`` there is one of each of some, which are evenly spaced too.
+        """
+        strata = self.strata()
+        names = sorted({*strata})
+        chosen = (
+            {names[number * len(names) // count] for number in range(count)}
+            if len(names) > count
+            else {*names}
+        )
+        sizes, seen = Counter(strata), Counter[str]()
+        turns: list[tuple[float, int]] = []
+        for index, name in enumerate(strata):
+            if name in chosen:
+                # Halving the gaps again and again spreads any first few of a part over all of it.
+                bits = max(1, (sizes[name] - 1).bit_length())
+                reversed_bits = f"{seen[name]:0{bits}b}"[::-1]
+                turns.append((int(reversed_bits, 2) * sizes[name] / 2**bits, index))
+                seen[name] += 1
+        return sorted(index for _, index in sorted(turns)[:count])
 
     def captions(self) -> list[str]:
         """Return the first caption of every example ("" where there is none): previews and evaluation use it."""

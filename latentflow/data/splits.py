@@ -56,7 +56,9 @@ def split(
     )
     held_out = _lowest(highest[members], strata, wanted)
     if len(held_out) > max(2 * wanted, len(alone := _lowest(ranks, strata, wanted))):
-        log.warning("most images are near duplicates of others: groups of them are split")
+        log.warning(
+            "most images are near duplicates of others: some held-out images are near duplicates of training images"
+        )
         held_out = alone
     if len(held_out) == total:
         raise _impossible(validation, total)

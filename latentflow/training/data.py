@@ -37,6 +37,8 @@ from ..data import (
     readable,
     split,
 )
+from ..data.cache.store import digests
+from ..data.cache.tensors import latent_transform
 from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few
 from ..families import FlowModel
@@ -221,6 +223,23 @@ class LatentCache:
             size_conditioning=self.model.takes_sizes,
             seed=self.seed,
         )
+
+    def missing(self, framed: Cropping, *, trained: bool) -> int:
+        """Return how many latents of the images are not cached; each crop and each mirror image has one.
+
+        Args:
+            trained: the model's autoencoder is the one that will encode; None are cached of one that is still to be
+                trained.
+        """
+        if not (trained and has_statistics(self.model.vae)):
+            return len(framed.source) * framed.crops * (1 + self.data.random_flip)
+        count = 0
+        for number, size in enumerate(framed.sizes):
+            part, flips = framed.part(number), self.data.random_flip
+            transform = latent_transform(size, self.data.background, self.model.vae, flips, 64, "cpu")
+            keys = digests({*part.pixel_keys()})
+            count += int((part.shards("latents", transform.settings).find(keys)[:, 0] < 0).sum())
+        return count * (1 + self.data.random_flip)
 
     def _sized(self, part: Source, size: tuple[int, int]) -> BucketData:
         views: dict[str, Tensor | LazyTable] = {}

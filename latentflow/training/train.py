@@ -27,6 +27,7 @@ from .export import export_pipeline, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
 from .fine_tune.defaults import FEW
 from .fine_tune.memorisation import report_memorisation
+from .loop.checkpoint import list_checkpoints, step_of
 from .loop.distributed import process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
@@ -98,20 +99,25 @@ def train(
         )
     for line in recipe.plan:
         log.info(line)
+    if state.device.type == "cpu" and not dry_run:
+        log.info("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
     if not dry_run and state.is_main_process:
         write_config(config, output / "config.yaml")
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     stop = Stop()
+    has_autoencoder = (output / "autoencoder" / "autoencoder" / "config.json").is_file()
     vae: Autoencoder | None
     if splits.autoencoder is not None:
         vae = given_autoencoder(splits.autoencoder, training, splits.data, measured=not dry_run)
+    elif dry_run and has_autoencoder:
+        vae = given_autoencoder(str(output / "autoencoder" / "autoencoder"), training, splits.data)
     elif dry_run:
         vae = build_autoencoder(config.autoencoder, splits.data.resolution)
     else:
         folder = output / "autoencoder"
-        if not (folder / "autoencoder" / "config.json").is_file():
-            log.info("autoencoder: none given, training one")
+        if not has_autoencoder:
+            log.info("autoencoder: none is given (--vae), so one is trained first")
         vae = train_autoencoder(
             training,
             validation,
@@ -145,8 +151,27 @@ def train(
     for line in [*(model.adapter.lines() if model.adapter else []), *framed.lines()]:
         log.info(line)
     if dry_run:
-        views = 0 if source.precomputed else config.framing.crops * (1 + splits.data.random_flip)
-        for line in estimate_lines(model, vae, source, config.loop, views):
+        held_out_images = validation.once() if recipe.validates else validation.subset([])
+        framings = [framed, *([cache.framed(held_out_images, crops=1)] if len(held_out_images) else [])]
+        saved = list_checkpoints(output / "checkpoints")
+        trained = splits.autoencoder is not None or has_autoencoder
+        for line in estimate_lines(
+            model,
+            vae,
+            source,
+            config.loop,
+            encoded=0
+            if source.precomputed
+            else sum(cache.missing(part, trained=trained) for part in framings),
+            step=step_of(saved[-1]) if saved else 0,
+            besides=[
+                *["validations"] * bool(len(framings) > 1 and config.loop.validation_steps),
+                *["previews"] * bool(config.loop.preview_steps),
+                "checkpoints",
+                *["the samples of the checkpoint"] * bool(recipe.teacher_samples and not saved),
+                *["the autoencoder's own training"] * (not trained),
+            ],
+        ):
             log.info(line)
         return
 

@@ -57,7 +57,7 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, hidden: bool = False,
 
 def duration_text(seconds: float) -> str:
     """Return a duration as people say it: "12 s", "3 min 20 s", "45 min", "1 h 05 min", "12 days"."""
-    if seconds < 0.95:
+    if seconds < 1:
         return "less than 1 s"
     if seconds < 59.5:
         return f"{seconds:.0f} s"

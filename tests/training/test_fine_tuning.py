@@ -350,7 +350,7 @@ def test_the_plan_says_what_was_chosen(base, animals, cache, tmp_path) -> None:
     assert "9 images to train on, 0 held out" in said and "few images (9)" in said
     assert "200 samples of" in said
     said = call(cache, *line, "--learning_rate", "0.003", "--max-train-steps=7", "--prior-samples", 0)
-    assert "learning rate 0.003" in said and "plan: 7 steps" in said and "prior: none" in said
+    assert "learning rate 0.003" in said and "plan: 7 steps" in said and "prior samples: none" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -76,36 +76,46 @@ def prior_prompts(
     count = config.samples(images, len(names))
     if config.prior_prompts and not model.takes_text:
         raise UserError(
-            f"--prior-prompts, but {checkpoint} takes no captions", "Leave it out: all classes are drawn."
+            f"--prior-prompts, but {checkpoint} takes no captions", "Leave it out: it draws all its classes."
         )
     no_captions = model.takes_text and not config.prior_prompts and not model.trains_text
     unfit = None
     if vae:
         unfit = "--vae names another autoencoder", "Leave --vae out."
     elif model.few_steps.folded_guidance != 1.0:
-        unfit = "it has learned guidance along, and what it draws would be guided again", "Leave them out."
+        unfit = (
+            "guidance is part of its weights, and would be applied to its samples again",
+            "Leave them out.",
+        )
     elif no_captions:
-        fix = "Give captions that it was trained on, one a line: --prior-prompts FILE."
-        unfit = "it does not say of which captions", fix
+        fix = "Give captions that it was trained on, one per line: --prior-prompts FILE."
+        unfit = "it does not say which captions it knows", fix
     if config.prior_samples and unfit:
         raise UserError(f"{checkpoint} cannot draw --prior-samples: {unfit[0]}", unfit[1])
     if not count or unfit:
-        hint = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "") + " reminds it"
+        flags = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "")
+        hint = f"{flags} trains on images that it draws itself, too"
         if unfit and not no_captions:
             hint = unfit[0]
-        return [], f"prior: none; what your images do not show may be forgotten ({hint})"
+        return [], f"prior samples: none, so the model may forget what your images do not show ({hint})"
     if config.prior_prompts:
         prompts = in_turn(_read_prompts(config.prior_prompts), count)
-        origin = f"the captions in {config.prior_prompts}"
+        origin = f"for the captions in {config.prior_prompts}"
     elif model.takes_text:
         prompts = _words(model.pipeline.tokenizer, count, seed)
-        origin = "words that it knows (--prior-prompts FILE with captions that it was trained on keeps more)"
+        origin = "for words that it knows"
     else:
         prompts = in_turn([*names] or [""], count)
-        origin = f"its {len(names)} classes" if names else "no condition"
-    share = f"{config.prior_share:.0%} of each step"
-    share += "" if config.prior_samples else "; --prior-samples 0: none"
-    return prompts, f"prior: {count} samples of {checkpoint} itself, of {origin}, are {share}"
+        origin = f"of its {len(names)} classes" if names else "without a condition"
+    line = (
+        f"prior samples: {config.prior_share:.0%} of each step are {count} images that {checkpoint} draws {origin}, so "
+        "that the model keeps what it knew"
+    )
+    if not config.prior_samples:
+        line += " (--prior-samples 0 leaves them out)"
+    if model.takes_text and not config.prior_prompts:
+        line += "; it keeps more with captions that it was trained on (--prior-prompts FILE)"
+    return prompts, line
 
 
 def in_turn(names: list[str], count: int) -> list[str]:
@@ -115,11 +125,11 @@ def in_turn(names: list[str], count: int) -> list[str]:
 
 
 def _read_prompts(file: str) -> list[str]:
-    with reading(f"--prior-prompts {file}", OSError, fix="Give a text file, one caption a line."):
+    with reading(f"--prior-prompts {file}", OSError, fix="Give a text file, one caption per line."):
         raw = Path(file).expanduser().read_bytes()
     lines = [line.strip() for line in decode(raw, f"--prior-prompts {file}").splitlines()]
     if not any(lines):
-        raise UserError(f"--prior-prompts {file} holds no caption", "Write one a line.")
+        raise UserError(f"--prior-prompts {file} holds no caption", "Write one per line.")
     return [line for line in lines if line]
 
 

@@ -182,10 +182,10 @@ class Loop:
             if self.step < last and not self.early.stopped:
                 self.snapshots.begin(self.step)
                 return self.train(last)
-            reached, other = f"step {last}, the target, is already reached in {self.output}", "target"
+            done, longer = f"all {last} steps of {self.output} are taken", "more steps"
             if self.early.stopped:
-                reached, other = self.early.line(self.step), "--early-stop"
-            self.report.say(f"{reached}: nothing to do (a higher {other} goes on)")
+                done, longer = self.early.line(self.step), "a higher --early-stop"
+            self.report.say(f"{done}: nothing to train (with {longer} the run goes on)")
             self._export()  # if the run was killed before it was complete
             return True
         finally:
@@ -465,12 +465,12 @@ class Loop:
         self.step = int(state["step"])
         before, now = state.get("processes"), self.accelerator.num_processes
         if before not in (None, now):
-            log.info(
-                f"resumed by {now} processes ({before} before): every step has the same samples as it would have"
-            )
+            log.info(f"resumed on {now} processes (before: {before}); every step still has the same samples")
         if self.config.auto_micro_batch and state.get("micro_batch", math.inf) < self.recovery.micro_batch:
             self.recovery.micro_batch = int(state["micro_batch"])
-            log.info(f"forward passes of {self.recovery.micro_batch}: more ran out of memory before")
+            log.info(
+                f"batches pass in parts of {self.recovery.micro_batch}: larger ones ran out of memory before"
+            )
         self.shown = state.get("shown", {})
 
     def _export(self) -> None:

@@ -315,7 +315,7 @@ class Reporter:
                 defect = traceback.format_exc()
         release_memory()
         self.say(
-            f"WARNING: step {step}: could not {phase}: {why}\nTraining goes on; the next time is the next try."
+            f"WARNING: step {step}: could not {phase}: {why}\nTraining goes on, and tries again when the next is due."
         )
         if defect is not None:
             self.say(defect)
