@@ -138,6 +138,12 @@ class LoopConfig:
         return replace(self, validation_time=1.0 if scheduled or self.early_stop else 0.1)
 
     @property
+    def limited(self) -> list[str]:
+        """Return what ``validation_time`` limits. Early stopping must not depend on how fast the machine is."""
+        validation = ["validation"] * bool(self.validation_steps and not self.early_stop)
+        return validation + ["preview"] * bool(self.preview_steps)
+
+    @property
     def snapshot_steps(self) -> int:
         """Return the steps between snapshots of the power-function averages; 0 without them."""
         if not self.ema_lengths:

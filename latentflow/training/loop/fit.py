@@ -173,9 +173,7 @@ class Loop:
         together(self._resume)
         self.saver = Saver(self.checkpoints, self.config.checkpoints_total_limit, sharded=self.sharded)
         self.saver.saved = self.step
-        # Early stopping reads the validations: it must not depend on how fast the machine is.
-        limited = ["preview"] if self.config.early_stop else ["validation", "preview"]
-        self.clock = Clock(self.config.validation_time or 1.0, limited)
+        self.clock = Clock(self.config.validation_time or 1.0, self.config.limited)
         together(lambda: self._begin_report(flops))
         last = self.config.max_train_steps
         try:

@@ -13,7 +13,7 @@ from .distributed import most_of_any_process
 
 log = logging.getLogger(__name__)
 
-_FIRST_GUESS = 2.0  # seconds of a validation or a preview, until one has been made
+_FIRST_GUESS = 1.0  # seconds of a validation or a preview, until one has been made
 
 
 class Clock:
@@ -23,7 +23,8 @@ class Clock:
 
     Args:
         share: of the time that validations and previews may take together; 1: all that they need.
-        limited: those of the two of which some may be left out; the others' time does not count.
+        limited: those of the two of which some may be left out. Each has an equal part of the share, so that none
+            takes all; the time of the others does not count.
 
     Attributes:
         steps: training steps that were taken.
@@ -31,13 +32,11 @@ class Clock:
     """
 
     def __init__(self, share: float = 1.0, limited: Sequence[str] = ("validation", "preview")) -> None:
-        self._share = share
+        self._share, self._part = share, share / max(1, len(limited))
         self._begun = self._warm = time.perf_counter()
         self.steps, self.seconds = 0, 0.0
-        self._spent = self._granted = (
-            0.0  # seconds: on validations and previews; on those that are about to be made
-        )
-        self._cost = dict.fromkeys(limited, _FIRST_GUESS)
+        self._cost = dict.fromkeys(limited, _FIRST_GUESS)  # seconds of the last one,
+        self._spent = dict.fromkeys(limited, 0.0)  # and of all
         self._has_left_out = False
 
     @contextmanager
@@ -58,21 +57,20 @@ class Clock:
         yield
         seconds = time.perf_counter() - begun
         if kind in self._cost:
-            self._cost[kind], self._granted = seconds, 0.0
-            self._spent += seconds
+            self._cost[kind] = seconds
+            self._spent[kind] += seconds
 
     def affords(self, kind: str, accelerator: Accelerator) -> bool:
-        """Return whether a validation or a preview keeps within the share, with those of the last step to come.
+        """Return whether a validation or a preview keeps within its share, with that of the last step to come.
 
         The main process decides; all of them must call this. The first that is left out is reported.
         """
         if self._share == 1 or kind not in self._cost:
             return True
-        coming = self._granted + self._cost[kind] + sum(self._cost.values())
+        coming = 2 * self._cost[kind]
         elapsed = time.perf_counter() - self._begun
-        fits = self._spent + coming <= self._share * (elapsed + coming)
+        fits = self._spent[kind] + coming <= self._part * (elapsed + coming)
         if most_of_any_process(accelerator, int(fits and accelerator.is_main_process)):
-            self._granted += self._cost[kind]
             return True
         if not self._has_left_out:
             self._has_left_out = True
