@@ -189,7 +189,7 @@ class _OperationCounter(TorchDispatchMode):
     """Counts the operations that compute something: not those that only return a view."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

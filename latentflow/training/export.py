@@ -94,7 +94,7 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     spread = source.spread(_IMAGES)
     rows = [spread[index % len(spread)] for index in range(_IMAGES)]
     if source.kind == "class":
-        texts = _shown_classes(model.classes, {source.classes[class_id] for class_id in source.class_ids()})
+        texts = shown_classes(model.classes, {source.classes[class_id] for class_id in source.class_ids()})
     else:
         texts = shown_by(source, rows, model)
     condition = model.call_arguments(texts)
@@ -116,7 +116,7 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     return to_pil(make_grid(images * 2 - 1, nrow=_ROW, padding=2, pad_value=1.0))
 
 
-def _shown_classes(classes: Sequence[str], seen: Collection[str]) -> list[str]:
+def shown_classes(classes: Sequence[str], seen: Collection[str]) -> list[str]:
     """Return a class for each image: first those ``seen`` in the data, then others of the model; of many, some that are
     spread over all."""
     own, others = ([name for name in classes if (name in seen) == wanted] for wanted in (True, False))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+from tqdm import std
 from tqdm.auto import tqdm
 
 QUIET_SECONDS = 10.0  # between two lines, where standard error is no terminal
 
 
-class _Lines(tqdm):  # type: ignore[type-arg]
+class _Lines(std.tqdm):  # type: ignore[type-arg]
     """Progress for a pipe or a file: now and then a whole line, and no line that is written over."""
+
+    _lock = (
+        threading.RLock()
+    )  # tqdm's own is shared by forked processes, and one that is killed may leave it locked
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Print a line, unless the last one is recent: tqdm asks for one after every line of the log as well."""

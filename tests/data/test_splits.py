@@ -303,3 +303,17 @@ def test_a_class_of_near_duplicates_is_not_held_out_whole(tmp_path: Path) -> Non
         image.save(tmp_path / "film" / f"{number}.png")
         make_image(number + 1).save(tmp_path / "photos" / f"{number}.png")
     assert held_out_of(find_source(str(tmp_path)), 4) == {"film": 0, "photos": 4}
+
+
+def test_a_few_images_show_all_that_there_is(tmp_path: Path) -> None:
+    source = labelled(tmp_path, {f"{number:02}": 3 for number in range(12)} | {"99": 20})
+
+    def shown(count: int) -> Counter[str | None]:
+        rows = source.spread(count)
+        assert rows == sorted(set(rows)) and len(rows) == min(count, len(source))
+        return Counter(source.examples[row].label for row in rows)
+
+    assert set(shown(26).values()) == {2} and len(shown(13)) == 13
+    assert [*shown(4)] == ["00", "03", "06", "09"]  # of more classes than images some from all over
+    assert shown(1000) == Counter(example.label for example in source.examples)
+    assert shown(45)["99"] == 9  # the others have no more

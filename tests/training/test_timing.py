@@ -117,7 +117,7 @@ def test_early_stopping_reads_all_validations(tmp_path: Path, hands: Hands) -> N
     """When it ends a run must not depend on how fast the machine is; previews may be left out all the same."""
     often = {"validation_steps": 10, "preview_steps": 10, "validation_time": 0.1}
     validated, previewed, _ = trained(tmp_path, hands, 60, early_stop=2, **often)
-    assert validated == [10, 20, 30] and previewed == []
+    assert validated == [10, 20, 30] and len(previewed) < 3
 
 
 def test_the_time_limit_is_the_default_unless_a_schedule_is_given() -> None:

@@ -150,7 +150,11 @@ def _samples(
     }
     missing = {file: rows for file, rows in files.items() if not file.is_file()}
     drawn_before = len(prompts) - sum(map(len, missing.values()))
-    title = {"desc": f"drawing {settings.what}s", "total": len(prompts), "initial": drawn_before}
+    title: dict[str, Any] = {
+        "desc": f"drawing {settings.what}s",
+        "total": len(prompts),
+        "initial": drawn_before,
+    }
     with progress_bar(hidden=not missing, **title) as bar:
         for file, rows in missing.items():
             model.pipeline.to(device)

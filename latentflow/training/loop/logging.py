@@ -249,14 +249,17 @@ class Reporter:
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",  # the time left is ours
             dynamic_ncols=True,
         )
-        self._printed = (first_step, 0.0)  # the step of the last line, and when it was printed
+        self._printed, self._printed_at = (
+            (first_step, dict(self.shown)),
+            0.0,
+        )  # what the last line showed, and when
 
     def step(self, step: int) -> None:
         """Show that a step is finished."""
         self._step = step
         self._show()
         self._bar.update(1)
-        if time.perf_counter() - self._printed[1] > QUIET_SECONDS:
+        if step < self._last_step and time.perf_counter() - self._printed_at > QUIET_SECONDS:
             self._print_line()
 
     def metrics(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
@@ -324,7 +327,7 @@ class Reporter:
         """Finish the bar, with the figures of the last step, and the files."""
         self._show()
         self._bar.close()
-        if self._printed[0] < self._step:
+        if self._printed != (self._step, self.shown):
             self._print_line()
         if self._metrics is not None:
             with suppress(OSError):
@@ -348,10 +351,11 @@ class Reporter:
         """Print the progress line where there is no bar."""
         if self._terminal or not self._active:
             return
-        self._printed = (self._step, time.perf_counter())
-        line = "  ".join(f"{name} {value}" for name, value in self._shown().items())
+        figures = "  ".join(f"{name} {value}" for name, value in self._shown().items())
+        line = f"step {self._step}/{self._last_step}  {figures}"
+        self._printed, self._printed_at = (self._step, dict(self.shown)), time.perf_counter()
         with suppress(OSError):  # nobody reads it any more
-            print(f"step {self._step}/{self._last_step}  {line}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         assert self._metrics is not None
