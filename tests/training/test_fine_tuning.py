@@ -192,7 +192,7 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
     line += ["--checkpointing-steps", 2, "--inpainting"]  # so that their pixels are kept as well
     monkeypatch.setattr("latentflow.training.fine_tune.teacher_samples._TOGETHER", 4)
     said = call(cache, *line, "-o", tmp_path / "whole")
-    assert "6 samples of" in said and "its 2 classes" in said
+    assert "are 6 images that" in said and "its 2 classes" in said
     files = sorted((tmp_path / "whole" / "prior").glob("*.safetensors"))
     assert [len(load_file(file)["latents"]) for file in files] == [4, 2]
     assert load_file(files[0])["pixels"].dtype == torch.uint8
