@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 QUIET_SECONDS = 10.0  # between two lines, where standard error is no terminal
 
 
-class _Lines(std.tqdm):  # type: ignore[type-arg]
+class _Lines(std.tqdm):  # type: ignore[misc]
     """Progress for a pipe or a file: now and then a whole line, and no line that is written over."""
 
     _lock = (
