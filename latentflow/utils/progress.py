@@ -31,7 +31,7 @@ class _Lines(std.tqdm):  # type: ignore[misc]
 
     def close(self) -> None:
         """Print the last line, if there were others."""
-        if not self.disable:
+        if not self.disable:  # type: ignore[has-type]
             self.disable = True
             self._decr_instances(self)
             if self.last_print_n < self.n and self.last_print_t > self.start_t:
