@@ -63,10 +63,13 @@ class EvaluateConfig(AdapterChoice):
     """auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."""
 
     validation: float | None = None
-    """Share of DATA that the run held out. This and the next seven settings are read from the run's config.yaml if
+    """Share of DATA that the run held out. This and the next eight settings are read from the run's config.yaml if
     CHECKPOINT lies in a run folder; else they default to those of `latentflow train`."""
     validation_seed: int | None = None
     """Seed of that run."""
+    stratify: bool | None = None
+    """The run held out the same share of every class. Without a run folder the default is True; checkpoints from before
+    November 2026 need False."""
     condition: Literal["auto", "none", "class", "text"] | None = None
     """Condition of the network for DATA's images."""
     missing_caption: Literal["error", "empty", "skip"] | None = None

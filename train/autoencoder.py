@@ -54,17 +54,19 @@ def train(config: Config, resume_command: str, given_keys: Collection[str]) -> N
     source = readable(find_source(data.data, condition="none", columns=data.columns, colours=data.colours))
     for note in source.notes:
         log.info(note)
-    training, validation = (source.subset(rows) for rows in split(source, data.validation, config.loop.seed))
+    rows = split(source, data.validation, config.loop.seed, stratify=data.stratify)
+    training, validation = map(source.subset, rows)
     log.info(f"{len(training)} images to train on, {len(validation)} held out")
 
     # ---- training ----
-    write_config(replace(config, data=data), output / "config.yaml")
+    loop = config.loop.with_validation_time(given_keys)
+    write_config(replace(config, data=data, loop=loop), output / "config.yaml")
     stop = Stop()
     vae = train_autoencoder(
         training,
         validation,
         config.autoencoder,
-        config.loop,
+        loop,
         output,
         data,
         resume_command=resume_command,

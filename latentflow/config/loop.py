@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from ..errors import UserError
@@ -78,6 +78,9 @@ class LoopConfig:
     """Number of checkpoints that are kept; older ones of this run are removed."""
     validation_steps: int = 500
     """Steps between validations. 0: none."""
+    validation_time: float | None = None
+    """Largest share of the time that validations and previews may take together: those beyond it are skipped, except
+    at the last step. Default: 0.1, or 1 (none is skipped) with --validation-steps, --preview-steps or --early-stop."""
     early_stop: Annotated[int, Essential("training")] = 0
     """End after this many validations in a row without a better loss; the result is the best one's weights, also at
     the planned end. 0: never."""
@@ -102,7 +105,7 @@ class LoopConfig:
         for names, allowed, words in _BOUNDS:
             for name in names:
                 value = getattr(self, name)
-                if not allowed(value):
+                if value is not None and not allowed(value):
                     raise UserError(f"--{name.replace('_', '-')} is {value}", words)
         package, extra = _PACKAGES.get(self.optimizer, ("torch", ""))
         if importlib.util.find_spec(package) is None:
@@ -122,6 +125,23 @@ class LoopConfig:
             )
         if self.optimizer == "schedule-free" and self.adam_beta1 == 0:
             raise UserError("--optimizer schedule-free with --adam-beta1 0", "Use 0.9, or up to 0.98.")
+
+    def with_validation_time(self, given: Collection[str]) -> LoopConfig:
+        """Return the settings with the default of ``validation_time`` in its place.
+
+        Args:
+            given: keys of the settings that flags or a file set: such a schedule is kept to.
+        """
+        if self.validation_time is not None:
+            return self
+        scheduled = any(key in given and getattr(self, key) for key in ("validation_steps", "preview_steps"))
+        return replace(self, validation_time=1.0 if scheduled or self.early_stop else 0.1)
+
+    @property
+    def limited(self) -> list[str]:
+        """Return what ``validation_time`` limits. Early stopping must not depend on how fast the machine is."""
+        validation = ["validation"] * bool(self.validation_steps and not self.early_stop)
+        return validation + ["preview"] * bool(self.preview_steps)
 
     @property
     def snapshot_steps(self) -> int:
@@ -168,6 +188,6 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         "It cannot be negative.",
     ),
     (("ema_decay", "adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "It must be from 0 to below 1."),
-    (("lr_layer_decay",), lambda value: 0 < value <= 1, "It must be above 0, and at most 1."),
+    (("lr_layer_decay", "validation_time"), lambda value: 0 < value <= 1, "It must be above 0, and at most 1."),
     (("lr_decay_share",), lambda value: 0 <= value <= 1, "It must be from 0 to 1."),
 )  # fmt: skip

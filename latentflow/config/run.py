@@ -48,6 +48,8 @@ class DataConfig:
     """With --shuffle-tags: this many tags keep their place at the front."""
     validation: float = 0.02
     """Share of the images that is held out for validation."""
+    stratify: bool = True
+    """Hold out the same share of every class. Runs begun before this was so go on without it."""
     random_flip: Annotated[bool, Essential("data")] = False
     """Mirror images at random."""
 

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from PIL import Image, ImageOps
 
 from ..errors import UserError
+from ..utils.progress import progress_bar
 from .cache.store import Array, ShardSet, open_cache
 from .images import Profile, decode_image, decoding, key_and_profile, name_of, open_image, to_rgb
 from .masks import alpha_mask, read_mask, without_alpha
@@ -178,6 +180,30 @@ class Source:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def spread(self, count: int) -> list[int]:
+        """Return up to ``count`` examples that show what there is, by index, ascending.
+
+        There are equally many of each part (see `strata`) while it has any, evenly spaced in it; of more parts than
+        ``count`` there is one of each of some, which are evenly spaced too.
+        """
+        strata = self.strata()
+        names = sorted({*strata})
+        chosen = (
+            {names[number * len(names) // count] for number in range(count)}
+            if len(names) > count
+            else {*names}
+        )
+        sizes, seen = Counter(strata), Counter[str]()
+        turns: list[tuple[float, int]] = []
+        for index, name in enumerate(strata):
+            if name in chosen:
+                # Halving the gaps again and again spreads any first few of a part over all of it.
+                bits = max(1, (sizes[name] - 1).bit_length())
+                reversed_bits = f"{seen[name]:0{bits}b}"[::-1]
+                turns.append((int(reversed_bits, 2) * sizes[name] / 2**bits, index))
+                seen[name] += 1
+        return sorted(index for _, index in sorted(turns)[:count])
+
     def captions(self) -> list[str]:
         """Return the first caption of every example ("" where there is none): previews and evaluation use it."""
         return [captions[0] for captions in self.all_captions()]
@@ -213,7 +239,17 @@ class Source:
         return [ids[example.label or ""] for example in self.examples]
 
     def content_keys(self) -> Iterable[str]:
-        return [example.content_key() for example in self.examples]
+        examples = progress_bar(self.examples, desc="reading files", delay=3, leave=False)
+        return [example.content_key() for example in examples]
+
+    def strata(self) -> Sequence[str]:
+        """Return the part of the set that each example belongs to, for a split that takes its share of every part.
+
+        That is its class. An unconditional set has none: there it is the first folder in the example's name.
+        """
+        if self.kind == "unconditional":
+            return [example.name.rpartition("/")[0].split("/")[0] for example in self.examples]
+        return [example.label or "" for example in self.examples]
 
     def pixel_keys(self) -> Iterable[str]:
         return [example.pixel_key() for example in self.examples]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..utils.progress import progress_bar
 from .cache.store import Array
 from .checking.inspect_images import ImageInfo, inspect_images
 from .dataset import Source
@@ -18,16 +19,21 @@ from .dataset import Source
 log = logging.getLogger(__name__)
 
 
-def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[int], list[int]]:
+def split(
+    source: Source, validation: float | int, seed: int = 0, *, stratify: bool = True
+) -> tuple[list[int], list[int]]:
     """Return the indices of the training and of the validation examples, both ascending.
 
-    ``validation`` is a share in [0, 1) when it is a float and a number of examples when it is an int. Every
-    example is ranked by a hash of its content and ``seed``; the lowest ranks validate. Equal images have
+    Every example is ranked by a hash of its content and ``seed``; the lowest ranks validate. Equal images have
     equal ranks and therefore stay on one side, so that no validation image is trained on under another name
     (the number held out may then be larger than asked). So do near duplicates (``near_duplicates``), which all
     take the highest rank among them, so that other images are held out rather than a whole group. Where that
     would hold out more than twice the number asked, as in a film, near duplicates are separated, with a warning.
     A folder of latents knows the groups of its images, and is split like them.
+
+    Args:
+        validation: a share in [0, 1) if it is a float, a number of examples if it is an int.
+        stratify: hold out the lowest ranks of every class, as many as its share of the images; else the lowest of all.
 
     Raises:
         UserError: nothing would be left to train on, or ``validation`` is negative.
@@ -45,9 +51,14 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     groups, members = np.unique(groups_of(source), return_inverse=True)
     highest = np.zeros(len(groups), dtype=np.uint64)  # of each group
     np.maximum.at(highest, members, ranks)
-    held_out = _lowest(highest[members], wanted)
-    if len(held_out) > max(2 * wanted, len(alone := _lowest(ranks, wanted))):
-        log.warning("most images are near duplicates of others: groups of them are split")
+    strata = (
+        np.unique(source.strata(), return_inverse=True)[1] if stratify else np.zeros(total, dtype=np.int64)
+    )
+    held_out = _lowest(highest[members], strata, wanted)
+    if len(held_out) > max(2 * wanted, len(alone := _lowest(ranks, strata, wanted))):
+        log.warning(
+            "most images are near duplicates of others: some held-out images are near duplicates of training images"
+        )
         held_out = alone
     if len(held_out) == total:
         raise _impossible(validation, total)
@@ -56,8 +67,23 @@ def split(source: Source, validation: float | int, seed: int = 0) -> tuple[list[
     return np.flatnonzero(kept).tolist(), held_out.tolist()
 
 
-def _lowest(ranks: Array, wanted: int) -> Array:
-    return np.flatnonzero(ranks <= np.partition(ranks, wanted - 1)[wanted - 1])
+def _lowest(ranks: Array, strata: Array, wanted: int) -> Array:
+    """Return the images (at least ``wanted``) of the lowest ranks of every stratum, in proportion to the strata.
+
+    Of a stratum of n images, sorted by rank, number i = 1, 2, ... stands at (i - 1/2) / n; those that stand first in
+    all are taken (the method of Sainte-Lague, by which a larger number always contains the smaller). Images of equal
+    rank stay together, where the last of them stands, and belong to the stratum of the first.
+    """
+    _, first, members, sizes = np.unique(ranks, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(strata[first], kind="stable")  # by stratum, and in each by rank
+    stratum = strata[first][order]
+    last = np.cumsum(sizes[order])
+    images = np.bincount(stratum, weights=sizes[order])
+    before = np.cumsum(images) - images
+    stands = (last - before[stratum] - 0.5) / images[stratum]
+    taken = order[np.lexsort((order, stands))]  # where two stand equal, the lower rank
+    count = int(np.searchsorted(np.cumsum(sizes[taken]), wanted)) + 1
+    return np.flatnonzero(np.isin(members, taken[:count]))
 
 
 def _impossible(validation: float | int, total: int) -> UserError:
@@ -84,7 +110,7 @@ NEAR = f"near duplicates: at most {BITS} of 64 bits of their hashes and {LEVELS:
 def groups_of(source: Source) -> NDArray[np.int64]:
     """Return the number of the group of near duplicates (N,) of every image."""
     stored = source.groups()
-    return near_groups(list(inspect_images(source, progress=False))) if stored is None else stored
+    return near_groups(list(inspect_images(source))) if stored is None else stored
 
 
 def near_groups(infos: Sequence[ImageInfo]) -> NDArray[np.int64]:
@@ -127,7 +153,8 @@ def _grouped(
     """Return groups (N,) joined by near pairs. Only images that agree in two bands of their hashes are compared."""
     bands = hashes[:, None].view(np.uint8).astype(np.uint16)
     labels = np.arange(len(hashes))
-    for first, second in combinations(range(_BANDS), 2):
+    pairs = list(combinations(range(_BANDS), 2))
+    for first, second in progress_bar(pairs, desc="comparing images", delay=3, leave=False):
         keys = bands[:, first] << 8 | bands[:, second]
         order = np.lexsort((hashes, keys))
         keys = keys[order]

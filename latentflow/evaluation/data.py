@@ -60,10 +60,11 @@ def run_settings(checkpoint: str, data: str) -> dict[str, Any]:
         name: run.get(name, getattr(DataConfig, name, {}))
         for name in ("validation", "background", *DATA_SETTINGS)
     }
+    settings["stratify"] = run.get("stratify", not run)  # runs of before did not
     if run and "colours" not in run and not is_latent_folder(data):
         settings["colours"] = "stored"  # runs of before did not convert colour profiles
     settings["validation_seed"] = run.get("seed", LoopConfig.seed)
-    types = {"validation": (int, float), "validation_seed": (int,), "columns": (dict,)}
+    types = {"validation": (int, float), "validation_seed": (int,), "columns": (dict,), "stratify": (bool,)}
     for name, value in settings.items():
         if not isinstance(value, types.get(name, (str,))):
             raise UserError(
@@ -114,7 +115,8 @@ def load_image_sets(
             training images are equal.
     """
     validation, background = settings["validation"], settings["background"]
-    kept, held_out = split(source, validation, settings["validation_seed"])
+    seed, stratify = settings["validation_seed"], settings["stratify"]
+    kept, held_out = split(source, validation, seed, stratify=stratify)
     if not held_out and test is None:
         raise UserError(
             f"--validation {validation} holds out no image",

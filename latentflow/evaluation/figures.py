@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import metrics
 from ..data.sources import shapes as shapes_data
@@ -17,6 +16,7 @@ from ..families import FlowModel
 from ..flow import CondOT, flow_matching_loss
 from ..metrics import learned
 from ..training.loop.data_order import seeded
+from ..utils.progress import progress_bar
 from .data import ImageSet
 from .sampler import HELD_OUT_CAPTIONS, VALIDATION, Sampler
 
@@ -32,7 +32,7 @@ def reconstruction(model: FlowModel, images: Tensor, batch_size: int) -> dict[st
     """Measure PSNR and SSIM of images that were not trained on, through the autoencoder, without noise."""
     psnr, ssim = [], []
     large = min(images.shape[2:]) >= metrics.SSIM_SIDE
-    for batch in tqdm(images.split(batch_size), desc="reconstructing"):
+    for batch in progress_bar(images.split(batch_size), desc="reconstructing"):
         copies = model.decode(model.encode(batch)).cpu()
         metrics.refuse_not_finite(copies, "reconstructions")
         psnr.append(metrics.psnr(copies, batch))
@@ -60,7 +60,7 @@ def validation_loss(sampler: Sampler, unseen: ImageSet) -> dict[str, Any]:
     prediction the network was trained with.
     """
     model, path, losses = sampler.model, CondOT(), []
-    for start in tqdm(range(0, len(unseen), sampler.batch_size), desc="validating"):
+    for start in progress_bar(range(0, len(unseen), sampler.batch_size), desc="validating"):
         rows = slice(start, start + sampler.batch_size)
         x1 = model.encode(unseen.images[rows])
         noise = [seeded(sampler.seed, VALIDATION, start + i) for i in range(len(x1))]

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .. import metrics
 from ..data import pixels_to_images
 from ..families import FlowModel, Rows
 from ..training.loop.data_order import seeded
 from ..utils.memory import memory_phase
+from ..utils.progress import progress_bar
 from .data import ConditionKind
 
 # Streams of random numbers, none of which training uses; see `seeded`.
@@ -49,7 +49,9 @@ class Sampler:
             UserError: an image holds values that are not finite.
         """
         batches = []
-        for start in tqdm(range(0, len(captions), self.batch_size), desc=f"sampling for {description}"):
+        for start in progress_bar(
+            range(0, len(captions), self.batch_size), desc=f"sampling for {description}"
+        ):
             batch = list(captions[start : start + self.batch_size])
             condition: dict[str, Any] = {self.condition_kind: batch}
             if self.condition_kind == "nothing":

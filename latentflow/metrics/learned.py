@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..utils.progress import progress_bar
 from .features import refuse_not_finite
 
 
@@ -69,12 +69,12 @@ def inception_fid(metric: Any, sets: Sequence[Tensor], real: Tensor, *, batch_si
     metric.reset_real_features = True
     metric.reset()
     metric.reset_real_features = False
-    for batch in tqdm(real.split(batch_size), desc="inception features"):
+    for batch in progress_bar(real.split(batch_size), desc="inception features"):
         metric.update(_bytes(batch), real=True)
     found = []
     for images in sets:
         metric.reset()  # keeps the real images
-        for batch in tqdm(images.split(batch_size), desc="inception features"):
+        for batch in progress_bar(images.split(batch_size), desc="inception features"):
             metric.update(_bytes(batch), real=False)
         found.append(float(metric.compute()))
     return found
@@ -109,7 +109,7 @@ def clip_score(metric: Any, images: Tensor, captions: Sequence[str], *, batch_si
         UserError: an image holds values that are not finite.
     """
     metric.reset()
-    for start in tqdm(range(0, len(captions), batch_size), desc="clip scores"):
+    for start in progress_bar(range(0, len(captions), batch_size), desc="clip scores"):
         rows = slice(start, start + batch_size)
         metric.update(list(_bytes(images[rows])), list(captions[rows]))
     return float(metric.compute())

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..utils.progress import progress_bar
 from .features import distances, features
 
 COMMON = 0.95  # share of new real images that are farther from the training images than a copy is
@@ -114,7 +114,7 @@ def nearest(rows: Tensor, reference: Tensor, left_out: Tensor | None = None) -> 
         left_out: (N,), index of the row in ``reference`` that each row is not compared with: itself.
     """
     found = torch.empty(len(rows))
-    for part in tqdm(torch.arange(len(rows)).split(64), desc="nearest images", delay=3, leave=False):
+    for part in progress_bar(torch.arange(len(rows)).split(64), desc="nearest images", delay=3, leave=False):
         apart = distances(rows[part], reference)
         if left_out is not None:
             apart.scatter_(1, left_out[part, None], float("inf"))

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..utils.progress import progress_bar
 from .features import distances, features
 
 
@@ -81,7 +81,7 @@ def retrieve_rows(
     # Data images of other captions go into one more column.
     column = torch.tensor([numbers.get(caption, len(numbers)) for caption in data_captions])
     hits, by_chance = dict.fromkeys(tops, 0), dict.fromkeys(tops, 0.0)
-    for part in tqdm(torch.arange(len(rows)).split(64), desc="nearest images", delay=3, leave=False):
+    for part in progress_bar(torch.arange(len(rows)).split(64), desc="nearest images", delay=3, leave=False):
         apart = distances(rows[part], reference)
         first = torch.full((len(part), len(numbers) + 1), float("inf"))
         first = first.scatter_reduce(1, column.expand(len(part), -1), apart, "amin")[:, :-1]

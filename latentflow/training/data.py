@@ -37,6 +37,8 @@ from ..data import (
     readable,
     split,
 )
+from ..data.cache.store import digests
+from ..data.cache.tensors import latent_transform
 from ..data.sources.kinds import is_latent_folder
 from ..errors import UserError, few
 from ..families import FlowModel
@@ -98,24 +100,27 @@ def load_data(
         data = replace(data, validation=held_out_share(given_keys, data.validation, len(source)))
         if "resolution" not in given_keys and not source.precomputed:
             data = replace(data, resolution=base_resolution(checkpoint) or data.resolution)
-    training, validation = (source.subset(rows) for rows in split(source, data.validation, seed))
+    rows = split(source, data.validation, seed, stratify=data.stratify)
+    training, validation = map(source.subset, rows)
     return DataSplits(source, training, validation, data, autoencoder)
 
 
 def as_begun(data: DataConfig, output: str | Path, given_keys: Collection[str]) -> DataConfig:
-    """Return the settings with the colours that the run in ``output`` was begun with, where none are given.
+    """Return the settings with the colours and the split that the run in ``output`` was begun with, if none are given.
 
-    Runs from before colour profiles were converted say nothing of colours in their config.yaml: they have learnt the
-    numbers as they are stored, and so they go on.
+    Earlier versions did not convert colour profiles, and held images out whatever their classes. The config.yaml of
+    their runs says nothing of either, and the runs go on as they were begun.
 
     Raises:
         UserError: the config.yaml there is no YAML.
     """
     file = Path(output) / "config.yaml"
-    if "colours" in given_keys or is_latent_folder(data.data) or not file.is_file():
-        return data
-    begun = read_yaml(file, "Restore it, or use another folder.")
+    begun = read_yaml(file, "Restore it, or use another folder.") if file.is_file() else None
     if not isinstance(begun, dict):
+        return data
+    if "stratify" not in given_keys and isinstance(stratify := begun.get("stratify", False), bool):
+        data = replace(data, stratify=stratify)
+    if "colours" in given_keys or is_latent_folder(data.data):
         return data
     if "colours" not in begun:
         log.info(
@@ -218,6 +223,23 @@ class LatentCache:
             size_conditioning=self.model.takes_sizes,
             seed=self.seed,
         )
+
+    def missing(self, framed: Cropping, *, trained: bool) -> int:
+        """Return how many latents of the images are not cached; each crop and each mirror image has one.
+
+        Args:
+            trained: the model's autoencoder is the one that will encode; None are cached of one that is still to be
+                trained.
+        """
+        if not (trained and has_statistics(self.model.vae)):
+            return len(framed.source) * framed.crops * (1 + self.data.random_flip)
+        count = 0
+        for number, size in enumerate(framed.sizes):
+            part, flips = framed.part(number), self.data.random_flip
+            transform = latent_transform(size, self.data.background, self.model.vae, flips, 64, "cpu")
+            keys = digests({*part.pixel_keys()})
+            count += int((part.shards("latents", transform.settings).find(keys)[:, 0] < 0).sum())
+        return count * (1 + self.data.random_flip)
 
     def _sized(self, part: Source, size: tuple[int, int]) -> BucketData:
         views: dict[str, Tensor | LazyTable] = {}

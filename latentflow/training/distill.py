@@ -230,7 +230,12 @@ def distillation_recipe(
         return teacher_data(checkpoint, prompts, student, folder, samples, trains_text=loss.trains_text)
 
     identity["pairs"] = settings.pairs
-    return replace(recipe, training_data=pairs, summary=partial(_straightness_lines, teacher))
+    return replace(
+        recipe,
+        training_data=pairs,
+        teacher_samples=settings.pairs,
+        summary=partial(_straightness_lines, teacher),
+    )
 
 
 def _prompts(source: Source) -> list[str]:

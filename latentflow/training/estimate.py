@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..autoencoder import Autoencoder, downscale_factor, latent_channels
@@ -25,6 +26,7 @@ from ..config import LoopConfig
 from ..data import Source
 from ..models import Condition
 from ..utils.memory import peak_gib
+from ..utils.progress import duration_text
 from .loop.data_order import SampleRandom
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
 from .loop.loader import TrainingData, first_batch, to_device
@@ -36,6 +38,10 @@ _FIRST = 64  # samples that show how long captions are
 _ROWS = 2  # of the batch on the meta device; the part of the cost that does not grow with the rows is small
 _TIMED_SECONDS = 3.0  # of one of the steps that are timed, at the speed of a matrix product
 UTILISATION = 0.4  # of the peak: the share that well-run transformers of this size reach
+# What a step takes at least, however fast the GPU: PyTorch starts one operation after the other on the CPU, and the
+# latents are loaded (measured with one process: docs/measurements/speed.md).
+SECONDS_TO_START = 10e-6  # an operation
+LOADED_PER_SECOND = 3000.0  # latents
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,19 @@ class Cost:
     Attributes:
         flops: floating-point operations of matrix products, convolutions and attention; a multiply-add is two.
         activations: bytes that are kept for the backward pass in float32, with fused attention; half in bfloat16.
+        operations: that are started on the device, for however many samples at once.
     """
 
     flops: float
     activations: float
+    operations: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.activations + other.activations)
+        return Cost(
+            self.flops + other.flops,
+            self.activations + other.activations,
+            self.operations + other.operations,
+        )
 
 
 def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
@@ -94,7 +106,7 @@ def network_cost(network: nn.Module, size: int, text_length: int) -> Cost:
         sizes=_meta(_ROWS, 6) if config.size_conditioning else None,
     )
     total = _count(lambda: shapes(x, _meta(_ROWS), condition), set(shapes.parameters()))
-    return Cost(total.flops / _ROWS, total.activations / _ROWS)
+    return Cost(total.flops / _ROWS, total.activations / _ROWS, total.operations)
 
 
 def text_encoder_cost(encoder: nn.Module, input_ids: Tensor) -> Cost:
@@ -165,12 +177,24 @@ def _count(forward: Callable[[], Tensor], weights: set[Tensor]) -> Cost:
             kept[storage._cdata] = storage  # held, so that no other one gets its address
         return tensor
 
-    with FlopCounterMode(display=False) as counter, _fused_attention():
+    with FlopCounterMode(display=False) as counter, _OperationCounter() as operations, _fused_attention():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = forward()
         activations = sum(storage.nbytes() for storage in kept.values())
         output.float().square().mean().backward()
-    return Cost(float(counter.get_total_flops()), float(activations))
+    return Cost(float(counter.get_total_flops()), float(activations), operations.count)
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts the operations that compute something: not those that only return a view."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **kwargs or {})
 
 
 @contextmanager
@@ -204,19 +228,32 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def estimate_lines(
-    model: TrainedModel, vae: Autoencoder, source: Source, loop: LoopConfig, views: int
+    model: TrainedModel,
+    vae: Autoencoder,
+    source: Source,
+    loop: LoopConfig,
+    *,
+    encoded: int,
+    step: int,
+    besides: Sequence[str],
 ) -> list[str]:
-    """Estimate sizes, operations, memory and time of a run; each image is encoded ``views`` times before it.
+    """Estimate sizes, operations, memory and time of the rest of a run.
 
     Operations and memory come from shapes alone, the time from steps with random latents on this machine. The network
     may be on the meta device: it gets (random) weights only to be timed, and only if they take little of the memory.
+
+    Args:
+        encoded: number of images that are encoded first; each crop and each mirror image is one.
+        step: the last one that the run has saved.
+        besides: what else takes time, in words.
     """
     state, loss, latent_size = process_state(), model.loss, model.latent_size
     network, pipeline = model.flow_model.network, model.flow_model.pipeline
     encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
     dtype = compute_dtype(loop.mixed_precision, state.device)
     processes = int(state.num_processes)
-    samples = loop.train_batch_size * loop.gradient_accumulation_steps * processes  # of a step
+    samples = loop.train_batch_size * loop.gradient_accumulation_steps  # of a step and process
+    steps = max(0, loop.max_train_steps - step)  # that are left
 
     # ---- operations ----
     encoding = encoding_flops(vae, latent_size * downscale_factor(vae))
@@ -226,7 +263,7 @@ def estimate_lines(
         cost += text_encoder_cost(loss.text_encoder, torch.ones(1, length, dtype=torch.long))
     if loss.masked:  # the known part of each image is encoded at each step
         cost += Cost(encoding, 0.0)
-    step = cost.flops * samples
+    flops = cost.flops * samples  # of a step and process
 
     # ---- memory ----
     def held(dtype: torch.dtype) -> float:
@@ -236,13 +273,19 @@ def estimate_lines(
         return cost.activations * dtype.itemsize / 4 * loop.train_batch_size
 
     # ---- time on data sheets' GPUs ----
+    operations = cost.operations * loop.gradient_accumulation_steps
+    starting = operations * SECONDS_TO_START
+    loading = samples / LOADED_PER_SECOND / max(1, loop.num_workers)
+    loading_text = (
+        f"{'or' if loop.num_workers else 'and'} {_milliseconds(loading)} to load {samples} latents "
+        f"({LOADED_PER_SECOND:,.0f} a second{' and worker' if loop.num_workers else ''})"
+    )
+
     def time_on(gpu: Gpu) -> str:
-        seconds = step / processes * loop.max_train_steps / (gpu.flops_per_second * UTILISATION)
+        computing = max(starting, flops / (gpu.flops_per_second * UTILISATION))
+        seconds = max(computing, loading) if loop.num_workers else computing + loading
         needed = (held(torch.bfloat16) + activations(torch.bfloat16)) / 2**30
-        line = (
-            f"time on {processes} {gpu.name}: {_hours(seconds / 3600)} in bfloat16, at {UTILISATION:.0%} "
-            f"(assumed) of {gpu.flops_per_second / 1e12:.0f} TFLOP/s"
-        )
+        line = f"time on {processes} {gpu.name}: {_about(seconds * steps)} in bfloat16, {_a_step(seconds)}"
         if needed > 0.9 * gpu.memory_gib:
             line += (
                 f"; the {needed:.0f} GiB do not fit into its {gpu.memory_gib:.0f}: halve --train-batch-size and double "
@@ -254,15 +297,22 @@ def estimate_lines(
         f"autoencoder: {_size(vae)}, latents {latent_channels(vae)} x {latent_size} x {latent_size}",
         f"network: {_size(network)}",
         *([f"text encoder: {_size(encoder)}"] if encoder is not None else []),
-        f"compute: {_flops(cost.flops)} a sample, {_flops(step)} a step, {_flops(step * loop.max_train_steps)} in all, "
-        "forward and backward (a multiply-add is 2 FLOPs); "
-        f"to encode the images before it, {_flops(encoding * len(source) * views)}",
+        *(
+            [f"the run is at step {step}: what follows is for the {steps} steps that are left"]
+            if step
+            else []
+        ),
+        f"compute: {_flops(cost.flops)} a sample, {_flops(flops * processes)} a step, "
+        f"{_flops(flops * processes * steps)} in all, forward and backward (a multiply-add is 2 FLOPs)",
+        *([f"encoding: {encoded} images before training, {_flops(encoding * encoded)}"] if encoded else []),
         f"memory: {held(dtype) / 2**30:.2f} GiB for weights, gradients, average and optimiser, and about "
         f"{activations(dtype) / 2**30:.2f} GiB for the activations of {loop.train_batch_size} "
         f"samples, in {str(dtype).removeprefix('torch.')}",
-        _time_here(model, vae, source, loop, dtype, cost),
+        _time_here(model, vae, source, loop, dtype, cost, steps),
         *map(time_on, GPUS),
-        "on top come encoding, the optimiser, validation, previews, checkpoints and the autoencoder's own training",
+        f"assumed of these GPUs: {UTILISATION:.0%} of their peak, at least {_milliseconds(starting)} a step to start "
+        f"{operations:,} operations ({SECONDS_TO_START * 1e6:.0f} µs each), {loading_text}",
+        f"not counted: {', '.join([*(['the encoding'] if encoded else []), 'the optimiser', *besides])}",
     ]
 
 
@@ -273,23 +323,25 @@ def _time_here(
     loop: LoopConfig,
     dtype: torch.dtype,
     cost: Cost,
+    steps: int,
 ) -> str:
     """Time steps on as many samples as take seconds and fit; go by the speed of matrix products where one is too many.
 
     Args:
         cost: of one sample in float32.
+        steps: that are left.
     """
     device, batch = process_state().device, loop.train_batch_size
-    forward_passes = loop.gradient_accumulation_steps * loop.max_train_steps  # of one process
+    forward_passes = loop.gradient_accumulation_steps * steps  # of one process
     speed = matrix_product_rate(device, dtype)
     room = 0.7 * _free_bytes(device) - 8 * _parameters(model.loss)  # weights and gradients
     kept = cost.activations * dtype.itemsize / 4
     rows = int(min(batch, _TIMED_SECONDS * speed / cost.flops, room / kept))
     if rows < 1:
-        hours = forward_passes * batch * cost.flops / speed / 3600
+        seconds = forward_passes * batch * cost.flops / speed
         return (
-            f"time: about {_hours(hours)}, by the {speed / 1e12:.2g} TFLOP/s of a matrix product on this "
-            f"{device.type}; one sample is too much to be timed"
+            f"time here: {_about(seconds)}, by the {speed / 1e12:.2g} TFLOP/s of a matrix product on this "
+            f"{device.type}; one sample takes too long, or too much memory, to be timed"
         )
     network = model.flow_model.network
     if any(weight.is_meta for weight in network.parameters()):
@@ -308,8 +360,8 @@ def _time_here(
     seconds = min(times[1:]) * batch / rows  # the first warms up
     some = "" if rows == batch else f", with {rows} of {batch} samples"
     return (
-        f"time: {seconds * loop.gradient_accumulation_steps:.3g} s a step, "
-        f"{_hours(seconds * forward_passes / 3600)} in all (forward and backward, measured on this "
+        f"time here: {_about(seconds * forward_passes)}, "
+        f"{_a_step(seconds * loop.gradient_accumulation_steps)} (forward and backward, measured on this "
         f"{device.type}{some}; at most {peak_gib():.1f} GiB)"
     )
 
@@ -363,5 +415,13 @@ def _flops(count: float) -> str:
     return f"{count / 1e9:.3g} GFLOPs"
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 0.1 else f"{hours * 60:.1g} min"
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.2g} ms" if seconds < 0.1 else f"{seconds * 1000:,.0f} ms"
+
+
+def _about(seconds: float) -> str:
+    return f"about {duration_text(seconds)}" if seconds >= 1 else duration_text(seconds)
+
+
+def _a_step(seconds: float) -> str:
+    return f"{_milliseconds(seconds)} a step" if seconds < 1 else f"{seconds:.3g} s a step"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
@@ -19,6 +19,7 @@ from ..families import FlowModel
 from ..models.text import UnknownWords
 from ..pipeline.inpaint import LatentFlowInpaintPipeline
 from .data import shown_by
+from .fine_tune.prior import in_turn
 from .loop.distributed import has_fast_bfloat16
 from .loop.run_folder import write_folder, writing
 from .report.card import CardFacts, write_card
@@ -96,12 +97,10 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     pipe = model.pipeline
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.to(device)
-    rows = torch.linspace(0, len(source) - 1, _IMAGES).long().tolist()
+    spread = source.spread(_IMAGES)
+    rows = [spread[index % len(spread)] for index in range(_IMAGES)]
     if source.kind == "class":
-        seen = {source.classes[class_id] for class_id in source.class_ids()}
-        # First a fine-tune's own classes, then those of its checkpoint.
-        order = sorted(model.classes, key=lambda name: name not in seen)
-        texts = [order[index % len(order)] for index in range(_IMAGES)]
+        texts = shown_classes(model.classes, {source.classes[class_id] for class_id in source.class_ids()})
     else:
         texts = shown_by(source, rows, model)
     condition = model.call_arguments(texts)
@@ -121,6 +120,15 @@ def preview_grid(model: FlowModel, source: Source, device: torch.device) -> Imag
     if encoder is not None:
         encoder.to(home)
     return to_pil(make_grid(images * 2 - 1, nrow=_ROW, padding=2, pad_value=1.0))
+
+
+def shown_classes(classes: Sequence[str], seen: Collection[str]) -> list[str]:
+    """Return a class for each image: first those ``seen`` in the data, then others of the model; of many, some that are
+    spread over all."""
+    own, others = ([name for name in classes if (name in seen) == wanted] for wanted in (True, False))
+    names = in_turn(own, min(_IMAGES, len(own)))
+    names += in_turn(others, min(_IMAGES - len(names), len(others)))
+    return in_turn(names, _IMAGES)
 
 
 def _inpainted(model: FlowModel, source: Source, rows: list[int], steps: int) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ class Recipe:
         student: a teacher is learned from, so that its path and prediction do not bind the student.
         extra_modules: given the loss, the modules that learn beside it, by name.
         training_data: given the latents of the user's images, the model and the loss, what is trained on.
+        teacher_samples: number of samples that a checkpoint draws for the training.
         validates: held-out images measure what is trained.
         identity: plain values that a resumed run must have as well.
         summary: given the exported pipeline, the loss and the latents of the user's images, lines about the result.
@@ -52,6 +53,7 @@ class Recipe:
     training_data: Callable[[LatentData, FlowModel, FlowLoss], LatentData | MixedData] = (
         lambda own, model, loss: own
     )
+    teacher_samples: int = 0
     validates: bool = True
     identity: dict[str, Any] = field(default_factory=dict)
     summary: Callable[[Path, FlowLoss, LatentData], list[str]] = lambda result, loss, own: []
@@ -116,7 +118,8 @@ def fine_tune_recipe(
     )
     if not prompts:
         return recipe
-    return replace(recipe, training_data=mixed, identity={"prior": [len(prompts), share]})
+    identity = {"prior": [len(prompts), share]}
+    return replace(recipe, training_data=mixed, teacher_samples=len(prompts), identity=identity)
 
 
 def average_sampling(flow: FlowConfig) -> FewSteps:
@@ -153,6 +156,4 @@ def plan_lines(splits: DataSplits, loop: LoopConfig, own_share: float | None = N
             f"WARNING: {images} images are few: the model will memorise many of them. `latentflow evaluate` "
             "measures it; more images, fewer steps or fine-tuning (--init-from) lessen it."
         )
-    if state.device.type == "cpu":
-        lines.append("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
     return lines

@@ -27,6 +27,7 @@ from .fine_tune.base import refuse_own_result
 from .fine_tune.defaults import FEW
 from .fine_tune.learning import LearningMeter, is_plain
 from .fine_tune.memorisation import report_memorisation
+from .loop.checkpoint import list_checkpoints, step_of
 from .loop.distributed import process_state
 from .loop.fit import Callbacks, fit
 from .loop.logging import log_to
@@ -69,7 +70,11 @@ def train(
     log = log_to(None if dry_run else output)
 
     # ---- data ----
-    config = replace(config, data=as_begun(config.data, output, given_keys))
+    config = replace(
+        config,
+        data=as_begun(config.data, output, given_keys),
+        loop=config.loop.with_validation_time(given_keys),
+    )
     named = config.init_from  # as the user wrote it
     if named:
         refuse_own_result(named, output)
@@ -99,21 +104,25 @@ def train(
         )
     for line in recipe.plan:
         log.info(line)
+    if state.device.type == "cpu" and not dry_run:
+        log.info("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
     if not dry_run and state.is_main_process:
         write_config(replace(config, init_from=named), output / "config.yaml")
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     stop = Stop()
+    has_autoencoder = (output / "autoencoder" / "autoencoder" / "config.json").is_file()
     vae: Autoencoder | None
     if splits.autoencoder is not None:
         vae = given_autoencoder(splits.autoencoder, training, splits.data, measured=not dry_run)
+    elif dry_run and has_autoencoder:
+        vae = given_autoencoder(str(output / "autoencoder" / "autoencoder"), training, splits.data)
     elif dry_run:
         vae = build_autoencoder(config.autoencoder, splits.data.resolution)
     else:
         folder = output / "autoencoder"
-        is_new = not (folder / "autoencoder" / "config.json").is_file()
-        if is_new:
-            log.info("autoencoder: none given, training one")
+        if not has_autoencoder:
+            log.info("autoencoder: none is given (--vae), so one is trained first")
         vae = train_autoencoder(
             training,
             validation,
@@ -127,7 +136,7 @@ def train(
         if vae is None:
             raise SystemExit(stop.status)  # the line that resumes was printed
         vae.requires_grad_(False)
-        if is_new and state.is_main_process and (judged := judge(first_stage(read_run(output)))):
+        if not has_autoencoder and state.is_main_process and (judged := judge(first_stage(read_run(output)))):
             log.info(f"autoencoder: {judged.remark}")
         if stop.signal:  # it came in the autoencoder's last step
             log.info(f"stopped, the autoencoder is trained; resume with:\n  {resume_command}")
@@ -149,8 +158,27 @@ def train(
     for line in [*(model.adapter.lines() if model.adapter else []), *framed.lines()]:
         log.info(line)
     if dry_run:
-        views = 0 if source.precomputed else config.framing.crops * (1 + splits.data.random_flip)
-        for line in estimate_lines(model, vae, source, config.loop, views):
+        held_out_images = validation.once() if recipe.validates else validation.subset([])
+        framings = [framed, *([cache.framed(held_out_images, crops=1)] if len(held_out_images) else [])]
+        saved = list_checkpoints(output / "checkpoints")
+        trained = splits.autoencoder is not None or has_autoencoder
+        for line in estimate_lines(
+            model,
+            vae,
+            source,
+            config.loop,
+            encoded=0
+            if source.precomputed
+            else sum(cache.missing(part, trained=trained) for part in framings),
+            step=step_of(saved[-1]) if saved else 0,
+            besides=[
+                *["validations"] * bool(len(framings) > 1 and config.loop.validation_steps),
+                *["previews"] * bool(config.loop.preview_steps),
+                "checkpoints",
+                *["the samples of the checkpoint"] * bool(recipe.teacher_samples and not saved),
+                *["the autoencoder's own training"] * (not trained),
+            ],
+        ):
             log.info(line)
         return
 

@@ -24,6 +24,7 @@ from .losses.latent_data import PixelData
 from .report.export import carry_over
 
 _STATISTICS_IMAGES = 1024
+_VALIDATION_IMAGES, _SHOWN = 256, 16
 
 
 def train_autoencoder(
@@ -65,8 +66,11 @@ def train_autoencoder(
     pixels = cached_pixels(training, data.resolution, data.background)
     held_out = None
     if len(validation):
-        held_out = pixels_to_images(cached_pixels(validation, data.resolution, data.background)[:256])
-    shown = pixels_to_images(pixels[:16]) if held_out is None else held_out[:16]
+        validation = validation.subset(validation.spread(_VALIDATION_IMAGES))
+        held_out = pixels_to_images(cached_pixels(validation, data.resolution, data.background)[:])
+    shown = pixels_to_images(pixels[training.spread(_SHOWN)])
+    if held_out is not None:
+        shown = held_out[validation.spread(_SHOWN)]
 
     # ---- validation, preview, export ----
     def validate() -> dict[str, float]:

@@ -316,7 +316,8 @@ def _extended_text(
     new_words = [word for word, _ in vocabulary if word not in known]
     encoder.resize_token_embeddings(len(longer), mean_resizing=False)
     _copy_rows(source, encoder.get_input_embeddings().weight, [known.get(word) for word, _ in vocabulary])
-    log.info("%d new words join the %d that the checkpoint knows", len(new_words), len(known))
+    if new_words:
+        log.info("%d new words join the %d that the checkpoint knows", len(new_words), len(known))
     return longer, encoder
 
 

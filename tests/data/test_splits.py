@@ -10,7 +10,9 @@ import shutil
 import signal
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,3 +247,73 @@ def test_a_damaged_memory_of_inspected_images_is_a_warning(
     database.write_bytes(b"no database" * 1000)
     assert list(inspect_images(source, progress=False)) == first
     assert f"cannot be remembered in {database}" in caplog.text and len(caplog.records) == 1
+
+
+# --- classes -----------------------------------------------------------------------------------------
+
+
+def labelled(tmp_path: Path, counts: dict[str, int]) -> Source:
+    for number, (name, count) in enumerate(counts.items()):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            make_image(1000 * number + index, 24, 24).save(tmp_path / name / f"{index}.png")
+    return find_source(str(tmp_path))
+
+
+def held_out_of(source: Source, wanted: float | int, **settings: Any) -> dict[str, int]:
+    """Return how many of each class are held out."""
+    rows = split(source, wanted, **settings)[1]
+    counts = Counter(source.examples[row].label or "" for row in rows)
+    return {name: counts[name] for name in source.classes}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_class_is_held_out_in_proportion(tmp_path: Path, seed: int) -> None:
+    source = labelled(tmp_path, {"a": 40, "b": 20, "c": 20, "d": 4})
+    assert held_out_of(source, 21, seed=seed) == {"a": 10, "b": 5, "c": 5, "d": 1}
+    assert held_out_of(source, 4, seed=seed) == {"a": 2, "b": 1, "c": 1, "d": 0}
+    for wanted in range(1, 30):  # none is more than one image from its share
+        for name, count in held_out_of(source, wanted, seed=seed).items():
+            share = wanted * sum(e.label == name for e in source.examples) / len(source)
+            assert abs(count - share) < 1
+    smaller, larger = (set(split(source, wanted, seed)[1]) for wanted in (7, 22))
+    assert smaller < larger
+    assert split(source, 7, seed, stratify=False)[1] == as_before(source, 7, seed)
+
+
+def test_which_images_of_a_class_are_held_out_is_a_matter_of_the_seed_and_their_content(
+    tmp_path: Path,
+) -> None:
+    source = labelled(tmp_path, {"a": 30, "b": 30})
+    backwards = dataclasses.replace(source, examples=source.examples[::-1])
+    assert keys(source, split(source, 8)[1]) == keys(backwards, split(backwards, 8)[1])
+    assert split(source, 8) != split(source, 8, seed=1)
+    unlabelled = find_source(
+        str(tmp_path), condition="none"
+    )  # for an autoencoder: the folders are what is left
+    assert split(unlabelled, 8) == split(source, 8)
+
+
+def test_a_class_of_near_duplicates_is_not_held_out_whole(tmp_path: Path) -> None:
+    for name in ("film", "photos"):
+        (tmp_path / name).mkdir()
+    for number in range(20):
+        image = make_image(0)
+        image.putpixel((number, 0), (0, 0, 0))
+        image.save(tmp_path / "film" / f"{number}.png")
+        make_image(number + 1).save(tmp_path / "photos" / f"{number}.png")
+    assert held_out_of(find_source(str(tmp_path)), 4) == {"film": 0, "photos": 4}
+
+
+def test_a_few_images_show_all_that_there_is(tmp_path: Path) -> None:
+    source = labelled(tmp_path, {f"{number:02}": 3 for number in range(12)} | {"99": 20})
+
+    def shown(count: int) -> Counter[str | None]:
+        rows = source.spread(count)
+        assert rows == sorted(set(rows)) and len(rows) == min(count, len(source))
+        return Counter(source.examples[row].label for row in rows)
+
+    assert set(shown(26).values()) == {2} and len(shown(13)) == 13
+    assert [*shown(4)] == ["00", "03", "06", "09"]  # of more classes than images some from all over
+    assert shown(1000) == Counter(example.label for example in source.examples)
+    assert shown(45)["99"] == 9  # the others have no more

@@ -288,7 +288,7 @@ def test_a_disk_that_fails_under_an_export_is_tried_again_and_told(
 def lines(said: str) -> list[str]:
     """The progress lines without what the clock and the memory decide."""
     found = [line for line in said.splitlines() if re.match(r"step \d+/", line)]
-    return [re.sub(r"  (img/s|mem|ETA) \S+", "", line) for line in found]
+    return [re.sub(r"  (images/s|memory|left) \S+( \S+)*", "", line) for line in found]
 
 
 def test_the_console_of_a_resumed_run_goes_on_as_that_of_the_uninterrupted_one(

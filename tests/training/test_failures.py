@@ -177,7 +177,7 @@ def test_two_processes_split_alike_when_one_runs_out_and_another_number_may_go_o
     assert state is not None and (state["step"], state["micro_batch"], state["processes"]) == (8, 1, 2)
     alone = dataclasses.replace(constant, train_batch_size=3, gradient_accumulation_steps=2)
     assert run(tmp_path / "two", alone, module=NoDropout())
-    assert "resumed by 1 processes (2 before)" in log.read_text()
+    assert "resumed on 1 processes (before: 2)" in log.read_text()
     assert run(tmp_path / "one", constant, module=NoDropout())
     assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-5)
 

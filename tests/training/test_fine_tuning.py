@@ -25,7 +25,7 @@ from latentflow.data import Source, cached_pixels, find_source, pixels_to_images
 from latentflow.errors import UserError
 from latentflow.models import DiT, small_text_encoder, train_tokenizer
 from latentflow.training.data import refuse_renumbered_classes
-from latentflow.training.export import preview_source
+from latentflow.training.export import preview_source, shown_classes
 from latentflow.training.fine_tune.base import open_base, with_base_classes
 from latentflow.training.fine_tune.defaults import fitted, held_out_share
 from latentflow.training.fine_tune.memorisation import report_memorisation
@@ -192,7 +192,7 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
     line += ["--checkpointing-steps", 2, "--inpainting"]  # so that their pixels are kept as well
     monkeypatch.setattr("latentflow.training.fine_tune.teacher_samples._TOGETHER", 4)
     said = call(cache, *line, "-o", tmp_path / "whole")
-    assert "6 samples of" in said and "its 2 classes" in said
+    assert "are 6 images that" in said and "its 2 classes" in said
     files = sorted((tmp_path / "whole" / "prior").glob("*.safetensors"))
     assert [len(load_file(file)["latents"]) for file in files] == [4, 2]
     assert load_file(files[0])["pixels"].dtype == torch.uint8
@@ -350,7 +350,7 @@ def test_the_plan_says_what_was_chosen(base, animals, cache, tmp_path) -> None:
     assert "9 images to train on, 0 held out" in said and "few images (9)" in said
     assert "200 samples of" in said
     said = call(cache, *line, "--learning_rate", "0.003", "--max-train-steps=7", "--prior-samples", 0)
-    assert "learning rate 0.003" in said and "plan: 7 steps" in said and "prior: none" in said
+    assert "learning rate 0.003" in said and "plan: 7 steps" in said and "prior samples: none" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -377,6 +377,15 @@ def test_previews_show_what_the_data_show_though_little_of_it_is_held_out() -> N
     source = Source("d", tuple(TeacherSample(f"{n}") for n in range(40)), "unconditional")
     few, many = source.subset([0]), source.subset(list(range(16)))
     assert preview_source(source, few) is source and preview_source(source, many) is many
+
+
+def test_previews_show_classes_from_all_over() -> None:
+    names = [f"{number:03}" for number in range(100)]
+    assert shown_classes(names, {*names}) == [names[n * 100 // 16] for n in range(16)]
+    assert shown_classes(names, {"070", "090"}) == ["070", "090"] + [
+        [name for name in names if name not in ("070", "090")][n * 98 // 14] for n in range(14)
+    ]
+    assert shown_classes(["a", "b", "c"], {"c"}) == (["c", "a", "b"] * 6)[:16]
 
 
 # ---------------------------------------------------------------- bad input

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 
 import pytest
@@ -185,7 +186,7 @@ def test_recipes_are_planned_without_their_weights(
         tmp_path, data, "-o", tmp_path / "run", "--config", ROOT / "train" / "recipes" / f"{recipe}.yaml",
         "--vae", tmp_path / "vae", "--mixed-precision", "no", "--dry-run",
     )  # fmt: skip
-    for text in [*said.split("; "), "NVIDIA H100", "by the", "40% (assumed)"]:
+    for text in [*said.split("; "), "NVIDIA H100", "by the", "40% of their peak"]:
         assert text in out, (text, out)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5 * 2**20  # KiB
     assert not (tmp_path / "run").exists()
@@ -196,10 +197,52 @@ def test_a_small_network_is_timed_on_this_machine(images, tmp_path) -> None:
         return call(tmp_path, images, "-o", tmp_path / "run", *TINY, *flags, "--dry-run")
 
     def encoding(said: str) -> float:
-        return float(said.split("encode the images before it, ")[1].split()[0])
+        return int(re.search(r"encoding: (\d+) images before training", said)[1])
 
     out = planned("--inpainting")
     for words in ("s a step", "measured on this cpu;", "parameters", "memory:", "epochs"):
         assert words in out
-    assert encoding(planned("--random-flip", "--crops", 3)) == pytest.approx(6 * encoding(out), rel=0.01)
+    assert encoding(out) == 12
+    assert encoding(planned("--random-flip", "--crops", 3)) == 2 * (
+        3 * 10 + 2
+    )  # held-out images have one crop
     assert not (tmp_path / "run").exists()
+
+
+def test_only_work_that_will_be_done_is_planned(images, tmp_path) -> None:
+    """Of a run that has begun: the steps that are left, and no image that is encoded already."""
+
+    def said(*flags: object) -> str:
+        return call(tmp_path / "cache", images, "-o", tmp_path / "run", *TINY, *flags)
+
+    new = said("--dry-run")
+    assert (
+        "not counted: the encoding, the optimiser, validations, previews, checkpoints, the autoencoder's"
+        in new
+    )
+    assert "WARNING: no GPU" not in new  # it would send to --dry-run
+    said("--max-train-steps", 2)
+    begun = said("--max-train-steps", 302, "--dry-run", "--preview-steps", 0)
+    assert "the run is at step 2: what follows is for the 300 steps that are left" in begun
+    assert "not counted: the optimiser, validations, checkpoints\n" in begun and "encoding" not in begun
+    none = said("--max-train-steps", 302, "--dry-run", "--preview-steps", 0, "--validation-steps", 0)
+    assert "not counted: the optimiser, checkpoints\n" in none
+
+
+def test_a_gpu_needs_some_time_for_the_smallest_step(images, tmp_path) -> None:
+    """It is started by Python, operation by operation: 800 steps do not take a millisecond."""
+    out = call(tmp_path, images, "-o", tmp_path / "run", *TINY, "--max-train-steps", 800, "--dry-run")
+    operations = int(re.search(r"to start ([\d,]+) operations", out)[1].replace(",", ""))
+    assert 100 < operations < 1000  # a network of one block
+    milliseconds = float(re.search(r"H100 SXM: about .* in bfloat16, ([\d.]+) ms a step", out)[1])
+    assert milliseconds == pytest.approx(
+        operations * 0.01 + 4 / 3, rel=0.1
+    )  # 10 us each; 3,000 latents a second
+    seconds = int(re.search(r"H100 SXM: about (\d+) s in", out)[1])
+    assert seconds == pytest.approx(0.8 * milliseconds, rel=0.2)
+
+
+def test_the_operations_of_a_network_grow_with_its_blocks_and_not_with_the_batch() -> None:
+    two, three, four = (network_cost(sit(depth), 8, 0).operations for depth in (2, 3, 4))
+    assert four - three == three - two > 20
+    assert network_cost(sit(2), 32, 0).operations == two

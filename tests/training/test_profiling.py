@@ -77,7 +77,7 @@ def test_utilisation_is_the_share_of_the_speed_of_matrix_products(
         measured.append(matrix_product_rate(device, dtype))  # not the same a moment later, on a busy machine
         return measured[-1]
 
-    monkeypatch.setattr("latentflow.training.loop.fit.matrix_product_rate", noted)
+    monkeypatch.setattr("latentflow.training.loop.distributed.matrix_product_rate", noted)
     run(tmp_path, flops=1e6)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rates = [row["images_per_second"] * 1e6 / row["model_flops_utilisation"] for row in rows]

@@ -6,16 +6,19 @@ import html
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentflow import LatentFlowPipeline
@@ -282,3 +285,60 @@ def test_a_u_net_and_an_unconditional_model_train_as_well(images, cache, tmp_pat
     pipe = opened(tmp_path / "pipeline")
     assert type(pipe.transformer).__name__ == "UNet" and not pipe.takes_text
     assert len(pipe(num_images_per_prompt=2, num_inference_steps=1).images) == 2
+
+
+# ---- which images are held out, and which are shown ----
+
+
+def class_folders(root: Path) -> Path:
+    names = [f"{name}/{number}.png" for name in ("cat", "dog", "owl") for number in range(8)]
+    return save_images(root, *names)
+
+
+def test_another_seed_is_refused_in_words(tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "data")
+    line = [data, "-o", tmp_path / "run", *TINY, "--max-train-steps", 1, "--preview-steps", 0]
+    call(tmp_path, *line)
+    for step in (1, 2):  # the autoencoder's run, then the generator's
+        said = call(tmp_path, *line, "--seed", 1, expect=2)
+        assert not re.search(r"[0-9a-f]{64}", said), said
+        if step == 1:
+            assert "or other images are held out (--seed, --validation, --stratify)" in said
+            line += ["--vae", tmp_path / "run/autoencoder/autoencoder"]
+    assert (
+        "seed: 0 -> 1 (it decides which images are held out" in said
+        and "data: " not in said.split("settings:")[1]
+    )
+
+
+def test_a_run_of_before_goes_on_with_the_images_that_it_held_out(tmp_path: Path) -> None:
+    """Earlier versions did not hold out the same share of every class, nor say so in their config.yaml."""
+    data, run = class_folders(tmp_path / "data"), tmp_path / "run"
+    flags = [*TINY, "--preview-steps", 0, "--seed", 1]
+    call(tmp_path, data, "-o", run, *flags, "--max-train-steps", 1, "--no-stratify")
+    config = run / "config.yaml"
+    text = config.read_text()
+    assert "stratify: false\n" in text
+    config.write_text(text.replace("stratify: false\n", ""))
+    call(tmp_path, data, "-o", run, *flags, "--max-train-steps", 2)
+    assert "stratify: false\n" in config.read_text() and len(losses(run)) == 2
+    said = call(tmp_path, data, "-o", run, *flags, "--max-train-steps", 3, "--stratify", expect=2)
+    assert "other images are held out" in said
+    call(tmp_path, data, "-o", tmp_path / "new", *flags, "--max-train-steps", 1)
+    assert "stratify: true\n" in (tmp_path / "new" / "config.yaml").read_text()
+
+
+def test_previews_of_an_autoencoder_show_every_class(tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "lime"), ("c", "blue")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(20):
+            image = Image.new("RGB", (16, 16), colour)
+            image.putpixel((number % 16, number // 16), (9, 9, 9))
+            image.save(tmp_path / "data" / name / f"{number}.png")
+    flags = [flag for flag in TINY[: TINY.index("--network-preset")] if flag not in ("--validation", "0.2")]
+    line = [tmp_path / "data", "-o", tmp_path / "run", *flags, "--validation", 0, "--preview-steps", 1]
+    call(tmp_path, *line, file="autoencoder")
+    with Image.open(tmp_path / "run" / "samples" / "step-000001.png") as preview:
+        row = [preview.getpixel((2 + 18 * number + 8, 10)) for number in range(16)]
+    shown = Counter(max(range(3), key=lambda channel, pixel=pixel: pixel[channel]) for pixel in row)
+    assert sorted(shown.values()) == [5, 5, 6]

@@ -24,10 +24,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm.auto import tqdm
 
 from ...errors import UserError
 from ...utils.files import save_tensors
+from ...utils.progress import progress_bar
 
 if sys.platform != "win32":
     import fcntl
@@ -269,11 +269,11 @@ class ShardSet:
         size = int(min(_ROWS, 2 ** int(np.log2(max(64, _BYTES // max(1, row_bytes))))))
         chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
         hidden, done = progress is None or not chunks, len(keys) - len(missing)
-        with tqdm(total=len(keys), initial=done, desc=progress, disable=hidden) as bar:
+        with progress_bar(total=len(keys), initial=done, desc=progress, hidden=hidden) as bar:
             for wait in (False, True):  # first what no other process is at; then what others did not finish
                 chunks = [chunk for chunk in chunks if not self._make(keys, chunk, build, bar, wait=wait)]
 
-    def _make(self, keys: Array, chunk: Array, build: Build, bar: tqdm[None], *, wait: bool) -> bool:
+    def _make(self, keys: Array, chunk: Array, build: Build, bar: Any, *, wait: bool) -> bool:
         """Make one shard; return False where another process is making it, and ``wait`` is off."""
         name, claim = shard_name(keys[chunk]), None
         with self._in_memory_instead():
@@ -338,7 +338,7 @@ class ShardSet:
             path.unlink()
 
 
-def _joined(batches: Iterator[Tables], bar: tqdm[None]) -> Tables:
+def _joined(batches: Iterator[Tables], bar: Any) -> Tables:
     """Join batches; rows that are shorter than others in the second dimension are filled with zeros."""
     parts = []
     for batch in batches:

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
 
 from ...errors import UserError, few, one_line, plural
+from ...utils.progress import progress_bar
 from ..cache.store import LOOKS, cache_root
 from ..dataset import Example, FileExample, Source
 from ..images import ImageFileError, decoding, name_of, to_rgb
@@ -144,7 +144,7 @@ def inspect_images(source: Source, progress: bool = True) -> Iterator[ImageInfo]
     with (
         _Inspected(source) as inspected,
         _workers(source) as pool,
-        tqdm(total=len(source), desc="checking images", unit=" images", disable=not progress or None) as bar,
+        progress_bar(total=len(source), desc="checking images", unit="image", hidden=not progress) as bar,
     ):
         while True:
             while len(waiting) < 8 * _cores() and (task := list(islice(examples, _TASK))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -63,16 +62,7 @@ def _thumbnail(example: Example, cell: int) -> Image.Image:
 
 def choose_evenly(source: Source, most: int) -> list[Example]:
     """Choose up to ``most`` examples: equally many of each class while it has any, evenly spaced in it."""
-    labels = [example.label if source.classes else None for example in source.examples]
-    counts, seen = Counter(labels), Counter[str | None]()
-    turns: list[tuple[float, int]] = []
-    for index, label in enumerate(labels):
-        # Halving the gaps again and again spreads any first few of a class over all of it.
-        bits = max(1, (counts[label] - 1).bit_length())
-        reversed_bits = f"{seen[label]:0{bits}b}"[::-1]
-        turns.append((int(reversed_bits, 2) * counts[label] / 2**bits, index))
-        seen[label] += 1
-    return [source.examples[index] for index in sorted(index for _, index in sorted(turns)[:most])]
+    return [source.examples[index] for index in source.spread(most)]
 
 
 def report_page(report: Report, source: Source | None, suggestions: Sequence[Suggestion] = ()) -> Page:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import UserError, reason
+from ...utils.progress import progress_bar
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm",
@@ -241,7 +242,8 @@ def list_folder(root: Path) -> Folder:
     names: list[str] = []
     seen = set[str]()
     closed: list[OSError] = []
-    for here, folders, files in os.walk(root, followlinks=True, onerror=closed.append):
+    walk = os.walk(root, followlinks=True, onerror=closed.append)
+    for here, folders, files in progress_bar(walk, desc="listing folders", delay=3, leave=False):
         real = os.path.realpath(here)
         if real in seen:
             folders.clear()

@@ -272,6 +272,11 @@ class LatentFolder(Source):
     def content_keys(self) -> Iterable[str]:
         return self.index.values("key")
 
+    def strata(self) -> list[str]:
+        if self.kind == "unconditional":
+            return [name.rpartition("/")[0].split("/")[0] for name in self.index.values("name")]
+        return [label or "" for label in self.index.values("label")]
+
     def pixel_keys(self) -> Iterable[str]:
         return self.index.values("pixel_key")
 

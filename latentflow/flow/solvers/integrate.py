@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def progress_over(progress: Progress, steps: Iterable[int]) -> Iterable[int]:
         return progress(steps)
     if not progress:
         return steps
-    from tqdm.auto import tqdm
+    from ...utils.progress import progress_bar
 
-    bar: Any = tqdm(steps)
-    return bar  # type: ignore[no-any-return]
+    bar: Iterable[int] = progress_bar(steps, desc="sampling", unit="step")
+    return bar

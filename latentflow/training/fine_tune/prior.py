@@ -76,7 +76,7 @@ def prior_prompts(
     count = config.samples(images, len(names))
     if config.prior_prompts and not model.takes_text:
         raise UserError(
-            f"--prior-prompts, but {checkpoint} takes no captions", "Leave it out: all classes are drawn."
+            f"--prior-prompts, but {checkpoint} takes no captions", "Leave it out: it draws all its classes."
         )
     no_captions = model.takes_text and not config.prior_prompts and not model.trains_text
     unfit = None
@@ -96,7 +96,7 @@ def prior_prompts(
         hint = "--prior-samples 200" + (" --prior-prompts FILE" if no_captions else "") + " prevents it"
         if unfit and not no_captions:
             hint = unfit[0]
-        return [], f"prior: none, so the checkpoint may forget what your images do not show ({hint})"
+        return [], f"prior samples: none, so the checkpoint may forget what your images do not show ({hint})"
     if config.prior_prompts:
         prompts = in_turn(_read_prompts(config.prior_prompts), count)
         origin = f"for the captions in {config.prior_prompts}"
@@ -107,8 +107,8 @@ def prior_prompts(
         prompts = in_turn([*names] or [""], count)
         origin = f"for its {len(names)} classes" if names else "without a condition"
     line = (
-        f"prior: so that the checkpoint does not forget what it knew, {config.prior_share:.0%} of each step are images "
-        f"that it generates itself, {count} in all, {origin}"
+        f"prior samples: so that the checkpoint does not forget what it knew, {config.prior_share:.0%} of each step are "
+        f"images that it generates itself, {count} in all, {origin}"
     )
     if not config.prior_samples:
         line += " (--prior-samples 0 leaves them out)"

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...data import Cropping, Example, LatentTable, Source, to_pil
 from ...errors import UserError, reading
@@ -22,6 +21,7 @@ from ...families import FlowModel
 from ...pipeline.adapter_files import weights_hash
 from ...utils.files import replacing, save_tensors
 from ...utils.memory import memory_phase
+from ...utils.progress import progress_bar
 from ..data import conditions_of
 from ..loop.data_order import Stream, seeded
 from ..loop.distributed import process_state
@@ -143,16 +143,26 @@ def _samples(
     """
     plain = {name: value for name, value in asdict(settings).items() if name not in ("what", "phase")}
     _claim(folder, {"checkpoint": weights_hash(model.network), "asked": prompts, "side": side, **plain})
-    parts = []
     together = min(_TOGETHER, max(1, _PIXELS // side**2))
-    for start in tqdm(range(0, len(prompts), together), desc=f"drawing {settings.what}s", disable=None):
-        file, some = folder / f"{start:06d}.safetensors", prompts[start : start + together]
-        if not file.is_file():
+    files = {
+        folder / f"{start:06d}.safetensors": range(start, min(start + together, len(prompts)))
+        for start in range(0, len(prompts), together)
+    }
+    missing = {file: rows for file, rows in files.items() if not file.is_file()}
+    drawn_before = len(prompts) - sum(map(len, missing.values()))
+    title: dict[str, Any] = {
+        "desc": f"drawing {settings.what}s",
+        "total": len(prompts),
+        "initial": drawn_before,
+    }
+    with progress_bar(hidden=not missing, **title) as bar:
+        for file, rows in missing.items():
             model.pipeline.to(device)
-            drawn = _draw(model, some, start, side, settings)
+            drawn = _draw(model, prompts[rows.start : rows.stop], rows.start, side, settings)
             with replacing(file) as partial:
                 save_tensors({name: value.contiguous() for name, value in drawn.items()}, partial)
-        parts.append(_read(file, len(some)))
+            bar.update(len(rows))
+    parts = [_read(file, len(rows)) for file, rows in files.items()]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

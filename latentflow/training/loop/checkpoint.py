@@ -333,16 +333,28 @@ _LATER = ("data_order", "architecture", "autoencoder", "images", "optimizer")
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each difference; those of hashes, which say nothing to people, in words."""
     before = {name: now[name] for name in _LATER if name in now} | before
-    order = "data_order"
+    changed = {name for name in before if before[name] != now.get(name)}
+    if "seed" in changed:  # it says enough
+        changed -= {"data", "data_order"}
+        now = now | {name: before.get(name) for name in ("data", "data_order")}
     for line in difference(before, now):
         if line.startswith("autoencoder.autoencoder_steps: "):  # a target, as --max-train-steps is
             continue
-        if not line.startswith(f"{order}: "):
-            yield line
-        elif before.get("data") == now.get("data"):  # else that line says enough
+        name = line.partition(": ")[0]
+        if name == "seed":
+            yield f"{line} (it decides which images are held out, and the order and noise of the others)"
+        elif name == "data":
             yield (
-                f"{order}: the same images in another order (files were renamed or moved), so that each step "
+                "data: other images, captions, classes or masks to train on, or other images are held out "
+                "(--seed, --validation, --stratify)"
+            )
+        elif name != "data_order":
+            yield re.sub(r"[0-9a-f]{64} -> [0-9a-f]{64}", "another one than before", line)
+        elif "data" not in changed:  # else that line says enough
+            yield (
+                "data_order: the same images in another order (files were renamed or moved), so that each step "
                 "would use others than it would have"
             )
 

@@ -123,6 +123,17 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return float(2 * size**3 / min(seconds))
 
 
+def full_rate(accelerator: Accelerator, config: LoopConfig, flops: float) -> float | None:
+    """Return samples of ``flops`` operations per second if all devices did nothing but multiply matrices.
+
+    The main process measures it; None in the others.
+    """
+    if not accelerator.is_main_process:
+        return None
+    rate = matrix_product_rate(accelerator.device, compute_dtype(config.mixed_precision, accelerator.device))
+    return float(rate * accelerator.num_processes / flops)
+
+
 def make_accelerator(config: LoopConfig, find_unused_parameters: bool) -> Accelerator:
     """Return the accelerator of a run.
 

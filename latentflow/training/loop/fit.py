@@ -28,9 +28,8 @@ from ...utils.memory import OutOfMemory, is_out_of_memory, memory_phase, release
 from . import checkpoint
 from .data_order import DataOrder
 from .distributed import (
-    compute_dtype,
+    full_rate,
     make_accelerator,
-    matrix_product_rate,
     most_of_any_process,
     together,
     whole,
@@ -51,6 +50,7 @@ from .optimizers import learning_rate
 from .run_folder import clean_up, run_lock
 from .saving import AverageSnapshots, Saver, export_once
 from .stopping import EarlyStop, Stop, stop_on_signal
+from .timing import Clock
 from .trained_module import TrainedModule, tensor_for, with_averages
 
 log = logging.getLogger(__name__)
@@ -173,16 +173,17 @@ class Loop:
         together(self._resume)
         self.saver = Saver(self.checkpoints, self.config.checkpoints_total_limit, sharded=self.sharded)
         self.saver.saved = self.step
+        self.clock = Clock(self.config.validation_time or 1.0, self.config.limited)
         together(lambda: self._begin_report(flops))
         last = self.config.max_train_steps
         try:
             if self.step < last and not self.early.stopped:
                 self.snapshots.begin(self.step)
                 return self.train(last)
-            reached, other = f"step {last}, the target, is already reached in {self.output}", "target"
+            done, longer = f"all {last} steps of {self.output} are taken", "more steps"
             if self.early.stopped:
-                reached, other = self.early.line(self.step), "--early-stop"
-            self.report.say(f"{reached}: nothing to do (a higher {other} goes on)")
+                done, longer = self.early.line(self.step), "a higher --early-stop"
+            self.report.say(f"{done}: nothing to train (with {longer} the run goes on)")
             self._export()  # if the run was killed before it was complete
             return True
         finally:
@@ -206,7 +207,8 @@ class Loop:
         with stop_on_signal() as asked, profile as profiled:
             while self.step < last and not self.early.stopped:
                 try:
-                    values = self.train_step(batches)
+                    with self.clock.step():
+                        values = self.train_step(batches)
                 except (DataFailed, OutOfMemory) as error:
                     if self.recovery.finished:  # an optimiser ran out of memory: some weights have changed
                         raise
@@ -318,22 +320,25 @@ class Loop:
         """Report, validate, preview and save, as far as they are due."""
         step, config = self.step, self.config
         final = step == config.max_train_steps
-        self.report.step(self.order.global_batch)
         self.saver.poll()
         if math.isfinite(values["loss"]) and (step % config.log_steps == 0 or final or step == 1):
             self.report.metrics(step, step * self.order.global_batch, values)
+        self.report.step(step)
         validating, previewing = (
-            _due(step, every, final) for every in (config.validation_steps, config.preview_steps)
+            _due(step, every, final) and (final or self.clock.affords(kind, self.accelerator))
+            for kind, every in (("validation", config.validation_steps), ("preview", config.preview_steps))
         )
         if validating or previewing:
             self._gather_averages()
         if validating:
             self.validation_loss = None
             if self.main:
-                self.report.attempt("validate", step, self._validate)
+                with self.clock.interruption("validation"):
+                    self.report.attempt("validate", step, self._validate)
             self.early.validated(step, self.validation_loss)
         if self.main and previewing:
-            self.report.attempt("preview", step, self._preview)
+            with self.clock.interruption("preview"):
+                self.report.attempt("preview", step, self._preview)
         ending = final or stopping or self.early.stopped
         if _due(step, config.snapshot_steps, ending):
             self.snapshots.take(step)  # before a checkpoint, which has all before it
@@ -350,11 +355,6 @@ class Loop:
         return self.stop.signal > 0
 
     def _begin_report(self, flops: float | None) -> None:
-        full_rate = None  # samples per second if all devices did nothing but multiply matrices
-        if self.main and flops is not None:
-            device = self.accelerator.device
-            rate = matrix_product_rate(device, compute_dtype(self.config.mixed_precision, device))
-            full_rate = float(rate * self.accelerator.num_processes / flops)
         self.report = Reporter(
             self.output,
             self.step,
@@ -362,8 +362,9 @@ class Loop:
             samples_per_epoch=len(self.data),
             report_to=self.config.report_to,
             active=self.main,
-            full_rate=full_rate,
+            full_rate=None if flops is None else full_rate(self.accelerator, self.config, flops),
             shown=self.shown,
+            clock=self.clock,
         )
 
     def _validate(self) -> None:
@@ -462,12 +463,12 @@ class Loop:
         self.step = int(state["step"])
         before, now = state.get("processes"), self.accelerator.num_processes
         if before not in (None, now):
-            log.info(
-                f"resumed by {now} processes ({before} before): every step has the same samples as it would have"
-            )
+            log.info(f"resumed on {now} processes (before: {before}); every step still has the same samples")
         if self.config.auto_micro_batch and state.get("micro_batch", math.inf) < self.recovery.micro_batch:
             self.recovery.micro_batch = int(state["micro_batch"])
-            log.info(f"forward passes of {self.recovery.micro_batch}: more ran out of memory before")
+            log.info(
+                f"batches pass in parts of {self.recovery.micro_batch}: larger ones ran out of memory before"
+            )
         self.shown = state.get("shown", {})
 
     def _export(self) -> None:

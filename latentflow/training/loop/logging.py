@@ -29,9 +29,13 @@ from ... import __version__
 from ...errors import UserError, printable
 from ...utils.components import quiet_libraries
 from ...utils.memory import is_out_of_memory, out_of_memory, peak_gib, release_memory
+from ...utils.progress import QUIET_SECONDS, duration_text
 from .distributed import process_state
+from .timing import Clock
 
 log = logging.getLogger(__name__)
+
+_LEAST_UTILISATION = 0.01  # below it, it says nothing that the images per second do not
 
 
 class _Terminal(logging.Handler):
@@ -203,6 +207,7 @@ class Reporter:
         full_rate: samples per second if the devices did nothing but multiply matrices; None: not known.
         active: False on every process but the main one.
         shown: ``shown`` of the run that this one goes on from.
+        clock: of the run.
 
     Attributes:
         shown: name -> figure of the progress line that depends on earlier steps: the running mean of the loss, and the
@@ -220,65 +225,65 @@ class Reporter:
         active: bool,
         full_rate: float | None = None,
         shown: Mapping[str, float] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._active = active
-        self._last_step = last_step
+        self._step, self._last_step = first_step, last_step
         self._samples_per_epoch = samples_per_epoch
         self._full_rate = full_rate
         self.shown: dict[str, float] = dict(shown or {})
-        self._mark = (time.perf_counter(), 0)
-        self._samples = 0
+        self._clock = clock or Clock()
+        self._mark = (first_step, 0.0)  # step, and seconds of training up to it, of the metrics before
+        self._figures: dict[str, str] = {}
         self._metrics_failed = False
         self._metrics = open_metrics(folder) if active else None
         self._tracker = Tracker(report_to if active else "none", folder)
         if active:
             record_start(folder, first_step)
-        terminal = sys.stderr.isatty()
+        self._on_gpu = process_state().device.type != "cpu"
+        self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=last_step,
             initial=first_step,
-            disable=not (active and terminal),
-            unit="step",
+            disable=not (active and self._terminal and first_step < last_step),
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",  # the time left is ours
             dynamic_ncols=True,
         )
-        self._lines = active and not terminal
-        self._last_line = 0.0
+        self._printed, self._printed_at = (
+            (first_step, dict(self.shown)),
+            0.0,
+        )  # what the last line showed, and when
 
-    def step(self, samples: int) -> None:
-        """Count one finished step of ``samples`` samples over all processes."""
-        self._samples += samples
+    def step(self, step: int) -> None:
+        """Show that a step is finished."""
+        self._step = step
+        self._show()
         self._bar.update(1)
+        if step < self._last_step and time.perf_counter() - self._printed_at > QUIET_SECONDS:
+            self._print_line()
 
     def metrics(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Record training metrics of a step."""
         if not self._active:
             return
         self.shown["loss"] = 0.9 * self.shown.get("loss", values["loss"]) + 0.1 * values["loss"]
-        now = time.perf_counter()
-        elapsed, done = now - self._mark[0], self._samples - self._mark[1]
-        rate = done / elapsed if elapsed > 0 else 0.0
-        self._mark = (now, self._samples)
+        seconds, done = self._clock.seconds - self._mark[1], samples_seen / step * (step - self._mark[0])
+        rate = done / seconds if seconds > 0 else 0.0
+        self._mark = (step, self._clock.seconds)
         speed = {"images_per_second": rate, "memory_gib": peak_gib()}
         if self._full_rate is not None:
             speed["model_flops_utilisation"] = rate / self._full_rate
         self._write(step, values | speed)
-        per_step = samples_seen / step
-        eta = (self._last_step - step) * per_step / rate if rate else 0.0
-        parts = {
+        self._figures = {
             "epoch": f"{samples_seen / self._samples_per_epoch:.1f}",
-            **{name: f"{value:.4f}" for name, value in self.shown.items()},
             "lr": f"{values['lr']:.1e}",
-            "img/s": f"{rate:.0f}",
-            **({} if self._full_rate is None else {"MFU": f"{rate / self._full_rate:.0%}"}),
-            "mem": f"{peak_gib():.1f}G",
-            "ETA": _duration(eta),
+            "images/s": f"{rate:.3g}" if rate < 100 else f"{rate:.0f}",
+            "memory": f"{peak_gib():.1f} GiB",
         }
-        self._bar.set_postfix(parts, refresh=False)
-        if self._lines and now - self._last_line > 5:
-            self._last_line = now
-            line = "  ".join(f"{name} {value}" for name, value in parts.items())
-            with suppress(OSError):  # nobody reads it any more
-                print(f"step {step}/{self._last_step}  {line}", file=sys.stderr, flush=True)
+        # The rate of a CPU's matrix products is no measure of what it could do here.
+        used = rate / self._full_rate if self._full_rate is not None and self._on_gpu else 0.0
+        if used >= _LEAST_UTILISATION:
+            self._figures["MFU"] = f"{used:.0%}"
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Record validation figures; they stay in the progress line."""
@@ -286,6 +291,7 @@ class Reporter:
             figures = {f"val_{name}": value for name, value in values.items()}
             self.shown |= figures
             self._write(step, figures)
+            self._show()
             self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
     def image(self, step: int, image: Image) -> None:
@@ -312,18 +318,44 @@ class Reporter:
                 defect = traceback.format_exc()
         release_memory()
         self.say(
-            f"WARNING: step {step}: could not {phase}: {why}\nTraining goes on; the next time is the next try."
+            f"WARNING: step {step}: could not {phase}: {why}\nTraining goes on, and tries again when the next is due."
         )
         if defect is not None:
             self.say(defect)
 
     def close(self) -> None:
-        """Finish the files."""
+        """Finish the bar, with the figures of the last step, and the files."""
+        self._show()
         self._bar.close()
+        if self._printed != (self._step, self.shown):
+            self._print_line()
         if self._metrics is not None:
             with suppress(OSError):
                 self._metrics.close()
         self._tracker.close()
+
+    def _shown(self) -> dict[str, str]:
+        """Return the figures of the progress line, by name."""
+        epoch = {name: value for name, value in self._figures.items() if name == "epoch"}
+        losses = {name: f"{value:.4f}" for name, value in self.shown.items()}
+        figures = epoch | losses | self._figures
+        left = self._clock.seconds_left(self._last_step - self._step)
+        if left is not None and self._step < self._last_step:
+            figures["left"] = duration_text(left)
+        return figures
+
+    def _show(self) -> None:
+        self._bar.set_postfix(self._shown(), refresh=False)
+
+    def _print_line(self) -> None:
+        """Print the progress line where there is no bar."""
+        if self._terminal or not self._active:
+            return
+        figures = "  ".join(f"{name} {value}" for name, value in self._shown().items())
+        line = f"step {self._step}/{self._last_step}  {figures}"
+        self._printed, self._printed_at = (self._step, dict(self.shown)), time.perf_counter()
+        with suppress(OSError):  # nobody reads it any more
+            print(line, file=sys.stderr, flush=True)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         assert self._metrics is not None
@@ -339,11 +371,6 @@ class Reporter:
                 )
             self._metrics_failed = True
         self._tracker.metrics(step, values)
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = int(seconds // 60) % 60, int(seconds // 3600)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{int(seconds) % 60:02d}s"
 
 
 # The sections of a step; the loop marks each with `torch.profiler.record_function`.

@@ -18,6 +18,7 @@ from ...data import pixels_to_images
 from ...data.masks import DEFAULT_SHAPES, OWN, check_shapes, random_masks
 from ...flow import PathSample, TimeDensity, UniformTimes, loss_factor
 from ...models import Condition
+from ...utils.progress import progress_bar
 from ..loop.data_order import SampleRandom, SampleUse, Stream, seeded
 from ..loop.loader import by_group, groups_of, load_batch, to_device
 from ..loop.trained_module import WeightAverage
@@ -252,7 +253,8 @@ def validation_loss(loss: FlowLoss, data: LatentData, device: torch.device, batc
         for k in range(_VALIDATION_TIMES)
     ]
     total = 0.0
-    for start in range(0, len(uses), batch_size):
+    starts = range(0, len(uses), batch_size)
+    for start in progress_bar(starts, desc="validating", delay=3, leave=False):
         for part in by_group(uses[start : start + batch_size], groups_of(data)):
             batch = load_batch(data, part)
             total += float(loss(to_device(batch, device))["per_sample"].double().sum())
