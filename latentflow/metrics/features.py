@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import UserError, unknown
+from ..utils.progress import progress_bar
 
 _AT_ONCE = 32  # images that a network sees at once
 
@@ -67,7 +67,7 @@ def features(
     function = _space(space)
     refuse_not_finite(images, "images")
     parts = images.split(batch_size if space.startswith("pixels") else min(batch_size, _AT_ONCE))
-    shown = tqdm(parts, desc=f"{space} features", delay=3, leave=False)
+    shown = progress_bar(parts, desc=f"{space} features", delay=3, leave=False)
     return torch.cat(
         [function(part.detach().to(device).float().clamp(-1, 1)).float().cpu() for part in shown]
     )
