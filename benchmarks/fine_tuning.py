@@ -12,7 +12,7 @@ the class's colour and shape, in one of the sizes and places that the set has.
 caption whose nearest real image (of --old and --new together, in the feature space --space) has that caption; for all
 captions of --new, and with --old for 200 of its captions before and after. The others of --old are --prior-prompts;
 without --old there are no prior samples. The row "real images" is what the autoencoder makes of --new. Loss: of the
-velocity at 8 times and 16 noises for each image, the same for all variants; for the images of --new (what was learnt)
+velocity at 8 times and 4 noises for each image, the same for all variants; for the images of --new (what was learnt)
 and of --held-out, more of the same kind that were not trained on (what was learnt of the kind).
 
 Each variant is a line of flags of `latentflow train`, and is trained once for each of --seeds. Without --variant: the
@@ -50,7 +50,7 @@ NEW_CLASSES = ("red cross", "green circle", "yellow triangle")
 IMAGES_OF_A_NEW_CLASS = 60
 OLD_CAPTIONS = 200
 TIMES = tuple((i + 0.5) / 8 for i in range(8))
-NOISES = 16
+NOISES = 4
 BATCH = 50
 VARIANTS = {"with its own samples (the default)": "", "without": "--prior-samples 0"}
 

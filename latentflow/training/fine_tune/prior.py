@@ -107,8 +107,8 @@ def prior_prompts(
         prompts = in_turn([*names] or [""], count)
         origin = f"for its {len(names)} classes" if names else "without a condition"
     line = (
-        f"prior samples: so that the checkpoint does not forget what it knew, {config.prior_share:.0%} of each step are "
-        f"images that it generates itself, {count} in all, {origin}"
+        f"prior samples: so that the checkpoint does not forget what it knew, {config.prior_share:.0%} of each step "
+        f"are images that it generates itself, {count} in all, {origin}"
     )
     if not config.prior_samples:
         line += " (--prior-samples 0 leaves them out)"
