@@ -31,6 +31,7 @@ class InpaintConfig(SamplingConfig):
     """Repaint part of an image. Every pixel outside the mask keeps its sRGB colour and its transparency.
 
     latentflow inpaint face.png mask.png "a red hat" -o hat.png
+    latentflow inpaint face.png "a red hat" --box 0 0 64 20 -o hat.png
     latentflow inpaint face.png "a red hat" --expand 0 32 0 0 -o taller.png
     """
 
@@ -39,11 +40,13 @@ class InpaintConfig(SamplingConfig):
     mask_and_prompts: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MASK PROMPT")
     ] = ()
-    """The mask, white where to paint, black where to keep, grey between; with --expand there is none. Then the prompt
-    for the masked area, in quotes; without one the surroundings are continued. With several prompts, all images of the
-    first come first."""
+    """The mask, white where to paint, black where to keep, grey between; with --box or --expand there is none. Then the
+    prompt for the masked area, in quotes; without one the surroundings are continued. With several prompts, all images
+    of the first come first."""
     mask_threshold: float | None = None
     """Make a mask of any image: pixels that are at least this bright, from 0 to 1, are painted."""
+    box: Annotated[tuple[int, int, int, int] | None, tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = None
+    """Paint this rectangle of the image, in pixels from its left and upper edges; there is no mask."""
     expand: Annotated[tuple[int, int, int, int], tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = (
         0,
         0,
@@ -107,19 +110,50 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read(config: InpaintConfig) -> tuple[Image, Image, tuple[str, ...]]:
-    """Return the image, its mask, and the prompts."""
+    """Return the image, its mask, and the prompts.
+
+    Raises:
+        UserError: there is no mask, or more than one; the box is not within the image.
+    """
     image, words = read_image(config.image), config.mask_and_prompts
+    is_file = config.mask_threshold is not None or bool(words and Path(words[0]).is_file())
+    kinds = {"a mask": is_file, "--box": config.box is not None, "--expand": any(config.expand)}
+    given = [name for name, there in kinds.items() if there]
+    if len(given) > 1:
+        raise UserError(
+            f"{' and '.join(given)} are both given", "Give one, and the other in a second run on the result."
+        )
+    if config.box is not None:
+        return image, box_mask(image, config.box), words
     if any(config.expand):
         from latentflow import expand_canvas
 
-        if config.mask_threshold is not None or (words and Path(words[0]).is_file()):
-            raise UserError(
-                "a mask and --expand are both given", "Give one, and the other in a second run on the result."
-            )
         return *expand_canvas(image, *config.expand), words
     if not words:
-        raise UserError("there is no mask", "Give one after the image, or --expand LEFT TOP RIGHT BOTTOM.")
+        raise UserError(
+            "there is no mask",
+            "Give one after the image, or --box LEFT TOP RIGHT BOTTOM, or --expand LEFT TOP RIGHT BOTTOM.",
+        )
     return image, read_mask_of(words[0], image, config.mask_threshold), words[1:]
+
+
+def box_mask(image: Image, box: tuple[int, int, int, int]) -> Image:
+    """Return a mask of the image's size that is white in the box.
+
+    Raises:
+        UserError: the box is empty or not within the image.
+    """
+    import PIL.Image
+
+    left, top, right, bottom = box
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise UserError(
+            f"--box {left} {top} {right} {bottom} is no rectangle in an image of {image.width} x {image.height} pixels",
+            "Give LEFT TOP RIGHT BOTTOM, the last two larger than the first two.",
+        )
+    mask = PIL.Image.new("L", image.size)
+    mask.paste(255, box)
+    return mask
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ def test_only_the_hole_changes(inpaint: Inpaint) -> None:
     assert changed[hole].mean() > 0.5
 
 
+def test_a_box_is_the_mask_of_that_rectangle(inpaint: Inpaint) -> None:
+    [masked] = inpaint("in.png", "mask.png", "red apple", "-o", "a.png")
+    [boxed] = inpaint("in.png", "red apple", "--box", 4, 2, 11, 7, "-o", "b.png")
+    assert np.array_equal(pixels(masked), pixels(boxed))
+
+
 def test_without_a_prompt_the_surroundings_decide(inpaint: Inpaint) -> None:
     [without] = inpaint("in.png", "mask.png", "-o", "a.png")
     [empty] = inpaint("in.png", "mask.png", "", "-o", "b.png")
@@ -104,6 +110,12 @@ def test_an_image_that_is_stored_turned_is_painted_upright(inpaint: Inpaint) -> 
         (["in.png", "mask.png", "hat", "--checkpoint", "CLASSES"], "--class NAME: apple, hat"),
         (["in.png", "hat", "--expand", "0", "-1", "0", "0"], "cannot add 0, -1, 0, 0 pixels"),
         (["in.png", "mask.png", "hat", "--expand", "0", "1", "0", "0"], "a mask and --expand are both given"),
+        (["in.png", "mask.png", "--box", "0", "0", "1", "1"], "a mask and --box are both given"),
+        (
+            ["in.png", "hat", "--box", "4", "2", "15", "7"],
+            "--box 4 2 15 7 is no rectangle in an image of 14 x 10",
+        ),
+        (["in.png", "hat", "--box", "4", "2", "4", "7"], "--box 4 2 4 7 is no rectangle"),
         (["in.png", "hat", "--expand", "0", "1", "0", "0", "--mask-threshold", "0.5"], "a mask and --expand"),
     ],
 )
