@@ -251,7 +251,8 @@ def test_help_of_many_flags_shows_the_essential_ones_or_a_group_or_all(
     everything = help_of("--help-all", capsys=capsys)
     for flag in flags_of(RunConfig):
         assert flag.help, flag.key
-        assert f"--{flag.key.replace('_', '-')} " in everything or flag.positional
+        name = flag.key.replace("_", "-")
+        assert f"--{name} " in everything or f"--no-{name} " in everything or flag.positional
     with pytest.raises(UserError, match="did you mean 'routing'"):
         cli.parse(RunConfig, ["--help", "routin"], prog="latentflow example")
 

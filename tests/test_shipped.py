@@ -16,6 +16,7 @@ from PIL import Image
 from latentflow import LatentFlowInpaintPipeline, LatentFlowPipeline
 from latentflow.data.sources import shapes
 from latentflow.metrics import psnr
+from latentflow.utils.files import result_of
 
 MEGABYTE = 1_000_000
 
@@ -25,6 +26,16 @@ def pipe(repository: Path) -> LatentFlowPipeline:
     pipe = LatentFlowPipeline.from_pretrained(repository / "checkpoints" / "emoji-64")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.mark.parametrize("name", ["emoji-64", "clothing-64"])
+def test_shipped_checkpoints_have_a_name_everywhere(name, repository, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = str(repository / "checkpoints" / name)
+    assert result_of(name) == result_of(f"checkpoints/{name}") == shipped
+    assert result_of(f"owner/{name}") == f"owner/{name}"
+    (tmp_path / name).mkdir()  # the user's own comes first
+    assert result_of(name) == name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..config import AdapterChoice, SamplingConfig
 from ..errors import UserError, finite, reason, whole
 from ..utils.components import quiet_libraries
-from ..utils.files import check_types, pipeline_folder, read_settings, result_of, unfinished_run
+from ..utils.files import (
+    SHIPPED_CHECKPOINTS,
+    check_types,
+    pipeline_folder,
+    read_settings,
+    result_of,
+    unfinished_run,
+)
 from .images import check_format, check_writable
 
 if TYPE_CHECKING:
@@ -29,10 +36,7 @@ Condition = dict[str, Any]
 # matrix products round differently in a batch of another size, by at most one level of 255.
 BATCH = 16
 LARGEST_SEED = 2**64 - 1
-# In an installed wheel under latentflow/programs/, in a clone beside latentflow/.
-_PACKAGE = Path(__file__).resolve().parents[1]
-_ROOT = _PACKAGE / "programs" if (_PACKAGE / "programs").is_dir() else _PACKAGE.parent
-SHIPPED = _ROOT / "checkpoints" / "emoji-64"
+SHIPPED = SHIPPED_CHECKPOINTS / "emoji-64"
 
 
 def check_sampling(config: SamplingConfig) -> None:

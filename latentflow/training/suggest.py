@@ -14,7 +14,7 @@ import torch
 from ..config import PRESETS, AutoencoderConfig, DataConfig, FineTuningConfig, LoopConfig
 from ..data.checking.report import FEW, Report, Suggestion
 from ..errors import plural
-from ..inference.sample import SHIPPED
+from ..utils.files import SHIPPED_CHECKPOINTS
 from .fine_tune.defaults import fitted, held_out_share
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
 
@@ -144,10 +144,9 @@ def suggest(report: Report, machine: Machine, flags: tuple[str, ...] = ()) -> li
 def _fine_tunes(report: Report, machine: Machine, flags: tuple[str, ...]) -> Iterator[Suggestion]:
     """Yield a fine-tune of the shipped checkpoint that takes the data's condition, then the same by an adapter."""
     checkpoint = _CHECKPOINTS[report.condition]
-    folder = SHIPPED.parent / checkpoint.name
-    if not (folder / "model_index.json").is_file():
+    if not (SHIPPED_CHECKPOINTS / checkpoint.name / "model_index.json").is_file():
         return
-    place = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    place = f"{SHIPPED_CHECKPOINTS.name}/{checkpoint.name}"  # a name that `train` knows everywhere
     reasons = {
         "--init-from": f"{checkpoint.name} {checkpoint.knows} at {_SIDE} px; your images are resized to that",
         "steps": "",  # these two come here

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 os.umask(_UMASK := os.umask(0o022))  # the only way to read it is to set it
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+_PROGRAMS = _PACKAGE / "programs"
+#: Beside ``latentflow/`` in a clone, under ``latentflow/programs/`` in an installed wheel.
+SHIPPED_CHECKPOINTS = (_PROGRAMS if _PROGRAMS.is_dir() else _PACKAGE.parent) / "checkpoints"
+
 DEPTH = 64  # most levels of values inside values
 VALUES = 1_000_000  # most values of a document; those that YAML's aliases repeat are counted each time
 # PyYAML's exceptions besides its own: its constructors of numbers, dates and the like pass on what they meet.
@@ -314,7 +319,12 @@ def restore_permissions(written: Path) -> None:
 
 
 def result_of(name_or_path: str) -> str:
-    """Return the pipeline folder of a finished run folder; any other folder, or a hub id, as it is."""
+    """Return the pipeline folder of a finished run folder, or of a shipped checkpoint that is named as in a clone,
+    ``checkpoints/emoji-64``, or by its name; any other folder, or a hub id, as it is."""
+    shipped = SHIPPED_CHECKPOINTS / Path(name_or_path).name
+    names = (shipped.name, f"{SHIPPED_CHECKPOINTS.name}/{shipped.name}")
+    if name_or_path in names and not Path(name_or_path).exists() and (shipped / "model_index.json").is_file():
+        return str(shipped)
     inside = Path(name_or_path) / "pipeline"
     return str(inside) if (inside / "model_index.json").is_file() else name_or_path
 

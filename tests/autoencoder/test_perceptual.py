@@ -108,8 +108,9 @@ def test_a_run_reports_it_saves_nothing_of_it_and_resumes(network: str, tmp_path
     with safe_open(file, framework="pt") as opened:
         assert set(opened.keys()) <= build_autoencoder(SMALL, 16).state_dict().keys() | {"latents"}
     assert train(config) is not None  # finished: nothing is left to do, and nothing refused
+    (tmp_path / "other").symlink_to(network)
     with pytest.raises(UserError, match="perceptual_features"):
-        train(dataclasses.replace(config, perceptual_features="efficientnet-lite0"))
+        train(dataclasses.replace(config, perceptual_features=str(tmp_path / "other")))
 
 
 def test_runs_of_before_have_no_such_setting() -> None:

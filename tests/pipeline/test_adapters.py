@@ -597,7 +597,7 @@ def test_export_overwrites_nothing(export: Program, dit_folder: Path, tmp_path: 
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "model_index.json").write_text("mine")
-    with pytest.raises(UserError, match="Nothing is overwritten"):
+    with pytest.raises(UserError, match="nothing is overwritten"):
         export(tmp_path / "run", "--adapter", "-o", mine)
     assert (mine / "model_index.json").read_text() == "mine"
     shutil.rmtree(mine)

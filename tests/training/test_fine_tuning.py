@@ -192,7 +192,7 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
     line += ["--checkpointing-steps", 2, "--inpainting"]  # so that their pixels are kept as well
     monkeypatch.setattr("latentflow.training.fine_tune.teacher_samples._TOGETHER", 4)
     said = call(cache, *line, "-o", tmp_path / "whole")
-    assert "are 6 images that" in said and "its 2 classes" in said
+    assert "generates itself, 6 in all" in said and "its 2 classes" in said
     files = sorted((tmp_path / "whole" / "prior").glob("*.safetensors"))
     assert [len(load_file(file)["latents"]) for file in files] == [4, 2]
     assert load_file(files[0])["pixels"].dtype == torch.uint8
@@ -348,7 +348,7 @@ def test_the_plan_says_what_was_chosen(base, animals, cache, tmp_path) -> None:
     said = call(cache, *line, "--preset", "tiny")
     assert "--learning-rate 0.0004" in said  # a fifth of the preset's
     assert "9 images to train on, 0 held out" in said and "few images (9)" in said
-    assert "200 samples of" in said
+    assert "200 in all" in said
     said = call(cache, *line, "--learning_rate", "0.003", "--max-train-steps=7", "--prior-samples", 0)
     assert "learning rate 0.003" in said and "plan: 7 steps" in said and "prior samples: none" in said
     assert not (tmp_path / "run").exists()

@@ -232,7 +232,7 @@ def test_a_fine_tune_that_learns_nothing_says_so_last_and_its_command_works(
     flags = [*TINY, *few, "--init-from", base, "--lora-rank", 2, "--learning-rate", "1e-6", "--validation", 0]
     text, command = last_verdict(call(cache, images, "-o", run, *flags))
     assert text.startswith("not learnt. Your captions do not draw your images yet. Loss on the training")
-    assert shlex.split(command)[-4:] == ["--max-train-steps", "24", "--learning-rate", "3e-06"]
+    assert shlex.split(command)[-4:] == ["--max-train-steps", "24", "--learning-rate", "2e-06"]
     card = (run / "pipeline" / "README.md").read_text()
     assert (
         "Verdict at the end of the run: not learnt. Your" in card and "Loss on the training images: " in card
