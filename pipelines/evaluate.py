@@ -1,12 +1,12 @@
-"""Measure a checkpoint: how good its images are, how varied, whether they show what was asked for, or are copies.
+"""Measure a checkpoint: quality and variety of its images, agreement with their prompts, share of copies.
 
     latentflow evaluate runs/cats/pipeline cats -o report.json
     latentflow evaluate checkpoints/emoji-64 emoji/train --test emoji/test -o report.json \\
         --attributes "light skin tone" "medium skin tone" "dark skin tone"
 
-Images are generated for the captions or classes of training images, as often as the data have them, and compared with
-real images in a feature space. Writes a report (JSON) and, beside it, two images: report.png with generated images,
-and report-nearest.png with the training images that are nearest to each. Nothing is downloaded, unless --features,
+Images are generated for the captions or classes of training images, in the data's proportions, and compared with real
+images in a feature space. Writes a report (JSON) and, beside it, two images: report.png with generated images, and
+report-nearest.png with the training images nearest to each. Nothing is downloaded, unless --features,
 --fid or --clip names a model that is not on this machine. docs/reference/evaluation.md explains each figure.
 """
 
@@ -39,14 +39,14 @@ class EvaluateConfig(AdapterChoice):
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "report.json"
     """File of the report (.json)."""
     overwrite: bool = False
-    """Replace a report, and the images beside it, that exist."""
+    """Replace an existing report and the images beside it."""
 
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 200
     """Images to generate, for the captions or classes of as many training images (repeated where there are fewer).
     With fewer than 50, most figures say little."""
     features: str | None = None
     """Feature space in which generated and real images are compared: efficientnet-lite0 (extra `features`), pixels-16
-    or pixels-32 (nothing to install), inception (extra `metrics`; downloads weights), or hub id or folder of a
+    or pixels-32 (nothing to install), inception (extra `metrics`; downloads weights), or the hub id or folder of a
     vision model of transformers, such as facebook/dinov2-small. Default: efficientnet-lite0 if it is installed, else
     pixels-16."""
     steps: int | None = None
@@ -54,7 +54,7 @@ class EvaluateConfig(AdapterChoice):
     guidance: float | None = None
     """Guidance scale; 1 is off. Default: 4, unless guidance was distilled into the checkpoint."""
     solver: str | None = None
-    """Solver of the flow; default: heun, or none for a few-step checkpoint, which needs none."""
+    """Solver of the flow. Default: heun; few-step checkpoints need none."""
     seed: int = 0
     """Seed of the captions, of the noise, and of the choice of real images to compare with."""
     batch_size: int = 50
@@ -64,12 +64,12 @@ class EvaluateConfig(AdapterChoice):
 
     validation: float | None = None
     """Share of DATA that the run held out. This and the next eight settings are read from the run's config.yaml if
-    CHECKPOINT lies in a run folder; else they default to those of `latentflow train`."""
+    CHECKPOINT lies in a run folder; otherwise their defaults are those of `latentflow train`."""
     validation_seed: int | None = None
     """Seed of that run."""
     stratify: bool | None = None
-    """The run held out the same share of every class. Without a run folder the default is True; checkpoints from before
-    November 2026 need False."""
+    """Hold out the same share of every class, as the run did. Without a run folder the default is True; checkpoints
+    from before November 2026 need False."""
     condition: Literal["auto", "none", "class", "text"] | None = None
     """Condition of the network for DATA's images."""
     missing_caption: Literal["error", "empty", "skip"] | None = None

@@ -25,8 +25,8 @@ from latentflow.utils.files import result_of
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(AdapterChoice):
-    """Write a pipeline folder: of a run, finished or not, or of a checkpoint with adapters merged into it (--lora,
-    --fast). With --adapter write the adapter of a run alone."""
+    """Write a pipeline folder from a run, finished or not, or from a checkpoint with adapters merged into it (--lora,
+    --fast). With --adapter, write the adapter of a run alone."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_PIPELINE")]
     """Run folder, pipeline folder or hub id; with --adapter the run that trained the adapter."""

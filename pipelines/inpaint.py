@@ -40,9 +40,9 @@ class InpaintConfig(SamplingConfig):
     mask_and_prompts: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MASK PROMPT")
     ] = ()
-    """The mask, white where to paint, black where to keep, grey between; with --box or --expand there is none. Then the
-    prompt for the masked area, in quotes; without one the surroundings are continued. With several prompts, all images
-    of the first come first."""
+    """The mask, white where to paint, black where to keep, grey for a blend; leave it out with --box or --expand.
+    Then the prompt for the masked area, in quotes; without one, the surroundings are continued. With several prompts,
+    all images of the first come first."""
     mask_threshold: float | None = None
     """Make a mask of any image: pixels that are at least this bright, from 0 to 1, are painted."""
     box: Annotated[tuple[int, int, int, int] | None, tyro.conf.arg(metavar="LEFT TOP RIGHT BOTTOM")] = None
@@ -64,7 +64,7 @@ class InpaintConfig(SamplingConfig):
     have their own steps."""
     feather: int = 0
     """Width in pixels of a soft edge around the mask, in which kept pixels change too. --seamless hides the edge
-    without it."""
+    without changing them."""
     seamless: bool = True
     """Match the colours inside the mask to the kept pixels around it, so that no edge shows."""
     padding_mask_crop: int | None = None

@@ -59,8 +59,8 @@ class LoopConfig:
     """Decay of the weight average, which rises with the steps: min(ema_decay, (1 + step) / (10 + step)).
     `--optimizer schedule-free` uses its own average instead."""
     ema_lengths: tuple[float, ...] = ()
-    """Relative lengths, such as 0.05 0.1, of power-function averages of the weights that are tracked too. After the
-    run `latentflow average` makes averages of any length near these."""
+    """Relative lengths, such as 0.05 0.1, of additional, power-function averages of the weights. After the run,
+    `latentflow average` makes averages of any length near these."""
     ema_snapshot_steps: int = 0
     """Steps between snapshots of these averages. 0: a 32nd of the run."""
     mixed_precision: Annotated[Literal["auto", "no", "bf16", "fp16"], Essential("training")] = "auto"
@@ -80,10 +80,11 @@ class LoopConfig:
     """Steps between validations. 0: none."""
     validation_time: float | None = None
     """Largest share of the time that validations and previews may take together: those beyond it are skipped, except
-    at the last step. Default: 0.1, or 1 (none is skipped) with --validation-steps, --preview-steps or --early-stop."""
+    at the last step of the run. Default: 0.1, or 1 (none is skipped) with --validation-steps, --preview-steps or
+    --early-stop."""
     early_stop: Annotated[int, Essential("training")] = 0
-    """End after this many validations in a row without a better loss; the result is the best one's weights, also at
-    the planned end. 0: never."""
+    """End after this many validations in a row without a better loss. The result has the weights of the best
+    validation, also if the run reaches its planned end. 0: never."""
     preview_steps: int = 1000
     """Steps between preview images. 0: none."""
     log_steps: int = 10
@@ -97,7 +98,7 @@ class LoopConfig:
     profile: bool = False
     """Write a trace of a few steps, and a table of where their time goes, to the folder `profile` of the run."""
     max_nonfinite_steps: int = 10
-    """Steps in a row that may be skipped because the loss or a gradient is not finite; after more the run stops."""
+    """Steps in a row that may be skipped because the loss or a gradient is not finite; after more, the run stops."""
     allow_changes: bool = False
     """Resume although the data or the settings of the network changed; the differences are printed."""
 

@@ -54,8 +54,8 @@ class TextConfig:
     """The text encoder for captions."""
 
     text_encoder: Annotated[str | None, Essential("model")] = None
-    """Pretrained text encoder of transformers (hub id or folder), kept frozen. Default: a small one is trained
-    along."""
+    """Pretrained text encoder of transformers (hub id or folder), kept frozen. Default: a small one is trained with
+    the network."""
     text_width: int = 256
     """Channels of the small text encoder."""
     text_depth: int = 2
@@ -63,7 +63,7 @@ class TextConfig:
     text_heads: int = 4
     """Attention heads of the small text encoder."""
     text_length: int = 32
-    """Longest caption, in tokens; the rest of longer ones is cut off."""
+    """Longest caption, in tokens; longer captions are cut off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +96,20 @@ class AutoencoderConfig:
     perceptual_weight: float = 0.0
     """Weight of a perceptual loss: how different reconstructions look to a vision network. 0: off."""
     perceptual_features: str = "lpips"
-    """Network of the perceptual loss: lpips (extra `lpips`; downloads VGG weights); or one whose features are compared
-    as they are: efficientnet-lite0 (extra `features`), or hub id or folder of a vision model of transformers."""
+    """Network of the perceptual loss: lpips (extra `lpips`; downloads VGG weights); or a network whose features are
+    compared as they are: efficientnet-lite0 (extra `features`), or the hub id or folder of a vision model of
+    transformers."""
     adversarial_weight: float = 0.0
     """Weight of the PatchGAN hinge loss, before the adaptive factor."""
     adversarial_start: int = 1_500
     """First step with the adversarial loss."""
     equivariance: float = 0.0
-    """Probability that a step shrinks and turns the latents and decodes them to images that are shrunk and turned
-    alike (EQ-VAE, arXiv:2502.09509; 0.5 is usual). 0: off."""
+    """Probability that a step shrinks and rotates the latents, and decodes them to images shrunk and rotated in the
+    same way (EQ-VAE, arXiv:2502.09509; 0.5 is usual). 0: off."""
     latent_noise: float = 0.0
-    """Strength of the noise that is added to the latents which the decoder learns from: each sample gets between
-    none and this many times the latents' spread (as in l-DeTok, arXiv:2507.15856, which goes up to noise alone; 0.5
-    is mild). 0: off."""
+    """Largest strength of the noise added to the latents that the decoder learns from: between none and this many
+    times the latents' spread, chosen for each sample (as in l-DeTok, arXiv:2507.15856, which goes up to noise alone;
+    0.5 is mild). 0: off."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.equivariance <= 1:
@@ -310,10 +311,11 @@ class RoutingConfig:
     route_share: float = 0.0
     """Share of the tokens that skips the middle blocks in training (dit); 0.5 is usual. 0: none."""
     route_blocks: tuple[int, int] = (1, -1)
-    """First and last block that they skip, as in a Python slice: 1 -1 skips all but the first and the last
-    block."""
+    """First block that they skip and first that they do not, as in a Python slice: 1 -1 skips all but the first and
+    the last block."""
     route_until: float = 0.9
-    """Share of the run after which no token skips a block any more, so that the network ends as it will be used."""
+    """Share of the run after which tokens no longer skip blocks, so that training ends with the network as it will be
+    used."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.route_share < 1.0:
@@ -340,8 +342,8 @@ class AlignmentConfig:
     alignment_block: int | None = None
     """Number of blocks before the aligned features. Default: three tenths of all (2 of 8, 8 of 28)."""
     alignment_encoder: str | None = None
-    """With --alignment encoder: the vision model, which stays frozen: hub id or folder of one of transformers (DINOv2,
-    CLIP, ...), or efficientnet-lite0 (extra `features`)."""
+    """With --alignment encoder: the vision model, which stays frozen: the hub id or folder of a model of transformers
+    (DINOv2, CLIP, ...), or efficientnet-lite0 (extra `features`)."""
 
     def __post_init__(self) -> None:
         if self.alignment is not None:

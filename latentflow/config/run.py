@@ -49,7 +49,7 @@ class DataConfig:
     validation: float = 0.02
     """Share of the images that is held out for validation."""
     stratify: bool = True
-    """Hold out the same share of every class. Runs begun before this was so go on without it."""
+    """Hold out the same share of every class. Runs that earlier versions began without it continue without it."""
     random_flip: Annotated[bool, Essential("data")] = False
     """Mirror images at random."""
 
@@ -83,14 +83,13 @@ class FineTuningConfig:
     """Protection of the checkpoint of --init-from against forgetting (docs/guide/fine-tune.md)."""
 
     prior_samples: int | None = None
-    """Number of images that the checkpoint generates before training, which are then trained on beside yours. 0:
-    none. Default: 200, or 10 per class if that is more (at most 1000), if you have at most 1000 images; else
-    none."""
+    """Number of images that the checkpoint generates before training, to be trained on together with yours. 0: none.
+    Default: 200, or 10 per class if that is more (at most 1000), if you have at most 1000 images; else none."""
     prior_share: float = 0.5
-    """Share of every step's samples that is such images."""
+    """Share of these images in the samples of every step."""
     prior_prompts: str | None = None
-    """Text file with one caption per line, for these images; best are captions that the checkpoint was trained on.
-    Default: one or two words of its vocabulary for each."""
+    """Text file of captions for these images, one per line; those that the checkpoint was trained on are best.
+    Default: one or two words of its vocabulary per image."""
 
     def __post_init__(self) -> None:
         if self.prior_samples is not None and self.prior_samples < 0:
@@ -126,7 +125,8 @@ class AdapterConfig:
     """Layers with an adapter: attention, feed-forward, all (every linear layer), or parts of layer names, such as
     blocks.0 cross_attn."""
     lora_text_encoder: bool = False
-    """Adapt the text encoder too, if it was trained with the checkpoint. New words are learned in any case."""
+    """Adapt the text encoder too, if it was trained with the checkpoint. Words that it does not know yet are learned
+    in any case."""
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0:
@@ -147,7 +147,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Turn a folder of images into a diffusers pipeline; the same line again resumes."""
+    """Turn a folder of images into a diffusers pipeline; the same line, run again, resumes it."""
 
     data: DataConfig
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
@@ -199,20 +199,19 @@ class DistillationConfig:
     """The teacher, and how the student learns from it."""
 
     guidance: Annotated[float | None, Essential("training")] = None
-    """Guidance scale of the teacher, which the student learns and then has without being asked for. Default: the
+    """Guidance scale of the teacher. The student learns it, and needs no guidance when it samples. Default: the
     teacher's usual one (4; 1 without a condition)."""
     step_counts: Annotated[tuple[int, ...], Essential("training")] = (1, 2, 4)
-    """Numbers of evaluations that the student is made for; it uses the last one unless asked otherwise. (Method
-    one-step: 1.)"""
+    """Numbers of evaluations that the student is made for; by default it uses the last one. (Method one-step: 1.)"""
     pairs: int = 10_000
     """Methods reflow and one-step: number of pairs of noise and image that the teacher generates, for the captions
     or classes of the data in turn."""
     pairs_steps: int = 20
-    """Number of steps in which it generates them."""
+    """Number of steps in which the teacher generates each pair."""
     pairs_solver: str | None = None
-    """Solver with which it generates them. Default: the teacher's own."""
+    """Solver with which the teacher generates the pairs. Default: the teacher's own."""
     pairs_folder: str | None = None
-    """Folder in which the pairs are kept; pairs that are in it are not generated again. Default: `pairs` in the run
+    """Folder in which the pairs are kept; existing pairs are not generated again. Default: `pairs` in the run
     folder."""
 
     def __post_init__(self) -> None:
