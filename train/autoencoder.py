@@ -17,7 +17,7 @@ from latentflow.config import AutoencoderConfig, DataConfig, LoopConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train an autoencoder; the same line, run again, resumes it."""
+    """Train an autoencoder; run again, the same line resumes."""
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
     """Run folder. The result is its subfolder `autoencoder`."""

@@ -29,7 +29,7 @@ from latentflow.utils.flags import Essential
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a student of a checkpoint that generates in one to four evaluations; the same line, run again, resumes it.
+    """Train a student of a checkpoint that generates in one to four evaluations; run again, the same line resumes.
 
     DATA are images like those that the checkpoint was trained on.
     """

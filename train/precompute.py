@@ -16,7 +16,7 @@ from latentflow.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Encode images into a folder that `latentflow train` takes as DATA; the same line, run again, resumes it."""
+    """Encode images into a folder that `latentflow train` takes as DATA; run again, the same line resumes."""
 
     data: DataConfig
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]

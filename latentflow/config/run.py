@@ -147,13 +147,13 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Turn a folder of images into a diffusers pipeline; the same line, run again, resumes it."""
+    """Turn a folder of images into a diffusers pipeline; run again, the same line resumes."""
 
     data: DataConfig
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
     """Run folder. The result is its subfolder `pipeline`."""
     init_from: Annotated[str | None, Essential()] = None
-    """Fine-tune: start from the weights of this pipeline."""
+    """Fine-tune: start from the weights of this pipeline folder, run folder or hub id."""
     vae: Annotated[str | None, Essential()] = None
     """Pretrained autoencoder of diffusers (folder or hub id). Default: train one on your images first."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
