@@ -174,7 +174,9 @@ def distillation_recipe(
     # ---- plan ----
     plan = [
         *plan_lines(splits, loop, own_share=1.0),
-        *fine_tuning_lines(checkpoint, loop, given, images, own_share=1.0),
+        *fine_tuning_lines(
+            checkpoint, loop, given, images, own_share=1.0, random_flip=config.data.random_flip
+        ),
         f"resolution: {splits.data.resolution} pixels",
         f"student of {checkpoint}: {name}, guidance {teacher.folded_guidance:g} learned along, made for "
         f"{', '.join(map(str, step_counts))} evaluations",
