@@ -112,8 +112,8 @@ def fine_tuning_lines(
     ]
     if folded_guidance != 1.0:
         lines.append(
-            f"WARNING: guidance {folded_guidance:g} is part of {checkpoint}'s weights, but this objective does not train "
-            "it in: the result is guided when it generates, like any other, and needs a lower --guidance than others"
+            f"WARNING: guidance {folded_guidance:g} is already in the weights of {checkpoint}, but this objective does "
+            "not distil it: the result is guided while it generates, and needs a lower --guidance than others"
         )
     if images <= FEW:
         lines.append(
