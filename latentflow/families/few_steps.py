@@ -18,7 +18,7 @@ class FewSteps:
     Attributes:
         average: the network predicts average velocities (arXiv:2505.13447).
         consistency: those lead to the data only: between steps noise is added again.
-        folded_guidance: the scale of the guidance that was learned along; where it is not 1, none is added.
+        folded_guidance: scale of the guidance that is distilled into the weights; where it is not 1, none is added.
         step_counts: the numbers of steps, of one evaluation each, that it was made for, rising.
 
     Raises:

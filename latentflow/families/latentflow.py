@@ -347,7 +347,7 @@ class LatentFlowModel(FlowModel):
 
     @property
     def usual_guidance(self) -> float:
-        """Guidance scale where nobody asks for one: what is added to that which was learned along."""
+        """Guidance scale where nobody asks for one: in addition to what is distilled into the weights."""
         return self.guidance(None)
 
     @property
@@ -359,7 +359,7 @@ class LatentFlowModel(FlowModel):
         return "exponential-adams" if self.prediction == "data" else "heun"
 
     def guidance(self, scale: float | None) -> float:
-        """Return the guidance scale that is used; a checkpoint that has learned its guidance along does without."""
+        """Return the guidance scale that is used; a checkpoint into which its guidance is distilled does without."""
         if self.few_steps.folded_guidance != 1.0:
             return 1.0
         return USUAL_GUIDANCE if scale is None else scale

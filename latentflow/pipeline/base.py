@@ -85,7 +85,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         average: the network predicts average velocities (arXiv:2505.13447): by default they lead from time to time of
             the grid, one evaluation a step. A solver that is named integrates its velocities.
         consistency: those average velocities lead to the data only: between steps noise is added again.
-        folded_guidance: scale of the guidance that was learned along; where it is not 1, none is added.
+        folded_guidance: scale of the guidance that is distilled into the weights; where it is not 1, none is added.
         step_counts: the numbers of steps, of one evaluation each, that the network was made for, in increasing order;
             by default the last is taken, and another is warned of. Empty: 4 steps of average velocities, and no
             few-step sampling of other networks.

@@ -196,7 +196,7 @@ class SamplingMixin:
         folded = model.few_steps.folded_guidance
         if asked.guidance_scale not in (None, self._guidance_scale, folded):
             log.warning(
-                "guidance_scale %g is left out: the checkpoint has learned guidance %g along",
+                "guidance_scale %g is ignored: guidance %g is already in the checkpoint's weights",
                 asked.guidance_scale,
                 folded,
             )

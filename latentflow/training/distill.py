@@ -125,7 +125,7 @@ def open_teacher(checkpoint: str, guidance: float | None) -> Teacher:
         )
     if learned not in (1.0, guidance):
         raise UserError(
-            f"--guidance {guidance:g}: {checkpoint} has learned guidance {learned:g} along",
+            f"--guidance {guidance:g}: guidance {learned:g} is already in the weights of {checkpoint}",
             "Leave it out: its student has the same.",
         )
     return Teacher(checkpoint, model, guidance if learned == 1.0 else 1.0, guidance)
@@ -174,9 +174,11 @@ def distillation_recipe(
     # ---- plan ----
     plan = [
         *plan_lines(splits, loop, own_share=1.0),
-        *fine_tuning_lines(checkpoint, loop, given, images, own_share=1.0),
+        *fine_tuning_lines(
+            checkpoint, loop, given, images, own_share=1.0, random_flip=config.data.random_flip
+        ),
         f"resolution: {splits.data.resolution} pixels",
-        f"student of {checkpoint}: {name}, guidance {teacher.folded_guidance:g} learned along, made for "
+        f"student of {checkpoint}: {name}, guidance {teacher.folded_guidance:g} distilled in, made for "
         f"{', '.join(map(str, step_counts))} evaluations",
     ]
     if model.prediction != "velocity" or model.path != CondOT():

@@ -110,7 +110,7 @@ def fine_tune_recipe(
         loop=loop,
         plan=[
             *plan_lines(splits, loop, own_share),
-            *fine_tuning_lines(checkpoint, loop, given, images, own_share, lost),
+            *fine_tuning_lines(checkpoint, loop, given, images, own_share, lost, config.data.random_flip),
             f"resolution: {splits.data.resolution} pixels",
             prior_line,
         ],

@@ -57,7 +57,7 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
 ) -> None:
     run = tmp_path / "run"
     said = distill(tmp_path, teacher, images, "-o", run, "--method", method, *FEW, *PAIRS, "--guidance", 3)
-    assert "guidance 3 learned along" in said
+    assert "guidance 3 distilled in" in said
     pipe = opened(run / "pipeline")
     counts = (1,) if method == "one-step" else (1, 2, 4)
     assert pipe.few_steps.step_counts == counts and pipe.usual_steps == counts[-1]
@@ -274,7 +274,7 @@ def test_a_teacher_that_is_none_or_takes_no_guidance_is_refused(images, tmp_path
     said = distill(tmp_path, bare, images, "-o", tmp_path / "run", *FEW, "--guidance", 2, expect=2)
     assert "no classes or captions to follow" in said
     more = ["--condition", "none", "--method", "consistency"]
-    assert "guidance 1 learned along" in distill(tmp_path, bare, images, "-o", tmp_path / "few", *FEW, *more)
+    assert "guidance 1 distilled in" in distill(tmp_path, bare, images, "-o", tmp_path / "few", *FEW, *more)
     few = tmp_path / "few" / "pipeline"
     assert LatentFlowPipeline.from_pretrained(few).few_steps.consistency
 
@@ -284,10 +284,10 @@ def test_a_students_student_has_the_guidance_that_it_learned(teacher, images, tm
     distill(tmp_path, teacher, images, "-o", first, *FEW, "--guidance", 3)
     tuned = ["--init-from", first / "pipeline", *TINY, "--max-train-steps", 1]
     said = call(tmp_path, images, "-o", tmp_path / "tuned", *tuned, "--objective", "flow-matching")
-    assert "has learned guidance 3 along, this objective does not" in said
+    assert "guidance 3 is already in the weights of" in said
     follower = open_teacher(str(first / "pipeline"), None)
     assert (follower.guidance, follower.folded_guidance) == (1.0, 3.0)
-    with pytest.raises(UserError, match="has learned guidance 3 along"):
+    with pytest.raises(UserError, match="guidance 3 is already in the weights"):
         open_teacher(str(first / "pipeline"), 4.0)
 
 
@@ -384,7 +384,7 @@ def test_a_finished_run_says_how_it_goes_on(teacher, images, tmp_path) -> None:
     distill(tmp_path, teacher, images, "-o", run, *FEW, "--method", "shortcut", "--guidance", 2)
     words = shlex.split(read_run(run).resume())
     assert words[:2] == ["latentflow", "distill"]
-    assert "guidance 2 learned along" in distill(tmp_path, *words[2:])
+    assert "guidance 2 distilled in" in distill(tmp_path, *words[2:])
 
 
 def test_a_teachers_coupling_does_not_part_pairs() -> None:

@@ -119,7 +119,7 @@ def with_base_flow(flow: FlowConfig, checkpoint: str, given: Collection[str]) ->
 
 
 def lost_guidance(flow: FlowConfig, checkpoint: str, given: Collection[str]) -> float:
-    """Return the guidance that a checkpoint has learned along, if ``flow`` trains it to something without; else 1."""
+    """Return the guidance that is distilled into a checkpoint, if ``flow`` trains it to something without; else 1."""
     learned = float(_pipeline_config(checkpoint).get("folded_guidance", 1.0))
     return 1.0 if with_base_flow(flow, checkpoint, given).choices().objective.average else learned
 

@@ -92,11 +92,13 @@ def fine_tuning_lines(
     images: int,
     own_share: float,
     folded_guidance: float = 1.0,
+    random_flip: bool = False,
 ) -> list[str]:
-    """Say what differs from a training from scratch.
+    """Return the plan's lines about what differs from a training from scratch.
 
     Args:
-        folded_guidance: guidance that the checkpoint has learned along and the run does not.
+        folded_guidance: guidance that is part of the checkpoint's weights, and will not be of the result's.
+        random_flip: mirror images are trained on as well.
     """
     own = own_share * loop.max_train_steps * _samples(loop)
     chosen = [
@@ -106,17 +108,17 @@ def fine_tuning_lines(
     ]
     lines = [
         f"fine-tuning {checkpoint}: each image is used about {own / images:.0f} times"
-        + (f"; chosen for that (flags win): {' '.join(chosen)}" if chosen else "")
+        + (f"; the settings for that, unless you give others: {' '.join(chosen)}" if chosen else "")
     ]
     if folded_guidance != 1.0:
         lines.append(
-            f"WARNING: {checkpoint} has learned guidance {folded_guidance:g} along, this objective does not: the "
-            "result is an ordinary checkpoint, and draws with more guidance on top; guide it less than others"
+            f"WARNING: guidance {folded_guidance:g} is already in the weights of {checkpoint}, but this objective does "
+            "not distil it: the result is guided while it generates, and needs a lower --guidance than others"
         )
     if images <= FEW:
         lines.append(
-            f"few images ({images}): how near the result comes to copying them is measured at the end; "
-            + "mirror images would double them (--random-flip), where left and right do not matter"
+            f"few images ({images}): at the end it is measured how close generated images come to copies of them"
+            + ("" if random_flip else "; --random-flip doubles them, where left and right do not matter")
         )
     return lines
 
