@@ -138,7 +138,9 @@ def lay_out_edit(tab: Tab) -> None:
                 visible=False,
                 elem_id="edit-original",
             )
-            tab.add_prompt("source_prompt", "Source prompt", "What the image shows now, such as red apple")
+            tab.add_prompt(
+                "source_prompt", "Source prompt", "What the image shows now, such as red apple", "edit-source"
+            )
             tab.add_class("source_class", "Source class", optional=True)
         with gr.Column(elem_classes=["ask"]):
             tab.add_conditions("Target prompt", "What it should show instead, such as green apple")

@@ -153,12 +153,12 @@ class Tab:
                 visible=offered.chosen,
                 elem_id=f"{self.name}-lora-weight-{number}",
             )
-        sliders = [self.inputs[name] for name in self._weights.values()]
+        weights = {name: self.inputs[key] for name, key in self._weights.items()}
 
-        def show_chosen(names: list[str]) -> list[gr.Slider]:
-            return [gr.Slider(visible=name in names) for name in self._weights]
+        def show_chosen(names: list[str]) -> dict[Any, gr.Slider]:  # of one slider a list would be its value
+            return {slider: gr.Slider(visible=name in names) for name, slider in weights.items()}
 
-        picker.change(show_chosen, picker, sliders, **AT_ONCE)
+        picker.change(show_chosen, picker, list(weights.values()), **AT_ONCE)
 
     def add_choice(self, name: str, label: str, kind: str) -> None:
         """Add a choice that may be left open. Its options are filled in once a window has loaded the page.

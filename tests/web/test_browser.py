@@ -479,6 +479,7 @@ def test_the_switch_and_the_picker_do_what_the_flags_of_generate_do(me, adapters
 
     assert not me.shows("#generate-lora-weight-1")
     me.one("#generate-lora input").click()
-    next(each for each in me.all("[role=option]") if each.text.split()[-1] == "glow").click()
+    options = me.wait(lambda: [o for o in me.all("[role=option]") if o.text.split()[-1:] == ["glow"]])
+    options[0].click()
     me.type("#generate-lora-weight-1 input[type=number]", "0.55")
     assert me.draw("generate") == generated("--lora", f"{adapters}/glow:0.55")
