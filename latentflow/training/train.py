@@ -105,8 +105,9 @@ def train(
         log.info(line)
     if state.device.type == "cpu" and not dry_run:
         log.info("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
-    if not dry_run and state.is_main_process:
-        write_config(replace(config, init_from=named), output / "config.yaml")
+    keep_config = partial(write_config, replace(config, init_from=named), output / "config.yaml")
+    if not dry_run and state.is_main_process and not _has_begun(output):
+        keep_config()
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     stop = Stop()
@@ -214,6 +215,7 @@ def train(
         config.loop,
         output,
         callbacks=Callbacks(
+            begin=keep_config,
             validate=None
             if held_out is None
             else lambda: {"loss": validation_loss(loss, held_out, state.device)},
@@ -245,6 +247,16 @@ def train(
         log.info(verdict.line)
     if config.push_to_hub:
         log.info(f"pushed: {push(result, config.push_to_hub)}")
+
+
+def _has_begun(output: Path) -> bool:
+    """Return whether the folder's config.yaml is that of a run that has made something.
+
+    It stays until the run goes on: a line that the run refuses must not change what the run is resumed with.
+    """
+    return (output / "config.yaml").is_file() and (
+        bool(list_checkpoints(output / "checkpoints")) or (output / "prior").is_dir()
+    )
 
 
 def _description(

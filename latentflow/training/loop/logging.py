@@ -323,12 +323,16 @@ class Reporter:
         if defect is not None:
             self.say(defect)
 
-    def close(self) -> None:
-        """Finish the bar, with the figures of the last step, and the files."""
+    def close_line(self) -> None:
+        """Finish the bar, with the figures of the last step; what is said from now on stands below it."""
         self._show()
         self._bar.close()
         if self._printed != (self._step, self.shown):
             self._print_line()
+
+    def close(self) -> None:
+        """Finish the bar, and the files."""
+        self.close_line()
         if self._metrics is not None:
             with suppress(OSError):
                 self._metrics.close()
