@@ -377,9 +377,14 @@ def test_text_of_the_data_is_no_markup_in_the_card(kind: Any, killed: Path) -> N
     (killed / "config.yaml").write_text(yaml.safe_dump(settings))
     advice = "WARNING: 9 images are few: `latentflow evaluate` measures it"
     write_log(killed, f"cats: 1 left out: {few([HOSTILE])}", HOSTILE.splitlines()[-1], advice, "plan: 8")
-    text = card_of(killed, CardFacts(where=f"runs/{HOSTILE}", kind=kind, example=HOSTILE, parts={}))
+    facts = CardFacts(
+        where=f"runs/{HOSTILE}", kind=kind, example=HOSTILE, classes=("a cat", HOSTILE), parts={}
+    )
+    text = card_of(killed, facts)
+    assert ("pixels of 2 classes." in text and "\nClasses: a cat, " in text) == (kind == "class")
     assert ModelCard(text, ignore_metadata_errors=False).data.to_dict() == {
-        "library_name": "diffusers", "pipeline_tag": "text-to-image" if kind == "text" else "image-generation",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image" if kind == "text" else "unconditional-image-generation",
         "tags": ["latentflow", "flow-matching"],
     }  # fmt: skip
     assert not set(text) & set("\x1b\u202e")
