@@ -105,8 +105,13 @@ def train(
         log.info(line)
     if state.device.type == "cpu" and not dry_run:
         log.info("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
-    keep_config = partial(write_config, replace(config, init_from=named), output / "config.yaml")
-    if not dry_run and state.is_main_process and not _has_begun(output):
+    settings = replace(config, init_from=named)
+
+    def keep_config() -> None:
+        if state.is_main_process:
+            write_config(settings, output / "config.yaml")
+
+    if not dry_run and not _has_begun(output):
         keep_config()
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----

@@ -302,8 +302,16 @@ def pipeline_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
             fix = f"Give one of the folders in it: {few([str(one) for one in found])}."
         raise UserError(f"'{folder}' is not a pipeline folder: it holds no {index}", fix)
     if not folder.is_dir() and (len(folder.parts) != 2 or folder.is_absolute()):
-        raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
+        fix = f"{near_folder(folder)}Check the path; a hub id has the form 'owner/name'."
+        raise UserError(f"no folder '{folder}'", fix)
     return folder if folder.is_dir() else None
+
+
+def near_folder(missing: Path) -> str:
+    """Return a sentence that asks for the folder with nearly the name of one that is not there; "" without one."""
+    beside = [one.name for one in missing.parent.iterdir() if one.is_dir()] if missing.parent.is_dir() else []
+    near = nearest(missing.name, beside)
+    return f"Did you mean '{missing.parent / near}'? " if near else ""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:

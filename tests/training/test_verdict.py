@@ -214,6 +214,8 @@ def test_a_fine_tune_that_got_worse_is_not_sent_to_a_higher_rate(tmp_path: Path)
     assert verdict is not None and "1.60 -> 1.70 (1.70 without their captions). It has risen" in verdict.text
     assert "Halve it, in a new run:" in verdict.text and verdict.command.endswith("--learning-rate 0.001")
     assert shlex.split(verdict.command)[5] != str(tmp_path)
+    html = report_page(run).html()
+    assert "rate-0.001" in html and "as many steps again" not in html
 
 
 def test_a_fine_tune_of_few_steps_is_sent_on_to_as_many_as_are_usual(tmp_path: Path) -> None:

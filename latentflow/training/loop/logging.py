@@ -323,8 +323,13 @@ class Reporter:
         if defect is not None:
             self.say(defect)
 
-    def close_line(self) -> None:
-        """Finish the bar, with the figures of the last step; what is said from now on stands below it."""
+    def stopped(self, resume_line: str) -> None:
+        """Log that the run has stopped, below the finished bar: how it goes on is the last line."""
+        self._finish_bar()
+        self.say(f"stopped at step {self._step}, saved; resume with:\n  {resume_line}")
+
+    def _finish_bar(self) -> None:
+        """Finish the bar, with the figures of the last step."""
         self._show()
         self._bar.close()
         if self._printed != (self._step, self.shown):
@@ -332,7 +337,7 @@ class Reporter:
 
     def close(self) -> None:
         """Finish the bar, and the files."""
-        self.close_line()
+        self._finish_bar()
         if self._metrics is not None:
             with suppress(OSError):
                 self._metrics.close()
