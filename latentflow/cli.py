@@ -289,8 +289,8 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of our output is gone (`latentflow --help | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "Interrupted.", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
         if debug:

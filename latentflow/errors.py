@@ -140,7 +140,7 @@ def reading(file: object, *failures: type[BaseException], fix: str = "") -> Iter
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """Return the choice that ``name`` was probably meant to be, or None when nothing is close."""
-    matches = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 

@@ -196,7 +196,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
 
     # ---------------------------------------------------------------- by sampling
-    generated = sampler.sample(captions, TRAINING_CAPTIONS, "training captions")
+    what = {"prompt": "training captions", "class_labels": "training classes"}.get(
+        sampler.condition_kind, "images"
+    )
+    generated = sampler.sample(captions, TRAINING_CAPTIONS, what)
     measured["frechet_distance"] = figures.frechet_distance(generated, beside, reference)
     if kind != "nothing" and any(captions):
         measured["caption_retrieval"] = figures.caption_retrieval(generated, captions, train, unseen)

@@ -18,7 +18,7 @@ import tyro
 
 from latentflow.cli import parse, run
 from latentflow.config import AdapterChoice
-from latentflow.errors import UserError
+from latentflow.errors import UserError, one_line
 from latentflow.inference.sample import check_checkpoint, open_pipeline
 from latentflow.utils.files import result_of
 
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from latentflow.pipeline import LatentFlowPipeline
+    from latentflow.training.report.export import moved
 
     pipe = open_pipeline(LatentFlowPipeline, config.source, "cpu", config).to(
         dtype=getattr(torch, config.export_dtype)
@@ -88,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("README.md", "sample.png"):
             if not (config.lora or config.fast) and (card / name).is_file():
                 shutil.copyfile(card / name, folder / name)
+        if (written := folder / "README.md").is_file():  # its lines draw with the copy, not with the run
+            text = moved(
+                written.read_text(encoding="utf-8", errors="surrogateescape"), one_line(config.output)
+            )
+            written.write_text(text, encoding="utf-8", errors="surrogateescape")
 
     write_folder(output, write)
     print(output)

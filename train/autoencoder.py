@@ -30,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train an autoencoder on a folder of images."""
     config = parse(Config, argv, prog="latentflow autoencoder")
 
-    from latentflow.training import resume_line
+    from latentflow.training import resumable, resume_line
     from latentflow.training.loop.run_folder import run_lock
 
-    with run_lock(config.output):
-        train(config, resume_line("autoencoder", argv), given(Config, argv))
+    line = resume_line("autoencoder", argv)
+    with run_lock(config.output), resumable(line):
+        train(config, line, given(Config, argv))
 
 
 def train(config: Config, resume_command: str, given_keys: Collection[str]) -> None:

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a student of a checkpoint."""
     config = parse(Config, argv, prog="latentflow distill")
 
-    from latentflow.training import resume_line
+    from latentflow.training import resumable, resume_line
     from latentflow.training.distill import distillation_recipe, open_teacher
     from latentflow.training.loop.run_folder import run_lock
     from latentflow.training.train import train
@@ -112,8 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings=config.distillation,
         name=config.method,
     )
-    with nullcontext() if config.dry_run else run_lock(config.output):
-        train(settings, resume_line("distill", argv), given(Config, argv), keep, recipe)
+    line = resume_line("distill", argv)
+    with nullcontext() if config.dry_run else run_lock(config.output), resumable(line):
+        train(settings, line, given(Config, argv), keep, recipe)
 
 
 if __name__ == "__main__":

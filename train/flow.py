@@ -13,12 +13,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a generator on a folder of images."""
     config = parse(RunConfig, argv, prog="latentflow train", presets=PRESETS)
 
-    from latentflow.training import resume_line
+    from latentflow.training import resumable, resume_line
     from latentflow.training.loop.run_folder import run_lock
     from latentflow.training.train import train
 
-    with nullcontext() if config.dry_run else run_lock(config.output):
-        train(config, resume_line("train", argv), given(RunConfig, argv), write_config)
+    line = resume_line("train", argv)
+    with nullcontext() if config.dry_run else run_lock(config.output), resumable(line):
+        train(config, line, given(RunConfig, argv), write_config)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from ..utils.files import (
     MEND,
     check_settings,
     check_types,
+    near_folder,
     pipeline_folder,
     read_settings,
     restore_permissions,
@@ -365,7 +366,8 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
             raise UserError(
                 f"no folder '{name}', and no hub repository of that name could be fetched: {reason(error)}",
-                "Check the spelling and the network; offline, pass a folder that you have downloaded before.",
+                f"{near_folder(Path(name))}Check the spelling and the network; offline, pass a folder that you have "
+                "downloaded before.",
             ) from error
 
 

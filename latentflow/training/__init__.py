@@ -11,3 +11,4 @@ with garbage_collection_paused():
     from .loop.logging import log_to as log_to
     from .loop.logging import resume_line as resume_line
     from .loop.stopping import Stop as Stop
+    from .loop.stopping import resumable as resumable

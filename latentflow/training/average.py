@@ -105,7 +105,8 @@ def reconstruct(folder: Path, length: float) -> tuple[dict[str, Tensor], int]:
     if not snapshots:
         raise UserError(
             f"{folder} has no snapshots of weight averages",
-            "They are made in training: latentflow train ... --ema-lengths 0.05 0.1",
+            "They are made in training and not afterwards: a new run with --ema-lengths 0.05 0.1 makes them. The "
+            "result of this run, in its folder `pipeline`, has the average of --ema-decay.",
         )
     names = [(snapshot, name) for snapshot in snapshots for name in _averages(snapshot)]
     step = step_of(snapshots[-1])

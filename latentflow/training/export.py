@@ -71,6 +71,7 @@ def card_facts(model: TrainedModel, source: Source, output: Path, repository: st
         where=repository or str(output / "pipeline"),
         kind=model.flow_model.condition_kind,
         example=shown_by(source, [0], model.flow_model)[0],
+        classes=tuple(model.flow_model.classes),
         parts={name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)},
         inpaints=model.flow_model.takes_masks,
         sample_steps=preview_steps(model.flow_model),

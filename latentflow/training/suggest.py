@@ -13,8 +13,8 @@ import torch
 
 from ..config import PRESETS, AutoencoderConfig, DataConfig, FineTuningConfig, LoopConfig
 from ..data.checking.report import FEW, Report, Suggestion
-from ..errors import plural
-from ..utils.files import SHIPPED_CHECKPOINTS
+from ..errors import few, plural
+from ..utils.files import SHIPPED_CHECKPOINTS, read_settings
 from .fine_tune.defaults import fitted, held_out_share
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
 
@@ -154,6 +154,25 @@ def _fine_tunes(report: Report, machine: Machine, flags: tuple[str, ...]) -> Ite
     }
     if report.condition == "unconditional":
         reasons["prompt"] = 'your images have no captions: draw from the result with an empty prompt, ""'
+        photos = _CHECKPOINTS["class"]
+        if (SHIPPED_CHECKPOINTS / photos.name / "model_index.json").is_file():
+            reasons["photos"] = (
+                f"{photos.name} {photos.knows}, and is nearer to photos: for it move them into a subfolder of "
+                f"{report.data} with the name of what they show, and check {report.data} again"
+            )
+    if known := _known_classes(report, checkpoint):
+        first = [
+            "latentflow",
+            "generate",
+            "--checkpoint",
+            place,
+            "--class",
+            *known[:5],
+            "--grid",
+            "-o",
+            "before.png",
+        ]
+        reasons["known already"] = f"{few(known)}; see first what it draws of them: {shlex.join(first)}"
     if report.images < FEW:
         reasons["not from scratch"] = (
             f"that needs about {_FROM_SCRATCH:,} images; of {report.images} a new network would learn copies"
@@ -176,6 +195,15 @@ def _fine_tunes(report: Report, machine: Machine, flags: tuple[str, ...]) -> Ite
         shlex.join([*start, "--lora-rank", "16", "-o", f"{output}-lora", *flags]),
         {"--lora-rank 16": adapter, "steps": steps_line, "time": _duration(seconds, machine)},
     )
+
+
+def _known_classes(report: Report, checkpoint: _Checkpoint) -> list[str]:
+    """Return the classes of the data that the checkpoint was trained on."""
+    if report.condition != "class":
+        return []
+    index = read_settings(SHIPPED_CHECKPOINTS / checkpoint.name / "model_index.json")
+    names = set((index.get("id2label") or {}).values())
+    return [name for name in report.classes if name in names]
 
 
 def _fine_tune_cost(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..autoencoder import Autoencoder, build_autoencoder
-from ..config import RunConfig
+from ..config import FEW_IMAGES, RunConfig
 from ..pipeline.adapter_files import weights_hash
 from .data import (
     DataSplits,
@@ -24,7 +24,6 @@ from .data import (
 from .estimate import estimate_lines, sample_flops
 from .export import card_facts, export_pipeline, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
-from .fine_tune.defaults import FEW
 from .fine_tune.learning import LearningMeter, is_plain
 from .fine_tune.memorisation import report_memorisation
 from .loop.checkpoint import list_checkpoints, step_of
@@ -106,8 +105,14 @@ def train(
         log.info(line)
     if state.device.type == "cpu" and not dry_run:
         log.info("WARNING: no GPU: expect 10 to 100 times the time of one; --dry-run estimates it.")
-    if not dry_run and state.is_main_process:
-        write_config(replace(config, init_from=named), output / "config.yaml")
+    settings = replace(config, init_from=named)
+
+    def keep_config() -> None:
+        if state.is_main_process:
+            write_config(settings, output / "config.yaml")
+
+    if not dry_run and not _has_begun(output):
+        keep_config()
 
     # ---- autoencoder: given, the checkpoint's, or trained now ----
     stop = Stop()
@@ -215,6 +220,7 @@ def train(
         config.loop,
         output,
         callbacks=Callbacks(
+            begin=keep_config,
             validate=None
             if held_out is None
             else lambda: {"loss": validation_loss(loss, held_out, state.device)},
@@ -237,7 +243,7 @@ def train(
     # ---- the result ----
     for line in recipe.summary(result, loss, own):
         log.info(line)
-    if config.init_from and len(training) <= FEW:
+    if config.init_from and len(training) <= FEW_IMAGES:
         report_memorisation(output, training, validation, splits.data.background, state.device)
     facts = card_facts(model, source, output, config.push_to_hub)
     write_card(result, output, facts)  # once more: what was measured of the result is there now
@@ -246,6 +252,16 @@ def train(
         log.info(verdict.line)
     if config.push_to_hub:
         log.info(f"pushed: {push(result, config.push_to_hub)}")
+
+
+def _has_begun(output: Path) -> bool:
+    """Return whether the folder's config.yaml is that of a run that has made something.
+
+    It stays until the run goes on: a line that the run refuses must not change what the run is resumed with.
+    """
+    return (output / "config.yaml").is_file() and (
+        bool(list_checkpoints(output / "checkpoints")) or (output / "prior").is_dir()
+    )
 
 
 def _description(

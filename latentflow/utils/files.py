@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from ..errors import UserError, is_number, nearest, reading, shown
+from ..errors import UserError, few, is_number, nearest, reading, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -291,12 +291,27 @@ def pipeline_folder(name_or_path: str | os.PathLike[str]) -> Path | None:
     """
     folder, index = Path(name_or_path), "model_index.json"
     if folder.is_dir() and not (folder / index).is_file():
-        inside = sorted(folder.glob(f"*/{index}"))
-        fix = f"Did you mean '{inside[0].parent}'?" if inside else "A run's pipeline is in RUN/pipeline."
+        inside = [file.parent for file in sorted(folder.glob(f"*/{index}"))]
+        # In a folder that holds runs, each of them is found by its own name.
+        runs = [file.parent for file in sorted(folder.glob("*/config.yaml"))]
+        found = list(dict.fromkeys([*inside, *runs]))
+        fix = "A run's pipeline is in RUN/pipeline."
+        if len(found) == 1:
+            fix = f"Did you mean '{found[0]}'?"
+        elif found:
+            fix = f"Give one of the folders in it: {few([str(one) for one in found])}."
         raise UserError(f"'{folder}' is not a pipeline folder: it holds no {index}", fix)
     if not folder.is_dir() and (len(folder.parts) != 2 or folder.is_absolute()):
-        raise UserError(f"no folder '{folder}'", "Check the path; a hub id has the form 'owner/name'.")
+        fix = f"{near_folder(folder)}Check the path; a hub id has the form 'owner/name'."
+        raise UserError(f"no folder '{folder}'", fix)
     return folder if folder.is_dir() else None
+
+
+def near_folder(missing: Path) -> str:
+    """Return a sentence that asks for the folder with nearly the name of one that is not there; "" without one."""
+    beside = [one.name for one in missing.parent.iterdir() if one.is_dir()] if missing.parent.is_dir() else []
+    near = nearest(missing.name, beside)
+    return f"Did you mean '{missing.parent / near}'? " if near else ""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:

@@ -18,6 +18,7 @@ from latentflow.autoencoder import mask_channels
 from latentflow.errors import UserError
 from latentflow.families import FAMILIES, Rows
 from latentflow.flow import CondOT, integrate
+from latentflow.utils.files import pipeline_folder
 
 from ..pipeline.conftest import NAMES, quiet, tiny_dit, tiny_text, tiny_vae
 
@@ -331,3 +332,22 @@ def test_a_foreign_family_is_a_class_and_a_line(tmp_path: Path, monkeypatch: pyt
         model.encode_class([1])
     with pytest.raises(UserError, match="not trained with masks"):
         rows.with_known(torch.zeros(3, 3, SIDE, SIDE), torch.zeros(3, 1, SIDE, SIDE))
+
+
+def test_a_folder_of_runs_names_them(tmp_path: Path) -> None:
+    for name in ("hats", "shoes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("data: cats")
+    with pytest.raises(UserError, match=f"Give one of the folders in it: {tmp_path}/hats, {tmp_path}/shoes."):
+        pipeline_folder(tmp_path)
+    (tmp_path / "shoes" / "config.yaml").unlink()
+    with pytest.raises(UserError, match=f"Did you mean '{tmp_path}/hats'?"):
+        pipeline_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shose", "nothing"])
+def test_a_missing_folder_names_the_nearest(name: str, tmp_path: Path) -> None:
+    (tmp_path / "shoes").mkdir()
+    with pytest.raises(UserError) as refused:
+        pipeline_folder(tmp_path / name)
+    assert (f"Did you mean '{tmp_path}/shoes'? " in str(refused.value)) == (name == "shose")

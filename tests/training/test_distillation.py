@@ -209,7 +209,7 @@ def test_pairs_are_the_teachers_and_are_drawn_once(teacher, images, tmp_path, mo
     monkeypatch.setattr("latentflow.training.fine_tune.teacher_samples._draw", None)
     distill(tmp_path, teacher, images, "-o", tmp_path / "second", *flags)
     said = distill(tmp_path, teacher, images, "-o", tmp_path / "third", *flags, "--guidance", 2, expect=2)
-    assert "drawn otherwise (guidance)" in said
+    assert "drawn otherwise:\n  guidance: 4.0 -> 2.0\n" in said
     said = distill(tmp_path, run / "pipeline", images, "-o", tmp_path / "fourth", *flags, expect=2)
     assert "checkpoint" in said and "drawn otherwise" in said
 

@@ -156,6 +156,17 @@ def interrupting(stage: type, number: signal.Signals, at: int, patch: pytest.Mon
 FEW = [*TINY, "--max-train-steps", 3, "--validation-steps", 0, "--preview-steps", 0]
 
 
+def test_ctrl_c_before_the_first_step_names_the_line_that_goes_on(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latentflow.training.train.train_autoencoder", interrupted)
+    said = call(tmp_path / "cache", images, "-o", tmp_path / "run", *FEW, expect=130)
+    assert re.search(r"\nInterrupted\. Resume with:\n  latentflow train .*\n$", said)
+
+
 def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +182,7 @@ def test_programs_end_with_the_status_of_the_signal_that_stopped_them(
         interrupting(FlowLoss, signal.SIGTERM, 1 * 4, patch)
         said = call(cache, *line, expect=143)
     assert "stopped at step 2, saved; resume with:\n  latentflow train" in said and "done:" not in said
+    assert re.search(r"resume with:\n  latentflow train .*\n$", said), "the last line is what to do next"
     assert not (out / "pipeline").exists()
     with monkeypatch.context() as patch:  # the last step of all
         interrupting(FlowLoss, signal.SIGTERM, 2 * 4, patch)

@@ -208,8 +208,16 @@ def test_samples_that_were_drawn_are_not_drawn_again_and_a_resumed_run_is_exact(
     call(cache, *resumed, "--lr-scheduler", "constant")
     assert (begun / files[0].name).stat().st_mtime_ns == before
     assert same_state(tmp_path / "straight", tmp_path / "begun")
+    # A line that is refused changes nothing: the run's own settings are what it is resumed with.
+    settings = (tmp_path / "begun" / "config.yaml").read_text()
     said = call(cache, *line[:-5], "-o", tmp_path / "begun", "--prior-samples", 5, "--inpainting", expect=2)
-    assert "drawn otherwise (asked)" in said
+    assert "drawn otherwise:\n  other classes or captions, or another number of them" in said
+    said = call(cache, *resumed[:-3], "-o", tmp_path / "begun", "--seed", 3, expect=2)
+    assert "\n  seed: 0 -> 3\n" in said and "\n  without the pixels of each sample" not in said
+    call(cache, *resumed, "--path", "trigonometric", expect=2)
+    assert (tmp_path / "begun" / "config.yaml").read_text() == settings
+    call(cache, *resumed, "--log-steps", 2)  # may change
+    assert "log_steps: 2" in (tmp_path / "begun" / "config.yaml").read_text()
     os.truncate(files[1], files[1].stat().st_size // 2)
     said = call(cache, *line, "-o", tmp_path / "whole", "--max-train-steps", 5, expect=2)
     assert f"{files[1]} cannot be read" in said and "Remove it: its samples are drawn again." in said

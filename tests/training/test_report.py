@@ -131,13 +131,14 @@ def test_a_page_of_a_finished_run_of_two_processes(tmp_path: Path) -> None:
     html = report_page(tmp_path).html()
     for text in (
         "finished: step 30 of 30", "60, 2 per step", f"latentflow generate --checkpoint {tmp_path}/pipeline",
-        "Train for as many steps again", "--max-train-steps 60", "The run used 2 processes. Start as many",
+        "The run used 2 processes. Start as many",
         "memorising. The loss on held-out images has risen by 160% since step 10", "--max-train-steps 10<",
         "<td>ema_lengths</td><td>0.1 0.2</td><td></td>", "<td>checkpoints kept</td><td>step-000030</td>",
         f"12 of the 13 previews in {tmp_path}/samples",
         "train.log has no lines about the data", "<td>train.py cats</td>",
     ):  # fmt: skip
         assert text in html, text
+    assert "as many steps again" not in html  # the verdict's command is another one
     assert "<td>data</td>" not in html  # it has no default
 
 
@@ -377,9 +378,14 @@ def test_text_of_the_data_is_no_markup_in_the_card(kind: Any, killed: Path) -> N
     (killed / "config.yaml").write_text(yaml.safe_dump(settings))
     advice = "WARNING: 9 images are few: `latentflow evaluate` measures it"
     write_log(killed, f"cats: 1 left out: {few([HOSTILE])}", HOSTILE.splitlines()[-1], advice, "plan: 8")
-    text = card_of(killed, CardFacts(where=f"runs/{HOSTILE}", kind=kind, example=HOSTILE, parts={}))
+    facts = CardFacts(
+        where=f"runs/{HOSTILE}", kind=kind, example=HOSTILE, classes=("a cat", HOSTILE), parts={}
+    )
+    text = card_of(killed, facts)
+    assert ("pixels of 2 classes." in text and "\nClasses: a cat, " in text) == (kind == "class")
     assert ModelCard(text, ignore_metadata_errors=False).data.to_dict() == {
-        "library_name": "diffusers", "pipeline_tag": "text-to-image" if kind == "text" else "image-generation",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image" if kind == "text" else "unconditional-image-generation",
         "tags": ["latentflow", "flow-matching"],
     }  # fmt: skip
     assert not set(text) & set("\x1b\u202e")

@@ -161,6 +161,18 @@ def test_masks_are_a_reason_of_their_own_and_no_adapter_brings_their_channels() 
     assert len(suggest(dataclasses.replace(report(64, 100, "text"), masks=3), CPU)) == 2
 
 
+def test_classes_that_the_checkpoint_knows_are_named_and_can_be_drawn_first(repository: Path) -> None:
+    known, new = (
+        dataclasses.replace(report(100, 300), classes=dict.fromkeys(names, 100))
+        for names in (["hat", "spoon", "t-shirt"], ["fork", "spoon"])
+    )
+    why = suggest(known, CPU)[0].reasons["known already"]
+    assert why.startswith("hat, t-shirt; see first what it draws of them: latentflow generate ")
+    words = shlex.split(why.partition(": ")[2])
+    assert words[words.index("--class") + 1 : words.index("--grid")] == ["hat", "t-shirt"]
+    assert all("known already" not in suggestion.reasons for suggestion in suggest(new, CPU))
+
+
 def test_nothing_is_suggested_for_what_cannot_be_trained_on() -> None:
     assert suggest(Report("x", "unknown", problems=("no",)), CPU) == []
 

@@ -170,6 +170,15 @@ def test_the_time_left_counts_all_that_a_run_does(hands: Hands) -> None:
     assert clock.seconds_left(100) == pytest.approx(100 * (10 * 0.5 + 5.0) / 10)
 
 
+def test_what_comes_once_after_the_first_step_is_not_expected_again(hands: Hands) -> None:
+    clock = Clock()
+    for number in range(2):
+        with clock.step():
+            hands.sleep(60.0 if number == 0 else 0.5)
+        hands.sleep(17.0 if number == 0 else 0.0)  # the first line is printed, the data's files are opened
+    assert clock.seconds_left(148) == pytest.approx(148 * 0.5)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -18,6 +18,7 @@ from latentflow.inference.sample import check_checkpoint, open_pipeline, read_ca
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
 from latentflow.training import train, unfinished
+from latentflow.training.report.export import is_generated
 
 from .command import TINY, call, paste, sampled, save_images
 from .test_ending import FlowLoss, interrupting, signal
@@ -140,7 +141,14 @@ def test_a_run_is_exported_finished_or_not(base: Path, stopped: Path, cache: Pat
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     call(cache, base, "-o", tmp_path / "b", "--export-dtype", "float16", file=export)
     card = "README.md"
-    assert (tmp_path / "b" / card).read_text() == (base / "pipeline" / card).read_text()
+    text = (tmp_path / "b" / card).read_text()
+    assert f'from_pretrained("{tmp_path / "b"}")' in text and f"--checkpoint {tmp_path / 'b'} -o" in text
+    assert str(base / "pipeline") not in text and is_generated(text)
+    mine = 'My own card: from_pretrained("x")\n'
+    shutil.copytree(base / "pipeline", tmp_path / "own")
+    (tmp_path / "own" / card).write_text(mine)
+    call(cache, tmp_path / "own", "-o", tmp_path / "d", file=export)
+    assert (tmp_path / "d" / card).read_text() == mine
     said = call(cache, base, "-o", tmp_path / "c", "--adapter", "--fast", file=export, expect=2)
     assert "Give one of them" in said
     assert "holds no adapter" in call(cache, base, "-o", tmp_path / "c", "--adapter", file=export, expect=2)

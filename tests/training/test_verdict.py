@@ -180,12 +180,13 @@ def test_fine_tunes_whose_captions_draw_nothing_right_are_reported(name: str, tm
 
 def test_other_fine_tunes(tmp_path: Path) -> None:
     def verdict(losses: Any, files: Any, name: str = "loss") -> Any:
-        return judge(run_of(tmp_path, losses, name, files, init_from="emoji-64"))
+        return judge(run_of(tmp_path, losses, name, files, init_from="emoji-64", train_batch_size=64))
 
     # Of many images a caption says little, and a paired fall is what counts.
     assert verdict(FLAT, learnt(1.5, 1.55, images=5000)).kind == "done"
     unmoved = verdict(FLAT, learnt(1.59, 1.6, images=5000))
     assert unmoved.kind == "not learnt" and "or the checkpoint knew these images already" in unmoved.text
+    assert unmoved.command.endswith("--learning-rate 0.004")
     assert verdict(FALLING, learnt(0.9, 1.0)).command.endswith("--max-train-steps 4000")  # the rate is well
     copies = {"copied": 16, "drawn": 16, "copies": 1.0, "usual": [0.0, 0.25], "ratio": 0.18}
     found = learnt(0.1, 0.5) | {"memorisation.json": copies}
@@ -205,6 +206,30 @@ def test_other_fine_tunes(tmp_path: Path) -> None:
     assert any("3 of 16 generated images are nearly copies" in line for line in measured_lines(run, None))
     (tmp_path / "learning.json").write_text('{"images": 2')  # torn
     assert judge(read_run(tmp_path)).kind == "done"  # type: ignore[union-attr]
+
+
+def test_a_fine_tune_that_got_worse_is_not_sent_to_a_higher_rate(tmp_path: Path) -> None:
+    run = run_of(tmp_path, FLAT, files=learnt(1.7, 1.7, 5000), init_from="emoji-64", train_batch_size=64)
+    verdict = judge(run)
+    assert verdict is not None and "1.60 -> 1.70 (1.70 without their captions). It has risen" in verdict.text
+    assert "Halve it, in a new run:" in verdict.text and verdict.command.endswith("--learning-rate 0.001")
+    assert shlex.split(verdict.command)[5] != str(tmp_path)
+    html = report_page(run).html()
+    assert "rate-0.001" in html and "as many steps again" not in html
+
+
+def test_a_fine_tune_of_few_steps_is_sent_on_to_as_many_as_are_usual(tmp_path: Path) -> None:
+    # 250 uses of 50 images, of 5,000 by the square root of 100 fewer: 25 of each, of which a step has 8.
+    run = run_of(tmp_path, FLAT, files=learnt(1.59, 1.6, 5000), init_from="emoji-64", train_batch_size=8)
+    verdict = judge(run)
+    assert verdict is not None and verdict.text.startswith("not learnt yet. Loss on the training images")
+    assert "2,000 steps are few: by default 15,625 are taken" in verdict.text
+    assert verdict.command.endswith("--max-train-steps 15625") and "--learning-rate" not in verdict.command
+    # Half of each step are the checkpoint's own images.
+    (tmp_path / "prior").mkdir()
+    settings = {"init_from": "emoji-64", "train_batch_size": 8, "prior_share": 0.5}
+    mixed = judge(run_of(tmp_path, FLAT, files=learnt(1.59, 1.6, 5000), **settings))
+    assert mixed is not None and mixed.command.endswith("--max-train-steps 31250")
 
 
 # ---- by the real command ----

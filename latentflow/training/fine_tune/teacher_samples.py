@@ -203,12 +203,31 @@ def _claim(folder: Path, origin: dict[str, Any]) -> None:
     # Not by `read_json`, whose bound is for strangers' files: this one names each of any number of samples.
     with reading(file, OSError, ValueError, RecursionError, fix="Use another output folder."):
         held = json.loads(file.read_text(encoding="utf-8"))
-    differ = [name for name in origin if not isinstance(held, dict) or origin[name] != held.get(name)]
+    held = held if isinstance(held, dict) else {}
+    differ = [name for name in origin if origin[name] != held.get(name)]
     if differ:
+        lines = "".join(f"\n  {_difference(name, held.get(name), origin[name])}" for name in differ)
         raise UserError(
-            f"{folder} holds samples that were drawn otherwise ({', '.join(differ)})",
-            "Use another output folder, or the same checkpoint and flags as before.",
+            f"{folder} holds samples that were drawn otherwise:{lines}",
+            "Undo the change, or use another output folder.",
         )
+
+
+#: what people know the settings in ``drawn.json`` by, where it is not their own name
+_SETTINGS = {
+    "asked": "other classes or captions, or another number of them (--prior-samples, --prior-prompts)",
+    "checkpoint": "another checkpoint, or one whose weights have changed since",
+    "side": "another size of its images",
+    "noise": "the noise of each sample",
+    "pixels": "the pixels of each sample, which --inpainting, masks and --alignment need",
+}
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Return a line on a setting of the samples that is another one now."""
+    if name in ("noise", "pixels"):
+        return f"{'without' if now else 'with'} {_SETTINGS[name]}"
+    return _SETTINGS.get(name, f"{name}: {before} -> {now}")
 
 
 def _read(file: Path, rows: int) -> dict[str, Tensor]:

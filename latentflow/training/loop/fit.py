@@ -60,11 +60,12 @@ log = logging.getLogger(__name__)
 class Callbacks:
     """Functions that the loop calls, with the averaged weights in place and on the main process only.
 
-    A validation or a preview that fails is a warning. ``export`` fills an empty folder that becomes ``export_to``, at
-    the end of the run, when its last checkpoint is complete. If it raises a `RunError`, as when the disk is full, it is
-    tried again; any other error ends the run.
+    ``begin`` is called, by every process, once the run's checkpoint, if any, is known to fit. A validation or preview
+    that fails is a warning. ``export`` fills an empty folder that becomes ``export_to`` at the end of the run, when its
+    last checkpoint is complete. A `RunError` of it (a full disk) is tried again; any other error ends the run.
     """
 
+    begin: Callable[[], None] = lambda: None
     validate: Callable[[], dict[str, float]] | None = None
     preview: Callable[[], Image.Image] | None = None
     export: Callable[[Path], None] | None = None
@@ -171,6 +172,7 @@ class Loop:
         self.description = json.loads(json.dumps({"batch": self.order.global_batch} | description))
         self._clean_up()
         together(self._resume)
+        self.callbacks.begin()
         self.saver = Saver(self.checkpoints, self.config.checkpoints_total_limit, sharded=self.sharded)
         self.saver.saved = self.step
         self.clock = Clock(self.config.validation_time or 1.0, self.config.limited)
@@ -225,7 +227,7 @@ class Loop:
                     self._after_step(values, stopping)
                 profiled()
                 if stopping and self.step < last and not self.early.stopped:
-                    self.report.say(f"stopped at step {self.step}, saved; resume with:\n  {self.resume_line}")
+                    self.report.stopped(self.resume_line)
                     return False
             # While the last step was saved, perhaps: the caller may have more to do than this run.
             self._asked_to_stop(asked)

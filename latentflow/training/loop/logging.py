@@ -323,12 +323,21 @@ class Reporter:
         if defect is not None:
             self.say(defect)
 
-    def close(self) -> None:
-        """Finish the bar, with the figures of the last step, and the files."""
+    def stopped(self, resume_line: str) -> None:
+        """Log that the run has stopped, below the finished bar: how it goes on is the last line."""
+        self._finish_bar()
+        self.say(f"stopped at step {self._step}, saved; resume with:\n  {resume_line}")
+
+    def _finish_bar(self) -> None:
+        """Finish the bar, with the figures of the last step."""
         self._show()
         self._bar.close()
         if self._printed != (self._step, self.shown):
             self._print_line()
+
+    def close(self) -> None:
+        """Finish the bar, and the files."""
+        self._finish_bar()
         if self._metrics is not None:
             with suppress(OSError):
                 self._metrics.close()

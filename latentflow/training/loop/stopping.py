@@ -37,6 +37,18 @@ class Stop:
 
 
 @contextmanager
+def resumable(line: str) -> Iterator[None]:
+    """Within the context Ctrl-C ends with the command that resumes the run: before the first step, or pressed twice.
+
+    Between the two `stop_on_signal` decides.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Interrupted. Resume with:\n  {line}") from None
+
+
+@contextmanager
 def stop_on_signal() -> Iterator[Stop]:
     """Within the context SIGINT, SIGTERM and SIGHUP ask the loop to finish its step and save.
 

@@ -43,12 +43,11 @@ class Clock:
     def step(self) -> Iterator[None]:
         """Time a training step."""
         begun = time.perf_counter()
+        if self.steps == 1:  # the first one allocates, tunes and compiles; files are opened after it
+            self._warm = begun
         yield
-        now = time.perf_counter()
-        self.seconds += now - begun
+        self.seconds += time.perf_counter() - begun
         self.steps += 1
-        if self.steps == 1:  # it allocates, tunes and compiles
-            self._warm = now
 
     @contextmanager
     def interruption(self, kind: str) -> Iterator[None]:

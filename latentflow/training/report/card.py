@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ...errors import one_line, printable
+from ...errors import one_line, plural, printable
 from ...utils.files import replacing
 from ...utils.html_page import render
 from .export import is_generated, signed
@@ -22,7 +22,7 @@ from .verdict import judge, measured_lines
 
 _TAGS = {
     "text": "text-to-image",
-    "class": "image-generation",
+    "class": "unconditional-image-generation",  # the hub knows no other that takes no text
     "unconditional": "unconditional-image-generation",
 }
 _SHOWN = (
@@ -41,6 +41,7 @@ class CardFacts:
         where: folder, or ``owner/name`` on the hub, to load the pipeline from.
         kind: what the model is conditioned on: text, class or unconditional.
         example: a caption or class that it was trained on.
+        classes: the names of all its classes.
         parts: name -> module, of the pipeline's modules that have parameters.
         inpaints: it was trained to inpaint.
         sample_steps: numbers of steps with which previews are sampled, one after the other.
@@ -50,6 +51,7 @@ class CardFacts:
     kind: str
     parts: Mapping[str, Any]
     example: str = ""
+    classes: tuple[str, ...] = ()
     inpaints: bool = False
     sample_steps: tuple[int, ...] = (10,)
 
@@ -93,7 +95,10 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         name=_as_text((run.folder.resolve() if Path(where).name == "pipeline" else Path(where)).name),
         checkpoint=json.dumps(where),
         resolution=run.config.get("resolution", "?"),
-        conditions={"text": " from captions", "class": " of its classes"}.get(kind, ""),
+        conditions={"text": " from captions", "class": f" of {plural(len(facts.classes), 'class')}"}.get(
+            kind, ""
+        ),
+        classes=", ".join(_as_text(name) for name in facts.classes) if kind == "class" else "",
         call={"text": f"prompt={example!r}", "class": f"class_labels=[{example!r}]"}.get(kind, ""),
         command=generate_command(kind, example, where),
         inpaints=facts.inpaints,

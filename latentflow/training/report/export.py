@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -46,6 +48,16 @@ def is_generated(card: str) -> bool:
     """Return whether `signed` made a model card, and nobody has changed it since."""
     text, _, signature = card.replace("\r\n", "\n").rstrip("\n").rpartition("\n")
     return signature == _SIGNATURE.format(_digest(text))
+
+
+def moved(card: str, where: str) -> str:
+    """Return a model card of `signed` whose lines load the pipeline from ``where``; any other card as it is."""
+    found = re.search(r"from_pretrained\((\".*\")\)", card)
+    if not is_generated(card) or not found:
+        return card
+    before = json.loads(found[1])
+    text = unsigned(card).replace(found[0], f"from_pretrained({json.dumps(where)})")
+    return signed(text.replace(f"--checkpoint {shlex.quote(before)} ", f"--checkpoint {shlex.quote(where)} "))
 
 
 def _digest(text: str) -> str:

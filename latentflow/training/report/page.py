@@ -77,10 +77,9 @@ def _summary(page: Page, run: Run) -> None:
     if run.finished and not run.is_autoencoder:
         page.text("Generate images:")
         page.code(_generate_line(run))
-    resume = run.resume()
-    if not (verdict and verdict.command == resume):
+    if not (verdict and verdict.command):  # what to do next: one command
         page.text("Train for as many steps again:" if run.finished else "Resume:")
-        page.code(resume)
+        page.code(run.resume())
     if run.processes > 1:
         page.text(
             f"The run used {run.processes} processes. Start as many again, or multiply --gradient-accumulation-steps "
