@@ -214,7 +214,7 @@ def test_a_fine_tune_that_got_worse_is_not_sent_to_a_higher_rate(tmp_path: Path)
     assert verdict is not None and "1.60 -> 1.70 (1.70 without their captions). It has risen" in verdict.text
     assert "Halve it, in a new run:" in verdict.text and verdict.command.endswith("--learning-rate 0.001")
     assert shlex.split(verdict.command)[5] != str(tmp_path)
-    html = report_page(run).html()
+    html = report_page(tmp_path).html()
     assert "rate-0.001" in html and "as many steps again" not in html
 
 
