@@ -161,15 +161,16 @@ class Run:
         rows = [row for row in self.rows if name in row]
         return [int(row["step"]) for row in rows], [row[name] for row in rows]
 
-    def resume(self) -> str:
-        """Return the command that resumes the run; a finished one for as many steps again, or with more patience."""
+    def resume(self, steps: int | None = None) -> str:
+        """Return the command that resumes the run; a finished one up to ``steps`` (default: twice as many), or with more
+        patience."""
         command = ["latentflow", self.program]
         command += ["--config", str(self.folder / "config.yaml"), "-o", str(self.folder)]
         if self.finished and self.stopped_early:
             command += ["--early-stop", str(2 * int(self.config.get("early_stop", 1)))]
         elif self.finished:
             flag = "--autoencoder-steps" if self.is_autoencoder else "--max-train-steps"
-            command += [flag, str(2 * self.step)]
+            command += [flag, str(steps or 2 * self.step)]
         return shlex.join(command)
 
 

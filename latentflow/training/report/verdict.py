@@ -192,6 +192,11 @@ def _not_learnt(run: Run, found: Trend) -> Verdict | None:
     if found.kind == "falling":
         return Verdict("not learnt", f"not learnt yet. {why} More steps:", run.resume())
     rate = float(run.config[_rate(run)])
+    usual = _figures(run.folder / LEARNING)
+    steps = int(usual.get("usual_steps", 0))
+    if is_fine_tune and run.step < steps and rate >= usual["usual_learning_rate"]:
+        text = f"not learnt yet. {why} Its {run.step} steps are fewer than the {steps} that such a run usually takes:"
+        return Verdict("not learnt", text, run.resume(max(2 * run.step, steps)))
     higher = 2 * rate
     text = f"not learnt. {why} Raise the learning rate, here from {rate:g} to {higher:g}:"
     return Verdict("not learnt", text, f"{run.resume()} --{_rate(run).replace('_', '-')} {higher:g}")
