@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from ..autoencoder import Autoencoder, downscale_factor, latent_channels, mask_channels
 from ..config import NetworkConfig, RunConfig, TextConfig
 from ..data import Source
-from ..errors import UserError
+from ..errors import UserError, few
 from ..families import FlowModel
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ..pipeline.generate import LatentFlowPipeline
+from ..utils.words import known_words, missing_words
 from .fine_tune.adapters import Adapter
 from .fine_tune.base import open_base, refuse_other_flow
 from .loop.distributed import process_state
@@ -317,7 +318,15 @@ def _extended_text(
     encoder.resize_token_embeddings(len(longer), mean_resizing=False)
     _copy_rows(source, encoder.get_input_embeddings().weight, [known.get(word) for word, _ in vocabulary])
     if new_words:
-        log.info("%d new words join the %d that the checkpoint knows", len(new_words), len(known))
+        named = few(
+            [f"'{word}'" for word in missing_words(tokenizer.backend_tokenizer, captions) or new_words]
+        )
+        log.info(
+            "new words: the checkpoint knows %d; %d more come from your captions: %s",
+            len(known_words(tokenizer.backend_tokenizer)),
+            len(new_words),
+            named,
+        )
     return longer, encoder
 
 
