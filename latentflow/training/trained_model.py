@@ -314,18 +314,14 @@ def _extended_text(
     known = tokenizer.get_vocab()
     source = encoder.get_input_embeddings().weight.clone()
     vocabulary = sorted(longer.get_vocab().items(), key=lambda item: item[1])
-    new_words = [word for word, _ in vocabulary if word not in known]
     encoder.resize_token_embeddings(len(longer), mean_resizing=False)
     _copy_rows(source, encoder.get_input_embeddings().weight, [known.get(word) for word, _ in vocabulary])
-    if new_words:
-        named = few(
-            [f"'{word}'" for word in missing_words(tokenizer.backend_tokenizer, captions) or new_words]
-        )
+    if words_to_learn := missing_words(tokenizer.backend_tokenizer, captions):
         log.info(
-            "new words: the checkpoint knows %d; %d more come from your captions: %s",
+            "new words: the checkpoint knows %d words and learns %d more from your captions: %s",
             len(known_words(tokenizer.backend_tokenizer)),
-            len(new_words),
-            named,
+            len(words_to_learn),
+            few([f"'{word}'" for word in words_to_learn]),
         )
     return longer, encoder
 
