@@ -162,8 +162,8 @@ class Run:
         return [int(row["step"]) for row in rows], [row[name] for row in rows]
 
     def resume(self, steps: int | None = None) -> str:
-        """Return the command that resumes the run; a finished one up to ``steps`` (default: twice as many), or with more
-        patience."""
+        """Return the command that resumes the run; a finished one up to ``steps`` (default: twice its own), or with
+        more patience."""
         command = ["latentflow", self.program]
         command += ["--config", str(self.folder / "config.yaml"), "-o", str(self.folder)]
         if self.finished and self.stopped_early:
