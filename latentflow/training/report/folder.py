@@ -188,6 +188,8 @@ def read_run(folder: str | Path, config: dict[str, Any] | None = None) -> Run:
     if not settings.is_file() and not (folder / "metrics.jsonl").is_file():
         inside = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
         fix = f"Did you mean '{inside[0]}'?" if inside else "Give what -o of `latentflow train` named."
+        if not folder.exists():
+            raise UserError(f"there is no folder '{folder}'", "Give what -o of `latentflow train` named.")
         raise UserError(f"'{folder}' is not a run folder: it holds no config.yaml and no metrics.jsonl", fix)
     if config is None and settings.is_file():
         config = read_yaml(settings, "Mend it or move it away.")
