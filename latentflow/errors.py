@@ -138,9 +138,10 @@ def reading(file: object, *failures: type[BaseException], fix: str = "") -> Iter
         raise UserError(f"{file} cannot be read: {reason(error)}", fix) from error
 
 
-def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """Return the choice that ``name`` was probably meant to be, or None when nothing is close."""
-    matches = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.6)
+def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the choice that ``name`` was probably meant to be, or None when none is as alike as ``cutoff`` (difflib's
+    ratio, from 0 to 1)."""
+    matches = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

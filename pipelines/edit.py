@@ -17,6 +17,7 @@ from latentflow.inference.sample import (
     check_memory,
     check_sampling,
     conditions,
+    note_unquoted,
     open_pipeline,
     sample_images,
     warn_unknown_words,
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = open_pipeline(kind, config.checkpoint, config.device, config)
     rows = conditions(pipe, config.prompt, config.class_labels, config.negative, optional=img2img)
     check_memory(len(rows) * config.n, (image.height, image.width), config.scale)
+    note_unquoted(config.prompt)
     warn_unknown_words(pipe, *config.prompt, config.negative, None if config.class_labels else config.source)
 
     # Edit: all images of the first prompt, then of the second, ...

@@ -16,6 +16,7 @@ from latentflow.inference.sample import (
     check_memory,
     check_sampling,
     conditions,
+    note_unquoted,
     open_pipeline,
     sample_images,
     warn_unknown_words,
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = open_pipeline(LatentFlowPipeline, config.checkpoint, config.device, config)
     rows = conditions(pipe, config.prompt, config.class_labels, config.negative)
     check_memory(len(rows) * config.n, pipe.image_size(config.height, config.width), config.scale)
+    note_unquoted(config.prompt)
     warn_unknown_words(pipe, *config.prompt, config.negative)
 
     # Sample: all images of the first prompt, then of the second, ...

@@ -17,6 +17,7 @@ from latentflow.inference.sample import (
     check_memory,
     check_sampling,
     conditions,
+    note_unquoted,
     open_pipeline,
     sample_images,
     warn_unknown_words,
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = open_pipeline(LatentFlowInpaintPipeline, config.checkpoint, config.device, config)
     rows = conditions(pipe, prompts, config.class_labels, config.negative, optional=True)
     check_memory(len(rows) * config.n, (image.height, image.width), config.scale)
+    note_unquoted(prompts)
     warn_unknown_words(pipe, *prompts, config.negative)
 
     # Paint: all images of the first prompt, then of the second, ...

@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Write what it has learnt so far as a pipeline, and push that: latentflow export {folder} -o FOLDER",
         )
     if not (folder / "model_index.json").is_file():
+        if not folder.exists():
+            raise UserError(
+                f"there is no folder '{folder}'", "Check the path: the run's folder, or its pipeline."
+            )
         raise UserError(f"'{folder}' is not a pipeline folder", "A run's pipeline is in RUN/pipeline.")
 
     from latentflow.training.report.hub import push

@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         masks=config.masks,
         columns=config.columns,
     )
-    suggestions = suggest(report, Machine.this(), training_flags(config))
+    captions = (
+        [text for example in source.examples for text in example.captions] if source is not None else []
+    )
+    suggestions = suggest(report, Machine.this(), training_flags(config), captions)
     if config.json:
         contents = report.as_dict()
         contents["suggestions"] = [dataclasses.asdict(suggestion) for suggestion in suggestions]

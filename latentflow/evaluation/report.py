@@ -65,7 +65,7 @@ def notes(
     if absent := sorted(set(model.classes) - set(source.classes)) if kind == "class_labels" else []:
         found.append(f"classes of the checkpoint that DATA lacks; none are generated: {', '.join(absent)}")
     if kind == "prompt" and (words := model.pipeline.unknown_words(sorted(set(captions)))):
-        found.append(unknown_words_text(words))
+        found.append(unknown_words_text(model.pipeline.tokenizer, words))
     warnings.simplefilter("ignore", UnknownWords)
     return found
 

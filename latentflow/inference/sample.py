@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import AdapterChoice, SamplingConfig
-from ..errors import UserError, finite, reason, whole
+from ..errors import UserError, finite, printable, reason, whole
 from ..utils.components import quiet_libraries
 from ..utils.files import (
     SHIPPED_CHECKPOINTS,
@@ -338,13 +338,23 @@ def conditions(
     return [{"class_labels": number} for number in ids] or [{}]
 
 
+def note_unquoted(prompts: Sequence[str]) -> None:
+    """Print on stderr that several prompts of one word each are drawn apart: quotes may have been forgotten."""
+    if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
+        print(
+            f"{len(prompts)} prompts of one word each. If they are one prompt, put it in quotes: "
+            f'"{printable(" ".join(prompts))}"',
+            file=sys.stderr,
+        )
+
+
 def warn_unknown_words(pipe: Any, *texts: str | None) -> None:
     """Print once, on stderr, the words that the checkpoint's vocabulary lacks."""
     from ..models.text import UnknownWords
     from ..pipeline.sampling import unknown_words_text
 
     if words := pipe.unknown_words([text for text in texts if text]):
-        print(f"Warning: {unknown_words_text(words)}.", file=sys.stderr)
+        print(f"Warning: {unknown_words_text(pipe.tokenizer, words)}.", file=sys.stderr)
     warnings.simplefilter("ignore", UnknownWords)  # each batch would say it again
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 from ..errors import UserError, reading
 from ..utils.components import library_reads, load_transformers_model, may_be_on_the_hub
 from ..utils.files import MEND, read_settings
+from ..utils.words import is_punctuation, known_words, missing_words, with_guess
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[START]"
 
@@ -254,24 +254,25 @@ def unknown_words(tokenizer: Any, texts: Iterable[str]) -> list[str]:
     For a tokenizer of `train_tokenizer` they are the words that it has to spell, since the network trained with it
     has not learnt what they mean; for others, the words with an unknown token (none for a byte-level one).
     """
-    ours = getattr(tokenizer, "bos_token", None) == START and tokenizer.is_fast
-    vocabulary = tokenizer.get_vocab() if ours else {}
+    if _is_ours(tokenizer):
+        return missing_words(tokenizer.backend_tokenizer, texts)
     found: dict[str, None] = {}
     for text in texts:
-        if ours:
-            backend = tokenizer.backend_tokenizer
-            pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
-            missing = [word for word, _ in pieces if word not in vocabulary]
-        else:
-            words = text.split() if tokenizer.unk_token_id is not None else []
-            tokens = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-            missing = [word for word, ids in zip(words, tokens, strict=True) if tokenizer.unk_token_id in ids]
-        found |= dict.fromkeys(word for word in missing if not _is_punctuation(word))
+        words = text.split() if tokenizer.unk_token_id is not None else []
+        tokens = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+        missing = [word for word, ids in zip(words, tokens, strict=True) if tokenizer.unk_token_id in ids]
+        found |= dict.fromkeys(word for word in missing if not is_punctuation(word))
     return list(found)
 
 
-def _is_punctuation(word: str) -> bool:
-    return all(unicodedata.category(character).startswith("P") for character in word)
+def with_guesses(tokenizer: Any, words: Iterable[str]) -> list[str]:
+    """Return ``words`` in quotes, with the known word that each may misspell for a tokenizer of `train_tokenizer`."""
+    known = known_words(tokenizer.backend_tokenizer) if _is_ours(tokenizer) else []
+    return [with_guess(word, known) for word in words]
+
+
+def _is_ours(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "bos_token", None) == START and tokenizer.is_fast
 
 
 def _longest(tokenizer: Any, encoder: PreTrainedModel) -> int:

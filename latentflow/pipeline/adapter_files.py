@@ -149,9 +149,7 @@ def read_adapter(
             **wanted,
         )
     except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError, HTTPError) as error:
-        what = (
-            "could not be read" if there else "is no file or folder here, and could not be had from the hub"
-        )
+        what = "could not be read" if there else "is no file or folder here, and was not found on the hub"
         raise UserError(
             f"{shown} {what}: {reason(error)}",
             "Give a folder with pytorch_lora_weights.safetensors, that file, or a hub id.",

@@ -43,7 +43,7 @@ def read_images(images: Images, height: int | None = None, width: int | None = N
     if len(sizes) > 1:
         raise UserError(
             f"the images have several sizes: {', '.join(sizes)}",
-            "Make them one size first (in Python, height and width do).",
+            "Resize them to one size first. In Python, height and width do that.",
         )
     return torch.stack(rows)
 

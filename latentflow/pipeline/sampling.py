@@ -18,7 +18,7 @@ from ..families.model import Generators, Rows
 from ..flow import Solver, Velocity, integrate
 from ..flow.solvers import BY_ROW
 from ..flow.tensors import expand_t, require_finite
-from ..models.text import UnknownWords, unknown_words
+from ..models.text import UnknownWords, unknown_words, with_guesses
 from ..utils.memory import require_memory
 from . import scheduler as border
 from .arguments import ClassLabels, ConditionArguments, StepCallback, check_inputs, labels, texts
@@ -39,9 +39,10 @@ _NAMES = {"prompt_embeds": "rows", "negative_prompt_embeds": "negative"}
 _PIXEL_BYTES = 12
 
 
-def unknown_words_text(words: Sequence[str]) -> str:
-    """Return a sentence for users that names the words; see ``SamplingMixin.unknown_words``."""
-    named = few([f"'{word}'" for word in words], 10)
+def unknown_words_text(tokenizer: Any, words: Sequence[str]) -> str:
+    """Return a sentence for users that names the words, and known words that they may misspell; see
+    ``SamplingMixin.unknown_words``."""
+    named = few([*with_guesses(tokenizer, words[:10]), *words[10:]], 10)
     return f"words that the checkpoint's vocabulary does not know, and that it cannot draw: {named}"
 
 
@@ -111,7 +112,7 @@ class SamplingMixin:
         """Warn once of all `unknown_words` of ``prompts``, as ``UnknownWords``."""
         rows = [[text] if isinstance(text, str) else text or [] for text in prompts]
         if words := self.unknown_words([text for row in rows for text in row]):
-            warnings.warn(UnknownWords(unknown_words_text(words)), stacklevel=stacklevel + 1)
+            warnings.warn(UnknownWords(unknown_words_text(self.tokenizer, words)), stacklevel=stacklevel + 1)
 
     def encode_prompt(
         self,
@@ -282,7 +283,7 @@ class SamplingMixin:
             steps = model.usual_steps if made_for_few else USUAL_STEPS
         if made_for_few and model.few_steps.step_counts and steps not in model.few_steps.step_counts:
             counts = " or ".join(map(str, model.few_steps.step_counts))
-            log.warning("%d steps of a checkpoint that was made for %s", steps, counts)
+            log.warning("%d steps are asked for; the checkpoint was trained to draw in %s", steps, counts)
         options: dict[str, Any] = {"progress": self.progress_bar, "generator": generator}
         try:
             if scheduled:

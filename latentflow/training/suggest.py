@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..config import PRESETS, AutoencoderConfig, DataConfig, FineTuningConfig, L
 from ..data.checking.report import FEW, Report, Suggestion
 from ..errors import few, plural
 from ..utils.files import SHIPPED_CHECKPOINTS, read_settings
+from ..utils.words import missing_words
 from .fine_tune.defaults import fitted, held_out_share
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
 
@@ -117,7 +118,9 @@ class Machine:
         return "this CPU" if self.device == "cpu" else "this GPU"
 
 
-def suggest(report: Report, machine: Machine, flags: tuple[str, ...] = ()) -> list[Suggestion]:
+def suggest(
+    report: Report, machine: Machine, flags: tuple[str, ...] = (), captions: Iterable[str] = ()
+) -> list[Suggestion]:
     """Suggest first trainings, the best one first; none where the data cannot be used, or are latents already.
 
     Below 1,000 images a shipped checkpoint is fine-tuned, as a whole or by an adapter. From 3,000 on, as many as the
@@ -127,10 +130,11 @@ def suggest(report: Report, machine: Machine, flags: tuple[str, ...] = ()) -> li
         report: of the data.
         machine: where they would run.
         flags: those of the check that a training needs as well, such as ("--masks", "alpha").
+        captions: of the data; their words that the shipped checkpoint does not know are named.
     """
     if report.problems or not report.sizes:
         return []
-    fine_tunes = list(_fine_tunes(report, machine, flags))
+    fine_tunes = list(_fine_tunes(report, machine, flags, captions))
     if report.images < FEW and fine_tunes:
         return fine_tunes
     scratch = [_from_scratch(report, machine, flags)]
@@ -141,7 +145,9 @@ def suggest(report: Report, machine: Machine, flags: tuple[str, ...] = ()) -> li
 # ---------------------------------------------------------------- fine-tuning
 
 
-def _fine_tunes(report: Report, machine: Machine, flags: tuple[str, ...]) -> Iterator[Suggestion]:
+def _fine_tunes(
+    report: Report, machine: Machine, flags: tuple[str, ...], captions: Iterable[str]
+) -> Iterator[Suggestion]:
     """Yield a fine-tune of the shipped checkpoint that takes the data's condition, then the same by an adapter."""
     checkpoint = _CHECKPOINTS[report.condition]
     if not (SHIPPED_CHECKPOINTS / checkpoint.name / "model_index.json").is_file():
@@ -149,7 +155,8 @@ def _fine_tunes(report: Report, machine: Machine, flags: tuple[str, ...]) -> Ite
     place = f"{SHIPPED_CHECKPOINTS.name}/{checkpoint.name}"  # a name that `train` knows everywhere
     reasons = {
         "--init-from": f"{checkpoint.name} {checkpoint.knows} at {_SIDE} px; your images are resized to that",
-        "steps": "",  # these two come here
+        "steps": "",  # these come here
+        "new words": "",
         "time": "",
     }
     if report.condition == "unconditional":
@@ -177,6 +184,10 @@ def _fine_tunes(report: Report, machine: Machine, flags: tuple[str, ...]) -> Ite
         reasons["not from scratch"] = (
             f"that needs about {_FROM_SCRATCH:,} images; of {report.images} a new network would learn copies"
         )
+    if report.condition == "text" and (words := _new_words(captions, checkpoint)):
+        reasons["new words"] = words
+    else:
+        del reasons["new words"]
     start, output = ["latentflow", "train", report.data, "--init-from", place], f"runs/{_name(report.data)}"
     steps_line, seconds = _fine_tune_cost(report.images, checkpoint, machine, adapter=False)
     yield Suggestion(
@@ -204,6 +215,25 @@ def _known_classes(report: Report, checkpoint: _Checkpoint) -> list[str]:
     index = read_settings(SHIPPED_CHECKPOINTS / checkpoint.name / "model_index.json")
     names = set((index.get("id2label") or {}).values())
     return [name for name in report.classes if name in names]
+
+
+def _new_words(captions: Iterable[str], checkpoint: _Checkpoint) -> str:
+    """Return a line on the words of ``captions`` that the checkpoint does not know, "" if there is none."""
+    from tokenizers import Tokenizer
+
+    texts = list(captions)
+    tokenizer = Tokenizer.from_file(
+        str(SHIPPED_CHECKPOINTS / checkpoint.name / "tokenizer" / "tokenizer.json")
+    )
+    words = missing_words(tokenizer, texts)
+    if not words:
+        return ""
+    known = sum(not missing_words(tokenizer, [text]) for text in texts)
+    return (
+        f"{checkpoint.name} knows all words of {known} of your {plural(len(texts), 'caption')}; it learns "
+        f"{plural(len(words), 'word')} from your images alone, and the more images have a word, the better: "
+        + few([f"'{word}'" for word in words])
+    )
 
 
 def _fine_tune_cost(

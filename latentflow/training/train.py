@@ -24,6 +24,7 @@ from .data import (
 from .estimate import estimate_lines, sample_flops
 from .export import card_facts, export_pipeline, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
+from .fine_tune.defaults import usual
 from .fine_tune.learning import LearningMeter, is_plain
 from .fine_tune.memorisation import report_memorisation
 from .loop.checkpoint import list_checkpoints, step_of
@@ -201,7 +202,9 @@ def train(
     if state.is_main_process:
         keep_initial(output, model.pipeline())
         if config.init_from and not recipe.student and not config.loop.shard and is_plain(loss):
-            meter = LearningMeter(loss, own, training, state.device)
+            own_share = 1 - getattr(data, "mixin_share", 0.0)
+            by_default = usual(config.loop, len(training), own_share, bool(config.adapter.lora_rank))
+            meter = LearningMeter(loss, own, training, state.device, by_default)
     export = partial(
         export_pipeline,
         model=model,

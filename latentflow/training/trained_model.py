@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from ..autoencoder import Autoencoder, downscale_factor, latent_channels, mask_channels
 from ..config import NetworkConfig, RunConfig, TextConfig
 from ..data import Source
-from ..errors import UserError
+from ..errors import UserError, few
 from ..families import FlowModel
 from ..models import DiT, UNet, dit_config, load_text_encoder, small_text_encoder, train_tokenizer
 from ..pipeline.generate import LatentFlowPipeline
+from ..utils.words import known_words, missing_words
 from .fine_tune.adapters import Adapter
 from .fine_tune.base import open_base, refuse_other_flow
 from .loop.distributed import process_state
@@ -313,11 +314,15 @@ def _extended_text(
     known = tokenizer.get_vocab()
     source = encoder.get_input_embeddings().weight.clone()
     vocabulary = sorted(longer.get_vocab().items(), key=lambda item: item[1])
-    new_words = [word for word, _ in vocabulary if word not in known]
     encoder.resize_token_embeddings(len(longer), mean_resizing=False)
     _copy_rows(source, encoder.get_input_embeddings().weight, [known.get(word) for word, _ in vocabulary])
-    if new_words:
-        log.info("%d new words join the %d that the checkpoint knows", len(new_words), len(known))
+    if words_to_learn := missing_words(tokenizer.backend_tokenizer, captions):
+        log.info(
+            "new words: the checkpoint knows %d words and learns %d more from your captions: %s",
+            len(known_words(tokenizer.backend_tokenizer)),
+            len(words_to_learn),
+            few([f"'{word}'" for word in words_to_learn]),
+        )
     return longer, encoder
 
 

@@ -137,6 +137,19 @@ def test_words_that_are_known_are_not_spoken_of(run: Run, capsys: pytest.Capture
     assert "vocabulary" not in capsys.readouterr().err
 
 
+def test_a_misspelt_word_and_forgotten_quotes_are_noticed(
+    run: Run, dit_folder: Path, load_program: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*prompts: str) -> str:
+        flags = ["--device", "cpu", "--steps", "1", "--checkpoint", str(dit_folder)]
+        load_program("generate").main([*prompts, *flags])
+        return capsys.readouterr().err
+
+    assert "cannot draw: 'aple' (did you mean 'apple'?), 'zorgon'." in said("aple zorgon")
+    assert 'If they are one prompt, put it in quotes: "red apple"' in said("red", "apple")
+    assert "quotes" not in said("red apple", "apple") + said("apple")
+
+
 # ------------------------------------------------------------------ files, whole or not at all
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from latentflow.config import LoopConfig
 from latentflow.errors import RunError, UserError
 from latentflow.training.loop import run_folder as folders
 from latentflow.training.loop import saving
@@ -29,6 +30,7 @@ from latentflow.training.loop.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_latest,
+    refuse_changes,
     snapshot,
     write_checkpoint,
 )
@@ -171,6 +173,29 @@ def test_only_damaged_checkpoints_are_an_error_none_is_not(tmp_path: Path) -> No
     (tmp_path / "step-000001" / "state.json").unlink()
     with pytest.raises(UserError, match="all 1 checkpoints"):
         load_latest(tmp_path)
+
+
+def test_another_rank_is_named_once_and_nothing_that_cannot_work_is_offered(tmp_path: Path) -> None:
+    def described(rank: int) -> dict[str, Any]:
+        shapes = {f"blocks.{i}.attn.qkv.lora_A.default.weight": [rank, 256] for i in range(30)}
+        return {"adapter": {"lora_rank": rank}, "network": shapes, "batch": 64}
+
+    with pytest.raises(UserError) as caught:
+        refuse_changes(tmp_path, {"step": 22, "description": described(16)}, described(8), LoopConfig(), 1)
+    first, shapes = caught.value.what.splitlines()[1:]
+    assert (
+        first.strip() == "adapter.lora_rank: 16 -> 8"
+        and "another shape: 30, such as network.blocks.0" in shapes
+    )
+    assert "--allow-changes" not in caught.value.fix  # it would fail
+    with pytest.raises(UserError, match="--allow-changes"):
+        refuse_changes(
+            tmp_path,
+            {"step": 22, "description": {"batch": 64, "flow": 1}},
+            {"batch": 64, "flow": 2},
+            LoopConfig(),
+            1,
+        )
 
 
 def test_difference_names_the_path_and_both_values() -> None:

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from latentflow.training.loop.data_order import DataOrder, SampleRandom, grouped_permutation, seeded
+from latentflow.training.loop.fit import _samples_per_epoch
 
 
 def flat(order: DataOrder, first: int, last: int, process: int = 0) -> list[tuple[int, int]]:
@@ -123,3 +124,13 @@ def test_steps_have_the_same_samples_for_any_number_of_processes(
     for epoch in range(30 * BATCH // size):
         within = used[epoch * size : (epoch + 1) * size]
         assert sorted(index for _, index in within) == list(range(size))
+
+
+def test_an_epoch_is_one_use_of_the_users_images() -> None:
+    """75 images of the user and 200 others that make up half of every step: 150 samples use each of the 75 once."""
+
+    class Data(list[int]):
+        mixin_count, mixin_share = 200, 0.5
+
+    assert _samples_per_epoch(Data(range(275))) == 150  # type: ignore[arg-type]
+    assert _samples_per_epoch(list(range(75))) == 75  # type: ignore[arg-type]

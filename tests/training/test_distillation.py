@@ -74,7 +74,8 @@ def test_every_method_makes_a_student_that_draws_as_it_was_made_for(
     monkeypatch.setattr(pipeline_sampling.log, "warning", lambda text, *values: warned.append(text % values))
     pipe("an image", output_type="latent", num_inference_steps=3)
     assert len(evaluations) == 3
-    assert warned == [f"3 steps of a checkpoint that was made for {' or '.join(map(str, counts))}"]
+    made_for = " or ".join(map(str, counts))
+    assert warned == [f"3 steps are asked for; the checkpoint was trained to draw in {made_for}"]
     assert ("straightness" in said) == METHODS[method].pairs
     # Previews: two rows of eight images for each number of steps, and two of holes.
     preview = Image.open(sorted((run / "samples").glob("*.png"))[-1])

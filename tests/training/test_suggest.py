@@ -173,6 +173,17 @@ def test_classes_that_the_checkpoint_knows_are_named_and_can_be_drawn_first(repo
     assert all("known already" not in suggestion.reasons for suggestion in suggest(new, CPU))
 
 
+def test_words_that_the_checkpoint_does_not_know_are_named_before_hours_are_spent() -> None:
+    captions = ["red apple", "ruota dentata", "a red ruota!"]
+    whole, adapter = suggest(report(64, 100, "text"), CPU, captions=captions)
+    assert whole.reasons["new words"].startswith(
+        "emoji-64 knows all words of 1 of your 3 captions; it learns 2 words"
+    )
+    assert whole.reasons["new words"].endswith(": 'ruota', 'dentata'") and "new words" not in adapter.reasons
+    assert "new words" not in suggest(report(64, 100, "text"), CPU, captions=["red apple"])[0].reasons
+    assert "new words" not in suggest(report(64, 100), CPU)[0].reasons
+
+
 def test_nothing_is_suggested_for_what_cannot_be_trained_on() -> None:
     assert suggest(Report("x", "unknown", problems=("no",)), CPU) == []
 

@@ -178,6 +178,22 @@ def test_fine_tunes_whose_captions_draw_nothing_right_are_reported(name: str, tm
     )
 
 
+def test_a_fine_tune_that_was_cut_short_goes_on_before_its_rate_is_raised(tmp_path: Path) -> None:
+    def verdict(rate: float, **usual: float) -> Any:
+        files = learnt(0.84, 0.91, 75, **usual)
+        return judge(run_of(tmp_path, FLAT, files=files, init_from="emoji-64", learning_rate=rate))
+
+    short = verdict(0.012, usual_steps=4800, usual_learning_rate=0.012)  # of 2,000 steps
+    assert short.kind == "not learnt" and "2000 steps are fewer than the 4800 that" in short.text
+    assert short.command.endswith("--max-train-steps 4800")
+    for other in (
+        verdict(0.012, usual_steps=479, usual_learning_rate=0.012),
+        verdict(0.002, usual_steps=4800, usual_learning_rate=0.012),
+        verdict(0.012),  # of an earlier version
+    ):
+        assert "Raise the learning rate" in other.text
+
+
 def test_other_fine_tunes(tmp_path: Path) -> None:
     def verdict(losses: Any, files: Any, name: str = "loss") -> Any:
         return judge(run_of(tmp_path, losses, name, files, init_from="emoji-64", train_batch_size=64))
@@ -258,6 +274,8 @@ def test_a_fine_tune_that_learns_nothing_says_so_last_and_its_command_works(
     text, command = last_verdict(call(cache, images, "-o", run, *flags))
     assert text.startswith("not learnt. Your captions do not draw your images yet. Loss on the training")
     assert shlex.split(command)[-4:] == ["--max-train-steps", "24", "--learning-rate", "2e-06"]
+    figures = json.loads((run / "learning.json").read_text())
+    assert (figures["usual_steps"], figures["usual_learning_rate"]) == (750, 0.012)  # 250 * 12 / 4
     card = (run / "pipeline" / "README.md").read_text()
     assert (
         "Verdict at the end of the run: not learnt. Your" in card and "Loss on the training images: " in card

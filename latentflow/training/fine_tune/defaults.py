@@ -81,6 +81,15 @@ def fitted(
     return dataclasses.replace(loop, **kept)
 
 
+def usual(loop: LoopConfig, images: int, own_share: float, adapter: bool) -> tuple[int, float]:
+    """Return the steps and the learning rate of such a fine-tune where no flag sets them, at the loop's batch size."""
+    samples = LoopConfig(
+        train_batch_size=loop.train_batch_size, gradient_accumulation_steps=loop.gradient_accumulation_steps
+    )
+    chosen = fitted(samples, (), images, own_share, adapter)
+    return chosen.max_train_steps, chosen.learning_rate
+
+
 def fine_tuning_lines(
     checkpoint: str,
     loop: LoopConfig,

@@ -40,9 +40,18 @@ class LearningMeter:
         loss: of the networks as the run begins, on whose device it is measured.
         data: the training images.
         source: the same, with captions.
+        usual: the steps and the learning rate of such a fine-tune by default, for the verdict.
     """
 
-    def __init__(self, loss: FlowLoss, data: LatentData, source: Source, device: torch.device) -> None:
+    def __init__(
+        self,
+        loss: FlowLoss,
+        data: LatentData,
+        source: Source,
+        device: torch.device,
+        usual: tuple[int, float],
+    ) -> None:
+        self._usual = usual
         self._loss, self._data, self._device = copy.copy(loss.to(device)), data, device
         self._loss.masking, self._loss.training = None, False  # the copy's own: it shares the networks only
         count = min(_IMAGES, len(data))
@@ -65,6 +74,8 @@ class LearningMeter:
             "error": float(fall.std() / len(fall) ** 0.5) if len(fall) > 1 else 0.0,
             "without_captions": float(self._losses(drop=True).mean()),
             "distinct_captions": self._distinct,
+            "usual_steps": self._usual[0],
+            "usual_learning_rate": self._usual[1],
         }
         (run / LEARNING).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -314,7 +314,12 @@ def refuse_changes(
         return
     if not changes:
         return
+    shapes = [line for line in changes if _SHAPE.fullmatch(line)]
     fix = "Use another output folder, undo the changes, or pass --allow-changes to go on all the same."
+    if shapes:  # nothing allows that
+        changes = [line for line in changes if line not in shapes]
+        changes.append(f"weights of another shape: {len(shapes)}, such as {shapes[0]}")
+        fix = "Use another output folder, or undo the changes: these weights do not fit the new network."
     batch = before.get("batch")
     if batch != now["batch"]:
         fix += (
@@ -327,6 +332,9 @@ def refuse_changes(
         fix,
     )
 
+
+# A line of `difference` on a weight that has another shape, or is there in one of the two networks only.
+_SHAPE = re.compile(r"network\..+: (None|\[[\d, ]*\]) -> (None|\[[\d, ]*\])")
 
 #: parts of a description that runs of earlier versions did not write: of those runs they count as unchanged
 _LATER = ("data_order", "architecture", "autoencoder", "images", "optimizer")

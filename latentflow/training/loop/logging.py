@@ -202,7 +202,7 @@ class Reporter:
     Args:
         folder: the run folder.
         first_step, last_step: the range that this process will run.
-        samples_per_epoch: size of the data set.
+        samples_per_epoch: number in which each of the user's images comes once, others that are mixed in included.
         report_to: "none", "tensorboard" or "wandb".
         full_rate: samples per second if the devices did nothing but multiply matrices; None: not known.
         active: False on every process but the main one.
@@ -220,7 +220,7 @@ class Reporter:
         first_step: int,
         last_step: int,
         *,
-        samples_per_epoch: int,
+        samples_per_epoch: float,
         report_to: str,
         active: bool,
         full_rate: float | None = None,

@@ -26,7 +26,7 @@ _TAGS = {
     "unconditional": "unconditional-image-generation",
 }
 _SHOWN = (
-    "resolution", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from",
+    "resolution", "network", "network_preset", "width", "depth", "heads", "patch_size", "vae", "init_from", "lora_rank",
     "checkpoint", "method", "guidance", "text_encoder", "path", "prediction", "coupling", "objective", "weighting",
     "time_density", "condition_dropout", "inpainting", "max_train_steps", "train_batch_size",
     "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
@@ -114,7 +114,7 @@ def _card(run: Run, facts: CardFacts, sample: str, sample_step: int) -> str:
         settings=[
             (name, _as_text(_setting(run.config[name])))
             for name in _SHOWN
-            if run.config.get(name) not in (None, {}, [])
+            if run.config.get(name) not in (None, {}, []) and (name, run.config[name]) != ("lora_rank", 0)
         ],
         verdict=_as_text(verdict.remark) if verdict else "",
         learnt=[_as_text(line) for line in measured_lines(run, verdict)],

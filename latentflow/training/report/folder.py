@@ -162,8 +162,8 @@ class Run:
         return [int(row["step"]) for row in rows], [row[name] for row in rows]
 
     def resume(self, steps: int | None = None) -> str:
-        """Return the command that resumes the run; a finished one up to ``steps``, by default for as many steps again,
-        or with more patience."""
+        """Return the command that resumes the run; a finished one up to ``steps`` (default: twice its own), or with
+        more patience."""
         command = ["latentflow", self.program]
         command += ["--config", str(self.folder / "config.yaml"), "-o", str(self.folder)]
         if self.finished and self.stopped_early:
@@ -188,6 +188,8 @@ def read_run(folder: str | Path, config: dict[str, Any] | None = None) -> Run:
     if not settings.is_file() and not (folder / "metrics.jsonl").is_file():
         inside = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
         fix = f"Did you mean '{inside[0]}'?" if inside else "Give what -o of `latentflow train` named."
+        if not folder.exists():
+            raise UserError(f"there is no folder '{folder}'", "Give what -o of `latentflow train` named.")
         raise UserError(f"'{folder}' is not a run folder: it holds no config.yaml and no metrics.jsonl", fix)
     if config is None and settings.is_file():
         config = read_yaml(settings, "Mend it or move it away.")

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...config import usual_steps
 from ...errors import is_number
 from .folder import Run
 
@@ -190,17 +189,19 @@ def _not_learnt(run: Run, found: Trend) -> Verdict | None:
     why = _unlearnt(run) if is_fine_tune else "" if found.kind == "unknown" else _unmoved(run)
     if not why or (found.kind == "falling" and not is_fine_tune):
         return None
-    if is_fine_tune and run.step < 0.5 * (usual := _usual_steps(run)):
-        why = f"{why} {run.step:,} steps are few: by default {usual:,} are taken for so many images. More steps:"
-        return Verdict("not learnt", f"not learnt yet. {why}", run.resume(usual))
     if found.kind == "falling":
         return Verdict("not learnt", f"not learnt yet. {why} More steps:", run.resume())
     rate = float(run.config[_rate(run)])
+    measured = _figures(run.folder / LEARNING)
+    steps = int(measured.get("usual_steps", 0))
+    if is_fine_tune and run.step < steps and rate >= measured["usual_learning_rate"]:
+        text = f"not learnt yet. {why} Its {run.step} steps are fewer than the {steps} that such a run usually takes:"
+        return Verdict("not learnt", text, run.resume(max(2 * run.step, steps)))
     if is_fine_tune and _has_risen(run):
         text = f"not learnt. {why} It has risen: the learning rate is too high. Halve it, in a new run:"
         flags = [f"--{_rate(run).replace('_', '-')}", f"{rate / 2:g}"]
         return Verdict("not learnt", text, _anew(run, f"rate-{rate / 2:g}", flags))
-    if is_fine_tune and not _few_captioned(_figures(run.folder / LEARNING)):
+    if is_fine_tune and not _few_captioned(measured):
         why += " Either the rate is too low, or the checkpoint knew these images already."
     higher = 2 * rate
     text = f"not learnt. {why} Raise the learning rate, here from {rate:g} to {higher:g}:"
@@ -244,18 +245,6 @@ def _has_risen(run: Run) -> bool:
     """Return whether a fine-tune draws its training images worse than its checkpoint did, by more than chance."""
     found = _figures(run.folder / LEARNING)
     return bool(found["after"] - found["before"] > max(2 * found["error"], 0.02 * found["before"]))
-
-
-def _usual_steps(run: Run) -> int:
-    """Return the steps that a fine-tune on so many images takes by default; 0 where their captions should draw them.
-
-    Those few images are learnt as fast as the rate allows, and the loss with and without captions says how far it got.
-    """
-    found = _figures(run.folder / LEARNING)
-    if _few_captioned(found):
-        return 0
-    own = 1 - float(run.config.get("prior_share", 0.0)) if (run.folder / "prior").is_dir() else 1.0
-    return usual_steps(found["images"], max(own, 0.01) * run.batch)
 
 
 def learning_line(found: dict[str, Any]) -> str:
