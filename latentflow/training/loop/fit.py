@@ -43,6 +43,7 @@ from .loader import (
     Values,
     groups_of,
     load_batches,
+    samples_per_epoch,
     to_device,
 )
 from .logging import Reporter, profiler
@@ -361,7 +362,7 @@ class Loop:
             self.output,
             self.step,
             self.config.max_train_steps,
-            samples_per_epoch=_samples_per_epoch(self.data),
+            samples_per_epoch=samples_per_epoch(self.data),
             report_to=self.config.report_to,
             active=self.main,
             full_rate=None if flops is None else full_rate(self.accelerator, self.config, flops),
@@ -493,12 +494,6 @@ class Loop:
             for path in clean_up(parent, name):
                 log.info(f"removed {path}, left by a run that was killed while writing it")
         self.accelerator.wait_for_everyone()  # before anybody looks for checkpoints
-
-
-def _samples_per_epoch(data: TrainingData) -> float:
-    """Return the number of samples in which each of the user's images comes once, with those that are mixed in."""
-    mixed, share = getattr(data, "mixin_count", 0), getattr(data, "mixin_share", 0.0)
-    return float((len(data) - mixed) / (1 - share))
 
 
 def _due(step: int, every: int, final: bool) -> bool:

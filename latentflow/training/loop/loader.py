@@ -173,6 +173,12 @@ def load_batch(data: TrainingData, uses: list[SampleUse]) -> Batch:
     return data.__getitems__(uses) | ids
 
 
+def samples_per_epoch(data: TrainingData) -> float:
+    """Return the number of samples in which each of the user's images comes once, with those that are mixed in."""
+    mixed, share = getattr(data, "mixin_count", 0), getattr(data, "mixin_share", 0.0)
+    return float((len(data) - mixed) / (1 - share))
+
+
 def first_batch(data: TrainingData, rows: int) -> Batch:
     """Return a batch of the first ``rows`` rows, or of as many as are of the first one's group."""
     uses = [SampleUse(row, row) for row in range(min(len(data), rows))]
