@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from latentflow.training.loop.data_order import DataOrder, SampleRandom, grouped_permutation, seeded
-from latentflow.training.loop.fit import _samples_per_epoch
+from latentflow.training.loop.loader import samples_per_epoch
 
 
 def flat(order: DataOrder, first: int, last: int, process: int = 0) -> list[tuple[int, int]]:
@@ -132,5 +132,5 @@ def test_an_epoch_is_one_use_of_the_users_images() -> None:
     class Data(list[int]):
         mixin_count, mixin_share = 200, 0.5
 
-    assert _samples_per_epoch(Data(range(275))) == 150  # type: ignore[arg-type]
-    assert _samples_per_epoch(list(range(75))) == 75  # type: ignore[arg-type]
+    assert samples_per_epoch(Data(range(275))) == 150  # type: ignore[arg-type]
+    assert samples_per_epoch(list(range(75))) == 75  # type: ignore[arg-type]
