@@ -112,11 +112,12 @@ def resolve(mixed_precision: str, device: torch.device) -> Precision:
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure floating-point operations per second of a matrix product (a multiply-add is two): the best of many."""
-    # On a CPU short ones, which other processes leave whole now and then.
-    size, tries = (512, 20) if device.type == "cpu" else (8192, 5)
+    # On a CPU short ones for a while: other processes leave some of them whole.
+    size, tries, least = (512, 20, 0.4) if device.type == "cpu" else (8192, 5, 0.0)
     a = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(tries):
+    seconds: list[float] = []
+    until = time.perf_counter() + least
+    while len(seconds) < tries or time.perf_counter() < until:
         start = time.perf_counter()
         float((a @ a)[0, 0])  # waits for the device
         seconds.append(time.perf_counter() - start)
