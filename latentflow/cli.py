@@ -34,6 +34,18 @@ C = TypeVar("C")
 # ----------------------------------------------------------------------------------------------------
 
 
+# Names of diffusers' calls and training scripts: ours.
+_IN_DIFFUSERS = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "negative_prompt": "negative",
+    "num_images_per_prompt": "n",
+    "pretrained_model_name_or_path": "init_from",
+    "rank": "lora_rank",
+    "output_dir": "output",
+}
+
+
 def parse(
     config_class: type[C],
     argv: Sequence[str] | None = None,
@@ -59,7 +71,7 @@ def parse(
 
     Raises:
         UserError: a key or value of the config file or the preset is wrong; the file and the nearest key are
-            named.
+            named. A flag has the name that diffusers gives it; ours is named.
         SystemExit: a flag is wrong (tyro names the nearest and exits with 2), or the help was asked for.
     """
     import tyro
@@ -88,6 +100,7 @@ def parse(
             )
         )
         sys.exit()
+    _name_ours(config_class, args)
     parsed = tyro.cli(
         program,
         args=args,
@@ -98,6 +111,16 @@ def parse(
     )
     settings: C = parsed.settings
     return settings
+
+
+def _name_ours(config_class: type, args: Sequence[str]) -> None:
+    """Refuse flags by their names in diffusers' calls and training scripts, where ours have other names."""
+    keys = {leaf.key for leaf in flags_of(config_class)}
+    for arg in args:
+        key = normal(arg.partition("=")[0])
+        if arg.startswith("--") and key not in keys and (ours := _IN_DIFFUSERS.get(key)) in keys:
+            flag = f"--{str(ours).replace('_', '-')}"
+            raise UserError(f"unknown flag {arg.partition('=')[0]}", f"Here it is {flag}.")
 
 
 def given(config_class: type, argv: Sequence[str] | None = None) -> frozenset[str]:

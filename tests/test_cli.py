@@ -230,6 +230,19 @@ def test_help_of_few_flags_shows_all_with_their_values_and_defaults(
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ours"),
+    [
+        (["images", "-o", "run", "--output-dir", "other"], "--output"),
+        (["images", "-o", "run", "--rank=4"], "--lora-rank"),
+        (["images", "-o", "run", "--pretrained_model_name_or_path", "sd"], "--init-from"),
+    ],
+)
+def test_flags_by_their_names_in_diffusers_name_ours(arguments: list[str], ours: str) -> None:
+    with pytest.raises(UserError, match=f"unknown flag {arguments[3].partition('=')[0]}\nHere it is {ours}."):
+        cli.parse(RunConfig, arguments, prog="latentflow example")
+
+
 def test_help_of_many_flags_shows_the_essential_ones_or_a_group_or_all(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
