@@ -15,7 +15,6 @@ from .model import FlowConfig as FlowConfig
 from .model import NetworkConfig as NetworkConfig
 from .model import RoutingConfig as RoutingConfig
 from .model import TextConfig as TextConfig
-from .run import FEW_IMAGES as FEW_IMAGES
 from .run import PRESETS as PRESETS
 from .run import AdapterConfig as AdapterConfig
 from .run import DataConfig as DataConfig
@@ -23,4 +22,3 @@ from .run import DistillationConfig as DistillationConfig
 from .run import FineTuningConfig as FineTuningConfig
 from .run import FramingConfig as FramingConfig
 from .run import RunConfig as RunConfig
-from .run import usual_steps as usual_steps

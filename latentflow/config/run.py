@@ -15,8 +15,6 @@ from ..utils.flags import Essential
 from .loop import LoopConfig
 from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
 
-FEW_IMAGES = 50  # of a fine-tune: from here down, each is used as often as it takes to learn it
-_USES = 250  # of each of so few; of more, by the square root of their number fewer
 _REPLAYED = 1000  # images: up to here the model's own samples are mixed in by default
 
 
@@ -107,11 +105,6 @@ class FineTuningConfig:
         if self.prior_samples is not None:
             return self.prior_samples
         return min(1000, max(200, 10 * classes)) if images <= _REPLAYED else 0
-
-
-def usual_steps(images: int, own: float) -> int:
-    """Return the steps that a fine-tune takes by default, where ``own`` samples of a step are images of the data."""
-    return max(100, math.ceil(_USES * math.sqrt(images * min(images, FEW_IMAGES)) / own))
 
 
 @dataclass(frozen=True, kw_only=True)

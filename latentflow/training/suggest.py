@@ -106,7 +106,7 @@ class Machine:
     def this(cls) -> Machine:
         """Measure the device that a training here would use."""
         device: torch.device = process_state().device
-        return cls(device.type, matrix_product_rate(device, compute_dtype("auto", device)))
+        return cls(device.type, matrix_product_rate(device, compute_dtype("auto", device), least=0.4))
 
     def seconds(self, steps: float, flops: float) -> float:
         """Return the time of so many steps of ``flops`` operations each."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..autoencoder import Autoencoder, build_autoencoder
-from ..config import FEW_IMAGES, RunConfig
+from ..config import RunConfig
 from ..pipeline.adapter_files import weights_hash
 from .data import (
     DataSplits,
@@ -24,7 +24,7 @@ from .data import (
 from .estimate import estimate_lines, sample_flops
 from .export import card_facts, export_pipeline, preview_grid, preview_source
 from .fine_tune.base import refuse_own_result
-from .fine_tune.defaults import usual
+from .fine_tune.defaults import FEW, usual
 from .fine_tune.learning import LearningMeter, is_plain
 from .fine_tune.memorisation import report_memorisation
 from .loop.checkpoint import list_checkpoints, step_of
@@ -246,7 +246,7 @@ def train(
     # ---- the result ----
     for line in recipe.summary(result, loss, own):
         log.info(line)
-    if config.init_from and len(training) <= FEW_IMAGES:
+    if config.init_from and len(training) <= FEW:
         report_memorisation(output, training, validation, splits.data.background, state.device)
     facts = card_facts(model, source, output, config.push_to_hub)
     write_card(result, output, facts)  # once more: what was measured of the result is there now

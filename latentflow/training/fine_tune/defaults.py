@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any
 
-from ...config import FEW_IMAGES, LoopConfig, usual_steps
+from ...config import LoopConfig
 from ...errors import UserError
 from ..loop.distributed import process_state
 
+FEW = 50  # images: from here down, each is used as often as it takes to learn it
+_USES = 250  # of each of so few; of more, by the square root of their number fewer
 _SLOWER = 5  # times the learning rate from scratch
 _FASTER = 6  # times the rate from scratch: of an adapter (docs/measurements/fine-tuning.md)
 _LEAST_HELD_OUT_OF = 20  # images: of fewer none is held out by default
@@ -69,7 +72,9 @@ def fitted(
         changes["learning_rate"] = loop.learning_rate * _FASTER
     if not adapter and "learning_rate" not in given:
         changes["lr_embeddings"] = loop.lr_embeddings * _SLOWER
-    steps = min(usual_steps(images, own_share * _samples(loop)), loop.max_train_steps)
+    own = own_share * _samples(loop)
+    steps = math.ceil(_USES * math.sqrt(images * min(images, FEW)) / own)
+    steps = min(max(steps, 100), loop.max_train_steps)
     changes["max_train_steps"] = steps
     if "max_train_steps" in given:
         steps = loop.max_train_steps
@@ -120,7 +125,7 @@ def fine_tuning_lines(
             f"WARNING: guidance {folded_guidance:g} is already in the weights of {checkpoint}, but this objective does "
             "not distil it: the result is guided while it generates, and needs a lower --guidance than others"
         )
-    if images <= FEW_IMAGES:
+    if images <= FEW:
         lines.append(
             f"few images ({images}): at the end it is measured how close generated images come to copies of them"
             + ("" if random_flip else "; --random-flip doubles them, where left and right do not matter")

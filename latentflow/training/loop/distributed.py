@@ -110,10 +110,14 @@ def resolve(mixed_precision: str, device: torch.device) -> Precision:
     return mixed_precision  # type: ignore[return-value]
 
 
-def matrix_product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure floating-point operations per second of a matrix product (a multiply-add is two): the best of many."""
-    # On a CPU short ones for a while: other processes leave some of them whole.
-    size, tries, least = (512, 20, 0.4) if device.type == "cpu" else (8192, 5, 0.0)
+def matrix_product_rate(device: torch.device, dtype: torch.dtype, least: float = 0.0) -> float:
+    """Measure floating-point operations per second of a matrix product (a multiply-add is two): the best of many.
+
+    Args:
+        least: seconds of measuring; the longer, the likelier that other processes leave a product whole.
+    """
+    # On a CPU short ones, which other processes leave whole now and then.
+    size, tries = (512, 20) if device.type == "cpu" else (8192, 5)
     a = torch.ones(size, size, device=device, dtype=dtype)
     seconds: list[float] = []
     until = time.perf_counter() + least
