@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from . import __version__
 from .errors import UserError, nearest, printable, shown, unknown
 from .utils import skip_final_garbage_collection
-from .utils.files import read_yaml, replacing
+from .utils.files import PROGRAMS_ROOT, read_yaml, replacing
 from .utils.flags import Essential, Flag, flags_of, help_text, normal, without_annotation
 
 C = TypeVar("C")
@@ -372,13 +372,16 @@ def programs() -> dict[str, Path]:
 
 
 def _programs_root() -> Path:
-    """Return `latentflow/programs` in an installed wheel, the repository's root in a clone."""
-    package = Path(__file__).resolve().parent
-    shipped = package / "programs"
-    root = shipped if shipped.is_dir() else package.parent
-    if not any((root / folder).is_dir() for folder in ("train", "pipelines")):
-        raise UserError(f"no programs found in {root}", "Install latentflow again: pip install latentflow")
-    return root
+    """Return the folder that holds the programs' folders.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not any((PROGRAMS_ROOT / folder).is_dir() for folder in ("train", "pipelines")):
+        raise UserError(
+            f"no programs found in {PROGRAMS_ROOT}", "Install latentflow again: pip install latentflow"
+        )
+    return PROGRAMS_ROOT
 
 
 def _overview(found: Mapping[str, Path]) -> str:

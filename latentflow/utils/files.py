@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 os.umask(_UMASK := os.umask(0o022))  # the only way to read it is to set it
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_PROGRAMS = _PACKAGE / "programs"
-#: Beside ``latentflow/`` in a clone, under ``latentflow/programs/`` in an installed wheel.
-SHIPPED_CHECKPOINTS = (_PROGRAMS if _PROGRAMS.is_dir() else _PACKAGE.parent) / "checkpoints"
+_SHIPPED = _PACKAGE / "programs"
+#: Programs and checkpoints are in ``latentflow/programs/`` in an installed wheel, beside ``latentflow/`` in a clone.
+PROGRAMS_ROOT = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent
+SHIPPED_CHECKPOINTS = PROGRAMS_ROOT / "checkpoints"
 
 DEPTH = 64  # most levels of values inside values
 VALUES = 1_000_000  # most values of a document; those that YAML's aliases repeat are counted each time

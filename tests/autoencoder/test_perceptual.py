@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import Dinov2Config, Dinov2Model
 
 from latentflow.autoencoder import build_autoencoder
 from latentflow.autoencoder.losses import stage_distance
@@ -23,6 +22,7 @@ from latentflow.training.report.folder import read_metrics
 from latentflow.training.train_autoencoder import train_autoencoder
 
 from ..models.test_vision import installed
+from ..models.tiny import save_dinov2
 
 SMALL = AutoencoderConfig(
     latent_channels=4, autoencoder_widths=(8, 16), encoder_layers=(0, 1), decoder_layers=(1, 1), autoencoder_steps=4,
@@ -32,13 +32,7 @@ SMALL = AutoencoderConfig(
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(5)
-    config = Dinov2Config(
-        hidden_size=8, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2
-    )
-    folder = tmp_path_factory.mktemp("dinov2")
-    Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
+    return str(save_dinov2(tmp_path_factory.mktemp("dinov2"), layers=4))
 
 
 def images(rows: int = 3, seed: int = 0) -> Tensor:

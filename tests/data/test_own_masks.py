@@ -138,14 +138,14 @@ def test_alpha_channels(tmp_path: Path) -> None:
 def test_a_changed_mask_is_changed_data_but_the_same_image(tmp_path: Path, cache: Path) -> None:
     save_all(tmp_path, ["1.png", "2.png"])
     bare = find_source(str(tmp_path))
-    told, keys = bare.fingerprint(), bare.content_keys()
+    bare_hash, keys = bare.fingerprint(), bare.content_keys()
     first = save_mask(tmp_path / "1-mask.png", seed=1)
     source = find_source(str(tmp_path))
     with_mask = source.fingerprint()
-    assert with_mask != told and find_source(str(tmp_path), masks="none").fingerprint() == told
+    assert with_mask != bare_hash and find_source(str(tmp_path), masks="none").fingerprint() == told
     assert np.array_equal(cached_masks(source, 8).masks[0, 0], first)
     second = save_mask(tmp_path / "1-mask.png", seed=2)
-    assert source.fingerprint() not in (told, with_mask) and source.content_keys() == keys
+    assert source.fingerprint() not in (bare_hash, with_mask) and source.content_keys() == keys
     assert np.array_equal(cached_masks(source, 8).masks[0, 0], second)
     assert len(list(cache.rglob("*.safetensors"))) == 2
 
@@ -240,8 +240,8 @@ def test_masks_of_another_size_are_told(tmp_path: Path) -> None:
     noise(9).save(tmp_path / "e.png")
     report = check_source(str(tmp_path))
     assert report.masks == 4 and report.images == 5 and not report.problems
-    told = [line for line in report.warnings if " than the image, resized" in line]
-    assert told == [
+    warnings = [line for line in report.warnings if " than the image, resized" in line]
+    assert warnings == [
         "1 mask of another size than the image, resized to it: b.png (60x40, its mask 31x20)",
         "2 masks of another aspect ratio than the image, resized to it: "
         "c.png (60x40, its mask 40x60), d.png (60x40, its mask 40x40)",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Dinov2Config, Dinov2Model
 
 from latentflow.models import MODELS, Condition
 
@@ -23,6 +25,21 @@ def build(name: str, *, perturbed: bool = True, seed: int = 0, **arguments: Any)
     if perturbed:
         perturb(model)
     return model
+
+
+def save_dinov2(folder: Path, layers: int) -> Path:
+    """Write a random vision model of transformers for images of 28 pixels in patches of 7, and return its folder."""
+    torch.manual_seed(5)
+    config = Dinov2Config(
+        hidden_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
+        mlp_ratio=2,
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    return folder
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Dinov2Config, Dinov2Model
 
 from latentflow.config import AlignmentConfig, FlowConfig, LoopConfig, RoutingConfig
 from latentflow.errors import UserError
@@ -27,7 +26,7 @@ from latentflow.training.losses import flow_loss
 from latentflow.training.losses.alignment import Routing, make_alignment
 from latentflow.training.losses.flow import FlowLoss
 
-from ..models.tiny import perturb
+from ..models.tiny import perturb, save_dinov2
 from .command import TINY, call
 from .forking import run_ranks
 
@@ -36,13 +35,7 @@ SIDE, ROWS, WIDTH = 4, 6, 16
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(5)
-    config = Dinov2Config(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7, mlp_ratio=2
-    )
-    folder = tmp_path_factory.mktemp("dinov2")
-    Dinov2Model(config).save_pretrained(folder)
-    return folder
+    return save_dinov2(tmp_path_factory.mktemp("dinov2"), layers=1)
 
 
 def stage(config: AlignmentConfig, *, share: float = 0.0) -> FlowLoss:

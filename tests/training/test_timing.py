@@ -28,7 +28,7 @@ from .test_loop import CONFIG, Line, Regression
 
 
 class Hands:
-    """The clock's hands: they move when they are told to."""
+    """The clock's hands: they move only when a test moves them."""
 
     def __init__(self) -> None:
         self.now = 1000.0
