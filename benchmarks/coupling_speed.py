@@ -7,7 +7,7 @@
 2. Entropic plans: milliseconds and the largest relative error of the marginals, of sinkhorn_plan here, of POT's
    log-domain Sinkhorn, and of the plan that torchcfm draws from.
 
-Without torchcfm (``pip install torchcfm``) or POT their columns stay empty.
+Without torchcfm or POT their columns stay empty.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from latentflow.flow import OptimalTransport, sinkhorn_plan
 from latentflow.flow.transport import squared_distances
+from latentflow.utils.libraries import install_command
 
 WIDTHS = (2, 16, 4096)
 REGULARIZATIONS = (5e-2, 1e-2, 1e-3)  # of the mean cost
@@ -120,7 +121,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     with_torchcfm, with_pot = (importlib.util.find_spec(name) is not None for name in ("torchcfm", "ot"))
     if not with_torchcfm:
-        print("torchcfm is not installed: its columns stay empty (pip install torchcfm)")
+        print(f"torchcfm is not installed: its columns stay empty ({install_command('torchcfm')})")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
     for rows in arguments.batches:
         exact(rows, arguments.rounds, with_torchcfm)

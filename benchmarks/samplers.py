@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from latentflow.flow import SOLVERS, CondOT, Path, VariancePreserving, Velocity, integrate
+from latentflow.utils.libraries import install_command
 
 DIMENSIONS, COMPONENTS, SAMPLES = 16, 5, 256
 EVALUATIONS = (5, 10, 20, 40, 80)
@@ -101,7 +102,7 @@ def plot(results: dict[str, dict[str, dict[int, float]]], file: File) -> None:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
+        raise SystemExit(f"--plot needs matplotlib: {install_command('matplotlib')}") from error
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, sharey=True)
     for axis, (title, result) in zip(axes.flat, results.items(), strict=True):
         for name, row in result.items():

@@ -379,7 +379,7 @@ def _programs_root() -> Path:
     """
     if not any((PROGRAMS_ROOT / folder).is_dir() for folder in ("train", "pipelines")):
         raise UserError(
-            f"no programs found in {PROGRAMS_ROOT}", "Install latentflow again: pip install latentflow"
+            f"no programs found in {PROGRAMS_ROOT}", "Install latentflow again, from its repository."
         )
     return PROGRAMS_ROOT
 

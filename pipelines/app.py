@@ -14,6 +14,7 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
+from latentflow.utils.libraries import missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 < config.port < 65536:
         raise UserError(f"--port is {config.port}", "Use 1 to 65535, such as 7860.")
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the web page needs Gradio", 'pip install "latentflow[app]"')
+        raise missing("the web page needs", "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
 
     from latentflow.web.guard import is_loopback

@@ -132,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from latentflow.evaluation.lines import lines
     from latentflow.evaluation.sampler import TRAINING_CAPTIONS, Sampler
     from latentflow.metrics import learned
+    from latentflow.models.vision import EFFICIENTNET_LIBRARIES
     from latentflow.pipeline import LatentFlowPipeline
+    from latentflow.utils.libraries import install_command
 
     settings = run_settings(config.checkpoint, config.data)
     settings |= {name: value for name in settings if (value := getattr(config, name)) not in (None, {})}
@@ -220,9 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ---------------------------------------------------------------- the report
     if space.startswith("pixels") and not chosen:
-        notes.append(
-            'pixels see colours and layout only; for a space that sees more: pip install "latentflow[features]"'
-        )
+        better = install_command(*EFFICIENTNET_LIBRARIES)
+        notes.append(f"pixels see colours and layout only; for a space that sees more: {better}")
     measured |= {"notes": notes, "seconds": round(time.monotonic() - started, 1)}
     with_solver = f", {solver}" if solver else ""
     print(f"{config.n:,} images, seed {config.seed}{with_solver}, steps {steps}, guidance {guidance:g}")

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import latentflow
+from latentflow.utils.libraries import install_command
+
 pytest.importorskip("hatchling", reason='needs hatchling: pip install -e ".[test]"')
 
 
@@ -66,7 +69,10 @@ def test_the_wheel_holds_latentflow_alone(wheel, repository) -> None:
         names = archive.namelist()
         entry_points = next(name for name in names if name.endswith("entry_points.txt"))
         assert "latentflow = latentflow.cli:main" in archive.read(entry_points).decode()
-    assert {name.split("/")[0].partition("-")[0] for name in names} == {"latentflow"}
+    assert {name.split("/")[0] for name in names} == {
+        "latentflow",
+        f"latent_flow_matching-{latentflow.__version__}.dist-info",
+    }
     assert "latentflow/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     for folder in ("train", "pipelines", "checkpoints/emoji-64", "checkpoints/clothing-64"):
@@ -83,6 +89,12 @@ def test_the_command_finds_its_programs(installed, environment, tmp_path) -> Non
     overview = execute(installed / "latentflow", "--help", cwd=tmp_path, env=environment).stdout
     for command in ("train", "evaluate"):
         assert f"  {command} " in overview
+
+
+def test_a_missing_library_is_named_as_in_the_clone(installed, environment, tmp_path) -> None:
+    code = "from latentflow.utils.libraries import install_command; print(install_command('peft', 'lpips'))"
+    said = execute(installed / "python", "-c", code, cwd=tmp_path, env=environment).stdout.strip()
+    assert said == install_command("peft", "lpips") and ">=" in said
 
 
 def test_a_tiny_training_runs(installed, environment, tmp_path) -> None:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentflow.errors import UserError
 from latentflow.flow import euler_maruyama, integrate, time_grid
+from latentflow.utils.libraries import missing
 
 from .cells import Cells, seeded
 from .distributions import TASKS
@@ -31,7 +31,7 @@ def draw(cells: Cells, methods: list[str], file: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as error:
-        raise UserError("matplotlib is not installed", "pip install 'latentflow[bench]'") from error
+        raise missing("the figure needs", "matplotlib") from error
     columns = 2 + len(_FIELD_TIMES)
     figure, axes = plt.subplots(
         len(methods),

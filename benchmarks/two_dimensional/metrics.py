@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latentflow.errors import UserError
 from latentflow.flow import Velocity, integrate, time_grid
+from latentflow.utils.libraries import missing
 
 from .distributions import MODES
 
@@ -16,7 +16,7 @@ def wasserstein2_squared(x: Tensor, y: Tensor) -> float:
     try:
         import ot
     except ImportError as error:
-        raise UserError("POT is not installed", "pip install 'latentflow[bench]'") from error
+        raise missing("exact transport needs", "pot") from error
     cost = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
     return float(ot.emd2([], [], cost.numpy(), numItermax=100_000_000))
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..utils.libraries import missing
 
 #: Smallest side in pixels that LPIPS (VGG halves it four times) and the discriminator (three times) can take.
 SMALLEST_IMAGE = 16
@@ -57,14 +58,12 @@ def lpips_loss() -> nn.Module:
     """LPIPS (Zhang et al. 2018) on VGG features, frozen: (images, images) in [-1, 1] -> (B, 1, 1, 1).
 
     Raises:
-        UserError: the package or its VGG weights are not available.
+        UserError: the library or its VGG weights are not available.
     """
     try:
         import lpips
     except ImportError as error:
-        raise UserError(
-            "--perceptual-weight needs the package lpips", 'pip install "latentflow[lpips]", or set it to 0.'
-        ) from error
+        raise missing("--perceptual-weight needs", "lpips", instead="set it to 0") from error
     try:
         network: nn.Module = lpips.LPIPS(net="vgg", verbose=False)
     except OSError as error:  # torchvision downloads VGG's weights on first use

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from ..errors import UserError
 from ..utils.flags import Essential
+from ..utils.libraries import missing
 
 SNAPSHOTS = (
     32  # of a run: enough for post-hoc averages to agree with tracked ones to 1e-3 (docs/reference/flags.md)
@@ -108,12 +109,9 @@ class LoopConfig:
                 value = getattr(self, name)
                 if value is not None and not allowed(value):
                     raise UserError(f"--{name.replace('_', '-')} is {value}", words)
-        package, extra = _PACKAGES.get(self.optimizer, ("torch", ""))
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"--optimizer {self.optimizer} needs the package {package}",
-                f'pip install "latentflow[{extra}]"',
-            )
+        library = _LIBRARIES.get(self.optimizer, "torch")
+        if importlib.util.find_spec(library) is None:
+            raise missing(f"--optimizer {self.optimizer} needs", library)
         if self.ema_lengths:
             from ..training.loop.trained_module import exponent
 
@@ -170,10 +168,7 @@ def _from_environment(name: str) -> bool:
 
 
 # Optimisers from other packages: the package, and our extra that installs it.
-_PACKAGES = {
-    "schedule-free": ("schedulefree", "schedule-free"),
-    "adamw-8bit": ("bitsandbytes", "bitsandbytes"),
-}
+_LIBRARIES = {"schedule-free": "schedulefree", "adamw-8bit": "bitsandbytes"}
 # Names of settings, the test of their value, and the error if it fails.
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (

@@ -12,6 +12,7 @@ import tyro
 
 from ..errors import UserError, lookup
 from ..utils.flags import Essential
+from ..utils.libraries import missing
 from .loop import LoopConfig
 from .model import AlignmentConfig, AutoencoderConfig, FlowConfig, NetworkConfig, RoutingConfig, TextConfig
 
@@ -142,7 +143,7 @@ class AdapterConfig:
         if not self.lora_layers:
             raise UserError("--lora-layers names none", "Name some, or leave it out.")
         if importlib.util.find_spec("peft") is None:
-            raise UserError("--lora-rank needs peft", 'pip install "latentflow[lora]"')
+            raise missing("--lora-rank needs", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)

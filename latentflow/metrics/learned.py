@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..utils.libraries import missing
 from ..utils.progress import progress_bar
 from .features import refuse_not_finite
 
@@ -21,7 +22,7 @@ def open_fid(network: nn.Module | None = None) -> Any:
         network: maps uint8 images (B, 3, H, W) to features (B, D) instead of Inception; its ``num_features`` is D.
 
     Raises:
-        UserError: the extra is not installed, or the weights cannot be fetched.
+        UserError: torch-fidelity is not installed, or the weights cannot be fetched.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -30,9 +31,7 @@ def open_fid(network: nn.Module | None = None) -> Any:
             feature=network if network is not None else 2048, reset_real_features=False
         )
     except ModuleNotFoundError as error:
-        raise UserError(
-            "Inception's features need the package torch-fidelity", 'pip install "latentflow[metrics]"'
-        ) from error
+        raise missing("Inception's features need", "torch-fidelity") from error
     except OSError as error:
         raise _no_weights("Inception's weights", error) from error
     metric.set_dtype(torch.float64)

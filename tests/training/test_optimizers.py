@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -266,20 +265,6 @@ def test_schedule_free_goes_on_from_a_state_in_its_evaluation_mode() -> None:
 def test_settings_that_contradict_schedule_free_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dataclasses.replace(steady("schedule-free"), **options)
-
-
-@pytest.mark.parametrize(
-    ("name", "package"), [("schedule-free", "schedulefree"), ("adamw-8bit", "bitsandbytes")]
-)
-def test_a_missing_package_is_named_with_the_line_that_installs_it(
-    name: str, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda one: None if one == package else find(one))
-    with pytest.raises(
-        UserError, match=rf'{package}(.|\n)*pip install "latentflow\[{name.removeprefix("adamw-8")}'
-    ):
-        steady(name)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -156,12 +156,6 @@ def test_a_folder_with_nothing_but_settings_has_a_page_and_any_other_folder_none
         read_run(run)
 
 
-def test_a_page_without_matplotlib_names_the_extra(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r'pip install "latentflow\[report\]"'):
-        report_page(killed)
-
-
 def test_previews_are_ordered_by_step_also_beyond_a_million(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     (tmp_path / "config.yaml").write_text("network: dit\n")
@@ -288,15 +282,6 @@ def test_a_tracker_that_cannot_start_says_what_to_do(tmp_path: Path, wandb: Mock
     wandb.return_value.start.side_effect = ConnectionError("no key")
     with pytest.raises(UserError, match=r"--report-to wandb could not start: no key\n.*`wandb login`"):
         reporter(tmp_path, "wandb")
-
-
-@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_a_missing_package_is_named_with_its_extra(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=rf'pip install "latentflow\[{name}\]"'):
-        reporter(tmp_path, name)
 
 
 def test_tensorboard_gets_curves_and_images(tmp_path: Path) -> None:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 
 from latentflow.errors import UserError
-
-
-def test_without_gradio_it_says_what_to_install(load_program, monkeypatch) -> None:
-    program = load_program("app")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "latentflow\[app\]"'):
-        program.main([])
 
 
 def test_everybody_is_let_in_with_a_warning_or_a_password(load_program, monkeypatch, capsys) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...errors import UserError, reason
+from ...utils.libraries import missing
 from ...utils.progress import progress_bar
 
 IMAGE_SUFFIXES = (
@@ -122,17 +123,16 @@ def intact(path: Path, kind: str, *failures: type[BaseException]) -> Iterator[No
         raise UserError(f"{path} is not an intact {kind} file: {reason(error)}", fix) from None
 
 
-def import_extra(package: str, extra: str, what: str) -> Any:
-    """Import an optional package, which ``what`` needs and the ``extra`` of latentflow installs.
+def import_optional(module: str, what: str) -> Any:
+    """Import a module of an optional library, which ``what`` needs.
 
     Raises:
         UserError: it is not installed.
     """
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError:
-        fix = f'pip install "latentflow[{extra}]"'
-        raise UserError(f"{what} needs {package}, which is not installed", fix) from None
+        raise missing(f"{what} needs", module.partition(".")[0]) from None
 
 
 def open_stream(file: File) -> io.BytesIO | io.BufferedReader:

@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import UserError, plural, reading
 from ..dataset import Source
 from .annotations import COLUMNS, DataRequest, holds_captions, rename, source_of_rows, table_examples
-from .files import Member, import_extra, read_bytes
+from .files import Member, import_optional, read_bytes
 
 # Names that columns have on the hub, the likeliest first, looked for where no column has our name.
 _LIKELY = {
@@ -54,7 +54,7 @@ def read_saved(data: str, request: DataRequest) -> Source:
             images (the columns are listed); captions or classes are missing.
     """
     path = Path(data).expanduser()
-    library = import_extra("datasets", "datasets", data)
+    library = import_optional("datasets", data)
     with reading(data, *_failures(), fix=_AGAIN):
         loaded = library.load_from_disk(str(path))
     if isinstance(loaded, Mapping):
@@ -77,7 +77,7 @@ def read_hub(data: str, request: DataRequest) -> Source:
             f"'{data}' is not the name of a data set on the hub",
             "Write hub:owner/name or hub:owner/name:split.",
         )
-    library = import_extra("datasets", "datasets", data)
+    library = import_optional("datasets", data)
     try:
         loaded = library.load_dataset(match["name"], split=match["part"] or "train")
     except Exception as error:  # of the library, its file systems and the network, with no common class

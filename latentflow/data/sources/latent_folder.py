@@ -29,7 +29,7 @@ from ...utils.files import read_json, storable
 from ..cache.store import NO_KEY, Array, ShardSet, digests
 from ..dataset import Example, Kind, Source, StoredSizes
 from .annotations import DataRequest
-from .files import hash_stream, import_extra
+from .files import hash_stream, import_optional
 
 VERSION = 1  # of the format
 DESCRIPTION, INDEX, AUTOENCODER = "latents.json", "index.arrow", "autoencoder"
@@ -475,4 +475,4 @@ def kind_of(place: str) -> str:
 
 def import_arrow() -> Any:
     """Return pyarrow; UserError where it is not installed."""
-    return import_extra("pyarrow", "parquet", "a folder of latents")
+    return import_optional("pyarrow", "a folder of latents")

@@ -30,7 +30,7 @@ from .files import (
     Container,
     Member,
     common_folder,
-    import_extra,
+    import_optional,
     intact,
     many_paths,
     parquet_files,
@@ -205,7 +205,7 @@ def _open_parquet(path: Path) -> Any:
     Raises:
         UserError: pyarrow is missing; the file is missing or broken.
     """
-    parquet = import_extra("pyarrow.parquet", "parquet", str(path))
+    parquet = import_optional("pyarrow.parquet", str(path))
     with intact(path, "parquet", *_failures()):
         file = parquet.ParquetFile(path, buffer_size=_BUFFER)
         file.schema_arrow  # noqa: B018 (made, and refused, when it is asked for)

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from ... import __version__
 from ...errors import UserError, printable
 from ...utils.components import quiet_libraries
+from ...utils.libraries import missing
 from ...utils.memory import is_out_of_memory, out_of_memory, peak_gib, release_memory
 from ...utils.progress import QUIET_SECONDS, duration_text
 from .distributed import process_state
@@ -132,7 +133,7 @@ class Tracker:
     """Curves and images of a run at TensorBoard or Weights & Biases. A failure is a warning, and ends no run.
 
     Raises:
-        UserError: its package is not installed, or it could not start.
+        UserError: its library is not installed, or it could not start.
     """
 
     def __init__(self, report_to: str, folder: Path) -> None:
@@ -154,10 +155,7 @@ class Tracker:
                 self._tracker = TensorBoardTracker("tensorboard", str(folder))
             self._tracker.start()
         except ImportError as error:
-            raise UserError(
-                f"--report-to {report_to} needs the package {report_to}",
-                f'pip install "latentflow[{report_to}]"',
-            ) from error
+            raise missing(f"--report-to {report_to} needs", report_to) from error
         except Exception as error:
             fix = "Run `wandb login`, or set WANDB_MODE=offline (and `wandb sync` later)."
             raise UserError(

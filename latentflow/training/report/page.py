@@ -16,6 +16,7 @@ from ...config import AutoencoderConfig, DataConfig, FlowConfig, LoopConfig, Net
 from ...data.images import open_image, to_rgb
 from ...errors import UserError
 from ...utils.html_page import Page, Section
+from ...utils.libraries import missing
 from ..loop.checkpoint import list_checkpoints
 from .folder import Run, data_lines, duration, first_stage, preview_step, read_run
 from .verdict import judge, measured_lines, trend
@@ -229,10 +230,7 @@ def add_curves(page: Section, run: Run) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError(
-            "`latentflow report` needs the package matplotlib for its curves",
-            'pip install "latentflow[report]"',
-        ) from error
+        raise missing("the curves of `latentflow report` need", "matplotlib") from error
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(9.5, 2.2 * rows + 0.4), layout="constrained")
     for number, panel in enumerate(panels):
