@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,8 +18,8 @@ import tyro
 from latentflow.cli import parse, run
 from latentflow.config import AdapterChoice
 from latentflow.errors import UserError, one_line
-from latentflow.inference.sample import check_checkpoint, open_pipeline
-from latentflow.utils.files import result_of
+from latentflow.inference.sample import check_checkpoint, open_pipeline, split_adapter
+from latentflow.utils.files import result_of, unfinished_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "Give the folder of a finished run that was trained with --lora-rank. The line that started a run "
                 "finishes it.",
             )
-        write_folder(output, partial(shutil.copytree, made, dirs_exist_ok=True))
+
+        def copy_adapter(folder: Path) -> None:
+            shutil.copytree(made, folder, dirs_exist_ok=True)
+            move_card(folder, config.output)
+
+        write_folder(output, copy_adapter)
         print(output)
         return
 
@@ -77,26 +81,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from latentflow.pipeline import LatentFlowPipeline
-    from latentflow.training.report.export import moved
+    from latentflow.training.export import pipeline_facts
+    from latentflow.training.report.card import write_card, write_export_card
 
     pipe = open_pipeline(LatentFlowPipeline, config.source, "cpu", config).to(
         dtype=getattr(torch, config.export_dtype)
     )
+    adapters = [*["fast"] * config.fast, *map(adapter_name, config.lora)]
+    origin = Path(result_of(config.source))
 
     def write(folder: Path) -> None:
         pipe.save_pretrained(folder)
-        card = Path(result_of(config.source))
-        for name in ("README.md", "sample.png"):
-            if not (config.lora or config.fast) and (card / name).is_file():
-                shutil.copyfile(card / name, folder / name)
-        if (written := folder / "README.md").is_file():  # its lines draw with the copy, not with the run
-            text = moved(
-                written.read_text(encoding="utf-8", errors="surrogateescape"), one_line(config.output)
-            )
-            written.write_text(text, encoding="utf-8", errors="surrogateescape")
+        facts = pipeline_facts(pipe, where=one_line(config.output))
+        if unfinished_run(config.source) and not adapters:
+            write_card(folder, Path(config.source), facts)
+        elif adapters or not (origin / "README.md").is_file():
+            write_export_card(folder, facts, config.source, adapters)
+        else:
+            for name in ("README.md", "sample.png"):
+                if (origin / name).is_file():
+                    shutil.copyfile(origin / name, folder / name)
+            move_card(folder, config.output)
 
     write_folder(output, write)
     print(output)
+
+
+def move_card(folder: Path, place: str) -> None:
+    """Let the card in a folder load from ``place``, where the folder is going to be, if nobody has changed it."""
+    from latentflow.training.report.export import moved
+
+    if (card := folder / "README.md").is_file():
+        text = moved(card.read_text(encoding="utf-8", errors="surrogateescape"), one_line(place))
+        card.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def adapter_name(text: str) -> str:
+    """Return the name of an adapter as --lora takes it, with its weight, for the card."""
+    from latentflow.training.report.origins import checkpoint_origin
+
+    source, weight = split_adapter(text)
+    return checkpoint_origin(source).name + ("" if weight == 1 else f" (weight {weight:g})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Upload a checkpoint to the Hugging Face hub: `latentflow push runs/cats owner/cats`."""
+"""Upload a checkpoint or an adapter to the Hugging Face hub: `latentflow push runs/cats owner/cats`.
+
+latentflow push runs/cats owner/cats --dry-run
+latentflow push runs/hats/adapter owner/hats
+"""
 
 from __future__ import annotations
 
@@ -16,33 +20,37 @@ from latentflow.utils.files import result_of, unfinished_run
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
-    """Upload a pipeline to the hub. A new repository is private; a README.md of your own there stays."""
+    """Upload a pipeline or an adapter to the hub. A new repository is private; a README.md of your own there stays."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """Folder of a finished run, such as runs/cats, or a pipeline folder."""
+    """Folder of a finished run, such as runs/cats, a pipeline folder, or the folder of an adapter, such as
+    runs/hats/adapter."""
     repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")]
     """Name of the repository on the hub."""
+    dry_run: bool = False
+    """Print what would be uploaded, then stop. Nothing is sent."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Upload a pipeline folder."""
-    config = parse(PushConfig, argv, prog="latentflow push")
+    """Upload the folder."""
+    config = parse(PushConfig, argv, prog="latentflow push", description=__doc__ or "")
     folder = Path(result_of(config.checkpoint))
     if unfinished_run(config.checkpoint):
         raise UserError(
             f"'{folder}' is a run that is not finished",
             f"Write what it has learnt so far as a pipeline, and push that: latentflow export {folder} -o FOLDER",
         )
-    if not (folder / "model_index.json").is_file():
-        if not folder.exists():
-            raise UserError(
-                f"there is no folder '{folder}'", "Check the path: the run's folder, or its pipeline."
-            )
-        raise UserError(f"'{folder}' is not a pipeline folder", "A run's pipeline is in RUN/pipeline.")
 
-    from latentflow.training.report.hub import push
+    from latentflow.training.report.hub import check_name, content_lines, push
 
-    print(push(folder, config.repository))
+    check_name(config.repository)
+    lines = content_lines(folder, config.repository)
+    if config.dry_run:
+        print("\n".join(lines))
+        return
+    print(lines[0], flush=True)
+    address, notes = push(folder, config.repository)
+    print("\n".join([*notes, address]))
 
 
 if __name__ == "__main__":

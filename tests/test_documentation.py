@@ -18,7 +18,7 @@ from latentflow import LatentFlowPipeline, cli, flow
 from latentflow.utils.flags import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("checkpoints/*/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("checkpoints/**/README.md")])
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^)#\s]+)(?:#[^)]*)?\)")
 TABLES = "COUPLINGS PATHS PREDICTIONS TIME_DENSITIES TIME_GRIDS WEIGHTINGS SOLVERS DIFFUSIONS"
 

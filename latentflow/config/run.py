@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -161,6 +162,9 @@ class RunConfig:
     """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
     push_to_hub: str | None = None
     """Upload the result to the Hugging Face hub under this name (owner/name). A new repository is private."""
+    license: str | None = None
+    """Licence of the result for its model card: the hub's identifier, such as apache-2.0 or cc-by-4.0, or NAME=LINK for
+    any other."""
     dry_run: Annotated[bool, Essential()] = False
     """Print the plan, sizes and an estimate of memory and time, then stop."""
     fine_tuning: FineTuningConfig = FineTuningConfig()
@@ -175,6 +179,14 @@ class RunConfig:
     loop: LoopConfig = LoopConfig()
 
     def __post_init__(self) -> None:
+        if self.license is not None and not re.fullmatch(
+            r"[a-z0-9][a-z0-9.+-]*(=https?://\S+)?", self.license
+        ):
+            raise UserError(
+                f"--license {self.license} is no identifier of the hub",
+                "They are in lower case, such as apache-2.0, mit, cc-by-4.0 or cc0-1.0; any other licence is "
+                "NAME=LINK, such as my-licence=https://example.org/licence.",
+            )
         if self.framing.mirror_captions and not self.data.random_flip:
             raise UserError(
                 "--mirror-captions without --random-flip", "Add --random-flip: nothing is mirrored."

@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..families import FlowModel
 from ..utils.files import read_json
 from .loop.checkpoint import list_checkpoints, load_checkpoint, step_of
 from .loop.run_folder import write_folder
 from .loop.saving import AVERAGES
 from .loop.trained_module import exponent
-from .report.export import is_generated, signed, unsigned
+from .report.export import is_generated, moved, signed, unsigned
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ def averaged_pipeline(run: Path, length: float, output: Path) -> None:
             card = (result / "README.md").read_text(encoding="utf-8")
             if is_generated(card):
                 card = signed(unsigned(card) + _CARD.format(length=length, step=step))
+                card = moved(card, one_line(str(output)))
             (folder / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(output, write)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
@@ -19,10 +21,11 @@ from ..families import FlowModel
 from ..models.text import UnknownWords
 from ..pipeline.inpaint import LatentFlowInpaintPipeline
 from .data import shown_by
+from .fine_tune.adapters import Adapter
 from .fine_tune.prior import in_turn
 from .loop.distributed import has_fast_bfloat16
 from .loop.run_folder import write_folder, writing
-from .report.card import CardFacts, write_card
+from .report.card import CardFacts, write_adapter_card, write_card
 from .report.export import carry_over
 from .trained_model import TrainedModel
 
@@ -58,23 +61,50 @@ def export_pipeline(
     measure()
     with writing(f"the result {earlier}", earlier):
         result.save_pretrained(folder)
-        write_card(folder, output, card_facts(model, source, output, repository))
+        write_card(folder, output, facts := card_facts(model, source, output, repository))
         carry_over(earlier, folder)
         if adapter is not None:
-            write_folder(output / "adapter", partial(adapter.save, earlier=output / "adapter"))
+            write_folder(output / "adapter", partial(write_adapter, adapter, facts, output))
+
+
+def write_adapter(adapter: Adapter, facts: CardFacts, output: Path, folder: Path) -> None:
+    """Write a run's adapter with its card into ``folder``, which replaces ``adapter`` in the run folder ``output``.
+
+    Args:
+        facts: the pipeline's.
+    """
+    earlier = output / "adapter"
+    adapter.save(folder)
+    write_adapter_card(folder, output, replace(facts, where=str(earlier)))
+    if earlier.is_dir():
+        carry_over(earlier, folder)
 
 
 def card_facts(model: TrainedModel, source: Source, output: Path, repository: str | None) -> CardFacts:
     """Return the facts for the card of a run's pipeline; see `export_pipeline`."""
-    parts = model.pipeline().components
+    where, example = repository or str(output / "pipeline"), shown_by(source, [0], model.flow_model)[0]
+    return pipeline_facts(model.pipeline(), where, example)
+
+
+def pipeline_facts(pipeline: Any, where: str, example: str = "") -> CardFacts:
+    """Return the facts for a pipeline's card.
+
+    Args:
+        where: folder, or name on the hub, that the card loads it from.
+        example: a caption or class that it was trained on; "": its first class, or a placeholder for a caption.
+    """
+    model = pipeline.model
+    placeholders = {"text": "a caption like those of its data", "class": next(iter(model.classes), "")}
     return CardFacts(
-        where=repository or str(output / "pipeline"),
-        kind=model.flow_model.condition_kind,
-        example=shown_by(source, [0], model.flow_model)[0],
-        classes=tuple(model.flow_model.classes),
-        parts={name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)},
-        inpaints=model.flow_model.takes_masks,
-        sample_steps=preview_steps(model.flow_model),
+        where=where,
+        kind=model.condition_kind,
+        example=example or placeholders.get(model.condition_kind, ""),
+        classes=tuple(model.classes),
+        parts={name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)},
+        inpaints=model.takes_masks,
+        sample_steps=preview_steps(model),
+        few_steps=model.few_steps,
+        resolution=model.native_side,
     )
 
 

@@ -35,7 +35,7 @@ from .loop.stopping import Stop
 from .losses.average_velocity import refuse_unfit
 from .losses.flow import validation_loss
 from .recipe import Recipe, data_recipe
-from .report.card import generate_command, write_card
+from .report.card import generate_command, write_adapter_card, write_card
 from .report.folder import first_stage, read_run
 from .report.hub import check_push, push
 from .report.verdict import judge
@@ -250,11 +250,14 @@ def train(
         report_memorisation(output, training, validation, splits.data.background, state.device)
     facts = card_facts(model, source, output, config.push_to_hub)
     write_card(result, output, facts)  # once more: what was measured of the result is there now
+    if model.adapter is not None:
+        write_adapter_card(output / "adapter", output, replace(facts, where=str(output / "adapter")))
     log.info(f"done: {result}; try it with\n  {generate_command(facts.kind, facts.example, str(result))}")
     if verdict := judge(read_run(output)):
         log.info(verdict.line)
     if config.push_to_hub:
-        log.info(f"pushed: {push(result, config.push_to_hub)}")
+        address, lines = push(result, config.push_to_hub)
+        log.info("\n  ".join([f"pushed: {address}", *lines]))
 
 
 def _has_begun(output: Path) -> bool:

@@ -22,14 +22,15 @@ from PIL import Image
 from latentflow.cli import parse, write_config
 from latentflow.config import RunConfig
 from latentflow.data import find_source
-from latentflow.errors import RunError, UserError, few
+from latentflow.errors import UserError, few
 from latentflow.training.loop import logging as trackers
 from latentflow.training.loop.logging import Reporter
-from latentflow.training.report import export, hub
+from latentflow.training.report import export
 from latentflow.training.report.card import CardFacts, write_card
 from latentflow.training.report.export import carry_over, is_generated, signed
 from latentflow.training.report.folder import Run, data_lines, read_metrics, read_run
 from latentflow.training.report.page import report_page, thinned
+from latentflow.utils.libraries import DISTRIBUTION
 
 
 def row(step: int, **values: float) -> str:
@@ -318,14 +319,15 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_to_load_it(killed: 
     card = card_of(killed, facts(images))
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header) == {
-        "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["latentflow", "flow-matching"]
+        "library_name": DISTRIBUTION, "pipeline_tag": "text-to-image", "tags": ["latentflow", "flow-matching"]
     }  # fmt: skip
     assert "# license:" in header  # for the user to write
     caption = find_source(str(images)).captions()[0]
     for text in (
         'from_pretrained("owner/cats")', f"prompt={caption!r}", "`transformer` | Linear | 1.00 M",
         "- data: 9 to train on", "- cats: \\<b\\>9\\</b\\>", "# cats", "| width | 96 |", "| vae | vae |",
-        "6 steps of 4 samples, 3 s.", "at step 5: `val_loss` 3.0000. Compare", "![Samples](sample.png)",
+        "6 steps of 4 samples (the run is not finished: 8 are planned), 3 s; the",
+        "at step 5: `val_loss` 3.0000. Compare", "![Samples](sample.png)",
         "Samples at step 5,",  # the last preview
     ):  # fmt: skip
         assert text in body, text
@@ -369,7 +371,7 @@ def test_text_of_the_data_is_no_markup_in_the_card(kind: Any, killed: Path) -> N
     text = card_of(killed, facts)
     assert ("pixels of 2 classes." in text and "\nClasses: a cat, " in text) == (kind == "class")
     assert ModelCard(text, ignore_metadata_errors=False).data.to_dict() == {
-        "library_name": "diffusers",
+        "library_name": DISTRIBUTION,
         "pipeline_tag": "text-to-image" if kind == "text" else "unconditional-image-generation",
         "tags": ["latentflow", "flow-matching"],
     }  # fmt: skip
@@ -428,57 +430,3 @@ def test_a_result_made_anew_keeps_what_users_put_beside_it(
     }
     assert (new / "vae" / "config.json").read_text() == "new"
     assert (new / "notes.txt").read_text() == "old"
-
-
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """The hub's interface, of a repository that does not exist."""
-    api = Mock(**{"repo_exists.return_value": False, "file_exists.return_value": False})
-    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: api)
-    monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: "token")
-    return api
-
-
-def test_a_new_repository_is_private_and_a_card_on_the_hub_stays(tmp_path: Path, api: Mock) -> None:
-    assert hub.push(tmp_path, "owner/cats") == "https://huggingface.co/owner/cats"
-    api.create_repo.assert_called_once_with("owner/cats", private=True, exist_ok=True)
-    assert api.upload_folder.call_args.kwargs["ignore_patterns"] == []
-    assert api.upload_folder.call_args.kwargs["folder_path"] == tmp_path
-    api.repo_exists.return_value = api.file_exists.return_value = True
-    api.hf_hub_download.return_value = str(tmp_path / "card")
-    for card, ignored in (("mine", ["README.md"]), (signed("ours"), [])):
-        (tmp_path / "card").write_text(card)
-        hub.push(tmp_path, "owner/cats")
-        assert api.upload_folder.call_args.kwargs["ignore_patterns"] == ignored
-    assert api.create_repo.call_count == 1 and api.upload_folder.call_count == 3
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionError("no route"), ConnectionError(), RuntimeError("of a library")]
-)
-def test_a_push_that_fails_says_how_to_try_again(error: Exception, tmp_path: Path, api: Mock) -> None:
-    api.upload_folder.side_effect = error
-    message = rf"(?s){error or 'ConnectionError'}.*latentflow push '.*my cats' owner/cats"
-    with pytest.raises(UserError, match=message):
-        hub.push(tmp_path / "my cats", "owner/cats")
-
-
-def test_a_hub_that_cannot_be_reached_is_no_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real library, whose errors of the network are no OSError."""
-    real = hub.huggingface_hub.HfApi
-    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: real(endpoint="http://127.0.0.1:9"))
-    monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: "token")
-    with pytest.raises(RunError, match="was not pushed"):
-        hub.push(tmp_path, "owner/cats")
-
-
-def test_what_cannot_be_pushed_is_known_before_the_run(api: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.check_push("owner/cats")
-    for name in ("cats", "a/b/c", "owner/ca ts"):
-        with pytest.raises(UserError, match="owner/name"):
-            hub.check_push(name)
-    monkeypatch.setattr(hub.huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(UserError, match="HF_TOKEN"):
-        hub.check_push("owner/cats")
-    assert not api.mock_calls

@@ -20,7 +20,6 @@ from ...errors import UserError
 from ...families import FlowModel
 from ...pipeline.adapter_files import CLASSES, INTERVALS, WORDS, AdapterFacts, base_hashes
 from ...utils.files import save_tensors
-from ..report.export import carry_over
 
 _NAME = "default"  # the only adapter's, while it is trained
 
@@ -122,12 +121,8 @@ class Adapter:
         """Return copies of the pipeline's networks with the adapter in their weights, as if there had been none."""
         return {name: _merged(part) for name, part in self._modules().items()}
 
-    def save(self, folder: Path, earlier: Path | None = None) -> None:
-        """Write the adapter alone, as diffusers' pipelines load it: ``load_lora_weights(folder)``.
-
-        Args:
-            earlier: the folder that ``folder`` is going to replace; files that users put there stay.
-        """
+    def save(self, folder: Path) -> None:
+        """Write the adapter alone, as diffusers' pipelines load it: ``load_lora_weights(folder)``."""
         from peft.utils import get_peft_model_state_dict
 
         tensors: dict[str, Tensor] = {}
@@ -154,8 +149,6 @@ class Adapter:
                 **self._facts.metadata(),
             },
         )
-        if earlier is not None:
-            carry_over(earlier, folder)
 
     def _modules(self) -> dict[str, Any]:
         named = {"transformer": self.model.network, "text_encoder": self.model.pipeline.text_encoder}

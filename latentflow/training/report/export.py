@@ -51,13 +51,28 @@ def is_generated(card: str) -> bool:
 
 
 def moved(card: str, where: str) -> str:
-    """Return a model card of `signed` whose lines load the pipeline from ``where``; any other card as it is."""
-    found = re.search(r"from_pretrained\((\".*\")\)", card)
-    if not is_generated(card) or not found:
+    """Return a model card of `signed` whose lines load from ``where``; any other card as it is."""
+    return signed(relocated(unsigned(card), where)) if is_generated(card) else card
+
+
+def relocated(card: str, where: str, folder: Path | None = None) -> str:
+    """Return the text of a card whose lines load the pipeline or the adapter from ``where``.
+
+    Args:
+        folder: where it is loaded from so far, in a card that may be the user's; a line that names another one stays.
+    """
+    found = re.search(r"load_lora_weights\((\".*\")\)", card) or re.search(
+        r"from_pretrained\((\".*\")\)", card
+    )
+    try:
+        before = json.loads(found[1]) if found else None
+    except ValueError:  # in the user's own words
+        before = None
+    if found is None or before is None or (folder is not None and Path(before).resolve() != folder.resolve()):
         return card
-    before = json.loads(found[1])
-    text = unsigned(card).replace(found[0], f"from_pretrained({json.dumps(where)})")
-    return signed(text.replace(f"--checkpoint {shlex.quote(before)} ", f"--checkpoint {shlex.quote(where)} "))
+    flag = "--lora" if found[0].startswith("load_lora") else "--checkpoint"
+    card = card.replace(found[0], found[0].replace(found[1], json.dumps(where)))
+    return card.replace(f"{flag} {shlex.quote(before)} ", f"{flag} {shlex.quote(where)} ")
 
 
 def _digest(text: str) -> str:
