@@ -42,6 +42,7 @@ from ..utils.files import (
     read_settings,
     restore_permissions,
 )
+from ..utils.libraries import DISTRIBUTION
 from .adapters import AdapterMixin
 from .arguments import CALLBACK_TENSORS, output_kind
 from .sampling import SamplingMixin
@@ -231,9 +232,25 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         # diffusers forgets a component that took the place of None (pipe.scheduler = ...): register it now.
         self.register_modules(**self.components)
         super().save_pretrained(save_directory, *args, **kwargs)
-        for file in [Path(save_directory, self.config_name), *Path(save_directory).glob("*/config.json")]:
-            _forget_origin(file)
+        self._forget_origins(Path(save_directory))
         restore_permissions(Path(save_directory))
+
+    def _forget_origins(self, folder: Path) -> None:
+        for file in [folder / self.config_name, *folder.glob("*/config.json")]:
+            _forget_origin(file)
+
+    def _upload_folder(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Upload a folder for diffusers' ``push_to_hub``, whose card names our library instead of `diffusers`: for that
+        the hub would show a snippet that fails."""
+        from huggingface_hub import ModelCard
+
+        self._forget_origins(Path(working_dir))
+        card = Path(working_dir, "README.md")
+        if card.is_file():
+            read = ModelCard.load(card)
+            read.data.library_name = DISTRIBUTION
+            read.save(card)
+        return super()._upload_folder(working_dir, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:

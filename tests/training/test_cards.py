@@ -12,8 +12,12 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
+from diffusers.pipelines import pipeline_utils
+from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard, constants, metadata_load
+from huggingface_hub.errors import EntryNotFoundError
 
+from latentflow import LatentFlowPipeline
 from latentflow.cli import parse
 from latentflow.config import RunConfig
 from latentflow.errors import RunError, UserError
@@ -344,6 +348,51 @@ def test_a_run_s_result_or_adapter_is_pushed_and_nothing_of_the_author_s_disk(
     header_of(card)
     assert f"owner/cats: {len(files)} files, " in said and "https://huggingface.co/owner/cats" in said
     assert "owner/cats is new, and private" in said
+
+
+def test_a_run_that_pushes_its_result_at_its_end(
+    images: Path, cache: Path, tmp_path: Path, api: Mock
+) -> None:
+    line = [
+        "-o",
+        tmp_path / "cats",
+        *TINY,
+        "--validation-steps",
+        0,
+        "--preview-steps",
+        0,
+        "--max-train-steps",
+        1,
+    ]
+    said = call(cache, images, *line, "--push-to-hub", "owner/cats")
+    assert re.search(r"pushed: https://huggingface.co/owner/cats\n  owner/cats is new, and private", said)
+    assert 'from_pretrained("owner/cats")' in uploaded(api)["README.md"].decode()
+
+
+@pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
+def test_diffusers_own_push_makes_a_card_with_our_library(
+    by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, str]] = []
+
+    def upload(folder_path: str, **options: Any) -> None:
+        texts = [file for file in Path(folder_path).rglob("*") if file.suffix in (".md", ".json")]
+        sent.append({file.name: file.read_text() for file in texts})
+
+    for module in (hub_utils, pipeline_utils):
+        monkeypatch.setattr(module, "create_repo", lambda *_, **__: Mock(repo_id="owner/cats"), raising=False)
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    monkeypatch.setattr(
+        hub_utils, "ModelCard", Mock(wraps=ModelCard, load=Mock(side_effect=EntryNotFoundError("none")))
+    )
+    pipe = LatentFlowPipeline.from_pretrained(ROOT / "checkpoints" / "clothing-64")
+    if by == "push_to_hub":
+        pipe.push_to_hub("owner/cats")
+    else:
+        pipe.save_pretrained(tmp_path / "cats", push_to_hub=True, repo_id="owner/cats")
+    (files,) = sent
+    assert ModelCard(files["README.md"]).data.library_name == DISTRIBUTION
+    assert not [name for name, text in files.items() if "_name_or_path" in text]
 
 
 def test_a_dry_run_lists_the_files_and_sends_nothing(

@@ -187,7 +187,8 @@ def test_the_command_makes_a_pipeline(images: Path, tmp_path: Path, monkeypatch:
     for part, module in parts.items():
         for name, one in module.named_parameters():
             torch.testing.assert_close(one, truth[f"{part}.{name}"], rtol=1e-4, atol=1e-5)
-    assert "relative length 0.1" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "relative length 0.1" in card and f'from_pretrained("{tmp_path / "out"}")' in card
     with pytest.raises(UserError, match="exists"):
         averaged_pipeline(tmp_path / "run", 0.1, tmp_path / "out")
     with pytest.raises(UserError, match="no snapshots"):

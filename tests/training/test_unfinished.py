@@ -139,6 +139,12 @@ def test_a_run_is_exported_finished_or_not(base: Path, stopped: Path, cache: Pat
     found = weights(LatentFlowPipeline.from_pretrained(tmp_path / "a"))
     wanted = weights(unfinished.unfinished_pipeline(stopped)[0])
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "2 steps of 4 samples (the run is not finished: 4 are planned)" in text and is_generated(text)
+    assert (
+        "the weights are those of its last checkpoint." in text
+        and f'from_pretrained("{tmp_path / "a"}")' in text
+    )
     call(cache, base, "-o", tmp_path / "b", "--export-dtype", "float16", file=export)
     card = "README.md"
     text = (tmp_path / "b" / card).read_text()

@@ -77,6 +77,9 @@ class Adapter:
             classes=[*names],
             few_steps=model.few_steps.plain(),
         )
+        # The file is given away: a folder in the author's home would bear the author's name.
+        at_home = Path(checkpoint).expanduser().parent == Path.home()
+        self._base_name = Path(checkpoint).name if at_home else self._facts.base_name
         # An input that the base lacks: the adapter brings all of it.
         self._intervals: nn.Module | None = None
         if not base.network.config.get("interval_conditioning"):
@@ -146,7 +149,7 @@ class Adapter:
             metadata={
                 "format": "pt",
                 LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2, sort_keys=True),
-                **self._facts.metadata(),
+                **dataclasses.replace(self._facts, base_name=self._base_name).metadata(),
             },
         )
 

@@ -89,7 +89,7 @@ def write_adapter_card(folder: Path, run: Path, facts: CardFacts) -> None:
     from ...pipeline.adapter_files import facts_of
 
     read = read_run(run)
-    with safe_open(folder / ADAPTER_FILE, "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(folder / ADAPTER_FILE, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         brought = facts_of(file.metadata())
     base = _base(read)
