@@ -382,14 +382,13 @@ def test_diffusers_own_push_makes_a_card_with_our_library(
     for module in (hub_utils, pipeline_utils):
         monkeypatch.setattr(module, "create_repo", lambda *_, **__: Mock(repo_id="owner/cats"), raising=False)
     monkeypatch.setattr(hub_utils, "upload_folder", upload)
-    monkeypatch.setattr(
-        hub_utils, "ModelCard", Mock(wraps=ModelCard, load=Mock(side_effect=EntryNotFoundError("none")))
-    )
+    none = Mock(side_effect=EntryNotFoundError("no card"))
+    monkeypatch.setattr(hub_utils, "ModelCard", Mock(wraps=ModelCard, load=none))
     pipe = LatentFlowPipeline.from_pretrained(ROOT / "checkpoints" / "clothing-64")
     if by == "push_to_hub":
         pipe.push_to_hub("owner/cats")
     else:
-        pipe.save_pretrained(tmp_path / "cats", push_to_hub=True, repo_id="owner/cats")
+        pipe.save_pretrained(str(tmp_path / "cats"), push_to_hub=True, repo_id="owner/cats")
     (files,) = sent
     assert ModelCard(files["README.md"]).data.library_name == DISTRIBUTION
     assert not [name for name, text in files.items() if "_name_or_path" in text]
