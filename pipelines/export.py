@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def copy_adapter(folder: Path) -> None:
             shutil.copytree(made, folder, dirs_exist_ok=True)
+            if not (folder / "README.md").exists():  # of a run from before adapters had cards
+                add_adapter_card(folder, Path(config.source), config.output)
             move_card(folder, config.output)
 
         write_folder(output, copy_adapter)
@@ -114,6 +116,16 @@ def move_card(folder: Path, place: str) -> None:
     if (card := folder / "README.md").is_file():
         text = moved(card.read_text(encoding="utf-8", errors="surrogateescape"), one_line(place))
         card.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def add_adapter_card(folder: Path, run_folder: Path, place: str) -> None:
+    """Write the card of a run's adapter into a folder that is going to be at ``place``."""
+    from latentflow.pipeline import LatentFlowPipeline
+    from latentflow.training.export import pipeline_facts
+    from latentflow.training.report.card import write_adapter_card
+
+    pipe = LatentFlowPipeline.from_pretrained(run_folder / "pipeline")
+    write_adapter_card(folder, run_folder, pipeline_facts(pipe, where=one_line(place)))
 
 
 def adapter_name(text: str) -> str:

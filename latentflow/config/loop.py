@@ -167,7 +167,7 @@ def _from_environment(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-# Optimisers from other packages: the package, and our extra that installs it.
+# Optimisers from optional libraries.
 _LIBRARIES = {"schedule-free": "schedulefree", "adamw-8bit": "bitsandbytes"}
 # Names of settings, the test of their value, and the error if it fails.
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (

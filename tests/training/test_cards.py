@@ -285,6 +285,10 @@ def test_cards_of_exports(runs: Path, cache: Path, tmp_path: Path) -> None:
     place = json.dumps(str(tmp_path / "out"))
     card, _ = export(runs / "hats", "--adapter")
     assert f"load_lora_weights({place})" in card and f"--lora {tmp_path / 'out'} " in card
+    old = shutil.copytree(runs / "hats", tmp_path / "hats")  # a run of before its adapter had a card
+    (old / "adapter" / "README.md").unlink()
+    card, header = export(old, "--adapter")
+    assert f"load_lora_weights({place})" in card and "# out" in card and "lora" in header["tags"]
     card, header = export(runs / "base", "--lora", f"{runs / 'hats'}:0.5")
     assert (
         "Made from base, a local checkpoint, with adapters merged into its weights: hats (weight 0.5)."

@@ -92,6 +92,7 @@ def write_adapter_card(folder: Path, run: Path, facts: CardFacts) -> None:
     with safe_open(folder / ADAPTER_FILE, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         brought = facts_of(file.metadata())
+    words = [word for word in brought.words if not word.startswith("##")]  # no pieces of words
     base = _base(read)
     values: dict[str, Any] = {
         "adapter": {
@@ -101,13 +102,7 @@ def write_adapter_card(folder: Path, run: Path, facts: CardFacts) -> None:
         },
         "brought": [
             (noun, _as_text(few(names, 12)))
-            for noun, names in (
-                (
-                    "words",
-                    [word for word in brought.words if not word.startswith("##")],
-                ),  # no pieces of words
-                ("classes", brought.classes),
-            )
+            for noun, names in (("words", words), ("classes", brought.classes))
             if names
         ],
         "base": json.dumps(one_line(base.place if base else "BASE")),
@@ -225,7 +220,9 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
             facts.kind, _in_a_line(facts.example), one_line(base.place), one_line(facts.where)
         )
     places = [str(run.config.get("data")), *([_named_base(run)] if base and not base.hub_id else [])]
-    licences = [f"{one.name}: licence {one.license}, as its card states" for one in sets if one.license]
+    licences = [
+        f"{one.name}: licence {_as_text(one.license)}, as its card states" for one in sets if one.license
+    ]
     return values | {
         "name": _as_text((run.folder.resolve() if where.name in ("pipeline", "adapter") else where).name),
         "lineage": [*_base_lines(run, base, of_adapter=of_adapter), *_few_steps_lines(facts)],
