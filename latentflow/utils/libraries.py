@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
-import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -55,6 +53,8 @@ def _declared_beside() -> list[str] | None:
 
     The file comes before the metadata: those of an editable installation stay as they were when it was made.
     """
+    import tomllib
+
     if not _PYPROJECT.is_file():
         return None
     project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8")).get("project", {})
@@ -65,6 +65,8 @@ def _declared_beside() -> list[str] | None:
 
 def _declared_by_metadata() -> list[str]:
     """Return what the extras of the installed distribution require; nothing where it is only on Python's path."""
+    import importlib.metadata
+
     try:
         declared = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
