@@ -140,6 +140,22 @@ def test_a_folder_is_no_id_of_the_hub(
     assert str(fetched) not in card and "runs/cats" not in card and "~" not in card
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("hats/adapter/" + ADAPTER, "hats"),
+        ("hats/" + ADAPTER, "hats"),
+        ("loras/straw hats.safetensors", "straw hats"),
+    ],
+)
+def test_an_adapter_s_file_has_the_name_of_its_run_or_its_own(file: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    assert checkpoint_origin(str(tmp_path / file)).name == name
+    if (tmp_path / file).name == ADAPTER:
+        assert checkpoint_origin(str((tmp_path / file).parent)).name == name
+
+
 def test_a_shipped_base_is_named_with_its_licence(fetched: Path) -> None:
     card = card_of(fetched, data="photos", init_from="checkpoints/emoji-64", lora_rank=4)
     assert "base_model" not in header_of(card)

@@ -40,7 +40,7 @@ class Origin:
 
 
 def checkpoint_origin(source: str) -> Origin:
-    """Return the origin that a pipeline folder, run folder, adapter or hub id is."""
+    """Return the origin that a pipeline folder, run folder, adapter (its folder or file) or hub id is."""
     folder = Path(result_of(source)).expanduser()
     if not folder.exists():
         files = ("model_index.json", ADAPTER_FILE)
@@ -49,6 +49,8 @@ def checkpoint_origin(source: str) -> Origin:
             return Origin(name=folder.name, place=folder.name)
         return Origin(name=source, place=source, hub_id=source, license=_license(found[0].parent))
     resolved = folder.resolve()
+    if resolved.is_file():  # an adapter's
+        resolved = resolved.parent if resolved.name == ADAPTER_FILE else resolved.with_suffix("")
     in_run = resolved.name in ("pipeline", "adapter")
     name = resolved.parent.name if in_run else resolved.name
     if resolved.is_relative_to(SHIPPED_CHECKPOINTS.resolve()):
