@@ -33,8 +33,8 @@ def twisted(problem: InpaintProblem, *, particles: int = 1) -> Tensor:
 
     Cost: len(times) - 1 evaluations, each with a gradient through the network (about three forward passes in all).
 
-    The velocity must be differentiable in x, or not depend on it. Rows that belong to one image are samples, but not independent ones: they
-    depend on each other's generators.
+    The velocity must be differentiable in x, or not depend on it. Rows that belong to one image are samples, but not
+    independent ones: they depend on each other's generators.
 
     Args:
         particles: number of consecutive rows that belong to one image (as the images of one prompt follow one another),
