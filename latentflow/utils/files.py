@@ -6,6 +6,7 @@ Imports errors only. Settings of a checkpoint are checked against the types that
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import sys
@@ -46,7 +47,9 @@ def decode(raw: bytes, where: str) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text: {error}", "Save it as UTF-8.") from None
+        is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        why = "it begins as UTF-16 does" if is_utf16 else str(error)
+        raise UserError(f"{where} is not UTF-8 text: {why}", "Save it as UTF-8.") from None
     refuse_no_text(text, where)
     return text
 

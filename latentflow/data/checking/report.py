@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError, few, one_line, plural
+from ...utils.names import composed
 from ..dataset import Example, Source
 from ..sources.kinds import MissingCaption, find_source
 from ..splits import near_groups
@@ -97,7 +98,7 @@ class CaptionFacts:
 def caption_facts(examples: Sequence[Example], most: int = 20) -> CaptionFacts:
     """Return the facts, with ``most`` repeated captions and common words."""
     texts = Counter(text for example in examples for text in set(example.captions) if text)
-    words = {text: _WORD.findall(text.casefold()) for text in texts}
+    words = {text: _WORD.findall(composed(text).casefold()) for text in texts}
     lengths = [len(found) for found in words.values()]
     counts = Counter(word for text, times in texts.items() for word in words[text] * times)
     return CaptionFacts(
