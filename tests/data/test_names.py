@@ -248,7 +248,9 @@ def test_the_hint_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match=r"there is no folder or file imgs\nDid you mean 'images'\?"):
         find_source("imgs")
     tar(tmp_path / "cats.tar", {})
-    with pytest.raises(UserError, match=r"files of CATS.tar do not exist: CATS.tar\nDid you mean 'cats.tar'\?"):
+    with pytest.raises(
+        UserError, match=r"files of CATS.tar do not exist: CATS.tar\nDid you mean 'cats.tar'\?"
+    ):
         find_source("CATS.tar")
 
 
