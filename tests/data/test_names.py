@@ -338,6 +338,7 @@ SHARDS = {
     "in folders": {"v1.2/a/22.05.png": png(0)},
     "beside others": {"1.png": png(0), "1.seg.png": png(1), "22.05.png": png(2)},
     "upper case": {"22.05.PNG": png(0)},
+    "two dots": {"22.05..png": png(0)},
 }
 
 
@@ -346,8 +347,8 @@ def test_names_with_dots_in_a_shard_are_refused_with_the_rule(name: str, tmp_pat
     data = tar(tmp_path / "s.tar", SHARDS[name])
     with pytest.raises(
         UserError,
-        match=r"the name of a sample ends at the first dot, so \S*22.05.(png|PNG) is '05.(png|PNG)' of a sample '22', "
-        r"not an image\n.*such as 22_05.(png|PNG)",
+        match=r"the name of a sample ends at the first dot, so \S*22.05..?(png|PNG) is '05..?(png|PNG)' of a sample "
+        r"'22', not an image\n.*such as 22_05_?.(png|PNG)",
     ):
         find_source(str(data))
 

@@ -24,7 +24,6 @@ from .files import (
     many_paths,
     read_bytes,
     refuse_large,
-    suffix_of,
 )
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -109,9 +108,8 @@ def read_shards(data: str, request: DataRequest) -> Source:
         endings = [f".{one_line(ending)} ({len(names)}): {few(names, 2)}" for ending, names in unread.items()]
         more = f"; and {len(endings) - 5} more endings" if len(endings) > 5 else ""
         notes.append(f"members not read: {'; '.join(endings[:5])}{more}")
-        if any(
-            "." in ending and suffix_of(ending) in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES) for ending in unread
-        ):
+        described = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
+        if any("." in ending and _last_suffix(ending) in described for ending in unread):
             notes[-1] += "; the name of a sample ends at the first dot"
     lacks = "a .txt, .json or .cls member for each image"
     return source_of_rows(data, examples, request, lacks, notes, folder if folder.is_dir() else None)
@@ -121,7 +119,7 @@ def _dotted_names(data: str, members: list[TarMember]) -> UserError:
     """Return the error for images that are not read, since their names hold dots before the one of the ending."""
     folder, slash, name = members[0].name.rpartition("/")
     key, _, ending = name.partition(".")
-    better = name.removesuffix(suffix := suffix_of(name)).replace(".", "_") + suffix
+    better = f"{name.rpartition('.')[0].replace('.', '_')}{_last_suffix(name)}"
     return UserError(
         f"{plural(len(members), 'image')} in {data} cannot be read: in WebDataset shards the name of a sample ends at "
         f"the first dot, so {folder}{slash}{name} is '{ending}' of a sample '{key}', not an image",
@@ -148,11 +146,15 @@ def _samples(path: Path, unread: dict[str, list[str]]) -> Iterable[_Sample]:
             sample.annotations[ending] = _only(sample.annotations.get(ending), member)
         else:
             unread.setdefault(ending, []).append(member.name)
-            if suffix_of(ending) not in IMAGE_SUFFIXES:
+            if _last_suffix(ending) not in IMAGE_SUFFIXES:
                 continue
             sample.others[ending] = member
         samples[composed(key)] = sample
     return samples.values()
+
+
+def _last_suffix(ending: str) -> str:
+    return f".{ending.rpartition('.')[2]}"
 
 
 def _is_caption(ending: str) -> bool:
