@@ -21,7 +21,8 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # Leaves that those after them, and everything else, may import; `cli` is for programs only.
 GROUND = [
     {"errors"},
-    {"utils", "utils.files", "utils.flags", "utils.names", "utils.progress", "utils.words"},
+    {"utils.names"},
+    {"utils", "utils.files", "utils.flags", "utils.progress", "utils.words"},
     {"utils.components", "utils.html_page", "utils.memory", "cli"},
     {"__main__"},
 ]

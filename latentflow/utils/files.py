@@ -1,7 +1,7 @@
 """Files: text, JSON and YAML of strangers are read here, with a `UserError` that names the file for what is wrong in
 them; and files are written whole or not at all.
 
-Imports errors only. Settings of a checkpoint are checked against the types that its classes declare.
+Imports errors and names only. Settings of a checkpoint are checked against the types that its classes declare.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError, few, is_number, nearest, reading, shown
+from .names import find_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -340,6 +341,8 @@ def restore_permissions(written: Path) -> None:
 def result_of(name_or_path: str) -> str:
     """Return the pipeline folder of a finished run folder, or of a shipped checkpoint that is named as in a clone,
     ``checkpoints/emoji-64``, or by its name; any other folder, or a hub id, as it is."""
+    if (spelled := find_path(Path(name_or_path))) != Path(name_or_path):
+        name_or_path = str(spelled)
     shipped = SHIPPED_CHECKPOINTS / Path(name_or_path).name
     names = (shipped.name, f"{SHIPPED_CHECKPOINTS.name}/{shipped.name}")
     if name_or_path in names and not Path(name_or_path).exists() and (shipped / "model_index.json").is_file():

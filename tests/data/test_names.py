@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from latentflow.cli import run
+from latentflow.cli import parse, run
+from latentflow.config import DataConfig
 from latentflow.data import check_source, decode_image, find_source
 from latentflow.data.sources.kinds import KINDS
 from latentflow.errors import UserError
+from latentflow.utils.files import result_of
 from latentflow.utils.names import as_spelled, composed, find_path, near_name, near_path
 
 from .images import encoded, folder_of, jsonl, load_program, noise, png, tar, written, zipped
@@ -168,6 +170,15 @@ def test_the_helper() -> None:
     assert as_spelled(NFC, {NFD: 1, "tea": 2}) == NFD and as_spelled(NFC, (NFD, NFC)) == NFC
     assert as_spelled("coffee", (NFD,)) == "coffee"
     assert find_path(Path("/") / NFC / NFC) == Path("/") / NFC / NFC
+
+
+@SPELLED
+def test_checkpoints_and_config_files(said: str, there: str, tmp_path: Path) -> None:
+    index = written(tmp_path / there / "pipeline" / "model_index.json", "{}")
+    assert result_of(str(tmp_path / said)) == str(index.parent)
+    written(tmp_path / "train.yml", "")
+    with pytest.raises(UserError, match=r"not found: .*train.yaml\nDid you mean '.*/train.yml'\?"):
+        parse(DataConfig, ["cats", "--config", str(tmp_path / "train.yaml")], prog="latentflow train")
 
 
 # --- hints --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from ...errors import UserError, few, is_number, lookup, plural, shown, unknown, whole
 from ...utils.files import read_yaml
-from ...utils.names import find_path, near_path
+from ...utils.names import composed, find_path, near_path
 from ..cache.store import refuse_inside
 from ..dataset import Colours, Example, Source, with_tag_orders
 from .annotations import HEAVIEST, Condition, DataRequest, Masks, MissingCaption, build_source
@@ -227,7 +227,7 @@ def _parts(path: Path) -> list[Part]:
         if key != "sources":
             raise unknown(f"key in {path}", str(key), ["sources"])
     parts = [_part(f"{path}, source {number}", entry) for number, entry in enumerate(entries, start=1)]
-    names = [part.data for part in parts]
+    names = [composed(part.data) for part in parts]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path} lists {twice[0]} twice", "Use `repeats: 2`.")
     if all(part.regularisation for part in parts):
