@@ -236,8 +236,10 @@ class Source:
 
     def class_ids(self) -> list[int]:
         """Return the class id of every example; only for ``kind`` "class"."""
-        ids = {composed(name): index for index, name in enumerate(self.classes)}
-        return [ids[composed(example.label or "")] for example in self.examples]
+        ids = {name: index for index, name in enumerate(self.classes)}
+        ids = {composed(name): index for name, index in ids.items()} | ids
+        labels = (example.label or "" for example in self.examples)
+        return [ids[label if label in ids else composed(label)] for label in labels]
 
     def content_keys(self) -> Iterable[str]:
         examples = progress_bar(self.examples, desc="reading files", delay=3, leave=False)

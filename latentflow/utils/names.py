@@ -60,9 +60,11 @@ def near_name(name: str, there: Iterable[str]) -> str | None:
     """
     listed = list(there)
     for alike in (_plain, _without_ending, _base, lambda other: _without_ending(_base(other))):
-        if same := [other for other in listed if alike(other) == alike(name)]:
+        wanted = alike(name)
+        if same := [other for other in listed if alike(other) == wanted]:
             return nearest(name, same, cutoff=0.0)
-    return nearest(name, [other for other in listed if _numbers(other) == _numbers(name)])
+    numbers = _numbers(name)
+    return nearest(name, [other for other in listed if _numbers(other) == numbers])
 
 
 def near_path(name: str, folder: Path = Path()) -> str:
@@ -111,7 +113,7 @@ def _plain(name: str) -> str:
 
 
 def _without_ending(name: str) -> str:
-    return os.path.splitext(_plain(name))[0]  # noqa: PTH122 (a `Path` for each of many files takes long)
+    return os.path.splitext(_plain(name))[0].rstrip()  # noqa: PTH122 (a `Path` for each of many files takes long)
 
 
 def _base(name: str) -> str:

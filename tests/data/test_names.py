@@ -230,6 +230,15 @@ def test_a_mask_that_is_missing_is_answered_too(tmp_path: Path) -> None:
         find_source(str(on_disk(tmp_path, files)))
 
 
+@pytest.mark.parametrize("stray", ["Cat.txt", "cat .txt", "captions/cat.txt", "cat.jpg.txt"])
+def test_a_caption_that_is_named_otherwise_is_answered_too(stray: str, tmp_path: Path) -> None:
+    files = {"dog.png": None, "dog.txt": "a dog", "cat.png": None, stray: "a cat"}
+    with pytest.raises(
+        UserError, match=f"no caption for 1 of 2 images: cat.png\nIs {stray} the caption of cat.png"
+    ):
+        find_source(str(on_disk(tmp_path, files)))
+
+
 @pytest.mark.parametrize("table", ["metadata.csv", "t.csv"])
 def test_paths_of_windows_are_read(table: str, tmp_path: Path) -> None:
     files = {"a/1.png": None, "b/2.png": None, "a/3\\4.png": None, "masks/m.png": None}

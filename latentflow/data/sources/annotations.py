@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -175,7 +175,7 @@ def our_columns(
     """
     found = rename(columns, renamed, where)
     names = set(found.values())
-    words = {_lower_case(name): name for name in sorted(names, reverse=True)}
+    words = {lower_case(name): name for name in sorted(names, reverse=True)}
     others: dict[str, str] = {}  # words of the table by our names
     if not names & {"image", "file_name"} and (word := next((w for w in _IMAGE_SYNONYMS if w in words), "")):
         others[image] = words[word]
@@ -199,10 +199,11 @@ def our_columns(
 def is_known_column(name: str) -> bool:
     """Return whether a column has one of our names or another word for it, in lower or upper case."""
     known = (*COLUMNS, *_IMAGE_SYNONYMS, *itertools.chain(*_SYNONYMS.values()))
-    return _lower_case(name) in known
+    return lower_case(name) in known
 
 
-def _lower_case(column: str) -> str:
+def lower_case(column: str) -> str:
+    """Return a column's name in lower case, with _ for spaces and hyphens."""
     return re.sub(r"[\s-]+", "_", column.strip().casefold())
 
 
@@ -361,22 +362,25 @@ def build_source(
     request: DataRequest,
     notes: Sequence[str],
     root: Path | None = None,
+    *,
+    caption_hint: str = "",
 ) -> Source:
     """Return the source of these examples as requested, in the order of their names.
+
+    Args:
+        caption_hint: a sentence for the user on where a missing caption may be.
 
     Raises:
         UserError: captions or classes are missing and the request does not say what to do; two examples have one name.
     """
     _refuse_equal_names(examples)
     kept, missing_notes = _complete(
-        sorted(examples, key=lambda example: example.name), kind, request.missing_caption
+        sorted(examples, key=lambda example: example.name), kind, request.missing_caption, caption_hint
     )
     notes = [*notes, *missing_notes]
-    if kind == "class" and (several := _spelled_differently(kept)):
-        kept = [_respelled(example, several) for example in kept]
-        notes.append(
-            f"classes in two spellings of Unicode (NFC and NFD) are one each: {few(sorted(several))}"
-        )
+    if kind == "class":
+        kept, spelling_notes = _in_one_spelling(kept)
+        notes += spelling_notes
     if request.masks == "alpha":
         notes.append("masks from the alpha channels: what is transparent is to be repainted")
     if request.masks != "auto" or request.colours != "srgb":
@@ -401,20 +405,25 @@ def _refuse_equal_names(examples: Iterable[Example]) -> None:
         spelled[name] = example.name
 
 
-def _spelled_differently(examples: Iterable[Example]) -> set[str]:
-    """Return the classes, in NFC, that the examples spell in several ways."""
-    labels = {example.label or "" for example in examples}
-    return {name for name, count in Counter(map(composed, labels)).items() if count > 1}
+def _in_one_spelling(examples: list[Example]) -> tuple[list[Example], list[str]]:
+    """Return the examples with the classes that they spell in several ways in NFC, and a note on these.
 
-
-def _respelled(example: Example, several: Container[str]) -> Example:
-    """Return the example with its class in NFC where it is one of ``several``; elsewhere the data decide."""
-    label = composed(example.label or "")
-    return dataclasses.replace(example, label=label) if label in several else example
+    A class of one spelling keeps it: runs that were begun with it go on.
+    """
+    spelled = Counter(map(composed, {example.label or "" for example in examples}))
+    several = sorted(name for name, count in spelled.items() if count > 1)
+    if not several:
+        return examples, []
+    respelled = [
+        dataclasses.replace(example, label=label) if label in several else example
+        for example in examples
+        for label in [composed(example.label or "")]
+    ]
+    return respelled, [f"classes in two spellings of Unicode (NFC and NFD) are one each: {few(several)}"]
 
 
 def _complete(
-    examples: list[Example], kind: Kind, missing: MissingCaption
+    examples: list[Example], kind: Kind, missing: MissingCaption, hint: str
 ) -> tuple[list[Example], list[str]]:
     """Return the examples with the annotations of ``kind`` alone, and a note on those that lacked them."""
     if kind == "unconditional":
@@ -426,7 +435,7 @@ def _complete(
         empty = "empty (an empty caption) or " if kind == "text" else ""
         raise UserError(
             f"no {what} for {len(without)} of {plural(len(examples), 'image')}: {few(without)}",
-            f"Add them, or choose --missing-caption {empty}skip (leave these images out).",
+            f"{hint}Add them, or choose --missing-caption {empty}skip (leave these images out).",
         )
     if not complete:
         raise UserError(f"no image has a {what}", "Use --condition none for an unconditional model.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -281,7 +281,21 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
         what = f"{plural(len(named), 'mask')} in files beside the images"
         notes.append(f"{what}{request.unused_masks}: {few(named)}")
     notes += _left_out(folder, metadata, sidecars)
-    return build_source(data, examples, kind, request, notes, folder.root if folder.root.is_dir() else None)
+    hint = _stray_caption(folder, sidecars, [one.name for one in examples if kind == "text" and not one.text])
+    root = folder.root if folder.root.is_dir() else None
+    return build_source(data, examples, kind, request, notes, root, caption_hint=hint)
+
+
+def _stray_caption(folder: Folder, sidecars: Sidecars, without: Sequence[str]) -> str:
+    """Return a question that names a file which probably holds the caption of an image ``without`` one; "" if none
+    does."""
+    strays = [
+        name for name in folder.others if suffix_of(name) in CAPTION_SUFFIXES and name not in sidecars.files
+    ]
+    for image in without[:5]:
+        if near := near_name(image, strays):
+            return f"Is {near} the caption of {image}? Then name it like the image. "
+    return ""
 
 
 def _decide(

@@ -26,7 +26,7 @@ from PIL import Image
 from ...config import DataConfig
 from ...errors import UserError, plural, reading, shown
 from ...utils.files import read_json, storable
-from ...utils.names import composed
+from ...utils.names import as_spelled
 from ..cache.store import NO_KEY, Array, ShardSet, digests
 from ..dataset import Example, Kind, Source, StoredSizes, top_folder
 from .annotations import DataRequest
@@ -263,8 +263,8 @@ class LatentFolder(Source):
         return np.repeat(np.arange(len(self), dtype=np.int32), repeats)  # type: ignore[return-value]
 
     def class_ids(self) -> list[int]:
-        known = [composed(name) for name in self.classes]
-        numbers = [known.index(composed(name)) for name in self.store.description["classes"]]
+        stored_classes = self.store.description["classes"]
+        numbers = [self.classes.index(as_spelled(name, self.classes)) for name in stored_classes]
         stored = self.index.numbers("class_id")
         return np.asarray(numbers, dtype=np.int64)[stored]  # type: ignore[return-value]
 
