@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from ..errors import nearest
 
-_MOST = 20_000  # entries of folders that are looked through for a hint
+_MOST = 20_000  # names that are looked through for one with nearly the same letters, and entries of folders
 
 #: Entries of folders, by their names in NFC.
 Listings: TypeAlias = dict[Path, dict[str, str]]
@@ -58,13 +58,13 @@ def near_name(name: str, there: Iterable[str]) -> str | None:
     one with another ending, in another folder, or both; then one with nearly the same letters and the same numbers
     (2.png is not 1.png misspelt).
     """
-    listed = list(there)
-    for alike in (_plain, _without_ending, _base, lambda other: _without_ending(_base(other))):
-        wanted = alike(name)
-        if same := [other for other in listed if alike(other) == wanted]:
+    plain, wanted = {other: _plain(other) for other in there}, _plain(name)
+    for part in (str, _without_ending, _base, lambda path: _without_ending(_base(path))):
+        aim = part(wanted)
+        if same := [other for other, path in plain.items() if part(path) == aim]:
             return nearest(name, same, cutoff=0.0)
     numbers = _numbers(name)
-    return nearest(name, [other for other in listed if _numbers(other) == numbers])
+    return nearest(name, islice((other for other in plain if _numbers(other) == numbers), _MOST))
 
 
 def near_path(name: str, folder: Path = Path()) -> str:
@@ -108,16 +108,17 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _plain(name: str) -> str:
+    """Return a path in NFC and lower case, with ``/``, without white space and empty parts around its parts."""
     parts = (part.strip() for part in composed(name).replace("\\", "/").casefold().split("/"))
     return "/".join(part for part in parts if part not in ("", "."))
 
 
-def _without_ending(name: str) -> str:
-    return os.path.splitext(_plain(name))[0].rstrip()  # noqa: PTH122 (a `Path` for each of many files takes long)
+def _without_ending(path: str) -> str:
+    return os.path.splitext(path)[0].rstrip()  # noqa: PTH122 (a `Path` for each of many files takes long)
 
 
-def _base(name: str) -> str:
-    return _plain(name).rpartition("/")[2]
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _numbers(name: str) -> list[str]:

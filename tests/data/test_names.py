@@ -20,6 +20,7 @@ from latentflow.config import DataConfig
 from latentflow.data import check_source, decode_image, find_source
 from latentflow.data.sources.kinds import KINDS
 from latentflow.errors import UserError
+from latentflow.models import train_tokenizer
 from latentflow.utils.files import result_of
 from latentflow.utils.names import as_spelled, composed, find_path, near_name, near_path
 
@@ -164,6 +165,12 @@ def test_names_of_columns_are_compared_alike(tmp_path: Path) -> None:
 def test_words_of_captions_are_counted_whole(tmp_path: Path) -> None:
     files = {"0.png": None, "0.txt": f"a {NFC}", "1.png": None, "1.txt": f"a {NFD}"}
     assert check_source(str(on_disk(tmp_path, files))).caption_facts.common == {"a": 2, NFC: 2}
+
+
+def test_tokenizers_read_both_spellings_of_a_caption_alike() -> None:
+    """So captions need no spelling of ours."""
+    tokenizer = train_tokenizer([f"a {NFC}", "a tea"])
+    assert tokenizer(NFC)["input_ids"] == tokenizer(NFD)["input_ids"]
 
 
 def test_the_helper() -> None:

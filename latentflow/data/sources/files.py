@@ -236,7 +236,8 @@ class Folder:
 
         Its Unicode spelling does not matter, and ``\\`` stands for ``/``, as on Windows, where no name holds one.
         """
-        for written in (name, PurePosixPath(name.replace("\\", "/")).as_posix()):
+        separated = [PurePosixPath(name.replace("\\", "/")).as_posix()] if "\\" in name else []
+        for written in (name, *separated):
             if written.startswith("/") or ".." in written.split("/"):
                 continue
             if self.holds(written):
