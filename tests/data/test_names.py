@@ -339,6 +339,7 @@ REFUSED = {
     "two of one name": ("file_name; text;text\n1.png;a;b\n", "two columns named 'text'"),
     "a decimal comma": ("file_name;text;weight\n1.png;a;0,5\n", "weight is '0,5'\n.*with a decimal point"),
     "UTF-16": ("file_name\ttext\n".encode("utf-16"), "not UTF-8 text: it begins as UTF-16 does\nSave it as UTF-8"),
+    "a long line": ("file_name;" + "x" * 200_000 + "\n1.png;a\n", "line 1 cannot be read: field larger than"),
     "cp1252": ("file_name;text\n1.png;café\n".encode("cp1252"), "csv is not UTF-8 text: .*0xe9.*\nSave it as UTF-8"),
 }  # fmt: skip
 
