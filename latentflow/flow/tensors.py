@@ -104,7 +104,7 @@ def require_graph(value: Tensor, velocity: Callable[[Tensor], Tensor], x: Tensor
     """Refuse a velocity whose ``value`` at ``x`` has no graph to x although it depends on x: its derivative is hidden.
 
     A velocity that does not depend on x needs no graph: its derivative is 0, as that of whole numbers is almost
-    everywhere. Whether it does is seen by evaluating it at another point.
+    everywhere. The check evaluates it at another point.
 
     Args:
         what: the derivative's name in the error: "divergence", "gradient".
