@@ -26,6 +26,7 @@ from .errors import UserError, nearest, printable, shown, unknown
 from .utils import skip_final_garbage_collection
 from .utils.files import PROGRAMS_ROOT, read_yaml, replacing
 from .utils.flags import Essential, Flag, flags_of, help_text, normal, without_annotation
+from .utils.names import near_path
 
 C = TypeVar("C")
 
@@ -160,7 +161,9 @@ def _peek(args: Sequence[str], flag: str) -> str | None:
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        raise UserError(f"config file not found: {path}", "Give --config the path of a YAML file.")
+        raise UserError(
+            f"config file not found: {path}", f"{near_path(str(path))}Give --config the path of a YAML file."
+        )
     values = read_yaml(path)
     if values is None:
         return {}

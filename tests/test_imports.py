@@ -21,6 +21,7 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 # Leaves that those after them, and everything else, may import; `cli` is for programs only.
 GROUND = [
     {"errors"},
+    {"utils.names"},
     {"utils", "utils.files", "utils.flags", "utils.libraries", "utils.progress", "utils.words"},
     {"utils.components", "utils.html_page", "utils.memory", "cli"},
     {"__main__"},

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import UserError, is_number
 from ..flow.tensors import Generators, normal_like, require_finite
 from ..utils.components import about, library_reads, load_checked, load_module, may_be_on_the_hub
-from ..utils.files import CONFIG, read_settings
+from ..utils.files import CONFIG, near_folder, read_settings
 from ..utils.memory import inner_phase
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,9 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     shown = f"the autoencoder in '{name_or_path}'"
     fix = "Give a folder written by save_pretrained (config.json and *.safetensors) or a reachable hub id."
     if not local.is_dir() and not may_be_on_the_hub(str(name_or_path)):
-        raise UserError(f"no autoencoder at '{name_or_path}': there is no such folder", fix)
+        raise UserError(
+            f"no autoencoder at '{name_or_path}': there is no such folder", f"{near_folder(local)}{fix}"
+        )
     if local.is_dir():
         if not (folder / CONFIG).is_file():
             raise UserError(f"no autoencoder at '{folder}': there is no {CONFIG}", fix)

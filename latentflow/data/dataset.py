@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from PIL import Image, ImageOps
 
 from ..errors import UserError
+from ..utils.names import composed
 from ..utils.progress import progress_bar
 from .cache.store import Array, ShardSet, open_cache
 from .images import Profile, decode_image, decoding, key_and_profile, name_of, open_image, to_rgb
@@ -236,7 +237,9 @@ class Source:
     def class_ids(self) -> list[int]:
         """Return the class id of every example; only for ``kind`` "class"."""
         ids = {name: index for index, name in enumerate(self.classes)}
-        return [ids[example.label or ""] for example in self.examples]
+        ids = {composed(name): index for name, index in ids.items()} | ids
+        labels = (example.label or "" for example in self.examples)
+        return [ids[label if label in ids else composed(label)] for label in labels]
 
     def content_keys(self) -> Iterable[str]:
         examples = progress_bar(self.examples, desc="reading files", delay=3, leave=False)
@@ -248,7 +251,7 @@ class Source:
         That is its class. An unconditional set has none: there it is the first folder in the example's name.
         """
         if self.kind == "unconditional":
-            return [example.name.rpartition("/")[0].split("/")[0] for example in self.examples]
+            return [top_folder(example.name) for example in self.examples]
         return [example.label or "" for example in self.examples]
 
     def pixel_keys(self) -> Iterable[str]:
@@ -312,6 +315,11 @@ class Source:
     def noted(self, *notes: str) -> Source:
         """Return the same set with more notes."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
+
+
+def top_folder(name: str) -> str:
+    """Return the first folder in an example's name, equal for all Unicode spellings of it; "" where it is in none."""
+    return composed(name.rpartition("/")[0].split("/")[0])
 
 
 def _describe(example: Example) -> str:

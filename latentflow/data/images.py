@@ -17,7 +17,8 @@ import torch
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import UserError, nearest, printable, reason
+from ..errors import UserError, printable, reason
+from ..utils.names import find_path, near_path
 from .sources.files import File, Member, file_state, hash_stream, open_stream
 
 _TOLERANCE = 1  # levels of 255 by which profiles of sRGB differ, which many programs write in their own way
@@ -210,7 +211,7 @@ def decode_image(path: str | os.PathLike[str] | Member) -> Image.Image:
             (``PIL.Image.MAX_IMAGE_PIXELS``).
     """
     if not isinstance(path, Member):
-        path = Path(path).expanduser()
+        path = find_path(Path(path).expanduser())
         if not path.is_file():
             raise _no_file(path)
     with open_image(path) as image:
@@ -275,10 +276,9 @@ def _why(error: Exception) -> str:
 def _no_file(path: Path) -> ImageFileError:
     if path.is_dir():
         return ImageFileError(f"{path} is a folder", "a folder", "Give one image in it.")
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = nearest(path.name, beside)
-    fix = f"Did you mean {path.parent / near}?" if near else "Check the path."
-    return ImageFileError(f"there is no file {path}", "no such file", fix)
+    return ImageFileError(
+        f"there is no file {path}", "no such file", near_path(str(path)).strip() or "Check the path."
+    )
 
 
 def _too_large(name: str, why: str) -> ImageFileError:

@@ -18,6 +18,7 @@ from ..data import Source, fingerprint
 from ..errors import UserError
 from ..families import FlowModel
 from ..inference.images import check_writable, whole_file
+from ..utils.names import composed
 from .data import ConditionKind, ImageSet
 
 FEW = 50  # images; the covariance of fewer says little
@@ -62,7 +63,9 @@ def notes(
     if kind == "prompt" and source.kind != "text":
         prompts = "the classes' names as captions" if source.kind == "class" else "the empty caption"
         found.append(f"the checkpoint takes captions, and DATA has none: it is prompted with {prompts}")
-    if absent := sorted(set(model.classes) - set(source.classes)) if kind == "class_labels" else []:
+    there = {*map(composed, source.classes)}
+    absent = [name for name in sorted(model.classes) if composed(name) not in there]
+    if absent and kind == "class_labels":
         found.append(f"classes of the checkpoint that DATA lacks; none are generated: {', '.join(absent)}")
     if kind == "prompt" and (words := model.pipeline.unknown_words(sorted(set(captions)))):
         found.append(unknown_words_text(model.pipeline.tokenizer, words))

@@ -18,6 +18,7 @@ from ..flow import CONSISTENCY_STEPS, COUPLINGS, PATHS, PREDICTIONS, CondOT, mak
 from ..flow.tensors import require_finite
 from ..models import Condition, encode_text
 from ..models.text import START
+from ..utils.names import as_spelled
 from .few_steps import FewSteps
 from .model import FlowModel, Rows, Size
 
@@ -276,7 +277,7 @@ class LatentFlowModel(FlowModel):
                 raise UserError(
                     f"class '{label}': this checkpoint has no class names", self.describe_condition()
                 )
-            number = lookup(known, label, "class") if isinstance(label, str) else label
+            number = lookup(known, as_spelled(label, known), "class") if isinstance(label, str) else label
             if not 0 <= number < (self.setting("num_classes") or 0):
                 raise UserError(f"class id {number} does not exist", self.describe_condition())
             ids.append(number)

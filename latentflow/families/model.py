@@ -34,6 +34,7 @@ from ..errors import UserError
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
 from ..utils.components import library_reads
 from ..utils.files import pipeline_folder, read_settings
+from ..utils.names import as_spelled
 from .few_steps import FewSteps
 
 Generators: TypeAlias = torch.Generator | list[torch.Generator]
@@ -285,7 +286,7 @@ class FlowModel(ABC):
         if self.takes_text:
             return {"prompt": [*texts]}
         if self.takes_classes:
-            return {"class_labels": [self.classes.index(name) for name in texts]}
+            return {"class_labels": [self.classes.index(as_spelled(name, self.classes)) for name in texts]}
         return {"num_images_per_prompt": len(texts)}
 
     def rows_of(self, condition: Any, count: int) -> Rows:

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError, lookup
 from .solvers import Solver, Times, find_solver, integrate
-from .tensors import Velocity, compute_dtype, with_time_rows
+from .tensors import Velocity, compute_dtype, require_graph, with_time_rows
 from .times import checked_times
 
 #: Makes the vectors e, in chunks (n, B, ...), whose e . (dv/dx) e add up to the divergence times a constant.
@@ -46,8 +46,8 @@ def log_likelihood(
     """Return log p_1(x1) in nats, integrating the state and its log-density together, from data to noise.
 
     Args:
-        velocity: (x, t) -> dx/dt, differentiable in x, each row depending on its own row of x alone (no batch
-            statistics). It gets x in the dtype of x1; attention runs by torch's unfused kernel.
+        velocity: (x, t) -> dx/dt, differentiable in x or independent of it, each row depending on its own row of x
+            alone (no batch statistics). It gets x in the dtype of x1; attention runs by torch's unfused kernel.
         x1: (B, D), (B, C, H, W) or any (B, ...), floating point: in the network's space, so latents for a latent flow.
         divergence: "exact": the trace of the Jacobian, D vector products for each evaluation; or "hutchinson": the
             mean of e . (dv/dx) e over random e, an unbiased estimate but for the solver's error.
@@ -67,7 +67,7 @@ def log_likelihood(
 
     Raises:
         UserError: unknown divergence, probe or solver (the nearest is suggested); a stochastic solver; a velocity
-            without a graph; values not finite; times that do not decrease.
+            that depends on x without a graph; values not finite; times that do not decrease.
         ValueError: x1 is not floating point (B, ...); probes or chunk_size < 1; wrong shapes.
     """
     if x1.ndim < 2 or not x1.is_floating_point():
@@ -146,28 +146,28 @@ def _velocity_and_trace(
         raise ValueError(
             f"the velocity returned shape {tuple(v.shape)}, but must keep that of x, {tuple(x.shape)}"
         )
-    if not v.requires_grad:
-        raise UserError(
-            "the velocity has no graph to x, so its divergence is unknown",
-            "Compute it without torch.no_grad, inference_mode and detach.",
-        )
     trace = torch.zeros(len(x), dtype=compute_dtype(x), device=x.device)
     for e in vectors():
-        trace = trace + (_products(v, x, e, differentiable).to(trace) * e.to(trace)).flatten(2).sum((0, 2))
+        products = _products(v, x, e, differentiable) if v.requires_grad else None
+        if products is None:
+            require_graph(v, lambda at: velocity(at, t), x, "divergence")
+            break
+        trace = trace + (products.to(trace) * e.to(trace)).flatten(2).sum((0, 2))
     return (v if differentiable else v.detach()), trace
 
 
-def _products(v: Tensor, x: Tensor, e: Tensor, differentiable: bool) -> Tensor:
-    """Return e (dv/dx) for each of the (n, B, ...) vectors ``e``; 0 where v does not depend on x."""
+def _products(v: Tensor, x: Tensor, e: Tensor, differentiable: bool) -> Tensor | None:
+    """Return e (dv/dx) for each of the (n, B, ...) vectors ``e``; None where no graph leads from v to x."""
     options: dict[str, bool] = {
         "retain_graph": True,
         "create_graph": differentiable,
-        "materialize_grads": True,
+        "allow_unused": True,
     }
     if not differentiable:
         return torch.autograd.grad(v, x, e, is_grads_batched=True, **options)[0]
     # One by one: torch before 2.14 cannot differentiate the batched gradient of attention.
-    return torch.stack([torch.autograd.grad(v, x, probe, **options)[0] for probe in e])
+    products = [torch.autograd.grad(v, x, probe, **options)[0] for probe in e]
+    return None if products[0] is None else torch.stack(products)
 
 
 def _unit_vectors(x: Tensor, chunk_size: int) -> Vectors:

@@ -100,6 +100,29 @@ def require_finite(value: Tensor, what: str, fix: str) -> None:
         raise UserError(f"{what} is not finite: {bad} of {value.numel()} values are NaN or infinite", fix)
 
 
+def require_graph(value: Tensor, velocity: Callable[[Tensor], Tensor], x: Tensor, what: str) -> None:
+    """Refuse a velocity whose ``value`` at ``x`` has no graph to x although it depends on x: its derivative is hidden.
+
+    A velocity that does not depend on x needs no graph: its derivative is 0, as that of whole numbers is almost
+    everywhere. The check evaluates it at another point.
+
+    Args:
+        what: the derivative's name in the error: "divergence", "gradient".
+
+    Raises:
+        UserError: it depends on x.
+    """
+    if not value.is_floating_point():
+        return
+    with torch.no_grad():
+        elsewhere = velocity(x + 0.37 * (1.0 + x.abs()))
+    if not torch.allclose(elsewhere, value, rtol=0.0, atol=0.0, equal_nan=True):
+        raise UserError(
+            f"the velocity has no graph to x, so its {what} is unknown",
+            "Compute it without torch.no_grad, inference_mode and detach.",
+        )
+
+
 def normal_like(x: Tensor, generator: Generators) -> Tensor:
     """Draw standard normal numbers in the shape and dtype of ``x``, on the generator's device.
 

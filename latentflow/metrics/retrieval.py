@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.names import composed
 from ..utils.progress import progress_bar
 from .features import distances, features
 
@@ -106,11 +107,12 @@ def attribute_groups(
         (index of the caption, index of its attribute, data index of the counterpart for each attribute). Captions
         without an attribute, or without a counterpart, are left out.
     """
-    where = {caption: i for i, caption in reversed(list(enumerate(data_captions)))}
+    where = {composed(caption): i for i, caption in reversed(list(enumerate(data_captions)))}
+    attributes = [composed(attribute) for attribute in attributes]
     by_length = sorted(range(len(attributes)), key=lambda i: -len(attributes[i]))
     words = [re.compile(rf"(?<!\w){re.escape(attribute)}(?!\w)") for attribute in attributes]
     groups = []
-    for index, caption in enumerate(captions):
+    for index, caption in enumerate(map(composed, captions)):
         own = next((i for i in by_length if words[i].search(caption)), None)
         if own is None:
             continue

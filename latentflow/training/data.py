@@ -44,6 +44,7 @@ from ..errors import UserError, few
 from ..families import FlowModel
 from ..utils.files import check_types, read_settings, read_yaml
 from ..utils.memory import memory_phase
+from ..utils.names import composed
 from .fine_tune.base import base_classes, base_resolution, with_base_classes
 from .fine_tune.defaults import held_out_share
 from .loop.data_order import Stream, seeded
@@ -143,12 +144,14 @@ def refuse_renumbered_classes(pipeline: Path, source: Source) -> None:
     index = read_settings(file)
     check_types(file, index, {"id2label": dict[str, str] | None})
     numbers = {
-        name: int(number) for number, name in (index.get("id2label") or {}).items() if number.isdecimal()
+        composed(name): int(number)
+        for number, name in (index.get("id2label") or {}).items()
+        if number.isdecimal()
     }
     moved = [
-        f"'{name}' was {numbers[name]}, is {number}"
+        f"'{name}' was {numbers[composed(name)]}, is {number}"
         for number, name in enumerate(source.classes)
-        if numbers.get(name, number) != number
+        if numbers.get(composed(name), number) != number
     ]
     if moved:
         raise UserError(

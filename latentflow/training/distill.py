@@ -16,6 +16,7 @@ from ..errors import UserError, few
 from ..families import FlowModel
 from ..flow import OBJECTIVES, CondOT, straightness, time_grid
 from ..pipeline.adapter_files import weights_hash
+from ..utils.names import composed
 from .data import DataSplits
 from .fine_tune.base import open_base, with_base_flow
 from .fine_tune.defaults import fine_tuning_lines, fitted
@@ -90,7 +91,8 @@ class Teacher:
             UserError: new classes, data without the teacher's condition, or masks or sizes that it does not take.
         """
         model, name = self.model, self.checkpoint
-        new = [label for label in source.classes if label not in model.classes]
+        known = {*map(composed, model.classes)}
+        new = [label for label in source.classes if composed(label) not in known]
         if source.kind == "class" and new:
             raise UserError(
                 f"{name} does not know the classes {few(new)}",

@@ -16,6 +16,7 @@ from ..data.checking.report import FEW, Report, Suggestion
 from ..errors import few, plural
 from ..utils.files import SHIPPED_CHECKPOINTS, read_settings
 from ..utils.libraries import install_command
+from ..utils.names import composed
 from ..utils.words import missing_words
 from .fine_tune.defaults import fitted, held_out_share
 from .loop.distributed import compute_dtype, matrix_product_rate, process_state
@@ -214,8 +215,8 @@ def _known_classes(report: Report, checkpoint: _Checkpoint) -> list[str]:
     if report.condition != "class":
         return []
     index = read_settings(SHIPPED_CHECKPOINTS / checkpoint.name / "model_index.json")
-    names = set((index.get("id2label") or {}).values())
-    return [name for name in report.classes if name in names]
+    names = {composed(name) for name in (index.get("id2label") or {}).values()}
+    return [name for name in report.classes if composed(name) in names]
 
 
 def _new_words(captions: Iterable[str], checkpoint: _Checkpoint) -> str:

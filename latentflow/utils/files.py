@@ -1,11 +1,12 @@
 """Files: text, JSON and YAML of strangers are read here, with a `UserError` that names the file for what is wrong in
 them; and files are written whole or not at all.
 
-Imports errors only. Settings of a checkpoint are checked against the types that its classes declare.
+Imports errors and names only. Settings of a checkpoint are checked against the types that its classes declare.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UserError, few, is_number, nearest, reading, shown
+from .names import find_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +48,9 @@ def decode(raw: bytes, where: str) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text: {error}", "Save it as UTF-8.") from None
+        is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        why = "it begins as UTF-16 does" if is_utf16 else str(error)
+        raise UserError(f"{where} is not UTF-8 text: {why}", "Save it as UTF-8.") from None
     refuse_no_text(text, where)
     return text
 
@@ -337,6 +341,8 @@ def restore_permissions(written: Path) -> None:
 def result_of(name_or_path: str) -> str:
     """Return the pipeline folder of a finished run folder, or of a shipped checkpoint that is named as in a clone,
     ``checkpoints/emoji-64``, or by its name; any other folder, or a hub id, as it is."""
+    if (spelled := find_path(Path(name_or_path))) != Path(name_or_path):
+        name_or_path = str(spelled)
     shipped = SHIPPED_CHECKPOINTS / Path(name_or_path).name
     names = (shipped.name, f"{SHIPPED_CHECKPOINTS.name}/{shipped.name}")
     if name_or_path in names and not Path(name_or_path).exists() and (shipped / "model_index.json").is_file():

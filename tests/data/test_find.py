@@ -197,7 +197,7 @@ def test_check_names_what_is_not_read(
 
 def test_a_missing_folder_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UserError, match=f"there is no folder .*\nDid you mean {tmp_path}/photos"):
+    with pytest.raises(UserError, match=f"there is no folder .*\nDid you mean '{tmp_path}/photos'"):
         find_source(str(tmp_path / "fotos"))
     save_all(tmp_path, ["a.png"])
     with pytest.raises(UserError, match="is a file, not a folder"):

@@ -19,7 +19,7 @@ from latentflow.cli import parse
 from latentflow.config import DataConfig
 from latentflow.data import find_source
 from latentflow.data.sources import annotations as metadata
-from latentflow.data.sources import files, kinds, latent_folder, table
+from latentflow.data.sources import files, kinds, latent_folder, records, table
 from latentflow.data.sources import folder as folder_source
 from latentflow.data.sources import hugging_face as saved_sets
 from latentflow.data.sources import webdataset as shards
@@ -266,7 +266,7 @@ def test_a_member_that_lies_about_its_size_is_not_unpacked(tmp_path: Path) -> No
 def test_captions_and_metadata_are_bounded_wherever_they_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metadata, "METADATA_BYTES", 99)
+    monkeypatch.setattr(records, "METADATA_BYTES", 99)
     long, rows = b"a" * (2**20 + 1), b'{"file_name": "0.png"}\n' * 9
     for made, name in (
         (with_image(tmp_path / "a", "0.txt", long), "0.txt"),
@@ -346,7 +346,7 @@ SEEDS: dict[str, Callable[[Path], object]] = {
 OURS = [
     ("metadata", folder_source, "parse_row"), ("metadata", metadata, "_label"),
     ("metadata", folder_source, "our_columns"), ("metadata", documents, "_refuse_excess"),
-    ("csv", folder_source, "_file_name"), ("csv", metadata, "decode"),
+    ("csv", folder_source, "_file_name"), ("csv", records, "decode"),
     ("sidecar", folder_source, "read_sidecars"), ("sidecar", folder_source, "_left_out"),
     ("table", metadata, "text_in"), ("table", metadata, "_path_in"), ("parquet", metadata, "class_name"),
     ("parquet", table, "_filled"), ("parquet", table, "our_columns"), ("shard", shards, "_json_object"),

@@ -200,6 +200,18 @@ def test_gradient_moves_the_data_by_the_covariance_that_the_flow_implies() -> No
     torch.testing.assert_close(ahead.log_likelihood, -0.5 * (1.3 - data[:, 0, 0, 0]).square() / variance)
 
 
+def test_a_velocity_without_a_graph_is_looked_through_only_where_it_does_not_depend_on_x() -> None:
+    """For v = c the data are x + (1 - t) c, whose derivative is 1; a hidden derivative is refused."""
+    t, x, c = 0.4, torch.randn(5, 3, generator=seeded(), dtype=torch.float64), torch.tensor([1.0, 2.0, 3.0])
+    known = KnownRegion(torch.full_like(x, 1.3), torch.tensor([False, True, True]), CondOT())
+    ahead = look_ahead(lambda y: c.expand_as(y), known, x, t)
+    shift = ((1 - t) ** 2 + t**2) / t * (1.3 - x[:, 0] - (1 - t))
+    torch.testing.assert_close(ahead.shift[:, 0], shift)
+    assert not ahead.shift[:, 1:].any()
+    with pytest.raises(UserError, match="no graph to x, so its gradient is unknown"):
+        look_ahead(lambda y: -y.detach(), known, x, t)
+
+
 def test_pnp_flow_ends_near_the_conditional_mean() -> None:
     """Against the standard error of iid conditional samples: the mean is right, the spread below theirs."""
     rows, y = 2000, 1.5

@@ -65,12 +65,48 @@ def test_an_affine_flow_that_mixes_and_turns_the_elements(draw) -> None:
     end, x1 = torch.linalg.matrix_exp(matrix), draw(5, 3)
     exact = torch.distributions.MultivariateNormal(torch.zeros(3).double(), end @ end.T).log_prob(x1)
     assert torch.allclose(log_likelihood(lambda x, t: x @ matrix.T, x1, **TIGHT), exact, atol=1e-6)
-    # A velocity that does not depend on x has no divergence.
-    shift = nn.Parameter(torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64))
-    exact = torch.distributions.Normal(0.0, 1.0).log_prob(x1 - shift.detach()).sum(1)
-    for differentiable in (False, True):
-        found = log_likelihood(lambda x, t: shift.expand_as(x), x1, differentiable=differentiable)
-        torch.testing.assert_close(found.detach(), exact)
+
+
+SHIFT = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+LEARNED = nn.Parameter(SHIFT.clone())
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("kind", ["exact", "hutchinson"])
+@pytest.mark.parametrize(
+    "velocity",
+    [
+        lambda x, t: SHIFT.expand_as(x),  # no graph at all
+        lambda x, t: 2 * t * SHIFT + torch.zeros_like(x),  # of t alone
+        lambda x, t: SHIFT.long().expand_as(x),  # whole numbers
+        lambda x, t: LEARNED.expand_as(x),  # a graph, to parameters only
+        lambda x, t: 0 * x + SHIFT,
+        lambda x, t: x.sign().abs() * SHIFT,  # constant in pieces: its derivative is 0 almost everywhere
+        lambda x, t: (x > -1e9).long() * SHIFT.long(),
+    ],
+)
+def test_a_translation_moves_the_density(draw, velocity, kind, differentiable) -> None:
+    """dx/dt = c, or any other that does not depend on x: log p1(x) = log N(x - c)."""
+    x1 = draw(5, 3).requires_grad_(differentiable)
+    found = log_likelihood(velocity, x1, kind, differentiable=differentiable)
+    exact = torch.distributions.Normal(0.0, 1.0).log_prob(x1 - SHIFT).sum(1)
+    torch.testing.assert_close(found, exact)
+    if differentiable:
+        (score,) = torch.autograd.grad(found.sum(), x1)
+        torch.testing.assert_close(score, SHIFT - x1)
+
+
+def test_elements_that_stand_still_or_drift_add_nothing(draw) -> None:
+    """dx/dt = (a x, c, 0): the divergence is a."""
+    x1 = draw(5, 3)
+    found = log_likelihood(
+        lambda x, t: torch.stack([0.5 * x[:, 0], SHIFT[1].expand(len(x)), torch.zeros(len(x))], 1),
+        x1,
+        **TIGHT,
+    )
+    start = torch.stack([x1[:, 0] * math.exp(-0.5), x1[:, 1] - SHIFT[1], x1[:, 2]], 1)
+    exact = torch.distributions.Normal(0.0, 1.0).log_prob(start).sum(1) - 0.5
+    torch.testing.assert_close(found, exact, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
@@ -234,6 +270,8 @@ def test_bits_per_dim_of_a_standard_normal_is_its_entropy(draw) -> None:
         ({"log_source": lambda x: -x}, ValueError, "sum over the elements"),
         ({"velocity": lambda x, t: x[:, :1]}, ValueError, "must keep that of x"),
         ({"velocity": torch.no_grad()(lambda x, t: -x)}, UserError, "no graph"),
+        ({"velocity": lambda x, t: LEARNED[:2] * x.detach()}, UserError, "no graph"),
+        ({"velocity": lambda x, t: torch.full_like(x, torch.nan)}, UserError, "not finite"),
         ({"velocity": lambda x, t: x * torch.nan}, UserError, "not finite"),
     ],
 )

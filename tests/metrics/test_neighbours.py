@@ -60,6 +60,9 @@ def test_attribute_groups_take_the_longest_attribute_and_need_every_counterpart(
     assert attribute_groups(asked, tones, data) == [(1, 1, [0, 1, 2]), (3, 2, [3, 4, 5])]
     data = ["red hat", "blue hat", "bored cat", "bobluecat"]  # attributes are whole words
     assert attribute_groups(["red hat", "bored cat"], ["red", "blue"], data) == [(0, 0, [0, 1])]
+    spelled = ["café noir", "cafe\u0301 blanc"]  # Unicode's two spellings
+    assert attribute_groups(spelled, ["noir", "blanc"], spelled) == [(0, 0, [0, 1]), (1, 1, [0, 1])]
+    assert attribute_groups(["cafe\u0301"], ["café", "tea"], ["café", "tea"]) == [(0, 0, [0, 1])]
 
 
 def test_attribute_retrieval_compares_with_an_images_own_candidates() -> None:

@@ -112,6 +112,27 @@ def test_classes_that_differ_in_case_or_spaces_only_are_refused(base, tmp_path) 
         joined(accented, "cafe\u0301 noir")  # as macOS spells it, in parts
 
 
+@pytest.mark.parametrize(("base_name", "name"), [("café", "cafe\u0301"), ("cafe\u0301", "café")])
+def test_a_class_in_the_other_spelling_of_unicode_is_the_checkpoints(base_name, name, tmp_path) -> None:
+    """Its images get the class's number; the checkpoint, a distillation and a resumed run know it by both."""
+    folder = checkpoint(tmp_path / "base", id2label={0: "tea", 1: base_name})
+    data = tmp_path / "data"
+    for seed, label in enumerate((name, "water")):
+        (data / label).mkdir(parents=True)
+        noise(seed).save(data / label / "1.png")
+    source = with_base_classes(find_source(str(data)), str(folder))
+    assert source.classes == ("tea", base_name, "water") and source.class_ids() == [1, 2]
+    assert any("1 of them are in the data" in note and "1 new ones" in note for note in source.notes)
+    model = open_base(str(folder))
+    assert model.class_ids([name, base_name]) == [1, 1]
+    assert model.call_arguments([name, "tea"]) == {"class_labels": [1, 0]}
+    with pytest.raises(UserError, match="unknown class 'caf'"):
+        model.class_ids(["caf"])
+    refuse_renumbered_classes(folder, Source("d", (), "class", ("tea", name)))
+    with pytest.raises(UserError, match="was 1, is 0"):
+        refuse_renumbered_classes(folder, Source("d", (), "class", (name, "tea")))
+
+
 def test_fine_tuning_without_its_condition_keeps_it_and_previews_what_it_can(
     base, animals, images, cache, tmp_path
 ) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import UserError, few, one_line, plural
+from ...utils.names import composed
 from ..dataset import Example, Source
 from ..sources.kinds import MissingCaption, find_source
 from ..splits import near_groups
@@ -96,7 +97,7 @@ class CaptionFacts:
 
 def caption_facts(examples: Sequence[Example], most: int = 20) -> CaptionFacts:
     """Return the facts, with ``most`` repeated captions and common words."""
-    texts = Counter(text for example in examples for text in set(example.captions) if text)
+    texts = Counter(text for example in examples for text in {*map(composed, example.captions)} if text)
     words = {text: _WORD.findall(text.casefold()) for text in texts}
     lengths = [len(found) for found in words.values()]
     counts = Counter(word for text, times in texts.items() for word in words[text] * times)
@@ -271,7 +272,9 @@ def _report(source: Source, problems: list[str]) -> tuple[Report, Source]:
         source.kind,
         images=len(good),
         classes=dict(sorted(classes.items())),
-        captions=len({example.text for example in good.examples}) if source.kind == "text" else 0,
+        captions=len({composed(example.text or "") for example in good.examples})
+        if source.kind == "text"
+        else 0,
         caption_facts=caption_facts(good.examples if source.kind == "text" else []),
         sizes=counted(f"{width}x{height}" for width, height in sizes),
         aspects=aspect_histogram(sizes) if sizes else {},
@@ -311,7 +314,7 @@ def _is_misnamed(name: str, format: str) -> bool:
 
 def _warnings(report: Report, examples: Sequence[Example], infos: Mapping[str, ImageInfo]) -> Iterator[str]:
     """Write what is worth knowing about readable images, and would not break a run."""
-    texts = {example.name: (example.text, example.label) for example in examples}
+    texts = {example.name: (composed(example.text or ""), example.label) for example in examples}
     labels = {example.name: example.label for example in examples}
     if duplicates := report.duplicates:
         yield f"{plural(len(duplicates), 'group')} of equal files: {list_groups(duplicates)}"

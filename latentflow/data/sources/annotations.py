@@ -3,21 +3,23 @@ data. Nothing is dropped without a note or an error."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
+import itertools
 import math
+import os
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ...errors import UserError, few, nearest, plural, shown
-from ...utils.files import decode, parse_json, refuse_no_text
+from ...utils.files import refuse_no_text
+from ...utils.names import Listings, as_spelled, composed, find_path
 from ..dataset import Colours, Example, FileExample, Kind, Source
-from .files import METADATA_BYTES, File, Member, read_bytes
+from .files import File, Member
 
 Condition = Literal["auto", "none", "class", "text"]
 MissingCaption = Literal["error", "empty", "skip"]
@@ -25,12 +27,15 @@ Masks = Literal["auto", "none", "alpha"]
 
 HEAVIEST = 1e6  # weight of an image's loss: more only ends in updates that are not finite
 COLUMNS = ("image", "file_name", "text", "label", "mask", "weight")
-_IMAGE_SYNONYMS = ("path", "image_path", "file", "filename", "img", "picture", "image_file", "images")
+# Other words for our columns, and ours in upper case.
+_IMAGE_SYNONYMS = (
+    "file_name", "image", "path", "image_path", "file", "filename", "img", "picture", "image_file", "images",
+)  # fmt: skip
 _SYNONYMS = {
-    "text": ("caption", "captions", "prompt", "description", "texts"),
-    "label": ("class", "classes", "category", "labels", "class_name"),
-    "mask": ("masks", "mask_file", "mask_file_name", "mask_path", "mask_image"),
-    "weight": ("weights", "loss_weight", "sample_weight"),
+    "text": ("text", "caption", "captions", "prompt", "description", "texts"),
+    "label": ("label", "class", "classes", "category", "labels", "class_name"),
+    "mask": ("mask", "masks", "mask_file", "mask_file_name", "mask_path", "mask_image"),
+    "weight": ("weight", "weights", "loss_weight", "sample_weight"),
 }
 _NUMBERED = re.compile(r"text_([0-9]{1,9})")
 _QUOTE = "Write it in quotes."
@@ -88,7 +93,8 @@ def _weight(value: object, where: str) -> float:
     if not 0 < weight <= HEAVIEST:
         raise UserError(
             f"{where}: weight is {shown(value)}",
-            f"Give a number above 0, at most {HEAVIEST:,.0f} (1 is usual); to leave an image out, leave its row out.",
+            f"Give a number above 0, at most {HEAVIEST:,.0f} (1 is usual), with a decimal point; to leave an image "
+            "out, leave its row out.",
         )
     return weight
 
@@ -130,6 +136,7 @@ def rename(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> di
         UserError: a name of ``renamed`` is unknown; two columns have or get the same name.
     """
     own = list(columns)
+    renamed = {ours: as_spelled(theirs, own) for ours, theirs in renamed.items()}
     if twice := [name for name, count in Counter(own).items() if count > 1]:
         raise UserError(f"{where} has two columns named '{twice[0]}'", "Rename one of them.")
     for ours, theirs in renamed.items():
@@ -168,65 +175,41 @@ def our_columns(
     """
     found = rename(columns, renamed, where)
     names = set(found.values())
-    others: dict[str, str] = {}  # words by our names
-    if not names & {"image", "file_name"} and (word := next((w for w in _IMAGE_SYNONYMS if w in names), "")):
-        others[image] = word
+    words = {lower_case(name): name for name in sorted(names, reverse=True)}
+    others: dict[str, str] = {}  # words of the table by our names
+    if not names & {"image", "file_name"} and (word := next((w for w in _IMAGE_SYNONYMS if w in words), "")):
+        others[image] = words[word]
     for column, synonyms in _SYNONYMS.items():
         missing = ["text", "label"] if column in ("text", "label") else [column]
         if any(name in missing or ("text" in missing and holds_captions(name)) for name in names):
             continue
-        if synonym := next((synonym for synonym in synonyms if synonym in names), ""):
-            others[column] = synonym
+        if synonym := next((synonym for synonym in synonyms if synonym in words), ""):
+            others[column] = words[synonym]
             names.add(column)  # else a class would be asked for beside the caption
     if others:
-        words = f"{' or '.join(others)}, but {' and '.join(map(repr, others.values()))}"
-        flags = " ".join(f"{column} {word}" for column, word in {**renamed, **others}.items())
+        what = f"{' or '.join(others)}, but {' and '.join(map(repr, others.values()))}"
+        flags = " ".join(f"{column} {shlex.quote(word)}" for column, word in {**renamed, **others}.items())
         raise UserError(
-            f"{where} has no column {words}",
+            f"{where} has no column {what}",
             f"Rename {'it' if len(others) == 1 else 'them'}, or add --columns {flags}",
         )
     return found
 
 
+def is_known_column(name: str) -> bool:
+    """Return whether a column has one of our names or another word for it, in lower or upper case."""
+    known = (*COLUMNS, *_IMAGE_SYNONYMS, *itertools.chain(*_SYNONYMS.values()))
+    return lower_case(name) in known
+
+
+def lower_case(column: str) -> str:
+    """Return a column's name in lower case, with _ for spaces and hyphens."""
+    return re.sub(r"[\s-]+", "_", column.strip().casefold())
+
+
 def _did_you_mean(name: str, names: Iterable[str]) -> str:
     guess = nearest(name, names)
     return f"Did you mean '{guess}'? " if guess else ""
-
-
-def read_records(file: File, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yield line number (from 1) and content of every row of a ``.csv`` or of JSON lines; errors name it ``path``.
-
-    Raises:
-        UserError: it is not UTF-8, or a line cannot be read.
-    """
-    text = io.StringIO(decode(read_bytes(file, METADATA_BYTES), str(path)), newline="")
-    if path.suffix.lower() != ".csv":
-        for number, line in enumerate(text, start=1):
-            if line.strip():
-                yield number, _json_row(f"{path}, line {number}", line)
-        return
-    try:
-        reader = csv.DictReader(text, strict=True)
-        rename(reader.fieldnames or (), {}, str(path))  # refuses two columns of one name
-        for row in reader:
-            if None in row:
-                raise UserError(
-                    f"{path}, line {reader.line_num} has more cells than the first line has columns",
-                    'Put text that holds commas in double quotes: "red, round".',
-                )
-            yield reader.line_num, dict(row)
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, line {reader.reader.line_num} cannot be read: {error}", "Mend that line."
-        ) from None
-
-
-def _json_row(where: str, text: str) -> dict[str, object]:
-    fix = 'Write one {"file_name": ..., "text": ...} a line.'
-    row = parse_json(text, where, fix)
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not an object", fix)
-    return row
 
 
 # ---------------------------------------------------------------- from annotations to a source
@@ -276,12 +259,13 @@ def table_examples(
     Raises:
         UserError: a value is of the wrong type; a row has no image; a path leads out of the folder.
     """
+    listings: Listings = {}
     for number, (where, values, members) in enumerate(rows):
         row = {ours[name]: value for name, value in values.items()}
         if class_names is not None:
             row["label"] = class_name(class_names, row.get("label"), where)
         files = {
-            name: members[name] if name in members else _path_in(row, name, folder, where)
+            name: members[name] if name in members else _path_in(row, name, folder, where, listings)
             for name in (image, "mask")
         }
         if (file := files[image]) is None:
@@ -290,14 +274,23 @@ def table_examples(
         yield annotated_example(name, file, files["mask"], parse_row(row, where))
 
 
-def _path_in(row: Mapping[str, object], column: str, folder: Path, where: str) -> Path | None:
-    """Return the file that a column names: an absolute path as it is, any other below ``folder``."""
+def _path_in(
+    row: Mapping[str, object], column: str, folder: Path, where: str, listings: Listings
+) -> Path | None:
+    """Return the file that a column names, as it is spelled on disk: an absolute path as it is, any other below
+    ``folder``. ``\\`` stands for ``/``, as on Windows, where no file has one in its name."""
     name = text_in(row, column, where)
-    if name is not None and ".." in Path(name).parts:
-        raise UserError(
-            f"{where}: {name} leads out of the folder", "Write the absolute path if that is meant."
-        )
-    return None if name is None else folder / name
+    if name is None:
+        return None
+    for written in dict.fromkeys((name, name.replace("\\", "/"))):
+        if ".." in Path(written).parts:
+            raise UserError(
+                f"{where}: {name} leads out of the folder", "Write the absolute path if that is meant."
+            )
+        path = find_path(folder / written, listings)
+        if os.path.lexists(path):
+            return path
+    return folder / name
 
 
 class Found(NamedTuple):
@@ -369,21 +362,25 @@ def build_source(
     request: DataRequest,
     notes: Sequence[str],
     root: Path | None = None,
+    *,
+    caption_hint: str = "",
 ) -> Source:
     """Return the source of these examples as requested, in the order of their names.
+
+    Args:
+        caption_hint: a sentence for the user on where a missing caption may be.
 
     Raises:
         UserError: captions or classes are missing and the request does not say what to do; two examples have one name.
     """
-    names: set[str] = set()
-    for example in examples:
-        if example.name in names:
-            raise UserError(f"two images are named {example.name}", "Rename one of them.")
-        names.add(example.name)
+    _refuse_equal_names(examples)
     kept, missing_notes = _complete(
-        sorted(examples, key=lambda example: example.name), kind, request.missing_caption
+        sorted(examples, key=lambda example: example.name), kind, request.missing_caption, caption_hint
     )
     notes = [*notes, *missing_notes]
+    if kind == "class":
+        kept, spelling_notes = _in_one_spelling(kept)
+        notes += spelling_notes
     if request.masks == "alpha":
         notes.append("masks from the alpha channels: what is transparent is to be repainted")
     if request.masks != "auto" or request.colours != "srgb":
@@ -398,8 +395,35 @@ def build_source(
     return Source(data, tuple(kept), kind, classes, tuple(notes), root)
 
 
+def _refuse_equal_names(examples: Iterable[Example]) -> None:
+    spelled: dict[str, str] = {}
+    for example in examples:
+        name = composed(example.name)
+        if name in spelled:
+            how = "" if spelled[name] == example.name else ", in two spellings of Unicode (NFC and NFD)"
+            raise UserError(f"two images are named {example.name}{how}", "Rename one of them.")
+        spelled[name] = example.name
+
+
+def _in_one_spelling(examples: list[Example]) -> tuple[list[Example], list[str]]:
+    """Return the examples with the classes that they spell in several ways in NFC, and a note on these.
+
+    A class of one spelling keeps it: runs that were begun with it go on.
+    """
+    spelled = Counter(map(composed, {example.label or "" for example in examples}))
+    several = sorted(name for name, count in spelled.items() if count > 1)
+    if not several:
+        return examples, []
+    respelled = [
+        dataclasses.replace(example, label=label) if label in several else example
+        for example in examples
+        for label in [composed(example.label or "")]
+    ]
+    return respelled, [f"classes in two spellings of Unicode (NFC and NFD) are one each: {few(several)}"]
+
+
 def _complete(
-    examples: list[Example], kind: Kind, missing: MissingCaption
+    examples: list[Example], kind: Kind, missing: MissingCaption, hint: str
 ) -> tuple[list[Example], list[str]]:
     """Return the examples with the annotations of ``kind`` alone, and a note on those that lacked them."""
     if kind == "unconditional":
@@ -411,7 +435,7 @@ def _complete(
         empty = "empty (an empty caption) or " if kind == "text" else ""
         raise UserError(
             f"no {what} for {len(without)} of {plural(len(examples), 'image')}: {few(without)}",
-            f"Add them, or choose --missing-caption {empty}skip (leave these images out).",
+            f"{hint}Add them, or choose --missing-caption {empty}skip (leave these images out).",
         )
     if not complete:
         raise UserError(f"no image has a {what}", "Use --condition none for an unconditional model.")

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from ...errors import UserError, reason
 from ...utils.libraries import missing
+from ...utils.names import composed, find_path, near_path
 from ...utils.progress import progress_bar
 
 IMAGE_SUFFIXES = (
@@ -230,6 +231,25 @@ class Folder:
             if suffixes is None or suffix in suffixes
         )
 
+    def find(self, name: str) -> str | None:
+        """Return the file that a text calls ``name``, as it is spelled here; None where there is none.
+
+        Its Unicode spelling does not matter, and ``\\`` stands for ``/``, as on Windows, where no name holds one.
+        """
+        separated = [PurePosixPath(name.replace("\\", "/")).as_posix()] if "\\" in name else []
+        for written in (name, *separated):
+            if written.startswith("/") or ".." in written.split("/"):
+                continue
+            if self.holds(written):
+                return written
+            if spelled := self._by_composed.get(composed(written)):
+                return spelled
+        return None
+
+    @functools.cached_property
+    def _by_composed(self) -> dict[str, str]:
+        return {composed(name): name for name in (*self.images, *self.others, *self.hidden)}
+
     def holds(self, name: str) -> bool:
         return (self.root / name).is_file() if self.members is None else name in self.members
 
@@ -264,14 +284,15 @@ def many_paths(data: str) -> list[Path]:
     """
     found: list[Path] = []
     for name in _expand_braces(str(Path(data).expanduser())):
-        if Path(name).exists() or not glob.has_magic(name):
-            found.append(Path(name))
+        if (path := find_path(Path(name))).exists() or not glob.has_magic(name):
+            found.append(path)
         else:
             found += sorted(Path(match) for match in glob.glob(name))  # noqa: PTH207 (from any folder)
     absent = [str(path) for path in found if not path.is_file()]
     if absent or not found:
         what = f"{len(absent)} of the {len(found)} files of {data} do not exist: {', '.join(absent[:5])}"
-        raise UserError(what if absent else f"no file is named like {data}", "Check the path.")
+        hint = near_path(absent[0]) if absent else ""
+        raise UserError(what if absent else f"no file is named like {data}", f"{hint}Check the path.")
     return list(dict.fromkeys(found))
 
 

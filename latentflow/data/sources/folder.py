@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ...errors import UserError, few, plural, shown
 from ...utils.files import decode, storable
+from ...utils.names import composed, near_name
 from ..dataset import Kind, Source
 from .annotations import (
     DataRequest,
@@ -21,7 +22,6 @@ from .annotations import (
     choose_condition,
     our_columns,
     parse_row,
-    read_records,
     text_in,
     unused_columns,
 )
@@ -36,6 +36,7 @@ from .files import (
     read_bytes,
     suffix_of,
 )
+from .records import read_records
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _LACKS = "metadata.jsonl (file_name, text, label), a .txt beside each image, or a subfolder for each class"
@@ -43,7 +44,7 @@ _MASK_ENDING = "-mask"
 _FOREIGN = (".heic", ".heif", ".svg", ".psd", ".raw", ".cr2", ".nef", ".arw", ".dng", ".jxl", ".eps", ".pdf")
 _VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 _PACKED = (".tar", ".zip", ".parquet", ".arrow")
-_SYSTEM = ("thumbs.db", "desktop.ini")
+_SYSTEM = ("thumbs.db", "desktop.ini", "icon\r")
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
@@ -87,7 +88,7 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
     if len(found) > 1:
         raise UserError(f"{folder.root} holds both {' and '.join(METADATA_NAMES)}", "Keep one of them.")
     path = folder.root / found[0]
-    records = list(read_records(folder.file(found[0]), path))
+    records = list(read_records(folder.file(found[0]), path, renamed.values()))
     columns = dict.fromkeys(name for _, record in records for name in record)
     ours = our_columns(columns, renamed, str(path), image="file_name")
     rows: dict[str, RowAnnotation] = {}
@@ -95,13 +96,13 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
     lines: dict[str, int] = {}
     for line, record in records:
         row, where = {ours[name]: value for name, value in record.items()}, f"{path}, line {line}"
-        name = _inside(where, _file_name(row, where))
+        name = _existing(folder, where, _file_name(row, where))
         if name in rows:
             both = f"lines {lines[name]} and {line}"
             raise UserError(f"{path} lists {name} twice, in {both}", "Keep one of the two lines.")
         lines[name], rows[name] = line, parse_row(row, where)
         if mask := text_in(row, "mask", where):
-            masks[name] = _inside(where, mask)
+            masks[name] = _existing(folder, where, mask)
             if masks[name] == name:
                 raise UserError(
                     f"{where}: {name} is given as its own mask",
@@ -109,9 +110,11 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
                 )
     for names, what, column in ((rows, "file", "file_name"), (masks.values(), "mask", "mask")):
         if absent := [name for name in names if not folder.holds(name)]:
+            near = near_name(absent[0], folder.images)
+            hint = f"Did you mean '{near}'? " if near else ""
             raise UserError(
                 f"{path} names {plural(len(absent), what)} that cannot be found: {few(absent)}",
-                f"{column} is relative to the folder of the metadata.",
+                f"{hint}{column} is relative to the folder of the metadata.",
             )
     return Metadata(found[0], rows, masks, tuple(unused_columns(ours, "file_name")))
 
@@ -128,12 +131,14 @@ def _file_name(row: Mapping[str, object], where: str) -> str:
     return name
 
 
-def _inside(where: str, name: str) -> str:
-    """Return a path relative to the folder in posix form."""
+def _existing(folder: Folder, where: str, name: str) -> str:
+    """Return the file of the folder that a path names, as it is spelled there; the path where there is none."""
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise UserError(f"{where}: {name} leads out of the folder", "Give a path below it.")
-    return relative.as_posix()
+        near = near_name(name, folder.images)
+        hint = f"Did you mean '{near}'? " if near else ""
+        raise UserError(f"{where}: {name} leads out of the folder", f"{hint}Give a path below it.")
+    return folder.find(relative.as_posix()) or relative.as_posix()
 
 
 # ---------------------------------------------------------------- captions and masks beside the images
@@ -167,7 +172,7 @@ def read_sidecars(folder: Folder) -> Sidecars:
     sidecars = [name for name in folder.others if suffix_of(name) in CAPTION_SUFFIXES]
     described: dict[str, list[str]] = {}  # images by their name, and by their name without its suffix
     for image in folder.images if sidecars else ():
-        for stem in {image, _stem(image)}:
+        for stem in {composed(image), _stem(image)}:
             described.setdefault(stem, []).append(image)
     found: dict[str, dict[str, str]] = {}  # image -> file -> caption
     for name in sidecars:
@@ -180,7 +185,7 @@ def read_sidecars(folder: Folder) -> Sidecars:
     clashes = [
         f"{image} ({', '.join(captions)})"
         for image, captions in sorted(found.items())
-        if len({text for text in captions.values() if text}) > 1
+        if len({composed(text) for text in captions.values() if text}) > 1
     ]
     return Sidecars(
         texts, frozenset(name for captions in found.values() for name in captions), tuple(clashes)
@@ -228,7 +233,8 @@ def choose_masks(
 
 
 def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]  # noqa: PTH122 (a `Path` for each of many files takes long)
+    """Return the name without its suffix, equal for all Unicode spellings of it."""
+    return os.path.splitext(composed(name))[0]  # noqa: PTH122 (a `Path` for each of many files takes long)
 
 
 # ---------------------------------------------------------------- the source
@@ -275,7 +281,21 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
         what = f"{plural(len(named), 'mask')} in files beside the images"
         notes.append(f"{what}{request.unused_masks}: {few(named)}")
     notes += _left_out(folder, metadata, sidecars)
-    return build_source(data, examples, kind, request, notes, folder.root if folder.root.is_dir() else None)
+    hint = _stray_caption(folder, sidecars, [one.name for one in examples if kind == "text" and not one.text])
+    root = folder.root if folder.root.is_dir() else None
+    return build_source(data, examples, kind, request, notes, root, caption_hint=hint)
+
+
+def _stray_caption(folder: Folder, sidecars: Sidecars, without: Sequence[str]) -> str:
+    """Return a question that names a file which probably holds the caption of an image ``without`` one; "" if none
+    does."""
+    strays = [
+        name for name in folder.others if suffix_of(name) in CAPTION_SUFFIXES and name not in sidecars.files
+    ]
+    for image in without[:5]:
+        if near := near_name(image, strays):
+            return f"Is {near} the caption of {image}? Then name it like the image. "
+    return ""
 
 
 def _decide(
@@ -309,7 +329,7 @@ def _refuse_contradiction(metadata: Metadata, sidecars: Sidecars) -> None:
         name for name, text in sidecars.texts.items()
         if (row := metadata.rows.get(name))
         and row.texts
-        and text not in {" ".join(caption.split()) for caption in row.texts}
+        and composed(text) not in {composed(" ".join(caption.split())) for caption in row.texts}
     ]  # fmt: skip
     if clash:
         raise UserError(

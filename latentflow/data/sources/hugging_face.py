@@ -11,7 +11,15 @@ from typing import Any
 
 from ...errors import UserError, plural, reading
 from ..dataset import Source
-from .annotations import COLUMNS, DataRequest, holds_captions, rename, source_of_rows, table_examples
+from .annotations import (
+    COLUMNS,
+    DataRequest,
+    holds_captions,
+    lower_case,
+    rename,
+    source_of_rows,
+    table_examples,
+)
 from .files import Member, import_optional, read_bytes
 
 # Names that columns have on the hub, the likeliest first, looked for where no column has our name.
@@ -143,11 +151,13 @@ def _columns(
     """
     ours = rename(features, request.columns, data)
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+    words = {lower_case(name): name for name in sorted(features, reverse=True)}
     inferred = []
     for meaning, likely in _LIKELY.items():
         if meaning in ours.values() or (meaning == "text" and any(map(holds_captions, ours.values()))):
             continue
-        chosen = next((name for name in likely if name in features and ours[name] == name), None)
+        there = (words[word] for word in (meaning, *likely) if word in words)
+        chosen = next((name for name in there if ours[name] == name), None)
         if meaning == "image" and len(images) == 1:
             chosen = images[0]
         if chosen is not None and (meaning in ("text", "label") or chosen in images):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ...errors import UserError, few, is_number, lookup, nearest, plural, shown, unknown, whole
+from ...errors import UserError, few, is_number, lookup, plural, shown, unknown, whole
 from ...utils.files import read_yaml
+from ...utils.names import composed, find_path, near_path
 from ..cache.store import refuse_inside
 from ..dataset import Colours, Example, Source, with_tag_orders
 from .annotations import HEAVIEST, Condition, DataRequest, Masks, MissingCaption, build_source
@@ -20,6 +21,7 @@ from .files import IMAGE_SUFFIXES, parquet_files
 from .folder import read_folder
 from .hugging_face import read_hub, read_saved
 from .latent_folder import DESCRIPTION, read_latent_folder
+from .records import CSV_SUFFIXES
 from .table import read_table
 from .webdataset import COMPRESSED, read_shards
 from .zip_file import read_zip
@@ -89,6 +91,8 @@ def find_source(
 
 
 def _find(data: str, request: DataRequest) -> Source:
+    if (path := Path(data).expanduser()) != (spelled := find_path(path)):
+        data = str(spelled)
     try:
         if kind := _kind_of(data):
             return KINDS[kind].read(data, request)
@@ -118,8 +122,8 @@ def _is_saved(data: str, path: Path) -> bool:
 
 
 def _is_table(data: str, path: Path) -> bool:
-    """Return whether DATA names CSV or parquet files, or a folder of parquet files and no images."""
-    return bool(parquet_files(path)) if path.is_dir() else path.suffix.lower() in (".csv", ".parquet")
+    """Return whether DATA names CSV, TSV or parquet files, or a folder of parquet files and no images."""
+    return bool(parquet_files(path)) if path.is_dir() else path.suffix.lower() in (*CSV_SUFFIXES, ".parquet")
 
 
 def is_latent_folder(data: str) -> bool:
@@ -150,11 +154,10 @@ def _not_found(data: str) -> UserError:
             f"{data} is a file, not a folder of images",
             f"Give the folder, {path.absolute().parent}. Data may be: {known}.",
         )
-    near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-    hint = f"Did you mean {path.parent / near}?" if near else f"Check the path; it starts at {Path.cwd()}."
-    if path.is_absolute() and not near:
-        hint = "Check the path."
-    return UserError(f"there is no folder or file {data}", hint)
+    start = "" if path.is_absolute() else f"; it starts at {Path.cwd()}"
+    return UserError(
+        f"there is no folder or file {data}", near_path(str(path)).strip() or f"Check the path{start}."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +227,7 @@ def _parts(path: Path) -> list[Part]:
         if key != "sources":
             raise unknown(f"key in {path}", str(key), ["sources"])
     parts = [_part(f"{path}, source {number}", entry) for number, entry in enumerate(entries, start=1)]
-    names = [part.data for part in parts]
+    names = [composed(part.data) for part in parts]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path} lists {twice[0]} twice", "Use `repeats: 2`.")
     if all(part.regularisation for part in parts):
@@ -282,7 +285,7 @@ KINDS: dict[str, DataKind] = {
         "a .zip of a folder", lambda _, path: path.suffix.lower() == ".zip" and path.is_file(), read_zip
     ),
     "saved": DataKind("a folder that `datasets` saved", _is_saved, read_saved),
-    "table": DataKind("a .csv or .parquet table", _is_table, read_table),
+    "table": DataKind("a .csv, .tsv or .parquet table", _is_table, read_table),
     "latents": DataKind(
         "a folder of `latentflow precompute`", lambda data, _: is_latent_folder(data), read_latent_folder
     ),

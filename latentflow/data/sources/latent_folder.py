@@ -26,8 +26,9 @@ from PIL import Image
 from ...config import DataConfig
 from ...errors import UserError, plural, reading, shown
 from ...utils.files import read_json, storable
+from ...utils.names import as_spelled
 from ..cache.store import NO_KEY, Array, ShardSet, digests
-from ..dataset import Example, Kind, Source, StoredSizes
+from ..dataset import Example, Kind, Source, StoredSizes, top_folder
 from .annotations import DataRequest
 from .files import hash_stream, import_optional
 
@@ -262,7 +263,8 @@ class LatentFolder(Source):
         return np.repeat(np.arange(len(self), dtype=np.int32), repeats)  # type: ignore[return-value]
 
     def class_ids(self) -> list[int]:
-        numbers = [self.classes.index(name) for name in self.store.description["classes"]]
+        stored_classes = self.store.description["classes"]
+        numbers = [self.classes.index(as_spelled(name, self.classes)) for name in stored_classes]
         stored = self.index.numbers("class_id")
         return np.asarray(numbers, dtype=np.int64)[stored]  # type: ignore[return-value]
 
@@ -274,7 +276,7 @@ class LatentFolder(Source):
 
     def strata(self) -> list[str]:
         if self.kind == "unconditional":
-            return [name.rpartition("/")[0].split("/")[0] for name in self.index.values("name")]
+            return [top_folder(name) for name in self.index.values("name")]
         return [label or "" for label in self.index.values("label")]
 
     def pixel_keys(self) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""CSV and parquet tables: a row for each image, with its path or (parquet) its bytes."""
+"""CSV, TSV and parquet tables: a row for each image, with its path or (parquet) its bytes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 from ...errors import UserError, few, nearest, plural, reading, shown
 from ...utils.files import decode, parse_json
+from ...utils.names import near_path
 from ..dataset import FileExample, Source
 from .annotations import (
     COLUMNS,
     DataRequest,
     holds_captions,
     our_columns,
-    read_records,
     source_of_rows,
     table_examples,
     unused_columns,
@@ -36,6 +36,7 @@ from .files import (
     parquet_files,
     refuse_large,
 )
+from .records import CSV_SUFFIXES, read_records
 
 _PARTS = ("train", "test", "validation", "valid", "val", "dev")
 _LOCK = threading.Lock()
@@ -48,7 +49,7 @@ _Rows = Iterator[tuple[str, Mapping[str, object], Mapping[str, Member | None]]] 
 
 
 def read_table(data: str, request: DataRequest) -> Source:
-    """Return the rows of one CSV file, or of parquet files of the same columns.
+    """Return the rows of one CSV or TSV file, or of parquet files of the same columns.
 
     Paths are relative to the table's folder; absolute paths may lead anywhere, and the notes count them.
 
@@ -69,10 +70,12 @@ def read_table(data: str, request: DataRequest) -> Source:
         examples += found
     notes = [f"{plural(len(examples), 'row')} of {few([path.name for path in paths])}"]
     files = [file for example in examples for file in (example.path, example.mask) if isinstance(file, Path)]
-    if absent := [str(file) for file in files if not file.is_file()]:
+    if absent := [file for file in files if not file.is_file()]:
+        start = paths[0].parent
+        first = absent[0].relative_to(start) if absent[0].is_relative_to(start) else absent[0]
         raise UserError(
             f"{data} names {plural(len(absent), 'file')} that cannot be found: {few(absent)}",
-            "Paths are absolute or relative to the folder of the table.",
+            f"{near_path(str(first), start)}Paths are absolute or relative to the folder of the table.",
         )
     if outside := [str(file) for file in files if not file.absolute().is_relative_to(root)]:
         notes.append(f"{plural(len(outside), 'file')} outside {root}: {few(outside)}")
@@ -84,8 +87,8 @@ def read_table(data: str, request: DataRequest) -> Source:
 
 def _table(path: Path, request: DataRequest, unused: dict[str, None]) -> list[FileExample]:
     """Return the rows of one file; add the names of the columns that are not read to ``unused``."""
-    if path.suffix.lower() == ".csv":
-        records = list(read_records(path, path))
+    if path.suffix.lower() in CSV_SUFFIXES:
+        records = list(read_records(path, path, request.columns.values()))
         if not records:
             return []
         ours, classes = our_columns(records[0][1], request.columns, str(path)), None

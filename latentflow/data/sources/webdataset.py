@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import UserError, few, one_line, plural, shown
 from ...utils.files import decode, parse_json
+from ...utils.names import composed
 from ..dataset import FileExample, Source
 from .annotations import DataRequest, RowAnnotation, annotated_example, parse_row, source_of_rows
 from .files import (
@@ -53,11 +54,18 @@ class TarMember(Member):
 
 @dataclass(slots=True)
 class _Sample:
-    """The members of one sample; those with annotations by their ending."""
+    """The members of one sample; those with annotations by their ending.
 
+    Attributes:
+        key: their name up to the first dot, with its folder.
+        others: images under longer endings, such as ``seg.png``, by them.
+    """
+
+    key: str
     image: TarMember | None = None
     mask: TarMember | None = None
     annotations: dict[str, TarMember] = field(default_factory=dict)
+    others: dict[str, TarMember] = field(default_factory=dict)
 
 
 def read_shards(data: str, request: DataRequest) -> Source:
@@ -67,7 +75,7 @@ def read_shards(data: str, request: DataRequest) -> Source:
 
     Raises:
         UserError: a tar file is broken, compressed or missing; a sample has two images or two captions that differ,
-            or a text that cannot be read; captions or classes are missing.
+            or a text that cannot be read; names hold further dots; captions or classes are missing.
     """
     if request.columns:
         raise UserError("tar files have no columns", "Leave --columns out.")
@@ -76,15 +84,21 @@ def read_shards(data: str, request: DataRequest) -> Source:
     root, unread = common_folder(paths), dict[str, list[str]]()
     examples: list[FileExample] = []
     empty: list[str] = []
+    lost, beside = dict[str, list[TarMember]](), set[str]()
     for path in paths:
         prefix = path.absolute().relative_to(root).with_suffix("").as_posix()
-        for key, sample in _samples(path, unread).items():
-            name = f"{prefix}/{key}"
+        for sample in _samples(path, unread):
+            name = f"{prefix}/{sample.key}"
             if sample.image is None:
                 empty.append(name)
+                for ending, member in sample.others.items():
+                    lost.setdefault(ending, []).append(member)
             else:
+                beside |= sample.others.keys()
                 annotation = _annotation(name, sample.annotations)
                 examples.append(annotated_example(name, sample.image, sample.mask, annotation))
+    if dotted := [member for ending, members in lost.items() if ending not in beside for member in members]:
+        raise _dotted_names(data, dotted)
     if not examples:
         raise UserError(f"there are no images in {data}", f"Images end in {', '.join(IMAGE_SUFFIXES)}.")
     notes = [f"{plural(len(examples), 'sample')} in {plural(len(paths), 'tar file')}, read in place"]
@@ -94,11 +108,26 @@ def read_shards(data: str, request: DataRequest) -> Source:
         endings = [f".{one_line(ending)} ({len(names)}): {few(names, 2)}" for ending, names in unread.items()]
         more = f"; and {len(endings) - 5} more endings" if len(endings) > 5 else ""
         notes.append(f"members not read: {'; '.join(endings[:5])}{more}")
+        described = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
+        if any("." in ending and _last_suffix(ending) in described for ending in unread):
+            notes[-1] += "; the name of a sample ends at the first dot"
     lacks = "a .txt, .json or .cls member for each image"
     return source_of_rows(data, examples, request, lacks, notes, folder if folder.is_dir() else None)
 
 
-def _samples(path: Path, unread: dict[str, list[str]]) -> dict[str, _Sample]:
+def _dotted_names(data: str, members: list[TarMember]) -> UserError:
+    """Return the error for images that are not read, since their names hold dots before the one of the ending."""
+    folder, slash, name = members[0].name.rpartition("/")
+    key, _, ending = name.partition(".")
+    better = f"{name.rpartition('.')[0].replace('.', '_')}{_last_suffix(name)}"
+    return UserError(
+        f"{plural(len(members), 'image')} in {data} cannot be read: in WebDataset shards the name of a sample ends at "
+        f"the first dot, so {folder}{slash}{name} is '{ending}' of a sample '{key}', not an image",
+        f"Name images and captions without further dots, such as {better}, and write the shards again.",
+    )
+
+
+def _samples(path: Path, unread: dict[str, list[str]]) -> Iterable[_Sample]:
     """Return the samples of one shard in its order; add the names of other members to ``unread``, by their ending."""
     samples: dict[str, _Sample] = {}
     for member in _members(path, unread):
@@ -107,7 +136,8 @@ def _samples(path: Path, unread: dict[str, list[str]]) -> dict[str, _Sample]:
             continue
         stem, _, ending = name.partition(".")
         ending = ending.lower()
-        sample = samples.get(key := folder + slash + stem, _Sample())
+        key = folder + slash + stem
+        sample = samples.get(composed(key), _Sample(key))
         if ending == "mask" or (ending.startswith("mask.") and ending[4:] in IMAGE_SUFFIXES):
             sample.mask = _only(sample.mask, member)
         elif f".{ending}" in IMAGE_SUFFIXES:
@@ -116,9 +146,15 @@ def _samples(path: Path, unread: dict[str, list[str]]) -> dict[str, _Sample]:
             sample.annotations[ending] = _only(sample.annotations.get(ending), member)
         else:
             unread.setdefault(ending, []).append(member.name)
-            continue
-        samples[key] = sample
-    return samples
+            if _last_suffix(ending) not in IMAGE_SUFFIXES:
+                continue
+            sample.others[ending] = member
+        samples[composed(key)] = sample
+    return samples.values()
+
+
+def _last_suffix(ending: str) -> str:
+    return f".{ending.rpartition('.')[2]}"
 
 
 def _is_caption(ending: str) -> bool:
@@ -184,13 +220,18 @@ def _annotation(name: str, members: dict[str, TarMember]) -> RowAnnotation:
         row = parse_row(_json_object(texts["json"], str(members["json"])), str(members["json"]))
     captions = {ending: " ".join(text.split()) for ending, text in texts.items() if _is_caption(ending)}
     first = next(filter(None, captions.values()), "")
-    known = {" ".join(text.split()) for text in row.texts} or {first}
+    known = {composed(" ".join(text.split())) for text in row.texts} or {composed(first)}
     for ending, caption in captions.items():
-        if caption and caption not in known:
+        if caption and composed(caption) not in known:
             raise _contradiction(name, ending, caption, "json" if row.texts else next(iter(captions)))
     # A number in .cls and a name in .json are one class said in two ways: the name is the better label.
     label = texts.get("cls")
-    if label and row.label and label != row.label and label.isdecimal() == row.label.isdecimal():
+    if (
+        label
+        and row.label
+        and composed(label) != composed(row.label)
+        and label.isdecimal() == row.label.isdecimal()
+    ):
         raise _contradiction(name, "cls", label, "json")
     return dataclasses.replace(
         row, texts=row.texts or ((first,) if first else ()), label=row.label or label or None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ...errors import UserError, reading
+from ...utils.names import composed
 from ..dataset import Source
 from .annotations import DataRequest
 from .files import Container, Folder, Member, intact, refuse_large
@@ -54,7 +55,11 @@ class ZipMember(Member):
 @functools.lru_cache(maxsize=8)
 def _open(container: Container, process: int) -> zipfile.ZipFile:
     """Open the file, once for each process: its threads take turns, but processes would move each other's position."""
-    return zipfile.ZipFile(container.path)
+    try:
+        # macOS writes names in UTF-8 without saying so; `zipfile` takes such names for code page 437.
+        return zipfile.ZipFile(container.path, metadata_encoding="utf-8")
+    except UnicodeDecodeError:
+        return zipfile.ZipFile(container.path)
 
 
 def read_zip(data: str, request: DataRequest) -> Source:
@@ -74,9 +79,9 @@ def read_zip(data: str, request: DataRequest) -> Source:
     for name, place in zip(names, places, strict=True):
         if place.is_absolute() or ".." in place.parts:
             raise UserError(f"{path} holds names that lead out of it: {name}", _FIX)
-    for place, count in Counter(places).items():
+    for spelled, count in Counter(composed(str(place)) for place in places).items():
         if count > 1:
-            raise UserError(f"{path} holds {place} twice", _FIX)
+            raise UserError(f"{path} holds {spelled} twice", _FIX)
     visible = {p: name for p, name in zip(places, names, strict=True) if "__MACOSX" not in p.parts}
     tops = {place.parts[0] if len(place.parts) > 1 else "" for place in visible}
     root = PurePosixPath(*tops) if len(tops) == 1 else PurePosixPath()

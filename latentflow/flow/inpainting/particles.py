@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import UserError
 from ..predictions import convert
 from ..solvers.base import Field, SolverOptions, Step, schedule
-from ..tensors import Generators, normal_like
+from ..tensors import Generators, normal_like, require_graph
 from .base import InpaintProblem, KnownRegion
 
 
@@ -33,8 +33,8 @@ def twisted(problem: InpaintProblem, *, particles: int = 1) -> Tensor:
 
     Cost: len(times) - 1 evaluations, each with a gradient through the network (about three forward passes in all).
 
-    The velocity must be differentiable in x. Rows that belong to one image are samples, but not independent ones: they
-    depend on each other's generators.
+    The velocity must be differentiable in x, or not depend on it. Rows that belong to one image are samples, but not
+    independent ones: they depend on each other's generators.
 
     Args:
         particles: number of consecutive rows that belong to one image (as the images of one prompt follow one another),
@@ -120,11 +120,17 @@ class LookAhead(NamedTuple):
 
 
 def look_ahead(velocity: Callable[[Tensor], Tensor], known: KnownRegion, x: Tensor, t: float) -> LookAhead:
-    """Evaluate the velocity once, with its gradient, at a t where sigma is not 0."""
+    """Evaluate the velocity once, with its gradient, at a t where sigma is not 0.
+
+    Raises:
+        UserError: the velocity depends on x without a graph.
+    """
     alpha, sigma = schedule(known.path, t)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         v = velocity(x)
+        if not v.requires_grad:
+            require_graph(v, velocity, x, "gradient")
         data = convert(v, x, t, known.path, "velocity", "data")
         error = known.put(torch.zeros_like(data), known.values - data)
         log = -0.5 * (sigma**2 + alpha**2) / sigma**2 * error.square().flatten(1).sum(1)

@@ -20,6 +20,7 @@ from ...models import MODELS, DiT, UNet
 from ...pipeline.generate import LatentFlowPipeline
 from ...utils.components import quiet_libraries
 from ...utils.files import CONFIG, check_settings, read_settings
+from ...utils.names import as_spelled, composed
 
 
 def open_base(checkpoint: str) -> FlowModel:
@@ -86,8 +87,9 @@ def with_base_classes(source: Source, checkpoint: str) -> Source:
     if source.kind != "class" or not known:
         return source
     _refuse_nearly_equal(source, checkpoint, known)
-    shared = [name for name in source.classes if name in known]
-    new = [name for name in source.classes if name not in known]
+    plain = {*map(composed, known)}
+    shared = [name for name in source.classes if composed(name) in plain]
+    new = [name for name in source.classes if composed(name) not in plain]
     note = f"classes of {checkpoint}: all {len(known)} stay, under their numbers"
     note += f"; {len(shared)} of them are in the data and trained on: {few(shared, 12)}" if shared else ""
     note += f"; {len(new)} new ones follow: {few(new, 12)}" if new else "; none is new"
@@ -129,7 +131,7 @@ def _refuse_nearly_equal(source: Source, checkpoint: str, known: tuple[str, ...]
     near = [
         f"'{name}' and '{plain[_plain(name)]}'"
         for name in source.classes
-        if name not in known and _plain(name) in plain
+        if as_spelled(name, known) not in known and _plain(name) in plain
     ]
     if near:
         raise UserError(
@@ -139,7 +141,7 @@ def _refuse_nearly_equal(source: Source, checkpoint: str, known: tuple[str, ...]
 
 
 def _plain(name: str) -> str:
-    """Return what names that look alike have in common; macOS writes the letters of file names in parts (NFD)."""
+    """Return what names that look alike have in common."""
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
 
 
