@@ -6,13 +6,18 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin, set_adapters_for_text_encoder
-from diffusers.utils import USE_PEFT_BACKEND, get_adapter_name
-from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import USE_PEFT_BACKEND
+from diffusers.utils.peft_utils import (
+    _create_lora_config,
+    set_weights_and_activate_adapters,
+    unscale_lora_layers,
+)
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -34,6 +39,7 @@ from .adapter_files import (
     type_name,
     weights_hash,
 )
+from .adapter_layouts import at_layers
 
 _MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
 
@@ -108,7 +114,11 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         state, metadata, words, labels, mode = self._read_fitting(
             pretrained_model_name_or_path_or_dict, any_base, kwargs
         )
-        name = adapter_name or get_adapter_name(self.transformer)
+        name = adapter_name or self._free_name()
+        if not hotswap and name in self._adapter_names():
+            raise ValueError(f"adapter_name {name} is taken")
+        if "." in name:  # torch names a module so
+            raise UserError(f"adapter_name {name} has a dot", "Leave the dot out.")
         replaced = getattr(self.text_encoder, "peft_config", {})
         if hotswap and (name in replaced or any(key.startswith("text_encoder.") for key in state)):
             raise UserError(
@@ -117,14 +127,17 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
-            self.transformer.load_lora_adapter(
-                {**state},
-                adapter_name=name,
-                metadata=metadata,
-                _pipeline=self,
-                low_cpu_mem_usage=low_memory,
-                hotswap=hotswap,
-            )
+            if any(key.startswith("transformer.") for key in state):
+                self.transformer.load_lora_adapter(
+                    {**state},
+                    adapter_name=name,
+                    metadata=metadata,
+                    _pipeline=self,
+                    low_cpu_mem_usage=low_memory,
+                    hotswap=hotswap,
+                )
+            else:
+                _activate(self.transformer, name)
             self._load_into_text_encoder(state, name, metadata, low_memory)
         loaded = self._added()
         known = {} if loaded.tokenizer is None else loaded.tokenizer.get_vocab()
@@ -186,7 +199,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             UserError: there is no such file, or it is damaged or no adapter.
         """
         with_metadata = kwargs.pop("return_lora_metadata", False)
-        state, metadata, _ = read_adapter(pretrained_model_name_or_path_or_dict, "the adapter", kwargs)
+        state, metadata, *_ = read_adapter(pretrained_model_name_or_path_or_dict, "the adapter", kwargs)
         state = {key: value for key, value in state.items() if not key.startswith("added.")}
         return (state, metadata) if with_metadata else state
 
@@ -320,7 +333,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             UserError: it cannot be read, or was made for another architecture or base.
         """
         shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
-        state, settings, facts = read_adapter(source, shown, options)
+        state, settings, facts, note = read_adapter(source, shown, options)
+        shown += f" ({note})" if note else ""
+        state = at_layers(state, self._parts(), shown)
         check_architecture(self._parts(), state, settings, shown, facts)
         dtype, base = self._added().base
         if not any_base and facts.base.get(dtype) not in (None, base):
@@ -341,9 +356,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if self.text_encoder is None:
             return
-        if not own:  # those of other adapters give way all the same, as in the transformer
-            if hasattr(self.text_encoder, "peft_config"):
-                set_adapters_for_text_encoder(name, self.text_encoder)
+        if not own:
+            _activate(self.text_encoder, name)
             return
         from peft import inject_adapter_in_model, set_peft_model_state_dict
 
@@ -378,6 +392,14 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     def _parts(self) -> dict[str, nn.Module]:
         """Return the parts that adapters change, as far as they are loaded."""
         return {part: module for part in PARTS if (module := getattr(self, part, None)) is not None}
+
+    def _adapter_names(self) -> set[str]:
+        return {name for names in self.get_list_adapters().values() for name in names}
+
+    def _free_name(self) -> str:
+        """Return default_0, default_1, ...: the number of adapters, or the next that is free."""
+        taken = self._adapter_names()
+        return next(name for n in count(len(taken)) if (name := f"default_{n}") not in taken)
 
     def _fused(self) -> set[str]:
         """Return the adapters that are fused now; diffusers' ``fused_loras`` counts unloaded ones as well."""
@@ -447,6 +469,12 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         embed.num_classes = known + len(sums)
         self.transformer.register_to_config(num_classes=known + len(sums))
         self.register_to_config(id2label={str(number): name for name, number in names.items()})
+
+
+def _activate(network: nn.Module, name: str) -> None:
+    """Let other adapters give way to this one in a network of which it has no layers."""
+    if hasattr(network, "peft_config"):
+        set_weights_and_activate_adapters(network, [name], [1.0])
 
 
 def _summed(

@@ -310,17 +310,19 @@ def test_another_base_is_refused_unless_forced(
 
 def test_another_architecture_is_refused(dit_folder: Path, class_folder: Path, tmp_path: Path) -> None:
     make_adapter(dit_folder, tmp_path / "text")
-    with pytest.raises(UserError, match=r"another architecture: there is no layer .*cross_attn"):
+    with pytest.raises(
+        UserError, match=r"another architecture: .* layers fit, .*cross_attn\S+ is not in this network"
+    ):
         opened(class_folder).load_lora_weights(tmp_path / "text")
     state = load_file(tmp_path / "text" / FILE)
     wider = {key: torch.cat([one, one], -1) if "lora_A" in key else one for key, one in state.items()}
     save_file(wider, tmp_path / "wide.safetensors")
-    with pytest.raises(UserError, match=r"another architecture: .* has 32 inputs there, 16 here"):
+    with pytest.raises(UserError, match=r"another architecture.*: .* has 32 inputs there, 16 here"):
         opened(dit_folder).load_lora_weights(tmp_path / "wide.safetensors")
     # Of other models, in diffusers' and in kohya's spelling: diffusers itself loads nothing of them, and warns.
     for layer in ("unet.down_blocks.0.to_q.lora_A.weight", "lora_unet_down_blocks_0_to_q.lora_down.weight"):
         save_file({layer: torch.zeros(2, 16)}, tmp_path / "unet.safetensors")
-        with pytest.raises(UserError, match=r"another architecture: there is no layer .*unet.down_blocks"):
+        with pytest.raises(UserError, match=r"another architecture: .*its layer .*unet.down_blocks"):
             opened(dit_folder).load_lora_weights(tmp_path / "unet.safetensors")
 
 
@@ -385,9 +387,9 @@ def test_only_safetensors_are_read_and_written(dit_folder: Path, tmp_path: Path)
     state = load_file(tmp_path / FILE)
     torch.save(state, tmp_path / "other.bin")
     pipe = opened(dit_folder)
-    with pytest.raises(UserError, match=r"no \.safetensors file"):
+    with pytest.raises(UserError, match=r"other\.bin is a pickle"):
         pipe.load_lora_weights(tmp_path, weight_name="other.bin")
-    with pytest.raises(UserError, match="could not be read"):
+    with pytest.raises(UserError, match="is a pickle"):
         pipe.load_lora_weights(tmp_path / "other.bin")
     with pytest.raises(UserError, match="safetensors only"):
         pipe.save_lora_weights(tmp_path / "saved", state, safe_serialization=False)
@@ -414,7 +416,7 @@ def test_files_that_are_no_adapters_are_refused(dit_folder: Path, tmp_path: Path
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no \.safetensors"):
         pipe.load_lora_weights(tmp_path / "empty")
-    with pytest.raises(UserError, match="is no adapter"):
+    with pytest.raises(UserError, match="is no LoRA adapter: it holds the weights of a checkpoint"):
         pipe.load_lora_weights(dit_folder / "transformer" / "diffusion_pytorch_model.safetensors")
     rewritten_facts = tmp_path / "facts.safetensors"
     save_file(load_file(tmp_path / "whole" / FILE), rewritten_facts, metadata={"latentflow": '{"base": "1"}'})
