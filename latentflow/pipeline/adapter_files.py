@@ -177,7 +177,10 @@ def read_adapter(
     if odd is not None:
         raise UserError(f"{shown}: {odd} is not of finite floating-point numbers", MEND)
     settings = {
-        name: value for name, value in (metadata or {}).items() if name.rpartition(".")[2] in _SETTINGS
+        f"{part}.{name}": value
+        for part in PARTS
+        for name, value in settings_of(part, metadata).items()
+        if name in _SETTINGS
     }
     for part in PARTS:
         _check_settings(settings_of(part, settings), f"{shown}: the settings for its {part}")
@@ -219,7 +222,7 @@ def _settings_of_scale(
     elif alpha := re.fullmatch(r"\d+(\.\d+)?", (file_metadata or {}).get("ss_network_alpha", "")):
         return {"lora_alpha": float(alpha[0])} if float(alpha[0]) else {}  # 0 is kohya's for the rank
     else:
-        config, where = settings_of("unet", metadata), "the settings for its unet"
+        config, where = settings_of("unet", metadata) or metadata or {}, "its settings"
     config = {name: value for name, value in config.items() if name in _SETTINGS and value is not None}
     _check_settings(config, f"{shown}: {where}")
     return config

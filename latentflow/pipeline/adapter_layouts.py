@@ -39,7 +39,15 @@ _OF_LORA = re.compile(
 )
 # Beginnings of names for each part of a pipeline; after those with "_", dots are written as "_".
 _BEGINNINGS = {
-    "transformer": ("transformer.", "unet.", "", "lora_unet_", "lora_transformer_", "lycoris_"),
+    "transformer": (
+        "transformer.",
+        "unet.",
+        "",
+        "lora_unet_",
+        "lora_transformer_",
+        "lycoris_",
+        "transformer_",
+    ),
     "text_encoder": ("text_encoder.", "te.", "", "transformer.", "lora_te_", "lora_te1_", "lycoris_"),
 }
 # What is no LoRA, by a pattern of its names.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from diffusers.utils.peft_utils import (
 )
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..families.few_steps import FewSteps
 from ..families.latentflow import LatentFlowModel
 from ..models import with_words
@@ -252,12 +253,22 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     # ---------------------------------------------------------------- weights, fusing, unloading
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Use these adapters, each with its weight; see ``diffusers.loaders.LoraBaseMixin.set_adapters``."""
-        super().set_adapters(adapter_names, adapter_weights)
+        """Use these adapters, each with its weight; see ``diffusers.loaders.LoraBaseMixin.set_adapters``.
+
+        Raises:
+            UserError: no adapter is named, or a weight is no finite number.
+            ValueError: an adapter is not loaded, or there are not as many weights as names.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-        loaded = self._added()
-        loaded.weights = {name: _by_part(weight) for name, weight in zip(names, weights, strict=True)}
+        if not names:
+            raise UserError(
+                "set_adapters needs the name of an adapter", "pipe.disable_lora() switches all off."
+            )
+        given = [*adapter_weights] if isinstance(adapter_weights, list | tuple) else adapter_weights
+        each = given if isinstance(given, list) else [given] * len(names)
+        weights = [_by_part(weight) for weight in each]
+        super().set_adapters(names, given)
+        self._added().weights = dict(zip(names, weights, strict=True))
         self._renew()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
@@ -332,21 +343,21 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         Raises:
             UserError: it cannot be read, or was made for another architecture or base.
         """
-        shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
-        state, settings, facts, note = read_adapter(source, shown, options)
-        shown += f" ({note})" if note else ""
-        state = at_layers(state, self._parts(), shown)
-        check_architecture(self._parts(), state, settings, shown, facts)
+        called = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
+        state, settings, facts, note = read_adapter(source, called, options)
+        called += f" ({note})" if note else ""
+        state = at_layers(state, self._parts(), called)
+        check_architecture(self._parts(), state, settings, called, facts)
         dtype, base = self._added().base
         if not any_base and facts.base.get(dtype) not in (None, base):
             raise UserError(
-                f"{shown} was made for a base with other weights ({facts.base_name or 'unnamed'})",
+                f"{called} was made for a base with other weights ({facts.base_name or 'unnamed'})",
                 "Load it onto that one. To try it on this one all the same: any_base=True, on the command line "
                 "--lora-any-base.",
             )
-        words = take_rows(state, WORDS, facts.words, shown)
-        classes = take_rows(state, CLASSES, facts.classes, shown)
-        return state, settings, words, classes, take_mode(state, facts, self.transformer, shown)
+        words = take_rows(state, WORDS, facts.words, called)
+        classes = take_rows(state, CLASSES, facts.classes, called)
+        return state, settings, words, classes, take_mode(state, facts, self.transformer, called)
 
     def _load_into_text_encoder(
         self, state: Mapping[str, Tensor], name: str, metadata: dict[str, Any] | None, low_memory: bool
@@ -494,10 +505,20 @@ def _around_mean(table: Tensor, sums: Tensors) -> Tensor:
 
 
 def _by_part(weight: Any) -> dict[str, float]:
-    """Return an adapter's weight in each part of the pipeline; diffusers also takes one for each block of a part."""
+    """Return an adapter's weight in each part of the pipeline; diffusers also takes one for each block of a part.
+
+    Raises:
+        UserError: a weight is no finite number.
+    """
     given = weight if isinstance(weight, dict) else dict.fromkeys(PARTS, weight)
-    return {
-        part: float(value)
-        for part, value in given.items()
-        if value is not None and not isinstance(value, dict)
-    }
+    found: dict[str, float] = {}
+    for part, value in given.items():
+        if value is None or isinstance(value, dict):
+            continue
+        try:
+            found[part] = float(value)
+        except (TypeError, ValueError):
+            found[part] = math.nan
+        if not math.isfinite(found[part]):
+            raise UserError(f"the weight of an adapter is {shown(value)}", "It must be a number such as 0.8.")
+    return found

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline
-from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.sample import add_adapters
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline import adapter_files as pipeline_adapter_files
 from latentflow.pipeline import adapters as pipeline_adapters
@@ -513,95 +510,125 @@ def test_without_peft_the_line_that_installs_it(
         opened(dit_folder).load_lora_weights(tmp_path)
 
 
-# ---------------------------------------------------------------- the programs
+# ---------------------------------------------------------------- as diffusers' users take for granted
 
 
-Program = Callable[..., Any]
-
-
-@pytest.fixture
-def export(load_program: Callable[[str], Any]) -> Program:
-    return lambda *arguments: load_program("export").main([str(argument) for argument in arguments])
-
-
-def test_generate_draws_with_adapters(program: Program, dit_folder: Path, tmp_path: Path) -> None:
-    from PIL import Image, ImageChops
-
-    for seed, name in enumerate("ab"):
-        make_adapter(dit_folder, tmp_path / name / "adapter", seed=seed, words=["zebra"])
+def test_names_are_free_ones_and_taken_ones_are_refused(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path, lora_text_encoder=True)
+    text = {
+        key: value for key, value in load_file(tmp_path / FILE).items() if key.startswith("text_encoder.")
+    }
     pipe = opened(dit_folder)
-    pipe.load_lora_weights("a/adapter", adapter_name="one")
-    pipe.load_lora_weights("b/adapter", adapter_name="two")
-    pipe.set_adapters(["one", "two"], [0.5, 1.0])
-    [expected] = pipe("a zebra", generator=torch.Generator().manual_seed(3), num_inference_steps=2).images
-    plain = ["generate", "a zebra", "--seed", 3]
-    program(*plain, "-o", "base.png")
-    program(*plain, "--lora", "a:0.5", "--lora", "b/adapter", "-o", "both.png")
-    with Image.open("both.png") as both, Image.open("base.png") as base:
-        assert max(high for _, high in ImageChops.difference(both, expected).getextrema()) <= 1
-        assert max(high for _, high in ImageChops.difference(both, base).getextrema()) > 8
-    with pytest.raises(UserError, match="--lora nowhere/at/all: no such folder"):
-        program(*plain, "--lora", "nowhere/at/all:0.5")
-    with pytest.raises(UserError, match="--lora a:nan: the weight is nan"):
-        program(*plain, "--lora", "a:nan")
+    pipe.load_lora_weights(text)
+    pipe.load_lora_weights(tmp_path)
+    assert pipe.get_list_adapters() == {
+        "transformer": ["default_1"],
+        "text_encoder": ["default_0", "default_1"],
+    }
+    pipe.delete_adapters("default_0")
+    pipe.load_lora_weights(tmp_path)
+    assert pipe.get_list_adapters()["transformer"] == ["default_1", "default_2"]
+    with pytest.raises(ValueError, match="adapter_name default_2 is taken"):
+        pipe.load_lora_weights(text, adapter_name="default_2")
+    with pytest.raises(UserError, match=r"adapter_name hats\.v2 has a dot"):
+        pipe.load_lora_weights(tmp_path, adapter_name="hats.v2")
 
 
-def test_a_colon_may_be_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for run in ("hats", "hats:2"):
-        (tmp_path / run / "adapter").mkdir(parents=True)
-    pipe = Mock()
-    add_adapters(pipe, AdapterChoice(lora=("hats", "hats:0.5", "hats:2", "hats:2:-1", "user/name:3")), ".")
-    folders = ["hats/adapter", "hats/adapter", "hats:2/adapter", "hats:2/adapter", "user/name"]
-    assert [call.args[0] for call in pipe.load_lora_weights.call_args_list] == folders
-    assert pipe.set_adapters.call_args.args[1] == [1.0, 0.5, 1.0, -1.0, 3.0]
+def test_an_adapter_of_the_text_encoder_alone_is_active_alone(dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path, lora_text_encoder=True)
+    text = {
+        key: value for key, value in load_file(tmp_path / FILE).items() if key.startswith("text_encoder.")
+    }
+    pipe, other = opened(dit_folder), opened(dit_folder)
+    other.load_lora_weights(text)
+    pipe.load_lora_weights(tmp_path, adapter_name="both")
+    pipe.load_lora_weights(text, adapter_name="text")
+    assert pipe.get_active_adapters() == ["text"]
+    assert torch.equal(drawn(pipe), drawn(other))
 
 
-def test_generate_takes_an_adapter_of_another_base_on_request(
-    program: Program, dit_folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "weight", ["0.5x", float("nan"), float("inf"), [0.5], {"transformer": "much"}], ids=str
+)
+def test_weights_that_are_no_numbers_are_refused(weight: Any, dit_folder: Path, tmp_path: Path) -> None:
+    make_adapter(dit_folder, tmp_path)
+    pipe = opened(dit_folder)
+    pipe.load_lora_weights(tmp_path, adapter_name="one")
+    expected = drawn(pipe)
+    with pytest.raises(UserError, match=r"the weight of an adapter is .*\nIt must be a number such as 0.8."):
+        pipe.set_adapters(["one"], [weight])
+    with pytest.raises(UserError, match="needs the name"):
+        pipe.set_adapters([])
+    with pytest.raises(ValueError, match="not in the list of present adapters"):
+        pipe.set_adapters("two")
+    assert torch.equal(drawn(pipe), expected)
+
+
+def test_layers_of_one_network_are_written_and_read_by_it_or_by_the_pipeline(
+    dit_folder: Path, tmp_path: Path
 ) -> None:
-    make_adapter(dit_folder, tmp_path / "other" / "adapter")
-    other = opened(dit_folder)
-    with torch.no_grad():
-        other.transformer.blocks[0].attn.proj.weight[0, 0] += 0.01
-    other.save_pretrained("base")
-    line = ["generate", "a", "--checkpoint", "base", "-o", "a.png", "--lora", "other"]
-    with pytest.raises(UserError, match="--lora-any-base"):
-        program(*line)
-    assert not Path("a.png").exists()
-    assert program(*line, "--lora-any-base") == [Path("a.png")]
+    """`load_lora_adapter` and `save_lora_adapter` of the network; its file has no part of a pipeline in its names."""
+    make_adapter(dit_folder, tmp_path, lora_alpha=6.0)
+    pipe, other = opened(dit_folder), opened(dit_folder)
+    pipe.load_lora_weights(tmp_path)
+    other.transformer.load_lora_adapter(tmp_path, weight_name=FILE, adapter_name="one")
+    assert torch.equal(drawn(other), drawn(pipe)) and other.get_active_adapters() == ["one"]
+    other.transformer.save_lora_adapter(tmp_path / "alone", adapter_name="one")
+    again = opened(dit_folder)
+    again.load_lora_weights(tmp_path / "alone")
+    close(drawn(again), drawn(pipe), 1e-5)
+    again.set_lora_device(["default_0"], "cpu")
+    again.transformer.delete_adapters("default_0")
+    assert not again.get_list_adapters()
 
 
-def test_export_merges(export: Program, dit_folder: Path, tmp_path: Path) -> None:
-    make_adapter(dit_folder, tmp_path / "run" / "adapter", words=["zebra"], lora_text_encoder=True)
-    pipe = opened(dit_folder)
-    pipe.load_lora_weights(tmp_path / "run" / "adapter", adapter_name="one")
-    pipe.set_adapters("one", 0.5)
-    merged = tmp_path / "merged"
-    export(dit_folder, "--lora", f"{tmp_path / 'run'}:0.5", "-o", merged)
-    for asked in ({"prompt": ["a zebra"]}, {"prompt": ["a red apple"]}):
-        close(drawn(opened(merged), **asked), drawn(pipe, **asked))
+def test_our_files_open_in_a_pipeline_of_diffusers(dit_folder: Path, tmp_path: Path) -> None:
+    """A pipeline that is none of ours, with our network and diffusers' own loader; and what it writes opens here."""
+    from diffusers import DiffusionPipeline
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    class Stock(DiffusionPipeline, FluxLoraLoaderMixin):  # type: ignore[misc]
+        text_encoder = None
+
+        def __init__(self, transformer: Any) -> None:
+            super().__init__()
+            self.register_modules(transformer=transformer)
+
+    make_adapter(dit_folder, tmp_path / "ours", lora_alpha=6.0)
+    pipe, host = opened(dit_folder), opened(dit_folder)
+    pipe.load_lora_weights(tmp_path / "ours")
+    stock = Stock(host.transformer)
+    stock.load_lora_weights(tmp_path / "ours", adapter_name="one")
+    assert torch.equal(drawn(host), drawn(pipe))
+    network = stock.transformer
+    Stock.save_lora_weights(
+        tmp_path / "theirs",
+        get_peft_model_state_dict(network, adapter_name="one"),
+        transformer_lora_adapter_metadata=network.peft_config["one"].to_dict(),
+    )
+    again = opened(dit_folder)
+    again.load_lora_weights(tmp_path / "theirs")
+    assert torch.equal(drawn(again), drawn(pipe))
 
 
-def test_export_writes_the_adapter_of_a_run(export: Program, dit_folder: Path, tmp_path: Path) -> None:
-    make_adapter(dit_folder, tmp_path / "run" / "adapter")
-    export(tmp_path / "run", "--adapter", "-o", tmp_path / "alone")
-    opened(dit_folder).load_lora_weights(tmp_path / "alone")
-    with pytest.raises(UserError, match="holds no adapter"):
-        export(dit_folder, "--adapter", "-o", tmp_path / "other")
-    with pytest.raises(UserError, match="--export-dtype has no effect"):
-        export(tmp_path / "run", "--adapter", "--export-dtype", "float16", "-o", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+def test_what_diffusers_converts_for_kohya_opens(dit_folder: Path, tmp_path: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    make_adapter(dit_folder, tmp_path)
+    pipe, other = opened(dit_folder), opened(dit_folder)
+    pipe.load_lora_weights(tmp_path)
+    other.load_lora_weights(convert_state_dict_to_kohya(load_file(tmp_path / FILE)))
+    close(drawn(other), drawn(pipe), 1e-5)
 
 
-def test_export_overwrites_nothing(export: Program, dit_folder: Path, tmp_path: Path) -> None:
-    make_adapter(dit_folder, tmp_path / "run" / "adapter")
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "model_index.json").write_text("mine")
-    with pytest.raises(UserError, match="nothing is overwritten"):
-        export(tmp_path / "run", "--adapter", "-o", mine)
-    assert (mine / "model_index.json").read_text() == "mine"
-    shutil.rmtree(mine)
-    with pytest.raises(UserError, match="is not a pipeline folder"):  # and no run that has a pipeline
-        export(tmp_path / "run", "-o", mine)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 0.1)])
+def test_files_in_half_precision_are_used_in_that_of_the_network(
+    dtype: torch.dtype, tolerance: float, dit_folder: Path, tmp_path: Path
+) -> None:
+    make_adapter(dit_folder, tmp_path)
+    half = {name: value.to(dtype) for name, value in load_file(tmp_path / FILE).items()}
+    pipe, other = opened(dit_folder), opened(dit_folder)
+    pipe.load_lora_weights(tmp_path)
+    other.load_lora_weights(half)
+    assert {value.dtype for value in other.transformer.parameters()} == {torch.float32}
+    close(drawn(other), drawn(pipe), tolerance)
