@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ _ENDS = {
     r"^(?:base_model\.model|(?:model\.)?diffusion_model)\.": "transformer.",
 }
 _OF_LORA = re.compile(
-    r"\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector|alpha)$|^added\."
+    r"\.(lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector|alpha|diff)$|^added\."
 )
 # Beginnings of names for each part of a pipeline; after those with "_", dots are written as "_".
 _BEGINNINGS = {
@@ -59,7 +60,7 @@ _OTHER_KINDS = {
     r"\.ia3_|\.on_input$": "an IA3 adapter",
     r"\.lora_E$|ranknum": "an AdaLoRA adapter",
     r"\.vera_": "a VeRA adapter",
-    r"\.diff(_b)?$|\.[wb]_norm$": "full differences of weights",
+    r"\.diff_b$|\.[wb]_norm$": "differences of biases or norms",
     r"absmax$|quant_map$|quant_state|\.SCB$|scaled?_(fp8|weight)$|weight_scale$": "quantised weights",
     r"^(emb_params|string_to_param|clip_[lg]|<.*>|\*)$": "a textual inversion embedding",
     r"\.(weight|bias)$": "the weights of a checkpoint",
@@ -108,6 +109,7 @@ def in_peft_names(state: Mapping[str, Tensor], config: Mapping[str, Any], shown:
             key = re.sub(pattern, ending, key)
         _put(named, key, value, shown)
     _refuse_other_kinds(named, shown)
+    whole = {key.removesuffix(".diff"): named.pop(key) for key in [*named] if key.endswith(".diff")}
     alphas = {key.removesuffix(".alpha"): named.pop(key) for key in [*named] if key.endswith(".alpha")}
     for layer, alpha in alphas.items():
         if f"{layer}.lora_B.weight" not in named:
@@ -121,6 +123,10 @@ def in_peft_names(state: Mapping[str, Tensor], config: Mapping[str, Any], shown:
             given = {"lora_alpha": float(alphas[layer])} if layer in alphas else config
             scale = _scale(layer, up.shape[1], given)
             named[key] = named[key] if scale == 1 else named[key].float() * scale
+    for layer, change in whole.items():  # one of its factors is the identity
+        identity = torch.eye(change.shape[0] if change.ndim else 1, dtype=change.dtype)
+        _put(named, f"{layer}.lora_A.weight", change, shown)
+        _put(named, f"{layer}.lora_B.weight", identity.view(*identity.shape, *[1] * (change.ndim - 2)), shown)
     return named
 
 

@@ -145,6 +145,18 @@ def file_of(make: Callable[[Trained], Tensors], metadata: dict[str, str] | None 
     return write
 
 
+def whole(trained: Trained) -> Tensors:
+    """Products instead of factors; in kohya's files some layers have them."""
+    tensors = scaled(trained.tensors("lora_unet_", kohya=True))
+    found: Tensors = {}
+    for name, up in tensors.items():
+        if name.endswith(".lora_up.weight"):
+            down = tensors[name.replace("lora_up", "lora_down")]
+            product = (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+            found[name.replace("lora_up.weight", "diff")] = product
+    return found
+
+
 LAYOUTS: dict[str, Callable[[Trained, Path], Any]] = {
     "ours": ours,
     "kohya": file_of(lambda it: it.tensors("lora_unet_", kohya=True), {"ss_network_alpha": "99"}),
@@ -155,6 +167,7 @@ LAYOUTS: dict[str, Callable[[Trained, Path], Any]] = {
     "kohya's ends alone": file_of(lambda it: it.tensors("", kohya=True)),
     "unet.": file_of(lambda it: it.tensors("unet.", kohya=True)),
     "old diffusers": file_of(lambda it: old_names(it.tensors("transformer.", kohya=True))),
+    "whole differences": file_of(whole, {"ss_network_alpha": "99"}),
     "peft, tensors": lambda it, _: scaled_peft(it),
     "of a module": file_of(
         lambda it: {
@@ -278,7 +291,7 @@ def test_a_file_of_another_model_is_refused_by_its_name(folder: Path, tmp_path: 
         ({"emb_params": torch.ones(2, 768)}, "holds a textual inversion embedding"),
         ({"<cat>": torch.ones(768)}, "holds a textual inversion embedding"),
         ({"blocks.0.attn.qkv.weight": torch.ones(48, 16)}, "no LoRA adapter: it holds the weights of a checkpoint"),
-        (pair(PROJ, 16, 16) | {f"{PROJ}.diff_b": torch.ones(16)}, "full differences of weights beside LoRA layers"),
+        (pair(PROJ, 16, 16) | {f"{PROJ}.diff_b": torch.ones(16)}, "differences of biases or norms beside LoRA layers"),
         (stored_as(torch.float8_e4m3fn), "quantised: .* float8_e4m3fn"),
         (stored_as(torch.int8), "is quantised: .* is int8"),
         (pair(PROJ, 16, 16) | {f"{PROJ}.lora_A.weight": torch.full((2, 16), torch.nan)}, "not of finite"),
@@ -293,6 +306,7 @@ def test_a_file_of_another_model_is_refused_by_its_name(folder: Path, tmp_path: 
         (kohya_pair(QKV, dora_scale=torch.ones(1, 16)), "DoRA of columns"),
         (kohya_pair(QKV) | pair("transformer.blocks.0.attn.qkv", 16, 48), "twice, in two spellings"),
         (pair("text_embedder.norm", 16, 16), "no layer that is adapted"),
+        ({"diffusion_model.text_embedder.norm.diff": torch.ones(16)}, "no layer that is adapted"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_by_what_it_is(
