@@ -242,7 +242,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         Raises:
             UserError: adapters are loaded, which the folder could not hold.
         """
-        if getattr(self.transformer, "peft_config", None):
+        if any(getattr(part, "peft_config", None) for part in self.components.values()):  # whoever put it there
             raise UserError(
                 "a pipeline cannot be saved while adapters are loaded",
                 "pipe.fuse_lora(); pipe.unload_lora_weights() puts them into the weights, "

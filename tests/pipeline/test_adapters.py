@@ -24,7 +24,7 @@ from latentflow.training.fine_tune.adapters import Adapter
 
 pytest.importorskip("peft", reason='needs peft: pip install -e ".[lora]"')
 from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from .adapters import make_adapter
@@ -500,6 +500,15 @@ def test_a_pipeline_with_loaded_adapters_is_not_saved_in_halves(dit_folder: Path
     pipe.unload_lora_weights()
     pipe.save_pretrained(tmp_path / "saved")
     close(drawn(opened(tmp_path / "saved")), expected)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_nor_with_one_that_peft_put_there_itself(part: str, dit_folder: Path, tmp_path: Path) -> None:
+    pipe = opened(dit_folder)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q"]), getattr(pipe, part))
+    with pytest.raises(UserError, match="while adapters are loaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_without_peft_the_line_that_installs_it(
