@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -59,7 +59,8 @@ _THEIRS = "lora_adapter_metadata"  # under which peft's settings are among a fil
 # A setting, and the tensor of each layer that it brings.
 _MORE = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
 # The side of a tensor that must be as long as its layer's weight, and what it counts.
-_SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
+_INPUTS = ".lora_A.weight"
+_SIDES = {_INPUTS: (1, "inputs"), ".lora_B.weight": (0, "outputs")}
 _SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
 _FOR_EACH_OUTPUT = (".lora_magnitude_vector", ".lora_B.bias")
 # The two halves of a layer, and of an embedding.
@@ -222,7 +223,7 @@ def _settings_of_scale(
     elif alpha := re.fullmatch(r"\d+(\.\d+)?", (file_metadata or {}).get("ss_network_alpha", "")):
         return {"lora_alpha": float(alpha[0])} if float(alpha[0]) else {}  # 0 is kohya's for the rank
     else:
-        config, where = settings_of("unet", metadata) or metadata or {}, "its settings"
+        config, where = settings_of("unet", metadata) or dict(metadata or {}), "its settings"
     config = {name: value for name, value in config.items() if name in _SETTINGS and value is not None}
     _check_settings(config, f"{shown}: {where}")
     return config
@@ -337,18 +338,10 @@ def check_architecture(
     own = {key: value for key, value in state.items() if not key.startswith(INTERVALS)}
     of_text = [key for key in own if key.startswith(("text_encoder.", WORDS))]
     if of_text and "text_encoder" not in parts:
-        if parts["transformer"].config.get("text_dim") is None:  # type: ignore[union-attr]
+        if parts["transformer"].config.get("text_dim") is None:  # type: ignore[operator, union-attr]
             raise UserError(f"{shown} adapts a text encoder ({of_text[0]}), and this pipeline has none", fix)
         own = {key: value for key, value in own.items() if key not in of_text}  # loaded without
-    weights = {
-        layer: getattr(layers.get(layer), "weight", None) for layer in dict.fromkeys(map(layer_of, own))
-    }
-    if absent := [layer for layer, weight in weights.items() if weight is None]:
-        which = f"its layer {absent[0]} is"
-        if len(weights) > 1:
-            count = "none" if len(absent) == len(weights) else f"{len(weights) - len(absent)}"
-            which = f"{count} of its {len(weights)} layers fit, {absent[0]} is"
-        raise UserError(f"{shown} is for another architecture: {which} not in this network", fix)
+    weights = _weights(layers, dict.fromkeys(map(layer_of, own)), shown, fix)
     for key, value in own.items():
         layer = layer_of(key)
         weight = weights[layer]
@@ -358,16 +351,14 @@ def check_architecture(
         side, what = _SIDES.get(end, (0, "outputs"))
         there: int | None = weight.shape[side]
         if end:
-            kernel = weight.shape[2:] if what == "inputs" else (1,) * (weight.ndim - 2)  # of a convolution
+            kernel = weight.shape[2:] if end == _INPUTS else (1,) * (weight.ndim - 2)  # of a convolution
             there = value.shape[side] if value.ndim == weight.ndim and value.shape[2:] == kernel else None
         elif key.endswith(_FOR_EACH_OUTPUT):
             there = value.numel()
         here = weight.shape[side]
         if there != here:
-            width = getattr(parts["transformer"], "config", {}).get("width")
-            of_width = (
-                f" (width {there}, here {width})" if there and here == width and what == "inputs" else ""
-            )
+            width = parts["transformer"].config.get("width")  # type: ignore[operator, union-attr]
+            of_width = f" (width {there}, here {here})" if there and end == _INPUTS and here == width else ""
             raise UserError(
                 f"{shown} is for another architecture{of_width}: {layer} has {there or tuple(value.shape)} {what} "
                 f"there, {here} here",
@@ -382,6 +373,24 @@ def check_architecture(
             named = any(path == target or path.endswith(f".{target}") for target in targets or ())
             if named and isinstance(getattr(module, "weight", None), Tensor) and f"{part}.{path}" not in held:
                 raise UserError(f"{shown} lacks a layer that its target_modules name: {part}.{path}", MEND)
+
+
+def _weights(
+    layers: Mapping[str, nn.Module], wanted: Iterable[str], shown: str, fix: str
+) -> dict[str, Tensor]:
+    """Return the weight of each layer that is wanted.
+
+    Raises:
+        UserError: some are not there; says how many are, and names one that is not.
+    """
+    found = {layer: getattr(layers.get(layer), "weight", None) for layer in wanted}
+    weights = {layer: weight for layer, weight in found.items() if weight is not None}
+    if absent := [layer for layer in found if layer not in weights]:
+        what = f"its layer {absent[0]} is"
+        if len(found) > 1:
+            what = f"{len(weights) or 'none'} of its {len(found)} layers fit, {absent[0]} is"
+        raise UserError(f"{shown} is for another architecture: {what} not in this network", fix)
+    return weights
 
 
 def _file_in(folder: Path, shown: str) -> str:

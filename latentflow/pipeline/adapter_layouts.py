@@ -169,7 +169,7 @@ def _refuse_other_kinds(named: Mapping[str, Tensor], shown: str) -> None:
     other = [key for key in named if not _OF_LORA.search(key)]
     if not other:
         return
-    if len(named) <= 2 and all("." not in key for key in named):
+    if len(named) <= 2 and not any("." in key or "lora" in key for key in named):
         kind, example = "a textual inversion embedding", other[0]
     else:
         kind, example = next(

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from ..families.few_steps import FewSteps
 from ..families.latentflow import LatentFlowModel
 from ..models import with_words
 from ..utils.files import restore_permissions
+from .adapter_additions import Added, around_mean, summed
 from .adapter_files import (
     CLASSES,
     PARTS,
@@ -43,41 +44,6 @@ from .adapter_files import (
 from .adapter_layouts import at_layers
 
 _MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
-
-
-@dataclass(kw_only=True)
-class _Added:
-    """Words, classes and sampling mode of loaded adapters; kept on the network, which pipelines may share.
-
-    Attributes:
-        base: type of numbers and hash of the network as it was before.
-        tokenizer, classes, num_classes: of the pipeline as it was before.
-        words, labels: adapter -> word or class that the base does not know -> (D,).
-        fused_words, fused_labels: word or class -> (D,), of adapters that were unloaded while fused.
-        own: sampling mode without adapters, or of an adapter that was unloaded while fused.
-        installed: sampling mode in effect.
-        modes: adapter -> its sampling mode.
-        weights: adapter -> part of the pipeline -> weight.
-        scale: part of the pipeline -> scale of what is fused into it.
-        own_intervals: the network takes the end of an interval without adapters.
-        disabled: no adapter is in effect for now.
-    """
-
-    base: tuple[str, str]
-    tokenizer: Any
-    classes: dict[str, int]
-    num_classes: int
-    own: SamplingMode
-    installed: SamplingMode
-    modes: dict[str, SamplingMode] = field(default_factory=dict)
-    words: dict[str, Tensors] = field(default_factory=dict)
-    labels: dict[str, Tensors] = field(default_factory=dict)
-    fused_words: Tensors = field(default_factory=dict)
-    fused_labels: Tensors = field(default_factory=dict)
-    weights: dict[str, dict[str, float]] = field(default_factory=dict)
-    scale: dict[str, float] = field(default_factory=dict)
-    own_intervals: bool = False
-    disabled: bool = False
 
 
 class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
@@ -242,7 +208,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         Raises:
             UserError: adapters are loaded, which the folder could not hold.
         """
-        if any(getattr(part, "peft_config", None) for part in self.components.values()):  # whoever put it there
+        if any(
+            getattr(part, "peft_config", None) for part in self.components.values()
+        ):  # whoever put it there
             raise UserError(
                 "a pipeline cannot be saved while adapters are loaded",
                 "pipe.fuse_lora(); pipe.unload_lora_weights() puts them into the weights, "
@@ -323,8 +291,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             {name: row for name, row in rows.items() if name in fused}
             for rows in (loaded.words, loaded.labels)
         )
-        loaded.fused_words = _summed(loaded.fused_words, words, self._weights("text_encoder"))
-        loaded.fused_labels = _summed(loaded.fused_labels, labels, self._weights("transformer"))
+        loaded.fused_words = summed(loaded.fused_words, words, self._weights("text_encoder"))
+        loaded.fused_labels = summed(loaded.fused_labels, labels, self._weights("transformer"))
         for name, mode in loaded.modes.items():  # in the order of loading: the last wins
             loaded.own = mode if name in fused else loaded.own
         super().unload_lora_weights()
@@ -383,12 +351,12 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     # ---------------------------------------------------------------- new words and classes
 
-    def _added(self) -> _Added:
-        loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
+    def _added(self) -> Added:
+        loaded: Added | None = getattr(self.transformer, "_adapters_added", None)
         if loaded is None:
             dtype = self.transformer.dtype
             mode: SamplingMode = (LatentFlowModel(self).few_steps, {})
-            loaded = _Added(
+            loaded = Added(
                 base=(type_name(dtype), weights_hash(self.transformer, dtype)),
                 tokenizer=self.tokenizer,
                 classes=LatentFlowModel(self).labels,
@@ -429,15 +397,15 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         """Set words and classes as the adapters' weights have them: mean + scale * sum of weight * distance."""
         loaded = self._added()
         if self.text_encoder is not None and self.tokenizer is not None:
-            sums = _summed(loaded.fused_words, loaded.words, self._weights("text_encoder"))
+            sums = summed(loaded.fused_words, loaded.words, self._weights("text_encoder"))
             if sums or len(self.tokenizer) != len(loaded.tokenizer):
                 self._set_words(loaded, sums)
-        sums = _summed(loaded.fused_labels, loaded.labels, self._weights("transformer"))
+        sums = summed(loaded.fused_labels, loaded.labels, self._weights("transformer"))
         if sums or LatentFlowModel(self).labels != loaded.classes:
             self._set_classes(loaded, sums)
         self._set_mode(loaded)
 
-    def _set_words(self, loaded: _Added, sums: Tensors) -> None:
+    def _set_words(self, loaded: Added, sums: Tensors) -> None:
         known = len(loaded.tokenizer)
         if len(self.tokenizer) != known + len(sums) or any(
             word not in self.tokenizer.get_vocab() for word in sums
@@ -447,9 +415,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         table = self.text_encoder.get_input_embeddings().weight
         if sums:
             ids = [self.tokenizer.get_vocab()[word] for word in sums]
-            table[ids] = _around_mean(table[:known], sums)
+            table[ids] = around_mean(table[:known], sums)
 
-    def _set_mode(self, loaded: _Added) -> None:
+    def _set_mode(self, loaded: Added) -> None:
         """Put the sampling mode of the last active adapter that has one into effect, else that without adapters."""
         wanted = loaded.own
         for name in self._weights("transformer") if loaded.modes else ():
@@ -470,11 +438,11 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
         self.transformer.length_embedder = embedder
 
-    def _set_classes(self, loaded: _Added, sums: Tensors) -> None:
+    def _set_classes(self, loaded: Added, sums: Tensors) -> None:
         embed = self.transformer.y_embedder
         table, known = embed.embedding_table.weight, loaded.num_classes
         base = torch.cat([table[:known], table[-1:]])
-        rows = [base[:known], *([_around_mean(base, sums)] if sums else []), base[known:]]
+        rows = [base[:known], *([around_mean(base, sums)] if sums else []), base[known:]]
         names = {**loaded.classes, **{name: known + place for place, name in enumerate(sums)}}
         embed.embedding_table = nn.Embedding.from_pretrained(torch.cat(rows))
         embed.num_classes = known + len(sums)
@@ -486,22 +454,6 @@ def _activate(network: nn.Module, name: str) -> None:
     """Let other adapters give way to this one in a network of which it has no layers."""
     if hasattr(network, "peft_config"):
         set_weights_and_activate_adapters(network, [name], [1.0])
-
-
-def _summed(
-    fused: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
-) -> Tensors:
-    """Return new name -> what is fused + the sum over adapters of weight * row; without a weight, 0."""
-    sums = dict(fused)
-    for adapter, own in rows.items():
-        for name, row in own.items():
-            sums[name] = sums.get(name, torch.zeros_like(row)) + weights.get(adapter, 0.0) * row
-    return sums
-
-
-def _around_mean(table: Tensor, sums: Tensors) -> Tensor:
-    rows = torch.stack([*sums.values()]).to(table.device, torch.float32)
-    return (table.float().mean(0) + rows).to(table.dtype)
 
 
 def _by_part(weight: Any) -> dict[str, float]:
