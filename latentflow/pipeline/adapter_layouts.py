@@ -15,7 +15,7 @@ import torch
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
-from ..errors import UserError, printable
+from ..errors import UserError, one_line
 from ..utils.files import MEND
 
 OWN_LAYOUT = "diffusers"
@@ -27,8 +27,8 @@ _LAYOUTS = {
     "peft": r"^base_model\.model\.",
     "old diffusers": r"\.lora\.(down|up)\.|_lora\.(down|up)\.|\.lora_linear_layer\.",
 }
-# Ends of names -> peft's, after diffusers has renamed those of its own older versions.
-_ENDS = {
+# Ends and beginnings of names -> peft's, after diffusers has renamed those of its own older versions.
+_RENAMED = {
     r"\.(?:lora_down|lora_linear_layer\.down)\.weight$": ".lora_A.weight",
     r"\.(?:lora_up|lora_linear_layer\.up)\.weight$": ".lora_B.weight",
     r"\.lora_([AB])\.default\.(weight|bias)$": r".lora_\1.\2",
@@ -105,8 +105,8 @@ def in_peft_names(state: Mapping[str, Tensor], config: Mapping[str, Any], shown:
     for key, value in convert_unet_state_dict_to_peft(state).items():
         if key.endswith(".dora_scale"):
             value = _lengths_of_rows(key, value, shown)
-        for pattern, ending in _ENDS.items():
-            key = re.sub(pattern, ending, key)
+        for pattern, ours in _RENAMED.items():
+            key = re.sub(pattern, ours, key)
         _put(named, key, value, shown)
     _refuse_other_kinds(named, shown)
     whole = {key.removesuffix(".diff"): named.pop(key) for key in [*named] if key.endswith(".diff")}
@@ -227,7 +227,7 @@ def model_of(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None) ->
     """
     for entry in _NAMED_BY:
         if text := (metadata or {}).get(entry):
-            return printable(text.removesuffix("/lora"))[:60]
+            return one_line(text.removesuffix("/lora"))[:60]
     for key, value in state.items():
         if re.match(r"transformer\.unet\.|lora_unet_unet_", key):
             return ""  # a U-Net of ours

@@ -208,9 +208,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         Raises:
             UserError: adapters are loaded, which the folder could not hold.
         """
-        if any(
-            getattr(part, "peft_config", None) for part in self.components.values()
-        ):  # whoever put it there
+        # Whoever put them there: transformers and diffusers would write half of such a part.
+        if any(getattr(part, "peft_config", None) for part in self.components.values()):
             raise UserError(
                 "a pipeline cannot be saved while adapters are loaded",
                 "pipe.fuse_lora(); pipe.unload_lora_weights() puts them into the weights, "

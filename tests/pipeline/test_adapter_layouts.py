@@ -27,7 +27,7 @@ from peft.utils import get_peft_model_state_dict
 pytestmark = pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
 Tensors = dict[str, Tensor]
 ALPHA, OTHER_ALPHA = 3.0, 5.0  # the rank is 2, or 3
-FILE = "pytorch_lora_weights.safetensors"
+THEIRS = "lora_adapter_metadata"  # of diffusers
 KOHYAS = {"lora_A": "lora_down", "lora_B": "lora_up", "lora_magnitude_vector": "dora_scale"}
 
 
@@ -214,6 +214,33 @@ def test_kohyas_file_of_network_and_text_encoder(folder: Path, tmp_path: Path) -
         pipe.load_lora_weights(tmp_path / "it.safetensors", adapter_name="one")
         assert abs(image(pipe) - trained.image).max() < 1e-5
         assert pipe.get_list_adapters() == {"transformer": ["one"], "text_encoder": ["one"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "scale"),
+    [
+        ("unet.x.lora_A.weight", {"ss_network_alpha": "3.0"}, 1.5),
+        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "3"}, 1.5),
+        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "Dynamic"}, 1.0),
+        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "0"}, 1.0),
+        ("unet.x.lora.down.weight", {THEIRS: {"unet.r": 2, "unet.lora_alpha": 8}}, 4.0),
+        ("x.lora_A.weight", {THEIRS: {"r": 2, "lora_alpha": 1, "alpha_pattern": {"x": 3}}}, 1.5),
+        ("unet.x.lora_A.weight", {THEIRS: {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": True}}, 2**0.5),
+        # Applied by peft, from the file's settings:
+        ("transformer.x.lora_A.weight", {THEIRS: {"transformer.r": 2, "transformer.lora_alpha": 8}}, 1.0),
+    ],
+)  # fmt: skip
+def test_scales_in_the_metadata_are_multiplied_in(
+    name: str, settings: dict[str, Any], scale: float, tmp_path: Path
+) -> None:
+    up = name.replace("lora_A", "lora_B").replace("down", "up")
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()
+    }
+    save_file({name: torch.ones(2, 4), up: torch.ones(4, 2)}, tmp_path / "it.safetensors", metadata=metadata)
+    state = LatentFlowPipeline.lora_state_dict(tmp_path / "it.safetensors")
+    [written] = [value for key, value in state.items() if key.endswith("lora_B.weight")]
+    torch.testing.assert_close(written, torch.full((4, 2), scale))
 
 
 # ---------------------------------------------------------------- refused
