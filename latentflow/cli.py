@@ -112,7 +112,8 @@ def parse(
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
     try:
-        parsed = read(console_outputs=False)
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            parsed = read(console_outputs=False)
     except SystemExit as stop:
         # tyro catches what a dataclass refuses, and would put names of ours in front of it.
         refused = getattr(stop.__context__, "__context__", None)

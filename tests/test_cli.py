@@ -244,7 +244,9 @@ def test_flags_by_their_names_in_diffusers_name_ours(arguments: list[str], ours:
         cli.parse(RunConfig, arguments, prog="latentflow example")
 
 
-def test_what_a_section_refuses_is_said_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_section_refuses_is_said_in_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def parsed(*arguments: str) -> None:
         cli.parse(RunConfig, ["images", "-o", "run", *arguments], prog="latentflow example")
 
@@ -253,6 +255,10 @@ def test_what_a_section_refuses_is_said_in_its_own_words(monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
     with pytest.raises(UserError, match=r"\A--lora-rank needs peft\n"):
         parsed("--lora-rank", "4")
+    assert capsys.readouterr() == ("", "")  # no box of tyro's
+    with pytest.raises(SystemExit):
+        parsed("--lora-rang", "4")
+    assert "--lora-rang" in capsys.readouterr().err
 
 
 def test_adapters_are_merged_before_a_command_that_takes_none() -> None:
