@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -72,7 +73,7 @@ def parse(
 
     Raises:
         UserError: a key or value of the config file or the preset is wrong; the file and the nearest key are
-            named. A flag has the name that diffusers gives it; ours is named.
+            named. A flag has the name that diffusers gives it; ours is named. A dataclass refuses its values.
         SystemExit: a flag is wrong (tyro names the nearest and exits with 2), or the help was asked for.
     """
     import tyro
@@ -102,7 +103,8 @@ def parse(
         )
         sys.exit()
     _name_ours(config_class, args)
-    parsed = tyro.cli(
+    read: Callable[..., Any] = partial(
+        tyro.cli,
         program,
         args=args,
         prog=prog,
@@ -110,6 +112,15 @@ def parse(
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            parsed = read(console_outputs=False)
+    except SystemExit as stop:
+        # tyro catches what a dataclass refuses, and would put names of ours in front of it.
+        refused = getattr(stop.__context__, "__context__", None)
+        if isinstance(refused, UserError):
+            raise refused from None
+        parsed = read()  # prints what is wrong with the flags, and exits
     settings: C = parsed.settings
     return settings
 
@@ -122,6 +133,11 @@ def _name_ours(config_class: type, args: Sequence[str]) -> None:
         if arg.startswith("--") and key not in keys and (ours := _IN_DIFFUSERS.get(key)) in keys:
             flag = f"--{str(ours).replace('_', '-')}"
             raise UserError(f"unknown flag {arg.partition('=')[0]}", f"Here it is {flag}.")
+        if arg.startswith("--") and key == "lora" and key not in keys:
+            raise UserError(
+                "--lora is no flag of this command",
+                "Merge the adapter first, and give the result: latentflow export CHECKPOINT --lora FILE -o merged",
+            )
 
 
 def given(config_class: type, argv: Sequence[str] | None = None) -> frozenset[str]:

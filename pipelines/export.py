@@ -1,7 +1,7 @@
 """Write a pipeline folder to share, or an adapter alone: `latentflow export runs/cats -o cats`.
 
 latentflow export runs/cats -o cats
-latentflow export checkpoints/emoji-64 --lora runs/hats:0.8 -o emoji-with-hats
+latentflow export checkpoints/emoji-64 --lora runs/hats=0.8 -o emoji-with-hats
 latentflow export runs/hats --adapter -o hats
 """
 

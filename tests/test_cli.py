@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -241,6 +242,31 @@ def test_help_of_few_flags_shows_all_with_their_values_and_defaults(
 def test_flags_by_their_names_in_diffusers_name_ours(arguments: list[str], ours: str) -> None:
     with pytest.raises(UserError, match=f"unknown flag {arguments[3].partition('=')[0]}\nHere it is {ours}."):
         cli.parse(RunConfig, arguments, prog="latentflow example")
+
+
+def test_what_a_section_refuses_is_said_in_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parsed(*arguments: str) -> None:
+        cli.parse(RunConfig, ["images", "-o", "run", *arguments], prog="latentflow example")
+
+    with pytest.raises(UserError, match=r"\A--lora-rank is -1\n"):
+        parsed("--lora-rank=-1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(UserError, match=r"\A--lora-rank needs peft\n"):
+        parsed("--lora-rank", "4")
+    assert capsys.readouterr() == ("", "")  # no box of tyro's
+    with pytest.raises(SystemExit):
+        parsed("--lora-rang", "4")
+    assert "--lora-rang" in capsys.readouterr().err
+
+
+def test_adapters_are_merged_before_a_command_that_takes_none() -> None:
+    for flag in (["--lora", "hats"], ["--lora=hats"]):
+        with pytest.raises(
+            UserError, match=r"--lora is no flag .*\n.*latentflow export CHECKPOINT --lora FILE -o"
+        ):
+            cli.parse(RunConfig, ["images", "-o", "run", *flag], prog="latentflow example")
 
 
 def test_help_of_many_flags_shows_the_essential_ones_or_a_group_or_all(

@@ -15,8 +15,8 @@ class AdapterChoice:
     fast: bool = False
     """Generate in a few evaluations, with the few-step adapter that comes with the checkpoint (its folder
     `fast`)."""
-    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER[:WEIGHT]")] = ()
-    """An adapter (LoRA), as a folder, file, run folder or hub id, with an optional weight, such as runs/hats:0.8.
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE[=WEIGHT]")] = ()
+    """Adapter (LoRA) to add: a file, folder, run folder or hub id, with an optional weight, such as runs/hats=0.8.
     Repeat the flag for several."""
     lora_any_base: bool = False
     """Accept adapters that were made for another base checkpoint of the same architecture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -193,20 +194,22 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
 
 
 def split_adapter(text: str) -> tuple[str, float]:
-    """Split ``runs/hats:0.8`` into the adapter's folder or hub id and 0.8; without a number the weight is 1.
+    """Split ``runs/hats=0.8`` or ``runs/hats:0.8`` into the adapter's path or hub id and 0.8; the default weight is 1.
+
+    A path that exists is taken as it is, whatever signs it holds.
 
     Raises:
-        UserError: there is no such folder or file, or the weight is not finite.
+        UserError: there is no such folder or file, or the weight is no finite number.
     """
-    source, _, number = text.rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:
-        source = ""
-    if not source or Path(text).exists():  # no colon, or one that belongs to the path
-        source, weight = text, 1.0
-    if not math.isfinite(weight):
-        raise UserError(f"--lora {text}: the weight is {weight}", "It must be a number such as 0.8.")
+    source, weight = text, 1.0
+    parts = re.fullmatch(r"(.+)[=:]([^=:/\\]*)", text, re.DOTALL)
+    if parts and not Path(text).exists():
+        try:
+            source, weight = parts[1], float(parts[2])
+        except ValueError:
+            source, weight = (parts[1], math.nan) if Path(parts[1]).exists() else (text, 1.0)
+        if not math.isfinite(weight):
+            raise UserError(f"--lora {text}: the weight is '{parts[2]}'", "It must be a number such as 0.8.")
     inside_run = Path(source) / "adapter"
     if inside_run.is_dir():
         return str(inside_run), weight

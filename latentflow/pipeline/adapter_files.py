@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, _fetch_state_dict
+from diffusers.utils.hub_utils import _get_model_file
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's or its successor's
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from ..errors import UserError, reading, reason
 from ..families.few_steps import FewSteps
 from ..utils.components import about, is_finite
-from ..utils.files import MEND, check_settings, check_types, parse_json
+from ..utils.files import MEND, check_settings, check_types, parse_json, read_settings
+from .adapter_layouts import OWN_LAYOUT, in_peft_names, layer_of, layout_of, model_of
 
 Tensors: TypeAlias = dict[str, Tensor]
 #: how a network is sampled, and the parameters of the embedder of an interval's length that it is given for that
@@ -47,20 +49,22 @@ _SETTINGS: dict[str, Any] = {
 }
 # Settings of peft's that leave out some of the layers which target_modules names.
 _NARROWER = ("exclude_modules", "layers_to_transform")
+_PLACE = (
+    "weight_name", "subfolder", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision"
+)  # fmt: skip
+_USER_AGENT = {"file_type": "attn_procs_weights", "framework": "pytorch"}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_PEFT_CONFIG = "adapter_config.json"  # beside peft's own files
 _THEIRS = "lora_adapter_metadata"  # under which peft's settings are among a file's metadata
 # A setting, and the tensor of each layer that it brings.
 _MORE = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}
 # The side of a tensor that must be as long as its layer's weight, and what it counts.
-_SIDES = {".lora_A.weight": (1, "inputs"), ".lora_B.weight": (0, "outputs")}
-_SIDES |= {".lora.down.weight": (1, "inputs"), ".lora.up.weight": (0, "outputs")}  # diffusers' older spelling
+_INPUTS = ".lora_A.weight"
+_SIDES = {_INPUTS: (1, "inputs"), ".lora_B.weight": (0, "outputs")}
 _SIDES |= dict.fromkeys((WORDS, CLASSES), (1, "columns"))
-_FOR_EACH_OUTPUT = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".lora_B.bias")
-# The two halves of a layer, in peft's spelling, of embeddings, and in an older one of diffusers.
-_HALVES = {
-    "lora_A.weight": "lora_B.weight",
-    "lora_embedding_A": "lora_embedding_B",
-    "lora.down.weight": "lora.up.weight",
-}
+_FOR_EACH_OUTPUT = (".lora_magnitude_vector", ".lora_B.bias")
+# The two halves of a layer, and of an embedding.
+_HALVES = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,16 +125,23 @@ def type_name(dtype: torch.dtype) -> str:
 
 def read_adapter(
     source: Any, shown: str, options: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any] | None, AdapterFacts]:
-    """Read an adapter: tensors, settings as diffusers keeps them, and our facts.
+) -> tuple[dict[str, Tensor], dict[str, Any] | None, AdapterFacts, str]:
+    """Read an adapter: tensors by peft's names, settings as diffusers keeps them, our facts, and a note on its origin.
+
+    The note is for messages: the layout of the file, and the well-known model that it is of.
 
     Raises:
-        UserError: there is no such file, or it is damaged, holds numbers that are not finite, or is no adapter.
+        UserError: there is no such file, or it is damaged, holds numbers that are not finite, or is no LoRA.
     """
-    names = ("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision")
-    wanted: dict[str, Any] = {name: options.get(name) for name in (*names, "subfolder")}
+    wanted = {name: options.get(name) for name in _PLACE}
     if isinstance(source, os.PathLike):
         source = str(source)
+    for name in (source, wanted["weight_name"]):
+        if isinstance(name, str) and name.lower().endswith(_PICKLES):
+            raise UserError(
+                f"{shown}: {Path(name).name} is a pickle, which runs code when it is opened",
+                "Only .safetensors files are read.",
+            )
     if wanted["weight_name"] and not wanted["weight_name"].endswith(".safetensors"):
         raise UserError(
             f"weight_name {wanted['weight_name']} is no .safetensors file", "Others are not read."
@@ -143,7 +154,7 @@ def read_adapter(
         state, metadata, file_metadata = _fetch_state_dict(
             source,
             use_safetensors=True,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
+            user_agent=_USER_AGENT,
             allow_pickle=False,
             return_file_metadata=True,
             **wanted,
@@ -156,24 +167,21 @@ def read_adapter(
         ) from error
     with about(shown):
         facts = facts_of(file_metadata)
-    state = dict(state)
-    other = [key for key in state if "lora" not in key and not key.startswith((WORDS, CLASSES, INTERVALS))]
-    if other or not state:
-        raise UserError(
-            f"{shown} is no adapter: it holds " + (f"other weights, such as {other[0]}" if other else "none"),
-            "A run's adapter is in RUN/adapter.",
-        )
-    odd = [
-        key
-        for key, value in state.items()
-        if not value.is_floating_point() or (value.numel() and not is_finite(value))
-    ]
-    if odd:
-        raise UserError(f"{shown}: {odd[0]} is not of finite floating-point numbers", MEND)
     if not isinstance(metadata, dict) and (metadata is not None or _THEIRS in (file_metadata or {})):
         raise UserError(f"{shown}: its settings ({_THEIRS}) are {metadata or 'empty'}", MEND)
+    if any(key.endswith(".alpha") for key in state):
+        metadata = None  # the tensors say it
+    layout = layout_of(state)
+    config = _settings_of_scale(source, wanted, layout, metadata, file_metadata, shown)
+    state = in_peft_names(state, config, shown)
+    odd = next((key for key, value in state.items() if not _is_sound(value)), None)
+    if odd is not None:
+        raise UserError(f"{shown}: {odd} is not of finite floating-point numbers", MEND)
     settings = {
-        name: value for name, value in (metadata or {}).items() if name.rpartition(".")[2] in _SETTINGS
+        f"{part}.{name}": value
+        for part in PARTS
+        for name, value in settings_of(part, metadata).items()
+        if name in _SETTINGS
     }
     for part in PARTS:
         _check_settings(settings_of(part, settings), f"{shown}: the settings for its {part}")
@@ -181,7 +189,55 @@ def read_adapter(
         if narrower and isinstance(settings.get(f"{part}.target_modules"), list):
             held = {key.partition(".lora")[0] for key in state if key.startswith(f"{part}.")}
             settings[f"{part}.target_modules"] = sorted(layer.removeprefix(f"{part}.") for layer in held)
-    return state, settings or None, facts
+    model = model_of(state, file_metadata)
+    note = ", ".join([f"layout: {layout}"] * (layout != OWN_LAYOUT) + [f"made for {model}"] * bool(model))
+    return state, settings or None, facts, note
+
+
+def _is_sound(value: Tensor) -> bool:
+    return value.is_floating_point() and (not value.numel() or is_finite(value))
+
+
+def _settings_of_scale(
+    source: Any,
+    place: Mapping[str, Any],
+    layout: str,
+    metadata: Mapping[str, Any] | None,
+    file_metadata: Mapping[str, str] | None,
+    shown: str,
+) -> dict[str, Any]:
+    """Return peft's settings of the scale, from where other trainers write them: for `in_peft_names`.
+
+    Those in diffusers' own place are for peft, which applies them itself.
+    """
+    if any(settings_of(part, metadata) for part in PARTS):
+        return {}
+    if layout == "peft" and isinstance(source, str):
+        config = _beside(source, place)
+        if config.get("peft_type", "LORA") != "LORA":
+            raise UserError(
+                f"{shown} is no LoRA adapter: {_PEFT_CONFIG} has peft_type {config['peft_type']}",
+                "LoRA and DoRA are read.",
+            )
+        where = _PEFT_CONFIG
+    elif alpha := re.fullmatch(r"\d+(\.\d+)?", (file_metadata or {}).get("ss_network_alpha", "")):
+        return {"lora_alpha": float(alpha[0])} if float(alpha[0]) else {}  # 0 is kohya's for the rank
+    else:
+        config, where = settings_of("unet", metadata) or dict(metadata or {}), "its settings"
+    config = {name: value for name, value in config.items() if name in _SETTINGS and value is not None}
+    _check_settings(config, f"{shown}: {where}")
+    return config
+
+
+def _beside(source: str, place: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that peft writes beside its file, or nothing where there are none."""
+    folder = str(Path(source).parent) if Path(source).is_file() else source
+    options = {name: value for name, value in place.items() if name != "weight_name"}
+    try:
+        file = _get_model_file(folder, weights_name=_PEFT_CONFIG, user_agent=_USER_AGENT, **options)
+    except (OSError, HTTPError):
+        return {}
+    return read_settings(Path(file))
 
 
 def settings_of(part: str, settings: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -245,11 +301,14 @@ def check_tensors(state: Mapping[str, Tensor], settings: Mapping[str, Any] | Non
                 # As peft reads them.
                 ranks.add(next((r for key, r in patterns if re.match(rf"(.*\.)?({key})$", path)), given["r"]))
             if len(ranks) > 1:
+                also = " and the file's settings" if given else ""
                 raise UserError(
-                    f"{shown}: the tensors of {layer} and the file's settings differ in the rank: "
+                    f"{shown}: the tensors of {layer}{also} differ in the rank: "
                     f"{' and '.join(map(str, sorted(ranks)))}",
                     MEND,
                 )
+            if 0 in ranks:
+                raise UserError(f"{shown}: {layer} has rank 0", MEND)
 
 
 def check_architecture(
@@ -276,28 +335,33 @@ def check_architecture(
         layers[WORDS] = parts["text_encoder"].get_input_embeddings()  # type: ignore[operator]
     if getattr(parts["transformer"], "y_embedder", None) is not None:
         layers[CLASSES] = parts["transformer"].y_embedder.embedding_table  # type: ignore[union-attr]
-    for key, value in state.items():
-        if key.startswith(INTERVALS) or (
-            "text_encoder" not in parts and key.startswith(("text_encoder.", WORDS))
-        ):
-            continue
-        layer = key.rpartition(".lora")[0] or key
-        weight = getattr(layers.get(layer), "weight", None)
-        if weight is None:
-            raise UserError(f"{shown} is for another architecture: there is no layer {layer} here", fix)
+    own = {key: value for key, value in state.items() if not key.startswith(INTERVALS)}
+    of_text = [key for key in own if key.startswith(("text_encoder.", WORDS))]
+    if of_text and "text_encoder" not in parts:
+        if parts["transformer"].config.get("text_dim") is None:  # type: ignore[operator, union-attr]
+            raise UserError(f"{shown} adapts a text encoder ({of_text[0]}), and this pipeline has none", fix)
+        own = {key: value for key, value in own.items() if key not in of_text}  # loaded without
+    weights = _weights(layers, dict.fromkeys(map(layer_of, own)), shown, fix)
+    for key, value in own.items():
+        layer = layer_of(key)
+        weight = weights[layer]
         if weight.ndim < 2:
             raise UserError(f"{shown} is for another architecture: {layer} is no layer that is adapted", fix)
         end = next((end for end in _SIDES if key.endswith(end)), "")
         side, what = _SIDES.get(end, (0, "outputs"))
         there: int | None = weight.shape[side]
         if end:
-            there = value.shape[side] if value.ndim == weight.ndim else None
+            kernel = weight.shape[2:] if end == _INPUTS else (1,) * (weight.ndim - 2)  # of a convolution
+            there = value.shape[side] if value.ndim == weight.ndim and value.shape[2:] == kernel else None
         elif key.endswith(_FOR_EACH_OUTPUT):
             there = value.numel()
-        if there != weight.shape[side]:
+        here = weight.shape[side]
+        if there != here:
+            width = parts["transformer"].config.get("width")  # type: ignore[operator, union-attr]
+            of_width = f" (width {there}, here {here})" if there and end == _INPUTS and here == width else ""
             raise UserError(
-                f"{shown} is for another architecture: {layer} has {there or tuple(value.shape)} {what} there, "
-                f"{weight.shape[side]} here",
+                f"{shown} is for another architecture{of_width}: {layer} has {there or tuple(value.shape)} {what} "
+                f"there, {here} here",
                 fix,
             )
     check_tensors(state, settings, shown)
@@ -311,14 +375,34 @@ def check_architecture(
                 raise UserError(f"{shown} lacks a layer that its target_modules name: {part}.{path}", MEND)
 
 
+def _weights(
+    layers: Mapping[str, nn.Module], wanted: Iterable[str], shown: str, fix: str
+) -> dict[str, Tensor]:
+    """Return the weight of each layer that is wanted.
+
+    Raises:
+        UserError: some are not there; says how many are, and names one that is not.
+    """
+    found = {layer: getattr(layers.get(layer), "weight", None) for layer in wanted}
+    weights = {layer: weight for layer, weight in found.items() if weight is not None}
+    if absent := [layer for layer in found if layer not in weights]:
+        what = f"its layer {absent[0]} is"
+        if len(found) > 1:
+            what = f"{len(weights) or 'none'} of its {len(found)} layers fit, {absent[0]} is"
+        raise UserError(f"{shown} is for another architecture: {what} not in this network", fix)
+    return weights
+
+
 def _file_in(folder: Path, shown: str) -> str:
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{shown} holds no .safetensors file", "A run's adapter is in RUN/adapter.")
-    usual = str(LORA_WEIGHT_NAME_SAFE)
-    if len(files) > 1 and usual not in files:
+        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLES]
+        only = f", only {pickles[0]}, a pickle, which runs code when it is opened" if pickles else ""
+        raise UserError(f"{shown} holds no .safetensors file{only}", "A run's adapter is in RUN/adapter.")
+    usual = [name for name in (str(LORA_WEIGHT_NAME_SAFE), "adapter_model.safetensors") if name in files]
+    if len(files) > 1 and not usual:
         raise UserError(f"{shown} holds several adapters: {', '.join(files)}", "Give the path of one.")
-    return usual if usual in files else files[0]
+    return [*usual, *files][0]
 
 
 def take_rows(

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin, set_adapters_for_text_encoder
-from diffusers.utils import USE_PEFT_BACKEND, get_adapter_name
-from diffusers.utils.peft_utils import _create_lora_config, unscale_lora_layers
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import USE_PEFT_BACKEND
+from diffusers.utils.peft_utils import (
+    _create_lora_config,
+    set_weights_and_activate_adapters,
+    unscale_lora_layers,
+)
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..families.few_steps import FewSteps
 from ..families.latentflow import LatentFlowModel
 from ..models import with_words
 from ..utils.files import restore_permissions
 from ..utils.libraries import install_command, missing
+from .adapter_additions import Added, around_mean, summed
 from .adapter_files import (
     CLASSES,
     PARTS,
@@ -35,43 +42,9 @@ from .adapter_files import (
     type_name,
     weights_hash,
 )
+from .adapter_layouts import at_layers
 
 _MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
-
-
-@dataclass(kw_only=True)
-class _Added:
-    """Words, classes and sampling mode of loaded adapters; kept on the network, which pipelines may share.
-
-    Attributes:
-        base: type of numbers and hash of the network as it was before.
-        tokenizer, classes, num_classes: of the pipeline as it was before.
-        words, labels: adapter -> word or class that the base does not know -> (D,).
-        fused_words, fused_labels: word or class -> (D,), of adapters that were unloaded while fused.
-        own: sampling mode without adapters, or of an adapter that was unloaded while fused.
-        installed: sampling mode in effect.
-        modes: adapter -> its sampling mode.
-        weights: adapter -> part of the pipeline -> weight.
-        scale: part of the pipeline -> scale of what is fused into it.
-        own_intervals: the network takes the end of an interval without adapters.
-        disabled: no adapter is in effect for now.
-    """
-
-    base: tuple[str, str]
-    tokenizer: Any
-    classes: dict[str, int]
-    num_classes: int
-    own: SamplingMode
-    installed: SamplingMode
-    modes: dict[str, SamplingMode] = field(default_factory=dict)
-    words: dict[str, Tensors] = field(default_factory=dict)
-    labels: dict[str, Tensors] = field(default_factory=dict)
-    fused_words: Tensors = field(default_factory=dict)
-    fused_labels: Tensors = field(default_factory=dict)
-    weights: dict[str, dict[str, float]] = field(default_factory=dict)
-    scale: dict[str, float] = field(default_factory=dict)
-    own_intervals: bool = False
-    disabled: bool = False
 
 
 class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
@@ -109,7 +82,11 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         state, metadata, words, labels, mode = self._read_fitting(
             pretrained_model_name_or_path_or_dict, any_base, kwargs
         )
-        name = adapter_name or get_adapter_name(self.transformer)
+        name = adapter_name or self._free_name()
+        if not hotswap and name in self._adapter_names():
+            raise ValueError(f"adapter_name {name} is taken")
+        if "." in name:  # torch names a module so
+            raise UserError(f"adapter_name {name} has a dot", "Leave the dot out.")
         replaced = getattr(self.text_encoder, "peft_config", {})
         if hotswap and (name in replaced or any(key.startswith("text_encoder.") for key in state)):
             raise UserError(
@@ -118,14 +95,17 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
-            self.transformer.load_lora_adapter(
-                {**state},
-                adapter_name=name,
-                metadata=metadata,
-                _pipeline=self,
-                low_cpu_mem_usage=low_memory,
-                hotswap=hotswap,
-            )
+            if any(key.startswith("transformer.") for key in state):
+                self.transformer.load_lora_adapter(
+                    {**state},
+                    adapter_name=name,
+                    metadata=metadata,
+                    _pipeline=self,
+                    low_cpu_mem_usage=low_memory,
+                    hotswap=hotswap,
+                )
+            else:
+                _activate(self.transformer, name)
             self._load_into_text_encoder(state, name, metadata, low_memory)
         loaded = self._added()
         known = {} if loaded.tokenizer is None else loaded.tokenizer.get_vocab()
@@ -187,7 +167,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             UserError: there is no such file, or it is damaged or no adapter.
         """
         with_metadata = kwargs.pop("return_lora_metadata", False)
-        state, metadata, _ = read_adapter(pretrained_model_name_or_path_or_dict, "the adapter", kwargs)
+        state, metadata, *_ = read_adapter(pretrained_model_name_or_path_or_dict, "the adapter", kwargs)
         state = {key: value for key, value in state.items() if not key.startswith("added.")}
         return (state, metadata) if with_metadata else state
 
@@ -229,7 +209,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         Raises:
             UserError: adapters are loaded, which the folder could not hold.
         """
-        if getattr(self.transformer, "peft_config", None):
+        # Whoever put them there: transformers and diffusers would write half of such a part.
+        if any(getattr(part, "peft_config", None) for part in self.components.values()):
             raise UserError(
                 "a pipeline cannot be saved while adapters are loaded",
                 "pipe.fuse_lora(); pipe.unload_lora_weights() puts them into the weights, "
@@ -240,12 +221,22 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     # ---------------------------------------------------------------- weights, fusing, unloading
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
-        """Use these adapters, each with its weight; see ``diffusers.loaders.LoraBaseMixin.set_adapters``."""
-        super().set_adapters(adapter_names, adapter_weights)
+        """Use these adapters, each with its weight; see ``diffusers.loaders.LoraBaseMixin.set_adapters``.
+
+        Raises:
+            UserError: no adapter is named, or a weight is no finite number.
+            ValueError: an adapter is not loaded, or there are not as many weights as names.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-        loaded = self._added()
-        loaded.weights = {name: _by_part(weight) for name, weight in zip(names, weights, strict=True)}
+        if not names:
+            raise UserError(
+                "set_adapters needs the name of an adapter", "pipe.disable_lora() switches all off."
+            )
+        given = [*adapter_weights] if isinstance(adapter_weights, list | tuple) else adapter_weights
+        each = given if isinstance(given, list) else [given] * len(names)
+        weights = [_by_part(weight) for weight in each]
+        super().set_adapters(names, given)
+        self._added().weights = dict(zip(names, weights, strict=True))
         self._renew()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
@@ -300,8 +291,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             {name: row for name, row in rows.items() if name in fused}
             for rows in (loaded.words, loaded.labels)
         )
-        loaded.fused_words = _summed(loaded.fused_words, words, self._weights("text_encoder"))
-        loaded.fused_labels = _summed(loaded.fused_labels, labels, self._weights("transformer"))
+        loaded.fused_words = summed(loaded.fused_words, words, self._weights("text_encoder"))
+        loaded.fused_labels = summed(loaded.fused_labels, labels, self._weights("transformer"))
         for name, mode in loaded.modes.items():  # in the order of loading: the last wins
             loaded.own = mode if name in fused else loaded.own
         super().unload_lora_weights()
@@ -320,19 +311,21 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         Raises:
             UserError: it cannot be read, or was made for another architecture or base.
         """
-        shown = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
-        state, settings, facts = read_adapter(source, shown, options)
-        check_architecture(self._parts(), state, settings, shown, facts)
+        called = "the adapter" if isinstance(source, dict) else f"the adapter {source}"
+        state, settings, facts, note = read_adapter(source, called, options)
+        called += f" ({note})" if note else ""
+        state = at_layers(state, self._parts(), called)
+        check_architecture(self._parts(), state, settings, called, facts)
         dtype, base = self._added().base
         if not any_base and facts.base.get(dtype) not in (None, base):
             raise UserError(
-                f"{shown} was made for a base with other weights ({facts.base_name or 'unnamed'})",
+                f"{called} was made for a base with other weights ({facts.base_name or 'unnamed'})",
                 "Load it onto that one. To try it on this one all the same: any_base=True, on the command line "
                 "--lora-any-base.",
             )
-        words = take_rows(state, WORDS, facts.words, shown)
-        classes = take_rows(state, CLASSES, facts.classes, shown)
-        return state, settings, words, classes, take_mode(state, facts, self.transformer, shown)
+        words = take_rows(state, WORDS, facts.words, called)
+        classes = take_rows(state, CLASSES, facts.classes, called)
+        return state, settings, words, classes, take_mode(state, facts, self.transformer, called)
 
     def _load_into_text_encoder(
         self, state: Mapping[str, Tensor], name: str, metadata: dict[str, Any] | None, low_memory: bool
@@ -342,9 +335,8 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if self.text_encoder is None:
             return
-        if not own:  # those of other adapters give way all the same, as in the transformer
-            if hasattr(self.text_encoder, "peft_config"):
-                set_adapters_for_text_encoder(name, self.text_encoder)
+        if not own:
+            _activate(self.text_encoder, name)
             return
         from peft import inject_adapter_in_model, set_peft_model_state_dict
 
@@ -359,12 +351,12 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     # ---------------------------------------------------------------- new words and classes
 
-    def _added(self) -> _Added:
-        loaded: _Added | None = getattr(self.transformer, "_adapters_added", None)
+    def _added(self) -> Added:
+        loaded: Added | None = getattr(self.transformer, "_adapters_added", None)
         if loaded is None:
             dtype = self.transformer.dtype
             mode: SamplingMode = (LatentFlowModel(self).few_steps, {})
-            loaded = _Added(
+            loaded = Added(
                 base=(type_name(dtype), weights_hash(self.transformer, dtype)),
                 tokenizer=self.tokenizer,
                 classes=LatentFlowModel(self).labels,
@@ -379,6 +371,14 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     def _parts(self) -> dict[str, nn.Module]:
         """Return the parts that adapters change, as far as they are loaded."""
         return {part: module for part in PARTS if (module := getattr(self, part, None)) is not None}
+
+    def _adapter_names(self) -> set[str]:
+        return {name for names in self.get_list_adapters().values() for name in names}
+
+    def _free_name(self) -> str:
+        """Return default_0, default_1, ...: the number of adapters, or the next that is free."""
+        taken = self._adapter_names()
+        return next(name for n in count(len(taken)) if (name := f"default_{n}") not in taken)
 
     def _fused(self) -> set[str]:
         """Return the adapters that are fused now; diffusers' ``fused_loras`` counts unloaded ones as well."""
@@ -397,15 +397,15 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         """Set words and classes as the adapters' weights have them: mean + scale * sum of weight * distance."""
         loaded = self._added()
         if self.text_encoder is not None and self.tokenizer is not None:
-            sums = _summed(loaded.fused_words, loaded.words, self._weights("text_encoder"))
+            sums = summed(loaded.fused_words, loaded.words, self._weights("text_encoder"))
             if sums or len(self.tokenizer) != len(loaded.tokenizer):
                 self._set_words(loaded, sums)
-        sums = _summed(loaded.fused_labels, loaded.labels, self._weights("transformer"))
+        sums = summed(loaded.fused_labels, loaded.labels, self._weights("transformer"))
         if sums or LatentFlowModel(self).labels != loaded.classes:
             self._set_classes(loaded, sums)
         self._set_mode(loaded)
 
-    def _set_words(self, loaded: _Added, sums: Tensors) -> None:
+    def _set_words(self, loaded: Added, sums: Tensors) -> None:
         known = len(loaded.tokenizer)
         if len(self.tokenizer) != known + len(sums) or any(
             word not in self.tokenizer.get_vocab() for word in sums
@@ -415,9 +415,9 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         table = self.text_encoder.get_input_embeddings().weight
         if sums:
             ids = [self.tokenizer.get_vocab()[word] for word in sums]
-            table[ids] = _around_mean(table[:known], sums)
+            table[ids] = around_mean(table[:known], sums)
 
-    def _set_mode(self, loaded: _Added) -> None:
+    def _set_mode(self, loaded: Added) -> None:
         """Put the sampling mode of the last active adapter that has one into effect, else that without adapters."""
         wanted = loaded.own
         for name in self._weights("transformer") if loaded.modes else ():
@@ -438,11 +438,11 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             embedder.requires_grad_(False).to(self.transformer.device, self.transformer.dtype)
         self.transformer.length_embedder = embedder
 
-    def _set_classes(self, loaded: _Added, sums: Tensors) -> None:
+    def _set_classes(self, loaded: Added, sums: Tensors) -> None:
         embed = self.transformer.y_embedder
         table, known = embed.embedding_table.weight, loaded.num_classes
         base = torch.cat([table[:known], table[-1:]])
-        rows = [base[:known], *([_around_mean(base, sums)] if sums else []), base[known:]]
+        rows = [base[:known], *([around_mean(base, sums)] if sums else []), base[known:]]
         names = {**loaded.classes, **{name: known + place for place, name in enumerate(sums)}}
         embed.embedding_table = nn.Embedding.from_pretrained(torch.cat(rows))
         embed.num_classes = known + len(sums)
@@ -450,27 +450,27 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         self.register_to_config(id2label={str(number): name for name, number in names.items()})
 
 
-def _summed(
-    fused: Mapping[str, Tensor], rows: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]
-) -> Tensors:
-    """Return new name -> what is fused + the sum over adapters of weight * row; without a weight, 0."""
-    sums = dict(fused)
-    for adapter, own in rows.items():
-        for name, row in own.items():
-            sums[name] = sums.get(name, torch.zeros_like(row)) + weights.get(adapter, 0.0) * row
-    return sums
-
-
-def _around_mean(table: Tensor, sums: Tensors) -> Tensor:
-    rows = torch.stack([*sums.values()]).to(table.device, torch.float32)
-    return (table.float().mean(0) + rows).to(table.dtype)
+def _activate(network: nn.Module, name: str) -> None:
+    """Let other adapters give way to this one in a network of which it has no layers."""
+    if hasattr(network, "peft_config"):
+        set_weights_and_activate_adapters(network, [name], [1.0])
 
 
 def _by_part(weight: Any) -> dict[str, float]:
-    """Return an adapter's weight in each part of the pipeline; diffusers also takes one for each block of a part."""
+    """Return an adapter's weight in each part of the pipeline; diffusers also takes one for each block of a part.
+
+    Raises:
+        UserError: a weight is no finite number.
+    """
     given = weight if isinstance(weight, dict) else dict.fromkeys(PARTS, weight)
-    return {
-        part: float(value)
-        for part, value in given.items()
-        if value is not None and not isinstance(value, dict)
-    }
+    found: dict[str, float] = {}
+    for part, value in given.items():
+        if value is None or isinstance(value, dict):
+            continue
+        try:
+            found[part] = float(value)
+        except (TypeError, ValueError):
+            found[part] = math.nan
+        if not math.isfinite(found[part]):
+            raise UserError(f"the weight of an adapter is {shown(value)}", "It must be a number such as 0.8.")
+    return found

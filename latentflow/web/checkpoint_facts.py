@@ -13,6 +13,7 @@ from ..inference.sample import split_adapter
 from ..utils.files import parse_yaml
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+_ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors")  # diffusers' name and peft's
 FAST = "fast"  # folder of a checkpoint's few-step adapter
 MOST_ADAPTERS = 50
 LARGEST_WEIGHT = 2.0  # the weights of adapters lie between its negative and it
@@ -164,7 +165,7 @@ def offered_adapters(
 def adapters_in(folder: Path) -> list[Path]:
     """Return the adapters in a folder of runs, of adapters or of files, in the order of their names."""
     runs = [file.parent for file in folder.glob(f"*/adapter/{ADAPTER_FILE}")]
-    folders = [file.parent for file in folder.glob(f"*/{ADAPTER_FILE}")]
+    folders = {file.parent for name in _ADAPTER_FILES for file in folder.glob(f"*/{name}")}
     return sorted([*runs, *folders, *folder.glob("*.safetensors")])
 
 
@@ -184,7 +185,7 @@ def _name_of(source: str) -> str:
     if not path.exists():
         return printable(source)  # a hub id
     path = path.resolve()
-    if path.name == ADAPTER_FILE:
+    if path.name in _ADAPTER_FILES:
         path = path.parent
     return printable(
         path.parent.name if path.name == "adapter" else path.stem if path.is_file() else path.name

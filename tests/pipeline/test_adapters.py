@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentflow import LatentFlowEditPipeline, LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline
-from latentflow.config import AdapterChoice
 from latentflow.errors import UserError
-from latentflow.inference.sample import add_adapters
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline import adapter_files as pipeline_adapter_files
 from latentflow.pipeline import adapters as pipeline_adapters
@@ -27,7 +24,7 @@ from latentflow.training.fine_tune.adapters import Adapter
 
 pytest.importorskip("peft", reason='needs peft: pip install -e ".[lora]"')
 from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 
 from .adapters import make_adapter
@@ -310,17 +307,19 @@ def test_another_base_is_refused_unless_forced(
 
 def test_another_architecture_is_refused(dit_folder: Path, class_folder: Path, tmp_path: Path) -> None:
     make_adapter(dit_folder, tmp_path / "text")
-    with pytest.raises(UserError, match=r"another architecture: there is no layer .*cross_attn"):
+    with pytest.raises(
+        UserError, match=r"another architecture: .* layers fit, .*cross_attn\S+ is not in this network"
+    ):
         opened(class_folder).load_lora_weights(tmp_path / "text")
     state = load_file(tmp_path / "text" / FILE)
     wider = {key: torch.cat([one, one], -1) if "lora_A" in key else one for key, one in state.items()}
     save_file(wider, tmp_path / "wide.safetensors")
-    with pytest.raises(UserError, match=r"another architecture: .* has 32 inputs there, 16 here"):
+    with pytest.raises(UserError, match=r"another architecture.*: .* has 32 inputs there, 16 here"):
         opened(dit_folder).load_lora_weights(tmp_path / "wide.safetensors")
     # Of other models, in diffusers' and in kohya's spelling: diffusers itself loads nothing of them, and warns.
     for layer in ("unet.down_blocks.0.to_q.lora_A.weight", "lora_unet_down_blocks_0_to_q.lora_down.weight"):
         save_file({layer: torch.zeros(2, 16)}, tmp_path / "unet.safetensors")
-        with pytest.raises(UserError, match=r"another architecture: there is no layer .*unet.down_blocks"):
+        with pytest.raises(UserError, match=r"another architecture: .*its layer .*unet.down_blocks"):
             opened(dit_folder).load_lora_weights(tmp_path / "unet.safetensors")
 
 
@@ -385,9 +384,9 @@ def test_only_safetensors_are_read_and_written(dit_folder: Path, tmp_path: Path)
     state = load_file(tmp_path / FILE)
     torch.save(state, tmp_path / "other.bin")
     pipe = opened(dit_folder)
-    with pytest.raises(UserError, match=r"no \.safetensors file"):
+    with pytest.raises(UserError, match=r"other\.bin is a pickle"):
         pipe.load_lora_weights(tmp_path, weight_name="other.bin")
-    with pytest.raises(UserError, match="could not be read"):
+    with pytest.raises(UserError, match="is a pickle"):
         pipe.load_lora_weights(tmp_path / "other.bin")
     with pytest.raises(UserError, match="safetensors only"):
         pipe.save_lora_weights(tmp_path / "saved", state, safe_serialization=False)
@@ -414,7 +413,7 @@ def test_files_that_are_no_adapters_are_refused(dit_folder: Path, tmp_path: Path
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no \.safetensors"):
         pipe.load_lora_weights(tmp_path / "empty")
-    with pytest.raises(UserError, match="is no adapter"):
+    with pytest.raises(UserError, match="is no LoRA adapter: it holds the weights of a checkpoint"):
         pipe.load_lora_weights(dit_folder / "transformer" / "diffusion_pytorch_model.safetensors")
     rewritten_facts = tmp_path / "facts.safetensors"
     save_file(load_file(tmp_path / "whole" / FILE), rewritten_facts, metadata={"latentflow": '{"base": "1"}'})
@@ -503,103 +502,18 @@ def test_a_pipeline_with_loaded_adapters_is_not_saved_in_halves(dit_folder: Path
     close(drawn(opened(tmp_path / "saved")), expected)
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_nor_with_one_that_peft_put_there_itself(part: str, dit_folder: Path, tmp_path: Path) -> None:
+    pipe = opened(dit_folder)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q"]), getattr(pipe, part))
+    with pytest.raises(UserError, match="while adapters are loaded"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_without_peft_the_line_that_installs_it(
     dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline_adapters, "USE_PEFT_BACKEND", False)
     with pytest.raises(UserError, match='pip install "peft>='):
         opened(dit_folder).load_lora_weights(tmp_path)
-
-
-# ---------------------------------------------------------------- the programs
-
-
-Program = Callable[..., Any]
-
-
-@pytest.fixture
-def export(load_program: Callable[[str], Any]) -> Program:
-    return lambda *arguments: load_program("export").main([str(argument) for argument in arguments])
-
-
-def test_generate_draws_with_adapters(program: Program, dit_folder: Path, tmp_path: Path) -> None:
-    from PIL import Image, ImageChops
-
-    for seed, name in enumerate("ab"):
-        make_adapter(dit_folder, tmp_path / name / "adapter", seed=seed, words=["zebra"])
-    pipe = opened(dit_folder)
-    pipe.load_lora_weights("a/adapter", adapter_name="one")
-    pipe.load_lora_weights("b/adapter", adapter_name="two")
-    pipe.set_adapters(["one", "two"], [0.5, 1.0])
-    [expected] = pipe("a zebra", generator=torch.Generator().manual_seed(3), num_inference_steps=2).images
-    plain = ["generate", "a zebra", "--seed", 3]
-    program(*plain, "-o", "base.png")
-    program(*plain, "--lora", "a:0.5", "--lora", "b/adapter", "-o", "both.png")
-    with Image.open("both.png") as both, Image.open("base.png") as base:
-        assert max(high for _, high in ImageChops.difference(both, expected).getextrema()) <= 1
-        assert max(high for _, high in ImageChops.difference(both, base).getextrema()) > 8
-    with pytest.raises(UserError, match="--lora nowhere/at/all: no such folder"):
-        program(*plain, "--lora", "nowhere/at/all:0.5")
-    with pytest.raises(UserError, match="--lora a:nan: the weight is nan"):
-        program(*plain, "--lora", "a:nan")
-
-
-def test_a_colon_may_be_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for run in ("hats", "hats:2"):
-        (tmp_path / run / "adapter").mkdir(parents=True)
-    pipe = Mock()
-    add_adapters(pipe, AdapterChoice(lora=("hats", "hats:0.5", "hats:2", "hats:2:-1", "user/name:3")), ".")
-    folders = ["hats/adapter", "hats/adapter", "hats:2/adapter", "hats:2/adapter", "user/name"]
-    assert [call.args[0] for call in pipe.load_lora_weights.call_args_list] == folders
-    assert pipe.set_adapters.call_args.args[1] == [1.0, 0.5, 1.0, -1.0, 3.0]
-
-
-def test_generate_takes_an_adapter_of_another_base_on_request(
-    program: Program, dit_folder: Path, tmp_path: Path
-) -> None:
-    make_adapter(dit_folder, tmp_path / "other" / "adapter")
-    other = opened(dit_folder)
-    with torch.no_grad():
-        other.transformer.blocks[0].attn.proj.weight[0, 0] += 0.01
-    other.save_pretrained("base")
-    line = ["generate", "a", "--checkpoint", "base", "-o", "a.png", "--lora", "other"]
-    with pytest.raises(UserError, match="--lora-any-base"):
-        program(*line)
-    assert not Path("a.png").exists()
-    assert program(*line, "--lora-any-base") == [Path("a.png")]
-
-
-def test_export_merges(export: Program, dit_folder: Path, tmp_path: Path) -> None:
-    make_adapter(dit_folder, tmp_path / "run" / "adapter", words=["zebra"], lora_text_encoder=True)
-    pipe = opened(dit_folder)
-    pipe.load_lora_weights(tmp_path / "run" / "adapter", adapter_name="one")
-    pipe.set_adapters("one", 0.5)
-    merged = tmp_path / "merged"
-    export(dit_folder, "--lora", f"{tmp_path / 'run'}:0.5", "-o", merged)
-    for asked in ({"prompt": ["a zebra"]}, {"prompt": ["a red apple"]}):
-        close(drawn(opened(merged), **asked), drawn(pipe, **asked))
-
-
-def test_export_writes_the_adapter_of_a_run(export: Program, dit_folder: Path, tmp_path: Path) -> None:
-    make_adapter(dit_folder, tmp_path / "run" / "adapter")
-    export(tmp_path / "run", "--adapter", "-o", tmp_path / "alone")
-    opened(dit_folder).load_lora_weights(tmp_path / "alone")
-    with pytest.raises(UserError, match="holds no adapter"):
-        export(dit_folder, "--adapter", "-o", tmp_path / "other")
-    with pytest.raises(UserError, match="--export-dtype has no effect"):
-        export(tmp_path / "run", "--adapter", "--export-dtype", "float16", "-o", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-
-
-def test_export_overwrites_nothing(export: Program, dit_folder: Path, tmp_path: Path) -> None:
-    make_adapter(dit_folder, tmp_path / "run" / "adapter")
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "model_index.json").write_text("mine")
-    with pytest.raises(UserError, match="nothing is overwritten"):
-        export(tmp_path / "run", "--adapter", "-o", mine)
-    assert (mine / "model_index.json").read_text() == "mine"
-    shutil.rmtree(mine)
-    with pytest.raises(UserError, match="is not a pipeline folder"):  # and no run that has a pipeline
-        export(tmp_path / "run", "-o", mine)

@@ -77,17 +77,19 @@ def test_adapters_are_those_that_were_named_or_lie_in_the_checkpoint(tmp_path: P
     touch(
         runs / "hats" / "adapter" / FILE,
         runs / "boots" / FILE,
+        runs / "coats" / "adapter_model.safetensors",  # as peft names it
         runs / "loose.safetensors",
         runs / "notes.txt",
     )
     touch(tmp_path / "elsewhere" / "hats" / FILE)
     assert [*offered_adapters(base)] == ["glow"]
     assert offered_adapters(None) == {}
-    offered = offered_adapters(base, [f"{runs}/hats:0.8", f"{tmp_path}/elsewhere/hats"], str(runs))
+    offered = offered_adapters(base, [f"{runs}/hats=0.8", f"{tmp_path}/elsewhere/hats"], str(runs))
     assert {name: (adapter.weight, adapter.chosen) for name, adapter in offered.items()} == {
         "hats": (0.8, True),
         "hats (2)": (1.0, True),
         "boots": (1.0, False),
+        "coats": (1.0, False),
         "loose": (1.0, False),
         "glow": (1.0, False),
     }
