@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..autoencoder import downscale_factor
+from ..autoencoder import downscale_factor, latent_channels
 from ..autoencoder.latents import check_statistics
 from ..errors import UserError, reason
 from ..families import FAMILIES
@@ -43,7 +43,7 @@ from ..utils.files import (
     restore_permissions,
 )
 from .adapters import AdapterMixin
-from .arguments import CALLBACK_TENSORS, output_kind
+from .arguments import CALLBACK_TENSORS, check_noise, checked
 from .sampling import SamplingMixin
 from .scheduler import set_grid
 
@@ -159,10 +159,21 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
 
     # ---------------------------------------------------------------- images and latents
 
+    @checked
     def prepare_noise(
-        self, count: int, height: int, width: int, generator: Generators | None, latents: Tensor | None
+        self,
+        count: int,
+        height: int,
+        width: int,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
     ) -> Tensor:
-        """Return the noise (B, C, h, w) of ``count`` images, float32, or ``latents``; `check_noise` has seen both."""
+        """Return the noise (B, C, h, w) of ``count`` images, float32, or ``latents``.
+
+        Raises:
+            UserError: see `check_noise`.
+        """
+        check_noise(self.model, count, height, width, generator, latents)
         if latents is not None:
             return latents.to(self._execution_device, torch.float32)
         return self.model.noise(count, height, width, generator)
@@ -189,21 +200,47 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         unit = self.model.size_multiple
         return -(-size[0] // unit) * unit, -(-size[1] // unit) * unit
 
+    @checked
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents; see `FlowModel.encode`."""
-        return self.model.encode(images)
+        """Images (B, 3, H, W) in [-1, 1], on any device and of any floating-point type -> latents; see
+        `FlowModel.encode`.
 
+        Raises:
+            UserError: of another shape; sides that are no multiples of the autoencoder's factor.
+        """
+        height, width = images.shape[2:]
+        if images.shape[1] != 3 or height % self.vae_scale_factor or width % self.vae_scale_factor:
+            raise UserError(
+                f"images has shape {tuple(images.shape)}",
+                f"Pass (B, 3, H, W), where {self.vae_scale_factor} divides H and W.",
+            )
+        return self.model.encode(images.to(self._execution_device))
+
+    @checked
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W); see `FlowModel.decode`."""
-        return self.model.decode(latents)
+        """Latents (B, C, h, w), on any device and of any floating-point type -> images (B, 3, H, W); see
+        `FlowModel.decode`.
 
+        Raises:
+            UserError: of another shape.
+        """
+        channels = None if self.vae is None else latent_channels(self.vae)
+        if channels not in (None, latents.shape[1]):
+            raise UserError(
+                f"latents has shape {tuple(latents.shape)}", f"The autoencoder takes (B, {channels}, h, w)."
+            )
+        return self.model.decode(latents.to(self._execution_device))
+
+    @checked
     def to_images(self, latents: Tensor, output_type: str = "pil", size: Size | None = None) -> Any:
         """Return latents as a caller wants to have them: "pil", "np", "pt" or "latent"; images cropped to ``size``.
 
         In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the images
         that the flow is heading for.
+
+        Raises:
+            UserError: see `decode_latents`; an output type that is none.
         """
-        output_kind("output_type", output_type)
         if output_type == "latent":
             return latents
         images = (self.decode_latents(latents) / 2.0 + 0.5).clamp(0.0, 1.0)
@@ -215,8 +252,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
 
     def finish_call(self, images: Any, return_dict: bool) -> Any:
-        """Return what a call returns, and let go of the components that were brought to the device."""
-        self.maybe_free_model_hooks()
+        """Return what a call returns."""
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     # ---------------------------------------------------------------- saving and loading

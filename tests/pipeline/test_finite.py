@@ -15,7 +15,8 @@ from latentflow.errors import UserError
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline.edit import LatentFlowEditPipeline
 from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
-from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline, composite
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline.inpaint_batch import composite
 
 from .conftest import NAMES, GaussianFlow, quiet, tiny_vae
 
