@@ -1,4 +1,4 @@
-"""``joint_attention_kwargs={"scale": s}``: for one call what ``set_adapters`` with the weight s is for all that follow."""
+"""``joint_attention_kwargs={"scale": s}`` is for one call what ``set_adapters`` with the weight s is for all."""
 
 from __future__ import annotations
 
