@@ -27,9 +27,12 @@ from ..families.model import Generators, Size
 from ..models import MODELS, check_vocabulary, load_tokenizer
 from ..utils.components import (
     about,
+    check_variant,
     component_class,
     library_reads,
     load_module,
+    stored_dtype,
+    variants,
     weight_files,
     without_reports,
 )
@@ -58,6 +61,8 @@ _BASES: dict[str, type] = {
 }
 # Options of from_pretrained with which diffusers places the networks itself, and so reads them once more.
 _PLACING = {"device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config"}
+# In the place of the type to which diffusers' from_pipe brings all components.
+_AS_THEY_ARE = object()
 
 
 def from_model(name: str) -> Any:
@@ -275,19 +280,23 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a pipeline folder or hub id, safetensors only; see ``DiffusionPipeline.from_pretrained``.
 
-        Every weight of every component is from its file, fits the config and is finite.
+        Every weight of every component is from its file, fits the config and is finite. Without ``dtype`` they are
+        float32; with a ``variant``, such as "fp16", each component has the type of its file. A component without a file
+        of that variant is read from its plain one.
 
         Raises:
             UserError: the folder holds no pipeline (one found inside it is named), or one of another kind; there is
-                neither a folder nor a reachable hub repository of this name; a file is missing or cannot be read;
-                weights and configs do not belong together.
+                neither a folder nor a reachable hub repository of this name; a file is missing or cannot be read; no
+                component is of the variant; weights and configs do not belong together.
         """
         folder = cls.local_folder(pretrained_model_name_or_path, **kwargs)
         kwargs.setdefault("use_safetensors", True)
-        if not {"dtype", "torch_dtype"} & kwargs.keys():
+        index = cls.read_index(folder)
+        if kwargs.get("variant") is not None:
+            check_variant(folder, [name for name in index if name in _BASES], kwargs["variant"])
+        elif kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             # diffusers' models widen half-precision files to float32 by default; transformers' do not.
             kwargs["dtype"] = torch.float32
-        index = cls.read_index(folder)
         with without_reports():
             parts = {
                 name: cls._load_part(folder, name, entry, kwargs)
@@ -296,8 +305,13 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
             }
         if "transformer" not in parts and "transformer" not in kwargs:
             raise UserError(f"{folder / cls.config_name} names no transformer", MEND)
+        networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
         if _PLACING & kwargs.keys():
-            parts = {name: part for name, part in parts.items() if not isinstance(part, nn.Module)}
+            if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
+                kwargs["dtype"] = {name: part.dtype for name, part in networks.items()}
+            parts = {name: part for name, part in parts.items() if name not in networks}
+        else:
+            kwargs.pop("variant", None)  # all that has one is loaded
         with about(folder):
             pipe = super().from_pretrained(str(folder), **parts, **kwargs)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
@@ -357,25 +371,33 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         if isinstance(dtype, dict):
             dtype = dtype.get(name, dtype.get("default", torch.float32))
         variant = options.get("variant")
-        if variant is not None and not any(part.glob(f"*.{variant}*")):
+        if variant is not None and weight_files(part, variant) is None:
             variant = None
         if variant is None and weight_files(part, None) is None:
-            there = {file.name.split(".")[1].partition("-")[0] for file in part.glob("*.*.safetensors")}
-            variant = there.pop() if len(there) == 1 else None  # its only weights
+            there = variants(part)
+            if len(there) > 1:
+                fix = f"Pass one, such as variant={there[0]!r}."
+                raise UserError(f"{part} holds weights of several variants: {', '.join(there)}", fix)
+            variant = there[0] if there else None  # its only weights
+        if dtype is None:
+            dtype = stored_dtype(part, variant)
         return load_module(
             kind, part, dtype=dtype, variant=variant, use_safetensors=options["use_safetensors"]
         )
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """Build a pipeline of this class with the components of another, in the precision that they have.
+        """Build a pipeline of this class with the components of another, each in the precision that it has.
 
         diffusers' own would bring them, and with them the other pipeline, to float32.
         """
-        if {"dtype", "torch_dtype"} & kwargs.keys():
-            return super().from_pipe(pipeline, **kwargs)
-        with without_reports():  # diffusers warns of a change of precision, also where there is none
-            return super().from_pipe(pipeline, dtype=pipeline.dtype, **kwargs)
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = _AS_THEY_ARE
+        return super().from_pipe(pipeline, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the pipeline to a device or type; see ``DiffusionPipeline.to``."""
+        return self if kwargs.get("dtype") is _AS_THEY_ARE else super().to(*args, **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
@@ -447,7 +469,7 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
 
 def register_with_diffusers() -> None:
     """Let stock ``DiffusionPipeline.from_pretrained(folder)`` and the ``AutoPipelineFor...`` Text2Image,
-    Image2Image and Inpainting open our checkpoints.
+    Image2Image and Inpainting open our checkpoints, whichever of our pipelines has saved them.
 
     diffusers looks a pipeline's class up among its own attributes, and a component's class in modules that
     are already imported; this puts ours there. Nothing in the checkpoint's folder is executed. Calling it
@@ -458,13 +480,16 @@ def register_with_diffusers() -> None:
 
     import latentflow  # whose pipelines lie above this file
 
-    for mapping, pipeline in (
-        (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, latentflow.LatentFlowPipeline),
-        (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, latentflow.LatentFlowImg2ImgPipeline),
-        (auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING, latentflow.LatentFlowInpaintPipeline),
-    ):
-        mapping["latentflow"] = pipeline
-        setattr(diffusers, pipeline.__name__, pipeline)
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["latentflow"] = latentflow.LatentFlowPipeline
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["latentflow"] = latentflow.LatentFlowImg2ImgPipeline
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["latentflow"] = latentflow.LatentFlowInpaintPipeline
+    for name in FAMILY:
+        pipeline = getattr(latentflow, name)
+        setattr(diffusers, name, pipeline)
+        if (
+            auto_pipeline._get_model(name) is None
+        ):  # of no task that diffusers has: its folder opens for all of them
+            auto_pipeline.SUPPORTED_TASKS_MAPPINGS.append({"latentflow": pipeline})
 
 
 def _forget_origin(file: Path) -> None:
