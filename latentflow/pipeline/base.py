@@ -61,8 +61,6 @@ _BASES: dict[str, type] = {
 }
 # Options of from_pretrained with which diffusers places the networks itself, and so reads them once more.
 _PLACING = {"device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config"}
-# In the place of the type to which diffusers' from_pipe brings all components.
-_AS_THEY_ARE = object()
 
 
 def from_model(name: str) -> Any:
@@ -389,15 +387,19 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
         """Build a pipeline of this class with the components of another, each in the precision that it has.
 
-        diffusers' own would bring them, and with them the other pipeline, to float32.
-        """
-        if not {"dtype", "torch_dtype"} & kwargs.keys():
-            kwargs["dtype"] = _AS_THEY_ARE
-        return super().from_pipe(pipeline, **kwargs)
+        diffusers' own would bring them, and with them the other pipeline, to one precision.
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move the pipeline to a device or type; see ``DiffusionPipeline.to``."""
-        return self if kwargs.get("dtype") is _AS_THEY_ARE else super().to(*args, **kwargs)
+        Args:
+            kwargs: components or settings in the place of the other's; ``dtype``, for all components.
+        """
+        if not isinstance(pipeline, FlowPipeline) and "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
+        if {"dtype", "torch_dtype"} & kwargs.keys():
+            return super().from_pipe(pipeline, **kwargs)
+        settings = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
+        pipe = cls(**{**settings, **pipeline.components, **kwargs})
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:

@@ -182,39 +182,54 @@ class SamplingMixin:
             UserError: an argument that cannot work (see ``CHECKS`` in ``pipeline/arguments.py``); no text encoder is
                 loaded, or the numbers of prompts and negative prompts differ.
         """
-        device = device or self._execution_device
-
-        def encoded(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None, count: int) -> Any:
-            check_embeds(self.model, name, text, embeds, mask)
-            if text is not None:
-                prompts = [text] * count if isinstance(text, str) else text
-                with scaled_adapters(self, 1.0 if lora_scale is None else lora_scale):
-                    embeds, mask = self.model.embed_text(prompts, max_sequence_length)
-            if embeds is None:
-                return None, None
-            mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
-            return embeds.to(device), mask.to(device)
-
-        embeds, mask = encoded("prompt", prompt, prompt_embeds, prompt_attention_mask, 1)
-        negative, negative_mask, count = None, None, 0 if embeds is None else len(embeds)
+        device, settings = device or self._execution_device, (max_sequence_length, lora_scale)
+        prompt_embeds, prompt_attention_mask = self._encoded(
+            "prompt", prompt, prompt_embeds, prompt_attention_mask, 1, *settings
+        )
+        count = 0 if prompt_embeds is None else len(prompt_embeds)
         if do_classifier_free_guidance:
-            negative, negative_mask = encoded(
-                "negative_prompt",
-                negative_prompt,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-                count,
+            negative = negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
+            negative_prompt_embeds, negative_prompt_attention_mask = self._encoded(
+                "negative_prompt", *negative, count, *settings
             )
-        if negative is not None and len(negative) != count:
+        else:
+            negative_prompt_embeds = negative_prompt_attention_mask = None
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != count:
             raise UserError(
-                f"{len(negative)} negative prompts for {count} prompts",
+                f"{len(negative_prompt_embeds)} negative prompts for {count} prompts",
                 "Pass one negative prompt for all, or one for each prompt.",
             )
-        each = (embeds, negative, mask, negative_mask)
-        first, second, third, fourth = (
-            None if value is None else value.repeat_interleave(num_images_per_prompt, 0) for value in each
+        each = prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
+        prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
+            None if value is None else value.repeat_interleave(num_images_per_prompt, 0).to(device)
+            for value in each
         )
-        return first, second, third, fourth
+        return prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
+
+    def _encoded(
+        self,
+        name: str,
+        text: str | list[str] | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        count: int,
+        max_sequence_length: int | None,
+        lora_scale: float | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return embeddings and mask of prompts, or those that are given; both None without any.
+
+        Args:
+            name: of the argument, for errors.
+            count: of prompts that a single text stands for.
+        """
+        check_embeds(self.model, name, text, embeds, mask)
+        if text is not None:
+            with scaled_adapters(self, 1.0 if lora_scale is None else lora_scale):
+                prompts = [text] * count if isinstance(text, str) else text
+                return self.model.embed_text(prompts, max_sequence_length)
+        if embeds is None:
+            return None, None
+        return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
 
     def start_call(self, asked: ConditionArguments, height: int, width: int, images: int = 1) -> RunningCall:
         """Check how the arguments fit one another and encode the condition, one row per image.
