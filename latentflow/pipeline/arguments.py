@@ -359,9 +359,10 @@ def check_inputs(
             f"max_sequence_length is {asked.max_sequence_length}", f"The text encoder takes {limit} tokens."
         )
     classes = None if asked.class_labels is None else len(model.pipeline.class_ids(asked.class_labels))
-    if negatives is not None and not isinstance(negatives, str) and len(negatives) != _number(prompts):
+    number, several = _number(negatives), _number(prompts) or 0
+    if number is not None and (not several or number not in (1, several)):
         raise UserError(
-            f"{len(negatives)} negative prompts for {_number(prompts) or 0} prompts",
+            f"{number} negative prompts for {several} prompts",
             "Pass one negative prompt for all, or one for each prompt.",
         )
     count = count_rows(asked.num_images_per_prompt, _number(prompts), classes, images)

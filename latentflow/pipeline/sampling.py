@@ -195,10 +195,13 @@ class SamplingMixin:
         else:
             negative_prompt_embeds = negative_prompt_attention_mask = None
         if negative_prompt_embeds is not None and len(negative_prompt_embeds) != count:
-            raise UserError(
-                f"{len(negative_prompt_embeds)} negative prompts for {count} prompts",
-                "Pass one negative prompt for all, or one for each prompt.",
-            )
+            if len(negative_prompt_embeds) != 1 or count == 0:
+                raise UserError(
+                    f"{len(negative_prompt_embeds)} negative prompts for {count} prompts",
+                    "Pass one negative prompt for all, or one for each prompt.",
+                )
+            negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+            negative_prompt_attention_mask = negative_prompt_attention_mask.expand(count, -1)
         each = prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
         prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
             None if value is None else value.repeat_interleave(num_images_per_prompt, 0).to(device)
@@ -225,7 +228,7 @@ class SamplingMixin:
         check_embeds(self.model, name, text, embeds, mask)
         if text is not None:
             with scaled_adapters(self, 1.0 if lora_scale is None else lora_scale):
-                prompts = [text] * count if isinstance(text, str) else text
+                prompts = [text] * max(1, count) if isinstance(text, str) else text
                 return self.model.embed_text(prompts, max_sequence_length)
         if embeds is None:
             return None, None
