@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Self, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import UserError, finite, lookup, nearest, shown, unknown, whole
+from ..errors import UserError, finite, lookup, nearest, plural, shown, unknown, whole
 from ..families.latentflow import LatentFlowModel
 from ..families.model import Generators, Size
 from ..flow import SOLVERS, Solver
@@ -362,7 +362,7 @@ def check_inputs(
     number, several = _number(negatives), _number(prompts) or 0
     if number is not None and (not several or number not in (1, several)):
         raise UserError(
-            f"{number} negative prompts for {several} prompts",
+            f"{plural(number, 'negative prompt')} for {plural(several, 'prompt')}",
             "Pass one negative prompt for all, or one for each prompt.",
         )
     count = count_rows(asked.num_images_per_prompt, _number(prompts), classes, images)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import UserError, few, shown
+from ..errors import UserError, few, plural, shown
 from ..families.latentflow import USUAL_STEPS, LatentFlowModel
 from ..families.model import Generators, Rows
 from ..flow import Solver, Velocity, integrate
@@ -197,7 +197,7 @@ class SamplingMixin:
         if negative_prompt_embeds is not None and len(negative_prompt_embeds) != count:
             if len(negative_prompt_embeds) != 1 or count == 0:
                 raise UserError(
-                    f"{len(negative_prompt_embeds)} negative prompts for {count} prompts",
+                    f"{plural(len(negative_prompt_embeds), 'negative prompt')} for {plural(count, 'prompt')}",
                     "Pass one negative prompt for all, or one for each prompt.",
                 )
             negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)

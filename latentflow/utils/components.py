@@ -341,7 +341,8 @@ def check_variant(folder: Path, parts: Iterable[str], variant: Any) -> None:
     if not any(variant in names for names in there.values()):
         found = sorted({name for names in there.values() for name in names})
         fix = f"There are {', '.join(found)}." if found else "Its weights have no variants: leave it out."
-        raise UserError(f"no weights in {folder} are of variant {shown(variant)}", fix)
+        what = f"You are trying to load the model files of the `variant={variant}`"  # diffusers' words
+        raise UserError(f"{what}, but {folder} has none", fix)
 
 
 def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:

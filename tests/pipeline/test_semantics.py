@@ -467,7 +467,7 @@ def test_a_caption_checkpoint_refuses(
 def test_negative_prompts_that_encode_prompt_cannot_place(text_pipe: LatentFlowPipeline) -> None:
     with pytest.raises(UserError, match="2 negative prompts for 3 prompts"):
         text_pipe.encode_prompt(["a", "hat", "tree"], ["red", "blue"])
-    with pytest.raises(UserError, match="1 negative prompts for 0 prompts"):
+    with pytest.raises(UserError, match="1 negative prompt for 0 prompts"):
         text_pipe.encode_prompt(negative_prompt="red")
 
 
