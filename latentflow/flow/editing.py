@@ -76,8 +76,7 @@ def flow_edit(
             total += target.to(total) - source_velocity(x.to(z.dtype), t).to(total)
         return (total / draws).to(z.dtype)
 
-    if mask is not None:
-        difference = _within(mask, difference, torch.zeros_like(x1))
+    moved = difference if mask is None else _within(mask, difference, torch.zeros_like(x1))
 
     def after(index: int, t: Tensor, z: Tensor) -> Tensor | None:
         noises[:] = [normal_like(data, generator) for _ in range(draws)]
@@ -85,7 +84,7 @@ def flow_edit(
 
     z = x1
     if edited:
-        z = integrate(difference, z, grid[: edited + 1], method, callback=after, progress=progress)
+        z = integrate(moved, z, grid[: edited + 1], method, callback=after, progress=progress)
     if edited == len(grid) - 1:
         return z
     start = grid[edited].to(data)

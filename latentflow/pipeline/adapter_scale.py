@@ -75,7 +75,9 @@ def scaled_adapters(pipe: Any, scale: float) -> Iterator[None]:
         yield
         return
     own = [layer.scaling for layer in layers]
-    added = getattr(pipe.transformer, "_adapters_added", None)  # words and classes of adapters
+    added = getattr(pipe.transformer, "_adapters_added", None)
+    if added is not None and not any([*added.words.values(), *added.labels.values()]):
+        added = None  # no words and classes to scale
     fused = {} if added is None else added.scale
     try:
         for layer in layers:

@@ -214,7 +214,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         height, width = images.shape[2:]
         if images.shape[1] != 3 or height % self.vae_scale_factor or width % self.vae_scale_factor:
             raise UserError(
-                f"images has shape {tuple(images.shape)}",
+                f"images have shape {tuple(images.shape)}",
                 f"Pass (B, 3, H, W), where {self.vae_scale_factor} divides H and W.",
             )
         return self.model.encode(images.to(self._execution_device))
@@ -230,7 +230,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         channels = None if self.vae is None else latent_channels(self.vae)
         if channels not in (None, latents.shape[1]):
             raise UserError(
-                f"latents has shape {tuple(latents.shape)}", f"The autoencoder takes (B, {channels}, h, w)."
+                f"latents have shape {tuple(latents.shape)}", f"The autoencoder takes (B, {channels}, h, w)."
             )
         return self.model.decode(latents.to(self._execution_device))
 
@@ -488,9 +488,7 @@ def register_with_diffusers() -> None:
     for name in FAMILY:
         pipeline = getattr(latentflow, name)
         setattr(diffusers, name, pipeline)
-        if (
-            auto_pipeline._get_model(name) is None
-        ):  # of no task that diffusers has: its folder opens for all of them
+        if auto_pipeline._get_model(name) is None:  # it has no task of diffusers': its folder opens for all
             auto_pipeline.SUPPORTED_TASKS_MAPPINGS.append({"latentflow": pipeline})
 
 

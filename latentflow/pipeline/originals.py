@@ -37,7 +37,7 @@ class Originals:
 
     def latents(self, pipe: FlowPipeline) -> Tensor:
         """Return their latents (P, C, h, w) float32."""
-        if self.encoded:
+        if self.encoded:  # as of given noise: checked, on the device, in float32
             return pipe.prepare_noise(len(self), *self.canvas, None, self.values)
         return pipe.encode_images(self.values)
 

@@ -201,6 +201,7 @@ class SamplingMixin:
                     "Pass one negative prompt for all, or one for each prompt.",
                 )
             negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+            assert negative_prompt_attention_mask is not None
             negative_prompt_attention_mask = negative_prompt_attention_mask.expand(count, -1)
         each = prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
         prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
