@@ -51,7 +51,7 @@ class _Added:
         installed: sampling mode in effect.
         modes: adapter -> its sampling mode.
         weights: adapter -> part of the pipeline -> weight.
-        scale: part of the pipeline -> scale of what is fused into it, or of a call that names one.
+        scale: part of the pipeline -> scale of what is fused into it.
         own_intervals: the network takes the end of an interval without adapters.
         disabled: no adapter is in effect for now.
     """
