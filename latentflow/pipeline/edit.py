@@ -79,7 +79,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         mask_image: Images = None,
         padding_mask_crop: int | None = None,
         feather: float = 0,
-        seamless: bool = True,
+        seamless: bool = False,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -120,7 +120,7 @@ class LatentFlowEditPipeline(FlowPipeline):
                 ``height`` and ``width`` say its size.
             mask_image, padding_mask_crop, feather, seamless: edit within a mask only (white), as in
                 ``LatentFlowInpaintPipeline``; what is drawn still follows from the image. Every other pixel is the
-                image's own.
+                image's own. ``seamless`` is off: it would take back a colour that the edit changes up to the border.
             source_prompt_embeds, source_prompt_attention_mask: as ``prompt_embeds``, in the place of ``source_prompt``.
 
         Returns:

@@ -187,8 +187,7 @@ def test_a_mask_keeps_every_other_pixel_and_edits_as_without(
     hole = latent_mask(HALF[None, None], 2)[0, 0] > 0
     close(latents[..., hole], whole[..., hole], 1e-5)
     assert torch.equal(latents[..., ~hole], latents_of(edit, images(2))[..., ~hole])
-    plain = {"seamless": False, "output_type": "pt"}
-    drawn = edit(TREE, **call, mask_image=HALF, generator=seeds(1, 2), **plain).images
+    drawn = edit(TREE, **call, mask_image=HALF, generator=seeds(1, 2), output_type="pt").images
     assert torch.equal(drawn[..., :4], images(2)[..., :4])
     decoded = (edit.decode_latents(latents) / 2 + 0.5).clamp(0, 1)
     close(drawn[..., 4:], decoded[..., 4:], 1e-6)
