@@ -29,6 +29,7 @@ def flow_edit(
     draws: int = 1,
     plain_from: float = 1.0,
     generator: Generators = None,
+    mask: Tensor | None = None,
     callback: Callback | None = None,
     progress: Progress = False,
 ) -> Tensor:
@@ -46,6 +47,7 @@ def flow_edit(
         plain_from: steps that begin at this t or later sample z + x_t - x1 under the target alone, so that details
             need not follow the source: 1 - n_min / T of the paper. 1: no such steps.
         generator: for the noise; a list with one for each row makes every row independent of the others.
+        mask: broadcast to x1: data is edited where it is above 0, and kept elsewhere. None: edited everywhere.
         callback, progress: as in ``integrate``; x is z, and in the plain part the noisy sample.
 
     Returns:
@@ -74,19 +76,24 @@ def flow_edit(
             total += target.to(total) - source_velocity(x.to(z.dtype), t).to(total)
         return (total / draws).to(z.dtype)
 
+    moved = difference if mask is None else _within(mask, difference, torch.zeros_like(x1))
+
     def after(index: int, t: Tensor, z: Tensor) -> Tensor | None:
         noises[:] = [normal_like(data, generator) for _ in range(draws)]
         return None if callback is None else callback(index, t, z)
 
     z = x1
     if edited:
-        z = integrate(difference, z, grid[: edited + 1], method, callback=after, progress=progress)
+        z = integrate(moved, z, grid[: edited + 1], method, callback=after, progress=progress)
     if edited == len(grid) - 1:
         return z
     start = grid[edited].to(data)
     x = (z + (1.0 - start) * (noises[0] - data)).to(x1.dtype)  # z + x_t - x1
     later = callback and _counting_from(edited, callback)
-    return integrate(target_velocity, x, grid[edited:], method, callback=later, progress=progress)
+    if mask is not None:  # elsewhere the sample goes straight to the data
+        target_velocity = _within(mask, target_velocity, (data - noises[0]).to(x1.dtype))
+    x = integrate(target_velocity, x, grid[edited:], method, callback=later, progress=progress)
+    return x if mask is None else torch.where(mask > 0, x, x1)
 
 
 def inversion_edit(
@@ -96,6 +103,7 @@ def inversion_edit(
     times: Times,
     solver: str | Solver = "heun",
     *,
+    mask: Tensor | None = None,
     callback: Callback | None = None,
     progress: Progress = False,
 ) -> Tensor:
@@ -103,7 +111,8 @@ def inversion_edit(
 
     Song et al. 2020 (arXiv:2010.02502), sec. 5.4; with a start short of pure noise as in SDEdit, Meng et al. 2021
     (arXiv:2108.01073), but with the noise that the image has, in place of a random one. With equal velocities it is
-    the round trip, and gives x1 back up to the solver's error.
+    the round trip, and gives x1 back up to the solver's error. With a mask what is kept returns the way that it came,
+    as in DiffEdit, Couairon et al. 2022 (arXiv:2210.11427).
 
     Args:
         source_velocity, target_velocity: (x, t) -> dx/dt, perhaps guided. Guidance far above 1 magnifies the solver's
@@ -111,6 +120,7 @@ def inversion_edit(
         x1: (B, ...), the data to edit.
         times: strictly increasing, from 1 - strength to 1; gone over twice.
         solver: a key of ``SOLVERS`` or a ``Solver``, deterministic.
+        mask: broadcast to x1: data is edited where it is above 0, and kept elsewhere. None: edited everywhere.
         callback, progress: as in ``integrate``; N steps make 2 N calls, the first N of them on the way back.
 
     Returns:
@@ -121,12 +131,15 @@ def inversion_edit(
     """
     method = deterministic(solver)
     grid = _rising(times)
-    x = integrate(source_velocity, x1, grid.flip(0), method, callback=callback, progress=progress)
-    later = callback and _counting_from(len(grid) - 1, callback)
+    back, later = callback, callback and _counting_from(len(grid) - 1, callback)
+    if mask is not None:
+        back, later = _returning(mask, x1, back, later)
+    x = integrate(source_velocity, x1, grid.flip(0), method, callback=back, progress=progress)
     return integrate(target_velocity, x, grid, method, callback=later, progress=progress)
 
 
-#: name -> ``method(source_velocity, target_velocity, x1, times, solver, *, callback, progress, <its own settings>)``
+#: name -> ``method(source_velocity, target_velocity, x1, times, solver, *, mask, callback, progress,
+#: <its own settings>)``
 EDITING: dict[str, Callable[..., Tensor]] = {"flowedit": flow_edit, "inversion": inversion_edit}
 
 
@@ -180,3 +193,31 @@ def _rising(times: Times) -> Tensor:
 
 def _counting_from(start: int, callback: Callback) -> Callback:
     return lambda index, t, x: callback(start + index, t, x)
+
+
+def _within(mask: Tensor, velocity: Velocity, elsewhere: Tensor) -> Velocity:
+    """Return a velocity where the mask is above 0, and ``elsewhere`` where it is not."""
+    return lambda x, t: torch.where(mask > 0, velocity(x, t), elsewhere.to(x.dtype))
+
+
+def _returning(
+    mask: Tensor, x1: Tensor, back: Callback | None, forth: Callback | None
+) -> tuple[Callback, Callback]:
+    """Return callbacks of the way back and of the way forth, on which what the mask keeps is what it was on the way
+    back at the same time."""
+    passed = [x1]
+
+    def going_back(index: int, t: Tensor, x: Tensor) -> Tensor:
+        passed.append(_seen(back, index, t, x))
+        return passed[-1]
+
+    def going_forth(index: int, t: Tensor, x: Tensor) -> Tensor:
+        return _seen(forth, index, t, torch.where(mask > 0, x, passed[-2 - index].to(x.dtype)))
+
+    return going_back, going_forth
+
+
+def _seen(callback: Callback | None, index: int, t: Tensor, x: Tensor) -> Tensor:
+    """Return x, or what the callback puts in its place."""
+    replacement = None if callback is None else callback(index, t, x)
+    return x if replacement is None else replacement

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ParamSpec, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError, finite, lookup, shown, unknown, whole
+from ..errors import UserError, finite, lookup, nearest, plural, shown, unknown, whole
 from ..families.latentflow import LatentFlowModel
 from ..families.model import Generators, Size
 from ..flow import SOLVERS, Solver
 from ..flow.tensors import require_finite
 from ..flow.times import MOST_STEPS, STEPS_FIX
+from .adapter_scale import SCALE_NAMES, Scale, check_scale, scale_of, scaled_adapters
 from .scheduler import checked_sigmas
 
 P = ParamSpec("P")
@@ -31,28 +32,67 @@ StepCallback: TypeAlias = Callable[[Any, int, Tensor, dict[str, Any]], dict[str,
 #: largest side in pixels, and longest text in tokens: whatever is larger is a mistake
 LARGEST = 2**20
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+#: arguments that many of diffusers' pipelines have and ours have not -> what to do in their place
+FOREIGN = {
+    "timesteps": "Pass sigmas: each is a timestep divided by 1000.",
+    "prompt_2": "The checkpoint has one text encoder: pass prompt alone.",
+    "negative_prompt_2": "The checkpoint has one text encoder: pass negative_prompt alone.",
+    "eta": "Choose a solver that draws noise: solver='ddpm' or 'euler-maruyama'.",
+    "callback": "Pass callback_on_step_end, which is called as (pipe, i, timestep, tensors).",
+    "callback_steps": "Pass callback_on_step_end, which is called after every step.",
+    "true_cfg_scale": "Pass guidance_scale: guidance is classifier-free here.",
+    "lora_scale": 'Pass joint_attention_kwargs={"scale": ...}.',
+}
 #: what a callback may ask for; "prediction" cannot be replaced
 CALLBACK_TENSORS = ["latents", "prompt_embeds", "negative_prompt_embeds", "prediction"]
 
 
 def checked(call: Callable[P, T]) -> Callable[P, T]:
-    """Check the arguments of a pipeline's method by ``CHECKS`` before it runs, and warn once of unknown words.
+    """Check the arguments of a pipeline's method by ``CHECKS`` before it runs, within ``pipe.running``.
 
-    None passes where it is the argument's default.
+    None passes where it is the argument's default. Of unknown words it is warned once. The names of `AdapterScale`,
+    where the method takes them (``**adapters``), are arguments like any other, and scale the adapters while it runs.
     """
-    signature = inspect.signature(call)
+    signature = _named_scales(inspect.signature(call))
+    what = call.__qualname__.removesuffix(".__call__")
 
     @functools.wraps(call)
     def checking(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name in kwargs:
+            if name not in signature.parameters:
+                raise _not_taken(what, name, signature.parameters)
         given = signature.bind(*args, **kwargs)
         for name, value in given.arguments.items():
             if name in CHECKS and not (value is None and signature.parameters[name].default is None):
                 given.arguments[name] = CHECKS[name](name, value)
-        words = [given.arguments.get(name) for name in ("prompt", "negative_prompt", "source_prompt")]
-        given.arguments["self"].warn_of_unknown_words(*words, stacklevel=2)
-        return call(*given.args, **given.kwargs)
+        pipe = given.arguments["self"]
+        scale = scale_of({name: given.arguments.pop(name, None) for name in SCALE_NAMES})
+        if not pipe.is_running:
+            words = [given.arguments.get(name) for name in ("prompt", "negative_prompt", "source_prompt")]
+            pipe.warn_of_unknown_words(*words, stacklevel=2)
+        with pipe.running(), scaled_adapters(pipe, scale):
+            return call(*given.args, **given.kwargs)
 
+    checking.__signature__ = signature  # type: ignore[attr-defined]
     return checking
+
+
+def _named_scales(signature: inspect.Signature) -> inspect.Signature:
+    """Return a signature with the names of `AdapterScale` in the place of ``**adapters``."""
+    kinds = inspect.Parameter
+    if not any(entry.kind is kinds.VAR_KEYWORD for entry in signature.parameters.values()):
+        return signature
+    own = [entry for entry in signature.parameters.values() if entry.kind is not kinds.VAR_KEYWORD]
+    named = [kinds(name, kinds.KEYWORD_ONLY, default=None, annotation=Scale) for name in SCALE_NAMES]
+    return signature.replace(parameters=[*own, *named])
+
+
+def _not_taken(what: str, name: str, known: Iterable[str]) -> UserError:
+    """Return the error for an argument that ``what`` does not have."""
+    names = [one for one in known if one != "self"]
+    guess = nearest(name, names)
+    fix = FOREIGN.get(name) or (f"Did you mean {guess}?" if guess else f"It takes {', '.join(names)}.")
+    return UserError(f"{what} takes no argument {shown(name)}", fix)
 
 
 def texts(name: str, value: Any) -> str | list[str]:
@@ -145,6 +185,15 @@ def _generators(name: str, value: Any) -> Any:
     return value
 
 
+def _device(name: str, value: Any) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{name} is {shown(value)}", "Pass a torch.device or its name, such as cpu."
+        ) from error
+
+
 def _solver(name: str, value: Any) -> str | Solver:
     if isinstance(value, Solver):
         return value
@@ -208,8 +257,10 @@ CHECKS: dict[str, Check] = {
     "masked_image_latents": _NOISE,
     "prompt_embeds": _EMBEDS,
     "negative_prompt_embeds": _EMBEDS,
+    "source_prompt_embeds": _EMBEDS,
     "prompt_attention_mask": _MASK,
     "negative_prompt_attention_mask": _MASK,
+    "source_prompt_attention_mask": _MASK,
     "max_sequence_length": _whole(1, LARGEST),
     "output_type": output_kind,
     "return_dict": _FLAG,
@@ -227,6 +278,13 @@ CHECKS: dict[str, Check] = {
     "original_size": _SIZE,
     "target_size": _SIZE,
     "crops_coords_top_left": _pair(0, "top and left"),
+    **dict.fromkeys(SCALE_NAMES, check_scale),
+    "do_classifier_free_guidance": _FLAG,
+    "device": _device,
+    "lora_scale": _finite(),
+    "count": _whole(1, 10**9),
+    "images": _tensor("(B, 3, H, W)"),
+    "size": _SIZE,
 }
 
 
@@ -292,36 +350,44 @@ def check_inputs(
         ),
     )
     for name, text, embeds, mask in given:
-        if text is not None and embeds is not None:
-            raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
-        if mask is not None and (embeds is None or mask.shape != embeds.shape[:2]):
-            shape = None if embeds is None else tuple(embeds.shape)
-            raise UserError(
-                f"{name}_attention_mask has shape {tuple(mask.shape)}, {name}_embeds {shape}",
-                "Pass both as encode_prompt returns them: (B, L) and (B, L, D).",
-            )
+        check_embeds(model, name, text, embeds, mask)
     prompts, negatives = (text if embeds is None else embeds for _, text, embeds, _ in given)
     model.check_condition(prompts, negatives, asked.class_labels)
-    for name, _, embeds, _ in given:
-        if embeds is not None and embeds.shape[-1] != model.text_width:
-            raise UserError(
-                f"{name}_embeds has shape {tuple(embeds.shape)}",
-                f"The network takes (B, L, {model.text_width}).",
-            )
     limit = getattr(getattr(model.pipeline.text_encoder, "config", None), "max_position_embeddings", None)
     if limit is not None and (asked.max_sequence_length or 0) > limit:
         raise UserError(
             f"max_sequence_length is {asked.max_sequence_length}", f"The text encoder takes {limit} tokens."
         )
     classes = None if asked.class_labels is None else len(model.pipeline.class_ids(asked.class_labels))
-    if negatives is not None and not isinstance(negatives, str) and len(negatives) != _number(prompts):
+    number, several = _number(negatives), _number(prompts) or 0
+    if number is not None and (not several or number not in (1, several)):
         raise UserError(
-            f"{len(negatives)} negative prompts for {_number(prompts) or 0} prompts",
+            f"{plural(number, 'negative prompt')} for {plural(several, 'prompt')}",
             "Pass one negative prompt for all, or one for each prompt.",
         )
     count = count_rows(asked.num_images_per_prompt, _number(prompts), classes, images)
     check_noise(model, count, height, width, asked.generator, asked.latents)
     return count
+
+
+def check_embeds(
+    model: LatentFlowModel, name: str, text: Any, embeds: Tensor | None, mask: Tensor | None
+) -> None:
+    """Refuse embeddings ``name``_embeds beside a text or that the network does not take, or a mask of others.
+
+    Raises:
+        UserError: says their shapes.
+    """
+    if text is not None and embeds is not None:
+        raise UserError(f"both {name} and {name}_embeds are given", "Pass one of them.")
+    shape = None if embeds is None else tuple(embeds.shape)
+    if mask is not None and (shape is None or tuple(mask.shape) != shape[:2]):
+        raise UserError(
+            f"{name}_attention_mask has shape {tuple(mask.shape)}, {name}_embeds {shape}",
+            "Pass both as encode_prompt returns them: (B, L) and (B, L, D).",
+        )
+    if shape is not None and model.text_width not in (None, shape[-1]):
+        raise UserError(f"{name}_embeds has shape {shape}", f"The network takes (B, L, {model.text_width}).")
 
 
 def check_noise(

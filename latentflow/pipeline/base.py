@@ -17,7 +17,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..autoencoder import downscale_factor
+from ..autoencoder import downscale_factor, latent_channels
 from ..autoencoder.latents import check_statistics
 from ..errors import UserError, reason
 from ..families import FAMILIES
@@ -27,9 +27,12 @@ from ..families.model import Generators, Size
 from ..models import MODELS, check_vocabulary, load_tokenizer
 from ..utils.components import (
     about,
+    check_variant,
     component_class,
     library_reads,
     load_module,
+    stored_dtype,
+    variants,
     weight_files,
     without_reports,
 )
@@ -44,7 +47,7 @@ from ..utils.files import (
 )
 from ..utils.libraries import DISTRIBUTION
 from .adapters import AdapterMixin
-from .arguments import CALLBACK_TENSORS, output_kind
+from .arguments import CALLBACK_TENSORS, check_noise, checked
 from .sampling import SamplingMixin
 from .scheduler import set_grid
 
@@ -160,10 +163,21 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
 
     # ---------------------------------------------------------------- images and latents
 
+    @checked
     def prepare_noise(
-        self, count: int, height: int, width: int, generator: Generators | None, latents: Tensor | None
+        self,
+        count: int,
+        height: int,
+        width: int,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
     ) -> Tensor:
-        """Return the noise (B, C, h, w) of ``count`` images, float32, or ``latents``; `check_noise` has seen both."""
+        """Return the noise (B, C, h, w) of ``count`` images, float32, or ``latents``.
+
+        Raises:
+            UserError: see `check_noise`.
+        """
+        check_noise(self.model, count, height, width, generator, latents)
         if latents is not None:
             return latents.to(self._execution_device, torch.float32)
         return self.model.noise(count, height, width, generator)
@@ -190,21 +204,47 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         unit = self.model.size_multiple
         return -(-size[0] // unit) * unit, -(-size[1] // unit) * unit
 
+    @checked
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents; see `FlowModel.encode`."""
-        return self.model.encode(images)
+        """Images (B, 3, H, W) in [-1, 1], on any device and of any floating-point type -> latents; see
+        `FlowModel.encode`.
 
+        Raises:
+            UserError: of another shape; sides that are no multiples of the autoencoder's factor.
+        """
+        height, width = images.shape[2:]
+        if images.shape[1] != 3 or height % self.vae_scale_factor or width % self.vae_scale_factor:
+            raise UserError(
+                f"images have shape {tuple(images.shape)}",
+                f"Pass (B, 3, H, W), where {self.vae_scale_factor} divides H and W.",
+            )
+        return self.model.encode(images.to(self._execution_device))
+
+    @checked
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W); see `FlowModel.decode`."""
-        return self.model.decode(latents)
+        """Latents (B, C, h, w), on any device and of any floating-point type -> images (B, 3, H, W); see
+        `FlowModel.decode`.
 
+        Raises:
+            UserError: of another shape.
+        """
+        channels = None if self.vae is None else latent_channels(self.vae)
+        if channels not in (None, latents.shape[1]):
+            raise UserError(
+                f"latents have shape {tuple(latents.shape)}", f"The autoencoder takes (B, {channels}, h, w)."
+            )
+        return self.model.decode(latents.to(self._execution_device))
+
+    @checked
     def to_images(self, latents: Tensor, output_type: str = "pil", size: Size | None = None) -> Any:
         """Return latents as a caller wants to have them: "pil", "np", "pt" or "latent"; images cropped to ``size``.
 
         In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the images
         that the flow is heading for.
+
+        Raises:
+            UserError: see `decode_latents`; an output type that is none.
         """
-        output_kind("output_type", output_type)
         if output_type == "latent":
             return latents
         images = (self.decode_latents(latents) / 2.0 + 0.5).clamp(0.0, 1.0)
@@ -216,8 +256,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
 
     def finish_call(self, images: Any, return_dict: bool) -> Any:
-        """Return what a call returns, and let go of the components that were brought to the device."""
-        self.maybe_free_model_hooks()
+        """Return what a call returns."""
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     # ---------------------------------------------------------------- saving and loading
@@ -256,19 +295,23 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a pipeline folder or hub id, safetensors only; see ``DiffusionPipeline.from_pretrained``.
 
-        Every weight of every component is from its file, fits the config and is finite.
+        Every weight of every component is from its file, fits the config and is finite. Without ``dtype`` they are
+        float32; with a ``variant``, such as "fp16", each component has the type of its file. A component without a file
+        of that variant is read from its plain one.
 
         Raises:
             UserError: the folder holds no pipeline (one found inside it is named), or one of another kind; there is
-                neither a folder nor a reachable hub repository of this name; a file is missing or cannot be read;
-                weights and configs do not belong together.
+                neither a folder nor a reachable hub repository of this name; a file is missing or cannot be read; no
+                component is of the variant; weights and configs do not belong together.
         """
         folder = cls.local_folder(pretrained_model_name_or_path, **kwargs)
         kwargs.setdefault("use_safetensors", True)
-        if not {"dtype", "torch_dtype"} & kwargs.keys():
+        index = cls.read_index(folder)
+        if kwargs.get("variant") is not None:
+            check_variant(folder, [name for name in index if name in _BASES], kwargs["variant"])
+        elif kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             # diffusers' models widen half-precision files to float32 by default; transformers' do not.
             kwargs["dtype"] = torch.float32
-        index = cls.read_index(folder)
         with without_reports():
             parts = {
                 name: cls._load_part(folder, name, entry, kwargs)
@@ -277,8 +320,13 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
             }
         if "transformer" not in parts and "transformer" not in kwargs:
             raise UserError(f"{folder / cls.config_name} names no transformer", MEND)
+        networks = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
         if _PLACING & kwargs.keys():
-            parts = {name: part for name, part in parts.items() if not isinstance(part, nn.Module)}
+            if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
+                kwargs["dtype"] = {name: part.dtype for name, part in networks.items()}
+            parts = {name: part for name, part in parts.items() if name not in networks}
+        else:
+            kwargs.pop("variant", None)  # all that has one is loaded
         with about(folder):
             pipe = super().from_pretrained(str(folder), **parts, **kwargs)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
@@ -338,25 +386,37 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         if isinstance(dtype, dict):
             dtype = dtype.get(name, dtype.get("default", torch.float32))
         variant = options.get("variant")
-        if variant is not None and not any(part.glob(f"*.{variant}*")):
+        if variant is not None and weight_files(part, variant) is None:
             variant = None
         if variant is None and weight_files(part, None) is None:
-            there = {file.name.split(".")[1].partition("-")[0] for file in part.glob("*.*.safetensors")}
-            variant = there.pop() if len(there) == 1 else None  # its only weights
+            there = variants(part)
+            if len(there) > 1:
+                fix = f"Pass one, such as variant={there[0]!r}."
+                raise UserError(f"{part} holds weights of several variants: {', '.join(there)}", fix)
+            variant = there[0] if there else None  # its only weights
+        if dtype is None:
+            dtype = stored_dtype(part, variant)
         return load_module(
             kind, part, dtype=dtype, variant=variant, use_safetensors=options["use_safetensors"]
         )
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """Build a pipeline of this class with the components of another, in the precision that they have.
+        """Build a pipeline of this class with the components of another, each in the precision that it has.
 
-        diffusers' own would bring them, and with them the other pipeline, to float32.
+        diffusers' own would bring them, and with them the other pipeline, to one precision.
+
+        Args:
+            kwargs: components or settings in the place of the other's; ``dtype``, for all components.
         """
+        if not isinstance(pipeline, FlowPipeline) and "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
         if {"dtype", "torch_dtype"} & kwargs.keys():
             return super().from_pipe(pipeline, **kwargs)
-        with without_reports():  # diffusers warns of a change of precision, also where there is none
-            return super().from_pipe(pipeline, dtype=pipeline.dtype, **kwargs)
+        settings = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
+        pipe = cls(**{**settings, **pipeline.components, **kwargs})
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
@@ -428,7 +488,7 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
 
 def register_with_diffusers() -> None:
     """Let stock ``DiffusionPipeline.from_pretrained(folder)`` and the ``AutoPipelineFor...`` Text2Image,
-    Image2Image and Inpainting open our checkpoints.
+    Image2Image and Inpainting open our checkpoints, whichever of our pipelines has saved them.
 
     diffusers looks a pipeline's class up among its own attributes, and a component's class in modules that
     are already imported; this puts ours there. Nothing in the checkpoint's folder is executed. Calling it
@@ -439,13 +499,14 @@ def register_with_diffusers() -> None:
 
     import latentflow  # whose pipelines lie above this file
 
-    for mapping, pipeline in (
-        (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, latentflow.LatentFlowPipeline),
-        (auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, latentflow.LatentFlowImg2ImgPipeline),
-        (auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING, latentflow.LatentFlowInpaintPipeline),
-    ):
-        mapping["latentflow"] = pipeline
-        setattr(diffusers, pipeline.__name__, pipeline)
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["latentflow"] = latentflow.LatentFlowPipeline
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["latentflow"] = latentflow.LatentFlowImg2ImgPipeline
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["latentflow"] = latentflow.LatentFlowInpaintPipeline
+    for name in FAMILY:
+        pipeline = getattr(latentflow, name)
+        setattr(diffusers, name, pipeline)
+        if auto_pipeline._get_model(name) is None:  # it has no task of diffusers': its folder opens for all
+            auto_pipeline.SUPPORTED_TASKS_MAPPINGS.append({"latentflow": pipeline})
 
 
 def _forget_origin(file: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,10 +13,13 @@ from ..errors import UserError, lookup
 from ..families.model import Generators, Size
 from ..flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
 from ..flow.editing import deterministic
-from .arguments import ClassLabels, ConditionArguments, StepCallback, check_noise, checked
+from .adapter_scale import AdapterScale
+from .arguments import ClassLabels, ConditionArguments, StepCallback, check_embeds, check_noise, checked
 from .base import FlowPipeline
-from .images import Images, padded, read_images
+from .images import Images, transparent_again
+from .originals import Originals, read_masked_originals, read_originals
 from .sampling import BindVelocity, Interrupted, RunningCall, by_row, last_part
+from .scheduler import times_from_sigmas
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,11 @@ class LatentFlowEditPipeline(FlowPipeline):
     """
 
     @checked
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         image: Images = None,
-        source_prompt: str | list[str] = "",
+        source_prompt: str | list[str] | None = None,
         method: str = "flowedit",
         strength: float = 0.9,
         num_inference_steps: int = 20,
@@ -72,6 +74,19 @@ class LatentFlowEditPipeline(FlowPipeline):
         plain_from: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        sigmas: list[float] | None = None,
+        latents: Tensor | None = None,
+        mask_image: Images = None,
+        padding_mask_crop: int | None = None,
+        feather: float = 0,
+        seamless: bool = False,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        source_prompt_embeds: Tensor | None = None,
+        source_prompt_attention_mask: Tensor | None = None,
+        **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Edit images. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 
@@ -80,7 +95,7 @@ class LatentFlowEditPipeline(FlowPipeline):
             image: PIL image(s) of any mode, an array ((B,) H, W, 3) or a tensor ((B,) 3, H, W) in [0, 1]; of any
                 size, which is also the result's. One with several prompts, or several with one prompt, will do.
             source_prompt: what they show now: one for all, or one for each. The closer to the caption that training
-                would have had, the less changes besides. "" works without.
+                would have had, the less changes besides. None works without.
             method: a key of ``latentflow.flow.EDITING``: "flowedit" goes from image to image, "inversion" through
                 the image's noise.
             strength: in [0, 1]: how far back towards noise the edit begins, at t = 1 - strength. 0 is the image
@@ -99,11 +114,18 @@ class LatentFlowEditPipeline(FlowPipeline):
             solver: a key of ``latentflow.flow.SOLVERS`` that draws no noise; default: euler for flowedit, heun for
                 inversion.
             draws, plain_from: settings of "flowedit", see ``latentflow.flow.flow_edit``; default: 1 and 1.
-            height, width: resize the image to them first.
+            height, width: resize the image to them first; with ``padding_mask_crop``, the size to draw at.
+            latents: the images' latents (P, C, h, w) in the place of ``image``, such as an earlier call returned with
+                output_type "latent": an edit starts from the image, not from noise. Where they cover an image padded,
+                ``height`` and ``width`` say its size.
+            mask_image, padding_mask_crop, feather, seamless: edit within a mask only (white), as in
+                ``LatentFlowInpaintPipeline``; what is drawn still follows from the image. Every other pixel is the
+                image's own. ``seamless`` is off: it would take back a colour that the edit changes up to the border.
+            source_prompt_embeds, source_prompt_attention_mask: as ``prompt_embeds``, in the place of ``source_prompt``.
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple; with output_type "latent" their latents, which
-            cover the image padded to the right and below.
+            cover the image padded to the right and below (with a mask: the part that was drawn, uncomposed).
 
         Raises:
             UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, an image, strength, method,
@@ -115,24 +137,28 @@ class LatentFlowEditPipeline(FlowPipeline):
             raise UserError(
                 "this checkpoint takes neither prompt nor classes: there is nothing to edit by", fix
             )
-        images = read_images(image, height, width)
-        size = (images.shape[2], images.shape[3])
+        window = height, width, mask_image, padding_mask_crop, feather, seamless
+        originals = read_masked_originals(self, image, latents, *window)
+        # Refused before the target's prompt is encoded
+        described = source_prompt, source_prompt_embeds, source_prompt_attention_mask
+        check_embeds(self.model, "source_prompt", *described)
         if source_class_labels is not None and self.takes_classes:
-            self.class_ids(source_class_labels)  # refused before the target's prompt is encoded
+            self.class_ids(source_class_labels)
         # 1. What the images should show, and what they show now, one row per image
-        asked = ConditionArguments.of(locals())
-        target = self._start(asked, size, len(images))
+        target = self._start(ConditionArguments.of(locals()), originals.canvas, len(originals))
         count = len(target.rows) // num_images_per_prompt
         source = self._start(
             ConditionArguments(
                 prompt=_as_many(source_prompt, count, "source_prompt"),
+                prompt_embeds=source_prompt_embeds,
+                prompt_attention_mask=source_prompt_attention_mask,
                 class_labels=_as_many(source_class_labels, count, "source_class_labels"),
                 num_images_per_prompt=num_images_per_prompt,
                 guidance_scale=source_guidance_scale,
                 guidance_interval=guidance_interval,
                 max_sequence_length=max_sequence_length,
             ),
-            size,
+            originals.canvas,
             count,
             may_lack_condition=True,
         )
@@ -141,8 +167,11 @@ class LatentFlowEditPipeline(FlowPipeline):
         if "generator" in inspect.signature(EDITING[method]).parameters:
             settings["generator"] = generator
         # 2. From image to image
-        x1 = target.expand(self._latents_of(images))
-        times = last_part(time_grid(num_inference_steps), strength)
+        x1 = target.expand(originals.latents(self))
+        masks = originals.latent_masks(self)
+        if masks is not None:
+            settings["mask"] = target.expand(masks.to(x1.device))
+        times = last_part(_grid(num_inference_steps, sigmas), strength)
         begins = times[:-1] if method != "inversion" else torch.cat([times.flip(0)[:-1], times[:-1]])
         self._num_timesteps = len(begins)
 
@@ -160,14 +189,19 @@ class LatentFlowEditPipeline(FlowPipeline):
             except Interrupted as interrupted:
                 x1 = interrupted.latents
         # 3. From latents to images of the images' size
-        return self.finish_call(self.to_images(x1, output_type, size), return_dict)
+        if originals.batch is None or output_type == "latent":
+            return self.finish_call(self.to_images(x1, output_type, originals.size), return_dict)
+        images = originals.batch.paste_back((self.decode_latents(x1) / 2.0 + 0.5).clamp(0.0, 1.0))
+        result = self.to_output(images, output_type)
+        if output_type == "pil":
+            result = transparent_again(result, image, originals.batch.painted)
+        return self.finish_call(result, return_dict)
 
     @checked
-    @torch.no_grad()
     def invert(
         self,
-        image: Images,
-        prompt: str | list[str] = "",
+        image: Images = None,
+        prompt: str | list[str] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         negative_prompt: str | list[str] | None = None,
@@ -177,6 +211,13 @@ class LatentFlowEditPipeline(FlowPipeline):
         max_sequence_length: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        sigmas: list[float] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        **adapters: Unpack[AdapterScale],
     ) -> Inversion:
         """Return the noise that the flow turns into these images.
 
@@ -184,8 +225,10 @@ class LatentFlowEditPipeline(FlowPipeline):
         and guidance. It goes beyond images of the kind that the checkpoint draws: whatever the autoencoder can copy.
 
         Args:
-            image, prompt, class_labels, height, width: as in a call; without a condition they are taken as unlabelled.
+            image, prompt, class_labels, height, width, latents: as in a call; without a condition they are taken as
+                unlabelled.
             num_inference_steps, solver: see ``Inversion.error`` for whether they suffice.
+            sigmas: as in ``LatentFlowPipeline``, from 1.0 (noise) on; they are gone over from the image to the noise.
             guidance_scale: more than 1 stretches the noise, and makes the way back less accurate.
             measure: also go forth again to measure the error, which takes as long again.
 
@@ -193,29 +236,33 @@ class LatentFlowEditPipeline(FlowPipeline):
             UserError: as a call.
         """
         deterministic(solver)
-        asked, images = ConditionArguments.of(locals()), read_images(image, height, width)
-        return self._inverted(asked, images, num_inference_steps, solver, measure)
+        times = _whole_grid(num_inference_steps, sigmas)
+        originals = read_originals(self, image, latents, height, width)
+        return self._inverted(ConditionArguments.of(locals()), originals, times, solver, measure)
 
     def _inverted(
-        self, asked: ConditionArguments, images: Tensor, steps: int, solver: str | Solver, measure: bool
+        self,
+        asked: ConditionArguments,
+        originals: Originals,
+        times: Tensor,
+        solver: str | Solver,
+        measure: bool,
     ) -> Inversion:
         """Do what ``invert`` does, its arguments checked and its images read."""
-        method, size = by_row(solver), (images.shape[2], images.shape[3])
-        call = self._start(asked, size, len(images), may_lack_condition=True)
-        x1, times, velocity = call.expand(self._latents_of(images)), time_grid(steps), call.velocity()
+        method = by_row(solver)
+        call = self._start(asked, originals.canvas, len(originals), may_lack_condition=True)
+        x1, velocity = call.expand(originals.latents(self)), call.velocity()
         noise = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
         error = None
         if measure:
             again = integrate(velocity, noise, times, method, progress=self.progress_bar)
             error = (again - x1).square().flatten(1).mean(1).sqrt()
-        self.maybe_free_model_hooks()
-        return Inversion(noise, error, size)
+        return Inversion(noise, error, originals.size)
 
     @checked
-    @torch.no_grad()
     def interpolate(
         self,
-        prompt: str | list[str] = "",
+        prompt: str | list[str] | None = None,
         image: Images = None,
         frames: int = 8,
         num_inference_steps: int = 20,
@@ -231,6 +278,13 @@ class LatentFlowEditPipeline(FlowPipeline):
         solver: str = "heun",
         height: int | None = None,
         width: int | None = None,
+        sigmas: list[float] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Draw images on the way from one image, or prompt, to another.
 
@@ -239,13 +293,18 @@ class LatentFlowEditPipeline(FlowPipeline):
         texts of any lengths, and is exact at its ends.
 
         Args:
-            prompt: one for the whole way, or [first, last].
+            prompt: one for the whole way, or [first, last]. None: no condition.
             image: [first, last]: their noise, by inversion under their prompts. None: drawn noise.
             frames: how many, the ends included; at least 2.
             num_inference_steps: from noise to data, and from images to noise.
+            sigmas: as in ``LatentFlowPipeline``; with images from 1.0 (noise) on.
             guidance_scale: default: 4 without images; with them 1, at which they are hit best.
             generator: without images: one draws one noise for all frames; a list of two the first and the last.
             class_labels: one class for the whole way, or [first, last].
+            latents: the noise (1, C, h, w) of all frames or (2, C, h, w) of the first and the last, as ``invert``
+                returns it, in the place of ``image`` and ``generator``.
+            prompt_embeds, prompt_attention_mask: one row for the whole way, or two.
+            negative_prompt_embeds, negative_prompt_attention_mask: one row.
 
         Returns:
             As a call; the first frame is the first image (through the autoencoder) or what its prompt draws.
@@ -256,76 +315,128 @@ class LatentFlowEditPipeline(FlowPipeline):
         deterministic(solver)
         if guidance_scale is None:
             guidance_scale = self.usual_guidance if image is None else 1.0
-        prompts = _as_many(prompt, 2, "prompt") or ["", ""]
+        prompts = _as_many(prompt, 2, "prompt")
         labels = _as_many(class_labels, 2, "class_labels")
-        images = None if image is None else read_images(image, height, width)
-        if images is not None and len(images) != 2:
-            raise UserError(f"{len(images)} images to interpolate between", "Pass [first, last].")
-        if isinstance(generator, list) and len(generator) > 2:
-            raise UserError(f"{len(generator)} generators", "Pass one for all frames, or [first, last].")
-        size = self.image_size(height, width) if images is None else (images.shape[2], images.shape[3])
-        ends = len(generator) if isinstance(generator, list) else 1
-        if images is None:
-            check_noise(self.model, ends, *size, generator)
+        check_embeds(self.model, "prompt", prompt, prompt_embeds, prompt_attention_mask)
+        embeds, mask = (_both(value) for value in (prompt_embeds, prompt_attention_mask))
+        originals = None
+        if image is not None:
+            times = _whole_grid(num_inference_steps, sigmas)
+            originals = read_originals(self, image, latents, height, width)
+            if len(originals) != 2:
+                raise UserError(f"{len(originals)} images to interpolate between", "Pass [first, last].")
+            size, canvas = originals.size, originals.canvas
+        else:
+            size = canvas = self.image_size(height, width, latents)
+        given = latents if latents is not None else generator if isinstance(generator, list) else [generator]
+        if len(given) > 2:
+            what = "generators" if latents is None else "latents"
+            raise UserError(f"{len(given)} {what}", "Pass one for all frames, or [first, last].")
+        if originals is None:
+            check_noise(self.model, len(given), *size, generator, latents)
         # 1. The two conditions, each for all frames
         asked = replace(ConditionArguments.of(locals()), generator=None)
-        first, last = (
-            self._start(
-                replace(
-                    asked,
-                    prompt=prompts[end],
-                    class_labels=None if labels is None else labels[end],
-                    num_images_per_prompt=frames,
-                ),
-                size,
-                1,
-                may_lack_condition=True,
+        ends = (
+            replace(
+                asked,
+                prompt=None if prompts is None else prompts[end],
+                class_labels=None if labels is None else labels[end],
+                prompt_embeds=None if embeds is None else embeds[end : end + 1],
+                prompt_attention_mask=None if mask is None else mask[end : end + 1],
             )
             for end in (0, 1)
         )
+        first, last = (
+            self._start(replace(end, num_images_per_prompt=frames), canvas, 1, may_lack_condition=True)
+            for end in ends
+        )
         # 2. The noise of the first and the last frame
-        if images is None:
-            noise = self.prepare_noise(ends, *size, generator, None)
+        if originals is None:
+            noise = self.prepare_noise(len(given), *size, generator, latents)
         else:
-            both = replace(asked, prompt=prompts, class_labels=labels)
-            noise = self._inverted(both, images, num_inference_steps, solver, measure=False).latents
+            both = replace(
+                asked, prompt=prompts, class_labels=labels, prompt_embeds=embeds, prompt_attention_mask=mask
+            )
+            noise = self._inverted(both, originals, times, solver, measure=False).latents
         # 3. From noise to data
         shares = torch.linspace(0.0, 1.0, frames, device=noise.device)
-        one_condition = prompts[0] == prompts[1] and (labels is None or labels[0] == labels[1])
-        latents = self.sample(
+        one_condition = _same(prompts) and _same(labels) and _same(embeds) and _same(mask)
+        images = self.sample(
             first.velocity if one_condition else _between(first, last, shares),
             slerp(noise[:1].expand(frames, -1, -1, -1), noise[-1:].expand(frames, -1, -1, -1), shares),
             num_inference_steps,
-            None,
+            sigmas,
             solver,
             None,
             first.after_step,
         )
-        return self.finish_call(self.to_images(latents, output_type, size), return_dict)
+        return self.finish_call(self.to_images(images, output_type, size), return_dict)
 
     # ---------------------------------------------------------------- the parts of a call
 
-    def _latents_of(self, images: Tensor) -> Tensor:
-        """Return the latents (P, C, h, w) of images (P, 3, H, W) in [0, 1]."""
-        canvas = self.canvas_size((images.shape[2], images.shape[3]))
-        return self.encode_images(2.0 * padded(images, canvas).to(self._execution_device) - 1.0)
-
     def _start(
-        self, asked: ConditionArguments, size: Size, images: int, *, may_lack_condition: bool = False
+        self, asked: ConditionArguments, canvas: Size, images: int, *, may_lack_condition: bool = False
     ) -> RunningCall:
-        """Call ``start_call``; where a condition may lack, "" and None are the network without any."""
-        (height, width), prompt = self.canvas_size(size), asked.prompt
-        if may_lack_condition and not any([prompt] if isinstance(prompt, str) else prompt or []):
-            prompt = "" if self.takes_text and not self.takes_classes else None
-        if not may_lack_condition or prompt is not None or asked.class_labels is not None:
-            return self.start_call(replace(asked, prompt=prompt), height, width, images)
-        if asked.negative_prompt is not None:
+        """Call ``start_call``; where a condition may lack, "" and None are the network without any.
+
+        Args:
+            canvas: (height, width) in pixels of what the latents cover.
+        """
+        asked = replace(asked, latents=None)  # those of the call are no noise that has to fit the rows
+        prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt or []
+        if may_lack_condition and not any(prompts):
+            text_alone = self.takes_text and not self.takes_classes
+            encodes = text_alone and self.text_encoder is not None and asked.prompt_embeds is None
+            asked = replace(asked, prompt="" if encodes else None)
+        condition = asked.prompt, asked.prompt_embeds, asked.class_labels
+        if not may_lack_condition or any(value is not None for value in condition):
+            return self.start_call(asked, *canvas, images)
+        if asked.negative_prompt is not None or asked.negative_prompt_embeds is not None:
             raise UserError("a negative prompt without a prompt", "Guidance needs both: leave it out.")
         count = images * asked.num_images_per_prompt
-        self.require_room(count, height, width)
+        self.require_room(count, *canvas)
         self._guidance_scale, self._interrupt = self.model.guidance(asked.guidance_scale), False
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
-        return RunningCall(self, self.model.rows(None, count=count), None, *callback)
+        without_text = self.takes_text and not self.takes_classes
+        rows = self.model.null(count) if without_text else self.model.rows(None, count=count)
+        return RunningCall(self, rows, None, *callback)
+
+
+def _grid(steps: int, sigmas: list[float] | None) -> Tensor:
+    """Return the times of a call."""
+    return time_grid(steps) if sigmas is None else times_from_sigmas(sigmas)
+
+
+def _whole_grid(steps: int, sigmas: list[float] | None) -> Tensor:
+    """Return the times of an inversion.
+
+    Raises:
+        UserError: they do not lead back to noise.
+    """
+    times = _grid(steps, sigmas)
+    if times[0] != 0.0:
+        raise UserError(
+            f"sigmas begin at {1.0 - float(times[0]):g}", "Begin with 1.0: an inversion leads to noise."
+        )
+    return times
+
+
+def _both(rows: Tensor | None) -> Tensor | None:
+    """Return the rows of the first and of the last frame; a single one is both.
+
+    Raises:
+        UserError: there are more.
+    """
+    if rows is not None and len(rows) > 2:
+        raise UserError(f"prompt_embeds of {len(rows)} prompts", "Pass one for all frames, or [first, last].")
+    return rows if rows is None or len(rows) == 2 else rows.repeat_interleave(2, 0)
+
+
+def _same(values: Any) -> bool:
+    """Return whether both of two values, which may lack, are the same."""
+    if isinstance(values, Tensor):
+        return torch.equal(values[0], values[1])
+    return values is None or values[0] == values[1]
 
 
 def _settings(method: str, **given: Any) -> dict[str, Any]:

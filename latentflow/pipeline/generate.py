@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from ..families.model import Generators, Size
+from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
 
@@ -19,7 +19,6 @@ class LatentFlowPipeline(FlowPipeline):
     """
 
     @checked
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -47,6 +46,7 @@ class LatentFlowPipeline(FlowPipeline):
         original_size: Size | None = None,
         crops_coords_top_left: Size = (0, 0),
         target_size: Size | None = None,
+        **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Draw images.
 
@@ -82,6 +82,9 @@ class LatentFlowPipeline(FlowPipeline):
             original_size, crops_coords_top_left, target_size: (height, width) or (top, left) in pixels, for checkpoints
                 trained with ``--size-conditioning``: an image that was so large and cropped there. Default: of the
                 size that is drawn, uncropped.
+            joint_attention_kwargs, attention_kwargs, cross_attention_kwargs: ``{"scale": s}`` multiplies the weights of
+                all loaded adapters by s during this call, as ``set_adapters`` does for all that follow. The three
+                mean the same, and are the names that diffusers' pipelines have for it.
 
         Returns:
             ``ImagePipelineOutput`` with ``images``, or the tuple.

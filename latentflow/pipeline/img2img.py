@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from ..families.model import Generators
+from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
 from .images import Images, padded, read_images
@@ -23,7 +23,6 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
     """
 
     @checked
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -50,6 +49,7 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
         negative_prompt_attention_mask: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
+        **adapters: Unpack[AdapterScale],
     ) -> Any:
         """Draw images anew. Arguments that are not listed here are those of ``LatentFlowPipeline``.
 

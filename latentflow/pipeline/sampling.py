@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError, few, shown
+from ..errors import UserError, few, plural, shown
 from ..families.latentflow import USUAL_STEPS, LatentFlowModel
 from ..families.model import Generators, Rows
 from ..flow import Solver, Velocity, integrate
@@ -21,7 +22,16 @@ from ..flow.tensors import expand_t, require_finite
 from ..models.text import UnknownWords, unknown_words, with_guesses
 from ..utils.memory import require_memory
 from . import scheduler as border
-from .arguments import ClassLabels, ConditionArguments, StepCallback, check_inputs, labels, texts
+from .adapter_scale import scaled_adapters
+from .arguments import (
+    ClassLabels,
+    ConditionArguments,
+    StepCallback,
+    check_embeds,
+    check_inputs,
+    checked,
+    labels,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +68,8 @@ class SamplingMixin:
     _guidance_scale: float = 1.0
     _num_timesteps: int = 0
     _interrupt: bool = False
+    _running: bool = False
+    maybe_free_model_hooks: Any
 
     @property
     def guidance_scale(self) -> float:
@@ -83,6 +95,27 @@ class SamplingMixin:
     def usual_steps(self) -> int:
         """Steps of a call that names neither their number nor a solver."""
         return self.model.usual_steps if self.scheduler is None else USUAL_STEPS
+
+    @property
+    def is_running(self) -> bool:
+        """True within a call, or another of the pipeline's methods that compute."""
+        return self._running
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Compute without gradients; at the end, after an error too, let go of the components that were brought to the
+        device. Within another such context nothing is let go of.
+
+        To differentiate, use `model`.
+        """
+        outermost, self._running = not self._running, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if outermost:
+                self._running = False
+                self.maybe_free_model_hooks()
 
     # ---------------------------------------------------------------- conditions
 
@@ -114,6 +147,7 @@ class SamplingMixin:
         if words := self.unknown_words([text for row in rows for text in row]):
             warnings.warn(UnknownWords(unknown_words_text(self.tokenizer, words)), stacklevel=stacklevel + 1)
 
+    @checked
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
@@ -126,6 +160,7 @@ class SamplingMixin:
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
         max_sequence_length: int | None = None,
+        lora_scale: float | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return four tensors of token embeddings and masks, as diffusers' pipelines do; `FlowModel.encode_prompt`
         returns rows instead.
@@ -134,47 +169,71 @@ class SamplingMixin:
         without tokens (mask all False), which means the learned null. Without a negative prompt the negative tensors
         are None, and guidance starts from that same null.
 
+        Args:
+            device: of the four; default: the one that computes.
+            lora_scale: by which the weights of adapters are multiplied meanwhile, as by a call's
+                ``joint_attention_kwargs={"scale": ...}``.
+
         Returns:
             prompt_embeds (B, L, D), negative_prompt_embeds (B, L', D), prompt_attention_mask (B, L) bool,
             negative_prompt_attention_mask (B, L') bool; None for what is not there.
 
         Raises:
-            UserError: no text encoder is loaded, or the numbers of prompts and negative prompts differ.
+            UserError: an argument that cannot work (see ``CHECKS`` in ``pipeline/arguments.py``); no text encoder is
+                loaded, or the numbers of prompts and negative prompts differ.
         """
-        device = device or self._execution_device
-
-        def encoded(name: str, text: Any, embeds: Tensor | None, mask: Tensor | None, count: int) -> Any:
-            if text is not None:
-                rows = texts(name, text)
-                prompts = [rows] * count if isinstance(rows, str) else rows
-                embeds, mask = self.model.embed_text(prompts, max_sequence_length)
-            if embeds is None:
-                return None, None
-            mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
-            return embeds.to(device), mask.to(device)
-
-        embeds, mask = encoded("prompt", prompt, prompt_embeds, prompt_attention_mask, 1)
-        negative, negative_mask, count = None, None, 0 if embeds is None else len(embeds)
-        if negative_prompt is not None:
-            texts("negative_prompt", negative_prompt)
-        if do_classifier_free_guidance:
-            negative, negative_mask = encoded(
-                "negative_prompt",
-                negative_prompt,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-                count,
-            )
-        if negative is not None and len(negative) != count:
-            raise UserError(
-                f"{len(negative)} negative prompts for {count} prompts",
-                "Pass one negative prompt for all, or one for each prompt.",
-            )
-        each = (embeds, negative, mask, negative_mask)
-        first, second, third, fourth = (
-            None if value is None else value.repeat_interleave(num_images_per_prompt, 0) for value in each
+        device, settings = device or self._execution_device, (max_sequence_length, lora_scale)
+        prompt_embeds, prompt_attention_mask = self._encoded(
+            "prompt", prompt, prompt_embeds, prompt_attention_mask, 1, *settings
         )
-        return first, second, third, fourth
+        count = 0 if prompt_embeds is None else len(prompt_embeds)
+        if do_classifier_free_guidance:
+            negative = negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
+            negative_prompt_embeds, negative_prompt_attention_mask = self._encoded(
+                "negative_prompt", *negative, count, *settings
+            )
+        else:
+            negative_prompt_embeds = negative_prompt_attention_mask = None
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != count:
+            if len(negative_prompt_embeds) != 1 or count == 0:
+                raise UserError(
+                    f"{plural(len(negative_prompt_embeds), 'negative prompt')} for {plural(count, 'prompt')}",
+                    "Pass one negative prompt for all, or one for each prompt.",
+                )
+            negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+            assert negative_prompt_attention_mask is not None
+            negative_prompt_attention_mask = negative_prompt_attention_mask.expand(count, -1)
+        each = prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
+        prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
+            None if value is None else value.repeat_interleave(num_images_per_prompt, 0).to(device)
+            for value in each
+        )
+        return prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
+
+    def _encoded(
+        self,
+        name: str,
+        text: str | list[str] | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        count: int,
+        max_sequence_length: int | None,
+        lora_scale: float | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return embeddings and mask of prompts, or those that are given; both None without any.
+
+        Args:
+            name: of the argument, for errors.
+            count: of prompts that a single text stands for.
+        """
+        check_embeds(self.model, name, text, embeds, mask)
+        if text is not None:
+            with scaled_adapters(self, 1.0 if lora_scale is None else lora_scale):
+                prompts = [text] * max(1, count) if isinstance(text, str) else text
+                return self.model.embed_text(prompts, max_sequence_length)
+        if embeds is None:
+            return None, None
+        return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
 
     def start_call(self, asked: ConditionArguments, height: int, width: int, images: int = 1) -> RunningCall:
         """Check how the arguments fit one another and encode the condition, one row per image.
@@ -240,15 +299,16 @@ class SamplingMixin:
 
     # ---------------------------------------------------------------- from noise to data
 
+    @checked
     def sample(
         self,
         velocity: BindVelocity,
         x0: Tensor,
-        steps: int | None,
-        sigmas: list[float] | None,
-        solver: str | Solver | None,
-        generator: Generators | None,
-        after_step: AfterStep,
+        steps: int | None = None,
+        sigmas: list[float] | None = None,
+        solver: str | Solver | None = None,
+        generator: Generators | None = None,
+        after_step: AfterStep = lambda i, t, x: x,
         *,
         strength: float = 1.0,
         x1: Tensor | None = None,

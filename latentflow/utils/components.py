@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..errors import UserError, few, reading, shown
 from .files import CONFIG, MEND, check_settings, read_settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -322,6 +324,36 @@ def weight_files(folder: Path, variant: str | None) -> list[Path] | None:
         if (folder / f"{stem}{end}.safetensors").is_file():
             return [folder / f"{stem}{end}.safetensors"]
     return None
+
+
+def variants(folder: Path) -> list[str]:
+    """Return the variants of the weights in ``folder``, such as "fp16" of ``model.fp16.safetensors`` or its shards."""
+    return sorted({file.name.split(".")[1].partition("-")[0] for file in folder.glob("*.*.safetensors")})
+
+
+def check_variant(folder: Path, parts: Iterable[str], variant: Any) -> None:
+    """Refuse a variant of which none of a pipeline's ``parts``, folders in ``folder``, has weights.
+
+    Raises:
+        UserError: names those that are there.
+    """
+    there = {name: variants(folder / name) for name in parts}
+    if not any(variant in names for names in there.values()):
+        found = sorted({name for names in there.values() for name in names})
+        fix = f"There are {', '.join(found)}." if found else "Its weights have no variants: leave it out."
+        what = f"You are trying to load the model files of the `variant={variant}`"  # diffusers' words
+        raise UserError(f"{what}, but {folder} has none", fix)
+
+
+def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
+    """Return the type of most numbers in ``folder``'s weights; float32 where it is none that networks compute in."""
+    import torch
+
+    counts: Counter[str] = Counter()
+    for kind, count in (stored_weights(folder, variant) or {}).values():
+        counts[kind] += count
+    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    return types.get(max(counts, key=counts.__getitem__, default=""), torch.float32)
 
 
 def check_layers(file: Path, config: Mapping[str, Any], stored: Mapping[str, tuple[str, int]] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,35 @@ def test_the_callback_sees_every_step_and_may_replace_x(method: str, draw: Draw)
     there, back = [0.6, 0.2], [0.6, 1.0]
     assert seen == list(enumerate(there + back if method == "inversion" else back))
     assert bool((out == 7.0).all())
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4", "adams-bashforth-3", "dopri5"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("flowedit", {}), ("flowedit", {"plain_from": 0.7, "generator": 3}), ("inversion", {})],
+)
+def test_a_mask_keeps_the_rest_and_edits_as_without(
+    method: str, settings: dict[str, Any], solver: str, draw: Draw
+) -> None:
+    """These velocities move every number by itself: within the mask nothing is otherwise, outside nothing moves."""
+    x1, mask = SOURCE + SPREAD * draw(3, 2, 4), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    settings = {**settings, "generator": seeded(3)} if "generator" in settings else settings
+    again = {**settings, "generator": seeded(3)} if "generator" in settings else settings
+    times = grid(0.3, 6)
+    edited = EDITING[method](source_velocity, target_velocity, x1, times, solver, mask=mask, **settings)
+    everywhere = EDITING[method](source_velocity, target_velocity, x1, times, solver, **again)
+    assert torch.equal(edited[..., mask == 0], x1[..., mask == 0])
+    torch.testing.assert_close(edited[..., mask == 1], everywhere[..., mask == 1], atol=1e-4, rtol=0)
+
+
+def test_what_is_kept_takes_the_same_way_back_and_forth(draw: Draw) -> None:
+    x1, mask, seen = SOURCE + SPREAD * draw(5), torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0]), []
+    EDITING["inversion"](
+        source_velocity, target_velocity, x1, grid(0.1, 3), mask=mask, callback=lambda i, t, x: seen.append(x)
+    )
+    there, forth = seen[:3], seen[3:]
+    for before, after in zip([*there[1::-1], x1], forth, strict=True):
+        assert torch.equal(before[mask == 0], after[mask == 0])
 
 
 @pytest.mark.parametrize("method", EDITING)

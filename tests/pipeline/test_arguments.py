@@ -23,7 +23,8 @@ from .conftest import NAMES, GaussianFlow, quiet, tiny_text, tiny_vae
 
 NAN, INF = float("nan"), float("inf")
 SEED = torch.Generator
-IMAGE = Image.new("RGB", (8, 8))
+IMAGE, HOLE = Image.new("RGB", (8, 8)), Image.new("L", (8, 8), 255)
+IMAGES = torch.zeros(1, 3, 8, 8)
 EMBEDS, LATENTS = torch.zeros(1, 3, 16), torch.zeros(1, 2, 4, 4)
 
 NO_WHOLE = ["4", 2.5, 4.0, NAN, True, [4], 10**30, -1]
@@ -49,6 +50,8 @@ NO_LATENTS = [
 NO_EMBEDS = [EMBEDS[0], EMBEDS[None], torch.zeros(1, 3, 7), torch.zeros(1, 0, 16), torch.zeros(0, 3, 16),
              EMBEDS.long(), EMBEDS + NAN, EMBEDS.numpy(), [EMBEDS]]  # fmt: skip
 NO_MASK = [torch.ones(3), torch.ones(1, 4), torch.ones(2, 3), [True], np.ones((1, 3)), torch.ones(1, 3) * 1j]
+NO_SCALE = ["0.5", 0.5, ["scale"], {"scale": "0.5"}, {"scale": NAN}, {"scale": None}, {"scale": True}, {"scael": 0.5},
+            {"scale": 0.5, "ip_adapter_masks": []}]  # fmt: skip
 NO_SIZE = ["8x8", 8, (8,), (8, 8, 8), (8, 0), (8.0, 8), ("8", 8), (True, 8), (8, NAN), {8, 9}, (8, 10**30)]
 
 #: argument -> values that no call may take; beside None, which means "as usual" only where it is the default
@@ -77,7 +80,9 @@ WRONG: dict[str, list[Any]] = {
     "masked_image_latents": NO_LATENTS,
     "prompt_embeds": NO_EMBEDS,
     "negative_prompt_embeds": NO_EMBEDS,
+    "source_prompt_embeds": NO_EMBEDS,
     "prompt_attention_mask": NO_MASK,
+    "source_prompt_attention_mask": NO_MASK,
     "negative_prompt_attention_mask": NO_MASK,
     "max_sequence_length": [*NO_WHOLE, 0],
     "output_type": ["jpeg", "PIL", 3, ["pil"], True],
@@ -95,6 +100,15 @@ WRONG: dict[str, list[Any]] = {
     "seamless": ["no", 0, 1.0],
     "original_size": NO_SIZE,
     "target_size": NO_SIZE,
+    "size": NO_SIZE,
+    "count": [*NO_WHOLE, 0],
+    "device": ["gpu9", 3.5, ["cpu"]],
+    "do_classifier_free_guidance": ["no", 0],
+    "lora_scale": NO_NUMBER,
+    "images": ["a.png", IMAGE, [], IMAGES[0], IMAGES[:, :2], IMAGES[..., :5], IMAGES.long(), IMAGES + NAN],
+    "joint_attention_kwargs": NO_SCALE,
+    "attention_kwargs": NO_SCALE,
+    "cross_attention_kwargs": NO_SCALE,
     "crops_coords_top_left": [*NO_SIZE[:4], (0, -1), (0.0, 0), NAN],
     "image": ["a.png", 3, [], [None], b"", np.zeros((8, 8, 3), object), np.zeros((8, 8, 3), complex),
               np.array([["a"]]), torch.zeros(3, 8, 8) + NAN, torch.zeros(3, 8, 8) * 1j, torch.zeros(3, 0, 8),
@@ -119,14 +133,18 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         )
     )
     asked = {"prompt": "a red apple", "class_labels": 0, "num_inference_steps": 1}
-    hole = Image.new("L", (8, 8), 255)
     return {
         "generate": (pipe, asked),
         "image-to-image": (image, asked | {"image": IMAGE}),
-        "inpaint": (inpaint, asked | {"image": IMAGE, "mask_image": hole, "method": "trained"}),
+        "inpaint": (inpaint, asked | {"image": IMAGE, "mask_image": HOLE, "method": "trained"}),
         "edit": (edit, asked | {"image": IMAGE}),
         "invert": (edit.invert, asked | {"image": IMAGE}),
         "interpolate": (edit.interpolate, asked),
+        "encode_prompt": (pipe.encode_prompt, {"prompt": "a red apple"}),
+        "prepare_noise": (pipe.prepare_noise, {"count": 1, "height": 8, "width": 8}),
+        "encode_images": (pipe.encode_images, {"images": IMAGES}),
+        "decode_latents": (pipe.decode_latents, {"latents": LATENTS}),
+        "to_images": (pipe.to_images, {"latents": LATENTS}),
     }
 
 
@@ -142,12 +160,23 @@ METHODS = {
     "invert": LatentFlowEditPipeline.invert,
     "interpolate": LatentFlowEditPipeline.interpolate,
 }
+# Methods that are called outside of a call as well.
+PARTS = {
+    name: getattr(LatentFlowPipeline, name)
+    for name in ("encode_prompt", "prepare_noise", "encode_images", "decode_latents", "to_images")
+}
 PLACES = [
     (way, name)
-    for way, method in METHODS.items()
+    for way, method in {**METHODS, **PARTS}.items()
     for name in inspect.signature(method).parameters
     if name != "self"
 ]
+
+
+# Images that may lack: prompts alone interpolate, and an edit needs no mask.
+MAY_BE_NONE = {("interpolate", "image"), ("edit", "mask_image")}
+# Latents of two images will do here.
+TWO_LATENTS = {(way, "latents") for way in ("edit", "invert", "interpolate", "decode_latents", "to_images")}
 
 
 def forbid(*_: Any, **__: Any) -> Any:
@@ -155,9 +184,13 @@ def forbid(*_: Any, **__: Any) -> Any:
 
 
 def cases(way: str, name: str) -> list[Any]:
-    default = inspect.signature(METHODS[way]).parameters[name].default
-    may_be_none = (way, name) == ("interpolate", "image")  # prompts alone will do
-    values = [value for value in WRONG[name] if value is not None or not may_be_none]
+    default = inspect.signature({**METHODS, **PARTS}[way]).parameters[name].default
+    values = [value for value in WRONG[name] if value is not None or (way, name) not in MAY_BE_NONE]
+    values += [object(), NAN, b"1"]
+    if (way, name) == ("encode_prompt", "num_images_per_prompt"):
+        values.remove(10**9)  # images would not fit into memory, their embeddings may
+    if (way, name) in TWO_LATENTS:
+        values = [value for value in values if getattr(value, "shape", ()) != (2, 2, 4, 4)]
     return [*values, *([] if default is None else [None])]
 
 
@@ -176,6 +209,10 @@ def test_a_wrong_argument_is_named_before_anything_is_computed(
         arguments = usual | {name: value}
         if "embeds" in embeds:
             arguments |= {"prompt": None, "prompt_embeds": EMBEDS, embeds: EMBEDS} | {name: value}
+        if name in ("padding_mask_crop", "feather"):
+            arguments["mask_image"] = HOLE
+        if name == "latents" and way in ("edit", "invert"):  # those of the images, in their place
+            arguments["image"] = None
         with pytest.raises(UserError) as caught:
             call(**arguments)
         what, fix = caught.value.what, caught.value.fix
@@ -194,6 +231,7 @@ def names_of(name: str) -> list[str]:
         "frames": ["images"],
         "callback_on_step_end_tensor_inputs": ["callback tensor"],
         "guidance_interval": ["guidance interval"],
+        "count": ["images"],
         "image": ["array", "tensor"],
         "mask_image": ["array", "tensor"],
     }
@@ -203,6 +241,20 @@ def names_of(name: str) -> list[str]:
 def test_every_argument_has_wrong_values_and_every_check_an_argument() -> None:
     assert {name for _, name in PLACES} == set(WRONG)
     assert set(CHECKS) == set(WRONG) - {"image", "mask_image"}
+
+
+@pytest.mark.parametrize("way", METHODS)
+def test_an_argument_that_is_not_there_is_named_with_what_is(way: str, calls: dict[str, Any]) -> None:
+    call, usual = calls[way]
+    for name, message in (
+        ("num_inference_step", r"takes no argument 'num_inference_step'\nDid you mean num_inference_steps\?"),
+        ("timesteps", r"takes no argument 'timesteps'\nPass sigmas"),
+        ("zzz", r"takes no argument 'zzz'\nIt takes .*prompt, .*attention_kwargs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(**usual, **{name: 3})
+    with pytest.raises(UserError, match="joint_attention_kwargs and attention_kwargs are given"):
+        call(**usual, joint_attention_kwargs={"scale": 0.5}, attention_kwargs={"scale": 0.5})
 
 
 def test_arguments_that_do_not_fit_one_another_or_the_text_encoder(

@@ -15,7 +15,8 @@ from latentflow.errors import UserError
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline.edit import LatentFlowEditPipeline
 from latentflow.pipeline.img2img import LatentFlowImg2ImgPipeline
-from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline, composite
+from latentflow.pipeline.inpaint import LatentFlowInpaintPipeline
+from latentflow.pipeline.inpaint_batch import composite
 
 from .conftest import NAMES, GaussianFlow, quiet, tiny_vae
 
@@ -167,7 +168,7 @@ def test_latents_that_are_not_finite_are_not_blamed_on_the_autoencoder(
     latents = torch.zeros(1, 2, 4, 4)
     latents[0, 1, 2, 3] = torch.nan
     for output_type in ("pil", "np", "pt"):
-        with pytest.raises(UserError, match="a latent to decode is not finite: 1 of 32"):
+        with pytest.raises(UserError, match="latents is not finite: 1 of 32"):
             class_pipe.to_images(latents, output_type)
 
 

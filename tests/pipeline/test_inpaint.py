@@ -538,7 +538,8 @@ def test_the_trained_method_needs_a_checkpoint_trained_with_masks(
 
 def test_arguments_stand_where_diffusers_has_them() -> None:
     def names(function: Any) -> list[str]:
-        return list(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters.values()
+        return [entry.name for entry in parameters if entry.kind is entry.POSITIONAL_OR_KEYWORD]
 
     ours, theirs = names(LatentFlowInpaintPipeline.__call__), names(StableDiffusion3InpaintPipeline.__call__)
     shared = [name for name in ours if name in theirs]

@@ -15,6 +15,7 @@ import torch
 
 import latentflow
 from latentflow.errors import UserError
+from latentflow.families import FlowModel
 from latentflow.models import MODELS
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline.base import FAMILY
@@ -107,15 +108,64 @@ def test_half_precision_variants(
     assert list((tmp_path / "transformer").glob(f"*.{name}.safetensors"))
     loaded = LatentFlowPipeline.from_pretrained(tmp_path, variant=name, dtype=dtype)
     assert np.array_equal(images(loaded), images(half))
-    wide = LatentFlowPipeline.from_pretrained(tmp_path, variant=name)  # stored in half, run in float32
+    # A variant that is named has the type of its files; a type that is named is what they are brought to.
+    named = LatentFlowPipeline.from_pretrained(tmp_path, variant=name)
+    assert {named.transformer.dtype, named.vae.dtype, named.text_encoder.dtype} == {dtype}
+    assert np.array_equal(images(named), images(half))
+    wide = LatentFlowPipeline.from_pretrained(tmp_path, variant=name, torch_dtype=torch.float32)
     assert {wide.transformer.dtype, wide.vae.dtype, wide.text_encoder.dtype} == {torch.float32}
     widened = images(wide)
-    # The only files that there are need not be named.
+    narrow = LatentFlowPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert {narrow.transformer.dtype, narrow.vae.dtype} == {torch.bfloat16}
+    assert LatentFlowPipeline.from_pretrained(tmp_path, dtype=None).vae.dtype == torch.float32
+    # The only files that there are need not be named, and are float32 then, as without variants.
     assert np.array_equal(images(LatentFlowPipeline.from_pretrained(tmp_path)), widened)
     assert np.abs(widened - captions).mean() < 0.02
     assert np.abs(images(half) - captions).mean() < 0.05
     mixed = LatentFlowPipeline.from_pretrained(dit_folder, dtype={"transformer": dtype})
     assert (mixed.transformer.dtype, mixed.vae.dtype) == (dtype, torch.float32)
+
+
+def test_a_component_without_the_variant_is_read_from_its_plain_file(
+    dit_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(dit_folder, tmp_path, dirs_exist_ok=True)
+    half = LatentFlowPipeline.from_pretrained(dit_folder, dtype=torch.float16)
+    half.transformer.save_pretrained(tmp_path / "transformer", variant="fp16")
+    pipe = LatentFlowPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert pipe.transformer.dtype == torch.float16
+    assert pipe.vae.dtype == pipe.text_encoder.dtype == torch.float32
+    for name, weight in half.transformer.state_dict().items():
+        assert torch.equal(pipe.transformer.state_dict()[name], weight)
+    assert np.isfinite(images(pipe)).all()
+    plain = LatentFlowPipeline.from_pretrained(tmp_path)
+    assert {plain.transformer.dtype, plain.vae.dtype} == {torch.float32}
+
+
+def test_a_variant_in_shards(dit_folder: Path, tmp_path: Path) -> None:
+    half = LatentFlowPipeline.from_pretrained(dit_folder, dtype=torch.float16)
+    half.save_pretrained(tmp_path, variant="fp16", max_shard_size="5KB")
+    assert len(list((tmp_path / "transformer").glob("*.fp16-*.safetensors"))) > 1
+    opened = LatentFlowPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert opened.transformer.dtype == torch.float16
+    assert np.array_equal(images(opened), images(half))
+
+
+def test_a_variant_that_is_not_there_is_answered_with_those_that_are(
+    dit_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"`variant=fp16`, but .* has none\nIts weights have no variants: leave it out"
+    ):
+        LatentFlowPipeline.from_pretrained(dit_folder, variant="fp16")
+    pipe = LatentFlowPipeline.from_pretrained(dit_folder, dtype=torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    pipe.save_pretrained(tmp_path, variant="ema")
+    for variant in ("fp1", "fp8", "", 16):
+        with pytest.raises(UserError, match=f"`variant={variant}`, but .* has none\nThere are ema, fp16"):
+            LatentFlowPipeline.from_pretrained(tmp_path, variant=variant)
+    with pytest.raises(UserError, match="weights of several variants: ema, fp16\nPass one"):
+        LatentFlowPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -131,31 +181,54 @@ def test_every_network_with_every_condition(
     assert images(loaded, height=12, width=10).shape == (2, 12, 10, 3)  # 6 x 5 latents: odd sides as well
 
 
-KINDS = [LatentFlowPipeline, LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline]
+KINDS = [getattr(latentflow, name) for name in FAMILY]
+TASKS = {
+    "Text2Image": LatentFlowPipeline,
+    "Image2Image": LatentFlowImg2ImgPipeline,
+    "Inpainting": LatentFlowInpaintPipeline,
+}
 
 
-@pytest.mark.parametrize("first", KINDS)
-@pytest.mark.parametrize("second", KINDS)
-def test_every_pipeline_from_every_other(first: Any, second: Any, dit_folder: Path, tmp_path: Path) -> None:
-    pipe = first.from_pretrained(dit_folder, coupling="data-dependent")
+@pytest.fixture(scope="module", params=KINDS)
+def saved(
+    request: pytest.FixtureRequest, dit_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path]:
+    """A pipeline of each class, and the folder that it has saved."""
+    pipe = request.param.from_pretrained(dit_folder, coupling="data-dependent")
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    folder = tmp_path_factory.mktemp(request.param.__name__)
+    pipe.save_pretrained(folder)
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == request.param.__name__
+    return pipe, folder
+
+
+@pytest.mark.parametrize("second", KINDS)
+def test_every_pipeline_from_every_other(second: Any, saved: tuple[Any, Path]) -> None:
+    pipe, folder = saved
     other = second.from_pipe(pipe)
     assert type(other) is second
     assert all(other.components[name] is part for name, part in pipe.components.items())
     assert other.config.coupling == "data-dependent"
-    other.save_pretrained(tmp_path)
-    assert first.from_pretrained(tmp_path).config.coupling == "data-dependent"
+    opened = second.from_pretrained(folder)
+    assert type(opened) is second
+    assert opened.config.coupling == "data-dependent"
 
 
-def test_stock_diffusers_finds_the_pipeline_of_a_task(dit_folder: Path) -> None:
+def test_stock_diffusers_opens_what_every_pipeline_has_saved(saved: tuple[Any, Path]) -> None:
     latentflow.register_with_diffusers()
-    tasks = ("Text2Image", "Image2Image", "Inpainting")
-    for task, kind in zip(tasks, KINDS, strict=True):
+    latentflow.register_with_diffusers()  # changes nothing
+    pipe, folder = saved
+    for opened in (diffusers.DiffusionPipeline.from_pretrained(folder), FlowModel.from_pretrained(folder)):
+        opened = getattr(opened, "pipeline", opened)
+        assert opened.config.coupling == "data-dependent"
+        for name, weight in pipe.transformer.state_dict().items():
+            assert torch.equal(opened.transformer.state_dict()[name], weight)
+    assert type(diffusers.DiffusionPipeline.from_pretrained(folder)) is type(pipe)
+    assert getattr(diffusers, type(pipe).__name__) is type(pipe)
+    for task, kind in TASKS.items():
         auto = getattr(diffusers, f"AutoPipelineFor{task}")
-        assert type(auto.from_pretrained(dit_folder)) is kind
-        for other in KINDS:
-            assert type(auto.from_pipe(other.from_pretrained(dit_folder))) is kind
-        assert getattr(latentflow, kind.__name__) is getattr(diffusers, kind.__name__) is kind
+        assert type(auto.from_pretrained(folder)) is kind
+        assert type(auto.from_pipe(pipe)) is kind
 
 
 def test_optional_components_stay_away(dit_folder: Path, tmp_path: Path) -> None:
@@ -174,6 +247,12 @@ def test_from_pipe_keeps_the_precision_of_both(dit_folder: Path) -> None:
     other = LatentFlowInpaintPipeline.from_pipe(pipe)
     assert other.transformer is pipe.transformer
     assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float16}
+    types = {"transformer": torch.bfloat16, "vae": torch.float16}
+    mixed = LatentFlowPipeline.from_pretrained(dit_folder, dtype=types)
+    for kind in KINDS:
+        other = kind.from_pipe(mixed)
+        assert (other.transformer.dtype, other.vae.dtype) == (torch.bfloat16, torch.float16)
+        assert other.text_encoder.dtype == mixed.text_encoder.dtype == torch.float32
     wide = LatentFlowInpaintPipeline.from_pipe(pipe, dtype=torch.float32)
     assert wide.transformer.dtype == torch.float32
 

@@ -81,6 +81,8 @@ def test_guidance_leads_away_from_the_negative_prompt(
     away = text_mean(text_pipe, negative)
     means = torch.stack([away + 3.0 * (text_mean(text_pipe, prompt) - away) for prompt in prompts])
     close(out.images, text_pipe.transformer.end(means, x0(2)), 1e-3)
+    alone = text_pipe(prompts, negative_prompt=[negative], guidance_scale=3.0, latents=x0(2), **EXACT)
+    assert torch.equal(alone.images, out.images)
     swapped = text_pipe(
         prompts, negative_prompt=[negative, "green tree"], guidance_scale=3.0, latents=x0(2), **EXACT
     )
@@ -465,6 +467,8 @@ def test_a_caption_checkpoint_refuses(
 def test_negative_prompts_that_encode_prompt_cannot_place(text_pipe: LatentFlowPipeline) -> None:
     with pytest.raises(UserError, match="2 negative prompts for 3 prompts"):
         text_pipe.encode_prompt(["a", "hat", "tree"], ["red", "blue"])
+    with pytest.raises(UserError, match="1 negative prompt for 0 prompts"):
+        text_pipe.encode_prompt(negative_prompt="red")
 
 
 def test_a_checkpoint_that_does_not_say_its_size_is_told_one() -> None:

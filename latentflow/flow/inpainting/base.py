@@ -21,7 +21,7 @@ from ..times import checked_times
 class KnownRegion:
     """The known region of a batch: its ``values`` (B, ...) (0 in the hole), and where the ``hole`` is (bool).
 
-    These are latents; kept pixels are pasted back by the pipeline (``latentflow/pipeline/inpaint.py``).
+    These are latents; kept pixels are pasted back by the pipeline (``latentflow/pipeline/inpaint_batch.py``).
     """
 
     values: Tensor
