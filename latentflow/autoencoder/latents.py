@@ -28,6 +28,7 @@ from ..flow.tensors import Generators, normal_like, require_finite
 from ..utils.components import about, library_reads, load_checked, load_module, may_be_on_the_hub
 from ..utils.files import CONFIG, read_settings
 from ..utils.memory import inner_phase
+from ..utils.placement import execution_device
 
 log = logging.getLogger(__name__)
 
@@ -335,9 +336,8 @@ def _shift_and_scale(vae: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _placed(vae: Autoencoder, value: Tensor) -> Tensor:
-    """Move a tensor to the autoencoder's device and precision; hooks of offloaded ("meta") weights move it."""
-    parameter: Tensor = next(vae.parameters())
-    return value.to(None if parameter.device.type == "meta" else parameter.device, parameter.dtype)
+    """Move a tensor to the device on which the autoencoder computes, in its precision."""
+    return value.to(execution_device(vae), vae.dtype)
 
 
 def mask_channels(vae: Autoencoder) -> int:

@@ -1,0 +1,57 @@
+"""What diffusers' models are asked for beside their forward, where a network of ours needs more than diffusers does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.models.cache_utils import CacheMixin
+
+from ..errors import UserError
+
+CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig)
+
+
+class LayerwiseCastingMixin:
+    """Storage of a network's weights in another type than that in which it computes."""
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        """Keep the weights in ``storage_dtype``, and widen each layer's while it computes.
+
+        See ``diffusers.ModelMixin``. Weights that are not narrowed, such as those of norms and the parameters that
+        belong to no layer, are brought to ``compute_dtype``: diffusers leaves them, and layers of two types do not go
+        together.
+        """
+        if compute_dtype is not None:
+            torch.nn.Module.to(self, compute_dtype)  # type: ignore[arg-type]
+        super().enable_layerwise_casting(storage_dtype, compute_dtype, *args, **options)  # type: ignore[misc]
+
+
+class BlockCacheMixin(CacheMixin):  # type: ignore[misc]
+    """Those caches of diffusers that suit a row of blocks of one class, evaluated under several conditions in turn."""
+
+    def enable_cache(self, config: Any) -> None:
+        """Let later evaluations of a call take blocks' outputs from earlier ones; see ``diffusers.CacheMixin``.
+
+        Raises:
+            UserError: the cache expects another architecture.
+        """
+        if not isinstance(config, CACHES):
+            raise UserError(
+                f"{type(config).__name__} does not suit {type(self).__name__}",
+                f"Use one of {', '.join(kind.__name__ for kind in CACHES)}.",
+            )
+        if getattr(config, "use_lite_mode", False):
+            raise UserError(
+                f"{type(self).__name__} has no layer proj_out, which TaylorSeer's lite mode looks for",
+                'Name its own: TaylorSeerCacheConfig(cache_identifiers=["final_layer"], '
+                'skip_predict_identifiers=[r"blocks\\.\\d+"]).',
+            )
+        super().enable_cache(config)
