@@ -284,12 +284,12 @@ def _bad_rows(results: tuple[Tensor, ...]) -> Tensor:
 @contextmanager
 def in_float32(vae: Autoencoder) -> Iterator[None]:
     """Let the autoencoder compute in float32 within the context, whatever its weights are kept in."""
-    own, place = vae.dtype, next(vae.parameters()).device.type
-    # diffusers' own `to` warns of modules to be kept in float32, also where there are none.
+    own = vae.dtype
+    # diffusers' own `to` warns of modules to be kept in float32, also where there are none. Weights that accelerate
+    # keeps on "meta" come back as wide as they are marked here.
     torch.nn.Module.to(vae, torch.float32)
     try:
-        # Weights on "meta" are offloaded, from an accelerator, and come back as wide as they are marked here.
-        with torch.autocast("cuda" if place == "meta" else place, enabled=False):
+        with torch.autocast(execution_device(vae).type, enabled=False):
             yield
     finally:
         torch.nn.Module.to(vae, own)

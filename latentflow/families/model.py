@@ -441,7 +441,9 @@ class FlowModel(ABC):
             each = t.to(x.device, torch.float32).expand(x.shape[0])
             end = None if times is None else next_time(times, each)
             with cache(name):
-                return self.predict(self.path.scale_input(x, t).to(dtype), each, condition, end, scale).float()
+                return self.predict(
+                    self.path.scale_input(x, t).to(dtype), each, condition, end, scale
+                ).float()
 
         straight, trained = CondOT(), as_velocity(network, self.path, self.prediction)
         return trained if self.path == straight else change_path(trained, old=self.path, new=straight)

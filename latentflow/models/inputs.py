@@ -12,7 +12,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.modeling_utils import get_parameter_dtype  # what a layer computes in, not what it is stored in
+from diffusers.models.modeling_utils import (
+    get_parameter_dtype,
+)  # what a layer computes in, not what it is stored in
 from torch import Tensor, nn
 
 from ..errors import UserError

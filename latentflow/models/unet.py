@@ -129,7 +129,9 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
         vector, text, mask = embed_condition(
             self.y_embedder, self.text_embedder, self.size_embedder, cond, times
         )
-        latent = with_channels(x.to(get_parameter_dtype(self.unet.conv_in)), cond.channels, self.condition_channels)
+        latent = with_channels(
+            x.to(get_parameter_dtype(self.unet.conv_in)), cond.channels, self.condition_channels
+        )
         latent = F.pad(latent, (0, -width % self.multiple, 0, -height % self.multiple))
         tokens = {} if text is None else {"encoder_hidden_states": text, "encoder_attention_mask": mask}
         (out,) = self.unet(latent, times, class_labels=vector, return_dict=False, **tokens)

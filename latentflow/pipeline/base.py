@@ -332,14 +332,21 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """Build a pipeline of this class with the components of another, in the precision that they have.
+        """Build a pipeline of this class with the components of another, each in the precision that it has.
 
-        diffusers' own would bring them, and with them the other pipeline, to float32.
+        diffusers' own would bring them, and with them the other pipeline, to one precision.
+
+        Args:
+            kwargs: components or settings in the place of the other's; ``dtype``, for all components.
         """
+        if not isinstance(pipeline, FlowPipeline) and "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", pipeline.dtype)
         if {"dtype", "torch_dtype"} & kwargs.keys():
             return super().from_pipe(pipeline, **kwargs)
-        with without_reports():  # diffusers warns of a change of precision, also where there is none
-            return super().from_pipe(pipeline, dtype=pipeline.dtype, **kwargs)
+        settings = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
+        pipe = cls(**{**settings, **pipeline.components, **kwargs})
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **kwargs: Any) -> str:
