@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,11 @@ from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCac
 from diffusers.models.cache_utils import CacheMixin
 
 from ..errors import UserError
+
+# diffusers warns, whenever a model changes its precision, of modules that should stay in float32: of none.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(
+    lambda record: "kept in float32: []" not in record.getMessage()
+)
 
 CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig)
 
