@@ -1,7 +1,4 @@
-"""`DiT`: a diffusion transformer that predicts velocities, and its configurations by name.
-
-First its block: self-attention, cross-attention to text, feed-forward, under adaLN-zero.
-"""
+"""`DiT`, a diffusion transformer that predicts velocities: its block, the network, its configurations by name."""
 
 # mypy: disable-error-code=no-any-return
 # Calling a module returns Any; so does every forward below.

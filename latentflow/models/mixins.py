@@ -39,7 +39,7 @@ class LayerwiseCastingMixin:
         together.
         """
         if compute_dtype is not None:
-            torch.nn.Module.to(self, compute_dtype)  # type: ignore[arg-type]
+            torch.nn.Module.to(self, compute_dtype)  # type: ignore[call-overload]
         super().enable_layerwise_casting(storage_dtype, compute_dtype, *args, **options)  # type: ignore[misc]
 
 

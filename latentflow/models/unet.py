@@ -56,6 +56,10 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
     _supports_gradient_checkpointing = True
     # the whole of diffusers' U-Net would be one group of block-level offloading
     _group_offload_block_modules: ClassVar[list[str]] = ["unet"]
+    # on the way up a block joins what it is given with what the way down has left
+    _no_split_modules: ClassVar[list[str]] = [
+        "BasicTransformerBlock", "ResnetBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D",
+    ]  # fmt: skip
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -109,6 +113,7 @@ class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterM
             self.unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **arguments)
         else:
             self.unet = UNet2DModel(attention_head_dim=head_dim, **arguments)
+        self.unet._no_split_modules = self._no_split_modules
         # A new network returns zero, as DiT does, and ignores the channels of the condition.
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)

@@ -13,4 +13,5 @@ def execution_device(module: nn.Module) -> torch.device:
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)  # a hook of accelerate
         if device is not None:
             return torch.device(device)
-    return get_parameter_device(module)  # diffusers' own: it knows its hooks of group offloading
+    own: torch.device = get_parameter_device(module)  # diffusers' own: it knows its hooks of group offloading
+    return own

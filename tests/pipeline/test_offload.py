@@ -13,11 +13,13 @@ import accelerate
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers import PipelineQuantizationConfig
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from torch import Tensor, nn
 
 from latentflow.autoencoder import encode, mask_channels
+from latentflow.errors import UserError
 from latentflow.models import UNet, encode_text
 from latentflow.pipeline import LatentFlowPipeline
 from latentflow.pipeline.edit import LatentFlowEditPipeline
@@ -55,24 +57,36 @@ def pipe(request: pytest.FixtureRequest) -> LatentFlowPipeline:
     return tiny_pipe(NETWORKS[request.param]())
 
 
+def generate(pipe: LatentFlowPipeline) -> Tensor:
+    condition = {"prompt": "a red apple"} if pipe.takes_text else {"class_labels": "apple"}
+    few = {"num_inference_steps": 2, "solver": "euler", "output_type": "pt"}
+    return pipe(**condition, generator=seeds(0), **few).images
+
+
 def draw(pipe: LatentFlowPipeline, images: Tensor) -> dict[str, Tensor]:
     """Return what every pipeline with the components of ``pipe`` draws; they are offloaded as these are."""
-    first, second = ({"prompt": "a red apple"}, {"prompt": "green tree"}) if pipe.takes_text else (
-        {"class_labels": "apple"}, {"class_labels": "tree"},
-    )  # fmt: skip
-    ends = {name: [value, second[name]] for name, value in first.items()}
+    name, first, second = (
+        ("prompt", "a red apple", "green tree") if pipe.takes_text else ("class_labels", "apple", "tree")
+    )
     mask = torch.zeros(images.shape[2:])
     mask[2:6, 2:6] = 1.0
-    few = {"num_inference_steps": 2, "output_type": "pt"}
-    made = {"generate": pipe(**first, generator=seeds(0), **few).images}
-    for kind in (LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline, LatentFlowEditPipeline):
-        other = quiet(kind.from_pipe(pipe))
-        masked = {"mask_image": mask} if kind is LatentFlowInpaintPipeline else {}
-        made[kind.__name__] = other(**second, image=images, generator=seeds(0), **masked, **few).images
-    made["invert"] = other.invert(images, **first, num_inference_steps=2).latents
-    made["interpolate"] = other.interpolate(**ends, frames=3, generator=seeds(0), **few).images
-    made["to_images"] = pipe.to_images(torch.ones(1, 2, 4, 4), "pt")
-    return made
+    few = {name: second, "generator": seeds(0), "num_inference_steps": 2, "output_type": "pt"}
+    image_to_image, inpaint, edit = (
+        quiet(kind.from_pipe(pipe))
+        for kind in (LatentFlowImg2ImgPipeline, LatentFlowInpaintPipeline, LatentFlowEditPipeline)
+    )
+    euler = {"num_inference_steps": 2, "solver": "euler"}
+    return {
+        "generate": generate(pipe),
+        "image-to-image": image_to_image(image=images, solver="euler", **few).images,
+        "inpaint": inpaint(image=images, mask_image=mask, **few | {"generator": seeds(0)}).images,
+        "edit": edit(image=images, **few | {"generator": seeds(0)}).images,
+        "invert": edit.invert(images, **{name: first}, **euler).latents,
+        "interpolate": edit.interpolate(
+            **{name: [first, second]}, frames=3, generator=seeds(0), output_type="pt", **euler
+        ).images,
+        "to_images": pipe.to_images(torch.ones(1, 2, 4, 4), "pt"),
+    }
 
 
 def sequential(pipe: LatentFlowPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +148,9 @@ def test_offloaded_pipelines_draw_the_same_bits(
 ) -> None:
     expected = draw(pipe, images())
     MODES[mode](pipe, monkeypatch)
-    for call in ("first", "second"):
-        for name, made in draw(pipe, images()).items():
-            assert torch.equal(made, expected[name]), (name, call)
+    for name, made in draw(pipe, images()).items():
+        assert torch.equal(made, expected[name]), name
+    assert torch.equal(generate(pipe), expected["generate"])  # also after all of these
 
 
 @pytest.mark.parametrize("level", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}], ids=str)
@@ -222,6 +236,43 @@ def test_inputs_go_where_an_offloaded_component_computes(
     encode_text(text["tokenizer"], text["text_encoder"], ["a red apple"])
     encode(vae, torch.zeros(1, 3, 8, 8))
     assert given == {"text": {device}, "encode": {device}}
+
+
+@pytest.mark.parametrize("name", ["DiT of captions", "U-Net of captions"])
+def test_a_network_split_between_memory_and_disk(name: str, images: Any, tmp_path: Path) -> None:
+    whole = NETWORKS[name]()
+    whole.save_pretrained(tmp_path / "network")
+    size = sum(weight.nbytes for weight in whole.parameters())
+    options = {
+        "device_map": "auto",
+        "max_memory": {"cpu": size // 2},
+        "offload_folder": str(tmp_path / "disk"),
+    }
+    split = type(whole).from_pretrained(tmp_path / "network", **options)
+    assert "disk" in split.hf_device_map.values()
+    expected = draw(tiny_pipe(whole), images())
+    for way, made in draw(tiny_pipe(split), images()).items():
+        close(made, expected[way], 1e-4)
+
+
+def test_a_pipeline_whose_components_diffusers_places(dit_folder: Path) -> None:
+    def drawn(**options: Any) -> Tensor:
+        pipe = quiet(LatentFlowPipeline.from_pretrained(dit_folder, **options))
+        return pipe("a red apple", generator=seeds(0), num_inference_steps=2, output_type="pt").images
+
+    expected = drawn()
+    for options in ({"device_map": "cpu"}, {"device_map": "balanced"}, {"low_cpu_mem_usage": False}):
+        assert torch.equal(drawn(**options), expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bitsandbytes does not refuse a GPU")
+def test_a_library_that_does_not_quantise_here_is_no_damaged_file(dit_folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = PipelineQuantizationConfig("bitsandbytes_4bit", {"load_in_4bit": True}, "transformer")
+    with pytest.raises(
+        UserError, match="\nIf the files are whole, change quantization_config, or leave it out"
+    ):
+        LatentFlowPipeline.from_pretrained(dit_folder, quantization_config=config)
 
 
 # ---------------------------------------------------------------- adapters
