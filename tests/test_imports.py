@@ -22,7 +22,7 @@ MODULES = sorted(file for file in PACKAGE.rglob("*.py") if "programs" not in fil
 GROUND = [
     {"errors"},
     {"utils", "utils.files", "utils.flags", "utils.progress", "utils.words"},
-    {"utils.components", "utils.html_page", "utils.memory", "cli"},
+    {"utils.components", "utils.html_page", "utils.memory", "utils.placement", "cli"},
     {"__main__"},
 ]
 LEAVES = set().union(*GROUND)

@@ -1,4 +1,4 @@
-"""What diffusers' models are asked for beside their forward, where a network of ours needs more than diffusers does."""
+"""Mixins of our networks: diffusers' methods for storage in another type and for caches, with what these need here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LayerwiseCastingMixin:
 
 
 class BlockCacheMixin(CacheMixin):  # type: ignore[misc]
-    """Those caches of diffusers that suit a row of blocks of one class, evaluated under several conditions in turn."""
+    """Caches of diffusers that suit a row of blocks of one class, evaluated under several conditions in turn."""
 
     def enable_cache(self, config: Any) -> None:
         """Let later evaluations of a call take blocks' outputs from earlier ones; see ``diffusers.CacheMixin``.
