@@ -12,9 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.modeling_utils import (
-    get_parameter_dtype,
-)  # what a layer computes in, not what it is stored in
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -311,6 +309,10 @@ def fourier_features(values: Tensor, features: int) -> Tensor:
     index = torch.arange(half, dtype=torch.float32, device=values.device)
     angles = values[:, None] * torch.exp(-math.log(1e4) / half * index)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+# Inputs are cast to `get_parameter_dtype(layer)`, the type in which a layer computes: under layerwise casting another
+# than that of its weights.
 
 
 class TimeEmbed(nn.Module):
