@@ -217,7 +217,15 @@ def run_python(page: str, names: dict[str, Any]) -> None:
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", ["docs/guide/install.md", "docs/guide/share.md", "docs/reference/python.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "docs/guide/install.md",
+        "docs/guide/share.md",
+        "docs/guide/memory-and-speed.md",
+        "docs/reference/python.md",
+    ],
+)
 def test_code_of_pages_that_draw_with_the_shipped_checkpoint_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ GROUND = [
     {"errors"},
     {"utils.names"},
     {"utils", "utils.files", "utils.flags", "utils.libraries", "utils.progress", "utils.words"},
-    {"utils.components", "utils.html_page", "utils.memory", "cli"},
+    {"utils.components", "utils.html_page", "utils.memory", "utils.placement", "cli"},
     {"__main__"},
 ]
 LEAVES = set().union(*GROUND)

@@ -28,6 +28,7 @@ from ..flow.tensors import Generators, normal_like, require_finite
 from ..utils.components import about, library_reads, load_checked, load_module, may_be_on_the_hub
 from ..utils.files import CONFIG, near_folder, read_settings
 from ..utils.memory import inner_phase
+from ..utils.placement import execution_device
 
 log = logging.getLogger(__name__)
 
@@ -285,12 +286,12 @@ def _bad_rows(results: tuple[Tensor, ...]) -> Tensor:
 @contextmanager
 def in_float32(vae: Autoencoder) -> Iterator[None]:
     """Let the autoencoder compute in float32 within the context, whatever its weights are kept in."""
-    own, place = vae.dtype, next(vae.parameters()).device.type
-    # diffusers' own `to` warns of modules to be kept in float32, also where there are none.
+    own = vae.dtype
+    # diffusers' own `to` warns of modules to be kept in float32, also where there are none. Weights that accelerate
+    # keeps on "meta" come back as wide as they are marked here.
     torch.nn.Module.to(vae, torch.float32)
     try:
-        # Weights on "meta" are offloaded, from an accelerator, and come back as wide as they are marked here.
-        with torch.autocast("cuda" if place == "meta" else place, enabled=False):
+        with torch.autocast(execution_device(vae).type, enabled=False):
             yield
     finally:
         torch.nn.Module.to(vae, own)
@@ -337,9 +338,8 @@ def _shift_and_scale(vae: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _placed(vae: Autoencoder, value: Tensor) -> Tensor:
-    """Move a tensor to the autoencoder's device and precision; hooks of offloaded ("meta") weights move it."""
-    parameter: Tensor = next(vae.parameters())
-    return value.to(None if parameter.device.type == "meta" else parameter.device, parameter.dtype)
+    """Move a tensor to the device on which the autoencoder computes, in its precision."""
+    return value.to(execution_device(vae), vae.dtype)
 
 
 def mask_channels(vae: Autoencoder) -> int:

@@ -15,6 +15,7 @@ layout); the rest is overridden where the family differs. Everything here may be
 
 from __future__ import annotations
 
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator]
 Values: TypeAlias = Tensor | list[Tensor]
 #: (height, width), or (top, left), in pixels
 Size: TypeAlias = tuple[int, int]
+# one for each velocity that is made
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -432,11 +435,16 @@ class FlowModel(ABC):
     def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> Velocity:
         """Return the velocity under ``rows`` alone, on the straight path, where nothing is singular."""
         condition, dtype = self.prepare(rows), self.network.dtype
+        # diffusers' caches of a network keep what they remember under these rows apart from the rest.
+        cache, name = getattr(self.network, "cache_context", nullcontext), f"rows {next(_NUMBERS)}"
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             each = t.to(x.device, torch.float32).expand(x.shape[0])
             end = None if times is None else next_time(times, each)
-            return self.predict(self.path.scale_input(x, t).to(dtype), each, condition, end, scale).float()
+            with cache(name):
+                return self.predict(
+                    self.path.scale_input(x, t).to(dtype), each, condition, end, scale
+                ).float()
 
         straight, trained = CondOT(), as_velocity(network, self.path, self.prediction)
         return trained if self.path == straight else change_path(trained, old=self.path, new=straight)

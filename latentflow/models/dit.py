@@ -1,7 +1,4 @@
-"""`DiT`: a diffusion transformer that predicts velocities, and its configurations by name.
-
-First its block: self-attention, cross-attention to text, feed-forward, under adaLN-zero.
-"""
+"""`DiT`, a diffusion transformer that predicts velocities: its block, the network, its configurations by name."""
 
 # mypy: disable-error-code=no-any-return
 # Calling a module returns Any; so does every forward below.
@@ -16,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin  # diffusers' loader looks for this name in this module
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -41,6 +40,7 @@ from .inputs import (
     unpatchify,
     with_channels,
 )
+from .mixins import BlockCacheMixin, LayerwiseCastingMixin
 from .routing import Route
 
 Norm = Callable[[Tensor], Tensor]
@@ -213,19 +213,23 @@ class DiTBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        hidden_states: Tensor,
         c: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, N, D), c (B, D), text (B, L, D), text_mask (B, L) -> (B, N, D)."""
+        """hidden_states (B, N, D), c (B, D), text (B, L, D), text_mask (B, L) -> (B, N, D)."""
+        x = hidden_states  # which diffusers' caches look for by this name
         vectors = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = vectors
         x = torch.addcmul(x, gate_attn, self.attn(modulate(self.norm(x), shift_attn, scale_attn), rope))
         if self.cross_attn is not None:
             x = x + self.cross_attn(self.norm(x), text, text_mask)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp)))
+
+
+TransformerBlockRegistry.register(DiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 class FinalLayer(nn.Module):
@@ -254,7 +258,7 @@ class WithFeatures(NamedTuple):
     features: Tensor
 
 
-class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Diffusion transformer with adaLN-zero (arXiv:2212.09748), for any rectangular latent.
 
     The default is the modern block (arXiv:2501.01423): RMSNorm, SwiGLU, rotary positions, normalised queries
@@ -433,7 +437,7 @@ class DiT(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[m
 
     def _embed_latent(self, x: Tensor, channels: Tensor | None, height: int, width: int) -> Tensor:
         """Return the tokens of a latent, (B, registers + height * width, D)."""
-        x = with_channels(x.to(self.x_embedder.proj.weight.dtype), channels, self.condition_channels)
+        x = with_channels(x.to(get_parameter_dtype(self.x_embedder)), channels, self.condition_channels)
         tokens: Tensor = self.x_embedder(x)
         stored = self.pos_embed if self.grid == (height, width) else None
         table = sincos_table(height, width, tokens.shape[-1], x.device) if stored is None else stored

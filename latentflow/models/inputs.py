@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -273,6 +274,16 @@ def with_channels(x: Tensor, channels: Tensor | None, count: int) -> Tensor:
     return torch.cat([x, channels.to(x.dtype)], dim=1)
 
 
+class PatchConv(nn.Conv2d):
+    """A convolution whose stride is its kernel, as a matrix product, which skips its changes of layout."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, width, H / patch, W / patch)."""
+        patch = self.kernel_size[0]
+        tokens = F.linear(patchify(input, patch), self.weight.flatten(1), self.bias)
+        return tokens.transpose(1, 2).unflatten(2, (input.shape[2] // patch, input.shape[3] // patch))
+
+
 class PatchEmbed(nn.Module):
     """Patches of (B, channels + extra, H, W) -> tokens (B, N, width): a convolution, stride = kernel.
 
@@ -281,7 +292,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, extra: int, width: int, patch: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels + extra, width, kernel_size=patch, stride=patch)
+        self.proj = PatchConv(channels + extra, width, kernel_size=patch, stride=patch)
         with torch.no_grad():
             nn.init.xavier_uniform_(self.proj.weight.flatten(1))
             self.proj.weight[:, channels:] = 0.0
@@ -289,13 +300,7 @@ class PatchEmbed(nn.Module):
                 nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        proj: nn.Module = self.proj
-        if not isinstance(proj, nn.Conv2d):  # an adapter wraps it
-            adapted: Tensor = proj(x)
-            return adapted.flatten(2).transpose(1, 2)
-        # The convolution as a matrix product, which skips its changes of layout.
-        tokens = patchify(x, proj.kernel_size[0])
-        return F.linear(tokens, proj.weight.flatten(1), proj.bias)
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 def fourier_features(values: Tensor, features: int) -> Tensor:
@@ -304,6 +309,10 @@ def fourier_features(values: Tensor, features: int) -> Tensor:
     index = torch.arange(half, dtype=torch.float32, device=values.device)
     angles = values[:, None] * torch.exp(-math.log(1e4) / half * index)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+# Inputs are cast to `get_parameter_dtype(layer)`, the type in which a layer computes: under layerwise casting another
+# than that of its weights.
 
 
 class TimeEmbed(nn.Module):
@@ -322,7 +331,7 @@ class TimeEmbed(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         features = fourier_features(t.float() * self.scale, self.features)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(features.to(get_parameter_dtype(self.mlp)))
 
 
 class SizeEmbed(nn.Module):
@@ -341,9 +350,9 @@ class SizeEmbed(nn.Module):
     def forward(self, sizes: Tensor | None, t: Tensor) -> Tensor:
         """Embed sizes (B, 6); without any, the number of rows is that of ``t`` (B,)."""
         if sizes is None:
-            return torch.zeros(len(t), self.width, dtype=next(self.mlp.parameters()).dtype, device=t.device)
+            return torch.zeros(len(t), self.width, dtype=get_parameter_dtype(self.mlp), device=t.device)
         features = fourier_features(sizes.float().flatten(), self.features).view(len(sizes), -1)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(features.to(get_parameter_dtype(self.mlp)))
 
 
 class LabelEmbed(nn.Module):
@@ -389,7 +398,7 @@ class TextEmbed(nn.Module):
                 mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
             mask = mask.bool()
             drop = drop | ~mask.any(dim=1)
-            tokens = self.proj(self.norm(text.to(self.proj.weight.dtype)))
+            tokens = self.proj(self.norm(text.to(get_parameter_dtype(self.proj))))
             tokens = torch.where(drop[:, None, None], self.null.to(tokens.dtype), tokens)
             mask = mask | drop[:, None]
         weights = mask / mask.sum(dim=1, keepdim=True)  # (B, L)

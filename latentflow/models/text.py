@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 from ..errors import UserError, reading
 from ..utils.components import library_reads, load_transformers_model, may_be_on_the_hub
 from ..utils.files import MEND, read_settings
+from ..utils.placement import execution_device
 from ..utils.words import is_punctuation, known_words, missing_words, with_guess
 
 PAD, UNKNOWN, START = "[PAD]", "[UNK]", "[START]"
@@ -239,7 +240,8 @@ def encode_text(
         cut := sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False)["input_ids"])
     ):
         warnings.warn(f"{cut} of {len(prompts)} prompts exceed {limit} tokens and were cut", stacklevel=2)
-    ids, mask = tokens["input_ids"].to(encoder.device), tokens["attention_mask"].to(encoder.device)
+    device = execution_device(encoder)
+    ids, mask = (tokens[name].to(device) for name in ("input_ids", "attention_mask"))
     embeddings: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     return embeddings, mask.bool()
 

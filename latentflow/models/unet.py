@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
@@ -30,9 +32,10 @@ from .inputs import (
     times_of_rows,
     with_channels,
 )
+from .mixins import LayerwiseCastingMixin
 
 
-class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class UNet(Checked, LayerwiseCastingMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """A convolutional velocity network, with attention at every resolution but the first.
 
     Class and text become one vector, added to the time embedding; with text, the attention also looks at its
@@ -51,6 +54,12 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
     """
 
     _supports_gradient_checkpointing = True
+    # the whole of diffusers' U-Net would be one group of block-level offloading
+    _group_offload_block_modules: ClassVar[list[str]] = ["unet"]
+    # on the way up a block joins what it is given with what the way down has left
+    _no_split_modules: ClassVar[list[str]] = [
+        "BasicTransformerBlock", "ResnetBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D",
+    ]  # fmt: skip
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -104,6 +113,7 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
             self.unet = UNet2DConditionModel(cross_attention_dim=width, attention_head_dim=heads, **arguments)
         else:
             self.unet = UNet2DModel(attention_head_dim=head_dim, **arguments)
+        self.unet._no_split_modules = self._no_split_modules
         # A new network returns zero, as DiT does, and ignores the channels of the condition.
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
@@ -124,7 +134,9 @@ class UNet(Checked, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[
         vector, text, mask = embed_condition(
             self.y_embedder, self.text_embedder, self.size_embedder, cond, times
         )
-        latent = with_channels(x.to(self.unet.conv_in.weight.dtype), cond.channels, self.condition_channels)
+        latent = with_channels(
+            x.to(get_parameter_dtype(self.unet.conv_in)), cond.channels, self.condition_channels
+        )
         latent = F.pad(latent, (0, -width % self.multiple, 0, -height % self.multiple))
         tokens = {} if text is None else {"encoder_hidden_states": text, "encoder_attention_mask": mask}
         (out,) = self.unet(latent, times, class_labels=vector, return_dict=False, **tokens)

@@ -43,6 +43,7 @@ from .adapter_files import (
     weights_hash,
 )
 from .adapter_layouts import at_layers
+from .offloading import with_weights_in_place
 
 _MORE_THAN_PLAIN = ("use_dora", "use_rslora", "lora_bias", "alpha_pattern", "rank_pattern")
 
@@ -56,6 +57,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
     text_encoder: Any
     tokenizer: Any
 
+    @with_weights_in_place
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike[str] | Tensors,
@@ -115,6 +117,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
             loaded.modes[name] = mode
         self._renew()
 
+    @with_weights_in_place
     @torch.no_grad()
     def merge_lora_weights(
         self, source: str | os.PathLike[str], any_base: bool = False, subfolder: str | None = None
@@ -203,6 +206,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         )
         restore_permissions(Path(save_directory))
 
+    @with_weights_in_place
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write the pipeline folder.
 
@@ -220,6 +224,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
 
     # ---------------------------------------------------------------- weights, fusing, unloading
 
+    @with_weights_in_place
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Use these adapters, each with its weight; see ``diffusers.loaders.LoraBaseMixin.set_adapters``.
 
@@ -239,6 +244,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         self._added().weights = dict(zip(names, weights, strict=True))
         self._renew()
 
+    @with_weights_in_place
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Forget these adapters; with the last one the pipeline is as it was before the first."""
         super().delete_adapters(adapter_names)
@@ -251,18 +257,21 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         else:  # the emptied wrappers of the layers would be saved
             self.unload_lora_weights()
 
+    @with_weights_in_place
     def disable_lora(self) -> None:
         """Put no adapter into effect until ``enable_lora``; their words and classes stand at the mean meanwhile."""
         super().disable_lora()
         self._added().disabled = True
         self._renew()
 
+    @with_weights_in_place
     def enable_lora(self) -> None:
         """Put the active adapters into effect again."""
         super().enable_lora()
         self._added().disabled = False
         self._renew()
 
+    @with_weights_in_place
     def fuse_lora(
         self,
         components: Sequence[str] = PARTS,
@@ -276,6 +285,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
         self._added().scale.update(dict.fromkeys(components, lora_scale))
         self._renew()
 
+    @with_weights_in_place
     def unfuse_lora(self, components: Sequence[str] = PARTS, **kwargs: Any) -> None:
         """Take fused adapters out of the weights again; they stay loaded."""
         super().unfuse_lora(list(components), **kwargs)
@@ -284,6 +294,7 @@ class AdapterMixin(LoraBaseMixin):  # type: ignore[misc]
                 unscale_lora_layers(getattr(self, part), self._added().scale.pop(part, None))
         self._renew()
 
+    @with_weights_in_place
     def unload_lora_weights(self) -> None:
         """Take the adapters away, with their words and classes; what is fused stays in the weights."""
         loaded, fused = self._added(), self._fused()

@@ -415,7 +415,8 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
             return super().from_pipe(pipeline, **kwargs)
         settings = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
         pipe = cls(**{**settings, **pipeline.components, **kwargs})
-        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if "_name_or_path" in pipeline.config:
+            pipe.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
         return pipe
 
     @classmethod

@@ -218,6 +218,8 @@ def load_checked(
     Raises:
         UserError: names the weights, or the reason why the files cannot be read.
     """
+    if placing := [name for name in ("device_map", "quantization_config") if options.get(name) is not None]:
+        fix = f"If the files are whole, change {' and '.join(placing)}, or leave it out."
     with library_reads(shown, fix=fix):
         module, info = kind.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options

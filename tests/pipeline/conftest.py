@@ -116,8 +116,8 @@ def awake(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-def tiny_dit(**config: Any) -> DiT:
-    return awake(DiT(in_channels=2, width=16, depth=1, heads=2, sample_size=4, **config))
+def tiny_dit(depth: int = 1, **config: Any) -> DiT:
+    return awake(DiT(in_channels=2, width=16, depth=depth, heads=2, sample_size=4, **config))
 
 
 @pytest.fixture
