@@ -88,6 +88,17 @@ def test_a_callback_gets_what_it_may_ask_for(pipe: Any, images: Any) -> None:
     assert seen == [set(names)] * pipe.num_timesteps
 
 
+def test_what_a_callback_puts_in_place_of_the_latents_is_the_result(pipe: Any, images: Any) -> None:
+    def empty(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    result = drawn(pipe, images, output_type="latent", callback_on_step_end=empty)
+    hole = (
+        result[..., 1:3, 1:3] if type(pipe) is KINDS["inpaint"] else result
+    )  # the rest keeps the image's latents
+    assert not hole.any()
+
+
 def test_a_callback_raises_the_guidance(pipe: Any, images: Any) -> None:
     def more(pipe: Any, i: int, t: Tensor, tensors: dict[str, Tensor]) -> None:
         pipe._guidance_scale += 1.0
