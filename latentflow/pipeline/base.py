@@ -398,7 +398,8 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
             return super().from_pipe(pipeline, **kwargs)
         settings = {name: value for name, value in pipeline.config.items() if not name.startswith("_")}
         pipe = cls(**{**settings, **pipeline.components, **kwargs})
-        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        if "_name_or_path" in pipeline.config:
+            pipe.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
         return pipe
 
     @classmethod
@@ -467,29 +468,6 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
             f"id2label names the class {str(wrong[0])[:60]!r}, but the transformer's num_classes is {count}",
             "Restore model_index.json.",
         )
-
-
-def register_with_diffusers() -> None:
-    """Let stock ``DiffusionPipeline.from_pretrained(folder)`` and the ``AutoPipelineFor...`` Text2Image,
-    Image2Image and Inpainting open our checkpoints, whichever of our pipelines has saved them.
-
-    diffusers looks a pipeline's class up among its own attributes, and a component's class in modules that
-    are already imported; this puts ours there. Nothing in the checkpoint's folder is executed. Calling it
-    again changes nothing.
-    """
-    import diffusers
-    from diffusers.pipelines import auto_pipeline
-
-    import latentflow  # whose pipelines lie above this file
-
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["latentflow"] = latentflow.LatentFlowPipeline
-    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["latentflow"] = latentflow.LatentFlowImg2ImgPipeline
-    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["latentflow"] = latentflow.LatentFlowInpaintPipeline
-    for name in FAMILY:
-        pipeline = getattr(latentflow, name)
-        setattr(diffusers, name, pipeline)
-        if auto_pipeline._get_model(name) is None:  # it has no task of diffusers': its folder opens for all
-            auto_pipeline.SUPPORTED_TASKS_MAPPINGS.append({"latentflow": pipeline})
 
 
 def _forget_origin(file: Path) -> None:
