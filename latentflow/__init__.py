@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from .families import FlowModel as FlowModel
     from .models import DiT as DiT
     from .models import UNet as UNet
-    from .pipeline.base import register_with_diffusers as register_with_diffusers
     from .pipeline.edit import LatentFlowEditPipeline as LatentFlowEditPipeline
     from .pipeline.generate import LatentFlowPipeline as LatentFlowPipeline
     from .pipeline.images import expand_canvas as expand_canvas
     from .pipeline.img2img import LatentFlowImg2ImgPipeline as LatentFlowImg2ImgPipeline
     from .pipeline.inpaint import LatentFlowInpaintPipeline as LatentFlowInpaintPipeline
+    from .pipeline.registration import register_with_diffusers as register_with_diffusers
     from .training import fit as fit
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ _OWNERS = {
     "UNet": ".models",
     "load_autoencoder": ".autoencoder",
     "fit": ".training",
-    "register_with_diffusers": ".pipeline.base",
+    "register_with_diffusers": ".pipeline.registration",
 }
 
 __all__ = sorted(_OWNERS)
