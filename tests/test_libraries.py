@@ -81,7 +81,7 @@ def check_message(error: UserError, library: str) -> None:
     assert re.match(rf'pip install .*"{re.escape(REQUIREMENTS[library])}"', error.fix)
 
 
-@pytest.mark.parametrize("library", REQUIREMENTS)
+@pytest.mark.parametrize("library", sorted(REQUIREMENTS))
 def test_a_missing_library_is_named_with_the_line_that_installs_it(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_program: Callable[[str], Any]
 ) -> None:
