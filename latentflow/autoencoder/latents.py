@@ -107,7 +107,8 @@ def _class_of(shown: object, config: Any) -> Any:
 
 def latent_channels(vae: Autoencoder) -> int:
     """Number of channels C of the latents."""
-    return int(vae.config.latent_channels)
+    config = vae.config
+    return int(config.get("latent_channels") or config["z_dim"]) * _cells(vae) ** 2
 
 
 def downscale_factor(vae: Autoencoder) -> int:
@@ -115,7 +116,9 @@ def downscale_factor(vae: Autoencoder) -> int:
     config = vae.config
     for name in ("block_out_channels", "encoder_block_out_channels"):
         if config.get(name):
-            return int(2 ** (len(config[name]) - 1))
+            return int(2 ** (len(config[name]) - 1)) * _cells(vae)
+    if "temperal_downsample" in config:  # sic: of Qwen-Image's and Wan's
+        return int(2 ** len(config["temperal_downsample"]))
     raise ValueError(
         f"{type(vae).__name__} has neither block_out_channels nor encoder_block_out_channels in its config"
     )
@@ -137,7 +140,7 @@ def check_resolution(resolution: int, factor: int) -> None:
 
 def has_statistics(vae: Autoencoder) -> bool:
     """Return True if the checkpoint carries per-channel latent statistics."""
-    return vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+    return _cells(vae) > 1 or vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
 
 
 def check_statistics(vae: Autoencoder) -> None:
@@ -183,10 +186,14 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
         UserError: the images are not finite, or their latents are not, even in float32.
     """
 
+    video = _of_videos(vae)
+
     def moments(rows: Tensor) -> tuple[Tensor, ...]:
-        encoded = vae.encode(_placed(vae, rows))
+        placed = _placed(vae, rows)
+        encoded = vae.encode(placed.unsqueeze(2) if video else placed)
         if hasattr(encoded, "latent_dist"):
-            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+            both = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+            return tuple(part.squeeze(2) for part in both) if video else both
         raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         return (raw.float(),)
 
@@ -196,7 +203,11 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def normalise(vae: Autoencoder, raw: Tensor) -> Tensor:
-    """Turn raw latents (B, C, h, w) into latents, by the checkpoint's own statistics."""
+    """Turn raw latents (B, C, h, w) into latents, by the checkpoint's own statistics.
+
+    FLUX.2's are also joined, 2 x 2 cells into one of four times the channels: (B, 4 C, h / 2, w / 2).
+    """
+    raw = F.pixel_unshuffle(raw, _cells(vae))
     shift, scale = _shift_and_scale(vae, raw)
     return (raw - shift) * scale
 
@@ -204,7 +215,7 @@ def normalise(vae: Autoencoder, raw: Tensor) -> Tensor:
 def denormalise(vae: Autoencoder, latents: Tensor) -> Tensor:
     """Turn latents (B, C, h, w) into raw latents: the inverse of `normalise`."""
     shift, scale = _shift_and_scale(vae, latents)
-    return latents / scale + shift
+    return F.pixel_shuffle(latents / scale + shift, _cells(vae))
 
 
 def encode(vae: Autoencoder, images: Tensor, *, generator: Generators = None) -> Tensor:
@@ -229,7 +240,10 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
     )
 
     def images(rows: Tensor) -> tuple[Tensor, ...]:
-        return (vae.decode(_placed(vae, rows), return_dict=False)[0].float(),)
+        placed = _placed(vae, rows)
+        if _of_videos(vae):
+            return (vae.decode(placed.unsqueeze(2), return_dict=False)[0].squeeze(2).float(),)
+        return (vae.decode(placed, return_dict=False)[0].float(),)
 
     with inner_phase("decode"):
         return _finite(vae, images, denormalise(vae, latents.float()), "image")[0]
@@ -327,11 +341,24 @@ def measure_statistics(vae: Autoencoder, batches: Iterable[Tensor]) -> None:
 def _shift_and_scale(vae: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
     config = vae.config
     factor = float(config.get("scaling_factor") or 1.0)
+    if _cells(vae) > 1:  # statistics in a batch norm, which FLUX.2 alone has
+        deviation = (vae.bn.running_var + config["batch_norm_eps"]).sqrt()
+        return vae.bn.running_mean.view(1, -1, 1, 1).to(like), deviation.reciprocal().view(1, -1, 1, 1).to(like)
     if has_statistics(vae):
         shift, scale = torch.tensor(config["latents_mean"]), factor / torch.tensor(config["latents_std"])
     else:
         shift, scale = torch.tensor([float(config.get("shift_factor") or 0.0)]), torch.tensor([factor])
     return shift.view(1, -1, 1, 1).to(like), scale.view(1, -1, 1, 1).to(like)
+
+
+def _cells(vae: Autoencoder) -> int:
+    """Return how many raw cells along a side make one cell of the latents: 2 for FLUX.2's autoencoder, else 1."""
+    return 2 if hasattr(vae, "bn") else 1
+
+
+def _of_videos(vae: Autoencoder) -> bool:
+    """Return True for an autoencoder of videos, for which an image is a video of one frame."""
+    return any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
 
 
 def _placed(vae: Autoencoder, value: Tensor) -> Tensor:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from .flux import ChromaModel, FluxModel
+from .flux2 import Flux2Model
 from .latentflow import LatentFlowModel
+from .lumina2 import Lumina2Model
 from .model import FlowModel as FlowModel
 from .model import Rows as Rows
+from .qwen_image import QwenImageModel
+from .sana import SanaModel
+from .stable_diffusion_3 import StableDiffusion3Model
+from .z_image import ZImageModel
 
 #: class name of a diffusers pipeline (in model_index.json) -> the flow model that holds it
 FAMILIES: dict[str, type[FlowModel]] = {
@@ -12,4 +19,13 @@ FAMILIES: dict[str, type[FlowModel]] = {
     "LatentFlowEditPipeline": LatentFlowModel,
     "LatentFlowImg2ImgPipeline": LatentFlowModel,
     "LatentFlowInpaintPipeline": LatentFlowModel,
+    "StableDiffusion3Pipeline": StableDiffusion3Model,
+    "FluxPipeline": FluxModel,
+    "ChromaPipeline": ChromaModel,
+    "Flux2Pipeline": Flux2Model,
+    "Flux2KleinPipeline": Flux2Model,
+    "QwenImagePipeline": QwenImageModel,
+    "ZImagePipeline": ZImageModel,
+    "SanaPipeline": SanaModel,
+    "Lumina2Pipeline": Lumina2Model,
 }

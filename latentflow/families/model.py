@@ -404,8 +404,8 @@ class FlowModel(ABC):
             ValueError: they do not hold the same values.
         """
         scale = self.guidance(guidance_scale)
-        alone = self._bound(rows, times, scale)
-        if scale == 1.0 or self.embeds_guidance:
+        alone, strength = self._bound(rows, times, scale), self.true_guidance(scale)
+        if strength == 1.0:
             return alone
         if negative is None:
             negative = self.unconditional(rows)
@@ -417,16 +417,14 @@ class FlowModel(ABC):
             )
         negative = replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)
         both = self._bound(Rows.cat([rows, negative]), times, scale)
-        return self.guide(both, alone, scale, interval)
+        return guide_batched(both, alone, strength, interval, adjust=self.adjust_guided)
 
-    def guide(self, both: Velocity, alone: Velocity, scale: float, interval: tuple[float, float]) -> Velocity:
-        """Return the guided velocity by the family's rule: classifier-free guidance, if it has no other.
+    def true_guidance(self, scale: float) -> float:
+        """Return the scale of classifier-free guidance, see ``latentflow.flow.guide``, for a guidance scale."""
+        return 1.0 if self.embeds_guidance else scale
 
-        Args:
-            both: the velocity of 2B rows, those with the condition before those without.
-            alone: the velocity of the B rows with it.
-        """
-        return guide_batched(both, alone, scale, interval)
+    #: the family's change of a guided velocity: (guided, that of the condition alone) -> guided
+    adjust_guided: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> Velocity:
         """Return the velocity under ``rows`` alone, on the straight path, where nothing is singular."""
