@@ -140,7 +140,11 @@ def check_resolution(resolution: int, factor: int) -> None:
 
 def has_statistics(vae: Autoencoder) -> bool:
     """Return True if the checkpoint carries per-channel latent statistics."""
-    return _cells(vae) > 1 or vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+    return (
+        _cells(vae) > 1
+        or vae.config.get("latents_mean") is not None
+        and vae.config.get("latents_std") is not None
+    )
 
 
 def check_statistics(vae: Autoencoder) -> None:
@@ -343,7 +347,9 @@ def _shift_and_scale(vae: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
     factor = float(config.get("scaling_factor") or 1.0)
     if _cells(vae) > 1:  # statistics in a batch norm, which FLUX.2 alone has
         deviation = (vae.bn.running_var + config["batch_norm_eps"]).sqrt()
-        return vae.bn.running_mean.view(1, -1, 1, 1).to(like), deviation.reciprocal().view(1, -1, 1, 1).to(like)
+        return vae.bn.running_mean.view(1, -1, 1, 1).to(like), deviation.reciprocal().view(1, -1, 1, 1).to(
+            like
+        )
     if has_statistics(vae):
         shift, scale = torch.tensor(config["latents_mean"]), factor / torch.tensor(config["latents_std"])
     else:

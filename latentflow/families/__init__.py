@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from .aura_flow import AuraFlowModel
+from .cogview4 import CogView4Model
+from .diffusion import ClassDiTModel, PixArtModel, StableDiffusionModel, StableDiffusionXLModel
 from .flux import ChromaModel, FluxModel
 from .flux2 import Flux2Model
+from .hidream import HiDreamModel
+from .krea2 import Krea2Model
 from .latentflow import LatentFlowModel
 from .lumina2 import Lumina2Model
 from .model import FlowModel as FlowModel
 from .model import Rows as Rows
+from .prx import PRXModel
 from .qwen_image import QwenImageModel
 from .sana import SanaModel
 from .stable_diffusion_3 import StableDiffusion3Model
@@ -28,4 +34,14 @@ FAMILIES: dict[str, type[FlowModel]] = {
     "ZImagePipeline": ZImageModel,
     "SanaPipeline": SanaModel,
     "Lumina2Pipeline": Lumina2Model,
+    "AuraFlowPipeline": AuraFlowModel,
+    "CogView4Pipeline": CogView4Model,
+    "HiDreamImagePipeline": HiDreamModel,
+    "Krea2Pipeline": Krea2Model,
+    "PRXPipeline": PRXModel,
+    "StableDiffusionPipeline": StableDiffusionModel,
+    "StableDiffusionXLPipeline": StableDiffusionXLModel,
+    "PixArtAlphaPipeline": PixArtModel,
+    "PixArtSigmaPipeline": PixArtModel,
+    "DiTPipeline": ClassDiTModel,
 }

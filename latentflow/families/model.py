@@ -360,6 +360,10 @@ class FlowModel(ABC):
 
     # ---------------------------------------------------------------- from noise to data
 
+    def begin(self, noise: Tensor, times: Tensor) -> Tensor:
+        """Return the state at the first of ``times`` to which `noise` leads; of a flow that begins at 0 the noise."""
+        return noise
+
     def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
         """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64; None is `usual_steps`.
 

@@ -1,0 +1,67 @@
+"""CogView4 (Zheng et al. 2024, arXiv:2403.05121, in its fourth version)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
+from torch import Tensor
+
+from .model import Values
+from .pretrained import PretrainedModel
+
+
+class CogView4Model(PretrainedModel):
+    """Flow model of CogView4. Its rows have embeds, a list of B tensors (L, D).
+
+    Its network has no mask: prompts are encoded one by one, and those of different lengths evaluated apart, so that
+    none of them depends on another.
+    """
+
+    patch = 2
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        return {
+            "embeds": [self.pipeline.encode_prompt([text], None, False, **options)[0][0] for text in prompts]
+        }
+
+    def sigmas(self, steps: int) -> list[float]:
+        """Return whole timesteps from 1000 to 1, as noise levels."""
+        last = self.pipeline.scheduler.config.num_train_timesteps
+        levels: list[float] = (np.linspace(last, 1.0, steps).astype(np.int64) / last).tolist()
+        return levels
+
+    def mu(self, steps: int, tokens: int) -> float:
+        """Return the scheduler's ``mu``, which CogView4 computes in its own way."""
+        config = self.pipeline.scheduler.config
+        names = {"base_image_seq_len": 256, "base_shift": 0.25, "max_shift": 0.75}
+        return float(calculate_shift(tokens, *(config.get(name, usual) for name, usual in names.items())))
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network, whose time is the noise level before its shift; see `FlowModel.predict`."""
+        factor, scheduler = self.pipeline.vae_scale_factor, self.pipeline.scheduler.config
+        height, width = x.shape[2] * factor, x.shape[3] * factor
+        mu = self.mu(0, self.tokens(height, width))
+        shift = mu if scheduler.time_shift_type == "linear" else math.exp(mu)
+        sigma = 1.0 - t
+        timestep = scheduler.num_train_timesteps * sigma / (sigma + shift * (1.0 - sigma))
+        size = torch.tensor([[height, width]], dtype=x.dtype, device=x.device)
+        embeds: list[Tensor] = condition["embeds"]
+        output = torch.empty_like(x)
+        for length in {len(row) for row in embeds}:
+            rows = [row for row in range(len(x)) if len(embeds[row]) == length]
+            sizes = size.expand(len(rows), 2)
+            output[rows] = self.evaluate(
+                hidden_states=x[rows],
+                encoder_hidden_states=torch.stack([embeds[row] for row in rows]),
+                timestep=timestep[rows],
+                original_size=sizes,
+                target_size=sizes,
+                crop_coords=torch.zeros_like(sizes),
+            )
+        return -output
