@@ -140,10 +140,8 @@ def check_resolution(resolution: int, factor: int) -> None:
 
 def has_statistics(vae: Autoencoder) -> bool:
     """Return True if the checkpoint carries per-channel latent statistics."""
-    return (
-        _cells(vae) > 1
-        or vae.config.get("latents_mean") is not None
-        and vae.config.get("latents_std") is not None
+    return _cells(vae) > 1 or (
+        vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
     )
 
 
