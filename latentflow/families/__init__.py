@@ -2,46 +2,94 @@
 
 from __future__ import annotations
 
-from .aura_flow import AuraFlowModel
-from .cogview4 import CogView4Model
-from .diffusion import ClassDiTModel, PixArtModel, StableDiffusionModel, StableDiffusionXLModel
-from .flux import ChromaModel, FluxModel
-from .flux2 import Flux2Model
-from .hidream import HiDreamModel
-from .krea2 import Krea2Model
-from .latentflow import LatentFlowModel
-from .lumina2 import Lumina2Model
-from .model import FlowModel as FlowModel
-from .model import Rows as Rows
-from .prx import PRXModel
-from .qwen_image import QwenImageModel
-from .sana import SanaModel
-from .stable_diffusion_3 import StableDiffusion3Model
-from .z_image import ZImageModel
+import importlib
+from collections import UserDict
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
 
-#: class name of a diffusers pipeline (in model_index.json) -> the flow model that holds it
-FAMILIES: dict[str, type[FlowModel]] = {
-    "LatentFlowPipeline": LatentFlowModel,
-    "LatentFlowEditPipeline": LatentFlowModel,
-    "LatentFlowImg2ImgPipeline": LatentFlowModel,
-    "LatentFlowInpaintPipeline": LatentFlowModel,
-    "StableDiffusion3Pipeline": StableDiffusion3Model,
-    "FluxPipeline": FluxModel,
-    "ChromaPipeline": ChromaModel,
-    "Flux2Pipeline": Flux2Model,
-    "Flux2KleinPipeline": Flux2Model,
-    "QwenImagePipeline": QwenImageModel,
-    "ZImagePipeline": ZImageModel,
-    "SanaPipeline": SanaModel,
-    "Lumina2Pipeline": Lumina2Model,
-    "AuraFlowPipeline": AuraFlowModel,
-    "CogView4Pipeline": CogView4Model,
-    "HiDreamImagePipeline": HiDreamModel,
-    "Krea2Pipeline": Krea2Model,
-    "PRXPipeline": PRXModel,
-    "StableDiffusionPipeline": StableDiffusionModel,
-    "StableDiffusionXLPipeline": StableDiffusionXLModel,
-    "PixArtAlphaPipeline": PixArtModel,
-    "PixArtSigmaPipeline": PixArtModel,
-    "DiTPipeline": ClassDiTModel,
+if TYPE_CHECKING:
+    from .model import FlowModel as FlowModel
+    from .model import Rows as Rows
+
+
+class Families(UserDict[str, Any]):
+    """Class name of a pipeline -> flow model that holds it, imported when it is looked up."""
+
+    def __getitem__(self, kind: str) -> type[FlowModel]:
+        family: Any = super().__getitem__(kind)
+        if isinstance(family, str):
+            module, _, name = family.partition(":")
+            family = getattr(importlib.import_module(f".{module}", __name__), name)
+        return family  # type: ignore[no-any-return]
+
+
+#: class name of a diffusers pipeline (in model_index.json) -> "module:class" of the flow model that holds it
+FAMILIES = Families(
+    {
+        "LatentFlowPipeline": "latentflow:LatentFlowModel",
+        "LatentFlowEditPipeline": "latentflow:LatentFlowModel",
+        "LatentFlowImg2ImgPipeline": "latentflow:LatentFlowModel",
+        "LatentFlowInpaintPipeline": "latentflow:LatentFlowModel",
+        "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3Model",
+        "FluxPipeline": "flux:FluxModel",
+        "ChromaPipeline": "flux:ChromaModel",
+        "Flux2Pipeline": "flux2:Flux2Model",
+        "Flux2KleinPipeline": "flux2:Flux2Model",
+        "QwenImagePipeline": "qwen_image:QwenImageModel",
+        "ZImagePipeline": "z_image:ZImageModel",
+        "SanaPipeline": "sana:SanaModel",
+        "Lumina2Pipeline": "lumina2:Lumina2Model",
+        "AuraFlowPipeline": "aura_flow:AuraFlowModel",
+        "CogView4Pipeline": "cogview4:CogView4Model",
+        "HiDreamImagePipeline": "hidream:HiDreamModel",
+        "Krea2Pipeline": "krea2:Krea2Model",
+        "PRXPipeline": "prx:PRXModel",
+        "StableDiffusionPipeline": "diffusion:StableDiffusionModel",
+        "StableDiffusionXLPipeline": "diffusion:StableDiffusionXLModel",
+        "PixArtAlphaPipeline": "diffusion:PixArtModel",
+        "PixArtSigmaPipeline": "diffusion:PixArtModel",
+        "DiTPipeline": "diffusion:ClassDiTModel",
+    }
+)
+
+#: class name of a pipeline -> the text-to-image pipeline of diffusers that has the same components, and is its family
+SIBLINGS = {
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
+    "FluxImg2ImgPipeline": "FluxPipeline",
+    "FluxInpaintPipeline": "FluxPipeline",
+    "ChromaImg2ImgPipeline": "ChromaPipeline",
+    "ChromaInpaintPipeline": "ChromaPipeline",
+    "Flux2KleinInpaintPipeline": "Flux2KleinPipeline",
+    "QwenImageImg2ImgPipeline": "QwenImagePipeline",
+    "QwenImageInpaintPipeline": "QwenImagePipeline",
+    "ZImageImg2ImgPipeline": "ZImagePipeline",
+    "ZImageInpaintPipeline": "ZImagePipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
 }
+
+#: entry points of this group add families: their name is the pipeline's class name, their value the family's class
+GROUP = "latentflow.families"
+
+
+def family_of(kind: str) -> type[FlowModel] | None:
+    """Return the flow model of a pipeline's class name; None if there is none.
+
+    Other packages' families are found by their entry points, and imported only where their class is asked for.
+    """
+    kind = SIBLINGS.get(kind, kind)
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    for point in entry_points(group=GROUP, name=kind):
+        family: type[FlowModel] = point.load()
+        return family
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("FlowModel", "Rows"):
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(".model", __name__), name)

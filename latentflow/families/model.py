@@ -204,7 +204,7 @@ class FlowModel(ABC):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> FlowModel:
-        """Open a checkpoint of any family in `FAMILIES`.
+        """Open a checkpoint of any family in `FAMILIES`, or of one that another package registers.
 
         Args:
             name_or_path: pipeline folder or hub id.
@@ -213,7 +213,8 @@ class FlowModel(ABC):
         Raises:
             UserError: there is no such checkpoint, or its pipeline is of no family that is known.
         """
-        from . import FAMILIES
+        from . import FAMILIES, family_of
+        from .left_out import LEFT_OUT
 
         folder = pipeline_folder(name_or_path)
         if folder is not None:
@@ -222,9 +223,14 @@ class FlowModel(ABC):
             what = f"no folder '{name_or_path}', and the hub repository of that name"
             with library_reads(what, fix="Check the spelling and the network; offline, pass a local folder."):
                 kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
-        if not isinstance(kind, str) or kind not in FAMILIES:
-            raise UserError(f"{name_or_path} is a {kind}", f"Pipelines that open: {', '.join(FAMILIES)}.")
-        family = FAMILIES[kind]
+        family = family_of(str(kind))
+        if family is None and str(kind) in LEFT_OUT:
+            raise UserError(f"{name_or_path} is a {kind}", LEFT_OUT[str(kind)])
+        if family is None:
+            raise UserError(
+                f"{name_or_path} is a {kind}, which is none of the {len(FAMILIES)} pipelines that open",
+                "A family is added with one class and one line: see docs/guide/pretrained.md.",
+            )
         return family(family.open_pipeline(name_or_path, **options))
 
     @staticmethod

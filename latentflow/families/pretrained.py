@@ -10,13 +10,27 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from torch import Tensor
 
 from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
+from . import SIBLINGS
 from .model import FlowModel, Rows, Size, Values
+
+
+def text_to_image(pipeline: Any) -> Any:
+    """Return the text-to-image pipeline that has the components of an image-to-image or inpainting one."""
+    stock = SIBLINGS.get(type(pipeline).__name__)
+    if stock is None:
+        return pipeline
+    kind = getattr(diffusers, stock)
+    taken = inspect.signature(kind).parameters
+    # not by from_pipe, which brings all components to one precision
+    has = {**pipeline.config, **pipeline.components}
+    return kind(**{name: value for name, value in has.items() if name in taken})
 
 
 class PretrainedModel(FlowModel):
@@ -37,7 +51,7 @@ class PretrainedModel(FlowModel):
     patch: int = 1
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
-        super().__init__(pipeline)
+        super().__init__(text_to_image(pipeline))
         self.options = options
 
     def option(self, name: str) -> Any:

@@ -48,7 +48,7 @@ from .sampling import SamplingMixin
 from .scheduler import set_grid
 
 #: the pipelines that share one kind of folder
-FAMILY = tuple(name for name, family in FAMILIES.items() if family is LatentFlowModel)
+FAMILY = tuple(name for name in FAMILIES if name.startswith("LatentFlow"))
 _BASES: dict[str, type] = {
     "vae": ModelMixin,
     "transformer": ModelMixin,
