@@ -362,7 +362,8 @@ def _cells(vae: Autoencoder) -> int:
 
 def _of_videos(vae: Autoencoder) -> bool:
     """Return True for an autoencoder of videos, for which an image is a video of one frame."""
-    return any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
+    # Qwen-Image 2.1's has flat convolutions, and takes videos all the same
+    return "z_dim" in vae.config or any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
 
 
 def _placed(vae: Autoencoder, value: Tensor) -> Tensor:

@@ -51,17 +51,17 @@ class CogView4Model(PretrainedModel):
         sigma = 1.0 - t
         timestep = scheduler.num_train_timesteps * sigma / (sigma + shift * (1.0 - sigma))
         size = torch.tensor([[height, width]], dtype=x.dtype, device=x.device)
-        embeds: list[Tensor] = condition["embeds"]
-        output = torch.empty_like(x)
-        for length in {len(row) for row in embeds}:
-            rows = [row for row in range(len(x)) if len(embeds[row]) == length]
+
+        def evaluated(rows: list[int], embeds: Tensor) -> Tensor:
             sizes = size.expand(len(rows), 2)
-            output[rows] = self.evaluate(
+            output: Tensor = self.evaluate(
                 hidden_states=x[rows],
-                encoder_hidden_states=torch.stack([embeds[row] for row in rows]),
+                encoder_hidden_states=embeds,
                 timestep=timestep[rows],
                 original_size=sizes,
                 target_size=sizes,
                 crop_coords=torch.zeros_like(sizes),
             )
-        return -output
+            return output
+
+        return -self.apart(x, condition["embeds"], evaluated)

@@ -13,12 +13,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
 from . import SIBLINGS
-from .model import FlowModel, Rows, Size, Values
+from .model import FlowModel, Generators, Rows, Size, Values
 
 
 def text_to_image(pipeline: Any) -> Any:
@@ -47,6 +48,10 @@ class PretrainedModel(FlowModel):
     guidance_argument: str = "guidance_scale"
     #: arguments of the pipeline's call that its ``encode_prompt`` takes as well
     prompt_options: tuple[str, ...] = ("max_sequence_length",)
+    #: prompts are encoded one by one, where those of a batch would change one another
+    one_by_one: bool = False
+    #: the pipeline draws its noise with the channels last
+    noise_channels_last: bool = False
     #: cells of the latent that make one token of the network, along a side
     patch: int = 1
 
@@ -115,7 +120,8 @@ class PretrainedModel(FlowModel):
     ) -> Rows:
         texts = [prompts] if isinstance(prompts, str) else [*prompts]  # some pipelines change the list
         usual = {name: self.option(name) for name in self.prompt_options}
-        return Rows(self, embed(texts, **{**usual, **options}))
+        parts = [[text] for text in texts] if self.one_by_one else [texts]
+        return Rows.cat([Rows(self, embed(part, **{**usual, **options})) for part in parts])
 
     @abstractmethod
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
@@ -135,16 +141,29 @@ class PretrainedModel(FlowModel):
 
     # ---------------------------------------------------------------- from noise to data
 
+    def noise(self, n: int, height: int, width: int, generator: Generators | None = None) -> Tensor:
+        """Return the noise to start from, (n, C, h, w) float32, as the pipeline draws it."""
+        if not self.noise_channels_last:
+            return super().noise(n, height, width, generator)
+        channels, *cells = self.latent_shape(height, width)
+        shape = (n, *cells, channels)
+        drawn: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        return drawn.movedim(-1, 1)
+
     def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
         """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64: those of the pipeline's own scheduler."""
         steps = self.usual_steps if steps is None else steps
         flow.time_grid(steps)  # refuses what is no number of steps
+        mu = self.mu(steps, self.tokens(height, width))
+        return self.scheduled(steps, self.sigmas(steps), **({} if mu is None else {"mu": mu}))
+
+    def scheduled(self, steps: int, sigmas: list[float] | None, **shifted: float) -> Tensor:
+        """Return the times that the pipeline's scheduler makes of noise levels."""
         own = self.pipeline.scheduler
         scheduler = type(own).from_config(own.config)  # the pipeline's own keeps its state
-        mu = self.mu(steps, self.tokens(height, width))
-        shifted = {} if mu is None else {"mu": mu}
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=self.sigmas(steps), **shifted)
-        return 1.0 - scheduler.sigmas.double()
+        retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, **shifted)
+        sigmas_of_steps: Tensor = scheduler.sigmas.double()
+        return sigmas_of_steps if own.config.get("invert_sigmas") else 1.0 - sigmas_of_steps
 
     def tokens(self, height: int, width: int) -> int:
         """Return the number of the network's tokens of an image of this size in pixels."""
@@ -171,6 +190,22 @@ class PretrainedModel(FlowModel):
     def evaluate(self, *args: Any, **named: Any) -> Any:
         """Call the network."""
         return self.network(*args, **named, return_dict=False)[0]
+
+    @staticmethod
+    def apart(
+        x: Tensor, embeds: list[Tensor], evaluate: Callable[[list[int], Tensor], Tensor]
+    ) -> Tensor:
+        """Return what a network without a mask makes of x: prompts of different lengths are evaluated apart.
+
+        Args:
+            embeds: B tensors (L, D).
+            evaluate: (numbers of rows of x, their embeds (b, L, D)) -> (b, C, h, w).
+        """
+        output = torch.empty_like(x)
+        for length in {len(row) for row in embeds}:
+            rows = [row for row in range(len(x)) if len(embeds[row]) == length]
+            output[rows] = evaluate(rows, torch.stack([embeds[row] for row in rows]))
+        return output
 
 
 class PackedModel(PretrainedModel):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -56,12 +58,16 @@ def stock(name: str, prompts: list[str] = PROMPTS, **options: Any) -> Tensor:
     call: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "pt", **tiny.call, **options}
     if "height" in accepted:
         call |= {"height": tiny.side, "width": tiny.side}
+    if "guider" in call:  # HunyuanImage's is a component
+        pipe = copy(pipe)
+        pipe.guider = diffusers.AdaptiveProjectedMixGuidance(guidance_scale=call.pop("guider"))
     images = []
     for row, prompt in enumerate(prompts):
         asked: dict[str, Any] = {"class_labels": [[1, 3][row]]}
         if "prompt" in accepted:
             asked = {"prompt": [prompt]}
-        images.append(pipe(generator=seeded(row), **asked, **call).images)
+        drawn = pipe(generator=seeded(row), **asked, **call)
+        images.append(drawn.image if "Kandinsky5" in name else drawn.images)
     return torch.cat(images)
 
 
@@ -93,11 +99,15 @@ def assert_near(value: Tensor, expected: Tensor, share: float = 3e-6) -> None:
     )
 
 
-def unguided(name: str) -> dict[str, float]:
-    """Return how the stock pipeline is called without guidance."""
+def unguided(name: str) -> dict[str, Any]:
+    """Return how the stock pipeline is called without guidance, the scale first."""
     model = opened(name)[1]
     if model.embeds_guidance:
         return {}
+    if name == "Ideogram4Pipeline":
+        return {"guidance_scale": 1.0, "guidance_schedule": None}
+    if name == "HunyuanImagePipeline":
+        return {"guider": 1.0}
     return {model.guidance_argument: 0.0 if name in FROM_ZERO else 1.0}
 
 
@@ -107,7 +117,7 @@ def test_it_draws_what_the_stock_pipeline_does(name: str, guided: bool) -> None:
     """With Euler's method on the scheduler's own noise levels, without guidance and at the family's own."""
     model = opened(name)[1]
     options: dict[str, Any] = {} if guided else unguided(name)
-    if guided and name == "QwenImagePipeline":  # which guides only where there is a negative prompt
+    if guided and name in ("QwenImagePipeline", "QwenImage21Pipeline"):  # which guides only where there is a negative prompt
         options["negative_prompt"] = ""
     scale = None if guided else next(iter(options.values()), None)
     times = grid(name)

@@ -53,12 +53,12 @@ LLM = {
 }  # fmt: skip
 
 
-def kl(blocks: int = 2, shift: float | None = 0.1) -> Any:
+def kl(blocks: int = 2, shift: float | None = 0.1, channels: int = 4) -> Any:
     """Return an autoencoder that halves the sides of images ``blocks`` - 1 times."""
     vae = diffusers.AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * blocks, up_block_types=["UpDecoderBlock2D"] * blocks,
         block_out_channels=[8] * blocks, layers_per_block=1, norm_num_groups=4,
-        latent_channels=4, scaling_factor=0.6, shift_factor=shift,
+        latent_channels=channels, scaling_factor=0.6, shift_factor=shift,
     )  # fmt: skip
     for module in vae.modules():  # so that its images have contrast
         if isinstance(module, nn.Conv2d):
@@ -299,6 +299,196 @@ def krea2() -> dict[str, Any]:
     }  # fmt: skip
 
 
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+MROPE = {"rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"}}
+
+
+def qwen3_vl(kind: Any, layers: int = 3) -> Any:
+    text = {**LLM, **MROPE, "num_hidden_layers": layers}
+    vision = {**VISION, "deepstack_visual_indexes": [0]}
+    return kind(transformers.Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=24))
+
+
+def qwen25_vl() -> Any:
+    config = transformers.Qwen2_5_VLConfig(text_config={**LLM, **MROPE}, vision_config=VISION)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def processor(kind: Any, video: Any) -> Any:
+    """Return the processor of a vision language model, around our tokenizer."""
+    words = tokenizer(1024)
+    marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    words.add_special_tokens({"additional_special_tokens": marks})
+    return kind(transformers.Qwen2VLImageProcessor(), words, video(), chat_template=CHAT)
+
+
+def qwen3_processor() -> Any:
+    return processor(transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor)
+
+
+def flux2_dev() -> dict[str, Any]:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Mistral3Config(
+        text_config={"model_type": "mistral", **LLM}, vision_config={"model_type": "pixtral", **vision}
+    )
+    return {
+        "transformer": flux2_network(True),
+        "vae": flux2_vae(),
+        "text_encoder": transformers.Mistral3ForConditionalGeneration(config),
+        "tokenizer": tokenizer(512),
+    }
+
+
+def ideogram4() -> dict[str, Any]:
+    def network() -> Any:
+        return diffusers.Ideogram4Transformer2DModel(
+            in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2, intermediate_size=16,
+            adaln_dim=16, llm_features_dim=13 * 16, mrope_section=(4, 2, 2),
+        )  # fmt: skip
+
+    return {
+        "transformer": network(), "unconditional_transformer": network(), "vae": flux2_vae(),
+        "text_encoder": qwen3_vl(transformers.Qwen3VLModel, 36), "tokenizer": tokenizer(512),
+    }  # fmt: skip
+
+
+def ovis_image() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.OvisImageTransformer2DModel(
+            in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
+        ),
+        "vae": kl(), "text_encoder": transformers.Qwen3Model(transformers.Qwen3Config(**LLM)),
+        "tokenizer": tokenizer(512),
+    }  # fmt: skip
+
+
+def longcat_image() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.LongCatImageTransformer2DModel(
+            in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
+        ),
+        "vae": kl(channels=16), "text_encoder": qwen25_vl(), "tokenizer": tokenizer(512), "text_processor": None,
+    }  # fmt: skip
+
+
+def hunyuan_image(distilled: bool = False) -> dict[str, Any]:
+    vae = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
+        spatial_compression_ratio=2, sample_size=16, scaling_factor=0.75,
+    )  # fmt: skip
+    return {
+        "transformer": diffusers.HunyuanImageTransformer2DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
+            num_single_layers=1, num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=16, rope_axes_dim=(4, 4),
+            guidance_embeds=distilled, use_meanflow=distilled,
+        ),
+        "vae": vae, "text_encoder": qwen25_vl(), "tokenizer": tokenizer(1200), "text_encoder_2": t5(),
+        "tokenizer_2": tokenizer(128),
+        "guider": None if distilled else diffusers.AdaptiveProjectedMixGuidance(guidance_scale=3.5),
+    }  # fmt: skip
+
+
+def qwen_image_21() -> dict[str, Any]:
+    vae = diffusers.AutoencoderKLQwenImage21(
+        base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=[1] * 5, num_res_blocks=1, temperal_downsample=[False] * 4,
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.8, 1.2, 1.0, 0.9], in_channels=3, out_channels=3,
+        is_residual=False,
+    )  # fmt: skip
+    return {
+        "transformer": diffusers.QwenImage21Transformer2DModel(
+            in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            context_in_dim=16, axes_dims_rope=(8, 4, 4),
+        ),
+        "vae": vae, "text_encoder": qwen3_vl(transformers.Qwen3VLForConditionalGeneration),
+        "processor": qwen3_processor(),
+    }  # fmt: skip
+
+
+def bria() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.BriaTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=[4, 4, 8],
+        ),
+        "vae": kl(), "text_encoder": t5(), "tokenizer": tokenizer(128),
+    }  # fmt: skip
+
+
+def bria_fibo() -> dict[str, Any]:
+    words = {**LLM, "vocab_size": 128001}  # the pipeline stands token 128000 for an empty prompt
+    return {
+        "transformer": diffusers.BriaFiboTransformer2DModel(
+            in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, axes_dims_rope=[4, 4, 8], text_encoder_dim=16,
+        ),
+        "vae": diffusers.AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1] * 5, num_res_blocks=1, temperal_downsample=[False] * 4,
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.8, 1.2, 1.0, 0.9],
+        ),
+        "text_encoder": transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**words)),
+        "tokenizer": tokenizer(128),
+    }  # fmt: skip
+
+
+def nucleus_image() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.NucleusMoEImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=(8, 4, 4), moe_enabled=False,
+        ),
+        "vae": qwen_vae(), "text_encoder": qwen3_vl(transformers.Qwen3VLForConditionalGeneration, 8),
+        "processor": qwen3_processor(),
+    }  # fmt: skip
+
+
+def ernie_image() -> dict[str, Any]:
+    vae = flux2_vae()
+    vae.register_to_config(batch_norm_eps=1e-5)  # as the pipeline has it, whatever its autoencoder says
+    return {
+        "transformer": diffusers.ErnieImageTransformer2DModel(
+            hidden_size=32, num_attention_heads=2, num_layers=1, ffn_hidden_size=16, in_channels=16, out_channels=16,
+            text_in_dim=16, rope_axes_dim=(4, 4, 8),
+        ),
+        "vae": vae, "tokenizer": tokenizer(),
+        "text_encoder": transformers.MistralModel(transformers.MistralConfig(**LLM)),
+    }  # fmt: skip
+
+
+def kandinsky5() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.Kandinsky5Transformer3DModel(
+            in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=16, time_dim=16, model_dim=32,
+            ff_dim=16, num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 6, 6),
+        ),
+        "vae": kl(4, shift=None), "text_encoder": qwen25_vl(), "text_encoder_2": clip(), "tokenizer_2": tokenizer(),
+        "tokenizer": processor(transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor),
+    }  # fmt: skip
+
+
+def lumina() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.LuminaNextDiT2DModel(
+            sample_size=8, patch_size=2, in_channels=4, hidden_size=32, num_layers=1, num_attention_heads=2,
+            num_kv_heads=1, multiple_of=16, cross_attention_dim=16,
+        ),
+        "vae": kl(4, shift=None), "tokenizer": tokenizer(256),
+        "text_encoder": transformers.GemmaModel(transformers.GemmaConfig(**LLM)),
+    }  # fmt: skip
+
+
+def omnigen() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.OmniGenTransformer2DModel(
+            in_channels=4, patch_size=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=2,
+            intermediate_size=16, num_layers=1, pad_token_id=0, vocab_size=32, max_position_embeddings=1024,
+            rope_scaling={"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}, pos_embed_max_size=16, time_step_dim=16,
+        ),
+        "vae": kl(4, shift=None), "tokenizer": tokenizer(256),
+    }  # fmt: skip
+
+
 def unet(**config: Any) -> Any:
     return diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
@@ -378,6 +568,23 @@ TINY: dict[str, Tiny] = {
     ),
     "HiDreamImagePipeline": Tiny(hidream, SHORT, {"use_dynamic_shifting": True}),
     "Krea2Pipeline": Tiny(krea2, SHORT, DYNAMIC, {"text_encoder_select_layers": (1, 3)}),
+    "Flux2Pipeline": Tiny(
+        flux2_dev, {"max_sequence_length": 128, "text_encoder_out_layers": (0, 1, 2)}, DYNAMIC
+    ),
+    "Ideogram4Pipeline": Tiny(ideogram4, {**SHORT, "guidance_schedule": (7.0, 7.0, 7.0, 3.0)}),
+    "OvisImagePipeline": Tiny(ovis_image, SHORT, DYNAMIC),
+    "LongCatImagePipeline": Tiny(longcat_image, {"enable_prompt_rewrite": False}, DYNAMIC),
+    "HunyuanImagePipeline": Tiny(hunyuan_image, {}, {"shift": 5.0}),
+    "HunyuanImagePipeline-distilled": Tiny(lambda: hunyuan_image(True), {}, {"shift": 4.0}),
+    "QwenImage21Pipeline": Tiny(qwen_image_21, {"true_cfg_scale": 4.0}, DYNAMIC, side=64),
+    "BriaPipeline": Tiny(bria, SHORT, DYNAMIC),
+    "BriaPipeline-fixed": Tiny(bria, SHORT, {"shift": 3.0}),
+    "BriaFiboPipeline": Tiny(bria_fibo, SHORT, DYNAMIC, side=64),
+    "NucleusMoEImagePipeline": Tiny(nucleus_image, {"max_sequence_length": 128}, DYNAMIC),
+    "ErnieImagePipeline": Tiny(ernie_image, {}, {"shift": 3.0}),
+    "Kandinsky5T2IPipeline": Tiny(kandinsky5, SHORT, {"shift": 5.0}, side=64),
+    "LuminaPipeline": Tiny(lumina, {"clean_caption": False}, {"shift": 1.0}, side=64),
+    "OmniGenPipeline": Tiny(omnigen, {}, {"invert_sigmas": True, "num_train_timesteps": 1}, side=64),
     "StableDiffusionPipeline": Tiny(stable_diffusion, {}, SCALED_LINEAR),
     "StableDiffusionPipeline-v": Tiny(
         stable_diffusion, {}, {**SCALED_LINEAR, "prediction_type": "v_prediction"}
@@ -410,6 +617,10 @@ def checkpoint(name: str) -> Any:
     pipe.set_progress_bar_config(disable=True)
     if name == "HiDreamImagePipeline":  # which scales every size to one area
         pipe.default_sample_size = 8
+    if name == "LongCatImagePipeline":
+        pipe.tokenizer_max_length = 32
+    if name == "Kandinsky5T2IPipeline":
+        pipe.resolutions = [(tiny.side, tiny.side)]
     if name == "PRXPipeline":  # whose cleaning of texts needs ftfy
         pipe.text_preprocessor.clean_text = pipe.text_preprocessor.basic_clean = str
     return pipe
