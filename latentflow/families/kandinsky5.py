@@ -39,7 +39,7 @@ class Kandinsky5Model(PretrainedModel):
         video = x.movedim(1, -1).unsqueeze(1)
 
         def evaluated(rows: list[int], embeds: Tensor) -> Tensor:
-            output = self.evaluate(
+            output = self.network(
                 hidden_states=video[rows],
                 encoder_hidden_states=embeds,
                 pooled_projections=condition["pooled"][rows],
@@ -48,7 +48,7 @@ class Kandinsky5Model(PretrainedModel):
                 text_rope_pos=torch.arange(embeds.shape[1], device=x.device),
                 scale_factor=[1.0, 1.0, 1.0],
             )
-            channels_first: Tensor = output.squeeze(1).movedim(-1, 1)
+            channels_first: Tensor = output.sample.squeeze(1).movedim(-1, 1)
             return channels_first
 
         return -self.apart(x, condition["embeds"], evaluated)

@@ -45,29 +45,33 @@ class QwenImageModel(PackedModel):
 
 
 class QwenImage21Model(PretrainedModel):
-    """Flow model of Qwen-Image 2.1. Its rows have embeds (B, L, D) and mask (B, L) bool.
+    """Flow model of Qwen-Image 2.1. Its rows have embeds, a list of B tensors (L, D) of different lengths.
 
+    Its network places the image after a prompt with its padding: prompts of different lengths are evaluated apart.
     Its autoencoder has a channel for transparency: images are opaque, and the channel is left out of them.
     """
 
     guidance_argument = "true_cfg_scale"
     prompt_options = ()
-    patch = 2
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths in pixels are multiples of this: four cells make one token of a prompt's."""
+        return 2 * super().size_multiple
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask, _ = self.pipeline.encode_prompt(prompts, **options)
-        if mask is None:  # no prompt is shorter than another
-            mask = torch.ones(embeds.shape[:2], device=embeds.device)
-        return {"embeds": embeds, "mask": mask.bool()}
+        lengths = [embeds.shape[1]] * len(embeds) if mask is None else mask.sum(1).tolist()
+        return {"embeds": [row[:length] for row, length in zip(embeds, lengths, strict=True)]}
 
-    def sigmas(self, steps: int) -> list[float]:
+    def sigmas(self, steps: int) -> list[float] | None:
         """Return the noise levels of a distilled checkpoint, or evenly spaced ones."""
         return self.pipeline.config.sample_sigmas or super().sigmas(steps)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32."""
-        missing = self.vae.config.in_channels - images.shape[1]
-        return super().encode(F.pad(images, (0, 0, 0, 0, 0, missing), value=1.0))
+        opacity = self.vae.config.in_channels - images.shape[1]
+        return super().encode(F.pad(images, (0, 0, 0, 0, 0, opacity), value=1.0))
 
     def decode(self, x1: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""
@@ -77,16 +81,19 @@ class QwenImage21Model(PretrainedModel):
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        embeds, mask = condition["embeds"], condition["mask"]
-        (rows, columns), tokens = x.shape[2:], x.shape[2] * x.shape[3]
-        # the prompt has no images, and an image takes a quarter of its tokens among those of the prompt
-        of_image = F.pad(torch.zeros_like(mask), (0, tokens // 4), value=True)
-        output = self.evaluate(
-            hidden_states=self.pipeline._pack_latents(x, len(x), x.shape[1], rows, columns),
-            timestep=1.0 - t,
-            encoder_hidden_states=embeds,
-            encoder_hidden_states_mask=None if mask.all() else mask,
-            img_shapes=[[(1, rows, columns)]] * len(x),
-            img_mask=of_image,
-        )
-        return -output[:, -tokens:].transpose(1, 2).reshape(x.shape)
+        (rows, columns), count = x.shape[2:], x.shape[2] * x.shape[3]
+        tokens = self.pipeline._pack_latents(x, len(x), x.shape[1], rows, columns)
+
+        def evaluated(which: list[int], embeds: Tensor) -> Tensor:
+            text = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=x.device)
+            output = self.evaluate(
+                hidden_states=tokens[which],
+                timestep=1.0 - t[which],
+                encoder_hidden_states=embeds,
+                img_shapes=[[(1, rows, columns)]] * len(which),
+                img_mask=F.pad(text, (0, count // 4), value=True),  # four tokens of the image make one
+            )
+            image: Tensor = output[:, -count:].transpose(1, 2).reshape(-1, *x.shape[1:])
+            return image
+
+        return -self.apart(x, condition["embeds"], evaluated)

@@ -60,9 +60,14 @@ def kl(blocks: int = 2, shift: float | None = 0.1, channels: int = 4) -> Any:
         block_out_channels=[8] * blocks, layers_per_block=1, norm_num_groups=4,
         latent_channels=channels, scaling_factor=0.6, shift_factor=shift,
     )  # fmt: skip
-    for module in vae.modules():  # so that its images have contrast
-        if isinstance(module, nn.Conv2d):
-            module.weight.data.mul_(1.5)
+    return contrasting(vae)
+
+
+def contrasting(vae: Any, factor: float = 1.5) -> Any:
+    """Return the autoencoder, whose images have more contrast now."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.weight.data.mul_(factor)
     return vae
 
 
@@ -423,10 +428,10 @@ def bria_fibo() -> dict[str, Any]:
             in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=32, axes_dims_rope=[4, 4, 8], text_encoder_dim=16,
         ),
-        "vae": diffusers.AutoencoderKLWan(
+        "vae": contrasting(diffusers.AutoencoderKLWan(
             base_dim=4, z_dim=4, dim_mult=[1] * 5, num_res_blocks=1, temperal_downsample=[False] * 4,
             latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.8, 1.2, 1.0, 0.9],
-        ),
+        ), 1.3),
         "text_encoder": transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**words)),
         "tokenizer": tokenizer(128),
     }  # fmt: skip
@@ -436,7 +441,8 @@ def nucleus_image() -> dict[str, Any]:
     return {
         "transformer": diffusers.NucleusMoEImageTransformer2DModel(
             in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=16, axes_dims_rope=(8, 4, 4), moe_enabled=False,
+            joint_attention_dim=16, axes_dims_rope=(8, 4, 4), moe_intermediate_dim=16,
+            dense_moe_strategy="all_moe", num_experts=2, capacity_factors=2.0,  # every expert takes every token
         ),
         "vae": qwen_vae(), "text_encoder": qwen3_vl(transformers.Qwen3VLForConditionalGeneration, 8),
         "processor": qwen3_processor(),
