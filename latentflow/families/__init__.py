@@ -37,6 +37,7 @@ FAMILIES = Families(
         "Flux2KleinPipeline": "flux2:Flux2Model",
         "QwenImagePipeline": "qwen_image:QwenImageModel",
         "ZImagePipeline": "z_image:ZImageModel",
+        "ZImageOmniPipeline": "z_image:ZImageOmniModel",
         "SanaPipeline": "sana:SanaModel",
         "Lumina2Pipeline": "lumina2:Lumina2Model",
         "AuraFlowPipeline": "aura_flow:AuraFlowModel",
@@ -51,15 +52,20 @@ FAMILIES = Families(
         "QwenImage21Pipeline": "qwen_image:QwenImage21Model",
         "BriaPipeline": "bria:BriaModel",
         "BriaFiboPipeline": "bria:BriaFiboModel",
+        "BriaFibo2Pipeline": "bria:BriaFibo2Model",
         "NucleusMoEImagePipeline": "nucleus_image:NucleusImageModel",
         "ErnieImagePipeline": "ernie_image:ErnieImageModel",
         "Kandinsky5T2IPipeline": "kandinsky5:Kandinsky5Model",
         "LuminaPipeline": "lumina:LuminaModel",
         "OmniGenPipeline": "omnigen:OmniGenModel",
+        "DreamLitePipeline": "dreamlite:DreamLiteModel",
+        "DreamLiteMobilePipeline": "dreamlite:DreamLiteModel",
         "StableDiffusionPipeline": "diffusion:StableDiffusionModel",
         "StableDiffusionXLPipeline": "diffusion:StableDiffusionXLModel",
         "PixArtAlphaPipeline": "diffusion:PixArtModel",
         "PixArtSigmaPipeline": "diffusion:PixArtModel",
+        "HunyuanDiTPipeline": "diffusion:HunyuanDiTModel",
+        "CogView3PlusPipeline": "diffusion:CogView3PlusModel",
         "DiTPipeline": "diffusion:ClassDiTModel",
     }
 )
@@ -81,6 +87,18 @@ SIBLINGS = {
     "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
     "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
     "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+    # perturbed-attention guidance, which is how a pipeline guides and nothing of its weights
+    "StableDiffusionPAGPipeline": "StableDiffusionPipeline",
+    "StableDiffusionPAGImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionPAGInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionXLPAGPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLPAGImg2ImgPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLPAGInpaintPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusion3PAGPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusion3PAGImg2ImgPipeline": "StableDiffusion3Pipeline",
+    "PixArtSigmaPAGPipeline": "PixArtSigmaPipeline",
+    "SanaPAGPipeline": "SanaPipeline",
+    "HunyuanDiTPAGPipeline": "HunyuanDiTPipeline",
 }
 
 #: entry points of this group add families: their name is the pipeline's class name, their value the family's class

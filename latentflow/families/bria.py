@@ -1,14 +1,17 @@
-"""Bria 3.2 and FIBO (Bria 2025; FIBO: Gutflaish et al., arXiv:2511.06876)."""
+"""Bria 3.2, FIBO and FIBO 2 (Bria 2025; FIBO: Gutflaish et al., arXiv:2511.06876)."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from diffusers.pipelines.bria.pipeline_bria import get_original_sigmas
+from diffusers.pipelines.bria_fibo2.pipeline_bria_fibo2 import DEFAULT_NEGATIVE_PROMPT
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .model import Values
+from .model import Generators, Rows, Values
 from .pretrained import PackedModel, PretrainedModel
 
 
@@ -102,3 +105,55 @@ class BriaFiboModel(PretrainedModel):
         factor = self.size_multiple
         unpacked: Tensor = self.pipeline._unpack_latents_no_patch(output, rows * factor, columns * factor, factor)
         return -unpacked
+
+
+class BriaFibo2Model(PretrainedModel):
+    """Flow model of FIBO 2. Its rows have embeds (B, L, bundles, D) and mask (B, L) bool.
+
+    Prompts are sentences or captions in JSON; images of the text that a caption asks for are not drawn for it.
+    """
+
+    prompt_options = ()
+    one_by_one = True
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        captions = [self.pipeline._parse_prompt(text)[0] for text in prompts]
+        texts = [
+            text if isinstance(caption, str) else json.dumps(caption or {}, separators=(",", ":"), ensure_ascii=False)
+            for text, caption in zip(prompts, captions, strict=True)
+        ]
+        return self.embed_negative(texts, **options)
+
+    def embed_negative(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        embeds, _ = self.pipeline.encode_prompt(prompts, **options)
+        embeds = embeds.transpose(1, 2)
+        return {"embeds": embeds, "mask": torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)}
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows of the negative prompt that the pipeline takes by itself, an empty caption."""
+        return self.encode_negative([DEFAULT_NEGATIVE_PROMPT]).repeat(n)
+
+    def noise(self, n: int, height: int, width: int, generator: Generators | None = None) -> Tensor:
+        """Return the noise to start from, (n, C, h, w) float32, drawn before cells are joined."""
+        factor, config = self.pipeline.vae_scale_factor, self.network.config
+        shape = (n, config.in_channels, height // factor, width // factor)
+        drawn: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        return self.joined(drawn)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Join 2 x 2 cells into one: (B, C, h, w) -> (B, 4 C, h / 2, w / 2)."""
+        joined: Tensor = self.pipeline._patchify_latents(x)
+        return joined
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        mask = condition["mask"]
+        output: Tensor = self.evaluate(
+            hidden_states=self.pipeline._unpatchify_latents(x),
+            timestep=1.0 - t,
+            encoder_hidden_states=condition["embeds"].transpose(1, 2),
+            encoder_attention_mask=None if mask.all() else mask,
+        )
+        return -self.joined(output)

@@ -1,4 +1,4 @@
-"""Diffusion models in diffusers' pipelines: Stable Diffusion 1 and 2, SDXL, PixArt, DiT.
+"""Diffusion models in diffusers' pipelines: Stable Diffusion 1 and 2, SDXL, PixArt, HunyuanDiT, CogView 3, DiT.
 
 A diffusion model is a flow on another path: x_k = a_k x1 + s_k x0 at timestep k. With t = a / (a + s), the state
 x / (a + s) lies on the straight path, and there the velocity is x1 - x0, both of which follow from what the network
@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor
 
 from .. import flow
@@ -169,6 +171,79 @@ class PixArtModel(DiffusionModel):
             encoder_attention_mask=condition["mask"],
             timestep=timestep,
             added_cond_kwargs=added,
+        )
+        return predicted
+
+
+class HunyuanDiTModel(DiffusionModel):
+    """Flow model of HunyuanDiT (Li et al. 2024, arXiv:2405.08748).
+
+    Its rows have embeds (B, L, D) and mask (B, L) of CLIP, and t5 (B, L', D') and t5_mask (B, L') of T5.
+    """
+
+    prompt_options = ()
+    patch = 2
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        encode = self.pipeline.encode_prompt
+        embeds, _, mask, _ = encode(prompts, self.device, do_classifier_free_guidance=False, text_encoder_index=0)
+        t5, _, t5_mask, _ = encode(prompts, self.device, do_classifier_free_guidance=False, text_encoder_index=1)
+        return {"embeds": embeds, "mask": mask, "t5": t5, "t5_mask": t5_mask}
+
+    def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        grid = x.shape[2] // self.patch, x.shape[3] // self.patch
+        places = get_2d_rotary_pos_embed(
+            self.network.inner_dim // self.network.num_heads,
+            get_resize_crop_region_for_grid(grid, 512 // 8 // self.patch),
+            grid,
+            device=x.device,
+            output_type="pt",
+        )
+        factor = downscale_factor(self.vae)
+        size = x.shape[2] * factor, x.shape[3] * factor
+        sizes = torch.tensor([[*self.option("original_size"), *size, 0, 0]], dtype=x.dtype, device=x.device)
+        predicted: Tensor = self.evaluate(
+            x,
+            timestep,
+            encoder_hidden_states=condition["embeds"],
+            text_embedding_mask=condition["mask"],
+            encoder_hidden_states_t5=condition["t5"],
+            text_embedding_mask_t5=condition["t5_mask"],
+            image_meta_size=sizes.repeat(len(x), 1),
+            style=torch.zeros(len(x), dtype=torch.long, device=x.device),
+            image_rotary_emb=places,
+        )
+        return predicted
+
+
+class CogView3PlusModel(DiffusionModel):
+    """Flow model of CogView3-Plus (Zheng et al. 2024, arXiv:2403.05121). Its rows have embeds (B, L, D).
+
+    The empty negative prompt is zeros.
+    """
+
+    prompt_options = ("max_sequence_length",)
+    patch = 2
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        return {"embeds": self.pipeline.encode_prompt(prompts, None, False, **options)[0]}
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows of zeros."""
+        rows = self.encode_prompt([""] * n)
+        return Rows(self, {"embeds": torch.zeros_like(rows.values["embeds"])})
+
+    def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        factor = downscale_factor(self.vae)
+        size = torch.tensor([[x.shape[2] * factor, x.shape[3] * factor]], dtype=x.dtype, device=x.device)
+        sizes = size.expand(len(x), 2)
+        predicted: Tensor = self.evaluate(
+            hidden_states=x,
+            encoder_hidden_states=condition["embeds"],
+            timestep=timestep,
+            original_size=sizes,
+            target_size=sizes,
+            crop_coords=torch.zeros_like(sizes),
         )
         return predicted
 

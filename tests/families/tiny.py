@@ -389,7 +389,7 @@ def hunyuan_image(distilled: bool = False) -> dict[str, Any]:
             num_single_layers=1, num_refiner_layers=1, text_embed_dim=16, text_embed_2_dim=16, rope_axes_dim=(4, 4),
             guidance_embeds=distilled, use_meanflow=distilled,
         ),
-        "vae": vae, "text_encoder": qwen25_vl(), "tokenizer": tokenizer(1200), "text_encoder_2": t5(),
+        "vae": vae, "text_encoder": qwen25_vl(), "tokenizer": tokenizer(128), "text_encoder_2": t5(),
         "tokenizer_2": tokenizer(128),
         "guider": None if distilled else diffusers.AdaptiveProjectedMixGuidance(guidance_scale=3.5),
     }  # fmt: skip
@@ -397,7 +397,7 @@ def hunyuan_image(distilled: bool = False) -> dict[str, Any]:
 
 def qwen_image_21() -> dict[str, Any]:
     vae = diffusers.AutoencoderKLQwenImage21(
-        base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=[1] * 5, num_res_blocks=1, temperal_downsample=[False] * 4,
+        base_dim=8, decoder_base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.8, 1.2, 1.0, 0.9], in_channels=3, out_channels=3,
         is_residual=False,
     )  # fmt: skip
@@ -429,7 +429,7 @@ def bria_fibo() -> dict[str, Any]:
             joint_attention_dim=32, axes_dims_rope=[4, 4, 8], text_encoder_dim=16,
         ),
         "vae": contrasting(diffusers.AutoencoderKLWan(
-            base_dim=4, z_dim=4, dim_mult=[1] * 5, num_res_blocks=1, temperal_downsample=[False] * 4,
+            base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
             latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.8, 1.2, 1.0, 0.9],
         ), 1.3),
         "text_encoder": transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**words)),
@@ -492,6 +492,70 @@ def omnigen() -> dict[str, Any]:
             rope_scaling={"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}, pos_embed_max_size=16, time_step_dim=16,
         ),
         "vae": kl(4, shift=None), "tokenizer": tokenizer(256),
+    }  # fmt: skip
+
+
+def bria_fibo2() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.BriaFibo2Transformer2DModel(
+            in_channels=4, patch_size=2, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=48,
+            injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=2, max_num_gist_tokens=8, gist_step=2,
+            gist_min_text_len=16, gist_max_text_len=64, axes_dims=(8, 4, 4), axes_lens=(64, 16, 16),
+        ),
+        "vae": flux2_vae(), "processor": qwen3_processor(),
+        "text_encoder": qwen3_vl(transformers.Qwen3VLForConditionalGeneration),
+    }  # fmt: skip
+
+
+def z_image_omni() -> dict[str, Any]:
+    return {**z_image(), "siglip": None, "siglip_processor": None}
+
+
+def bright(vae: Any) -> Any:
+    """Return a small autoencoder whose images are not black."""
+    vae.decoder.layers[-1].bias.data.fill_(0.5)
+    return vae
+
+
+def dreamlite() -> dict[str, Any]:
+    return {
+        "unet": diffusers.DreamLiteUNetModel(
+            in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+            up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"), cross_attention_dim=16,
+            attention_head_dim=(2, 4), addition_embed_type="time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=16,
+        ),
+        "vae": bright(contrasting(diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1), latent_channels=4,
+        ))),
+        "text_encoder": qwen3_vl(transformers.Qwen3VLForConditionalGeneration), "tokenizer": tokenizer(512),
+        "processor": qwen3_processor(),
+    }  # fmt: skip
+
+
+def hunyuan_dit() -> dict[str, Any]:
+    bert = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    return {
+        "transformer": diffusers.HunyuanDiT2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2, sample_size=8, hidden_size=16,
+            num_layers=2, cross_attention_dim=16, cross_attention_dim_t5=16, pooled_projection_dim=16,
+        ),
+        "vae": kl(4, shift=None), "text_encoder": transformers.BertModel(bert), "tokenizer": tokenizer(77),
+        "text_encoder_2": t5(), "tokenizer_2": tokenizer(256), "safety_checker": None, "feature_extractor": None,
+    }  # fmt: skip
+
+
+def cogview3() -> dict[str, Any]:
+    return {
+        "transformer": diffusers.CogView3PlusTransformer2DModel(
+            patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2, out_channels=4,
+            text_embed_dim=16, time_embed_dim=8, condition_dim=4, pos_embed_max_size=8, sample_size=8,
+        ),
+        "vae": kl(shift=None), "text_encoder": t5(), "tokenizer": tokenizer(224),
     }  # fmt: skip
 
 
@@ -582,15 +646,19 @@ TINY: dict[str, Tiny] = {
     "LongCatImagePipeline": Tiny(longcat_image, {"enable_prompt_rewrite": False}, DYNAMIC),
     "HunyuanImagePipeline": Tiny(hunyuan_image, {}, {"shift": 5.0}),
     "HunyuanImagePipeline-distilled": Tiny(lambda: hunyuan_image(True), {}, {"shift": 4.0}),
-    "QwenImage21Pipeline": Tiny(qwen_image_21, {"true_cfg_scale": 4.0}, DYNAMIC, side=64),
+    "QwenImage21Pipeline": Tiny(qwen_image_21, {"true_cfg_scale": 4.0}, DYNAMIC),
     "BriaPipeline": Tiny(bria, SHORT, DYNAMIC),
     "BriaPipeline-fixed": Tiny(bria, SHORT, {"shift": 3.0}),
-    "BriaFiboPipeline": Tiny(bria_fibo, SHORT, DYNAMIC, side=64),
+    "BriaFiboPipeline": Tiny(bria_fibo, SHORT, DYNAMIC),
+    "BriaFibo2Pipeline": Tiny(bria_fibo2, {}, DYNAMIC),
     "NucleusMoEImagePipeline": Tiny(nucleus_image, {"max_sequence_length": 128}, DYNAMIC),
     "ErnieImagePipeline": Tiny(ernie_image, {}, {"shift": 3.0}),
     "Kandinsky5T2IPipeline": Tiny(kandinsky5, SHORT, {"shift": 5.0}, side=64),
     "LuminaPipeline": Tiny(lumina, {"clean_caption": False}, {"shift": 1.0}, side=64),
     "OmniGenPipeline": Tiny(omnigen, {}, {"invert_sigmas": True, "num_train_timesteps": 1}, side=64),
+    "ZImageOmniPipeline": Tiny(z_image_omni, SHORT, DYNAMIC),
+    "DreamLitePipeline": Tiny(dreamlite, {}, DYNAMIC),
+    "DreamLiteMobilePipeline": Tiny(dreamlite, {}, DYNAMIC),
     "StableDiffusionPipeline": Tiny(stable_diffusion, {}, SCALED_LINEAR),
     "StableDiffusionPipeline-v": Tiny(
         stable_diffusion, {}, {**SCALED_LINEAR, "prediction_type": "v_prediction"}
@@ -598,6 +666,16 @@ TINY: dict[str, Tiny] = {
     "StableDiffusionXLPipeline": Tiny(stable_diffusion_xl, {}, SCALED_LINEAR),
     "PixArtAlphaPipeline": Tiny(
         pixart, {**SHORT, "use_resolution_binning": False, "clean_caption": False}, LINEAR
+    ),
+    "HunyuanDiTPipeline": Tiny(
+        hunyuan_dit,
+        {"use_resolution_binning": False},
+        {**SCALED_LINEAR, "prediction_type": "v_prediction"},
+        {"requires_safety_checker": False},
+        side=64,
+    ),
+    "CogView3PlusPipeline": Tiny(
+        cogview3, SHORT, {**SCALED_LINEAR, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     ),
     "DiTPipeline": Tiny(dit, {}, LINEAR, {"id2label": {"0": "tench, fish", "1": "hat"}}),
 }
@@ -625,6 +703,12 @@ def checkpoint(name: str) -> Any:
         pipe.default_sample_size = 8
     if name == "LongCatImagePipeline":
         pipe.tokenizer_max_length = 32
+    if name in ("BriaFiboPipeline", "QwenImage21Pipeline"):  # which take their autoencoder for another
+        pipe.vae_scale_factor = 2
+    if name == "BriaFibo2Pipeline":
+        pipe.text_encoder_out_layers = ((0, 1, 2), (1, 2, 3))
+    if "HunyuanImage" in name:
+        pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 32, 16
     if name == "Kandinsky5T2IPipeline":
         pipe.resolutions = [(tiny.side, tiny.side)]
     if name == "PRXPipeline":  # whose cleaning of texts needs ftfy
