@@ -26,7 +26,21 @@ from .pretrained import PretrainedModel
 
 
 class DiffusionModel(PretrainedModel):
-    """Flow model in a pipeline whose network predicts noise, data or diffusion's "v", on a table of timesteps."""
+    """Flow model in a pipeline whose network predicts noise, data or diffusion's "v", on a table of timesteps.
+
+    Raises:
+        UserError: the network takes more than the latent, such as a mask for inpainting.
+    """
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        super().__init__(pipeline, **options)
+        taken, drawn = (self.network.config.get(name) for name in ("in_channels", "out_channels"))
+        if drawn is not None and taken > drawn:
+            raise UserError(
+                f"the network takes {taken} channels, {drawn} of them the latent's",
+                "It needs a mask or an image beside its latent: use it with diffusers itself, or inpaint with the "
+                "base model, which needs no such channels.",
+            )
 
     @property
     def network(self) -> Any:

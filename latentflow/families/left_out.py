@@ -82,11 +82,20 @@ _BY_REASON = {
         StableDiffusionInpaintPipelineLegacy StableDiffusionModelEditingPipeline StableDiffusionPanoramaPipeline
         StableDiffusionParadigmsPipeline StableDiffusionPipelineSafe StableDiffusionPix2PixZeroPipeline
         StableDiffusionSAGPipeline""",
+    "It jumps to the image from any noise (a consistency model), which is not the flow that the solvers follow: use it "
+    "with diffusers itself, or open the model that it was distilled from.": """
+        LatentConsistencyModelImg2ImgPipeline LatentConsistencyModelPipeline SanaSprintImg2ImgPipeline
+        SanaSprintPipeline""",
+    "It has a language model draw a plan of the image first, whose size and seed are not known when prompts are "
+    "encoded: use it with diffusers itself.": "GlmImagePipeline",
+    "It draws a frame of a model of videos: use it with diffusers itself.": "Cosmos2TextToImagePipeline",
+    "It needs the package sentencepiece, without which diffusers lacks it: use it with diffusers itself.": """
+        KolorsImg2ImgPipeline KolorsPAGPipeline KolorsPipeline""",
     "It runs on ONNX, not on PyTorch: open the checkpoint that it was exported from.": """
         OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline OnnxStableDiffusionInpaintPipelineLegacy
         OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline StableDiffusionOnnxPipeline""",
     "It is an early latent diffusion model that diffusers keeps for its history: use it with diffusers itself.": """
-        AltDiffusionImg2ImgPipeline AltDiffusionPipeline LDMPipeline LDMTextToImagePipeline UniDiffuserPipeline
+        AltDiffusionImg2ImgPipeline AltDiffusionPipeline Kandinsky3Img2ImgPipeline Kandinsky3Pipeline LDMPipeline LDMTextToImagePipeline UniDiffuserPipeline
         VersatileDiffusionDualGuidedPipeline VersatileDiffusionImageVariationPipeline VersatileDiffusionPipeline
         VersatileDiffusionTextToImagePipeline""",
 }

@@ -140,7 +140,7 @@ def test_what_is_wrong_is_seen(name: str) -> None:
         "time": lambda x, t: right(x, 1.0 - t),
         "prompt": model.velocity(rows[[1, 0]], off),
         "guidance": model.velocity(rows, 7.5)
-        if model.true_guidance(7.5) != 1.0 or model.embeds_guidance
+        if model.true_guidance(model.guidance(7.5)) != 1.0 or model.embeds_guidance
         else None,
     }
     for what, velocity in wrong.items():
@@ -170,7 +170,8 @@ def test_every_solver_follows_the_velocity(name: str) -> None:
     velocity, times = model.velocity(rows_of(name)), model.time_grid(3, tiny.side, tiny.side)
     noise = model.begin(model.noise(2, tiny.side, tiny.side, seeded()), times)
     for solver in SOLVERS:
-        assert torch.isfinite(integrate(velocity, noise, times, solver, generator=seeded())).all(), solver
+        rough = integrate(velocity, noise, times, solver, rtol=0.1, atol=0.1, generator=seeded())
+        assert torch.isfinite(rough).all(), solver
 
     def still(x: Tensor, t: Tensor) -> Tensor:
         return velocity(x, torch.full_like(t, 0.5))

@@ -667,6 +667,9 @@ TINY: dict[str, Tiny] = {
     "PixArtAlphaPipeline": Tiny(
         pixart, {**SHORT, "use_resolution_binning": False, "clean_caption": False}, LINEAR
     ),
+    "PixArtSigmaPipeline": Tiny(
+        pixart, {**SHORT, "use_resolution_binning": False, "clean_caption": False}, LINEAR
+    ),
     "HunyuanDiTPipeline": Tiny(
         hunyuan_dit,
         {"use_resolution_binning": False},
