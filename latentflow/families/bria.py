@@ -103,7 +103,9 @@ class BriaFiboModel(PretrainedModel):
             img_ids=self.pipeline._prepare_latent_image_ids(len(x), rows, columns, x.device, x.dtype),
         )
         factor = self.size_multiple
-        unpacked: Tensor = self.pipeline._unpack_latents_no_patch(output, rows * factor, columns * factor, factor)
+        unpacked: Tensor = self.pipeline._unpack_latents_no_patch(
+            output, rows * factor, columns * factor, factor
+        )
         return -unpacked
 
 
@@ -119,7 +121,9 @@ class BriaFibo2Model(PretrainedModel):
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         captions = [self.pipeline._parse_prompt(text)[0] for text in prompts]
         texts = [
-            text if isinstance(caption, str) else json.dumps(caption or {}, separators=(",", ":"), ensure_ascii=False)
+            text
+            if isinstance(caption, str)
+            else json.dumps(caption or {}, separators=(",", ":"), ensure_ascii=False)
             for text, caption in zip(prompts, captions, strict=True)
         ]
         return self.embed_negative(texts, **options)
@@ -127,7 +131,10 @@ class BriaFibo2Model(PretrainedModel):
     def embed_negative(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _ = self.pipeline.encode_prompt(prompts, **options)
         embeds = embeds.transpose(1, 2)
-        return {"embeds": embeds, "mask": torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)}
+        return {
+            "embeds": embeds,
+            "mask": torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device),
+        }
 
     def null(self, n: int) -> Rows:
         """Return ``n`` rows of the negative prompt that the pipeline takes by itself, an empty caption."""

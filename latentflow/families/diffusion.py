@@ -200,8 +200,12 @@ class HunyuanDiTModel(DiffusionModel):
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         encode = self.pipeline.encode_prompt
-        embeds, _, mask, _ = encode(prompts, self.device, do_classifier_free_guidance=False, text_encoder_index=0)
-        t5, _, t5_mask, _ = encode(prompts, self.device, do_classifier_free_guidance=False, text_encoder_index=1)
+        embeds, _, mask, _ = encode(
+            prompts, self.device, do_classifier_free_guidance=False, text_encoder_index=0
+        )
+        t5, _, t5_mask, _ = encode(
+            prompts, self.device, do_classifier_free_guidance=False, text_encoder_index=1
+        )
         return {"embeds": embeds, "mask": mask, "t5": t5, "t5_mask": t5_mask}
 
     def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
@@ -244,8 +248,7 @@ class CogView3PlusModel(DiffusionModel):
 
     def null(self, n: int) -> Rows:
         """Return ``n`` rows of zeros."""
-        rows = self.encode_prompt([""] * n)
-        return Rows(self, {"embeds": torch.zeros_like(rows.values["embeds"])})
+        return Rows(self, {"embeds": torch.zeros_like(self.embed([""])["embeds"])}).repeat(n)
 
     def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
         factor = downscale_factor(self.vae)

@@ -101,7 +101,11 @@ class Ideogram4Model(PretrainedModel):
         output, prompted = torch.empty_like(x), condition["lengths"] > 0
         for rows, network in ((prompted, self.network), (~prompted, self.pipeline.unconditional_transformer)):
             if rows.any():
-                embeds = condition["embeds"][rows] if network is self.network else x.new_empty(int(rows.sum()), 0, 0)
+                embeds = (
+                    condition["embeds"][rows]
+                    if network is self.network
+                    else x.new_empty(int(rows.sum()), 0, 0)
+                )
                 output[rows] = self._predicted(network, x[rows], t[rows], embeds, condition["lengths"][rows])
         return output
 

@@ -95,9 +95,9 @@ _BY_REASON = {
         OnnxStableDiffusionImg2ImgPipeline OnnxStableDiffusionInpaintPipeline OnnxStableDiffusionInpaintPipelineLegacy
         OnnxStableDiffusionPipeline OnnxStableDiffusionUpscalePipeline StableDiffusionOnnxPipeline""",
     "It is an early latent diffusion model that diffusers keeps for its history: use it with diffusers itself.": """
-        AltDiffusionImg2ImgPipeline AltDiffusionPipeline Kandinsky3Img2ImgPipeline Kandinsky3Pipeline LDMPipeline LDMTextToImagePipeline UniDiffuserPipeline
-        VersatileDiffusionDualGuidedPipeline VersatileDiffusionImageVariationPipeline VersatileDiffusionPipeline
-        VersatileDiffusionTextToImagePipeline""",
+        AltDiffusionImg2ImgPipeline AltDiffusionPipeline Kandinsky3Img2ImgPipeline Kandinsky3Pipeline LDMPipeline
+        LDMTextToImagePipeline UniDiffuserPipeline VersatileDiffusionDualGuidedPipeline
+        VersatileDiffusionImageVariationPipeline VersatileDiffusionPipeline VersatileDiffusionTextToImagePipeline""",
 }
 
 #: class name of a pipeline -> what it is and what can be done with it

@@ -246,7 +246,7 @@ class FlowModel(ABC):
 
     def network_alone(self) -> Self:
         """Return the model without its other components: it computes where its network is."""
-        others = {name: None for name in self.pipeline.components if name != "transformer"}
+        others = {name: None for name, part in self.pipeline.components.items() if part is not self.network}
         dtype = self.network.dtype  # of another component, the network would be brought to that one's
         return type(self)(self.pipeline.from_pipe(self.pipeline, dtype=dtype, **others))
 

@@ -90,7 +90,10 @@ class PretrainedModel(FlowModel):
     def native_size(self) -> Size | None:
         """(height, width) in pixels of the images that it was trained on."""
         cells = getattr(self.pipeline, "default_sample_size", None)
-        return None if cells is None else (cells * self.pipeline.vae_scale_factor,) * 2
+        if cells is not None:
+            return (cells * self.pipeline.vae_scale_factor,) * 2
+        height, width = self.option("height"), self.option("width")
+        return None if height is None or width is None else (height, width)
 
     @property
     def size_multiple(self) -> int:
@@ -192,9 +195,7 @@ class PretrainedModel(FlowModel):
         return self.network(*args, **named, return_dict=False)[0]
 
     @staticmethod
-    def apart(
-        x: Tensor, embeds: list[Tensor], evaluate: Callable[[list[int], Tensor], Tensor]
-    ) -> Tensor:
+    def apart(x: Tensor, embeds: list[Tensor], evaluate: Callable[[list[int], Tensor], Tensor]) -> Tensor:
         """Return what a network without a mask makes of x: prompts of different lengths are evaluated apart.
 
         Args:

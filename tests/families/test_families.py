@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 
 import latentflow.families
 from latentflow import FlowModel
@@ -43,7 +45,16 @@ def test_every_pipeline_of_diffusers_opens_or_has_a_reason() -> None:
 
 
 def test_every_family_is_tested() -> None:
-    assert {name.partition("-")[0] for name in TINY} == {n for n in FAMILIES if not n.startswith("LatentFlow")}
+    assert {name.partition("-")[0] for name in TINY} == {
+        n for n in FAMILIES if not n.startswith("LatentFlow")
+    }
+
+
+def test_the_guide_lists_every_family() -> None:
+    guide = Path(__file__).parents[2] / "docs/guide/pretrained.md"
+    table = re.findall(r"^\| (`.*?) \|", guide.read_text(encoding="utf-8"), re.MULTILINE)
+    listed = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(listed) == sorted(name for name in FAMILIES if not name.startswith("LatentFlow"))
 
 
 def index(folder: Path, kind: Any) -> Path:
@@ -68,7 +79,9 @@ def test_an_unknown_class_is_named(kind: Any, tmp_path: Path) -> None:
 def test_another_package_adds_a_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its code is imported where its pipeline is asked for, and not before."""
     package = tmp_path / "their_family.py"
-    package.write_text("from latentflow.families.flux import FluxModel\nclass TheirModel(FluxModel):\n    pass\n")
+    package.write_text(
+        "from latentflow.families.flux import FluxModel\nclass TheirModel(FluxModel):\n    pass\n"
+    )
     broken = EntryPoint("BrokenPipeline", "no_such_module:Model", GROUP)
     points = EntryPoints([broken, EntryPoint("TheirPipeline", "their_family:TheirModel", GROUP)])
     monkeypatch.setattr(latentflow.families, "entry_points", lambda **query: points.select(**query))
@@ -76,7 +89,11 @@ def test_another_package_adds_a_family(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert family_of("FluxPipeline") is FAMILIES["FluxPipeline"] and family_of("NewPipeline") is None
     assert "their_family" not in sys.modules
     family = family_of("TheirPipeline")
-    assert family is not None and family.__name__ == "TheirModel" and issubclass(family, FAMILIES["FluxPipeline"])
+    assert (
+        family is not None
+        and family.__name__ == "TheirModel"
+        and issubclass(family, FAMILIES["FluxPipeline"])
+    )
 
 
 @pytest.mark.parametrize("name", sorted(SIBLINGS))
@@ -85,7 +102,9 @@ def test_a_sibling_is_its_family(name: str) -> None:
     stock = checkpoint(SIBLINGS[name])
     kind = getattr(diffusers, name)
     taken = inspect.signature(kind).parameters
-    sibling = kind(**{part: value for part, value in {**stock.config, **stock.components}.items() if part in taken})
+    sibling = kind(
+        **{part: value for part, value in {**stock.config, **stock.components}.items() if part in taken}
+    )
     found = family_of(name)
     assert found is FAMILIES[SIBLINGS[name]]
     made = text_to_image(sibling)
@@ -94,7 +113,19 @@ def test_a_sibling_is_its_family(name: str) -> None:
     assert text_to_image(made) is made
 
 
-def test_a_network_with_extra_channels_is_refused(tmp_path: Path) -> None:
+def test_a_sibling_s_folder_opens(tmp_path: Path) -> None:
+    stock = checkpoint("StableDiffusionPipeline")
+    diffusers.StableDiffusionImg2ImgPipeline(**stock.components).save_pretrained(tmp_path)
+    model = FlowModel.from_pretrained(tmp_path)
+    assert type(model) is FAMILIES["StableDiffusionPipeline"]
+    assert type(model.pipeline) is diffusers.StableDiffusionPipeline
+    weights = model.network.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in stock.unet.state_dict().items())
+    alone = model.network_alone()
+    assert alone.network is model.network and alone.vae is None
+
+
+def test_a_network_with_extra_channels_is_refused() -> None:
     """Inpainting checkpoints of Stable Diffusion whose network takes the mask are of the same pipeline class."""
     stock = checkpoint("StableDiffusionPipeline")
     unet = diffusers.UNet2DConditionModel.from_config({**stock.unet.config, "in_channels": 9})

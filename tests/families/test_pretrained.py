@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from copy import copy
 from collections.abc import Iterator
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -117,7 +117,10 @@ def test_it_draws_what_the_stock_pipeline_does(name: str, guided: bool) -> None:
     """With Euler's method on the scheduler's own noise levels, without guidance and at the family's own."""
     model = opened(name)[1]
     options: dict[str, Any] = {} if guided else unguided(name)
-    if guided and name in ("QwenImagePipeline", "QwenImage21Pipeline"):  # which guides only where there is a negative prompt
+    if guided and name in (
+        "QwenImagePipeline",
+        "QwenImage21Pipeline",
+    ):  # which guides only where there is a negative prompt
         options["negative_prompt"] = ""
     scale = None if guided else next(iter(options.values()), None)
     times = grid(name)
