@@ -218,9 +218,7 @@ def _converted(
         ("final_layer", ("norm_final",), 2),
         *((f"blocks.{number}", ("norm1", "norm2"), 6) for number in range(config["depth"])),
     ]:
-        modulation = {
-            name: left.pop(f"{prefix}.adaLN_modulation.1.{name}") for name in ("weight", "bias")
-        }
+        modulation = {name: left.pop(f"{prefix}.adaLN_modulation.1.{name}") for name in ("weight", "bias")}
         if modulation["bias"].shape[0] == 4 * width:  # without shifts
             modulation = {name: _with_shifts(value, width) for name, value in modulation.items()}
         for place, norm in enumerate(norms):

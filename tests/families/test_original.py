@@ -153,7 +153,9 @@ def agrees(kind: str, weights: dict[str, Tensor], heads: int) -> None:
     torch.testing.assert_close(ours.double(), expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("size", [pytest.param(s, marks=[pytest.mark.slow] if s in "L XL B" else []) for s in SIZES])
+@pytest.mark.parametrize(
+    "size", [pytest.param(s, marks=[pytest.mark.slow] if s in "L XL B" else []) for s in SIZES]
+)
 @pytest.mark.parametrize("kind", ["sit", "dit"])
 def test_published_sizes(kind: str, size: str) -> None:
     width, depth, heads = (SIZES[size][name] for name in ("width", "depth", "heads"))
