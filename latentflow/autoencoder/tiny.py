@@ -47,7 +47,7 @@ class AutoencoderTinyGroupNorm(AutoencoderTiny):  # type: ignore[misc]
     Its arguments are those of ``AutoencoderTiny``.
     """
 
-    @functools.wraps(AutoencoderTiny.__init__)
+    @functools.wraps(AutoencoderTiny.__init__)  # type: ignore[misc]
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         for layers, count, last in (
@@ -97,7 +97,7 @@ def load_tiny(folder: Path, dtype: torch.dtype | None = None) -> AutoencoderTiny
             f"{FILES[0]} has {few(sorted(encoder), 3)}.",
         ) from error
     # diffusers' own `to` warns of modules to be kept in float32, also where there are none.
-    return vae.eval() if dtype is None else nn.Module.to(vae.eval(), dtype)  # type: ignore[no-any-return]
+    return vae.eval() if dtype is None else nn.Module.to(vae.eval(), dtype)
 
 
 def _built(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> AutoencoderTiny:

@@ -156,7 +156,8 @@ def import_network(weights: Mapping[str, Tensor], kind: str) -> DiT:
             f"Weights of these kinds can be imported: {', '.join(ORIGINALS)}. The file has "
             f"{few(sorted(weights), 3)}.",
         ) from error
-    return network.requires_grad_(True).eval()
+    network.requires_grad_(True).eval()
+    return network
 
 
 def _config(weights: Mapping[str, Tensor], kind: str, turned: bool) -> dict[str, Any]:

@@ -130,7 +130,8 @@ class PretrainedModel(FlowModel):
         mu = self.mu(steps, self.tokens(height, width))
         shifted = {} if mu is None else {"mu": mu}
         retrieve_timesteps(scheduler, steps, "cpu", sigmas=self.sigmas(steps), **shifted)
-        return 1.0 - scheduler.sigmas.double()
+        sigmas: Tensor = scheduler.sigmas
+        return 1.0 - sigmas.double()
 
     def tokens(self, height: int, width: int) -> int:
         """Return the number of the network's tokens of an image of this size in pixels."""
