@@ -84,14 +84,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        with reading(file, OSError, Exception, fix=MEND):
+        with reading(file, Exception, fix=MEND):
             content: Any = load_file(file)
     else:
-        import pickle
-
         # Training scripts keep their flags beside the weights.
         with (
-            reading(file, OSError, RuntimeError, pickle.UnpicklingError, EOFError, fix=MEND),
+            reading(file, Exception, fix=MEND),
             torch.serialization.safe_globals([argparse.Namespace]),
         ):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
