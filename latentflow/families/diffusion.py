@@ -247,8 +247,12 @@ class CogView3PlusModel(DiffusionModel):
         return {"embeds": self.pipeline.encode_prompt(prompts, None, False, **options)[0]}
 
     def null(self, n: int) -> Rows:
-        """Return ``n`` rows of zeros."""
-        return Rows(self, {"embeds": torch.zeros_like(self.embed([""])["embeds"])}).repeat(n)
+        """Return ``n`` rows of what the pipeline takes without a negative prompt."""
+
+        def zeros(prompts: list[str], **options: Any) -> dict[str, Values]:
+            return {"embeds": self.pipeline.encode_prompt(prompts, None, True, **options)[1]}
+
+        return self._encoded(zeros, [""], {}).repeat(n)
 
     def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
         factor = downscale_factor(self.vae)

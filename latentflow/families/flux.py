@@ -42,14 +42,13 @@ class FluxModel(PackedModel):
         return self._predicted(x, t, embeds, **named)
 
     def _predicted(self, x: Tensor, t: Tensor, embeds: Tensor, **named: Any) -> Tensor:
-        place = {"device": x.device, "dtype": embeds.dtype}
         output = self.evaluate(
             hidden_states=self.pack(x),
             timestep=1.0 - t,
             encoder_hidden_states=embeds,
-            txt_ids=torch.zeros(embeds.shape[1], 3, **place),
+            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
             img_ids=self.pipeline._prepare_latent_image_ids(
-                len(x), x.shape[2] // 2, x.shape[3] // 2, place["device"], place["dtype"]
+                len(x), x.shape[2] // 2, x.shape[3] // 2, x.device, embeds.dtype
             ),
             **named,
         )

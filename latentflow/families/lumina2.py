@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .model import Values
@@ -36,7 +37,8 @@ class Lumina2Model(PretrainedModel):
         """Give each line the length that it has under the condition alone, if ``cfg_normalization`` is on."""
         if not self.option("cfg_normalization"):
             return guided
-        return guided * (alone.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+        lengths = [torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (alone, guided)]
+        return guided * (lengths[0] / lengths[1])
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
