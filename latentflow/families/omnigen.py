@@ -42,7 +42,7 @@ class OmniGenModel(PretrainedModel):
 
     def prepare(self, rows: Rows) -> dict[str, Any]:
         """Return the ids, and the lengths of the prompts whose positions they have."""
-        return {**super().prepare(rows), "length": rows.kept["length"].tolist()}
+        return {**super().prepare(rows), "length": [int(length) for length in rows.kept["length"]]}
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
