@@ -42,6 +42,7 @@ FAMILIES = Families(
         "Lumina2Pipeline": "lumina2:Lumina2Model",
         "AuraFlowPipeline": "aura_flow:AuraFlowModel",
         "CogView4Pipeline": "cogview4:CogView4Model",
+        "GlmImagePipeline": "glm_image:GlmImageModel",
         "HiDreamImagePipeline": "hidream:HiDreamModel",
         "Krea2Pipeline": "krea2:Krea2Model",
         "PRXPipeline": "prx:PRXModel",

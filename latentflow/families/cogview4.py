@@ -40,17 +40,25 @@ class CogView4Model(PretrainedModel):
         names = {"base_image_seq_len": 256, "base_shift": 0.25, "max_shift": 0.75}
         return float(calculate_shift(tokens, *(config.get(name, usual) for name, usual in names.items())))
 
+    def timestep(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the network's time (B,): 1000 times the noise level before its shift."""
+        scheduler = self.pipeline.scheduler.config
+        mu = self.mu(0, x.shape[2] // self.patch * (x.shape[3] // self.patch))
+        shift = mu if scheduler.time_shift_type == "linear" else math.exp(mu)
+        sigma = 1.0 - t
+        timestep: Tensor = scheduler.num_train_timesteps * sigma / (sigma + shift * (1.0 - sigma))
+        return timestep
+
+    def size(self, x: Tensor) -> Tensor:
+        """Return (height, width) in pixels, (1, 2)."""
+        factor = self.pipeline.vae_scale_factor
+        return torch.tensor([[x.shape[2] * factor, x.shape[3] * factor]], dtype=x.dtype, device=x.device)
+
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
-        """Evaluate the network, whose time is the noise level before its shift; see `FlowModel.predict`."""
-        factor, scheduler = self.pipeline.vae_scale_factor, self.pipeline.scheduler.config
-        height, width = x.shape[2] * factor, x.shape[3] * factor
-        mu = self.mu(0, self.tokens(height, width))
-        shift = mu if scheduler.time_shift_type == "linear" else math.exp(mu)
-        sigma = 1.0 - t
-        timestep = scheduler.num_train_timesteps * sigma / (sigma + shift * (1.0 - sigma))
-        size = torch.tensor([[height, width]], dtype=x.dtype, device=x.device)
+        """Evaluate the network; see `FlowModel.predict`."""
+        timestep, size = self.timestep(x, t), self.size(x)
 
         def evaluated(rows: list[int], embeds: Tensor) -> Tensor:
             sizes = size.expand(len(rows), 2)

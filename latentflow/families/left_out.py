@@ -86,8 +86,6 @@ _BY_REASON = {
     "with diffusers itself, or open the model that it was distilled from.": """
         LatentConsistencyModelImg2ImgPipeline LatentConsistencyModelPipeline SanaSprintImg2ImgPipeline
         SanaSprintPipeline""",
-    "It has a language model draw a plan of the image first, whose size and seed are not known when prompts are "
-    "encoded: use it with diffusers itself.": "GlmImagePipeline",
     "It draws a frame of a model of videos: use it with diffusers itself.": "Cosmos2TextToImagePipeline",
     "It needs the package sentencepiece, without which diffusers lacks it: use it with diffusers itself.": """
         KolorsImg2ImgPipeline KolorsPAGPipeline KolorsPipeline""",

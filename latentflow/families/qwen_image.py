@@ -70,8 +70,9 @@ class QwenImage21Model(PretrainedModel):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32."""
-        opacity = self.vae.config.in_channels - images.shape[1]
-        return super().encode(F.pad(images, (0, 0, 0, 0, 0, opacity), value=1.0))
+        with self.steady_vae() as vae:
+            opacity = vae.config.in_channels - images.shape[1]
+            return super().encode(F.pad(images, (0, 0, 0, 0, 0, opacity), value=1.0))
 
     def decode(self, x1: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""

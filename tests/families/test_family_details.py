@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from latentflow.errors import UserError
 from latentflow.families import FAMILIES
 from latentflow.flow import integrate
 
@@ -93,6 +94,19 @@ def test_fibo_2_reads_captions_in_json() -> None:
     assert torch.equal(embeds(json.dumps(caption, indent=4)), short)
     other = embeds(json.dumps({"short_description": "a green tree"}))
     assert other.shape == short.shape and not torch.equal(other, short)
+
+
+@torch.no_grad()
+def test_glm_image_plans_an_image_of_one_size() -> None:
+    model = opened("GlmImagePipeline")
+    t = torch.tensor(0.5)
+    small, wide = model.noise(1, 16, 16, seeded()), model.noise(1, 16, 32, seeded())
+    velocity = model.velocity(model.encode_prompt(["a hat"]))
+    assert velocity(small, t).shape == small.shape
+    with pytest.raises(UserError, match="another size"):
+        velocity(wide, t)
+    assert model.velocity(model.encode_prompt(["a hat"], height=16, width=32))(wide, t).shape == wide.shape
+    assert model.velocity(model.null(1), 1.0)(wide, t).shape == wide.shape
 
 
 @torch.no_grad()

@@ -511,6 +511,25 @@ def z_image_omni() -> dict[str, Any]:
     return {**z_image(), "siglip": None, "siglip_processor": None}
 
 
+def glm_image() -> dict[str, Any]:
+    vae = kl(shift=None)
+    vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.8, 1.2, 1.0, 0.9])
+    return {
+        "transformer": diffusers.GlmImageTransformer2DModel(
+            patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            text_embed_dim=16, time_embed_dim=8, condition_dim=4, prior_vq_quantizer_codebook_size=32,
+        ),
+        "vae": vae, "text_encoder": t5(), "tokenizer": tokenizer(), "processor": None, "vision_language_encoder": None,
+    }  # fmt: skip
+
+
+def plan(prompt: Any, height: int, width: int, **unused: Any) -> tuple[Any, None, None]:
+    """Stand in for GLM-Image's language model: tokens that depend on the prompt."""
+    seed = sum(map(ord, prompt if isinstance(prompt, str) else prompt[0]))
+    shape = (1, height // 4 * (width // 4))
+    return torch.randint(0, 32, shape, generator=torch.Generator().manual_seed(seed)), None, None
+
+
 def bright(vae: Any) -> Any:
     """Return a small autoencoder whose images are not black."""
     vae.decoder.layers[-1].bias.data.fill_(0.5)
@@ -631,6 +650,7 @@ TINY: dict[str, Tiny] = {
         SHORT,
         {**DYNAMIC, "base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear"},
     ),
+    "GlmImagePipeline": Tiny(glm_image, SHORT, DYNAMIC),
     "PRXPipeline": Tiny(
         prx,
         {"tokenizer_max_length": 32, "use_resolution_binning": False, "skip_text_cleaning": True},
@@ -712,6 +732,8 @@ def checkpoint(name: str) -> Any:
         pipe.text_encoder_out_layers = ((0, 1, 2), (1, 2, 3))
     if "HunyuanImage" in name:
         pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 32, 16
+    if name == "GlmImagePipeline":
+        pipe.default_sample_size, pipe.generate_prior_tokens = 8, plan
     if name == "Kandinsky5T2IPipeline":
         pipe.resolutions = [(tiny.side, tiny.side)]
     if name == "PRXPipeline":  # whose cleaning of texts needs ftfy
