@@ -222,7 +222,7 @@ class HunyuanDiTModel(DiffusionModel):
         sizes = torch.tensor([[*self.option("original_size"), *size, 0, 0]], dtype=x.dtype, device=x.device)
         predicted: Tensor = self.evaluate(
             x,
-            timestep,
+            timestep.to(x.dtype),
             encoder_hidden_states=condition["embeds"],
             text_embedding_mask=condition["mask"],
             encoder_hidden_states_t5=condition["t5"],

@@ -59,7 +59,7 @@ class GlmImageModel(CogView4Model):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32, without the autoencoder's factor."""
         with self.steady_vae() as vae:
-            return super().encode(images) / vae.config.scaling_factor
+            return super().encode(images) / float(vae.config.scaling_factor)
 
     def decode(self, x1: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""

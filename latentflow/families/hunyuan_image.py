@@ -47,15 +47,16 @@ class HunyuanImageModel(PretrainedModel):
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        averaged = self.network.config.use_meanflow
+        averaged, guidance = self.network.config.use_meanflow, torch.full_like(t, guidance_scale)
+        until = t if end is None else end
         output: Tensor = self.evaluate(
             hidden_states=x,
-            timestep=1000.0 * (1.0 - t),
-            timestep_r=1000.0 * (1.0 - (t if end is None else end)) if averaged else None,
+            timestep=(1000.0 * (1.0 - t)).to(x.dtype),
+            timestep_r=(1000.0 * (1.0 - until)).to(x.dtype) if averaged else None,
             encoder_hidden_states=condition["embeds"],
             encoder_attention_mask=condition["mask"],
             encoder_hidden_states_2=condition["glyphs"],
             encoder_attention_mask_2=condition["glyph_mask"],
-            guidance=1000.0 * torch.full_like(t, guidance_scale) if self.embeds_guidance else None,
+            guidance=(1000.0 * guidance).to(x.dtype) if self.embeds_guidance else None,
         )
         return -output

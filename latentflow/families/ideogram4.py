@@ -46,6 +46,7 @@ class Ideogram4Model(PretrainedModel):
     ) -> Velocity:
         """Return the velocity; without a scale, on a grid, it follows ``guidance_schedule`` over the steps."""
         schedule = self.option("guidance_schedule")
+        guidance_scale = self.option("guidance_scale") if guidance_scale is None else guidance_scale
         if guidance_scale is not None or times is None or schedule is None:
             return super().velocity(rows, guidance_scale, negative, times, interval)
         guided = {
@@ -98,28 +99,27 @@ class Ideogram4Model(PretrainedModel):
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate one network under prompts, the other without; see `FlowModel.predict`."""
-        output, prompted = torch.empty_like(x), condition["lengths"] > 0
-        for rows, network in ((prompted, self.network), (~prompted, self.pipeline.unconditional_transformer)):
+        embeds, lengths = condition["embeds"], condition["lengths"]
+        output, prompted, before = torch.empty_like(x), lengths > 0, embeds.shape[1]
+        for network, rows, longest in (
+            (self.network, prompted, before),
+            (self.pipeline.unconditional_transformer, ~prompted, 0),
+        ):
             if rows.any():
-                embeds = (
-                    condition["embeds"][rows]
-                    if network is self.network
-                    else x.new_empty(int(rows.sum()), 0, 0)
+                output[rows] = self._predicted(
+                    network, x[rows], t[rows], embeds[rows, :longest], lengths[rows]
                 )
-                output[rows] = self._predicted(network, x[rows], t[rows], embeds, condition["lengths"][rows])
         return output
 
     def _predicted(self, network: Any, x: Tensor, t: Tensor, embeds: Tensor, lengths: Tensor) -> Tensor:
         tokens, before = x.flatten(2).transpose(1, 2), embeds.shape[1]
-        width = network.config.llm_features_dim
         position_ids, segment_ids, indicator = self.pipeline._prepare_ids(
             lengths.tolist(), *x.shape[2:], before, x.device
         )
-        texts = F.pad(embeds, (0, width - embeds.shape[2], 0, tokens.shape[1]))
         predicted: Tensor = network(
             hidden_states=F.pad(tokens, (0, 0, before, 0)),
-            timestep=t,
-            encoder_hidden_states=texts,
+            timestep=t.to(x.dtype),
+            encoder_hidden_states=F.pad(embeds, (0, 0, 0, tokens.shape[1])),
             position_ids=position_ids,
             segment_ids=segment_ids,
             indicator=indicator,

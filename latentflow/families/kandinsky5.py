@@ -43,7 +43,7 @@ class Kandinsky5Model(PretrainedModel):
                 hidden_states=video[rows],
                 encoder_hidden_states=embeds,
                 pooled_projections=condition["pooled"][rows],
-                timestep=1000.0 * (1.0 - t[rows]),
+                timestep=(1000.0 * (1.0 - t[rows])).to(x.dtype),
                 visual_rope_pos=places,
                 text_rope_pos=torch.arange(embeds.shape[1], device=x.device),
                 scale_factor=[1.0, 1.0, 1.0],

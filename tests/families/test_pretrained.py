@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from copy import copy
+from copy import copy, deepcopy
 from functools import cache
 from typing import Any
 
@@ -117,10 +117,7 @@ def test_it_draws_what_the_stock_pipeline_does(name: str, guided: bool) -> None:
     """With Euler's method on the scheduler's own noise levels, without guidance and at the family's own."""
     model = opened(name)[1]
     options: dict[str, Any] = {} if guided else unguided(name)
-    if guided and name in (
-        "QwenImagePipeline",
-        "QwenImage21Pipeline",
-    ):  # which guides only where there is a negative prompt
+    if guided and "QwenImage" in name:  # which guides only where there is a negative prompt
         options["negative_prompt"] = ""
     scale = None if guided else next(iter(options.values()), None)
     times = grid(name)
@@ -223,3 +220,20 @@ def test_images_come_back(name: str) -> None:
     torch.testing.assert_close(
         model.decode(latents), alone.squeeze(2) if video else alone, rtol=1e-4, atol=1e-5
     )
+
+
+@each_family
+def test_it_computes_in_half_precision(name: str) -> None:
+    """Networks take their times, scales and embeddings in the precision that they need."""
+    pipe, _, tiny = opened(name)
+    model = type(opened(name)[1])(deepcopy(pipe).to(dtype=torch.bfloat16), **tiny.call)
+    for part, module in model.network.named_modules():  # as from_pretrained leaves them
+        if part and part.rpartition(".")[2] in (model.network._keep_in_fp32_modules or []):
+            module.float()
+    rows = model.encode_prompt(PROMPTS) if model.takes_text else model.encode_class([1, 3])
+    times = grid(name)
+    x = model.begin(model.noise(2, tiny.side, tiny.side, seeded()), times)
+    v = model.velocity(rows, times=times)(x, times[1].float())
+    expected = opened(name)[1].velocity(rows_of(name), times=times)(x, times[1].float())
+    assert v.dtype == torch.float32
+    assert float((v - expected).norm() / expected.norm()) < 0.3
