@@ -133,9 +133,20 @@ class StableDiffusionXLModel(DiffusionModel):
     """Flow model of SDXL. Its rows have embeds (B, L, D) and pooled (B, D').
 
     Where the pipeline says so, the empty negative prompt is zeros.
+
+    Raises:
+        UserError: the pipeline is SDXL's refiner.
     """
 
     prompt_options = ("clip_skip",)
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        if pipeline.config.get("requires_aesthetics_score"):
+            raise UserError(
+                "this is SDXL's refiner, which finishes images that the base model began",
+                "Open the base model, or use the refiner with diffusers itself.",
+            )
+        super().__init__(pipeline, **options)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

@@ -132,3 +132,10 @@ def test_a_network_with_extra_channels_is_refused() -> None:
     components = {**stock.components, "unet": unet}
     with pytest.raises(UserError, match="9 channels"):
         FAMILIES["StableDiffusionPipeline"](diffusers.StableDiffusionInpaintPipeline(**components))
+
+
+def test_the_refiner_of_sdxl_is_refused() -> None:
+    stock = checkpoint("StableDiffusionXLPipeline")
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline
+    with pytest.raises(UserError, match="refiner"):
+        FAMILIES["StableDiffusionXLPipeline"](kind(**stock.components, requires_aesthetics_score=True))

@@ -176,7 +176,7 @@ def test_every_solver_follows_the_velocity(name: str) -> None:
     def still(x: Tensor, t: Tensor) -> Tensor:
         return velocity(x, torch.full_like(t, 0.5))
 
-    exact = integrate(still, noise, time_grid(12) / 2, "rk4")
+    exact = integrate(still, noise, time_grid(8) / 2, "rk4")
     errors = [float((integrate(still, noise, time_grid(n) / 2, "heun") - exact).norm()) for n in (3, 6)]
     assert errors[1] < 0.4 * errors[0], errors
 
