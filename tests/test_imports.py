@@ -175,6 +175,8 @@ def test_nothing_unpickles(file: Path) -> None:
         ("latentflow.cli", ["torch", "diffusers", "transformers", "tyro"]),
         ("latentflow.config", ["torch", "numpy", "accelerate", "diffusers", "transformers", "yaml"]),
         ("latentflow.flow", ["diffusers", "transformers", "accelerate", "tyro"]),
+        ("latentflow.families", ["torch", "diffusers", "transformers", "tyro"]),
+        ("latentflow.families.model", ["latentflow.pipeline", "tyro"]),
         ("latentflow.pipeline", ["latentflow.data", "latentflow.training", "tyro"]),
     ],
 )

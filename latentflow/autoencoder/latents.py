@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import diffusers
 import numpy as np
@@ -29,6 +29,7 @@ from ..utils.components import about, library_reads, load_checked, load_module, 
 from ..utils.files import CONFIG, near_folder, read_settings
 from ..utils.memory import inner_phase
 from ..utils.placement import execution_device
+from .tiny import AutoencoderTinyGroupNorm, is_tiny, load_tiny
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ Autoencoder: TypeAlias = Any
 
 # Autoencoders for which the overflow warning was given.
 _OVERFLOWING: WeakSet[Any] = WeakSet()
+# What `_layout` has measured, and the side of the image that it encodes.
+_LAYOUTS: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
+_SIDE = 64
 
 # diffusers keeps config entries that a class does not declare (AutoencoderDC: our latent statistics), and warns of
 # them at every load although nothing is lost.
@@ -49,7 +53,8 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
     """Load a diffusers autoencoder (AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel, ...), ready to use.
 
     Args:
-        name_or_path: a folder that `save_pretrained` wrote, a pipeline folder or hub id (its ``vae`` is taken).
+        name_or_path: a folder that `save_pretrained` wrote, a pipeline folder or hub id (its ``vae`` is taken), or a
+            folder of the TAESD family, with encoder.safetensors and decoder.safetensors.
         subfolder: folder of the autoencoder within; found automatically in a local pipeline folder.
         kwargs: handed to the class's ``from_pretrained`` (``torch_dtype``, ``variant``, ``revision``...).
 
@@ -62,6 +67,8 @@ def load_autoencoder(name_or_path: str | Path, *, subfolder: str | None = None, 
             belong together, or the statistics of its latents are invalid.
     """
     local = Path(name_or_path)
+    if is_tiny(local):
+        return load_tiny(local, kwargs.get("torch_dtype", kwargs.get("dtype", torch.float32)))
     if subfolder is None and (local / "vae" / "config.json").is_file():
         subfolder = "vae"
     folder = local / (subfolder or "")
@@ -100,6 +107,8 @@ def _config_of_hub(name_or_path: str | Path, subfolder: str | None, kwargs: dict
 def _class_of(shown: object, config: Any) -> Any:
     name = config.get("_class_name") if isinstance(config, dict) else None
     cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if name == AutoencoderTinyGroupNorm.__name__:
+        cls = AutoencoderTinyGroupNorm
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin) and hasattr(cls, "encode")):
         raise UserError(
             f"'{shown}' holds a {name}, which is not an autoencoder of diffusers",
@@ -110,18 +119,30 @@ def _class_of(shown: object, config: Any) -> Any:
 
 def latent_channels(vae: Autoencoder) -> int:
     """Number of channels C of the latents."""
-    return int(vae.config.latent_channels)
+    return _layout(vae)[0]
 
 
 def downscale_factor(vae: Autoencoder) -> int:
     """Pixels per latent cell along one side."""
-    config = vae.config
-    for name in ("block_out_channels", "encoder_block_out_channels"):
-        if config.get(name):
-            return int(2 ** (len(config[name]) - 1))
-    raise ValueError(
-        f"{type(vae).__name__} has neither block_out_channels nor encoder_block_out_channels in its config"
-    )
+    return _layout(vae)[1]
+
+
+def _layout(vae: Autoencoder) -> tuple[int, int]:
+    """Return the channels of the latents, and their pixels per cell along a side.
+
+    They are in the config where its names say them, and otherwise measured, once, by encoding an image of zeros.
+    """
+    config, cells = vae.config, _cells(vae)
+    channels = config.get("latent_channels")
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if channels and blocks and "spatial_compression_ratio" not in config:
+        return int(channels) * cells**2, int(2 ** (len(blocks) - 1)) * cells
+    if vae not in _LAYOUTS:
+        side = config.get("image_size") or _SIDE
+        with torch.no_grad():
+            latents = normalise(vae, posterior(vae, torch.zeros(1, 3, side, side))[0])
+        _LAYOUTS[vae] = latents.shape[1], side // latents.shape[2]
+    return _LAYOUTS[vae]
 
 
 def check_resolution(resolution: int, factor: int) -> None:
@@ -140,7 +161,9 @@ def check_resolution(resolution: int, factor: int) -> None:
 
 def has_statistics(vae: Autoencoder) -> bool:
     """Return True if the checkpoint carries per-channel latent statistics."""
-    return vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+    return _cells(vae) > 1 or (
+        vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+    )
 
 
 def check_statistics(vae: Autoencoder) -> None:
@@ -150,7 +173,9 @@ def check_statistics(vae: Autoencoder) -> None:
         UserError: a statistic is not finite, a deviation or the scaling factor is not above 0, their number is not that
             of the channels, or there are means without deviations or deviations without means.
     """
-    config, channels = vae.config, vae.config.get("latent_channels")
+    config, channels = vae.config, vae.config.get("latent_channels") or vae.config.get("z_dim")
+    if _normalises_itself(vae):
+        return
     there = [name for name in ("latents_mean", "latents_std") if config.get(name) is not None]
     if len(there) == 1:
         lacks = "latents_std" if there == ["latents_mean"] else "latents_mean"
@@ -186,10 +211,14 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
         UserError: the images are not finite, or their latents are not, even in float32.
     """
 
+    video = _of_videos(vae)
+
     def moments(rows: Tensor) -> tuple[Tensor, ...]:
-        encoded = vae.encode(_placed(vae, rows))
+        placed = _placed(vae, rows / 2.0 + 0.5 if _normalises_itself(vae) else rows)
+        encoded = vae.encode(placed.unsqueeze(2) if video else placed)
         if hasattr(encoded, "latent_dist"):
-            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+            both = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+            return tuple(part.squeeze(2) for part in both) if video else both
         raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         return (raw.float(),)
 
@@ -199,7 +228,11 @@ def posterior(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def normalise(vae: Autoencoder, raw: Tensor) -> Tensor:
-    """Turn raw latents (B, C, h, w) into latents, by the checkpoint's own statistics."""
+    """Turn raw latents (B, C, h, w) into latents, by the checkpoint's own statistics.
+
+    FLUX.2's are also joined, 2 x 2 cells into one of four times the channels: (B, 4 C, h / 2, w / 2).
+    """
+    raw = F.pixel_unshuffle(raw, _cells(vae))
     shift, scale = _shift_and_scale(vae, raw)
     return (raw - shift) * scale
 
@@ -207,7 +240,7 @@ def normalise(vae: Autoencoder, raw: Tensor) -> Tensor:
 def denormalise(vae: Autoencoder, latents: Tensor) -> Tensor:
     """Turn latents (B, C, h, w) into raw latents: the inverse of `normalise`."""
     shift, scale = _shift_and_scale(vae, latents)
-    return latents / scale + shift
+    return F.pixel_shuffle(latents / scale + shift, _cells(vae))
 
 
 def encode(vae: Autoencoder, images: Tensor, *, generator: Generators = None) -> Tensor:
@@ -232,7 +265,11 @@ def decode(vae: Autoencoder, latents: Tensor) -> Tensor:
     )
 
     def images(rows: Tensor) -> tuple[Tensor, ...]:
-        return (vae.decode(_placed(vae, rows), return_dict=False)[0].float(),)
+        placed, video = _placed(vae, rows), _of_videos(vae)
+        decoded = vae.decode(placed.unsqueeze(2) if video else placed, return_dict=False)[0].float()
+        if _normalises_itself(vae):
+            decoded = 2.0 * decoded - 1.0
+        return (decoded.squeeze(2) if video else decoded,)
 
     with inner_phase("decode"):
         return _finite(vae, images, denormalise(vae, latents.float()), "image")[0]
@@ -330,11 +367,35 @@ def measure_statistics(vae: Autoencoder, batches: Iterable[Tensor]) -> None:
 def _shift_and_scale(vae: Autoencoder, like: Tensor) -> tuple[Tensor, Tensor]:
     config = vae.config
     factor = float(config.get("scaling_factor") or 1.0)
+    if _normalises_itself(vae):
+        return like.new_zeros(()), like.new_ones(())
+    if _cells(vae) > 1:  # statistics in a batch norm, which FLUX.2 alone has
+        deviation = (vae.bn.running_var + config["batch_norm_eps"]).sqrt()
+        return vae.bn.running_mean.view(1, -1, 1, 1).to(like), deviation.reciprocal().view(1, -1, 1, 1).to(
+            like
+        )
     if has_statistics(vae):
         shift, scale = torch.tensor(config["latents_mean"]), factor / torch.tensor(config["latents_std"])
     else:
         shift, scale = torch.tensor([float(config.get("shift_factor") or 0.0)]), torch.tensor([factor])
     return shift.view(1, -1, 1, 1).to(like), scale.view(1, -1, 1, 1).to(like)
+
+
+def _cells(vae: Autoencoder) -> int:
+    """Return how many raw cells along a side make one cell of the latents: 2 for FLUX.2's autoencoder, else 1."""
+    return 2 if hasattr(vae, "bn") else 1
+
+
+def _normalises_itself(vae: Autoencoder) -> bool:
+    """Return True for a representation autoencoder (arXiv:2510.11690), which normalises in `encode` and takes images in
+    [0, 1]."""
+    return isinstance(vae, diffusers.AutoencoderRAE)
+
+
+def _of_videos(vae: Autoencoder) -> bool:
+    """Return True for an autoencoder of videos, for which an image is a video of one frame."""
+    # Qwen-Image 2.1's has flat convolutions, and takes videos all the same
+    return "z_dim" in vae.config or any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
 
 
 def _placed(vae: Autoencoder, value: Tensor) -> Tensor:

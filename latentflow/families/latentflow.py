@@ -365,6 +365,11 @@ class LatentFlowModel(FlowModel):
             return 1.0
         return USUAL_GUIDANCE if scale is None else scale
 
+    def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:
+        """Return the guided velocity in the channels that are guided, elsewhere that of the condition alone."""
+        count = self.pipeline.config.get("guidance_channels")
+        return guided if count is None else torch.cat([guided[:, :count], alone[:, count:]], dim=1)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return (C, h, w) of the latents of an image of this size in pixels."""
         factor = self.pipeline.vae_scale_factor

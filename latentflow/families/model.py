@@ -208,7 +208,7 @@ class FlowModel(ABC):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> FlowModel:
-        """Open a checkpoint of any family in `FAMILIES`.
+        """Open a checkpoint of any family in `FAMILIES`, or of one that another package registers.
 
         Args:
             name_or_path: pipeline folder or hub id.
@@ -217,7 +217,8 @@ class FlowModel(ABC):
         Raises:
             UserError: there is no such checkpoint, or its pipeline is of no family that is known.
         """
-        from . import FAMILIES
+        from . import FAMILIES, family_of
+        from .left_out import LEFT_OUT
 
         folder = pipeline_folder(name_or_path)
         if folder is not None:
@@ -226,9 +227,14 @@ class FlowModel(ABC):
             what = f"no folder '{name_or_path}', and the hub repository of that name"
             with library_reads(what, fix="Check the spelling and the network; offline, pass a local folder."):
                 kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
-        if not isinstance(kind, str) or kind not in FAMILIES:
-            raise UserError(f"{name_or_path} is a {kind}", f"Pipelines that open: {', '.join(FAMILIES)}.")
-        family = FAMILIES[kind]
+        family = family_of(str(kind))
+        if family is None and str(kind) in LEFT_OUT:
+            raise UserError(f"{name_or_path} is a {kind}", LEFT_OUT[str(kind)])
+        if family is None:
+            raise UserError(
+                f"{name_or_path} is a {kind}, which is none of the {len(FAMILIES)} pipelines that open",
+                "A family is added with one class and one line: see docs/guide/pretrained.md.",
+            )
         return family(family.open_pipeline(name_or_path, **options))
 
     @staticmethod
@@ -244,7 +250,7 @@ class FlowModel(ABC):
 
     def network_alone(self) -> Self:
         """Return the model without its other components: it computes where its network is."""
-        others = {name: None for name in self.pipeline.components if name != "transformer"}
+        others = {name: None for name, part in self.pipeline.components.items() if part is not self.network}
         dtype = self.network.dtype  # of another component, the network would be brought to that one's
         return type(self)(self.pipeline.from_pipe(self.pipeline, dtype=dtype, **others))
 
@@ -364,6 +370,10 @@ class FlowModel(ABC):
 
     # ---------------------------------------------------------------- from noise to data
 
+    def begin(self, noise: Tensor, times: Tensor) -> Tensor:
+        """Return the state at the first of ``times`` to which `noise` leads; of a flow that begins at 0 the noise."""
+        return noise
+
     def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
         """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64; None is `usual_steps`.
 
@@ -408,8 +418,8 @@ class FlowModel(ABC):
             ValueError: they do not hold the same values.
         """
         scale = self.guidance(guidance_scale)
-        alone = self._bound(rows, times, scale)
-        if scale == 1.0 or self.embeds_guidance:
+        alone, strength = self._bound(rows, times, scale), self.true_guidance(scale)
+        if strength == 1.0:
             return alone
         if negative is None:
             negative = self.unconditional(rows)
@@ -421,16 +431,14 @@ class FlowModel(ABC):
             )
         negative = replace(negative.repeat(len(rows) // len(negative)), kept=rows.kept)
         both = self._bound(Rows.cat([rows, negative]), times, scale)
-        return self.guide(both, alone, scale, interval)
+        return guide_batched(both, alone, strength, interval, adjust=self.adjust_guided)
 
-    def guide(self, both: Velocity, alone: Velocity, scale: float, interval: tuple[float, float]) -> Velocity:
-        """Return the guided velocity by the family's rule: classifier-free guidance, if it has no other.
+    def true_guidance(self, scale: float) -> float:
+        """Return the scale of classifier-free guidance, see ``latentflow.flow.guide``, for a guidance scale."""
+        return 1.0 if self.embeds_guidance else scale
 
-        Args:
-            both: the velocity of 2B rows, those with the condition before those without.
-            alone: the velocity of the B rows with it.
-        """
-        return guide_batched(both, alone, scale, interval)
+    #: the family's change of a guided velocity: (guided, that of the condition alone) -> guided
+    adjust_guided: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def _bound(self, rows: Rows, times: Tensor | None, scale: float) -> Velocity:
         """Return the velocity under ``rows`` alone, on the straight path, where nothing is singular."""

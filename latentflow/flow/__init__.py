@@ -48,6 +48,7 @@ from .likelihood import log_likelihood as log_likelihood
 from .objectives import OBJECTIVES as OBJECTIVES
 from .objectives import Objective as Objective
 from .objectives import flow_matching_loss as flow_matching_loss
+from .paths import DDPM as DDPM
 from .paths import PATHS as PATHS
 from .paths import CondOT as CondOT
 from .paths import Path as Path

@@ -34,6 +34,7 @@ def guide(
     rescale: float = 0.0,
     optimized_scale: bool = False,
     zero_init: float = 0.0,
+    adjust: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Velocity:
     """Classifier-free guidance, v = v_uncond + scale (v_cond - v_uncond), on all channels.
 
@@ -53,6 +54,7 @@ def guide(
             conditional one: half of CFG-Zero*, Fan et al. 2025 (arXiv:2503.18886).
         zero_init: the velocity is 0 while t < zero_init, whatever the scale, without an evaluation: the other half
             of CFG-Zero*; 0.04 is one step of 25. For deterministic solvers: no score follows from it.
+        adjust: (guided, conditional) -> guided velocity, for rules that pretrained models have beside this one.
 
     Raises:
         UserError: scale is not finite; the interval is not 0 <= low <= high <= 1; rescale is outside [0, 1] or
@@ -64,7 +66,7 @@ def guide(
     def pair(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         return conditional(x, t), unconditional(x, t)
 
-    return _guided(conditional, pair, scale, interval, rescale, optimized_scale, zero_init)
+    return _guided(conditional, pair, scale, interval, rescale, optimized_scale, zero_init, adjust)
 
 
 def guide_batched(
@@ -76,6 +78,7 @@ def guide_batched(
     rescale: float = 0.0,
     optimized_scale: bool = False,
     zero_init: float = 0.0,
+    adjust: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Velocity:
     """``guide`` with one evaluation per guided call instead of two.
 
@@ -83,7 +86,7 @@ def guide_batched(
         batched: velocity over 2B rows: the first B rows under the condition, the last B without it. It is
             called with x twice over, and a (B,) t twice over; a scalar t is passed as it is.
         conditional: velocity over B rows, evaluated alone at scale 1 or outside the interval.
-        scale, interval, rescale, optimized_scale, zero_init: as in ``guide``.
+        scale, interval, rescale, optimized_scale, zero_init, adjust: as in ``guide``.
 
     Raises:
         UserError, ValueError: as in ``guide``.
@@ -93,7 +96,8 @@ def guide_batched(
     def pair(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         return both(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t).chunk(2)
 
-    return _guided(with_time_rows(conditional), pair, scale, interval, rescale, optimized_scale, zero_init)
+    rules = rescale, optimized_scale, zero_init, adjust
+    return _guided(with_time_rows(conditional), pair, scale, interval, *rules)
 
 
 def _guided(
@@ -104,6 +108,7 @@ def _guided(
     rescale: float,
     optimized_scale: bool,
     zero_init: float,
+    adjust: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Velocity:
     low, high = interval
     if not 0.0 <= low <= high <= 1.0:
@@ -138,6 +143,8 @@ def _guided(
         v = c + (w - 1.0).to(c) * (c - u)
         if rescale:
             v = v * (1.0 - rescale + rescale * _ratio_of_stds(c, v))
+        if adjust is not None:
+            v = adjust(v, c)
         return torch.where(active.to(c.device), v, c).to(given[0].dtype)  # elsewhere exactly the conditional
 
     velocity = conditional if bool((scales == 1.0).all()) else guided

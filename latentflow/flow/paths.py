@@ -90,7 +90,9 @@ class Path(ABC):
             middle = 0.5 * (low + high)
             below = self.log_snr(middle) < value
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return 0.5 * (low + high)
+        ends = torch.zeros_like(value), torch.ones_like(value)
+        found = torch.where(value <= self.log_snr(ends[0]), ends[0], 0.5 * (low + high))
+        return torch.where(value >= self.log_snr(ends[1]), ends[1], found)
 
     def clip(self, t: Tensor) -> Tensor:
         """Move ``t`` into ``interval``: values that are infinite at an end of time are taken a little before it."""
@@ -367,6 +369,69 @@ class SqrtPath(Path):
         return torch.sigmoid(value).sqrt()
 
 
+@dataclass(frozen=True)
+class DDPM(Path):
+    """Denoising diffusion in K discrete steps: alpha^2 = (1 - beta_0) ... (1 - beta_k), sigma^2 = 1 - alpha^2.
+
+    Ho et al. 2020 (arXiv:2006.11239), eq. 4, with betas on a line from ``beta_start`` to ``beta_end``. Timestep k is at
+    t = 1 - (k + 1) / K; between two of them alpha is smooth, and t = 1 is the data. Networks that were
+    trained on the K timesteps are sampled on this path exactly; ``VariancePreserving`` is near it.
+
+    Raises:
+        UserError: not 0 < beta_start <= beta_end < 1, or no whole number of steps from 2.
+    """
+
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: float = 1000
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return 0.0, 1.0 - 1e-5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise UserError(
+                f"beta_start and beta_end must lie in (0, 1), the end not below the start, "
+                f"not {self.beta_start} and {self.beta_end}",
+                "Usual values: 0.0001 and 0.02",
+            )
+        if not (self.steps >= 2 and float(self.steps).is_integer()):
+            raise UserError(f"steps must be a whole number from 2, not {self.steps}", "Usual value: 1000")
+
+    def _logarithm(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log(alpha^2) and its derivative.
+
+        The product over betas on a line is a quotient of gamma functions, by which it is continued between the
+        timesteps; Stirling's series, arranged so that nothing cancels, gives its logarithm to 1e-11.
+        """
+        n = self.steps * (1.0 - t)  # factors of the product
+        if self.beta_end == self.beta_start:
+            slope = torch.full_like(n, math.log1p(-self.beta_start))
+            return n * slope, -self.steps * slope
+        step = (self.beta_end - self.beta_start) / (self.steps - 1)
+        first = math.log1p(step - self.beta_start)
+        size = (1.0 - self.beta_start) / step + 1.0
+        rest, fall = size - n, torch.log1p(-n / size)
+        value = n * first - (rest - 0.5) * fall - n - n / (12.0 * size * rest)
+        slope = first + fall - 0.5 / rest - 1.0 / (12.0 * rest**2)
+        return value, -self.steps * slope
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (0.5 * self._logarithm(t)[0]).exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(self._logarithm(t)[0])).sqrt()
+
+    def d_alpha(self, t: Tensor) -> Tensor:
+        value, slope = self._logarithm(t)
+        return 0.5 * slope * (0.5 * value).exp()
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        value, slope = self._logarithm(t)
+        return -0.5 * slope * value.exp() / (-torch.expm1(value)).sqrt()
+
+
 PATHS: dict[str, type[Path]] = {
     "condot": CondOT,
     "variance-preserving": VariancePreserving,
@@ -374,4 +439,5 @@ PATHS: dict[str, type[Path]] = {
     "trigonometric": Trigonometric,
     "polynomial": Polynomial,
     "sqrt": SqrtPath,
+    "ddpm": DDPM,
 }

@@ -284,6 +284,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         sample_size: side, or (height, width), of the latents it was trained on; other sizes work as well.
         size_conditioning: take ``sizes`` in the condition.
         interval_conditioning: take the end of an interval, and predict the average velocity up to there.
+        rope_base: base of the rotary positions' frequencies; LightningDiT (arXiv:2501.01423) has 10000.
 
     Raises:
         UserError: the configuration contradicts itself, or names something unknown.
@@ -315,6 +316,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         sample_size: int | Sequence[int] | None = None,
         size_conditioning: bool = False,
         interval_conditioning: bool = False,
+        rope_base: float = 100.0,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -327,6 +329,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         self.patch_size = patch_size
         self.heads = heads
         self.position = position
+        self.rope_base = rope_base
         self.condition_channels = condition_channels
         self.gradient_checkpointing = False
 
@@ -412,9 +415,8 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         tokens = self._embed_latent(x, cond.channels, height, width)
         registers, rope = tokens.shape[1] - height * width, None
         if self.position == "rope":
-            rope = rope_table(
-                height, width, tokens.shape[-1] // self.heads, registers, x.device, tokens.dtype
-            )
+            head_dim, place = tokens.shape[-1] // self.heads, (x.device, tokens.dtype)
+            rope = rope_table(height, width, head_dim, registers, *place, self.rope_base)
         all_rope, everything, seen = rope, tokens, tokens
         recompute = torch.is_grad_enabled() and self.gradient_checkpointing
         for number, block in enumerate(self.blocks):

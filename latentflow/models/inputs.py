@@ -229,16 +229,22 @@ def sincos_table(height: int, width: int, channels: int, device: torch.device) -
 
 @cached
 def rope_table(
-    height: int, width: int, head_dim: int, registers: int, device: torch.device, dtype: torch.dtype
+    height: int,
+    width: int,
+    head_dim: int,
+    registers: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: float = 100.0,
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of axial rotary positions (arXiv:2403.13298), each (registers + height * width, 1, head_dim).
 
-    Half of the channel pairs turn with the row, half with the column. The base is 100, as in the paper
+    Half of the channel pairs turn with the row, half with the column. The base of 100 is the paper's
     for images: with the 10000 of text, most pairs would hardly turn on a small grid. Register tokens have no
     position, and are not turned. ``sin`` holds the signs that `rotate` needs.
     """
     y, x = _grid(height, width, device)
-    angles = torch.cat([_outer(y, head_dim // 4, 100.0), _outer(x, head_dim // 4, 100.0)], dim=1)
+    angles = torch.cat([_outer(y, head_dim // 4, base), _outer(x, head_dim // 4, base)], dim=1)
     angles = F.pad(angles, (0, 0, registers, 0))[:, None]  # (N, 1, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)

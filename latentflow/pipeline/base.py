@@ -52,7 +52,7 @@ from .sampling import SamplingMixin
 from .scheduler import set_grid
 
 #: the pipelines that share one kind of folder
-FAMILY = tuple(name for name, family in FAMILIES.items() if family is LatentFlowModel)
+FAMILY = tuple(name for name in FAMILIES if name.startswith("LatentFlow"))
 _BASES: dict[str, type] = {
     "vae": ModelMixin,
     "transformer": ModelMixin,
@@ -91,6 +91,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
             the grid, one evaluation a step. A solver that is named integrates its velocities.
         consistency: those average velocities lead to the data only: between steps noise is added again.
         folded_guidance: scale of the guidance that is distilled into the weights; where it is not 1, none is added.
+        guidance_channels: guide only so many channels of the latents, the first; None: all.
         step_counts: the numbers of steps, of one evaluation each, that the network was made for, in increasing order;
             by default the last is taken, and another is warned of. Empty: 4 steps of average velocities, and no
             few-step sampling of other networks.
@@ -131,6 +132,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         consistency: bool = False,
         folded_guidance: float = 1.0,
         step_counts: list[int] | None = None,
+        guidance_channels: int | None = None,
     ) -> None:
         super().__init__()
         check_components(vae, transformer, text_encoder, tokenizer, id2label)
@@ -150,6 +152,7 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
             path_options=dict(path_options or {}),
             prediction=prediction,
             coupling=coupling,
+            guidance_channels=guidance_channels,
             **few.plain(),
         )
         self.vae_scale_factor = downscale_factor(vae) if vae is not None else 8

@@ -108,7 +108,7 @@ def load_module(
     config_file = folder / CONFIG
     config = read_settings(config_file)
     check_config(config_file, config, kind)
-    ours = kind.__module__.startswith("latentflow.")
+    ours = issubclass(kind, Checked)
     if ours:
         check_settings(config_file, config, kind)
     if options.get("use_safetensors") and not any(folder.glob("*.safetensors")):

@@ -73,14 +73,14 @@ def test_the_callback_sees_every_step_and_may_replace_x(method: str, draw: Draw)
         source_velocity, target_velocity, draw(2, 3), [0.2, 0.6, 1.0], "euler", callback=callback
     )
     there, back = [0.6, 0.2], [0.6, 1.0]
-    assert seen == list(enumerate(there + back if method == "inversion" else back))
+    assert seen == list(enumerate(back if method == "flowedit" else there + back))
     assert bool((out == 7.0).all())
 
 
 @pytest.mark.parametrize("solver", ["euler", "rk4", "adams-bashforth-3", "dopri5"])
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("flowedit", {}), ("flowedit", {"plain_from": 0.7, "generator": 3}), ("inversion", {})],
+    [("flowedit", {}), ("flowedit", {"plain_from": 0.7, "generator": 3}), ("inversion", {}), ("direct", {})],
 )
 def test_a_mask_keeps_the_rest_and_edits_as_without(
     method: str, settings: dict[str, Any], solver: str, draw: Draw
@@ -104,6 +104,32 @@ def test_what_is_kept_takes_the_same_way_back_and_forth(draw: Draw) -> None:
     there, forth = seen[:3], seen[3:]
     for before, after in zip([*there[1::-1], x1], forth, strict=True):
         assert torch.equal(before[mask == 0], after[mask == 0])
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "adams-bashforth-2"])
+def test_a_direct_edit_to_the_same_is_exact(solver: str, draw: Draw) -> None:
+    """On a mixture, in two steps; the inversion alone is far off."""
+    means, x1 = torch.tensor([-1.0, 1.5], dtype=torch.float64), draw(50, 1)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:  # of the equal mixture of N(m, SPREAD^2)
+        each = torch.stack([gaussian_velocity(float(mean), SPREAD)(x, t) for mean in means])
+        time = t.reshape(-1, 1) if t.ndim else t
+        variance = (time * SPREAD) ** 2 + (1 - time) ** 2
+        weights = torch.stack([-((x - time * mean) ** 2) / (2 * variance) for mean in means]).softmax(0)
+        return (weights * each).sum(0)
+
+    back = EDITING["direct"](velocity, velocity, x1, grid(0.0, 2), solver)
+    torch.testing.assert_close(back, x1, rtol=0, atol=1e-14)
+    assert (EDITING["inversion"](velocity, velocity, x1, grid(0.0, 2), solver) - x1).abs().max() > 0.05
+
+
+def test_a_direct_edit_costs_one_evaluation_more(draw: Draw) -> None:
+    counts = []
+    for method in ("inversion", "direct"):
+        source, target = Watched(source_velocity), Watched(target_velocity)
+        EDITING[method](source, target, draw(3, 2), grid(0.2, 5), "euler")
+        counts.append((len(source.calls), len(target.calls)))
+    assert counts == [(5, 5), (6, 5)]
 
 
 @pytest.mark.parametrize("method", EDITING)

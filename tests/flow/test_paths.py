@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from latentflow.errors import UserError
 from latentflow.flow import (
+    DDPM,
     CondOT,
     Path,
     Polynomial,
@@ -35,7 +37,7 @@ def test_schedules_are_shaped_like_t_and_finite_at_both_ends(path) -> None:
                 value = schedule(t)
                 assert value.shape == t.shape
                 assert value.dtype == t.dtype
-                infinite = schedule == path.d_sigma and isinstance(path, (VariancePreserving, SqrtPath))
+                infinite = schedule == path.d_sigma and isinstance(path, (VariancePreserving, SqrtPath, DDPM))
                 assert torch.equal(value.isfinite(), ~((t == 1) & infinite))
                 assert not value.isnan().any()
 
@@ -45,10 +47,12 @@ def test_alpha_grows_and_sigma_falls_between_the_right_ends(path) -> None:
     assert (path.alpha(t).diff() >= 0).all()
     assert (path.sigma(t).diff() < 0).all()
     ends = torch.stack([path.alpha(t[[0, -1]]), path.sigma(t[[0, -1]])], dim=1).tolist()
+    noisy = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).prod().item()  # alpha-bar of DDPM
     truth = {
         "CondOT": [[0.0, 1.0], [1.0, getattr(path, "sigma_min", None)]],
         "VariancePreserving": [[math.exp(-10.05 / 2), math.sqrt(1 - math.exp(-10.05))], [1.0, 0.0]],
         "VarianceExploding": [[1.0, 50.0], [1.0, 0.01]],
+        "DDPM": [[math.sqrt(noisy), math.sqrt(1 - noisy)], [1.0, 0.0]],
     }.get(type(path).__name__, [[0.0, 1.0], [1.0, 0.0]])
     for end, expected in zip(ends, truth, strict=True):
         assert end == pytest.approx(expected, rel=1e-12, abs=0)  # abs = 0: what is 0 is exactly 0
@@ -163,6 +167,21 @@ def test_misfits_are_refused(t) -> None:
         CondOT().sample(torch.zeros(1, 2), torch.zeros(3, 2), 0.5)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"steps": 10}, {"beta_start": 0.02}, {"beta_start": 8.5e-4, "beta_end": 0.012}]
+)
+def test_ddpm_is_discrete_diffusion_at_its_timesteps(settings) -> None:
+    """As diffusers' scheduler has it, at every timestep."""
+    path = DDPM(**settings)
+    count = int(path.steps)
+    scheduler = DDPMScheduler(count, path.beta_start, path.beta_end)
+    kept = (1 - torch.linspace(path.beta_start, path.beta_end, count, dtype=torch.float64)).cumprod(0)
+    torch.testing.assert_close(kept.float(), scheduler.alphas_cumprod, atol=0, rtol=5e-5)
+    t = 1 - torch.arange(1, count + 1, dtype=torch.float64) / count
+    torch.testing.assert_close(path.alpha(t), kept.sqrt(), atol=0, rtol=1e-10)
+    torch.testing.assert_close(path.sigma(t), (1 - kept).sqrt(), atol=0, rtol=2e-9)
+
+
 NAN, INFINITY = float("nan"), float("inf")
 
 
@@ -173,6 +192,7 @@ NAN, INFINITY = float("nan"), float("inf")
         *((Polynomial, (value,), "degree") for value in (0.5, NAN, INFINITY)),
         *((VariancePreserving, pair, "beta_min") for pair in ((0.0, 20.0), (3.0, 2.0), (0.1, INFINITY))),
         *((VarianceExploding, pair, "sigma_min") for pair in ((0.0, 50.0), (1.0, 1.0), (0.01, INFINITY))),
+        *((DDPM, pair, "beta_start") for pair in ((0.0, 0.02), (0.3, 0.2), (0.1, 1.0))),
     ],
 )
 def test_settings_out_of_range_are_refused(path, settings, name) -> None:

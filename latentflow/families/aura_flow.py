@@ -1,0 +1,32 @@
+"""AuraFlow (Fal 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .model import Values
+from .pretrained import PretrainedModel
+
+
+class AuraFlowModel(PretrainedModel):
+    """Flow model of AuraFlow. Its rows have embeds (B, L, D), zero where there is no token."""
+
+    patch = 2
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        return {"embeds": self.pipeline.encode_prompt(prompts, None, False, **options)[0]}
+
+    def sigmas(self, steps: int) -> None:
+        """Leave the noise levels to the scheduler."""
+
+    def mu(self, steps: int, tokens: int) -> None:
+        """Return None: the shift is fixed."""
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        output: Tensor = self.evaluate(x, encoder_hidden_states=condition["embeds"], timestep=1.0 - t)
+        return -output

@@ -1,0 +1,166 @@
+"""Bria 3.2, FIBO and FIBO 2 (Bria 2025; FIBO: Gutflaish et al., arXiv:2511.06876)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from diffusers.pipelines.bria.pipeline_bria import get_original_sigmas
+from diffusers.pipelines.bria_fibo2.pipeline_bria_fibo2 import DEFAULT_NEGATIVE_PROMPT
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .model import Generators, Rows, Values
+from .pretrained import PackedModel, PretrainedModel
+
+
+class BriaModel(PackedModel):
+    """Flow model of Bria 3.2. Its rows have embeds (B, L, D), zero where there is no token.
+
+    Guidance leads away from zeros where there is no negative prompt.
+    """
+
+    one_by_one = True
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        return {
+            "embeds": self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, **options)[0]
+        }
+
+    def embed_negative(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        return {"embeds": self.pipeline.encode_prompt(prompts, negative_prompt=prompts, **options)[1]}
+
+    def sigmas(self, steps: int) -> list[float]:
+        """Return the ``steps`` noise levels before any shift."""
+        scheduler = self.pipeline.scheduler.config
+        if scheduler.use_dynamic_shifting:
+            return super().sigmas(steps) or []
+        levels: list[float] = get_original_sigmas(scheduler.num_train_timesteps, steps).tolist()
+        return levels
+
+    def mu(self, steps: int, tokens: int) -> float | None:
+        """Return the shift of a scheduler that asks for it."""
+        return super().mu(steps, tokens) if self.pipeline.scheduler.config.use_dynamic_shifting else None
+
+    def unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """(B, N, 4 C) -> the shape of ``like`` (B, C, h, w)."""
+        factor = self.pipeline.vae_scale_factor  # which counts tokens, not cells
+        size = like.shape[2] // 2 * factor, like.shape[3] // 2 * factor
+        unpacked: Tensor = self.pipeline._unpack_latents(tokens, *size, factor)
+        return unpacked
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        embeds = condition["embeds"]
+        size = x.shape[2] // 2, x.shape[3] // 2
+        output = self.evaluate(
+            hidden_states=self.pack(x),
+            timestep=1000.0 * (1.0 - t),
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
+            img_ids=self.pipeline._prepare_latent_image_ids(1, *size, x.device, x.dtype)[0],
+        )
+        return -self.unpack(output, x)
+
+
+class BriaFiboModel(PretrainedModel):
+    """Flow model of FIBO. Its rows have embeds (B, L, D), layers (B, L, layers, D') and mask (B, L) bool."""
+
+    one_by_one = True
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths in pixels are multiples of this."""
+        return int(self.pipeline.vae_scale_factor)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Return (C, h, w) of the latents of an image of this size in pixels."""
+        factor = self.size_multiple
+        return int(self.network.config.in_channels), height // factor, width // factor
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        embeds, _, _, mask, _, layers, _ = self.pipeline.encode_prompt(prompts, guidance_scale=1.0, **options)
+        blocks = len(self.network.transformer_blocks) + len(self.network.single_transformer_blocks)
+        layers = (layers + layers[-1:] * blocks)[: max(blocks, len(layers))][-blocks:]
+        return {"embeds": embeds, "layers": torch.stack(layers, dim=2), "mask": mask.bool()}
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        embeds, mask, (rows, columns) = condition["embeds"], condition["mask"], x.shape[2:]
+        seen = torch.cat([mask, mask.new_ones(len(x), rows * columns)], dim=1)
+        output = self.evaluate(
+            hidden_states=self.pipeline._pack_latents_no_patch(x, *x.shape),
+            timestep=1000.0 * (1.0 - t),
+            encoder_hidden_states=embeds,
+            text_encoder_layers=[*condition["layers"].unbind(2)],
+            joint_attention_kwargs={} if seen.all() else {"attention_mask": seen[:, None, None, :]},
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=self.pipeline._prepare_latent_image_ids(len(x), rows, columns, x.device, x.dtype),
+        )
+        factor = self.size_multiple
+        unpacked: Tensor = self.pipeline._unpack_latents_no_patch(
+            output, rows * factor, columns * factor, factor
+        )
+        return -unpacked
+
+
+class BriaFibo2Model(PretrainedModel):
+    """Flow model of FIBO 2. Its rows have embeds (B, L, bundles, D) and mask (B, L) bool.
+
+    Prompts are sentences or captions in JSON; images of the text that a caption asks for are not drawn for it.
+    """
+
+    prompt_options = ()
+    one_by_one = True
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        captions = [self.pipeline._parse_prompt(text)[0] for text in prompts]
+        texts = [
+            text
+            if isinstance(caption, str)
+            else json.dumps(caption or {}, separators=(",", ":"), ensure_ascii=False)
+            for text, caption in zip(prompts, captions, strict=True)
+        ]
+        return self.embed_negative(texts, **options)
+
+    def embed_negative(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        embeds, _ = self.pipeline.encode_prompt(prompts, **options)
+        embeds = embeds.transpose(1, 2)
+        return {
+            "embeds": embeds,
+            "mask": torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device),
+        }
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows of the negative prompt that the pipeline takes by itself, an empty caption."""
+        return self.encode_negative([DEFAULT_NEGATIVE_PROMPT]).repeat(n)
+
+    def noise(self, n: int, height: int, width: int, generator: Generators | None = None) -> Tensor:
+        """Return the noise to start from, (n, C, h, w) float32, drawn before cells are joined."""
+        factor, config = self.pipeline.vae_scale_factor, self.network.config
+        shape = (n, config.in_channels, height // factor, width // factor)
+        drawn: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        return self.joined(drawn)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Join 2 x 2 cells into one: (B, C, h, w) -> (B, 4 C, h / 2, w / 2)."""
+        joined: Tensor = self.pipeline._patchify_latents(x)
+        return joined
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        mask = condition["mask"]
+        output: Tensor = self.evaluate(
+            hidden_states=self.pipeline._unpatchify_latents(x),
+            timestep=1.0 - t,
+            encoder_hidden_states=condition["embeds"].transpose(1, 2),
+            encoder_attention_mask=None if mask.all() else mask,
+        )
+        return -self.joined(output)

@@ -1,0 +1,331 @@
+"""Diffusion models in diffusers' pipelines: Stable Diffusion 1 and 2, SDXL, PixArt, HunyuanDiT, CogView 3, DiT.
+
+A diffusion model is a flow on another path: x_k = a_k x1 + s_k x0 at timestep k. With t = a / (a + s), the state
+x / (a + s) lies on the straight path, and there the velocity is x1 - x0, both of which follow from what the network
+predicts. Euler's method on it is DDIM without noise (arXiv:2010.02502), step for step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
+from torch import Tensor
+
+from .. import flow
+from ..autoencoder import downscale_factor
+from ..errors import UserError, lookup
+from ..flow.tensors import expand_t
+from .model import Rows, Size, Values
+from .pretrained import PretrainedModel
+
+
+class DiffusionModel(PretrainedModel):
+    """Flow model in a pipeline whose network predicts noise, data or diffusion's "v", on a table of timesteps.
+
+    Raises:
+        UserError: the network takes more than the latent, such as a mask for inpainting.
+    """
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        super().__init__(pipeline, **options)
+        taken, drawn = (self.network.config.get(name) for name in ("in_channels", "out_channels"))
+        if drawn is not None and taken > drawn:
+            raise UserError(
+                f"the network takes {taken} channels, {drawn} of them the latent's",
+                "It needs a mask or an image beside its latent: use it with diffusers itself, or inpaint with the "
+                "base model, which needs no such channels.",
+            )
+
+    @property
+    def network(self) -> Any:
+        """The network, which some of the pipelines call ``unet``."""
+        return getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+
+    @property
+    def native_size(self) -> Size | None:
+        """(height, width) in pixels of the images that it was trained on."""
+        size = self.network.config.sample_size
+        rows, columns = size if isinstance(size, list | tuple) else (size, size)
+        factor = downscale_factor(self.vae)
+        return rows * factor, columns * factor
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Times on the straight path (K,), increasing, and their timesteps (K,), float64."""
+        cumulative = self.pipeline.scheduler.alphas_cumprod.double().cpu()
+        data, noise = cumulative.sqrt(), (1.0 - cumulative).sqrt()
+        times = data / (data + noise)
+        return times.flip(0), torch.arange(len(times), dtype=torch.float64).flip(0)
+
+    def time_of(self, timesteps: Tensor) -> Tensor:
+        """Return the times on the straight path of timesteps, which may be between two of the table."""
+        times, steps = (part.numpy() for part in self.table)
+        return torch.from_numpy(np.interp(timesteps.double().numpy(), steps[::-1], times[::-1]))
+
+    def timestep_of(self, t: Tensor) -> Tensor:
+        """Return the timesteps (B,) float32 of times on the straight path (B,)."""
+        times, steps = (part.numpy() for part in self.table)
+        found = np.interp(t.double().cpu().numpy(), times, steps)
+        return torch.from_numpy(found).to(t.device, torch.float32)
+
+    def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
+        """Return ``steps`` + 1 times, float64, from the noisiest of the scheduler's timesteps to 1."""
+        steps = self.usual_steps if steps is None else steps
+        flow.time_grid(steps)  # refuses what is no number of steps
+        own = self.pipeline.scheduler
+        scheduler = type(own).from_config(own.config)
+        scheduler.set_timesteps(steps)
+        timesteps = torch.as_tensor(scheduler.timesteps).double().unique().flip(0)  # some take a step twice
+        return torch.cat([self.time_of(timesteps), torch.ones(1, dtype=torch.float64)])
+
+    def begin(self, noise: Tensor, times: Tensor) -> Tensor:
+        """Return the state at the noisiest timestep: there is data in it, and noise alone takes its place."""
+        return noise * self._norm(times[0]).to(noise)
+
+    @staticmethod
+    def _norm(t: Tensor) -> Tensor:
+        """Return the straight state over the network's at time t: 1 / (a + s), since a^2 + s^2 = 1."""
+        return (t.square() + (1.0 - t).square()).sqrt()
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        wide, time = x.float(), expand_t(t, x)
+        norm = self._norm(time)
+        data, noise = time / norm, (1.0 - time) / norm
+        state = wide / norm
+        output = self.output(state.to(x.dtype), self.timestep_of(t), condition)[:, : x.shape[1]].float()
+        kind = self.pipeline.scheduler.config.prediction_type
+        if kind == "epsilon":
+            x0, x1 = output, (state - noise * output) / data
+        elif kind == "sample":
+            x0, x1 = (state - data * output) / noise, output
+        else:
+            x0, x1 = data * output + noise * state, data * state - noise * output
+        return x1 - x0
+
+    def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        """Return what the network predicts of x (B, C, h, w) at timesteps (B,); more channels are cut off."""
+        raise NotImplementedError
+
+
+class StableDiffusionModel(DiffusionModel):
+    """Flow model of Stable Diffusion 1 and 2. Its rows have embeds (B, L, D)."""
+
+    prompt_options = ("clip_skip",)
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        return {"embeds": self.pipeline.encode_prompt(prompts, self.device, 1, False, **options)[0]}
+
+    def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        predicted: Tensor = self.evaluate(x, timestep, encoder_hidden_states=condition["embeds"])
+        return predicted
+
+
+class StableDiffusionXLModel(DiffusionModel):
+    """Flow model of SDXL. Its rows have embeds (B, L, D) and pooled (B, D').
+
+    Where the pipeline says so, the empty negative prompt is zeros.
+
+    Raises:
+        UserError: the pipeline is SDXL's refiner.
+    """
+
+    prompt_options = ("clip_skip",)
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        if pipeline.config.get("requires_aesthetics_score"):
+            raise UserError(
+                "this is SDXL's refiner, which finishes images that the base model began",
+                "Open the base model, or use the refiner with diffusers itself.",
+            )
+        super().__init__(pipeline, **options)
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, **options
+        )
+        return {"embeds": embeds, "pooled": pooled}
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows of what the pipeline takes without a negative prompt."""
+        _, embeds, _, pooled = self.pipeline.encode_prompt([""])
+        return Rows(self, {"embeds": embeds, "pooled": pooled}).repeat(n)
+
+    def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        factor = downscale_factor(self.vae)
+        size = (x.shape[2] * factor, x.shape[3] * factor)
+        pooled = condition["pooled"]
+        encoder = self.pipeline.text_encoder_2
+        width = pooled.shape[-1] if encoder is None else encoder.config.projection_dim
+        sizes = self.pipeline._get_add_time_ids(size, (0, 0), size, pooled.dtype, width)
+        added = {"text_embeds": pooled, "time_ids": sizes.to(x.device).repeat(len(x), 1)}
+        predicted: Tensor = self.evaluate(
+            x, timestep, encoder_hidden_states=condition["embeds"], added_cond_kwargs=added
+        )
+        return predicted
+
+
+class PixArtModel(DiffusionModel):
+    """Flow model of PixArt-alpha and PixArt-Sigma. Its rows have embeds (B, L, D) and mask (B, L)."""
+
+    prompt_options = ("max_sequence_length", "clean_caption")
+    patch = 2
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)
+        return {"embeds": embeds, "mask": mask}
+
+    def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if self.network.config.sample_size == 128 and self.network.use_additional_conditions:
+            factor = downscale_factor(self.vae)
+            size = torch.tensor([[x.shape[2] * factor, x.shape[3] * factor]], dtype=x.dtype, device=x.device)
+            added["resolution"] = size.expand(len(x), 2)
+            added["aspect_ratio"] = (size[:, :1] / size[:, 1:]).expand(len(x), 1)
+        predicted: Tensor = self.evaluate(
+            x,
+            encoder_hidden_states=condition["embeds"],
+            encoder_attention_mask=condition["mask"],
+            timestep=timestep,
+            added_cond_kwargs=added,
+        )
+        return predicted
+
+
+class HunyuanDiTModel(DiffusionModel):
+    """Flow model of HunyuanDiT (Li et al. 2024, arXiv:2405.08748).
+
+    Its rows have embeds (B, L, D) and mask (B, L) of CLIP, and t5 (B, L', D') and t5_mask (B, L') of T5.
+    """
+
+    prompt_options = ()
+    patch = 2
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        encode = self.pipeline.encode_prompt
+        embeds, _, mask, _ = encode(
+            prompts, self.device, do_classifier_free_guidance=False, text_encoder_index=0
+        )
+        t5, _, t5_mask, _ = encode(
+            prompts, self.device, do_classifier_free_guidance=False, text_encoder_index=1
+        )
+        return {"embeds": embeds, "mask": mask, "t5": t5, "t5_mask": t5_mask}
+
+    def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        grid = x.shape[2] // self.patch, x.shape[3] // self.patch
+        places = get_2d_rotary_pos_embed(
+            self.network.inner_dim // self.network.num_heads,
+            get_resize_crop_region_for_grid(grid, 512 // 8 // self.patch),
+            grid,
+            device=x.device,
+            output_type="pt",
+        )
+        factor = downscale_factor(self.vae)
+        size = x.shape[2] * factor, x.shape[3] * factor
+        sizes = torch.tensor([[*self.option("original_size"), *size, 0, 0]], dtype=x.dtype, device=x.device)
+        predicted: Tensor = self.evaluate(
+            x,
+            timestep.to(x.dtype),
+            encoder_hidden_states=condition["embeds"],
+            text_embedding_mask=condition["mask"],
+            encoder_hidden_states_t5=condition["t5"],
+            text_embedding_mask_t5=condition["t5_mask"],
+            image_meta_size=sizes.repeat(len(x), 1),
+            style=torch.zeros(len(x), dtype=torch.long, device=x.device),
+            image_rotary_emb=places,
+        )
+        return predicted
+
+
+class CogView3PlusModel(DiffusionModel):
+    """Flow model of CogView3-Plus (Zheng et al. 2024, arXiv:2403.05121). Its rows have embeds (B, L, D).
+
+    The empty negative prompt is zeros.
+    """
+
+    prompt_options = ("max_sequence_length",)
+    patch = 2
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        return {"embeds": self.pipeline.encode_prompt(prompts, None, False, **options)[0]}
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows of what the pipeline takes without a negative prompt."""
+
+        def zeros(prompts: list[str], **options: Any) -> dict[str, Values]:
+            return {"embeds": self.pipeline.encode_prompt(prompts, None, True, **options)[1]}
+
+        return self._encoded(zeros, [""], {}).repeat(n)
+
+    def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        factor = downscale_factor(self.vae)
+        size = torch.tensor([[x.shape[2] * factor, x.shape[3] * factor]], dtype=x.dtype, device=x.device)
+        sizes = size.expand(len(x), 2)
+        predicted: Tensor = self.evaluate(
+            hidden_states=x,
+            encoder_hidden_states=condition["embeds"],
+            timestep=timestep,
+            original_size=sizes,
+            target_size=sizes,
+            crop_coords=torch.zeros_like(sizes),
+        )
+        return predicted
+
+
+class ClassDiTModel(DiffusionModel):
+    """Flow model of DiT (Peebles & Xie 2022, arXiv:2212.09748). Its rows have labels (B,).
+
+    Its classes are the names of the pipeline's ``labels``, of which one class may have several.
+    """
+
+    patch = 2
+
+    @property
+    def takes_text(self) -> bool:
+        """False: it takes classes."""
+        return False
+
+    @property
+    def takes_classes(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their ids, the first of each."""
+        names: dict[int, str] = {}
+        for name, number in self.pipeline.labels.items():
+            names.setdefault(number, name)
+        return tuple(names.get(number, str(number)) for number in range(self._null))
+
+    @property
+    def _null(self) -> int:
+        return int(self.network.config.num_embeds_ada_norm)
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        raise UserError("this checkpoint does not take prompts", "Give classes: model.encode_class([...]).")
+
+    def encode_class(self, labels: Sequence[int | str]) -> Rows:
+        """Return one row for each class, a name or a number."""
+        known = self.pipeline.labels
+        ids = [lookup(known, label, "class") if isinstance(label, str) else label for label in labels]
+        for number in ids:
+            if not 0 <= number < self._null:
+                raise UserError(f"class id {number} does not exist", f"Ids go from 0 to {self._null - 1}.")
+        return Rows(self, {"labels": torch.tensor(ids, device=self.device)})
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows without a class."""
+        return Rows(self, {"labels": torch.full((n,), self._null, device=self.device)})
+
+    def output(self, x: Tensor, timestep: Tensor, condition: dict[str, Any]) -> Tensor:
+        predicted: Tensor = self.evaluate(x, timestep=timestep, class_labels=condition["labels"])
+        return predicted

@@ -1,0 +1,79 @@
+"""FLUX.1 dev and schnell (Black Forest Labs 2024), and Chroma, which is made of schnell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model import Values
+from .pretrained import PackedModel
+
+
+class FluxModel(PackedModel):
+    """Flow model of FLUX.1. Its rows have embeds (B, L, D) and pooled (B, D').
+
+    FLUX.1 dev takes its guidance scale as an input; classifier-free guidance is added by the option
+    ``true_cfg_scale``. FLUX.1 schnell has no guidance but that one.
+    """
+
+    @property
+    def embeds_guidance(self) -> bool:  # type: ignore[override]
+        """True for FLUX.1 dev."""
+        return bool(self.network.config.guidance_embeds)
+
+    def true_guidance(self, scale: float) -> float:
+        """Return the option ``true_cfg_scale``."""
+        return float(self.option("true_cfg_scale"))
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        embeds, pooled, _ = self.pipeline.encode_prompt(prompts, None, **options)
+        return {"embeds": embeds, "pooled": pooled}
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        embeds = condition["embeds"]
+        named = {"pooled_projections": condition["pooled"]}
+        if self.embeds_guidance:
+            named["guidance"] = torch.full_like(t, guidance_scale)
+        return self._predicted(x, t, embeds, **named)
+
+    def _predicted(self, x: Tensor, t: Tensor, embeds: Tensor, **named: Any) -> Tensor:
+        output = self.evaluate(
+            hidden_states=self.pack(x),
+            timestep=1.0 - t,
+            encoder_hidden_states=embeds,
+            txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+            img_ids=self.pipeline._prepare_latent_image_ids(
+                len(x), x.shape[2] // 2, x.shape[3] // 2, x.device, embeds.dtype
+            ),
+            **named,
+        )
+        return -self.unpack(output, x)
+
+
+class ChromaModel(FluxModel):
+    """Flow model of Chroma: FLUX.1's layout, classifier-free guidance. Its rows have embeds (B, L, D), mask (B, L)."""
+
+    embeds_guidance = False
+
+    def true_guidance(self, scale: float) -> float:
+        """Return the scale."""
+        return scale
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        embeds, _, mask, *_ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, **options
+        )
+        return {"embeds": embeds, "mask": mask}
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        tokens = x.shape[2] // 2 * (x.shape[3] // 2)
+        mask = self.pipeline._prepare_attention_mask(len(x), tokens, x.dtype, condition["mask"])
+        return self._predicted(x, t, condition["embeds"], attention_mask=mask)

@@ -1,0 +1,128 @@
+"""Ideogram 4 (Ideogram 2026)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
+from torch import Tensor
+
+from .. import flow
+from ..autoencoder import denormalise, normalise
+from ..flow import Velocity
+from .model import Rows, Values
+from .pretrained import PretrainedModel
+
+
+class Ideogram4Model(PretrainedModel):
+    """Flow model of Ideogram 4. Its rows have embeds (B, L, D) and lengths (B,), the number of tokens at their end.
+
+    Guidance leads away from what a second network predicts without a prompt: that of rows of length 0. Its latents
+    are those of FLUX.2's autoencoder with the channels in another order, the cells of a token first.
+    """
+
+    noise_channels_last = True
+
+    def guidance(self, scale: float | None) -> float:
+        """Return the guidance scale; by default that of the first step of ``guidance_schedule``."""
+        if scale is None:
+            scale = self.option("guidance_scale")
+        return float(self.option("guidance_schedule")[0] if scale is None else scale)
+
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance scale where nobody asks for one."""
+        return self.guidance(None)
+
+    def velocity(
+        self,
+        rows: Rows,
+        guidance_scale: float | None = None,
+        negative: Rows | None = None,
+        times: Tensor | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Velocity:
+        """Return the velocity; without a scale, on a grid, it follows ``guidance_schedule`` over the steps."""
+        schedule = self.option("guidance_schedule")
+        guidance_scale = self.option("guidance_scale") if guidance_scale is None else guidance_scale
+        if guidance_scale is not None or times is None or schedule is None:
+            return super().velocity(rows, guidance_scale, negative, times, interval)
+        guided = {
+            scale: super(Ideogram4Model, self).velocity(rows, scale, negative, times, interval)
+            for scale in set(schedule)
+        }
+        grid, steps = times.cpu(), len(times) - 1
+
+        def scheduled(x: Tensor, t: Tensor) -> Tensor:
+            now = t.double().max().cpu()
+            step = min(int((grid <= now + 1e-6).sum()) - 1, steps - 1)
+            return guided[schedule[max(step, 0) * len(schedule) // steps]](x, t)
+
+        return scheduled
+
+    def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
+        """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64: a logit-normal's quantiles."""
+        steps = self.usual_steps if steps is None else steps
+        flow.time_grid(steps)  # refuses what is no number of steps
+        mu = _resolution_aware_mu(height, width, self.option("mu"))
+        return self.scheduled(steps, _logit_normal_sigmas(steps, mu, self.option("std")).tolist())
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        embeds, _, segments, _ = self.pipeline.encode_prompt(
+            prompts, grid_h=0, grid_w=0, device=self.device, **options
+        )
+        return {"embeds": embeds, "lengths": (segments == 1).sum(1)}
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows without a prompt."""
+        embeds = torch.zeros(n, 1, self.network.config.llm_features_dim, device=self.device)
+        return Rows(self, {"embeds": embeds, "lengths": torch.zeros(n, dtype=torch.long, device=self.device)})
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) float32."""
+        return self._reordered(super().encode(images), cells_first=True)
+
+    def decode(self, x1: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) float32, nominally in [-1, 1]."""
+        return super().decode(self._reordered(x1.float(), cells_first=False))
+
+    def _reordered(self, latents: Tensor, cells_first: bool) -> Tensor:
+        """Bring the channels of raw latents into another order: the autoencoder's statistics stay where they are."""
+        with self.steady_vae() as vae:
+            raw = F.pixel_unshuffle(denormalise(vae, latents), 2)
+            parts = (-1, 4) if cells_first else (4, -1)
+            return normalise(vae, F.pixel_shuffle(raw.unflatten(1, parts).transpose(1, 2).flatten(1, 2), 2))
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate one network under prompts, the other without; see `FlowModel.predict`."""
+        embeds, lengths = condition["embeds"], condition["lengths"]
+        output, prompted, before = torch.empty_like(x), lengths > 0, embeds.shape[1]
+        for network, rows, longest in (
+            (self.network, prompted, before),
+            (self.pipeline.unconditional_transformer, ~prompted, 0),
+        ):
+            if rows.any():
+                output[rows] = self._predicted(
+                    network, x[rows], t[rows], embeds[rows, :longest], lengths[rows]
+                )
+        return output
+
+    def _predicted(self, network: Any, x: Tensor, t: Tensor, embeds: Tensor, lengths: Tensor) -> Tensor:
+        tokens, before = x.flatten(2).transpose(1, 2), embeds.shape[1]
+        position_ids, segment_ids, indicator = self.pipeline._prepare_ids(
+            lengths.tolist(), *x.shape[2:], before, x.device
+        )
+        predicted: Tensor = network(
+            hidden_states=F.pad(tokens, (0, 0, before, 0)),
+            timestep=t.to(x.dtype),
+            encoder_hidden_states=F.pad(embeds, (0, 0, 0, tokens.shape[1])),
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            indicator=indicator,
+            return_dict=False,
+        )[0]
+        return predicted[:, before:].transpose(1, 2).reshape(x.shape)

@@ -1,0 +1,53 @@
+"""Lumina-Image 2.0 (Qin et al. 2025, arXiv:2503.21758)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model import Values
+from .pretrained import PretrainedModel
+
+
+class Lumina2Model(PretrainedModel):
+    """Flow model of Lumina-Image 2.0. Its rows have embeds (B, L, D) and mask (B, L).
+
+    A system prompt stands before a prompt, but not before a negative one. Each line of pixels of a guided latent is
+    as long as that of the prompt alone.
+    """
+
+    prompt_options = ("max_sequence_length", "system_prompt")
+    patch = 2
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)
+        return {"embeds": embeds, "mask": mask}
+
+    def embed_negative(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        *_, embeds, mask = self.pipeline.encode_prompt([""] * len(prompts), True, prompts, **options)
+        return {"embeds": embeds, "mask": mask}
+
+    def tokens(self, height: int, width: int) -> int:
+        """Return the number that the pipeline takes for its tokens: the channels of the latent."""
+        return int(self.network.config.in_channels)
+
+    def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:
+        """Give each line the length that it has under the condition alone, if ``cfg_normalization`` is on."""
+        if not self.option("cfg_normalization"):
+            return guided
+        lengths = [torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (alone, guided)]
+        return guided * (lengths[0] / lengths[1])
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        output: Tensor = self.evaluate(
+            hidden_states=x,
+            timestep=t,
+            encoder_hidden_states=condition["embeds"],
+            encoder_attention_mask=condition["mask"],
+        )
+        return output

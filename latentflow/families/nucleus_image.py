@@ -1,0 +1,49 @@
+"""Nucleus-Image, a mixture of experts (Nucleus AI 2026)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .model import Values
+from .qwen_image import QwenImageModel
+
+
+class NucleusImageModel(QwenImageModel):
+    """Flow model of Nucleus-Image. Its rows have embeds (B, L, D) and mask (B, L) bool.
+
+    Guided tokens are as long as those of the prompt alone.
+    """
+
+    guidance_argument = "guidance_scale"
+    prompt_options = ("max_sequence_length", "return_index")
+
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        longest = options.pop("max_sequence_length") or self.pipeline.default_max_sequence_length
+        return super().embed(prompts, max_sequence_length=longest, **options)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, N, 4 C)."""
+        packed: Tensor = self.pipeline._pack_latents(x, *x.shape, self.patch)
+        return packed
+
+    def unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """(B, N, 4 C) -> the shape of ``like`` (B, C, h, w)."""
+        factor = self.pipeline.vae_scale_factor
+        size = like.shape[2] * factor, like.shape[3] * factor
+        unpacked: Tensor = self.pipeline._unpack_latents(tokens, *size, self.patch, factor)
+        return unpacked.reshape(like.shape)
+
+    def predict(
+        self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """Evaluate the network; see `FlowModel.predict`."""
+        output = self.evaluate(
+            hidden_states=self.pack(x),
+            timestep=1.0 - t,
+            encoder_hidden_states=condition["embeds"],
+            encoder_hidden_states_mask=condition["mask"],
+            img_shapes=[(1, x.shape[2] // 2, x.shape[3] // 2)] * len(x),
+        )
+        return self.unpack(output, x)

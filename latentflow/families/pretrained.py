@@ -1,0 +1,235 @@
+"""Flow models in diffusers' own pipelines: what all of their families have in common.
+
+A family calls its pipeline's own functions (``encode_prompt``, packing, positions, shifts) and copies none of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .. import flow
+from ..autoencoder import downscale_factor, latent_channels
+from . import SIBLINGS
+from .model import FlowModel, Generators, Rows, Size, Values
+
+
+def text_to_image(pipeline: Any) -> Any:
+    """Return the text-to-image pipeline that has the components of an image-to-image or inpainting one."""
+    stock = SIBLINGS.get(type(pipeline).__name__)
+    if stock is None:
+        return pipeline
+    kind = getattr(diffusers, stock)
+    taken = inspect.signature(kind).parameters
+    # not by from_pipe, which brings all components to one precision
+    has = {**pipeline.config, **pipeline.components}
+    return kind(**{name: value for name, value in has.items() if name in taken})
+
+
+class PretrainedModel(FlowModel):
+    """Flow model in one of diffusers' own pipelines; a family is a subclass.
+
+    Numbers of steps, guidance scales and options that nobody gives are the defaults of the pipeline's call.
+
+    Args:
+        pipeline: the stock pipeline.
+        options: arguments of its call in place of their defaults, such as ``max_sequence_length``.
+    """
+
+    #: argument of the pipeline's call that is the guidance scale
+    guidance_argument: str = "guidance_scale"
+    #: arguments of the pipeline's call that its ``encode_prompt`` takes as well
+    prompt_options: tuple[str, ...] = ("max_sequence_length",)
+    #: prompts are encoded one by one, where those of a batch would change one another
+    one_by_one: bool = False
+    #: the pipeline draws its noise with the channels last
+    noise_channels_last: bool = False
+    #: cells of the latent that make one token of the network, along a side
+    patch: int = 1
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        super().__init__(text_to_image(pipeline))
+        self.options = options
+
+    def option(self, name: str) -> Any:
+        """Return an argument of the pipeline's call: as given, or its default."""
+        if name in self.options:
+            return self.options[name]
+        return inspect.signature(type(self.pipeline).__call__).parameters[name].default
+
+    # ---------------------------------------------------------------- defaults
+
+    @property
+    def usual_steps(self) -> int:
+        """Steps where nobody asks for a number."""
+        return int(self.option("num_inference_steps"))
+
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance scale where nobody asks for one."""
+        return self.guidance(self.option(self.guidance_argument))
+
+    @property
+    def usual_solver(self) -> str | flow.Solver:
+        """The solver of the pipeline itself."""
+        return "euler"
+
+    def guidance(self, scale: float | None) -> float:
+        """Return the guidance scale that is used where ``scale`` is asked for; None is `usual_guidance`."""
+        return self.usual_guidance if scale is None else scale
+
+    @property
+    def native_size(self) -> Size | None:
+        """(height, width) in pixels of the images that it was trained on."""
+        cells = getattr(self.pipeline, "default_sample_size", None)
+        if cells is not None:
+            return (cells * self.pipeline.vae_scale_factor,) * 2
+        height, width = self.option("height"), self.option("width")
+        return None if height is None or width is None else (height, width)
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths in pixels are multiples of this."""
+        return downscale_factor(self.vae) * self.patch
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Return (C, h, w) of the latents of an image of this size in pixels."""
+        factor = downscale_factor(self.vae)
+        return latent_channels(self.vae), height // factor, width // factor
+
+    # ---------------------------------------------------------------- conditions
+
+    def encode_prompt(self, prompts: Sequence[str], **options: Any) -> Rows:
+        """Return one row for each prompt.
+
+        ``options`` are those of the pipeline's ``encode_prompt`` that `prompt_options` names.
+        """
+        return self._encoded(self.embed, prompts, options)
+
+    def encode_negative(self, prompts: Sequence[str], **options: Any) -> Rows:
+        """Return one row for each prompt that guidance leads away from: some families encode it otherwise."""
+        return self._encoded(self.embed_negative, prompts, options)
+
+    def _encoded(
+        self, embed: Callable[..., dict[str, Values]], prompts: Sequence[str], options: dict[str, Any]
+    ) -> Rows:
+        texts = [prompts] if isinstance(prompts, str) else [*prompts]  # some pipelines change the list
+        usual = {name: self.option(name) for name in self.prompt_options}
+        parts = [[text] for text in texts] if self.one_by_one else [texts]
+        return Rows.cat([Rows(self, embed(part, **{**usual, **options})) for part in parts])
+
+    @abstractmethod
+    def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        """Return name -> what the network takes of the prompts, one value for each, see `Rows.values`."""
+
+    def embed_negative(self, prompts: list[str], **options: Any) -> dict[str, Values]:
+        """Return what the network takes of prompts that guidance leads away from."""
+        return self.embed(prompts, **options)
+
+    def null(self, n: int) -> Rows:
+        """Return ``n`` rows of the empty negative prompt."""
+        return self.encode_negative([""]).repeat(n)
+
+    def prepare(self, rows: Rows) -> dict[str, Any]:
+        """Return the values by their names, on the network's device and in its precision."""
+        return dict(rows.to(self.device, self.network.dtype).values)
+
+    # ---------------------------------------------------------------- from noise to data
+
+    def noise(self, n: int, height: int, width: int, generator: Generators | None = None) -> Tensor:
+        """Return the noise to start from, (n, C, h, w) float32, as the pipeline draws it."""
+        if not self.noise_channels_last:
+            return super().noise(n, height, width, generator)
+        channels, *cells = self.latent_shape(height, width)
+        shape = (n, *cells, channels)
+        drawn: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        return drawn.movedim(-1, 1)
+
+    def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
+        """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64: those of the pipeline's own scheduler."""
+        steps = self.usual_steps if steps is None else steps
+        flow.time_grid(steps)  # refuses what is no number of steps
+        mu = self.mu(steps, self.tokens(height, width))
+        return self.scheduled(steps, self.sigmas(steps), **({} if mu is None else {"mu": mu}))
+
+    def scheduled(self, steps: int, sigmas: list[float] | None, **shifted: float) -> Tensor:
+        """Return the times that the pipeline's scheduler makes of noise levels."""
+        own = self.pipeline.scheduler
+        scheduler = type(own).from_config(own.config)  # the pipeline's own keeps its state
+        retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, **shifted)
+        sigmas_of_steps: Tensor = scheduler.sigmas.double()
+        return sigmas_of_steps if own.config.get("invert_sigmas") else 1.0 - sigmas_of_steps
+
+    def tokens(self, height: int, width: int) -> int:
+        """Return the number of the network's tokens of an image of this size in pixels."""
+        _, rows, columns = self.latent_shape(height, width)
+        return (rows // self.patch) * (columns // self.patch)
+
+    def sigmas(self, steps: int) -> list[float] | None:
+        """Return the ``steps`` noise levels before any shift; None leaves them to the scheduler."""
+        return torch.linspace(1.0, 1.0 / steps, steps).tolist()
+
+    def mu(self, steps: int, tokens: int) -> float | None:
+        """Return the scheduler's ``mu``, the logarithm of its shift; None: it has a fixed shift."""
+        config = self.pipeline.scheduler.config
+        return float(
+            calculate_shift(
+                tokens,
+                config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096),
+                config.get("base_shift", 0.5),
+                config.get("max_shift", 1.15),
+            )
+        )
+
+    def evaluate(self, *args: Any, **named: Any) -> Any:
+        """Call the network."""
+        return self.network(*args, **named, return_dict=False)[0]
+
+    @staticmethod
+    def apart(x: Tensor, embeds: list[Tensor], evaluate: Callable[[list[int], Tensor], Tensor]) -> Tensor:
+        """Return what a network without a mask makes of x: prompts of different lengths are evaluated apart.
+
+        Args:
+            embeds: B tensors (L, D).
+            evaluate: (numbers of rows of x, their embeds (b, L, D)) -> (b, C, h, w).
+        """
+        output = torch.empty_like(x)
+        for length in {len(row) for row in embeds}:
+            rows = [row for row in range(len(x)) if len(embeds[row]) == length]
+            output[rows] = evaluate(rows, torch.stack([embeds[row] for row in rows]))
+        return output
+
+
+class PackedModel(PretrainedModel):
+    """Family whose network takes 2 x 2 cells of the latent as one token.
+
+    ``pack`` and ``unpack`` call the pipeline's own functions.
+    """
+
+    patch = 2
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, N, 4 C)."""
+        packed: Tensor = self.pipeline._pack_latents(x, *x.shape)
+        return packed
+
+    def unpack(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """(B, N, 4 C) -> the shape of ``like`` (B, C, h, w)."""
+        factor = self.pipeline.vae_scale_factor
+        height, width = like.shape[2] * factor, like.shape[3] * factor
+        unpacked: Tensor = self.pipeline._unpack_latents(tokens, height, width, factor)
+        return unpacked.reshape(like.shape)
+
+    def token_lengths(self, v: Tensor) -> Tensor:
+        """Return the length of each of the network's tokens, spread over the cells of v (B, C, h, w)."""
+        lengths = self.pack(v).norm(dim=-1, keepdim=True)
+        return self.unpack(lengths.expand(-1, -1, v.shape[1] * self.patch**2), v)
