@@ -313,14 +313,22 @@ class ClassDiTModel(DiffusionModel):
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         raise UserError("this checkpoint does not take prompts", "Give classes: model.encode_class([...]).")
 
-    def encode_class(self, labels: Sequence[int | str]) -> Rows:
-        """Return one row for each class, a name or a number."""
-        known = self.pipeline.labels
-        ids = [lookup(known, label, "class") if isinstance(label, str) else label for label in labels]
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> id; one class may have several names."""
+        return dict(self.pipeline.labels)
+
+    def class_ids(self, labels: Sequence[int | str]) -> list[int]:
+        """Return the ids of class names, ids or a mixture."""
+        ids = [lookup(self.labels, label, "class") if isinstance(label, str) else label for label in labels]
         for number in ids:
             if not 0 <= number < self._null:
                 raise UserError(f"class id {number} does not exist", f"Ids go from 0 to {self._null - 1}.")
-        return Rows(self, {"labels": torch.tensor(ids, device=self.device)})
+        return ids
+
+    def encode_class(self, labels: Sequence[int | str]) -> Rows:
+        """Return one row for each class, a name or a number."""
+        return Rows(self, {"labels": torch.tensor(self.class_ids(labels), device=self.device)})
 
     def null(self, n: int) -> Rows:
         """Return ``n`` rows without a class."""

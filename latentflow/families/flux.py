@@ -27,6 +27,10 @@ class FluxModel(PackedModel):
         """Return the option ``true_cfg_scale``."""
         return float(self.option("true_cfg_scale"))
 
+    def describe_guidance(self) -> str:
+        """Return how a negative prompt takes effect, as the second half of an error."""
+        return "FLUX.1 leads away from it by an option of its own: true_cfg_scale above 1."
+
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, None, **options)
         return {"embeds": embeds, "pooled": pooled}

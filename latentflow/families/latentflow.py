@@ -136,24 +136,6 @@ class LatentFlowModel(FlowModel):
             return f"It takes class_labels: ids from 0 to {count - 1}."
         return "It takes no condition: num_images_per_prompt is the number of images."
 
-    def check_condition(
-        self, prompt: Any = None, negative_prompt: Any = None, class_labels: Any = None
-    ) -> None:
-        """Refuse a condition that the checkpoint does not take, or the lack of one (None = not given).
-
-        Raises:
-            UserError: says what the checkpoint takes.
-        """
-        given = {"prompt": prompt, "negative_prompt": negative_prompt, "class_labels": class_labels}
-        taken = {"prompt": self.takes_text, "negative_prompt": self.takes_text}
-        taken["class_labels"] = self.takes_classes
-        for name, value in given.items():
-            if value is not None and not taken[name]:
-                raise UserError(f"this checkpoint does not take {name}", self.describe_condition())
-        needed = [name for name in ("prompt", "class_labels") if taken[name]]
-        if needed and all(given[name] is None for name in needed):
-            raise UserError(f"{' or '.join(needed)} is missing", self.describe_condition())
-
     # ---------------------------------------------------------------- conditions
 
     def encode_prompt(  # type: ignore[override]
@@ -303,6 +285,16 @@ class LatentFlowModel(FlowModel):
         return replace(
             rows, kept={**rows.kept, "channels": channels.repeat_interleave(len(rows) // len(channels), 0)}
         )
+
+    def unlabelled(self, n: int) -> Rows:
+        """Return ``n`` rows to which no condition is given."""
+        return self.null(n) if self.takes_text and not self.takes_classes else self.rows(None, count=n)
+
+    @property
+    def longest_text(self) -> int | None:
+        """Number of tokens that the text encoder takes at most; None if it does not say."""
+        config = getattr(self.pipeline.text_encoder, "config", None)
+        return getattr(config, "max_position_embeddings", None)
 
     def known_latents(self, rows: Rows) -> Tensor:
         """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""

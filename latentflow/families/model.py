@@ -165,6 +165,49 @@ class FlowModel(ABC):
         return ()
 
     @property
+    def labels(self) -> dict[str, int]:
+        """Class name -> id."""
+        return {}
+
+    @property
+    def text_width(self) -> int | None:
+        """Width D of embeddings (B, L, D) of prompts that a call may bring; None: it may bring any, or none."""
+        return None
+
+    @property
+    def longest_text(self) -> int | None:
+        """Number of tokens that the text encoder takes at most; None if it does not say."""
+        return None
+
+    def describe_condition(self) -> str:
+        """Return what the checkpoint takes, as the second half of an error."""
+        if self.takes_text:
+            return 'It takes a prompt: pipe(prompt="...").'
+        return "It takes class_labels." if self.takes_classes else "It takes no condition."
+
+    def describe_guidance(self) -> str:
+        """Return how a negative prompt takes effect, as the second half of an error."""
+        return "Leave it out, or give a guidance scale above 1."
+
+    def check_condition(
+        self, prompt: Any = None, negative_prompt: Any = None, class_labels: Any = None
+    ) -> None:
+        """Refuse a condition that the checkpoint does not take, or the lack of one (None = not given).
+
+        Raises:
+            UserError: says what the checkpoint takes.
+        """
+        given = {"prompt": prompt, "negative_prompt": negative_prompt, "class_labels": class_labels}
+        taken = {"prompt": self.takes_text, "negative_prompt": self.takes_text}
+        taken["class_labels"] = self.takes_classes
+        for name, value in given.items():
+            if value is not None and not taken[name]:
+                raise UserError(f"this checkpoint does not take {name}", self.describe_condition())
+        needed = [name for name in ("prompt", "class_labels") if taken[name]]
+        if needed and all(given[name] is None for name in needed):
+            raise UserError(f"{' or '.join(needed)} is missing", self.describe_condition())
+
+    @property
     def native_size(self) -> Size | None:
         """(height, width) in pixels of the images that it was trained on; None if it does not say."""
         return None
@@ -289,6 +332,22 @@ class FlowModel(ABC):
             UserError: the network takes no classes, or knows none of this name.
         """
         raise UserError("this checkpoint does not take classes", "Give prompts: model.encode_prompt([...]).")
+
+    def encode_negative(self, prompts: Sequence[str], **options: Any) -> Rows:
+        """Return one row for each prompt that guidance leads away from."""
+        return self.encode_prompt(prompts, **options)
+
+    def class_ids(self, labels: Sequence[int | str]) -> list[int]:
+        """Return the ids of class names, ids or a mixture.
+
+        Raises:
+            UserError: a name or an id is unknown.
+        """
+        raise UserError("this checkpoint does not take classes", self.describe_condition())
+
+    def unlabelled(self, n: int) -> Rows:
+        """Return ``n`` rows to which no condition is given."""
+        return self.null(n)
 
     def call_arguments(self, texts: Sequence[str]) -> dict[str, Any]:
         """Return arguments with which the pipeline draws one image for each caption, class, or "" without either."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, finite, lookup, nearest, plural, shown, unknown, whole
-from ..families.latentflow import LatentFlowModel
-from ..families.model import Generators, Size
+from ..families.model import FlowModel, Generators, Size
 from ..flow import SOLVERS, Solver
 from ..flow.tensors import require_finite
 from ..flow.times import MOST_STEPS, STEPS_FIX
@@ -54,13 +53,13 @@ def checked(call: Callable[P, T]) -> Callable[P, T]:
     where the method takes them (``**adapters``), are arguments like any other, and scale the adapters while it runs.
     """
     signature = _named_scales(inspect.signature(call))
-    what = call.__qualname__.removesuffix(".__call__")
+    method = f".{call.__name__}".removesuffix(".__call__")
 
     @functools.wraps(call)
     def checking(*args: P.args, **kwargs: P.kwargs) -> T:
         for name in kwargs:
             if name not in signature.parameters:
-                raise _not_taken(what, name, signature.parameters)
+                raise _not_taken(f"{type(args[0]).__name__}{method}", name, signature.parameters)
         given = signature.bind(*args, **kwargs)
         for name, value in given.arguments.items():
             if name in CHECKS and not (value is None and signature.parameters[name].default is None):
@@ -321,9 +320,7 @@ class ConditionArguments:
         return cls(**{name: arguments[name] for name in names if name in arguments})
 
 
-def check_inputs(
-    model: LatentFlowModel, asked: ConditionArguments, height: int, width: int, images: int
-) -> int:
+def check_inputs(model: FlowModel, asked: ConditionArguments, height: int, width: int, images: int) -> int:
     """Refuse arguments that do not fit one another or the checkpoint; return the number of rows.
 
     Args:
@@ -353,12 +350,12 @@ def check_inputs(
         check_embeds(model, name, text, embeds, mask)
     prompts, negatives = (text if embeds is None else embeds for _, text, embeds, _ in given)
     model.check_condition(prompts, negatives, asked.class_labels)
-    limit = getattr(getattr(model.pipeline.text_encoder, "config", None), "max_position_embeddings", None)
+    limit = model.longest_text
     if limit is not None and (asked.max_sequence_length or 0) > limit:
         raise UserError(
             f"max_sequence_length is {asked.max_sequence_length}", f"The text encoder takes {limit} tokens."
         )
-    classes = None if asked.class_labels is None else len(model.pipeline.class_ids(asked.class_labels))
+    classes = None if asked.class_labels is None else len(model.class_ids(_class_list(asked.class_labels)))
     number, several = _number(negatives), _number(prompts) or 0
     if number is not None and (not several or number not in (1, several)):
         raise UserError(
@@ -370,9 +367,12 @@ def check_inputs(
     return count
 
 
-def check_embeds(
-    model: LatentFlowModel, name: str, text: Any, embeds: Tensor | None, mask: Tensor | None
-) -> None:
+def _class_list(given: ClassLabels) -> list[int | str]:
+    found = labels("class_labels", given)
+    return found if isinstance(found, list) else [found]
+
+
+def check_embeds(model: FlowModel, name: str, text: Any, embeds: Tensor | None, mask: Tensor | None) -> None:
     """Refuse embeddings ``name``_embeds beside a text or that the network does not take, or a mask of others.
 
     Raises:
@@ -391,7 +391,7 @@ def check_embeds(
 
 
 def check_noise(
-    model: LatentFlowModel,
+    model: FlowModel,
     count: int,
     height: int,
     width: int,

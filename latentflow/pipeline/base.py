@@ -13,17 +13,17 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin, SchedulerMixin, VQModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..autoencoder import downscale_factor, latent_channels
+from ..autoencoder import downscale_factor
 from ..autoencoder.latents import check_statistics
-from ..errors import UserError, reason
-from ..families import FAMILIES
+from ..errors import UserError, plural, reason
+from ..families import FAMILIES, FlowModel, family_of
 from ..families.few_steps import FewSteps
 from ..families.latentflow import LatentFlowModel
-from ..families.model import Generators, Size
+from ..families.model import Rows, Size
 from ..models import MODELS, check_vocabulary, load_tokenizer
 from ..utils.components import (
     about,
@@ -46,9 +46,11 @@ from ..utils.files import (
     restore_permissions,
 )
 from ..utils.libraries import DISTRIBUTION
+from .adapter_scale import scaled_adapters
 from .adapters import AdapterMixin
-from .arguments import CALLBACK_TENSORS, check_noise, checked
-from .sampling import SamplingMixin
+from .arguments import CALLBACK_TENSORS, ConditionArguments, check_embeds, checked
+from .calls import CallMixin
+from .over_model import ModelPipeline, over_model
 from .scheduler import set_grid
 
 #: the pipelines that share one kind of folder
@@ -64,12 +66,7 @@ _BASES: dict[str, type] = {
 _PLACING = {"device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config"}
 
 
-def from_model(name: str) -> Any:
-    """Return a property that asks the pipeline's flow model for its attribute ``name``."""
-    return property(lambda pipe: getattr(pipe.model, name))
-
-
-class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ignore[misc]
+class FlowPipeline(CallMixin, AdapterMixin, DiffusionPipeline):  # type: ignore[misc]
     """The common part of the pipelines; not called itself.
 
     What a checkpoint is conditioned on, and how it is sampled, is asked of its `model`.
@@ -100,6 +97,8 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         UserError: components that do not belong together, or settings that are none.
     """
 
+    #: the class of its calls
+    call: ClassVar[type[CallMixin]]
     model_cpu_offload_seq: Any = "text_encoder->transformer->vae"
     _callback_tensor_inputs: ClassVar[list[str]] = CALLBACK_TENSORS
     _optional_components: ClassVar[Any] = ["vae", "transformer", "text_encoder", "tokenizer", "scheduler"]
@@ -108,13 +107,6 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
     text_encoder: Any
     tokenizer: Any
     scheduler: Any
-    takes_text = from_model("takes_text")
-    takes_classes = from_model("takes_classes")
-    takes_masks = from_model("takes_masks")
-    labels = from_model("labels")
-    path = from_model("path")
-    few_steps = from_model("few_steps")
-    usual_guidance = from_model("usual_guidance")
 
     def __init__(
         self,
@@ -159,108 +151,137 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         _ = self.model  # refuses settings that are none
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return a pipeline over a flow model of another family, if the first argument is one."""
+        if args and isinstance(args[0], FlowModel):
+            return over_model(cls.call, cls, args[0])
+        return super().__new__(cls)
+
     @property
     def model(self) -> LatentFlowModel:  # type: ignore[override]
         """The flow model in this pipeline."""
         return LatentFlowModel(self)
 
-    # ---------------------------------------------------------------- images and latents
+    # ---------------------------------------------------------------- conditions
 
     @checked
-    def prepare_noise(
+    def encode_prompt(
         self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        lora_scale: float | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return four tensors of token embeddings and masks, as diffusers' pipelines do; `FlowModel.encode_prompt`
+        returns rows instead.
+
+        Each prompt is repeated ``num_images_per_prompt`` times in place: a, a, b, b. An empty prompt becomes a row
+        without tokens (mask all False), which means the learned null. Without a negative prompt the negative tensors
+        are None, and guidance starts from that same null.
+
+        Args:
+            device: of the four; default: the one that computes.
+            lora_scale: by which the weights of adapters are multiplied meanwhile, as by a call's
+                ``joint_attention_kwargs={"scale": ...}``.
+
+        Returns:
+            prompt_embeds (B, L, D), negative_prompt_embeds (B, L', D), prompt_attention_mask (B, L) bool,
+            negative_prompt_attention_mask (B, L') bool; None for what is not there.
+
+        Raises:
+            UserError: an argument that cannot work (see ``CHECKS`` in ``pipeline/arguments.py``); no text encoder is
+                loaded, or the numbers of prompts and negative prompts differ.
+        """
+        device, settings = device or self._execution_device, (max_sequence_length, lora_scale)
+        prompt_embeds, prompt_attention_mask = self._encoded(
+            "prompt", prompt, prompt_embeds, prompt_attention_mask, 1, *settings
+        )
+        count = 0 if prompt_embeds is None else len(prompt_embeds)
+        if do_classifier_free_guidance:
+            negative = negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
+            negative_prompt_embeds, negative_prompt_attention_mask = self._encoded(
+                "negative_prompt", *negative, count, *settings
+            )
+        else:
+            negative_prompt_embeds = negative_prompt_attention_mask = None
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != count:
+            if len(negative_prompt_embeds) != 1 or count == 0:
+                raise UserError(
+                    f"{plural(len(negative_prompt_embeds), 'negative prompt')} for {plural(count, 'prompt')}",
+                    "Pass one negative prompt for all, or one for each prompt.",
+                )
+            negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
+            assert negative_prompt_attention_mask is not None
+            negative_prompt_attention_mask = negative_prompt_attention_mask.expand(count, -1)
+        each = prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
+        prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
+            None if value is None else value.repeat_interleave(num_images_per_prompt, 0).to(device)
+            for value in each
+        )
+        return prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
+
+    def _encoded(
+        self,
+        name: str,
+        text: str | list[str] | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
         count: int,
-        height: int,
-        width: int,
-        generator: Generators | None = None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Return the noise (B, C, h, w) of ``count`` images, float32, or ``latents``.
+        max_sequence_length: int | None,
+        lora_scale: float | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return embeddings and mask of prompts, or those that are given; both None without any.
 
-        Raises:
-            UserError: see `check_noise`.
+        Args:
+            name: of the argument, for errors.
+            count: of prompts that a single text stands for.
         """
-        check_noise(self.model, count, height, width, generator, latents)
-        if latents is not None:
-            return latents.to(self._execution_device, torch.float32)
-        return self.model.noise(count, height, width, generator)
+        check_embeds(self.model, name, text, embeds, mask)
+        if text is not None:
+            with scaled_adapters(self, 1.0 if lora_scale is None else lora_scale):
+                prompts = [text] * max(1, count) if isinstance(text, str) else text
+                return self.model.embed_text(prompts, max_sequence_length)
+        if embeds is None:
+            return None, None
+        return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
 
-    def image_size(
-        self, height: int | None = None, width: int | None = None, latents: Tensor | None = None
-    ) -> Size:
-        """Return height and width in pixels: as asked for, else of the given latents, else as in training.
-
-        Raises:
-            UserError: none of these is known.
-        """
-        native = self.model.native_size
-        if latents is not None:
-            native = latents.shape[-2] * self.vae_scale_factor, latents.shape[-1] * self.vae_scale_factor
-        if native is None:
-            if height is None or width is None:
-                raise UserError("this checkpoint does not say its size", "Pass height and width.")
-            return height, width
-        return native[0] if height is None else height, native[1] if width is None else width
-
-    def canvas_size(self, size: Size) -> Size:
-        """Return ``size`` in pixels, rounded up to what the autoencoder and the network's patches divide."""
-        unit = self.model.size_multiple
-        return -(-size[0] // unit) * unit, -(-size[1] // unit) * unit
-
-    @checked
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], on any device and of any floating-point type -> latents; see
-        `FlowModel.encode`.
-
-        Raises:
-            UserError: of another shape; sides that are no multiples of the autoencoder's factor.
-        """
-        height, width = images.shape[2:]
-        if images.shape[1] != 3 or height % self.vae_scale_factor or width % self.vae_scale_factor:
-            raise UserError(
-                f"images have shape {tuple(images.shape)}",
-                f"Pass (B, 3, H, W), where {self.vae_scale_factor} divides H and W.",
-            )
-        return self.model.encode(images.to(self._execution_device))
-
-    @checked
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w), on any device and of any floating-point type -> images (B, 3, H, W); see
-        `FlowModel.decode`.
-
-        Raises:
-            UserError: of another shape.
-        """
-        channels = None if self.vae is None else latent_channels(self.vae)
-        if channels not in (None, latents.shape[1]):
-            raise UserError(
-                f"latents have shape {tuple(latents.shape)}", f"The autoencoder takes (B, {channels}, h, w)."
-            )
-        return self.model.decode(latents.to(self._execution_device))
-
-    @checked
-    def to_images(self, latents: Tensor, output_type: str = "pil", size: Size | None = None) -> Any:
-        """Return latents as a caller wants to have them: "pil", "np", "pt" or "latent"; images cropped to ``size``.
-
-        In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the images
-        that the flow is heading for.
-
-        Raises:
-            UserError: see `decode_latents`; an output type that is none.
-        """
-        if output_type == "latent":
-            return latents
-        images = (self.decode_latents(latents) / 2.0 + 0.5).clamp(0.0, 1.0)
-        height, width = size or images.shape[2:]
-        return self.to_output(images[:, :, :height, :width], output_type)
-
-    def to_output(self, images: Tensor, output_type: str) -> Any:
-        """Return images (B, 3, H, W) in [0, 1] as a caller wants to have them: "pil", "np" or "pt"."""
-        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
-
-    def finish_call(self, images: Any, return_dict: bool) -> Any:
-        """Return what a call returns."""
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    def encode_rows(self, asked: ConditionArguments, count: int, drawn: Size) -> tuple[Rows, Rows | None]:
+        """Return the conditions of a call; see `SamplingMixin.encode_rows`."""
+        model = self.model
+        embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
+            asked.prompt,
+            asked.negative_prompt,
+            self.do_classifier_free_guidance,
+            1,
+            self._execution_device,
+            asked.prompt_embeds,
+            asked.negative_prompt_embeds,
+            asked.prompt_attention_mask,
+            asked.negative_prompt_attention_mask,
+            asked.max_sequence_length,
+        )
+        ids = None if asked.class_labels is None else self.class_ids(asked.class_labels)
+        rows = model.rows(ids, embeds, mask)
+        places = [row for row in range(len(rows)) for _ in range(asked.num_images_per_prompt)]
+        places *= count // len(places)
+        negative = (
+            None if negative_embeds is None else model.rows(ids, negative_embeds, negative_mask)[places]
+        )
+        rows = model.with_sizes(
+            rows[places],
+            asked.original_size or drawn,
+            asked.crops_coords_top_left,
+            asked.target_size or drawn,
+            drawn,
+        )
+        return rows, negative
 
     # ---------------------------------------------------------------- saving and loading
 
@@ -307,6 +328,8 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
                 neither a folder nor a reachable hub repository of this name; a file is missing or cannot be read; no
                 component is of the variant; weights and configs do not belong together.
         """
+        if cls._is_foreign(pretrained_model_name_or_path):
+            return cls(FlowModel.from_pretrained(pretrained_model_name_or_path, **kwargs))
         folder = cls.local_folder(pretrained_model_name_or_path, **kwargs)
         kwargs.setdefault("use_safetensors", True)
         index = cls.read_index(folder)
@@ -334,6 +357,15 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
             pipe = super().from_pretrained(str(folder), **parts, **kwargs)
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
+
+    @classmethod
+    def _is_foreign(cls, name_or_path: str | os.PathLike[str]) -> bool:
+        """Return whether a local folder holds a pipeline of another class than ours."""
+        folder = pipeline_folder(name_or_path)
+        if folder is None:
+            return False
+        kind = read_settings(folder / cls.config_name).get("_class_name")
+        return isinstance(kind, str) and kind not in (*FAMILY, cls.__name__)
 
     @classmethod
     def local_folder(cls, name_or_path: str | os.PathLike[str], **kwargs: Any) -> Path:
@@ -412,6 +444,11 @@ class FlowPipeline(SamplingMixin, AdapterMixin, DiffusionPipeline):  # type: ign
         Args:
             kwargs: components or settings in the place of the other's; ``dtype``, for all components.
         """
+        if isinstance(pipeline, ModelPipeline):
+            return cls(pipeline.model)
+        family = None if isinstance(pipeline, FlowPipeline) else family_of(type(pipeline).__name__)
+        if family is not None and not kwargs:
+            return cls(family(pipeline))
         if not isinstance(pipeline, FlowPipeline) and "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)
         if {"dtype", "torch_dtype"} & kwargs.keys():

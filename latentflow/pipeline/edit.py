@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..errors import UserError, lookup
 from ..families.model import Generators, Size
-from ..flow import EDITING, Solver, Velocity, integrate, slerp, time_grid
+from ..flow import EDITING, Solver, Velocity, integrate, slerp
 from ..flow.editing import deterministic
 from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, check_embeds, check_noise, checked
 from .base import FlowPipeline
+from .calls import CallMixin
 from .images import Images, transparent_again
 from .originals import Originals, read_masked_originals, read_originals
 from .sampling import BindVelocity, Interrupted, RunningCall, by_row, last_part
@@ -39,13 +40,8 @@ class Inversion:
     size: Size
 
 
-class LatentFlowEditPipeline(FlowPipeline):
-    """Edit images: a call changes what words (or classes) describe, ``invert`` turns images into noise,
-    ``interpolate`` leads from one image or prompt to another.
-
-    ``LatentFlowEditPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. It integrates the
-    flow by our own solvers alone: a diffusers scheduler cannot go back.
-    """
+class EditCalls(CallMixin):
+    """The call of ``LatentFlowEditPipeline``, whatever flow model it calls."""
 
     @checked
     def __call__(
@@ -171,8 +167,8 @@ class LatentFlowEditPipeline(FlowPipeline):
         masks = originals.latent_masks(self)
         if masks is not None:
             settings["mask"] = target.expand(masks.to(x1.device))
-        times = last_part(_grid(num_inference_steps, sigmas), strength)
-        begins = times[:-1] if method != "inversion" else torch.cat([times.flip(0)[:-1], times[:-1]])
+        times = last_part(self._grid(num_inference_steps, sigmas, originals.canvas), strength)
+        begins = times[:-1] if method == "flowedit" else torch.cat([times.flip(0)[:-1], times[:-1]])
         self._num_timesteps = len(begins)
 
         def after_step(i: int, reached: Tensor, x: Tensor) -> Tensor:
@@ -236,8 +232,8 @@ class LatentFlowEditPipeline(FlowPipeline):
             UserError: as a call.
         """
         deterministic(solver)
-        times = _whole_grid(num_inference_steps, sigmas)
         originals = read_originals(self, image, latents, height, width)
+        times = self._whole_grid(num_inference_steps, sigmas, originals.canvas)
         return self._inverted(ConditionArguments.of(locals()), originals, times, solver, measure)
 
     def _inverted(
@@ -321,8 +317,8 @@ class LatentFlowEditPipeline(FlowPipeline):
         embeds, mask = (_both(value) for value in (prompt_embeds, prompt_attention_mask))
         originals = None
         if image is not None:
-            times = _whole_grid(num_inference_steps, sigmas)
             originals = read_originals(self, image, latents, height, width)
+            times = self._whole_grid(num_inference_steps, sigmas, originals.canvas)
             if len(originals) != 2:
                 raise UserError(f"{len(originals)} images to interpolate between", "Pass [first, last].")
             size, canvas = originals.size, originals.canvas
@@ -397,28 +393,35 @@ class LatentFlowEditPipeline(FlowPipeline):
         self.require_room(count, *canvas)
         self._guidance_scale, self._interrupt = self.model.guidance(asked.guidance_scale), False
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
-        without_text = self.takes_text and not self.takes_classes
-        rows = self.model.null(count) if without_text else self.model.rows(None, count=count)
-        return RunningCall(self, rows, None, *callback)
+        return RunningCall(self, self.model.unlabelled(count), None, *callback)
+
+    def _grid(self, steps: int, sigmas: list[float] | None, canvas: Size) -> Tensor:
+        """Return the times of a call."""
+        return self.model.time_grid(steps, *canvas) if sigmas is None else times_from_sigmas(sigmas)
+
+    def _whole_grid(self, steps: int, sigmas: list[float] | None, canvas: Size) -> Tensor:
+        """Return the times of an inversion.
+
+        Raises:
+            UserError: they do not lead back to noise.
+        """
+        times = self._grid(steps, sigmas, canvas)
+        if sigmas is not None and times[0] != 0.0:
+            raise UserError(
+                f"sigmas begin at {1.0 - float(times[0]):g}", "Begin with 1.0: an inversion leads to noise."
+            )
+        return times
 
 
-def _grid(steps: int, sigmas: list[float] | None) -> Tensor:
-    """Return the times of a call."""
-    return time_grid(steps) if sigmas is None else times_from_sigmas(sigmas)
+class LatentFlowEditPipeline(EditCalls, FlowPipeline):
+    """Edit images: a call changes what words (or classes) describe, ``invert`` turns images into noise,
+    ``interpolate`` leads from one image or prompt to another.
 
-
-def _whole_grid(steps: int, sigmas: list[float] | None) -> Tensor:
-    """Return the times of an inversion.
-
-    Raises:
-        UserError: they do not lead back to noise.
+    ``LatentFlowEditPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. It integrates the
+    flow by our own solvers alone: a diffusers scheduler cannot go back.
     """
-    times = _grid(steps, sigmas)
-    if times[0] != 0.0:
-        raise UserError(
-            f"sigmas begin at {1.0 - float(times[0]):g}", "Begin with 1.0: an inversion leads to noise."
-        )
-    return times
+
+    call = EditCalls
 
 
 def _both(rows: Tensor | None) -> Tensor | None:

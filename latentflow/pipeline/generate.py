@@ -10,13 +10,11 @@ from ..families.model import Generators, Size
 from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
+from .calls import CallMixin
 
 
-class LatentFlowPipeline(FlowPipeline):
-    """Draw images: integrate a learned velocity from noise (t = 0) to data (t = 1).
-
-    Open one with ``LatentFlowPipeline.from_pretrained(folder_or_hub_id)``; components: see ``FlowPipeline``.
-    """
+class GenerateCall(CallMixin):
+    """The call of ``LatentFlowPipeline``, whatever flow model it calls."""
 
     @checked
     def __call__(
@@ -109,3 +107,12 @@ class LatentFlowPipeline(FlowPipeline):
         )
         # 4. From latents to images
         return self.finish_call(self.to_images(latents, output_type), return_dict)
+
+
+class LatentFlowPipeline(GenerateCall, FlowPipeline):
+    """Draw images: integrate a learned velocity from noise (t = 0) to data (t = 1).
+
+    Open one with ``LatentFlowPipeline.from_pretrained(folder_or_hub_id)``; components: see ``FlowPipeline``.
+    """
+
+    call = GenerateCall

@@ -10,17 +10,12 @@ from ..families.model import Generators
 from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
+from .calls import CallMixin
 from .images import Images, padded, read_images
 
 
-class LatentFlowImg2ImgPipeline(FlowPipeline):
-    """Draw an image anew: noise is mixed into its latents, which then follow the flow to data.
-
-    ``LatentFlowImg2ImgPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines.
-
-    Variations of one image: ``pipe(prompt, image=image, generator=[...], num_images_per_prompt=4)``, a generator
-    for each; image b depends on generator b alone, up to rounding (one level of 255).
-    """
+class ImageToImageCall(CallMixin):
+    """The call of ``LatentFlowImg2ImgPipeline``, whatever flow model it calls."""
 
     @checked
     def __call__(
@@ -95,3 +90,15 @@ class LatentFlowImg2ImgPipeline(FlowPipeline):
         )
         # 4. From latents to images of the image's size
         return self.finish_call(self.to_images(drawn, output_type, size), return_dict)
+
+
+class LatentFlowImg2ImgPipeline(ImageToImageCall, FlowPipeline):
+    """Draw an image anew: noise is mixed into its latents, which then follow the flow to data.
+
+    ``LatentFlowImg2ImgPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines.
+
+    Variations of one image: ``pipe(prompt, image=image, generator=[...], num_images_per_prompt=4)``, a generator
+    for each; image b depends on generator b alone, up to rounding (one level of 255).
+    """
+
+    call = ImageToImageCall

@@ -16,6 +16,7 @@ from ..flow.inpainting import DEFAULT_INPAINTING, INPAINTING
 from .adapter_scale import AdapterScale
 from .arguments import ClassLabels, ConditionArguments, StepCallback, checked
 from .base import FlowPipeline
+from .calls import CallMixin
 from .images import Images, transparent_again
 from .inpaint_batch import read_batch
 from .sampling import AfterStep, BindVelocity, RunningCall, Sampler
@@ -28,14 +29,8 @@ CONDITIONED = (TRAINED, "pnp-flow")
 TRAINED_SOLVER = "ddpm"
 
 
-class LatentFlowInpaintPipeline(FlowPipeline):
-    """Fill the hole that a mask leaves in an image; what is not masked is the image's own, to the pixel.
-
-    ``LatentFlowInpaintPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. The flow is
-    steered towards what is known; a checkpoint that was trained with masks has it as a condition too, and fills better.
-
-    Outpainting: ``image, mask = latentflow.expand_canvas(image, right=32)`` makes the arguments.
-    """
+class InpaintCall(CallMixin):
+    """The call of ``LatentFlowInpaintPipeline``, whatever flow model it calls."""
 
     @checked
     def __call__(
@@ -196,6 +191,18 @@ class LatentFlowInpaintPipeline(FlowPipeline):
         with model.steady_vae() as vae:
             known = masked_latents(vae, views, holes)
         return call.expand(known if given is None else given.to(known))
+
+
+class LatentFlowInpaintPipeline(InpaintCall, FlowPipeline):
+    """Fill the hole that a mask leaves in an image; what is not masked is the image's own, to the pixel.
+
+    ``LatentFlowInpaintPipeline.from_pipe(pipe)`` shares the components of any other of our pipelines. The flow is
+    steered towards what is known; a checkpoint that was trained with masks has it as a condition too, and fills better.
+
+    Outpainting: ``image, mask = latentflow.expand_canvas(image, right=32)`` makes the arguments.
+    """
+
+    call = InpaintCall
 
 
 def only_in(

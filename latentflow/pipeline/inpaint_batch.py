@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..families.model import Size
-from .base import FlowPipeline
+from .calls import CallMixin
 from .images import Images, padded, read_images, read_masks, resized
 from .seam import match_border
 
@@ -161,7 +161,7 @@ def composite(masks: Tensor, drawn: Tensor, images: Tensor) -> Tensor:
 
 
 def read_batch(
-    pipe: FlowPipeline,
+    pipe: CallMixin,
     image: Images,
     mask_image: Images,
     height: int | None,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..autoencoder import latent_mask
 from ..errors import UserError
 from ..families.model import Size
-from .base import FlowPipeline
+from .calls import CallMixin
 from .images import Images, padded, read_images
 from .inpaint_batch import InpaintBatch, read_batch
 
@@ -35,19 +35,19 @@ class Originals:
     def __len__(self) -> int:
         return len(self.values)
 
-    def latents(self, pipe: FlowPipeline) -> Tensor:
+    def latents(self, pipe: CallMixin) -> Tensor:
         """Return their latents (P, C, h, w) float32."""
         if self.encoded:  # as of given noise: checked, on the device, in float32
             return pipe.prepare_noise(len(self), *self.canvas, None, self.values)
         return pipe.encode_images(self.values)
 
-    def latent_masks(self, pipe: FlowPipeline) -> Tensor | None:
+    def latent_masks(self, pipe: CallMixin) -> Tensor | None:
         """Return where the latents are edited, (P, 1, h, w) in {0, 1}; None: everywhere."""
         return None if self.batch is None else latent_mask(self.batch.network_holes(), pipe.vae_scale_factor)
 
 
 def read_originals(
-    pipe: FlowPipeline, image: Images, latents: Tensor | None, height: int | None, width: int | None
+    pipe: CallMixin, image: Images, latents: Tensor | None, height: int | None, width: int | None
 ) -> Originals:
     """Return the images of a call, or what their latents cover.
 
@@ -77,7 +77,7 @@ def read_originals(
 
 
 def read_masked_originals(
-    pipe: FlowPipeline,
+    pipe: CallMixin,
     image: Images,
     latents: Tensor | None,
     height: int | None,

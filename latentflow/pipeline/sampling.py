@@ -13,21 +13,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..errors import UserError, few, plural, shown
-from ..families.latentflow import USUAL_STEPS, LatentFlowModel
-from ..families.model import Generators, Rows
+from ..errors import UserError, few, shown
+from ..families.latentflow import USUAL_STEPS
+from ..families.model import FlowModel, Generators, Rows, Size
 from ..flow import Solver, Velocity, integrate
 from ..flow.solvers import BY_ROW
 from ..flow.tensors import expand_t, require_finite
 from ..models.text import UnknownWords, unknown_words, with_guesses
 from ..utils.memory import require_memory
 from . import scheduler as border
-from .adapter_scale import scaled_adapters
 from .arguments import (
     ClassLabels,
     ConditionArguments,
     StepCallback,
-    check_embeds,
     check_inputs,
     checked,
     labels,
@@ -59,7 +57,7 @@ def unknown_words_text(tokenizer: Any, words: Sequence[str]) -> str:
 class SamplingMixin:
     """The conditions and the sampling loop, for a diffusers pipeline of latentflow's components."""
 
-    model: LatentFlowModel
+    model: FlowModel
     tokenizer: Any
     scheduler: Any
     vae_scale_factor: int
@@ -147,94 +145,6 @@ class SamplingMixin:
         if words := self.unknown_words([text for row in rows for text in row]):
             warnings.warn(UnknownWords(unknown_words_text(self.tokenizer, words)), stacklevel=stacklevel + 1)
 
-    @checked
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        do_classifier_free_guidance: bool = True,
-        num_images_per_prompt: int = 1,
-        device: torch.device | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        prompt_attention_mask: Tensor | None = None,
-        negative_prompt_attention_mask: Tensor | None = None,
-        max_sequence_length: int | None = None,
-        lora_scale: float | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Return four tensors of token embeddings and masks, as diffusers' pipelines do; `FlowModel.encode_prompt`
-        returns rows instead.
-
-        Each prompt is repeated ``num_images_per_prompt`` times in place: a, a, b, b. An empty prompt becomes a row
-        without tokens (mask all False), which means the learned null. Without a negative prompt the negative tensors
-        are None, and guidance starts from that same null.
-
-        Args:
-            device: of the four; default: the one that computes.
-            lora_scale: by which the weights of adapters are multiplied meanwhile, as by a call's
-                ``joint_attention_kwargs={"scale": ...}``.
-
-        Returns:
-            prompt_embeds (B, L, D), negative_prompt_embeds (B, L', D), prompt_attention_mask (B, L) bool,
-            negative_prompt_attention_mask (B, L') bool; None for what is not there.
-
-        Raises:
-            UserError: an argument that cannot work (see ``CHECKS`` in ``pipeline/arguments.py``); no text encoder is
-                loaded, or the numbers of prompts and negative prompts differ.
-        """
-        device, settings = device or self._execution_device, (max_sequence_length, lora_scale)
-        prompt_embeds, prompt_attention_mask = self._encoded(
-            "prompt", prompt, prompt_embeds, prompt_attention_mask, 1, *settings
-        )
-        count = 0 if prompt_embeds is None else len(prompt_embeds)
-        if do_classifier_free_guidance:
-            negative = negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask
-            negative_prompt_embeds, negative_prompt_attention_mask = self._encoded(
-                "negative_prompt", *negative, count, *settings
-            )
-        else:
-            negative_prompt_embeds = negative_prompt_attention_mask = None
-        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != count:
-            if len(negative_prompt_embeds) != 1 or count == 0:
-                raise UserError(
-                    f"{plural(len(negative_prompt_embeds), 'negative prompt')} for {plural(count, 'prompt')}",
-                    "Pass one negative prompt for all, or one for each prompt.",
-                )
-            negative_prompt_embeds = negative_prompt_embeds.expand(count, -1, -1)
-            assert negative_prompt_attention_mask is not None
-            negative_prompt_attention_mask = negative_prompt_attention_mask.expand(count, -1)
-        each = prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
-        prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
-            None if value is None else value.repeat_interleave(num_images_per_prompt, 0).to(device)
-            for value in each
-        )
-        return prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
-
-    def _encoded(
-        self,
-        name: str,
-        text: str | list[str] | None,
-        embeds: Tensor | None,
-        mask: Tensor | None,
-        count: int,
-        max_sequence_length: int | None,
-        lora_scale: float | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return embeddings and mask of prompts, or those that are given; both None without any.
-
-        Args:
-            name: of the argument, for errors.
-            count: of prompts that a single text stands for.
-        """
-        check_embeds(self.model, name, text, embeds, mask)
-        if text is not None:
-            with scaled_adapters(self, 1.0 if lora_scale is None else lora_scale):
-                prompts = [text] * max(1, count) if isinstance(text, str) else text
-                return self.model.embed_text(prompts, max_sequence_length)
-        if embeds is None:
-            return None, None
-        return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask.to(torch.bool)
-
     def start_call(self, asked: ConditionArguments, height: int, width: int, images: int = 1) -> RunningCall:
         """Check how the arguments fit one another and encode the condition, one row per image.
 
@@ -260,34 +170,13 @@ class SamplingMixin:
                 asked.guidance_scale,
                 folded,
             )
-        embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
-            asked.prompt,
-            asked.negative_prompt,
-            self.do_classifier_free_guidance,
-            1,
-            self._execution_device,
-            asked.prompt_embeds,
-            asked.negative_prompt_embeds,
-            asked.prompt_attention_mask,
-            asked.negative_prompt_attention_mask,
-            asked.max_sequence_length,
-        )
-        ids = None if asked.class_labels is None else self.class_ids(asked.class_labels)
-        rows = model.rows(ids, embeds, mask)
-        places = [row for row in range(len(rows)) for _ in range(asked.num_images_per_prompt)]
-        places *= count // len(places)
-        negative = (
-            None if negative_embeds is None else model.rows(ids, negative_embeds, negative_mask)[places]
-        )
-        rows = model.with_sizes(
-            rows[places],
-            asked.original_size or drawn,
-            asked.crops_coords_top_left,
-            asked.target_size or drawn,
-            drawn,
-        )
+        rows, negative = self.encode_rows(asked, count, drawn)
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
         return RunningCall(self, rows, negative, *callback, asked.guidance_interval)
+
+    def encode_rows(self, asked: ConditionArguments, count: int, drawn: Size) -> tuple[Rows, Rows | None]:
+        """Return the conditions of a call, ``count`` rows, and the negative ones; None: the model's null."""
+        raise NotImplementedError
 
     def require_room(self, count: int, height: int, width: int) -> None:
         """Refuse more pixels than this machine has memory for.
@@ -340,7 +229,7 @@ class SamplingMixin:
         model, scheduled = self.model, self.scheduler is not None and solver is None and sampler is None
         made_for_few = bool(model.few_steps) and not scheduled and solver is None and sampler is None
         if steps is None:
-            steps = model.usual_steps if made_for_few else USUAL_STEPS
+            steps = model.usual_steps if made_for_few or not model.few_steps else USUAL_STEPS
         if made_for_few and model.few_steps.step_counts and steps not in model.few_steps.step_counts:
             counts = " or ".join(map(str, model.few_steps.step_counts))
             log.warning("%d steps are asked for; the checkpoint was trained to draw in %s", steps, counts)
@@ -358,7 +247,8 @@ class SamplingMixin:
                 model.time_grid(steps, height, width) if sigmas is None else border.times_from_sigmas(sigmas)
             )
             times = last_part(times, strength)
-            self._num_timesteps, x = len(times) - 1, start(float(times[0]))
+            self._num_timesteps = len(times) - 1
+            x = model.begin(x0, times) if x1 is None else start(float(times[0]))
             if self._num_timesteps == 0:
                 return x
             run: Sampler = integrate if sampler is None else sampler

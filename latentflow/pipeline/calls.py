@@ -1,0 +1,130 @@
+"""Images and latents in a pipeline's call, whatever flow model it calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+
+from ..autoencoder import latent_channels
+from ..errors import UserError
+from ..families.model import Generators, Size
+from .arguments import check_noise, checked
+from .sampling import SamplingMixin
+
+
+def from_model(name: str) -> Any:
+    """Return a property that asks the pipeline's flow model for its attribute ``name``."""
+    return property(lambda pipe: getattr(pipe.model, name))
+
+
+class CallMixin(SamplingMixin):
+    """What the pipelines' calls have in common: noise, sizes, images from latents; see `SamplingMixin` for the rest."""
+
+    image_processor: Any
+    vae: Any
+    takes_text = from_model("takes_text")
+    takes_classes = from_model("takes_classes")
+    takes_masks = from_model("takes_masks")
+    labels = from_model("labels")
+    path = from_model("path")
+    few_steps = from_model("few_steps")
+    usual_guidance = from_model("usual_guidance")
+
+    @checked
+    def prepare_noise(
+        self,
+        count: int,
+        height: int,
+        width: int,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Return the noise (B, C, h, w) of ``count`` images, float32, or ``latents``.
+
+        Raises:
+            UserError: see `check_noise`.
+        """
+        check_noise(self.model, count, height, width, generator, latents)
+        if latents is not None:
+            return latents.to(self._execution_device, torch.float32)
+        return self.model.noise(count, height, width, generator)
+
+    def image_size(
+        self, height: int | None = None, width: int | None = None, latents: Tensor | None = None
+    ) -> Size:
+        """Return height and width in pixels: as asked for, else of the given latents, else as in training.
+
+        Raises:
+            UserError: none of these is known.
+        """
+        native = self.model.native_size
+        if latents is not None:
+            native = latents.shape[-2] * self.vae_scale_factor, latents.shape[-1] * self.vae_scale_factor
+        if native is None:
+            if height is None or width is None:
+                raise UserError("this checkpoint does not say its size", "Pass height and width.")
+            return height, width
+        return native[0] if height is None else height, native[1] if width is None else width
+
+    def canvas_size(self, size: Size) -> Size:
+        """Return ``size`` in pixels, rounded up to what the autoencoder and the network's patches divide."""
+        unit = self.model.size_multiple
+        return -(-size[0] // unit) * unit, -(-size[1] // unit) * unit
+
+    @checked
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], on any device and of any floating-point type -> latents; see
+        `FlowModel.encode`.
+
+        Raises:
+            UserError: of another shape; sides that are no multiples of the autoencoder's factor.
+        """
+        height, width = images.shape[2:]
+        if images.shape[1] != 3 or height % self.vae_scale_factor or width % self.vae_scale_factor:
+            raise UserError(
+                f"images have shape {tuple(images.shape)}",
+                f"Pass (B, 3, H, W), where {self.vae_scale_factor} divides H and W.",
+            )
+        return self.model.encode(images.to(self._execution_device))
+
+    @checked
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w), on any device and of any floating-point type -> images (B, 3, H, W); see
+        `FlowModel.decode`.
+
+        Raises:
+            UserError: of another shape.
+        """
+        channels = None if self.vae is None else latent_channels(self.vae)
+        if channels not in (None, latents.shape[1]):
+            raise UserError(
+                f"latents have shape {tuple(latents.shape)}", f"The autoencoder takes (B, {channels}, h, w)."
+            )
+        return self.model.decode(latents.to(self._execution_device))
+
+    @checked
+    def to_images(self, latents: Tensor, output_type: str = "pil", size: Size | None = None) -> Any:
+        """Return latents as a caller wants to have them: "pil", "np", "pt" or "latent"; images cropped to ``size``.
+
+        In a callback that asks for "prediction", ``pipe.to_images(tensors["prediction"])`` is a preview: the images
+        that the flow is heading for.
+
+        Raises:
+            UserError: see `decode_latents`; an output type that is none.
+        """
+        if output_type == "latent":
+            return latents
+        images = (self.decode_latents(latents) / 2.0 + 0.5).clamp(0.0, 1.0)
+        height, width = size or images.shape[2:]
+        return self.to_output(images[:, :, :height, :width], output_type)
+
+    def to_output(self, images: Tensor, output_type: str) -> Any:
+        """Return images (B, 3, H, W) in [0, 1] as a caller wants to have them: "pil", "np" or "pt"."""
+        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
+
+    def finish_call(self, images: Any, return_dict: bool) -> Any:
+        """Return what a call returns."""
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

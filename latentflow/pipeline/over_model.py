@@ -1,0 +1,103 @@
+"""Our pipelines over flow models of other families: a stock pipeline of diffusers is inside, and called by ours.
+
+    pipe = LatentFlowInpaintPipeline.from_pretrained("black-forest-labs/FLUX.2-klein-4B")
+    pipe = LatentFlowInpaintPipeline.from_pipe(stock_pipeline)
+    pipe = LatentFlowInpaintPipeline(model)
+
+What is not a call of ours (``to``, offloading, components, ``load_lora_weights``, ``save_pretrained``) is the stock
+pipeline's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from diffusers.image_processor import VaeImageProcessor
+
+from ..autoencoder import downscale_factor
+from ..errors import UserError
+from ..families import FlowModel, Rows
+from ..families.model import Size
+from .arguments import ConditionArguments
+from .calls import CallMixin
+
+
+class ModelPipeline(CallMixin):
+    """The calls of a pipeline of ours over a `FlowModel` with a stock pipeline inside, ``model.pipeline``.
+
+    Args:
+        model: the flow model.
+    """
+
+    model: FlowModel
+    #: our solvers on the stock scheduler's grid; that scheduler itself is ``pipe.model.pipeline.scheduler``
+    scheduler = None
+
+    def __init__(self, model: FlowModel) -> None:
+        self.model = model
+        self.vae_scale_factor = downscale_factor(model.vae) if model.vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.model.pipeline, name)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the stock pipeline's components; see ``DiffusionPipeline.to``."""
+        self.model.pipeline.to(*args, **kwargs)
+        return self
+
+    def unknown_words(self, prompts: str | list[str]) -> list[str]:
+        """Return no words: the vocabularies of pretrained text encoders spell everything."""
+        return []
+
+    def encode_rows(self, asked: ConditionArguments, count: int, drawn: Size) -> tuple[Rows, Rows | None]:
+        """Return the conditions of a call; see `SamplingMixin.encode_rows`.
+
+        Raises:
+            UserError: a negative prompt where nothing leads away from it; embeddings, or sizes as a condition.
+        """
+        model = self.model
+        if asked.prompt_embeds is not None or asked.negative_prompt_embeds is not None:
+            raise UserError(
+                f"embeddings of prompts are given to a {type(model).__name__}",
+                "Pass the prompts. Encoded once, they are rows: model.encode_prompt([...]), model.velocity(rows).",
+            )
+        if asked.original_size or asked.target_size or asked.crops_coords_top_left != (0, 0):
+            raise UserError(
+                "original_size, crops_coords_top_left or target_size is given",
+                "Leave them out: the size that is drawn is taken.",
+            )
+        limit = (
+            {} if asked.max_sequence_length is None else {"max_sequence_length": asked.max_sequence_length}
+        )
+        if asked.class_labels is not None:
+            rows = model.encode_class(_listed(asked.class_labels))
+        else:
+            rows = model.encode_prompt(_listed(asked.prompt), **limit)
+        negative = None
+        if asked.negative_prompt is not None:
+            if model.true_guidance(self.guidance_scale) == 1.0:
+                raise UserError(
+                    "a negative prompt is given, but nothing leads away from it at guidance scale "
+                    f"{self.guidance_scale:g}",
+                    model.describe_guidance(),
+                )
+            negative = model.encode_negative(_listed(asked.negative_prompt), **limit)
+            negative = negative.repeat(len(rows) // len(negative))
+        places = [row for row in range(len(rows)) for _ in range(asked.num_images_per_prompt)]
+        places *= count // len(places)
+        return rows[places], None if negative is None else negative[places]
+
+
+def over_model(call: type[CallMixin], kind: type, model: FlowModel) -> Any:
+    """Return a pipeline over ``model`` that has the calls of ``kind``, one of our pipelines."""
+    made = type(
+        kind.__name__, (call, ModelPipeline), {"__module__": kind.__module__, "__doc__": kind.__doc__}
+    )
+    return made(model)
+
+
+def _listed(values: Any) -> list[Any]:
+    return [values] if isinstance(values, str | int) else [*values]

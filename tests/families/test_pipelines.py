@@ -1,0 +1,136 @@
+"""Our pipelines over every family: drawn as by the stock pipeline, inpainted with the kept pixels, edited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from latentflow import (
+    FlowModel,
+    LatentFlowEditPipeline,
+    LatentFlowImg2ImgPipeline,
+    LatentFlowInpaintPipeline,
+    LatentFlowPipeline,
+)
+from latentflow.errors import UserError
+from latentflow.pipeline.over_model import ModelPipeline
+
+from .test_pretrained import PROMPTS, opened, seeded, unguided
+from .tiny import TINY, checkpoint
+
+each_family = pytest.mark.parametrize("name", TINY)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    yield
+
+
+def over(kind: Any, name: str) -> Any:
+    pipe = kind(opened(name)[1])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def condition(name: str, count: int = 1) -> dict[str, Any]:
+    model = opened(name)[1]
+    return {"prompt": PROMPTS[:count]} if model.takes_text else {"class_labels": [1, 3][:count]}
+
+
+def picture(name: str, seed: int = 0) -> torch.Tensor:
+    side = opened(name)[2].side
+    return torch.rand(1, 3, side, side, generator=seeded(seed))
+
+
+@each_family
+def test_a_call_draws_as_the_model_does(name: str) -> None:
+    """With the model's own steps, grid, guidance and solver."""
+    _, model, tiny = opened(name)
+    pipe = over(LatentFlowPipeline, name)
+    size = {"height": tiny.side, "width": tiny.side}
+    latents = pipe(
+        **condition(name), **size, num_inference_steps=3, generator=seeded(), output_type="latent"
+    ).images
+    with torch.no_grad():
+        rows = model.encode_prompt(PROMPTS[:1]) if model.takes_text else model.encode_class([1])
+        times = model.time_grid(3, tiny.side, tiny.side)
+        from latentflow.flow import integrate
+
+        x = model.begin(model.noise(1, tiny.side, tiny.side, seeded()), times)
+        expected = integrate(model.velocity(rows, model.usual_guidance), x, times, model.usual_solver)
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
+    image = pipe(**condition(name), **size, num_inference_steps=2, solver="heun", generator=seeded()).images[0]
+    assert image.size == (tiny.side, tiny.side)
+
+
+@each_family
+def test_kept_pixels_are_kept(name: str) -> None:
+    """Also where a mask ends within a token of the network."""
+    image, side = picture(name), opened(name)[2].side
+    mask = torch.zeros(1, 1, side, side)
+    mask[..., 1 : side // 2 + 1, 3:] = 1.0
+    filled = over(LatentFlowInpaintPipeline, name)(
+        **condition(name), image=image, mask_image=mask, num_inference_steps=3, generator=seeded(), output_type="pt"
+    ).images
+    assert torch.equal(filled[(mask == 0).expand_as(filled)], image[(mask == 0).expand_as(image)])
+    assert not torch.equal(filled, image)
+
+
+@each_family
+def test_edits_and_variations(name: str) -> None:
+    """An edit to the same words is the image through the autoencoder; image-to-image of strength 0 as well."""
+    if not opened(name)[1].takes_text:
+        pytest.skip("takes classes")
+    image = picture(name)
+    edit = over(LatentFlowEditPipeline, name)
+    words = {"prompt": PROMPTS[0], "source_prompt": PROMPTS[0], "image": image}
+    same = {"guidance_scale": 2.0, "source_guidance_scale": 2.0, "output_type": "pt"}
+    through = edit.to_images(edit.encode_images(2.0 * image - 1.0), "pt")
+    for method in ("flowedit", "direct"):
+        edited = edit(**words, **same, method=method, num_inference_steps=4, generator=seeded()).images
+        torch.testing.assert_close(edited, through, rtol=0.0, atol=2e-3)
+    again = over(LatentFlowImg2ImgPipeline, name)(
+        prompt=PROMPTS[0], image=image, strength=0.0, num_inference_steps=3, output_type="pt"
+    ).images
+    torch.testing.assert_close(again, through, rtol=0.0, atol=1e-5)
+
+
+def test_from_pipe_and_back() -> None:
+    stock = checkpoint("FluxPipeline")
+    pipe = LatentFlowInpaintPipeline.from_pipe(stock)
+    assert isinstance(pipe, ModelPipeline) and type(pipe).__name__ == "LatentFlowInpaintPipeline"
+    assert pipe.model.pipeline is stock
+    drawing = LatentFlowPipeline.from_pipe(pipe)
+    assert drawing.model is pipe.model
+    assert pipe.transformer is stock.transformer
+    assert pipe.to("cpu") is pipe
+
+
+def test_a_saved_stock_folder_opens(tmp_path: Path) -> None:
+    checkpoint("StableDiffusion3Pipeline").save_pretrained(tmp_path / "sd3")
+    pipe = LatentFlowPipeline.from_pretrained(tmp_path / "sd3")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(PROMPTS[0], height=16, width=16, num_inference_steps=2, generator=seeded(), output_type="pt").images
+    expected = over(LatentFlowPipeline, "StableDiffusion3Pipeline")(
+        PROMPTS[0], height=16, width=16, num_inference_steps=2, generator=seeded(), output_type="pt"
+    ).images
+    torch.testing.assert_close(images, expected, rtol=0.0, atol=1e-6)
+    assert isinstance(FlowModel.from_pretrained(tmp_path / "sd3"), FlowModel)
+
+
+def test_bad_input() -> None:
+    pipe = over(LatentFlowPipeline, "FluxPipeline-dev")
+    with pytest.raises(UserError, match=r"true_cfg_scale"):
+        pipe(PROMPTS[0], negative_prompt="a hat", height=16, width=16)
+    with pytest.raises(UserError, match=r"height 18 is not a multiple of 4"):
+        pipe(PROMPTS[0], height=18, width=16)
+    with pytest.raises(UserError, match=r"prompt is missing"):
+        pipe(height=16, width=16)
+    with pytest.raises(UserError, match=r"LatentFlowPipeline takes no argument"):
+        pipe(PROMPTS[0], prompts="a hat")
+    with pytest.raises(UserError, match=r"embeddings"):
+        pipe(prompt_embeds=torch.zeros(1, 2, 3), height=16, width=16)
