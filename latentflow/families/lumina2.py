@@ -37,8 +37,9 @@ class Lumina2Model(PretrainedModel):
         """Give each line the length that it has under the condition alone, if ``cfg_normalization`` is on."""
         if not self.option("cfg_normalization"):
             return guided
-        lengths = [torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (alone, guided)]
-        return guided * (lengths[0] / lengths[1])
+        own, new = (torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (alone, guided))
+        adjusted: Tensor = guided * (own / new)
+        return adjusted
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float

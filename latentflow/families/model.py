@@ -128,6 +128,8 @@ class FlowModel(ABC):
     prediction: str = "velocity"
     #: the path that it was trained on; it is sampled on the straight path all the same
     path: flow.Path = CondOT()
+    #: the coupling that it was trained with, a key of ``latentflow.flow.COUPLINGS``
+    coupling: str = "independent"
     #: the network takes the guidance scale as an input, and is evaluated under the condition alone
     embeds_guidance: bool = False
 
@@ -370,9 +372,17 @@ class FlowModel(ABC):
         """Return what guidance leads away from by default; None where ``rows`` have nothing to leave out."""
         return replace(self.null(len(rows)), kept=rows.kept)
 
-    def with_known(self, rows: Rows, images: Tensor, masks: Tensor) -> Rows:
-        """See `Rows.with_known`."""
+    def with_known(self, rows: Rows, images: Tensor, masks: Tensor, known: Tensor | None = None) -> Rows:
+        """See `Rows.with_known`.
+
+        Args:
+            known: latents (P, C, h, w) of the images with their holes hidden; default: made from them.
+        """
         raise UserError("this checkpoint was not trained with masks", "Steer it: latentflow.flow.INPAINTING.")
+
+    def known_latents(self, rows: Rows) -> Tensor:
+        """Return the latents (B, C, h, w) of the images that `with_known` has added, their holes hidden."""
+        raise UserError("these rows have no known images", "Add them: rows.with_known(images, masks).")
 
     # ---------------------------------------------------------------- images and latents
 

@@ -146,7 +146,7 @@ def import_network(weights: Mapping[str, Tensor], kind: str) -> DiT:
         config = _config(left, kind, turned=bool(computed))
         converted = _converted(left, config, original)
         with torch.device("meta"):
-            network = DiT(**config)
+            network: DiT = DiT(**config)
         network.load_state_dict(converted, strict=True, assign=True)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(

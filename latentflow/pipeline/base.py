@@ -329,7 +329,8 @@ class FlowPipeline(CallMixin, AdapterMixin, DiffusionPipeline):  # type: ignore[
                 component is of the variant; weights and configs do not belong together.
         """
         if cls._is_foreign(pretrained_model_name_or_path):
-            return cls(FlowModel.from_pretrained(pretrained_model_name_or_path, **kwargs))
+            model = FlowModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return over_model(cls.call, cls, model)
         folder = cls.local_folder(pretrained_model_name_or_path, **kwargs)
         kwargs.setdefault("use_safetensors", True)
         index = cls.read_index(folder)
@@ -445,10 +446,10 @@ class FlowPipeline(CallMixin, AdapterMixin, DiffusionPipeline):  # type: ignore[
             kwargs: components or settings in the place of the other's; ``dtype``, for all components.
         """
         if isinstance(pipeline, ModelPipeline):
-            return cls(pipeline.model)
+            return over_model(cls.call, cls, pipeline.model)
         family = None if isinstance(pipeline, FlowPipeline) else family_of(type(pipeline).__name__)
         if family is not None and not kwargs:
-            return cls(family(pipeline))
+            return over_model(cls.call, cls, family(pipeline))
         if not isinstance(pipeline, FlowPipeline) and "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)
         if {"dtype", "torch_dtype"} & kwargs.keys():

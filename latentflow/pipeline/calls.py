@@ -25,6 +25,7 @@ class CallMixin(SamplingMixin):
 
     image_processor: Any
     vae: Any
+    text_encoder: Any
     takes_text = from_model("takes_text")
     takes_classes = from_model("takes_classes")
     takes_masks = from_model("takes_masks")

@@ -19,7 +19,7 @@ from latentflow import (
 from latentflow.errors import UserError
 from latentflow.pipeline.over_model import ModelPipeline
 
-from .test_pretrained import PROMPTS, opened, seeded, unguided
+from .test_pretrained import PROMPTS, opened, seeded
 from .tiny import TINY, checkpoint
 
 each_family = pytest.mark.parametrize("name", TINY)
@@ -63,7 +63,9 @@ def test_a_call_draws_as_the_model_does(name: str) -> None:
         x = model.begin(model.noise(1, tiny.side, tiny.side, seeded()), times)
         expected = integrate(model.velocity(rows, model.usual_guidance), x, times, model.usual_solver)
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
-    image = pipe(**condition(name), **size, num_inference_steps=2, solver="heun", generator=seeded()).images[0]
+    image = pipe(**condition(name), **size, num_inference_steps=2, solver="heun", generator=seeded()).images[
+        0
+    ]
     assert image.size == (tiny.side, tiny.side)
 
 
@@ -74,7 +76,12 @@ def test_kept_pixels_are_kept(name: str) -> None:
     mask = torch.zeros(1, 1, side, side)
     mask[..., 1 : side // 2 + 1, 3:] = 1.0
     filled = over(LatentFlowInpaintPipeline, name)(
-        **condition(name), image=image, mask_image=mask, num_inference_steps=3, generator=seeded(), output_type="pt"
+        **condition(name),
+        image=image,
+        mask_image=mask,
+        num_inference_steps=3,
+        generator=seeded(),
+        output_type="pt",
     ).images
     assert torch.equal(filled[(mask == 0).expand_as(filled)], image[(mask == 0).expand_as(image)])
     assert not torch.equal(filled, image)
@@ -114,7 +121,9 @@ def test_a_saved_stock_folder_opens(tmp_path: Path) -> None:
     checkpoint("StableDiffusion3Pipeline").save_pretrained(tmp_path / "sd3")
     pipe = LatentFlowPipeline.from_pretrained(tmp_path / "sd3")
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(PROMPTS[0], height=16, width=16, num_inference_steps=2, generator=seeded(), output_type="pt").images
+    images = pipe(
+        PROMPTS[0], height=16, width=16, num_inference_steps=2, generator=seeded(), output_type="pt"
+    ).images
     expected = over(LatentFlowPipeline, "StableDiffusion3Pipeline")(
         PROMPTS[0], height=16, width=16, num_inference_steps=2, generator=seeded(), output_type="pt"
     ).images
