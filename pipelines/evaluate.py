@@ -182,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ---------------------------------------------------------------- without sampling: what the networks know
     sampler = Sampler(
         model=model,
+        pipeline=pipe,
         condition_kind=kind,
         settings={"num_inference_steps": steps, "guidance_scale": guidance, "solver": solver},
         seed=config.seed,

@@ -67,7 +67,8 @@ def notes(
     absent = [name for name in sorted(model.classes) if composed(name) not in there]
     if absent and kind == "class_labels":
         found.append(f"classes of the checkpoint that DATA lacks; none are generated: {', '.join(absent)}")
-    if kind == "prompt" and (words := model.pipeline.unknown_words(sorted(set(captions)))):
+    spells = getattr(model.pipeline, "unknown_words", lambda texts: [])
+    if kind == "prompt" and (words := spells(sorted(set(captions)))):
         found.append(unknown_words_text(model.pipeline.tokenizer, words))
     warnings.simplefilter("ignore", UnknownWords)
     return found
@@ -108,7 +109,9 @@ def versions() -> dict[str, str]:
 
 def weight_hashes(model: FlowModel) -> dict[str, str]:
     """Return a hash of every network's config and weights, adapters merged."""
-    networks = {name: getattr(model.pipeline, name, None) for name in ("transformer", "vae", "text_encoder")}
+    networks = {
+        name: getattr(model.pipeline, name, None) for name in ("transformer", "unet", "vae", "text_encoder")
+    }
     return {name: fingerprint(network) for name, network in networks.items() if network is not None}
 
 

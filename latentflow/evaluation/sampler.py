@@ -26,12 +26,14 @@ class Sampler:
     """A model and how it is sampled.
 
     Attributes:
+        pipeline: our pipeline over the model.
         condition_kind: how the model takes captions.
         settings: further arguments of the pipeline's call.
         batch_size: images that are generated or encoded at once.
     """
 
     model: FlowModel
+    pipeline: Any
     condition_kind: ConditionKind
     settings: dict[str, Any]
     seed: int
@@ -57,7 +59,7 @@ class Sampler:
             if self.condition_kind == "nothing":
                 condition = {"num_images_per_prompt": len(batch)}
             with memory_phase("draw"):
-                images = self.model.pipeline(
+                images = self.pipeline(
                     **condition,
                     **self.settings,
                     generator=[seeded(self.seed, stream, start + i) for i in range(len(batch))],

@@ -133,7 +133,12 @@ class FlowModel(ABC):
     #: the network takes the guidance scale as an input, and is evaluated under the condition alone
     embeds_guidance: bool = False
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, **family_options: Any) -> None:
+        if family_options:
+            raise UserError(
+                f"{next(iter(family_options))} is an option of a family, and {type(self).__name__} has none",
+                "Leave the family options out.",
+            )
         self.pipeline = pipeline
 
     @property
@@ -252,11 +257,17 @@ class FlowModel(ABC):
     # ---------------------------------------------------------------- opening and saving
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> FlowModel:
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        family_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> FlowModel:
         """Open a checkpoint of any family in `FAMILIES`, or of one that another package registers.
 
         Args:
             name_or_path: pipeline folder or hub id.
+            family_options: arguments of the stock pipeline's call in place of their defaults.
             options: of the pipeline's own ``from_pretrained`` (``dtype``, ``revision``, ...).
 
         Raises:
@@ -280,7 +291,7 @@ class FlowModel(ABC):
                 f"{name_or_path} is a {kind}, which is none of the {len(FAMILIES)} pipelines that open",
                 "A family is added with one class and one line: see docs/guide/pretrained.md.",
             )
-        return family(family.open_pipeline(name_or_path, **options))
+        return family(family.open_pipeline(name_or_path, **options), **(family_options or {}))
 
     @staticmethod
     def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:

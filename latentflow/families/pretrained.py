@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
+from ..errors import lookup
 from . import SIBLINGS
 from .model import FlowModel, Generators, Rows, Size, Values
 
@@ -57,6 +58,9 @@ class PretrainedModel(FlowModel):
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(text_to_image(pipeline))
+        taken = inspect.signature(type(self.pipeline).__call__).parameters
+        for name in options:
+            lookup(taken, name, f"argument of {type(self.pipeline).__name__}")
         self.options = options
 
     def option(self, name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import AdapterChoice, SamplingConfig
 from ..errors import UserError, finite, printable, reason, whole
-from ..utils.components import quiet_libraries
+from ..utils.components import library_reads, quiet_libraries
 from ..utils.files import (
     SHIPPED_CHECKPOINTS,
     check_types,
@@ -106,10 +106,31 @@ def open_pipeline(
         print(line, file=sys.stderr)
         pipeline = kind.from_pipe(as_trained)
     else:
-        pipeline = kind.from_pretrained(source)
+        options = parse_options(adapters.family_options) if adapters else {}
+        pipeline = kind.from_pretrained(source, **({"family_options": options} if options else {}))
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
     return pipeline.to(target)  # type: ignore[no-any-return]
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Return ``--family-options`` as values by name: numbers, lists, true, false and null as in YAML.
+
+    Raises:
+        UserError: one is not of the form NAME=VALUE.
+    """
+    import yaml
+
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise UserError(f"--family-options {text}", "Give NAME=VALUE, such as max_sequence_length=256.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--family-options {text}: {reason(error)}") from error
+    return found
 
 
 def _resolve(checkpoint: str | None) -> str:
@@ -175,6 +196,9 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
         UserError: an adapter cannot be loaded, see ``load_lora_weights``; its weight is not a finite number; or the
             checkpoint has no adapter for ``fast``.
     """
+    if choice.lora and not hasattr(pipe, "merge_lora_weights"):
+        _load_adapters(pipe, choice.lora)
+        return
     if choice.fast:
         if Path(checkpoint).is_dir() and not (Path(checkpoint) / "fast").is_dir():
             raise UserError(
@@ -191,6 +215,24 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
     pipe.set_adapters(list(adapters), [weight for _, weight in adapters.values()])
     pipe.fuse_lora()
     pipe.unload_lora_weights()
+
+
+def _load_adapters(pipe: Any, texts: Sequence[str]) -> None:
+    """Load the adapters by the loader of a pretrained model's family.
+
+    Raises:
+        UserError: it has none, or an adapter cannot be loaded.
+    """
+    if not hasattr(pipe.model.pipeline, "load_lora_weights"):
+        kind = type(pipe.model.pipeline).__name__
+        raise UserError(f"--lora: diffusers' {kind} loads no adapters", "Leave --lora out.")
+    weights = {}
+    for number, text in enumerate(texts):
+        source, weight = split_adapter(text)
+        with library_reads(f"--lora {source}", fix="Give a LoRA that was trained for this model."):
+            pipe.load_lora_weights(source, adapter_name=f"adapter-{number}")
+        weights[f"adapter-{number}"] = weight
+    pipe.set_adapters(list(weights), list(weights.values()))
 
 
 def split_adapter(text: str) -> tuple[str, float]:
@@ -262,7 +304,8 @@ class Capabilities:
 
 
 def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
-    """Read a pipeline folder's capabilities from its JSON files, without loading it; None for a hub id.
+    """Read a pipeline folder's capabilities from its JSON files, without loading it; None for a hub id, and for
+    checkpoints of other families than ours.
 
     Args:
         checkpoint: as for ``open_pipeline``.
@@ -277,6 +320,8 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
     if not all(file.is_file() for file in files):
         return None
     pipe, network = settings = [read_settings(file) for file in files]
+    if not str(pipe.get("_class_name")).startswith("LatentFlow"):
+        return None  # of another family, which is asked once it is open
     for file, config in zip(files, settings, strict=True):
         check_types(file, config, _TYPES)
     names = (pipe.get("id2label") or {}).values()

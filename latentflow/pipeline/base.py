@@ -331,6 +331,10 @@ class FlowPipeline(CallMixin, AdapterMixin, DiffusionPipeline):  # type: ignore[
         if cls._is_foreign(pretrained_model_name_or_path):
             model = FlowModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
             return over_model(cls.call, cls, model)
+        if kwargs.pop("family_options", None):
+            raise UserError(
+                "family options are given", "latentflow's own checkpoints have none: leave them out."
+            )
         folder = cls.local_folder(pretrained_model_name_or_path, **kwargs)
         kwargs.setdefault("use_safetensors", True)
         index = cls.read_index(folder)

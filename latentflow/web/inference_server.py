@@ -147,7 +147,7 @@ class InferenceServer:
         lora_folder: str | None = None,
     ) -> None:
         flags, folder = adapters or AdapterChoice(), local_folder(checkpoint)
-        self._checkpoint, self._device, self._any_base = checkpoint, device, flags.lora_any_base
+        self._checkpoint, self._device, self._flags = checkpoint, device, flags
         self._opened: OrderedDict[AdapterChoice, Any] = OrderedDict()
         self._loading = threading.Lock()
         self._sampling = threading.Lock()  # pipelines and tokenizers are not safe in several threads
@@ -178,7 +178,7 @@ class InferenceServer:
             if name not in self.adapters:
                 raise unknown("LoRA", name, self.adapters)
         texts = tuple(f"{self.adapters[name].source}:{weight}" for name, weight in lora)
-        return AdapterChoice(fast=fast, lora=texts, lora_any_base=self._any_base)
+        return replace(self._flags, fast=fast, lora=texts)
 
     def open(self, choice: AdapterChoice) -> Any:
         """Return the pipeline with these adapters in its weights, as ``latentflow generate`` opens it.
@@ -336,7 +336,7 @@ class InferenceServer:
         settings: dict[str, Any] = {"strength": number("strength", strength), "image": self.opened(upload)[0]}
         if method == IMAGE_TO_IMAGE or not self.capabilities.condition:
             return self._sample("LatentFlowImg2ImgPipeline", request, progress, **settings)
-        if method == "inversion":  # it has no seed: more images would be equal
+        if method in ("inversion", "direct"):  # they have no seed: more images would be equal
             request = replace(request, images=1)
         if source:
             classes = [source] if request.class_label else []

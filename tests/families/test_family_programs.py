@@ -1,0 +1,147 @@
+"""The programs on checkpoints of pretrained families, through their real command lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentflow.errors import UserError
+from latentflow.inference.sample import read_capabilities
+from latentflow.web.inference_server import GenerationRequest, InferenceServer
+
+from .test_pretrained import opened
+from .tiny import TINY, checkpoint
+
+#: three that differ in layout: plain latents, packed ones with an autoencoder of videos, patchified ones
+LAYOUTS = ("StableDiffusion3Pipeline", "QwenImagePipeline", "Flux2KleinPipeline")
+Program = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Save a tiny checkpoint as its users have it, once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def saved(name: str) -> Path:
+        if not (root / name).exists():
+            checkpoint(name).save_pretrained(root / name)
+        return root / name
+
+    return saved
+
+
+def flags(name: str, folder: Path) -> list[str]:
+    """Return the flags that the tiny checkpoint needs; the size of its images, where the program takes one."""
+    options = [f"{key}={json.dumps(value)}" for key, value in TINY[name].call.items()]
+    return ["--checkpoint", str(folder), *(["--family-options", *options] if options else []), "--steps", "2"]
+
+
+def size(name: str) -> list[str]:
+    side = str(opened(name)[2].side)
+    return ["--height", side, "--width", side]
+
+
+def words(name: str) -> list[str]:
+    return ["red apple"] if opened(name)[1].takes_text else ["--class", "hat"]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+)
+def test_generate(name: str, folders: Callable[[str], Path], load_program: Program, tmp_path: Path) -> None:
+    line = [*words(name), *size(name), "-o", str(tmp_path / "out.png"), *flags(name, folders(name))]
+    load_program("generate").main(line)
+    assert Image.open(tmp_path / "out.png").size == (opened(name)[2].side,) * 2
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_images_are_inpainted_edited_and_interpolated(
+    name: str,
+    folders: Callable[[str], Path],
+    load_program: Program,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    side = opened(name)[2].side
+    given = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    mask = np.zeros((side, side), np.uint8)
+    mask[2:9, 3:10] = 255
+    Image.fromarray(given).save("a.png")
+    Image.fromarray(mask).save("mask.png")
+    common = flags(name, folders(name))
+    load_program("inpaint").main(["a.png", "mask.png", "red apple", "-o", "filled.png", *common])
+    filled = np.array(Image.open("filled.png"))
+    assert np.array_equal(filled[mask == 0], given[mask == 0]) and not np.array_equal(filled, given)
+    load_program("edit").main(["a.png", "red apple", "--from", "green hat", "-o", "edited.png", *common])
+    assert Image.open("edited.png").size == (side, side)
+    load_program("interpolate").main(
+        [
+            "--images",
+            "a.png",
+            "filled.png",
+            "red apple",
+            "green hat",
+            "--frames",
+            "2",
+            "-o",
+            "way.png",
+            *common,
+        ]
+    )
+    assert Path("way-1.png").exists() and Path("way-2.png").exists()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_evaluate(
+    name: str,
+    folders: Callable[[str], Path],
+    load_program: Program,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    side, data = opened(name)[2].side, tmp_path / "data"
+    data.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(f"red apple {number}")
+    line = [str(folders(name)), str(data), "-n", "4", "--validation", "0.25", "--features", "pixels-16"]
+    line += ["-o", str(tmp_path / "report.json"), *flags(name, folders(name))[2:]]
+    load_program("evaluate").main(line)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["reconstruction"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_page_s_server(name: str, folders: Callable[[str], Path]) -> None:
+    assert read_capabilities(str(folders(name))) is None  # opened first, then asked
+    from latentflow.config import AdapterChoice
+
+    options = tuple(f"{key}={json.dumps(value)}" for key, value in TINY[name].call.items())
+    server = InferenceServer(str(folders(name)), "cpu", AdapterChoice(family_options=options))
+    assert server.capabilities.text and server.facts
+    seen: list[str] = []
+    [image] = server.generate(
+        GenerationRequest(prompt="red apple", steps=1), lambda step, count, what: seen.append(what)
+    )
+    assert image.size == tuple(reversed(opened(name)[1].native_size)) and seen
+
+
+def test_bad_options(folders: Callable[[str], Path], load_program: Program, tmp_path: Path) -> None:
+    line = ["red apple", "--checkpoint", str(folders("FluxPipeline")), "-o", str(tmp_path / "out.png")]
+    with pytest.raises(UserError, match=r"max_sequence_lenght(.|\n)*max_sequence_length"):
+        load_program("generate").main([*line, "--family-options", "max_sequence_lenght=3"])
+    with pytest.raises(UserError, match="NAME=VALUE"):
+        load_program("generate").main([*line, "--family-options", "512"])
+    with pytest.raises(UserError, match="family options"):
+        load_program("generate").main(
+            ["red apple", "--family-options", "eta=1", "-o", str(tmp_path / "out.png")]
+        )
