@@ -170,6 +170,8 @@ class PretrainedModel(FlowModel):
         scheduler = type(own).from_config(own.config)  # the pipeline's own keeps its state
         retrieve_timesteps(scheduler, steps, "cpu", sigmas=sigmas, **shifted)
         sigmas_of_steps: Tensor = scheduler.sigmas.double()
+        if steps == 1:  # a shift to a terminal noise level divides 0 by 0
+            sigmas_of_steps = sigmas_of_steps.nan_to_num(1.0)
         return sigmas_of_steps if own.config.get("invert_sigmas") else 1.0 - sigmas_of_steps
 
     def tokens(self, height: int, width: int) -> int:

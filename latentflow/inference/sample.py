@@ -320,7 +320,7 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
     if not all(file.is_file() for file in files):
         return None
     pipe, network = settings = [read_settings(file) for file in files]
-    if not str(pipe.get("_class_name")).startswith("LatentFlow"):
+    if not str(pipe.get("_class_name", "LatentFlowPipeline")).startswith("LatentFlow"):
         return None  # of another family, which is asked once it is open
     for file, config in zip(files, settings, strict=True):
         check_types(file, config, _TYPES)

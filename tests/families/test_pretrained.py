@@ -237,3 +237,9 @@ def test_it_computes_in_half_precision(name: str) -> None:
     expected = opened(name)[1].velocity(rows_of(name), times=times)(x, times[1].float())
     assert v.dtype == torch.float32
     assert float((v - expected).norm() / expected.norm()) < 0.3
+
+
+def test_one_step_with_a_terminal_noise_level() -> None:
+    """The stock scheduler divides 0 by 0 there; the grid is from noise to data all the same."""
+    _, model, tiny = opened("QwenImagePipeline")
+    assert model.time_grid(1, tiny.side, tiny.side).tolist() == [0.0, 1.0]
