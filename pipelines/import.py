@@ -1,7 +1,7 @@
 """Make a checkpoint of published weights of SiT, DiT, REPA or LightningDiT: `latentflow import SiT-XL-2-256.pt ...`.
 
 latentflow import SiT-XL-2-256.pt --vae stabilityai/sd-vae-ft-ema -o sit-xl
-latentflow generate --checkpoint sit-xl --class-labels "golden retriever"
+latentflow generate --checkpoint sit-xl --class "golden retriever" -o dog.png
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_autoencoder(config.vae), network, id2label=names, **ORIGINALS[kind].settings
     )
     write_folder(output, pipe.save_pretrained)
-    shown = "" if names is None else f', for example --class-labels "{names[min(207, classes - 1)]}"'
+    shown = "" if names is None else f', for example --class "{names[min(207, classes - 1)]}"'
     print(f"{output}: {kind} of {network.num_parameters() / 1e6:,.0f} M parameters, {classes} classes")
     print(f"latentflow generate --checkpoint {output}{shown}")
 

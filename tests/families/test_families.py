@@ -32,9 +32,13 @@ def pipelines() -> set[str]:
         missing = type(kind).__name__ == "DummyObject" and "Pipeline" in name
         if missing or (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
             found.add(name)
-    return found - {"DiffusionPipeline"}
+    # Another test may have registered ours
+    return {name for name in found - {"DiffusionPipeline"} if not name.startswith("LatentFlow")}
 
 
+@pytest.mark.skipif(
+    not diffusers.__version__.startswith("0.42."), reason="the list is of the pipelines of diffusers 0.42"
+)
 def test_every_pipeline_of_diffusers_opens_or_has_a_reason() -> None:
     ours = {name for name in FAMILIES if not name.startswith("LatentFlow")}
     assert ours | SIBLINGS.keys() | LEFT_OUT.keys() == pipelines()

@@ -13,7 +13,7 @@ from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
 
 from .test_original import original_weights
-from .tiny import kl
+from .parts import kl
 
 Program = Callable[[str], Any]
 
