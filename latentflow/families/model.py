@@ -296,7 +296,10 @@ class FlowModel(ABC):
     @staticmethod
     def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         """Open the diffusers pipeline of a folder or hub id; safetensors only."""
-        return DiffusionPipeline.from_pretrained(str(name_or_path), **{"use_safetensors": True, **options})
+        with library_reads(f"the pipeline '{name_or_path}'"):
+            return DiffusionPipeline.from_pretrained(
+                str(name_or_path), **{"use_safetensors": True, **options}
+            )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the pipeline folder, as its own pipeline class does."""

@@ -21,7 +21,7 @@ def from_model(name: str) -> Any:
 
 
 class CallMixin(SamplingMixin):
-    """What the pipelines' calls have in common: noise, sizes, images from latents; see `SamplingMixin` for the rest."""
+    """Common part of the pipelines' calls: noise, sizes, images from latents; see `SamplingMixin` for the rest."""
 
     image_processor: Any
     vae: Any

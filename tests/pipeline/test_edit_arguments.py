@@ -89,7 +89,7 @@ def test_sigmas_are_the_grid_of_an_edit(method: str, edit: LatentFlowEditPipelin
         edit(TREE, images(), method=method, guidance_scale=1.0, solver="euler", **FEW | settings)
         return sorted({round(t, 4) for _, t, _ in edit.transformer.calls})
 
-    ends = [1.0] if method == "inversion" else []
+    ends = [] if method == "flowedit" else [1.0]
     assert times(sigmas=[1.0, 0.7, 0.25], strength=1.0) == [0.0, 0.3, 0.75, *ends]
     assert times(sigmas=[1.0, 0.7, 0.25], strength=0.5) == [0.5, 0.75, *ends]
     assert times(sigmas=[0.7, 0.25], strength=1.0) == [0.3, 0.75, *ends]

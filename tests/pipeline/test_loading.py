@@ -332,7 +332,13 @@ def test_another_kind_of_pipeline_is_named(dit_folder: Path, tmp_path: Path) -> 
         json.dumps(index | {"_class_name": "StableDiffusionPipeline"})
     )
     for kind in KINDS:
-        with pytest.raises(UserError, match=r"sd is a StableDiffusionPipeline, no checkpoint of latentflow"):
+        with pytest.raises(
+            UserError, match=r"sd' cannot be read: Pipeline .*StableDiffusionPipeline.* expected"
+        ):
+            kind.from_pretrained(tmp_path / "sd")
+    (tmp_path / "sd" / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanPipeline"}))
+    for kind in KINDS:
+        with pytest.raises(UserError, match=r"sd is a WanPipeline\nIt .*video"):
             kind.from_pretrained(tmp_path / "sd")
 
 
