@@ -175,7 +175,7 @@ def our_columns(
     """
     found = rename(columns, renamed, where)
     names = set(found.values())
-    words = {lower_case(name): name for name in sorted(names, reverse=True)}
+    words = {lower_case(name): name for name in sorted(names)}  # of two spellings the one in lower case
     others: dict[str, str] = {}  # words of the table by our names
     if not names & {"image", "file_name"} and (word := next((w for w in _IMAGE_SYNONYMS if w in words), "")):
         others[image] = words[word]
