@@ -40,6 +40,8 @@ _SHOWN = (
     "objective", "weighting", "time_density", "condition_dropout", "inpainting", "max_train_steps", "train_batch_size",
     "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
 )  # fmt: skip
+# Settings without effect where the network is a checkpoint's.
+_OF_NEW_NETWORK = ("network", "network_preset", "width", "depth", "heads", "patch_size")
 _WITHOUT_ADAPTER = ("lora_rank", "lora_alpha", "lora_layers")  # settings that have no effect at rank 0
 
 
@@ -238,6 +240,7 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
             for name in _SHOWN
             if run.config.get(name) not in (None, {}, [])
             and not (name in _WITHOUT_ADAPTER and not run.config.get("lora_rank"))
+            and not (name in _OF_NEW_NETWORK and base)
         ],
         "verdict": _as_text(verdict.remark) if verdict else "",
         "learnt": [_as_text(line) for line in measured_lines(run, verdict)],
