@@ -185,9 +185,11 @@ def test_the_licence_that_the_author_gives(given: str, header: dict[str, str], f
     assert "# license:" not in card and "# license:" in card_of(fetched, data="photos")
 
 
-@pytest.mark.parametrize("given", ["Apache 2.0", "Apache-2.0", "", "my own", "x=http:"])
+@pytest.mark.parametrize("given", ["Apache 2.0", "Apache-2.0", "", "my own", "x=http:", "other"])
 def test_a_licence_that_the_hub_would_refuse(given: str) -> None:
-    with pytest.raises(UserError, match=r"--license .* is no identifier of the hub\n.*apache-2.0"):
+    with pytest.raises(
+        UserError, match=r"--license .* does not name a licence as the hub does\n.*apache-2.0"
+    ):
         parse(RunConfig, ["photos", "-o", "run", "--license", given], prog="x")
 
 
