@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
-from ..errors import nearest
+from ..errors import did_you_mean, nearest
 
 _MOST = 20_000  # names that are looked through for one with nearly the same letters, and entries of folders
 
@@ -82,7 +82,7 @@ def near_path(name: str, folder: Path = Path()) -> str:
         within = str(missing.relative_to(place)) if missing.is_relative_to(place) else name
         if near := near_name(within, islice(_below(place), _MOST)):
             found = place / near
-            return f"Did you mean '{found.relative_to(folder) if found.is_relative_to(folder) else found}'? "
+            return did_you_mean(found.relative_to(folder) if found.is_relative_to(folder) else found)
     return ""
 
 

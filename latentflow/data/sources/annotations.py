@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ...errors import UserError, few, nearest, plural, shown
+from ...errors import UserError, did_you_mean, few, nearest, plural, shown
 from ...utils.files import refuse_no_text
 from ...utils.names import Listings, as_spelled, composed, find_path
 from ..dataset import Colours, Example, FileExample, Kind, Source
@@ -142,12 +142,13 @@ def rename(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> di
     for ours, theirs in renamed.items():
         if ours not in COLUMNS:
             raise UserError(
-                f"--columns: '{ours}' is not one of {', '.join(COLUMNS)}", _did_you_mean(ours, COLUMNS)
+                f"--columns: '{ours}' is not one of {', '.join(COLUMNS)}",
+                did_you_mean(nearest(ours, COLUMNS)),
             )
         if theirs not in own:
             raise UserError(
                 f"{where} has no column '{theirs}' (--columns {ours} {theirs})",
-                f"{_did_you_mean(theirs, own)}Its columns: {', '.join(own)}",
+                f"{did_you_mean(nearest(theirs, own))}Its columns: {', '.join(own)}",
             )
         if ours != theirs and ours in own and ours not in renamed.values():
             raise UserError(
@@ -205,11 +206,6 @@ def is_known_column(name: str) -> bool:
 def lower_case(column: str) -> str:
     """Return a column's name in lower case, with _ for spaces and hyphens."""
     return re.sub(r"[\s-]+", "_", column.strip().casefold())
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    guess = nearest(name, names)
-    return f"Did you mean '{guess}'? " if guess else ""
 
 
 # ---------------------------------------------------------------- from annotations to a source
