@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def copy_adapter(folder: Path) -> None:
             shutil.copytree(made, folder, dirs_exist_ok=True)
-            if not (folder / "README.md").exists():  # of a run from before adapters had cards
+            has_pipeline = (Path(config.source) / "pipeline").is_dir()
+            if has_pipeline and not (folder / "README.md").exists():  # from before adapters had cards
                 add_adapter_card(folder, Path(config.source), config.output)
             move_card(folder, config.output)
 

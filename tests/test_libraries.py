@@ -8,7 +8,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -50,7 +50,8 @@ def use_schedule_free() -> None:
 
 def load_adapter() -> None:
     class Pipeline(adapters.AdapterMixin):
-        pass
+        _execution_device, hf_device_map = "cpu", None
+        components: ClassVar[dict[str, Any]] = {}
 
     Pipeline().load_lora_weights("hats")
 
