@@ -275,6 +275,14 @@ def test_the_user_s_own_card_loads_from_the_repository_as_well(pipeline: Path, a
         assert (pipeline / "README.md").read_text() == text
 
 
+def test_the_card_of_an_older_run_names_our_library_unless_it_was_edited(pipeline: Path, api: Mock) -> None:
+    card = "---\nlibrary_name: diffusers\n---\n"
+    for written, library in ((signed(card), DISTRIBUTION), (card, "diffusers")):
+        (pipeline / "README.md").write_text(written)
+        sent = hub.contents(pipeline, "me/emoji")["README.md"]
+        assert isinstance(sent, bytes) and f"library_name: {library}\n" in sent.decode()
+
+
 def test_a_card_on_the_hub_that_was_edited_stays_and_is_named(
     pipeline: Path, tmp_path: Path, api: Mock
 ) -> None:
