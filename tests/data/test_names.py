@@ -326,6 +326,12 @@ def test_what_a_comma_file_was_read_as_stays(tmp_path: Path) -> None:
     assert find_source(str(data)).captions() == ['"Hello" sign; old', "a, b|c\td"]
 
 
+def test_two_names_with_a_tab_between_are_no_column(tmp_path: Path) -> None:
+    """`mask image` is another word for `mask`."""
+    data = on_disk(tmp_path, {"1.png": None, "m.png": MASK, "t.tsv": "mask\timage\nm.png\t1.png\n"}) / "t.tsv"
+    assert find_source(str(data)).examples[0].mask is not None
+
+
 def test_columns_that_are_named_decide(tmp_path: Path) -> None:
     data = on_disk(tmp_path, {"1.png": None, "t.csv": "bild;titel, kurz\n1.png;ein Hut\n"}) / "t.csv"
     assert find_source(str(data), columns={"image": "bild", "text": "titel, kurz"}).captions() == ["ein Hut"]

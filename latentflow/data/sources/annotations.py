@@ -205,7 +205,7 @@ def is_known_column(name: str) -> bool:
 
 def lower_case(column: str) -> str:
     """Return a column's name in lower case, with _ for spaces and hyphens."""
-    return re.sub(r"[\s-]+", "_", column.strip().casefold())
+    return re.sub(r"[ -]+", "_", column.strip().casefold())
 
 
 # ---------------------------------------------------------------- from annotations to a source
