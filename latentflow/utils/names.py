@@ -77,7 +77,7 @@ def near_path(name: str, folder: Path = Path()) -> str:
         folder: the start of relative names, which the answer is relative to as well.
     """
     missing = folder / name
-    places = dict.fromkeys((next((one for one in missing.parents if one.is_dir()), folder), folder))
+    places = dict.fromkeys((next((parent for parent in missing.parents if parent.is_dir()), folder), folder))
     for place in places:
         within = str(missing.relative_to(place)) if missing.is_relative_to(place) else name
         if near := near_name(within, islice(_below(place), _MOST)):

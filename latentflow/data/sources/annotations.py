@@ -27,7 +27,7 @@ Masks = Literal["auto", "none", "alpha"]
 
 HEAVIEST = 1e6  # weight of an image's loss: more only ends in updates that are not finite
 COLUMNS = ("image", "file_name", "text", "label", "mask", "weight")
-# Other words for our columns, and ours in upper case.
+# Other words for our columns. Our own are among them, since a table may have them in upper case.
 _IMAGE_SYNONYMS = (
     "file_name", "image", "path", "image_path", "file", "filename", "img", "picture", "image_file", "images",
 )  # fmt: skip

@@ -279,7 +279,9 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
         what = f"{plural(len(named), 'mask')} in files beside the images"
         notes.append(f"{what}{request.unused_masks}: {few(named)}")
     notes += _left_out(folder, metadata, sidecars)
-    hint = _stray_caption(folder, sidecars, [one.name for one in examples if kind == "text" and not one.text])
+    hint = _stray_caption(
+        folder, sidecars, [example.name for example in examples if kind == "text" and not example.text]
+    )
     root = folder.root if folder.root.is_dir() else None
     return build_source(data, examples, kind, request, notes, root, caption_hint=hint)
 

@@ -76,7 +76,10 @@ def _separator(header: str, named: Collection[str]) -> str:
     """Return the character between a table's columns, by its first line: the first of ``_SEPARATORS`` that makes a
     column that is ``named`` or of a known name, else the one that makes most columns."""
     start = header[: csv.field_size_limit()]  # of a longer line the reader of the rows complains
-    cells = {one: next(csv.reader([start], delimiter=one, skipinitialspace=True), []) for one in _SEPARATORS}
+    cells = {
+        separator: next(csv.reader([start], delimiter=separator, skipinitialspace=True), [])
+        for separator in _SEPARATORS
+    }
     for separator, names in cells.items():
         if any(name.strip() in named or is_known_column(name) for name in names):
             return separator

@@ -178,7 +178,7 @@ def _header(
         license_link=link or None,
         library_name=DISTRIBUTION,
         pipeline_tag=_TAGS[facts.kind],
-        datasets=[one.hub_id for one in data] or None,
+        datasets=[origin.hub_id for origin in data] or None,
         tags=tags,
         **derived,
     )
@@ -223,7 +223,9 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
         )
     places = [str(run.config.get("data")), *([_named_base(run)] if base and not base.hub_id else [])]
     licences = [
-        f"{one.name}: licence {_as_text(one.license)}, as its card states" for one in sets if one.license
+        f"{origin.name}: licence {_as_text(origin.license)}, as its card states"
+        for origin in sets
+        if origin.license
     ]
     return values | {
         "name": _as_text((run.folder.resolve() if where.name in ("pipeline", "adapter") else where).name),
