@@ -124,7 +124,9 @@ def add_adapter_card(folder: Path, run_folder: Path, place: str) -> None:
     from latentflow.pipeline import LatentFlowPipeline
     from latentflow.training.export import pipeline_facts
     from latentflow.training.report.card import write_adapter_card
+    from latentflow.utils.components import quiet_libraries
 
+    quiet_libraries()
     pipe = LatentFlowPipeline.from_pretrained(run_folder / "pipeline")
     write_adapter_card(folder, run_folder, pipeline_facts(pipe, where=one_line(place)))
 
