@@ -172,7 +172,7 @@ def read_adapter(
     if any(key.endswith(".alpha") for key in state):
         metadata = None  # the tensors say it
     layout = layout_of(state)
-    config = _settings_of_scale(source, wanted, layout, metadata, file_metadata, shown)
+    config = _settings_of_scale(source, wanted, layout, metadata, shown)
     state = in_peft_names(state, config, shown)
     odd = next((key for key, value in state.items() if not _is_sound(value)), None)
     if odd is not None:
@@ -203,12 +203,12 @@ def _settings_of_scale(
     place: Mapping[str, Any],
     layout: str,
     metadata: Mapping[str, Any] | None,
-    file_metadata: Mapping[str, str] | None,
     shown: str,
 ) -> dict[str, Any]:
     """Return peft's settings of the scale, from where other trainers write them: for `in_peft_names`.
 
-    Those in diffusers' own place are for peft, which applies them itself.
+    Those in diffusers' own place are for peft, which applies them itself. kohya's ``ss_network_alpha`` only describes
+    the training: converters that multiply the scale into the tensors leave it in the file.
     """
     if any(settings_of(part, metadata) for part in PARTS):
         return {}
@@ -220,8 +220,6 @@ def _settings_of_scale(
                 "LoRA and DoRA are read.",
             )
         where = _PEFT_CONFIG
-    elif alpha := re.fullmatch(r"\d+(\.\d+)?", (file_metadata or {}).get("ss_network_alpha", "")):
-        return {"lora_alpha": float(alpha[0])} if float(alpha[0]) else {}  # 0 is kohya's for the rank
     else:
         config, where = settings_of("unet", metadata) or dict(metadata or {}), "its settings"
     config = {name: value for name, value in config.items() if name in _SETTINGS and value is not None}

@@ -219,10 +219,9 @@ def test_kohyas_file_of_network_and_text_encoder(folder: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "settings", "scale"),
     [
-        ("unet.x.lora_A.weight", {"ss_network_alpha": "3.0"}, 1.5),
-        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "3"}, 1.5),
-        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "Dynamic"}, 1.0),
-        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "0"}, 1.0),
+        # Of the training; the tensors have it already, or it is the rank:
+        ("transformer.x.lora_A.weight", {"ss_network_alpha": "3.0"}, 1.0),
+        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "3.0"}, 1.0),
         ("unet.x.lora.down.weight", {THEIRS: {"unet.r": 2, "unet.lora_alpha": 8}}, 4.0),
         ("x.lora_A.weight", {THEIRS: {"r": 2, "lora_alpha": 1, "alpha_pattern": {"x": 3}}}, 1.5),
         ("unet.x.lora_A.weight", {THEIRS: {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": True}}, 2**0.5),
