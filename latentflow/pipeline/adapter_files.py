@@ -137,7 +137,7 @@ def read_adapter(
     if isinstance(source, os.PathLike):
         source = str(source)
     for name in (source, wanted["weight_name"]):
-        if isinstance(name, str) and name.lower().endswith(_PICKLES):
+        if isinstance(name, str) and name.lower().endswith(_PICKLES) and not Path(name).is_dir():
             raise UserError(
                 f"{shown}: {Path(name).name} is a pickle, which runs code when it is opened",
                 "Only .safetensors files are read.",

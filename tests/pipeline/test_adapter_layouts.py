@@ -355,6 +355,9 @@ def test_pickles_are_never_opened(dit_folder: Path, tmp_path: Path) -> None:
             pipe.load_lora_weights(tmp_path / name)
     with pytest.raises(UserError, match=r"holds no \.safetensors file, only it\.PTH|it\.bin, a pickle"):
         pipe.load_lora_weights(tmp_path)
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(UserError, match=r"folder\.pt holds no \.safetensors file\n"):
+        pipe.load_lora_weights(tmp_path / "folder.pt")
 
 
 def test_layers_of_a_text_encoder_need_one(dit_folder: Path, class_folder: Path) -> None:
