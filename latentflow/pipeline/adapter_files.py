@@ -172,8 +172,7 @@ def read_adapter(
     if any(key.endswith(".alpha") for key in state):
         metadata = None  # the tensors say it
     layout = layout_of(state)
-    config = _settings_of_scale(source, wanted, layout, metadata, shown)
-    state = in_peft_names(state, config, shown)
+    state = in_peft_names(state, _settings_of_scale(source, wanted, layout, metadata, shown), shown)
     odd = next((key for key, value in state.items() if not _is_sound(value)), None)
     if odd is not None:
         raise UserError(f"{shown}: {odd} is not of finite floating-point numbers", MEND)
@@ -204,15 +203,19 @@ def _settings_of_scale(
     layout: str,
     metadata: Mapping[str, Any] | None,
     shown: str,
-) -> dict[str, Any]:
-    """Return peft's settings of the scale, from where other trainers write them: for `in_peft_names`.
+) -> dict[str, dict[str, Any]]:
+    """Return peft's settings of the scale by the beginning of the layers' names, from where other trainers write them:
+    for `in_peft_names`.
 
     Those in diffusers' own place are for peft, which applies them itself. kohya's ``ss_network_alpha`` only describes
     the training: converters that multiply the scale into the tensors leave it in the file.
     """
-    if any(settings_of(part, metadata) for part in PARTS):
+    where, beginning = "its settings", ""
+    if config := settings_of("unet", metadata):
+        beginning = "unet."
+    elif any(settings_of(part, metadata) for part in PARTS):
         return {}
-    if layout == "peft" and isinstance(source, str):
+    elif layout == "peft" and isinstance(source, str):
         config = _beside(source, place)
         if config.get("peft_type", "LORA") != "LORA":
             raise UserError(
@@ -221,10 +224,10 @@ def _settings_of_scale(
             )
         where = _PEFT_CONFIG
     else:
-        config, where = settings_of("unet", metadata) or dict(metadata or {}), "its settings"
+        config = dict(metadata or {})
     config = {name: value for name, value in config.items() if name in _SETTINGS and value is not None}
     _check_settings(config, f"{shown}: {where}")
-    return config
+    return {beginning: config}
 
 
 def _beside(source: str, place: Mapping[str, Any]) -> dict[str, Any]:

@@ -242,6 +242,22 @@ def test_scales_in_the_metadata_are_multiplied_in(
     torch.testing.assert_close(written, torch.full((4, 2), scale))
 
 
+def test_settings_of_a_unet_beside_those_of_a_text_encoder(tmp_path: Path) -> None:
+    """The first are multiplied in, the others are peft's to apply."""
+    tensors = {
+        f"{part}.x.lora_{end}.weight": torch.ones(shape)
+        for part in ("unet", "text_encoder")
+        for end, shape in (("A", (2, 4)), ("B", (4, 2)))
+    }
+    settings = {"unet.r": 2, "unet.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 6}
+    save_file(tensors, tmp_path / "it.safetensors", metadata={THEIRS: json.dumps(settings)})
+    state, left = LatentFlowPipeline.lora_state_dict(tmp_path / "it.safetensors", return_lora_metadata=True)
+    assert left == {"text_encoder.r": 2, "text_encoder.lora_alpha": 6}
+    assert (state["unet.x.lora_B.weight"] == 4.0).all() and (
+        state["text_encoder.x.lora_B.weight"] == 1.0
+    ).all()
+
+
 # ---------------------------------------------------------------- refused
 
 
