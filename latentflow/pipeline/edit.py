@@ -267,7 +267,7 @@ class LatentFlowEditPipeline(FlowPipeline):
         frames: int = 8,
         num_inference_steps: int = 20,
         guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | list[str] | None = None,
         generator: Generators | None = None,
         output_type: str = "pil",
         return_dict: bool = True,

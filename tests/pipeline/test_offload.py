@@ -317,13 +317,15 @@ def test_a_call_scales_new_words_and_classes(
 ) -> None:
     pytest.importorskip("peft")
     base = request.getfixturevalue("dit_folder" if new == "word" else "class_folder")
-    make_adapter(base, tmp_path, **({"words": ["zebra"]} if new == "word" else {"classes": ["boat"]}))
-    condition = {"prompt": "a red zebra"} if new == "word" else {"class_labels": "boat"}
+    added: dict[str, Any] = {"words": ["zebra"]} if new == "word" else {"classes": ["boat"]}
+    make_adapter(base, tmp_path, **added)
+    condition: dict[str, Any] = {"prompt": "a red zebra"} if new == "word" else {"class_labels": "boat"}
     plain, pipe = (quiet(LatentFlowPipeline.from_pretrained(base)) for _ in range(2))
 
     def drawn(of: LatentFlowPipeline, scale: float) -> Tensor:
-        scaled = {"attention_kwargs": {"scale": scale}}
-        return of(**condition, **scaled, generator=seeds(0), num_inference_steps=2, output_type="pt").images
+        few: dict[str, Any] = {"generator": seeds(0), "num_inference_steps": 2, "output_type": "pt"}
+        made: Tensor = of(**condition, attention_kwargs={"scale": scale}, **few).images
+        return made
 
     for each in (plain, pipe):
         each.load_lora_weights(tmp_path)
