@@ -145,6 +145,11 @@ def nearest(name: str, choices: Iterable[str], cutoff: float = 0.6) -> str | Non
     return matches[0] if matches else None
 
 
+def did_you_mean(guess: object | None) -> str:
+    """Return a question for the user that names what was probably meant, and a space; "" without a guess."""
+    return f"Did you mean '{guess}'? " if guess else ""
+
+
 def unknown(kind: str, name: str, choices: Iterable[str]) -> UserError:
     """Return the error for a ``name`` that is none of ``choices``, with the nearest one named."""
     names = list(choices)

@@ -124,17 +124,22 @@ def add_adapter_card(folder: Path, run_folder: Path, place: str) -> None:
     from latentflow.pipeline import LatentFlowPipeline
     from latentflow.training.export import pipeline_facts
     from latentflow.training.report.card import write_adapter_card
+    from latentflow.utils.components import quiet_libraries
 
+    quiet_libraries()
     pipe = LatentFlowPipeline.from_pretrained(run_folder / "pipeline")
     write_adapter_card(folder, run_folder, pipeline_facts(pipe, where=one_line(place)))
 
 
 def adapter_name(text: str) -> str:
-    """Return the name of an adapter as --lora takes it, with its weight, for the card."""
+    """Return the name of an adapter as --lora takes it, with its weight and licence, for the card."""
     from latentflow.training.report.origins import checkpoint_origin
 
     source, weight = split_adapter(text)
-    return checkpoint_origin(source).name + ("" if weight == 1 else f" (weight {weight:g})")
+    origin = checkpoint_origin(source)
+    facts = [f"weight {weight:g}"] * (weight != 1)
+    facts += [f"licence: {origin.license}, as its card states"] * bool(origin.license)
+    return origin.name + (f" ({'; '.join(facts)})" if facts else "")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ class Config:
     reflow and one-step, whose pairs are whole images)."""
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the weights in `pipeline`; the run's checkpoints keep float32."""
+    license: str | None = None
+    """Licence of the result for its model card: the hub's identifier, such as apache-2.0 or cc-by-4.0, or NAME=LINK for
+    any other."""
     gradient_checkpointing: bool = False
     """Compute activations a second time in the backward pass instead of storing them: less memory, about a third more
     time."""
@@ -69,7 +72,7 @@ class Config:
         """
         from latentflow.training.distill import METHODS
 
-        shared = ("data", "output", "export_dtype", "dry_run", "framing", "adapter", "loop")
+        shared = ("data", "output", "export_dtype", "license", "dry_run", "framing", "adapter", "loop")
         if "guidance" in self.method_options:
             raise UserError("guidance among --method-options", "It is the teacher's: use --guidance.")
         method = lookup(METHODS, self.method, "method")

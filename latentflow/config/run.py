@@ -180,10 +180,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.license is not None and not re.fullmatch(
-            r"[a-z0-9][a-z0-9.+-]*(=https?://\S+)?", self.license
+            r"(?!other$)[a-z0-9][a-z0-9.+-]*(=https?://\S+)?", self.license
         ):
             raise UserError(
-                f"--license {self.license} is no identifier of the hub",
+                f"--license {self.license} does not name a licence as the hub does",
                 "They are in lower case, such as apache-2.0, mit, cc-by-4.0 or cc0-1.0; any other licence is "
                 "NAME=LINK, such as my-licence=https://example.org/licence.",
             )

@@ -228,8 +228,11 @@ class LatentFlowModel(FlowModel):
         network takes a class beside it.
 
         Raises:
-            UserError: the text encoder or the tokenizer is not loaded, or what it makes is not finite.
+            UserError: the checkpoint takes no text; the text encoder or the tokenizer is not loaded; what it makes is
+                not finite.
         """
+        if not self.takes_text:
+            self.check_condition(prompt=prompts)
         pipeline = self.pipeline
         if pipeline.text_encoder is None or pipeline.tokenizer is None:
             raise UserError(

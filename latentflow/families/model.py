@@ -43,7 +43,7 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator]
 Values: TypeAlias = Tensor | list[Tensor]
 #: (height, width), or (top, left), in pixels
 Size: TypeAlias = tuple[int, int]
-# one for each velocity that is made
+# of velocities: by them diffusers' caches tell one from another
 _NUMBERS = itertools.count()
 
 

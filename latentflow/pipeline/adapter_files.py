@@ -137,7 +137,7 @@ def read_adapter(
     if isinstance(source, os.PathLike):
         source = str(source)
     for name in (source, wanted["weight_name"]):
-        if isinstance(name, str) and name.lower().endswith(_PICKLES):
+        if isinstance(name, str) and name.lower().endswith(_PICKLES) and not Path(name).is_dir():
             raise UserError(
                 f"{shown}: {Path(name).name} is a pickle, which runs code when it is opened",
                 "Only .safetensors files are read.",
@@ -172,8 +172,7 @@ def read_adapter(
     if any(key.endswith(".alpha") for key in state):
         metadata = None  # the tensors say it
     layout = layout_of(state)
-    config = _settings_of_scale(source, wanted, layout, metadata, file_metadata, shown)
-    state = in_peft_names(state, config, shown)
+    state = in_peft_names(state, _settings_of_scale(source, wanted, layout, metadata, shown), shown)
     odd = next((key for key, value in state.items() if not _is_sound(value)), None)
     if odd is not None:
         raise UserError(f"{shown}: {odd} is not of finite floating-point numbers", MEND)
@@ -203,16 +202,20 @@ def _settings_of_scale(
     place: Mapping[str, Any],
     layout: str,
     metadata: Mapping[str, Any] | None,
-    file_metadata: Mapping[str, str] | None,
     shown: str,
-) -> dict[str, Any]:
-    """Return peft's settings of the scale, from where other trainers write them: for `in_peft_names`.
+) -> dict[str, dict[str, Any]]:
+    """Return peft's settings of the scale by the beginning of the layers' names, from where other trainers write them:
+    for `in_peft_names`.
 
-    Those in diffusers' own place are for peft, which applies them itself.
+    Those in diffusers' own place are for peft, which applies them itself. kohya's ``ss_network_alpha`` only describes
+    the training: converters that multiply the scale into the tensors leave it in the file.
     """
-    if any(settings_of(part, metadata) for part in PARTS):
+    where, beginning = "its settings", ""
+    if config := settings_of("unet", metadata):
+        beginning = "unet."
+    elif any(settings_of(part, metadata) for part in PARTS):
         return {}
-    if layout == "peft" and isinstance(source, str):
+    elif layout == "peft" and isinstance(source, str):
         config = _beside(source, place)
         if config.get("peft_type", "LORA") != "LORA":
             raise UserError(
@@ -220,13 +223,11 @@ def _settings_of_scale(
                 "LoRA and DoRA are read.",
             )
         where = _PEFT_CONFIG
-    elif alpha := re.fullmatch(r"\d+(\.\d+)?", (file_metadata or {}).get("ss_network_alpha", "")):
-        return {"lora_alpha": float(alpha[0])} if float(alpha[0]) else {}  # 0 is kohya's for the rank
     else:
-        config, where = settings_of("unet", metadata) or dict(metadata or {}), "its settings"
+        config = dict(metadata or {})
     config = {name: value for name, value in config.items() if name in _SETTINGS and value is not None}
     _check_settings(config, f"{shown}: {where}")
-    return config
+    return {beginning: config}
 
 
 def _beside(source: str, place: Mapping[str, Any]) -> dict[str, Any]:

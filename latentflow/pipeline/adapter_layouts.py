@@ -89,13 +89,16 @@ def layout_of(names: Iterable[str]) -> str:
     return next(found, OWN_LAYOUT)
 
 
-def in_peft_names(state: Mapping[str, Tensor], config: Mapping[str, Any], shown: str) -> dict[str, Tensor]:
+def in_peft_names(
+    state: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]], shown: str
+) -> dict[str, Tensor]:
     """Return a file's tensors by peft's names, their scales multiplied into them; layers keep the file's names.
 
     Args:
         state: tensors of the file, by its names.
-        config: peft's settings that give the scales (``lora_alpha``, ``alpha_pattern``, ``use_rslora``), unless the
-            file has an ``alpha`` for each layer. Without any, alpha is the rank.
+        configs: beginning of layers' names -> peft's settings that give their scales (``lora_alpha``,
+            ``alpha_pattern``, ``use_rslora``), unless the file has an ``alpha`` for each layer. Without any, alpha is
+            the rank.
         shown: name of the file in messages.
 
     Raises:
@@ -120,6 +123,7 @@ def in_peft_names(state: Mapping[str, Tensor], config: Mapping[str, Any], shown:
         layer = layer_of(key)
         up = named.get(f"{layer}.lora_B.weight")
         if up is not None and up.ndim > 1:
+            config = next((own for start, own in configs.items() if layer.startswith(start)), {})
             given = {"lora_alpha": float(alphas[layer])} if layer in alphas else config
             scale = _scale(layer, up.shape[1], given)
             named[key] = named[key] if scale == 1 else named[key].float() * scale

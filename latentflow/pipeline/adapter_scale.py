@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypedDict
 
 from ..errors import UserError, finite, shown
 from .adapter_files import PARTS
+from .offloading import weights_in_place
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +85,13 @@ def scaled_adapters(pipe: Any, scale: float) -> Iterator[None]:
             layer.scaling = {name: scale * value for name, value in layer.scaling.items()}
         if added is not None:
             added.scale = dict.fromkeys(PARTS, scale) | fused
-            pipe._renew()
+            with weights_in_place(pipe):
+                pipe._renew()
         yield
     finally:
         for layer, scaling in zip(layers, own, strict=True):
             layer.scaling = scaling
         if added is not None:
             added.scale = fused
-            pipe._renew()
+            with weights_in_place(pipe):
+                pipe._renew()

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..errors import UserError, lookup
+from ..errors import UserError, lookup, plural
 from ..families.model import Generators, Size
 from ..flow import EDITING, Solver, Velocity, integrate, slerp
 from ..flow.editing import deterministic
@@ -263,7 +263,7 @@ class EditCalls(CallMixin):
         frames: int = 8,
         num_inference_steps: int = 20,
         guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
+        negative_prompt: str | list[str] | None = None,
         generator: Generators | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -311,6 +311,8 @@ class EditCalls(CallMixin):
         deterministic(solver)
         if guidance_scale is None:
             guidance_scale = self.usual_guidance if image is None else 1.0
+        if isinstance(negative_prompt, list) and len(negative_prompt) > 1:
+            raise UserError(f"{len(negative_prompt)} negative prompts", "Pass one for the whole way.")
         prompts = _as_many(prompt, 2, "prompt")
         labels = _as_many(class_labels, 2, "class_labels")
         check_embeds(self.model, "prompt", prompt, prompt_embeds, prompt_attention_mask)
@@ -320,7 +322,9 @@ class EditCalls(CallMixin):
             originals = read_originals(self, image, latents, height, width)
             times = self._whole_grid(num_inference_steps, sigmas, originals.canvas)
             if len(originals) != 2:
-                raise UserError(f"{len(originals)} images to interpolate between", "Pass [first, last].")
+                raise UserError(
+                    f"{plural(len(originals), 'image')} to interpolate between", "Pass [first, last]."
+                )
             size, canvas = originals.size, originals.canvas
         else:
             size = canvas = self.image_size(height, width, latents)
@@ -464,7 +468,7 @@ def _as_many(values: Any, count: int, name: str) -> list[Any] | None:
         return None
     rows = [values] if isinstance(values, str | int) else list(values)
     if len(rows) not in (1, count):
-        raise UserError(f"{len(rows)} of {name} where there are {count}", f"Pass one, or {count}.")
+        raise UserError(f"{name} has {len(rows)} entries", f"Pass one, or {count}.")
     return rows * (count // len(rows))
 
 

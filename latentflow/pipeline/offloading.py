@@ -15,21 +15,22 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def with_weights_in_place(method: Method) -> Method:
-    """Return a method of a pipeline that runs with the weights in place, and offloads them again afterwards.
-
-    accelerate keeps them on "meta", where they cannot be read; hooks do not know layers that come later.
-    """
+    """Return a method of a pipeline that runs within `weights_in_place`."""
 
     @wraps(method)
     def wrapped(pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        with _in_place(pipe):
+        with weights_in_place(pipe):
             return method(pipe, *args, **kwargs)
 
     return cast(Method, wrapped)
 
 
 @contextmanager
-def _in_place(pipe: Any) -> Iterator[None]:
+def weights_in_place(pipe: Any) -> Iterator[None]:
+    """Bring a pipeline's weights back within the context, and offload them again afterwards.
+
+    accelerate keeps them on "meta", where they cannot be read; hooks do not know layers that come later.
+    """
     device = pipe._execution_device
     by_model, one_by_one, by_group = _func_optionally_disable_offloading(pipe)
     try:

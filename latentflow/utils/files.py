@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from ..errors import UserError, few, is_number, nearest, reading, shown
+from ..errors import UserError, did_you_mean, few, is_number, nearest, reading, shown
 from .names import find_path
 
 if TYPE_CHECKING:
@@ -241,10 +241,9 @@ def check_settings(file: object, settings: Mapping[str, Any], kind: Any) -> None
     named = {name: value for name, value in settings.items() if not name.startswith("_")}
     for name in named:
         if name not in hints:
-            guess = nearest(name, hints)
             raise UserError(
                 f"{file}: {kind.__name__} has no setting '{name}'",
-                f"Did you mean '{guess}'? {MEND}" if guess else MEND,
+                f"{did_you_mean(nearest(name, hints))}{MEND}",
             )
     check_types(file, named, hints)
 
@@ -316,7 +315,7 @@ def near_folder(missing: Path) -> str:
     """Return a sentence that asks for the folder with nearly the name of one that is not there; "" without one."""
     beside = [one.name for one in missing.parent.iterdir() if one.is_dir()] if missing.parent.is_dir() else []
     near = nearest(missing.name, beside)
-    return f"Did you mean '{missing.parent / near}'? " if near else ""
+    return did_you_mean(missing.parent / near if near else None)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
-from ..errors import nearest
+from ..errors import did_you_mean, nearest
 
 _MOST = 20_000  # names that are looked through for one with nearly the same letters, and entries of folders
 
@@ -77,12 +77,12 @@ def near_path(name: str, folder: Path = Path()) -> str:
         folder: the start of relative names, which the answer is relative to as well.
     """
     missing = folder / name
-    places = dict.fromkeys((next((one for one in missing.parents if one.is_dir()), folder), folder))
+    places = dict.fromkeys((next((parent for parent in missing.parents if parent.is_dir()), folder), folder))
     for place in places:
         within = str(missing.relative_to(place)) if missing.is_relative_to(place) else name
         if near := near_name(within, islice(_below(place), _MOST)):
             found = place / near
-            return f"Did you mean '{found.relative_to(folder) if found.is_relative_to(folder) else found}'? "
+            return did_you_mean(found.relative_to(folder) if found.is_relative_to(folder) else found)
     return ""
 
 

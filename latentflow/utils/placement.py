@@ -1,4 +1,4 @@
-"""Where a module computes, also where diffusers or accelerate keep its weights elsewhere."""
+"""The device on which a module computes, also while diffusers or accelerate keep its weights elsewhere."""
 
 from __future__ import annotations
 

@@ -307,6 +307,8 @@ def test_columns_of_a_saved_set_are_inferred_or_listed(tmp_path: Path) -> None:
     assert len(find_source(str(tmp_path / "one-part"))) == 3
     two = saved(tmp_path / "two", image=HELD[:1], mask=HELD[:1], text=["a"])
     assert find_source(str(two)).examples[0].mask is not None
+    both = saved(tmp_path / "both", image=HELD[:1], caption=["a"], Caption=["A"])
+    assert find_source(str(both)).captions() == ["a"]
 
 
 def test_the_hub_is_asked_only_when_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

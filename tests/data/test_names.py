@@ -319,6 +319,19 @@ def test_every_separator_is_read(name: str, table: str, tmp_path: Path) -> None:
     assert source.captions() == ["red, round; old\nhat", 'a "big" shoe'] and source.weights() == [1.0, 0.5]
 
 
+def test_what_a_comma_file_was_read_as_stays(tmp_path: Path) -> None:
+    """Runs on it continue: quotes after a space are text, and columns without a name are not read."""
+    rows = 'file_name,text,\n1.png, "Hello" sign; old,\n2.png,"a, b|c\td",seen\n'
+    data = on_disk(tmp_path, {"1.png": None, "2.png": None, "metadata.csv": rows})
+    assert find_source(str(data)).captions() == ['"Hello" sign; old', "a, b|c\td"]
+
+
+def test_two_names_with_a_tab_between_are_no_column(tmp_path: Path) -> None:
+    """`mask image` is another word for `mask`."""
+    data = on_disk(tmp_path, {"1.png": None, "m.png": MASK, "t.tsv": "mask\timage\nm.png\t1.png\n"}) / "t.tsv"
+    assert find_source(str(data)).examples[0].mask is not None
+
+
 def test_columns_that_are_named_decide(tmp_path: Path) -> None:
     data = on_disk(tmp_path, {"1.png": None, "t.csv": "bild;titel, kurz\n1.png;ein Hut\n"}) / "t.csv"
     assert find_source(str(data), columns={"image": "bild", "text": "titel, kurz"}).captions() == ["ein Hut"]

@@ -219,10 +219,9 @@ def test_kohyas_file_of_network_and_text_encoder(folder: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "settings", "scale"),
     [
-        ("unet.x.lora_A.weight", {"ss_network_alpha": "3.0"}, 1.5),
-        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "3"}, 1.5),
-        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "Dynamic"}, 1.0),
-        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "0"}, 1.0),
+        # Of the training; the tensors have it already, or it is the rank:
+        ("transformer.x.lora_A.weight", {"ss_network_alpha": "3.0"}, 1.0),
+        ("lora_unet_x.lora_down.weight", {"ss_network_alpha": "3.0"}, 1.0),
         ("unet.x.lora.down.weight", {THEIRS: {"unet.r": 2, "unet.lora_alpha": 8}}, 4.0),
         ("x.lora_A.weight", {THEIRS: {"r": 2, "lora_alpha": 1, "alpha_pattern": {"x": 3}}}, 1.5),
         ("unet.x.lora_A.weight", {THEIRS: {"unet.r": 2, "unet.lora_alpha": 2, "unet.use_rslora": True}}, 2**0.5),
@@ -241,6 +240,22 @@ def test_scales_in_the_metadata_are_multiplied_in(
     state = LatentFlowPipeline.lora_state_dict(tmp_path / "it.safetensors")
     [written] = [value for key, value in state.items() if key.endswith("lora_B.weight")]
     torch.testing.assert_close(written, torch.full((4, 2), scale))
+
+
+def test_settings_of_a_unet_beside_those_of_a_text_encoder(tmp_path: Path) -> None:
+    """The first are multiplied in, the others are peft's to apply."""
+    tensors = {
+        f"{part}.x.lora_{end}.weight": torch.ones(shape)
+        for part in ("unet", "text_encoder")
+        for end, shape in (("A", (2, 4)), ("B", (4, 2)))
+    }
+    settings = {"unet.r": 2, "unet.lora_alpha": 8, "text_encoder.r": 2, "text_encoder.lora_alpha": 6}
+    save_file(tensors, tmp_path / "it.safetensors", metadata={THEIRS: json.dumps(settings)})
+    state, left = LatentFlowPipeline.lora_state_dict(tmp_path / "it.safetensors", return_lora_metadata=True)
+    assert left == {"text_encoder.r": 2, "text_encoder.lora_alpha": 6}
+    assert (state["unet.x.lora_B.weight"] == 4.0).all() and (
+        state["text_encoder.x.lora_B.weight"] == 1.0
+    ).all()
 
 
 # ---------------------------------------------------------------- refused
@@ -356,6 +371,9 @@ def test_pickles_are_never_opened(dit_folder: Path, tmp_path: Path) -> None:
             pipe.load_lora_weights(tmp_path / name)
     with pytest.raises(UserError, match=r"holds no \.safetensors file, only it\.PTH|it\.bin, a pickle"):
         pipe.load_lora_weights(tmp_path)
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(UserError, match=r"folder\.pt holds no \.safetensors file\n"):
+        pipe.load_lora_weights(tmp_path / "folder.pt")
 
 
 def test_layers_of_a_text_encoder_need_one(dit_folder: Path, class_folder: Path) -> None:

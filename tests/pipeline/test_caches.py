@@ -106,6 +106,25 @@ def test_caches_skip_blocks_and_stay_near(config: Any, most: int, pipe: LatentFl
         assert (made - expected[prompt]).abs().max() < 0.25  # the two prompts are 0.67 apart
 
 
+def test_what_velocities_of_the_model_remember_is_let_go_of(pipe: LatentFlowPipeline) -> None:
+    def remembered() -> int:
+        hooks = [
+            hook
+            for block in pipe.transformer.blocks
+            for hook in block._diffusers_hook.hooks.values()
+            if hasattr(hook, "state_manager")
+        ]
+        assert hooks
+        return sum(len(hook.state_manager._state_cache) for hook in hooks)
+
+    pipe.transformer.enable_cache(ALWAYS)
+    with pipe.running():
+        velocity = pipe.model.velocity(pipe.model.encode_prompt(["a red apple"]), 1.0)
+        velocity(torch.zeros(1, 2, 4, 4), torch.tensor(0.5))
+        assert remembered()
+    assert not remembered()
+
+
 def test_images_of_a_batch_share_a_cache(pipe: LatentFlowPipeline) -> None:
     pipe.transformer.enable_cache(NEVER)
     both = call(pipe, ["a red apple", "green tree"], generator=seeds(0, 1))

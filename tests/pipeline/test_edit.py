@@ -281,7 +281,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "method": ({"method": "flowedits"}, "did you mean 'flowedit'"),
     "stochastic solver": ({"solver": "euler-maruyama"}, "stochastic"),
     "another method's setting": ({"method": "inversion", "draws": 2}, "draws is given"),
-    "source prompts": ({"source_prompt": [TREE, HAT, APPLE]}, "3 of source_prompt where there are 2"),
+    "source prompts": ({"source_prompt": [TREE, HAT, APPLE]}, "source_prompt has 3 entries\nPass one, or 2."),
     "classes": ({"source_class_labels": 1}, "does not take class_labels"),
 }
 
@@ -321,8 +321,13 @@ def test_mistakes_in_inversion_and_interpolation_are_named(
         (lambda: edit.invert(images, [APPLE, TREE, HAT]), "3 prompts"),
         (lambda: of_classes.invert(images, negative_prompt="x"), "negative prompt without a prompt"),
         (lambda: of_classes.invert(images, "x"), "apple, hat, tree"),
-        (lambda: edit.interpolate([APPLE, TREE, HAT]), "3 of prompt where there are 2"),
-        (lambda: edit.interpolate(APPLE, [images[0]]), "1 images to interpolate between"),
+        (lambda: edit.interpolate([APPLE, TREE, HAT]), "prompt has 3 entries\nPass one, or 2."),
+        (lambda: edit.interpolate([APPLE, TREE], negative_prompt=[HAT, HAT]), "2 negative prompts\nPass one"),
+        (
+            lambda: of_classes.encode_prompt("x"),
+            "does not take prompt\nIt takes class_labels: apple, hat, tree",
+        ),
+        (lambda: edit.interpolate(APPLE, [images[0]]), "1 image to interpolate between"),
         (lambda: edit.interpolate(APPLE, generator=seeds(1, 2, 3)), "3 generators"),
     ]
     for call, message in cases:

@@ -310,6 +310,30 @@ def test_an_adapter_loads_before_and_after(
     assert torch.equal(drawn(pipe), base)
 
 
+@pytest.mark.parametrize("offload", [sequential, by_model, weights_in_groups])
+@pytest.mark.parametrize("new", ["word", "class"])
+def test_a_call_scales_new_words_and_classes(
+    new: str, offload: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    base = request.getfixturevalue("dit_folder" if new == "word" else "class_folder")
+    added: dict[str, Any] = {"words": ["zebra"]} if new == "word" else {"classes": ["boat"]}
+    make_adapter(base, tmp_path, **added)
+    condition: dict[str, Any] = {"prompt": "a red zebra"} if new == "word" else {"class_labels": "boat"}
+    plain, pipe = (quiet(LatentFlowPipeline.from_pretrained(base)) for _ in range(2))
+
+    def drawn(of: LatentFlowPipeline, scale: float) -> Tensor:
+        few: dict[str, Any] = {"generator": seeds(0), "num_inference_steps": 2, "output_type": "pt"}
+        made: Tensor = of(**condition, attention_kwargs={"scale": scale}, **few).images
+        return made
+
+    for each in (plain, pipe):
+        each.load_lora_weights(tmp_path)
+    offload(pipe, monkeypatch)
+    for scale in (0.5, 1.0, 0.0, 1.0):
+        assert torch.equal(drawn(pipe, scale), drawn(plain, scale)), scale
+
+
 def test_an_offloaded_pipeline_is_saved(
     dit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -98,7 +99,10 @@ def test_a_student_may_be_an_adapter(teacher, images, tmp_path) -> None:
     def same(one: Any, other: Any, **more: Any) -> None:
         torch.testing.assert_close(drawn(one, **more), drawn(other, **more), rtol=1e-4, atol=1e-5)
 
-    run = student("run")
+    run = student("run", "--license", "cc-by-4.0")
+    assert all(
+        metadata_load(run / part / "README.md")["license"] == "cc-by-4.0" for part in ("pipeline", "adapter")
+    )
     whole, pipe = opened(run / "pipeline"), opened(teacher)
     before, config = drawn(pipe), dict(pipe.config)
     pipe.load_lora_weights(run / "adapter")

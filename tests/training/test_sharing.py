@@ -54,7 +54,7 @@ def test_an_adapter_s_card_says_what_it_is_and_how_to_load_it(
     header = header_of(card)
     assert header["tags"] == ["latentflow", "flow-matching", "lora"] and header["license"] == "cc-by-4.0"
     for text in (
-        "# hats", "An adapter (LoRA of rank 4, alpha 8) for a checkpoint of latentflow.\nWith it images of 16 x 16",
+        "# hats", "An adapter (LoRA of rank 4, alpha 8) for a checkpoint of latentflow,\nwhich then generates",
         "Made for base, a local checkpoint.", "New words: w, hat, wug.", "| lora_rank | 4 |",
         "| `transformer` | 7 | 0.00 M |",
         'with `pip install -e . "peft>=', "2 steps of 4 samples", "- data: ",
@@ -113,8 +113,8 @@ def test_cards_of_exports(runs: Path, cache: Path, tmp_path: Path) -> None:
     assert f"load_lora_weights({place})" in card and "# out" in card and "lora" in header["tags"]
     card, header = export(runs / "base", "--lora", f"{runs / 'hats'}:0.5")
     assert (
-        "Made from base, a local checkpoint, with adapters merged into its weights: hats (weight 0.5)."
-        in card
+        "Made from base, a local checkpoint, with adapters merged into its weights: hats (weight 0.5; licence: "
+        "cc-by-4.0, as its card states)." in card
     )
     assert f"from_pretrained({place})" in card and "base_model" not in header and "## Training" not in card
     (runs / "base" / "pipeline" / "README.md").rename(tmp_path / "card")
@@ -273,6 +273,14 @@ def test_the_user_s_own_card_loads_from_the_repository_as_well(pipeline: Path, a
         hub.push(pipeline, "owner/cats")
         assert uploaded(api)["README.md"].decode() == wanted
         assert (pipeline / "README.md").read_text() == text
+
+
+def test_the_card_of_an_older_run_names_our_library_unless_it_was_edited(pipeline: Path, api: Mock) -> None:
+    card = "---\nlibrary_name: diffusers\n---\n"
+    for written, library in ((signed(card), DISTRIBUTION), (card, "diffusers")):
+        (pipeline / "README.md").write_text(written)
+        sent = hub.contents(pipeline, "me/emoji")["README.md"]
+        assert isinstance(sent, bytes) and f"library_name: {library}\n" in sent.decode()
 
 
 def test_a_card_on_the_hub_that_was_edited_stays_and_is_named(

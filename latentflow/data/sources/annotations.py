@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ...errors import UserError, few, nearest, plural, shown
+from ...errors import UserError, did_you_mean, few, nearest, plural, shown
 from ...utils.files import refuse_no_text
 from ...utils.names import Listings, as_spelled, composed, find_path
 from ..dataset import Colours, Example, FileExample, Kind, Source
@@ -27,7 +27,7 @@ Masks = Literal["auto", "none", "alpha"]
 
 HEAVIEST = 1e6  # weight of an image's loss: more only ends in updates that are not finite
 COLUMNS = ("image", "file_name", "text", "label", "mask", "weight")
-# Other words for our columns, and ours in upper case.
+# Other words for our columns. Our own are among them, since a table may have them in upper case.
 _IMAGE_SYNONYMS = (
     "file_name", "image", "path", "image_path", "file", "filename", "img", "picture", "image_file", "images",
 )  # fmt: skip
@@ -142,12 +142,13 @@ def rename(columns: Iterable[str], renamed: Mapping[str, str], where: str) -> di
     for ours, theirs in renamed.items():
         if ours not in COLUMNS:
             raise UserError(
-                f"--columns: '{ours}' is not one of {', '.join(COLUMNS)}", _did_you_mean(ours, COLUMNS)
+                f"--columns: '{ours}' is not one of {', '.join(COLUMNS)}",
+                did_you_mean(nearest(ours, COLUMNS)),
             )
         if theirs not in own:
             raise UserError(
                 f"{where} has no column '{theirs}' (--columns {ours} {theirs})",
-                f"{_did_you_mean(theirs, own)}Its columns: {', '.join(own)}",
+                f"{did_you_mean(nearest(theirs, own))}Its columns: {', '.join(own)}",
             )
         if ours != theirs and ours in own and ours not in renamed.values():
             raise UserError(
@@ -175,7 +176,7 @@ def our_columns(
     """
     found = rename(columns, renamed, where)
     names = set(found.values())
-    words = {lower_case(name): name for name in sorted(names, reverse=True)}
+    words = {lower_case(name): name for name in sorted(names)}  # of two spellings the one in lower case
     others: dict[str, str] = {}  # words of the table by our names
     if not names & {"image", "file_name"} and (word := next((w for w in _IMAGE_SYNONYMS if w in words), "")):
         others[image] = words[word]
@@ -204,12 +205,7 @@ def is_known_column(name: str) -> bool:
 
 def lower_case(column: str) -> str:
     """Return a column's name in lower case, with _ for spaces and hyphens."""
-    return re.sub(r"[\s-]+", "_", column.strip().casefold())
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    guess = nearest(name, names)
-    return f"Did you mean '{guess}'? " if guess else ""
+    return re.sub(r"[ -]+", "_", column.strip().casefold())
 
 
 # ---------------------------------------------------------------- from annotations to a source

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ...errors import UserError, few, plural, shown
+from ...errors import UserError, did_you_mean, few, plural, shown
 from ...utils.files import decode, storable
 from ...utils.names import composed, near_name
 from ..dataset import Kind, Source
@@ -110,8 +110,7 @@ def read_metadata(folder: Folder, renamed: Mapping[str, str]) -> Metadata:
                 )
     for names, what, column in ((rows, "file", "file_name"), (masks.values(), "mask", "mask")):
         if absent := [name for name in names if not folder.holds(name)]:
-            near = near_name(absent[0], folder.images)
-            hint = f"Did you mean '{near}'? " if near else ""
+            hint = did_you_mean(near_name(absent[0], folder.images))
             raise UserError(
                 f"{path} names {plural(len(absent), what)} that cannot be found: {few(absent)}",
                 f"{hint}{column} is relative to the folder of the metadata.",
@@ -135,8 +134,7 @@ def _existing(folder: Folder, where: str, name: str) -> str:
     """Return the file of the folder that a path names, as it is spelled there; the path where there is none."""
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
-        near = near_name(name, folder.images)
-        hint = f"Did you mean '{near}'? " if near else ""
+        hint = did_you_mean(near_name(name, folder.images))
         raise UserError(f"{where}: {name} leads out of the folder", f"{hint}Give a path below it.")
     return folder.find(relative.as_posix()) or relative.as_posix()
 
@@ -281,7 +279,9 @@ def folder_source(data: str, folder: Folder, request: DataRequest) -> Source:
         what = f"{plural(len(named), 'mask')} in files beside the images"
         notes.append(f"{what}{request.unused_masks}: {few(named)}")
     notes += _left_out(folder, metadata, sidecars)
-    hint = _stray_caption(folder, sidecars, [one.name for one in examples if kind == "text" and not one.text])
+    hint = _stray_caption(
+        folder, sidecars, [example.name for example in examples if kind == "text" and not example.text]
+    )
     root = folder.root if folder.root.is_dir() else None
     return build_source(data, examples, kind, request, notes, root, caption_hint=hint)
 

@@ -151,7 +151,7 @@ def _columns(
     """
     ours = rename(features, request.columns, data)
     images = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
-    words = {lower_case(name): name for name in sorted(features, reverse=True)}
+    words = {lower_case(name): name for name in sorted(features)}  # of two spellings the one in lower case
     inferred = []
     for meaning, likely in _LIKELY.items():
         if meaning in ours.values() or (meaning == "text" and any(map(holds_captions, ours.values()))):

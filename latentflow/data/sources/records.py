@@ -41,29 +41,32 @@ def read_records(
 
 def _csv_rows(text: str, path: Path, named: Collection[str]) -> Iterator[tuple[int, dict[str, object]]]:
     lines = io.StringIO(text, newline="")
-    first = next(lines, "").rstrip("\r\n")
-    said = _SEPARATOR_LINE.fullmatch(first)  # Excel's own line for it, before the header
-    separator = said[1] if said else _separator(first, named)
-    if not said:
-        lines.seek(0)
-    rows = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    first = next(lines, "")
+    stated = _SEPARATOR_LINE.fullmatch(first.rstrip("\r\n"))  # Excel's own line for it, before the header
+    header = next(lines, "") if stated else first
+    separator = stated[1] if stated else _separator(header.rstrip("\r\n"), named)
+    # Spaces before the quotes of a cell are left out where names have them too; else they and the quotes are text.
+    spaced = f"{separator} " in header
+    lines.seek(len(first) if stated else 0)
+    rows = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
 
     def where() -> str:
-        return f"{path}, line {rows.line_num + bool(said)}"
+        return f"{path}, line {rows.line_num + bool(stated)}"
 
     try:
         columns = [name.strip() for name in next(rows, [])]
-        while columns and not columns[-1]:  # spreadsheets write empty columns after the last one
+        width = len(columns)
+        while columns and not columns[-1]:  # spreadsheets write columns without a name after the last one
             columns.pop()
         rename(columns, {}, str(path))  # refuses two columns of one name
         for cells in filter(any, rows):
-            if any(cells[len(columns) :]):
+            if any(cells[width:]):
                 raise UserError(
                     f"{where()} has more cells than the first line has columns",
                     f"Put text that holds {_SEPARATORS.get(separator, separator)} in double quotes: "
                     f'"red{separator} round".',
                 )
-            line = rows.line_num + bool(said)
+            line = rows.line_num + bool(stated)
             yield line, {name: cells[i] if i < len(cells) else None for i, name in enumerate(columns)}
     except csv.Error as error:
         raise UserError(f"{where()} cannot be read: {error}", "Mend that line.") from None
@@ -73,7 +76,10 @@ def _separator(header: str, named: Collection[str]) -> str:
     """Return the character between a table's columns, by its first line: the first of ``_SEPARATORS`` that makes a
     column that is ``named`` or of a known name, else the one that makes most columns."""
     start = header[: csv.field_size_limit()]  # of a longer line the reader of the rows complains
-    cells = {one: next(csv.reader([start], delimiter=one, skipinitialspace=True), []) for one in _SEPARATORS}
+    cells = {
+        separator: next(csv.reader([start], delimiter=separator, skipinitialspace=True), [])
+        for separator in _SEPARATORS
+    }
     for separator, names in cells.items():
         if any(name.strip() in named or is_known_column(name) for name in names):
             return separator

@@ -40,6 +40,8 @@ _SHOWN = (
     "objective", "weighting", "time_density", "condition_dropout", "inpainting", "max_train_steps", "train_batch_size",
     "gradient_accumulation_steps", "optimizer", "learning_rate", "lr_scheduler", "lr_decay_share", "ema_decay", "seed",
 )  # fmt: skip
+# Settings without effect where the network is a checkpoint's.
+_OF_NEW_NETWORK = ("network", "network_preset", "width", "depth", "heads", "patch_size")
 _WITHOUT_ADAPTER = ("lora_rank", "lora_alpha", "lora_layers")  # settings that have no effect at rank 0
 
 
@@ -176,7 +178,7 @@ def _header(
         license_link=link or None,
         library_name=DISTRIBUTION,
         pipeline_tag=_TAGS[facts.kind],
-        datasets=[one.hub_id for one in data] or None,
+        datasets=[origin.hub_id for origin in data] or None,
         tags=tags,
         **derived,
     )
@@ -221,7 +223,9 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
         )
     places = [str(run.config.get("data")), *([_named_base(run)] if base and not base.hub_id else [])]
     licences = [
-        f"{one.name}: licence {_as_text(one.license)}, as its card states" for one in sets if one.license
+        f"{origin.name}: licence {_as_text(origin.license)}, as its card states"
+        for origin in sets
+        if origin.license
     ]
     return values | {
         "name": _as_text((run.folder.resolve() if where.name in ("pipeline", "adapter") else where).name),
@@ -238,6 +242,7 @@ def _values_of_run(run: Run, facts: CardFacts, *, of_adapter: bool) -> dict[str,
             for name in _SHOWN
             if run.config.get(name) not in (None, {}, [])
             and not (name in _WITHOUT_ADAPTER and not run.config.get("lora_rank"))
+            and not (name in _OF_NEW_NETWORK and base)
         ],
         "verdict": _as_text(verdict.remark) if verdict else "",
         "learnt": [_as_text(line) for line in measured_lines(run, verdict)],

@@ -10,6 +10,8 @@ import shlex
 import shutil
 from pathlib import Path
 
+from ...utils.libraries import DISTRIBUTION
+
 # Weights may be split into another number of files than before: old ones must not lie beside new ones.
 _WEIGHTS = re.compile(r"(diffusion_pytorch_)?model([.-][\w.-]+)?\.safetensors(\.index\.json)?")
 
@@ -51,8 +53,14 @@ def is_generated(card: str) -> bool:
 
 
 def moved(card: str, where: str) -> str:
-    """Return a model card of `signed` whose lines load from ``where``; any other card as it is."""
-    return signed(relocated(unsigned(card), where)) if is_generated(card) else card
+    """Return a model card of `signed` whose lines load from ``where``; any other card as it is.
+
+    Earlier versions named diffusers as the library, for which the hub shows a snippet that fails.
+    """
+    if not is_generated(card):
+        return card
+    text = re.sub(r"^library_name: diffusers$", f"library_name: {DISTRIBUTION}", unsigned(card), flags=re.M)
+    return signed(relocated(text, where))
 
 
 def relocated(card: str, where: str, folder: Path | None = None) -> str:

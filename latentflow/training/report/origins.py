@@ -46,17 +46,22 @@ def checkpoint_origin(source: str) -> Origin:
         files = ("model_index.json", ADAPTER_FILE)
         found = [file for name in files if (file := _cached(source, name))]
         if not found:  # gone, or a hub id whose files are no longer there to prove it
-            return Origin(name=folder.name, place=folder.name)
+            name = _name(folder)
+            return Origin(name=name, place=name)
         return Origin(name=source, place=source, hub_id=source, license=_license(found[0].parent))
     resolved = folder.resolve()
     if resolved.is_file():  # an adapter's
         resolved = resolved.parent if resolved.name == ADAPTER_FILE else resolved.with_suffix("")
-    in_run = resolved.name in ("pipeline", "adapter")
-    name = resolved.parent.name if in_run else resolved.name
+    name = _name(resolved)
     if resolved.is_relative_to(SHIPPED_CHECKPOINTS.resolve()):
         place = f"{SHIPPED_CHECKPOINTS.name}/{resolved.relative_to(SHIPPED_CHECKPOINTS.resolve()).as_posix()}"
         return Origin(name=name, place=place, license=_license(resolved))
     return Origin(name=name, place=name, license=_license(resolved))
+
+
+def _name(folder: Path) -> str:
+    """Return the name of a checkpoint's folder; of one in a run, the run's."""
+    return folder.parent.name if folder.name in ("pipeline", "adapter") else folder.name
 
 
 def data_origins(data: str) -> list[Origin]:
