@@ -12,8 +12,8 @@ import torch
 from latentflow import LatentFlowPipeline
 from latentflow.errors import UserError
 
-from .test_original import original_weights
 from .parts import kl
+from .test_original import original_weights
 
 Program = Callable[[str], Any]
 
