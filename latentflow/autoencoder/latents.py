@@ -394,8 +394,7 @@ def _normalises_itself(vae: Autoencoder) -> bool:
 
 def _of_videos(vae: Autoencoder) -> bool:
     """Return True for an autoencoder of videos, for which an image is a video of one frame."""
-    # Qwen-Image 2.1's has flat convolutions, and takes videos all the same
-    return "z_dim" in vae.config or any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
+    return "z_dim" in vae.config  # Qwen-Image's and Wan's, whose classes have no other name in common
 
 
 def _placed(vae: Autoencoder, value: Tensor) -> Tensor:

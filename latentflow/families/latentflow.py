@@ -231,7 +231,7 @@ class LatentFlowModel(FlowModel):
             UserError: the checkpoint takes no text; the text encoder or the tokenizer is not loaded; what it makes is
                 not finite.
         """
-        if not self.takes_text:
+        if self.network is not None and not self.takes_text:
             self.check_condition(prompt=prompts)
         pipeline = self.pipeline
         if pipeline.text_encoder is None or pipeline.tokenizer is None:

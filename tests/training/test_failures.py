@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -196,6 +196,8 @@ def test_another_error_of_the_network_is_no_lack_of_memory(tmp_path: Path) -> No
 def test_memory_that_runs_out_while_decoding_is_told_apart(tmp_path: Path) -> None:
     class Decoder:
         """Stands for an autoencoder; what matters is who called it."""
+
+        config: ClassVar[dict[str, int]] = {}
 
         def decode(self, *args: object, **kwargs: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
