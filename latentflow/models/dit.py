@@ -328,8 +328,7 @@ class DiT(Checked, LayerwiseCastingMixin, BlockCacheMixin, ModelMixin, ConfigMix
         norm_function = lookup(NORMS, norm, "norm")
         self.patch_size = patch_size
         self.heads = heads
-        self.position = position
-        self.rope_base = rope_base
+        self.position, self.rope_base = position, rope_base
         self.condition_channels = condition_channels
         self.gradient_checkpointing = False
 

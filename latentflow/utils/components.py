@@ -7,11 +7,9 @@ read. No code of a checkpoint's is executed, and no module is imported because a
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, few, reading, shown
 from .files import CONFIG, MEND, check_settings, read_settings
+from .weight_files import stored_weights
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 
-_STEMS = ("diffusion_pytorch_model", "model")  # names of files of weights: diffusers', transformers'
 _FLOATS = ("F", "BF")  # how safetensors' types of floating-point numbers begin
 
 
@@ -276,86 +273,6 @@ def is_finite(values: Tensor) -> bool:
     import torch
 
     return bool(torch.isfinite(torch.stack(values.detach().aminmax())).all())
-
-
-def stored_weights(folder: Path, variant: str | None = None) -> dict[str, tuple[str, int]] | None:
-    """Return name -> (type, count of numbers) of the weights in ``folder``'s safetensors files, by their headers.
-
-    Args:
-        variant: see ``from_pretrained``, such as "fp16".
-
-    Returns:
-        None where the folder has no safetensors files.
-
-    Raises:
-        UserError: a file or its index is damaged.
-    """
-    files = weight_files(folder, variant)
-    if files is None:
-        return None
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, tuple[str, int]] = {}
-    for file in files:
-        with reading(file, OSError, SafetensorError, fix=MEND), safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                weight = opened.get_slice(name)
-                found[name] = weight.get_dtype(), math.prod(weight.get_shape())
-    return found
-
-
-def weight_files(folder: Path, variant: str | None) -> list[Path] | None:
-    """Return the safetensors files in ``folder`` that the libraries read, or None where it has none.
-
-    Args:
-        variant: see ``from_pretrained``, such as "fp16".
-
-    Raises:
-        UserError: their index is damaged.
-    """
-    end = f".{variant}" if variant else ""
-    for stem in _STEMS:
-        index = folder / f"{stem}.safetensors.index{end}.json"
-        if index.is_file():
-            places = read_settings(index).get("weight_map")
-            if not isinstance(places, dict) or not all(
-                isinstance(file, str) and Path(file).name == file for file in places.values()
-            ):
-                raise UserError(f"{index}: weight_map does not name files beside it", MEND)
-            return [folder / file for file in sorted({*places.values()})]
-        if (folder / f"{stem}{end}.safetensors").is_file():
-            return [folder / f"{stem}{end}.safetensors"]
-    return None
-
-
-def variants(folder: Path) -> list[str]:
-    """Return the variants of the weights in ``folder``, such as "fp16" of ``model.fp16.safetensors`` or its shards."""
-    return sorted({file.name.split(".")[1].partition("-")[0] for file in folder.glob("*.*.safetensors")})
-
-
-def check_variant(folder: Path, parts: Iterable[str], variant: Any) -> None:
-    """Refuse a variant of which none of a pipeline's ``parts``, folders in ``folder``, has weights.
-
-    Raises:
-        UserError: names those that are there.
-    """
-    there = {name: variants(folder / name) for name in parts}
-    if not any(variant in names for names in there.values()):
-        found = sorted({name for names in there.values() for name in names})
-        fix = f"There are {', '.join(found)}." if found else "Its weights have no variants: leave it out."
-        what = f"You are trying to load the model files of the `variant={variant}`"  # diffusers' words
-        raise UserError(f"{what}, but {folder} has none", fix)
-
-
-def stored_dtype(folder: Path, variant: str | None = None) -> torch.dtype:
-    """Return the type of most numbers in ``folder``'s weights; float32 where it is none that networks compute in."""
-    import torch
-
-    counts: Counter[str] = Counter()
-    for kind, count in (stored_weights(folder, variant) or {}).values():
-        counts[kind] += count
-    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    return types.get(max(counts, key=counts.__getitem__, default=""), torch.float32)
 
 
 def check_layers(file: Path, config: Mapping[str, Any], stored: Mapping[str, tuple[str, int]] | None) -> None:
