@@ -48,20 +48,20 @@ def picture(name: str, seed: int = 0) -> torch.Tensor:
 
 @each_family
 def test_a_call_draws_as_the_model_does(name: str) -> None:
-    """With the model's own steps, grid, guidance and solver."""
+    """With the model's own steps, grid, guidance (with its schedule) and solver."""
     _, model, tiny = opened(name)
     pipe = over(LatentFlowPipeline, name)
     size = {"height": tiny.side, "width": tiny.side}
     latents = pipe(
-        **condition(name), **size, num_inference_steps=3, generator=seeded(), output_type="latent"
+        **condition(name), **size, num_inference_steps=4, generator=seeded(), output_type="latent"
     ).images
     with torch.no_grad():
         rows = model.encode_prompt(PROMPTS[:1]) if model.takes_text else model.encode_class([1])
-        times = model.time_grid(3, tiny.side, tiny.side)
+        times = model.time_grid(4, tiny.side, tiny.side)
         from latentflow.flow import integrate
 
         x = model.begin(model.noise(1, tiny.side, tiny.side, seeded()), times)
-        expected = integrate(model.velocity(rows, model.usual_guidance), x, times, model.usual_solver)
+        expected = integrate(model.velocity(rows, times=times), x, times, model.usual_solver)
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
     image = pipe(**condition(name), **size, num_inference_steps=2, solver="heun", generator=seeded()).images[
         0
