@@ -457,6 +457,10 @@ class FlowModel(ABC):
         """Return the state at the first of ``times`` to which `noise` leads; of a flow that begins at 0 the noise."""
         return noise
 
+    def noise_of(self, state: Tensor, times: Tensor) -> Tensor:
+        """Return the noise that leads to the state at the first of ``times``; what `begin` does, undone."""
+        return state
+
     def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
         """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64; None is `usual_steps`.
 

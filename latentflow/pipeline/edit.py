@@ -248,12 +248,12 @@ class EditCalls(CallMixin):
         method = by_row(solver)
         call = self._start(asked, originals.canvas, len(originals), may_lack_condition=True)
         x1, velocity = call.expand(originals.latents(self)), call.velocity()
-        noise = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
+        state = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
         error = None
         if measure:
-            again = integrate(velocity, noise, times, method, progress=self.progress_bar)
+            again = integrate(velocity, state, times, method, progress=self.progress_bar)
             error = (again - x1).square().flatten(1).mean(1).sqrt()
-        return Inversion(noise, error, originals.size)
+        return Inversion(self.model.noise_of(state, times), error, originals.size)
 
     @checked
     def interpolate(
@@ -386,7 +386,8 @@ class EditCalls(CallMixin):
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt or []
         if may_lack_condition and not any(prompts):
             text_alone = self.takes_text and not self.takes_classes
-            encodes = text_alone and self.text_encoder is not None and asked.prompt_embeds is None
+            encoder = getattr(self, "text_encoder", None)  # some families have none, or call it otherwise
+            encodes = text_alone and encoder is not None and asked.prompt_embeds is None
             asked = replace(asked, prompt="" if encodes else None)
         condition = asked.prompt, asked.prompt_embeds, asked.class_labels
         if not may_lack_condition or any(value is not None for value in condition):

@@ -106,6 +106,26 @@ def test_edits_and_variations(name: str) -> None:
     torch.testing.assert_close(again, through, rtol=0.0, atol=1e-5)
 
 
+@each_family
+def test_inverted_noise_makes_the_image_again(name: str) -> None:
+    """To within the error that the inversion has measured; without a condition as well."""
+    _, _model, tiny = opened(name)
+    edit, image = over(LatentFlowEditPipeline, name), picture(name)
+    options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1.0, **condition(name)}
+    inverted = edit.invert(image, **options)
+    again = over(LatentFlowPipeline, name)(
+        **options,
+        height=tiny.side,
+        width=tiny.side,
+        latents=inverted.latents,
+        solver="heun",
+        output_type="latent",
+    ).images
+    error = (again - edit.encode_images(2.0 * image - 1.0)).square().mean().sqrt()
+    torch.testing.assert_close(error, inverted.error[0], rtol=1e-3, atol=1e-4)
+    assert edit.invert(image, num_inference_steps=1, measure=False).latents.isfinite().all()
+
+
 def test_from_pipe_and_back() -> None:
     stock = checkpoint("FluxPipeline")
     pipe = LatentFlowInpaintPipeline.from_pipe(stock)
