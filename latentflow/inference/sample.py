@@ -196,8 +196,14 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
         UserError: an adapter cannot be loaded, see ``load_lora_weights``; its weight is not a finite number; or the
             checkpoint has no adapter for ``fast``.
     """
-    if choice.lora and not hasattr(pipe, "merge_lora_weights"):
-        _load_adapters(pipe, choice.lora)
+    if not hasattr(pipe, "merge_lora_weights"):  # a pretrained model of another family
+        if choice.fast:
+            raise UserError(
+                f"--fast: {checkpoint} has no few-step adapter of latentflow",
+                "Leave --fast out, or give a LoRA that was made for this model: --lora FILE.",
+            )
+        if choice.lora:
+            _load_adapters(pipe, choice.lora)
         return
     if choice.fast:
         if Path(checkpoint).is_dir() and not (Path(checkpoint) / "fast").is_dir():

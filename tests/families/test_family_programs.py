@@ -60,6 +60,15 @@ def test_generate(name: str, folders: Callable[[str], Path], load_program: Progr
     assert Image.open(tmp_path / "out.png").size == (opened(name)[2].side,) * 2
 
 
+def test_the_few_step_adapter_of_our_own_is_refused(
+    folders: Callable[[str], Path], load_program: Program
+) -> None:
+    name = "StableDiffusion3Pipeline"
+    for lora in ([], ["--lora", "hats.safetensors"]):
+        with pytest.raises(UserError, match=r"--fast: .* has no few-step adapter"):
+            load_program("generate").main(["red apple", "--fast", *lora, *flags(name, folders(name))])
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_images_are_inpainted_edited_and_interpolated(
     name: str,
