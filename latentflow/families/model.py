@@ -31,10 +31,10 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import decode, encode, in_float32
-from ..errors import UserError
+from ..errors import UserError, few
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
-from ..utils.components import library_reads
-from ..utils.files import pipeline_folder, read_settings
+from ..utils.components import library_reads, reported_missing
+from ..utils.files import MEND, pipeline_folder, read_settings
 from ..utils.names import as_spelled
 from .few_steps import FewSteps
 
@@ -43,6 +43,8 @@ Generators: TypeAlias = torch.Generator | list[torch.Generator]
 Values: TypeAlias = Tensor | list[Tensor]
 #: (height, width), or (top, left), in pixels
 Size: TypeAlias = tuple[int, int]
+#: options of ``from_pretrained`` that say where and how files of the hub are found
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 # of velocities: by them diffusers' caches tell one from another
 _NUMBERS = itertools.count()
 
@@ -276,13 +278,7 @@ class FlowModel(ABC):
         from . import FAMILIES, family_of
         from .left_out import LEFT_OUT
 
-        folder = pipeline_folder(name_or_path)
-        if folder is not None:
-            kind = read_settings(folder / DiffusionPipeline.config_name).get("_class_name")
-        else:
-            what = f"no folder '{name_or_path}', and the hub repository of that name"
-            with library_reads(what, fix="Check the spelling and the network; offline, pass a local folder."):
-                kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
+        kind = pipeline_class(name_or_path, **options)
         family = family_of(str(kind))
         if family is None and str(kind) in LEFT_OUT:
             raise UserError(f"{name_or_path} is a {kind}", LEFT_OUT[str(kind)])
@@ -295,11 +291,24 @@ class FlowModel(ABC):
 
     @staticmethod
     def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
-        """Open the diffusers pipeline of a folder or hub id; safetensors only."""
-        with library_reads(f"the pipeline '{name_or_path}'"):
-            return DiffusionPipeline.from_pretrained(
+        """Open the diffusers pipeline of a folder or hub id; safetensors only.
+
+        Raises:
+            UserError: a file is missing or cannot be read; a network of diffusers lacks weights.
+        """
+        with library_reads(f"the pipeline '{name_or_path}'"), reported_missing() as missing:
+            pipeline = DiffusionPipeline.from_pretrained(
                 str(name_or_path), **{"use_safetensors": True, **options}
             )
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and type(part).__name__ in missing:
+                own = {weight for weight, _ in part.named_parameters()}  # buffers are computed
+                if lacking := sorted(own.intersection(missing[type(part).__name__])):
+                    raise UserError(
+                        f"the pipeline '{name_or_path}' cannot be read: {name} lacks weights: {few(lacking, 3)}",
+                        MEND,
+                    )
+        return pipeline
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the pipeline folder, as its own pipeline class does."""
@@ -561,6 +570,29 @@ class FlowModel(ABC):
             end: (B,) the end of the interval of an average velocity; None: its velocity is asked for.
             guidance_scale: for networks that embed it.
         """
+
+
+def pipeline_class(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+    """Return the class name in a pipeline's index; of a hub repository nothing else is fetched.
+
+    Args:
+        options: of ``from_pretrained``; those of the hub (``HUB_OPTIONS``) count.
+
+    Raises:
+        UserError: there is no such folder, and no hub repository of this name can be read.
+    """
+    folder = pipeline_folder(name_or_path)
+    if folder is not None:
+        return read_settings(folder / DiffusionPipeline.config_name).get("_class_name")
+    what = f"no folder '{name_or_path}', and the hub repository of that name"
+    with library_reads(what, fix="Check the spelling and the network; offline, pass a local folder."):
+        index = DiffusionPipeline.load_config(str(name_or_path), **hub_options(options))
+    return index.get("_class_name")
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of ``from_pretrained`` that say where and how files of the hub are found."""
+    return {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
 
 
 def _pick(value: Values, places: list[int]) -> Values:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy, deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from latentflow import (
     FlowModel,
@@ -18,6 +21,7 @@ from latentflow import (
 )
 from latentflow.errors import UserError
 from latentflow.pipeline.over_model import ModelPipeline
+from latentflow.utils.files import SHIPPED_CHECKPOINTS
 
 from .test_pretrained import PROMPTS, opened, seeded
 from .tiny import TINY, checkpoint
@@ -135,6 +139,61 @@ def test_from_pipe_and_back() -> None:
     assert drawing.model is pipe.model
     assert pipe.transformer is stock.transformer
     assert pipe.to("cpu") is pipe
+
+
+def test_components_that_are_set_are_those_that_compute() -> None:
+    stock = copy(checkpoint("FluxPipeline"))
+    pipe = LatentFlowPipeline.from_pipe(stock)
+    pipe.vae = vae = deepcopy(stock.vae)
+    assert pipe.model.vae is vae and stock.vae is vae
+    pipe.text_encoder = None
+    assert stock.text_encoder is None and "text_encoder" not in vars(pipe)
+
+
+def test_from_pipe_takes_a_class_that_derives_from_a_stock_one() -> None:
+    stock = checkpoint("FluxPipeline")
+    own = type("MyPipeline", (type(stock),), {"__module__": "mine"})(**stock.components)
+    assert isinstance(LatentFlowPipeline.from_pipe(own), ModelPipeline)
+
+
+def test_from_pipe_refuses_what_it_would_lose() -> None:
+    stock = checkpoint("FluxPipeline")
+    for given in (stock, LatentFlowPipeline.from_pipe(stock)):
+        with pytest.raises(UserError, match=r"vae is given beside a FluxPipeline"):
+            LatentFlowPipeline.from_pipe(given, vae=None)
+    other = type("FluxFillPipeline", (DiffusionPipeline,), {})()
+    with pytest.raises(UserError, match=r"FluxFillPipeline is none of the (.|\n)*extra input channels"):
+        LatentFlowPipeline.from_pipe(other)
+
+
+def test_the_flow_model_of_an_own_pipeline_is_refused() -> None:
+    with pytest.raises(UserError, match=r"from_pipe\(model.pipeline\)"):
+        over_model = cast(Any, LatentFlowPipeline)
+        over_model(FlowModel.from_pretrained(SHIPPED_CHECKPOINTS / "emoji-64"))
+
+
+def test_a_hub_repository_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its index, which is fetched first; the cache has what the hub would send."""
+    cached, name = tmp_path / "models--me--sd3", "0123456789" * 4
+    checkpoint("StableDiffusion3Pipeline").save_pretrained(cached / "snapshots" / name)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    where = {"cache_dir": tmp_path, "local_files_only": True}
+    assert isinstance(LatentFlowPipeline.from_pretrained("me/sd3", **where), ModelPipeline)
+    with pytest.raises(UserError, match=r"no folder 'me/other', and no hub repository"):
+        LatentFlowPipeline.from_pretrained("me/other", **where)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    """diffusers draws random numbers in their place, and only reports it."""
+    checkpoint("StableDiffusion3Pipeline").save_pretrained(tmp_path)
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["proj_out.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"transformer lacks weights: proj_out\.weight"):
+        FlowModel.from_pretrained(tmp_path)
 
 
 def test_a_saved_stock_folder_opens(tmp_path: Path) -> None:
