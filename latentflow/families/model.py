@@ -134,6 +134,8 @@ class FlowModel(ABC):
     coupling: str = "independent"
     #: the network takes the guidance scale as an input, and is evaluated under the condition alone
     embeds_guidance: bool = False
+    #: the guidance scale that is none
+    unguided: float = 1.0
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:

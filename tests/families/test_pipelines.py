@@ -113,14 +113,16 @@ def test_edits_and_variations(name: str) -> None:
 @each_family
 def test_inverted_noise_makes_the_image_again(name: str) -> None:
     """To within the error that the inversion has measured; without a condition as well."""
-    _, _model, tiny = opened(name)
+    _, model, tiny = opened(name)
+    assert model.true_guidance(model.unguided) == 1.0
     edit, image = over(LatentFlowEditPipeline, name), picture(name)
-    options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1.0, **condition(name)}
+    options: dict[str, Any] = {"num_inference_steps": 3, **condition(name)}
     inverted = edit.invert(image, **options)
     again = over(LatentFlowPipeline, name)(
         **options,
         height=tiny.side,
         width=tiny.side,
+        guidance_scale=model.unguided,  # of an inversion that names none
         latents=inverted.latents,
         solver="heun",
         output_type="latent",
