@@ -32,7 +32,11 @@ def text_to_image(pipeline: Any) -> Any:
     taken = inspect.signature(kind).parameters
     # not by from_pipe, which brings all components to one precision
     has = {**pipeline.config, **pipeline.components}
-    return kind(**{name: value for name, value in has.items() if name in taken})
+    made = kind(**{name: value for name, value in has.items() if name in taken})
+    for name in ("_all_hooks", "_offload_device", "_offload_gpu_id"):  # of components that are offloaded
+        if name in vars(pipeline):
+            setattr(made, name, getattr(pipeline, name))
+    return made
 
 
 class PretrainedModel(FlowModel):

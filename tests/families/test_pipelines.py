@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Img2ImgPipeline
 from safetensors.torch import load_file, save_file
 
 from latentflow import (
@@ -156,6 +156,16 @@ def test_from_pipe_takes_a_class_that_derives_from_a_stock_one() -> None:
     stock = checkpoint("FluxPipeline")
     own = type("MyPipeline", (type(stock),), {"__module__": "mine"})(**stock.components)
     assert isinstance(LatentFlowPipeline.from_pipe(own), ModelPipeline)
+
+
+def test_an_offloaded_sibling_stays_offloaded() -> None:
+    """The text-to-image pipeline that is made of it knows the hooks, and where they compute."""
+    stock = checkpoint("StableDiffusion3Pipeline")
+    sibling = StableDiffusion3Img2ImgPipeline(**stock.components)
+    sibling._all_hooks, sibling._offload_device = [hook := object()], torch.device("cpu")
+    inside = LatentFlowPipeline.from_pipe(sibling).model.pipeline
+    assert type(inside) is type(stock)
+    assert inside._all_hooks == [hook] and inside._offload_device == torch.device("cpu")
 
 
 def test_from_pipe_refuses_what_it_would_lose() -> None:
