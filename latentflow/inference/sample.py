@@ -295,6 +295,7 @@ class Capabilities:
         masks: it was trained to inpaint.
         steps: usual number of steps.
         distilled_guidance: guidance was distilled into the network, which takes no other scale.
+        guidance: usual guidance scale of an image without a source.
     """
 
     text: bool
@@ -302,6 +303,7 @@ class Capabilities:
     masks: bool
     steps: int = 20
     distilled_guidance: bool = False
+    guidance: float = 4.0
 
     @property
     def condition(self) -> bool:
@@ -348,6 +350,7 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         masks=model.takes_masks,
         steps=model.usual_steps,
         distilled_guidance=model.few_steps.folded_guidance != 1.0,
+        guidance=Capabilities.guidance if model.few_steps else model.usual_guidance,
     )
 
 
