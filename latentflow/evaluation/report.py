@@ -67,8 +67,8 @@ def notes(
     absent = [name for name in sorted(model.classes) if composed(name) not in there]
     if absent and kind == "class_labels":
         found.append(f"classes of the checkpoint that DATA lacks; none are generated: {', '.join(absent)}")
-    spells: Any = getattr(model.pipeline, "unknown_words", lambda texts: [])
-    if kind == "prompt" and (words := spells(sorted(set(captions)))):
+    spelled = getattr(model.pipeline, "unknown_words", None)  # pretrained vocabularies spell everything
+    if kind == "prompt" and spelled is not None and (words := spelled(sorted(set(captions)))):
         found.append(unknown_words_text(model.pipeline.tokenizer, words))
     warnings.simplefilter("ignore", UnknownWords)
     return found

@@ -88,6 +88,10 @@ class DiffusionModel(PretrainedModel):
         """Return the state at the noisiest timestep: there is data in it, and noise alone takes its place."""
         return noise * self._norm(times[0]).to(noise)
 
+    def noise_of(self, state: Tensor, times: Tensor) -> Tensor:
+        """Return the noise that takes the place of the state at the noisiest timestep."""
+        return state / self._norm(times[0]).to(state)
+
     @staticmethod
     def _norm(t: Tensor) -> Tensor:
         """Return the straight state over the network's at time t: 1 / (a + s), since a^2 + s^2 = 1."""

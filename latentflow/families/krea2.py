@@ -16,6 +16,8 @@ class Krea2Model(PackedModel):
     Its guidance scale s means v + s (v - v_negative), which is 1 + s elsewhere; 0 is none.
     """
 
+    unguided = 0.0
+
     def true_guidance(self, scale: float) -> float:
         """Return the scale as classifier-free guidance counts it."""
         return 1.0 + scale

@@ -30,12 +30,13 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import decode, encode, in_float32
-from ..errors import UserError
+from ..errors import UserError, few
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
-from ..utils.components import library_reads
-from ..utils.files import pipeline_folder, read_settings
+from ..utils.components import library_reads, reported_missing
+from ..utils.files import MEND
 from ..utils.names import as_spelled
 from .few_steps import FewSteps
+from .index import pipeline_class
 from .rows import Rows as Rows
 from .rows import Values as Values
 
@@ -63,6 +64,8 @@ class FlowModel(ABC):
     coupling: str = "independent"
     #: the network takes the guidance scale as an input, and is evaluated under the condition alone
     embeds_guidance: bool = False
+    #: the guidance scale that is none
+    unguided: float = 1.0
 
     def __init__(self, pipeline: Any, **family_options: Any) -> None:
         if family_options:
@@ -207,13 +210,7 @@ class FlowModel(ABC):
         from . import FAMILIES, family_of
         from .left_out import LEFT_OUT
 
-        folder = pipeline_folder(name_or_path)
-        if folder is not None:
-            kind = read_settings(folder / DiffusionPipeline.config_name).get("_class_name")
-        else:
-            what = f"no folder '{name_or_path}', and the hub repository of that name"
-            with library_reads(what, fix="Check the spelling and the network; offline, pass a local folder."):
-                kind = DiffusionPipeline.load_config(str(name_or_path)).get("_class_name")
+        kind = pipeline_class(name_or_path, **options)
         family = family_of(str(kind))
         if family is None and str(kind) in LEFT_OUT:
             raise UserError(f"{name_or_path} is a {kind}", LEFT_OUT[str(kind)])
@@ -226,11 +223,24 @@ class FlowModel(ABC):
 
     @staticmethod
     def open_pipeline(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
-        """Open the diffusers pipeline of a folder or hub id; safetensors only."""
-        with library_reads(f"the pipeline '{name_or_path}'"):
-            return DiffusionPipeline.from_pretrained(
+        """Open the diffusers pipeline of a folder or hub id; safetensors only.
+
+        Raises:
+            UserError: a file is missing or cannot be read; a network of diffusers lacks weights.
+        """
+        with library_reads(f"the pipeline '{name_or_path}'"), reported_missing() as missing:
+            pipeline = DiffusionPipeline.from_pretrained(
                 str(name_or_path), **{"use_safetensors": True, **options}
             )
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and type(part).__name__ in missing:
+                own = {weight for weight, _ in part.named_parameters()}  # buffers are computed
+                if lacking := sorted(own.intersection(missing[type(part).__name__])):
+                    raise UserError(
+                        f"the pipeline '{name_or_path}' cannot be read: {name} lacks weights: {few(lacking, 3)}",
+                        MEND,
+                    )
+        return pipeline
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the pipeline folder, as its own pipeline class does."""
@@ -387,6 +397,10 @@ class FlowModel(ABC):
     def begin(self, noise: Tensor, times: Tensor) -> Tensor:
         """Return the state at the first of ``times`` to which `noise` leads; of a flow that begins at 0 the noise."""
         return noise
+
+    def noise_of(self, state: Tensor, times: Tensor) -> Tensor:
+        """Return the noise that leads to the state at the first of ``times``; what `begin` does, undone."""
+        return state
 
     def time_grid(self, steps: int | None, height: int, width: int) -> Tensor:
         """Return ``steps`` + 1 times from 0 (noise) to 1 (data), float64; None is `usual_steps`.

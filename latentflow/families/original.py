@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             reading(file, Exception, fix=MEND),
             torch.serialization.safe_globals([argparse.Namespace]),
         ):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            mapped = zipfile.is_zipfile(file)  # files of torch before 1.6 are none
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     for name in _ENTRIES:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -117,10 +119,10 @@ def kind_of(weights: Mapping[str, Tensor], file_name: str) -> str:
         return "repa"
     if any("mlp.w12." in name or "feat_rope." in name or ".norm1.weight" in name for name in weights):
         return "lightningdit"
-    name = file_name.lower()
-    for kind in ("lightningdit", "repa", "sit", "dit"):
-        if kind in name:
-            return kind
+    # As words: "edit" and "transit" say nothing.
+    named = set(re.findall(rf"(?<![a-z])({'|'.join(ORIGINALS)})(?![a-z])", file_name.lower()))
+    if len(named) == 1:
+        return str(named.pop())
     raise UserError(
         f"{file_name} may be of SiT or of DiT: their weights have the same names and shapes",
         f"Say which: --kind {' | '.join(ORIGINALS)}.",
@@ -139,6 +141,8 @@ def import_network(weights: Mapping[str, Tensor], kind: str) -> DiT:
     """
     original = lookup(ORIGINALS, kind, "kind of weights")
     left = {name: value for name, value in weights.items() if not name.startswith(original.extra)}
+    if damaged := [name for name, value in left.items() if not value.isfinite().all()]:
+        raise UserError(f"weights are not finite: {few(damaged, 3)}", MEND)
     computed = [name for name in left if name.startswith("feat_rope.")]
     for name in computed:
         left.pop(name)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
-from ..errors import lookup
+from ..errors import UserError, lookup
 from . import SIBLINGS
 from .model import FlowModel, Generators, Rows, Size, Values
 
@@ -32,7 +32,11 @@ def text_to_image(pipeline: Any) -> Any:
     taken = inspect.signature(kind).parameters
     # not by from_pipe, which brings all components to one precision
     has = {**pipeline.config, **pipeline.components}
-    return kind(**{name: value for name, value in has.items() if name in taken})
+    made = kind(**{name: value for name, value in has.items() if name in taken})
+    for name in ("_all_hooks", "_offload_device", "_offload_gpu_id"):  # of components that are offloaded
+        if name in vars(pipeline):
+            setattr(made, name, getattr(pipeline, name))
+    return made
 
 
 class PretrainedModel(FlowModel):
@@ -128,7 +132,21 @@ class PretrainedModel(FlowModel):
         texts = [prompts] if isinstance(prompts, str) else [*prompts]  # some pipelines change the list
         usual = {name: self.option(name) for name in self.prompt_options}
         parts = [[text] for text in texts] if self.one_by_one else [texts]
-        return Rows.cat([Rows(self, embed(part, **{**usual, **options})) for part in parts])
+        try:
+            return Rows.cat([Rows(self, embed(part, **{**usual, **options})) for part in parts])
+        except (AttributeError, TypeError) as error:  # as the stock pipelines call what is None
+            absent = [
+                name
+                for name, part in self.pipeline.components.items()
+                if part is None and name.startswith(("text_encoder", "tokenizer"))
+            ]
+            if not absent:
+                raise
+            raise UserError(
+                f"prompts are to be encoded, but the pipeline has no {' and no '.join(absent)}",
+                "Load what is missing; an encoder can be dropped once the prompts are rows: "
+                "rows = model.encode_prompt([...]), model.velocity(rows).",
+            ) from error
 
     @abstractmethod
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:

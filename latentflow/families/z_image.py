@@ -19,6 +19,8 @@ class ZImageModel(PretrainedModel):
 
     patch = 2
 
+    unguided = 0.0
+
     def true_guidance(self, scale: float) -> float:
         """Return the scale as classifier-free guidance counts it."""
         return 1.0 + scale

@@ -196,8 +196,14 @@ def add_adapters(pipe: Any, choice: AdapterChoice, checkpoint: str) -> None:
         UserError: an adapter cannot be loaded, see ``load_lora_weights``; its weight is not a finite number; or the
             checkpoint has no adapter for ``fast``.
     """
-    if choice.lora and not hasattr(pipe, "merge_lora_weights"):
-        _load_adapters(pipe, choice.lora)
+    if not hasattr(pipe, "merge_lora_weights"):  # a pretrained model of another family
+        if choice.fast:
+            raise UserError(
+                f"--fast: {checkpoint} has no few-step adapter of latentflow",
+                "Leave --fast out, or give a LoRA that was made for this model: --lora FILE.",
+            )
+        if choice.lora:
+            _load_adapters(pipe, choice.lora)
         return
     if choice.fast:
         if Path(checkpoint).is_dir() and not (Path(checkpoint) / "fast").is_dir():
@@ -289,6 +295,7 @@ class Capabilities:
         masks: it was trained to inpaint.
         steps: usual number of steps.
         distilled_guidance: guidance was distilled into the network, which takes no other scale.
+        guidance: usual guidance scale of an image without a source.
     """
 
     text: bool
@@ -296,6 +303,7 @@ class Capabilities:
     masks: bool
     steps: int = 20
     distilled_guidance: bool = False
+    guidance: float = 4.0
 
     @property
     def condition(self) -> bool:
@@ -342,6 +350,7 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         masks=model.takes_masks,
         steps=model.usual_steps,
         distilled_guidance=model.few_steps.folded_guidance != 1.0,
+        guidance=Capabilities.guidance if model.few_steps else model.usual_guidance,
     )
 
 

@@ -22,7 +22,9 @@ from ..autoencoder.latents import check_statistics
 from ..errors import UserError, reason
 from ..families import FAMILIES, FlowModel, family_of
 from ..families.few_steps import FewSteps
+from ..families.index import hub_options, pipeline_class
 from ..families.latentflow import LatentFlowModel
+from ..families.left_out import LEFT_OUT
 from ..models import MODELS, check_vocabulary, load_tokenizer
 from ..utils.components import (
     about,
@@ -149,6 +151,11 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Return a pipeline over a flow model of another family, if the first argument is one."""
+        if args and isinstance(args[0], LatentFlowModel):
+            raise UserError(
+                f"{cls.__name__} is given the flow model of a pipeline of latentflow",
+                f"Pass that pipeline: {cls.__name__}.from_pipe(model.pipeline).",
+            )
         if args and isinstance(args[0], FlowModel):
             return over_model(cls.call, cls, args[0])
         return super().__new__(cls)
@@ -203,7 +210,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
                 neither a folder nor a reachable hub repository of this name; a file is missing or cannot be read; no
                 component is of the variant; weights and configs do not belong together.
         """
-        if cls._is_foreign(pretrained_model_name_or_path):
+        if cls._is_foreign(pretrained_model_name_or_path, **kwargs):
             model = FlowModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
             return over_model(cls.call, cls, model)
         if kwargs.pop("family_options", None):
@@ -239,12 +246,14 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         return pipe
 
     @classmethod
-    def _is_foreign(cls, name_or_path: str | os.PathLike[str]) -> bool:
-        """Return whether a local folder holds a pipeline of another class than ours."""
-        folder = pipeline_folder(name_or_path)
-        if folder is None:
-            return False
-        kind = read_settings(folder / cls.config_name).get("_class_name")
+    def _is_foreign(cls, name_or_path: str | os.PathLike[str], **options: Any) -> bool:
+        """Return whether a folder or hub repository holds a pipeline of another class than ours."""
+        try:
+            kind = pipeline_class(name_or_path, **options)
+        except UserError:
+            if pipeline_folder(name_or_path) is not None:
+                raise
+            return False  # `download` says why the hub cannot be read
         return isinstance(kind, str) and kind not in (*FAMILY, cls.__name__)
 
     @classmethod
@@ -324,11 +333,27 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         Args:
             kwargs: components or settings in the place of the other's; ``dtype``, for all components.
         """
+        model: FlowModel | None = None
         if isinstance(pipeline, ModelPipeline):
-            return over_model(cls.call, cls, pipeline.model)
-        family = None if isinstance(pipeline, FlowPipeline) else family_of(type(pipeline).__name__)
-        if family is not None and not kwargs:
-            return over_model(cls.call, cls, family(pipeline))
+            model = pipeline.model
+        elif not isinstance(pipeline, FlowPipeline) and (family := _family_of_class(type(pipeline))):
+            model = family(pipeline)
+        if model is not None:
+            if kwargs:
+                raise UserError(
+                    f"{next(iter(kwargs))} is given beside a {type(model.pipeline).__name__}",
+                    "Change that pipeline itself, and pass it alone.",
+                )
+            return over_model(cls.call, cls, model)
+        network = kwargs.get("transformer", getattr(pipeline, "transformer", None))
+        if not isinstance(pipeline, FlowPipeline) and not isinstance(network, tuple(MODELS.values())):
+            kind = type(pipeline).__name__
+            raise UserError(
+                f"a {kind} is none of the {len(FAMILIES)} pipelines that open",
+                LEFT_OUT.get(
+                    kind, "A family is added with one class and one line: see docs/guide/pretrained.md."
+                ),
+            )
         if not isinstance(pipeline, FlowPipeline) and "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)
         if {"dtype", "torch_dtype"} & kwargs.keys():
@@ -351,14 +376,13 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        handed_on = ("cache_dir", "force_download", "local_files_only", "token", "revision")
         name = str(pretrained_model_name)
         try:
             return str(
                 snapshot_download(
                     name,
                     allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"],
-                    **{key: kwargs[key] for key in handed_on if kwargs.get(key) is not None},
+                    **hub_options(kwargs),
                 )
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
@@ -405,6 +429,15 @@ def check_components(vae: Any, transformer: Any, text_encoder: Any, tokenizer: A
             f"id2label names the class {str(wrong[0])[:60]!r}, but the transformer's num_classes is {count}",
             "Restore model_index.json.",
         )
+
+
+def _family_of_class(kind: type) -> type[FlowModel] | None:
+    """Return the family of a pipeline's class, or of the class of diffusers that it derives from."""
+    for each in kind.__mro__:
+        family = family_of(each.__name__)
+        if family is not None or each.__module__.startswith("diffusers."):
+            return family
+    return None
 
 
 def _forget_origin(file: Path) -> None:

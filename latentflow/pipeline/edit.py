@@ -52,8 +52,8 @@ class EditCalls(CallMixin):
         method: str = "flowedit",
         strength: float = 0.9,
         num_inference_steps: int = 20,
-        guidance_scale: float = 2.0,
-        source_guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
+        source_guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators | None = None,
@@ -98,9 +98,9 @@ class EditCalls(CallMixin):
                 through the autoencoder; below 0.8 large colours change by half (a red apple turns orange, not green);
                 1 is free to change the layout.
             num_inference_steps: of the whole way; about strength * num_inference_steps are taken, twice by inversion.
-            guidance_scale: towards ``prompt``. 1 to 2 keep most of the image; more, where an edit is too weak, costs
-                sharpness.
-            source_guidance_scale: towards ``source_prompt``, on the way back.
+            guidance_scale: towards ``prompt``; default: 2, or 1 where a scale of 0 is none (Z-Image). 1 to 2 keep most
+                of the image; more, where an edit is too weak, costs sharpness.
+            source_guidance_scale: towards ``source_prompt``, on the way back; default: none.
             generator: for the noise of "flowedit": one for all, or one for each image, which alone determines it
                 (up to rounding, as in ``LatentFlowPipeline``);
                 "inversion" draws none.
@@ -127,6 +127,9 @@ class EditCalls(CallMixin):
             UserError: as ``LatentFlowPipeline``; also a checkpoint without a condition, an image, strength, method,
                 solver or setting that is none, numbers of images and (source) prompts that do not fit.
         """
+        none = self.model.unguided
+        guidance_scale = none + 1.0 if guidance_scale is None else guidance_scale
+        source_guidance_scale = none if source_guidance_scale is None else source_guidance_scale
         settings = _settings(method, solver=solver, draws=draws, plain_from=plain_from)
         if not (self.takes_text or self.takes_classes):
             fix = "Vary the image with LatentFlowImg2ImgPipeline, or paint with LatentFlowInpaintPipeline."
@@ -199,7 +202,7 @@ class EditCalls(CallMixin):
         image: Images = None,
         prompt: str | list[str] | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         class_labels: ClassLabels | None = None,
         solver: str = "heun",
@@ -225,13 +228,14 @@ class EditCalls(CallMixin):
                 unlabelled.
             num_inference_steps, solver: see ``Inversion.error`` for whether they suffice.
             sigmas: as in ``LatentFlowPipeline``, from 1.0 (noise) on; they are gone over from the image to the noise.
-            guidance_scale: more than 1 stretches the noise, and makes the way back less accurate.
+            guidance_scale: default: none. More stretches the noise, and makes the way back less accurate.
             measure: also go forth again to measure the error, which takes as long again.
 
         Raises:
             UserError: as a call.
         """
         deterministic(solver)
+        guidance_scale = self.model.unguided if guidance_scale is None else guidance_scale
         originals = read_originals(self, image, latents, height, width)
         times = self._whole_grid(num_inference_steps, sigmas, originals.canvas)
         return self._inverted(ConditionArguments.of(locals()), originals, times, solver, measure)
@@ -248,12 +252,12 @@ class EditCalls(CallMixin):
         method = by_row(solver)
         call = self._start(asked, originals.canvas, len(originals), may_lack_condition=True)
         x1, velocity = call.expand(originals.latents(self)), call.velocity()
-        noise = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
+        state = integrate(velocity, x1, times.flip(0), method, progress=self.progress_bar)
         error = None
         if measure:
-            again = integrate(velocity, noise, times, method, progress=self.progress_bar)
+            again = integrate(velocity, state, times, method, progress=self.progress_bar)
             error = (again - x1).square().flatten(1).mean(1).sqrt()
-        return Inversion(noise, error, originals.size)
+        return Inversion(self.model.noise_of(state, times), error, originals.size)
 
     @checked
     def interpolate(
@@ -386,7 +390,8 @@ class EditCalls(CallMixin):
         prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt or []
         if may_lack_condition and not any(prompts):
             text_alone = self.takes_text and not self.takes_classes
-            encodes = text_alone and self.text_encoder is not None and asked.prompt_embeds is None
+            encoder = getattr(self, "text_encoder", None)  # some families have none, or call it otherwise
+            encodes = text_alone and encoder is not None and asked.prompt_embeds is None
             asked = replace(asked, prompt="" if encodes else None)
         condition = asked.prompt, asked.prompt_embeds, asked.class_labels
         if not may_lack_condition or any(value is not None for value in condition):

@@ -43,6 +43,14 @@ class ModelPipeline(CallMixin):
             raise AttributeError(name)
         return getattr(self.model.pipeline, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a component in the stock pipeline, which computes; anything else here."""
+        inside = "model" in vars(self) and name != "scheduler" and name in self.model.pipeline.config
+        if inside:
+            setattr(self.model.pipeline, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast the stock pipeline's components; see ``DiffusionPipeline.to``."""
         self.model.pipeline.to(*args, **kwargs)

@@ -172,7 +172,9 @@ class SamplingMixin:
             )
         rows, negative = self.encode_rows(asked, count, drawn)
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
-        return RunningCall(self, rows, negative, *callback, asked.guidance_interval)
+        call = RunningCall(self, rows, negative, *callback, asked.guidance_interval)
+        call.usual_scale = self._guidance_scale if asked.guidance_scale is None else None
+        return call
 
     def encode_rows(self, asked: ConditionArguments, count: int, drawn: Size) -> tuple[Rows, Rows | None]:
         """Return the conditions of a call, ``count`` rows, and the negative ones; None: the model's null."""
@@ -252,11 +254,12 @@ class SamplingMixin:
             if self._num_timesteps == 0:
                 return x
             run: Sampler = integrate if sampler is None else sampler
-            if sampler is None and solver is None:
+            own_solver = sampler is None and solver is None
+            if own_solver:
                 solver = model.usual_solver
             if solver is not None:
                 solver = by_row(solver)
-            bound = velocity(times if made_for_few else None)
+            bound = velocity(times if own_solver else None)
             return run(
                 bound, x, times, solver=solver, callback=lambda i, t, x: stepped(i, times[i], x), **options
             )
@@ -289,6 +292,8 @@ class RunningCall:
         self.callback, self.wanted, self.interval = callback, wanted or ["latents"], interval
         #: guidance of this call where it is not the pipeline's own
         self.scale: float | None = None
+        #: guidance scale of a call that names none, for which the model may have a schedule
+        self.usual_scale: float | None = None
         #: where the last evaluation pointed: the data that it predicts
         self.prediction: Tensor | None = None
 
@@ -300,12 +305,13 @@ class RunningCall:
         """Return the guided velocity under the conditions as they are at each evaluation; see `FlowModel.velocity`."""
 
         @functools.lru_cache(maxsize=1)
-        def bound(scale: float, rows: Rows, negative: Rows | None) -> Velocity:
+        def bound(scale: float | None, rows: Rows, negative: Rows | None) -> Velocity:
             return rows.model.velocity(rows, scale, negative, times, self.interval)
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
             scale = self.pipe.guidance_scale if self.scale is None else self.scale
-            value = bound(scale, self.rows, self.negative)(x, t)
+            usual = scale == self.usual_scale  # nobody asked for it, and no callback has changed it
+            value = bound(None if usual else scale, self.rows, self.negative)(x, t)
             self.prediction = x + (1.0 - expand_t(t, x)) * value  # on the straight path
             return value
 

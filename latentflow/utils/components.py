@@ -7,6 +7,7 @@ read. No code of a checkpoint's is executed, and no module is imported because a
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import threading
@@ -441,6 +442,35 @@ def without_reports() -> Iterator[None]:
     finally:
         for library, level in loud:
             library.set_verbosity(level)
+
+
+@contextmanager
+def reported_missing() -> Iterator[dict[str, list[str]]]:
+    """Yield class name -> weights that diffusers has found in no file, as it reports them within the context.
+
+    It fills them with random numbers, and its pipelines do not say so in any other way.
+    """
+    found: dict[str, list[str]] = {}
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            report = re.search(
+                r"Some weights of (\w+) were not .* newly initialized: \[(.*?)\]", str(record.msg)
+            )
+            if report:
+                found.setdefault(report[1], []).extend(re.findall(r"'([^']+)'", report[2]))
+
+    logger, listener = logging.getLogger("diffusers.models.modeling_utils"), Listener()
+    before = logger.level, logger.propagate
+    logger.addHandler(listener)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield found
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def _sides(shape: Iterable[int]) -> str:

@@ -184,11 +184,11 @@ class Tab:
                 new_seed = gr.Checkbox(True, label="Randomize seed", elem_id=f"{name}-new-seed")
         self.inputs |= {"images": images, "seed": seed, "new_seed": new_seed}
 
-    def add_sampling(self, guidance: float = 4.0, few_steps: bool = True) -> None:
+    def add_sampling(self, guidance: float | None = None, few_steps: bool = True) -> None:
         """Add how images are sampled.
 
         Args:
-            guidance: the scale that suits what the tab does.
+            guidance: the scale that suits what the tab does; None: the model's usual one.
             few_steps: the checkpoint's own number of steps suffices for it.
         """
         capabilities, name = self.server.capabilities, self.name
@@ -199,7 +199,7 @@ class Tab:
             scale = gr.Slider(
                 0,
                 MOST_GUIDANCE,
-                1.0 if distilled else guidance,
+                1.0 if distilled else capabilities.guidance if guidance is None else guidance,
                 step=0.5,
                 label="Guidance scale",
                 visible=capabilities.condition and not distilled,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from typing import Any
 
 import diffusers
@@ -153,3 +154,20 @@ def test_sizes_that_families_were_trained_on() -> None:
     assert {name: opened(name).native_size for name in sizes} == {
         name: (side, side) for name, side in sizes.items()
     }
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusion3Pipeline", "QwenImagePipeline", "Flux2KleinPipeline", "StableDiffusionPipeline"]
+)
+def test_a_dropped_text_encoder_is_named(name: str) -> None:
+    """Rows that it has made serve all the same."""
+    model = FAMILIES[name](copy(checkpoint(name)), **TINY[name].call)
+    rows = model.encode_prompt(["a red apple"])
+    model.pipeline.text_encoder = None
+    with pytest.raises(UserError, match="no text_encoder"):
+        model.encode_prompt(["a red apple"])
+    side = TINY[name].side
+    times = model.time_grid(2, side, side)
+    noise = model.begin(model.noise(1, side, side, seeded()), times)
+    with torch.no_grad():
+        assert model.velocity(rows, 1.0)(noise, times[0]).isfinite().all()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from latentflow.errors import UserError
-from latentflow.inference.sample import read_capabilities
+from latentflow.inference.sample import model_capabilities, read_capabilities
 from latentflow.web.inference_server import GenerationRequest, InferenceServer
 
 from .test_pretrained import opened
@@ -58,6 +58,21 @@ def test_generate(name: str, folders: Callable[[str], Path], load_program: Progr
     line = [*words(name), *size(name), "-o", str(tmp_path / "out.png"), *flags(name, folders(name))]
     load_program("generate").main(line)
     assert Image.open(tmp_path / "out.png").size == (opened(name)[2].side,) * 2
+
+
+@pytest.mark.parametrize(("name", "usual"), [("FluxPipeline-dev", 3.5), ("ZImagePipeline", 5.0)])
+def test_the_web_page_offers_the_family_s_own_guidance(name: str, usual: float) -> None:
+    capabilities = model_capabilities(opened(name)[1])
+    assert (capabilities.guidance, capabilities.steps) == (usual, opened(name)[1].usual_steps)
+
+
+def test_the_few_step_adapter_of_our_own_is_refused(
+    folders: Callable[[str], Path], load_program: Program
+) -> None:
+    name = "StableDiffusion3Pipeline"
+    for lora in ([], ["--lora", "hats.safetensors"]):
+        with pytest.raises(UserError, match=r"--fast: .* has no few-step adapter"):
+            load_program("generate").main(["red apple", "--fast", *lora, *flags(name, folders(name))])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

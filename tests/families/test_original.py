@@ -218,3 +218,35 @@ def test_other_weights_are_refused() -> None:
         import_network({"conv.weight": torch.zeros(3)}, "sit")
     with pytest.raises(UserError, match="not the weights of a sit network"):
         import_network({**weights, "extra.weight": torch.zeros(3)}, "sit")
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("SiT-XL-2-256.pt", "sit"),
+        ("dit_b.pt", "dit"),
+        ("LightningDiT.pt", "lightningdit"),
+        ("repa-b2.pt", "repa"),
+    ],
+)
+def test_a_file_name_says_the_kind(file: str, kind: str) -> None:
+    assert kind_of({"pos_embed": torch.zeros(1)}, file) == kind
+
+
+@pytest.mark.parametrize("file", ["transit.pt", "edit.pt", "sit-or-dit.pt", "last.pt"])
+def test_parts_of_words_say_no_kind(file: str) -> None:
+    with pytest.raises(UserError, match="--kind"):
+        kind_of({"pos_embed": torch.zeros(1)}, file)
+
+
+def test_files_of_an_older_torch_are_read(tmp_path: Path) -> None:
+    weights = original_weights("sit", 64, 1, 1)
+    torch.save(weights, tmp_path / "sit.pt", _use_new_zipfile_serialization=False)
+    assert read_weights(tmp_path / "sit.pt").keys() == weights.keys()
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    weights = original_weights("sit", 64, 1, 1)
+    weights["x_embedder.proj.bias"][0] = float("nan")
+    with pytest.raises(UserError, match=r"not finite: x_embedder\.proj\.bias"):
+        import_network(weights, "sit")

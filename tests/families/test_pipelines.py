@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy, deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Img2ImgPipeline
+from safetensors.torch import load_file, save_file
 
 from latentflow import (
     FlowModel,
@@ -18,6 +21,7 @@ from latentflow import (
 )
 from latentflow.errors import UserError
 from latentflow.pipeline.over_model import ModelPipeline
+from latentflow.utils.files import SHIPPED_CHECKPOINTS
 
 from .test_pretrained import PROMPTS, opened, seeded
 from .tiny import TINY, checkpoint
@@ -48,20 +52,20 @@ def picture(name: str, seed: int = 0) -> torch.Tensor:
 
 @each_family
 def test_a_call_draws_as_the_model_does(name: str) -> None:
-    """With the model's own steps, grid, guidance and solver."""
+    """With the model's own steps, grid, guidance (with its schedule) and solver."""
     _, model, tiny = opened(name)
     pipe = over(LatentFlowPipeline, name)
     size = {"height": tiny.side, "width": tiny.side}
     latents = pipe(
-        **condition(name), **size, num_inference_steps=3, generator=seeded(), output_type="latent"
+        **condition(name), **size, num_inference_steps=4, generator=seeded(), output_type="latent"
     ).images
     with torch.no_grad():
         rows = model.encode_prompt(PROMPTS[:1]) if model.takes_text else model.encode_class([1])
-        times = model.time_grid(3, tiny.side, tiny.side)
+        times = model.time_grid(4, tiny.side, tiny.side)
         from latentflow.flow import integrate
 
         x = model.begin(model.noise(1, tiny.side, tiny.side, seeded()), times)
-        expected = integrate(model.velocity(rows, model.usual_guidance), x, times, model.usual_solver)
+        expected = integrate(model.velocity(rows, times=times), x, times, model.usual_solver)
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
     image = pipe(**condition(name), **size, num_inference_steps=2, solver="heun", generator=seeded()).images[
         0
@@ -106,6 +110,28 @@ def test_edits_and_variations(name: str) -> None:
     torch.testing.assert_close(again, through, rtol=0.0, atol=1e-5)
 
 
+@each_family
+def test_inverted_noise_makes_the_image_again(name: str) -> None:
+    """To within the error that the inversion has measured; without a condition as well."""
+    _, model, tiny = opened(name)
+    assert model.true_guidance(model.unguided) == 1.0
+    edit, image = over(LatentFlowEditPipeline, name), picture(name)
+    options: dict[str, Any] = {"num_inference_steps": 3, **condition(name)}
+    inverted = edit.invert(image, **options)
+    again = over(LatentFlowPipeline, name)(
+        **options,
+        height=tiny.side,
+        width=tiny.side,
+        guidance_scale=model.unguided,  # of an inversion that names none
+        latents=inverted.latents,
+        solver="heun",
+        output_type="latent",
+    ).images
+    error = (again - edit.encode_images(2.0 * image - 1.0)).square().mean().sqrt()
+    torch.testing.assert_close(error, inverted.error[0], rtol=1e-3, atol=1e-4)
+    assert edit.invert(image, num_inference_steps=1, measure=False).latents.isfinite().all()
+
+
 def test_from_pipe_and_back() -> None:
     stock = checkpoint("FluxPipeline")
     pipe = LatentFlowInpaintPipeline.from_pipe(stock)
@@ -115,6 +141,71 @@ def test_from_pipe_and_back() -> None:
     assert drawing.model is pipe.model
     assert pipe.transformer is stock.transformer
     assert pipe.to("cpu") is pipe
+
+
+def test_components_that_are_set_are_those_that_compute() -> None:
+    stock = copy(checkpoint("FluxPipeline"))
+    pipe = LatentFlowPipeline.from_pipe(stock)
+    pipe.vae = vae = deepcopy(stock.vae)
+    assert pipe.model.vae is vae and stock.vae is vae
+    pipe.text_encoder = None
+    assert stock.text_encoder is None and "text_encoder" not in vars(pipe)
+
+
+def test_from_pipe_takes_a_class_that_derives_from_a_stock_one() -> None:
+    stock = checkpoint("FluxPipeline")
+    own = type("MyPipeline", (type(stock),), {"__module__": "mine"})(**stock.components)
+    assert isinstance(LatentFlowPipeline.from_pipe(own), ModelPipeline)
+
+
+def test_an_offloaded_sibling_stays_offloaded() -> None:
+    """The text-to-image pipeline that is made of it knows the hooks, and where they compute."""
+    stock = checkpoint("StableDiffusion3Pipeline")
+    sibling = StableDiffusion3Img2ImgPipeline(**stock.components)
+    sibling._all_hooks, sibling._offload_device = [hook := object()], torch.device("cpu")
+    inside = LatentFlowPipeline.from_pipe(sibling).model.pipeline
+    assert type(inside) is type(stock)
+    assert inside._all_hooks == [hook] and inside._offload_device == torch.device("cpu")
+
+
+def test_from_pipe_refuses_what_it_would_lose() -> None:
+    stock = checkpoint("FluxPipeline")
+    for given in (stock, LatentFlowPipeline.from_pipe(stock)):
+        with pytest.raises(UserError, match=r"vae is given beside a FluxPipeline"):
+            LatentFlowPipeline.from_pipe(given, vae=None)
+    other = type("FluxFillPipeline", (DiffusionPipeline,), {})()
+    with pytest.raises(UserError, match=r"FluxFillPipeline is none of the (.|\n)*extra input channels"):
+        LatentFlowPipeline.from_pipe(other)
+
+
+def test_the_flow_model_of_an_own_pipeline_is_refused() -> None:
+    with pytest.raises(UserError, match=r"from_pipe\(model.pipeline\)"):
+        over_model = cast(Any, LatentFlowPipeline)
+        over_model(FlowModel.from_pretrained(SHIPPED_CHECKPOINTS / "emoji-64"))
+
+
+def test_a_hub_repository_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its index, which is fetched first; the cache has what the hub would send."""
+    cached, name = tmp_path / "models--me--sd3", "0123456789" * 4
+    checkpoint("StableDiffusion3Pipeline").save_pretrained(cached / "snapshots" / name)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    where = {"cache_dir": tmp_path, "local_files_only": True}
+    assert isinstance(LatentFlowPipeline.from_pretrained("me/sd3", **where), ModelPipeline)
+    with pytest.raises(UserError, match=r"no folder 'me/other', and no hub repository"):
+        LatentFlowPipeline.from_pretrained("me/other", **where)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    """diffusers draws random numbers in their place, and only reports it."""
+    checkpoint("StableDiffusion3Pipeline").save_pretrained(tmp_path)
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["proj_out.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"transformer lacks weights: proj_out\.weight"):
+        FlowModel.from_pretrained(tmp_path)
 
 
 def test_a_saved_stock_folder_opens(tmp_path: Path) -> None:

@@ -151,10 +151,10 @@ def test_what_is_wrong_is_seen(name: str) -> None:
 @each_family
 def test_a_row_is_what_it_is_alone(name: str) -> None:
     """Prompts of different lengths in one batch do not see each other."""
-    model = opened(name)[1]
-    times = grid(name)
+    _, model, tiny = opened(name)
+    times, side = grid(name), tiny.side
     both = drawn(name, model.velocity(rows_of(name)), times)
-    noise = model.begin(model.noise(2, *[opened(name)[2].side] * 2, [seeded(0), seeded(1)]), times)
+    noise = model.begin(model.noise(2, side, side, [seeded(0), seeded(1)]), times)
     for row, prompt in enumerate(PROMPTS):
         rows = model.encode_prompt([prompt]) if model.takes_text else model.encode_class([[1, 3][row]])
         alone = integrate(model.velocity(rows), noise[row : row + 1], times, "euler")
