@@ -226,7 +226,7 @@ class FlowModel(ABC):
         """Open the diffusers pipeline of a folder or hub id; safetensors only.
 
         Raises:
-            UserError: a file is missing or cannot be read; a network of diffusers lacks weights.
+            UserError: a file is missing or cannot be read; a network or text encoder lacks weights.
         """
         with library_reads(f"the pipeline '{name_or_path}'"), reported_missing() as missing:
             pipeline = DiffusionPipeline.from_pretrained(
@@ -234,8 +234,8 @@ class FlowModel(ABC):
             )
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module) and type(part).__name__ in missing:
-                own = {weight for weight, _ in part.named_parameters()}  # buffers are computed
-                if lacking := sorted(own.intersection(missing[type(part).__name__])):
+                computed = {name for name, _ in part.named_buffers()}
+                if lacking := sorted(set(missing[type(part).__name__]) - computed):
                     raise UserError(
                         f"the pipeline '{name_or_path}' cannot be read: {name} lacks weights: {few(lacking, 3)}",
                         MEND,

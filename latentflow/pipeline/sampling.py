@@ -165,11 +165,12 @@ class SamplingMixin:
         self._guidance_scale, self._interrupt = model.guidance(asked.guidance_scale), False
         folded = model.few_steps.folded_guidance
         if asked.guidance_scale not in (None, self._guidance_scale, folded):
-            log.warning(
-                "guidance_scale %g is ignored: guidance %g is already in the checkpoint's weights",
-                asked.guidance_scale,
-                folded,
+            why = (
+                f"guidance {folded:g} is already in its weights"
+                if folded != 1.0
+                else "it draws without guidance"
             )
+            log.warning("guidance_scale %g is ignored by the checkpoint: %s", asked.guidance_scale, why)
         rows, negative = self.encode_rows(asked, count, drawn)
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
         call = RunningCall(self, rows, negative, *callback, asked.guidance_interval)

@@ -446,31 +446,43 @@ def without_reports() -> Iterator[None]:
 
 @contextmanager
 def reported_missing() -> Iterator[dict[str, list[str]]]:
-    """Yield class name -> weights that diffusers has found in no file, as it reports them within the context.
+    """Yield class name -> weights that diffusers and transformers have found in no file, as they report them within.
 
-    It fills them with random numbers, and its pipelines do not say so in any other way.
+    They fill them with random numbers, and a pipeline does not say so in any other way. transformers joins names:
+    layers.{0, 1}.weight. Poolers and heads, which text encoders of pipelines do without, are left out.
     """
     found: dict[str, list[str]] = {}
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            report = re.search(
-                r"Some weights of (\w+) were not .* newly initialized: \[(.*?)\]", str(record.msg)
-            )
-            if report:
-                found.setdefault(report[1], []).extend(re.findall(r"'([^']+)'", report[2]))
+            text = re.sub(r"\x1b\[[0-9;]*m", "", str(record.msg))
+            if report := re.search(
+                r"Some weights of (\w+) were not .* newly initialized: \[(.*?)\]", text, re.DOTALL
+            ):
+                names = re.findall(r"'([^']+)'", report[2])
+            elif report := re.search(r"(\w+) LOAD REPORT", text):
+                names = re.findall(r"^(\S.*?)\s*\|\s*MISSING\b", text, re.MULTILINE)
+            else:
+                return
+            unused = re.compile(r"pooler|lm_head|position_ids")
+            found.setdefault(report[1], []).extend(name for name in names if not unused.search(name))
 
-    logger, listener = logging.getLogger("diffusers.models.modeling_utils"), Listener()
-    before = logger.level, logger.propagate
-    logger.addHandler(listener)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
+    listener = Listener()
+    loggers = [
+        logging.getLogger(f"{library}.modeling_utils") for library in ("diffusers.models", "transformers")
+    ]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(listener)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
     try:
         yield found
     finally:
-        logger.removeHandler(listener)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(listener)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 def _sides(shape: Iterable[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from copy import copy, deepcopy
 from pathlib import Path
@@ -197,14 +198,23 @@ def test_a_hub_repository_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         LatentFlowPipeline.from_pretrained("me/other", **where)
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
-    """diffusers draws random numbers in their place, and only reports it."""
+@pytest.mark.parametrize(
+    ("file", "weight"),
+    [
+        ("transformer/diffusion_pytorch_model", "proj_out.weight"),
+        ("text_encoder/model", "text_projection.weight"),
+        ("text_encoder_3/model", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ],
+)
+def test_weights_that_are_missing_are_not_made_up(file: str, weight: str, tmp_path: Path) -> None:
+    """diffusers and transformers draw random numbers in their place, and only report it."""
     checkpoint("StableDiffusion3Pipeline").save_pretrained(tmp_path)
-    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
-    del weights["proj_out.weight"]
-    save_file(weights, file, {"format": "pt"})
-    with pytest.raises(UserError, match=r"transformer lacks weights: proj_out\.weight"):
+    path = tmp_path / f"{file}.safetensors"
+    weights = load_file(path)
+    del weights[weight]
+    save_file(weights, path, {"format": "pt"})
+    part = file.partition("/")[0]
+    with pytest.raises(UserError, match=rf"{part} lacks weights: {re.escape(weight)}"):
         FlowModel.from_pretrained(tmp_path)
 
 
