@@ -7,22 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from .model import Values
-from .pretrained import PretrainedModel
+from .pretrained import FixedShiftModel
 
 
-class AuraFlowModel(PretrainedModel):
+class AuraFlowModel(FixedShiftModel):
     """Flow model of AuraFlow. Its rows have embeds (B, L, D), zero where there is no token."""
 
     patch = 2
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, None, False, **options)[0]}
-
-    def sigmas(self, steps: int) -> None:
-        """Leave the noise levels to the scheduler."""
-
-    def mu(self, steps: int, tokens: int) -> None:
-        """Return None: the shift is fixed."""
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float

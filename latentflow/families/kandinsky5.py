@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .model import Values
-from .pretrained import PretrainedModel
+from .pretrained import FixedShiftModel
 
 
-class Kandinsky5Model(PretrainedModel):
+class Kandinsky5Model(FixedShiftModel):
     """Flow model of Kandinsky 5 Image. Its rows have embeds, a list of B tensors (L, D), and pooled (B, D').
 
     Its network has no mask: prompts are encoded one by one, and those of different lengths evaluated apart.
@@ -24,12 +24,6 @@ class Kandinsky5Model(PretrainedModel):
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, **options)
         return {"embeds": [*embeds], "pooled": pooled}
-
-    def sigmas(self, steps: int) -> None:
-        """Leave the noise levels to the scheduler."""
-
-    def mu(self, steps: int, tokens: int) -> None:
-        """Return None: the shift is fixed."""
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float

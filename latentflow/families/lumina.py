@@ -10,10 +10,10 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor
 
 from .model import Values
-from .pretrained import PretrainedModel
+from .pretrained import FixedShiftModel
 
 
-class LuminaModel(PretrainedModel):
+class LuminaModel(FixedShiftModel):
     """Flow model of Lumina-Next. Its rows have embeds (B, L, D) and mask (B, L).
 
     Guidance acts on the first three channels of the latent only.
@@ -25,12 +25,6 @@ class LuminaModel(PretrainedModel):
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, False, **options)
         return {"embeds": embeds, "mask": mask}
-
-    def sigmas(self, steps: int) -> None:
-        """Leave the noise levels to the scheduler."""
-
-    def mu(self, steps: int, tokens: int) -> None:
-        """Return None: the shift is fixed."""
 
     def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:
         """Leave all channels but three as they are under the condition alone."""

@@ -4,7 +4,8 @@
     rows = model.encode_prompt(["red apple"])
     times = model.time_grid(20, height, width)
     velocity = model.velocity(rows, times=times)
-    x1 = integrate(velocity, model.noise(len(rows), height, width, generator), times, model.usual_solver)
+    noise = model.noise(len(rows), height, width, generator)
+    x1 = integrate(velocity, model.begin(noise, times), times, model.usual_solver)
     images = model.decode(x1)
 
 A new family is one subclass of `FlowModel` in a file of its own, and one line in ``FAMILIES``. It says how a prompt

@@ -39,11 +39,4 @@ class NucleusImageModel(QwenImageModel):
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
-        output = self.evaluate(
-            hidden_states=self.pack(x),
-            timestep=1.0 - t,
-            encoder_hidden_states=condition["embeds"],
-            encoder_hidden_states_mask=condition["mask"],
-            img_shapes=[(1, x.shape[2] // 2, x.shape[3] // 2)] * len(x),
-        )
-        return self.unpack(output, x)
+        return self.output(x, t, condition, [(1, x.shape[2] // 2, x.shape[3] // 2)] * len(x))

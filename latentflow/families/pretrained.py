@@ -233,6 +233,16 @@ class PretrainedModel(FlowModel):
         return output
 
 
+class FixedShiftModel(PretrainedModel):
+    """Family whose noise levels are the scheduler's own, with the shift that its config has."""
+
+    def sigmas(self, steps: int) -> None:
+        """Leave the noise levels to the scheduler."""
+
+    def mu(self, steps: int, tokens: int) -> None:
+        """Return None: the shift is fixed."""
+
+
 class PackedModel(PretrainedModel):
     """Family whose network takes 2 x 2 cells of the latent as one token.
 

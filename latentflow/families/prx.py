@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from .model import Values
-from .pretrained import PretrainedModel
+from .pretrained import FixedShiftModel
 
 
-class PRXModel(PretrainedModel):
+class PRXModel(FixedShiftModel):
     """Flow model of PRX. Its rows have embeds (B, L, D) and mask (B, L) bool."""
 
     prompt_options = ("tokenizer_max_length", "skip_text_cleaning")
@@ -23,12 +23,6 @@ class PRXModel(PretrainedModel):
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, None, False, **options)
         return {"embeds": embeds, "mask": mask}
-
-    def sigmas(self, steps: int) -> None:
-        """Leave the noise levels to the scheduler."""
-
-    def mu(self, steps: int, tokens: int) -> None:
-        """Return None: the shift is fixed."""
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float

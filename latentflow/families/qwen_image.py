@@ -34,14 +34,18 @@ class QwenImageModel(PackedModel):
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
         """Evaluate the network; see `FlowModel.predict`."""
+        return -self.output(x, t, condition, [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x))
+
+    def output(self, x: Tensor, t: Tensor, condition: dict[str, Any], shapes: list[Any]) -> Tensor:
+        """Return what the network gives for x, shaped like it; ``shapes`` are its ``img_shapes``."""
         output = self.evaluate(
             hidden_states=self.pack(x),
             timestep=1.0 - t,
             encoder_hidden_states=condition["embeds"],
             encoder_hidden_states_mask=condition["mask"],
-            img_shapes=[[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x),
+            img_shapes=shapes,
         )
-        return -self.unpack(output, x)
+        return self.unpack(output, x)
 
 
 class QwenImage21Model(PretrainedModel):

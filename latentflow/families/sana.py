@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from .model import Values
-from .pretrained import PretrainedModel
+from .pretrained import FixedShiftModel
 
 
-class SanaModel(PretrainedModel):
+class SanaModel(FixedShiftModel):
     """Flow model of Sana. Its rows have embeds (B, L, D) and mask (B, L).
 
     An instruction stands before a prompt, but not before a negative one.
@@ -25,12 +25,6 @@ class SanaModel(PretrainedModel):
     def embed_negative(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         *_, embeds, mask = self.pipeline.encode_prompt([""] * len(prompts), True, prompts, **options)
         return {"embeds": embeds, "mask": mask}
-
-    def sigmas(self, steps: int) -> None:
-        """Leave the noise levels to the scheduler."""
-
-    def mu(self, steps: int, tokens: int) -> None:
-        """Return None: the shift is fixed."""
 
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float

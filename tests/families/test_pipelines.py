@@ -46,7 +46,7 @@ def condition(name: str, count: int = 1) -> dict[str, Any]:
     return {"prompt": PROMPTS[:count]} if model.takes_text else {"class_labels": [1, 3][:count]}
 
 
-def picture(name: str, seed: int = 0) -> torch.Tensor:
+def random_image(name: str, seed: int = 0) -> torch.Tensor:
     side = opened(name)[2].side
     return torch.rand(1, 3, side, side, generator=seeded(seed))
 
@@ -77,7 +77,7 @@ def test_a_call_draws_as_the_model_does(name: str) -> None:
 @each_family
 def test_kept_pixels_are_kept(name: str) -> None:
     """Also where a mask ends within a token of the network."""
-    image, side = picture(name), opened(name)[2].side
+    image, side = random_image(name), opened(name)[2].side
     mask = torch.zeros(1, 1, side, side)
     mask[..., 1 : side // 2 + 1, 3:] = 1.0
     filled = over(LatentFlowInpaintPipeline, name)(
@@ -97,7 +97,7 @@ def test_edits_and_variations(name: str) -> None:
     """An edit to the same words is the image through the autoencoder; image-to-image of strength 0 as well."""
     if not opened(name)[1].takes_text:
         pytest.skip("takes classes")
-    image = picture(name)
+    image = random_image(name)
     edit = over(LatentFlowEditPipeline, name)
     words = {"prompt": PROMPTS[0], "source_prompt": PROMPTS[0], "image": image}
     same = {"guidance_scale": 2.0, "source_guidance_scale": 2.0, "output_type": "pt"}
@@ -116,7 +116,7 @@ def test_inverted_noise_makes_the_image_again(name: str) -> None:
     """To within the error that the inversion has measured; without a condition as well."""
     _, model, tiny = opened(name)
     assert model.true_guidance(model.unguided) == 1.0
-    edit, image = over(LatentFlowEditPipeline, name), picture(name)
+    edit, image = over(LatentFlowEditPipeline, name), random_image(name)
     options: dict[str, Any] = {"num_inference_steps": 3, **condition(name)}
     inverted = edit.invert(image, **options)
     again = over(LatentFlowPipeline, name)(

@@ -118,8 +118,8 @@ def test_embeddings_go_from_a_pipeline_that_only_encodes_to_one_that_cannot(
     with torch.no_grad():
         embeds, _, mask, _ = type(pipe)(None, None, **text).encode_prompt("a red apple")
     without = quiet(type(pipe)(components["vae"], components["transformer"]))
-    told = {"prompt": None, "prompt_embeds": embeds, "prompt_attention_mask": mask}
-    close(drawn(without, images, **told), drawn(pipe, images), 1e-5)
+    encoded = {"prompt": None, "prompt_embeds": embeds, "prompt_attention_mask": mask}
+    close(drawn(without, images, **encoded), drawn(pipe, images), 1e-5)
 
 
 @pytest.mark.parametrize("components", [tiny_dit], indirect=True)
