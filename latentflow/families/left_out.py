@@ -100,3 +100,8 @@ _BY_REASON = {
 
 #: class name of a pipeline -> what it is and what can be done with it
 LEFT_OUT = {name: reason for reason, names in _BY_REASON.items() for name in names.split()}
+
+
+def what_to_do(kind: str) -> str:
+    """Return what a pipeline class without a family is, or how a family is added, as the second half of an error."""
+    return LEFT_OUT.get(kind, "A family is added with one class and one line: see docs/guide/pretrained.md.")

@@ -209,17 +209,14 @@ class FlowModel(ABC):
             UserError: there is no such checkpoint, or its pipeline is of no family that is known.
         """
         from . import FAMILIES, family_of
-        from .left_out import LEFT_OUT
+        from .left_out import LEFT_OUT, what_to_do
 
         kind = pipeline_class(name_or_path, **options)
         family = family_of(str(kind))
-        if family is None and str(kind) in LEFT_OUT:
-            raise UserError(f"{name_or_path} is a {kind}", LEFT_OUT[str(kind)])
         if family is None:
-            raise UserError(
-                f"{name_or_path} is a {kind}, which is none of the {len(FAMILIES)} pipelines that open",
-                "A family is added with one class and one line: see docs/guide/pretrained.md.",
-            )
+            unknown = f", which is none of the {len(FAMILIES)} pipelines that open"
+            more = "" if str(kind) in LEFT_OUT else unknown
+            raise UserError(f"{name_or_path} is a {kind}{more}", what_to_do(str(kind)))
         return family(family.open_pipeline(name_or_path, **options), **(family_options or {}))
 
     @staticmethod

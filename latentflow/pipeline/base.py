@@ -24,7 +24,7 @@ from ..families import FAMILIES, FlowModel, family_of
 from ..families.few_steps import FewSteps
 from ..families.index import hub_options, pipeline_class
 from ..families.latentflow import LatentFlowModel
-from ..families.left_out import LEFT_OUT
+from ..families.left_out import what_to_do
 from ..models import MODELS, check_vocabulary, load_tokenizer
 from ..utils.components import (
     about,
@@ -350,9 +350,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
             kind = type(pipeline).__name__
             raise UserError(
                 f"a {kind} is none of the {len(FAMILIES)} pipelines that open",
-                LEFT_OUT.get(
-                    kind, "A family is added with one class and one line: see docs/guide/pretrained.md."
-                ),
+                what_to_do(kind),
             )
         if not isinstance(pipeline, FlowPipeline) and "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", pipeline.dtype)
