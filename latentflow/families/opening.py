@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers import DiffusionPipeline
@@ -12,6 +13,7 @@ from torch import nn
 from ..errors import UserError, few
 from ..utils.components import library_reads, reported_missing
 from ..utils.files import MEND
+from ..utils.weight_files import check_weight_files
 from . import FAMILIES, family_of
 from .index import pipeline_class
 from .left_out import LEFT_OUT, what_to_do
@@ -85,10 +87,14 @@ class OpeningMixin:
         Raises:
             UserError: a file is missing or cannot be read; a network or text encoder lacks weights.
         """
-        with library_reads(f"the pipeline '{name_or_path}'"), reported_missing() as missing:
-            pipeline = DiffusionPipeline.from_pretrained(
-                str(name_or_path), **{"use_safetensors": True, **options}
-            )
+        try:
+            with library_reads(f"the pipeline '{name_or_path}'"), reported_missing() as missing:
+                pipeline = DiffusionPipeline.from_pretrained(
+                    str(name_or_path), **{"use_safetensors": True, **options}
+                )
+        except UserError:
+            check_weight_files(Path(name_or_path))  # which names the file, where one is damaged
+            raise
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and type(part).__name__ in missing:
                 computed = {name for name, _ in part.named_buffers()}

@@ -18,10 +18,11 @@ import diffusers
 import torch
 from diffusers.loaders import single_file_utils
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from torch import nn
 
 from ..errors import UserError, few
 from ..utils.components import library_reads
-from ..utils.single_files import check_single_file, is_original
+from ..utils.single_files import DOWNLOAD, check_single_file, is_original
 from ..utils.weight_files import weight_files
 from . import FAMILIES, SIBLINGS, family_of
 from .index import hub_options, pipeline_class, read_index
@@ -31,9 +32,6 @@ from .original import import_pipeline, kind_of, read_weights
 
 _CONFIG = "Give its pipeline's folder or hub id: --checkpoint-config FOLDER; in Python, config=FOLDER."
 _FOLDER = "Give its pipeline folder, as diffusers saves it: --checkpoint FOLDER."
-#: beginnings of names in files that hold more than the network
-_OTHERS = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoders.")
-_T5 = "text_encoders.t5xxl.transformer.shared.weight"
 
 
 def open_single_file(
@@ -56,10 +54,17 @@ def open_single_file(
         )
     if family is None:
         raise UserError(f"{path} belongs to a {kind}, which has no family", what_to_do(kind))
-    if any(name.startswith(_OTHERS) for name in shapes):
-        pipeline = _whole(kind, path, source, shapes, options)
+    index = read_index(source, **options)
+    network = next((name for name in ("transformer", "unet") if name in index), None)
+    if network is None:
+        raise UserError(f"{source} names no network in its index", _CONFIG)
+    inside = {network, *_others_inside(index, shapes)}
+    if inside == {network}:
+        parts = {network: _network(path, source, network, str(index[network][1]), options)}
+        pipeline = family.open_pipeline(source, **options, **parts)
     else:
-        pipeline = family.open_pipeline(source, **options, **_network(kind, path, source, options))
+        absent = _components_outside(family, path, source, index, inside, options)
+        pipeline = _whole(kind, path, source, absent, options)
     return family(pipeline, **(family_options or {}))
 
 
@@ -105,36 +110,89 @@ def _original(
     )
 
 
-def _whole(
-    kind: str, file: Path, source: str, shapes: Mapping[str, tuple[int, ...]], options: Mapping[str, Any]
-) -> Any:
-    """Open a file that holds the autoencoder or text encoders beside the network."""
+def _others_inside(index: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Yield the names of the components beside the network whose weights a file has."""
+    if any(name.startswith(tuple(single_file_utils.LDM_VAE_KEYS)) for name in shapes):
+        yield "vae"
+    kinds = {
+        "text_encoder": ("clip", "clip_sdxl", "clip_sd3", "open_clip", "open_clip_sdxl_refiner"),
+        "text_encoder_2": ("open_clip_sdxl", "open_clip_sd3"),
+    }
+    for name, (_, kind) in _components(index).items():
+        if kind == "T5EncoderModel":
+            found = single_file_utils.is_t5_in_single_file(shapes)
+        else:
+            names = single_file_utils.CHECKPOINT_KEY_NAMES
+            found = "CLIP" in kind and any(names[layout] in shapes for layout in kinds.get(name, ()))
+        if found:
+            yield name
+
+
+def _components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return name -> (module, class) of the components in a pipeline's index."""
+    pairs = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: (str(module), str(kind)) for name, (module, kind) in pairs.items() if module}
+
+
+def _components_outside(
+    family: type[FlowModel],
+    file: Path,
+    source: str,
+    index: Mapping[str, Any],
+    inside: set[str],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the autoencoder and text encoders that a file lacks, from its pipeline.
+
+    diffusers would take none from there: it looks for files of weights by the names of its own networks.
+    """
+    lacking = [name for name in _components(index) if name == "vae" or name.startswith("text_encoder")]
+    lacking = [name for name in lacking if name not in inside and name not in options]
+    absent: dict[str, Any] = {}
+    # Stable Diffusion 3 draws without its third text encoder, which most files leave out.
+    local = Path(source).is_dir()
+    if local and "text_encoder_3" in lacking and weight_files(Path(source, "text_encoder_3"), None) is None:
+        warnings.warn(f"{file} has no third text encoder (T5): prompts are encoded without it.", stacklevel=4)
+        lacking.remove("text_encoder_3")
+        absent = {"text_encoder_3": None, "tokenizer_3": None}
+    if lacking:
+        rest = family.open_pipeline(source, **{**options, **dict.fromkeys(inside), **absent})
+        absent |= {name: getattr(rest, name) for name in lacking}
+    return absent
+
+
+def _whole(kind: str, file: Path, source: str, absent: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Open a file that holds the autoencoder or text encoders beside the network.
+
+    Args:
+        absent: the components that it lacks.
+    """
     stock = getattr(diffusers, SIBLINGS.get(kind, kind))
     if not hasattr(stock, "from_single_file"):
         raise UserError(f"{file}: diffusers opens no single file of a whole {kind}", _FOLDER)
-    given = _with_dtype(options)
-    # Stable Diffusion 3 draws without its third text encoder, which most files leave out.
-    needed = "text_encoder_3" in read_index(source, **options) and "text_encoder_3" not in options
-    if needed and _T5 not in shapes and weight_files(Path(source, "text_encoder_3"), None) is None:
-        warnings.warn(f"{file} has no third text encoder (T5): prompts are encoded without it.", stacklevel=4)
-        given |= {"text_encoder_3": None, "tokenizer_3": None}
     with weights_that_fit(file):
-        return stock.from_single_file(str(file), config=source, **given)
+        pipeline = stock.from_single_file(str(file), config=source, **{**_with_dtype(options), **absent})
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            part.eval()  # diffusers leaves a T5 encoder with its dropout, and embeddings that are tied without values
+            if hasattr(part, "tie_weights"):
+                part.tie_weights()
+            if lacking := [weight for weight, value in part.named_parameters() if value.is_meta]:
+                raise UserError(f"{file}: {name} lacks weights: {few(lacking, 3)}", DOWNLOAD)
+    return pipeline
 
 
-def _network(kind: str, file: Path, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Open a file that holds the network alone; return it by the name that it has in its pipeline."""
-    index = read_index(source, **options)
-    name = next((name for name in ("transformer", "unet") if name in index), None)
-    network = None if name is None else getattr(diffusers, str(index[name][1]), None)
-    if name is None or network is None or network.__name__ not in SINGLE_FILE_LOADABLE_CLASSES:
+def _network(file: Path, source: str, name: str, kind: str, options: Mapping[str, Any]) -> Any:
+    """Open a file that holds the network alone, of the class ``kind`` of diffusers."""
+    network = getattr(diffusers, kind, None)
+    if network is None or kind not in SINGLE_FILE_LOADABLE_CLASSES:
         raise UserError(f"{file}: diffusers opens no single file of a {kind}", _FOLDER)
     given = _with_dtype({**hub_options(options), **_dtype(options)})
     if file.suffix.lower() == ".gguf":
         given |= {"torch_dtype": torch.bfloat16, **_dtype(options)}
         given["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=given["torch_dtype"])
     with weights_that_fit(file):
-        return {name: network.from_single_file(str(file), config=source, subfolder=name, **given)}
+        return network.from_single_file(str(file), config=source, subfolder=name, **given)
 
 
 def _dtype(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +229,12 @@ def weights_that_fit(file: Path) -> Iterator[None]:
     logger.propagate = False
     try:
         with library_reads(file, fix=f"Is it of this pipeline? {_CONFIG}"):
-            yield
+            try:
+                yield
+            except NotImplementedError as error:  # of weights that have no values
+                if "meta tensor" not in str(error):
+                    raise
+                raise UserError(f"{file} lacks weights that its pipeline's network has", _CONFIG) from error
     finally:
         logger.removeHandler(listener)
         logger.setLevel(before[0])
