@@ -19,6 +19,7 @@ import torch
 from diffusers.loaders import single_file_utils
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError, few
 from ..utils.components import library_reads
@@ -167,15 +168,16 @@ def _whole(kind: str, file: Path, source: str, absent: Mapping[str, Any], option
     Args:
         absent: the components that it lacks.
     """
-    stock = getattr(diffusers, SIBLINGS.get(kind, kind))
-    if not hasattr(stock, "from_single_file"):
+    stock = getattr(diffusers, SIBLINGS.get(kind, kind), None)
+    if stock is None or not hasattr(stock, "from_single_file"):
         raise UserError(f"{file}: diffusers opens no single file of a whole {kind}", _FOLDER)
     with weights_that_fit(file):
         pipeline = stock.from_single_file(str(file), config=source, **{**_with_dtype(options), **absent})
-    for name, part in pipeline.components.items():
+    parts: dict[str, Any] = pipeline.components
+    for name, part in parts.items():
         if isinstance(part, nn.Module):
             part.eval()  # diffusers leaves a T5 encoder with its dropout, and embeddings that are tied without values
-            if hasattr(part, "tie_weights"):
+            if isinstance(part, PreTrainedModel):
                 part.tie_weights()
             if lacking := [weight for weight, value in part.named_parameters() if value.is_meta]:
                 raise UserError(f"{file}: {name} lacks weights: {few(lacking, 3)}", DOWNLOAD)

@@ -255,7 +255,9 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
             UserError: as that does.
         """
         model = FlowModel.from_single_file(file, config, **options)
-        return cls.from_pipe(model.pipeline) if isinstance(model, LatentFlowModel) else cls(model)
+        if isinstance(model, LatentFlowModel):  # of original weights of SiT and the like
+            return cls.from_pipe(model.pipeline)
+        return over_model(cls.call, cls, model)
 
     @classmethod
     def _is_foreign(cls, name_or_path: str | os.PathLike[str], **options: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from .files import CONFIG
@@ -68,7 +70,7 @@ def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 def _gguf_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
-        from gguf import GGUFReader
+        gguf: Any = importlib.import_module("gguf")
     except ImportError as error:
         from .libraries import missing
 
@@ -76,7 +78,7 @@ def _gguf_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     try:
         return {
             tensor.name: tuple(int(side) for side in reversed(tensor.shape))
-            for tensor in GGUFReader(file).tensors
+            for tensor in gguf.GGUFReader(file).tensors
         }
     except (OSError, ValueError, LookupError) as error:
         raise _unreadable(file) from error
@@ -107,7 +109,7 @@ def _unreadable(file: Path) -> UserError:
     known = start.startswith(b"GGUF") if file.suffix.lower() == ".gguf" else start[8:9] == b"{"
     if known:
         return UserError(f"{file} is truncated or damaged", DOWNLOAD)
-    return UserError(f"{file} is no {file.suffix.lower() or 'safetensors'} file", DOWNLOAD)
+    return UserError(f"{file} is no file of weights", "Give a .safetensors or .gguf file, in full.")
 
 
 def is_original(file: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,15 @@ def test_a_quantised_network_in_gguf(
         load_program("generate").main(line)
 
 
+def test_gguf_that_is_not_installed(
+    tmp_path: Path, load_program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "flux.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"GGUF files need gguf(.|\n)*pip install"):
+        load_program("generate").main([PROMPT, "--checkpoint", str(tmp_path / "flux.gguf")])
+
+
 def test_the_programs(
     files: Callable[[str], Path],
     folders: Callable[[str], Path],
@@ -286,7 +296,7 @@ def test_parts_are_named(
         (b"<!DOCTYPE html><html>not found</html>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
         (b"PK\x03\x04" + bytes(300), "pickled weights"),
-        (b"hello, this is a text of some length", "is no .safetensors file"),
+        (b"hello, this is a text of some length", "is no file of weights"),
         (None, "truncated or damaged"),
     ],
 )
