@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator
 from copy import copy, deepcopy
@@ -142,6 +143,22 @@ def test_from_pipe_and_back() -> None:
     assert drawing.model is pipe.model
     assert pipe.transformer is stock.transformer
     assert pipe.to("cpu") is pipe
+
+
+def test_a_pipeline_over_a_model_is_one_of_ours() -> None:
+    """To isinstance, to pickle and to copy; and it leads to our other kinds, which share its model."""
+    pipe = LatentFlowPipeline.from_pipe(checkpoint("FluxPipeline"))
+    assert isinstance(pipe, LatentFlowPipeline) and not isinstance(pipe, LatentFlowInpaintPipeline)
+    assert type(pipe) is type(LatentFlowPipeline.from_pipe(pipe))
+    inpaint = LatentFlowInpaintPipeline.from_pipe(pipe)
+    assert isinstance(inpaint, LatentFlowInpaintPipeline) and inpaint.transformer is pipe.transformer
+    assert isinstance(inpaint.from_pipe(pipe), LatentFlowInpaintPipeline)
+    shallow, deep = copy(pipe), deepcopy(pipe)
+    assert shallow.model is pipe.model and deep.transformer is not pipe.transformer
+    again = pickle.loads(pickle.dumps(pipe))
+    options: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 1, "output_type": "latent"}
+    drawn = [one(PROMPTS[0], **options, generator=seeded()).images for one in (pipe, shallow, deep, again)]
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
 
 
 def test_components_that_are_set_are_those_that_compute() -> None:
