@@ -36,6 +36,7 @@ from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, ne
 from ..utils.components import library_reads, reported_missing
 from ..utils.files import MEND
 from ..utils.names import as_spelled
+from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
 from .index import pipeline_class
 from .rows import Rows as Rows
@@ -183,6 +184,11 @@ class FlowModel(ABC):
     def usual_guidance(self) -> float:
         """Guidance scale where nobody asks for one."""
         return 4.0
+
+    @property
+    def edit_defaults(self) -> EditDefaults:
+        """Settings of an edit where nobody gives any: a little guidance, towards the target alone."""
+        return EditDefaults(source_guidance=self.unguided, guidance=self.unguided + 1.0)
 
     @property
     def usual_solver(self) -> str | flow.Solver:

@@ -20,6 +20,7 @@ from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
 from ..errors import UserError, lookup
 from . import SIBLINGS
+from .edit_defaults import EditDefaults
 from .model import FlowModel, Generators, Rows, Size, Values
 
 
@@ -89,6 +90,24 @@ class PretrainedModel(FlowModel):
     def usual_solver(self) -> str | flow.Solver:
         """The solver of the pipeline itself."""
         return "euler"
+
+    @property
+    def edit_defaults(self) -> EditDefaults:
+        """Settings of an edit where nobody gives any.
+
+        Of networks that take the guidance scale as an input, FlowEdit's for FLUX.1 dev (Kulikov et al. 2024,
+        arXiv:2412.08629, appendix): 28 steps, the last 24 taken, which begin at t = 0.05 at 1024 x 1024 pixels; guidance
+        1.5 and 5.5.
+        """
+        return EditDefaults(28, 0.95, 1.5, 5.5) if self.embeds_guidance else super().edit_defaults
+
+    def describe_guidance(self) -> str:
+        """Return how a negative prompt takes effect, as the second half of an error."""
+        if self.guidance(2.0) == self.unguided:
+            return "Leave it out: this checkpoint is step-distilled, and draws without guidance."
+        if self.embeds_guidance:
+            return "Leave it out: the network takes its guidance scale as an input, and has no negative prompts."
+        return super().describe_guidance()
 
     def guidance(self, scale: float | None) -> float:
         """Return the guidance scale that is used where ``scale`` is asked for; None is `usual_guidance`."""
