@@ -275,11 +275,14 @@ def table(results: dict[str, Figures], evaluations: int) -> str:
     lines += ["", "| same words | at guidance 1 | at guidance 2 |", "|---|---|---|"]
     for name in METHODS:
         figures = results[f"same words / {name} / {evaluations}"]
-        lines.append(f"| {name} | " + " | ".join(f"{np.mean(values):.2g}" for values in figures.values()) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{np.mean(values):.2g}" for values in figures.values()) + " |"
+        )
     lines += ["", "| direct - flowedit | kept | changed | nearer | retrieved |", "|---|---|---|---|---|"]
     for strength, guidance in SETTINGS:
         one, other = (
-            results[f"{name} / {strength:g} / {guidance:g} / {evaluations}"] for name in ("direct", "flowedit")
+            results[f"{name} / {strength:g} / {guidance:g} / {evaluations}"]
+            for name in ("direct", "flowedit")
         )
         cells = [
             spread(

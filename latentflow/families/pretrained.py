@@ -106,7 +106,9 @@ class PretrainedModel(FlowModel):
         if self.guidance(2.0) == self.unguided:
             return "Leave it out: this checkpoint is step-distilled, and draws without guidance."
         if self.embeds_guidance:
-            return "Leave it out: the network takes its guidance scale as an input, and has no negative prompts."
+            return (
+                "Leave it out: the network takes its guidance scale as an input, and has no negative prompts."
+            )
         return super().describe_guidance()
 
     def guidance(self, scale: float | None) -> float:

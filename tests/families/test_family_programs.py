@@ -77,6 +77,27 @@ def test_the_web_page_offers_the_family_s_own_guidance(name: str, usual: float) 
     assert (capabilities.guidance, capabilities.steps) == (usual, opened(name)[1].usual_steps)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "takes"),
+    [
+        ("FluxPipeline", {}, (False, False)),
+        ("FluxPipeline-dev", {}, (True, False)),
+        ("FluxPipeline-dev", {"true_cfg_scale": 4.0}, (True, True)),
+        ("Flux2Pipeline", {}, (True, False)),
+        ("DreamLiteMobilePipeline", {}, (False, False)),
+        ("ZImagePipeline", {}, (True, True)),
+        ("StableDiffusion3Pipeline", {}, (True, True)),
+    ],
+)
+def test_the_web_page_hides_guidance_that_there_is_not(
+    name: str, options: dict[str, float], takes: tuple[bool, bool]
+) -> None:
+    """Scale and negative prompts."""
+    model = opened(name)[1]
+    capabilities = model_capabilities(type(model)(model.pipeline, **options))
+    assert (not capabilities.distilled_guidance, capabilities.negative) == takes
+
+
 def test_the_few_step_adapter_of_our_own_is_refused(
     folders: Callable[[str], Path], load_program: Program
 ) -> None:
