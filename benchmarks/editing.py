@@ -3,13 +3,13 @@
     python benchmarks/editing.py TEST TRAIN --checkpoint CHECKPOINT -o docs/measurements/editing [--evaluations 40]
 
 TEST and TRAIN are folders of images with captions, as `latentflow train` takes them. A pair is two captions that differ
-by one word or skin tone (`WORDS`), with the image of each. The first image is edited into the second, by their captions;
-images of TEST, which were not trained on, come first.
+by one word or skin tone (`WORDS`), with the image of each. The first image is edited into the second, by their
+captions; images of TEST, which were not trained on, come first.
 
 The pair says what an edit should change: of the pixels in which the two images are equal, what the edit keeps (PSNR
-against the source); of the others, how near it comes to the second image (PSNR against the target). In the feature space
---space: the share of the edited images that are nearer to the target than to the source, and the share whose nearest
-real image, of all, has the target's caption. Both are measured against what the autoencoder makes of the source.
+against the source); of the others, how near it comes to the second image (PSNR against the target). In the feature
+space --space: the share of the edited images that are nearer to the target than to the source, and the share whose
+nearest real image, of all, has the target's caption.
 
 A row is a method, a strength and a guidance scale; its steps are as many as the evaluations pay for. "Same words": the
 root mean square change of the latents where source and target are one prompt at one guidance scale. Results go to

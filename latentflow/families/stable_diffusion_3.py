@@ -20,8 +20,8 @@ class StableDiffusion3Model(PretrainedModel):
     def edit_defaults(self) -> EditDefaults:
         """Settings of an edit where nobody gives any.
 
-        FlowEdit's for SD3 (Kulikov et al. 2024, arXiv:2412.08629, appendix): 50 steps, the last 33 taken, which begin at
-        t = 0.15 under SD3's shift of 3; guidance 3.5 and 13.5.
+        FlowEdit's for SD3 (Kulikov et al. 2024, arXiv:2412.08629, appendix): 50 steps, the last 33 taken, which begin
+        at t = 0.15 under SD3's shift of 3; guidance 3.5 and 13.5.
         """
         return EditDefaults(50, 0.85, 3.5, 13.5)
 

@@ -60,9 +60,12 @@ def words(name: str) -> list[str]:
     return ["red apple"] if opened(name)[1].takes_text else ["--class", "3"]
 
 
-@pytest.mark.parametrize(
+each_family = pytest.mark.parametrize(
     "name", [name if name in LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
 )
+
+
+@each_family
 def test_generate(name: str, folders: Callable[[str], Path], load_program: Program, tmp_path: Path) -> None:
     if name in STAND_INS:
         pytest.skip(STAND_INS[name])
@@ -107,7 +110,7 @@ def test_the_few_step_adapter_of_our_own_is_refused(
             load_program("generate").main(["red apple", "--fast", *lora, *flags(name, folders(name))])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@each_family
 def test_images_are_inpainted_edited_and_interpolated(
     name: str,
     folders: Callable[[str], Path],
@@ -145,7 +148,7 @@ def test_images_are_inpainted_edited_and_interpolated(
     assert Path("way-1.png").exists() and Path("way-2.png").exists()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@each_family
 def test_evaluate(
     name: str,
     folders: Callable[[str], Path],
