@@ -225,7 +225,7 @@ class PretrainedModel(FlowModel):
     @staticmethod
     def scheduler_times(scheduler: Any) -> Tensor:
         """Return the times of a flow scheduler's steps, by its timesteps, which some round to whole numbers."""
-        sigmas = torch.as_tensor(scheduler.timesteps).double() / scheduler.config.num_train_timesteps
+        sigmas: Tensor = torch.as_tensor(scheduler.timesteps).double() / scheduler.config.num_train_timesteps
         return sigmas if scheduler.config.get("invert_sigmas") else 1.0 - sigmas
 
     def scheduler_grid(self, scheduler: Any) -> Tensor | None:

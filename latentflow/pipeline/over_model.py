@@ -41,7 +41,7 @@ class ModelPipeline(CallMixin):
         self.vae_scale_factor = downscale_factor(model.vae) if model.vae is not None else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """The class of ours, so that ``isinstance(pipe, LatentFlowPipeline)`` holds."""
         return self.kind

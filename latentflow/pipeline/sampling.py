@@ -261,7 +261,8 @@ class SamplingMixin:
                     )
                 own = border.own_scheduler(self.scheduler, model, steps, height, width)
                 self._num_timesteps = len(own.timesteps)
-                bound = velocity(model.scheduler_grid(own))
+                pretrained: Any = model
+                bound = velocity(pretrained.scheduler_grid(own))
                 return border.sample_with_scheduler(model, own, bound, x0, callback=stepped, **options)
             times = (
                 model.time_grid(steps, height, width) if sigmas is None else border.times_from_sigmas(sigmas)

@@ -119,6 +119,10 @@ def test_images_are_inpainted_edited_and_interpolated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if name in STAND_INS:
+        pytest.skip(STAND_INS[name])
+    if not opened(name)[1].takes_text:
+        pytest.skip("takes classes")
     side = opened(name)[2].side
     given = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     mask = np.zeros((side, side), np.uint8)
@@ -156,6 +160,8 @@ def test_evaluate(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if name in STAND_INS:
+        pytest.skip(STAND_INS[name])
     side, data = opened(name)[2].side, tmp_path / "data"
     data.mkdir()
     generator = np.random.default_rng(0)
