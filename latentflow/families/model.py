@@ -32,6 +32,7 @@ from ..autoencoder import decode, encode, in_float32
 from ..errors import UserError
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
 from ..utils.names import as_spelled
+from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
 from .opening import OpeningMixin
 from .rows import Rows as Rows
@@ -179,6 +180,11 @@ class FlowModel(OpeningMixin, ABC):
     def usual_guidance(self) -> float:
         """Guidance scale where nobody asks for one."""
         return 4.0
+
+    @property
+    def edit_defaults(self) -> EditDefaults:
+        """Settings of an edit where nobody gives any: a little guidance, towards the target alone."""
+        return EditDefaults(source_guidance=self.unguided, guidance=self.unguided + 1.0)
 
     @property
     def usual_solver(self) -> str | flow.Solver:

@@ -316,8 +316,10 @@ class Capabilities:
         labels: names of its classes, or their numbers where they have no names.
         masks: it was trained to inpaint.
         steps: usual number of steps.
-        distilled_guidance: guidance was distilled into the network, which takes no other scale.
+        distilled_guidance: the network takes no guidance scale: it draws without, or has learned one.
+        negative: it takes negative prompts.
         guidance: usual guidance scale of an image without a source.
+        edit_guidance, edit_strength: usual ones of an edit.
     """
 
     text: bool
@@ -325,7 +327,10 @@ class Capabilities:
     masks: bool
     steps: int = 20
     distilled_guidance: bool = False
+    negative: bool = True
     guidance: float = 4.0
+    edit_guidance: float = 2.0
+    edit_strength: float = 0.9
 
     @property
     def condition(self) -> bool:
@@ -371,8 +376,11 @@ def model_capabilities(model: FlowModel) -> Capabilities:
         labels=model.classes,
         masks=model.takes_masks,
         steps=model.usual_steps,
-        distilled_guidance=model.few_steps.folded_guidance != 1.0,
+        distilled_guidance=not model.embeds_guidance and model.true_guidance(model.guidance(2.0)) == 1.0,
+        negative=model.true_guidance(model.guidance(2.0)) != 1.0,
         guidance=Capabilities.guidance if model.few_steps else model.usual_guidance,
+        edit_guidance=model.edit_defaults.guidance,
+        edit_strength=model.edit_defaults.strength,
     )
 
 

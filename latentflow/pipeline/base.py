@@ -157,7 +157,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
                 f"Pass that pipeline: {cls.__name__}.from_pipe(model.pipeline).",
             )
         if args and isinstance(args[0], FlowModel):
-            return over_model(cls.call, cls, args[0])
+            return over_model(cls, args[0])
         return super().__new__(cls)
 
     @property
@@ -212,7 +212,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         """
         if cls._is_foreign(pretrained_model_name_or_path, **kwargs):
             model = FlowModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
-            return over_model(cls.call, cls, model)
+            return over_model(cls, model)
         if kwargs.pop("family_options", None):
             raise UserError(
                 "family options are given", "latentflow's own checkpoints have none: leave them out."
@@ -358,7 +358,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
                     f"{next(iter(kwargs))} is given beside a {type(model.pipeline).__name__}",
                     "Change that pipeline itself, and pass it alone.",
                 )
-            return over_model(cls.call, cls, model)
+            return over_model(cls, model)
         network = kwargs.get("transformer", getattr(pipeline, "transformer", None))
         if not isinstance(pipeline, FlowPipeline) and not isinstance(network, tuple(MODELS.values())):
             kind = type(pipeline).__name__
