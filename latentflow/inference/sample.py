@@ -22,6 +22,7 @@ from ..utils.files import (
     result_of,
     unfinished_run,
 )
+from ..utils.flags import parse_options
 from ..utils.single_files import check_single_file, is_single_file
 from .images import check_format, check_writable
 
@@ -133,26 +134,6 @@ def open_pipeline(
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
     return pipeline.to(target)  # type: ignore[no-any-return]
-
-
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Return ``--family-options`` as values by name: numbers, lists, true, false and null as in YAML.
-
-    Raises:
-        UserError: one is not of the form NAME=VALUE.
-    """
-    import yaml
-
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            raise UserError(f"--family-options {text}", "Give NAME=VALUE, such as max_sequence_length=256.")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--family-options {text}: {reason(error)}") from error
-    return found
 
 
 def _resolve(checkpoint: str | None) -> str:

@@ -257,7 +257,7 @@ class FlowPipeline(PromptMixin, AdapterMixin, DiffusionPipeline):  # type: ignor
         model = FlowModel.from_single_file(file, config, **options)
         if isinstance(model, LatentFlowModel):  # of original weights of SiT and the like
             return cls.from_pipe(model.pipeline)
-        return over_model(cls.call, cls, model)
+        return over_model(cls, model)
 
     @classmethod
     def _is_foreign(cls, name_or_path: str | os.PathLike[str], **options: Any) -> bool:
