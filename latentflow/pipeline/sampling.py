@@ -231,7 +231,7 @@ class SamplingMixin:
         def start(t: float) -> Tensor:
             return x0 if x1 is None else t * x1 + (1.0 - t) * x0
 
-        model = self.model
+        model: Any = self.model
         if solver == SCHEDULER and isinstance(model, LatentFlowModel):
             if self.scheduler is None:
                 raise UserError("this checkpoint has no scheduler", "Set pipe.scheduler, or use our solvers.")
@@ -261,8 +261,7 @@ class SamplingMixin:
                     )
                 own = border.own_scheduler(self.scheduler, model, steps, height, width)
                 self._num_timesteps = len(own.timesteps)
-                pretrained: Any = model
-                bound = velocity(pretrained.scheduler_grid(own))
+                bound = velocity(model.scheduler_grid(own))
                 return border.sample_with_scheduler(model, own, bound, x0, callback=stepped, **options)
             times = (
                 model.time_grid(steps, height, width) if sigmas is None else border.times_from_sigmas(sigmas)

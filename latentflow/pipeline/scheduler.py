@@ -182,70 +182,74 @@ def own_scheduler(chosen: Any, model: Any, steps: int, height: int, width: int) 
 
 
 def sample_with_scheduler(
-    model: Any,
-    scheduler: Any,
-    velocity: Velocity,
-    noise: Tensor,
-    *,
-    callback: Callable[[int, Tensor, Tensor], Tensor | None],
-    progress: Progress = iter,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    model: Any, scheduler: Any, velocity: Velocity, noise: Tensor, **options: Any
 ) -> Tensor:
     """Bring noise (B, C, h, w) to data as the stock pipeline of a pretrained model does, step by step of a scheduler.
 
     Args:
         model: a ``PretrainedModel``; it carries states and velocities over to the scheduler's own form.
         scheduler: with timesteps, of ``model.set_timesteps``.
-        callback: as in `integrate_with_scheduler`; x is what the scheduler steps.
+        options: as of `integrate_with_scheduler`; the x that ``callback`` sees is what the scheduler steps.
 
     Raises:
-        UserError: the velocity is not finite (the step is named).
+        UserError: as `integrate_with_scheduler`.
     """
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if takes_generator else {}
-    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # 1 of flows
-    for i, timestep in enumerate(progress(scheduler.timesteps)):
+
+    def evaluate(i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         t, state = model.on_path(scheduler, i, x)
         value = velocity(state, t)
-        require_finite(
-            value,
-            f"the velocity at t = {float(t):g} in step {i + 1} of {len(scheduler.timesteps)}",
-            "If the network runs in float16, use bfloat16 or float32.",
-        )
-        output = model.model_output(scheduler, t, state, value)
-        x = scheduler.step(output, timestep, x, return_dict=False, **extra)[0]
-        replacement = callback(i, t, x)
-        x = x if replacement is None else replacement
-    return x
+        return t, value, model.model_output(scheduler, t, state, value)
+
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)  # 1 of flows
+    return _stepped(scheduler, scheduler.timesteps, evaluate, x, **options)
 
 
-def integrate_with_scheduler(
+def integrate_with_scheduler(scheduler: Any, velocity: Velocity, x: Tensor, **options: Any) -> Tensor:
+    """Bring ``x`` (B, C, H, W) from noise to data with a diffusers scheduler whose grid ``set_grid`` has set.
+
+    The time of every evaluation is read from the scheduler's float sigmas, not from its timesteps, which
+    several schedulers round to integers.
+
+    Args:
+        options: ``callback(i, t, x)``, which runs after each scheduler step that began at time t and may return a
+            replacement for x; ``progress``; ``generator``, one or one for each image.
+
+    Raises:
+        UserError: the velocity, or x after a step, is not finite (the step is named).
+    """
+    begin = scheduler.begin_index
+
+    def evaluate(i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t = 1.0 - scheduler.sigmas[begin + i].to(torch.float64)
+        value = velocity(x, t)
+        return t, value, -value
+
+    return _stepped(scheduler, scheduler.timesteps[begin:], evaluate, x, **options)
+
+
+def _stepped(
     scheduler: Any,
-    velocity: Velocity,
+    timesteps: Any,
+    evaluate: Callable[[int, Tensor], tuple[Tensor, Tensor, Tensor]],
     x: Tensor,
     *,
     callback: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
     progress: Progress = iter,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
-    """Bring ``x`` (B, C, H, W) from noise to data with a diffusers scheduler whose grid ``set_grid`` has set.
+    """Step x along a scheduler's timesteps; see `integrate_with_scheduler`.
 
-    The time of every evaluation is read from the scheduler's float sigmas, not from its timesteps, which
-    several schedulers round to integers. ``callback(i, t, x)`` runs after each scheduler step that began at
-    time t and may return a replacement for x.
-
-    Raises:
-        UserError: the velocity, or x after a step, is not finite (the step is named).
+    Args:
+        evaluate: (number of the step, x) -> its time, the velocity, and what the scheduler takes for it.
     """
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
-    begin = scheduler.begin_index
-    for i, timestep in enumerate(progress(scheduler.timesteps[begin:])):
-        t = 1.0 - scheduler.sigmas[begin + i].to(torch.float64)
-        value, where = velocity(x, t), f"in step {i + 1} of {len(scheduler.timesteps) - begin}"
+    for i, timestep in enumerate(progress(timesteps)):
+        t, value, output = evaluate(i, x)
+        where = f"in step {i + 1} of {len(timesteps)}"
         fix = "If the network runs in float16, use bfloat16 or float32; otherwise look at its training log."
         require_finite(value, f"the velocity at t = {float(t):g} {where}", fix)
-        x = scheduler.step(-value, timestep, x, return_dict=False, **extra)[0]
+        x = scheduler.step(output, timestep, x, return_dict=False, **extra)[0]
         require_finite(
             x, f"x {where} of the scheduler {type(scheduler).__name__}", "Use another grid or scheduler."
         )
