@@ -53,8 +53,8 @@ class SamplingConfig(AdapterChoice):
     solver: str | None = None
     """euler, midpoint, heun, ralston, rk4, adams-bashforth-2, adams-bashforth-3, dpm-solver++2m, exponential-adams,
     dopri5; or, adding fresh noise, euler-maruyama, stochastic-heun, ddpm, churn, langevin; or scheduler, the one of a
-    pretrained model. Default: the checkpoint's
-    scheduler if it has one, else heun (exponential-adams for networks that predict the data)."""
+    pretrained model. Default: the checkpoint's scheduler if it has one, else heun (exponential-adams for networks that
+    predict the data)."""
     negative: str | None = None
     """Negative prompt: what the image should not show."""
     scale: int = 1

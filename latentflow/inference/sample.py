@@ -352,13 +352,14 @@ def read_capabilities(checkpoint: str | None = None) -> Capabilities | None:
 
 def model_capabilities(model: FlowModel) -> Capabilities:
     """Return the capabilities of an open checkpoint, of any family."""
+    leads_away = model.true_guidance(model.guidance(2.0)) != 1.0
     return Capabilities(
         text=model.takes_text,
         labels=model.classes,
         masks=model.takes_masks,
         steps=model.usual_steps,
-        distilled_guidance=not model.embeds_guidance and model.true_guidance(model.guidance(2.0)) == 1.0,
-        negative=model.true_guidance(model.guidance(2.0)) != 1.0,
+        distilled_guidance=not (model.embeds_guidance or leads_away),
+        negative=leads_away,
         guidance=Capabilities.guidance if model.few_steps else model.usual_guidance,
         edit_guidance=model.edit_defaults.guidance,
         edit_strength=model.edit_defaults.strength,
