@@ -24,11 +24,10 @@ def table() -> list[str]:
 
 def described(family: type) -> str:
     """Return what the docstring of a family says of its models and their guidance, without what its rows hold."""
-    text = " ".join((inspect.getdoc(family) or "").split())
-    text = re.split(r" (?:Raises|Args):", text)[0]
-    text = re.sub(r" ?Its rows (?:have|are) .*?(?:\)|T5|CLIP)[^.]*?\.(?= |$)", "", text)
-    text = re.sub(r" \([^()]* et al\. [^()]*\)| \(Peebles & Xie [^()]*\)", "", text).replace("``", "`")
-    return text.removeprefix("Flow model of ")
+    text = re.split(r"\n(?:Raises|Args):", inspect.getdoc(family) or "")[0]
+    text = re.sub(r" \([^()]*\b20\d\d\b[^()]*\)", "", " ".join(text.split()))  # without citations
+    sentences = [sentence for sentence in re.split(r"(?<=\.) ", text) if not sentence.startswith("Its rows ")]
+    return " ".join(sentences).replace("``", "`").removeprefix("Flow model of ")
 
 
 def _code(names: list[str]) -> str:
