@@ -37,20 +37,45 @@ from transformers import (
 Make = Callable[[], nn.Module]
 
 
-def qwen3(width: int, inner: int, tied: bool) -> nn.Module:
-    """Qwen3 of 4B or 8B."""
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=151936,
-            hidden_size=width,
-            intermediate_size=inner,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            tie_word_embeddings=tied,
-        )
+def decoder(
+    model: Any,
+    config: Any,
+    vocabulary: int,
+    width: int,
+    inner: int,
+    layers: int,
+    heads: tuple[int, int],
+    side: int,
+    tied: bool = False,
+) -> nn.Module:
+    """A language model; ``heads`` are those of queries and of keys, ``side`` the width of each."""
+    settings = config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=side,
+        tie_word_embeddings=tied,
     )
+    return model(settings)  # type: ignore[no-any-return]
+
+
+def qwen3_4b() -> nn.Module:
+    return decoder(Qwen3ForCausalLM, Qwen3Config, 151936, 2560, 9728, 36, (32, 8), 128, tied=True)
+
+
+def qwen3_8b() -> nn.Module:
+    return decoder(Qwen3ForCausalLM, Qwen3Config, 151936, 4096, 12288, 36, (32, 8), 128)
+
+
+def gemma2_2b() -> nn.Module:
+    return decoder(Gemma2Model, Gemma2Config, 256000, 2304, 9216, 26, (8, 4), 256)
+
+
+def mistral_small_3() -> nn.Module:
+    return decoder(MistralForCausalLM, MistralConfig, 131072, 5120, 32768, 40, (32, 8), 128)
 
 
 def t5_xxl() -> nn.Module:
@@ -85,34 +110,6 @@ def clip_l() -> nn.Module:
 
 def clip_g() -> nn.Module:
     return clip(1280, 32, 20)
-
-
-def gemma2_2b() -> nn.Module:
-    return Gemma2Model(
-        Gemma2Config(
-            vocab_size=256000,
-            hidden_size=2304,
-            intermediate_size=9216,
-            num_hidden_layers=26,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=256,
-        )
-    )
-
-
-def mistral_small_3() -> nn.Module:
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=131072,
-            hidden_size=5120,
-            intermediate_size=32768,
-            num_hidden_layers=40,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-        )
-    )
 
 
 def qwen2_5_vl_7b() -> nn.Module:
@@ -172,12 +169,12 @@ MODELS = {
     "SD 3.5 medium": Model(lambda: sd3(24, 13, 384), (clip_l, clip_g, t5_xxl)),
     "SD 3.5 large": Model(lambda: sd3(38, 0, 192), (clip_l, clip_g, t5_xxl)),
     "Lumina2": Model(diffusers.Lumina2Transformer2DModel, (gemma2_2b,)),
-    "FLUX.2 klein 4B": Model(lambda: flux2(5, 20, 24, 7680), (lambda: qwen3(2560, 9728, True),)),
-    "FLUX.2 klein 9B": Model(lambda: flux2(8, 24, 32, 12288), (lambda: qwen3(4096, 12288, False),)),
+    "FLUX.2 klein 4B": Model(lambda: flux2(5, 20, 24, 7680), (qwen3_4b,)),
+    "FLUX.2 klein 9B": Model(lambda: flux2(8, 24, 32, 12288), (qwen3_8b,)),
     "FLUX.2 dev": Model(lambda: flux2(8, 48, 48, 15360, True), (mistral_small_3,)),
     "FLUX.1 dev": Model(lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True), (clip_l, t5_xxl)),
     "Chroma": Model(diffusers.ChromaTransformer2DModel, (t5_xxl,)),
-    "Z-Image": Model(diffusers.ZImageTransformer2DModel, (lambda: qwen3(2560, 9728, True),)),
+    "Z-Image": Model(diffusers.ZImageTransformer2DModel, (qwen3_4b,)),
     "Qwen-Image": Model(diffusers.QwenImageTransformer2DModel, (qwen2_5_vl_7b,)),
 }
 

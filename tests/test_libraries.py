@@ -24,7 +24,7 @@ from latentflow.training.report.folder import Run
 from latentflow.training.report.page import add_curves
 from latentflow.utils import libraries
 from latentflow.utils.html_page import Page
-from latentflow.utils.single_files import _gguf_shapes
+from latentflow.utils.single_files import weight_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -74,7 +74,7 @@ USES: dict[str, tuple[str, Callable[[Path], Any]]] = {
         lambda folder: EfficientNetLite0(),
     ),
     "torch-fidelity": ("torch_fidelity", lambda folder: open_fid()),
-    "gguf": ("gguf", lambda folder: _gguf_shapes(folder / "model.gguf")),
+    "gguf": ("gguf", lambda folder: weight_shapes(folder / "model.gguf")),
     "gradio": ("gradio", lambda folder: None),  # by the program, below
 }
 
@@ -92,6 +92,7 @@ def test_a_missing_library_is_named_with_the_line_that_installs_it(
     if library == "gradio":
         use = lambda folder: load_program("app").main([])  # noqa: E731
     (tmp_path / "images.parquet").write_bytes(b"PAR1")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(UserError) as error:

@@ -16,7 +16,7 @@ from latentflow.inference.sample import model_capabilities, read_capabilities
 from latentflow.web.inference_server import GenerationRequest, InferenceServer
 
 from .test_pretrained import opened
-from .tiny import TINY, checkpoint
+from .tiny import TINY
 
 #: three that differ in layout: plain latents, packed ones with an autoencoder of videos, patchified ones
 LAYOUTS = ("StableDiffusion3Pipeline", "QwenImagePipeline", "Flux2KleinPipeline")
@@ -30,19 +30,6 @@ STAND_INS = {
     "BriaFibo2Pipeline": "its pipeline takes more layers of the text encoder than the tiny one has",
 }
 Program = Callable[[str], Any]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Save a tiny checkpoint as its users have it, once."""
-    root = tmp_path_factory.mktemp("families")
-
-    def saved(name: str) -> Path:
-        if not (root / name).exists():
-            checkpoint(name).save_pretrained(root / name)
-        return root / name
-
-    return saved
 
 
 def flags(name: str, folder: Path) -> list[str]:

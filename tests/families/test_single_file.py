@@ -32,19 +32,6 @@ Program = Callable[[str], Any]
 PROMPT = "a red apple"
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Save a tiny checkpoint's pipeline folder, once."""
-    root = tmp_path_factory.mktemp("single")
-
-    def saved(name: str) -> Path:
-        if not (root / name).exists():
-            checkpoint(name).save_pretrained(root / name)
-        return root / name
-
-    return saved
-
-
 def weights_of(name: str) -> dict[str, torch.Tensor]:
     """Return a tiny checkpoint as it would be published in one file."""
     pipe = checkpoint(name)
