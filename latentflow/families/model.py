@@ -36,6 +36,7 @@ from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, ne
 from ..utils.components import library_reads, reported_missing
 from ..utils.files import MEND
 from ..utils.names import as_spelled
+from .distilled import Distilled
 from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
 from .index import pipeline_class
@@ -174,6 +175,11 @@ class FlowModel(ABC):
     def few_steps(self) -> FewSteps:
         """Settings of few-step sampling; the default is an ordinary velocity's."""
         return FewSteps()
+
+    @property
+    def distilled(self) -> Distilled | None:
+        """Steps and guidance that suit a step-distilled checkpoint of a pretrained family; None of others."""
+        return None
 
     @property
     def usual_steps(self) -> int:
