@@ -41,6 +41,11 @@ class DiffusionModel(PretrainedModel):
                 "It needs a mask or an image beside its latent: use it with diffusers itself, or inpaint with the "
                 "base model, which needs no such channels.",
             )
+        if self.network.config.get("time_cond_proj_dim") is not None:
+            raise UserError(
+                "the network takes its guidance scale as an input: it is a latent consistency model",
+                "It jumps to the image from any noise: use it with diffusers' LatentConsistencyModelPipeline.",
+            )
 
     @property
     def network(self) -> Any:
@@ -232,6 +237,7 @@ class HunyuanDiTModel(DiffusionModel):
     """
 
     prompt_options = ()
+    sampling_options = ("original_size",)
     patch = 2
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
@@ -311,6 +317,7 @@ class ClassDiTModel(DiffusionModel):
     Its classes are the names of the pipeline's ``labels``, of which one class may have several.
     """
 
+    prompt_options = ()
     patch = 2
 
     @property

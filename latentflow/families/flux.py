@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .model import Values
-from .pretrained import PackedModel
+from .pretrained import PackedModel, PretrainedModel
 
 
 class FluxModel(PackedModel):
@@ -18,10 +18,16 @@ class FluxModel(PackedModel):
     ``true_cfg_scale``. FLUX.1 schnell has no guidance but that one.
     """
 
+    sampling_options: tuple[str, ...] = ("true_cfg_scale",)
+
     @property
     def embeds_guidance(self) -> bool:  # type: ignore[override]
         """True for FLUX.1 dev."""
         return bool(self.network.config.guidance_embeds)
+
+    def guidance(self, scale: float | None) -> float:
+        """Return the guidance scale; without such an input the network has none."""
+        return super().guidance(scale) if self.embeds_guidance else self.unguided
 
     def true_guidance(self, scale: float) -> float:
         """Return the option ``true_cfg_scale``."""
@@ -63,6 +69,11 @@ class ChromaModel(FluxModel):
     """Flow model of Chroma: FLUX.1's layout, classifier-free guidance. Its rows have embeds (B, L, D), mask (B, L)."""
 
     embeds_guidance = False
+    sampling_options = ()
+
+    def guidance(self, scale: float | None) -> float:
+        """Return the guidance scale."""
+        return PretrainedModel.guidance(self, scale)
 
     def true_guidance(self, scale: float) -> float:
         """Return the scale."""

@@ -10,6 +10,7 @@ from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigma
 from torch import Tensor
 
 from ..autoencoder import denormalise, normalise
+from ..errors import UserError, reason
 from ..flow import Velocity
 from .model import Rows, Values
 from .pretrained import PretrainedModel
@@ -22,12 +23,11 @@ class Ideogram4Model(PretrainedModel):
     are those of FLUX.2's autoencoder with the channels in another order, the cells of a token first.
     """
 
+    sampling_options = ("guidance_schedule", "mu", "std")
     noise_channels_last = True
 
     def guidance(self, scale: float | None) -> float:
         """Return the guidance scale; by default that of the first step of ``guidance_schedule``."""
-        if scale is None:
-            scale = self.option("guidance_scale")
         return float(self.option("guidance_schedule")[0] if scale is None else scale)
 
     @property
@@ -45,7 +45,6 @@ class Ideogram4Model(PretrainedModel):
     ) -> Velocity:
         """Return the velocity; without a scale, on a grid, it follows ``guidance_schedule`` over the steps."""
         schedule = self.option("guidance_schedule")
-        guidance_scale = self.option("guidance_scale") if guidance_scale is None else guidance_scale
         if guidance_scale is not None or times is None or schedule is None:
             return super().velocity(rows, guidance_scale, negative, times, interval)
         guided = {
@@ -69,9 +68,19 @@ class Ideogram4Model(PretrainedModel):
         )
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
-        embeds, _, segments, _ = self.pipeline.encode_prompt(
-            prompts, grid_h=0, grid_w=0, device=self.device, **options
-        )
+        """Return what the network takes of the prompts.
+
+        Raises:
+            UserError: a prompt is longer than ``max_sequence_length``; the pipeline cuts none off.
+        """
+        try:
+            embeds, _, segments, _ = self.pipeline.encode_prompt(
+                prompts, grid_h=0, grid_w=0, device=self.device, **options
+            )
+        except ValueError as error:
+            if "max_sequence_length" not in str(error):
+                raise
+            raise UserError(f"the {reason(error)}", "Give a shorter prompt.") from error
         return {"embeds": embeds, "lengths": (segments == 1).sum(1)}
 
     def null(self, n: int) -> Rows:

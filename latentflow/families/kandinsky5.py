@@ -25,6 +25,11 @@ class Kandinsky5Model(FixedShiftModel):
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, **options)
         return {"embeds": [*embeds], "pooled": pooled}
 
+    def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
+        """Return the tokens of a text that are kept: those of the template's beginning, and those of a prompt."""
+        before = int(self.pipeline.prompt_template_encode_start_idx)
+        return {"tokenizer": before + options["max_sequence_length"]}
+
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:

@@ -82,8 +82,9 @@ _BY_REASON = {
         StableDiffusionInpaintPipelineLegacy StableDiffusionModelEditingPipeline StableDiffusionPanoramaPipeline
         StableDiffusionParadigmsPipeline StableDiffusionPipelineSafe StableDiffusionPix2PixZeroPipeline
         StableDiffusionSAGPipeline""",
-    "It jumps to the image from any noise (a consistency model), which is not the flow that the solvers follow: use it "
-    "with diffusers itself, or open the model that it was distilled from.": """
+    "It jumps to the image from any noise (a consistency model) and adds noise again between its steps: that is no "
+    "flow that solvers, inpainting and edits could follow. Use it with diffusers itself, or open the model that it was "
+    "distilled from.": """
         LatentConsistencyModelImg2ImgPipeline LatentConsistencyModelPipeline SanaSprintImg2ImgPipeline
         SanaSprintPipeline""",
     "It draws a frame of a model of videos: use it with diffusers itself.": "Cosmos2TextToImagePipeline",

@@ -19,9 +19,14 @@ class LongCatImageModel(PackedModel):
     """
 
     prompt_options = ()
+    sampling_options = ("enable_cfg_renorm", "cfg_renorm_min")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         return {"embeds": self.pipeline.encode_prompt(prompts, **options)[0]}
+
+    def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
+        """Return the tokens of a prompt that are kept."""
+        return {"tokenizer": self.pipeline.tokenizer_max_length}
 
     def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:
         """Give each guided token at most the length that it has under the condition alone."""

@@ -20,6 +20,7 @@ class LuminaModel(FixedShiftModel):
     """
 
     prompt_options = ("clean_caption",)
+    sampling_options = ("scaling_watershed", "proportional_attn")
     patch = 2
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:

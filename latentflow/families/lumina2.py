@@ -19,6 +19,7 @@ class Lumina2Model(PretrainedModel):
     """
 
     prompt_options = ("max_sequence_length", "system_prompt")
+    sampling_options = ("cfg_normalization",)
     patch = 2
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:

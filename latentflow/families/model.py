@@ -32,6 +32,7 @@ from ..autoencoder import decode, encode, in_float32
 from ..errors import UserError
 from ..flow import CondOT, Velocity, as_velocity, change_path, guide_batched, next_time
 from ..utils.names import as_spelled
+from .distilled import Distilled
 from .edit_defaults import EditDefaults
 from .few_steps import FewSteps
 from .opening import OpeningMixin
@@ -170,6 +171,11 @@ class FlowModel(OpeningMixin, ABC):
     def few_steps(self) -> FewSteps:
         """Settings of few-step sampling; the default is an ordinary velocity's."""
         return FewSteps()
+
+    @property
+    def distilled(self) -> Distilled | None:
+        """Steps and guidance that suit a step-distilled checkpoint of a pretrained family; None of others."""
+        return None
 
     @property
     def usual_steps(self) -> int:

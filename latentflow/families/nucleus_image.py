@@ -17,11 +17,16 @@ class NucleusImageModel(QwenImageModel):
     """
 
     guidance_argument = "guidance_scale"
+    sampling_options = ()
     prompt_options = ("max_sequence_length", "return_index")
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         longest = options.pop("max_sequence_length") or self.pipeline.default_max_sequence_length
         return super().embed(prompts, max_sequence_length=longest, **options)
+
+    def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
+        """Return nothing: the tokenizer cuts texts off."""
+        return {}
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, N, 4 C)."""

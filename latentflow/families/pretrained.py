@@ -6,6 +6,7 @@ A family calls its pipeline's own functions (``encode_prompt``, packing, positio
 from __future__ import annotations
 
 import inspect
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,10 +19,16 @@ from torch import Tensor
 
 from .. import flow
 from ..autoencoder import downscale_factor, latent_channels
-from ..errors import UserError, lookup
+from ..errors import UserError
+from ..flow import Velocity
 from . import SIBLINGS
+from .call_options import check_options, check_prompt_options
+from .distilled import Distilled, recognised
 from .edit_defaults import EditDefaults
 from .model import FlowModel, Generators, Rows, Size, Values
+from .truncation import report_lost_words, watched_tokenizers
+
+log = logging.getLogger(__name__)
 
 
 def text_to_image(pipeline: Any) -> Any:
@@ -29,6 +36,10 @@ def text_to_image(pipeline: Any) -> Any:
     stock = SIBLINGS.get(type(pipeline).__name__)
     if stock is None:
         return pipeline
+    if "PAG" in type(pipeline).__name__:
+        log.warning(
+            "%s is opened as %s: perturbed-attention guidance is not applied", type(pipeline).__name__, stock
+        )
     kind = getattr(diffusers, stock)
     taken = inspect.signature(kind).parameters
     # not by from_pipe, which brings all components to one precision
@@ -54,6 +65,8 @@ class PretrainedModel(FlowModel):
     guidance_argument: str = "guidance_scale"
     #: arguments of the pipeline's call that its ``encode_prompt`` takes as well
     prompt_options: tuple[str, ...] = ("max_sequence_length",)
+    #: other arguments of the pipeline's call that the family uses
+    sampling_options: tuple[str, ...] = ()
     #: prompts are encoded one by one, where those of a batch would change one another
     one_by_one: bool = False
     #: the pipeline draws its noise with the channels last
@@ -63,9 +76,7 @@ class PretrainedModel(FlowModel):
 
     def __init__(self, pipeline: Any, **options: Any) -> None:
         super().__init__(text_to_image(pipeline))
-        taken = inspect.signature(type(self.pipeline).__call__).parameters
-        for name in options:
-            lookup(taken, name, f"argument of {type(self.pipeline).__name__}")
+        check_options(self, options)
         self.options = options
 
     def option(self, name: str) -> Any:
@@ -78,13 +89,21 @@ class PretrainedModel(FlowModel):
 
     @property
     def usual_steps(self) -> int:
-        """Steps where nobody asks for a number."""
-        return int(self.option("num_inference_steps"))
+        """Steps where nobody asks for a number: of a step-distilled checkpoint those that it was made for."""
+        found = self.distilled
+        return found.steps if found and found.certain else int(self.option("num_inference_steps"))
 
     @property
     def usual_guidance(self) -> float:
         """Guidance scale where nobody asks for one."""
-        return self.guidance(self.option(self.guidance_argument))
+        found = self.distilled
+        unguided = found and found.certain and not found.guided
+        return self.unguided if unguided else self.guidance(self.option(self.guidance_argument))
+
+    @property
+    def distilled(self) -> Distilled | None:
+        """Steps and guidance that suit a step-distilled checkpoint; None of others, and where nothing says so."""
+        return recognised(self.pipeline)
 
     @property
     def usual_solver(self) -> str | flow.Solver:
@@ -150,11 +169,22 @@ class PretrainedModel(FlowModel):
     def _encoded(
         self, embed: Callable[..., dict[str, Values]], prompts: Sequence[str], options: dict[str, Any]
     ) -> Rows:
-        texts = [prompts] if isinstance(prompts, str) else [*prompts]  # some pipelines change the list
-        usual = {name: self.option(name) for name in self.prompt_options}
-        parts = [[text] for text in texts] if self.one_by_one else [texts]
+        texts = [prompts] if isinstance(prompts, str) else [*prompts]
+        for name in options:
+            if name not in self.prompt_options:
+                raise UserError(
+                    f"{name} is given, which the prompts of {type(self.pipeline).__name__} do not take",
+                    f"They take {', '.join(self.prompt_options)}."
+                    if self.prompt_options
+                    else "Leave it out.",
+                )
+        options = {**{name: self.option(name) for name in self.prompt_options}, **options}
+        check_prompt_options(self, options)
+        # lists of their own, since some pipelines change them
+        parts = [[text] for text in texts] if self.one_by_one else [[*texts]]
         try:
-            return Rows.cat([Rows(self, embed(part, **{**usual, **options})) for part in parts])
+            with watched_tokenizers(self.pipeline) as seen:
+                rows = Rows.cat([Rows(self, embed(part, **options)) for part in parts])
         except (AttributeError, TypeError) as error:  # as the stock pipelines call what is None
             absent = [
                 name
@@ -168,6 +198,12 @@ class PretrainedModel(FlowModel):
                 "Load what is missing; an encoder can be dropped once the prompts are rows: "
                 "rows = model.encode_prompt([...]), model.velocity(rows).",
             ) from error
+        report_lost_words(self.pipeline, texts, seen, self.kept_tokens(options))
+        return rows
+
+    def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
+        """Return name of a tokenizer -> tokens of a text, template included, that are kept after it has made them."""
+        return {}
 
     @abstractmethod
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
@@ -186,6 +222,27 @@ class PretrainedModel(FlowModel):
         return dict(rows.to(self.device, self.network.dtype).values)
 
     # ---------------------------------------------------------------- from noise to data
+
+    def velocity(
+        self,
+        rows: Rows,
+        guidance_scale: float | None = None,
+        negative: Rows | None = None,
+        times: Tensor | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Velocity:
+        """Return the velocity; see `FlowModel.velocity`.
+
+        Raises:
+            UserError: an interval, but the guidance scale is an input of the network.
+        """
+        embedded = self.embeds_guidance and self.true_guidance(self.guidance(guidance_scale)) == 1.0
+        if embedded and interval != (0.0, 1.0):
+            raise UserError(
+                f"a guidance interval {interval} is given, but the network takes its guidance scale as an input",
+                "Leave the interval out: such a network was trained with one scale from noise to data.",
+            )
+        return super().velocity(rows, guidance_scale, negative, times, interval)
 
     def noise(self, n: int, height: int, width: int, generator: Generators | None = None) -> Tensor:
         """Return the noise to start from, (n, C, h, w) float32, as the pipeline draws it."""

@@ -19,12 +19,18 @@ class QwenImageModel(PackedModel):
     """
 
     guidance_argument = "true_cfg_scale"
+    sampling_options: tuple[str, ...] = ("true_cfg_scale",)
 
     def embed(self, prompts: list[str], **options: Any) -> dict[str, Values]:
         embeds, mask = self.pipeline.encode_prompt(prompts, **options)
         if mask is None:  # no prompt is shorter than another
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         return {"embeds": embeds, "mask": mask.bool()}
+
+    def kept_tokens(self, options: dict[str, Any]) -> dict[str, int]:
+        """Return the tokens of a text that are kept: those of the template's beginning, and those of a prompt."""
+        before = int(self.pipeline.prompt_template_encode_start_idx)
+        return {"tokenizer": before + options["max_sequence_length"]}
 
     def adjust_guided(self, guided: Tensor, alone: Tensor) -> Tensor:
         """Give each guided token the length that it has under the condition alone."""
@@ -56,6 +62,7 @@ class QwenImage21Model(PretrainedModel):
     """
 
     guidance_argument = "true_cfg_scale"
+    sampling_options = ("true_cfg_scale",)
     prompt_options = ()
 
     @property

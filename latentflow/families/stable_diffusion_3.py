@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from torch import Tensor
 
+from ..errors import UserError, shown
+from ..flow import Velocity
 from .edit_defaults import EditDefaults
-from .model import Values
+from .model import Rows, Values
 from .pretrained import PretrainedModel
 
 
 class StableDiffusion3Model(PretrainedModel):
-    """Flow model of Stable Diffusion 3 and 3.5. Its rows have embeds (B, L, D) and pooled (B, D')."""
+    """Flow model of Stable Diffusion 3 and 3.5. Its rows have embeds (B, L, D) and pooled (B, D').
+
+    Guidance is classifier-free; the option ``skip_guidance_layers`` adds skip-layer guidance, which leads away from
+    what the network predicts without these layers.
+    """
 
     patch = 2
+    sampling_options = (
+        "skip_guidance_layers",
+        "skip_layer_guidance_scale",
+        "skip_layer_guidance_start",
+        "skip_layer_guidance_stop",
+    )
+    #: blocks of the network that are left out
+    skipped: list[int] | None = None
 
     @property
     def edit_defaults(self) -> EditDefaults:
@@ -38,6 +53,45 @@ class StableDiffusion3Model(PretrainedModel):
         """Return the shift of a scheduler that asks for it."""
         return super().mu(steps, tokens) if self.pipeline.scheduler.config.use_dynamic_shifting else None
 
+    def velocity(
+        self,
+        rows: Rows,
+        guidance_scale: float | None = None,
+        negative: Rows | None = None,
+        times: Tensor | None = None,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Velocity:
+        """Return the velocity; see `FlowModel.velocity`. Skip-layer guidance takes two more evaluations."""
+        guided = super().velocity(rows, guidance_scale, negative, times, interval)
+        layers = self.option("skip_guidance_layers")
+        scale = self.guidance(guidance_scale)
+        if not layers or scale == self.unguided:
+            return guided
+        blocks = len(self.network.transformer_blocks)
+        if not all(isinstance(layer, int) and 0 <= layer < blocks for layer in layers):
+            raise UserError(
+                f"skip_guidance_layers is {shown(layers)}", f"Give numbers of blocks, 0 to {blocks - 1}."
+            )
+        without = copy(self)
+        without.skipped = layers
+        alone, led_from = self._bound(rows, times, scale), without._bound(rows, times, scale)
+        strength = float(self.option("skip_layer_guidance_scale"))
+        start, stop = (self.option(f"skip_layer_guidance_{name}") for name in ("start", "stop"))
+        side = self.native_side or 1024
+        grid = (self.time_grid(None, side, side) if times is None else times).cpu()
+        steps = len(grid) - 1
+
+        def led(x: Tensor, t: Tensor) -> Tensor:
+            velocity = guided(x, t)
+            now = float(t.max())
+            step = int((grid <= now + 1e-6).sum()) - 1
+            if not (start * steps < step < stop * steps and interval[0] <= now <= interval[1]):
+                return velocity
+            away: Tensor = alone(x, t) - led_from(x, t)
+            return velocity + strength * away
+
+        return led
+
     def predict(
         self, x: Tensor, t: Tensor, condition: dict[str, Any], end: Tensor | None, guidance_scale: float
     ) -> Tensor:
@@ -47,5 +101,6 @@ class StableDiffusion3Model(PretrainedModel):
             timestep=1000.0 * (1.0 - t),
             encoder_hidden_states=condition["embeds"],
             pooled_projections=condition["pooled"],
+            skip_layers=self.skipped,
         )
         return -output

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, few, shown
+from ..families.distilled import warn_of_guidance, warn_of_steps
 from ..families.latentflow import USUAL_STEPS, LatentFlowModel
 from ..families.model import FlowModel, Generators, Rows, Size
 from ..flow import Solver, Velocity, integrate
@@ -172,6 +173,7 @@ class SamplingMixin:
                 else "it draws without guidance"
             )
             log.warning("guidance_scale %g is ignored by the checkpoint: %s", asked.guidance_scale, why)
+        warn_of_guidance(model, self._guidance_scale)
         rows, negative = self.encode_rows(asked, count, drawn)
         callback = asked.callback_on_step_end, asked.callback_on_step_end_tensor_inputs
         call = RunningCall(self, rows, negative, *callback, asked.guidance_interval)
@@ -243,6 +245,7 @@ class SamplingMixin:
         if made_for_few and model.few_steps.step_counts and steps not in model.few_steps.step_counts:
             counts = " or ".join(map(str, model.few_steps.step_counts))
             log.warning("%d steps are asked for; the checkpoint was trained to draw in %s", steps, counts)
+        warn_of_steps(model, steps)
         options: dict[str, Any] = {"progress": self.progress_bar, "generator": generator}
         try:
             if scheduled:

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,20 @@ def test_a_network_with_extra_channels_is_refused() -> None:
     components = {**stock.components, "unet": unet}
     with pytest.raises(UserError, match="9 channels"):
         FAMILIES["StableDiffusionPipeline"](diffusers.StableDiffusionInpaintPipeline(**components))
+
+
+def test_a_latent_consistency_model_is_refused() -> None:
+    stock = checkpoint("StableDiffusionPipeline")
+    config = {name: value for name, value in stock.unet.config.items() if not name.startswith("_")}
+    unet = diffusers.UNet2DConditionModel(**{**config, "time_cond_proj_dim": 8})
+    with pytest.raises(UserError, match="latent consistency model"):
+        FAMILIES["StableDiffusionPipeline"](type(stock)(**{**stock.components, "unet": unet}))
+
+
+def test_the_program_names_an_unknown_class(load_program: Callable[[str], Any], tmp_path: Path) -> None:
+    line = ["red apple", "--checkpoint", str(index(tmp_path, "NewPipeline")), "-o", str(tmp_path / "out.png")]
+    with pytest.raises(UserError, match=r"is a NewPipeline, (.|\n)*one class and one line"):
+        load_program("generate").main(line)
 
 
 def test_the_refiner_of_sdxl_is_refused() -> None:
