@@ -21,6 +21,7 @@ from ..autoencoder import downscale_factor, latent_channels
 from ..errors import UserError, lookup
 from . import SIBLINGS
 from .model import FlowModel, Generators, Rows, Size, Values
+from .sizes import check_size
 
 
 def text_to_image(pipeline: Any) -> Any:
@@ -170,6 +171,7 @@ class PretrainedModel(FlowModel):
         """Return the noise to start from, (n, C, h, w) float32, as the pipeline draws it."""
         if not self.noise_channels_last:
             return super().noise(n, height, width, generator)
+        check_size(height, width, self.size_multiple)
         channels, *cells = self.latent_shape(height, width)
         shape = (n, *cells, channels)
         drawn: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
