@@ -110,7 +110,25 @@ def open_pipeline(
         pipeline = kind.from_pretrained(source, **({"family_options": options} if options else {}))
     if adapters is not None:
         add_adapters(pipeline, adapters, source)
-    return pipeline.to(target)  # type: ignore[no-any-return]
+    pipeline = pipeline.to(target)
+    if adapters is not None and adapters.vae is not None:
+        from ..autoencoder import use_decoder
+
+        use_decoder(pipeline.vae, open_decoder(pipeline, adapters.vae))
+    return pipeline
+
+
+def open_decoder(pipe: Any, name_or_path: str) -> Any:
+    """Open an autoencoder that is to decode the latents of a pipeline, on its device.
+
+    Raises:
+        UserError: it cannot be loaded, or its latents are not those of the pipeline's own.
+    """
+    from ..autoencoder import check_latent_space, load_autoencoder
+
+    decoder = load_autoencoder(name_or_path).to(pipe._execution_device)
+    check_latent_space(pipe.vae, decoder)
+    return decoder
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
